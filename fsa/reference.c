@@ -1,0 +1,520 @@
+// reference.c: native sparse attention as fsa/README.md defines it, step by step. Compiled twice:
+// plain for float, with -DFSA_REF_DOUBLE for double.
+//
+// Work is spread over (sequence, KV head) pairs. A pair's queries are taken in order by one thread,
+// and it alone writes its rows of every gradient, so the bits do not depend on the threads.
+#include "reference.h"
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+#ifdef FSA_REF_DOUBLE
+typedef double real;
+#define FSA_REF(name) fsa_ref_##name##_f64
+#define EXP exp
+#define LOG log
+#else
+typedef float real;
+#define FSA_REF(name) fsa_ref_##name##_f32
+#define EXP expf
+#define LOG logf
+#endif
+
+enum { TILE = 64, MAX_GROUP = 16, MAX_DIM = 512 };
+
+#ifndef FSA_REF_DOUBLE // shared by both precisions, so compiled once
+int64_t fsa_batch_keys(const FsaBatch *b) { return b->cu_seqlens[b->num_seqs]; }
+
+int64_t fsa_batch_queries(const FsaBatch *b) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < b->num_segments; i++) n += b->segments[i].len;
+    return n;
+}
+
+int64_t fsa_batch_windows(const FsaConfig *c, const FsaBatch *b) {
+    int64_t m = 0;
+    for (int64_t s = 0; s < b->num_seqs; s++) m += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
+    return m;
+}
+#endif
+
+static real softmax_scale(const FsaConfig *c) { return c->scale ? (real)c->scale : (real)(1 / sqrt(c->head_dim)); }
+
+// sum_i a_i b_i. The pragma lets the compiler add in vector lanes; the order is fixed when compiled.
+static inline real dot(const real *a, const real *b, int n) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// y += a * x
+static inline void axpy(real *restrict y, real a, const real *restrict x, int n) {
+    for (int i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+// ---------------------------------------------------------------------------------------------
+// The walk over a batch: one task for a (sequence, KV head), and in it the queries in order.
+
+typedef struct {
+    int64_t key0, n;     // first row of the sequence in k and v, and its tokens
+    int64_t window0;     // first row of the sequence in kc and vc
+    int64_t segment;     // its first segment, num_segments where it has none
+    int64_t row;         // that segment's first query row
+    int h;               // KV head
+} Task;
+
+static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
+    Task t = {.h = (int)(index % c->kv_heads)};
+    int64_t seq = index / c->kv_heads;
+    t.key0 = b->cu_seqlens[seq];
+    t.n = b->cu_seqlens[seq + 1] - t.key0;
+    for (int64_t s = 0; s < seq; s++) {
+        t.window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
+    }
+    while (t.segment < b->num_segments && b->segments[t.segment].seq < seq) {
+        t.row += b->segments[t.segment++].len;
+    }
+    return t;
+}
+
+#define FOR_EACH_TASK(c, b)                                                                                  \
+    _Pragma("omp parallel for schedule(dynamic, 1)") for (int64_t task_ = 0;                                 \
+                                                          task_ < (b)->num_seqs * (c)->kv_heads; task_++)
+
+// Runs the statement for every query of task t of a batch: its row in q and its position pos.
+#define FOR_EACH_QUERY(b, t)                                                                                 \
+    for (int64_t seg_ = (t).segment, row = (t).row;                                                          \
+         seg_ < (b)->num_segments && (b)->cu_seqlens[(b)->segments[seg_].seq] == (t).key0 &&                 \
+         (b)->segments[seg_].seq == (b)->segments[(t).segment].seq;                                          \
+         seg_++)                                                                                             \
+        for (int64_t i_ = 0, pos = (b)->segments[seg_].pos; i_ < (b)->segments[seg_].len; i_++, pos++, row++)
+
+// ---------------------------------------------------------------------------------------------
+// RoPE
+
+void FSA_REF(rope)(real *x, int64_t rows, int heads, int d, int64_t first, int64_t stride,
+                   const double *inv_freq, int inverse) {
+    if (!inv_freq) return;
+    assert(d <= MAX_DIM);
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        real cosine[MAX_DIM / 2], sine[MAX_DIM / 2];
+        for (int i = 0; i < d / 2; i++) {
+            double angle = (double)(first + r * stride) * inv_freq[i];
+            cosine[i] = (real)cos(angle);
+            sine[i] = (real)(inverse ? -sin(angle) : sin(angle));
+        }
+        for (int h = 0; h < heads; h++) {
+            real *lo = x + (r * heads + h) * d, *hi = lo + d / 2;
+            for (int i = 0; i < d / 2; i++) {
+                real a = lo[i], b = hi[i];
+                lo[i] = a * cosine[i] - b * sine[i];
+                hi[i] = b * cosine[i] + a * sine[i];
+            }
+        }
+    }
+}
+
+void FSA_REF(rope_queries)(const FsaConfig *c, const FsaBatch *b, real *q, const double *inv_freq, int inverse) {
+    for (int64_t s = 0; s < b->num_segments; s++) {
+        FSA_REF(rope)(q, b->segments[s].len, c->q_heads, c->head_dim, b->segments[s].pos, 1, inv_freq, inverse);
+        q += b->segments[s].len * c->q_heads * c->head_dim;
+    }
+}
+
+void FSA_REF(rope_keys)(const FsaConfig *c, const FsaBatch *b, real *k, const double *inv_freq, int inverse) {
+    for (int64_t s = 0; s < b->num_seqs; s++) {
+        int64_t n = b->cu_seqlens[s + 1] - b->cu_seqlens[s];
+        FSA_REF(rope)(k, n, c->kv_heads, c->head_dim, 0, 1, inv_freq, inverse);
+        k += n * c->kv_heads * c->head_dim;
+    }
+}
+
+static void rope_windows(const FsaConfig *c, const FsaBatch *b, real *kc, const double *inv_freq, int inverse) {
+    for (int64_t s = 0; s < b->num_seqs; s++) {
+        int64_t m = fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
+        FSA_REF(rope)(kc, m, c->kv_heads, c->head_dim, 0, c->cmp_stride, inv_freq, inverse);
+        kc += m * c->kv_heads * c->head_dim;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Compression
+
+// out[d] = phi of the window that starts at x, whose tokens lie `stride` reals apart.
+static void phi_forward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w, real *out) {
+    int l = c->cmp_len, d = c->head_dim;
+    memset(out, 0, sizeof(real) * d);
+    for (int r = 0; r < l; r++) {
+        if (!w) {
+            axpy(out, (real)1 / l, x + r * stride, d);
+            continue;
+        }
+        for (int i = 0; i < d; i++) {
+            real xi = x[r * stride + i] + (pe ? pe[r * d + i] : 0);
+            axpy(out, xi, w + (int64_t)(r * d + i) * d, d);
+        }
+    }
+}
+
+// Adds to dx, dpe and dw what dout [d] gives.
+static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w,
+                         const real *dout, real *dx, real *dpe, real *dw) {
+    int l = c->cmp_len, d = c->head_dim;
+    for (int r = 0; r < l; r++) {
+        if (!w) {
+            axpy(dx + r * stride, (real)1 / l, dout, d);
+            continue;
+        }
+        for (int i = 0; i < d; i++) {
+            int64_t line = (int64_t)(r * d + i) * d;
+            real dxi = dot(w + line, dout, d);
+            dx[r * stride + i] += dxi;
+            if (dpe) dpe[r * d + i] += dxi;
+            axpy(dw + line, x[r * stride + i] + (pe ? pe[r * d + i] : 0), dout, d);
+        }
+    }
+}
+
+// A KV head's parameter inside an array with `size` reals a head; NULL stays NULL.
+#define HEAD(pointer, h, size) ((pointer) ? (pointer) + (int64_t)(h) * (size) : NULL)
+
+void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
+                               const FSA_REF(Phi) *phi, const double *inv_freq, real *kc, real *vc) {
+    int hkv = c->kv_heads, d = c->head_dim;
+    int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
+    FOR_EACH_TASK(c, b) {
+        Task t = make_task(c, b, task_);
+        int64_t m = fsa_num_windows(c, t.n);
+        for (int64_t i = 0; i < m; i++) {
+            int64_t in = (t.key0 + i * c->cmp_stride) * token + t.h * d, out = (t.window0 + i) * token + t.h * d;
+            phi_forward(c, k + in, token, HEAD(phi->pe, t.h, ld), HEAD(phi->wk, t.h, ld * d), kc + out);
+            phi_forward(c, v + in, token, NULL, HEAD(phi->wv, t.h, ld * d), vc + out);
+        }
+    }
+    rope_windows(c, b, kc, inv_freq, 0);
+}
+
+void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
+                                const FSA_REF(Phi) *phi, const double *inv_freq, real *dkc, const real *dvc,
+                                real *dk, real *dv, const FSA_REF(PhiGrad) *dphi) {
+    int hkv = c->kv_heads, d = c->head_dim;
+    int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
+    rope_windows(c, b, dkc, inv_freq, 1);
+    // The weights of a head sum over all sequences, so here a task is a head alone.
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int h = 0; h < hkv; h++) {
+        for (int64_t s = 0; s < b->num_seqs; s++) {
+            Task t = make_task(c, b, s * hkv + h);
+            int64_t m = fsa_num_windows(c, t.n);
+            for (int64_t i = 0; i < m; i++) {
+                int64_t in = (t.key0 + i * c->cmp_stride) * token + h * d, out = (t.window0 + i) * token + h * d;
+                phi_backward(c, k + in, token, HEAD(phi->pe, h, ld), HEAD(phi->wk, h, ld * d), dkc + out, dk + in,
+                             HEAD(dphi->pe, h, ld), HEAD(dphi->wk, h, ld * d));
+                phi_backward(c, v + in, token, NULL, HEAD(phi->wv, h, ld * d), dvc + out, dv + in, NULL,
+                             HEAD(dphi->wv, h, ld * d));
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Attention over a set of keys. Every rule is a list of ranges of visible keys.
+
+typedef struct {
+    int64_t begin, end; // keys begin..end-1, counted from the sequence's first (window)
+} Range;
+
+static int64_t windows_seen(const FsaConfig *c, int64_t pos) { return fsa_num_windows(c, pos + 1); }
+
+// The keys that the query at position pos sees; `chosen` are its T block indices. Returns how many
+// ranges it wrote, at most max(1, T).
+static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const int32_t *chosen, Range *r) {
+    r[0].begin = 0;
+    switch (rule) {
+    case FSA_CAUSAL: r[0].end = pos + 1; return 1;
+    case FSA_WINDOW:
+        if (pos + 1 > c->window) r[0].begin = pos + 1 - c->window;
+        r[0].end = pos + 1;
+        return 1;
+    case FSA_COMPRESSED: r[0].end = windows_seen(c, pos); return 1;
+    case FSA_SELECTED: break;
+    }
+    int count = 0;
+    for (int i = 0; i < c->topk && chosen[i] >= 0; i++) {
+        int64_t begin = (int64_t)chosen[i] * c->block, end = begin + c->block;
+        if (end > pos + 1) end = pos + 1; // causal within the query's own block
+        if (count && r[count - 1].end == begin) {
+            r[count - 1].end = end; // neighbours join
+        } else {
+            r[count].begin = begin;
+            r[count++].end = end;
+        }
+    }
+    return count;
+}
+
+enum { MAX_TOPK = 4096 };
+
+void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
+                             const real *k, const real *v, const int32_t *indices, real *o, real *lse) {
+    int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
+    int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
+    real scale = softmax_scale(c);
+    assert(c->topk <= MAX_TOPK);
+    FOR_EACH_TASK(c, b) {
+        Task t = make_task(c, b, task_);
+        int64_t key0 = rule == FSA_COMPRESSED ? t.window0 : t.key0;
+        const real *kh = k + key0 * token + t.h * d, *vh = v + key0 * token + t.h * d;
+        FOR_EACH_QUERY(b, t) {
+            Range ranges[MAX_TOPK];
+            int count = visible(c, rule, pos, rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            for (int head = t.h * g; head < (t.h + 1) * g; head++) {
+                // Softmax of the keys seen so far: their maximum, sum of exponentials, and output.
+                const real *qr = q + (row * hq + head) * d;
+                real *out = o + (row * hq + head) * d;
+                real max = -INFINITY, sum = 0, s[TILE];
+                memset(out, 0, sizeof(real) * d);
+                for (int r = 0; r < count; r++) {
+                    for (int64_t j0 = ranges[r].begin; j0 < ranges[r].end; j0 += TILE) {
+                        int nj = (int)(ranges[r].end - j0 < TILE ? ranges[r].end - j0 : TILE);
+                        real tile_max = max;
+                        for (int j = 0; j < nj; j++) {
+                            s[j] = scale * dot(qr, kh + (j0 + j) * token, d);
+                            if (s[j] > tile_max) tile_max = s[j];
+                        }
+                        real shrink = EXP(max - tile_max); // 0 for the first tile
+                        max = tile_max;
+                        sum *= shrink;
+                        for (int i = 0; i < d; i++) out[i] *= shrink;
+                        for (int j = 0; j < nj; j++) {
+                            real p = EXP(s[j] - max);
+                            sum += p;
+                            axpy(out, p, vh + (j0 + j) * token, d);
+                        }
+                    }
+                }
+                lse[row * hq + head] = sum > 0 ? max + LOG(sum) : -INFINITY;
+                if (sum > 0) {
+                    for (int i = 0; i < d; i++) out[i] /= sum;
+                }
+            }
+        }
+    }
+}
+
+void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
+                              const real *k, const real *v, const int32_t *indices, const real *o,
+                              const real *lse, const real *dout, real *dq, real *dk, real *dv) {
+    int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
+    int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
+    real scale = softmax_scale(c);
+    assert(c->topk <= MAX_TOPK);
+    FOR_EACH_TASK(c, b) {
+        Task t = make_task(c, b, task_);
+        int64_t at = (rule == FSA_COMPRESSED ? t.window0 : t.key0) * token + t.h * d;
+        const real *kh = k + at, *vh = v + at;
+        real *dkh = dk + at, *dvh = dv + at;
+        FOR_EACH_QUERY(b, t) {
+            Range ranges[MAX_TOPK];
+            int count = visible(c, rule, pos, rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            for (int head = t.h * g; head < (t.h + 1) * g; head++) {
+                int64_t at_row = (row * hq + head) * d;
+                const real *qr = q + at_row, *dor = dout + at_row;
+                real *dqr = dq + at_row;
+                // dS = P * (dP - delta), delta = sum_j P_j dP_j = <dO, O>
+                real delta = dot(dor, o + at_row, d);
+                for (int r = 0; r < count; r++) {
+                    for (int64_t j = ranges[r].begin; j < ranges[r].end; j++) {
+                        real p = EXP(scale * dot(qr, kh + j * token, d) - lse[row * hq + head]);
+                        real ds = scale * p * (dot(dor, vh + j * token, d) - delta);
+                        axpy(dqr, ds, kh + j * token, d);
+                        axpy(dkh + j * token, ds, qr, d);
+                        axpy(dvh + j * token, p, dor, d);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Block scores and the choice of blocks
+
+// P_i = sum over the group's heads of exp(scale*q.kc_i - lse), spread over the blocks by w_ij.
+static void scores_of_query(const FsaConfig *c, const real *q, const real *kc, const real *lse, int64_t token,
+                            int64_t pos, real *scores) {
+    int g = c->q_heads / c->kv_heads, d = c->head_dim, s = c->cmp_stride;
+    int64_t blocks = pos / c->block + 1, seen = windows_seen(c, pos);
+    real scale = softmax_scale(c);
+    for (int64_t j = 0; j < blocks; j++) scores[j] = 0;
+    for (int64_t i = 0; i < seen; i++) {
+        real p = 0;
+        for (int r = 0; r < g; r++) p += EXP(scale * dot(q + r * d, kc + i * token, d) - lse[r]);
+        // w_ij counts the stride cells of window i that lie in block j.
+        for (int cell = 0; cell < c->cmp_len / s; cell++) scores[(i * s + cell * s) / c->block] += p;
+    }
+}
+
+int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc,
+                              const real *lse_c, int64_t query, int h, real *scores) {
+    int g = c->q_heads / c->kv_heads;
+    int64_t token = (int64_t)c->kv_heads * c->head_dim, row0 = 0, window0 = 0, seg = 0;
+    while (row0 + b->segments[seg].len <= query) row0 += b->segments[seg++].len;
+    for (int64_t s = 0; s < b->segments[seg].seq; s++) {
+        window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
+    }
+    int64_t pos = b->segments[seg].pos + query - row0, row = query * c->q_heads + h * g;
+    scores_of_query(c, q + row * c->head_dim, kc + window0 * token + h * c->head_dim, lse_c + row, token, pos, scores);
+    return pos / c->block + 1;
+}
+
+void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc, const real *lse_c,
+                     real *scratch, int32_t *indices) {
+    int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
+    int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b), most = 0;
+    for (int64_t s = 0; s < b->num_seqs; s++) {
+        int64_t blocks = (b->cu_seqlens[s + 1] - b->cu_seqlens[s]) / c->block + 1;
+        if (blocks > most) most = blocks;
+    }
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int h = 0; h < hkv; h++) {
+        real *scores = scratch + h * most;
+        for (int64_t s = 0; s < b->num_seqs; s++) {
+            Task t = make_task(c, b, s * hkv + h);
+            FOR_EACH_QUERY(b, t) {
+                int32_t *chosen = indices + (h * nq + row) * c->topk;
+                int64_t blocks = pos / c->block + 1;
+                int want = (int)(blocks < c->topk ? blocks : c->topk);
+                for (int i = 0; i < c->topk; i++) chosen[i] = i < want ? i : -1;
+                if (blocks <= c->topk) continue; // all of them
+                int64_t at = row * hq + h * g;
+                scores_of_query(c, q + at * d, kc + t.window0 * token + h * d, lse_c + at, token, pos, scores);
+                for (int64_t j = 0; j < c->init_blocks; j++) scores[j] = INFINITY; // forced
+                for (int64_t j = blocks - c->local_blocks; j < blocks; j++) scores[j] = INFINITY;
+                // The T greatest, the smaller index first among equals; taken ones are marked below
+                // every score, so that the ascending list can be read off afterwards.
+                for (int i = 0; i < want; i++) {
+                    int64_t best = 0;
+                    for (int64_t j = 1; j < blocks; j++) {
+                        if (scores[j] > scores[best]) best = j;
+                    }
+                    scores[best] = -1;
+                }
+                for (int64_t j = 0, i = 0; j < blocks; j++) {
+                    if (scores[j] < 0) chosen[i++] = (int32_t)j;
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Gate
+
+static real sigmoid(real x) { return 1 / (1 + EXP(-x)); }
+
+// Where the logit of (token, head, branch) stands.
+static int64_t gate_at(const FsaConfig *c, int64_t t, int head, int branch) {
+    return (c->gate_per_token ? t : t * c->q_heads + head) * 3 + branch;
+}
+
+void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const real *logits, real *const o_branch[3], real *o) {
+    int hq = c->q_heads, d = c->head_dim;
+#pragma omp parallel for
+    for (int64_t t = 0; t < nq; t++) {
+        for (int head = 0; head < hq; head++) {
+            int64_t at = (t * hq + head) * d;
+            memset(o + at, 0, sizeof(real) * d);
+            for (int i = 0; i < 3; i++) axpy(o + at, sigmoid(logits[gate_at(c, t, head, i)]), o_branch[i] + at, d);
+        }
+    }
+}
+
+void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const real *logits, const real *o_branch,
+                            const real *dout, real *do_branch, real *dlogits) {
+    int hq = c->q_heads, d = c->head_dim;
+#pragma omp parallel for
+    for (int64_t t = 0; t < nq; t++) {
+        for (int head = 0; head < hq; head++) {
+            int64_t at = (t * hq + head) * d, at_gate = gate_at(c, t, head, which);
+            real gate = sigmoid(logits[at_gate]);
+            dlogits[at_gate] += dot(dout + at, o_branch + at, d) * gate * (1 - gate);
+            for (int i = 0; i < d; i++) do_branch[at + i] = gate * dout[at + i];
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The whole
+
+size_t FSA_REF(state_place)(FSA_REF(State) *s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
+                            void *memory) {
+    int64_t q = nq * c->q_heads * c->head_dim, k = n * c->kv_heads * c->head_dim, lse = nq * c->q_heads;
+    int64_t windows = n / c->cmp_stride * c->kv_heads * c->head_dim; // a sequence has at most n/s
+    int64_t blocks = (n / c->block + num_seqs) * c->kv_heads, choice = c->kv_heads * nq * c->topk;
+    size_t used = 0;
+#define PLACE(field, type, count)                                                                            \
+    do {                                                                                                     \
+        if (memory) s->field = (type *)((char *)memory + used);                                              \
+        used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64;                                             \
+    } while (0)
+    PLACE(q, real, q);
+    PLACE(k, real, k);
+    PLACE(kc, real, windows);
+    PLACE(vc, real, windows);
+    for (int i = 0; i < 3; i++) PLACE(o[i], real, q);
+    for (int i = 0; i < 3; i++) PLACE(lse[i], real, lse);
+    PLACE(indices, int32_t, choice);
+    PLACE(dbranch, real, q);
+    PLACE(dkc, real, windows);
+    PLACE(dvc, real, windows);
+    PLACE(scratch, real, blocks);
+#undef PLACE
+    return used;
+}
+
+static const FsaVisibility branch_rule[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
+
+void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *k, const real *v,
+                      const FSA_REF(Phi) *phi, const double *inv_freq, const real *gate_logits,
+                      const int32_t *frozen, FSA_REF(State) *s, real *o) {
+    int64_t nq = fsa_batch_queries(b), n = fsa_batch_keys(b);
+    memcpy(s->q, q, sizeof(real) * nq * c->q_heads * c->head_dim);
+    memcpy(s->k, k, sizeof(real) * n * c->kv_heads * c->head_dim);
+    FSA_REF(rope_queries)(c, b, s->q, inv_freq, 0);
+    FSA_REF(rope_keys)(c, b, s->k, inv_freq, 0);
+    FSA_REF(compress_forward)(c, b, k, v, phi, inv_freq, s->kc, s->vc);
+    FSA_REF(attend_forward)(c, b, FSA_COMPRESSED, s->q, s->kc, s->vc, NULL, s->o[0], s->lse[0]);
+    if (frozen) {
+        memcpy(s->indices, frozen, sizeof(int32_t) * c->kv_heads * nq * c->topk);
+    } else {
+        FSA_REF(select)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->indices);
+    }
+    FSA_REF(attend_forward)(c, b, FSA_SELECTED, s->q, s->k, v, s->indices, s->o[1], s->lse[1]);
+    FSA_REF(attend_forward)(c, b, FSA_WINDOW, s->q, s->k, v, NULL, s->o[2], s->lse[2]);
+    FSA_REF(gate_forward)(c, nq, gate_logits, s->o, o);
+}
+
+void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v, const FSA_REF(Phi) *phi,
+                       const double *inv_freq, const real *gate_logits, FSA_REF(State) *s, const real *dout,
+                       real *dq, real *dk, real *dv, const FSA_REF(PhiGrad) *dphi, real *dgate_logits) {
+    int64_t nq = fsa_batch_queries(b), m = fsa_batch_windows(c, b);
+    int64_t n = fsa_batch_keys(b), row = (int64_t)c->kv_heads * c->head_dim;
+    memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
+    memset(dk, 0, sizeof(real) * n * row);
+    memset(dv, 0, sizeof(real) * n * row);
+    memset(s->dkc, 0, sizeof(real) * m * row);
+    memset(s->dvc, 0, sizeof(real) * m * row);
+    for (int i = 0; i < 3; i++) {
+        FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->dbranch, dgate_logits);
+        int compressed = branch_rule[i] == FSA_COMPRESSED;
+        FSA_REF(attend_backward)(c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v,
+                                 s->indices, s->o[i], s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk,
+                                 compressed ? s->dvc : dv);
+    }
+    FSA_REF(rope_queries)(c, b, dq, inv_freq, 1);
+    FSA_REF(rope_keys)(c, b, dk, inv_freq, 1);
+    FSA_REF(compress_backward)(c, b, k, v, phi, inv_freq, s->dkc, s->dvc, dk, dv, dphi);
+}
