@@ -1,0 +1,1242 @@
+// test_data.c: files, random numbers, shards and their loader, tokenizers, sampler, schedule, and the makers
+// of data. Needs a folder to write in: the first argument, else a new one below /tmp.
+#include "../../llmc/dataloader.h"
+#include "../../llmc/sampler.h"
+#include "../../llmc/schedule.h"
+#include "../../llmc/tokenizer.h"
+#include "test.h"
+#include <glob.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define TEST_ASAN // gcc
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define TEST_ASAN // clang
+#endif
+#endif
+
+// The two makers, as functions; what both name is kept apart.
+#define main recall_main
+#define EOT RECALL_EOT
+#define USAGE RECALL_USAGE
+#define make_tokenizer recall_make_tokenizer
+#include "../../data/recall.c"
+#undef main
+#undef EOT
+#undef USAGE
+#undef make_tokenizer
+#define main text_main
+#define EOT TEXT_EOT
+#define USAGE TEXT_USAGE
+#define make_tokenizer text_make_tokenizer
+#include "../../data/text.c"
+#undef main
+
+// ---------------------------------------------------------------------------------------------------------
+// Helpers
+
+static char root[1024];       // everything is written below it
+static char child_err[65536]; // what the last child wrote on stderr
+static char child_out[65536]; // and on stdout
+
+// The path of `name` below root, in one of a few buffers that take turns.
+static const char *in_root(const char *name) {
+    static char paths[8][PATH_BYTES];
+    static int turn;
+    char *path = paths[turn++ % 8];
+    snprintf(path, PATH_BYTES, "%s/%s", root, name);
+    return path;
+}
+
+static int64_t read_file(const char *path, char *out, int64_t max) {
+    FILE *f = fopen(path, "rb");
+    if (f == NULL) return -1;
+    int64_t n = (int64_t)fread(out, 1, (size_t)max, f);
+    fclose(f);
+    return n;
+}
+
+static void write_file(const char *path, const void *data, int64_t n) {
+    FILE *f = fopen(path, "wb");
+    if (f == NULL || fwrite(data, 1, (size_t)n, f) != (size_t)n) die("the test cannot write %s", path);
+    fclose(f);
+}
+
+static int exists(const char *path) {
+    return access(path, F_OK) == 0;
+}
+
+static int count_files(const char *pattern) {
+    glob_t found;
+    int n = glob(in_root(pattern), 0, NULL, &found) == 0 ? (int)found.gl_pathc : 0;
+    if (n > 0) globfree(&found);
+    return n;
+}
+
+static pid_t child_begin(void) {
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (freopen(in_root("stderr"), "wb", stderr) == NULL ||
+            freopen(in_root("stdout"), "wb", stdout) == NULL) {
+            _exit(99);
+        }
+    }
+    return pid;
+}
+
+static int child_end(pid_t pid) {
+    int status = 0;
+    waitpid(pid, &status, 0);
+    int64_t n = read_file(in_root("stderr"), child_err, sizeof(child_err) - 1);
+    child_err[n > 0 ? n : 0] = 0;
+    n = read_file(in_root("stdout"), child_out, sizeof(child_out) - 1);
+    child_out[n > 0 ? n : 0] = 0;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+// Runs the statement in a child; `code` becomes its exit code.
+#define IN_CHILD(code, ...)                                                                                  \
+    do {                                                                                                     \
+        pid_t pid_ = child_begin();                                                                          \
+        if (pid_ == 0) {                                                                                     \
+            __VA_ARGS__;                                                                                     \
+            fflush(NULL);                                                                                    \
+            _exit(0);                                                                                        \
+        }                                                                                                    \
+        code = child_end(pid_);                                                                              \
+    } while (0)
+
+// The statement must end the process with code 1 and one line "error: ..." that contains `text`.
+#define DIES(text, ...)                                                                                      \
+    do {                                                                                                     \
+        int code_;                                                                                           \
+        IN_CHILD(code_, __VA_ARGS__);                                                                        \
+        const char *end_ = strchr(child_err, '\n');                                                          \
+        CHECK(code_ == 1, "exit code %d: %s", code_, child_err);                                             \
+        CHECK(strncmp(child_err, "error: ", 7) == 0 && end_ != NULL && end_[1] == 0 &&                       \
+                  strstr(child_err, text) != NULL,                                                           \
+              "'%s' is not one line with '%s'", child_err, text);                                            \
+    } while (0)
+
+// Runs a maker of data with a command line of words; returns its exit code.
+static int run_maker(int (*maker)(int, char **), const char *line) {
+    char copy[PATH_BYTES * 2], *argv[64];
+    int argc = 0, code;
+    snprintf(copy, sizeof(copy), "maker %s", line);
+    for (char *word = strtok(copy, " "); word != NULL; word = strtok(NULL, " ")) argv[argc++] = word;
+    argv[argc] = NULL;
+    IN_CHILD(code, exit(maker(argc, argv)));
+    return code;
+}
+
+static const char *line_of(const char *format, ...) {
+    static char line[PATH_BYTES * 2];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof(line), format, args);
+    va_end(args);
+    return line;
+}
+
+// A shard of tokens first, first + 1, ...
+static void make_shard(const char *path, int64_t first, int64_t n, int64_t vocab_size) {
+    ShardWriter w;
+    shard_writer_open(&w, path, vocab_size);
+    for (int64_t i = 0; i < n; i++) {
+        int32_t token = (int32_t)(first + i);
+        shard_writer_add(&w, &token, 1);
+    }
+    shard_writer_commit(&w);
+}
+
+// A raw shard file: three words of header and `bytes` bytes of zeros behind the header.
+static void raw_shard(const char *path, int32_t magic, int32_t version, int32_t count, int64_t bytes) {
+    int64_t size = SHARD_HEADER_BYTES + bytes;
+    char *data = (char *)xcalloc((size_t)size, 1);
+    int32_t header[3] = {magic, version, count};
+    memcpy(data, header, sizeof(header));
+    write_file(path, data, size);
+    free(data);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// utils.h
+
+static void write_some(const char *path, const char *text, int commit) {
+    AtomicFile a;
+    atomic_open(&a, path);
+    atomic_write(&a, text, strlen(text));
+    if (commit)
+        atomic_commit(&a);
+    else
+        die("failing on purpose, 3 * 7 = %d", 21);
+}
+
+static void write_beyond_limit(const char *path) {
+    struct rlimit limit = {10000, 10000};
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    char block[4096] = {0};
+    AtomicFile a;
+    atomic_open(&a, path);
+    for (int i = 0; i < 100; i++) atomic_write(&a, block, sizeof(block));
+    atomic_commit(&a);
+}
+
+static void test_files(void) {
+    char text[64];
+    const char *path = in_root("atomic.txt");
+    write_some(path, "first", 1);
+    CHECK(read_file(path, text, 64) == 5 && memcmp(text, "first", 5) == 0, "content");
+    CHECK(!exists(in_root("atomic.txt.tmp")), "the temporary file is still there");
+    write_some(path, "second one", 1);
+    CHECK(read_file(path, text, 64) == 10 && memcmp(text, "second one", 10) == 0, "replaced content");
+
+    DIES("failing on purpose, 3 * 7 = 21", write_some(path, "third", 0));
+    CHECK(read_file(path, text, 64) == 10 && memcmp(text, "second one", 10) == 0,
+          "target touched by a failure");
+    CHECK(!exists(in_root("atomic.txt.tmp")), "a failure left its temporary file");
+    DIES("File too large", write_beyond_limit(path));
+    CHECK(read_file(path, text, 64) == 10, "target touched by a full disk");
+    CHECK(!exists(in_root("atomic.txt.tmp")), "a full disk left its temporary file");
+
+    DIES("No such file", write_some(in_root("no_folder/a.txt"), "x", 1));
+    DIES("Not a directory", write_some(in_root("atomic.txt/a.txt"), "x", 1));
+    make_dirs(in_root("deep/er/still"));
+    make_dirs(in_root("deep/er/still/"));
+    CHECK(exists(in_root("deep/er/still")), "make_dirs");
+    DIES("it is a folder", write_some(in_root("deep"), "x", 1));
+    DIES("is in the way", make_dirs(in_root("atomic.txt/sub")));
+    DIES("is in the way", make_dirs(in_root("atomic.txt")));
+    if (geteuid() != 0) {
+        make_dirs(in_root("readonly"));
+        chmod(in_root("readonly"), 0555);
+        DIES("Permission denied", write_some(in_root("readonly/a.txt"), "x", 1));
+        DIES("Permission denied", make_dirs(in_root("readonly/sub")));
+        chmod(in_root("readonly"), 0755);
+    } else {
+        SKIP("a folder without write permission: root may write anywhere");
+    }
+    CHECK(parse_int("-x", "-12", -20, 5) == -12 && parse_double("-y", "0.25", 0, 1) == 0.25, "parse");
+    DIES("-x takes a whole number from 1 to 5, not '6'", parse_int("-x", "6", 1, 5));
+    DIES("not '3k'", parse_int("-x", "3k", 1, 5));
+    DIES("not 'nothing'", parse_int("-x", NULL, 1, 5));
+    DIES("-y takes a number from 0 to 1, not 'nan'", parse_double("-y", "nan", 0, 1));
+#ifdef TEST_ASAN
+    SKIP("running out of memory: the address sanitizer reports it itself");
+#else
+    DIES("out of memory", xmalloc((size_t)1 << 60));
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// rand.h
+
+static void test_random(void) {
+    Rng a, b;
+    rng_seed(&a, 5, 1);
+    rng_seed(&b, 5, 1);
+    int same = 1;
+    for (int i = 0; i < 100; i++) same &= rng_u64(&a) == rng_u64(&b);
+    CHECK(same, "one seed, two sequences");
+    Rng c = a; // a checkpoint
+    CHECK(rng_u64(&a) == rng_u64(&c), "a copied state goes on differently");
+    CHECK(rng_u64_at(rng_key(5, 1), 0) != rng_u64_at(rng_key(5, 2), 0), "streams");
+    CHECK(rng_u64_at(rng_key(5, 1), 0) != rng_u64_at(rng_key(6, 1), 0), "seeds");
+
+    double sum = 0, sum2 = 0, low = 1, high = 0, normal = 0, normal2 = 0, normal4 = 0, lag = 0, last = 0;
+    int n = 200000, counts[7] = {0};
+    for (int i = 0; i < n; i++) {
+        double u = rng_uniform(&a), z = rng_normal_at(9, 3, i);
+        sum += u;
+        sum2 += u * u;
+        low = u < low ? u : low;
+        high = u > high ? u : high;
+        normal += z;
+        normal2 += z * z;
+        normal4 += z * z * z * z;
+        lag += z * last;
+        last = z;
+        counts[rng_below(&a, 7)]++;
+    }
+    CHECK(fabs(sum / n - 0.5) < 0.005 && fabs(sum2 / n - 1.0 / 3) < 0.005, "uniform moments");
+    CHECK(low >= 0 && low < 1e-3 && high < 1 && high > 1 - 1e-3, "uniform range %g %g", low, high);
+    CHECK(fabs(normal / n) < 0.02 && fabs(normal2 / n - 1) < 0.02 && fabs(normal4 / n - 3) < 0.1,
+          "normal moments");
+    CHECK(fabs(lag / n) < 0.02, "neighbouring normals are correlated: %g", lag / n);
+    for (int i = 0; i < 7; i++) CHECK(fabs(counts[i] * 7.0 / n - 1) < 0.03, "below: %d of %d", counts[i], i);
+    CHECK(rng_normal_at(9, 3, 77) == rng_normal_at(9, 3, 77), "normal is no pure function");
+    CHECK(rng_below(&a, 1) == 0, "below 1");
+    int low_third = 0; // a range that divides 2^64 badly: the remainder alone would give 3/4
+    for (int i = 0; i < 20000; i++) low_third += rng_below(&a, (int64_t)3 << 61) < (int64_t)1 << 62;
+    CHECK(fabs(low_third / 20000.0 - 2.0 / 3) < 0.02, "below 3 * 2^61 is biased: %d of 20000", low_third);
+
+    int64_t x[100], seen[100] = {0};
+    int moved = 0;
+    for (int i = 0; i < 100; i++) x[i] = i;
+    rng_shuffle(x, 100, 3, 4);
+    for (int i = 0; i < 100; i++) {
+        seen[x[i]]++;
+        moved += x[i] != i;
+    }
+    for (int i = 0; i < 100; i++) CHECK(seen[i] == 1, "shuffle lost %d", i);
+    CHECK(moved > 80, "shuffle moved only %d", moved);
+    int firsts[4] = {0};
+    for (int s = 0; s < 8000; s++) {
+        int64_t y[4] = {0, 1, 2, 3};
+        rng_shuffle(y, 4, 11, (uint64_t)s);
+        firsts[y[0]]++;
+    }
+    for (int i = 0; i < 4; i++)
+        CHECK(abs(firsts[i] - 2000) < 200, "shuffle is biased: %d first %d", i, firsts[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// shard.h
+
+static void bad_token(const char *path, int32_t token) {
+    ShardWriter w;
+    shard_writer_open(&w, path, 100);
+    shard_writer_add(&w, &token, 1);
+    shard_writer_commit(&w);
+}
+
+static void test_shards(void) {
+    for (int wide = 0; wide < 2; wide++) {
+        const char *path = in_root(wide ? "wide.bin" : "narrow.bin");
+        int64_t first = wide ? 65000 : 0, n = 1234;
+        make_shard(path, first, n, wide ? 70000 : 65536);
+        char raw[SHARD_HEADER_BYTES];
+        int32_t header[3];
+        struct stat st;
+        read_file(path, raw, sizeof(raw));
+        memcpy(header, raw, sizeof(header));
+        stat(path, &st);
+        CHECK(header[0] == (wide ? 20240801 : 20240520) && header[1] == (wide ? 7 : 1) && header[2] == n,
+              "header %d %d %d", header[0], header[1], header[2]);
+        CHECK(st.st_size == 1024 + n * (wide ? 4 : 2), "size %lld", (long long)st.st_size);
+        Shard s;
+        uint32_t out[1234];
+        shard_open(&s, path);
+        CHECK(s.count == n && s.token_bytes == (wide ? 4 : 2), "count, width");
+        shard_read(&s, 0, n, out);
+        int good = 1;
+        for (int64_t i = 0; i < n; i++) good &= out[i] == (uint32_t)(first + i);
+        CHECK(good, "tokens of the whole shard");
+        shard_read(&s, 1000, 7, out);
+        CHECK(out[0] == (uint32_t)first + 1000 && out[6] == (uint32_t)first + 1006, "tokens in the middle");
+        DIES("has become shorter", shard_read(&s, 1230, 5, out));
+        shard_close(&s);
+    }
+    // a shard written by hand, as llm.c's Python does
+    uint16_t hand[512 + 3] = {0};
+    int32_t header[3] = {20240520, 1, 3};
+    memcpy(hand, header, sizeof(header));
+    hand[512] = 50256;
+    hand[513] = 65535;
+    hand[514] = 7;
+    write_file(in_root("hand.bin"), hand, sizeof(hand));
+    Shard s;
+    uint32_t out[3];
+    shard_open(&s, in_root("hand.bin"));
+    shard_read(&s, 0, 3, out);
+    CHECK(out[0] == 50256 && out[1] == 65535 && out[2] == 7, "hand-made shard");
+    shard_close(&s);
+
+    make_shard(in_root("kept.bin"), 0, 10, 100);
+    DIES("token 100 is outside the vocabulary of 100", bad_token(in_root("kept.bin"), 100));
+    DIES("token -1 is outside", bad_token(in_root("kept.bin"), -1));
+    shard_open(&s, in_root("kept.bin"));
+    CHECK(s.count == 10 && !exists(in_root("kept.bin.tmp")), "a failing writer touched its target");
+    shard_close(&s);
+}
+
+static void load_answers(const char *path) {
+    Answers a;
+    answers_load(&a, path);
+}
+
+static void test_answers(void) {
+    Answer list[3] = {{3, 1}, {9, 5}, {((int64_t)1 << 40) + 1, (int64_t)1 << 33}};
+    Answers a = {3, 64, list}, b;
+    char raw[80], path[PATH_BYTES];
+    answers_path(path, "x/y_000000.bin");
+    CHECK(strcmp(path, "x/y_000000.answers") == 0, "%s", path);
+    CHECK(answers_load(&b, in_root("none.bin")) == 1, "answers that are not there");
+    answers_save(&a, in_root("some.bin"));
+    CHECK(answers_load(&b, in_root("some.bin")) == 0 && b.count == 3 && b.seq_len == 64 &&
+              memcmp(b.answers, list, sizeof(list)) == 0,
+          "answers come back otherwise");
+    answers_free(&b);
+    CHECK(read_file(in_root("some.answers"), raw, sizeof(raw)) == 80, "size");
+    write_file(in_root("some.answers"), raw, 79);
+    DIES("is broken", load_answers(in_root("some.bin")));
+    write_file(in_root("some.answers"), raw, 20);
+    DIES("is truncated", load_answers(in_root("some.bin")));
+    raw[0]++;
+    write_file(in_root("some.answers"), raw, 80);
+    DIES("is no file of answers", load_answers(in_root("some.bin")));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dataloader.h
+
+enum { SEQ = 8, VOCAB = 1 << 20 };
+
+static void open_plain(const char *pattern, int64_t seq_len) {
+    DataLoader l;
+    loader_open(&l, pattern, 1, seq_len, VOCAB, 0, 1, 0, 1);
+    loader_close(&l);
+}
+
+static void seek_to(const char *pattern, int64_t epoch, int64_t position) {
+    DataLoader l;
+    loader_open(&l, pattern, 1, SEQ, VOCAB, 0, 1, 0, 1);
+    loader_seek(&l, epoch, position);
+}
+
+static void read_all(const char *pattern, int64_t vocab_size) {
+    DataLoader l;
+    int32_t x[SEQ], y[SEQ];
+    loader_open(&l, pattern, 1, SEQ, vocab_size, 0, 1, 0, 1);
+    for (int64_t i = 0; i < l.samples; i++) loader_next(&l, x, y);
+    loader_close(&l);
+}
+
+static void shrink_while_open(const char *path) {
+    DataLoader l;
+    int32_t x[SEQ], y[SEQ];
+    loader_open(&l, path, 1, SEQ, VOCAB, 0, 1, 0, 1);
+    loader_next(&l, x, y);
+    if (truncate(path, 1024 + 4 * SEQ) != 0) die("the test cannot truncate %s", path);
+    loader_next(&l, x, y);
+}
+
+static void change_before_first_read(const char *path) {
+    DataLoader l;
+    int32_t x[SEQ], y[SEQ];
+    loader_open(&l, path, 1, SEQ, VOCAB, 0, 1, 0, 1);
+    make_shard(path, 0, 50, VOCAB);
+    loader_next(&l, x, y);
+}
+
+static void test_loader_errors(void) {
+    int code;
+    make_dirs(in_root("bad"));
+    DIES("no shard matches", open_plain(in_root("bad/none_*.bin"), SEQ));
+    raw_shard(in_root("bad/magic.bin"), 12345, 1, 100, 200);
+    DIES("magic 12345 found, 20240520", open_plain(in_root("bad/magic.bin"), SEQ));
+    raw_shard(in_root("bad/version.bin"), 20240520, 7, 100, 200);
+    DIES("has version 7, but version 1", open_plain(in_root("bad/version.bin"), SEQ));
+    raw_shard(in_root("bad/version.bin"), 20240801, 1, 100, 400);
+    DIES("has version 1, but version 7", open_plain(in_root("bad/version.bin"), SEQ));
+    raw_shard(in_root("bad/width.bin"), 20240520, 1, 100, 400);
+    DIES("wrong token width: 1424 bytes found", open_plain(in_root("bad/width.bin"), SEQ));
+    raw_shard(in_root("bad/width.bin"), 20240801, 7, 100, 200);
+    DIES("wrong token width: 1224 bytes found", open_plain(in_root("bad/width.bin"), SEQ));
+    raw_shard(in_root("bad/short.bin"), 20240520, 1, 100, 199);
+    DIES("truncated: 1223 bytes found, 1224 expected", open_plain(in_root("bad/short.bin"), SEQ));
+    raw_shard(in_root("bad/long.bin"), 20240520, 1, 100, 201);
+    DIES("too long: 1225 bytes found, 1224 expected", open_plain(in_root("bad/long.bin"), SEQ));
+    write_file(in_root("bad/header.bin"), "abc", 3);
+    DIES("truncated: 3 bytes found", open_plain(in_root("bad/header.bin"), SEQ));
+    raw_shard(in_root("bad/zero.bin"), 20240520, 1, 0, 0);
+    DIES("holds 0 tokens", open_plain(in_root("bad/zero.bin"), SEQ));
+    raw_shard(in_root("bad/negative.bin"), 20240520, 1, -5, 0);
+    DIES("holds -5 tokens", open_plain(in_root("bad/negative.bin"), SEQ));
+    make_dirs(in_root("bad/folder.bin"));
+    DIES("not a file", open_plain(in_root("bad/folder.bin"), SEQ));
+
+    make_dirs(in_root("small"));
+    make_shard(in_root("small/a.bin"), 0, SEQ, VOCAB);
+    DIES("too short: a sample has 9 tokens, the longest shard 8", open_plain(in_root("small/*.bin"), SEQ));
+    make_shard(in_root("small/b.bin"), 100, SEQ + 1, VOCAB);
+    IN_CHILD(code, open_plain(in_root("small/*.bin"), SEQ));
+    CHECK(code == 0 && strncmp(child_err, "warning: ", 9) == 0 &&
+              strstr(child_err, "a.bin is skipped: 8 tokens"),
+          "code %d, '%s'", code, child_err);
+    IN_CHILD(code, read_all(in_root("small/*.bin"), VOCAB));
+    CHECK(code == 0, "the other shard is read: '%s'", child_err);
+
+    DIES("b.bin: token 8 is 108, beyond the vocabulary of 108", read_all(in_root("small/b.bin"), 108));
+    IN_CHILD(code, read_all(in_root("small/b.bin"), 109));
+    CHECK(code == 0, "the last token of the vocabulary: '%s'", child_err);
+    DIES("no sample 1 in epoch 0: 1 samples found", seek_to(in_root("small/b.bin"), 0, 1));
+    DIES("no sample -1", seek_to(in_root("small/b.bin"), 0, -1));
+    DIES("in epoch -1", seek_to(in_root("small/b.bin"), -1, 0));
+    // 32-bit tokens beyond the reach of int32
+    uint32_t huge[256 + SEQ + 1] = {20240801, 7, SEQ + 1};
+    huge[256 + 4] = 3000000000u;
+    write_file(in_root("bad/huge.bin"), huge, sizeof(huge));
+    DIES("token 4 is 3000000000, beyond", read_all(in_root("bad/huge.bin"), VOCAB));
+    make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
+    DIES("has become shorter while in use", shrink_while_open(in_root("small/c.bin")));
+    make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
+    DIES("has changed while in use: 40 tokens before, 50 now",
+         change_before_first_read(in_root("small/c.bin")));
+}
+
+// Three shards of 7, 5 and 11 samples (and a few tokens left over), whose tokens tell where they come from:
+// token = 1000 * shard + place.
+enum { SAMPLES = 23, SHARDS = 3, DRAWN = 240 };
+static const int shard_samples[SHARDS] = {7, 5, 11};
+
+// The first DRAWN samples in order, as loaded by `ranks` ranks of `batch`: the first token of each.
+static void draw(int64_t *out, int shuffle, uint64_t seed, int ranks, int64_t batch) {
+    int32_t *x = (int32_t *)xmalloc((size_t)(batch * SEQ) * 4),
+            *y = (int32_t *)xmalloc((size_t)(batch * SEQ) * 4);
+    for (int rank = 0; rank < ranks; rank++) {
+        DataLoader l;
+        loader_open(&l, in_root("three/s_*.bin"), batch, SEQ, VOCAB, shuffle, seed, rank, ranks);
+        CHECK(l.samples == SAMPLES && l.shard_count == SHARDS, "%lld samples", (long long)l.samples);
+        for (int64_t step = 0; step * ranks * batch < DRAWN; step++) {
+            loader_next(&l, x, y);
+            for (int64_t row = 0; row < batch; row++) {
+                int64_t at = (step * ranks + rank) * batch + row;
+                int good = 1;
+                for (int t = 0; t < SEQ; t++) {
+                    good &= x[row * SEQ + t] == x[row * SEQ] + t && y[row * SEQ + t] == x[row * SEQ] + t + 1;
+                }
+                CHECK(good, "sample %lld is no run of tokens", (long long)at);
+                if (at < DRAWN) out[at] = x[row * SEQ];
+            }
+            int64_t taken = (step + 1) * ranks * batch;
+            CHECK(l.epoch == taken / SAMPLES && l.position == taken % SAMPLES, "position");
+        }
+        loader_close(&l);
+    }
+    free(x);
+    free(y);
+}
+
+static void test_loader_order(void) {
+    static int64_t order[DRAWN], other[DRAWN];
+    make_dirs(in_root("three"));
+    for (int s = 0; s < SHARDS; s++) {
+        // the middle one has 16-bit tokens: widths may mix
+        make_shard(in_root(line_of("three/s_%d.bin", s)), 1000 * s, shard_samples[s] * (SEQ + 1) + 3 * s,
+                   s == 1 ? 65536 : VOCAB);
+    }
+    draw(order, 0, 1, 1, 1);
+    for (int i = 0; i < DRAWN; i++) {
+        int k = i % SAMPLES, s = 0;
+        while (k >= shard_samples[s]) k -= shard_samples[s++];
+        CHECK(order[i] == 1000 * s + k * (SEQ + 1), "file order at %d: %d", i, (int)order[i]);
+    }
+
+    draw(order, 1, 7, 1, 1);
+    for (int epoch = 0; epoch < DRAWN / SAMPLES; epoch++) {
+        int seen[SHARDS][16] = {{0}}, changes = 0;
+        for (int k = 0; k < SAMPLES; k++) {
+            int64_t token = order[epoch * SAMPLES + k];
+            if (k > 0 && token / 1000 != order[epoch * SAMPLES + k - 1] / 1000) changes++;
+            if (token % 1000 % (SEQ + 1) == 0) seen[token / 1000][token % 1000 / (SEQ + 1)]++;
+        }
+        for (int s = 0; s < SHARDS; s++) {
+            for (int k = 0; k < shard_samples[s]; k++)
+                CHECK(seen[s][k] == 1, "epoch %d: shard %d, %d", epoch, s, k);
+        }
+        CHECK(changes == SHARDS - 1, "epoch %d goes from shard to shard %d times", epoch, changes);
+    }
+    CHECK(memcmp(order, order + SAMPLES, SAMPLES * 8) != 0, "two epochs have one order");
+    int first_shards = 0;
+    for (int e = 0; e < DRAWN / SAMPLES; e++) first_shards |= 1 << (order[e * SAMPLES] / 1000);
+    CHECK((first_shards & (first_shards - 1)) != 0, "shards are never shuffled");
+    draw(other, 1, 8, 1, 1);
+    CHECK(memcmp(order, other, SAMPLES * 8) != 0, "two seeds have one order");
+
+    static const int ranks[] = {1, 2, 3, 4, 8};
+    static const int64_t batches[] = {1, 2, 5, 60}; // 60: several epochs a batch
+    for (int r = 0; r < 5; r++) {
+        for (int b = 0; b < 4; b++) {
+            draw(other, 1, 7, ranks[r], batches[b]);
+            CHECK(memcmp(order, other, sizeof(order)) == 0, "%d ranks of %d see another order", ranks[r],
+                  (int)batches[b]);
+        }
+    }
+}
+
+// Shards of equal size are shuffled in different orders.
+static void test_loader_shards_differ(void) {
+    DataLoader l;
+    int32_t x[SEQ], y[SEQ], order[2][16];
+    make_dirs(in_root("twins"));
+    make_shard(in_root("twins/a.bin"), 0, 16 * (SEQ + 1), VOCAB);
+    make_shard(in_root("twins/b.bin"), 0, 16 * (SEQ + 1), VOCAB);
+    loader_open(&l, in_root("twins/*.bin"), 1, SEQ, VOCAB, 1, 3, 0, 1);
+    for (int i = 0; i < 32; i++) {
+        loader_next(&l, x, y);
+        order[i / 16][i % 16] = x[0];
+    }
+    loader_close(&l);
+    CHECK(memcmp(order[0], order[1], sizeof(order[0])) != 0, "two shards have one order");
+}
+
+static void test_loader_resume(void) {
+    DataLoader a, b;
+    int32_t x[3 * SEQ], y[3 * SEQ], u[3 * SEQ], v[3 * SEQ];
+    loader_open(&a, in_root("three/s_*.bin"), 3, SEQ, VOCAB, 1, 5, 1, 2);
+    loader_open(&b, in_root("three/s_*.bin"), 3, SEQ, VOCAB, 1, 5, 1, 2);
+    for (int step = 0; step < 30; step++) {
+        int64_t epoch = a.epoch, position = a.position;
+        loader_next(&a, x, y);
+        DataLoader fresh;
+        loader_open(&fresh, in_root("three/s_*.bin"), 3, SEQ, VOCAB, 1, 5, 1, 2);
+        loader_seek(&fresh, epoch, position);
+        loader_next(&fresh, u, v);
+        CHECK(memcmp(x, u, sizeof(x)) == 0 && memcmp(y, v, sizeof(y)) == 0, "resumed at step %d", step);
+        CHECK(fresh.epoch == a.epoch && fresh.position == a.position, "position after step %d", step);
+        loader_close(&fresh);
+        loader_seek(&b, 40 - step, 3); // somewhere else, then back
+        loader_next(&b, u, v);
+        loader_seek(&b, epoch, position);
+        loader_next(&b, u, v);
+        CHECK(memcmp(x, u, sizeof(x)) == 0 && memcmp(y, v, sizeof(y)) == 0, "sought back at step %d", step);
+    }
+    loader_close(&a);
+    loader_close(&b);
+}
+
+static void check_boundaries(const int32_t *tokens, int eot, int mask, int64_t expected,
+                             const int64_t *starts) {
+    int64_t cu[13];
+    memset(cu, 0xff, sizeof(cu));
+    int64_t n = doc_boundaries(tokens, 3, 4, eot, mask, cu);
+    CHECK(n == expected && memcmp(cu, starts, (size_t)(expected + 1) * 8) == 0,
+          "eot %d, mask %d: %lld sequences", eot, mask, (long long)n);
+}
+
+static void test_boundaries(void) {
+    const int32_t tokens[12] = {5, 9, 1, 2, 9, 1, 2, 3, 1, 2, 9, 9};
+    const int64_t rows[] = {0, 4, 8, 12}, docs[] = {0, 1, 4, 8, 10, 11, 12};
+    const int64_t all[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+    const int32_t ends[12] = {9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9};
+    check_boundaries(tokens, 9, 1, 6, docs);
+    check_boundaries(tokens, 9, 0, 3, rows);
+    check_boundaries(tokens, -1, 1, 3, rows);
+    check_boundaries(tokens, 77, 1, 3, rows);
+    check_boundaries(ends, 9, 1, 12, all);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// tokenizer.h
+
+static int64_t encode(const Tokenizer *t, const char *text, int32_t *out) {
+    return tokenizer_encode(t, text, (int64_t)strlen(text), out, 64);
+}
+
+static void check_tokens(const Tokenizer *t, const char *text, const char *expected) {
+    int32_t out[64];
+    char got[1024] = "";
+    int64_t n = encode(t, text, out);
+    for (int64_t i = 0; i < n; i++) {
+        int length;
+        const char *piece = tokenizer_piece(t, out[i], &length);
+        snprintf(got + strlen(got), sizeof(got) - strlen(got), "[%.*s]", length, piece);
+    }
+    CHECK(strcmp(got, expected) == 0, "'%s' became %s, not %s", text, got, expected);
+}
+
+static const char *printed(const Tokenizer *t, const int32_t *tokens, int64_t n) {
+    static char text[256];
+    FILE *f = fopen(in_root("printed"), "wb");
+    tokenizer_print(t, f, tokens, n);
+    fclose(f);
+    int64_t length = read_file(in_root("printed"), text, sizeof(text) - 1);
+    text[length > 0 ? length : 0] = 0;
+    return text;
+}
+
+static void load_tokenizer(const char *path) {
+    Tokenizer t;
+    tokenizer_load(&t, path);
+}
+
+static void encode_dying(const Tokenizer *t, const char *text) {
+    int32_t out[64];
+    encode(t, text, out);
+}
+
+static void test_word_tokenizer(void) {
+    const char *pieces[5] = {"<|end|>", "the", "cat", ".", "sat"};
+    const int lengths[5] = {7, 3, 3, 1, 3};
+    const int32_t ids[] = {1, 2, 4, 99, -3, 3};
+    int32_t out[64];
+    Tokenizer t;
+    char path[PATH_BYTES];
+    snprintf(path, sizeof(path), "%s", in_root("words.bin"));
+    CHECK(tokenizer_load(&t, in_root("none.bin")) == 1, "a tokenizer that is not there");
+    tokenizer_write(path, TOKENIZER_WORDS, 5, 0, pieces, lengths, NULL);
+    CHECK(tokenizer_load(&t, path) == 0 && t.kind == TOKENIZER_WORDS && t.vocab_size == 5 && t.eot == 0,
+          "load");
+    CHECK(encode(&t, "  the cat\n sat\t. ", out) == 4 && out[0] == 1 && out[1] == 2 && out[2] == 4 &&
+              out[3] == 3,
+          "encode");
+    CHECK(encode(&t, "", out) == 0 && encode(&t, " \n", out) == 0, "nothing to encode");
+    CHECK(strcmp(printed(&t, ids, 6), "the cat sat .") == 0, "'%s'", printed(&t, ids, 6));
+    out[2] = -7;
+    CHECK(tokenizer_encode(&t, "the cat sat", 11, out, 2) == 3 && out[2] == -7, "more tokens than room");
+    DIES("no word 'dog'", encode_dying(&t, "the dog sat"));
+    DIES("no word 'cat.'", encode_dying(&t, "the cat."));
+    DIES("no word '<|end|>'", encode_dying(&t, "<|end|>"));
+    tokenizer_free(&t);
+
+    static char raw[4096];
+    int64_t size = read_file(path, raw, sizeof(raw));
+    for (int64_t cut = 0; cut < size; cut += cut < 1020 ? 340 : 1) {
+        int code;
+        write_file(in_root("cut.bin"), raw, cut);
+        IN_CHILD(code, load_tokenizer(in_root("cut.bin")));
+        CHECK(code == 1 && strncmp(child_err, "error: tokenizer ", 17) == 0, "cut at %d: %s", (int)cut,
+              child_err);
+    }
+    write_file(in_root("cut.bin"), raw, size + 1);
+    DIES("too long", load_tokenizer(in_root("cut.bin")));
+    for (int field = 0; field < 5; field++) { // each field of the header, spoiled
+        static const char *const expected[] = {"is no tokenizer", "has version 77", "it has 77 tokens",
+                                               "end-of-text 77", "kind 77"};
+        char bad[4096];
+        int32_t value = 77;
+        memcpy(bad, raw, (size_t)size);
+        memcpy(bad + 4 * field, &value, 4);
+        write_file(in_root("cut.bin"), bad, size);
+        DIES(expected[field], load_tokenizer(in_root("cut.bin")));
+    }
+    DIES("not a file", load_tokenizer(root));
+}
+
+// A small BPE: the 256 bytes, some merges out of order of id, and a special token that text can't make.
+static void test_bpe_tokenizer(void) {
+    enum { MERGES = 16, N = 256 + MERGES };
+    static const char *const merged[MERGES] = {"he",       "ll",   "hell",   "hello",  " w",  "or",
+                                               "ld",       " wor", " world", "lo",     "llo", "12",
+                                               "\xc3\xa9", "xy",   "yz",     "<|end|>"};
+    static const int32_t rank[MERGES] = {0, 9, 10, 11, 1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 13, -1};
+    static const char *const whole[] = {"hello", " world", "12", "\xc3\xa9", "llo", "or"};
+    const char *pieces[N];
+    char bytes[256];
+    int lengths[N];
+    int32_t ranks[N], out[64];
+    for (int i = 0; i < 256; i++) {
+        bytes[i] = (char)(255 - i); // GPT-2's bytes are not in order either
+        pieces[i] = &bytes[i];
+        lengths[i] = 1;
+        ranks[i] = -1;
+    }
+    for (int i = 0; i < MERGES; i++) {
+        pieces[256 + i] = merged[i];
+        lengths[256 + i] = (int)strlen(merged[i]);
+        ranks[256 + i] = rank[i];
+    }
+    Tokenizer t;
+    tokenizer_write(in_root("bpe.bin"), TOKENIZER_BPE, N, N - 1, pieces, lengths, ranks);
+    CHECK(tokenizer_load(&t, in_root("bpe.bin")) == 0 && t.kind == TOKENIZER_BPE && t.vocab_size == N &&
+              t.eot == N - 1 && t.rank[256 + 3] == 11 && t.rank[0] == -1,
+          "load");
+    check_tokens(&t, "hello", "[hello]"); // he, lo, llo, then "he" + "llo" spells a token
+    check_tokens(&t, "xyz", "[x][yz]");   // the lowest rank first, not the leftmost
+    check_tokens(&t, "xyxyz", "[xy][x][yz]");
+    check_tokens(&t, "hell", "[hell]");
+    check_tokens(&t, " world", "[ world]");
+    check_tokens(&t, "world", "[w][or][ld]");
+    check_tokens(&t, "  world", "[ ][ world]");
+    check_tokens(&t, "x 12 123", "[x][ ][12][ ][12][3]");
+    check_tokens(&t, "12ld", "[12][ld]"); // digits and letters do not merge
+    check_tokens(&t, "<|end|>", "[<][|][e][n][d][|][>]");
+    check_tokens(&t, "caf\xc3\xa9", "[c][a][f][\xc3\xa9]");
+    check_tokens(&t, "", "");
+    for (size_t i = 0; i < sizeof(whole) / sizeof(whole[0]); i++) {
+        int64_t n = encode(&t, whole[i], out);
+        CHECK(strcmp(printed(&t, out, n), whole[i]) == 0, "'%s' does not come back", whole[i]);
+    }
+    const char *text = "hello world 12's  \n\n hello\tllo!?";
+    int64_t n = encode(&t, text, out);
+    CHECK(n > 0 && n < 64 && strcmp(printed(&t, out, n), text) == 0, "'%s'", printed(&t, out, n));
+    tokenizer_free(&t);
+}
+
+// GPT-2's splitting of text, before merges.
+static void test_stretches(void) {
+    static const char *const text[] = {"Hello world", " a1b", "don't we'll 'x", "a  b",
+                                       "a \n b",      "x   ", "?! ..a",         " \xe2\x82\xac"};
+    static const char *const expected[] = {"Hello| world", " a|1|b",       "don|'t| we|'ll| '|x",
+                                           "a| | b",       "a| \n| b",     "x|   ",
+                                           "?!| ..|a",     " \xe2\x82\xac"};
+    for (int i = 0; i < 8; i++) {
+        char got[64] = "";
+        int64_t length = (int64_t)strlen(text[i]), n;
+        for (int64_t at = 0; at < length; at += n) {
+            n = tokenizer_stretch(text[i] + at, length - at);
+            if (n < 1 || n > length - at) break;
+            snprintf(got + strlen(got), sizeof(got) - strlen(got), "%s%.*s", at > 0 ? "|" : "", (int)n,
+                     text[i] + at);
+        }
+        CHECK(strcmp(got, expected[i]) == 0, "'%s' is split '%s', not '%s'", text[i], got, expected[i]);
+    }
+}
+
+// llm.c's own file, versions 1 and 2.
+static void test_llmc_tokenizer(void) {
+    for (uint32_t version = 1; version <= 2; version++) {
+        int n = version == 1 ? 50257 : 259;
+        uint32_t header[256] = {20240328, version, (uint32_t)n, version == 1 ? 0 : 258};
+        FILE *f = fopen(in_root("gpt2.bin"), "wb");
+        fwrite(header, sizeof(header), 1, f);
+        for (int i = 0; i < n; i++) {
+            char piece[16];
+            int length = 1;
+            piece[0] = (char)i;
+            if (i >= 256) length = snprintf(piece, 16, i == 256 ? "th" : i == 257 ? "the" : "x%d", i);
+            if (i == n - 1) length = snprintf(piece, 16, "<|endoftext|>");
+            fputc(length, f);
+            fwrite(piece, 1, (size_t)length, f);
+        }
+        fclose(f);
+        Tokenizer t;
+        int32_t out[64];
+        CHECK(tokenizer_load(&t, in_root("gpt2.bin")) == 0 && t.kind == TOKENIZER_BPE && t.vocab_size == n &&
+                  t.eot == n - 1,
+              "version %u: %d tokens, end-of-text %d", version, t.vocab_size, t.eot);
+        CHECK(encode(&t, "the thx", out) == 4 && out[0] == 257 && out[1] == ' ' && out[2] == 256 &&
+                  out[3] == 'x',
+              "version %u", version);
+        tokenizer_free(&t);
+    }
+    uint32_t header[256] = {20240328, 3, 1, 0};
+    write_file(in_root("gpt2.bin"), header, sizeof(header));
+    DIES("version 3, 1 or 2 expected", load_tokenizer(in_root("gpt2.bin")));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// sampler.h and schedule.h
+
+static void test_sampler(void) {
+    int32_t order[8];
+    float probs[8];
+    const float logits[6] = {0.0f, 3.0f, 1.0f, 3.0f, -INFINITY, 2.0f};
+    CHECK(sample_token(logits, 6, 0, 1, 0.99, order, probs) == 1, "temperature 0 takes the first of equals");
+    const float one[1] = {-5.0f};
+    CHECK(sample_token(one, 1, 1, 0.5, 0.7, order, probs) == 0, "a vocabulary of one");
+
+    // probabilities 0.1 0.4 0.2 0.3 at temperature 1
+    float p[4] = {logf(0.1f), logf(0.4f), logf(0.2f), logf(0.3f)};
+    static const struct {
+        double top_p, coin;
+        int token;
+    } cases[] = {{1, 0, 1},       {1, 0.39, 1},    {1, 0.41, 3},     {1, 0.69, 3},    {1, 0.71, 2},
+                 {1, 0.89, 2},    {1, 0.91, 0},    {1, 0.999999, 0}, {0.4, 0.99, 1},  {0.35, 0.99, 1},
+                 {0.65, 0.56, 1}, {0.65, 0.58, 3}, {0.65, 0.99, 3},  {0.85, 0.99, 2}, {1e-9, 0.5, 1}};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        int token = sample_token(p, 4, 1, cases[i].top_p, cases[i].coin, order, probs);
+        CHECK(token == cases[i].token, "top_p %g, coin %g: %d, not %d", cases[i].top_p, cases[i].coin, token,
+              cases[i].token);
+    }
+    int counts[6] = {0}, n = 100000;
+    Rng r;
+    rng_seed(&r, 1, 2);
+    double total = 0, weight[6];
+    for (int i = 0; i < 6; i++) total += weight[i] = exp(logits[i] / 2.0);
+    for (int i = 0; i < n; i++) counts[sample_token(logits, 6, 2, 1, rng_uniform(&r), order, probs)]++;
+    for (int i = 0; i < 6; i++) {
+        CHECK(fabs(counts[i] / (double)n - weight[i] / total) < 0.006,
+              "temperature 2: token %d drawn %d times", i, counts[i]);
+    }
+    CHECK(sample_token(logits, 6, 1e-30, 1, 0.2, order, probs) == 1, "a tiny temperature");
+    const float nan[2] = {0.0f, NAN}, inf[2] = {INFINITY, 0.0f};
+    DIES("logit of token 1 is", sample_token(nan, 2, 1, 1, 0, order, probs));
+    DIES("logit of token 1 is", sample_token(nan, 2, 0, 1, 0, order, probs));
+    DIES("logit of token 0 is inf", sample_token(inf, 2, 1, 1, 0, order, probs));
+
+    // a large vocabulary, against sorting by hand
+    enum { BIG = 5000 };
+    static float many[BIG], many_probs[BIG];
+    static int32_t many_order[BIG];
+    for (int i = 0; i < BIG; i++) many[i] = (float)rng_normal_at(3, 3, i);
+    for (int k = 0; k < 20; k++) {
+        double coin = k / 20.0, before = 0, sum = 0;
+        int token = sample_token(many, BIG, 1, 1, coin, many_order, many_probs);
+        for (int i = 0; i < BIG; i++) {
+            sum += exp(many[i]);
+            if (many[i] > many[token]) before += exp(many[i]);
+        }
+        CHECK(before / sum <= coin + 1e-5 && (before + exp(many[token])) / sum >= coin - 1e-5, "coin %g",
+              coin);
+    }
+}
+
+static void test_schedule(void) {
+    CHECK(learning_rate(0, 2e-3, 10, 100, 0.1) == 2e-4, "first step");
+    CHECK(fabs(learning_rate(4, 2e-3, 10, 100, 0.1) - 1e-3) < 1e-18, "half of the warm-up");
+    CHECK(learning_rate(9, 2e-3, 10, 100, 0.1) == 2e-3, "end of the warm-up");
+    CHECK(learning_rate(10, 2e-3, 10, 100, 0.1) == 2e-3, "start of the cosine");
+    CHECK(fabs(learning_rate(55, 2e-3, 10, 100, 0.1) - 1.1e-3) < 1e-15, "middle of the cosine");
+    CHECK(fabs(learning_rate(40, 2e-3, 10, 100, 0.0) - 1.5e-3) < 1e-15, "a third of the cosine");
+    CHECK(learning_rate(100, 2e-3, 10, 100, 0.1) == 2e-4 && learning_rate(900, 2e-3, 10, 100, 0.1) == 2e-4,
+          "end");
+    CHECK(learning_rate(0, 1, 0, 10, 0) == 1 && learning_rate(10, 1, 0, 10, 0) == 0, "no warm-up");
+    CHECK(learning_rate(3, 1, 5, 5, 0.5) == 0.8 && learning_rate(5, 1, 5, 5, 0.5) == 0.5,
+          "warm-up to the end");
+    for (int i = 10; i < 100; i++) {
+        CHECK(learning_rate(i + 1, 1, 10, 100, 0.1) < learning_rate(i, 1, 10, 100, 0.1), "falls at %d", i);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// data/recall.c
+
+typedef struct {
+    int64_t statements, recalls, fillers, filler_turns, held, replaced;
+    int64_t buckets[BUCKETS];
+} Census;
+
+// Reads a part's only shard by the rules, from its tokens alone, and compares with its answers file.
+static void census(const char *path, int64_t seq_len, int names, int things, int fillers, Census *c) {
+    Shard s;
+    Answers a;
+    uint32_t *doc = (uint32_t *)xmalloc((size_t)(seq_len + 1) * 4);
+    int64_t *place = (int64_t *)xmalloc((size_t)names * 8), *thing = (int64_t *)xmalloc((size_t)names * 8);
+    int64_t answer = 0, wrong = 0, misplaced = 0, grammar = 0;
+    memset(c, 0, sizeof(*c));
+    shard_open(&s, path);
+    CHECK(answers_load(&a, path) == 0 && a.seq_len == seq_len, "answers of %s", path);
+    CHECK(s.count % (seq_len + 1) == 0, "%lld tokens are no whole documents", (long long)s.count);
+    uint32_t name0 = 5, thing0 = 5 + (uint32_t)names, filler0 = thing0 + (uint32_t)things;
+    for (int64_t first = 0; first < s.count; first += seq_len + 1) {
+        int64_t held = 0, quarter = (seq_len + 1) / 4;
+        shard_read(&s, first, seq_len + 1, doc);
+        for (int i = 0; i < names; i++) place[i] = thing[i] = -1;
+        grammar += doc[0] != 0;
+        for (int64_t t = 1; t <= seq_len;) {
+            uint32_t verb = doc[t];
+            if (verb == 1 || verb == 2) {
+                if (t + 4 > seq_len) break; // cut
+                uint32_t name = doc[t + 1] - name0, told = doc[t + 3] - thing0;
+                if (name >= (uint32_t)names || told >= (uint32_t)things || doc[t + 2] != 3 ||
+                    doc[t + 4] != 4) {
+                    grammar++;
+                    break;
+                }
+                c->statements++;
+                if (verb == 2) {
+                    c->recalls++;
+                    wrong += thing[name] != (int64_t)told; // the newest thing told
+                    int64_t distance = t + 3 - place[name];
+                    if (answer >= a.count || a.answers[answer].index != first + t + 3 ||
+                        a.answers[answer].distance != distance || place[name] < 0) {
+                        misplaced++;
+                    }
+                    answer++;
+                    c->buckets[bucket_of(distance)]++;
+                    held += place[name] < quarter && t >= seq_len + 1 - quarter;
+                }
+                if (verb == 1) c->replaced += thing[name] >= 0 && thing[name] != (int64_t)told;
+                thing[name] = told;
+                place[name] = t + 3;
+                t += 5;
+            } else {
+                int64_t words = 0;
+                while (t + words <= seq_len && doc[t + words] >= filler0) {
+                    grammar += doc[t + words] >= filler0 + (uint32_t)fillers;
+                    words++;
+                }
+                if (t + words > seq_len) break; // cut
+                grammar += doc[t + words] != 4 || words < FILLER_MIN || words > FILLER_MAX;
+                c->filler_turns++;
+                t += words + 1;
+            }
+        }
+        // an answer in a statement whose period was cut off
+        if (answer < a.count && a.answers[answer].index == first + seq_len) {
+            uint32_t name = doc[seq_len - 2] - name0;
+            wrong += thing[name] != (int64_t)(doc[seq_len] - thing0);
+            misplaced += a.answers[answer].distance != seq_len - place[name];
+            c->buckets[bucket_of(a.answers[answer].distance)]++;
+            held += place[name] < quarter;
+            answer++;
+        }
+        c->held += held;
+    }
+    CHECK(grammar == 0, "%lld sentences against the grammar", (long long)grammar);
+    CHECK(wrong == 0, "%lld of %lld answers are not the newest thing told", (long long)wrong,
+          (long long)answer);
+    CHECK(misplaced == 0 && answer == a.count,
+          "%lld answers at a wrong place or distance, %lld of %lld found", (long long)misplaced,
+          (long long)answer, (long long)a.count);
+    shard_close(&s);
+    answers_free(&a);
+    free(doc);
+    free(place);
+    free(thing);
+}
+
+static void test_recall(void) {
+    Census c;
+    char before[64], after[64];
+    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0, "recall fails: %s", child_err);
+    Tokenizer t;
+    int32_t tokens[8];
+    CHECK(tokenizer_load(&t, in_root("rec/tokenizer.bin")) == 0 && t.kind == TOKENIZER_WORDS &&
+              t.vocab_size == 69 && t.eot == 0,
+          "tokenizer");
+    CHECK(encode(&t, "Remember Mara : lamp . Recall soon", tokens) == 7 && tokens[0] == 1 && tokens[1] == 5 &&
+              tokens[2] == 3 && tokens[3] == 21 && tokens[4] == 4 && tokens[5] == 2 && tokens[6] >= 37,
+          "the words of the task");
+    for (int i = 0; i < 69; i++) { // no word stands for two tokens
+        int length;
+        const char *piece = tokenizer_piece(&t, i, &length);
+        CHECK(i == 0 || (tokenizer_encode(&t, piece, length, tokens, 8) == 1 && tokens[0] == i), "token %d",
+              i);
+    }
+    tokenizer_free(&t);
+
+    census(in_root("rec/recall_val_000000.bin"), 256, 16, 16, 32, &c);
+    for (int k = 5; k < 8; k++)
+        CHECK(c.buckets[k] >= 400, "val bucket %d has %lld", 1 << k, (long long)c.buckets[k]);
+    census(in_root("rec/recall_train_000000.bin"), 256, 16, 16, 32, &c);
+    double recalls = (double)c.recalls / (double)c.statements;
+    double fillers = (double)c.filler_turns / (double)(c.filler_turns + c.statements);
+    CHECK(recalls > 0.74 && recalls < 0.84, "%.3f of the statements are recalls", recalls);
+    CHECK(fillers > 0.085 && fillers < 0.115, "%.3f of the turns are fillers", fillers);
+    CHECK(c.held >= 4 * 500, "%lld held names asked in 500 documents", (long long)c.held);
+    CHECK(c.replaced > 50, "things replaced only %lld times", (long long)c.replaced);
+
+    // the same again: nothing is done; other parameters, or a lost file: made anew
+    struct stat st, again;
+    stat(in_root("rec/recall_train_000000.bin"), &st);
+    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
+              strstr(child_out, "nothing to do"),
+          "%s", child_out);
+    stat(in_root("rec/recall_train_000000.bin"), &again);
+    CHECK(st.st_ino == again.st_ino && st.st_mtime == again.st_mtime, "files were made again");
+    unlink(in_root("rec/recall_val_000000.answers"));
+    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
+              !strstr(child_out, "nothing to do") && exists(in_root("rec/recall_val_000000.answers")),
+          "a lost file was not made again");
+    write_file(in_root("rec/recall_val_000001.bin"), "old", 3);
+    write_file(in_root("rec/recall_val_000001.answers"), "old", 3);
+    CHECK(run_maker(recall_main,
+                    line_of("-o %s/rec -n 300 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
+              0,
+          "%s", child_err);
+    CHECK(!exists(in_root("rec/recall_val_000001.bin")) && !exists(in_root("rec/recall_val_000001.answers")),
+          "a shard of an earlier run is left");
+    census(in_root("rec/recall_train_000000.bin"), 1000, 40, 7, 3, &c);
+    CHECK(c.held >= 10 * 300 && c.buckets[9] > 0 && c.buckets[8] > 0, "held %lld", (long long)c.held);
+    Shard s;
+    shard_open(&s, in_root("rec/recall_val_000000.bin"));
+    CHECK(s.count == 20 * 1001, "%lld tokens", (long long)s.count);
+    shard_close(&s);
+
+    // same seed, same bytes; the number of documents does not change a document; another seed does
+    CHECK(run_maker(recall_main,
+                    line_of("-o %s/rec2 -n 5 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
+              0,
+          "%s", child_err);
+    static uint32_t x[5005], y[5005];
+    Shard s2;
+    shard_open(&s, in_root("rec/recall_train_000000.bin"));
+    shard_open(&s2, in_root("rec2/recall_train_000000.bin"));
+    shard_read(&s, 0, 5005, x);
+    shard_read(&s2, 0, 5005, y);
+    CHECK(memcmp(x, y, sizeof(x)) == 0, "the same seed gives other documents");
+    shard_close(&s2);
+    shard_open(&s2, in_root("rec2/recall_val_000000.bin"));
+    shard_read(&s2, 0, 5005, y);
+    CHECK(memcmp(x, y, 1001 * 4) != 0, "training and validation documents are the same");
+    shard_close(&s);
+    shard_close(&s2);
+
+    // contexts and sizes at the edges
+    static const struct {
+        int64_t seq_len;
+        int names, things, fillers;
+    } edges[] = {{32, 16, 16, 32},    {33, 1, 2, 1},   {64, 2, 2, 1},   {100, 3, 5, 2},
+                 {127, 4, 16, 32},    {128, 5, 3, 3},  {257, 64, 9, 9}, {4096, 16, 16, 32},
+                 {65536, 16, 16, 32}, {300, 300, 2, 1}};
+    for (size_t i = 0; i < sizeof(edges) / sizeof(edges[0]); i++) {
+        CHECK(run_maker(recall_main, line_of("-o %s/edge -t %d -n 3 -m 2 -names %d -things %d -fillers %d",
+                                             root, (int)edges[i].seq_len, edges[i].names, edges[i].things,
+                                             edges[i].fillers)) == 0,
+              "%s", child_err);
+        census(in_root("edge/recall_train_000000.bin"), edges[i].seq_len, edges[i].names, edges[i].things,
+               edges[i].fillers, &c);
+        if (edges[i].seq_len == 65536) {
+            for (int k = 2; k < 16; k++) CHECK(c.buckets[k] > 0, "no distance from %d at 65536", 1 << k);
+        }
+    }
+
+    // errors: one line, nothing touched
+    int64_t n = read_file(in_root("rec2/recall.txt"), before, sizeof(before));
+    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -t 31", root)) == 1 &&
+              strstr(child_err, "32 to 65536, not '31'"),
+          "%s", child_err);
+    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -x 31", root)) == 1 && strstr(child_err, "'-x'"), "%s",
+          child_err);
+    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 && strstr(child_err, "nothing"),
+          "%s", child_err);
+    CHECK(run_maker(recall_main, "-t 64") == 1 && strstr(child_err, "-o DIR is missing"), "%s", child_err);
+    CHECK(read_file(in_root("rec2/recall.txt"), after, sizeof(after)) == n &&
+              memcmp(before, after, (size_t)n) == 0,
+          "an error touched the data");
+    write_file(in_root("plain_file"), "x", 1);
+    CHECK(run_maker(recall_main, line_of("-o %s/plain_file/sub", root)) == 1 &&
+              strstr(child_err, "in the way"),
+          "%s", child_err);
+    const char *bytes[1] = {"b"};
+    const int one[1] = {1};
+    make_dirs(in_root("taken"));
+    tokenizer_write(in_root("taken/tokenizer.bin"), TOKENIZER_BYTES, 1, -1, bytes, one, NULL);
+    CHECK(run_maker(recall_main, line_of("-o %s/taken", root)) == 1 &&
+              strstr(child_err, "belongs to other data") && count_files("taken/*") == 1,
+          "%s", child_err);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// data/text.c
+
+static void test_text(void) {
+    make_dirs(in_root("in/sub"));
+    static unsigned char a[5000], b[2000];
+    for (int i = 0; i < 5000; i++) a[i] = (unsigned char)(rng_u64_at(1, (uint64_t)i));
+    for (int i = 0; i < 2000; i++) b[i] = (unsigned char)('a' + i % 26);
+    write_file(in_root("in/z.txt"), b, 2000);
+    write_file(in_root("in/sub/a.txt"), a, 5000);
+    write_file(in_root("in/empty.txt"), "", 0);
+    write_file(in_root("in/.hidden"), "hidden", 6);
+    CHECK(run_maker(text_main, line_of("-o %s/out -name my -shard 1024 %s/in", root, root)) == 0, "%s",
+          child_err);
+    CHECK(count_files("out/my_train_*.bin") == 7 && count_files("out/my_val_*.bin") == 1 &&
+              count_files("out/*.tmp") == 0,
+          "%d and %d shards", count_files("out/my_train_*.bin"), count_files("out/my_val_*.bin"));
+
+    // sub/a.txt comes before z.txt; each loses its last tenth to val; each part begins with end-of-text
+    static uint32_t train[6302], val[702], expected[6302];
+    int64_t at = 0, n = 0;
+    for (int i = 0; i < 7; i++) {
+        Shard s;
+        shard_open(&s, in_root(line_of("out/my_train_%06d.bin", i)));
+        CHECK(s.count == (i < 6 ? 1024 : 6302 - 6 * 1024) && s.token_bytes == 2, "shard %d: %d", i,
+              (int)s.count);
+        if (at + s.count <= 6302) shard_read(&s, 0, s.count, train + at);
+        at += s.count;
+        shard_close(&s);
+    }
+    expected[n++] = 256;
+    for (int i = 0; i < 4500; i++) expected[n++] = a[i];
+    expected[n++] = 256;
+    for (int i = 0; i < 1800; i++) expected[n++] = b[i];
+    CHECK(at == n && memcmp(train, expected, (size_t)n * 4) == 0, "training tokens");
+    Shard s;
+    shard_open(&s, in_root("out/my_val_000000.bin"));
+    CHECK(s.count == 702, "%d", (int)s.count);
+    if (s.count == 702) shard_read(&s, 0, 702, val);
+    shard_close(&s);
+    n = 0;
+    expected[n++] = 256;
+    for (int i = 4500; i < 5000; i++) expected[n++] = a[i];
+    expected[n++] = 256;
+    for (int i = 1800; i < 2000; i++) expected[n++] = b[i];
+    CHECK(memcmp(val, expected, (size_t)n * 4) == 0, "validation tokens");
+
+    Tokenizer t;
+    int32_t tokens[64];
+    CHECK(tokenizer_load(&t, in_root("out/tokenizer.bin")) == 0 && t.kind == TOKENIZER_BYTES &&
+              t.vocab_size == 257 && t.eot == 256,
+          "tokenizer");
+    const char *words = "caf\xc3\xa9\n <|endoftext|>";
+    int64_t length = encode(&t, words, tokens);
+    CHECK(length == (int64_t)strlen(words) && tokens[3] == 0xc3 &&
+              strcmp(printed(&t, tokens, length), words) == 0,
+          "bytes there and back");
+    tokens[0] = 27;
+    tokens[1] = 'x';
+    tokens[2] = 300;
+    tokens[3] = 256;
+    CHECK(strcmp(printed(&t, tokens, 4), "x<|endoftext|>") == 0, "'%s'", printed(&t, tokens, 4));
+    tokenizer_free(&t);
+
+    // fewer shards than before: the rest of the old ones goes
+    CHECK(run_maker(text_main, line_of("-o %s/out -name my -val 0 -shard 5000 %s/in", root, root)) == 0, "%s",
+          child_err);
+    CHECK(count_files("out/my_train_*.bin") == 2 && count_files("out/my_val_*.bin") == 0,
+          "old shards are left");
+
+    // errors leave everything as it was
+    static const struct {
+        const char *arguments, *message;
+    } bad[] = {{"-o %s/out -name my %s/nowhere.txt", "No such file"},
+               {"-o %s/out -name my %s/in/empty.txt", "is empty"},
+               {"-o %s/out -name my", "nothing to tokenize"},
+               {"-o %s/out -name my %s/in/sub -val 0.95", "not '0.95'"},
+               {"-o %s/out -name my %s/in -shard 3", "not '3'"},
+               {"-o %s/out -name a/b %s/in", "not 'a/b'"},
+               {"-o %s/out -name my %s/in -what 3", "'-what'"},
+               {"-o %s/plain_file/x %s/in", "in the way"},
+               {"-o %s/rec %s/in", "belongs to other data"}};
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        int code = run_maker(text_main, line_of(bad[i].arguments, root, root));
+        CHECK(code == 1 && strncmp(child_err, "error: ", 7) == 0 && strstr(child_err, bad[i].message) != NULL,
+              "%s: %d, '%s'", bad[i].arguments, code, child_err);
+    }
+    make_dirs(in_root("nothing/here"));
+    CHECK(run_maker(text_main, line_of("-o %s/out -name my %s/nothing", root, root)) == 1 &&
+              strstr(child_err, "nothing to tokenize"),
+          "%s", child_err);
+    CHECK(run_maker(text_main, line_of("%s/in", root)) == 1 && strstr(child_err, "-o DIR is missing"), "%s",
+          child_err);
+    CHECK(count_files("out/*") == 3 && count_files("out/*.tmp") == 0, "%d files", count_files("out/*"));
+
+    // a disk that fills up on the way: no new shard, the old ones stand
+    struct stat before, after;
+    int code;
+    stat(in_root("out/my_train_000000.bin"), &before);
+    pid_t pid = child_begin();
+    if (pid == 0) {
+        struct rlimit limit = {6000, 6000};
+        signal(SIGXFSZ, SIG_IGN);
+        setrlimit(RLIMIT_FSIZE, &limit);
+        char folder[PATH_BYTES], input[PATH_BYTES];
+        snprintf(folder, sizeof(folder), "%s/out", root);
+        snprintf(input, sizeof(input), "%s/in", root);
+        char *argv[] = {(char *)"text", (char *)"-o", folder, (char *)"-name", (char *)"my", input, NULL};
+        exit(text_main(6, argv));
+    }
+    code = child_end(pid);
+    stat(in_root("out/my_train_000000.bin"), &after);
+    CHECK(code == 1 && strstr(child_err, "File too large"), "%d: %s", code, child_err);
+    CHECK(before.st_ino == after.st_ino && count_files("out/*.tmp") == 0 && count_files("out/*") == 3,
+          "a full disk left something behind");
+}
+
+int main(int argc, char **argv) {
+    char made[] = "/tmp/test_data_XXXXXX";
+    if (argc > 1)
+        make_dirs(argv[1]);
+    else if (mkdtemp(made) == NULL)
+        die("cannot make a folder below /tmp: %s", strerror(errno));
+    snprintf(root, sizeof(root), "%s", argc > 1 ? argv[1] : made);
+    test_files();
+    test_random();
+    test_shards();
+    test_answers();
+    test_loader_errors();
+    test_loader_order();
+    test_loader_shards_differ();
+    test_loader_resume();
+    test_boundaries();
+    test_word_tokenizer();
+    test_bpe_tokenizer();
+    test_stretches();
+    test_llmc_tokenizer();
+    test_sampler();
+    test_schedule();
+    test_recall();
+    test_text();
+    if (argc < 2 && fork() == 0) execlp("rm", "rm", "-rf", made, (char *)NULL);
+    wait(NULL);
+    return test_end("data");
+}

@@ -1,0 +1,1101 @@
+// test_run.c: what a run is made of besides the model and the data: fsa_config_check, config.h,
+// options.h, checkpoint.h, logger.h. Each error path runs in a child process, whose exit code and
+// stderr are checked; a child that saves checkpoints is killed at random moments.
+#include "../../llmc/utils.h"
+#include "../../llmc/checkpoint.h"
+#include "../../llmc/config.h"
+#include "../../llmc/logger.h"
+#include "../../llmc/options.h"
+#include "test.h"
+#include <signal.h>
+#include <sys/wait.h>
+
+static char dir[256]; // of this test, removed at its end
+
+// ----------------------------------------------------------------------------
+// Children
+
+typedef struct {
+    int code; // exit code, -1: a signal
+    char out[32768], err[4096];
+} Child;
+
+static void slurp(const char *path, char *text, size_t size) {
+    FILE *f = fopen(path, "rb");
+    size_t n = f ? fread(text, 1, size - 1, f) : 0;
+    text[n] = '\0';
+    if (f) fclose(f);
+}
+
+static Child child(void (*run)(void *), void *argument) {
+    Child c;
+    char out[300], err[300];
+    snprintf(out, sizeof out, "%s/stdout", dir);
+    snprintf(err, sizeof err, "%s/stderr", dir);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (!freopen(out, "wb", stdout) || !freopen(err, "wb", stderr)) _exit(99);
+        run(argument);
+        exit(0);
+    }
+    int status = 0;
+    if (pid < 0 || waitpid(pid, &status, 0) != pid) die("fork: %s", strerror(errno));
+    c.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    slurp(out, c.out, sizeof c.out);
+    slurp(err, c.err, sizeof c.err);
+    return c;
+}
+
+static int lines(const char *text) {
+    int n = 0;
+    for (; *text; text++) n += *text == '\n';
+    return n;
+}
+
+// One line "error: ..." that holds each of two texts, and exit code 1.
+static void check_died(const Child *c, const char *what, const char *a, const char *b) {
+    CHECK(c->code == 1, "%s: exit code %d, stderr: %s", what, c->code, c->err);
+    CHECK(lines(c->err) == 1 && strncmp(c->err, "error: ", 7) == 0, "%s: stderr: %s", what, c->err);
+    CHECK(strstr(c->err, a) && strstr(c->err, b), "%s: '%s' and '%s' expected in: %s", what, a, b, c->err);
+}
+
+// ----------------------------------------------------------------------------
+// Configuration
+
+static void test_fsa_config(void) {
+    const FsaConfig good = {8, 2, 64, 32, 16, 64, 16, 1, 2, 512, FSA_PHI_LINEAR, 0, 0};
+    char msg[200];
+    CHECK(fsa_config_check(&good, msg, sizeof msg) == 0, "%s", msg);
+    FsaConfig c;
+#define BAD(field, value, named)                                                                             \
+    c = good, c.field = (value);                                                                             \
+    CHECK(fsa_config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !lines(msg),                  \
+          #field " " #value ": '%s'", msg)
+#define GOOD(field, value)                                                                                   \
+    c = good, c.field = (value);                                                                             \
+    CHECK(fsa_config_check(&c, msg, sizeof msg) == 0, #field " " #value ": '%s'", msg)
+    BAD(q_heads, 0, "q_heads 0");
+    BAD(q_heads, 7, "q_heads 7");
+    BAD(q_heads, 34, "q_heads 34"); // g = 17
+    BAD(q_heads, 1, "q_heads 1");
+    GOOD(q_heads, 32); // g = 16
+    GOOD(q_heads, 2);
+    GOOD(q_heads, 10);
+    GOOD(q_heads, 14);
+    BAD(kv_heads, 0, "kv_heads 0");
+    BAD(kv_heads, -2, "kv_heads -2");
+    BAD(kv_heads, 3, "kv_heads 3");
+    BAD(head_dim, 0, "head_dim 0");
+    BAD(head_dim, 63, "head_dim 63");
+    GOOD(head_dim, 2);
+    BAD(cmp_len, 0, "cmp_len 0");
+    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not divide it
+    BAD(cmp_len, 80, "cmp_len 80"); // > B
+    GOOD(cmp_len, 64);
+    GOOD(cmp_len, 16);
+    BAD(cmp_stride, 0, "cmp_stride 0");
+    BAD(cmp_stride, 12, "cmp_stride 12");
+    GOOD(cmp_stride, 1);
+    GOOD(cmp_stride, 32);
+    BAD(block, 0, "block 0");
+    BAD(block, 72, "block 72");
+    BAD(block, 8, "block 8");
+    BAD(block, 16, "block 16"); // < l
+    GOOD(block, 48);
+    c = good, c.cmp_len = c.cmp_stride = 24; // divides l and not B
+    CHECK(fsa_config_check(&c, msg, sizeof msg) == -1 && strstr(msg, "cmp_stride 24"), "%s", msg);
+    BAD(topk, 0, "topk 0");
+    BAD(topk, 2, "topk 2");
+    GOOD(topk, 3);
+    BAD(init_blocks, -1, "init_blocks -1");
+    BAD(init_blocks, 15, "init_blocks 15");
+    BAD(init_blocks, 2147483647, "init_blocks 2147483647");
+    GOOD(init_blocks, 0);
+    BAD(local_blocks, -1, "local_blocks -1");
+    BAD(local_blocks, 16, "local_blocks 16");
+    BAD(window, 0, "window 0");
+    GOOD(window, 1);
+    BAD(phi, (FsaPhi)2, "phi 2");
+    GOOD(phi, FSA_PHI_MEAN);
+    BAD(gate_per_token, 2, "gate_per_token 2");
+    BAD(scale, -1.0f, "scale -1");
+    BAD(scale, NAN, "scale");
+    GOOD(scale, 0.5f);
+#undef BAD
+#undef GOOD
+    c = good, c.window = 0;
+    memset(msg, 'x', sizeof msg);
+    CHECK(fsa_config_check(&c, msg, 8) == -1 && strlen(msg) == 7 && msg[8] == 'x', "cut message");
+    CHECK(fsa_config_check(&c, NULL, 0) == -1, "no message wanted");
+    for (int64_t n = 0; n < 200; n++) {
+        int64_t windows = 0;
+        while (16 * windows + 32 <= n) windows++;
+        CHECK(fsa_num_windows(&good, n) == windows, "n %lld", (long long)n);
+    }
+    CHECK(fsa_num_windows(&good, (int64_t)1 << 40) == ((int64_t)1 << 36) - 1, "64 bits");
+}
+
+static ModelConfig preset_config(const char *name, int vocab) {
+    ModelConfig c;
+    config_from_preset(&c, preset_find(name));
+    if (vocab) config_set_vocab(&c, vocab);
+    return c;
+}
+
+static void test_model_config(void) {
+    int count;
+    char msg[256];
+    const Preset *p = presets(&count);
+    for (int i = 0; i < count; i++) {
+        ModelConfig c = preset_config(p[i].name, 257);
+        CHECK(config_check(&c, msg, sizeof msg) == 0, "%s: %s", p[i].name, msg);
+        CHECK(c.padded_vocab == 384, "%s: %d", p[i].name, c.padded_vocab);
+    }
+    CHECK(preset_find("llama3") == NULL, "no such preset");
+    ModelConfig good = preset_config("tiny", 256), c;
+    CHECK(good.padded_vocab == 256, "%d", good.padded_vocab);
+#define BAD(field, value, named)                                                                             \
+    c = good, c.field = (value);                                                                             \
+    CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !lines(msg), #field ": '%s'", msg)
+    BAD(vocab_size, 0, "-vocab");
+    BAD(vocab_size, -5, "vocab -5");
+    BAD(vocab_size, 257, "padded-vocab 256");
+    BAD(padded_vocab, 300, "padded-vocab 300");
+    BAD(layers, 0, "layers 0");
+    BAD(channels, 0, "channels 0");
+    BAD(hidden, -1, "hidden -1");
+    BAD(attn, 3, "attn 3");
+    BAD(tied, 2, "tied 2");
+    BAD(qkv_bias, -1, "qkv-bias -1");
+    BAD(qk_norm, 7, "qk-norm 7");
+    BAD(rope_theta, 0, "theta 0");
+    BAD(rope_theta, NAN, "theta");
+    BAD(norm_eps, 0, "norm-eps 0");
+    BAD(rope_factor, 0.5, "rope-factor 0.5");
+    BAD(rope_original_len, 0, "rope-original-len 0");
+    BAD(fsa.topk, 2, "topk 2");
+#undef BAD
+    c = good, c.rope_factor = 8, c.rope_low_freq = 4;
+    CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, "rope-low-freq 4"), "%s", msg);
+
+    // every field stands in the table once, and survives set, get and print
+    const ModelField *f = model_fields(&count);
+    for (int i = 0; i < count; i++) {
+        memset(&c, 0, sizeof c);
+        model_field_set(&c, &f[i], 1);
+        int set = 0;
+        for (int k = 0; k < count; k++) set += model_field_get(&c, &f[k]) != 0;
+        CHECK(set == 1 && model_field_get(&c, &f[i]) == 1, "%s sets %d fields", f[i].name, set);
+    }
+    size_t bytes = 0;
+    for (int i = 0; i < count; i++) bytes += f[i].type == FIELD_INT64 || f[i].type == FIELD_DOUBLE ? 8 : 4;
+    CHECK(bytes <= sizeof(ModelConfig) && bytes + 16 > sizeof(ModelConfig),
+          "a field of ModelConfig is not listed");
+}
+
+static void test_rope(void) {
+    ModelConfig c = preset_config("llama3-8b", 0);
+    double f[64];
+    rope_inv_freq(&c, f);
+    for (int i = 0; i < 64; i++)
+        CHECK(fabs(f[i] / exp(-i / 64.0 * log(5e5)) - 1) < 1e-14, "channel %d: %.17g", i, f[i]);
+    // Llama 3.1's scaling, by Hugging Face's formula in float64
+    c.rope_factor = 8, c.rope_original_len = 8192;
+    rope_inv_freq(&c, f);
+    static const struct {
+        int i;
+        double value;
+    } known[] = {
+        {1, 0.81461723385654472},     {20, 0.016560440080994446},   {28, 0.0032114459947525913},
+        {29, 0.0021665707635033591},  {30, 0.0013718935677611381},  {32, 0.00052484616099295468},
+        {34, 0.00017850781276799638}, {35, 9.5562123539646833e-05}, {63, 3.0689259889145111e-07},
+    };
+    for (size_t k = 0; k < sizeof known / sizeof known[0]; k++)
+        CHECK(fabs(f[known[k].i] / known[k].value - 1) < 1e-13, "channel %d: %.17g", known[k].i,
+              f[known[k].i]);
+}
+
+static void test_param_table(void) {
+    static const struct {
+        const char *preset;
+        long long total; // of the published model
+    } known[] = {{"llama3-8b", 8030261248}, {"qwen3-14b", 14768307200}, {"qwen2.5-7b", 7615616512}};
+    int64_t total;
+    for (int i = 0; i < 3; i++) {
+        ModelConfig c = preset_config(known[i].preset, 0);
+        c.attn = ATTN_FULL;
+        param_table(&c, NULL, &total);
+        CHECK(total == known[i].total, "%s: %lld", known[i].preset, (long long)total);
+    }
+    // a small model with everything; every number different
+    ModelConfig c = preset_config("tiny", 200);
+    c.layers = 2, c.channels = 24, c.hidden = 40, c.qkv_bias = c.qk_norm = 1;
+    c.fsa.q_heads = 6, c.fsa.kv_heads = 2, c.fsa.head_dim = 10, c.fsa.cmp_len = 32, c.fsa.cmp_stride = 16;
+    static const struct {
+        const char *name;
+        int64_t rows, cols;
+        int decay, layer;
+    } want[] = {
+        {"wte", 256, 24, 1, -1},
+        {"layers.0.ln1", 1, 24, 0, 0},
+        {"layers.0.wqkv", 100, 24, 1, 0},
+        {"layers.0.bqkv", 1, 100, 0, 0},
+        {"layers.0.qnorm", 1, 10, 0, 0},
+        {"layers.0.knorm", 1, 10, 0, 0},
+        {"layers.0.phi_wk", 640, 10, 1, 0},
+        {"layers.0.phi_pe", 64, 10, 0, 0},
+        {"layers.0.phi_wv", 640, 10, 1, 0},
+        {"layers.0.wgate", 18, 24, 1, 0},
+        {"layers.0.wo", 24, 60, 1, 0},
+        {"layers.0.ln2", 1, 24, 0, 0},
+        {"layers.0.wgu", 80, 24, 1, 0},
+        {"layers.0.wdown", 24, 40, 1, 0},
+    };
+    ParamTensor t[64];
+    int64_t n = param_table(&c, t, &total), at = 0;
+    CHECK(n == 1 + 2 * 13 + 2, "%lld tensors", (long long)n);
+    for (int64_t i = 0; i < n; i++) {
+        CHECK(t[i].offset == at && t[i].size == t[i].rows * t[i].cols, "%s", t[i].name);
+        at += t[i].size;
+    }
+    CHECK(at == total, "total");
+    for (size_t i = 0; i < sizeof want / sizeof want[0]; i++)
+        CHECK(!strcmp(t[i].name, want[i].name) && t[i].rows == want[i].rows && t[i].cols == want[i].cols &&
+                  t[i].decay == want[i].decay && t[i].layer == want[i].layer,
+              "%s [%lld, %lld]", t[i].name, (long long)t[i].rows, (long long)t[i].cols);
+    CHECK(!strcmp(t[14].name, "layers.1.ln1") && !strcmp(t[n - 2].name, "lnf") &&
+              !strcmp(t[n - 1].name, "lm_head"),
+          "%s %s %s", t[14].name, t[n - 2].name, t[n - 1].name);
+    c.tied = 1, c.fsa.gate_per_token = 1, c.fsa.phi = FSA_PHI_MEAN;
+    n = param_table(&c, t, &total);
+    CHECK(n == 1 + 2 * 10 + 1 && !strcmp(t[6].name, "layers.0.wgate") && t[6].rows == 3, "%lld",
+          (long long)n);
+    c.attn = ATTN_WINDOW;
+    CHECK(param_table(&c, NULL, &total) == 1 + 2 * 9 + 1, "no gate");
+}
+
+static void test_params_init(void) {
+    ModelConfig c = preset_config("tiny", 300);
+    ParamTensor t[64];
+    int64_t total, n = param_table(&c, t, &total);
+    float *a = (float *)xmalloc((size_t)total * sizeof *a), *b = (float *)xmalloc((size_t)total * sizeof *b);
+    for (int64_t i = 0; i < total; i++) a[i] = b[i] = NAN;
+    params_init(&c, a, 7);
+    params_init(&c, b, 7);
+    CHECK(memcmp(a, b, (size_t)total * sizeof *a) == 0, "same seed, same bits");
+    params_init(&c, b, 8);
+    for (int64_t k = 0; k < n; k++) {
+        const float *x = a + t[k].offset;
+        double sum = 0, squares = 0;
+        int64_t same = 0;
+        for (int64_t i = 0; i < t[k].size; i++) {
+            double mean = 0;
+            if (t[k].init == INIT_ONES) mean = 1;
+            // the place in [Hkv, l, d, d] of window token and channels
+            if (strstr(t[k].name, "phi_w") && i % 32 == (i / 32) % 32) mean = 1.0 / 16;
+            sum += x[i] - mean;
+            squares += (x[i] - mean) * (x[i] - mean);
+            same += x[i] == b[t[k].offset + i];
+        }
+        double size = (double)t[k].size, std = sqrt(squares / size), want = 0;
+        if (strstr(t[k].name, "wte") || strstr(t[k].name, "wqkv") || strstr(t[k].name, "wgu") ||
+            strstr(t[k].name, "lm_head"))
+            want = 1 / sqrt(3.0 * c.channels);
+        if (strstr(t[k].name, "wo") || strstr(t[k].name, "wdown")) want = 1 / sqrt(3.0 * c.channels * 8);
+        if (strstr(t[k].name, "phi_w")) want = 0.02 / 4;
+        CHECK(fabs(std - want) <= 0.05 * want && fabs(sum / size) <= 6 * want / sqrt(size),
+              "%s: mean off by %g, std %g, expected %g", t[k].name, sum / size, std, want);
+        CHECK(want == 0 ? same == t[k].size : same < t[k].size / 100, "%s: another seed", t[k].name);
+    }
+    CHECK(a[t[2].offset] != a[t[0].offset], "tensors draw from different streams");
+    free(a);
+    free(b);
+}
+
+static double brute_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
+    double pairs = 0;
+    for (int64_t t = 0; t < n; t++) {
+        if (rule == FSA_CAUSAL) pairs += (double)(t + 1);
+        if (rule == FSA_WINDOW) pairs += (double)(t + 1 < c->window ? t + 1 : c->window);
+        if (rule == FSA_COMPRESSED)
+            for (int64_t i = 0; i * c->cmp_stride + c->cmp_len - 1 <= t; i++) pairs++;
+        if (rule == FSA_SELECTED) {
+            int64_t own = t / c->block, others = own < c->topk - 1 ? own : c->topk - 1;
+            pairs += (double)(others * c->block + t % c->block + 1);
+        }
+    }
+    return pairs;
+}
+
+static void test_flops(void) {
+    FsaConfig f = {4, 2, 8, 8, 4, 16, 3, 1, 1, 13, FSA_PHI_LINEAR, 0, 0};
+    for (int64_t n = 0; n < 150; n++)
+        for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++)
+            CHECK(visible_pairs(&f, (FsaVisibility)rule, n) == brute_pairs(&f, (FsaVisibility)rule, n),
+                  "rule %d, n %lld: %g", rule, (long long)n, visible_pairs(&f, (FsaVisibility)rule, n));
+    ModelConfig c = preset_config("llama3-8b", 0);
+    int64_t total, n = 100;
+    c.attn = ATTN_FULL;
+    param_table(&c, NULL, &total);
+    // all weights but wte and the norms take part in products
+    double weights = (double)total - (double)c.padded_vocab * c.channels - 65.0 * c.channels;
+    double want = 6 * weights * (double)n + 32.0 * 32 * 12 * 128 * 5050;
+    CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
+    c.attn = ATTN_NSA;
+    double compressed = 16 * (1 + 2 + 3 + 4) + 5 * 5; // 69 queries see windows, each 16 one more
+    want = 6 * weights * (double)n + 6.0 * 32 * 3 * 32 * 4096 * (double)n +
+           32.0 * 32 * 12 * 128 * (5050 + 5050 + compressed) + 32.0 * 32 * 2 * 128 * compressed +
+           32.0 * 8 * 12 * 32 * 128 * 128 * 5;
+    CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
+    c.attn = ATTN_WINDOW, c.fsa.window = 1;
+    want = 6 * weights * (double)n + 32.0 * 32 * 12 * 128 * (double)n;
+    CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
+}
+
+// ----------------------------------------------------------------------------
+// Options
+
+// Splits at spaces; '' is an empty word.
+static void parse(Options *o, const char *line) {
+    static char text[16][1024]; // Options points into them
+    static int next;
+    static char *argv[16][40];
+    int k = next++ % 16, argc = 1;
+    snprintf(text[k], sizeof text[k], "%s", line);
+    argv[k][0] = (char *)"trainer";
+    for (char *word = strtok(text[k], " "); word; word = strtok(NULL, " "))
+        argv[k][argc++] = strcmp(word, "''") == 0 ? (char *)"" : word;
+    options_parse(o, argc, argv[k]);
+}
+
+static void run_parse(void *line) {
+    Options o;
+    parse(&o, (const char *)line);
+}
+
+static void test_options(void) {
+    Options o;
+    ModelConfig c;
+    parse(&o, "-i a*.bin");
+    CHECK(!strcmp(o.train, "a*.bin") && !o.val && !o.output && !strcmp(o.start, "recall") && o.preset,
+          "defaults");
+    CHECK(o.batch == 4 && o.beta1 == 0.9 && o.doc_mask == 1 && o.eps == 1e-8 && o.resume == 0, "defaults");
+    CHECK(options_given(&o, "i") && !options_given(&o, "j") && !options_given(&o, "topk"), "given");
+    parse(&o, "-i a -j b -e tiny -o d -n 7 -nk 2 -y 1 -b 3 -t 64 -d 384 -x 50 -l 2e-3 -u 5 -q 0.25 -c 0.2 "
+              "-v 9 -m 8 -s 11 -g 12");
+    CHECK(!strcmp(o.val, "b") && !strcmp(o.start, "tiny") && !strcmp(o.output, "d") && o.save_every == 7 &&
+              o.keep == 2 && o.resume == 1 && o.batch == 3 && o.seq_len == 64 && o.total_batch == 384,
+          "values");
+    CHECK(o.max_steps == 50 && o.lr == 2e-3 && o.warmup == 5 && o.final_frac == 0.25 &&
+              o.weight_decay == 0.2 && o.val_every == 9 && o.val_batches == 8 && o.sample_every == 11 &&
+              o.generate == 12,
+          "values");
+    CHECK(options_micro_batches(&o, 1) == 2 && options_micro_batches(&o, 2) == 1, "micro-batches");
+    parse(&o, "-i a -beta1 0.5 -beta2 0.98 -eps 1e-7 -clip 0 -a 1 -prompt -5 -temp 0 -topp 0.5 -seed 42 "
+              "-doc-mask 0");
+    CHECK(o.beta1 == 0.5 && o.beta2 == 0.98 && o.eps == 1e-7 && o.clip == 0 && o.overfit == 1 &&
+              !strcmp(o.prompt, "-5") && o.temperature == 0 && o.top_p == 0.5 && o.seed == 42 &&
+              o.doc_mask == 0,
+          "values");
+    parse(&o, "-i a --overfit 1 -prompt ''");
+    CHECK(o.overfit == 1 && options_given(&o, "a") && o.prompt[0] == '\0', "-overfit");
+    parse(&o, "-i a -b 2 -b 5");
+    CHECK(o.batch == 5, "the last one counts");
+    parse(&o, "-i a");
+    options_model(&o, &c);
+    CHECK(o.seq_len == 256 && c.layers == 2 && c.vocab_size == 0 && c.fsa.topk == 4 && c.attn == ATTN_NSA,
+          "recall");
+    parse(&o, "-i a -e tiny -t 100 -attn window -layers 3 -channels 60 -heads 6 -kv-heads 1 -head-dim 10 "
+              "-hidden 30 "
+              "-tied 1 -qkv-bias 1 -qk-norm 1 -theta 5e5 -vocab 300");
+    options_model(&o, &c);
+    CHECK(o.seq_len == 100 && c.attn == ATTN_WINDOW && c.layers == 3 && c.channels == 60 &&
+              c.fsa.q_heads == 6 && c.fsa.kv_heads == 1 && c.fsa.head_dim == 10 && c.hidden == 30 &&
+              c.tied == 1 && c.qkv_bias == 1 && c.qk_norm == 1 && c.rope_theta == 5e5 &&
+              c.vocab_size == 300 && c.padded_vocab == 384 && c.rope_original_len == 100,
+          "model flags");
+    parse(&o, "-i a -cmp-len 32 -cmp-stride 16 -block 64 -topk 9 -init-blocks 2 -local-blocks 3 -window 77 "
+              "-phi mean "
+              "-gate-per-token 1 -norm-eps 1e-6 -rope-factor 8 -rope-low-freq 2 -rope-high-freq 3 "
+              "-rope-original-len 512 -scale 0.25");
+    options_model(&o, &c);
+    CHECK(c.fsa.cmp_len == 32 && c.fsa.cmp_stride == 16 && c.fsa.block == 64 && c.fsa.topk == 9 &&
+              c.fsa.init_blocks == 2 && c.fsa.local_blocks == 3 && c.fsa.window == 77 &&
+              c.fsa.phi == FSA_PHI_MEAN && c.fsa.gate_per_token == 1 && c.norm_eps == 1e-6 &&
+              c.rope_factor == 8 && c.rope_low_freq == 2 && c.rope_high_freq == 3 &&
+              c.rope_original_len == 512 && c.fsa.scale == 0.25f,
+          "model flags");
+
+    static const char *const bad[][3] = {
+        // command line, two texts of the message
+        {"", "nothing to train on", "-i"},
+        {"-i a -overfitt 1", "-overfitt", "did you mean -overfit?"},
+        {"-i a -lyaers 1", "-lyaers", "-layers?"},
+        {"-i a -kvheads 1", "-kvheads", "-kv-heads?"},
+        {"-i a -topc 1", "-topc", "-top"},
+        {"-i a -padded-vocab 256", "unknown flag -padded-vocab", "-h"},
+        {"-i a -zzzzz 1", "unknown flag -zzzzz", "-h lists all"},
+        {"-i a - 1", "unknown flag -", "-h"},
+        {"-i a extra", "extra", "not a flag"},
+        {"-i a -b", "-b", "missing"},
+        {"-i -j b", "-i", "missing"},
+        {"-i ''", "-i", "empty"},
+        {"-i a -b ''", "-b", "empty"},
+        {"-i a -b 4x", "-b 4x", "not a whole number"},
+        {"-i a -b 1.5", "-b 1.5", "not a whole number"},
+        {"-i a -l 1e-3f", "-l 1e-3f", "not a number"},
+        {"-i a -l nan", "-l nan", "not a number"},
+        {"-i a -l inf", "-l inf", "not a number"},
+        {"-i a -l -1", "-l -1", "out of range"},
+        {"-i a -l 1e999", "-l 1e999", "not a number"},
+        {"-i a -b 0", "-b 0", "out of range, must be within 1 and"},
+        {"-i a -b -3", "-b -3", "out of range"},
+        {"-i a -x 99999999999999999999", "-x 99999999999999999999", "out of range"},
+        {"-i a -q 1.5", "-q 1.5", "within 0 and 1"},
+        {"-i a -beta2 1", "-beta2 1", "out of range"},
+        {"-i a -topp 0", "-topp 0", "out of range"},
+        {"-i a -y 2", "-y 2", "out of range"},
+        {"-i a -attn sparse", "-attn sparse", "nsa|full|window"},
+        {"-i a -attn 1", "-attn 1", "nsa|full|window"},
+        {"-i a -phi avg", "-phi avg", "mean|linear"},
+        {"-i a -layers 0", "-layers 0", "out of range"},
+        {"-i a -window 1e3", "-window 1e3", "not a whole number"},
+        {"-i a -e nosuch", "-e nosuch", "recall tiny"},
+        {"-i a -e /", "-e /", "folder"},
+        {"-i a -y 1", "-y 1", "-o"},
+        {"-i a -n 5", "-n 5", "-o"},
+        {"-i a -nk 5", "-nk 5", "-o"},
+        {"-i a -v 5", "-v 5", "-j"},
+        {"-i a -u 20 -x 10", "-u 20", "10 steps of -x"},
+        {"-sample 1", "-sample 1", "-e"},
+        {"-sample 1 -e tiny", "-sample 1", "checkpoint file"},
+        {"-val 1 -j b", "-val 1", "-e"},
+        {"-val 1 -e /dev/null", "-val 1", "-j"},
+        {"-sample 1 -val 1 -e /dev/null", "-sample 1 -val 1", "contradict"},
+        {"-sample 1 -a 1 -e /dev/null", "-sample 1 -a 1", "contradict"},
+        {"-val 1 -y 1 -o x -e /dev/null -j b", "-val 1 -y 1", "contradict"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        Child r = child(run_parse, (void *)bad[i][0]);
+        check_died(&r, bad[i][0], bad[i][1], bad[i][2]);
+    }
+    static const char *const good[] = {
+        "-sample 1 -e /dev/null", "-val 1 -e /dev/null -j b", "-i a -v 0", "-i a -n 0", "-i a -u 10 -x 10",
+        "-i a -t 0 -d 0"};
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        Child r = child(run_parse, (void *)good[i]);
+        CHECK(r.code == 0 && r.err[0] == '\0', "%s: %s", good[i], r.err);
+    }
+    static const char *const help[] = {"-h", "--help", "-i a -help"};
+    for (int k = 0; k < 3; k++) {
+        Child r = child(run_parse, (void *)help[k]);
+        CHECK(r.code == 0 && r.err[0] == '\0', "%s: %d %s", help[k], r.code, r.err);
+        int count;
+        char name[40];
+        const OptionFlag *f = option_flags(&count);
+        for (int i = 0; i < count; i++) {
+            snprintf(name, sizeof name, "  -%s", f[i].flag);
+            CHECK(strstr(r.out, name) && strstr(r.out, f[i].help), "help misses %s", name);
+        }
+        const ModelField *m = model_fields(&count);
+        for (int i = 0; i < count; i++) {
+            snprintf(name, sizeof name, "  -%s ", m[i].name);
+            CHECK(!m[i].help == !strstr(r.out, name), "help and %s", name);
+        }
+        CHECK(strstr(r.out, "qwen2.5-7b") && strstr(r.out, "(default: 0.95)"), "help");
+    }
+    int flags, fields;
+    option_flags(&flags);
+    model_fields(&fields);
+    CHECK(flags <= OPTIONS_MAX && fields <= OPTIONS_MAX, "%d flags, %d fields", flags, fields);
+}
+
+typedef struct {
+    const char *line;
+    ModelConfig model;
+} Against;
+
+static void run_against(void *argument) {
+    Against *a = (Against *)argument;
+    Options o;
+    parse(&o, a->line);
+    options_check_model(&o, &a->model, 256);
+}
+
+static void run_micro_batches(void *argument) {
+    Options o;
+    parse(&o, (const char *)argument);
+    options_micro_batches(&o, 2);
+}
+
+static void test_options_checkpoint(void) {
+    ModelConfig trained = preset_config("recall", 70), c;
+    Options o;
+    Against a;
+    static const char *const bad[][3] = {
+        {"-i a -layers 3", "-layers 3", "has 2"},
+        {"-i a -attn full", "-attn full", "has nsa"},
+        {"-i a -phi mean", "-phi mean", "has linear"},
+        {"-i a -vocab 71", "-vocab 71", "has 70"},
+        {"-i a -t 512 -topk 8", "-topk 8", "has 4"},
+        {"-i a -e tiny", "-e tiny", "layers is 4"},
+        {"-i a -theta 5e5", "-theta 500000", "256"},
+        {"-i a -t 256 -rope-factor 2", "-rope-factor 2", "has 0"},
+        {"-i a -t 100 -rope-factor 2", "-rope-factor 2", "-t above its 256"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        a.line = bad[i][0], a.model = trained;
+        Child r = child(run_against, &a);
+        check_died(&r, bad[i][0], bad[i][1], bad[i][2]);
+    }
+    static const char *const good[] = {"-i a", "-i a -e recall", "-i a -layers 2 -attn nsa -vocab 70",
+                                       "-i a -t 64", "-i a -theta 1e4"};
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        a.line = good[i], a.model = trained;
+        Child r = child(run_against, &a);
+        CHECK(r.code == 0 && r.err[0] == '\0', "%s: %s", good[i], r.err);
+    }
+    c = trained;
+    parse(&o, "-i a -e recall");
+    options_check_model(&o, &c, 300);
+    CHECK(o.seq_len == 300 && memcmp(&c, &trained, sizeof c) == 0, "nothing changed");
+    parse(&o, "-i a -t 512 -theta 1e6 -rope-factor 4");
+    options_check_model(&o, &c, 256);
+    CHECK(o.seq_len == 512 && c.rope_theta == 1e6 && c.rope_factor == 4 && c.rope_original_len == 256 &&
+              c.layers == 2,
+          "a longer context");
+    parse(&o, "-i a -e recall -t 512 -theta 1e6 -rope-factor 4"); // resumed
+    options_check_model(&o, &c, 512);
+    CHECK(o.seq_len == 512 && c.rope_theta == 1e6 && c.rope_factor == 4, "resumed at the longer context");
+    a.line = "-i a -e recall", a.model = trained,
+    a.model.rope_theta = 1e6; // changed by a longer continuation
+    Child r = child(run_against, &a);
+    CHECK(r.code == 0, "a preset says nothing about RoPE: %s", r.err);
+    r = child(run_micro_batches, (void *)"-i a -t 64 -b 2 -d 128");
+    check_died(&r, "-d", "-d 128", "256");
+}
+
+// ----------------------------------------------------------------------------
+// Checkpoints
+
+static ModelConfig model;
+static int64_t model_size;
+static float *arrays[3], *loaded[3];
+
+static float pattern(int array, int64_t i, int64_t step) {
+    return (float)(array + 1) * 0.25f + (float)(i % 1000) + 1e4f * (float)step;
+}
+
+static TrainState make_state(int64_t step) {
+    TrainState s = {step, 10 * step, 2, 3, 4, 5, 6, 7, 8};
+    return s;
+}
+
+static void save(const char *where, int64_t step) {
+    TrainState s = make_state(step);
+    for (int a = 0; a < 3; a++)
+        for (int64_t i = 0; i < model_size; i++) arrays[a][i] = pattern(a, i, step);
+    checkpoint_save(where, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
+}
+
+static void load(const char *path, TrainState *s, int all) {
+    for (int a = 0; a < 3; a++)
+        for (int64_t i = 0; i < model_size; i++) loaded[a][i] = NAN;
+    checkpoint_load(path, &model, s, loaded[0], all ? loaded[1] : NULL, all ? loaded[2] : NULL, model_size);
+}
+
+// How many elements of array a are not what save(step) wrote.
+static int64_t wrong(int a, int64_t step) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < model_size; i++) n += loaded[a][i] != pattern(a, i, step);
+    return n;
+}
+
+static void run_save(void *where) {
+    save((const char *)where, 1);
+}
+
+static void run_load(void *path) {
+    TrainState s;
+    load((const char *)path, &s, 1);
+}
+
+static void run_load_weights(void *path) {
+    TrainState s;
+    load((const char *)path, &s, 0);
+}
+
+static void run_newest(void *where) {
+    char path[PATH_BYTES];
+    if (!checkpoint_newest((const char *)where, path)) path[0] = '\0';
+    printf("%s", path);
+}
+
+static void run_dir_check_new(void *where) {
+    checkpoint_dir_check((const char *)where, 0);
+}
+
+static void run_dir_check_resume(void *where) {
+    checkpoint_dir_check((const char *)where, 1);
+}
+
+static void flip(const char *path, int64_t at, int bit) {
+    FILE *f = fopen(path, "r+b");
+    unsigned char byte = 0;
+    int ok = f && fseeko(f, (off_t)at, SEEK_SET) == 0 && fread(&byte, 1, 1, f) == 1;
+    byte ^= (unsigned char)(1 << bit);
+    ok = ok && fseeko(f, (off_t)at, SEEK_SET) == 0 && fwrite(&byte, 1, 1, f) == 1;
+    if (!ok || fclose(f) != 0) die("cannot change %s", path);
+}
+
+static int exists(const char *where, const char *name) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/%s", where, name);
+    return access(path, F_OK) == 0;
+}
+
+static void make_file(const char *where, const char *name, const char *text) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/%s", where, name);
+    FILE *f = fopen(path, "wb");
+    if (!f || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write %s", path);
+}
+
+static void test_checksum(void) {
+    unsigned char data[200];
+    for (size_t i = 0; i < sizeof data; i++) data[i] = (unsigned char)(i * 7);
+    for (size_t n = 0; n <= sizeof data; n += n < 70 ? 1 : 13) {
+        uint64_t h = checksum(data, n, 1);
+        CHECK(h == checksum(data, n, 1) && h != checksum(data, n, 2), "seed, n %zu", n);
+        if (n > 0) CHECK(h != checksum(data, n - 1, 1), "length, n %zu", n);
+        int missed = 0;
+        for (size_t i = 0; i < 8 * n; i++) {
+            data[i / 8] ^= (unsigned char)(1 << i % 8);
+            missed += checksum(data, n, 1) == h;
+            data[i / 8] ^= (unsigned char)(1 << i % 8);
+        }
+        CHECK(missed == 0, "n %zu: %d flips missed", n, missed);
+    }
+}
+
+static void test_checkpoint_file(void) {
+    char where[300], path[PATH_BYTES], why[CHECKPOINT_WHY];
+    snprintf(where, sizeof where, "%s/a/b", dir);
+    checkpoint_dir_check(where, 0);
+    save(where, 12);
+    checkpoint_path(path, sizeof path, where, 12);
+    CHECK(strstr(path, "/a/b/ckpt_00000012.bin") != NULL, "%s", path);
+    CHECK(!exists(where, "ckpt_00000012.bin.tmp"), "temporary file left");
+    ModelConfig c;
+    TrainState s, want = make_state(12);
+    CHECK(checkpoint_read_header(path, &c, &s, why) == 0, "%s", why);
+    CHECK(memcmp(&s, &want, sizeof s) == 0, "state");
+    int count;
+    const ModelField *f = model_fields(&count);
+    for (int i = 0; i < count; i++)
+        CHECK(model_field_get(&c, &f[i]) == model_field_get(&model, &f[i]), "%s", f[i].name);
+    load(path, &s, 1);
+    for (int a = 0; a < 3; a++) CHECK(wrong(a, 12) == 0, "array %d: %lld differ", a, (long long)wrong(a, 12));
+    CHECK(memcmp(&s, &want, sizeof s) == 0, "state");
+    load(path, &s, 0);
+    CHECK(wrong(0, 12) == 0 && isnan(loaded[1][0]), "weights alone");
+    CHECK(checkpoint_verify(path, why) == 0, "%s", why);
+
+    // every bit of the header, and of the rest the ends of every chunk, random bytes, all checksums
+    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_chunks(model_size), table = 24 * chunks;
+    int missed = 0;
+    CHECK(chunks == 3, "%lld chunks", (long long)chunks);
+    for (int64_t at = 0; at < CHECKPOINT_HEADER; at++) {
+        flip(path, at, (int)(at % 8));
+        missed += checkpoint_read_header(path, &c, &s, why) == 0 || lines(why);
+        flip(path, at, (int)(at % 8));
+    }
+    CHECK(missed == 0, "%d flips in the header missed", missed);
+    Rng rng;
+    rng_seed(&rng, (uint64_t)getpid(), 1);
+    for (int64_t i = 0; i < 18 + 30 + table; i++) {
+        int64_t a = i / 6, end = CHECKPOINT_HEADER + 4 * model_size * (a + 1);
+        int64_t from = CHECKPOINT_HEADER + 4 * model_size * a + i / 2 % 3 * CHECKPOINT_CHUNK, at = from;
+        if (i % 2) at = (from + CHECKPOINT_CHUNK < end ? from + CHECKPOINT_CHUNK : end) - 1;
+        if (i >= 18) at = CHECKPOINT_HEADER + rng_below(&rng, 12 * model_size);
+        if (i >= 48) at = size - table + i - 48;
+        int bit = (int)rng_below(&rng, 8);
+        flip(path, at, bit);
+        if (checkpoint_verify(path, why) == 0 || !strstr(why, "damaged") || !strstr(why, path)) {
+            missed++;
+            printf("missed: bit %d of byte %lld\n", bit, (long long)at);
+        }
+        flip(path, at, bit);
+    }
+    CHECK(checkpoint_verify(path, why) == 0, "all flipped back: %s", why);
+    CHECK(missed == 0, "%d flips missed", missed);
+    flip(path, CHECKPOINT_HEADER + 5, 3);
+    Child r = child(run_load, path);
+    check_died(&r, "params flipped", path, "parameters");
+    r = child(run_load_weights, path);
+    check_died(&r, "params flipped", path, "damaged");
+    save(where, 12);
+    flip(path, CHECKPOINT_HEADER + 4 * model_size, 7);
+    r = child(run_load, path);
+    check_died(&r, "m flipped", path, "AdamW m");
+    r = child(run_load_weights, path);
+    CHECK(r.code == 0, "weights are good: %s", r.err);
+    save(where, 12);
+    flip(path, CHECKPOINT_HEADER + 12 * model_size - 1, 0);
+    r = child(run_load, path);
+    check_died(&r, "v flipped", path, "AdamW v");
+
+    // two chunks swapped
+    save(where, 12);
+    {
+        FILE *file = fopen(path, "r+b");
+        char *one = (char *)xmalloc(CHECKPOINT_CHUNK), *two = (char *)xmalloc(CHECKPOINT_CHUNK);
+        int64_t sum1, sum2, sums = size - table;
+        int ok = file && fseeko(file, CHECKPOINT_HEADER, SEEK_SET) == 0 &&
+                 fread(one, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+                 fread(two, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+                 fseeko(file, (off_t)sums, SEEK_SET) == 0 && fread(&sum1, 8, 1, file) == 1 &&
+                 fread(&sum2, 8, 1, file) == 1 && fseeko(file, CHECKPOINT_HEADER, SEEK_SET) == 0 &&
+                 fwrite(two, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+                 fwrite(one, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+                 fseeko(file, (off_t)sums, SEEK_SET) == 0 && fwrite(&sum2, 8, 1, file) == 1 &&
+                 fwrite(&sum1, 8, 1, file) == 1;
+        if (!ok || fclose(file) != 0) die("cannot change %s", path);
+        free(one);
+        free(two);
+    }
+    CHECK(checkpoint_verify(path, why) != 0, "swapped chunks");
+
+    // cuts, and something appended
+    const int64_t cuts[] = {0, 1, 15, 16, 4095, 4096, 4097, size / 2, size - 8, size - 1};
+    for (int i = (int)(sizeof cuts / sizeof cuts[0]) - 1; i >= 0; i--) {
+        if (i == (int)(sizeof cuts / sizeof cuts[0]) - 1) save(where, 12);
+        if (truncate(path, (off_t)cuts[i]) != 0) die("truncate %s", path);
+        r = child(i % 2 ? run_load : run_load_weights, path);
+        check_died(&r, "cut", path, cuts[i] < 16 ? "not a checkpoint" : "cut short");
+    }
+    save(where, 12);
+    FILE *file = fopen(path, "ab");
+    if (!file || fputc(0, file) == EOF || fclose(file) != 0) die("cannot append");
+    r = child(run_load, path);
+    check_died(&r, "appended", path, "too long");
+
+    // other files
+    make_file(where, "ckpt_00000012.bin", "This is a text, and it is not a checkpoint at all.\n");
+    r = child(run_load, path);
+    check_died(&r, "text", path, "not a checkpoint");
+    r = child(run_load, (void *)"/no/such/file.bin");
+    check_died(&r, "missing", "/no/such/file.bin", "No such file");
+    r = child(run_load, where);
+    check_died(&r, "folder", where, "directory");
+    save(where, 12);
+    unsigned char header[CHECKPOINT_HEADER];
+    file = fopen(path, "r+b");
+    if (!file || fread(header, 1, sizeof header, file) != sizeof header) die("cannot read");
+    checkpoint_put(header, 1, 9);
+    checkpoint_put(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER - 8, 0));
+    if (fseeko(file, 0, SEEK_SET) || fwrite(header, 1, sizeof header, file) != sizeof header || fclose(file))
+        die("cannot write");
+    r = child(run_load, path);
+    check_died(&r, "version", "version 9", "version 1");
+
+    // another model: the same size, but another topk; then another vocabulary
+    save(where, 12);
+    model.fsa.topk = 5;
+    r = child(run_load, path);
+    check_died(&r, "topk", "topk is 4 and not 5", path);
+    model.fsa.topk = 4, model.attn = ATTN_FULL;
+    r = child(run_load, path);
+    check_died(&r, "attn", "attn is nsa and not full", path);
+    model.attn = ATTN_NSA, model.rope_theta = 5e5;
+    r = child(run_load, path);
+    CHECK(r.code == 0, "RoPE may change: %s", r.err);
+    model.rope_theta = 1e4;
+
+    // writing fails
+    r = child(run_save, (void *)"/dev/null/x");
+    check_died(&r, "unwritable", "/dev/null/x/ckpt_00000001.bin", "cannot write");
+    if (access("/dev/full", W_OK) == 0) {
+        char full[400];
+        snprintf(full, sizeof full, "%s/ckpt_00000001.bin.tmp", where);
+        if (symlink("/dev/full", full) != 0) die("symlink");
+        r = child(run_save, where);
+        check_died(&r, "full disk", "cannot write", "disk");
+        CHECK(!exists(where, "ckpt_00000001.bin") && !exists(where, "ckpt_00000001.bin.tmp"),
+              "a file was left");
+    } else {
+        SKIP("full disk: no /dev/full");
+    }
+}
+
+static void test_checkpoint_folder(void) {
+    char where[300], path[PATH_BYTES], expected[PATH_BYTES];
+    snprintf(where, sizeof where, "%s/folder", dir);
+    CHECK(checkpoint_newest(where, path) == 0, "no folder");
+    checkpoint_dir_check(where, 1);
+    CHECK(checkpoint_newest(where, path) == 0, "empty");
+    make_file(where, "ckpt_00000099.bin.tmp", "x");
+    make_file(where, "ckpt_1.bin", "x");
+    make_file(where, "ckpt_00000001.binx", "x");
+    make_file(where, "ckpt_0000001a.bin", "x");
+    make_file(where, "other.tmp", "x");
+    CHECK(checkpoint_newest(where, path) == 0, "other files");
+    checkpoint_dir_check(where, 0);
+    CHECK(!exists(where, "ckpt_00000099.bin.tmp"), "what a killed run left is removed");
+    CHECK(exists(where, "other.tmp") && exists(where, "ckpt_1.bin"), "files of others are not");
+    const int64_t steps[] = {30, 10, 123456789, 20, 40};
+    for (int i = 0; i < 5; i++) save(where, steps[i]);
+    CHECK(checkpoint_newest(where, path) == 1, "newest");
+    checkpoint_path(expected, sizeof expected, where, 123456789);
+    CHECK(strcmp(path, expected) == 0, "%s", path);
+    Child r = child(run_dir_check_new, where);
+    check_died(&r, "a new run beside an old one", "123456789", "-y 1");
+    r = child(run_dir_check_resume, where);
+    CHECK(r.code == 0, "%s", r.err);
+
+    // the newest two are bad: a flipped byte, a cut
+    flip(path, CHECKPOINT_HEADER + 8 * model_size, 1);
+    checkpoint_path(path, sizeof path, where, 40);
+    if (truncate(path, 5000) != 0) die("truncate");
+    checkpoint_path(expected, sizeof expected, where, 30);
+    r = child(run_newest, where);
+    CHECK(r.code == 0 && strcmp(r.out, expected) == 0, "%d %s %s", r.code, r.out, r.err);
+    CHECK(lines(r.err) == 2 && strstr(r.err, "warning: ") && strstr(r.err, "ckpt_00000040.bin: cut short") &&
+              strstr(r.err, "ckpt_123456789.bin: damaged"),
+          "%s", r.err);
+
+    // the later bad ones are not counted among the last two
+    checkpoint_prune(where, 2, 30);
+    CHECK(!exists(where, "ckpt_00000010.bin") && exists(where, "ckpt_00000020.bin") &&
+              exists(where, "ckpt_00000030.bin") && exists(where, "ckpt_00000040.bin"),
+          "prune");
+    checkpoint_prune(where, 1, 123456789);
+    CHECK(!exists(where, "ckpt_00000020.bin") && !exists(where, "ckpt_00000040.bin") &&
+              exists(where, "ckpt_123456789.bin") && exists(where, "ckpt_1.bin"),
+          "prune");
+    r = child(run_newest, where);
+    CHECK(r.code == 1 && strstr(r.err, "error: ") && strstr(r.err, where) && strstr(r.err, "none of its 1"),
+          "%s", r.err);
+
+    // many
+    for (int i = 0; i < 40; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "ckpt_%08d.bin", i * 7 % 40);
+        make_file(where, name, "x");
+    }
+    checkpoint_prune(where, 3, 39);
+    CHECK(exists(where, "ckpt_00000037.bin") && !exists(where, "ckpt_00000036.bin") &&
+              !exists(where, "ckpt_00000000.bin"),
+          "prune many");
+
+    r = child(run_dir_check_new, (void *)"/dev/null/x");
+    check_died(&r, "a file in the way", "/dev/null", "folder");
+    r = child(run_dir_check_new, (void *)"/proc/self");
+    check_died(&r, "unwritable", "-o /proc/self", "nothing can be written");
+}
+
+// Saves until killed, keeping two.
+static void run_saves(void *where) {
+    for (int64_t step = 1;; step++) {
+        save((const char *)where, step);
+        checkpoint_prune((const char *)where, 2, step);
+    }
+}
+
+static void test_kill(void) {
+    char where[300], path[PATH_BYTES], why[CHECKPOINT_WHY], tmp[64];
+    Rng rng;
+    rng_seed(&rng, (uint64_t)getpid(), 2);
+    int unfinished = 0;
+    for (int i = 0; i < 20; i++) {
+        snprintf(where, sizeof where, "%s/kill%d", dir, i);
+        checkpoint_dir_check(where, 0);
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            run_saves(where);
+            _exit(0);
+        }
+        for (int wait = 0;
+             wait < 5000 && !exists(where, "ckpt_00000001.bin") && !exists(where, "ckpt_00000002.bin");
+             wait++)
+            usleep(1000);
+        usleep((useconds_t)rng_below(&rng, 60000));
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        ModelConfig c;
+        TrainState s;
+        memset(&s, 0, sizeof s);
+        CHECK(checkpoint_newest(where, path) == 1, "kill %d: no checkpoint", i);
+        CHECK(checkpoint_read_header(path, &c, &s, why) == 0, "%s", why);
+        load(path, &s, 1);
+        for (int a = 0; a < 3; a++) CHECK(wrong(a, s.step) == 0, "kill %d: step %lld", i, (long long)s.step);
+        int64_t *steps, count = checkpoint_list(where, &steps);
+        for (int64_t k = 0; k < count; k++) {
+            checkpoint_path(path, sizeof path, where, steps[k]);
+            CHECK(checkpoint_verify(path, why) == 0, "%s", why);
+        }
+        free(steps);
+        CHECK(count >= 1 && count <= 3, "%lld checkpoints", (long long)count);
+        snprintf(tmp, sizeof tmp, "ckpt_%08lld.bin.tmp", (long long)s.step + 1);
+        unfinished += exists(where, tmp);
+        checkpoint_dir_check(where, 1);
+        CHECK(!exists(where, tmp), "kill %d: %s stays", i, tmp);
+        for (int64_t step = 0; step <= s.step; step++) {
+            checkpoint_path(path, sizeof path, where, step);
+            unlink(path);
+        }
+    }
+    CHECK(unfinished > 0, "no kill fell into a save");
+}
+
+// ----------------------------------------------------------------------------
+// Log
+
+static void test_cadence(void) {
+    CHECK(cadence_due(0, 10, 25) && cadence_due(10, 10, 25) && cadence_due(20, 10, 25) &&
+              cadence_due(25, 10, 25),
+          "due");
+    CHECK(!cadence_due(5, 10, 25) && !cadence_due(24, 10, 25), "not due");
+    CHECK(!cadence_due(0, 0, 25) && !cadence_due(25, 0, 25), "never");
+    Options o;
+    parse(&o, "-i a -j b -o d -x 25 -n 10 -v 5 -s 20");
+    for (int64_t step = 0; step <= 25; step++) {
+        Cadence c = cadence_at(&o, step);
+        CHECK(c.validate == (step % 5 == 0), "val %lld", (long long)step);
+        CHECK(c.sample == (step == 20 || step == 25), "sample %lld", (long long)step);
+        CHECK(c.save == (step == 10 || step == 20 || step == 25), "save %lld", (long long)step);
+    }
+    parse(&o, "-i a -o d -x 25 -n 0");
+    CHECK(!cadence_at(&o, 24).save && cadence_at(&o, 25).save && !cadence_at(&o, 25).validate &&
+              !cadence_at(&o, 25).sample,
+          "only at the end");
+    parse(&o, "-i a -x 25");
+    CHECK(!cadence_at(&o, 25).save, "nowhere to save");
+    CHECK(eta_seconds(10, 5, 20) == 40 && eta_seconds(10, 0, 20) == 0, "time left");
+    static const struct {
+        double seconds;
+        const char *text;
+    } times[] = {{0, "0s"},         {59.4, "59s"},    {59.6, "1m00s"},  {125, "2m05s"},
+                 {3599.9, "1h00m"}, {10920, "3h02m"}, {86400, "1d00h"}, {1e6, "11d13h"}};
+    for (size_t i = 0; i < sizeof times / sizeof times[0]; i++) {
+        char text[32];
+        format_seconds(text, sizeof text, times[i].seconds);
+        CHECK(strcmp(text, times[i].text) == 0, "%s", text);
+    }
+}
+
+static void run_log_full(void *unused) {
+    (void)unused;
+    Logger l;
+    l.file = fopen("/dev/full", "w");
+    snprintf(l.path, sizeof l.path, "/dev/full");
+    logger_val(&l, 1, 1);
+}
+
+// What the console shows; the file is looked at by the parent.
+static void run_log(void *where) {
+    Logger l;
+    logger_open(&l, (const char *)where, -1);
+    const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
+    logger_val(&l, 0, 4.5);
+    for (int64_t step = 1; step <= 4; step++) {
+        TrainLine t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
+        logger_train(&l, &t, 10, 65);
+    }
+    logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
+    logger_val(&l, 4, 1.25);
+    fflush(stdout);
+    _exit(0); // nothing closed: every line is on the file already
+}
+
+static void test_logger(void) {
+    char where[300], path[400], text[8192];
+    snprintf(where, sizeof where, "%s/log", dir);
+    snprintf(path, sizeof path, "%s/log.jsonl", where);
+    make_dirs(where);
+    make_file(where, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
+    Child r = child(run_log, where);
+    CHECK(r.code == 0, "%d %s", r.code, r.err);
+    CHECK(strstr(r.out, "val loss 4.5000\n") && strstr(r.out, "val loss 1.2500\n"), "%s", r.out);
+    CHECK(strstr(r.out,
+                 "step 2/10 | loss 0.5000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
+                 "| 1m05s left\n"),
+          "%s", r.out);
+    CHECK(strstr(r.out, "chance 6.2%") && strstr(r.out, "4+: 95.0% of 400") && strstr(r.out, "1+: none"),
+          "%s", r.out);
+    slurp(path, text, sizeof text);
+    CHECK(lines(text) == 7 && !strstr(text, "older"), "%s", text);
+    CHECK(
+        strstr(
+            text,
+            "{\"step\":2,\"loss\":0.5,\"lr\":0.001,\"norm\":0.5,\"ms\":12.500,\"tokens_per_second\":10000.0,"
+            "\"mfu\":0.42100,\"memory_bytes\":0}\n"),
+        "%s", text);
+    CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
+    CHECK(strstr(text, "{\"step\":4,\"val_loss\":1.25}\n"), "%s", text);
+    CHECK(strstr(text,
+                 "{\"step\":4,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,\"right\":0},{\"from\":2,"
+                 "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
+          "%s", text);
+
+    // resumed after step 2, the last line cut by a kill
+    FILE *f = fopen(path, "ab");
+    if (!f || fputs("{\"step\":2,\"recall\":[{\"from\":1}", f) < 0 || fclose(f) != 0) die("cannot append");
+    Logger l;
+    logger_open(&l, where, 2);
+    logger_write(&l, "{\"step\":3,\"loss\":9}\n");
+    logger_close(&l);
+    slurp(path, text, sizeof text);
+    CHECK(lines(text) == 4, "%s", text);
+    CHECK(strncmp(text, "{\"step\":0,\"val_loss\":4.5}\n{\"step\":1,", 35) == 0 &&
+              strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
+              !strstr(text, "\"step\":4") && !strstr(text, "null"),
+          "%s", text);
+    CHECK(!exists(where, "log.jsonl.tmp"), "temporary file left");
+    unlink(path);
+    logger_open(&l, where, 5); // a checkpoint, but no log
+    logger_close(&l);
+    CHECK(exists(where, "log.jsonl"), "made anew");
+    logger_open(&l, NULL, -1);
+    logger_write(&l, "nowhere");
+    logger_close(&l);
+    if (access("/dev/full", W_OK) == 0) {
+        r = child(run_log_full, NULL);
+        check_died(&r, "full disk", "/dev/full", "cannot write");
+    } else {
+        SKIP("full disk: no /dev/full");
+    }
+}
+
+int main(void) {
+    const char *base = getenv("TMPDIR");
+    snprintf(dir, sizeof dir, "%.200s/test_run_XXXXXX", base && base[0] ? base : "/tmp");
+    if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
+    model = preset_config("recall", 3000); // three chunks an array
+    param_table(&model, NULL, &model_size);
+    for (int a = 0; a < 3; a++) {
+        arrays[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
+        loaded[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
+    }
+    test_fsa_config();
+    test_model_config();
+    test_rope();
+    test_param_table();
+    test_flops();
+    test_options();
+    test_options_checkpoint();
+    test_checksum();
+    test_checkpoint_file();
+    test_checkpoint_folder();
+    test_kill();
+    test_cadence();
+    test_logger();
+    test_params_init(); // last: its threads must not be alive in a fork
+    for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
+    char command[400];
+    snprintf(command, sizeof command, "rm -rf '%s'", dir);
+    if (system(command) != 0) printf("cannot remove %s\n", dir);
+    return test_end("test_run");
+}
