@@ -1,0 +1,182 @@
+#!/usr/bin/env bash
+# The trainer as a user meets it: runs, exact resume, signals, samples, and every error path. Needs
+# CPU (the trainer) and BUILD (the folder of the data makers), as make test sets them.
+set -u
+CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}") BUILD=$(realpath "${BUILD:-build}")
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+cd "$T" || exit 1
+passed=0 failed=0 skipped=0
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED cli.sh: $*"; }
+check() { if eval "$1"; then ok; else bad "$2"; fi; }
+
+"$BUILD/recall" -o data -t 64 -n 40 -m 20 >/dev/null || bad "recall"
+TINY="-e recall -t 64 -b 2 -l 1e-3 -u 2 -x 6 -v 3 -m 2"
+BARE="-e recall -t 64 -b 2 -x 6" # for runs without validation shards
+DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
+set -f # patterns reach the program unexpanded
+run() { "$CPU" "$@" >out 2>err; }
+
+# Runs the trainer; it must end with code 1, one line on stderr that contains $1, and no new file.
+expect_error() {
+    local want=$1 before after
+    shift
+    before=$(ls -lR --time-style=+%s "$T" | cksum)
+    (cd "$T" && "$CPU" "$@" >"$T.out" 2>"$T.err")
+    local code=$?
+    after=$(ls -lR --time-style=+%s "$T" | cksum)
+    if [ $code -ne 1 ]; then bad "code $code, not 1: $* ($(head -c 300 "$T.err"))"
+    elif [ "$(wc -l <"$T.err")" -ne 1 ]; then bad "not one line on stderr: $*: $(head -c 600 "$T.err")"
+    elif ! grep -qF -- "$want" "$T.err"; then bad "'$want' is not in: $(cat "$T.err")"
+    elif [ "$before" != "$after" ]; then bad "files changed: $*"
+    else ok; fi
+    rm -f "$T.out" "$T.err"
+}
+
+# ---- runs, and exact resume
+run $TINY $DATA -o a -n 3
+check '[ $? -eq 0 ]' "a short run: $(cat err)"
+check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
+check 'grep -q "^recall by distance" out' "no recall accuracy"
+check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl has not 6 steps"
+check '[ -f a/ckpt_00000003.bin ] && [ -f a/ckpt_00000006.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
+mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && head -4 a/log.jsonl >b/log.jsonl
+run $TINY $DATA -o b -n 3 -y 1
+check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run has other bits"
+run $TINY $DATA -o b -n 3 -y 1
+check '[ $? -eq 0 ] && grep -q "after step 6 of 6" out' "a finished run does not say so"
+OMP_NUM_THREADS=1 run $TINY $DATA -o c -n 6
+check 'cmp -s a/ckpt_00000006.bin c/ckpt_00000006.bin' "one thread gives other bits"
+run $TINY $DATA -o k -n 1 -nk 2
+set +f
+check '[ "$(ls k/ckpt_*.bin | wc -l)" -eq 2 ] && [ -f k/ckpt_00000006.bin ]' "-nk 2 kept $(ls k)"
+set -f
+for attn in full window; do
+    run $TINY $DATA -attn $attn
+    check '[ $? -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
+done
+run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean
+check '[ $? -eq 0 ] && grep -q "512 tokens a step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
+
+# one step of 4 micro-batches is one step of a batch of 4, but for rounding
+run -e recall -t 64 -b 4 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >one
+run -e recall -t 64 -b 1 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >four
+check '[ -s one ] && cmp -s one four' "accumulation differs: $(cat one four)"
+
+# -a 1: the loss on one batch falls far
+run -e recall -t 64 -b 2 -l 5e-3 -x 60 -a 1 -v 0 $DATA
+check 'awk "/^step 1\//{a=\$5} /^step 60\//{b=\$5} END{exit !(b > 0 && b < a / 3)}" out' "-a 1 does not overfit"
+
+# ---- validation only, samples
+run -e a/ckpt_00000006.bin -val 1 -j 'data/recall_val_*.bin' -b 2 -m 2
+check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
+run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
+check '[ $? -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
+cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
+check 'cmp -s out first' "the same seed samples other words"
+run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # beyond the context
+check '[ $? -eq 0 ]' "a sample longer than the context: $(cat err)"
+run $TINY $DATA -s 3 -g 5
+check '[ "$(grep -c "^sample: " out)" -eq 2 ]' "-s 3: $(grep sample out)"
+
+# ---- a checkpoint at a longer context, as a start and as a resume
+"$BUILD/recall" -o long -t 128 -n 20 -m 10 >/dev/null
+run -e a/ckpt_00000006.bin -t 128 -b 1 -x 2 -i 'long/recall_train_*.bin' -o l -theta 20000
+check '[ $? -eq 0 ]' "a longer context: $(cat err)"
+cp -r a d
+run -e recall -t 128 -b 1 -x 8 -i 'long/recall_train_*.bin' -o d -y 1
+check '[ $? -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "resumed at a longer context: $(cat err)"
+
+# ---- signals and kills
+for signal in INT TERM; do
+    "$CPU" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &
+    pid=$!
+    for _ in $(seq 300); do grep -q '"step":3,' s$signal/log.jsonl 2>/dev/null && break; sleep 0.1; done
+    kill -$signal $pid; wait $pid; code=$?
+    check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
+    run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
+    check '[ $? -eq 0 ] && grep -q "going on after step" out' "no checkpoint after SIG$signal: $(cat err)"
+done
+good=1
+for i in 1 2 3 4 5; do
+    "$CPU" $TINY $DATA -x 100000 -v 0 -n 1 -nk 2 -y 1 -o killed >out 2>err &
+    pid=$!
+    for _ in $(seq 300); do grep -q '"step":[0-9]*[1-9],' killed/log.jsonl 2>/dev/null && break; sleep 0.1; done
+    sleep 0.$((RANDOM % 9 + 1)); kill -9 $pid; wait $pid 2>/dev/null
+    run $TINY $DATA -x 1 -u 0 -v 0 -y 1 -o killed || good=0
+done
+check '[ $good -eq 1 ]' "no good checkpoint after a kill: $(cat err)"
+set +f; check '[ -z "$(ls killed | grep tmp)" ]' "unfinished files stay: $(ls killed)"; set -f
+
+# ---- bad shards
+head -c 2000 data/recall_train_000000.bin >cut_000.bin
+expect_error "truncated" $BARE -vocab 68 -i 'cut_*.bin'
+head -c 1024 /dev/zero >zero_000.bin
+expect_error "magic" $BARE -i 'zero_*.bin' -vocab 68
+cp data/recall_train_000000.bin v_000.bin && printf '\x09' | dd of=v_000.bin bs=1 seek=4 conv=notrunc 2>/dev/null
+expect_error "version" $BARE -i 'v_*.bin' -vocab 68
+expect_error "vocab" $BARE -i v_000.bin
+mkdir -p small && cp data/recall_train_000000.bin small/
+expect_error "beyond" $BARE -i 'small/*.bin' -vocab 20
+expect_error "nothing_*.bin" $BARE -i 'nothing_*.bin' -vocab 20
+expect_error "4097" $BARE -i 'small/*.bin' -vocab 68 -t 4096
+
+# ---- bad flags
+expect_error "-atn" $TINY $DATA -atn full
+expect_error "-x" $DATA -x
+expect_error "12x" $TINY $DATA -b 12x
+expect_error "-1" $TINY $DATA -l -1
+expect_error "3" $TINY $DATA -heads 4 -kv-heads 3
+expect_error "topk" $TINY $DATA -topk 2
+expect_error "cmp" $TINY $DATA -cmp-len 10
+expect_error "block" $TINY $DATA -block 24
+expect_error "at most 16" $TINY $DATA -heads 34 -kv-heads 2
+expect_error "multiple" $TINY $DATA -d 300
+expect_error "warm-up" $TINY $DATA -u 100
+expect_error "-o" $TINY $DATA -y 1
+expect_error "nowhere" -e nowhere $DATA
+expect_error "-i" -e recall
+expect_error "-sample 1" -e recall -sample 1
+expect_error "-val 1" -e a/ckpt_00000006.bin -val 1 -sample 1
+expect_error "word" -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Nobody'
+expect_error "-prompt" -e a/ckpt_00000006.bin -sample 1 -prompt "$(yes 'Recall Mara : lamp .' | head -40 | tr '\n' ' ')"
+expect_error "-y 1" $TINY $DATA -o a
+expect_error "layers" $TINY $DATA -o a -y 1 -layers 3
+expect_error "window" $TINY $DATA -o a -y 1 -attn window
+expect_error "-vocab says 100" $TINY $DATA -vocab 100
+touch plain
+expect_error "plain" $TINY $DATA -o plain/x
+
+# ---- bad checkpoints
+head -c 100000 a/ckpt_00000006.bin >cut.bin
+expect_error "cut" -e cut.bin -sample 1
+cp a/ckpt_00000006.bin flip.bin && printf '\x5a' | dd of=flip.bin bs=1 seek=70001 conv=notrunc 2>/dev/null
+expect_error "flip.bin" -e flip.bin -sample 1
+expect_error "checkpoint" -e data/tokenizer.bin -sample 1
+cp flip.bin b/ckpt_00000006.bin # resume takes the one before
+run $TINY $DATA -o b -n 3 -y 1
+check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a bad newest checkpoint: $(cat out err)"
+expect_error "step" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
+if [ "$(id -u)" -ne 0 ]; then
+    mkdir locked && chmod 500 locked
+    expect_error "locked" $TINY $DATA -o locked/x
+else
+    skipped=$((skipped + 1)) && echo "skipped: a folder that root may not write"
+fi
+run -h
+check '[ $? -eq 0 ] && grep -q -- "-attn" out' "-h"
+
+# ---- text, and shards as llm.c makes them
+printf 'The quick brown fox jumps over the lazy dog. %.0s' $(seq 60) >fox.txt
+"$BUILD/text" -o fox -name fox fox.txt >/dev/null
+run -e tiny -layers 1 -t 32 -b 2 -x 3 -v 3 -s 3 -g 5 -i 'fox/fox_train_*.bin' -j 'fox/fox_val_*.bin'
+check '[ $? -eq 0 ] && grep -q "vocabulary 257" out' "bytes of text: $(cat err)"
+mkdir gpt2 && {
+    printf '\x88\xd8\x34\x01\x01\x00\x00\x00\xe8\x03\x00\x00'; head -c 1012 /dev/zero; head -c 2000 /dev/zero
+} >gpt2/fineweb_train_000001.bin
+run -e recall -vocab 50257 -layers 1 -channels 16 -t 32 -b 1 -x 1 -i 'gpt2/fineweb_train_*.bin'
+check '[ $? -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
+
+echo "cli: $passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]

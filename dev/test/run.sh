@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs the test programs named as arguments and the tests of the command line, and sums up their last
+# lines ("name: N passed, N failed, N skipped"). A program that ends without one has failed.
+set -u
+passed=0 failed=0 skipped=0
+for program in "$@" "bash dev/test/cli.sh"; do
+    output=$($program 2>&1)
+    code=$?
+    echo "$output"
+    last=$(echo "$output" | tail -n 1)
+    if [[ $last =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
+        passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2])) skipped=$((skipped + BASH_REMATCH[3]))
+        if [ $code -ne 0 ] && [ "${BASH_REMATCH[2]}" -eq 0 ]; then failed=$((failed + 1)); fi
+    else
+        echo "FAILED $program: ended with code $code before its last line"
+        failed=$((failed + 1))
+    fi
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]

@@ -1,0 +1,81 @@
+// test_model_golden.c: the model of train_gpt_nsa.c, compiled in double, against values of PyTorch's
+// autograd. Built with -DGPT_DOUBLE and linked with train_gpt_nsa.c -DGPT_NO_MAIN -DGPT_DOUBLE.
+#include "golden.h"
+#include "../../train_gpt_nsa.h"
+
+static const double tolerance = 1e-10;
+
+// Rows of a tensor without the vocabulary's padding.
+static int64_t real_rows(const ModelConfig *c, const ParamTensor *t) {
+    int padded = strcmp(t->name, "wte") == 0 || strcmp(t->name, "lm_head") == 0;
+    return padded ? c->vocab_size : t->rows;
+}
+
+static void test_case(const char *name) {
+    Golden file, *g = &file;
+    golden_load(g, name);
+    ModelConfig c;
+    memset(&c, 0, sizeof c);
+    int fields;
+    const ModelField *field = model_fields(&fields);
+    for (int i = 0; i < fields; i++)
+        model_field_set(&c, &field[i], golden_get(g, 'f', "config.", field[i].name)->f[0]);
+    char message[256];
+    int bad = config_check(&c, message, sizeof message);
+    CHECK(!bad, "%s: %s", name, message);
+    if (bad) return;
+
+    const int64_t *cu_seqlens = golden_ints(g, "cu_seqlens");
+    const int64_t num_seqs = golden_get(g, 'i', "", "cu_seqlens")->size - 1, n = cu_seqlens[num_seqs];
+    int32_t *tokens = (int32_t *)xmalloc((size_t)n * 2 * sizeof *tokens), *targets = tokens + n;
+    for (int64_t i = 0; i < n; i++) {
+        tokens[i] = (int32_t)golden_ints(g, "tokens")[i];
+        targets[i] = (int32_t)golden_ints(g, "targets")[i];
+    }
+    GPT model;
+    gpt_build(&model, &c, n, 1);
+    golden_check(g, "", "inv_freq", model.inv_freq, c.fsa.head_dim / 2, tolerance);
+    // the padding's rows hold something, which must not matter
+    for (int64_t i = 0; i < model.num_params; i++) model.params[i] = 0.5;
+    for (int64_t i = 0; i < model.num_tensors; i++) {
+        const ParamTensor *t = &model.tensors[i];
+        int64_t rows = real_rows(&c, t);
+        golden_fill(g, t->name, model.params + t->offset, rows * t->cols);
+    }
+
+    double loss = gpt_forward(&model, tokens, targets, cu_seqlens, num_seqs);
+    golden_check(g, "", "loss", &loss, 1, tolerance);
+    golden_check(g, "", "losses", model.losses, n, tolerance);
+    double *logits = (double *)xmalloc((size_t)(n * c.vocab_size) * sizeof *logits);
+    for (int64_t i = 0; i < n; i++)
+        memcpy(logits + i * c.vocab_size, model.logits + i * c.padded_vocab,
+               (size_t)c.vocab_size * sizeof *logits);
+    golden_check(g, "", "logits", logits, n * c.vocab_size, tolerance);
+    for (int layer = 0; layer < c.layers && c.attn == ATTN_NSA; layer++) {
+        char indices[32];
+        snprintf(indices, sizeof indices, "layers.%d.indices", layer);
+        golden_check_ints(g, indices, model.acts[layer].att_state.indices, c.fsa.kv_heads * n * c.fsa.topk);
+    }
+
+    gpt_zero_grad(&model);
+    gpt_backward(&model, 1.0);
+    for (int64_t i = 0; i < model.num_tensors; i++) {
+        const ParamTensor *t = &model.tensors[i];
+        int64_t rows = real_rows(&c, t);
+        golden_check(g, "grad.", t->name, model.grads + t->offset, rows * t->cols, tolerance);
+        int64_t nonzero = 0;
+        for (int64_t j = rows * t->cols; j < t->size; j++) nonzero += model.grads[t->offset + j] != 0;
+        CHECK(nonzero == 0, "%s: %s: the padding has a gradient", name, t->name);
+    }
+    free(logits);
+    free(tokens);
+    gpt_free(&model);
+    golden_free(g);
+}
+
+int main(void) {
+    test_case("model_nsa");
+    test_case("model_full");
+    test_case("model_window");
+    return test_end("model_golden");
+}
