@@ -4,7 +4,7 @@
 //   Recall Mara : lamp .          the thing is to be predicted from the newest statement about Mara
 //   soon far below .              filler
 //
-// Each of these turns is four tokens, a name and its colon being one.
+// Each of these turns has four tokens, a name and its colon being one.
 // A document is seq_len + 1 tokens, the first of them end-of-text, the last statement cut where it ends.
 // For a recall a distance is drawn log-uniformly, and the name whose newest statement is nearest to that
 // distance is asked. Few names asked often can't be asked after long, so in each document a quarter of the

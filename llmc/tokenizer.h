@@ -210,39 +210,44 @@ static inline int64_t tokenizer_merge(const Tokenizer *t, const char *text, int6
     }
 }
 
+// Dies because no token matches the words [len], which have one space behind each, from the first one on.
+LLMC_NORETURN static inline void tokenizer_no_word(const Tokenizer *t, const char *words, int64_t len) {
+    int n = 0, length;
+    while (n < len && words[n] != ' ') n++;
+    int shown = n < 200 ? n : 200;
+    for (int i = 0; i < t->vocab_size; i++) {
+        const char *piece = tokenizer_piece(t, i, &length);
+        if (i == t->eot || length <= n || memcmp(piece, words, (size_t)n + 1) != 0) continue;
+        die("the vocabulary has no word '%.*s' (did you mean '%.*s'?)", shown, words,
+            length < 200 ? length : 200, piece);
+    }
+    die("the vocabulary has no word '%.*s'; words and punctuation are separated by spaces", shown, words);
+}
+
 // tokenizer_encode of kind words: at each word, the longest token whose words come next.
 static inline int64_t tokenizer_encode_words(const Tokenizer *t, const char *text, int64_t len, int32_t *out,
                                              int64_t max) {
-    char *line = (char *)xmalloc((size_t)len + 1); // the words, a space behind each
-    int64_t size = 0, count = 0, n = 0;            // n: bytes of a token
+    char *words = (char *)xmalloc((size_t)len + 1); // those of the text, with one space behind each
+    int64_t size = 0, count = 0, n;
     for (int64_t i = 0; i <= len; i++) {
         int space = i == len || tokenizer_is_space(text[i]);
-        if (!space) line[size++] = text[i];
-        if (space && size > 0 && line[size - 1] != ' ') line[size++] = ' ';
+        if (!space) words[size++] = text[i];
+        if (space && size > 0 && words[size - 1] != ' ') words[size++] = ' ';
     }
     for (int64_t at = 0; at < size; at += n + 1) {
         int32_t id = -1;
+        n = 0; // bytes of the token
         for (int64_t i = 1; i <= t->longest && at + i < size; i++) {
-            int32_t found = line[at + i] == ' ' ? t->table[tokenizer_slot(t, line + at, i)] : -1;
+            int32_t found = words[at + i] == ' ' ? t->table[tokenizer_slot(t, words + at, i)] : -1;
             if (found < 0) continue;
             id = found;
             n = i;
         }
-        if (count < max && id >= 0) out[count] = id;
+        if (id < 0) tokenizer_no_word(t, words + at, size - at);
+        if (count < max) out[count] = id;
         count++;
-        if (id >= 0) continue;
-        int word = 0, length;
-        while (word < 200 && line[at + word] != ' ') word++;
-        for (int i = 0; i < t->vocab_size; i++) {
-            const char *piece = tokenizer_piece(t, i, &length);
-            if (i == t->eot || length <= word || memcmp(piece, line + at, (size_t)word + 1) != 0) continue;
-            die("the vocabulary has no word '%.*s' (did you mean '%.*s'?)", word, line + at,
-                length < 200 ? length : 200, piece);
-        }
-        die("the vocabulary has no word '%.*s'; words and punctuation are separated by spaces", word,
-            line + at);
     }
-    free(line);
+    free(words);
     return count;
 }
 

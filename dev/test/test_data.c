@@ -661,6 +661,39 @@ static void encode_dying(const Tokenizer *t, const char *text) {
     encode(t, text, out);
 }
 
+static void test_tokens_of_several_words(void) {
+    const char *pieces[10] = {"new york :", "new",      "new york", "city", "york city hall",
+                              "san jose :", "new york", ":",        "old",  "new york city park"};
+    const int32_t ids[] = {2, 3, 1};
+    int lengths[10];
+    int32_t out[64];
+    Tokenizer t;
+    for (int i = 0; i < 10; i++) lengths[i] = (int)strlen(pieces[i]);
+    tokenizer_write(in_root("several.bin"), TOKENIZER_WORDS, 10, 0, pieces, lengths, NULL);
+    CHECK(tokenizer_load(&t, in_root("several.bin")) == 0, "load");
+    check_tokens(&t, "new", "[new]");
+    check_tokens(&t, "new york", "[new york]");
+    check_tokens(&t, "new new york city new", "[new][new york][city][new]");
+    check_tokens(&t, "new york city park city", "[new york city park][city]");
+    check_tokens(&t, "city york city hall :", "[city][york city hall][:]");
+    check_tokens(&t, " \n new \t\r\n york\n\ncity\v\f", "[new york][city]");
+    check_tokens(&t, "san  jose\t:", "[san jose :]");
+    check_tokens(&t, "new york :", "[new york][:]"); // end-of-text never arises
+    CHECK(encode(&t, "new york", out) == 1 && out[0] == 2, "of the same text the first token counts");
+    out[1] = -7;
+    CHECK(tokenizer_encode(&t, "new york city", 13, out, 1) == 2 && out[0] == 2 && out[1] == -7,
+          "more tokens than room");
+    CHECK(tokenizer_encode(&t, "new york city", 8, out, 64) == 1 && out[0] == 2, "text that ends early");
+    CHECK(strcmp(printed(&t, ids, 3), "new york city new") == 0, "'%s'", printed(&t, ids, 3));
+    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "new san"));
+    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "san jose city"));
+    DIES("no word 'york' (did you mean 'york city hall'?)\n", encode_dying(&t, "old\nyork\ncity"));
+    DIES("no word 'ne'; words", encode_dying(&t, "ne york"));
+    DIES("no word 'jose'; words", encode_dying(&t, "jose :"));
+    DIES("no word 'newyork'; words", encode_dying(&t, "newyork"));
+    tokenizer_free(&t);
+}
+
 static void test_word_tokenizer(void) {
     const char *pieces[5] = {"<|end|>", "the", "cat", ".", "sat"};
     const int lengths[5] = {7, 3, 3, 1, 3};
@@ -683,7 +716,9 @@ static void test_word_tokenizer(void) {
     DIES("no word 'dog'", encode_dying(&t, "the dog sat"));
     DIES("no word 'cat.'", encode_dying(&t, "the cat."));
     DIES("no word '<|end|>'", encode_dying(&t, "<|end|>"));
+    DIES("no word 'sa'; words and punctuation are separated by spaces", encode_dying(&t, "sa"));
     tokenizer_free(&t);
+    test_tokens_of_several_words();
 
     static char raw[4096];
     int64_t size = read_file(path, raw, sizeof(raw));
@@ -904,7 +939,7 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
     shard_open(&s, path);
     CHECK(answers_load(&a, path) == 0 && a.seq_len == seq_len, "answers of %s", path);
     CHECK(s.count % (seq_len + 1) == 0, "%lld tokens are no whole documents", (long long)s.count);
-    uint32_t name0 = 5, thing0 = 5 + (uint32_t)names, filler0 = thing0 + (uint32_t)things;
+    uint32_t name0 = 4, thing0 = 4 + (uint32_t)names, filler0 = thing0 + (uint32_t)things;
     for (int64_t first = 0; first < s.count; first += seq_len + 1) {
         int64_t held = 0, quarter = (seq_len + 1) / 4;
         shard_read(&s, first, seq_len + 1, doc);
@@ -913,10 +948,9 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
         for (int64_t t = 1; t <= seq_len;) {
             uint32_t verb = doc[t];
             if (verb == 1 || verb == 2) {
-                if (t + 4 > seq_len) break; // cut
-                uint32_t name = doc[t + 1] - name0, told = doc[t + 3] - thing0;
-                if (name >= (uint32_t)names || told >= (uint32_t)things || doc[t + 2] != 3 ||
-                    doc[t + 4] != 4) {
+                if (t + 3 > seq_len) break; // cut
+                uint32_t name = doc[t + 1] - name0, told = doc[t + 2] - thing0;
+                if (name >= (uint32_t)names || told >= (uint32_t)things || doc[t + 3] != 3) {
                     grammar++;
                     break;
                 }
@@ -924,8 +958,8 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
                 if (verb == 2) {
                     c->recalls++;
                     wrong += thing[name] != (int64_t)told; // the newest thing told
-                    int64_t distance = t + 3 - place[name];
-                    if (answer >= a.count || a.answers[answer].index != first + t + 3 ||
+                    int64_t distance = t + 2 - place[name];
+                    if (answer >= a.count || a.answers[answer].index != first + t + 2 ||
                         a.answers[answer].distance != distance || place[name] < 0) {
                         misplaced++;
                     }
@@ -935,8 +969,8 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
                 }
                 if (verb == 1) c->replaced += thing[name] >= 0 && thing[name] != (int64_t)told;
                 thing[name] = told;
-                place[name] = t + 3;
-                t += 5;
+                place[name] = t + 2;
+                t += 4;
             } else {
                 int64_t words = 0;
                 while (t + words <= seq_len && doc[t + words] >= filler0) {
@@ -944,14 +978,14 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
                     words++;
                 }
                 if (t + words > seq_len) break; // cut
-                grammar += doc[t + words] != 4 || words < FILLER_MIN || words > FILLER_MAX;
+                grammar += doc[t + words] != 3 || words != 3;
                 c->filler_turns++;
                 t += words + 1;
             }
         }
         // an answer in a statement whose period was cut off
         if (answer < a.count && a.answers[answer].index == first + seq_len) {
-            uint32_t name = doc[seq_len - 2] - name0;
+            uint32_t name = doc[seq_len - 1] - name0;
             wrong += thing[name] != (int64_t)(doc[seq_len] - thing0);
             misplaced += a.answers[answer].distance != seq_len - place[name];
             c->buckets[bucket_of(a.answers[answer].distance)]++;
@@ -980,12 +1014,16 @@ static void test_recall(void) {
     Tokenizer t;
     int32_t tokens[8];
     CHECK(tokenizer_load(&t, in_root("rec/tokenizer.bin")) == 0 && t.kind == TOKENIZER_WORDS &&
-              t.vocab_size == 69 && t.eot == 0,
+              t.vocab_size == 68 && t.eot == 0,
           "tokenizer");
-    CHECK(encode(&t, "Remember Mara : lamp . Recall soon", tokens) == 7 && tokens[0] == 1 && tokens[1] == 5 &&
-              tokens[2] == 3 && tokens[3] == 21 && tokens[4] == 4 && tokens[5] == 2 && tokens[6] >= 37,
+    CHECK(encode(&t, "Remember Mara : lamp . Recall soon", tokens) == 6 && tokens[0] == 1 && tokens[1] == 4 &&
+              tokens[2] == 20 && tokens[3] == 3 && tokens[4] == 2 && tokens[5] >= 36,
           "the words of the task");
-    for (int i = 0; i < 69; i++) { // no word stands for two tokens
+    CHECK(strcmp(printed(&t, tokens, 5), "Remember Mara : lamp . Recall") == 0, "'%s'",
+          printed(&t, tokens, 5));
+    DIES("no word 'Mara' (did you mean 'Mara :'?)", encode_dying(&t, "Recall Mara"));
+    DIES("no word ':'; words", encode_dying(&t, "Recall : Mara"));
+    for (int i = 0; i < 68; i++) { // no word stands for two tokens
         int length;
         const char *piece = tokenizer_piece(&t, i, &length);
         CHECK(i == 0 || (tokenizer_encode(&t, piece, length, tokens, 8) == 1 && tokens[0] == i), "token %d",
@@ -1024,6 +1062,11 @@ static void test_recall(void) {
           "%s", child_err);
     CHECK(!exists(in_root("rec/recall_val_000001.bin")) && !exists(in_root("rec/recall_val_000001.answers")),
           "a shard of an earlier run is left");
+    CHECK(tokenizer_load(&t, in_root("rec/tokenizer.bin")) == 0 && t.vocab_size == 4 + 40 + 7 + 3 &&
+              encode(&t, "Mara2 : Hugo3 : lamp", tokens) == 3 && tokens[0] == 4 + 16 && tokens[1] == 4 + 39 &&
+              tokens[2] == 4 + 40,
+          "names beyond the built-in ones");
+    tokenizer_free(&t);
     census(in_root("rec/recall_train_000000.bin"), 1000, 40, 7, 3, &c);
     CHECK(c.held >= 10 * 300 && c.buckets[9] > 0 && c.buckets[8] > 0, "held %lld", (long long)c.held);
     Shard s;
@@ -1054,9 +1097,9 @@ static void test_recall(void) {
     static const struct {
         int64_t seq_len;
         int names, things, fillers;
-    } edges[] = {{32, 16, 16, 32},    {33, 1, 2, 1},   {64, 2, 2, 1},   {100, 3, 5, 2},
-                 {127, 4, 16, 32},    {128, 5, 3, 3},  {257, 64, 9, 9}, {4096, 16, 16, 32},
-                 {65536, 16, 16, 32}, {300, 300, 2, 1}};
+    } edges[] = {{32, 16, 16, 32},   {33, 1, 2, 1},       {64, 2, 2, 1},   {100, 3, 5, 2},
+                 {127, 4, 16, 32},   {126, 7, 4, 2},      {128, 5, 3, 3},  {257, 64, 9, 9},
+                 {4096, 16, 16, 32}, {65536, 16, 16, 32}, {300, 300, 2, 1}};
     for (size_t i = 0; i < sizeof(edges) / sizeof(edges[0]); i++) {
         CHECK(run_maker(recall_main, line_of("-o %s/edge -t %d -n 3 -m 2 -names %d -things %d -fillers %d",
                                              root, (int)edges[i].seq_len, edges[i].names, edges[i].things,
