@@ -61,7 +61,7 @@ $(BUILD)/bench_reference: dev/bench_reference.c $(REFERENCE) $(HEADERS)
 # The default task: recall of what was told up to 256 tokens ago. A second run goes on from the newest
 # checkpoint; once all steps are done it says so and shows what was reached.
 RECALL := -e recall -i 'data/recall/recall_train_*.bin' -j 'data/recall/recall_val_*.bin' -o log/recall -y 1 \
-          -b 2 -x 2000 -l 2e-3 -u 150 -q 0 -beta2 0.98 -v 500 -m 0 -n 500 -s 1000 -g 40 -temp 0
+          -b 2 -x 1200 -l 2e-3 -u 150 -q 0 -beta2 0.98 -v 300 -m 0 -n 300 -s 600 -g 16 -prompt "Remember Mara : lamp . Remember Ruth : key . Recall Mara :"
 
 data: $(MAKERS)
 	@$(BUILD)/recall -o data/recall
@@ -71,7 +71,7 @@ train: $(CPU) data
 	@echo
 	@echo "Next:"
 	@echo "  sample:             ./$(CPU) -e \$$(ls log/recall/ckpt_*.bin | tail -1) -sample 1 -temp 0 -g 24 -prompt 'Remember Mara : lamp . Remember Ruth : key . Recall Mara :'"
-	@echo "  go on training:     make train ARGS='-x 3000'"
+	@echo "  go on training:     make train ARGS='-x 1800'"
 	@echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(CPU) -e tiny -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
 
 # ---- test --------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *weight, i
     }
 }
 
-void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight, const real *rstd,
-                      int64_t n, int c) {
+void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight,
+                      const real *rstd, int64_t n, int c) {
     // with y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y))
 #pragma omp parallel for if (n * c > 20000)
     for (int64_t i = 0; i < n; i++) {
@@ -112,8 +112,8 @@ void crossentropy_forward(real *losses, real *lse, int32_t *best, const real *lo
     }
 }
 
-void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n, int v,
-                           int vp) {
+void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n,
+                           int v, int vp) {
 #pragma omp parallel for if (n * v > 20000)
     for (int64_t i = 0; i < n; i++) {
         real *row = logits + i * vp;
@@ -136,7 +136,9 @@ static int64_t tensor_offset(const GPT *model, int layer, const char *name) {
 }
 
 // The tensor at `offset` of params or grads; NULL where the model has none.
-static real *at(real *base, int64_t offset) { return offset < 0 ? NULL : base + offset; }
+static real *at(real *base, int64_t offset) {
+    return offset < 0 ? NULL : base + offset;
+}
 
 static void *take(GPT *model, size_t count, size_t size) {
     model->bytes += count * size;
@@ -161,7 +163,8 @@ void gpt_build(GPT *model, const ModelConfig *config, int64_t n, int training) {
     model->config = *config;
     model->max_tokens = n;
     const FsaConfig *f = &model->config.fsa;
-    int64_t C = config->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d, H = config->hidden;
+    int64_t C = config->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d,
+            H = config->hidden;
     int64_t gates = f->gate_per_token ? 3 : 3 * f->q_heads;
 
     model->inv_freq = take(model, d / 2, sizeof(double));
@@ -247,7 +250,8 @@ void gpt_free(GPT *model) {
 
 static GPT_REF(Phi) layer_phi(const GPT *model, int l) {
     const LayerOffsets *o = &model->layers[l];
-    return (GPT_REF(Phi)){at(model->params, o->phi_wk), at(model->params, o->phi_pe), at(model->params, o->phi_wv)};
+    return (GPT_REF(Phi)){at(model->params, o->phi_wk), at(model->params, o->phi_pe),
+                          at(model->params, o->phi_wv)};
 }
 
 static void attention_forward(GPT *model, int l) {
@@ -264,8 +268,9 @@ static void attention_forward(GPT *model, int l) {
     memcpy(s->k, a->k, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     GPT_REF(rope_queries)(f, &model->batch, s->q, model->inv_freq, 0);
     GPT_REF(rope_keys)(f, &model->batch, s->k, model->inv_freq, 0);
-    GPT_REF(attend_forward)(f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL,
-                            a->att, s->lse[0]);
+    GPT_REF(attend_forward)
+    (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->att,
+     s->lse[0]);
 }
 
 // datt -> dq, dk, dv (overwritten), and the gradients of the gate's logits and of phi.
@@ -277,17 +282,20 @@ static void attention_backward(GPT *model, int l) {
     GPT_REF(State) *s = &a->att_state;
     if (c->attn == ATTN_NSA) {
         GPT_REF(Phi) phi = layer_phi(model, l);
-        GPT_REF(PhiGrad) dphi = {at(model->grads, o->phi_wk), at(model->grads, o->phi_pe), at(model->grads, o->phi_wv)};
+        GPT_REF(PhiGrad)
+        dphi = {at(model->grads, o->phi_wk), at(model->grads, o->phi_pe), at(model->grads, o->phi_wv)};
         memset(model->dgate, 0, sizeof(real) * model->n * (f->gate_per_token ? 3 : 3 * f->q_heads));
-        GPT_REF(backward)(f, &model->batch, a->k, a->v, &phi, model->inv_freq, a->gate, s, model->datt, model->dq,
-                          model->dk, model->dv, &dphi, model->dgate);
+        GPT_REF(backward)
+        (f, &model->batch, a->k, a->v, &phi, model->inv_freq, a->gate, s, model->datt, model->dq, model->dk,
+         model->dv, &dphi, model->dgate);
         return;
     }
     memset(model->dq, 0, sizeof(real) * model->n * f->q_heads * f->head_dim);
     memset(model->dk, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     memset(model->dv, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
-    GPT_REF(attend_backward)(f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL,
-                             a->att, s->lse[0], model->datt, model->dq, model->dk, model->dv);
+    GPT_REF(attend_backward)
+    (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->att,
+     s->lse[0], model->datt, model->dq, model->dk, model->dv);
     GPT_REF(rope_queries)(f, &model->batch, model->dq, model->inv_freq, 1);
     GPT_REF(rope_keys)(f, &model->batch, model->dk, model->inv_freq, 1);
 }
@@ -311,7 +319,8 @@ static void layer_forward(GPT *model, int l, real *out) {
         rmsnorm_forward(a->q, a->rstd_q, a->q_raw, p + o->qnorm, n * f->q_heads, d, c->norm_eps);
         rmsnorm_forward(a->k, a->rstd_k, a->k_raw, p + o->knorm, n * f->kv_heads, d, c->norm_eps);
     }
-    if (a->gate) linear_forward(a->gate, a->ln1, p + o->wgate, NULL, n, C, f->gate_per_token ? 3 : 3 * f->q_heads);
+    if (a->gate)
+        linear_forward(a->gate, a->ln1, p + o->wgate, NULL, n, C, f->gate_per_token ? 3 : 3 * f->q_heads);
     attention_forward(model, l);
     linear_forward(a->mid, a->att, p + o->wo, NULL, n, qd, C);
     for (int64_t i = 0; i < n * C; i++) a->mid[i] += a->in[i];
@@ -344,12 +353,14 @@ static void layer_backward(GPT *model, int l) {
         memset(a->q, 0, sizeof(real) * n * qd);
         memset(a->k, 0, sizeof(real) * n * kd);
         rmsnorm_backward(a->q, g + o->qnorm, model->dq, a->q_raw, p + o->qnorm, a->rstd_q, n * f->q_heads, d);
-        rmsnorm_backward(a->k, g + o->knorm, model->dk, a->k_raw, p + o->knorm, a->rstd_k, n * f->kv_heads, d);
+        rmsnorm_backward(a->k, g + o->knorm, model->dk, a->k_raw, p + o->knorm, a->rstd_k, n * f->kv_heads,
+                         d);
     }
     const real *dq = c->qk_norm ? a->q : model->dq, *dk = c->qk_norm ? a->k : model->dk;
     linear_backward(dnorm, 0, g + o->wqkv, dbias, dq, a->ln1, p + o->wqkv, n, C, qd);
     linear_backward(dnorm, 1, g + k_at, dbias ? dbias + qd : NULL, dk, a->ln1, p + k_at, n, C, kd);
-    linear_backward(dnorm, 1, g + v_at, dbias ? dbias + qd + kd : NULL, model->dv, a->ln1, p + v_at, n, C, kd);
+    linear_backward(dnorm, 1, g + v_at, dbias ? dbias + qd + kd : NULL, model->dv, a->ln1, p + v_at, n, C,
+                    kd);
     if (a->gate) {
         linear_backward(dnorm, 1, g + o->wgate, NULL, model->dgate, a->ln1, p + o->wgate, n, C,
                         f->gate_per_token ? 3 : 3 * f->q_heads);
@@ -370,8 +381,10 @@ double gpt_forward(GPT *model, const int32_t *tokens, const int32_t *targets, co
     model->batch = (FsaBatch){num_seqs, cu_seqlens, num_seqs, model->segments};
 
     embedding_forward(model->acts[0].in, tokens, model->params + model->wte, n, c->channels);
-    for (int l = 0; l < c->layers; l++) layer_forward(model, l, l + 1 < c->layers ? model->acts[l + 1].in : model->out);
-    rmsnorm_forward(model->lnf_out, model->rstdf, model->out, model->params + model->lnf, n, c->channels, c->norm_eps);
+    for (int l = 0; l < c->layers; l++)
+        layer_forward(model, l, l + 1 < c->layers ? model->acts[l + 1].in : model->out);
+    rmsnorm_forward(model->lnf_out, model->rstdf, model->out, model->params + model->lnf, n, c->channels,
+                    c->norm_eps);
     const real *lm_head = model->params + model->lm_head;
     if (!targets) {
         linear_forward(model->logits, model->lnf_out + (n - 1) * c->channels, lm_head, NULL, 1, c->channels,
@@ -394,13 +407,15 @@ void gpt_backward(GPT *model, double loss_scale) {
     linear_backward(model->dnorm, 0, model->grads + model->lm_head, NULL, model->logits, model->lnf_out,
                     model->params + model->lm_head, n, c->channels, c->padded_vocab);
     memset(model->dout, 0, sizeof(real) * n * c->channels);
-    rmsnorm_backward(model->dout, model->grads + model->lnf, model->dnorm, model->out, model->params + model->lnf,
-                     model->rstdf, n, c->channels);
+    rmsnorm_backward(model->dout, model->grads + model->lnf, model->dnorm, model->out,
+                     model->params + model->lnf, model->rstdf, n, c->channels);
     for (int l = c->layers - 1; l >= 0; l--) layer_backward(model, l);
     embedding_backward(model->grads + model->wte, model->tokens, model->dout, n, c->channels);
 }
 
-void gpt_zero_grad(GPT *model) { memset(model->grads, 0, sizeof(real) * model->num_params); }
+void gpt_zero_grad(GPT *model) {
+    memset(model->grads, 0, sizeof(real) * model->num_params);
+}
 
 double gpt_grad_norm(const GPT *model) {
     double sum = 0;
@@ -408,15 +423,16 @@ double gpt_grad_norm(const GPT *model) {
     return sqrt(sum);
 }
 
-void gpt_update(GPT *model, int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-                double grad_scale) {
+void gpt_update(GPT *model, int64_t step, double lr, double beta1, double beta2, double eps,
+                double weight_decay, double grad_scale) {
     double correct1 = 1 - pow(beta1, (double)step), correct2 = 1 - pow(beta2, (double)step);
     for (int64_t t = 0; t < model->num_tensors; t++) {
         const ParamTensor *tensor = &model->tensors[t];
         real decay = (real)(tensor->decay ? lr * weight_decay : 0), rate = (real)(lr / correct1);
         real b1 = (real)beta1, b2 = (real)beta2, scale = (real)grad_scale;
         real root = (real)(1 / sqrt(correct2)), epsilon = (real)eps;
-        real *p = model->params + tensor->offset, *m = model->m + tensor->offset, *v = model->v + tensor->offset;
+        real *p = model->params + tensor->offset, *m = model->m + tensor->offset,
+             *v = model->v + tensor->offset;
         const real *g = model->grads + tensor->offset;
 #pragma omp parallel for if (tensor->size > 20000)
         for (int64_t i = 0; i < tensor->size; i++) {
@@ -456,15 +472,17 @@ static void train_step(Run *r, GPT *gpt, TrainLine *line) {
     double loss = 0;
     for (int64_t i = 0; i < r->micro_batches; i++) {
         run_batch(r, &r->train);
-        loss += gpt_forward(gpt, r->inputs, r->targets, r->cu_seqlens, r->num_seqs) / (double)r->micro_batches;
+        loss +=
+            gpt_forward(gpt, r->inputs, r->targets, r->cu_seqlens, r->num_seqs) / (double)r->micro_batches;
         gpt_backward(gpt, 1.0 / (double)r->micro_batches);
     }
     line->loss = loss;
     line->norm = gpt_grad_norm(gpt);
     line->lr = learning_rate(r->state.step, o->lr, o->warmup, o->max_steps, o->final_frac);
     if (!isfinite(loss) || !isfinite(line->norm)) {
-        die("step %lld: loss %g, gradient norm %g; training stopped%s, try a lower -l", (long long)r->state.step + 1,
-            loss, line->norm, o->output ? " and the checkpoints so far stay" : "");
+        die("step %lld: loss %g, gradient norm %g; training stopped%s, try a lower -l",
+            (long long)r->state.step + 1, loss, line->norm,
+            o->output ? " and the checkpoints so far stay" : "");
     }
     double scale = o->clip > 0 && line->norm > o->clip ? o->clip / line->norm : 1;
     gpt_update(gpt, r->state.step + 1, line->lr, o->beta1, o->beta2, o->eps, o->weight_decay, scale);

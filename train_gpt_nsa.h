@@ -27,8 +27,8 @@ void embedding_forward(real *out, const int32_t *tokens, const real *table, int6
 void embedding_backward(real *dtable, const int32_t *tokens, const real *dout, int64_t n, int c);
 // out = x / sqrt(mean(x^2) + eps) * weight [c]; rstd [n] is kept for the backward pass.
 void rmsnorm_forward(real *out, real *rstd, const real *x, const real *weight, int64_t n, int c, double eps);
-void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight, const real *rstd,
-                      int64_t n, int c);
+void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight,
+                      const real *rstd, int64_t n, int c);
 // out [n, o] = x [n, c] weight^T + bias, weight [o, c], bias [o] or NULL.
 void linear_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o);
 // dx is overwritten, or added to with add_dx != 0; dweight and dbias are added to.
@@ -42,7 +42,8 @@ void swiglu_backward(real *dgate_up, const real *dout, const real *gate_up, int6
 void crossentropy_forward(real *losses, real *lse, int32_t *best, const real *logits, const int32_t *targets,
                           int64_t n, int v, int vp);
 // logits become their gradient, scaled by dloss; columns past v become 0.
-void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n, int v, int vp);
+void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n,
+                           int v, int vp);
 
 // Offsets of one layer's tensors into params and grads; -1 where the model has none.
 typedef struct {
@@ -78,8 +79,8 @@ typedef struct {
     real *losses, *lse;          // [n]
     int32_t *best;               // [n] arg max of the logits
     real *dout, *dnorm, *dq, *dk, *dv, *datt, *dgate, *dgate_up, *dact; // backward scratch
-    FsaSegment *segments;        // [max_tokens]
-    const int32_t *tokens, *targets; // of the last forward pass
+    FsaSegment *segments;                                               // [max_tokens]
+    const int32_t *tokens, *targets;                                    // of the last forward pass
     FsaBatch batch;
     int64_t n;
     size_t bytes; // of everything allocated
@@ -101,8 +102,8 @@ void gpt_zero_grad(GPT *model);
 double gpt_grad_norm(const GPT *model);
 // AdamW, decoupled weight decay on matrices only. step counts from 1; gradients are multiplied by
 // grad_scale first (clipping).
-void gpt_update(GPT *model, int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-                double grad_scale);
+void gpt_update(GPT *model, int64_t step, double lr, double beta1, double beta2, double eps,
+                double weight_decay, double grad_scale);
 
 #ifdef __cplusplus
 }

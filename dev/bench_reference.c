@@ -12,18 +12,29 @@ static float *random_array(int64_t n, uint64_t stream, double scale) {
 
 int main(int argc, char **argv) {
     int64_t n = argc > 1 ? atoll(argv[1]) : 4096;
-    FsaConfig c = {.q_heads = argc > 2 ? atoi(argv[2]) : 8, .kv_heads = argc > 3 ? atoi(argv[3]) : 4,
-                   .head_dim = argc > 4 ? atoi(argv[4]) : 64, .cmp_len = 32, .cmp_stride = 16, .block = 64,
-                   .topk = 16, .init_blocks = 1, .local_blocks = 2, .window = 512, .phi = FSA_PHI_LINEAR};
+    FsaConfig c = {.q_heads = argc > 2 ? atoi(argv[2]) : 8,
+                   .kv_heads = argc > 3 ? atoi(argv[3]) : 4,
+                   .head_dim = argc > 4 ? atoi(argv[4]) : 64,
+                   .cmp_len = 32,
+                   .cmp_stride = 16,
+                   .block = 64,
+                   .topk = 16,
+                   .init_blocks = 1,
+                   .local_blocks = 2,
+                   .window = 512,
+                   .phi = FSA_PHI_LINEAR};
     char msg[256];
-    if (n < 1 || fsa_config_check(&c, msg, sizeof msg)) die("tokens %lld: %s", (long long)n, n < 1 ? "at least 1" : msg);
-    int64_t d = c.head_dim, nq = n * c.q_heads * d, nk = n * c.kv_heads * d, nw = c.kv_heads * c.cmp_len * d * d;
+    if (n < 1 || fsa_config_check(&c, msg, sizeof msg))
+        die("tokens %lld: %s", (long long)n, n < 1 ? "at least 1" : msg);
+    int64_t d = c.head_dim, nq = n * c.q_heads * d, nk = n * c.kv_heads * d,
+            nw = c.kv_heads * c.cmp_len * d * d;
     int64_t cu_seqlens[2] = {0, n};
     FsaSegment segment = {0, 0, n};
     FsaBatch batch = {1, cu_seqlens, 1, &segment};
     float *q = random_array(nq, 1, 1), *k = random_array(nk, 2, 1), *v = random_array(nk, 3, 1);
     float *gate = random_array(n * c.q_heads * 3, 4, 1), *dout = random_array(nq, 5, 1);
-    float *wk = random_array(nw, 6, 0.02), *wv = random_array(nw, 7, 0.02), *pe = random_array(nw / d, 8, 0.1);
+    float *wk = random_array(nw, 6, 0.02), *wv = random_array(nw, 7, 0.02),
+          *pe = random_array(nw / d, 8, 0.1);
     fsa_ref_Phi_f32 phi = {wk, pe, wv};
     double inv_freq[256];
     for (int i = 0; i < d / 2; i++) inv_freq[i] = pow(10000, -2.0 * i / d);

@@ -23,7 +23,9 @@ typedef float real;
 enum { TILE = 64, MAX_GROUP = 16, MAX_DIM = 512 };
 
 #ifndef FSA_REF_DOUBLE // shared by both precisions, so compiled once
-int64_t fsa_batch_keys(const FsaBatch *b) { return b->cu_seqlens[b->num_seqs]; }
+int64_t fsa_batch_keys(const FsaBatch *b) {
+    return b->cu_seqlens[b->num_seqs];
+}
 
 int64_t fsa_batch_queries(const FsaBatch *b) {
     int64_t n = 0;
@@ -33,12 +35,15 @@ int64_t fsa_batch_queries(const FsaBatch *b) {
 
 int64_t fsa_batch_windows(const FsaConfig *c, const FsaBatch *b) {
     int64_t m = 0;
-    for (int64_t s = 0; s < b->num_seqs; s++) m += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
+    for (int64_t s = 0; s < b->num_seqs; s++)
+        m += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
     return m;
 }
 #endif
 
-static real softmax_scale(const FsaConfig *c) { return c->scale ? (real)c->scale : (real)(1 / sqrt(c->head_dim)); }
+static real softmax_scale(const FsaConfig *c) {
+    return c->scale ? (real)c->scale : (real)(1 / sqrt(c->head_dim));
+}
 
 // sum_i a_i b_i. The pragma lets the compiler add in vector lanes; the order is fixed when compiled.
 static inline real dot(const real *a, const real *b, int n) {
@@ -57,11 +62,11 @@ static inline void axpy(real *restrict y, real a, const real *restrict x, int n)
 // The walk over a batch: one task for a (sequence, KV head), and in it the queries in order.
 
 typedef struct {
-    int64_t key0, n;     // first row of the sequence in k and v, and its tokens
-    int64_t window0;     // first row of the sequence in kc and vc
-    int64_t segment;     // its first segment, num_segments where it has none
-    int64_t row;         // that segment's first query row
-    int h;               // KV head
+    int64_t key0, n; // first row of the sequence in k and v, and its tokens
+    int64_t window0; // first row of the sequence in kc and vc
+    int64_t segment; // its first segment, num_segments where it has none
+    int64_t row;     // that segment's first query row
+    int h;           // KV head
 } Task;
 
 static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
@@ -116,9 +121,11 @@ void FSA_REF(rope)(real *x, int64_t rows, int heads, int d, int64_t first, int64
     }
 }
 
-void FSA_REF(rope_queries)(const FsaConfig *c, const FsaBatch *b, real *q, const double *inv_freq, int inverse) {
+void FSA_REF(rope_queries)(const FsaConfig *c, const FsaBatch *b, real *q, const double *inv_freq,
+                           int inverse) {
     for (int64_t s = 0; s < b->num_segments; s++) {
-        FSA_REF(rope)(q, b->segments[s].len, c->q_heads, c->head_dim, b->segments[s].pos, 1, inv_freq, inverse);
+        FSA_REF(rope)
+        (q, b->segments[s].len, c->q_heads, c->head_dim, b->segments[s].pos, 1, inv_freq, inverse);
         q += b->segments[s].len * c->q_heads * c->head_dim;
     }
 }
@@ -131,7 +138,8 @@ void FSA_REF(rope_keys)(const FsaConfig *c, const FsaBatch *b, real *k, const do
     }
 }
 
-static void rope_windows(const FsaConfig *c, const FsaBatch *b, real *kc, const double *inv_freq, int inverse) {
+static void rope_windows(const FsaConfig *c, const FsaBatch *b, real *kc, const double *inv_freq,
+                         int inverse) {
     for (int64_t s = 0; s < b->num_seqs; s++) {
         int64_t m = fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
         FSA_REF(rope)(kc, m, c->kv_heads, c->head_dim, 0, c->cmp_stride, inv_freq, inverse);
@@ -143,7 +151,8 @@ static void rope_windows(const FsaConfig *c, const FsaBatch *b, real *kc, const 
 // Compression
 
 // out[d] = phi of the window that starts at x, whose tokens lie `stride` reals apart.
-static void phi_forward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w, real *out) {
+static void phi_forward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w,
+                        real *out) {
     int l = c->cmp_len, d = c->head_dim;
     memset(out, 0, sizeof(real) * d);
     for (int r = 0; r < l; r++) {
@@ -181,14 +190,15 @@ static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, cons
 #define HEAD(pointer, h, size) ((pointer) ? (pointer) + (int64_t)(h) * (size) : NULL)
 
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                               const FSA_REF(Phi) *phi, const double *inv_freq, real *kc, real *vc) {
+                               const FSA_REF(Phi) * phi, const double *inv_freq, real *kc, real *vc) {
     int hkv = c->kv_heads, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
     FOR_EACH_TASK(c, b) {
         Task t = make_task(c, b, task_);
         int64_t m = fsa_num_windows(c, t.n);
         for (int64_t i = 0; i < m; i++) {
-            int64_t in = (t.key0 + i * c->cmp_stride) * token + t.h * d, out = (t.window0 + i) * token + t.h * d;
+            int64_t in = (t.key0 + i * c->cmp_stride) * token + t.h * d,
+                    out = (t.window0 + i) * token + t.h * d;
             phi_forward(c, k + in, token, HEAD(phi->pe, t.h, ld), HEAD(phi->wk, t.h, ld * d), kc + out);
             phi_forward(c, v + in, token, NULL, HEAD(phi->wv, t.h, ld * d), vc + out);
         }
@@ -197,8 +207,8 @@ void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real
 }
 
 void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                                const FSA_REF(Phi) *phi, const double *inv_freq, real *dkc, const real *dvc,
-                                real *dk, real *dv, const FSA_REF(PhiGrad) *dphi) {
+                                const FSA_REF(Phi) * phi, const double *inv_freq, real *dkc, const real *dvc,
+                                real *dk, real *dv, const FSA_REF(PhiGrad) * dphi) {
     int hkv = c->kv_heads, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
     rope_windows(c, b, dkc, inv_freq, 1);
@@ -209,9 +219,10 @@ void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const rea
             Task t = make_task(c, b, s * hkv + h);
             int64_t m = fsa_num_windows(c, t.n);
             for (int64_t i = 0; i < m; i++) {
-                int64_t in = (t.key0 + i * c->cmp_stride) * token + h * d, out = (t.window0 + i) * token + h * d;
-                phi_backward(c, k + in, token, HEAD(phi->pe, h, ld), HEAD(phi->wk, h, ld * d), dkc + out, dk + in,
-                             HEAD(dphi->pe, h, ld), HEAD(dphi->wk, h, ld * d));
+                int64_t in = (t.key0 + i * c->cmp_stride) * token + h * d,
+                        out = (t.window0 + i) * token + h * d;
+                phi_backward(c, k + in, token, HEAD(phi->pe, h, ld), HEAD(phi->wk, h, ld * d), dkc + out,
+                             dk + in, HEAD(dphi->pe, h, ld), HEAD(dphi->wk, h, ld * d));
                 phi_backward(c, v + in, token, NULL, HEAD(phi->wv, h, ld * d), dvc + out, dv + in, NULL,
                              HEAD(dphi->wv, h, ld * d));
             }
@@ -226,20 +237,27 @@ typedef struct {
     int64_t begin, end; // keys begin..end-1, counted from the sequence's first (window)
 } Range;
 
-static int64_t windows_seen(const FsaConfig *c, int64_t pos) { return fsa_num_windows(c, pos + 1); }
+static int64_t windows_seen(const FsaConfig *c, int64_t pos) {
+    return fsa_num_windows(c, pos + 1);
+}
 
 // The keys that the query at position pos sees; `chosen` are its T block indices. Returns how many
 // ranges it wrote, at most max(1, T).
 static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const int32_t *chosen, Range *r) {
     r[0].begin = 0;
     switch (rule) {
-    case FSA_CAUSAL: r[0].end = pos + 1; return 1;
+    case FSA_CAUSAL:
+        r[0].end = pos + 1;
+        return 1;
     case FSA_WINDOW:
         if (pos + 1 > c->window) r[0].begin = pos + 1 - c->window;
         r[0].end = pos + 1;
         return 1;
-    case FSA_COMPRESSED: r[0].end = windows_seen(c, pos); return 1;
-    case FSA_SELECTED: break;
+    case FSA_COMPRESSED:
+        r[0].end = windows_seen(c, pos);
+        return 1;
+    case FSA_SELECTED:
+        break;
     }
     int count = 0;
     for (int i = 0; i < c->topk && chosen[i] >= 0; i++) {
@@ -269,7 +287,8 @@ void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibilit
         const real *kh = k + key0 * token + t.h * d, *vh = v + key0 * token + t.h * d;
         FOR_EACH_QUERY(b, t) {
             Range ranges[MAX_TOPK];
-            int count = visible(c, rule, pos, rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            int count = visible(c, rule, pos,
+                                rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
                 // Softmax of the keys seen so far: their maximum, sum of exponentials, and output.
                 const real *qr = q + (row * hq + head) * d;
@@ -318,7 +337,8 @@ void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibili
         real *dkh = dk + at, *dvh = dv + at;
         FOR_EACH_QUERY(b, t) {
             Range ranges[MAX_TOPK];
-            int count = visible(c, rule, pos, rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            int count = visible(c, rule, pos,
+                                rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
                 int64_t at_row = (row * hq + head) * d;
                 const real *qr = q + at_row, *dor = dout + at_row;
@@ -366,7 +386,8 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const real 
         window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
     }
     int64_t pos = b->segments[seg].pos + query - row0, row = query * c->q_heads + h * g;
-    scores_of_query(c, q + row * c->head_dim, kc + window0 * token + h * c->head_dim, lse_c + row, token, pos, scores);
+    scores_of_query(c, q + row * c->head_dim, kc + window0 * token + h * c->head_dim, lse_c + row, token, pos,
+                    scores);
     return pos / c->block + 1;
 }
 
@@ -390,7 +411,8 @@ void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const
                 for (int i = 0; i < c->topk; i++) chosen[i] = i < want ? i : -1;
                 if (blocks <= c->topk) continue; // all of them
                 int64_t at = row * hq + h * g;
-                scores_of_query(c, q + at * d, kc + t.window0 * token + h * d, lse_c + at, token, pos, scores);
+                scores_of_query(c, q + at * d, kc + t.window0 * token + h * d, lse_c + at, token, pos,
+                                scores);
                 for (int64_t j = 0; j < c->init_blocks; j++) scores[j] = INFINITY; // forced
                 for (int64_t j = blocks - c->local_blocks; j < blocks; j++) scores[j] = INFINITY;
                 // The T greatest, the smaller index first among equals; taken ones are marked below
@@ -413,27 +435,31 @@ void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const
 // ---------------------------------------------------------------------------------------------
 // Gate
 
-static real sigmoid(real x) { return 1 / (1 + EXP(-x)); }
+static real sigmoid(real x) {
+    return 1 / (1 + EXP(-x));
+}
 
 // Where the logit of (token, head, branch) stands.
 static int64_t gate_at(const FsaConfig *c, int64_t t, int head, int branch) {
     return (c->gate_per_token ? t : t * c->q_heads + head) * 3 + branch;
 }
 
-void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const real *logits, real *const o_branch[3], real *o) {
+void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const real *logits, real *const o_branch[3],
+                           real *o) {
     int hq = c->q_heads, d = c->head_dim;
 #pragma omp parallel for
     for (int64_t t = 0; t < nq; t++) {
         for (int head = 0; head < hq; head++) {
             int64_t at = (t * hq + head) * d;
             memset(o + at, 0, sizeof(real) * d);
-            for (int i = 0; i < 3; i++) axpy(o + at, sigmoid(logits[gate_at(c, t, head, i)]), o_branch[i] + at, d);
+            for (int i = 0; i < 3; i++)
+                axpy(o + at, sigmoid(logits[gate_at(c, t, head, i)]), o_branch[i] + at, d);
         }
     }
 }
 
-void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const real *logits, const real *o_branch,
-                            const real *dout, real *do_branch, real *dlogits) {
+void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const real *logits,
+                            const real *o_branch, const real *dout, real *do_branch, real *dlogits) {
     int hq = c->q_heads, d = c->head_dim;
 #pragma omp parallel for
     for (int64_t t = 0; t < nq; t++) {
@@ -449,7 +475,7 @@ void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const rea
 // ---------------------------------------------------------------------------------------------
 // The whole
 
-size_t FSA_REF(state_place)(FSA_REF(State) *s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
+size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
                             void *memory) {
     int64_t q = nq * c->q_heads * c->head_dim, k = n * c->kv_heads * c->head_dim, lse = nq * c->q_heads;
     int64_t windows = n / c->cmp_stride * c->kv_heads * c->head_dim; // a sequence has at most n/s
@@ -478,8 +504,8 @@ size_t FSA_REF(state_place)(FSA_REF(State) *s, const FsaConfig *c, int64_t nq, i
 static const FsaVisibility branch_rule[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
 
 void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *k, const real *v,
-                      const FSA_REF(Phi) *phi, const double *inv_freq, const real *gate_logits,
-                      const int32_t *frozen, FSA_REF(State) *s, real *o) {
+                      const FSA_REF(Phi) * phi, const double *inv_freq, const real *gate_logits,
+                      const int32_t *frozen, FSA_REF(State) * s, real *o) {
     int64_t nq = fsa_batch_queries(b), n = fsa_batch_keys(b);
     memcpy(s->q, q, sizeof(real) * nq * c->q_heads * c->head_dim);
     memcpy(s->k, k, sizeof(real) * n * c->kv_heads * c->head_dim);
@@ -497,9 +523,10 @@ void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, cons
     FSA_REF(gate_forward)(c, nq, gate_logits, s->o, o);
 }
 
-void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v, const FSA_REF(Phi) *phi,
-                       const double *inv_freq, const real *gate_logits, FSA_REF(State) *s, const real *dout,
-                       real *dq, real *dk, real *dv, const FSA_REF(PhiGrad) *dphi, real *dgate_logits) {
+void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
+                       const FSA_REF(Phi) * phi, const double *inv_freq, const real *gate_logits,
+                       FSA_REF(State) * s, const real *dout, real *dq, real *dk, real *dv,
+                       const FSA_REF(PhiGrad) * dphi, real *dgate_logits) {
     int64_t nq = fsa_batch_queries(b), m = fsa_batch_windows(c, b);
     int64_t n = fsa_batch_keys(b), row = (int64_t)c->kv_heads * c->head_dim;
     memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
@@ -510,9 +537,9 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
     for (int i = 0; i < 3; i++) {
         FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->dbranch, dgate_logits);
         int compressed = branch_rule[i] == FSA_COMPRESSED;
-        FSA_REF(attend_backward)(c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v,
-                                 s->indices, s->o[i], s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk,
-                                 compressed ? s->dvc : dv);
+        FSA_REF(attend_backward)
+        (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->indices, s->o[i],
+         s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
     }
     FSA_REF(rope_queries)(c, b, dq, inv_freq, 1);
     FSA_REF(rope_keys)(c, b, dk, inv_freq, 1);

@@ -61,31 +61,32 @@ typedef struct {
 void FSA_REF(rope)(FSA_REF_REAL *x, int64_t rows, int heads, int d, int64_t first, int64_t stride,
                    const double *inv_freq, int inverse);
 // The same for queries (positions from the segments) and for keys (positions in their sequences).
-void FSA_REF(rope_queries)(const FsaConfig *c, const FsaBatch *b, FSA_REF_REAL *q, const double *inv_freq, int inverse);
-void FSA_REF(rope_keys)(const FsaConfig *c, const FsaBatch *b, FSA_REF_REAL *k, const double *inv_freq, int inverse);
+void FSA_REF(rope_queries)(const FsaConfig *c, const FsaBatch *b, FSA_REF_REAL *q, const double *inv_freq,
+                           int inverse);
+void FSA_REF(rope_keys)(const FsaConfig *c, const FsaBatch *b, FSA_REF_REAL *k, const double *inv_freq,
+                        int inverse);
 
 // Compression: k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d]; kc is rotated, window i of a
 // sequence as position s*i.
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k,
-                               const FSA_REF_REAL *v, const FSA_REF(Phi) *phi, const double *inv_freq,
+                               const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
                                FSA_REF_REAL *kc, FSA_REF_REAL *vc);
 // Adds to dk, dv and dphi (fields NULL for phi = mean). dkc is turned back in place.
 void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k,
-                                const FSA_REF_REAL *v, const FSA_REF(Phi) *phi, const double *inv_freq,
+                                const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
                                 FSA_REF_REAL *dkc, const FSA_REF_REAL *dvc, FSA_REF_REAL *dk,
-                                FSA_REF_REAL *dv, const FSA_REF(PhiGrad) *dphi);
+                                FSA_REF_REAL *dv, const FSA_REF(PhiGrad) * dphi);
 
 // Softmax attention under one of the four visibility rules. For FSA_COMPRESSED k and v are kc and
 // vc. indices is read for FSA_SELECTED alone. Every array is already rotated.
-void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule,
-                             const FSA_REF_REAL *q, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
-                             const int32_t *indices, FSA_REF_REAL *o, FSA_REF_REAL *lse);
+void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const FSA_REF_REAL *q,
+                             const FSA_REF_REAL *k, const FSA_REF_REAL *v, const int32_t *indices,
+                             FSA_REF_REAL *o, FSA_REF_REAL *lse);
 // Adds to dq, dk, dv.
 void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule,
                               const FSA_REF_REAL *q, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
                               const int32_t *indices, const FSA_REF_REAL *o, const FSA_REF_REAL *lse,
-                              const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk,
-                              FSA_REF_REAL *dv);
+                              const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk, FSA_REF_REAL *dv);
 
 // Block scores S [num_blocks(t)] of one query: row `query` of q, kv head h, given the branch's lse.
 // For tests and plots; select calls it for every query. num_blocks(t) = t/B + 1; returns it.
@@ -93,9 +94,8 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const FSA_R
                               const FSA_REF_REAL *kc, const FSA_REF_REAL *lse_c, int64_t query, int h,
                               FSA_REF_REAL *scores);
 // The choice of blocks -> indices [Hkv, Nq, T]. scratch: [Hkv, longest sequence/B + 1] reals.
-void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q,
-                     const FSA_REF_REAL *kc, const FSA_REF_REAL *lse_c, FSA_REF_REAL *scratch,
-                     int32_t *indices);
+void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *kc,
+                     const FSA_REF_REAL *lse_c, FSA_REF_REAL *scratch, int32_t *indices);
 
 // Gate: logits [Nq, Hq, 3] (or [Nq, 3] with gate_per_token), in the order compressed, selected,
 // sliding; o = sum over branches of sigmoid(logit) * o_branch.
@@ -103,33 +103,33 @@ void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const FSA_REF_REAL *l
                            FSA_REF_REAL *const o_branch[3], FSA_REF_REAL *o);
 // Writes do_branch = gate * dout for branch `which`, and adds the logits' gradient of that branch.
 void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const FSA_REF_REAL *logits,
-                            const FSA_REF_REAL *o_branch, const FSA_REF_REAL *dout,
-                            FSA_REF_REAL *do_branch, FSA_REF_REAL *dlogits);
+                            const FSA_REF_REAL *o_branch, const FSA_REF_REAL *dout, FSA_REF_REAL *do_branch,
+                            FSA_REF_REAL *dlogits);
 
 // What the whole attention keeps from forward to backward, and the backward pass's scratch.
 typedef struct {
-    FSA_REF_REAL *q, *k;                // rotated
-    FSA_REF_REAL *kc, *vc;              // compressed
-    FSA_REF_REAL *o[3], *lse[3];        // of the compressed, selected and sliding branch
-    int32_t *indices;                   // [Hkv, Nq, T]
-    FSA_REF_REAL *dbranch, *dkc, *dvc;  // backward: gate*dout [Nq, Hq, d], and gradients of kc, vc
-    FSA_REF_REAL *scratch;              // of select
+    FSA_REF_REAL *q, *k;               // rotated
+    FSA_REF_REAL *kc, *vc;             // compressed
+    FSA_REF_REAL *o[3], *lse[3];       // of the compressed, selected and sliding branch
+    int32_t *indices;                  // [Hkv, Nq, T]
+    FSA_REF_REAL *dbranch, *dkc, *dvc; // backward: gate*dout [Nq, Hq, d], and gradients of kc, vc
+    FSA_REF_REAL *scratch;             // of select
 } FSA_REF(State);
 
 // Places a State for at most nq queries, n keys and num_seqs sequences in `memory` and returns the
 // bytes that it takes; with memory NULL it only counts. memory is aligned to 64 bytes.
-size_t FSA_REF(state_place)(FSA_REF(State) *s, const FsaConfig *c, int64_t nq, int64_t n,
-                            int64_t num_seqs, void *memory);
+size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
+                            void *memory);
 
 // The whole of native sparse attention: q, k before RoPE -> o. frozen: indices to use instead of
 // choosing (NULL: choose), [Hkv, Nq, T].
 void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *k,
-                      const FSA_REF_REAL *v, const FSA_REF(Phi) *phi, const double *inv_freq,
-                      const FSA_REF_REAL *gate_logits, const int32_t *frozen, FSA_REF(State) *s,
+                      const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
+                      const FSA_REF_REAL *gate_logits, const int32_t *frozen, FSA_REF(State) * s,
                       FSA_REF_REAL *o);
 // dout [Nq, Hq, d] -> dq, dk, dv (before RoPE), which it overwrites; adds to dphi and dgate_logits.
 void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
-                       const FSA_REF(Phi) *phi, const double *inv_freq, const FSA_REF_REAL *gate_logits,
-                       FSA_REF(State) *s, const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk,
-                       FSA_REF_REAL *dv, const FSA_REF(PhiGrad) *dphi, FSA_REF_REAL *dgate_logits);
+                       const FSA_REF(Phi) * phi, const double *inv_freq, const FSA_REF_REAL *gate_logits,
+                       FSA_REF(State) * s, const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk,
+                       FSA_REF_REAL *dv, const FSA_REF(PhiGrad) * dphi, FSA_REF_REAL *dgate_logits);
 #endif

@@ -52,6 +52,7 @@ static inline void format_seconds(char *out, size_t size, double seconds) {
 typedef struct {
     FILE *file; // NULL: console only
     char path[PATH_BYTES];
+    double printed; // now_seconds() of the last step on the console, 0: none yet
 } Logger;
 
 typedef struct {
@@ -91,6 +92,7 @@ static inline int64_t logger_step_of(const char *line, size_t length) {
 // run goes on from, whose lines and those before it stay; -1: a new run, nothing stays.
 static inline void logger_open(Logger *l, const char *dir, int64_t last_step) {
     l->file = NULL;
+    l->printed = 0;
     if (!dir) return;
     if (snprintf(l->path, sizeof l->path, "%s/log.jsonl", dir) >= (int)sizeof l->path)
         die("-o %s: the name is too long", dir);
@@ -117,17 +119,21 @@ static inline void logger_close(Logger *l) {
     l->file = NULL;
 }
 
-// One finished step. eta: seconds left.
+// One finished step. The file gets every step, the console the first, the last, and between them one a
+// second at most. eta: seconds left.
 static inline void logger_train(Logger *l, const TrainLine *t, int64_t max_steps, double eta) {
     char line[512], loss[32], lr[32], norm[32], mfu[32] = "", memory[32] = "", left[32];
     format_seconds(left, sizeof left, eta);
     if (t->mfu > 0) snprintf(mfu, sizeof mfu, " | mfu %.1f%%", 100 * t->mfu);
     if (t->memory_bytes > 0)
         snprintf(memory, sizeof memory, " | %lld MiB", (long long)(t->memory_bytes >> 20));
-    printf("step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tokens/s%s%s | %s left\n",
-           (long long)t->step, (long long)max_steps, t->loss, t->norm, t->lr, t->ms, t->tokens_per_second,
-           mfu, memory, left);
-    fflush(stdout);
+    if (l->printed == 0 || now_seconds() - l->printed >= 1 || t->step == max_steps) {
+        printf("step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.1f ms | %.0f tokens/s%s%s | %s left\n",
+               (long long)t->step, (long long)max_steps, t->loss, t->norm, t->lr, t->ms, t->tokens_per_second,
+               mfu, memory, left);
+        fflush(stdout);
+        l->printed = now_seconds();
+    }
     snprintf(line, sizeof line,
              "{\"step\":%lld,\"loss\":%s,\"lr\":%s,\"norm\":%s,\"ms\":%.3f,\"tokens_per_second\":%.1f,"
              "\"mfu\":%.5f,\"memory_bytes\":%lld}\n",

@@ -23,8 +23,8 @@ typedef struct {
     char tokenizer_path[PATH_BYTES];
     int has_tokenizer, eot; // eot: -1 where there is no end-of-text token
     DataLoader train, val;
-    Answers *answers;       // [val.shard_count], where val's shards are of the recall task
-    int64_t micro_batches;  // of a step
+    Answers *answers;      // [val.shard_count], where val's shards are of the recall task
+    int64_t micro_batches; // of a step
     int32_t *inputs, *targets;
     int64_t *cu_seqlens; // of the batch, num_seqs sequences
     int64_t num_seqs;
@@ -36,7 +36,9 @@ typedef struct {
 
 static volatile sig_atomic_t run_signal; // 0, or the signal that asked to stop
 
-static inline void run_on_signal(int number) { run_signal = number; }
+static inline void run_on_signal(int number) {
+    run_signal = number;
+}
 
 static inline void run_catch_signals(void) {
     struct sigaction action;
@@ -94,8 +96,9 @@ static inline void run_choose_vocab(Run *r, int from_checkpoint) {
     r->eot = r->has_tokenizer ? r->tokenizer.eot : c->vocab_size - 1; // llm.c's GPT-2: the last token
     if (!r->has_tokenizer) return;
     if ((from_checkpoint || options_given(&r->opt, "vocab")) && c->vocab_size != r->tokenizer.vocab_size)
-        die("tokenizer.bin has %d tokens, but %s %d: use the data that belongs to it", r->tokenizer.vocab_size,
-            from_checkpoint ? "the checkpoint's model has" : "-vocab says", c->vocab_size);
+        die("tokenizer.bin has %d tokens, but %s %d: use the data that belongs to it",
+            r->tokenizer.vocab_size, from_checkpoint ? "the checkpoint's model has" : "-vocab says",
+            c->vocab_size);
     config_set_vocab(c, r->tokenizer.vocab_size);
 }
 
@@ -145,7 +148,9 @@ static inline void run_start(Run *r, int argc, char **argv) {
             loader_seek(&r->train, saved.epoch, saved.position);
         } else {
             fprintf(stderr, "note: %s changed since the checkpoint, so a new epoch begins\n",
-                    saved.seq_len != o->seq_len ? "-t" : saved.seed != o->seed ? "-seed" : "the shards");
+                    saved.seq_len != o->seq_len ? "-t"
+                    : saved.seed != o->seed     ? "-seed"
+                                                : "the shards");
             loader_seek(&r->train, saved.epoch + 1, 0);
         }
     }
@@ -166,18 +171,20 @@ static inline void run_print(const Run *r, int64_t num_params, size_t bytes) {
     const FsaConfig *f = &c->fsa;
     const Options *o = &r->opt;
     static const char *const modes[] = {"nsa", "full", "window"};
-    printf("model: %d layers, %d channels, %d/%d heads of %d, hidden %d, vocabulary %d, %.2fM parameters, %s\n",
-           c->layers, c->channels, f->q_heads, f->kv_heads, f->head_dim, c->hidden, c->vocab_size,
-           (double)num_params * 1e-6, r->checkpoint[0] ? r->checkpoint : "new");
+    printf(
+        "model: %d layers, %d channels, %d/%d heads of %d, hidden %d, vocabulary %d, %.2fM parameters, %s\n",
+        c->layers, c->channels, f->q_heads, f->kv_heads, f->head_dim, c->hidden, c->vocab_size,
+        (double)num_params * 1e-6, r->checkpoint[0] ? r->checkpoint : "new");
     printf("attention: %s", modes[c->attn]);
     if (c->attn == ATTN_NSA)
-        printf(", l %d, s %d, block %d, topk %d (%d first, %d local), window %d, phi %s", f->cmp_len, f->cmp_stride,
-               f->block, f->topk, f->init_blocks, f->local_blocks, f->window,
+        printf(", l %d, s %d, block %d, topk %d (%d first, %d local), window %d, phi %s", f->cmp_len,
+               f->cmp_stride, f->block, f->topk, f->init_blocks, f->local_blocks, f->window,
                f->phi == FSA_PHI_LINEAR ? "linear" : "mean");
     if (c->attn == ATTN_WINDOW) printf(", window %d", f->window);
     printf("\n");
     if (r->train.samples > 0)
-        printf("data: %lld tokens in %lld shards, %lld samples of %lld + 1; %lld tokens a step (%lld x %lld x %lld)\n",
+        printf("data: %lld tokens in %lld shards, %lld samples of %lld + 1; %lld tokens a step (%lld x %lld "
+               "x %lld)\n",
                (long long)r->train.tokens, (long long)r->train.shard_count, (long long)r->train.samples,
                (long long)o->seq_len, (long long)r->state.total_batch, (long long)r->micro_batches,
                (long long)o->batch, (long long)o->seq_len);
@@ -188,7 +195,8 @@ static inline void run_print(const Run *r, int64_t num_params, size_t bytes) {
 // Takes the next micro-batch of `l` into inputs, targets and cu_seqlens.
 static inline void run_batch(Run *r, DataLoader *l) {
     loader_next(l, r->inputs, r->targets);
-    r->num_seqs = doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
+    r->num_seqs =
+        doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
 }
 
 // Parameters, m and v as they stand after r->state.step steps.
@@ -205,9 +213,9 @@ static inline void run_save(Run *r, const float *params, const float *m, const f
 #define RUN_BUCKETS 24 // bucket k: distances 2^k to 2^(k+1) - 1
 
 // Counts the answers in one row of a batch: sample number `sample` of the validation shards, whose
-// predictions for each place are best [seq_len].
+// predictions for each place are best [seq_len]. Marks in seen [vocab_size] what the answers are.
 static inline void run_count_recall(const Run *r, int64_t sample, const int32_t *best, const int32_t *targets,
-                                    int64_t *asked, int64_t *right) {
+                                    int64_t *asked, int64_t *right, unsigned char *seen) {
     const DataLoader *l = &r->val;
     int64_t shard = 0, span = l->seq_len + 1;
     while (sample >= loader_shard_samples(l, shard)) sample -= loader_shard_samples(l, shard++);
@@ -215,8 +223,10 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
     int64_t lo = 0, hi = a->count;
     while (lo < hi) { // the first answer in the sample
         int64_t mid = (lo + hi) / 2;
-        if (a->answers[mid].index < sample * span) lo = mid + 1;
-        else hi = mid;
+        if (a->answers[mid].index < sample * span)
+            lo = mid + 1;
+        else
+            hi = mid;
     }
     for (; lo < a->count && a->answers[lo].index < (sample + 1) * span; lo++) {
         int64_t at = a->answers[lo].index - sample * span - 1; // predicted from the token before it
@@ -225,6 +235,7 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
         if (at < 0) continue;
         asked[bucket]++;
         right[bucket] += best[at] == targets[at];
+        seen[targets[at]] = 1;
     }
 }
 
@@ -240,27 +251,33 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     int64_t from[RUN_BUCKETS], asked[RUN_BUCKETS] = {0}, right[RUN_BUCKETS] = {0};
     if (r->opt.val_batches > 0 && r->opt.val_batches < batches) batches = r->opt.val_batches;
     double sum = 0;
+    unsigned char *seen = (unsigned char *)xcalloc(r->config.vocab_size, 1);
     loader_seek(l, 0, 0);
     for (int64_t i = 0; i < batches; i++) {
         const float *losses;
         const int32_t *best;
         run_batch(r, l);
         evaluate(model, r, &losses, &best);
-        for (int64_t b = 0; b < l->batch && i * l->batch + b < l->samples; b++, rows++) { // the rest has wrapped
+        for (int64_t b = 0; b < l->batch && i * l->batch + b < l->samples;
+             b++, rows++) { // the rest has wrapped
             for (int64_t t = 0; t < l->seq_len; t++) sum += losses[b * l->seq_len + t];
             if (r->answers)
-                run_count_recall(r, i * l->batch + b, best + b * l->seq_len, r->targets + b * l->seq_len, asked, right);
+                run_count_recall(r, i * l->batch + b, best + b * l->seq_len, r->targets + b * l->seq_len,
+                                 asked, right, seen);
         }
     }
     double loss = sum / (double)(rows * l->seq_len);
     logger_val(&r->log, r->state.step, loss);
     if (r->answers) {
-        int first = 0, last = RUN_BUCKETS;
+        int first = 0, last = RUN_BUCKETS, answers = 0; // answers: different ones
+        for (int i = 0; i < r->config.vocab_size; i++) answers += seen[i];
         while (first < RUN_BUCKETS && !asked[first]) first++;
         while (last > first && !asked[last - 1]) last--;
         for (int k = 0; k < RUN_BUCKETS; k++) from[k] = (int64_t)1 << k;
-        logger_recall(&r->log, r->state.step, last - first, from + first, asked + first, right + first, 1.0 / 16);
+        logger_recall(&r->log, r->state.step, last - first, from + first, asked + first, right + first,
+                      answers ? 1.0 / answers : 0);
     }
+    free(seen);
     return loss;
 }
 
@@ -281,11 +298,13 @@ static inline void run_sample(Run *r, RunLogits logits, void *model) {
     float *probs = (float *)xmalloc((size_t)vocab * sizeof *probs);
     if (r->eot >= 0) tokens[n++] = r->eot;
     if (o->prompt && o->prompt[0]) {
-        if (!r->has_tokenizer) die("-prompt: no tokenizer.bin beside the shards or the checkpoint to read it with");
-        int64_t count = tokenizer_encode(&r->tokenizer, o->prompt, (int64_t)strlen(o->prompt), tokens + n, room - n);
+        if (!r->has_tokenizer)
+            die("-prompt: no tokenizer.bin beside the shards or the checkpoint to read it with");
+        int64_t count =
+            tokenizer_encode(&r->tokenizer, o->prompt, (int64_t)strlen(o->prompt), tokens + n, room - n);
         if (count > room - n - 1)
-            die("-prompt: %lld tokens, but a context of %lld leaves room for %lld", (long long)count, (long long)room,
-                (long long)(room - n - 1));
+            die("-prompt: %lld tokens, but a context of %lld leaves room for %lld", (long long)count,
+                (long long)room, (long long)(room - n - 1));
         n += count;
     }
     if (n == 0) die("-sample 1: the vocabulary has no end-of-text token to start from, give -prompt");
@@ -304,7 +323,8 @@ static inline void run_sample(Run *r, RunLogits logits, void *model) {
         fflush(stdout);
         printed = n;
         if (i == o->generate) break;
-        int next = sample_token(logits(model, tokens, n), vocab, o->temperature, o->top_p, rng_uniform(&rng), order, probs);
+        int next = sample_token(logits(model, tokens, n), vocab, o->temperature, o->top_p, rng_uniform(&rng),
+                                order, probs);
         if (next == r->eot) break;
         if (n == room) {
             memmove(tokens, tokens + room / 2, (size_t)(room - room / 2) * sizeof *tokens);

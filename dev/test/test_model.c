@@ -110,7 +110,8 @@ static void test_matmul(void) {
     const int sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {4, 64, 128}, {129, 33, 130}, {7, 65, 257}, {260, 17, 1}};
     for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
         int n = sizes[s][0], c = sizes[s][1], o = sizes[s][2];
-        real *a = xmalloc(n * c * 8), *b = xmalloc(o * c * 8), *y = xmalloc(n * o * 8), *da = xmalloc(n * c * 8);
+        real *a = xmalloc(n * c * 8), *b = xmalloc(o * c * 8), *y = xmalloc(n * o * 8),
+             *da = xmalloc(n * c * 8);
         real *db = xcalloc(o * c, 8);
         draw(a, n * c, 5, 1), draw(b, o * c, 6, 1);
         linear_forward(y, a, b, NULL, n, c, o);
@@ -145,7 +146,9 @@ static void test_matmul(void) {
 static GPT gpt;
 static int32_t inputs[60], targets[60];
 static const int64_t cu_seqlens[] = {0, 41, 42, 60};
-static double gpt_loss(void) { return 0.5 * gpt_forward(&gpt, inputs, targets, cu_seqlens, 3); }
+static double gpt_loss(void) {
+    return 0.5 * gpt_forward(&gpt, inputs, targets, cu_seqlens, 3);
+}
 
 // Indices of all layers, to see that the differences did not change the choice of blocks.
 static uint64_t choice_hash(void) {
@@ -166,7 +169,8 @@ static void test_gpt(const char *name, const ModelConfig *config) {
     gpt_build(&gpt, config, 60, 1);
     for (int64_t t = 0; t < gpt.num_tensors; t++) { // no zeros: every gradient path carries something
         const ParamTensor *p = &gpt.tensors[t];
-        draw(gpt.params + p->offset, p->size, 100 + (uint64_t)t, p->rows == 1 ? 0.3 : 1.2 / sqrt((double)p->cols));
+        draw(gpt.params + p->offset, p->size, 100 + (uint64_t)t,
+             p->rows == 1 ? 0.3 : 1.2 / sqrt((double)p->cols));
         if (p->init == INIT_ONES) {
             for (int64_t i = 0; i < p->size; i++) gpt.params[p->offset + i] += 1;
         }
@@ -220,7 +224,8 @@ static void test_adamw(void) {
         }
         gpt_update(&gpt, step, 0.01, 0.9, 0.99, 1e-8, 0.1, 2);
         for (int i = 0; i < 2; i++) {
-            CHECK(fabs(p[i] - gpt.params[at[i]]) < 1e-12, "step %d: %.12g, not %.12g", step, gpt.params[at[i]], p[i]);
+            CHECK(fabs(p[i] - gpt.params[at[i]]) < 1e-12, "step %d: %.12g, not %.12g", step,
+                  gpt.params[at[i]], p[i]);
         }
     }
     gpt_zero_grad(&gpt);

@@ -32,15 +32,24 @@ static double *draw(int64_t n, uint64_t seed, uint64_t stream, double scale) {
 }
 
 static FsaConfig small_config(int g, int kv_heads, int d) {
-    FsaConfig c = {.q_heads = g * kv_heads, .kv_heads = kv_heads, .head_dim = d, .cmp_len = 8, .cmp_stride = 4,
-                   .block = 16, .topk = 4, .init_blocks = 1, .local_blocks = 2, .window = 13,
+    FsaConfig c = {.q_heads = g * kv_heads,
+                   .kv_heads = kv_heads,
+                   .head_dim = d,
+                   .cmp_len = 8,
+                   .cmp_stride = 4,
+                   .block = 16,
+                   .topk = 4,
+                   .init_blocks = 1,
+                   .local_blocks = 2,
+                   .window = 13,
                    .phi = FSA_PHI_LINEAR};
     return c;
 }
 
 // lengths: of the sequences, ended by 0. queries NULL: all of them; else one segment (first, count)
 // a sequence.
-static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const int64_t (*queries)[2], uint64_t seed) {
+static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const int64_t (*queries)[2],
+                         uint64_t seed) {
     memset(p, 0, sizeof *p);
     p->c = c;
     int s = 0;
@@ -68,8 +77,8 @@ static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const 
 }
 
 static void free_problem(Problem *p) {
-    double *all[] = {p->q, p->k, p->v, p->wk, p->pe, p->wv, p->gate, p->dout, p->o,
-                     p->dq, p->dk, p->dv, p->dwk, p->dpe, p->dwv, p->dgate};
+    double *all[] = {p->q, p->k,  p->v,  p->wk, p->pe,  p->wv,  p->gate, p->dout,
+                     p->o, p->dq, p->dk, p->dv, p->dwk, p->dpe, p->dwv,  p->dgate};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
     free(p->memory);
 }
@@ -87,8 +96,8 @@ static void run_forward(Problem *p, const int32_t *frozen) {
 static void run_backward(Problem *p) {
     fsa_ref_Phi_f64 phi = phi_of(p);
     fsa_ref_PhiGrad_f64 dphi = {p->dwk, p->dpe, p->dwv}, none = {NULL, NULL, NULL};
-    fsa_ref_backward_f64(&p->c, &p->b, p->k, p->v, &phi, p->inv_freq, p->gate, &p->state, p->dout, p->dq, p->dk,
-                         p->dv, p->c.phi == FSA_PHI_MEAN ? &none : &dphi, p->dgate);
+    fsa_ref_backward_f64(&p->c, &p->b, p->k, p->v, &phi, p->inv_freq, p->gate, &p->state, p->dout, p->dq,
+                         p->dk, p->dv, p->c.phi == FSA_PHI_MEAN ? &none : &dphi, p->dgate);
 }
 
 static double inner(const double *a, const double *b, int64_t n) {
@@ -125,7 +134,8 @@ static double whole_loss(void *context) {
     return inner(p->dout, p->o, p->sizes[7]);
 }
 
-static void test_gradients(const char *name, FsaConfig c, const int64_t *lengths, const int64_t (*queries)[2]) {
+static void test_gradients(const char *name, FsaConfig c, const int64_t *lengths,
+                           const int64_t (*queries)[2]) {
     Problem p;
     make_problem(&p, c, lengths, queries, 11);
     run_forward(&p, NULL);
@@ -154,7 +164,8 @@ typedef struct {
 
 static double branch_loss(void *context) {
     BranchRun *r = context;
-    fsa_ref_attend_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, frozen_indices, r->o, r->lse);
+    fsa_ref_attend_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, frozen_indices, r->o,
+                               r->lse);
     return inner(r->p->dout, r->o, r->p->sizes[7]);
 }
 
@@ -172,13 +183,16 @@ static void test_branches(void) {
         int64_t nk = compressed ? nw : p.sizes[1];
         double *o = xmalloc(p.sizes[7] * 8), *lse = xmalloc(p.nq * p.c.q_heads * 8);
         double *dq = xcalloc(p.sizes[0], 8), *dk = xcalloc(nk, 8), *dv = xcalloc(nk, 8);
-        BranchRun r = {&p, (FsaVisibility)rule, compressed ? p.state.kc : p.k, compressed ? p.state.vc : p.v, o, lse};
+        BranchRun r = {
+            &p, (FsaVisibility)rule, compressed ? p.state.kc : p.k, compressed ? p.state.vc : p.v, o, lse};
         branch_loss(&r);
-        fsa_ref_attend_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, frozen_indices, o, lse, p.dout, dq, dk, dv);
+        fsa_ref_attend_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, frozen_indices, o, lse, p.dout, dq, dk,
+                                    dv);
         double eq = difference_error(p.q, dq, p.sizes[0], 60, branch_loss, &r);
         double ek = difference_error(r.k, dk, nk, 60, branch_loss, &r);
         double ev = difference_error(r.v, dv, nk, 60, branch_loss, &r);
-        CHECK(eq < 1e-6 && ek < 1e-6 && ev < 1e-6, "%s branch: dq %.2e dk %.2e dv %.2e", names[rule], eq, ek, ev);
+        CHECK(eq < 1e-6 && ek < 1e-6 && ev < 1e-6, "%s branch: dq %.2e dk %.2e dv %.2e", names[rule], eq, ek,
+              ev);
         free(o), free(lse), free(dq), free(dk), free(dv);
     }
     free(frozen_indices);
@@ -209,7 +223,8 @@ static void test_against_plain(void) {
                         int see = 0;
                         if (branch == 0) see = c->cmp_stride * j + c->cmp_len - 1 <= t;
                         if (branch == 2) see = j <= t && j > t - c->window;
-                        for (int i = 0; branch == 1 && i < c->topk; i++) see |= chosen[i] == j / c->block && j <= t;
+                        for (int i = 0; branch == 1 && i < c->topk; i++)
+                            see |= chosen[i] == j / c->block && j <= t;
                         if (!see) continue;
                         int64_t at = ((branch == 0 ? window0 : start) + j) * c->kv_heads * d + h * d;
                         const double *k = (branch == 0 ? p.state.kc : p.state.k) + at;
@@ -256,7 +271,8 @@ static void test_compression(void) {
                     kc[o] = vc[o] = 0;
                     for (int r = 0; r < l; r++) {
                         for (int e = 0; e < d; e++) {
-                            int64_t in = ((p.cu_seqlens[s] + i * c->cmp_stride + r) * c->kv_heads + h) * d + e;
+                            int64_t in =
+                                ((p.cu_seqlens[s] + i * c->cmp_stride + r) * c->kv_heads + h) * d + e;
                             int64_t w = ((int64_t)h * l * d + r * d + e) * d + o;
                             kc[o] += (p.k[in] + p.pe[(h * l + r) * d + e]) * p.wk[w];
                             vc[o] += p.v[in] * p.wv[w];
@@ -290,7 +306,8 @@ static void test_scores(void) {
     for (int i = 0; i < 5; i++) {
         int64_t t = queries[i], seen = fsa_num_windows(&c, t + 1);
         double scores[16], P[32] = {0}, worst = 0;
-        int64_t blocks = fsa_ref_block_scores_f64(&c, &p.b, p.state.q, p.state.kc, p.state.lse[0], t, 0, scores);
+        int64_t blocks =
+            fsa_ref_block_scores_f64(&c, &p.b, p.state.q, p.state.kc, p.state.lse[0], t, 0, scores);
         CHECK(blocks == t / 64 + 1, "query %lld has %lld blocks", (long long)t, (long long)blocks);
         for (int64_t w = 0; w < seen; w++) {
             for (int head = 0; head < 2; head++) {
@@ -322,21 +339,25 @@ static void check_choice(const Problem *p, const char *name) {
         for (int64_t i = 0; i < p->segments[s].len; i++, row++) {
             for (int h = 0; h < c->kv_heads; h++) {
                 const int32_t *chosen = p->state.indices + (h * p->nq + row) * c->topk;
-                int64_t blocks = fsa_ref_block_scores_f64(c, &p->b, p->state.q, p->state.kc, p->state.lse[0], row, h,
-                                                          scores);
+                int64_t blocks = fsa_ref_block_scores_f64(c, &p->b, p->state.q, p->state.kc, p->state.lse[0],
+                                                          row, h, scores);
                 int want = blocks < c->topk ? (int)blocks : c->topk;
                 char in[512] = {0};
                 for (int k = 0; k < c->topk; k++) {
                     int ok = k >= want ? chosen[k] == -1
-                                       : chosen[k] >= 0 && chosen[k] < blocks && (k == 0 || chosen[k] > chosen[k - 1]);
-                    if (!ok) bad_order++;
-                    else if (k < want) in[chosen[k]] = 1;
+                                       : chosen[k] >= 0 && chosen[k] < blocks &&
+                                             (k == 0 || chosen[k] > chosen[k - 1]);
+                    if (!ok)
+                        bad_order++;
+                    else if (k < want)
+                        in[chosen[k]] = 1;
                 }
                 for (int64_t j = 0; j < blocks; j++) {
                     int forced = j < c->init_blocks || j >= blocks - c->local_blocks;
                     if (forced && !in[j]) bad_forced++;
                     if (forced || in[j]) continue;
-                    for (int64_t k = c->init_blocks; k < blocks - c->local_blocks; k++) { // left-out j against chosen k
+                    for (int64_t k = c->init_blocks; k < blocks - c->local_blocks;
+                         k++) { // left-out j against chosen k
                         if (in[k] && (scores[j] > scores[k] || (scores[j] == scores[k] && j < k))) bad_best++;
                     }
                 }
@@ -363,8 +384,8 @@ static void test_selection(void) {
     run_forward(&p, NULL);
     check_choice(&p, "ties");
     const int32_t *last = p.state.indices + 299 * 4;
-    CHECK(last[0] == 0 && last[1] == 1 && last[2] == 17 && last[3] == 18, "query 299 with ties chose %d %d %d %d",
-          last[0], last[1], last[2], last[3]);
+    CHECK(last[0] == 0 && last[1] == 1 && last[2] == 17 && last[3] == 18,
+          "query 299 with ties chose %d %d %d %d", last[0], last[1], last[2], last[3]);
     free_problem(&p);
 
     FsaConfig c = small_config(1, 1, 8); // nothing forced
@@ -473,11 +494,13 @@ static void test_float(void) {
         for (int64_t j = 0; j < p.sizes[i]; j++) x[i][j] = (float)in[i][j];
     }
     fsa_ref_State_f32 s;
-    fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2, xmalloc(fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2, NULL)));
+    fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2,
+                            xmalloc(fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2, NULL)));
     fsa_ref_Phi_f32 phi = {x[3], x[4], x[5]};
     fsa_ref_PhiGrad_f32 dphi = {y[3], y[4], y[5]};
     fsa_ref_forward_f32(&c, &p.b, x[0], x[1], x[2], &phi, p.inv_freq, x[6], p.state.indices, &s, y[7]);
-    fsa_ref_backward_f32(&c, &p.b, x[1], x[2], &phi, p.inv_freq, x[6], &s, x[7], y[0], y[1], y[2], &dphi, y[6]);
+    fsa_ref_backward_f32(&c, &p.b, x[1], x[2], &phi, p.inv_freq, x[6], &s, x[7], y[0], y[1], y[2], &dphi,
+                         y[6]);
     const char *names[8] = {"dq", "dk", "dv", "dwk", "dpe", "dwv", "dgate", "o"};
     for (int i = 0; i < 8; i++) {
         double error = 0, norm = 0;
@@ -498,8 +521,10 @@ static void test_rope(void) {
     double inv_freq[2] = {0.9, 0.001};
     fsa_ref_rope_f32(x, 1, 1, 4, 1000000, 1, inv_freq, 0);
     double a = 0.9 * 1000000, b = 0.001 * 1000000;
-    double want[4] = {cos(a) - 3 * sin(a), 2 * cos(b) - 4 * sin(b), 3 * cos(a) + sin(a), 4 * cos(b) + 2 * sin(b)};
-    for (int i = 0; i < 4; i++) CHECK(fabs(x[i] - want[i]) < 1e-6, "channel %d: %g, not %g", i, x[i], want[i]);
+    double want[4] = {cos(a) - 3 * sin(a), 2 * cos(b) - 4 * sin(b), 3 * cos(a) + sin(a),
+                      4 * cos(b) + 2 * sin(b)};
+    for (int i = 0; i < 4; i++)
+        CHECK(fabs(x[i] - want[i]) < 1e-6, "channel %d: %g, not %g", i, x[i], want[i]);
     fsa_ref_rope_f32(x, 1, 1, 4, 1000000, 1, inv_freq, 1);
     for (int i = 0; i < 4; i++) CHECK(fabs(x[i] - (i + 1)) < 1e-6, "turned back, channel %d is %g", i, x[i]);
 }

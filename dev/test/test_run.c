@@ -1020,9 +1020,10 @@ static void test_logger(void) {
     CHECK(r.code == 0, "%d %s", r.code, r.err);
     CHECK(strstr(r.out, "val loss 4.5000\n") && strstr(r.out, "val loss 1.2500\n"), "%s", r.out);
     CHECK(strstr(r.out,
-                 "step 2/10 | loss 0.5000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
+                 "step 1/10 | loss 1.0000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
                  "| 1m05s left\n"),
           "%s", r.out);
+    CHECK(!strstr(r.out, "step 2/10"), "more than a line a second: %s", r.out);
     CHECK(strstr(r.out, "chance 6.2%") && strstr(r.out, "4+: 95.0% of 400") && strstr(r.out, "1+: none"),
           "%s", r.out);
     slurp(path, text, sizeof text);
