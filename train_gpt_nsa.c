@@ -510,8 +510,11 @@ int main(int argc, char **argv) {
 
     if (training) {
         run_catch_signals();
-        if (run.resuming) {
+        if (run.resuming && run.state.step < o->max_steps) {
             printf("going on after step %lld of %lld\n", (long long)run.state.step, (long long)o->max_steps);
+        } else if (run.resuming) {
+            printf("all %lld steps are done; -x with more than %lld goes on\n", (long long)o->max_steps,
+                   (long long)run.state.step);
         }
         int64_t first = run.state.step;
         double seconds = 0; // in steps

@@ -45,7 +45,7 @@ mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && head -4 a/log.jsonl >b/l
 run $TINY $DATA -o b -n 3 -y 1
 check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run has other bits"
 run $TINY $DATA -o b -n 3 -y 1
-check '[ $? -eq 0 ] && grep -q "after step 6 of 6" out' "a finished run does not say so"
+check '[ $? -eq 0 ] && grep -q "all 6 steps are done" out' "a finished run does not say so"
 OMP_NUM_THREADS=1 run $TINY $DATA -o c -n 6
 check 'cmp -s a/ckpt_00000006.bin c/ckpt_00000006.bin' "one thread gives other bits"
 run $TINY $DATA -o k -n 1 -nk 2
@@ -96,7 +96,7 @@ for signal in INT TERM; do
     kill -$signal $pid; wait $pid; code=$?
     check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
     run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
-    check '[ $? -eq 0 ] && grep -q "going on after step" out' "no checkpoint after SIG$signal: $(cat err)"
+    check '[ $? -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
 done
 good=1
 for i in 1 2 3 4 5; do
