@@ -33,10 +33,10 @@ typedef enum {
 // What every GPU entry returns; fsa_last_error tells more in words.
 typedef enum {
     FSA_OK = 0,
-    FSA_ERROR_CONFIG = 1,      // the FsaConfig breaks a rule or isn't supported on the GPU
-    FSA_ERROR_ARGUMENT = 2,    // a pointer, size or enum argument is wrong
-    FSA_ERROR_WORKSPACE = 3,   // the workspace is too small or misaligned
-    FSA_ERROR_CUDA = 4,        // a launch failed
+    FSA_ERROR_CONFIG = 1,    // the FsaConfig breaks a rule or isn't supported on the GPU
+    FSA_ERROR_ARGUMENT = 2,  // a pointer, size or enum argument is wrong
+    FSA_ERROR_WORKSPACE = 3, // the workspace is too small or misaligned
+    FSA_ERROR_CUDA = 4,      // a launch failed
 } FsaStatus;
 
 typedef struct {
@@ -68,6 +68,97 @@ int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size);
 
 // Windows of a sequence of n tokens: floor((n - l)/s) + 1 where n >= l, else 0.
 int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
+
+// ---------------------------------------------------------------------------------------------
+// The GPU library (libfsa). Every pointer below is a device pointer, 16-byte aligned, unless said
+// otherwise. q, k, v, o, gate logits and their gradients are 16-bit, of the type `dtype`. head_dim is
+// 64 or 128. Layouts are those of reference.h: q, o [Nq, Hq, d]; k, v [N, Hkv, d]; lse [Nq, Hq] fp32;
+// indices [Hkv, Nq, T]. An entry launches kernels on `stream` and returns; it allocates nothing and
+// never synchronizes, and may be called from several threads with separate workspaces. Same input,
+// same GPU: same bits.
+
+typedef struct CUstream_st *FsaStream; // a cudaStream_t
+
+// Packed sequences and the queries asked of them. The counts are known to the host, the arrays lie on
+// the device.
+typedef struct {
+    int64_t num_queries, num_keys;      // Nq, N
+    int64_t num_seqs, num_segments;
+    int64_t max_len;                    // tokens of the longest sequence, or more
+    const int64_t *cu_seqlens;          // [num_seqs + 1]
+    const FsaSegment *segments;         // [num_segments]
+} FsaDeviceBatch;
+
+// The compression's parameters for phi = linear, 16-bit, as in reference.h; NULL for phi = mean. pe may
+// be NULL.
+typedef struct {
+    const void *wk, *pe, *wv;
+} FsaPhiWeights;
+typedef struct {
+    float *dwk, *dpe, *dwv; // fp32; backward adds to them
+} FsaPhiGradients;
+
+// What a workspace is for.
+typedef enum {
+    FSA_FORWARD = 0,
+    FSA_BACKWARD = 1,
+    FSA_SELECTED_FORWARD = 2,
+    FSA_SELECTED_BACKWARD = 3,
+    FSA_SELECT = 4,
+    FSA_ATTEND_FORWARD = 5,
+    FSA_ATTEND_BACKWARD = 6,
+} FsaOperation;
+
+// One line about the last error on the calling thread.
+const char *fsa_last_error(void);
+
+// Bytes of workspace (aligned to 256) that an operation needs; 0 with an error set where it can't run.
+// Only the counts of `b` are read.
+size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
+
+// Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output and lse
+// of the three branches, and the choice of blocks.
+size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
+// Where in `saved` the choice of blocks lies.
+const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                                 const void *saved);
+
+// The whole attention: q, k before RoPE -> o. inv_freq: [d/2] doubles, NULL rotates nothing. gate_logits
+// [Nq, Hq, 3], or [Nq, 3] with gate_per_token. indices: a choice to use instead of choosing, or NULL.
+int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
+                const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
+                const int32_t *indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
+                FsaStream stream);
+// Gradients of q and k before RoPE; overwrites dq, dk, dv and dgate_logits, adds to dphi's arrays.
+int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
+                 const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
+                 const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
+                 void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
+
+// The selected branch alone, with the caller's choice: distinct blocks, ascending, none after the query's
+// own, then -1. Nothing is rotated here and below.
+int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
+                         const void *k, const void *v, const int32_t *indices, void *o, float *lse,
+                         void *workspace, size_t workspace_bytes, FsaStream stream);
+int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
+                          const void *k, const void *v, const int32_t *indices, const void *o,
+                          const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
+                          size_t workspace_bytes, FsaStream stream);
+
+// The choice of blocks alone, from rotated q, compressed keys kc [M, Hkv, d] and the compressed branch's lse.
+int fsa_select(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
+               const float *lse_c, int32_t *indices, void *workspace, size_t workspace_bytes,
+               FsaStream stream);
+
+// Attention over all tokens, the last `window` tokens, or the compressed windows (k and v are then kc and
+// vc, [M, Hkv, d]).
+int fsa_attend_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+                       const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
+                       size_t workspace_bytes, FsaStream stream);
+int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+                        const void *q, const void *k, const void *v, const void *o, const float *lse,
+                        const void *dout, void *dq, void *dk, void *dv, void *workspace,
+                        size_t workspace_bytes, FsaStream stream);
 
 #ifdef __cplusplus
 }

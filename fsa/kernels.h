@@ -1,0 +1,101 @@
+// kernels.h: the launchers of all steps. A launcher takes device pointers, sizes and a stream,
+// allocates nothing, never synchronizes, and returns an FsaStatus.
+#ifndef FSA_KERNELS_H
+#define FSA_KERNELS_H
+#include "plan.cuh"
+
+// ---- lists.cu ---------------------------------------------------------------------------------------
+// For every (kv head, slab of query rows) the list of its (row, slot) pairs, ordered by the block that
+// the slot names and within a block by row. Blocks are counted over all sequences (plan.cu_blocks).
+struct FsaLists {
+    int64_t slab, slabs; // query rows in a slab, and how many slabs
+    int64_t blocks;      // bound on the blocks of all sequences
+    uint32_t *entries;   // [Hkv, Nq*T]; an entry is row*T + slot; slab i's start at i*slab*T
+    uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
+};
+enum { FSA_MAX_SLAB = 65536 };
+size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab);
+FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory);
+// indices [Hkv, Nq, T]; entries that are negative or not causal are left out.
+int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
+              cudaStream_t stream);
+
+// ---- selected.cu --------------------------------------------------------------------------------------
+// The selected branch over given lists. `memory` is fsa_sel_bytes, aligned to 256.
+int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
+size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
+int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
+                    const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
+                    float *lse, cudaStream_t stream);
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv.
+int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
+                     const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
+                     const float *delta, const float *lse_grad, void *memory, void *dq, void *dk, void *dv,
+                     cudaStream_t stream);
+
+// ---- gate.cu --------------------------------------------------------------------------------------------
+// o = sum of sigmoid(logits) * branch; logits [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest.
+int fsa_gate_forward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
+                     const void *const o_branch[3], void *o, cudaStream_t stream);
+// What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that
+// each of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits.
+int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
+                      const void *const o_branch[3], const float *const lse[3], const void *dout,
+                      float *const delta[3], float *const lse_grad[3], void *dlogits, cudaStream_t stream);
+// The same for one branch without a gate.
+int fsa_row_stats(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
+                  const void *dout, float *delta, float *lse_grad, cudaStream_t stream);
+
+// ---- dense.cu ---------------------------------------------------------------------------------------
+// Attention over tokens (rule = FSA_CAUSAL, FSA_WINDOW) or over windows (FSA_COMPRESSED, where k and v
+// are kc and vc). q, o [Nq, Hq, d], k, v [N or M, Hkv, d], all rotated; lse [Nq, Hq] fp32.
+int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule, const void *q,
+                      const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+// Gradients in fp32, so that branches sum up without rounding: dq [Nq, Hq, d], dk, dv [N or M, Hkv, d].
+// accumulate_q, accumulate_kv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_grad come
+// from fsa_row_stats or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_workspace bytes (0
+// but for the compressed rule). fsa_rope_gradient makes 16-bit gradients of the sums.
+size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule);
+int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+                       const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
+                       const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
+                       int accumulate_kv, void *workspace, cudaStream_t stream);
+
+// ---- topk.cu ----------------------------------------------------------------------------------------
+// The choice of blocks: indices [Hkv, Nq, T] from the rotated q, kc and the compressed branch's lse.
+int fsa_topk(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,
+             const float *lse_c, int32_t *indices, cudaStream_t stream);
+
+// ---- compress.cu ------------------------------------------------------------------------------------
+// k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated. Weights for phi = linear: wk, wv
+// [Hkv, l*d, d] and pe [Hkv, l, d], all of the 16-bit type (pe may be NULL: none); NULL for phi = mean.
+// inv_freq [d/2] doubles on the device; NULL rotates nothing. workspace: fsa_compress_workspace bytes.
+size_t fsa_compress_workspace(const FsaConfig *c, const FsaPlan *p, int backward);
+int fsa_compress_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+                         const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
+                         void *vc, void *workspace, cudaStream_t stream);
+// dkc (of the rotated kc) and dvc in fp32, as fsa_dense_backward writes them. dk, dv fp32 [N, Hkv, d] are
+// those of k before RoPE: accumulate = 1 adds to them, 0 overwrites them all. dwk, dpe, dwv in fp32 are added
+// to (NULL for phi = mean).
+int fsa_compress_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+                          const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                          const float *dkc, const float *dvc, float *dk, float *dv, int accumulate,
+                          float *dwk, float *dpe, float *dwv, void *workspace, cudaStream_t stream);
+
+// ---- rope.cu ----------------------------------------------------------------------------------------
+// Rotates 16-bit rows: queries [Nq, Hq, d] at their segments' positions, keys [N, Hkv, d] at theirs in
+// their sequence. out may be x. inv_freq as above; NULL copies.
+int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x,
+                     const double *inv_freq, void *out, cudaStream_t stream);
+int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
+                  void *out, cudaStream_t stream);
+// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit, NULL: none) + plain fp32 (NULL: none). dx and
+// `more` are of rotated rows, `plain` of rows before RoPE (what compression adds to dk).
+int fsa_rope_queries_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
+                              const void *more, const float *plain, const double *inv_freq, void *out,
+                              cudaStream_t stream);
+int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
+                           const void *more, const float *plain, const double *inv_freq, void *out,
+                           cudaStream_t stream);
+
+#endif

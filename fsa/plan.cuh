@@ -1,0 +1,90 @@
+// plan.cuh: what every kernel needs to know of a batch, on the device. fsa_plan (plan.cu) fills it
+// once a batch with one small kernel; the host passes only bounds, so nothing synchronizes.
+#ifndef FSA_PLAN_CUH
+#define FSA_PLAN_CUH
+#include "fsa.h"
+#include <cuda_runtime.h>
+
+#define FSA_TILE_TOKENS 64 // queries in a token tile; a tile never spans two segments
+
+struct FsaPlan {
+    int64_t nq, n, num_seqs, num_segments, max_len; // host: query rows, keys, counts, longest sequence
+    const int64_t *cu_seqlens;                      // [num_seqs + 1], device
+    const FsaSegment *segments;                     // [num_segments], device
+    int64_t *cu_rows;                               // [num_segments + 1] first query row of each segment
+    int64_t *cu_tiles;   // [num_segments + 1] prefix sum of ceil(segment.len / FSA_TILE_TOKENS)
+    int64_t *cu_windows; // [num_seqs + 1] first compression window
+    int64_t *cu_blocks;  // [num_seqs + 1] first selection block
+};
+
+// Upper bounds that the host knows, for grids and workspaces.
+static inline int64_t fsa_max_tiles(const FsaPlan *p) {
+    return p->nq / FSA_TILE_TOKENS + p->num_segments;
+}
+static inline int64_t fsa_max_windows(const FsaConfig *c, const FsaPlan *p) {
+    return p->n / c->cmp_stride;
+}
+static inline int64_t fsa_max_blocks(const FsaConfig *c, const FsaPlan *p) {
+    return p->n / c->block + p->num_seqs;
+}
+
+// Bytes of the four arrays for at most so many sequences and segments.
+static inline size_t fsa_plan_bytes(int64_t num_seqs, int64_t num_segments) {
+    return (size_t)(2 * (num_segments + 1) + 2 * (num_seqs + 1)) * sizeof(int64_t);
+}
+
+// Sets p's fields, the four arrays lying in `memory` (fsa_plan_bytes, on the device), and launches the
+// kernel that fills them. cu_seqlens and segments are device pointers.
+int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs, int64_t num_segments,
+             int64_t max_len, const int64_t *cu_seqlens, const FsaSegment *segments, void *memory,
+             cudaStream_t stream);
+
+#ifdef __CUDACC__
+// The i with cu[i] <= x < cu[i + 1]; the caller knows that x lies in cu[0] .. cu[count].
+__device__ __forceinline__ int64_t fsa_find(const int64_t *cu, int64_t count, int64_t x) {
+    int64_t lo = 0, hi = count;
+    while (hi - lo > 1) {
+        int64_t mid = (lo + hi) / 2;
+        if (cu[mid] <= x)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    // Empty entries repeat a value; the last of equals is the one that holds x.
+    return lo;
+}
+
+__host__ __device__ __forceinline__ int64_t fsa_windows_of(int cmp_len, int cmp_stride, int64_t n) {
+    return n < cmp_len ? 0 : (n - cmp_len) / cmp_stride + 1;
+}
+
+// A token tile: `len` (1..64) queries of one segment.
+struct FsaTile {
+    int64_t seq, pos, row; // sequence, position of the first query in it, its row in q
+    int64_t key0, n;       // the sequence's first key row and its tokens
+    int len;               // 0: no such tile (the grid is a bound)
+};
+
+__device__ __forceinline__ FsaTile fsa_tile(const FsaPlan &p, int64_t tile) {
+    FsaTile t;
+    t.len = 0;
+    if (tile >= p.cu_tiles[p.num_segments]) return t;
+    int64_t i = fsa_find(p.cu_tiles, p.num_segments, tile);
+    int64_t first = (tile - p.cu_tiles[i]) * FSA_TILE_TOKENS, left = p.segments[i].len - first;
+    t.seq = p.segments[i].seq;
+    t.pos = p.segments[i].pos + first;
+    t.row = p.cu_rows[i] + first;
+    t.key0 = p.cu_seqlens[t.seq];
+    t.n = p.cu_seqlens[t.seq + 1] - t.key0;
+    t.len = left < FSA_TILE_TOKENS ? (int)left : FSA_TILE_TOKENS;
+    return t;
+}
+
+// Sequence and position of a query row.
+__device__ __forceinline__ void fsa_row(const FsaPlan &p, int64_t row, int64_t *seq, int64_t *pos) {
+    int64_t i = fsa_find(p.cu_rows, p.num_segments, row);
+    *seq = p.segments[i].seq;
+    *pos = p.segments[i].pos + row - p.cu_rows[i];
+}
+#endif
+#endif

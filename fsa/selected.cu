@@ -1,0 +1,853 @@
+// selected.cu: the selected branch, KV block outside. Work goes in slabs of query rows, some kv heads at a
+// time: a main kernel turns each (token, head, slot) into a partial result in `memory`, and a reduction
+// merges a row's partials. The slab bounds the buffer of partials.
+#include "kernels.h"
+#include "mma.cuh"
+
+enum {
+    FWD_KEYS = 128, // keys whose K and V a forward block holds; a longer block gives several partials a slot
+    BWD_KEYS = 64,
+    BUDGET = 256 << 20, // bytes of partial rows aimed at
+};
+
+struct SelArgs {
+    FsaPlan plan;
+    FsaLists lists;
+    int64_t slab, tokens;                             // this launch's slab, and the query rows in it
+    int head0;                                        // its first kv head; blockIdx.y or .z counts on
+    int q_heads, kv_heads, group, block, topk, parts; // parts: partials a slot has
+    int chunk;                                        // list entries that a thread block takes
+    float scale;
+    const void *q, *k, *v, *dout;
+    const int32_t *indices;
+    const float *delta, *lse_grad;
+    void *partial;   // [heads, slab*T, parts, group, D] 16-bit
+    float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
+    float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far
+    float *crossing; // backward: [heads, thread blocks, 2, parts, 2, 64, D], see the backward kernel
+    void *o, *dq, *dk, *dv;
+    float *lse;
+};
+
+// A block's part of the entries begin .. begin + count of a slab's list.
+struct Run {
+    const uint32_t *entries; // [count]
+    uint32_t count;
+    int64_t block, key0;  // the block within its sequence, and its first key row
+    int keys;             // tokens that it has (the last of a sequence may be short)
+    uint32_t first, last; // where the block's whole list starts and ends in the slab's
+};
+
+static __device__ __forceinline__ Run run_at(const SelArgs &a, const uint32_t *entries,
+                                             const uint32_t *offsets, uint32_t begin, uint32_t end) {
+    int64_t lo = 0, hi = a.lists.blocks; // offsets[lo] <= begin < offsets[hi]
+    while (hi - lo > 1) {
+        int64_t mid = (lo + hi) / 2;
+        if (offsets[mid] <= begin)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    Run r;
+    r.first = offsets[lo], r.last = offsets[lo + 1];
+    r.entries = entries + begin;
+    r.count = min(end, r.last) - begin;
+    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, lo);
+    r.block = lo - a.plan.cu_blocks[seq];
+    r.key0 = a.plan.cu_seqlens[seq] + r.block * a.block;
+    r.keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - r.key0);
+    return r;
+}
+
+// The last key of the block that a query sees. Lists ascend by row, so only the first `block` queries from
+// the list's start can lie in the block itself; the rest see all of it.
+static __device__ __forceinline__ int last_key(const SelArgs &a, const Run &r, int64_t in_list, int64_t row) {
+    if (in_list >= a.block) return r.keys - 1;
+    int64_t seq, pos;
+    fsa_row(a.plan, row, &seq, &pos);
+    return (int)min((int64_t)r.keys - 1, pos - r.block * a.block);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Forward
+
+// K and V lie in shared memory with the 4-byte units of each 64-byte group transposed (unit 4c+i at i*4+c).
+// Then lane c of a quad, which mma gives units c, 4+c, 8+c, 12+c, works on 16 contiguous bytes of q and of o,
+// and the gather and the partials move straight between registers and memory.
+static __device__ __forceinline__ void store_transposed(char *tile, uint32_t at[4], const uint4 x[4]) {
+    *(uint4 *)(tile + at[0]) = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
+    *(uint4 *)(tile + at[1]) = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
+    *(uint4 *)(tile + at[2]) = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
+    *(uint4 *)(tile + at[3]) = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+}
+
+template <typename T> static __device__ __forceinline__ uint32_t to_half_scaled(uint32_t x, float factor) {
+    float2 f = unpack2<T>(x);
+    return pack2<__half>(f.x * factor, f.y * factor);
+}
+template <typename T> static __device__ __forceinline__ float max_abs(const uint4 &x) {
+    float2 a = unpack2<T>(x.x), b = unpack2<T>(x.y), c = unpack2<T>(x.z), d = unpack2<T>(x.w);
+    float m = fmaxf(fmaxf(fabsf(a.x), fabsf(a.y)), fmaxf(fabsf(b.x), fabsf(b.y)));
+    return fmaxf(m, fmaxf(fmaxf(fabsf(c.x), fabsf(c.y)), fmaxf(fabsf(d.x), fabsf(d.y))));
+}
+
+// A thread block takes `chunk` entries of one head's list: for each KV block in it K and V come to shared
+// memory once, and each warp takes 16 rows (g rows a token, packed) at a time: q from memory into fragments,
+// S = QK^T, softmax within the block, O = PV, and out goes the normalized row and its log-sum-exp.
+// V and P are fp16: V times a power of two that brings the block's largest to 2^14, so nothing overflows and
+// a partial's rounding is an eighth of bf16's.
+// A row moves 2*D bytes in and 2*D + 8 out. 64K tokens, 32 heads, T = 16, d = 128: 8.6 GB in, 8.8 out, 3.9 ms
+// at 4.5 TB/s; 1.1 TFLOP, 1.4 ms at 790. Memory binds (with mma.sync, shared memory is next: 2.4 ms).
+template <typename T, int D, int TILES>
+__global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
+    constexpr int GROUPS = D / 32, KEYS = 64 * TILES;
+    extern __shared__ __align__(128) char smem[];
+    __shared__ float warp_max[4];
+    char *k_tile = smem, *v_tile = smem + KEYS * D * 2;
+    const uint32_t k_base = smem_address(k_tile), v_base = smem_address(v_tile);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
+    const int head = a.head0 + blockIdx.y, g = a.group;
+    const int64_t row0 = a.slab * a.lists.slab;
+    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
+    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    const uint32_t entry0 = (uint32_t)(row0 * a.topk), total = offsets[a.lists.blocks];
+    const float scale_log2 = a.scale * FSA_LOG2E;
+    uint32_t begin = blockIdx.x * a.chunk, end = min(begin + a.chunk, total);
+
+    while (begin < end) {
+        Run run = run_at(a, entries, offsets, begin, end);
+        const int rows = (int)run.count * g, tiles = (rows + 15) / 16;
+        for (int part = 0; part < a.parts; part++) {
+            const int first_key = part * FWD_KEYS, keys = min(KEYS, run.keys - first_key); // may be < 1
+            // K and V of the block; keys that it lacks are zeros.
+            const int64_t kv_row = (int64_t)a.kv_heads * D;
+            const T *k_head = (const T *)a.k + (run.key0 + first_key) * kv_row + head * D;
+            const T *v_head = (const T *)a.v + (run.key0 + first_key) * kv_row + head * D;
+            float largest = 0;
+            for (int i = threadIdx.x; i < KEYS * D / 8; i += 128) {
+                int row = i / (D / 8);
+                if (row < keys)
+                    largest =
+                        fmaxf(largest, max_abs<T>(((const uint4 *)(v_head + row * kv_row))[i % (D / 8)]));
+            }
+            for (int i = 16; i > 0; i /= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, i));
+            __syncthreads(); // all warps are done with the last tile
+            if (lane == 0) warp_max[warp] = largest;
+            __syncthreads();
+            largest = fmaxf(fmaxf(warp_max[0], warp_max[1]), fmaxf(warp_max[2], warp_max[3]));
+            int exponent = min(max(14 - ilogbf(largest), -100), 100);
+            const float factor = largest > 0 ? ldexpf(1, exponent) : 1, unfactor = 1 / factor;
+            for (int i = threadIdx.x; i < KEYS * GROUPS; i += 128) {
+                int row = i / GROUPS, group = i % GROUPS;
+                uint4 x[4] = {}, y[4] = {};
+                if (row < keys) {
+                    const uint4 *from_k = (const uint4 *)(k_head + row * kv_row) + group * 4;
+                    const uint4 *from_v = (const uint4 *)(v_head + row * kv_row) + group * 4;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) x[j] = from_k[j], y[j] = from_v[j];
+                }
+                uint32_t at[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    at[j] = swizzled<D>(row, group * 4 + j);
+                    y[j] = make_uint4(to_half_scaled<T>(y[j].x, factor), to_half_scaled<T>(y[j].y, factor),
+                                      to_half_scaled<T>(y[j].z, factor), to_half_scaled<T>(y[j].w, factor));
+                }
+                store_transposed(k_tile, at, x);
+                store_transposed(v_tile, at, y);
+            }
+            __syncthreads();
+
+            uint4 q[2][GROUPS]; // rows `quad` and quad + 8 of the tile
+            uint32_t entry[2], next_entry[2];
+            auto load_entries = [&](int tile, uint32_t *e) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) e[i] = run.entries[min(tile * 16 + quad + 8 * i, rows - 1) / g];
+            };
+            auto load_q = [&](int tile, const uint32_t *e) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int r = min(tile * 16 + quad + 8 * i, rows - 1);
+                    int64_t at = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + head * g + r % g;
+                    const uint4 *from = (const uint4 *)((const T *)a.q + at * D);
+#pragma unroll
+                    for (int j = 0; j < GROUPS; j++) q[i][j] = from[4 * j + c];
+                }
+            };
+            if (warp < tiles) {
+                load_entries(warp, entry);
+                load_q(warp, entry);
+                load_entries(warp + 4, next_entry);
+            }
+            for (int tile = warp; tile < tiles; tile += 4) {
+                float o[D / 8][4], max_row[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+#pragma unroll
+                for (int i = 0; i < D / 8; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+                int limit[2]; // last visible key of this part
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int64_t in_list = begin - run.first + (tile * 16 + quad + 8 * i) / g;
+                    limit[i] = last_key(a, run, in_list, entry[i] / (uint32_t)a.topk) - first_key;
+                }
+#pragma unroll
+                for (int half = 0; half < TILES; half++) {
+                    if (TILES > 1 && half > 0 && keys <= 64 * half) break;
+                    float s[8][4];
+#pragma unroll
+                    for (int n = 0; n < 8; n++) {
+                        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+                        for (int j = 0; j < GROUPS; j++) {
+                            uint32_t b[4];
+                            ldmatrix_x4(b, k_base +
+                                               swizzled<D>(half * 64 + n * 8 + (lane & 7), j * 4 + lane / 8));
+                            const uint32_t a0[4] = {q[0][j].x, q[1][j].x, q[0][j].y, q[1][j].y};
+                            const uint32_t a1[4] = {q[0][j].z, q[1][j].z, q[0][j].w, q[1][j].w};
+                            mma_16816<T>(s[n], a0, b[0], b[1]);
+                            mma_16816<T>(s[n], a1, b[2], b[3]);
+                        }
+                    }
+                    if (half == TILES - 1 || keys <= 64 * (half + 1)) {
+                        // The next rows travel while this tile goes on.
+                        if (tile + 4 < tiles) load_q(tile + 4, next_entry);
+                    }
+                    float new_max[2] = {max_row[0], max_row[1]};
+#pragma unroll
+                    for (int n = 0; n < 8; n++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            int key = half * 64 + n * 8 + 2 * c + (i & 1);
+                            s[n][i] = key <= limit[i / 2] ? s[n][i] * scale_log2 : -INFINITY;
+                            new_max[i / 2] = fmaxf(new_max[i / 2], s[n][i]);
+                        }
+                    }
+                    float base[2];
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        new_max[i] = quad_max(new_max[i]);
+                        base[i] = new_max[i] == -INFINITY ? 0 : new_max[i];
+                        if (half > 0) sum[i] *= exp2_fast(max_row[i] - base[i]);
+                    }
+                    if (half > 0) {
+                        float shrink[2] = {exp2_fast(max_row[0] - base[0]), exp2_fast(max_row[1] - base[1])};
+#pragma unroll
+                        for (int n = 0; n < D / 8; n++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
+                        }
+                    }
+                    max_row[0] = new_max[0], max_row[1] = new_max[1];
+                    uint32_t p[4][4];
+#pragma unroll
+                    for (int n = 0; n < 8; n++) {
+                        float e[4];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            e[i] = exp2_fast(s[n][i] - base[i / 2]);
+                            sum[i / 2] += e[i];
+                        }
+                        p[n / 2][(n & 1) * 2] = pack2<__half>(e[0], e[1]);
+                        p[n / 2][(n & 1) * 2 + 1] = pack2<__half>(e[2], e[3]);
+                    }
+#pragma unroll
+                    for (int kk = 0; kk < 4; kk++) {
+#pragma unroll
+                        for (int n = 0; n < D / 8; n += 2) {
+                            uint32_t b[4];
+                            ldmatrix_x4_trans(
+                                b, v_base + swizzled<D>(half * 64 + kk * 16 + (lane & 15), n + lane / 16));
+                            mma_16816<__half>(o[n], p[kk], b[0], b[1]);
+                            mma_16816<__half>(o[n + 1], p[kk], b[2], b[3]);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int r = tile * 16 + quad + 8 * i;
+                    float l = quad_sum(sum[i]), inverse = l > 0 ? 1 / l : 0;
+                    if (r >= rows) continue;
+                    int64_t at =
+                        (((int64_t)blockIdx.y * a.lists.slab * a.topk + (entry[i] - entry0)) * a.parts +
+                         part) *
+                            g +
+                        r % g;
+                    uint4 *to = (uint4 *)((__half *)a.partial + at * D);
+#pragma unroll
+                    for (int j = 0; j < GROUPS; j++) {
+                        to[4 * j + c] = make_uint4(
+                            pack2<__half>(o[4 * j][2 * i] * inverse, o[4 * j][2 * i + 1] * inverse),
+                            pack2<__half>(o[4 * j + 1][2 * i] * inverse, o[4 * j + 1][2 * i + 1] * inverse),
+                            pack2<__half>(o[4 * j + 2][2 * i] * inverse, o[4 * j + 2][2 * i + 1] * inverse),
+                            pack2<__half>(o[4 * j + 3][2 * i] * inverse, o[4 * j + 3][2 * i + 1] * inverse));
+                    }
+                    if (c == 0)
+                        a.stats[at] = make_float2(l > 0 ? max_row[i] + log2f(l) : -INFINITY, unfactor);
+                }
+                entry[0] = next_entry[0], entry[1] = next_entry[1];
+                load_entries(tile + 8, next_entry);
+            }
+        }
+        begin += run.count;
+    }
+}
+
+// Whether slot `slot` of a row names a block that the row may see, as in lists.cu.
+static __device__ __forceinline__ bool slot_valid(const SelArgs &a, int head, int64_t row, int64_t pos,
+                                                  int slot) {
+    int index = a.indices[(head * a.plan.nq + row) * a.topk + slot];
+    return index >= 0 && (int64_t)index * a.block <= pos;
+}
+
+// A warp merges the partials of one (token, head): D/8 lanes read a partial row, 32/(D/8) rows at a time.
+// Reads T*parts rows of 2*D + 8 bytes, writes one. 64K tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5 out,
+// 2.1 ms at 4.5 TB/s. Memory binds.
+template <typename T, int D> __global__ void __launch_bounds__(256) selected_merge_kernel(SelArgs a) {
+    constexpr int LANES = D / 8, ROWS = 32 / LANES;
+    const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y, slots = a.topk * a.parts;
+    int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
+    if (index >= a.tokens * g) return;
+    int64_t token = index / g, row = a.slab * a.lists.slab + token, seq, pos;
+    int in_group = (int)(index % g);
+    fsa_row(a.plan, row, &seq, &pos);
+    int64_t first = ((int64_t)blockIdx.y * a.lists.slab + token) * slots * g + in_group;
+    auto stats_of = [&](int slot) {
+        bool valid = slot < slots && slot_valid(a, head, row, pos, slot / a.parts);
+        return valid ? a.stats[first + (int64_t)slot * g] : make_float2(-INFINITY, 0);
+    };
+
+    float most = -INFINITY, sum = 0;
+    for (int s = lane; s - lane < slots; s += 32) most = fmaxf(most, stats_of(s).x);
+    for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
+    float acc[8] = {};
+    for (int s0 = 0; s0 < slots; s0 += 32) {
+        float2 st = stats_of(s0 + lane);
+        float weight = st.x == -INFINITY ? 0 : exp2_fast(st.x - most);
+        sum += weight;
+        weight *= st.y;
+#pragma unroll 8
+        for (int s = 0; s < 32; s += ROWS) {
+            float w = __shfl_sync(0xffffffffu, weight, s + lane / LANES);
+            if (w == 0) continue;
+            const __half *from =
+                (const __half *)a.partial + (first + (int64_t)(s0 + s + lane / LANES) * g) * D;
+            uint4 x = __ldcs((const uint4 *)from + lane % LANES);
+            const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 f = unpack2<__half>(words[j]);
+                acc[2 * j] += w * f.x;
+                acc[2 * j + 1] += w * f.y;
+            }
+        }
+    }
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    float inverse = sum > 0 ? 1 / sum : 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        for (int i = 16; i >= LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
+        acc[j] *= inverse;
+    }
+    int64_t to = row * a.q_heads + head * g + in_group;
+    if (lane < LANES) {
+        ((uint4 *)((T *)a.o + to * D))[lane] = make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]),
+                                                          pack2<T>(acc[4], acc[5]), pack2<T>(acc[6], acc[7]));
+    }
+    if (lane == 0) a.lse[to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Backward
+
+// A thread block takes `chunk` entries of one head's list, 64 keys of each KV block at a time: K and V stay
+// in shared memory, dK and dV in registers; 64 gathered rows of q and dO at a time give S, dP = dO V^T, P =
+// exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
+// partial row whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts
+// them right). A KV block's list that this thread block holds whole is added to dkv; otherwise its sum goes
+// to `crossing`: piece 0 if the list began before this thread block, else piece 1, and crossing_kernel adds
+// the pieces in order. A row moves 4*D + 12 bytes in and 2*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6
+// GB in, 8.6 out, 5.8 ms at 4.5 TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile
+// of 64 rows: 5.7 ms.
+template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
+    constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
+    extern __shared__ __align__(128) char smem[];
+    __shared__ int64_t meta_row[2][64]; // row*Hq + head, of the tile's rows
+    __shared__ uint32_t meta_partial[2][64];
+    __shared__ float meta_lse[2][64], meta_delta[2][64];
+    __shared__ int meta_limit[2][64]; // last visible key; -1 for a row that pads the tile
+    const uint32_t sk = smem_address(smem), sv = sk + TILE, sq = sv + TILE, sg = sq + TILE, sp = sg + TILE;
+    char *p_tile = smem + 4 * TILE, *ds_tile = p_tile + 64 * 64 * 2;
+    const uint32_t sds = sp + 64 * 64 * 2;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane / 4, c = lane % 4;
+    const int wm = warp / 2, wn = warp % 2; // which half of a product's rows and columns is this warp's
+    const int head = a.head0 + blockIdx.y, g = a.group;
+    const int64_t row0 = a.slab * a.lists.slab;
+    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
+    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    const uint32_t entry0 = (uint32_t)(row0 * a.topk), total = offsets[a.lists.blocks];
+    const float scale_log2 = a.scale * FSA_LOG2E;
+    const uint32_t chunk_begin = blockIdx.x * a.chunk, end = min(chunk_begin + a.chunk, total);
+    T *partial = (T *)a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * D;
+
+    for (uint32_t begin = chunk_begin; begin < end;) {
+        Run run = run_at(a, entries, offsets, begin, end);
+        const int rows = (int)run.count * g, tiles = (rows + 63) / 64;
+        for (int part = 0; part < a.parts; part++) {
+            const int first_key = part * BWD_KEYS, keys = min(BWD_KEYS, run.keys - first_key);
+            const int64_t kv_row = (int64_t)a.kv_heads * D;
+
+            // What a row needs besides q and dO, for thread tid < 64: row tid of a tile.
+            int64_t new_row;
+            uint32_t new_partial;
+            float new_lse, new_delta;
+            int new_limit;
+            uint32_t next_entry = 0; // of the tile after the one that load_meta takes
+            auto load_entry = [&](int tile) { next_entry = run.entries[min(tile * 64 + tid, rows - 1) / g]; };
+            auto load_meta = [&](int tile) {
+                int r = tile * 64 + tid, i = min(r, rows - 1) / g, in_group = min(r, rows - 1) % g;
+                uint32_t entry = next_entry;
+                load_entry(tile + 1);
+                int64_t row = entry / (uint32_t)a.topk;
+                new_row = row * a.q_heads + head * g + in_group;
+                new_partial = ((entry - entry0) * a.parts + part) * g + in_group;
+                new_lse = a.lse_grad[new_row] * FSA_LOG2E;
+                new_delta = a.delta[new_row];
+                new_limit =
+                    r < rows ? last_key(a, run, (int64_t)(begin - run.first) + i, row) - first_key : -1;
+            };
+            auto store_meta = [&](int tile) {
+                int at = tile & 1;
+                meta_row[at][tid] = new_row, meta_partial[at][tid] = new_partial;
+                meta_lse[at][tid] = new_lse, meta_delta[at][tid] = new_delta, meta_limit[at][tid] = new_limit;
+            };
+            auto gather = [&](int tile) {
+                int chunk = tid % CHUNKS;
+#pragma unroll
+                for (int r = tid / CHUNKS; r < 64; r += STEP) {
+                    int64_t from = meta_row[tile & 1][r] * D + chunk * 8;
+                    cp_async_16(sq + swizzled<D>(r, chunk), (const T *)a.q + from);
+                    cp_async_16(sg + swizzled<D>(r, chunk), (const T *)a.dout + from);
+                }
+                cp_async_commit();
+            };
+
+            __syncthreads(); // the last KV block's readers are done
+            if (tid < 64) {
+                load_entry(0);
+                load_meta(0);
+                store_meta(0);
+            }
+            for (int i = tid; i < 64 * CHUNKS; i += 128) {
+                int r = i / CHUNKS, chunk = i % CHUNKS;
+                int64_t from = (run.key0 + (r < keys ? first_key + r : 0)) * kv_row + head * D + chunk * 8;
+                cp_async_16(sk + swizzled<D>(r, chunk), (const T *)a.k + from, r < keys);
+                cp_async_16(sv + swizzled<D>(r, chunk), (const T *)a.v + from, r < keys);
+            }
+            __syncthreads();
+            gather(0);
+
+            float dk[2][HALF / 8][4], dv[2][HALF / 8][4]; // keys 32*wm.., columns HALF*wn..
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+#pragma unroll
+                for (int n = 0; n < HALF / 8; n++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) dk[m][n][i] = dv[m][n][i] = 0;
+                }
+            }
+            for (int tile = 0; tile < tiles; tile++) {
+                cp_async_wait<0>();
+                __syncthreads();
+                const int at = tile & 1;
+                if (tid < 64 && tile + 1 < tiles) load_meta(tile + 1);
+
+                // S and dP: rows 32*wm.., keys 32*wn..
+                float s[2][4][4], dp[2][4][4];
+                auto row_products = [&](float(*x)[4][4], uint32_t left, uint32_t right) {
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+#pragma unroll
+                        for (int n = 0; n < 4; n++) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = 0;
+                    }
+#pragma unroll
+                    for (int kk = 0; kk < D / 16; kk++) {
+                        uint32_t fa[2][4], fb[2][4];
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            ldmatrix_x4(fa[m], left + swizzled<D>(wm * 32 + m * 16 + (lane & 15),
+                                                                  kk * 2 + lane / 16));
+                            ldmatrix_x4(fb[m],
+                                        right + swizzled<D>(wn * 32 + m * 16 + (lane & 7) + lane / 16 * 8,
+                                                            kk * 2 + (lane / 8 & 1)));
+                        }
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+#pragma unroll
+                            for (int n = 0; n < 4; n++) {
+                                mma_16816<T>(x[m][n], fa[m], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
+                            }
+                        }
+                    }
+                };
+                row_products(s, sq, sk);
+                row_products(dp, sg, sv);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int r = wm * 32 + m * 16 + quad + 8 * i;
+                        float lse = meta_lse[at][r], delta = meta_delta[at][r];
+                        int limit = meta_limit[at][r];
+#pragma unroll
+                        for (int n = 0; n < 4; n++) {
+                            float p[2], ds[2];
+#pragma unroll
+                            for (int j = 0; j < 2; j++) {
+                                int key = wn * 32 + n * 8 + 2 * c + j;
+                                p[j] = key <= limit ? exp2_fast(s[m][n][2 * i + j] * scale_log2 - lse) : 0;
+                                ds[j] = p[j] * (dp[m][n][2 * i + j] - delta);
+                            }
+                            uint32_t to = swizzled<64>(r, wn * 4 + n) + 4 * c;
+                            *(uint32_t *)(p_tile + to) = pack2<T>(p[0], p[1]);
+                            *(uint32_t *)(ds_tile + to) = pack2<T>(ds[0], ds[1]);
+                        }
+                    }
+                }
+                if (tid < 64 && tile + 1 < tiles) store_meta(tile + 1);
+                __syncthreads();
+
+                // dV += P^T dO, dK += dS^T Q
+                auto key_products = [&](float(*x)[HALF / 8][4], uint32_t left, uint32_t right) {
+#pragma unroll
+                    for (int kk = 0; kk < 4; kk++) {
+                        uint32_t fa[2][4];
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            ldmatrix_x4_trans(fa[m], left + swizzled<64>(kk * 16 + (lane & 7) + lane / 16 * 8,
+                                                                         wm * 4 + m * 2 + (lane / 8 & 1)));
+                        }
+#pragma unroll
+                        for (int n = 0; n < HALF / 8; n += 2) {
+                            uint32_t fb[4];
+                            ldmatrix_x4_trans(fb, right + swizzled<D>(kk * 16 + (lane & 15),
+                                                                      wn * (HALF / 8) + n + lane / 16));
+#pragma unroll
+                            for (int m = 0; m < 2; m++) {
+                                mma_16816<T>(x[m][n], fa[m], fb[0], fb[1]);
+                                mma_16816<T>(x[m][n + 1], fa[m], fb[2], fb[3]);
+                            }
+                        }
+                    }
+                };
+                key_products(dv, sp, sg);
+                key_products(dk, sds, sq);
+                __syncthreads();
+                if (tile + 1 < tiles) gather(tile + 1);
+
+                    // dQ = dS K, 32 columns at a time: rows 32*wm.., columns HALF*wn..
+#pragma unroll
+                for (int group = 0; group < HALF / 32; group++) {
+                    float dq[2][4][4] = {};
+#pragma unroll
+                    for (int kk = 0; kk < 4; kk++) {
+                        uint32_t fa[2][4];
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            ldmatrix_x4(fa[m], sds + swizzled<64>(wm * 32 + m * 16 + (lane & 15),
+                                                                  kk * 2 + lane / 16));
+                        }
+#pragma unroll
+                        for (int n = 0; n < 4; n += 2) {
+                            uint32_t fb[4];
+                            ldmatrix_x4_trans(fb,
+                                              sk + swizzled<D>(kk * 16 + (lane & 15),
+                                                               wn * (HALF / 8) + group * 4 + n + lane / 16));
+#pragma unroll
+                            for (int m = 0; m < 2; m++) {
+                                mma_16816<T>(dq[m][n], fa[m], fb[0], fb[1]);
+                                mma_16816<T>(dq[m][n + 1], fa[m], fb[2], fb[3]);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            int r = wm * 32 + m * 16 + quad + 8 * i;
+                            if (tile * 64 + r >= rows) continue;
+                            uint32_t x[4];
+#pragma unroll
+                            for (int n = 0; n < 4; n++) {
+                                x[n] = pack2<T>(dq[m][n][2 * i] * a.scale, dq[m][n][2 * i + 1] * a.scale);
+                            }
+                            uint4 *to = (uint4 *)(partial + (int64_t)meta_partial[at][r] * D);
+                            to[(wn * (HALF / 32) + group) * 4 + c] = make_uint4(x[0], x[1], x[2], x[3]);
+                        }
+                    }
+                }
+            }
+
+            bool starts = run.first >= chunk_begin, stops = run.last <= end, whole = starts && stops;
+            int64_t piece = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * 2 + (starts ? 1 : 0);
+            float *out = whole ? a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0 + first_key) * 2 * D
+                               : a.crossing + (piece * a.parts + part) * 64 * 2 * D;
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int key = wm * 32 + m * 16 + quad + 8 * i;
+                    if (key >= keys) continue;
+#pragma unroll
+                    for (int n = 0; n < HALF / 8; n++) {
+                        float2 *to_k = (float2 *)(out + key * 2 * D + wn * HALF + n * 8 + 2 * c);
+                        float2 *to_v = to_k + D / 2;
+                        float2 x = make_float2(dk[m][n][2 * i], dk[m][n][2 * i + 1]);
+                        float2 y = make_float2(dv[m][n][2 * i], dv[m][n][2 * i + 1]);
+                        if (whole) {
+                            float2 x0 = *to_k, y0 = *to_v;
+                            x.x += x0.x, x.y += x0.y, y.x += y0.x, y.y += y0.y;
+                        }
+                        *to_k = x;
+                        *to_v = y;
+                    }
+                }
+            }
+        }
+        begin += run.count;
+    }
+}
+
+// Adds the pieces of the list that starts in thread block blockIdx.x of the main kernel and goes on beyond
+// it, in order, to dkv. blockIdx.y takes a share of the 64*2*D*parts sums. Reads 128 KiB a thread block of
+// the main kernel (d = 128), writes less; latency binds.
+template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs a, unsigned blocks) {
+    const int head = a.head0 + blockIdx.z;
+    const int64_t row0 = a.slab * a.lists.slab;
+    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
+    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    const uint32_t total = offsets[a.lists.blocks], begin = blockIdx.x * a.chunk,
+                   end = min(begin + a.chunk, total);
+    if (begin >= end) return;
+    Run run = run_at(a, entries, offsets, end - 1, end);
+    if (run.first < begin || run.last <= end) return;
+    for (int i = blockIdx.y * 256 + threadIdx.x; i < a.parts * 64 * 2 * D; i += gridDim.y * 256) {
+        int part = i / (64 * 2 * D), key = i / (2 * D) % 64;
+        if (part * BWD_KEYS + key >= run.keys) continue;
+        const float *pieces = a.crossing + (int64_t)blockIdx.z * blocks * 2 * a.parts * 64 * 2 * D;
+        float sum = pieces[(int64_t)(blockIdx.x * 2 + 1) * a.parts * 64 * 2 * D + i];
+        for (int64_t b = blockIdx.x + 1; b * a.chunk < run.last; b++)
+            sum += pieces[b * 2 * a.parts * 64 * 2 * D + i];
+        a.dkv[((int64_t)blockIdx.z * a.plan.n + run.key0 + part * BWD_KEYS + key) * 2 * D + i % (2 * D)] +=
+            sum;
+    }
+}
+
+// A warp adds up the dQ partials of one (token, head), D/8 lanes a partial row. Bytes as
+// selected_merge_kernel.
+template <typename T, int D> __global__ void __launch_bounds__(256) dq_sum_kernel(SelArgs a) {
+    constexpr int LANES = D / 8, ROWS = 32 / LANES;
+    const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y, slots = a.topk * a.parts;
+    int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
+    if (index >= a.tokens * g) return;
+    int64_t token = index / g, row = a.slab * a.lists.slab + token, seq, pos;
+    int in_group = (int)(index % g);
+    fsa_row(a.plan, row, &seq, &pos);
+    int64_t first = ((int64_t)blockIdx.y * a.lists.slab + token) * slots * g + in_group;
+    float acc[8] = {};
+    for (int s0 = 0; s0 < slots; s0 += 32) {
+        bool mine = s0 + lane < slots && slot_valid(a, head, row, pos, (s0 + lane) / a.parts);
+        unsigned valid = __ballot_sync(0xffffffffu, mine);
+#pragma unroll 8
+        for (int s = 0; s < 32; s += ROWS) {
+            if (!(valid >> (s + lane / LANES) & 1)) continue;
+            const T *from = (const T *)a.partial + (first + (int64_t)(s0 + s + lane / LANES) * g) * D;
+            uint4 x = __ldcs((const uint4 *)from + lane % LANES);
+            const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 f = unpack2<T>(words[j]);
+                acc[2 * j] += f.x;
+                acc[2 * j + 1] += f.y;
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        for (int i = 16; i >= LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
+    }
+    if (lane >= LANES) return;
+    // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group.
+    uint32_t *to =
+        (uint32_t *)((T *)a.dq + (row * a.q_heads + head * g + in_group) * D) + lane / 4 * 16 + lane % 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++) to[4 * j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
+}
+
+// dK and dV from fp32 to the caller's type and layout: 8 bytes in and 4 out a channel; memory binds.
+template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
+    int64_t i = blockIdx.x * 256ll + threadIdx.x; // eight channels of dK or dV of a token
+    if (i >= a.plan.n * 2 * D / 8) return;
+    int64_t token = i / (2 * D / 8);
+    int channel = (int)(i % (2 * D / 8)) * 8, is_v = channel >= D;
+    const float4 *from = (const float4 *)(a.dkv + (int64_t)blockIdx.y * a.plan.n * 2 * D) + i * 2;
+    float4 x = from[0], y = from[1];
+    float f = is_v ? 1 : a.scale;
+    T *to = (T *)(is_v ? a.dv : a.dk) + (token * a.kv_heads + a.head0 + blockIdx.y) * D + channel % D;
+    *(uint4 *)to = make_uint4(pack2<T>(x.x * f, x.y * f), pack2<T>(x.z * f, x.w * f),
+                              pack2<T>(y.x * f, y.y * f), pack2<T>(y.z * f, y.w * f));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Launchers
+
+static int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+static size_t round_up(size_t x) {
+    return (x + 255) / 256 * 256;
+}
+
+// How the work is cut and where the workspace's parts lie.
+struct SelShape {
+    int group, fwd_parts, bwd_parts, heads, chunk; // heads: kv heads a launch takes
+    int64_t slab, rows;                            // rows: partial rows of a launch
+    unsigned blocks;                               // thread blocks of a launch and head
+    size_t partial, stats, dkv, crossing;          // bytes
+};
+
+static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
+    SelShape s;
+    s.group = c->q_heads / c->kv_heads;
+    s.fwd_parts = (int)ceil_div(c->block, FWD_KEYS);
+    s.bwd_parts = (int)ceil_div(c->block, BWD_KEYS);
+    int64_t slots = (int64_t)c->topk * s.bwd_parts, token = slots * s.group * c->head_dim * 2; // bytes
+    s.slab = BUDGET / token / 512 * 512;
+    if (s.slab < 512) s.slab = 512;
+    if (s.slab > FSA_MAX_SLAB) s.slab = FSA_MAX_SLAB;
+    int64_t nq = p->nq > 0 ? p->nq : 1;
+    s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
+    int64_t heads = BUDGET / token / s.slab;
+    s.heads = (int)(heads < 1 ? 1 : heads > c->kv_heads ? c->kv_heads : heads);
+    // One wave: as many thread blocks as the GPU holds at once, each with an equal share of the lists.
+    int device = 0, processors = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    int64_t places = (backward ? 2 : 3) * processors / s.heads;
+    s.chunk = (int)ceil_div(s.slab * c->topk, places < 1 ? 1 : places);
+    if (s.chunk < 64) s.chunk = 64;
+    s.blocks = (unsigned)ceil_div(s.slab * c->topk, s.chunk);
+    int parts = backward ? s.bwd_parts : s.fwd_parts;
+    s.rows = s.heads * s.slab * c->topk * parts * s.group;
+    s.partial = round_up(s.rows * c->head_dim * 2);
+    s.stats = backward ? 0 : round_up(s.rows * sizeof(float2));
+    s.dkv = backward ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * sizeof(float)) : 0;
+    s.crossing =
+        backward ? round_up((size_t)s.heads * s.blocks * 2 * s.bwd_parts * 64 * 2 * c->head_dim * 4) : 0;
+    return s;
+}
+
+int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p) {
+    return shape_of(c, p, 0).slab;
+}
+
+size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward) {
+    SelShape s = shape_of(c, p, backward);
+    return s.partial + s.stats + s.dkv + s.crossing;
+}
+
+static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lists, const SelShape &s,
+                       void *memory) {
+    SelArgs a = {};
+    a.plan = *p, a.lists = *lists;
+    a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
+    a.chunk = s.chunk;
+    a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
+    char *at = (char *)memory;
+    a.partial = at;
+    a.stats = (float2 *)(at + s.partial);
+    a.dkv = (float *)(at + s.partial + s.stats);
+    a.crossing = (float *)(at + s.partial + s.stats + s.dkv);
+    return a;
+}
+
+// More than 48 KiB of shared memory is to be asked for; cheap, so at every launch.
+template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess
+               ? FSA_OK
+               : FSA_ERROR_CUDA;
+}
+
+template <typename T, int D, int TILES>
+static int forward(SelArgs a, const SelShape &s, cudaStream_t stream) {
+    int smem = TILES * 64 * D * 2 * 2;
+    if (allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
+    for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
+        unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
+        for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
+            a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
+            dim3 grid((unsigned)ceil_div(a.tokens * a.topk, a.chunk), heads);
+            selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
+            dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
+            selected_merge_kernel<T, D><<<merge, 256, 0, stream>>>(a);
+        }
+    }
+    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+}
+
+template <typename T, int D> static int backward(SelArgs a, const SelShape &s, cudaStream_t stream) {
+    int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
+    if (allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
+    for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
+        unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
+        cudaMemsetAsync(a.dkv, 0, heads * a.plan.n * 2 * D * sizeof(float), stream);
+        for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
+            a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
+            dim3 grid((unsigned)ceil_div(a.tokens * a.topk, a.chunk), heads);
+            selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
+            dim3 crossing(grid.x, 8, heads);
+            crossing_kernel<D><<<crossing, 256, 0, stream>>>(a, grid.x);
+            dim3 sum((unsigned)ceil_div(a.tokens * a.group, 8), heads);
+            dq_sum_kernel<T, D><<<sum, 256, 0, stream>>>(a);
+        }
+        dim3 store((unsigned)ceil_div(a.plan.n * 2 * D / 8, 256), heads);
+        dkv_store_kernel<T, D><<<store, 256, 0, stream>>>(a);
+    }
+    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+}
+
+int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
+                    const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
+                    float *lse, cudaStream_t stream) {
+    SelShape s = shape_of(c, p, 0);
+    if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
+    if (p->nq == 0) return FSA_OK;
+    SelArgs a = args_of(c, p, lists, s, memory);
+    a.parts = s.fwd_parts;
+    a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
+    bool wide = c->block > 64;
+#define PICK(T, D) return wide ? forward<T, D, 2>(a, s, stream) : forward<T, D, 1>(a, s, stream)
+    if (type == FSA_BF16 && c->head_dim == 128) PICK(__nv_bfloat16, 128);
+    if (type == FSA_BF16 && c->head_dim == 64) PICK(__nv_bfloat16, 64);
+    if (type == FSA_FP16 && c->head_dim == 128) PICK(__half, 128);
+    if (type == FSA_FP16 && c->head_dim == 64) PICK(__half, 64);
+#undef PICK
+    return FSA_ERROR_CONFIG;
+}
+
+int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
+                     const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
+                     const float *delta, const float *lse_grad, void *memory, void *dq, void *dk, void *dv,
+                     cudaStream_t stream) {
+    SelShape s = shape_of(c, p, 1);
+    if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
+    if (p->n == 0) return FSA_OK;
+    SelArgs a = args_of(c, p, lists, s, memory);
+    a.parts = s.bwd_parts;
+    a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
+    a.dq = dq, a.dk = dk, a.dv = dv;
+    if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, stream);
+    if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, stream);
+    if (type == FSA_FP16 && c->head_dim == 128) return backward<__half, 128>(a, s, stream);
+    if (type == FSA_FP16 && c->head_dim == 64) return backward<__half, 64>(a, s, stream);
+    return FSA_ERROR_CONFIG;
+}
