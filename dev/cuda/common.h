@@ -1,0 +1,357 @@
+// common.h: what the programs in dev/cuda share: checked CUDA calls, random inputs, guarded device
+// buffers, timing, errors against the reference, and the lines in dev/results.
+#ifndef DEV_CUDA_COMMON_H
+#define DEV_CUDA_COMMON_H
+#include "../../fsa/plan.cuh"
+#include "../../fsa/reference.h"
+#include <algorithm>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <string>
+#include <time.h>
+#include <vector>
+
+#define CUDA_CHECK(call)                                                                                     \
+    do {                                                                                                     \
+        cudaError_t e_ = (call);                                                                             \
+        if (e_ != cudaSuccess) {                                                                             \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e_));                    \
+            exit(1);                                                                                         \
+        }                                                                                                    \
+    } while (0)
+// For launchers.
+#define FSA_CHECK(call)                                                                                      \
+    do {                                                                                                     \
+        int e_ = (call);                                                                                     \
+        if (e_) {                                                                                            \
+            printf("%s:%d: %s: status %d, %s\n", __FILE__, __LINE__, #call, e_,                              \
+                   cudaGetErrorString(cudaPeekAtLastError()));                                               \
+            exit(1);                                                                                         \
+        }                                                                                                    \
+    } while (0)
+
+// ---- random numbers -----------------------------------------------------------------------------
+struct Random {
+    uint64_t s;
+    explicit Random(uint64_t seed) : s(seed) {}
+    uint64_t u64() {
+        uint64_t z = (s += 0x9e3779b97f4a7c15ull);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        return z ^ (z >> 31);
+    }
+    double uniform() { return (u64() >> 11) * 0x1p-53; }
+    int64_t below(int64_t n) { return (int64_t)(u64() % (uint64_t)n); }
+    // Close to normal, with unit variance: cheap, and tails don't matter here.
+    float normal() {
+        uint64_t x = u64();
+        int sum = (int)(x & 0xffff) + (int)(x >> 16 & 0xffff) + (int)(x >> 32 & 0xffff) + (int)(x >> 48);
+        return (float)((sum - 131070) / 37837.2);
+    }
+};
+
+// The seed is the clock's unless the first argument of the form seed=N gives it.
+static inline uint64_t seed_from(int argc, char **argv) {
+    uint64_t seed = (uint64_t)time(NULL);
+    for (int i = 1; i < argc; i++) {
+        if (strncmp(argv[i], "seed=", 5) == 0) seed = strtoull(argv[i] + 5, NULL, 10);
+    }
+    printf("seed=%llu\n", (unsigned long long)seed);
+    return seed;
+}
+static inline bool has_flag(int argc, char **argv, const char *flag) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], flag) == 0) return true;
+    }
+    return false;
+}
+
+// ---- 16-bit types on the host ---------------------------------------------------------------------
+template <typename T> static inline float to_float(T x);
+template <> inline float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+template <> inline float to_float(__half x) {
+    return __half2float(x);
+}
+template <> inline float to_float(float x) {
+    return x;
+}
+template <typename T> static inline T from_float(float x);
+template <> inline __nv_bfloat16 from_float(float x) {
+    return __float2bfloat16(x);
+}
+template <> inline __half from_float(float x) {
+    return __float2half(x);
+}
+template <> inline float from_float(float x) {
+    return x;
+}
+template <typename T> struct Dtype;
+template <> struct Dtype<__nv_bfloat16> {
+    static constexpr FsaDtype value = FSA_BF16;
+    static constexpr const char *name = "bf16";
+    static constexpr double out_tolerance = 3e-3, grad_tolerance = 4e-3;
+};
+template <> struct Dtype<__half> {
+    static constexpr FsaDtype value = FSA_FP16;
+    static constexpr const char *name = "fp16";
+    static constexpr double out_tolerance = 5e-4, grad_tolerance = 8e-4;
+};
+
+// Random values rounded to T, kept as T and as the floats that the reference reads.
+template <typename T> struct Host {
+    std::vector<T> raw;
+    std::vector<float> f;
+    Host(Random *r, int64_t n, float scale) : raw(n), f(n) {
+        for (int64_t i = 0; i < n; i++) {
+            raw[i] = from_float<T>(scale * r->normal());
+            f[i] = to_float<T>(raw[i]);
+        }
+    }
+};
+
+// ---- device buffers -------------------------------------------------------------------------------
+// n elements between two guard zones; poisoned (all bits set: NaN, -1) until written.
+template <typename T> struct Buffer {
+    enum { GUARD = 1024 };
+    char *base;
+    int64_t n;
+    explicit Buffer(int64_t count) : n(count) {
+        CUDA_CHECK(cudaMalloc((void **)&base, n * sizeof(T) + 2 * GUARD));
+        poison();
+    }
+    explicit Buffer(const std::vector<T> &v) : Buffer((int64_t)v.size()) { set(v); }
+    Buffer(const Buffer &) = delete;
+    ~Buffer() { cudaFree(base); }
+    operator T *() const { return (T *)(base + GUARD); }
+    T *get() const { return (T *)(base + GUARD); }
+    void poison() { CUDA_CHECK(cudaMemset(base, 0xff, n * sizeof(T) + 2 * GUARD)); }
+    void zero() { CUDA_CHECK(cudaMemset(get(), 0, n * sizeof(T))); }
+    void set(const std::vector<T> &v) {
+        CUDA_CHECK(cudaMemcpy(get(), v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    std::vector<T> host() const {
+        std::vector<T> v(n);
+        CUDA_CHECK(cudaMemcpy(v.data(), get(), n * sizeof(T), cudaMemcpyDeviceToHost));
+        return v;
+    }
+    std::vector<float> floats() const {
+        std::vector<T> v = host();
+        std::vector<float> f(n);
+        for (int64_t i = 0; i < n; i++) f[i] = to_float<T>(v[i]);
+        return f;
+    }
+    // Whether both guard zones still hold the poison.
+    bool guards_intact() const {
+        std::vector<unsigned char> g(2 * GUARD);
+        CUDA_CHECK(cudaMemcpy(g.data(), base, GUARD, cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(g.data() + GUARD, base + GUARD + n * sizeof(T), GUARD, cudaMemcpyDeviceToHost));
+        for (unsigned char c : g) {
+            if (c != 0xff) return false;
+        }
+        return true;
+    }
+};
+
+// Fills device memory with close to normal values, for timings (the host would take too long).
+template <typename T> __global__ void fill_random_kernel(T *x, int64_t n, uint64_t seed, float scale) {
+    for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
+        uint64_t z = seed + 0x9e3779b97f4a7c15ull * (uint64_t)(i + 1);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        z ^= z >> 31;
+        int sum = (int)(z & 0xffff) + (int)(z >> 16 & 0xffff) + (int)(z >> 32 & 0xffff) + (int)(z >> 48);
+        x[i] = (T)(scale * (float)(sum - 131070) / 37837.2f);
+    }
+}
+template <typename T> static inline void fill_random(T *x, int64_t n, uint64_t seed, float scale) {
+    fill_random_kernel<T><<<1024, 256>>>(x, n, seed, scale);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// ---- batches --------------------------------------------------------------------------------------
+// Sequences of the given lengths, one segment each unless `segments` says otherwise, host and device.
+struct Batch {
+    std::vector<int64_t> cu;
+    std::vector<FsaSegment> segments;
+    FsaBatch ref;
+    FsaPlan plan;
+    Buffer<int64_t> *cu_device;
+    Buffer<FsaSegment> *segments_device;
+    Buffer<char> *memory;
+    Batch(const FsaConfig &c, const std::vector<int64_t> &lengths, std::vector<FsaSegment> seg = {})
+        : segments(seg) {
+        cu.push_back(0);
+        int64_t longest = 0;
+        for (size_t i = 0; i < lengths.size(); i++) {
+            cu.push_back(cu[i] + lengths[i]);
+            longest = std::max(longest, lengths[i]);
+            if (seg.empty()) segments.push_back(FsaSegment{(int64_t)i, 0, lengths[i]});
+        }
+        ref = FsaBatch{(int64_t)lengths.size(), cu.data(), (int64_t)segments.size(), segments.data()};
+        cu_device = new Buffer<int64_t>(cu);
+        segments_device = new Buffer<FsaSegment>(segments);
+        memory = new Buffer<char>((int64_t)fsa_plan_bytes(ref.num_seqs, ref.num_segments));
+        FSA_CHECK(fsa_plan(&plan, &c, fsa_batch_queries(&ref), fsa_batch_keys(&ref), ref.num_seqs,
+                           ref.num_segments, longest, cu_device->get(), segments_device->get(), memory->get(),
+                           0));
+    }
+    Batch(const Batch &) = delete;
+    ~Batch() {
+        delete cu_device;
+        delete segments_device;
+        delete memory;
+    }
+};
+
+static inline FsaConfig default_config(int hq, int hkv, int d, int block, int topk) {
+    FsaConfig c;
+    memset(&c, 0, sizeof c);
+    c.q_heads = hq, c.kv_heads = hkv, c.head_dim = d, c.cmp_len = 32, c.cmp_stride = 16, c.block = block;
+    c.topk = topk, c.init_blocks = 1, c.local_blocks = 2, c.window = 512, c.phi = FSA_PHI_LINEAR;
+    return c;
+}
+
+// A random choice of blocks that obeys the rules -> [Hkv, Nq, T] of the batch's queries.
+static inline std::vector<int32_t> random_choice(Random *r, const FsaConfig &c, const FsaBatch &b) {
+    int64_t nq = fsa_batch_queries(&b);
+    std::vector<int32_t> out((size_t)(c.kv_heads * nq * c.topk), -1);
+    std::vector<int32_t> chosen;
+    for (int h = 0; h < c.kv_heads; h++) {
+        int64_t row = 0;
+        for (int64_t s = 0; s < b.num_segments; s++) {
+            for (int64_t i = 0; i < b.segments[s].len; i++, row++) {
+                int64_t blocks = (b.segments[s].pos + i) / c.block + 1;
+                chosen.clear();
+                int64_t want = std::min<int64_t>(blocks, c.topk);
+                for (int64_t j = 0; j < blocks && blocks == want; j++) chosen.push_back((int32_t)j);
+                if (blocks > want) {
+                    for (int j = 0; j < c.init_blocks; j++) chosen.push_back(j);
+                    for (int j = 0; j < c.local_blocks; j++) chosen.push_back((int32_t)(blocks - 1 - j));
+                }
+                while ((int64_t)chosen.size() < want) {
+                    int32_t j = (int32_t)r->below(blocks);
+                    if (std::find(chosen.begin(), chosen.end(), j) == chosen.end()) chosen.push_back(j);
+                }
+                std::sort(chosen.begin(), chosen.end());
+                std::copy(chosen.begin(), chosen.end(), out.begin() + (h * nq + row) * c.topk);
+            }
+        }
+    }
+    return out;
+}
+
+// ---- timing -----------------------------------------------------------------------------------------
+// Median milliseconds of `reps` runs after two of warm-up; the L2 is flushed before each where `flush`.
+template <typename F> static inline double time_ms(F run, int reps = 10, bool flush = true) {
+    static char *junk = NULL;
+    const size_t junk_bytes = 256u << 20;
+    if (!junk) CUDA_CHECK(cudaMalloc((void **)&junk, junk_bytes));
+    cudaEvent_t a, b;
+    CUDA_CHECK(cudaEventCreate(&a));
+    CUDA_CHECK(cudaEventCreate(&b));
+    std::vector<float> t;
+    for (int i = 0; i < reps + 2; i++) {
+        if (flush) CUDA_CHECK(cudaMemsetAsync(junk, i, junk_bytes));
+        CUDA_CHECK(cudaEventRecord(a));
+        run();
+        CUDA_CHECK(cudaEventRecord(b));
+        CUDA_CHECK(cudaEventSynchronize(b));
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, a, b));
+        if (i >= 2) t.push_back(ms);
+    }
+    CUDA_CHECK(cudaEventDestroy(a));
+    CUDA_CHECK(cudaEventDestroy(b));
+    std::sort(t.begin(), t.end());
+    return t[t.size() / 2];
+}
+
+// ---- errors -------------------------------------------------------------------------------------------
+// |x - ref| / |ref| in Frobenius norm; infinite where x isn't finite.
+static inline double relative_error(const std::vector<float> &x, const std::vector<float> &ref) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < ref.size(); i++) {
+        if (!isfinite(x[i])) return INFINITY;
+        double e = (double)x[i] - ref[i];
+        diff += e * e;
+        norm += (double)ref[i] * ref[i];
+    }
+    if (norm == 0) return diff == 0 ? 0 : INFINITY;
+    return sqrt(diff / norm);
+}
+// The largest difference of log-sum-exps; -inf must meet -inf.
+static inline double lse_error(const std::vector<float> &x, const std::vector<float> &ref) {
+    double worst = 0;
+    for (size_t i = 0; i < ref.size(); i++) {
+        if (isinf(ref[i]) && ref[i] < 0 ? !(isinf(x[i]) && x[i] < 0) : !isfinite(x[i])) return INFINITY;
+        if (isfinite(ref[i])) worst = std::max(worst, fabs((double)x[i] - ref[i]));
+    }
+    return worst;
+}
+static int checks_failed = 0, checks_passed = 0;
+static inline void check_that(bool ok, const char *what, double value, double limit) {
+    if (ok) {
+        checks_passed++;
+    } else {
+        checks_failed++;
+        printf("FAILED %s: %g, at most %g\n", what, value, limit);
+    }
+}
+
+// ---- results ------------------------------------------------------------------------------------------
+struct Result {
+    const char *program, *part, *attn, *dir, *dtype;
+    int64_t n;
+    FsaConfig c;
+    double ms, tflops, err; // err: the worst of this run's checks; -1 where it made none
+    const char *indices;    // NULL: none
+    const char *version;    // "library", "1", ...
+    int64_t sequences;
+};
+
+// Appends one line to dev/results/GPU.jsonl (RESULTS names another file; "" writes none). The commit
+// is COMMIT's, from the environment.
+static inline void record(const Result &r) {
+    cudaDeviceProp prop;
+    CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
+    std::string name = prop.name, file = "gpu";
+    for (const char *known : {"H200", "H100", "A100", "B200"}) {
+        if (name.find(known) == std::string::npos) continue;
+        file = known;
+        for (char &ch : file) ch = (char)tolower(ch);
+    }
+    file = "dev/results/" + file + ".jsonl";
+    if (getenv("RESULTS")) file = getenv("RESULTS");
+    if (file.empty()) return;
+    FILE *f = fopen(file.c_str(), "a");
+    if (!f) {
+        printf("cannot append to %s\n", file.c_str());
+        return;
+    }
+    char date[32];
+    time_t now = time(NULL);
+    strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
+    fprintf(
+        f,
+        "{\"commit\":\"%s\",\"date\":\"%s\",\"gpu\":\"%s\",\"gpus\":1,\"program\":\"%s\",\"part\":\"%s\","
+        "\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,\"block\":%d,\"topk\":%d,"
+        "\"dtype\":\"%s\",\"ms\":%.4f,\"tflops\":%.2f",
+        getenv("COMMIT") ? getenv("COMMIT") : "", date, prop.name, r.program, r.part, r.attn, r.dir,
+        (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block, r.c.topk, r.dtype, r.ms,
+        r.tflops);
+    if (r.err >= 0) fprintf(f, ",\"err\":%.3g", r.err);
+    if (r.c.cmp_len != 32) fprintf(f, ",\"l\":%d", r.c.cmp_len);
+    if (r.c.cmp_stride != 16) fprintf(f, ",\"s\":%d", r.c.cmp_stride);
+    if (r.c.window != 512) fprintf(f, ",\"W\":%d", r.c.window);
+    if (r.sequences > 1) fprintf(f, ",\"sequences\":%lld", (long long)r.sequences);
+    if (r.indices) fprintf(f, ",\"indices\":\"%s\"", r.indices);
+    fprintf(f, ",\"version\":\"%s\"}\n", r.version);
+    fclose(f);
+}
+#endif

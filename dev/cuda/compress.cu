@@ -1,0 +1,287 @@
+// compress.cu: windows of tokens to compressed keys and values (phi = mean and linear), and RoPE.
+//   version 1: a thread a channel of the result, in fp32
+//   library:   fsa/compress.cu: linear as matrix products over windows as they lie in memory, mma.sync
+// usage: compress [seed=N] [check [small] | time]      both by default
+#include "../../fsa/compress.cu"
+#include "../../fsa/rope.cu"
+#include "shapes.h"
+
+// Version 1. A thread: channels c and c + d/2 of a window. Each reads l*d inputs and 2*l*d weights.
+template <typename T, int D> __global__ void __launch_bounds__(D / 2) naive_forward_kernel(const Compress p) {
+    int64_t window = blockIdx.x, token = (int64_t)p.kv_heads * D;
+    if (window >= p.plan.cu_windows[p.plan.num_seqs]) return;
+    int c = threadIdx.x, head = blockIdx.y, which = blockIdx.z;
+    int64_t seq = fsa_find(p.plan.cu_windows, p.plan.num_seqs, window);
+    int64_t start = (window - p.plan.cu_windows[seq]) * p.stride;
+    const T *x = (const T *)p.in[which] + (p.plan.cu_seqlens[seq] + start) * token + head * D;
+    const T *w = (const T *)p.weight[which] + (int64_t)head * p.len * D * D,
+            *pe = (const T *)p.pe + (int64_t)head * p.len * D;
+    float lo = 0, hi = 0;
+    for (int i = 0; i < p.len * D; i++) {
+        float xi = to_f32(x[i / D * token + i % D]);
+        if (which == 0 && p.pe) xi += to_f32(pe[i]);
+        lo += xi * to_f32(w[(int64_t)i * D + c]);
+        hi += xi * to_f32(w[(int64_t)i * D + c + D / 2]);
+    }
+    if (which == 0 && p.inv_freq) {
+        float2 turn = rope_turn(start, p.inv_freq[c]);
+        float a = lo, b = hi;
+        lo = a * turn.x - b * turn.y;
+        hi = b * turn.x + a * turn.y;
+    }
+    ((T *)p.out[which])[window * token + head * D + c] = (T)lo;
+    ((T *)p.out[which])[window * token + head * D + c + D / 2] = (T)hi;
+}
+template <typename T, int D>
+static int launch_naive(const Compress &p, int64_t windows, cudaStream_t stream) {
+    naive_forward_kernel<T, D><<<dim3((unsigned)windows, p.kv_heads, 2), D / 2, 0, stream>>>(p);
+    return launch_status();
+}
+static int naive_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+                         const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
+                         void *vc, void *workspace, cudaStream_t stream) {
+    Compress s = compress_of(c, p, k, v, wk, pe, wv, inv_freq, workspace);
+    s.out[0] = kc, s.out[1] = vc;
+    int64_t windows = fsa_max_windows(c, p);
+    return windows ? FSA_DISPATCH(dtype, c->head_dim, launch_naive, s, windows, stream) : FSA_OK;
+}
+
+static const struct Version {
+    const char *name;
+    decltype(&fsa_compress_forward) run;
+} versions[] = {{"1", naive_forward}, {"library", fsa_compress_forward}};
+
+static double worst[2][2]; // [dtype][forward, backward], library
+
+static void compare(const std::vector<float> &got, const std::vector<float> &ref, double limit,
+                    const std::string &what, double *worst_of) {
+    double err = relative_error(got, ref);
+    check_that(err <= limit, what.c_str(), err, limit);
+    if (worst_of) *worst_of = std::max(*worst_of, err);
+}
+
+static std::vector<double> frequencies(int d) {
+    std::vector<double> f(d / 2);
+    for (int i = 0; i < d / 2; i++) f[i] = pow(500000.0, -2.0 * i / d);
+    return f;
+}
+
+template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi phi, bool with_pe) {
+    FsaConfig c = s.c;
+    c.phi = phi;
+    Batch b(c, s.lengths, s.segments);
+    const FsaDtype type = Dtype<T>::value;
+    int64_t d = c.head_dim, rows = b.plan.n * c.kv_heads,
+            windows = fsa_batch_windows(&c, &b.ref) * c.kv_heads;
+    int64_t weights = c.kv_heads * c.cmp_len * d, linear = phi == FSA_PHI_LINEAR;
+    std::string what = std::string(linear ? with_pe ? "linear " : "linear without pe " : "mean ") +
+                       Dtype<T>::name + " " + shape_name(s);
+    float spread = 1 / sqrtf((float)(c.cmp_len * d));
+    Host<T> k(r, rows * d, 1), v(r, rows * d, 1);
+    Host<T> wk(r, linear ? weights * d : 0, spread), wv(r, linear ? weights * d : 0, spread),
+        pe(r, linear ? weights : 0, 0.5f);
+    std::vector<double> freq = frequencies((int)d);
+    Buffer<T> k_dev(k.raw), v_dev(v.raw), wk_dev(wk.raw), wv_dev(wv.raw), pe_dev(pe.raw), kc(windows * d),
+        vc(windows * d);
+    Buffer<double> freq_dev(freq);
+    Buffer<char> workspace((int64_t)fsa_compress_workspace(&c, &b.plan, 1));
+    const T *pe_arg = with_pe && linear ? pe_dev.get() : NULL;
+    std::vector<float> zero(weights);
+    fsa_ref_Phi_f32 ref_phi = {linear ? wk.f.data() : NULL,
+                               !linear   ? NULL
+                               : with_pe ? pe.f.data()
+                                         : zero.data(),
+                               linear ? wv.f.data() : NULL};
+    std::vector<float> ref_kc(kc.n), ref_vc(vc.n);
+    fsa_ref_compress_forward_f32(&c, &b.ref, k.f.data(), v.f.data(), &ref_phi, freq.data(), ref_kc.data(),
+                                 ref_vc.data());
+    for (const Version &version : versions) {
+        if (&version == versions && !linear) continue;
+        for (int again = 0; again < 2; again++) {
+            kc.poison();
+            vc.poison();
+            FSA_CHECK(version.run(&c, &b.plan, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
+                                  freq_dev, kc, vc, workspace.get(), 0));
+            CUDA_CHECK(cudaDeviceSynchronize());
+        }
+        double *w = &version == versions ? NULL : &worst[type][0];
+        compare(kc.floats(), ref_kc, Dtype<T>::out_tolerance, std::string(version.name) + " kc " + what, w);
+        compare(vc.floats(), ref_vc, Dtype<T>::out_tolerance, std::string(version.name) + " vc " + what, w);
+        check_that(kc.guards_intact() && vc.guards_intact(), ("guards " + what).c_str(), 1, 0);
+    }
+
+    std::vector<float> dkc(windows * d), dvc(windows * d);
+    for (float &x : dkc) x = r->normal();
+    for (float &x : dvc) x = r->normal();
+    Buffer<float> dkc_dev(dkc), dvc_dev(dvc), dk(rows * d), dv(rows * d), dwk(wk.f.size()), dwv(wk.f.size()),
+        dpe(pe.f.size());
+    std::vector<float> ref_dk(dk.n), ref_dv(dv.n), ref_dwk(dwk.n), ref_dwv(dwv.n), ref_dpe(weights);
+    fsa_ref_PhiGrad_f32 ref_grad = {linear ? ref_dwk.data() : NULL, linear ? ref_dpe.data() : NULL,
+                                    linear ? ref_dwv.data() : NULL};
+    fsa_ref_compress_backward_f32(&c, &b.ref, k.f.data(), v.f.data(), &ref_phi, freq.data(), dkc.data(),
+                                  dvc.data(), ref_dk.data(), ref_dv.data(), &ref_grad);
+    std::vector<float> before[5];
+    Buffer<float> *outs[5] = {&dk, &dv, &dwk, &dwv, &dpe};
+    std::vector<float> *refs[5] = {&ref_dk, &ref_dv, &ref_dwk, &ref_dwv, &ref_dpe};
+    static const char *const names[5] = {" dk ", " dv ", " dwk ", " dwv ", " dpe "};
+    for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
+        if (run < 2) {
+            dk.poison(), dv.poison();
+            for (int i = 2; i < 5; i++) outs[i]->zero();
+        }
+        FSA_CHECK(fsa_compress_backward(&c, &b.plan, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
+                                        freq_dev, dkc_dev, dvc_dev, dk, dv, run == 2, dwk, dpe, dwv,
+                                        workspace.get(), 0));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        for (int i = 0; i < 5; i++) {
+            if (i == 4 && !pe_arg) continue;
+            std::vector<float> got = outs[i]->host();
+            if (run == 0)
+                compare(got, *refs[i], Dtype<T>::grad_tolerance, "library" + (names[i] + what),
+                        &worst[type][1]);
+            if (run == 1) check_that(got == before[i], ("repeat of" + (names[i] + what)).c_str(), 1, 0);
+            if (run == 2) {
+                for (float &x : got) x /= 2;
+                compare(got, before[i], 1e-6, "sum of" + (names[i] + what), NULL);
+            }
+            if (run < 2) before[i] = got;
+            check_that(outs[i]->guards_intact(), ("guards" + (names[i] + what)).c_str(), 1, 0);
+        }
+    }
+}
+
+// RoPE of queries and keys, and its gradients with every combination of summands.
+template <typename T> static void check_rope(Random *r, const Shape &s) {
+    const FsaConfig &c = s.c;
+    Batch b(c, s.lengths, s.segments);
+    const FsaDtype type = Dtype<T>::value;
+    std::vector<double> freq = frequencies(c.head_dim);
+    Buffer<double> freq_dev(freq);
+    for (int queries = 0; queries < 2; queries++) {
+        std::string what = std::string("rope ") + Dtype<T>::name + " " + shape_name(s);
+        int64_t size = (queries ? b.plan.nq * c.q_heads : b.plan.n * c.kv_heads) * c.head_dim;
+        auto ref_rope = queries ? fsa_ref_rope_queries_f32 : fsa_ref_rope_keys_f32;
+        Host<T> x(r, size, 1), more(r, size, 1);
+        Buffer<T> x_dev(x.raw), more_dev(more.raw), out(size);
+        std::vector<float> ref = x.f;
+        ref_rope(&c, &b.ref, ref.data(), freq.data(), 0);
+        FSA_CHECK((queries ? fsa_rope_queries : fsa_rope_keys)(&c, &b.plan, type, x_dev, freq_dev, out, 0));
+        compare(out.floats(), ref, Dtype<T>::out_tolerance, what, NULL);
+        check_that(out.guards_intact(), ("guards " + what).c_str(), 1, 0);
+
+        std::vector<float> dx(size), plain(size);
+        for (float &y : dx) y = r->normal();
+        for (float &y : plain) y = r->normal();
+        Buffer<float> dx_dev(dx), plain_dev(plain);
+        for (int summands = 0; summands < 4; summands++) {
+            ref = dx;
+            for (int64_t i = 0; i < size && summands & 1; i++) ref[i] += more.f[i];
+            ref_rope(&c, &b.ref, ref.data(), freq.data(), 1);
+            for (int64_t i = 0; i < size && summands & 2; i++) ref[i] += plain[i];
+            out.poison();
+            FSA_CHECK((queries ? fsa_rope_queries_gradient : fsa_rope_keys_gradient)(
+                &c, &b.plan, type, dx_dev, summands & 1 ? more_dev.get() : NULL,
+                summands & 2 ? plain_dev.get() : NULL, freq_dev, out, 0));
+            compare(out.floats(), ref, Dtype<T>::out_tolerance, "gradient of " + what, NULL);
+        }
+    }
+}
+
+template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64_t seed) {
+    const int d = 128;
+    FsaConfig c = default_config(t.hq, t.hkv, d, 64, 16);
+    c.phi = phi;
+    Batch b(c, {t.n});
+    int64_t rows = t.n * t.hkv, windows = fsa_num_windows(&c, t.n) * t.hkv,
+            weights = (int64_t)t.hkv * c.cmp_len * d;
+    Buffer<T> k(rows * d), v(rows * d), wk(weights * d), wv(weights * d), pe(weights), kc(windows * d),
+        vc(windows * d);
+    Buffer<float> dkc(windows * d), dvc(windows * d), dk(rows * d), dv(rows * d), dwk(weights * d),
+        dwv(weights * d), dpe(weights);
+    Buffer<double> freq(frequencies(d));
+    Buffer<char> workspace((int64_t)fsa_compress_workspace(&c, &b.plan, 1));
+    fill_random(k.get(), k.n, seed, 1.0f);
+    fill_random(v.get(), v.n, seed + 1, 1.0f);
+    fill_random(wk.get(), wk.n, seed + 2, 0.02f);
+    fill_random(wv.get(), wv.n, seed + 3, 0.02f);
+    fill_random(pe.get(), pe.n, seed + 4, 1.0f);
+    fill_random(dkc.get(), dkc.n, seed + 5, 1.0f);
+    fill_random(dvc.get(), dvc.n, seed + 6, 1.0f);
+    dwk.zero(), dwv.zero(), dpe.zero();
+    bool linear = phi == FSA_PHI_LINEAR;
+    double products = linear ? 2.0 * c.cmp_len * d * d * windows * 2 : 0;
+    auto report = [&](const char *dir, const char *version, double ms, double flops, double bytes) {
+        printf("%s %s n=%-6lld %2d/%-2d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f ms\n",
+               linear ? "linear" : "mean  ", dir, (long long)t.n, t.hq, t.hkv, Dtype<T>::name, version, ms,
+               flops / ms * 1e-9, bytes / ms * 1e-9, std::max(flops / 790e9, bytes / 4.5e9));
+        record(Result{linear ? "compress" : "compress mean", "compress", "nsa", dir, Dtype<T>::name, t.n, c,
+                      ms, flops / ms * 1e-9, worst[Dtype<T>::value][dir[0] == 'b'], NULL, version, 1});
+    };
+    for (const Version &version : versions) {
+        bool naive = &version == versions;
+        if (naive && (t.n > 8192 || !linear)) continue;
+        double ms = time_ms(
+            [&] {
+                FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, k, v, wk, pe, wv, freq, kc, vc,
+                                      workspace.get(), 0));
+            },
+            naive ? 3 : 10);
+        report("fwd", version.name, ms, products, (4.0 * rows + 4.0 * windows + 4.0 * weights * linear) * d);
+    }
+    double ms = time_ms([&] {
+        FSA_CHECK(fsa_compress_backward(&c, &b.plan, Dtype<T>::value, k, v, wk, pe, wv, freq, dkc, dvc, dk,
+                                        dv, 0, dwk, dpe, dwv, workspace.get(), 0));
+    });
+    report("bwd", "library", ms, 2 * products, (12.0 * rows + 8.0 * windows + 20.0 * weights * linear) * d);
+}
+
+template <typename T> static void time_rope(const Timing &t) {
+    FsaConfig c = default_config(t.hq, t.hkv, 128, 64, 16);
+    Batch b(c, {t.n});
+    int64_t size = t.n * t.hq * 128;
+    Buffer<T> x(size), out(size);
+    Buffer<float> dx(size);
+    Buffer<double> freq(frequencies(128));
+    fill_random(x.get(), size, 1, 1.0f);
+    fill_random(dx.get(), size, 2, 1.0f);
+    double ms = time_ms([&] { FSA_CHECK(fsa_rope_queries(&c, &b.plan, Dtype<T>::value, x, freq, out, 0)); });
+    printf("rope   fwd n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", (long long)t.n, t.hq, ms,
+           4.0 * size / ms * 1e-9);
+    ms = time_ms([&] {
+        FSA_CHECK(fsa_rope_queries_gradient(&c, &b.plan, Dtype<T>::value, dx, x, NULL, freq, out, 0));
+    });
+    printf("rope   bwd n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", (long long)t.n, t.hq, ms,
+           8.0 * size / ms * 1e-9);
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    uint64_t seed = seed_from(argc, argv);
+    Random r(seed);
+    // Timings carry the error of a check in the same run, if a short one.
+    bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
+    {
+        std::vector<Shape> shapes = small ? small_shapes(&r) : test_shapes(&r, 24);
+        for (size_t i = 0; i < shapes.size(); i++) {
+            check_shape<__nv_bfloat16>(&r, shapes[i], FSA_PHI_LINEAR, i % 4 != 3);
+            check_shape<__half>(&r, shapes[i], FSA_PHI_LINEAR, i % 4 != 2);
+            check_shape<__nv_bfloat16>(&r, shapes[i], FSA_PHI_MEAN, false);
+            check_shape<__half>(&r, shapes[i], FSA_PHI_MEAN, false);
+            check_rope<__nv_bfloat16>(&r, shapes[i]);
+            check_rope<__half>(&r, shapes[i]);
+        }
+        for (int i = 0; i < 2; i++) {
+            printf("%s worst error: bf16 %.2e fp16 %.2e\n", i ? "backward" : "forward", worst[FSA_BF16][i],
+                   worst[FSA_FP16][i]);
+        }
+        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+    }
+    if (!has_flag(argc, argv, "check")) {
+        for (const Timing &t : timings) {
+            time_shape<__nv_bfloat16>(t, FSA_PHI_LINEAR, seed);
+            time_shape<__nv_bfloat16>(t, FSA_PHI_MEAN, seed);
+        }
+        time_rope<__nv_bfloat16>(timings[2]);
+    }
+    return checks_failed != 0;
+}

@@ -1,0 +1,238 @@
+// dense_backward.cu: the backward pass of attention over all tokens, a window of them, or compressed
+// windows.
+//   version 1: a warp a query row (dq), a warp a key (dk, dv); one pair after another, in fp32
+//   library:   fsa/dense.cu: a kernel for dK and dV (keys outside), one for dQ (queries outside), mma.sync
+// Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_grad.
+// usage: dense_backward [seed=N] [check [small] | time]      both by default
+#include "../../fsa/dense.cu"
+#include "shapes.h"
+
+template <typename T, int D> __device__ void load_row(float (&x)[D / 32], const void *from, int64_t at) {
+    for (int i = 0; i < D / 32; i++) x[i] = to_f32(((const T *)from)[at * D + i * 32 + threadIdx.x % 32]);
+}
+template <int N> __device__ float warp_dot(const float (&x)[N], const float (&y)[N]) {
+    float s = 0;
+    for (int i = 0; i < N; i++) s += x[i] * y[i];
+    for (int step = 16; step > 0; step /= 2) s += __shfl_xor_sync(~0u, s, step);
+    return s;
+}
+template <int N> __device__ void store_row(float *to, int64_t at, const float (&x)[N], bool accumulate) {
+    for (int i = 0; i < N; i++) {
+        float &y = to[at * N * 32 + i * 32 + threadIdx.x % 32];
+        y = accumulate ? y + x[i] : x[i];
+    }
+}
+
+// Version 1. Reads K and V once for every query, Q and dO once for every key: bound by L2.
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const Dense p) {
+    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads, seq, pos;
+    if (row >= p.plan.nq) return;
+    int kv_head = at % p.q_heads / (p.q_heads / p.kv_heads);
+    fsa_row(p.plan, row, &seq, &pos);
+    float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dq[D / 32] = {};
+    load_row<T, D>(q, p.q, at);
+    load_row<T, D>(dout, p.dout, at);
+    for (int j = p.visible.first_key((int)pos); j < p.visible.end_key((int)pos); j++) {
+        int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
+        load_row<T, D>(k, p.k, key);
+        load_row<T, D>(v, p.v, key);
+        float probability = expf(p.scale * warp_dot(q, k) - p.lse_grad[at]);
+        float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[at]);
+        for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
+    }
+    store_row(p.dq, at, dq, p.accumulate_q);
+}
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const Dense p) {
+    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, key = at / p.kv_heads;
+    if (key >= p.cu_keys[p.plan.num_seqs]) return;
+    int kv_head = at % p.kv_heads, group = p.q_heads / p.kv_heads;
+    int64_t seq = fsa_find(p.cu_keys, p.plan.num_seqs, key);
+    int j = (int)(key - p.cu_keys[seq]);
+    float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dk[D / 32] = {}, dv[D / 32] = {};
+    load_row<T, D>(k, p.k, at);
+    load_row<T, D>(v, p.v, at);
+    for (int64_t s = 0; s < p.plan.num_segments; s++) {
+        FsaSegment segment = p.plan.segments[s];
+        if (segment.seq != seq) continue;
+        for (int64_t t = segment.pos; t < segment.pos + segment.len; t++) {
+            if (!p.visible((int)t, j)) continue;
+            for (int h = 0; h < group; h++) {
+                int64_t row = (p.plan.cu_rows[s] + t - segment.pos) * p.q_heads + kv_head * group + h;
+                load_row<T, D>(q, p.q, row);
+                load_row<T, D>(dout, p.dout, row);
+                float probability = expf(p.scale * warp_dot(q, k) - p.lse_grad[row]);
+                float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[row]);
+                for (int i = 0; i < D / 32; i++) dk[i] += ds * q[i], dv[i] += probability * dout[i];
+            }
+        }
+    }
+    store_row(p.dk, at, dk, p.accumulate_kv);
+    store_row(p.dv, at, dv, p.accumulate_kv);
+}
+template <typename T, int D> static int launch_naive(const Dense &d, cudaStream_t stream) {
+    naive_dq_kernel<T, D><<<(unsigned)((d.plan.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
+    if (d.num_keys > 0)
+        naive_dkdv_kernel<T, D><<<(unsigned)((d.num_keys * d.kv_heads + 3) / 4), 128, 0, stream>>>(d);
+    return launch_status();
+}
+static int naive_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+                          const void *q, const void *k, const void *v, const void *dout,
+                          const float *lse_grad, const float *delta, float *dq, float *dk, float *dv,
+                          int accumulate_q, int accumulate_kv, void *, cudaStream_t stream) {
+    Dense d = dense_of(c, p, rule);
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
+    d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
+    return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
+}
+
+static const struct Version {
+    const char *name;
+    decltype(&fsa_dense_backward) run;
+} versions[] = {{"1", naive_backward}, {"library", fsa_dense_backward}};
+
+static double worst[2][3]; // errors of the library's version: [dtype][rule]
+
+template <typename T> static void check_shape(Random *r, const Shape &s) {
+    const FsaConfig &c = s.c;
+    Batch b(c, s.lengths, s.segments);
+    int64_t nq = b.plan.nq, d = c.head_dim, rows = nq * c.q_heads;
+    Host<T> q(r, rows * d, 1.5f), dout(r, rows * d, 1);
+    Buffer<T> q_dev(q.raw), dout_dev(dout.raw);
+    for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
+        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.plan.n,
+                size = keys * c.kv_heads * d;
+        Host<T> k(r, size, 1), v(r, size, 1);
+        std::vector<float> o(rows * d), lse(rows), delta(rows), lse_grad(rows), gated(rows * d);
+        std::vector<float> ref[3] = {std::vector<float>(rows * d), std::vector<float>(size),
+                                     std::vector<float>(size)};
+        fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+                                   o.data(), lse.data());
+        for (int64_t i = 0; i < rows; i++) {
+            double gate = r->uniform(), sum = 0;
+            if (r->below(50) == 0) gate = 0;
+            for (int64_t x = i * d; x < (i + 1) * d; x++) {
+                sum += (double)o[x] * dout.f[x];
+                gated[x] = (float)gate * dout.f[x];
+            }
+            delta[i] = (float)sum;
+            lse_grad[i] = isinf(lse[i]) ? INFINITY : (float)(lse[i] - log(gate));
+        }
+        fsa_ref_attend_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+                                    o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
+                                    ref[2].data());
+        Buffer<T> k_dev(k.raw), v_dev(v.raw);
+        Buffer<float> delta_dev(delta), lse_dev(lse_grad), dq(rows * d), dk(size), dv(size);
+        Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&c, &b.plan, (FsaVisibility)rule));
+        Buffer<float> *outs[3] = {&dq, &dk, &dv};
+        for (const Version &version : versions) {
+            std::string what = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
+                               " " + shape_name(s);
+            std::vector<float> before[3];
+            for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
+                for (int i = 0; i < 3 && run < 2; i++) outs[i]->poison();
+                FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
+                                      dout_dev, lse_dev, delta_dev, dq, dk, dv, run == 2, run == 2,
+                                      workspace.get(), 0));
+                CUDA_CHECK(cudaDeviceSynchronize());
+                for (int i = 0; i < 3; i++) {
+                    std::vector<float> bits = outs[i]->host();
+                    if (run == 1) {
+                        bool same = memcmp(bits.data(), before[i].data(), bits.size() * sizeof(float)) == 0;
+                        check_that(same, ("repeat of " + what).c_str(), 1, 0);
+                    } else if (run == 2) {
+                        for (float &x : bits) x /= 2;
+                        double err = relative_error(bits, before[i]);
+                        check_that(err <= 1e-6, ("sum of " + what).c_str(), err, 1e-6);
+                    }
+                    if (run < 2) before[i] = bits;
+                }
+            }
+            for (int i = 0; i < 3; i++) {
+                static const char *const names[] = {"dq ", "dk ", "dv "};
+                double most = 0, err = relative_error(before[i], ref[i]);
+                // Where every query sees one key, dq = dk = 0 but for rounding: nothing for err to be
+                // relative to.
+                for (float x : ref[i]) most = std::max(most, fabs((double)x));
+                if (most < 1e-4) {
+                    err = 0;
+                    for (float x : before[i])
+                        err = std::isfinite(x) ? std::max(err, fabs((double)x)) : INFINITY;
+                }
+                check_that(err <= Dtype<T>::grad_tolerance, (names[i] + what).c_str(), err,
+                           Dtype<T>::grad_tolerance);
+                check_that(outs[i]->guards_intact(), ("guards " + what).c_str(), 1, 0);
+                if (&version != versions) {
+                    double &w = worst[Dtype<T>::value][rule];
+                    w = std::max(w, err);
+                }
+            }
+        }
+    }
+}
+
+template <typename T> static void time_shape(const Timing &t, int d, uint64_t seed) {
+    FsaConfig c = default_config(t.hq, t.hkv, d, 64, 16);
+    Batch b(c, {t.n});
+    Buffer<T> q(t.n * t.hq * d), k(t.n * t.hkv * d), v(t.n * t.hkv * d), o(t.n * t.hq * d),
+        dout(t.n * t.hq * d);
+    Buffer<float> lse(t.n * t.hq), delta(t.n * t.hq), dq(t.n * t.hq * d), dk(t.n * t.hkv * d),
+        dv(t.n * t.hkv * d);
+    fill_random(q.get(), q.n, seed, 1.0f);
+    fill_random(k.get(), k.n, seed + 1, 1.0f);
+    fill_random(v.get(), v.n, seed + 2, 1.0f);
+    fill_random(dout.get(), dout.n, seed + 3, 1.0f);
+    fill_random(delta.get(), delta.n, seed + 4, 1.0f);
+    for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
+        Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&c, &b.plan, (FsaVisibility)rule));
+        FSA_CHECK(fsa_dense_forward(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+        for (const Version &version : versions) {
+            bool naive = &version == versions;
+            if (naive ? t.n > 8192 || rule == FSA_CAUSAL : rule == FSA_CAUSAL && t.n > 8192 && t.hkv != 8)
+                continue;
+            double ms = time_ms(
+                [&] {
+                    FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, dout,
+                                          lse, delta, dq, dk, dv, 0, 0, workspace.get(), 0));
+                },
+                naive ? 1 : 10);
+            // Counted as one backward pass counts: 5 products, of which this order does 7.
+            double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 10;
+            int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t.n) : t.n;
+            double bytes = 8.0 * d * t.n * t.hq + 12.0 * d * keys * t.hkv + 8.0 * t.n * t.hq;
+            printf("%-5s n=%-6lld %2d/%-2d d=%-3d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f ms\n",
+                   rule_names[rule], (long long)t.n, t.hq, t.hkv, d, Dtype<T>::name, version.name, ms,
+                   flops / ms * 1e-9, bytes / ms * 1e-9, std::max(flops / 790e9, bytes / 4.5e9));
+            record(Result{"dense_backward", rule_names[rule],
+                          rule == FSA_CAUSAL   ? "full"
+                          : rule == FSA_WINDOW ? "window"
+                                               : "nsa",
+                          "bwd", Dtype<T>::name, t.n, c, ms, flops / ms * 1e-9, worst[Dtype<T>::value][rule],
+                          NULL, version.name, 1});
+        }
+    }
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    uint64_t seed = seed_from(argc, argv);
+    Random r(seed);
+    // Timings carry the error of a check in the same run, if a short one.
+    bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
+    {
+        for (const Shape &s : small ? small_shapes(&r) : test_shapes(&r, 24)) {
+            check_shape<__nv_bfloat16>(&r, s);
+            check_shape<__half>(&r, s);
+        }
+        for (int rule = 0; rule < 3; rule++) {
+            printf("%-5s worst error: bf16 %.2e fp16 %.2e\n", rule_names[rule], worst[FSA_BF16][rule],
+                   worst[FSA_FP16][rule]);
+        }
+        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+    }
+    if (!has_flag(argc, argv, "check")) {
+        for (const Timing &t : timings) time_shape<__nv_bfloat16>(t, 128, seed);
+        time_shape<__half>(timings[2], 128, seed);
+        time_shape<__nv_bfloat16>(timings[2], 64, seed);
+    }
+    return checks_failed != 0;
+}

@@ -1,0 +1,149 @@
+// dense_forward.cu: attention over all tokens, a window of them, or compressed windows: the forward pass.
+//   version 1: a warp a query row and head, keys one after another, in fp32
+//   library:   fsa/dense.cu: 128 queries a block, mma.sync, online softmax over double-buffered key tiles
+// usage: dense_forward [seed=N] [check [small] | time]      both by default
+#include "../../fsa/dense.cu"
+#include "shapes.h"
+
+// Version 1. A lane holds d/32 channels. Reads K and V once for every query: bound by L2.
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_forward_kernel(const Dense p) {
+    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads;
+    if (row >= p.plan.nq) return;
+    int head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
+    int64_t seq, pos;
+    fsa_row(p.plan, row, &seq, &pos);
+    float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
+    for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[at * D + i * 32 + lane]);
+    for (int j = p.visible.first_key((int)pos); j < p.visible.end_key((int)pos); j++) {
+        int64_t key = ((p.cu_keys[seq] + j) * p.kv_heads + kv_head) * D;
+        float s = 0;
+        for (int i = 0; i < D / 32; i++) s += q[i] * to_f32(((const T *)p.k)[key + i * 32 + lane]);
+        for (int step = 16; step > 0; step /= 2) s += __shfl_xor_sync(~0u, s, step);
+        s *= p.scale;
+        float higher = fmaxf(max, s), shrink = expf(max - higher), e = expf(s - higher);
+        max = higher;
+        sum = sum * shrink + e;
+        for (int i = 0; i < D / 32; i++)
+            out[i] = out[i] * shrink + e * to_f32(((const T *)p.v)[key + i * 32 + lane]);
+    }
+    for (int i = 0; i < D / 32; i++) ((T *)p.o)[at * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
+    if (lane == 0) p.lse[at] = sum > 0 ? max + logf(sum) : -INFINITY;
+}
+template <typename T, int D> static int launch_naive(const Dense &d, cudaStream_t stream) {
+    naive_forward_kernel<T, D><<<(unsigned)((d.plan.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
+    return launch_status();
+}
+static int naive_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+                         const void *q, const void *k, const void *v, void *o, float *lse,
+                         cudaStream_t stream) {
+    Dense d = dense_of(c, p, rule);
+    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
+    return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
+}
+
+static const struct Version {
+    const char *name;
+    decltype(&fsa_dense_forward) run;
+} versions[] = {{"1", naive_forward}, {"library", fsa_dense_forward}};
+
+static double worst[2][3]; // errors of the library's version: [dtype][rule]
+
+template <typename T> static void check_shape(Random *r, const Shape &s) {
+    const FsaConfig &c = s.c;
+    Batch b(c, s.lengths, s.segments);
+    int64_t nq = b.plan.nq, d = c.head_dim;
+    Host<T> q(r, nq * c.q_heads * d, 1.5f);
+    Buffer<T> dq(q.raw);
+    for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
+        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.plan.n;
+        Host<T> k(r, keys * c.kv_heads * d, 1), v(r, keys * c.kv_heads * d, 1);
+        Buffer<T> dk(k.raw), dv(v.raw), o(nq * c.q_heads * d);
+        Buffer<float> lse(nq * c.q_heads);
+        std::vector<float> ref_o(o.n), ref_lse(lse.n);
+        fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+                                   ref_o.data(), ref_lse.data());
+        std::vector<T> before;
+        for (const Version &version : versions) {
+            std::string what = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
+                               " " + shape_name(s);
+            for (int again = 0; again < 2; again++) {
+                o.poison();
+                lse.poison();
+                FSA_CHECK(
+                    version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, dq, dk, dv, o, lse, 0));
+                CUDA_CHECK(cudaDeviceSynchronize());
+                std::vector<T> bits = o.host();
+                check_that(!again || memcmp(bits.data(), before.data(), bits.size() * sizeof(T)) == 0,
+                           ("repeat of " + what).c_str(), 1, 0);
+                before = bits;
+            }
+            double err = relative_error(o.floats(), ref_o), lse_err = lse_error(lse.host(), ref_lse);
+            check_that(err <= Dtype<T>::out_tolerance, ("o " + what).c_str(), err, Dtype<T>::out_tolerance);
+            check_that(lse_err <= 1e-3, ("lse " + what).c_str(), lse_err, 1e-3);
+            check_that(o.guards_intact() && lse.guards_intact(), ("guards " + what).c_str(), 1, 0);
+            if (&version != versions) {
+                double &w = worst[Dtype<T>::value][rule];
+                w = std::max(w, err);
+            }
+        }
+    }
+}
+
+template <typename T> static void time_shape(const Timing &t, int d, uint64_t seed) {
+    FsaConfig c = default_config(t.hq, t.hkv, d, 64, 16);
+    Batch b(c, {t.n});
+    Buffer<T> q(t.n * t.hq * d), k(t.n * t.hkv * d), v(t.n * t.hkv * d), o(t.n * t.hq * d);
+    Buffer<float> lse(t.n * t.hq);
+    fill_random(q.get(), q.n, seed, 1.0f);
+    fill_random(k.get(), k.n, seed + 1, 1.0f);
+    fill_random(v.get(), v.n, seed + 2, 1.0f);
+    for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
+        for (const Version &version : versions) {
+            bool naive = &version == versions;
+            if (naive && t.n > 8192) continue;
+            double ms = time_ms(
+                [&] {
+                    FSA_CHECK(
+                        version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+                },
+                naive ? 3 : 10);
+            double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 4;
+            int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t.n) : t.n;
+            double bytes = 4.0 * d * (t.n * t.hq + keys * t.hkv) + 4.0 * t.n * t.hq;
+            printf("%-5s n=%-6lld %2d/%-2d d=%-3d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f ms\n",
+                   rule_names[rule], (long long)t.n, t.hq, t.hkv, d, Dtype<T>::name, version.name, ms,
+                   flops / ms * 1e-9, bytes / ms * 1e-9, std::max(flops / 790e9, bytes / 4.5e9));
+            record(Result{"dense_forward", rule_names[rule],
+                          rule == FSA_CAUSAL   ? "full"
+                          : rule == FSA_WINDOW ? "window"
+                                               : "nsa",
+                          "fwd", Dtype<T>::name, t.n, c, ms, flops / ms * 1e-9, worst[Dtype<T>::value][rule],
+                          NULL, version.name, 1});
+        }
+    }
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    uint64_t seed = seed_from(argc, argv);
+    Random r(seed);
+    // Timings carry the error of a check in the same run, if a short one.
+    bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
+    {
+        for (const Shape &s : small ? small_shapes(&r) : test_shapes(&r, 24)) {
+            check_shape<__nv_bfloat16>(&r, s);
+            check_shape<__half>(&r, s);
+        }
+        for (int rule = 0; rule < 3; rule++) {
+            printf("%-5s worst error: bf16 %.2e fp16 %.2e\n", rule_names[rule], worst[FSA_BF16][rule],
+                   worst[FSA_FP16][rule]);
+        }
+        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+    }
+    if (!has_flag(argc, argv, "check")) {
+        for (const Timing &t : timings) time_shape<__nv_bfloat16>(t, 128, seed);
+        time_shape<__half>(timings[2], 128, seed);
+        time_shape<__nv_bfloat16>(timings[2], 64, seed);
+    }
+    return checks_failed != 0;
+}

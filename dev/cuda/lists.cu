@@ -1,0 +1,123 @@
+// dev/cuda/lists.cu: index lists from a choice of blocks, checked exactly and timed.
+//   version 1: one thread a (head, block) scans the whole choice and writes its list
+//   library  : count, prefix sum and fill by warps (fsa/lists.cu)
+//   ./lists [check] [seed=N]    (check: no timing)
+#include "../../fsa/kernels.h"
+#include "choice.h"
+
+// Version 1. Reads the whole choice once a block.
+__global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, int topk, int block) {
+    int64_t at = blockIdx.x * 128ll + threadIdx.x, head = blockIdx.z, slab = blockIdx.y;
+    if (at >= l.blocks) return;
+    int64_t row0 = slab * l.slab, row1 = min(row0 + l.slab, p.nq);
+    uint32_t before = 0, count = 0, *entries = l.entries + (head * p.nq + row0) * topk;
+    for (int pass = 0; pass < 2; pass++) { // where this block's list starts, then the list
+        for (int64_t row = row0; row < row1; row++) {
+            int64_t seq, pos;
+            fsa_row(p, row, &seq, &pos);
+            for (int t = 0; t < topk; t++) {
+                int32_t index = indices[(head * p.nq + row) * topk + t];
+                if (index < 0 || (int64_t)index * block > pos) continue;
+                int64_t b = p.cu_blocks[seq] + index;
+                if (pass == 0)
+                    before += b < at;
+                else if (b == at)
+                    entries[before + count++] = (uint32_t)(row * topk + t);
+            }
+        }
+    }
+    uint32_t *offsets = l.offsets + (head * l.slabs + slab) * (l.blocks + 1);
+    offsets[at] = before;
+    if (at == l.blocks - 1) offsets[at + 1] = before + count;
+}
+
+static void run_v1(const FsaConfig &c, const FsaPlan &p, const int32_t *indices, const FsaLists &l) {
+    dim3 grid((unsigned)((l.blocks + 127) / 128), (unsigned)l.slabs, c.kv_heads);
+    lists_v1_kernel<<<grid, 128>>>(p, l, indices, c.topk, c.block);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+static void check(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths,
+                  int64_t slab) {
+    Batch b(c, lengths);
+    int64_t nq = b.plan.nq;
+    std::vector<int32_t> choice = random_choice(r, c, b.ref);
+    Buffer<int32_t> indices(choice);
+    Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab));
+    FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
+    if (version == 1)
+        run_v1(c, b.plan, indices, l);
+    else
+        FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, 0));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<uint32_t> entries((size_t)(c.kv_heads * nq * c.topk)),
+        offsets((size_t)(c.kv_heads * l.slabs * (l.blocks + 1)));
+    CUDA_CHECK(cudaMemcpy(entries.data(), l.entries, entries.size() * 4, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(offsets.data(), l.offsets, offsets.size() * 4, cudaMemcpyDeviceToHost));
+    bool same = memory.guards_intact();
+    for (int h = 0; h < c.kv_heads; h++) {
+        for (int64_t s = 0; s < l.slabs; s++) {
+            std::vector<std::vector<uint32_t>> expected((size_t)l.blocks);
+            int64_t row = 0, block0 = 0;
+            for (size_t q = 0; q < lengths.size(); q++) {
+                for (int64_t i = 0; i < lengths[q]; i++, row++) {
+                    if (row / slab != s) continue;
+                    for (int t = 0; t < c.topk; t++) {
+                        int32_t index = choice[(size_t)((h * nq + row) * c.topk + t)];
+                        if (index >= 0)
+                            expected[(size_t)(block0 + index)].push_back((uint32_t)(row * c.topk + t));
+                    }
+                }
+                block0 += (lengths[q] + c.block - 1) / c.block;
+            }
+            uint32_t at = 0;
+            const uint32_t *o = &offsets[(size_t)((h * l.slabs + s) * (l.blocks + 1))];
+            for (int64_t k = 0; k < l.blocks; k++) {
+                same = same && o[k] == at;
+                for (uint32_t e : expected[(size_t)k])
+                    same = same && entries[(size_t)((h * nq + s * slab) * c.topk + at++)] == e;
+            }
+            same = same && o[l.blocks] == at;
+        }
+    }
+    char what[128];
+    snprintf(what, sizeof what, "lists version %d, nq %lld, block %d, topk %d, slab %lld", version,
+             (long long)nq, c.block, c.topk, (long long)slab);
+    check_that(same, what, 1, 0);
+}
+
+int main(int argc, char **argv) {
+    Random r(seed_from(argc, argv));
+    for (int version = 1; version <= 2; version++) {
+        check(&r, version, default_config(4, 2, 64, 16, 8), {507}, 128);
+        check(&r, version, default_config(4, 4, 64, 64, 16), {1, 31, 2300, 64, 65}, 512);
+        check(&r, version, default_config(6, 1, 64, 16, 5), {9000, 1, 3}, 4096);
+        check(&r, version, default_config(1, 1, 64, 128, 3), {1}, 1);
+    }
+    for (int64_t n : {8192, 32768, 65536}) {
+        if (has_flag(argc, argv, "check")) break;
+        FsaConfig c = default_config(32, 8, 128, 64, 16);
+        Batch b(c, {n});
+        Buffer<int32_t> indices(c.kv_heads * n * c.topk);
+        random_choice_device(indices, n, c, r.u64());
+        int64_t slab = fsa_sel_slab(&c, &b.plan);
+        Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab));
+        FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
+        double bytes = 8.0 * c.kv_heads * n * c.topk;
+        for (int version = 1; version <= 2; version++) {
+            if (version == 1 && n > 8192) continue; // quadratic
+            double ms = time_ms([&] {
+                if (version == 1)
+                    run_v1(c, b.plan, indices, l);
+                else
+                    FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, 0));
+            });
+            printf("lists %s n %lld: %.4f ms, %.2f TB/s, floor %.4f ms\n", version == 1 ? "1" : "library",
+                   (long long)n, ms, bytes / ms * 1e-9, bytes / 4.5e9);
+            record({"lists", "lists", "nsa", "fwd", "bf16", n, c, ms, 0, 0, "random",
+                    version == 1 ? "1" : "library", 1});
+        }
+    }
+    printf("lists: %d passed, %d failed\n", checks_passed, checks_failed);
+    return checks_failed != 0;
+}

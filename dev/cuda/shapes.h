@@ -1,0 +1,97 @@
+// shapes.h: the batches that the programs of the dense, top-k and compression kernels are checked on:
+// sizes that fit no tile, every kind of group, queries that are only part of their sequences.
+#ifndef DEV_CUDA_SHAPES_H
+#define DEV_CUDA_SHAPES_H
+#include "common.h"
+
+struct Shape {
+    FsaConfig c;
+    std::vector<int64_t> lengths;
+    std::vector<FsaSegment> segments; // empty: every sequence whole
+};
+
+static inline Shape plain_shape(int hq, int hkv, int d, std::vector<int64_t> lengths) {
+    return Shape{default_config(hq, hkv, d, 64, 16), lengths, {}};
+}
+
+// The lengths and groups that implementations fell over, then `count` random ones.
+static inline std::vector<Shape> test_shapes(Random *r, int count) {
+    std::vector<Shape> shapes;
+    shapes.push_back(plain_shape(4, 1, 128, {1}));
+    shapes.push_back(plain_shape(4, 2, 64, {31, 32, 33, 1}));
+    shapes.push_back(plain_shape(3, 1, 128, {63, 64, 65}));
+    shapes.push_back(plain_shape(10, 2, 128, {507}));
+    shapes.push_back(plain_shape(7, 1, 64, {129, 1, 700}));
+    shapes.push_back(plain_shape(16, 1, 128, {300, 17}));
+    shapes.push_back(plain_shape(2, 2, 128, {1, 4097, 1}));
+    shapes.back().c.topk = 8;
+    shapes.push_back(plain_shape(4, 1, 128, {2000, 40}));
+    shapes.back().segments = {{0, 0, 1}, {0, 17, 100}, {0, 500, 1}, {0, 1990, 10}, {1, 30, 10}};
+    for (int i = 0; i < count; i++) {
+        static const int groups[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}, strides[] = {4, 8, 16, 16};
+        Shape s;
+        int hkv = 1 + (int)r->below(2), g = groups[r->below(10)];
+        s.c = default_config(hkv * g, hkv, r->below(2) ? 128 : 64, 64, 16);
+        s.c.cmp_stride = strides[r->below(4)];
+        s.c.block = 16 * (1 + (int)r->below(8));
+        s.c.cmp_len = s.c.cmp_stride * (1 + (int)r->below(3));
+        if (s.c.cmp_len > s.c.block) s.c.cmp_len = s.c.cmp_stride;
+        s.c.init_blocks = (int)r->below(3);
+        s.c.local_blocks = (int)r->below(4);
+        s.c.topk = s.c.init_blocks + s.c.local_blocks + (int)r->below(8);
+        if (s.c.topk == 0) s.c.topk = 1;
+        s.c.window = 1 + (int)r->below(r->below(2) ? 20 : 600);
+        if (r->below(3) == 0) s.c.scale = 0.05f;
+        int sequences = 1 + (int)r->below(4);
+        for (int j = 0; j < sequences; j++) s.lengths.push_back(1 + r->below(r->below(3) ? 200 : 900));
+        if (r->below(3) == 0) {
+            for (int j = 0; j < sequences; j++) {
+                int64_t pos = r->below(s.lengths[j]);
+                s.segments.push_back({j, pos, 1 + r->below(s.lengths[j] - pos)});
+            }
+        }
+        shapes.push_back(s);
+    }
+    return shapes;
+}
+
+// For the slow tools: a few shapes, none long.
+static inline std::vector<Shape> small_shapes(Random *r) {
+    std::vector<Shape> shapes;
+    for (const Shape &s : test_shapes(r, 4)) {
+        if (*std::max_element(s.lengths.begin(), s.lengths.end()) <= 520) shapes.push_back(s);
+    }
+    return shapes;
+}
+
+static inline std::string shape_name(const Shape &s) {
+    char text[256];
+    snprintf(text, sizeof text,
+             "hq=%d hkv=%d d=%d l=%d s=%d B=%d T=%d init=%d local=%d W=%d%s n=", s.c.q_heads, s.c.kv_heads,
+             s.c.head_dim, s.c.cmp_len, s.c.cmp_stride, s.c.block, s.c.topk, s.c.init_blocks,
+             s.c.local_blocks, s.c.window, s.segments.empty() ? "" : " segments");
+    std::string name = text;
+    for (int64_t n : s.lengths) name += std::to_string(n) + " ";
+    return name;
+}
+
+// Pairs (query, key) of one head that a rule lets through in one whole sequence of n tokens.
+static inline double visible_pairs(const FsaConfig &c, FsaVisibility rule, int64_t n) {
+    double pairs = 0;
+    for (int64_t t = 0; t < n; t++) {
+        int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t + 1) : t + 1;
+        pairs += rule == FSA_WINDOW ? std::min<int64_t>(keys, c.window) : keys;
+    }
+    return pairs;
+}
+
+static const char *const rule_names[] = {"full", "win", "cmp"}; // in order of FsaVisibility
+
+// The models' shapes that are timed.
+struct Timing {
+    int64_t n;
+    int hq, hkv;
+};
+static const Timing timings[] = {{8192, 32, 8},   {32768, 32, 8}, {65536, 32, 8},
+                                 {65536, 32, 32}, {65536, 40, 8}, {65536, 64, 4}};
+#endif

@@ -1,0 +1,204 @@
+// topk.cu: the choice of blocks.
+//   version 1: a block a query and KV head: scores of all blocks to global memory, then T searches
+//   library:   fsa/topk.cu: scores by mma.sync, summed on chip, a running list of the best T a query
+// A choice is right if it is ascending, causal, complete, holds the forced blocks, and no block that was
+// left out scores more than (1 + 1e-3) times the lowest chosen one that was not forced.
+// usage: topk [seed=N] [check [small] | time]      both by default
+#include "../../fsa/topk.cu"
+#include "shapes.h"
+
+// Version 1. `scores` [Hkv, Nq, longest/B + 1]: N*N/B floats for each KV head.
+template <typename T, int D>
+__global__ void __launch_bounds__(128) naive_topk_kernel(const TopK p, float *scores, int64_t most) {
+    int64_t row = blockIdx.x / p.kv_heads, seq, pos;
+    int kv_head = blockIdx.x % p.kv_heads, group = p.q_heads / p.kv_heads;
+    fsa_row(p.plan, row, &seq, &pos);
+    int blocks = (int)(pos / p.block) + 1;
+    int32_t *to = p.indices + ((int64_t)kv_head * p.plan.nq + row) * p.topk;
+    float *mine = scores + (kv_head * p.plan.nq + row) * most;
+    for (int j = threadIdx.x; j < blocks; j += 128) {
+        int first = j * p.block - p.cmp_len + p.cmp_stride, last = (j + 1) * p.block - p.cmp_stride;
+        float s = 0;
+        for (int start = max(first, 0); start <= last && start + p.cmp_len - 1 <= pos;
+             start += p.cmp_stride) {
+            int64_t key = ((p.plan.cu_windows[seq] + start / p.cmp_stride) * p.kv_heads + kv_head) * D;
+            int cells = (min(start + p.cmp_len, (j + 1) * p.block) - max(start, j * p.block)) / p.cmp_stride;
+            for (int h = 0; h < group; h++) {
+                int64_t head = row * p.q_heads + kv_head * group + h;
+                float dot = 0;
+                for (int i = 0; i < D; i++)
+                    dot += to_f32(((const T *)p.q)[head * D + i]) * to_f32(((const T *)p.kc)[key + i]);
+                s += cells * expf(p.scale * dot - p.lse[head]);
+            }
+        }
+        mine[j] = j < p.init || j >= blocks - p.local ? INFINITY : s;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
+    if (blocks <= p.topk) return;
+    for (int i = 0; i < p.topk; i++) {
+        int best = 0;
+        for (int j = 1; j < blocks; j++) best = mine[j] > mine[best] ? j : best;
+        mine[best] = -1;
+    }
+    for (int j = 0, i = 0; j < blocks; j++) {
+        if (mine[j] == -1) to[i++] = j;
+    }
+}
+static float *naive_scores;
+static int64_t naive_most;
+template <typename T, int D> static int launch_naive(const TopK &p, cudaStream_t stream) {
+    naive_topk_kernel<T, D>
+        <<<(unsigned)(p.plan.nq * p.kv_heads), 128, 0, stream>>>(p, naive_scores, naive_most);
+    return launch_status();
+}
+static int naive_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
+                      const float *lse_c, int32_t *indices, cudaStream_t stream) {
+    TopK p = {*plan,
+              q,
+              kc,
+              lse_c,
+              indices,
+              softmax_scale_of(c),
+              c->q_heads,
+              c->kv_heads,
+              c->cmp_len,
+              c->cmp_stride,
+              c->block,
+              c->topk,
+              c->init_blocks,
+              c->local_blocks,
+              0,
+              0};
+    return FSA_DISPATCH(dtype, c->head_dim, launch_naive, p, stream);
+}
+
+static const struct Version {
+    const char *name;
+    decltype(&fsa_topk) run;
+} versions[] = {{"1", naive_topk}, {"library", fsa_topk}};
+
+static double worst;           // how much a block left out beats a chosen one, relative
+static int64_t places, differ; // chosen places, and those unlike the reference's
+
+// The excess of the best block left out over the lowest chosen one, or infinity for a wrong list.
+static double choice_excess(const FsaConfig &c, const int32_t *chosen, const float *scores, int64_t blocks) {
+    int64_t want = std::min<int64_t>(blocks, c.topk);
+    std::vector<char> in(blocks, 0);
+    for (int i = 0; i < c.topk; i++) {
+        if (i >= want ? chosen[i] != -1 : chosen[i] < 0 || chosen[i] >= blocks) return INFINITY;
+        if (i > 0 && i < want && chosen[i] <= chosen[i - 1]) return INFINITY;
+        if (i < want) in[chosen[i]] = 1;
+    }
+    if (blocks <= c.topk) return 0;
+    double lowest = INFINITY, highest = 0;
+    for (int64_t j = 0; j < blocks; j++) {
+        bool forced = j < c.init_blocks || j >= blocks - c.local_blocks;
+        if (forced && !in[j]) return INFINITY;
+        if (!forced && in[j]) lowest = std::min(lowest, (double)scores[j]);
+        if (!in[j]) highest = std::max(highest, (double)scores[j]);
+    }
+    if (highest <= lowest) return 0;
+    return lowest > 0 ? highest / lowest - 1 : INFINITY;
+}
+
+template <typename T> static void check_shape(Random *r, const Shape &s) {
+    const FsaConfig &c = s.c;
+    Batch b(c, s.lengths, s.segments);
+    int64_t nq = b.plan.nq, d = c.head_dim, windows = fsa_batch_windows(&c, &b.ref);
+    Host<T> q(r, nq * c.q_heads * d, 1), kc(r, windows * c.kv_heads * d, 1);
+    std::vector<float> o(q.f.size()), lse(nq * c.q_heads);
+    naive_most = b.plan.max_len / c.block + 1;
+    std::vector<float> scratch(c.kv_heads * naive_most);
+    std::vector<int32_t> ref(c.kv_heads * nq * c.topk);
+    fsa_ref_attend_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
+                               o.data(), lse.data());
+    fsa_ref_select_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
+    Buffer<T> q_dev(q.raw), kc_dev(kc.raw);
+    Buffer<float> lse_dev(lse), scores(c.kv_heads * nq * naive_most);
+    Buffer<int32_t> indices((int64_t)ref.size());
+    naive_scores = scores;
+    for (const Version &version : versions) {
+        std::string what = std::string(version.name) + " " + Dtype<T>::name + " " + shape_name(s);
+        std::vector<int32_t> got, before;
+        for (int again = 0; again < 2; again++) {
+            indices.poison();
+            CUDA_CHECK(cudaMemset(indices.get(), 0x55, indices.n * sizeof(int32_t)));
+            FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, q_dev, kc_dev, lse_dev, indices, 0));
+            CUDA_CHECK(cudaDeviceSynchronize());
+            got = indices.host();
+            check_that(!again || got == before, ("repeat of " + what).c_str(), 1, 0);
+            before = got;
+        }
+        check_that(indices.guards_intact(), ("guards " + what).c_str(), 1, 0);
+        double excess = 0;
+        for (int h = 0; h < c.kv_heads; h++) {
+            for (int64_t row = 0; row < nq; row++) {
+                int64_t blocks = fsa_ref_block_scores_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(),
+                                                          row, h, scratch.data());
+                excess =
+                    std::max(excess, choice_excess(c, &got[(h * nq + row) * c.topk], scratch.data(), blocks));
+            }
+        }
+        check_that(excess <= 1e-3, ("choice " + what).c_str(), excess, 1e-3);
+        if (&version == versions) continue;
+        worst = std::max(worst, excess);
+        for (size_t i = 0; i < ref.size(); i++) places += ref[i] >= 0, differ += got[i] != ref[i];
+    }
+}
+
+template <typename T> static void time_shape(const Timing &t, int block, int topk, uint64_t seed) {
+    const int d = 128;
+    FsaConfig c = default_config(t.hq, t.hkv, d, block, topk);
+    Batch b(c, {t.n});
+    int64_t windows = fsa_num_windows(&c, t.n);
+    Buffer<T> q(t.n * t.hq * d), kc(windows * t.hkv * d);
+    Buffer<float> lse(t.n * t.hq);
+    Buffer<int32_t> indices(t.n * t.hkv * topk);
+    fill_random(q.get(), q.n, seed, 1.0f);
+    fill_random(kc.get(), kc.n, seed + 1, 1.0f);
+    fill_random(lse.get(), lse.n, seed + 2, 0.01f); // any finite values do
+    naive_most = t.n / c.block + 1;
+    for (const Version &version : versions) {
+        bool naive = &version == versions;
+        if (naive && t.n > 8192) continue;
+        Buffer<float> scores(naive ? t.hkv * t.n * naive_most : 1);
+        naive_scores = scores;
+        double ms =
+            time_ms([&] { FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, q, kc, lse, indices, 0)); },
+                    naive ? 3 : 10);
+        double pairs = visible_pairs(c, FSA_COMPRESSED, t.n) * t.hq, flops = pairs * 2 * d;
+        double bytes = 2.0 * d * (t.n * t.hq + windows * t.hkv) + 4.0 * t.n * (t.hq + t.hkv * topk);
+        printf("topk  n=%-6lld %2d/%-2d B=%-3d T=%-2d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f "
+               "ms\n",
+               (long long)t.n, t.hq, t.hkv, block, topk, Dtype<T>::name, version.name, ms, flops / ms * 1e-9,
+               bytes / ms * 1e-9, std::max(std::max(flops / 790e9, bytes / 4.5e9), pairs / 3.7e9));
+        record(Result{"topk", "topk", "nsa", "fwd", Dtype<T>::name, t.n, c, ms, flops / ms * 1e-9, worst,
+                      NULL, version.name, 1});
+    }
+}
+
+int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    uint64_t seed = seed_from(argc, argv);
+    Random r(seed);
+    // Timings carry the error of a check in the same run, if a short one.
+    bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
+    {
+        std::vector<Shape> shapes = small ? small_shapes(&r) : test_shapes(&r, 40);
+        if (!small) shapes.push_back(plain_shape(4, 1, 128, {6000}));
+        for (const Shape &s : shapes) {
+            check_shape<__nv_bfloat16>(&r, s);
+            check_shape<__half>(&r, s);
+        }
+        printf("topk  worst excess %.2e; %lld of %lld places differ from the reference\n", worst,
+               (long long)differ, (long long)places);
+        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+    }
+    if (!has_flag(argc, argv, "check")) {
+        for (const Timing &t : timings) time_shape<__nv_bfloat16>(t, 64, 16, seed);
+        time_shape<__nv_bfloat16>(timings[2], 128, 8, seed);
+    }
+    return checks_failed != 0;
+}
