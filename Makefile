@@ -14,6 +14,8 @@ HAS_OPENMP := $(call try,-fopenmp,int omp_get_max_threads(void); int main(void){
 HAS_NATIVE := $(call try,-march=native,int main(void){return 0;})
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+
 # No -ffast-math: it would defeat the checks for NaN. -fno-math-errno only lets sqrt be one instruction.
 CFLAGS ?= -O3
 CFLAGS_ALL := -std=gnu11 -Wall -Wextra -fno-math-errno $(CFLAGS)
@@ -27,9 +29,10 @@ HEADERS := $(wildcard fsa/*.h llmc/*.h dev/test/*.h) train_gpt_nsa.h
 REFERENCE := $(BUILD)/config.o $(BUILD)/reference_f32.o $(BUILD)/reference_f64.o
 CPU := $(if $(filter 1,$(SAN)),$(BUILD)/train_gpt_nsa_cpu,train_gpt_nsa_cpu)
 MAKERS := $(BUILD)/recall $(BUILD)/text
+KERNELS := $(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu))
 TESTS := $(addprefix $(BUILD)/,test_reference test_golden test_model test_model_golden test_data test_run)
 
-.PHONY: all train test bench cuda clean help data faults
+.PHONY: all train test bench cuda sanitize clean help data faults
 all: $(CPU) $(MAKERS)
 
 help:
@@ -37,9 +40,10 @@ help:
 	@echo "make test      build and run all tests; SAN=1: with address and undefined-behaviour sanitizers"
 	@echo "make bench     time the kernels of this machine"
 	@echo "make cuda      compile all CUDA code for all architectures (needs nvcc, no GPU)"
+	@echo "make sanitize  compute-sanitizer over the GPU library's tests (needs a GPU)"
 	@echo "make faults    plant faults in the reference, one at a time, and see a test fail for each"
 	@echo "make clean     remove what was built; data and checkpoints stay"
-	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no)"
+	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none)"
 
 # ---- the C programs ----------------------------------------------------------------------------
 $(BUILD):
@@ -56,6 +60,8 @@ $(BUILD)/recall $(BUILD)/text: $(BUILD)/%: data/%.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) $< $(LDLIBS) -o $@
 $(BUILD)/bench_reference: dev/bench_reference.c $(REFERENCE) $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(REFERENCE) $(LDLIBS) -o $@
+
+COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null)
 
 # ---- train -------------------------------------------------------------------------------------
 # The default task: recall of what was told up to 256 tokens ago. A second run goes on from the newest
@@ -86,18 +92,51 @@ $(BUILD)/test_data: dev/test/test_data.c data/recall.c data/text.c $(HEADERS) | 
 $(BUILD)/test_run: dev/test/test_run.c $(BUILD)/config.o $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
 
-test: $(TESTS) $(CPU) $(MAKERS)
-	@CPU=./$(CPU) BUILD=$(BUILD) bash dev/test/run.sh $(TESTS)
+# With a GPU: the library, and every kernel's own check, against the C reference.
+GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_fsa $(filter-out build/core,$(KERNELS)))
+test: $(TESTS) $(CPU) $(MAKERS) $(GPU_TESTS)
+	@CPU=./$(CPU) BUILD=$(BUILD) bash dev/test/run.sh $(TESTS) $(foreach t,$(GPU_TESTS),"$(t) check")
 
 faults:
 	@bash dev/test/faults.sh
 
-bench: $(BUILD)/bench_reference
-	@$(BUILD)/bench_reference
+bench: $(if $(and $(NVCC),$(GPU)),$(KERNELS),$(BUILD)/bench_reference)
+	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done
 
 # ---- CUDA --------------------------------------------------------------------------------------
-cuda:
-	@echo "no CUDA code yet"
+# libfsa, its programs and its tests are built for this machine's GPU; without one, for all that they
+# support: sm_80 up, and PTX for GPUs to come.
+ifneq ($(GPU),)
+GENCODE := -gencode arch=compute_$(GPU),code=sm_$(GPU)
+else
+GENCODE := $(foreach a,80 90,-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
+endif
+NVCCFLAGS := -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
+FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(wildcard fsa/*.cu)) build/fsa/config.o
+CUDA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh dev/cuda/*.h dev/test/test.h)
+
+build/fsa/%.o: fsa/%.cu $(CUDA_HEADERS)
+	@mkdir -p build/fsa
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+build/fsa/config.o: fsa/config.c fsa/fsa.h
+	@mkdir -p build/fsa
+	$(CC) -std=gnu11 -O2 -fPIC -c $< -o $@
+libfsa.a: $(FSA)
+	rm -f $@ && ar rcs $@ $^
+libfsa.so: $(FSA)
+	$(NVCC) $(GENCODE) -shared $^ -o $@
+# A program includes the library's kernel that it times or links it; either way it is the library's own.
+$(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(wildcard fsa/*.cu) $(BUILD)/reference_f32.o
+	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
+build/test_fsa: dev/test/test_fsa.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
+	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
+
+cuda: libfsa.a libfsa.so $(KERNELS) build/test_fsa
+
+# compute-sanitizer over the library's test at few shapes; needs a GPU.
+sanitize: build/test_fsa
+	for tool in memcheck racecheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa shapes=2 || exit 1; done
 
 clean:
-	rm -rf build train_gpt_nsa_cpu train_gpt_nsa test_gpt_nsa
+	rm -rf build train_gpt_nsa_cpu libfsa.a libfsa.so
