@@ -108,7 +108,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
     Options *o = &r->opt;
     options_parse(o, argc, argv);
-    char msg[PATH_BYTES + 256];
+    char msg[CHECKPOINT_WHY];
     TrainState saved;
     int training = !o->sample_only && !o->val_only;
     if (o->resume && checkpoint_newest(o->output, r->checkpoint)) {
