@@ -3,9 +3,9 @@
 // of it is in double.
 #ifndef TRAIN_GPT_NSA_H
 #define TRAIN_GPT_NSA_H
-#include "fsa/reference.h"
 #include "llmc/utils.h"
 #include "llmc/config.h"
+#include "fsa/reference.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -56,9 +56,9 @@ static inline void matmul(real *c, MatmulIn a, MatmulIn b, int64_t m, int64_t n,
         real panel[MATMUL_DEPTH * MATMUL_PANEL], sums[4 * MATMUL_PANEL];
         int64_t i0 = tile / col_tiles * MATMUL_ROWS, i1 = i0 + MATMUL_ROWS < m ? i0 + MATMUL_ROWS : m;
         int64_t j0 = tile % col_tiles * MATMUL_PANEL;
-        int width = (int)(n - j0 < MATMUL_PANEL ? n - j0 : MATMUL_PANEL);
+        int width = (int)(n - j0 < MATMUL_PANEL ? n - j0 : (int64_t)MATMUL_PANEL);
         for (int64_t k0 = 0; k0 < k; k0 += MATMUL_DEPTH) {
-            int depth = (int)(k - k0 < MATMUL_DEPTH ? k - k0 : MATMUL_DEPTH);
+            int depth = (int)(k - k0 < MATMUL_DEPTH ? k - k0 : (int64_t)MATMUL_DEPTH);
             if (width < MATMUL_PANEL) memset(panel, 0, sizeof panel);
             if (b.col == 1) {
                 for (int p = 0; p < depth; p++) {

@@ -3,7 +3,7 @@
 # lines ("name: N passed, N failed, N skipped"). A program that ends without one has failed.
 set -u
 passed=0 failed=0 skipped=0
-for program in "$@" "bash dev/test/cli.sh"; do
+for program in "$@" "bash dev/test/headers.sh" "bash dev/test/cli.sh"; do
     output=$($program 2>&1)
     code=$?
     echo "$output"
