@@ -18,6 +18,8 @@ int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size) {
         FAIL("q_heads %d: at most 16 for each of the %d kv_heads", c->q_heads, c->kv_heads);
     if (c->head_dim < 2 || c->head_dim % 2 != 0)
         FAIL("head_dim %d: must be even and at least 2", c->head_dim);
+    if (c->head_dim > FSA_MAX_HEAD_DIM)
+        FAIL("head_dim %d: must be at most %d", c->head_dim, FSA_MAX_HEAD_DIM);
     if (c->cmp_len < 1) FAIL("cmp_len %d: must be at least 1", c->cmp_len);
     if (c->cmp_stride < 1) FAIL("cmp_stride %d: must be at least 1", c->cmp_stride);
     if (c->block < 16 || c->block % 16 != 0) FAIL("block %d: must be a multiple of 16", c->block);
@@ -26,6 +28,7 @@ int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size) {
     if (c->block % c->cmp_stride != 0) FAIL("cmp_stride %d: must divide block %d", c->cmp_stride, c->block);
     if (c->cmp_len > c->block) FAIL("cmp_len %d: must be at most block %d", c->cmp_len, c->block);
     if (c->topk < 1) FAIL("topk %d: must be at least 1", c->topk);
+    if (c->topk > FSA_MAX_TOPK) FAIL("topk %d: must be at most %d", c->topk, FSA_MAX_TOPK);
     if (c->init_blocks < 0) FAIL("init_blocks %d: must not be negative", c->init_blocks);
     if (c->local_blocks < 0) FAIL("local_blocks %d: must not be negative", c->local_blocks);
     if (c->topk < (int64_t)c->init_blocks + c->local_blocks)

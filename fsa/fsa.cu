@@ -39,7 +39,6 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
     if (c->head_dim != 64 && c->head_dim != 128) {
         return fail(FSA_ERROR_CONFIG, "head_dim %d: the GPU kernels take 64 and 128", c->head_dim);
     }
-    if (c->topk > 4096) return fail(FSA_ERROR_CONFIG, "topk %d: the GPU kernels take at most 4096", c->topk);
     if (c->kv_heads > 65535) return fail(FSA_ERROR_CONFIG, "kv_heads %d: at most 65535", c->kv_heads);
     if (dtype != FSA_BF16 && dtype != FSA_FP16) {
         return fail(FSA_ERROR_ARGUMENT, "dtype %d: must be %d (bf16) or %d (fp16)", (int)dtype, FSA_BF16,

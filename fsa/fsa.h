@@ -39,14 +39,16 @@ typedef enum {
     FSA_ERROR_CUDA = 4,      // a launch failed
 } FsaStatus;
 
+enum { FSA_MAX_HEAD_DIM = 512, FSA_MAX_TOPK = 4096 };
+
 typedef struct {
     int q_heads;        // Hq, a multiple of kv_heads; Hq/Hkv = g, the GQA group, is 1 to 16
     int kv_heads;       // Hkv
-    int head_dim;       // d, even
+    int head_dim;       // d, even, at most FSA_MAX_HEAD_DIM
     int cmp_len;        // l, tokens in a compression window; at most block
     int cmp_stride;     // s, tokens between window starts; divides cmp_len and block
     int block;          // B, tokens in a selection block; a multiple of 16
-    int topk;           // T, blocks that a query selects, forced ones included
+    int topk;           // T, blocks that a query selects, forced ones included; at most FSA_MAX_TOPK
     int init_blocks;    // the first blocks of a sequence, always selected
     int local_blocks;   // the last blocks up to the query's own, always selected
     int window;         // W, tokens that the sliding branch sees
@@ -82,11 +84,11 @@ typedef struct CUstream_st *FsaStream; // a cudaStream_t
 // Packed sequences and the queries asked of them. The counts are known to the host, the arrays lie on
 // the device.
 typedef struct {
-    int64_t num_queries, num_keys;      // Nq, N
+    int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
-    int64_t max_len;                    // tokens of the longest sequence, or more
-    const int64_t *cu_seqlens;          // [num_seqs + 1]
-    const FsaSegment *segments;         // [num_segments]
+    int64_t max_len;            // tokens of the longest sequence, or more
+    const int64_t *cu_seqlens;  // [num_seqs + 1]
+    const FsaSegment *segments; // [num_segments]
 } FsaDeviceBatch;
 
 // The compression's parameters for phi = linear, 16-bit, as in reference.h; NULL for phi = mean. pe may

@@ -4,7 +4,6 @@
 // Work is spread over (sequence, KV head) pairs. A pair's queries are taken in order by one thread,
 // and it alone writes its rows of every gradient, so the bits do not depend on the threads.
 #include "reference.h"
-#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -20,7 +19,7 @@ typedef float real;
 #define LOG logf
 #endif
 
-enum { TILE = 64, MAX_GROUP = 16, MAX_DIM = 512 };
+enum { TILE = 64 }; // keys taken together
 
 #ifndef FSA_REF_DOUBLE // shared by both precisions, so compiled once
 int64_t fsa_batch_keys(const FsaBatch *b) {
@@ -62,6 +61,7 @@ static inline void axpy(real *restrict y, real a, const real *restrict x, int n)
 // The walk over a batch: one task for a (sequence, KV head), and in it the queries in order.
 
 typedef struct {
+    int64_t seq;
     int64_t key0, n; // first row of the sequence in k and v, and its tokens
     int64_t window0; // first row of the sequence in kc and vc
     int64_t segment; // its first segment, num_segments where it has none
@@ -70,14 +70,13 @@ typedef struct {
 } Task;
 
 static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
-    Task t = {.h = (int)(index % c->kv_heads)};
-    int64_t seq = index / c->kv_heads;
-    t.key0 = b->cu_seqlens[seq];
-    t.n = b->cu_seqlens[seq + 1] - t.key0;
-    for (int64_t s = 0; s < seq; s++) {
+    Task t = {.seq = index / c->kv_heads, .h = (int)(index % c->kv_heads)};
+    t.key0 = b->cu_seqlens[t.seq];
+    t.n = b->cu_seqlens[t.seq + 1] - t.key0;
+    for (int64_t s = 0; s < t.seq; s++) {
         t.window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
     }
-    while (t.segment < b->num_segments && b->segments[t.segment].seq < seq) {
+    while (t.segment < b->num_segments && b->segments[t.segment].seq < t.seq) {
         t.row += b->segments[t.segment++].len;
     }
     return t;
@@ -90,9 +89,7 @@ static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
 // Runs the statement for every query of task t of a batch: its row in q and its position pos.
 #define FOR_EACH_QUERY(b, t)                                                                                 \
     for (int64_t seg_ = (t).segment, row = (t).row;                                                          \
-         seg_ < (b)->num_segments && (b)->cu_seqlens[(b)->segments[seg_].seq] == (t).key0 &&                 \
-         (b)->segments[seg_].seq == (b)->segments[(t).segment].seq;                                          \
-         seg_++)                                                                                             \
+         seg_ < (b)->num_segments && (b)->segments[seg_].seq == (t).seq; seg_++)                             \
         for (int64_t i_ = 0, pos = (b)->segments[seg_].pos; i_ < (b)->segments[seg_].len; i_++, pos++, row++)
 
 // ---------------------------------------------------------------------------------------------
@@ -101,10 +98,9 @@ static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
 void FSA_REF(rope)(real *x, int64_t rows, int heads, int d, int64_t first, int64_t stride,
                    const double *inv_freq, int inverse) {
     if (!inv_freq) return;
-    assert(d <= MAX_DIM);
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; r++) {
-        real cosine[MAX_DIM / 2], sine[MAX_DIM / 2];
+        real cosine[FSA_MAX_HEAD_DIM / 2], sine[FSA_MAX_HEAD_DIM / 2];
         for (int i = 0; i < d / 2; i++) {
             double angle = (double)(first + r * stride) * inv_freq[i];
             cosine[i] = (real)cos(angle);
@@ -273,20 +269,17 @@ static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const in
     return count;
 }
 
-enum { MAX_TOPK = 4096 };
-
 void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
                              const real *k, const real *v, const int32_t *indices, real *o, real *lse) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
     real scale = softmax_scale(c);
-    assert(c->topk <= MAX_TOPK);
     FOR_EACH_TASK(c, b) {
         Task t = make_task(c, b, task_);
         int64_t key0 = rule == FSA_COMPRESSED ? t.window0 : t.key0;
         const real *kh = k + key0 * token + t.h * d, *vh = v + key0 * token + t.h * d;
         FOR_EACH_QUERY(b, t) {
-            Range ranges[MAX_TOPK];
+            Range ranges[FSA_MAX_TOPK];
             int count = visible(c, rule, pos,
                                 rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
@@ -329,14 +322,13 @@ void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibili
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
     real scale = softmax_scale(c);
-    assert(c->topk <= MAX_TOPK);
     FOR_EACH_TASK(c, b) {
         Task t = make_task(c, b, task_);
         int64_t at = (rule == FSA_COMPRESSED ? t.window0 : t.key0) * token + t.h * d;
         const real *kh = k + at, *vh = v + at;
         real *dkh = dk + at, *dvh = dv + at;
         FOR_EACH_QUERY(b, t) {
-            Range ranges[MAX_TOPK];
+            Range ranges[FSA_MAX_TOPK];
             int count = visible(c, rule, pos,
                                 rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {

@@ -129,6 +129,8 @@ expect_error "12x" $TINY $DATA -b 12x
 expect_error "-1" $TINY $DATA -l -1
 expect_error "3" $TINY $DATA -heads 4 -kv-heads 3
 expect_error "topk" $TINY $DATA -topk 2
+expect_error "topk 5000" $TINY $DATA -topk 5000
+expect_error "head_dim 1024" $TINY $DATA -head-dim 1024
 expect_error "cmp" $TINY $DATA -cmp-len 10
 expect_error "block" $TINY $DATA -block 24
 expect_error "at most 16" $TINY $DATA -heads 34 -kv-heads 2

@@ -113,8 +113,8 @@ static double difference_error(double *x, const double *grad, int64_t n, int cou
     const double h = 1e-5;
     double error = 0, norm = 0;
     for (int i = 0; i < count && i < n; i++) {
-        int64_t at = n <= count ? i : (int64_t)((i + 0.5) * n / count), keep_at = at;
-        double keep = x[keep_at];
+        int64_t at = n <= count ? i : (int64_t)((i + 0.5) * n / count);
+        double keep = x[at];
         x[at] = keep + h;
         double up = loss(context);
         x[at] = keep - h;
@@ -417,6 +417,28 @@ static void test_segments(void) {
     free_problem(&all), free_problem(&part);
 }
 
+// Sequences without tokens or without queries change nothing for the others.
+static void test_empty_sequences(void) {
+    const int64_t lengths[] = {60, 0}, cu_seqlens[] = {0, 0, 60, 60, 60};
+    const FsaSegment segment = {1, 0, 60};
+    Problem alone, among;
+    make_problem(&alone, small_config(2, 2, 8), lengths, NULL, 23);
+    make_problem(&among, small_config(2, 2, 8), lengths, NULL, 23);
+    among.b = (FsaBatch){4, cu_seqlens, 1, &segment};
+    run_forward(&alone, NULL), run_backward(&alone);
+    size_t bytes = fsa_ref_state_place_f64(&among.state, &among.c, 60, 60, 4, NULL);
+    free(among.memory);
+    fsa_ref_state_place_f64(&among.state, &among.c, 60, 60, 4, among.memory = xmalloc(bytes));
+    run_forward(&among, NULL), run_backward(&among);
+    int same = memcmp(alone.o, among.o, alone.sizes[7] * 8) == 0 &&
+               memcmp(alone.dq, among.dq, alone.sizes[0] * 8) == 0 &&
+               memcmp(alone.dk, among.dk, alone.sizes[1] * 8) == 0 &&
+               memcmp(alone.dv, among.dv, alone.sizes[2] * 8) == 0 &&
+               memcmp(alone.dwk, among.dwk, alone.sizes[3] * 8) == 0;
+    CHECK(same, "empty sequences change the others");
+    free_problem(&alone), free_problem(&among);
+}
+
 // Runs one shape forward and backward: finite everywhere, and the same bits with 1, 2 and 5 threads.
 static void test_shape(const char *name, FsaConfig c, const int64_t *lengths) {
     double *first_o = NULL, *first_dk = NULL;
@@ -542,6 +564,7 @@ int main(void) {
     test_scores();
     test_selection();
     test_segments();
+    test_empty_sequences();
     test_shapes();
     test_float();
     test_rope();
