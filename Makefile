@@ -138,5 +138,27 @@ sanitize: build/test_fsa
 	for tool in memcheck racecheck initcheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa shapes=2 || exit 1; done
 
+# ---- the emulator ------------------------------------------------------------------------------
+# Without a GPU, dev/emulator runs the kernels on the CPU, for the tests alone: CUDA sources translated to C++
+# under build/emulator, with the types of the toolkit's headers.
+EMU := build/emulator
+CUDA_INCLUDE := $(firstword $(wildcard $(if $(NVCC),$(dir $(realpath $(NVCC)))../include/cuda_runtime.h) /usr/local/cuda/include/cuda_runtime.h))
+EMUFLAGS := -std=gnu++17 -O3 -w $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
+EMU_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
+EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(BUILD)/config.o $(BUILD)/reference_f32.o
+
+$(EMU)/%: % dev/emulator/translate.sh dev/emulator/ptx.cuh
+	@dev/emulator/translate.sh $< $@
+$(EMU)/emulator.o: dev/emulator/emulator.cpp dev/emulator/emulator.h dev/emulator/ptx.cuh
+	@mkdir -p $(EMU)
+	$(CXX) $(EMUFLAGS) -c $< -o $@
+$(EMU)/%.o: $(EMU)/%.cu $(EMU_HEADERS) dev/emulator/emulator.h
+	$(CXX) $(EMUFLAGS) -include dev/emulator/emulator.h -x c++ -c $< -o $@
+$(EMU)/fsa.a: $(EMU_FSA)
+	rm -f $@ && ar rcs $@ $^
+$(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
+	$(CXX) -fopenmp $^ -o $@
+.PRECIOUS: $(EMU)/%
+
 clean:
 	rm -rf build train_gpt_nsa_cpu libfsa.a libfsa.so

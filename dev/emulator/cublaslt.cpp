@@ -1,0 +1,241 @@
+// cublaslt.cpp: the part of cuBLASLt that llmc/matmul.cuh calls, on the CPU, for the emulator: real
+// descriptors, layouts with leading dimensions, transposes, beta and the bias epilogue. What it doesn't know
+// it refuses; it holds the caller to the alignments promised for the choice of an algorithm, and spoils the
+// workspace as the library may.
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+namespace {
+
+struct Desc {
+    int32_t trans_a, trans_b;
+    uint32_t epilogue;
+    const void *bias;
+};
+struct Layout {
+    cudaDataType type;
+    uint64_t rows, cols;
+    int64_t ld;
+};
+struct Preference {
+    uint64_t workspace;
+    uint32_t reductions, align[4]; // of a, b, c, d
+};
+// What an algorithm was chosen for; it lies in cublasLtMatmulAlgo_t.
+struct Algo {
+    uint32_t align[3]; // a, b, c and d
+    uint32_t m, n, k;  // modulo 2^32
+};
+static_assert(sizeof(Algo) <= sizeof(cublasLtMatmulAlgo_t), "room");
+
+size_t type_bytes(cudaDataType type) {
+    return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF || type == CUDA_R_16F ? 2 : 0;
+}
+float read(const void *p, cudaDataType type, int64_t i) {
+    return type == CUDA_R_32F    ? ((const float *)p)[i]
+           : type == CUDA_R_16BF ? __bfloat162float(((const __nv_bfloat16 *)p)[i])
+                                 : __half2float(((const __half *)p)[i]);
+}
+void write(void *p, cudaDataType type, int64_t i, float x) {
+    if (type == CUDA_R_32F)
+        ((float *)p)[i] = x;
+    else if (type == CUDA_R_16BF)
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16(x);
+    else
+        ((__half *)p)[i] = __float2half(x);
+}
+bool same(const Layout &a, const Layout &b) {
+    return a.type == b.type && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld;
+}
+
+// Whether the product is one that is known here and consistent; m, n, k of it.
+cublasStatus_t understand(const Desc &e, const Layout &a, const Layout &b, const Layout &c, const Layout &d,
+                          uint64_t *m, uint64_t *n, uint64_t *k) {
+    *m = d.rows, *n = d.cols, *k = e.trans_a ? a.rows : a.cols;
+    if (!same(c, d)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if ((e.trans_a ? a.cols : a.rows) != *m || (e.trans_b ? b.rows : b.cols) != *n ||
+        (e.trans_b ? b.cols : b.rows) != *k)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    for (const Layout *l : {&a, &b, &d}) {
+        if (l->ld < (int64_t)l->rows || l->rows == 0 || l->cols == 0) return CUBLAS_STATUS_INVALID_VALUE;
+    }
+    if (a.type != b.type || (d.type != a.type && d.type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+template <typename Handle, typename T> cublasStatus_t create(Handle *out, const T &value) {
+    *out = (Handle) new T(value);
+    return CUBLAS_STATUS_SUCCESS;
+}
+template <typename T> cublasStatus_t set(T *field, const void *value, size_t bytes) {
+    if (bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(field, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+} // namespace
+
+extern "C" {
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
+    return create(handle, 0);
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    delete (int *)handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+const char *cublasLtGetStatusString(cublasStatus_t status) {
+    return status == CUBLAS_STATUS_SUCCESS         ? "success"
+           : status == CUBLAS_STATUS_NOT_SUPPORTED ? "not supported by the emulator's cuBLASLt"
+           : status == CUBLAS_STATUS_INVALID_VALUE ? "an unsupported value or parameter"
+                                                   : "an error of the emulator's cuBLASLt";
+}
+
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
+    if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return create(desc, Desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL});
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    delete (Desc *)desc;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                              cublasLtMatmulDescAttributes_t attribute, const void *value,
+                                              size_t bytes) {
+    Desc *e = (Desc *)desc;
+    int32_t *trans = attribute == CUBLASLT_MATMUL_DESC_TRANSA   ? &e->trans_a
+                     : attribute == CUBLASLT_MATMUL_DESC_TRANSB ? &e->trans_b
+                                                                : NULL;
+    if (trans) {
+        cublasStatus_t status = set(trans, value, bytes);
+        if (status == CUBLAS_STATUS_SUCCESS && *trans != CUBLAS_OP_N && *trans != CUBLAS_OP_T)
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+        return status;
+    }
+    if (attribute == CUBLASLT_MATMUL_DESC_EPILOGUE) {
+        cublasStatus_t status = set(&e->epilogue, value, bytes);
+        if (status == CUBLAS_STATUS_SUCCESS && e->epilogue != CUBLASLT_EPILOGUE_DEFAULT &&
+            e->epilogue != CUBLASLT_EPILOGUE_BIAS)
+            return CUBLAS_STATUS_NOT_SUPPORTED;
+        return status;
+    }
+    if (attribute == CUBLASLT_MATMUL_DESC_BIAS_POINTER) return set(&e->bias, value, bytes);
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
+    if (type_bytes(type) == 0) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return create(layout, Layout{type, rows, cols, ld});
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+    delete (Layout *)layout;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
+    return create(preference, Preference{0, CUBLASLT_REDUCTION_SCHEME_MASK, {256, 256, 256, 256}});
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    delete (Preference *)preference;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t bytes) {
+    Preference *p = (Preference *)preference;
+    switch (attribute) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+        return set(&p->workspace, value, bytes);
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+        return set(&p->reductions, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        return set(&p->align[0], value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        return set(&p->align[1], value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        return set(&p->align[2], value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+        return set(&p->align[3], value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                              cublasLtMatmulPreference_t preference, int requested,
+                                              cublasLtMatmulHeuristicResult_t *results, int *found) {
+    *found = 0;
+    if (requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    uint64_t m, n, k;
+    cublasStatus_t status =
+        understand(*(Desc *)desc, *(Layout *)a, *(Layout *)b, *(Layout *)c, *(Layout *)d, &m, &n, &k);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    const Preference *p = (const Preference *)preference;
+    memset((void *)results, 0, sizeof *results);
+    Algo algo = {{p->align[0], p->align[1], p->align[2] < p->align[3] ? p->align[2] : p->align[3]},
+                 (uint32_t)m,
+                 (uint32_t)n,
+                 (uint32_t)k};
+    memcpy((void *)&results->algo, &algo, sizeof algo);
+    results->state = CUBLAS_STATUS_SUCCESS;
+    *found = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha_at,
+                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
+                              cublasLtMatrixLayout_t b_layout, const void *beta_at, const void *c,
+                              cublasLtMatrixLayout_t c_layout, void *d, cublasLtMatrixLayout_t d_layout,
+                              const cublasLtMatmulAlgo_t *algo_at, void *workspace, size_t workspace_bytes,
+                              cudaStream_t) {
+    const Desc &e = *(Desc *)desc;
+    const Layout &la = *(Layout *)a_layout, &lb = *(Layout *)b_layout, &ld = *(Layout *)d_layout;
+    float alpha = *(const float *)alpha_at, beta = *(const float *)beta_at;
+    uint64_t m, n, k;
+    cublasStatus_t status = understand(e, la, lb, *(Layout *)c_layout, ld, &m, &n, &k);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
+    Algo algo;
+    memcpy((void *)&algo, (const void *)algo_at, sizeof algo);
+    if (algo.m != (uint32_t)m || algo.n != (uint32_t)n || algo.k != (uint32_t)k)
+        return CUBLAS_STATUS_INVALID_VALUE; // another product's
+    if ((uintptr_t)a % algo.align[0] || (uintptr_t)b % algo.align[1] || (uintptr_t)c % algo.align[2] ||
+        (uintptr_t)d % algo.align[2])
+        return CUBLAS_STATUS_INVALID_VALUE;
+    bool bias = e.epilogue == CUBLASLT_EPILOGUE_BIAS;
+    if (bias && !e.bias) return CUBLAS_STATUS_INVALID_VALUE;
+    if (workspace) memset(workspace, 0xff, workspace_bytes < 4096 ? workspace_bytes : 4096);
+
+    std::vector<float> left(k * m); // op(a) as [k, m]
+#pragma omp parallel for
+    for (uint64_t p = 0; p < k; p++) {
+        for (uint64_t i = 0; i < m; i++)
+            left[p * m + i] = read(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
+    }
+#pragma omp parallel for
+    for (uint64_t j = 0; j < n; j++) {
+        std::vector<float> sum(m, 0.0f);
+        for (uint64_t p = 0; p < k; p++) {
+            float x = read(b, lb.type, e.trans_b ? (int64_t)p * lb.ld + j : (int64_t)j * lb.ld + p);
+            for (uint64_t i = 0; i < m; i++) sum[i] += left[p * m + i] * x;
+        }
+        for (uint64_t i = 0; i < m; i++) {
+            int64_t at = (int64_t)j * ld.ld + i;
+            float x = alpha * sum[i];
+            if (beta != 0) x += beta * read(c, ld.type, at);
+            if (bias) x += read(e.bias, ld.type, (int64_t)i);
+            write(d, ld.type, at, x);
+        }
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+} // extern "C"

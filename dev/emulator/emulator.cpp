@@ -1,0 +1,476 @@
+// emulator.cpp: fibers, their scheduler, and the CUDA runtime calls that the project makes. See emulator.h.
+#include "emulator.h"
+#include "ptx.cuh"
+#include <map>
+#include <mutex>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+namespace emu {
+
+// Stacks are a few cache lines more than a power of two apart, lest all of them meet in the same cache sets.
+enum {
+    MAX_THREADS = 1024,
+    MAX_SMEM = 232448,
+    DEFAULT_SMEM = 49152,
+    STACK = (256 << 10) + 832,
+    BARRIERS = 16
+};
+
+// ---- switching stacks -------------------------------------------------------------------------------
+#if defined(__x86_64__)
+// Pushes what a function must preserve, keeps the stack pointer in *from, and goes on where `to` was kept.
+extern "C" void emu_switch(void **from, void *to);
+asm(R"(
+.text
+.globl emu_switch
+.type emu_switch, @function
+emu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+static void *new_stack(char *stack, void (*entry)()) {
+    void **top = (void **)(stack + STACK) - 3; // a called function finds its stack 8 bytes off 16
+    *--top = (void *)entry;                    // ret pops it: the stack is then as after a call
+    return top - 6;
+}
+#elif defined(__aarch64__)
+extern "C" void emu_switch(void **from, void *to);
+asm(R"(
+.text
+.globl emu_switch
+.type emu_switch, %function
+emu_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp, #0]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x2, sp
+    str x2, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp, #0]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+)");
+static void *new_stack(char *stack, void (*entry)()) {
+    void **top = (void **)(stack + STACK) - 20;
+    top[11] = (void *)entry; // x30
+    return top;
+}
+#else
+#error "the emulator switches stacks on x86-64 and aarch64"
+#endif
+
+// ---- blocks, warps, threads ---------------------------------------------------------------------------
+struct Warp {
+    uint32_t exited;
+    Meeting meetings[32]; // by the lowest lane of the mask
+};
+struct Barrier {
+    int arrived, threads;
+    uint64_t generation;
+};
+struct Thread {
+    Indices at;
+    int lane;
+    Warp *warp;
+    void *sp;
+    bool done;
+    Thread *next; // of the block's threads that are not done; NULL: the scheduler
+    const char *waits_for;
+    AsyncCopies copies;
+};
+// What one CPU thread needs to run a block.
+struct Worker {
+    void *sp; // the scheduler's
+    char *stacks;
+    Thread threads[MAX_THREADS];
+    Warp warps[MAX_THREADS / 32];
+    Barrier barriers[BARRIERS];
+    int count, left;
+    uint64_t events;
+    const std::function<void()> *body;
+    alignas(1024) char smem[MAX_SMEM];
+};
+
+thread_local Thread *self;
+static thread_local Worker *worker;
+
+static Worker *this_worker() {
+    if (!worker) {
+        worker = (Worker *)aligned_alloc(1024, (sizeof(Worker) + 1023) / 1024 * 1024);
+        memset((void *)worker, 0, sizeof *worker);
+        for (Thread &t : worker->threads) new (&t.copies) AsyncCopies();
+        worker->stacks = (char *)mmap(NULL, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (worker->stacks == MAP_FAILED) fail("no memory for stacks");
+    }
+    return worker;
+}
+
+const Indices &indices() {
+    return self->at;
+}
+int lane() {
+    return self->lane;
+}
+char *dynamic_smem() {
+    return worker->smem;
+}
+AsyncCopies &async_copies() {
+    return self->copies;
+}
+
+void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "emulator: ");
+    vfprintf(stderr, format, args);
+    va_end(args);
+    if (self)
+        fprintf(stderr, " (block %u %u %u, thread %u %u %u)", self->at.block.x, self->at.block.y,
+                self->at.block.z, self->at.thread.x, self->at.thread.y, self->at.thread.z);
+    fprintf(stderr, "\n");
+    abort();
+}
+
+void progress() {
+    worker->events++;
+}
+void yield() {
+    Thread *from = self;
+    while (from->next && from->next->done) from->next = from->next->next;
+    self = from->next;
+    emu_switch(&from->sp, self ? self->sp : worker->sp);
+}
+
+static void thread_main() {
+    (*worker->body)();
+    if (self->copies.list.size()) fail("ends with asynchronous copies under way");
+    self->done = true;
+    self->warp->exited |= 1u << self->lane;
+    worker->left--;
+    progress();
+    yield();
+    __builtin_unreachable();
+}
+
+static bool complete(Meeting *m, const Warp *w) {
+    uint32_t here = m->mask & ~w->exited;
+    if (!m->arrived || (m->arrived & here) != here) return false;
+    m->finish(m->arrived, m->in[m->generation & 1], m->out[m->generation & 1]);
+    m->arrived = 0;
+    m->generation++;
+    progress();
+    return true;
+}
+
+Meeting *join(const char *what, uint32_t mask, void (*finish)(uint32_t, const void *, void *)) {
+    Thread *t = self;
+    if (!(mask >> t->lane & 1)) fail("%s: lane %d is not in its own mask %08x", what, t->lane, mask);
+    Meeting *m = &t->warp->meetings[__builtin_ctz(mask)];
+    if (!m->arrived) {
+        m->mask = mask, m->what = what, m->finish = finish;
+    } else if (m->mask != mask || m->finish != finish) {
+        fail("lanes of a warp disagree: %s with mask %08x meets %s with %08x", what, mask, m->what, m->mask);
+    }
+    return m;
+}
+void await(Meeting *m) {
+    uint64_t generation = m->generation;
+    m->arrived |= 1u << self->lane;
+    progress();
+    self->waits_for = m->what;
+    while (m->generation == generation && !complete(m, self->warp)) yield();
+}
+
+static bool complete(Barrier *b) {
+    int threads = b->threads ? b->threads : worker->left;
+    if (b->arrived < threads) return false;
+    if (b->arrived > threads) fail("a barrier of %d threads met %d", threads, b->arrived);
+    b->arrived = 0;
+    b->generation++;
+    progress();
+    return true;
+}
+static Barrier *arrive(int id, int threads) {
+    if (id < 0 || id >= BARRIERS) fail("barrier %d of %d", id, BARRIERS);
+    Barrier *b = &worker->barriers[id];
+    if (b->arrived && b->threads != threads)
+        fail("barrier %d: %d threads were expected, now %d", id, b->threads, threads);
+    b->threads = threads;
+    b->arrived++;
+    progress();
+    return b;
+}
+void barrier_sync(int id, int threads) {
+    Barrier *b = arrive(id, threads);
+    uint64_t generation = b->generation;
+    self->waits_for = "a barrier";
+    while (b->generation == generation && !complete(b)) yield();
+}
+void barrier_arrive(int id, int threads) {
+    complete(arrive(id, threads));
+}
+
+static void run_block(const Config &c, uint3 block, const std::function<void()> &body) {
+    Worker *w = this_worker();
+    w->count = w->left = (int)(c.block.x * c.block.y * c.block.z);
+    w->body = &body;
+    memset((void *)w->warps, 0, sizeof(Warp) * ((size_t)(w->count + 31) / 32));
+    memset(w->barriers, 0, sizeof w->barriers);
+    memset(w->smem, 0xff, c.smem);
+    for (int i = 0; i < w->count; i++) {
+        Thread *t = &w->threads[i];
+        unsigned x = (unsigned)i % c.block.x, y = (unsigned)i / c.block.x;
+        t->at = {{x, y % c.block.y, y / c.block.y}, block, c.block, c.grid};
+        t->lane = i % 32;
+        t->warp = &w->warps[i / 32];
+        t->done = false;
+        t->next = i + 1 < w->count ? t + 1 : NULL;
+        t->copies.list.clear();
+        t->copies.group = 0;
+        t->sp = new_stack(w->stacks + (size_t)i * STACK, thread_main);
+    }
+    for (int i = w->count; i % 32; i++) w->warps[i / 32].exited |= 1u << i % 32;
+    Thread *first = &w->threads[0];
+    while (w->left) {
+        uint64_t before = w->events;
+        while (first->done) first = first->next;
+        self = first;
+        emu_switch(&w->sp, self->sp);
+        if (w->events == before) {
+            for (int i = 0; i < w->count; i++) {
+                self = &w->threads[i];
+                if (!self->done)
+                    fail("deadlock: %d threads wait, one of them for %s", w->left, self->waits_for);
+            }
+        }
+    }
+    self = NULL;
+}
+
+// ---- launches -------------------------------------------------------------------------------------
+static cudaError_t last_error;
+static std::mutex smem_mutex;
+static std::map<const void *, size_t> max_smem;
+
+cudaError_t set_max_smem(const void *kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || value > MAX_SMEM) return last_error = cudaErrorInvalidValue;
+    std::lock_guard<std::mutex> lock(smem_mutex);
+    max_smem[kernel] = (size_t)value;
+    return cudaSuccess;
+}
+
+void run(const Config &c, const void *kernel, const std::function<void()> &body) {
+    int64_t blocks = (int64_t)c.grid.x * c.grid.y * c.grid.z,
+            threads = (int64_t)c.block.x * c.block.y * c.block.z;
+    size_t room = DEFAULT_SMEM;
+    {
+        std::lock_guard<std::mutex> lock(smem_mutex);
+        auto found = max_smem.find(kernel);
+        if (found != max_smem.end() && found->second > room) room = found->second;
+    }
+    if (blocks < 1 || threads < 1 || threads > MAX_THREADS || c.grid.x > 0x7fffffffu || c.grid.y > 65535 ||
+        c.grid.z > 65535 || c.smem > room) {
+        last_error = cudaErrorInvalidConfiguration;
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < blocks; i++) {
+        uint3 block = {(unsigned)(i % c.grid.x), (unsigned)(i / c.grid.x % c.grid.y),
+                       (unsigned)(i / c.grid.x / c.grid.y)};
+        run_block(c, block, body);
+    }
+}
+
+} // namespace emu
+
+// ---- the runtime: one device, whose memory is the host's and whose streams finish at once ----------------
+extern "C" {
+cudaError_t cudaGetLastError() {
+    cudaError_t e = emu::last_error;
+    emu::last_error = cudaSuccess;
+    return e;
+}
+cudaError_t cudaPeekAtLastError() {
+    return emu::last_error;
+}
+const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaSuccess                     ? "no error"
+           : e == cudaErrorMemoryAllocation     ? "out of memory"
+           : e == cudaErrorInvalidValue         ? "invalid argument"
+           : e == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+                                                : "an error of the emulator";
+}
+const char *cudaGetErrorName(cudaError_t e) {
+    return cudaGetErrorString(e);
+}
+cudaError_t cudaMalloc(void **p, size_t bytes) {
+    if (posix_memalign(p, 256, bytes ? bytes : 1)) return emu::last_error = cudaErrorMemoryAllocation;
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) {
+    return cudaMalloc(p, bytes);
+}
+cudaError_t cudaMallocHost(void **p, size_t bytes) {
+    return cudaMalloc(p, bytes);
+}
+cudaError_t cudaFreeHost(void *p) {
+    return cudaFree(p);
+}
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+cudaError_t cudaMemset(void *p, int x, size_t bytes) {
+    memset(p, x, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *p, int x, size_t bytes, cudaStream_t) {
+    return cudaMemset(p, x, bytes);
+}
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    *free_bytes = *total = (size_t)8 << 30;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "emulator");
+    p->major = 9;
+    p->multiProcessorCount = 4;
+    p->totalGlobalMem = (size_t)8 << 30;
+    p->l2CacheSize = 1 << 20;
+    p->sharedMemPerBlockOptin = emu::MAX_SMEM;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *p, const void *) {
+    memset(p, 0, sizeof *p);
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = 9;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = 0;
+        return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+        *value = 4;
+        return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = emu::MAX_SMEM;
+        return cudaSuccess;
+    default:
+        return emu::last_error = cudaErrorInvalidValue;
+    }
+}
+cudaError_t cudaStreamCreate(cudaStream_t *s) {
+    *s = (cudaStream_t)malloc(1);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
+    return cudaStreamCreate(s);
+}
+cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    free(s);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *e) {
+    *e = (cudaEvent_t)calloc(1, sizeof(struct timespec));
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    return cudaEventCreate(e);
+}
+cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    free(e);
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
+    clock_gettime(CLOCK_MONOTONIC, (struct timespec *)e);
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
+    const struct timespec *x = (const struct timespec *)a, *y = (const struct timespec *)b;
+    *ms = (float)((double)(y->tv_sec - x->tv_sec) * 1e3 + (double)(y->tv_nsec - x->tv_nsec) * 1e-6);
+    return cudaSuccess;
+}
+}
