@@ -14,6 +14,7 @@ HAS_OPENMP := $(call try,-fopenmp,int omp_get_max_threads(void); int main(void){
 HAS_NATIVE := $(call try,-march=native,int main(void){return 0;})
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 
+# GPU= (none) makes a machine with a GPU behave like one without. PRECISION is of the GPU trainer's weights.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 
 # No -ffast-math: it would defeat the checks for NaN. -fno-math-errno only lets sqrt be one instruction.
@@ -28,15 +29,19 @@ LDLIBS := -lm
 HEADERS := $(wildcard fsa/*.h llmc/*.h dev/test/*.h) train_gpt_nsa.h
 REFERENCE := $(BUILD)/config.o $(BUILD)/reference_f32.o $(BUILD)/reference_f64.o
 CPU := $(if $(filter 1,$(SAN)),$(BUILD)/train_gpt_nsa_cpu,train_gpt_nsa_cpu)
+PRECISION := bf16
+FLOATX := $(if $(filter fp16,$(PRECISION)),-DENABLE_FP16,$(if $(filter fp32,$(PRECISION)),-DENABLE_FP32,$(if $(filter bf16,$(PRECISION)),,$(error PRECISION=$(PRECISION): must be bf16, fp16 or fp32))))
+GPU_TRAINER := train_gpt_nsa$(if $(FLOATX),_$(PRECISION))
 MAKERS := $(BUILD)/recall $(BUILD)/text
 KERNELS := $(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu))
 TESTS := $(addprefix $(BUILD)/,test_reference test_golden test_model test_model_golden test_data test_run)
 
 .PHONY: all train test bench cuda sanitize clean help data faults
-all: $(CPU) $(MAKERS)
+all: $(CPU) $(MAKERS) $(if $(and $(NVCC),$(GPU)),$(GPU_TRAINER))
 
 help:
-	@echo "make train     build, make the recall data, train on it; ARGS='-flag value ...' adds flags"
+	@echo "make train     build, make the recall data, train on it; ARGS='-flag value ...' adds flags,"
+	@echo "               GPU= trains on the CPU, PRECISION=fp16 or fp32 builds the GPU trainer for these"
 	@echo "make test      build and run all tests; SAN=1: with address and undefined-behaviour sanitizers"
 	@echo "make bench     time the kernels of this machine"
 	@echo "make cuda      compile all CUDA code for all architectures (needs nvcc, no GPU)"
@@ -64,21 +69,32 @@ $(BUILD)/bench_reference: dev/bench_reference.c $(REFERENCE) $(HEADERS)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null)
 
 # ---- train -------------------------------------------------------------------------------------
-# The default task: recall of what was told up to 256 tokens ago. A second run goes on from the newest
-# checkpoint; once all steps are done it says so and shows what was reached.
-RECALL := -e recall -i 'data/recall/recall_train_*.bin' -j 'data/recall/recall_val_*.bin' -o log/recall -y 1 \
-          -b 2 -x 1200 -l 2e-3 -u 150 -q 0 -beta2 0.98 -v 300 -m 0 -n 300 -s 600 -g 16 -prompt "Remember Mara : lamp . Remember Ruth : key . Recall Mara :"
+# The default task: recall of what was told long ago, up to 256 tokens on the CPU, 1,024 on a GPU. A second run
+# goes on from the newest checkpoint; once all steps are done it says so and shows what was reached.
+PROMPT := "Remember Mara : lamp . Remember Ruth : key . Recall Mara :"
+ifneq ($(and $(NVCC),$(GPU)),)
+TRAINER := $(GPU_TRAINER)
+TASK := recall1k
+TASK_DATA := -t 1024 -n 24000
+TASK_FLAGS := -e recall-1k -b 16 -x 1500 -l 1e-3 -u 150 -q 0 -beta2 0.98 -v 500 -m 0 -n 500 -s 500 -g 16
+else
+TRAINER := $(CPU)
+TASK := recall
+TASK_FLAGS := -e recall -b 2 -x 1200 -l 2e-3 -u 150 -q 0 -beta2 0.98 -v 300 -m 0 -n 300 -s 600 -g 16
+endif
+RECALL := -i 'data/$(TASK)/recall_train_*.bin' -j 'data/$(TASK)/recall_val_*.bin' -o log/$(TASK) -y 1 -prompt $(PROMPT)
 
 data: $(MAKERS)
-	@$(BUILD)/recall -o data/recall
+	@$(BUILD)/recall -o data/$(TASK) $(TASK_DATA)
 
-train: $(CPU) data
-	@./$(CPU) $(RECALL) $(ARGS)
+train: $(TRAINER) data
+	@$(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make train would use the GPU"))
+	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
 	@echo
 	@echo "Next:"
-	@echo "  sample:             ./$(CPU) -e \$$(ls log/recall/ckpt_*.bin | tail -1) -sample 1 -temp 0 -g 24 -prompt 'Remember Mara : lamp . Remember Ruth : key . Recall Mara :'"
-	@echo "  go on training:     make train ARGS='-x 1800'"
-	@echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(CPU) -e tiny -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
+	@echo "  sample:             ./$(TRAINER) -e \$$(ls log/$(TASK)/ckpt_*.bin | tail -1) -sample 1 -temp 0 -g 24 -prompt 'Remember Mara : lamp . Remember Ruth : key . Recall Mara :'"
+	@echo "  go on training:     make train ARGS='-x 2000'"
+	@echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(TRAINER) -e $(if $(filter recall,$(TASK)),tiny,shakespeare) -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
 
 # ---- test --------------------------------------------------------------------------------------
 $(BUILD)/test_reference $(BUILD)/test_golden: $(BUILD)/test_%: dev/test/test_%.c $(REFERENCE) $(HEADERS)
@@ -92,8 +108,10 @@ $(BUILD)/test_data: dev/test/test_data.c data/recall.c data/text.c $(HEADERS) | 
 $(BUILD)/test_run: dev/test/test_run.c $(BUILD)/config.o $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
 
-# With a GPU: the library, and every kernel's own check, against the C reference.
-GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_fsa $(filter-out build/core,$(KERNELS)))
+# With a GPU: the library, and every kernel's own check, against the C reference; the trainer's model against
+# the C trainer's, in its three precisions.
+GPU_MODEL_TESTS := $(addprefix build/test_gpt_nsa_,bf16 fp16 fp32)
+GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa $(filter-out build/core,$(KERNELS)) $(GPU_MODEL_TESTS))
 test: $(TESTS) $(CPU) $(MAKERS) $(GPU_TESTS)
 	@CPU=./$(CPU) BUILD=$(BUILD) bash dev/test/run.sh $(TESTS) $(foreach t,$(GPU_TESTS),"$(t) check")
 
@@ -111,7 +129,10 @@ GENCODE := -gencode arch=compute_$(GPU),code=sm_$(GPU)
 else
 GENCODE := $(foreach a,80 90,-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
 endif
-NVCCFLAGS := -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
+# Hopper's own instructions exist for it alone.
+SM90A := -gencode arch=compute_90a,code=sm_90a
+build/fsa/%_sm90.o build/test_ptx: GENCODE = $(SM90A)
+NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
 FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(wildcard fsa/*.cu)) build/fsa/config.o
 CUDA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh dev/cuda/*.h dev/test/test.h)
 
@@ -128,15 +149,26 @@ libfsa.so: $(FSA)
 # A program includes the library's kernel that it times or links it; either way it is the library's own.
 $(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(wildcard fsa/*.cu) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
-build/test_fsa: dev/test/test_fsa.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
+build/test_ptx build/test_fsa: build/%: dev/test/%.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 
-cuda: libfsa.a libfsa.so $(KERNELS) build/test_fsa
+cuda: libfsa.a libfsa.so $(KERNELS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS)
 
 # compute-sanitizer over the library's test at few shapes; needs a GPU.
 sanitize: build/test_fsa
 	for tool in memcheck racecheck initcheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa shapes=2 || exit 1; done
+
+# ---- the GPU trainer and its test --------------------------------------------------------------
+TRAINER_HEADERS := $(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
+TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp)
+TRAINER_LIBS := libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp)
+$(GPU_TRAINER): train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS)
+	$(NVCC) $(TRAINER_FLAGS) $(FLOATX) $< $(TRAINER_LIBS) -o $@
+$(BUILD)/train_gpt_nsa_f32.o: train_gpt_nsa.c $(HEADERS) | $(BUILD)
+	$(CC) $(CFLAGS_ALL) -DGPT_NO_MAIN -c $< -o $@
+build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/test_gpt_nsa_%: test_gpt_nsa.cu train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o
+	$(NVCC) $(TRAINER_FLAGS) $(if $(filter fp%,$*),-DENABLE_$(subst f,F,$(subst p,P,$*))) $< $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(TRAINER_LIBS) -o $@
 
 # ---- the emulator ------------------------------------------------------------------------------
 # Without a GPU, dev/emulator runs the kernels on the CPU, for the tests alone: CUDA sources translated to C++
@@ -145,11 +177,11 @@ EMU := build/emulator
 CUDA_INCLUDE := $(firstword $(wildcard $(if $(NVCC),$(dir $(realpath $(NVCC)))../include/cuda_runtime.h) /usr/local/cuda/include/cuda_runtime.h))
 EMUFLAGS := -std=gnu++17 -O3 -w $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
 EMU_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
-EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(BUILD)/config.o $(BUILD)/reference_f32.o
+EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(BUILD)/config.o $(BUILD)/reference_f32.o
 
-$(EMU)/%: % dev/emulator/translate.sh dev/emulator/ptx.cuh
+$(EMU)/%: % dev/emulator/translate.sh $(wildcard dev/emulator/*.cuh)
 	@dev/emulator/translate.sh $< $@
-$(EMU)/emulator.o: dev/emulator/emulator.cpp dev/emulator/emulator.h dev/emulator/ptx.cuh
+$(EMU)/emulator.o $(EMU)/cublaslt.o: $(EMU)/%.o: dev/emulator/%.cpp dev/emulator/emulator.h $(wildcard dev/emulator/*.cuh)
 	@mkdir -p $(EMU)
 	$(CXX) $(EMUFLAGS) -c $< -o $@
 $(EMU)/%.o: $(EMU)/%.cu $(EMU_HEADERS) dev/emulator/emulator.h
@@ -157,8 +189,10 @@ $(EMU)/%.o: $(EMU)/%.cu $(EMU_HEADERS) dev/emulator/emulator.h
 $(EMU)/fsa.a: $(EMU_FSA)
 	rm -f $@ && ar rcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
-	$(CXX) -fopenmp $^ -o $@
+	$(CXX) -fopenmp $(filter %.o,$^) $(filter %.a,$^) -o $@
+$(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu
+$(EMU)/test_gpt_nsa.out: $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%
 
 clean:
-	rm -rf build train_gpt_nsa_cpu libfsa.a libfsa.so
+	rm -rf build train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so

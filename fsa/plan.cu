@@ -1,5 +1,7 @@
 // plan.cu: prefix sums over the segments and sequences of a batch.
 #include "plan.cuh"
+#include <stdlib.h>
+#include <string.h>
 
 // One block: thread t sums a contiguous share of the entries, the shares are summed by one thread,
 // and each thread writes its share's prefix. Reads and writes a few words a sequence; latency binds.
@@ -49,4 +51,14 @@ int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_
     p->cu_blocks = p->cu_windows + num_seqs + 1;
     plan_kernel<<<1, 256, 0, stream>>>(*p, c->cmp_len, c->cmp_stride, c->block);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+}
+
+bool fsa_hopper() {
+    static const char *portable = getenv("FSA_PORTABLE");
+    if (portable && strcmp(portable, "0") != 0) return false;
+    int device = 0, major = 0, minor = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+           major == 9 && minor == 0;
 }

@@ -28,6 +28,10 @@ static inline int64_t fsa_max_blocks(const FsaConfig *c, const FsaPlan *p) {
     return p->n / c->block + p->num_seqs;
 }
 
+// Whether the current device runs the kernels of the *_sm90.cu files: compute capability 9.0. With
+// FSA_PORTABLE=1 in the environment no device does, and the portable kernels run everywhere.
+bool fsa_hopper();
+
 // Bytes of the four arrays for at most so many sequences and segments.
 static inline size_t fsa_plan_bytes(int64_t num_seqs, int64_t num_segments) {
     return (size_t)(2 * (num_segments + 1) + 2 * (num_seqs + 1)) * sizeof(int64_t);

@@ -1,6 +1,7 @@
 // emulator.cpp: fibers, their scheduler, and the CUDA runtime calls that the project makes. See emulator.h.
 #include "emulator.h"
-#include "ptx.cuh"
+#include "ptx_sm90.cuh"
+#include <deque>
 #include <map>
 #include <mutex>
 #include <stdarg.h>
@@ -116,6 +117,27 @@ struct Thread {
     Thread *next; // of the block's threads that are not done; NULL: the scheduler
     const char *waits_for;
     AsyncCopies copies;
+    int64_t wgmma_issued;               // operations of its warpgroup that it took part in
+    std::vector<int64_t> wgmma_commits; // how many of them each batch ended with
+};
+// An operation of a warpgroup, and how many of its threads have handed in their parts.
+struct WgmmaOp {
+    WgmmaShape shape;
+    int parts;
+    bool now, done;
+    WgmmaPart part[128];
+};
+struct Warpgroup {
+    int64_t first; // number of ops[0]
+    std::deque<WgmmaOp> ops;
+};
+// A copy into shared memory under way.
+struct BulkCopy {
+    uint32_t to, barrier;
+    const TensorMap *map; // NULL: plain
+    const void *from;
+    int64_t at[4];
+    int bytes;
 };
 // What one CPU thread needs to run a block.
 struct Worker {
@@ -124,6 +146,9 @@ struct Worker {
     Thread threads[MAX_THREADS];
     Warp warps[MAX_THREADS / 32];
     Barrier barriers[BARRIERS];
+    Warpgroup warpgroups[MAX_THREADS / 128];
+    std::vector<BulkCopy> bulk_copies;
+    uint64_t coin;
     int count, left;
     uint64_t events;
     const std::function<void()> *body;
@@ -137,7 +162,10 @@ static Worker *this_worker() {
     if (!worker) {
         worker = (Worker *)aligned_alloc(1024, (sizeof(Worker) + 1023) / 1024 * 1024);
         memset((void *)worker, 0, sizeof *worker);
-        for (Thread &t : worker->threads) new (&t.copies) AsyncCopies();
+        for (Thread &t : worker->threads)
+            new (&t.copies) AsyncCopies(), new (&t.wgmma_commits) std::vector<int64_t>();
+        for (Warpgroup &g : worker->warpgroups) new (&g.ops) std::deque<WgmmaOp>();
+        new (&worker->bulk_copies) std::vector<BulkCopy>();
         worker->stacks = (char *)mmap(NULL, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (worker->stacks == MAP_FAILED) fail("no memory for stacks");
@@ -267,8 +295,12 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
         t->next = i + 1 < w->count ? t + 1 : NULL;
         t->copies.list.clear();
         t->copies.group = 0;
+        t->wgmma_issued = 0;
+        t->wgmma_commits.clear();
         t->sp = new_stack(w->stacks + (size_t)i * STACK, thread_main);
     }
+    for (Warpgroup &g : w->warpgroups) g.first = 0, g.ops.clear();
+    w->bulk_copies.clear();
     for (int i = w->count; i % 32; i++) w->warps[i / 32].exited |= 1u << i % 32;
     Thread *first = &w->threads[0];
     while (w->left) {
@@ -284,7 +316,177 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
             }
         }
     }
+    for (Warpgroup &g : w->warpgroups) {
+        for (WgmmaOp &op : g.ops) {
+            if (!op.done) fail("a block ends with wgmma under way");
+        }
+    }
+    if (w->bulk_copies.size()) fail("a block ends with bulk copies under way");
     self = NULL;
+}
+
+// ---- wgmma ------------------------------------------------------------------------------------------
+bool toss() {
+    return (worker->coin = worker->coin * 6364136223846793005ull + 1442695040888963407ull) >> 63;
+}
+
+// Element (row, column) of a K-major matrix in panels of 64 columns, or of a transposed one; `at` is the
+// matrix's start, which lies within a panel's first row where 16 columns steps were added to it.
+static const uint16_t *element(uint32_t at, int64_t offset) {
+    uint32_t address = at + (uint32_t)offset;
+    address ^= (address >> 7 & 7) << 4;
+    if (address >= MAX_SMEM) fail("wgmma reads shared memory at %u", address);
+    return (const uint16_t *)from_shared(address);
+}
+
+static void wgmma_run(const WgmmaOp &op) {
+    const WgmmaShape &s = op.shape;
+    static thread_local float a[64][16], b[16][128], c[64][128];
+    auto number = [&](uint16_t bits) {
+        return s.is_half ? half_to_float<__half>(bits) : half_to_float<__nv_bfloat16>(bits);
+    };
+    for (uint64_t d : {s.a, s.b}) {
+        if (s.a_in_registers && d == s.a) continue;
+        if (d >> 62 != 1 || (d >> 32 & 0x3fff) != 64)
+            fail("wgmma: a matrix descriptor %llx", (unsigned long long)d);
+    }
+    uint32_t at_a = (uint32_t)(s.a & 0x3fff) << 4, at_b = (uint32_t)(s.b & 0x3fff) << 4;
+    int64_t panel = (int64_t)(s.b >> 16 & 0x3fff) << 4;
+    for (int row = 0; row < 64; row++) {
+        for (int k = 0; k < 16; k++) {
+            if (s.a_in_registers) {
+                const WgmmaPart &p = op.part[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
+                a[row][k] = number((uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16));
+            } else {
+                a[row][k] = number(*element(at_a, row * 128 + k * 2));
+            }
+        }
+    }
+    for (int k = 0; k < 16; k++) {
+        for (int n = 0; n < s.n; n++) {
+            b[k][n] = number(s.trans_b ? *element(at_b, n / 64 * panel + k * 128 + n % 64 * 2)
+                                       : *element(at_b, n * 128 + k * 2));
+        }
+    }
+    for (int row = 0; row < 64; row++) {
+        for (int n = 0; n < s.n; n++) c[row][n] = 0;
+        for (int k = 0; k < 16; k++) {
+            for (int n = 0; n < s.n; n++) c[row][n] += a[row][k] * b[k][n];
+        }
+    }
+    for (int t = 0; t < 128; t++) {
+        for (int j = 0; j < s.n / 8; j++) {
+            for (int i = 0; i < 4; i++) {
+                float x = c[t / 32 * 16 + t % 32 / 4 + i / 2 * 8][j * 8 + t % 4 * 2 + i % 2];
+                float *d = op.part[t].d + j * 4 + i;
+                *d = s.add ? *d + x : x;
+            }
+        }
+    }
+}
+
+static Warpgroup *warpgroup() {
+    return &worker->warpgroups[(self - worker->threads) / 128];
+}
+
+void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part) {
+    Warpgroup *g = warpgroup();
+    int64_t number = self->wgmma_issued++;
+    if (number == g->first + (int64_t)g->ops.size()) g->ops.push_back({shape, 0, toss(), false, {}});
+    WgmmaOp &op = g->ops[(size_t)(number - g->first)];
+    if (op.shape.n != shape.n || op.shape.b != shape.b || op.shape.a != shape.a ||
+        op.shape.add != shape.add || op.shape.trans_b != shape.trans_b ||
+        op.shape.a_in_registers != shape.a_in_registers)
+        fail("wgmma: the threads of a warpgroup disagree");
+    op.part[(self - worker->threads) % 128] = part;
+    op.parts++;
+    progress();
+    // In order: an operation adds to what the one before it left.
+    for (WgmmaOp &o : g->ops) {
+        if (o.parts < 128 || (!o.done && !o.now)) break;
+        if (!o.done) wgmma_run(o), o.done = true;
+    }
+}
+void wgmma_group() {
+    self->wgmma_commits.push_back(self->wgmma_issued);
+}
+void wgmma_finish(int left) {
+    Warpgroup *g = warpgroup();
+    int64_t groups = (int64_t)self->wgmma_commits.size() - left;
+    int64_t until = groups > 0 ? self->wgmma_commits[(size_t)groups - 1] : 0;
+    self->waits_for = "wgmma";
+    for (int64_t i = g->first; i < until;) {
+        if (i < g->first) {
+            i = g->first;
+            continue;
+        }
+        WgmmaOp &op = g->ops[(size_t)(i - g->first)];
+        if (op.parts < 128) {
+            yield();
+            continue;
+        }
+        if (!op.done) wgmma_run(op), op.done = true, progress();
+        i++;
+    }
+    // Forget what everybody has behind them.
+    int64_t base = (self - worker->threads) / 128 * 128, least = INT64_MAX;
+    for (int64_t t = base; t < base + 128 && t < worker->count; t++) {
+        if (worker->threads[t].wgmma_issued < least) least = worker->threads[t].wgmma_issued;
+    }
+    while (g->first < least && g->ops.front().done) g->ops.pop_front(), g->first++;
+}
+
+// ---- copies in the background -------------------------------------------------------------------------
+static void copy_now(const BulkCopy &c) {
+    if (!c.map) {
+        memcpy(from_shared(c.to), c.from, (size_t)c.bytes);
+    } else {
+        const TensorMap &m = *c.map;
+        int row = m.box[0] * m.element, bytes = 0;
+        for (int w = 0; w < m.box[3]; w++) {
+            for (int z = 0; z < m.box[2]; z++) {
+                for (int y = 0; y < m.box[1]; y++) {
+                    for (int x = 0; x < row; x += 2, bytes += 2) {
+                        int64_t at[4] = {c.at[0] + x / m.element, c.at[1] + y, c.at[2] + z, c.at[3] + w},
+                                from = x % m.element;
+                        bool inside = true;
+                        for (int i = 0; i < 4; i++) {
+                            inside = inside && at[i] >= 0 && at[i] < m.size[i];
+                            from += at[i] * m.stride[i];
+                        }
+                        uint32_t to = c.to + (uint32_t)bytes;
+                        if (m.swizzled) to ^= (to >> 7 & 7) << 4;
+                        *(uint16_t *)from_shared(to) =
+                            inside ? *(const uint16_t *)(m.base + from) : (uint16_t)0;
+                    }
+                }
+            }
+        }
+    }
+    mbarrier_bytes(c.barrier, c.bytes);
+    progress();
+}
+void copies_finish() {
+    std::vector<BulkCopy> list;
+    list.swap(worker->bulk_copies);
+    for (size_t i = list.size(); i-- > 0;) copy_now(list[i]); // in no particular order: from the last
+}
+static void issue(const BulkCopy &c) {
+    if (toss())
+        copy_now(c);
+    else
+        worker->bulk_copies.push_back(c);
+}
+void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier) {
+    if (!map->valid || map->rank != rank) fail("TMA: no map of a tensor of %d dimensions", rank);
+    if (to % (map->swizzled ? 1024 : 128)) fail("TMA: the box at %u is not aligned", to);
+    BulkCopy c = {to, barrier, map, NULL, {at[0], at[1], at[2], at[3]}, 0};
+    c.bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element;
+    issue(c);
+}
+void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    if (to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
+    issue({to, barrier, NULL, from, {}, bytes});
 }
 
 // ---- launches -------------------------------------------------------------------------------------
@@ -432,6 +634,37 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     default:
         return emu::last_error = cudaErrorInvalidValue;
     }
+}
+static CUresult tensor_map(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *base,
+                           const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box,
+                           const cuuint32_t *element_stride, CUtensorMapInterleave,
+                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    emu::TensorMap m = {};
+    m.base = (char *)base;
+    m.rank = (int16_t)rank;
+    m.element = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    m.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+    if (rank < 1 || rank > 4 || (uintptr_t)base % 16 || (m.swizzled && box[0] * (unsigned)m.element > 128))
+        return CUDA_ERROR_INVALID_VALUE;
+    for (int i = 0; i < 4; i++) {
+        bool there = i < (int)rank;
+        m.size[i] = there ? (int64_t)size[i] : 1;
+        m.stride[i] = !there ? 0 : i == 0 ? m.element : (int64_t)stride[i - 1];
+        m.box[i] = there ? (int)box[i] : 1;
+        if (m.size[i] < 1 || m.size[i] > (int64_t)1 << 32 || m.box[i] < 1 || m.box[i] > 256 ||
+            (there && i > 0 && m.stride[i] % 16) || (there && element_stride[i] != 1))
+            return CUDA_ERROR_INVALID_VALUE;
+    }
+    m.valid = 1;
+    memcpy((void *)map, &m, sizeof m);
+    return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult *result) {
+    bool known = strcmp(name, "cuTensorMapEncodeTiled") == 0;
+    *function = known ? (void *)tensor_map : NULL;
+    if (result) *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t *s) {
     *s = (cudaStream_t)malloc(1);

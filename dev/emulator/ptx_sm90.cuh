@@ -1,0 +1,136 @@
+// ptx_sm90.cuh: fsa/ptx_sm90.cuh's instructions in C++, for the emulator. Work in the background (wgmma, TMA)
+// is done at once or as late as the program allows, by the toss of a coin, so that a missing wait and a
+// buffer that is overwritten too early both show.
+#ifndef FSA_PTX_SM90_CUH
+#define FSA_PTX_SM90_CUH
+#include "ptx.cuh"
+#include <cuda.h>
+
+namespace emu {
+
+bool toss(); // whether work in the background is done now
+
+// ---- wgmma: threads hand in their parts of an operation; it is done once all 128 have.
+struct WgmmaPart {
+    float *d;
+    uint32_t a[4];
+};
+struct WgmmaShape {
+    int n, trans_b, add, a_in_registers, is_half;
+    uint64_t a, b;
+};
+void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part);
+void wgmma_group();
+void wgmma_finish(int left);
+
+// ---- mbarrier
+struct Mbarrier {
+    uint64_t phase : 1, count : 20, pending : 20;
+    int64_t bytes : 23;
+};
+inline Mbarrier *mbarrier_at(uint32_t address) {
+    if (address % 8) fail("mbarrier at %u is not aligned to 8 bytes", address);
+    return (Mbarrier *)from_shared(address);
+}
+inline void mbarrier_check(Mbarrier *b) {
+    if (b->pending || b->bytes) return;
+    b->phase ^= 1;
+    b->pending = b->count;
+    progress();
+}
+inline void mbarrier_count(uint32_t address, int expect) {
+    Mbarrier *b = mbarrier_at(address);
+    if (b->pending == 0) fail("mbarrier: more arrivals than it was made for (%d)", (int)b->count);
+    b->bytes += expect;
+    b->pending--;
+    progress();
+    mbarrier_check(b);
+}
+inline void mbarrier_bytes(uint32_t address, int bytes) {
+    Mbarrier *b = mbarrier_at(address);
+    b->bytes -= bytes;
+    mbarrier_check(b);
+}
+
+// ---- TMA: what cuTensorMapEncodeTiled was told
+struct TensorMap {
+    char *base;
+    int64_t size[4], stride[4]; // bytes
+    int box[4];
+    int16_t rank, element, swizzled, valid;
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "fits");
+void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier);
+void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier);
+void copies_finish(); // those under way
+
+} // namespace emu
+
+inline uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
+    return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+    emu::wgmma_group();
+}
+template <int left> inline void wgmma_wait() {
+    emu::wgmma_finish(left);
+}
+template <int N> inline void wgmma_pin(float (&)[N][4]) {}
+template <typename T, int trans_b = 0, int N8>
+inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
+    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
+    emu::wgmma_issue({N8 * 8, trans_b, add, 0, std::is_same<T, __half>::value, a, b}, {&d[0][0], {}});
+}
+template <typename T, int trans_b = 0, int N8>
+inline void wgmma_rs(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {
+    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
+    emu::wgmma_issue({N8 * 8, trans_b, add, 1, std::is_same<T, __half>::value, 0, b},
+                     {&d[0][0], {a[0], a[1], a[2], a[3]}});
+}
+
+inline void mbarrier_init(uint32_t barrier, int count) {
+    *emu::mbarrier_at(barrier) = {0, (uint64_t)count, (uint64_t)count, 0};
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive(uint32_t barrier) {
+    emu::mbarrier_count(barrier, 0);
+}
+inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+    emu::mbarrier_count(barrier, bytes);
+}
+inline void cp_async_arrive(uint32_t barrier) {
+    cp_async_commit();
+    cp_async_wait<0>();
+    emu::mbarrier_count(barrier, 0);
+}
+inline void mbarrier_wait(uint32_t barrier, int parity) {
+    while ((int)emu::mbarrier_at(barrier)->phase == parity) {
+        emu::copies_finish();
+        if ((int)emu::mbarrier_at(barrier)->phase == parity) emu::yield();
+    }
+}
+
+inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+    int64_t at[4] = {x, y, z, 0};
+    emu::tma_issue(to, (const emu::TensorMap *)map, at, 3, barrier);
+}
+inline void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w, uint32_t barrier) {
+    int64_t at[4] = {x, y, z, w};
+    emu::tma_issue(to, (const emu::TensorMap *)map, at, 4, barrier);
+}
+inline void tma_prefetch_map(const CUtensorMap *) {}
+inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+    emu::bulk_issue(to, from, bytes, barrier);
+}
+inline void fence_proxy_async() {}
+inline void named_barrier_sync(int id, int threads) {
+    emu::barrier_sync(id, threads);
+}
+inline void named_barrier_arrive(int id, int threads) {
+    emu::barrier_arrive(id, threads);
+}
+template <int count> inline void registers_down_to() {}
+template <int count> inline void registers_up_to() {}
+#endif

@@ -1,0 +1,156 @@
+// test_ptx.cu: the instructions of fsa/ptx.cuh and fsa/ptx_sm90.cuh against plain loops, on a GPU of compute
+// capability 9.0, and the emulator's against the same loops: what the emulator takes them to do is what the
+// GPU does.
+//   test_ptx [seed=N]
+#include "../../fsa/ptx_sm90.cuh"
+#include "../../fsa/tma.cuh"
+#include "../cuda/common.h"
+#include "test.h"
+
+// c [64, N] = a [64, K] b, by one warpgroup, K in panels of 64: every operand form of wgmma. TMA brings a
+// [64, K], and b as [N, K] or, transposed, as [K, N]; box rows past the tensor come as zeros.
+template <typename T, int N, int K, int trans_b, int in_registers>
+__global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CUtensorMap a_map,
+                                                      const __grid_constant__ CUtensorMap b_map, float *c) {
+    extern __shared__ __align__(1024) char smem[];
+    const uint32_t start = (smem_address(smem) + 1023) & ~1023u;
+    constexpr int B_ROWS = trans_b ? K : N, B_PANELS = (trans_b ? N : K) / 64;
+    const uint32_t a_at = start, b_at = a_at + 64 * K * 2, barrier = b_at + N * K * 2;
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(barrier, (64 + N) * K * 2);
+        for (int p = 0; p < K / 64; p++) tma_load_3d(a_at + p * 64 * 128, &a_map, p * 64, 0, 0, barrier);
+        for (int p = 0; p < B_PANELS; p++)
+            tma_load_4d(b_at + p * B_ROWS * 128, &b_map, p * 64, 0, 0, 0, barrier);
+    }
+    mbarrier_wait(barrier, 0);
+    float d[N / 8][4];
+    wgmma_fence();
+    for (int k = 0; k < K / 16; k++) {
+        uint64_t b = trans_b ? wgmma_matrix(b_at + k * 2048, B_ROWS * 128)
+                             : wgmma_matrix(b_at + k / 4 * B_ROWS * 128 + k % 4 * 32);
+        if (in_registers) {
+            uint32_t r[4];
+            int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + (lane & 15),
+                chunk = k % 4 * 2 + lane / 16;
+            ldmatrix_x4(r, a_at + k / 4 * 64 * 128 + row * 128 + ((chunk ^ (row & 7)) << 4));
+            wgmma_fence();
+            wgmma_rs<T, trans_b>(d, r, b, k > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+        } else {
+            wgmma_ss<T, trans_b>(d, wgmma_matrix(a_at + k / 4 * 64 * 128 + k % 4 * 32), b, k > 0);
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_pin(d);
+    for (int j = 0; j < N / 8; j++) {
+        for (int i = 0; i < 4; i++) {
+            int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 * 8,
+                col = j * 8 + threadIdx.x % 4 * 2 + i % 2;
+            c[row * N + col] = d[j][i];
+        }
+    }
+}
+
+template <typename T, int N, int K, int trans_b, int in_registers> static void test_product(Random *r) {
+    // The tensors have more columns than a row of the box, and fewer rows than the box: 61 and 5 short.
+    constexpr int A_ROWS = 61, B_ROWS = trans_b ? K : N, B_COLS = trans_b ? N : K, B_THERE = B_ROWS - 5;
+    Host<T> a(r, A_ROWS * K * 3, 1), b(r, B_THERE * B_COLS * 2, 1);
+    Buffer<T> a_(a.raw), b_(b.raw);
+    Buffer<float> c_(64 * N);
+    CUtensorMap a_map, b_map;
+    int64_t a_size[] = {K, A_ROWS, 1}, a_stride[] = {2, 3 * K * 2, 3 * K * 2 * A_ROWS};
+    int64_t b_size[] = {B_COLS, 1, B_THERE, 1},
+            b_stride[] = {2, B_COLS * 2, 2 * B_COLS * 2, 2 * B_COLS * 2 * B_THERE};
+    int a_box[] = {64, 64, 1}, b_box[] = {64, 1, B_ROWS, 1};
+    FSA_CHECK(fsa_tensor_map(&a_map, Dtype<T>::value, 3, a_.get(), a_size, a_stride, a_box));
+    FSA_CHECK(fsa_tensor_map(&b_map, Dtype<T>::value, 4, b_.get(), b_size, b_stride, b_box));
+    int smem = (64 + N) * K * 2 + 8 + 1024;
+    CUDA_CHECK(cudaFuncSetAttribute(product_kernel<T, N, K, trans_b, in_registers>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    product_kernel<T, N, K, trans_b, in_registers><<<1, 128, smem>>>(a_map, b_map, c_);
+    CUDA_CHECK(cudaGetLastError());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<float> want(64 * N, 0);
+    for (int i = 0; i < A_ROWS; i++) {
+        for (int n = 0; n < N; n++) {
+            for (int k = 0; k < K; k++) {
+                int row = trans_b ? k : n, col = trans_b ? n : k;
+                if (row < B_THERE) want[i * N + n] += a.f[i * 3 * K + k] * b.f[row * 2 * B_COLS + col];
+            }
+        }
+    }
+    double e = relative_error(c_.host(), want);
+    CHECK(e < 1e-5 && c_.guards_intact(), "%s N %d K %d trans_b %d in_registers %d: %.1e", Dtype<T>::name, N,
+          K, trans_b, in_registers, e);
+}
+
+template <typename T> static void test_products(Random *r) {
+    test_product<T, 64, 64, 0, 0>(r);
+    test_product<T, 128, 128, 0, 0>(r);
+    test_product<T, 32, 128, 0, 0>(r);
+    test_product<T, 64, 128, 1, 0>(r);
+    test_product<T, 128, 64, 1, 0>(r);
+    test_product<T, 128, 128, 1, 1>(r);
+    test_product<T, 64, 64, 0, 1>(r);
+}
+
+// A ring of two stages: one warp brings rows by plain bulk copies, the others add them up; each waits for the
+// other.
+__global__ void __launch_bounds__(160) ring_kernel(const float *rows, int count, float *sums) {
+    extern __shared__ __align__(1024) char smem[];
+    const uint32_t start = smem_address(smem), full = start + 1024, empty = full + 16;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, 128);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        float sum = 0;
+        for (int i = 0; i < count; i++) {
+            mbarrier_wait(full + 8 * (i % 2), i / 2 % 2);
+            sum += *(float *)(smem + i % 2 * 512 + threadIdx.x * 4);
+            mbarrier_arrive(empty + 8 * (i % 2));
+        }
+        sums[threadIdx.x] = sum;
+    } else if (threadIdx.x == 128) {
+        for (int i = 0; i < count; i++) {
+            if (i >= 2) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
+            mbarrier_arrive_expect(full + 8 * (i % 2), 512);
+            bulk_load(start + i % 2 * 512, rows + i * 128, 512, full + 8 * (i % 2));
+        }
+    }
+}
+
+static void test_ring(Random *r) {
+    const int count = 37;
+    std::vector<float> rows(count * 128), want(128, 0);
+    for (float &x : rows) x = (float)r->below(1000);
+    for (int i = 0; i < count * 128; i++) want[i % 128] += rows[i];
+    Buffer<float> rows_(rows), sums(128);
+    ring_kernel<<<1, 160, 1024 + 32>>>(rows_, count, sums);
+    CUDA_CHECK(cudaGetLastError());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CHECK(sums.host() == want, "sums of %d rows", count);
+}
+
+int main(int argc, char **argv) {
+    int devices = 0;
+    cudaDeviceProp p;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
+        cudaGetDeviceProperties(&p, 0) != cudaSuccess || p.major != 9) {
+        SKIP("no GPU of compute capability 9.0");
+        return test_end("test_ptx");
+    }
+    Random r(seed_from(argc, argv));
+    test_products<__nv_bfloat16>(&r);
+    test_products<__half>(&r);
+    test_ring(&r);
+    return test_end("test_ptx");
+}

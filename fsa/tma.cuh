@@ -1,0 +1,40 @@
+// tma.cuh: maps of tensors for the copy engine (TMA), made on the host and passed to kernels by value.
+#ifndef FSA_TMA_CUH
+#define FSA_TMA_CUH
+#include "fsa.h"
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+// The map of a 16-bit tensor: size[i] elements and stride[i] bytes of dimension i, the innermost first
+// (stride[0] is not read), copied in boxes of box[i]. Rows of a box are 64 elements, swizzled as ptx_sm90.cuh
+// says. Returns an FsaStatus.
+static inline int fsa_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, const void *base,
+                                 const int64_t *size, const int64_t *stride, const int *box) {
+    typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                               CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                               CUtensorMapFloatOOBfill);
+    // The driver's function, found once; the library doesn't link the driver.
+    static const Encode encode = [] {
+        void *f = NULL;
+        cudaDriverEntryPointQueryResult found;
+        bool ok = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault,
+                                                   &found) == cudaSuccess &&
+                  found == cudaDriverEntryPointSuccess;
+        return ok ? (Encode)f : (Encode)NULL;
+    }();
+    if (!encode) return FSA_ERROR_CUDA;
+    cuuint64_t sizes[4], strides[3];
+    cuuint32_t boxes[4], ones[4] = {1, 1, 1, 1};
+    for (int i = 0; i < rank; i++) {
+        sizes[i] = (cuuint64_t)(size[i] > 0 ? size[i] : 1), boxes[i] = (cuuint32_t)box[i];
+        if (i > 0) strides[i - 1] = (cuuint64_t)stride[i];
+    }
+    return encode(map, dtype == FSA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  (cuuint32_t)rank, (void *)base, sizes, strides, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
+               ? FSA_OK
+               : FSA_ERROR_CUDA;
+}
+#endif
