@@ -6,80 +6,10 @@
 // online softmax. Backward: one kernel holds 64 keys and walks over the queries that see them (dK, dV),
 // another holds 64 queries and walks over their keys (dQ). Scores are computed in both: 7 products
 // instead of 5, for which nothing is added by atomics and every sum has a fixed order.
-#include "kernels.h"
-#include "tile.cuh"
-
-// A query at position t sees key j when a*j + b <= t and t - j < width.
-struct Visible {
-    int a, b, width;
-    __device__ bool operator()(int t, int j) const { return a * j + b <= t && t - j < width; }
-    __device__ int first_key(int t) const { return t - width + 1 > 0 ? t - width + 1 : 0; }
-    __device__ int end_key(int t) const { return t < b ? 0 : (t - b) / a + 1; }
-    __device__ int first_query(int j) const { return a * j + b; }
-    __device__ int last_query(int j) const { return j < INT32_MAX - width ? j + width - 1 : INT32_MAX; }
-};
-
-static Visible visible_of(const FsaConfig *c, FsaVisibility rule) {
-    if (rule == FSA_COMPRESSED) return Visible{c->cmp_stride, c->cmp_len - 1, INT32_MAX};
-    return Visible{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX};
-}
-
-// What all three kernels read. Keys are tokens or, for the compressed rule, windows; cu_keys their prefix
-// sum.
-struct Dense {
-    FsaPlan plan;
-    const int64_t *cu_keys;
-    int64_t num_keys; // a bound
-    int q_heads, kv_heads;
-    float scale;
-    Visible visible;
-    const void *q, *k, *v;
-    void *o;
-    float *lse;
-    // Backward.
-    const void *dout;
-    const float *lse_grad, *delta;
-    float *dq, *dk, *dv;
-    int accumulate_q, accumulate_kv;
-    int splits; // dK, dV: blocks that share a key tile's heads; partial sums go to `partial` if > 1
-    float *partial;
-};
-
-static Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
-    Dense d = {};
-    d.plan = *p;
-    d.cu_keys = rule == FSA_COMPRESSED ? p->cu_windows : p->cu_seqlens;
-    d.num_keys = rule == FSA_COMPRESSED ? fsa_max_windows(c, p) : p->n;
-    d.q_heads = c->q_heads;
-    d.kv_heads = c->kv_heads;
-    d.scale = softmax_scale_of(c);
-    d.visible = visible_of(c, rule);
-    return d;
-}
+#include "dense.cuh"
 
 static bool dense_supports(const FsaConfig *c, FsaVisibility rule) {
     return (c->head_dim == 64 || c->head_dim == 128) && rule != FSA_SELECTED;
-}
-
-// fp16 loses the small probabilities of long rows to its exponent; the backward kernels keep them, times
-// 2^6, and divide their sums by it. bf16 has float's exponent.
-template <typename T> __device__ constexpr float probability_shift() {
-    return sizeof(T) == 0;
-}
-template <> __device__ constexpr float probability_shift<__nv_bfloat16>() {
-    return 0;
-}
-template <> __device__ constexpr float probability_shift<__half>() {
-    return 6;
-}
-template <typename T> __device__ constexpr float probability_unit() {
-    return sizeof(T) == 0;
-}
-template <> __device__ constexpr float probability_unit<__nv_bfloat16>() {
-    return 1;
-}
-template <> __device__ constexpr float probability_unit<__half>() {
-    return 1.0f / 64;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -256,6 +186,7 @@ int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaV
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
     Dense d = dense_of(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
+    if (fsa_hopper()) return fsa_dense_forward_sm90(c, d, dtype, stream);
     return FSA_DISPATCH(dtype, c->head_dim, launch_forward, d, stream);
 }
 
@@ -635,10 +566,6 @@ template <typename T, int D> static int launch_backward(const Dense &d, cudaStre
     int64_t k_blocks = row_tile_bound(d.num_keys, d.plan.num_seqs, 64) * d.kv_heads * d.splits;
     if (q_blocks > 0) dense_dq_kernel<T, D><<<(unsigned)q_blocks, 128, bytes_q, stream>>>(d);
     if (k_blocks > 0) dense_dkdv_kernel<T, D><<<(unsigned)k_blocks, 128, bytes_k, stream>>>(d);
-    if (d.splits > 1 && d.num_keys > 0) {
-        int64_t row_size = (int64_t)d.kv_heads * D, threads = d.num_keys * row_size / 4;
-        dense_reduce_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
-    }
     return launch_status();
 }
 
@@ -653,5 +580,12 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
     d.splits = dense_splits(c, rule);
     d.partial = (float *)workspace;
     if (d.splits > 1 && !workspace && d.num_keys > 0) return FSA_ERROR_WORKSPACE;
-    return FSA_DISPATCH(dtype, c->head_dim, launch_backward, d, stream);
+    int status = fsa_hopper() ? fsa_dense_backward_sm90(c, d, dtype, stream)
+                              : FSA_DISPATCH(dtype, c->head_dim, launch_backward, d, stream);
+    if (status) return status;
+    if (d.splits > 1 && d.num_keys > 0) {
+        int64_t row_size = (int64_t)d.kv_heads * c->head_dim, threads = d.num_keys * row_size / 4;
+        dense_reduce_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
+    }
+    return launch_status();
 }

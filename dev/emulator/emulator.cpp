@@ -134,7 +134,7 @@ struct Warpgroup {
 // A copy into shared memory under way.
 struct BulkCopy {
     uint32_t to, barrier;
-    const TensorMap *map; // NULL: plain
+    TensorMap map; // not valid: plain
     const void *from;
     int64_t at[4];
     int bytes;
@@ -358,7 +358,7 @@ static void wgmma_run(const WgmmaOp &op) {
                 const WgmmaPart &p = op.part[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
                 a[row][k] = number((uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16));
             } else {
-                a[row][k] = number(*element(at_a, row * 128 + k * 2));
+                a[row][k] = number(*element(at_a, s.trans_a ? k * 128 + row * 2 : row * 128 + k * 2));
             }
         }
     }
@@ -395,7 +395,7 @@ void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part) {
     if (number == g->first + (int64_t)g->ops.size()) g->ops.push_back({shape, 0, toss(), false, {}});
     WgmmaOp &op = g->ops[(size_t)(number - g->first)];
     if (op.shape.n != shape.n || op.shape.b != shape.b || op.shape.a != shape.a ||
-        op.shape.add != shape.add || op.shape.trans_b != shape.trans_b ||
+        op.shape.add != shape.add || op.shape.trans_a != shape.trans_a || op.shape.trans_b != shape.trans_b ||
         op.shape.a_in_registers != shape.a_in_registers)
         fail("wgmma: the threads of a warpgroup disagree");
     op.part[(self - worker->threads) % 128] = part;
@@ -438,10 +438,10 @@ void wgmma_finish(int left) {
 
 // ---- copies in the background -------------------------------------------------------------------------
 static void copy_now(const BulkCopy &c) {
-    if (!c.map) {
+    if (!c.map.valid) {
         memcpy(from_shared(c.to), c.from, (size_t)c.bytes);
     } else {
-        const TensorMap &m = *c.map;
+        const TensorMap &m = c.map;
         int row = m.box[0] * m.element, bytes = 0;
         for (int w = 0; w < m.box[3]; w++) {
             for (int z = 0; z < m.box[2]; z++) {
@@ -480,13 +480,13 @@ static void issue(const BulkCopy &c) {
 void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier) {
     if (!map->valid || map->rank != rank) fail("TMA: no map of a tensor of %d dimensions", rank);
     if (to % (map->swizzled ? 1024 : 128)) fail("TMA: the box at %u is not aligned", to);
-    BulkCopy c = {to, barrier, map, NULL, {at[0], at[1], at[2], at[3]}, 0};
+    BulkCopy c = {to, barrier, *map, NULL, {at[0], at[1], at[2], at[3]}, 0};
     c.bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element;
     issue(c);
 }
 void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
-    issue({to, barrier, NULL, from, {}, bytes});
+    issue({to, barrier, {}, from, {}, bytes});
 }
 
 // ---- launches -------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+// dense.cuh: what the dense kernels share, the portable ones of dense.cu and Hopper's of dense_sm90.cu.
+#ifndef FSA_DENSE_CUH
+#define FSA_DENSE_CUH
+#include "kernels.h"
+#include "tile.cuh"
+
+// A query at position t sees key j when a*j + b <= t and t - j < width.
+struct Visible {
+    int a, b, width;
+    __device__ bool operator()(int t, int j) const { return a * j + b <= t && t - j < width; }
+    __device__ int first_key(int t) const { return t - width + 1 > 0 ? t - width + 1 : 0; }
+    __device__ int end_key(int t) const { return t < b ? 0 : (t - b) / a + 1; }
+    __device__ int first_query(int j) const { return a * j + b; }
+    __device__ int last_query(int j) const { return j < INT32_MAX - width ? j + width - 1 : INT32_MAX; }
+};
+
+static inline Visible visible_of(const FsaConfig *c, FsaVisibility rule) {
+    if (rule == FSA_COMPRESSED) return Visible{c->cmp_stride, c->cmp_len - 1, INT32_MAX};
+    return Visible{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX};
+}
+
+// What all three kernels read. Keys are tokens or, for the compressed rule, windows; cu_keys their prefix
+// sum.
+struct Dense {
+    FsaPlan plan;
+    const int64_t *cu_keys;
+    int64_t num_keys; // a bound
+    int q_heads, kv_heads;
+    float scale;
+    Visible visible;
+    const void *q, *k, *v;
+    void *o;
+    float *lse;
+    // Backward.
+    const void *dout;
+    const float *lse_grad, *delta;
+    float *dq, *dk, *dv;
+    int accumulate_q, accumulate_kv;
+    int splits; // dK, dV: blocks that share a key tile's heads; partial sums go to `partial` if > 1
+    float *partial;
+};
+
+static inline Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
+    Dense d = {};
+    d.plan = *p;
+    d.cu_keys = rule == FSA_COMPRESSED ? p->cu_windows : p->cu_seqlens;
+    d.num_keys = rule == FSA_COMPRESSED ? fsa_max_windows(c, p) : p->n;
+    d.q_heads = c->q_heads;
+    d.kv_heads = c->kv_heads;
+    d.scale = softmax_scale_of(c);
+    d.visible = visible_of(c, rule);
+    return d;
+}
+
+// fp16 loses the small probabilities of long rows to its exponent; the backward kernels keep them, times
+// 2^6, and divide their sums by it. bf16 has float's exponent.
+template <typename T> __device__ constexpr float probability_shift() {
+    return sizeof(T) == 0;
+}
+template <> __device__ constexpr float probability_shift<__nv_bfloat16>() {
+    return 0;
+}
+template <> __device__ constexpr float probability_shift<__half>() {
+    return 6;
+}
+template <typename T> __device__ constexpr float probability_unit() {
+    return sizeof(T) == 0;
+}
+template <> __device__ constexpr float probability_unit<__nv_bfloat16>() {
+    return 1;
+}
+template <> __device__ constexpr float probability_unit<__half>() {
+    return 1.0f / 64;
+}
+
+// Hopper's kernels, behind the launchers of kernels.h. `splits` parts of the queries that see a key tile are
+// summed apart in `partial`.
+int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+#endif

@@ -1,0 +1,793 @@
+// dense_sm90.cu: the dense kernels (dense.cu) for Hopper: TMA brings tiles into a ring of stages in shared
+// memory, two warpgroups of consumers multiply with wgmma. A group's heads are packed into a tile's rows: row
+// r is head r % g of token r / g, so that g heads share each tile of K and V and the masks stay tight.
+//
+// All three kernels are persistent: a thread block takes work items, long ones first, from both ends of each
+// round in turn, so that all end together; the loads of the next item travel while this one's results are
+// written.
+#include "dense.cuh"
+#include "ptx_sm90.cuh"
+#include "tma.cuh"
+
+enum {
+    ROWS = 128,       // rows of a work item of forward and dQ, 64 a warpgroup
+    KEYS = 128,       // keys of a streamed tile; of a work item of dK and dV, 64 a warpgroup
+    STREAM_ROWS = 64, // rows of a streamed tile of dK and dV
+    KV_STAGES = 2,
+    ROW_STAGES = 3,
+    CONSUMERS = 256, // threads; a third warpgroup produces
+    THREADS = CONSUMERS + 128,
+    PRODUCER_REGISTERS = 24,
+    CONSUMER_REGISTERS = 240,
+};
+
+struct Maps {
+    CUtensorMap q, dout, k, v;
+};
+
+// ---- tiles in shared memory: D/64 panels of 64 columns ---------------------------------------------------
+// Byte offset of 16-byte chunk `chunk` of row `row` in panels of `rows` rows.
+static __device__ __forceinline__ uint32_t panel_chunk(int row, int chunk, int rows) {
+    return (uint32_t)(chunk / 8 * rows * 128 + row * 128 + ((chunk % 8 ^ row % 8) << 4));
+}
+
+// x (64 x N) = A B^T: 64 rows of A from address a on, N rows of B from address b on, both in panels of so
+// many rows.
+template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
+static __device__ __forceinline__ void product_rows(float (&x)[N8][4], uint32_t a, uint32_t b) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        wgmma_ss<T>(x, wgmma_matrix(a + k / 4 * A_ROWS * 128 + k % 4 * 32),
+                    wgmma_matrix(b + k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
+}
+// x (64 x D) = (add ? x : 0) + A B: A (64 x 16*K16) in registers, B's rows from address b on.
+template <typename T, int B_ROWS, int N8, int K16>
+static __device__ __forceinline__ void product_columns(float (&x)[N8][4], const uint32_t (&a)[K16][4],
+                                                       uint32_t b, bool add) {
+#pragma unroll
+    for (int k = 0; k < K16; k++)
+        wgmma_rs<T, 1>(x, a[k], wgmma_matrix(b + k * 2048, B_ROWS * 128), add || k > 0);
+}
+
+// ---- the ring ---------------------------------------------------------------------------------------------
+// A stage of the ring and the parity of its current round.
+template <int STAGES> struct Turn {
+    int stage = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+// A consumer warp is done with what `barrier` guards: one arrival a warp.
+static __device__ __forceinline__ void release(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
+enum { RELEASES = CONSUMERS / 32 };
+
+// The work item of a thread block's `round`.
+static __device__ __forceinline__ int64_t work_item(int64_t round) {
+    int64_t place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return round * gridDim.x + place;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Work items of forward and dQ: up to 128/g tokens of one KV head, and the keys begin..end that they see.
+struct QueryWork {
+    RowTile rows;                             // tokens
+    int kv_head, first_pos, begin, end, keys; // keys: of the whole sequence
+    int64_t key0;                             // the sequence's first
+    int tiles;
+};
+
+static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round, int64_t items,
+                                                  QueryWork *w) {
+    int64_t item = work_item(round);
+    if (item >= items) return false;
+    int g = p.q_heads / p.kv_heads;
+    w->kv_head = (int)(item % p.kv_heads);
+    w->rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g,
+                            items / p.kv_heads - 1 - item / p.kv_heads);
+    w->tiles = 0;
+    if (w->rows.rows == 0) return true;
+    FsaSegment segment = p.plan.segments[w->rows.range];
+    w->first_pos = (int)segment.pos + w->rows.first;
+    w->begin = p.visible.first_key(w->first_pos) / KEYS * KEYS;
+    w->end = p.visible.end_key(w->first_pos + w->rows.rows - 1);
+    w->key0 = p.cu_keys[segment.seq];
+    w->keys = (int)(p.cu_keys[segment.seq + 1] - w->key0);
+    w->end = min(w->end, w->keys);
+    w->tiles = w->end > w->begin ? (w->end - w->begin + KEYS - 1) / KEYS : 0;
+    return true;
+}
+
+// Barriers and tiles of forward and dQ: what stays (Q; dO too), the ring of K and V.
+template <int D, int STAY> struct QueryRing {
+    static constexpr int STAY_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+    static constexpr int BYTES = STAY * STAY_BYTES + 2 * KV_STAGES * KV_BYTES, BARRIERS = 2 + 4 * KV_STAGES;
+    uint32_t stay, k, v, stay_full, stay_empty, k_full, k_empty, v_full, v_empty;
+    __device__ __forceinline__ QueryRing(uint32_t start) {
+        stay = start, k = stay + STAY * STAY_BYTES, v = k + KV_STAGES * KV_BYTES;
+        stay_full = start + BYTES, stay_empty = stay_full + 8;
+        k_full = stay_empty + 8, k_empty = k_full + 8 * KV_STAGES;
+        v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
+    }
+    __device__ __forceinline__ void init() const {
+        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES);
+        for (int i = 0; i < KV_STAGES; i++) {
+            mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, RELEASES);
+            mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, RELEASES);
+        }
+        mbarrier_init_fence();
+    }
+    // The producer's thread: all loads of this thread block.
+    __device__ void produce(const Dense &p, const Maps &maps, int64_t items) const {
+        const int g = p.q_heads / p.kv_heads, stay_bytes = ROWS / g * g * D * 2 * STAY;
+        Turn<KV_STAGES> turn;
+        int stay_parity = 1; // a fresh barrier's phase before the first counts as over
+        QueryWork w;
+        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
+            if (w.tiles == 0) continue;
+            mbarrier_wait(stay_empty, stay_parity);
+            stay_parity ^= 1;
+            mbarrier_arrive_expect(stay_full, stay_bytes);
+            for (int i = 0; i < D / 64; i++) {
+                tma_load_3d(stay + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g, (int)w.rows.row,
+                            stay_full);
+                if (STAY == 2)
+                    tma_load_3d(stay + STAY_BYTES + i * ROWS * 128, &maps.dout, i * 64, w.kv_head * g,
+                                (int)w.rows.row, stay_full);
+            }
+            for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
+                int key = (int)w.key0 + w.begin + tile * KEYS;
+                uint32_t at = 8 * turn.stage;
+                mbarrier_wait(k_empty + at, turn.parity ^ 1);
+                mbarrier_arrive_expect(k_full + at, KV_BYTES);
+                for (int i = 0; i < D / 64; i++)
+                    tma_load_3d(k + turn.stage * KV_BYTES + i * KEYS * 128, &maps.k, i * 64, w.kv_head, key,
+                                k_full + at);
+                mbarrier_wait(v_empty + at, turn.parity ^ 1);
+                mbarrier_arrive_expect(v_full + at, KV_BYTES);
+                for (int i = 0; i < D / 64; i++)
+                    tma_load_3d(v + turn.stage * KV_BYTES + i * KEYS * 128, &maps.v, i * 64, w.kv_head, key,
+                                v_full + at);
+            }
+        }
+    }
+};
+
+// A tile that goes on past its sequence's keys: rows `from` on become zeros, since what lies there may be no
+// number, which no probability of 0 makes harmless. All consumers call it.
+template <int D> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
+    for (int i = threadIdx.x; i < (KEYS - from) * (D / 8); i += CONSUMERS)
+        *(uint4 *)(tile + panel_chunk(from + i / (D / 8), i % (D / 8), KEYS)) = make_uint4(0, 0, 0, 0);
+    fence_proxy_async();
+    named_barrier_sync(3, CONSUMERS);
+}
+
+// Rows that a thread holds of its warpgroup's 64: row[half], the token's position, and its place in q.
+struct MyRows {
+    int row[2], pos[2];
+    int64_t at[2]; // row * q_heads + head; -1: none
+    __device__ __forceinline__ MyRows(const Dense &p, const QueryWork &w, int warpgroup) {
+        const int g = p.q_heads / p.kv_heads;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
+            int token = row[i] / g;
+            pos[i] = w.first_pos + token;
+            at[i] = token < w.rows.rows ? (w.rows.row + token) * p.q_heads + w.kv_head * g + row[i] % g : -1;
+            if (row[i] >= ROWS / g * g) at[i] = -1;
+        }
+    }
+};
+
+// Scores that a row doesn't see become -inf, where a warpgroup's rows and the tile of keys j0.. meet the
+// rule's edge.
+template <int N8>
+static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8][4], const int (&pos)[2],
+                                                   int first_pos, int last_pos, int j0, int keys) {
+    if (p.visible(first_pos, j0 + N8 * 8 - 1) && j0 >= p.visible.first_key(last_pos) && j0 + N8 * 8 <= keys)
+        return;
+#pragma unroll
+    for (int n = 0; n < N8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int j = j0 + n * 8 + threadIdx.x % 4 * 2 + e % 2;
+            if (!p.visible(pos[e / 2], j) || j >= keys) s[n][e] = -INFINITY;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Forward
+//
+// A work item: o and lse of 128 rows. Each warpgroup computes S = Q K^T for one tile of keys while P V of the
+// tile before is under way, and the two warpgroups take turns at issuing their products, so that one's
+// softmax hides behind the other's products. Bytes: q and o once, K and V once for every 128 rows of a group
+// (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
+// that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
+// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+    forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    extern __shared__ __align__(1024) char shared[];
+    typedef QueryRing<D, 1> Ring;
+    const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
+    char *const tiles = shared + (start - smem_address(shared));
+    const Ring ring(start);
+    char *const staging = tiles + Ring::BYTES + 128; // o on its way out, 128 x D
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 2) {
+        registers_down_to<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS) ring.produce(p, maps, items);
+    } else {
+        registers_up_to<CONSUMER_REGISTERS>();
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
+        const float scale = p.scale * FSA_LOG2E;
+        const uint32_t my_q = ring.stay + warpgroup * 64 * 128;
+        Turn<KV_STAGES> turn;
+        int stay_parity = 0;
+        // Whose turn it is to issue products: barrier 1 + warpgroup opens when the other one has issued its
+        // own.
+        if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
+        QueryWork w;
+        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
+            if (w.rows.rows == 0) continue;
+            const MyRows mine(p, w, warpgroup);
+            const int first_pos = w.first_pos + warpgroup * 64 / g,
+                      last_pos = w.first_pos + (warpgroup * 64 + 63) / g;
+            float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+            uint32_t probabilities[KEYS / 16][4];
+            auto multiply_keys = [&]() { // S = Q K^T, the next tile's
+                mbarrier_wait(ring.k_full + 8 * turn.stage, turn.parity);
+                named_barrier_sync(1 + warpgroup, CONSUMERS);
+                wgmma_fence();
+                product_rows<T, D, ROWS, KEYS>(s, my_q, ring.k + turn.stage * Ring::KV_BYTES);
+                wgmma_commit();
+            };
+            auto multiply_values = [&](const Turn<KV_STAGES> &at, bool add) { // out (+)= P V
+                mbarrier_wait(ring.v_full + 8 * at.stage, at.parity);
+                wgmma_fence();
+                product_columns<T, KEYS>(out, probabilities, ring.v + at.stage * Ring::KV_BYTES, add);
+                wgmma_commit();
+            };
+            float shrink[2];
+            auto softmax = [&](int tile) { // S becomes exp(S - max), and the sums so far are to shrink
+                mask_scores(p, s, mine.pos, first_pos, last_pos, w.begin + tile * KEYS, w.keys);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float most = max[half];
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+                        most = fmaxf(most, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+                    most = quad_max(most);
+                    // A row that has seen nothing yet has no maximum; 0 keeps its differences defined.
+                    float base = most == -INFINITY ? 0 : most * scale, added = 0;
+                    shrink[half] = exp2_fast(max[half] * scale - base);
+                    max[half] = most;
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            float &x = s[n][half * 2 + e];
+                            x = exp2_fast(x * scale - base);
+                            added += x;
+                        }
+                    }
+                    sum[half] = sum[half] * shrink[half] + added;
+                }
+            };
+            auto pack = [&]() {
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++) result_as_a<T>(probabilities[k], s[2 * k], s[2 * k + 1]);
+            };
+
+            if (w.tiles > 0) {
+                mbarrier_wait(ring.stay_full, stay_parity);
+                stay_parity ^= 1;
+                multiply_keys();
+                named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
+                wgmma_wait<0>();
+                wgmma_pin(s);
+                release(ring.k_empty + 8 * turn.stage);
+                softmax(0);
+                pack();
+                Turn<KV_STAGES> before = turn; // the tile whose P V is still to be done
+                turn.next();
+                for (int tile = 1; tile < w.tiles; tile++, turn.next()) {
+                    multiply_keys();
+                    multiply_values(before, tile > 1);
+                    named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
+                    wgmma_wait<1>();
+                    wgmma_pin(s);
+                    release(ring.k_empty + 8 * turn.stage);
+                    softmax(tile);
+                    wgmma_wait<0>();
+                    wgmma_pin(out);
+                    release(ring.v_empty + 8 * before.stage);
+                    before = turn;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) out[n][e] *= shrink[e / 2];
+                    }
+                    pack();
+                }
+                release(ring.stay_empty);
+                int left = w.keys - (w.begin + (w.tiles - 1) * KEYS);
+                if (left < KEYS) {
+                    mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
+                    clear_rows<D>(tiles + (ring.v - start) + before.stage * Ring::KV_BYTES, left);
+                }
+                multiply_values(before, w.tiles > 1);
+                wgmma_wait<0>();
+                wgmma_pin(out);
+                release(ring.v_empty + 8 * before.stage);
+            }
+
+            // Through shared memory, so that rows are written in 16-byte pieces; each warp its own rows.
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float total = quad_sum(sum[half]), inverse = total > 0 ? 1 / total : 0;
+                if (lane % 4 == 0 && mine.at[half] >= 0)
+                    p.lse[mine.at[half]] = total > 0 ? max[half] * p.scale + logf(total) : -INFINITY;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    uint32_t x = w.tiles > 0
+                                     ? pack2<T>(out[n][half * 2] * inverse, out[n][half * 2 + 1] * inverse)
+                                     : 0;
+                    *(uint32_t *)(staging + panel_chunk(mine.row[half], n, ROWS) + lane % 4 * 4) = x;
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
+                    chunk = (i * 32 + lane) % (D / 8);
+                int token = row / g;
+                if (row >= ROWS / g * g || token >= w.rows.rows) continue;
+                int64_t at = ((w.rows.row + token) * p.q_heads + w.kv_head * g + row % g) * D + chunk * 8;
+                *(uint4 *)((T *)p.o + at) = *(uint4 *)(staging + panel_chunk(row, chunk, ROWS));
+            }
+            __syncwarp();
+        }
+        if (warpgroup == 0) named_barrier_sync(1, CONSUMERS); // the turn that nobody took
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dQ
+//
+// A work item: dq of 128 rows. S = Q K^T and dP = dO V^T for a tile of keys, dS = exp(S - lse) (dP - delta)
+// in registers, dQ += dS K; one warpgroup's exps hide behind the other's products. Bytes: q, dO, and dq in
+// fp32 once, K and V once for every 128 rows (from L2). Flops: 6*d a visible pair; they bind: causal 64K, 32
+// heads, d = 128: 53 TFLOP, 67 ms at 790.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+    dq_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    extern __shared__ __align__(1024) char shared[];
+    typedef QueryRing<D, 2> Ring;
+    const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
+    char *const tiles = shared + (start - smem_address(shared));
+    const Ring ring(start);
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 2) {
+        registers_down_to<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS) ring.produce(p, maps, items);
+    } else {
+        registers_up_to<CONSUMER_REGISTERS>();
+        const int lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
+        const float scale = p.scale * FSA_LOG2E, unit = p.scale * probability_unit<T>();
+        const uint32_t my_q = ring.stay + warpgroup * 64 * 128, my_dout = my_q + Ring::STAY_BYTES;
+        Turn<KV_STAGES> turn;
+        int stay_parity = 0;
+        QueryWork w;
+        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
+            if (w.rows.rows == 0) continue;
+            const MyRows mine(p, w, warpgroup);
+            const int first_pos = w.first_pos + warpgroup * 64 / g,
+                      last_pos = w.first_pos + (warpgroup * 64 + 63) / g;
+            float lse[2], delta[2], dq[D / 8][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x = mine.at[half] >= 0 ? p.lse_grad[mine.at[half]] : -INFINITY;
+                lse[half] =
+                    x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
+                delta[half] = mine.at[half] >= 0 ? p.delta[mine.at[half]] : 0;
+            }
+            if (w.tiles > 0) {
+                mbarrier_wait(ring.stay_full, stay_parity);
+                stay_parity ^= 1;
+            }
+            for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
+                const int j0 = w.begin + tile * KEYS;
+                const uint32_t tile_k = ring.k + turn.stage * Ring::KV_BYTES;
+                float s[KEYS / 8][4], dp[KEYS / 8][4];
+                mbarrier_wait(ring.k_full + 8 * turn.stage, turn.parity);
+                if (w.keys - j0 < KEYS) clear_rows<D>(tiles + (tile_k - start), w.keys - j0);
+                wgmma_fence();
+                product_rows<T, D, ROWS, KEYS>(s, my_q, tile_k);
+                wgmma_commit();
+                mbarrier_wait(ring.v_full + 8 * turn.stage, turn.parity);
+                if (w.keys - j0 < KEYS)
+                    clear_rows<D>(tiles + (ring.v - start) + turn.stage * Ring::KV_BYTES, w.keys - j0);
+                wgmma_fence();
+                product_rows<T, D, ROWS, KEYS>(dp, my_dout, ring.v + turn.stage * Ring::KV_BYTES);
+                wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_pin(s);
+                mask_scores(p, s, mine.pos, first_pos, last_pos, j0, w.keys);
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[n][e] = exp2_fast(s[n][e] * scale - lse[e / 2]);
+                }
+                wgmma_wait<0>();
+                wgmma_pin(dp);
+                release(ring.v_empty + 8 * turn.stage);
+                if (tile == w.tiles - 1) release(ring.stay_empty);
+                uint32_t ds[KEYS / 16][4];
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++) {
+#pragma unroll
+                    for (int n = 2 * k; n < 2 * k + 2; n++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - delta[e / 2];
+                    }
+                    result_as_a<T>(ds[k], s[2 * k], s[2 * k + 1]);
+                }
+                wgmma_fence();
+                product_columns<T, KEYS>(dq, ds, tile_k, tile > 0);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(dq);
+                release(ring.k_empty + 8 * turn.stage);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (mine.at[half] < 0) continue;
+                float *to = p.dq + mine.at[half] * D + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    float2 x = w.tiles > 0 ? make_float2(dq[n][half * 2] * unit, dq[n][half * 2 + 1] * unit)
+                                           : make_float2(0, 0);
+                    float2 *at = (float2 *)(to + n * 8);
+                    if (p.accumulate_q) {
+                        float2 old = *at;
+                        x.x += old.x, x.y += old.y;
+                    }
+                    *at = x;
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// dK and dV
+//
+// A work item: dk and dv of 128 keys of a KV head, 64 a warpgroup, over all rows that see them (or, with
+// `splits`, over a share of the tokens). Scores are computed transposed, so that P^T and dS^T are in
+// registers, at once operands of the products with dO and Q; those come in tiles of 64 rows with their lse
+// and delta. Bytes: k, v once, dk, dv once in fp32; q and dO from L2 once for every 128 keys that their
+// tokens see. Flops: 8*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 70 TFLOP, 89 ms at 790.
+// Shared memory: 96 KiB for a warpgroup and tile of rows, three quarters of the products' time.
+struct KeyWork {
+    RowTile keys;
+    int kv_head, split;
+    int64_t segment, segment_end; // those of the sequence
+    int pos_begin, pos_last;      // tokens that see some of the keys, this split's share
+};
+
+static __device__ __forceinline__ bool key_work(const Dense &p, int64_t round, int64_t items, KeyWork *w) {
+    int64_t item = work_item(round);
+    if (item >= items) return false;
+    w->split = (int)(item % p.splits);
+    w->kv_head = (int)(item / p.splits % p.kv_heads);
+    w->keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, item / p.splits / p.kv_heads);
+    if (w->keys.rows == 0) return true;
+    int64_t lo = 0, hi = p.plan.num_segments, end = hi;
+    while (lo < hi) { // the sequence's first segment
+        int64_t mid = (lo + hi) / 2;
+        if (p.plan.segments[mid].seq < w->keys.range)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    w->segment = lo;
+    for (hi = end; lo < hi;) { // and the next sequence's
+        int64_t mid = (lo + hi) / 2;
+        if (p.plan.segments[mid].seq <= w->keys.range)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    w->segment_end = lo;
+    w->pos_begin = p.visible.first_query(w->keys.first);
+    w->pos_last = p.visible.last_query(w->keys.first + w->keys.rows - 1);
+    if (p.splits > 1) {
+        int64_t n = p.plan.cu_seqlens[w->keys.range + 1] - p.plan.cu_seqlens[w->keys.range];
+        int64_t begin = w->pos_begin, tokens = n > begin ? n - begin : 0;
+        w->pos_begin = (int)(begin + tokens * w->split / p.splits);
+        w->pos_last = min(w->pos_last, (int)(begin + tokens * (w->split + 1) / p.splits) - 1);
+    }
+    return true;
+}
+
+// The tiles of tokens that a work item's keys meet, in order.
+struct TokenWalk {
+    int64_t segment, row; // and the first token's row in q
+    int pos, end;         // its position; the end of the segment's tokens that count
+    __device__ __forceinline__ TokenWalk(const KeyWork &w) : segment(w.segment - 1), row(0), pos(0), end(0) {}
+    __device__ __forceinline__ bool next(const Dense &p, const KeyWork &w, int tokens) {
+        pos += tokens, row += tokens;
+        while (pos >= end) {
+            if (++segment >= w.segment_end) return false;
+            FsaSegment s = p.plan.segments[segment];
+            int64_t first = max(s.pos, (int64_t)w.pos_begin),
+                    last = min(s.pos + s.len, (int64_t)w.pos_last + 1);
+            pos = (int)first, end = last > first ? (int)last : (int)first;
+            row = p.plan.cu_rows[segment] + first - s.pos;
+        }
+        return true;
+    }
+};
+
+template <int D> struct KeyRing {
+    static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
+    static constexpr int BYTES = 2 * STAY_BYTES + 2 * ROW_STAGES * ROW_BYTES;
+    static constexpr int STATS = 2 * STREAM_ROWS * 4; // bytes of a stage's lse and delta
+    uint32_t k, v, q, dout, stats, stay_full, stay_empty, full, empty;
+    __device__ __forceinline__ KeyRing(uint32_t start) {
+        k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + ROW_STAGES * ROW_BYTES;
+        stats = start + BYTES, stay_full = stats + ROW_STAGES * STATS, stay_empty = stay_full + 8;
+        full = stay_empty + 8, empty = full + 8 * ROW_STAGES;
+    }
+    __device__ __forceinline__ void init() const {
+        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES);
+        for (int i = 0; i < ROW_STAGES; i++)
+            mbarrier_init(full + 8 * i, 1 + 32), mbarrier_init(empty + 8 * i, RELEASES);
+        mbarrier_init_fence();
+    }
+    // One warp: lane 0 starts the copies, all lanes bring lse and delta.
+    __device__ void produce(const Dense &p, const Maps &maps, char *stats_at, int64_t items) const {
+        const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g, lane = threadIdx.x % 32;
+        Turn<ROW_STAGES> turn;
+        int stay_parity = 1;
+        KeyWork w;
+        for (int64_t round = 0; key_work(p, round, items, &w); round++) {
+            if (w.keys.rows == 0) continue;
+            mbarrier_wait(stay_empty, stay_parity);
+            stay_parity ^= 1;
+            if (lane == 0) {
+                mbarrier_arrive_expect(stay_full, 2 * STAY_BYTES);
+                for (int i = 0; i < D / 64; i++) {
+                    tma_load_3d(k + i * KEYS * 128, &maps.k, i * 64, w.kv_head, (int)w.keys.row, stay_full);
+                    tma_load_3d(v + i * KEYS * 128, &maps.v, i * 64, w.kv_head, (int)w.keys.row, stay_full);
+                }
+            }
+            TokenWalk walk(w);
+            for (; walk.next(p, w, tokens); turn.next()) {
+                mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+                if (lane == 0) {
+                    mbarrier_arrive_expect(full + 8 * turn.stage, 2 * tokens * g * D * 2);
+                    for (int i = 0; i < D / 64; i++) {
+                        uint32_t at = turn.stage * ROW_BYTES + i * STREAM_ROWS * 128;
+                        tma_load_3d(q + at, &maps.q, i * 64, w.kv_head * g, (int)walk.row,
+                                    full + 8 * turn.stage);
+                        tma_load_3d(dout + at, &maps.dout, i * 64, w.kv_head * g, (int)walk.row,
+                                    full + 8 * turn.stage);
+                    }
+                }
+                float *to = (float *)(stats_at + turn.stage * STATS);
+                for (int row = lane; row < STREAM_ROWS; row += 32) {
+                    int token = row / g;
+                    bool there = token < tokens && walk.pos + token < walk.end;
+                    int64_t at = (walk.row + token) * p.q_heads + w.kv_head * g + row % g;
+                    float x = there ? p.lse_grad[at] : -INFINITY;
+                    // Nothing seen, or no row at all: P = 0.
+                    to[row] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
+                    to[STREAM_ROWS + row] = there ? p.delta[at] : 0;
+                }
+                mbarrier_arrive(full + 8 * turn.stage);
+            }
+        }
+    }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+    dkdv_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    extern __shared__ __align__(1024) char shared[];
+    typedef KeyRing<D> Ring;
+    const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
+    char *const tiles = shared + (start - smem_address(shared));
+    const Ring ring(start);
+    if (threadIdx.x == 0) ring.init();
+    // The copies never write the last rows of a tile where g doesn't divide 64; they are zeros for good.
+    for (int i = threadIdx.x; i < 2 * ROW_STAGES * Ring::ROW_BYTES / 16; i += THREADS)
+        ((uint4 *)(tiles + 2 * Ring::STAY_BYTES))[i] = make_uint4(0, 0, 0, 0);
+    fence_proxy_async();
+    __syncthreads();
+
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == 2) {
+        registers_down_to<PRODUCER_REGISTERS>();
+        if (threadIdx.x < CONSUMERS + 32) ring.produce(p, maps, tiles + Ring::BYTES, items);
+    } else {
+        registers_up_to<CONSUMER_REGISTERS>();
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
+        const float scale = p.scale * FSA_LOG2E, shift = probability_shift<T>();
+        const float unit = probability_unit<T>(), unit_k = unit * p.scale;
+        const uint32_t my_k = ring.k + warpgroup * 64 * 128, my_v = ring.v + warpgroup * 64 * 128;
+        Turn<ROW_STAGES> turn;
+        int stay_parity = 0;
+        KeyWork w;
+        for (int64_t round = 0; key_work(p, round, items, &w); round++) {
+            if (w.keys.rows == 0) continue;
+            float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+            const int j0 = w.keys.first + warpgroup * 64;
+            mbarrier_wait(ring.stay_full, stay_parity);
+            stay_parity ^= 1;
+            TokenWalk walk(w);
+            for (; walk.next(p, w, tokens); turn.next()) {
+                const uint32_t tile_q = ring.q + turn.stage * Ring::ROW_BYTES;
+                const uint32_t tile_dout = ring.dout + turn.stage * Ring::ROW_BYTES;
+                const float *lse = (const float *)(tiles + Ring::BYTES + turn.stage * Ring::STATS);
+                const float *delta = lse + STREAM_ROWS;
+                float s[STREAM_ROWS / 8][4], dp[STREAM_ROWS / 8][4];
+                mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
+                wgmma_fence();
+                product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, tile_q);
+                wgmma_commit();
+                product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
+                wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_pin(s);
+                int last = min(walk.pos + tokens, walk.end) - 1;
+                if (!p.visible(walk.pos, j0 + 63) || j0 < p.visible.first_key(last)) {
+#pragma unroll
+                    for (int n = 0; n < STREAM_ROWS / 8; n++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            int t = walk.pos + (n * 8 + lane % 4 * 2 + e % 2) / g;
+                            int j = j0 + warp * 16 + e / 2 * 8 + lane / 4;
+                            if (!p.visible(t, j)) s[n][e] = -INFINITY;
+                        }
+                    }
+                }
+                uint32_t a[STREAM_ROWS / 16][4];
+#pragma unroll
+                for (int n = 0; n < STREAM_ROWS / 8; n++) {
+                    float2 l = *(const float2 *)(lse + n * 8 + lane % 4 * 2);
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        s[n][e] = exp2_fast(s[n][e] * scale - ((e % 2 ? l.y : l.x) - shift));
+                }
+#pragma unroll
+                for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(a[k], s[2 * k], s[2 * k + 1]);
+                wgmma_fence();
+                product_columns<T, STREAM_ROWS>(dv, a, tile_dout, true);
+                wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_pin(dp);
+                uint32_t b[STREAM_ROWS / 16][4];
+#pragma unroll
+                for (int n = 0; n < STREAM_ROWS / 8; n++) {
+                    float2 l = *(const float2 *)(delta + n * 8 + lane % 4 * 2);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - (e % 2 ? l.y : l.x);
+                }
+#pragma unroll
+                for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
+                wgmma_fence();
+                product_columns<T, STREAM_ROWS>(dk, b, tile_q, true);
+                wgmma_commit();
+                wgmma_wait<0>();
+                wgmma_pin(dv), wgmma_pin(dk);
+                release(ring.empty + 8 * turn.stage);
+            }
+            release(ring.stay_empty);
+
+            int64_t row_size = (int64_t)p.kv_heads * D, all = p.num_keys * row_size; // elements of dk
+            float *to_k = p.splits > 1 ? p.partial + w.split * 2 * all : p.dk;
+            float *to_v = p.splits > 1 ? p.partial + (w.split * 2 + 1) * all : p.dv;
+            bool accumulate = p.accumulate_kv && p.splits == 1;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = warpgroup * 64 + warp * 16 + half * 8 + lane / 4;
+                if (row >= w.keys.rows) continue;
+                int64_t at = (w.keys.row + row) * row_size + w.kv_head * D + lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    float2 x = make_float2(dk[n][half * 2] * unit_k, dk[n][half * 2 + 1] * unit_k);
+                    float2 y = make_float2(dv[n][half * 2] * unit, dv[n][half * 2 + 1] * unit);
+                    float2 *at_k = (float2 *)(to_k + at + n * 8), *at_v = (float2 *)(to_v + at + n * 8);
+                    if (accumulate) {
+                        float2 u = *at_k, z = *at_v;
+                        x.x += u.x, x.y += u.y, y.x += z.x, y.y += z.y;
+                    }
+                    *at_k = x;
+                    *at_v = y;
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Launches
+
+static int processors() {
+    int device = 0, count = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+// q and dO in boxes of `tokens` tokens of a group's heads, k and v in boxes of KEYS keys of a head.
+static int make_maps(const Dense &d, FsaDtype dtype, int head_dim, int tokens, Maps *m) {
+    int g = d.q_heads / d.kv_heads;
+    int64_t q_size[] = {head_dim, d.q_heads, d.plan.nq},
+            q_stride[] = {2, head_dim * 2, (int64_t)d.q_heads * head_dim * 2};
+    int64_t k_size[] = {head_dim, d.kv_heads, d.num_keys},
+            k_stride[] = {2, head_dim * 2, (int64_t)d.kv_heads * head_dim * 2};
+    int q_box[] = {64, g, tokens}, k_box[] = {64, 1, KEYS};
+    int status = fsa_tensor_map(&m->q, dtype, 3, d.q, q_size, q_stride, q_box);
+    if (!status && d.dout) status = fsa_tensor_map(&m->dout, dtype, 3, d.dout, q_size, q_stride, q_box);
+    if (!status) status = fsa_tensor_map(&m->k, dtype, 3, d.k, k_size, k_stride, k_box);
+    if (!status) status = fsa_tensor_map(&m->v, dtype, 3, d.v, k_size, k_stride, k_box);
+    return status;
+}
+
+template <typename Kernel>
+static int launch(Kernel kernel, const Dense &d, const Maps &maps, int64_t items, int bytes,
+                  cudaStream_t stream) {
+    if (items == 0) return FSA_OK;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+        return FSA_ERROR_CUDA;
+    int64_t blocks = processors();
+    if (blocks > items) blocks = items;
+    kernel<<<(unsigned)blocks, THREADS, bytes, stream>>>(d, maps, items);
+    return launch_status();
+}
+
+static int64_t query_items(const Dense &d) {
+    return row_tile_bound(d.plan.nq, d.plan.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
+}
+
+template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+    Maps maps = {};
+    int status = make_maps(d, dtype, D, ROWS / (d.q_heads / d.kv_heads), &maps);
+    if (status) return status;
+    int bytes = 1024 + QueryRing<D, 1>::BYTES + 128 + ROWS * D * 2;
+    return launch(forward_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
+}
+
+template <typename T, int D> static int backward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+    Maps maps = {};
+    int g = d.q_heads / d.kv_heads, status = make_maps(d, dtype, D, ROWS / g, &maps);
+    if (status) return status;
+    int bytes = 1024 + QueryRing<D, 2>::BYTES + 128;
+    status = launch(dq_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
+    if (!status) status = make_maps(d, dtype, D, STREAM_ROWS / g, &maps);
+    if (status) return status;
+    int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
+    bytes = 1024 + KeyRing<D>::BYTES + ROW_STAGES * KeyRing<D>::STATS + 128;
+    return launch(dkdv_sm90_kernel<T, D>, d, maps, items, bytes, stream);
+}
+
+int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+    return FSA_DISPATCH(dtype, c->head_dim, forward_sm90, d, dtype, stream);
+}
+
+int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+    return FSA_DISPATCH(dtype, c->head_dim, backward_sm90, d, dtype, stream);
+}
