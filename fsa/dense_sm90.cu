@@ -91,7 +91,7 @@ static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round,
     if (w->rows.rows == 0) return true;
     FsaSegment segment = p.plan.segments[w->rows.range];
     w->first_pos = (int)segment.pos + w->rows.first;
-    w->begin = p.visible.first_key(w->first_pos) / KEYS * KEYS;
+    w->begin = p.visible.first_key(w->first_pos);
     w->end = p.visible.end_key(w->first_pos + w->rows.rows - 1);
     w->key0 = p.cu_keys[segment.seq];
     w->keys = (int)(p.cu_keys[segment.seq + 1] - w->key0);
