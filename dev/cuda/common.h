@@ -2,6 +2,7 @@
 // buffers, timing, errors against the reference, and the lines in dev/results.
 #ifndef DEV_CUDA_COMMON_H
 #define DEV_CUDA_COMMON_H
+#include "../../llmc/results.h"
 #include "../../fsa/plan.cuh"
 #include "../../fsa/reference.h"
 #include <algorithm>
@@ -315,36 +316,21 @@ struct Result {
     int64_t sequences;
 };
 
-// Appends one line to dev/results/GPU.jsonl (RESULTS names another file; "" writes none). The commit
-// is COMMIT's, from the environment.
-static inline void record(const Result &r) {
+// Opens the file of this GPU's results for one more line, and begins it (llmc/results.h).
+static inline FILE *record_start(const char *program) {
     cudaDeviceProp prop;
     CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
-    std::string name = prop.name, file = "gpu";
-    for (const char *known : {"H200", "H100", "A100", "B200"}) {
-        if (name.find(known) == std::string::npos) continue;
-        file = known;
-        for (char &ch : file) ch = (char)tolower(ch);
-    }
-    file = "dev/results/" + file + ".jsonl";
-    if (getenv("RESULTS")) file = getenv("RESULTS");
-    if (file.empty()) return;
-    FILE *f = fopen(file.c_str(), "a");
-    if (!f) {
-        printf("cannot append to %s\n", file.c_str());
-        return;
-    }
-    char date[32];
-    time_t now = time(NULL);
-    strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
-    fprintf(
-        f,
-        "{\"commit\":\"%s\",\"date\":\"%s\",\"gpu\":\"%s\",\"gpus\":1,\"program\":\"%s\",\"part\":\"%s\","
-        "\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,\"block\":%d,\"topk\":%d,"
-        "\"dtype\":\"%s\",\"ms\":%.4f,\"tflops\":%.2f",
-        getenv("COMMIT") ? getenv("COMMIT") : "", date, prop.name, r.program, r.part, r.attn, r.dir,
-        (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block, r.c.topk, r.dtype, r.ms,
-        r.tflops);
+    return results_open(prop.name, program);
+}
+
+static inline void record(const Result &r) {
+    FILE *f = record_start(r.program);
+    if (!f) return;
+    fprintf(f,
+            ",\"part\":\"%s\",\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,"
+            "\"block\":%d,\"topk\":%d,\"dtype\":\"%s\",\"ms\":%.4f,\"tflops\":%.2f",
+            r.part, r.attn, r.dir, (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block,
+            r.c.topk, r.dtype, r.ms, r.tflops);
     if (r.err >= 0) fprintf(f, ",\"err\":%.3g", r.err);
     if (r.c.cmp_len != 32) fprintf(f, ",\"l\":%d", r.c.cmp_len);
     if (r.c.cmp_stride != 16) fprintf(f, ",\"s\":%d", r.c.cmp_stride);

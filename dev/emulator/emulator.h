@@ -222,11 +222,17 @@ static inline void __threadfence_block() {}
 template <typename T> static inline T __ldg(const T *p) {
     return *p;
 }
+template <typename T> static inline T __ldca(const T *p) {
+    return *p;
+}
 template <typename T> static inline T __ldcs(const T *p) {
     return *p;
 }
 template <typename T> static inline T __ldcg(const T *p) {
     return *p;
+}
+template <typename T> static inline void __stwb(T *p, T x) {
+    *p = x;
 }
 template <typename T> static inline void __stcs(T *p, T x) {
     *p = x;

@@ -16,7 +16,7 @@ struct WgmmaPart {
     uint32_t a[4];
 };
 struct WgmmaShape {
-    int n, trans_b, add, a_in_registers, is_half;
+    int n, trans_a, trans_b, add, a_in_registers, is_half;
     uint64_t a, b;
 };
 void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part);
@@ -78,15 +78,16 @@ template <int left> inline void wgmma_wait() {
     emu::wgmma_finish(left);
 }
 template <int N> inline void wgmma_pin(float (&)[N][4]) {}
-template <typename T, int trans_b = 0, int N8>
+template <typename T, int trans_b = 0, int trans_a = 0, int N8>
 inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
     static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
-    emu::wgmma_issue({N8 * 8, trans_b, add, 0, std::is_same<T, __half>::value, a, b}, {&d[0][0], {}});
+    emu::wgmma_issue({N8 * 8, trans_a, trans_b, add, 0, std::is_same<T, __half>::value, a, b},
+                     {&d[0][0], {}});
 }
 template <typename T, int trans_b = 0, int N8>
 inline void wgmma_rs(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {
     static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
-    emu::wgmma_issue({N8 * 8, trans_b, add, 1, std::is_same<T, __half>::value, 0, b},
+    emu::wgmma_issue({N8 * 8, 0, trans_b, add, 1, std::is_same<T, __half>::value, 0, b},
                      {&d[0][0], {a[0], a[1], a[2], a[3]}});
 }
 

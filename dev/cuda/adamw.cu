@@ -1,0 +1,119 @@
+// dev/cuda/adamw.cu: AdamW with fp32 master weights.
+//   version 1: a thread a parameter, a launch a tensor
+//   library  : one launch, 16-byte accesses (llmc/adamw.cuh)
+//   ./adamw [check [small]] [seed=N]    (check: no timing; small: few shapes, for the slow tools)
+#include "layers.h"
+#include "../../llmc/adamw.cuh"
+
+static const double lr = 1e-3, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+
+// Version 1.
+__global__ void adamw_v1_kernel(floatX *params, float *master, float *m, float *v, const float *grads,
+                                int64_t count, float rate, float root, float decay, float b1, float b2,
+                                float epsilon, const float *factor) {
+    int64_t i = blockIdx.x * 256ll + threadIdx.x;
+    if (i >= count || factor[2] == 0) return;
+    float g = grads[i] * factor[1];
+    m[i] = b1 * m[i] + (1 - b1) * g;
+    v[i] = b2 * v[i] + (1 - b2) * g * g;
+    master[i] -= rate * m[i] / (sqrtf(v[i]) * root + epsilon) + decay * master[i];
+    params[i] = (floatX)master[i];
+}
+static void adamw_v1(floatX *params, float *master, float *m, float *v, const float *grads,
+                     const std::vector<AdamwRange> &ranges, int64_t count, int64_t step,
+                     const float *factor) {
+    float rate = (float)(lr / (1 - pow(beta1, (double)step)));
+    float root = (float)(1 / sqrt(1 - pow(beta2, (double)step)));
+    for (size_t i = 0; i < ranges.size(); i++) {
+        int64_t at = ranges[i].begin, size = (i + 1 < ranges.size() ? ranges[i + 1].begin : count) - at;
+        adamw_v1_kernel<<<(unsigned)((size + 255) / 256), 256>>>(
+            params + at, master + at, m + at, v + at, grads + at, size, rate, root,
+            (float)(ranges[i].decay ? lr * weight_decay : 0), (float)beta1, (float)beta2, (float)eps, factor);
+        CUDA_CHECK(cudaGetLastError());
+    }
+}
+
+// Three steps of both versions against the C trainer's gpt_update.
+static void check(Random *r, const std::vector<int64_t> &sizes) {
+    std::vector<AdamwRange> ranges;
+    std::vector<ParamTensor> tensors;
+    int64_t count = 0;
+    for (size_t i = 0; i < sizes.size(); i++) {
+        ParamTensor t;
+        memset(&t, 0, sizeof t);
+        t.offset = count, t.size = sizes[i], t.decay = i % 2 == 0;
+        tensors.push_back(t);
+        ranges.push_back({count, i % 2 == 0});
+        count += sizes[i];
+    }
+    std::vector<float> p(count), m0(count, 0), g(count);
+    for (float &x : p) x = r->normal();
+    Buffer<AdamwRange> table(ranges);
+    for (int version = 1; version <= 2; version++) {
+        const char *name = version == 1 ? "1" : "library";
+        std::vector<float> p_ref = p, m_ref = m0, v_ref = m0;
+        GPT gpt;
+        memset(&gpt, 0, sizeof gpt);
+        gpt.num_tensors = (int64_t)tensors.size(), gpt.tensors = tensors.data();
+        gpt.params = p_ref.data(), gpt.grads = g.data(), gpt.m = m_ref.data(), gpt.v = v_ref.data();
+        Buffer<float> master(p), m(m0), v(m0), grads(count), factor(3);
+        BufferX params(count);
+        for (int64_t step = 1; step <= 4; step++) {
+            float scale = 1.0f / (float)step;
+            for (float &x : g) x = r->below(10) ? r->normal() : 0;
+            grads.set(g);
+            factor.set({123, scale, step == 3 ? 0.0f : 1.0f}); // step 3 is skipped
+            if (version == 1)
+                adamw_v1(params, master, m, v, grads, ranges, count, step, factor);
+            else
+                adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
+                      weight_decay, step, factor, 0);
+            if (step != 3) gpt_update(&gpt, step, lr, beta1, beta2, eps, weight_decay, scale);
+            char shape[64];
+            snprintf(shape, sizeof shape, "count %lld step %lld", (long long)count, (long long)step);
+            check_close("m", name, shape, m, m_ref, 1e-6);
+            check_close("v", name, shape, v, v_ref, 1e-6);
+            check_close("step", name, shape, master, p_ref, 1e-6);
+            std::vector<float> moved = master.host(), moved_ref = p_ref;
+            for (int64_t i = 0; i < count; i++) moved[i] -= p[i], moved_ref[i] -= p[i];
+            double e = relative_error(moved, moved_ref);
+            check_that(e < 1e-3, "what the steps moved", e, 1e-3); // p has 2^-24, a step is 1e-3
+            std::vector<floatX> weights = params.host();
+            std::vector<float> full = master.host();
+            bool rounded = params.guards_intact();
+            for (int64_t i = 0; i < count; i++)
+                rounded = rounded && to_float(weights[i]) == to_float(from_float<floatX>(full[i]));
+            check_that(rounded, "weights are the rounded master weights", 1, 0);
+        }
+    }
+}
+
+int main(int argc, char **argv) {
+    Random r(seed_from(argc, argv));
+    check(&r, {4});
+    check(&r, {64, 8, 128, 16, 1200});
+    if (!has_flag(argc, argv, "small")) {
+        std::vector<int64_t> sizes;
+        for (int i = 0; i < 300; i++) sizes.push_back(4 * (1 + r.below(i % 7 == 0 ? 5000 : 50)));
+        check(&r, sizes);
+    }
+    for (int64_t count : {124 << 20, 1 << 30}) {
+        if (has_flag(argc, argv, "check")) break;
+        Buffer<float> master(count), m(count), v(count), grads(count), factor(std::vector<float>{1, 1, 1});
+        BufferX params(count);
+        fill_random(master.get(), count, r.u64(), 1), fill_random(grads.get(), count, r.u64(), 1);
+        m.zero(), v.zero();
+        std::vector<AdamwRange> ranges; // as of a model of 32 layers
+        for (int i = 0; i < 320; i++) ranges.push_back({count / 320 / 4 * 4 * i, i % 2});
+        Buffer<AdamwRange> table(ranges);
+        double bytes = (28.0 + sizeof(floatX)) * (double)count;
+        double ms = time_ms([&] { adamw_v1(params, master, m, v, grads, ranges, count, 1, factor); });
+        report("adamw", "step", "1", count, 1, 0, ms, bytes, 0);
+        ms = time_ms([&] {
+            adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
+                  weight_decay, 1, factor, 0);
+        });
+        report("adamw", "step", "library", count, 1, 0, ms, bytes, 0);
+    }
+    return finish("adamw");
+}

@@ -1,0 +1,218 @@
+// matmul.cuh: matrix products with weights on cuBLASLt, forward and backward.
+//
+// All matrices are row-major; cuBLASLt counts by columns, so it is told the transposed product: a row-major
+// [n, c] is its column-major [c, n]. Sums are fp32 (in the fp32 build without TF32). The algorithm of a shape
+// is cuBLASLt's own first choice, never the winner of a race, and of those that split the sum over k only the
+// ones whose parts are fp32 and added in order are allowed: the same shapes give the same bits on the same
+// GPU.
+#ifndef LLMC_MATMUL_CUH
+#define LLMC_MATMUL_CUH
+#include "cuda_common.cuh"
+#include <cublasLt.h>
+
+enum {
+    MATMUL_WORKSPACE = 32 << 20, // bytes that cuBLASLt's fastest algorithms ask for
+    MATMUL_SHAPES = 256          // remembered
+};
+
+#define cublas_check(call)                                                                                   \
+    do {                                                                                                     \
+        cublasStatus_t status_ = (call);                                                                     \
+        if (status_ != CUBLAS_STATUS_SUCCESS)                                                                \
+            die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasLtGetStatusString(status_));               \
+    } while (0)
+
+// What cuBLASLt's choice depends on: d [m, n] = op(a) op(b), column-major, k long sums.
+typedef struct {
+    int64_t m, n, k, lda, ldb, ldd;
+    int32_t trans_a, trans_b, fp32_out, bias;
+    int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
+} MatmulShape;
+
+typedef struct {
+    MatmulShape shape;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algo;
+    int64_t used; // when, by Matmul.clock; 0: never
+} MatmulChoice;
+
+// For one stream at a time: the workspace is shared by all products.
+typedef struct {
+    cublasLtHandle_t handle;
+    cublasLtMatmulPreference_t preference;
+    void *workspace;
+    size_t workspace_bytes;
+    int64_t clock;
+    MatmulChoice choices[MATMUL_SHAPES];
+} Matmul;
+
+// workspace: device memory, MATMUL_WORKSPACE bytes.
+static inline void matmul_init(Matmul *mm, void *workspace, size_t bytes) {
+    memset(mm, 0, sizeof *mm);
+    mm->workspace = workspace;
+    mm->workspace_bytes = bytes;
+    cublas_check(cublasLtCreate(&mm->handle));
+    cublas_check(cublasLtMatmulPreferenceCreate(&mm->preference));
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // besides none at all
+    cublas_check(cublasLtMatmulPreferenceSetAttribute(
+        mm->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
+    cublas_check(cublasLtMatmulPreferenceSetAttribute(
+        mm->preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions));
+}
+
+static inline void matmul_forget(MatmulChoice *c) {
+    if (!c->used) return;
+    cublas_check(cublasLtMatrixLayoutDestroy(c->a));
+    cublas_check(cublasLtMatrixLayoutDestroy(c->b));
+    cublas_check(cublasLtMatrixLayoutDestroy(c->d));
+    cublas_check(cublasLtMatmulDescDestroy(c->desc));
+}
+
+static inline void matmul_free(Matmul *mm) {
+    for (int i = 0; i < MATMUL_SHAPES; i++) matmul_forget(&mm->choices[i]);
+    cublas_check(cublasLtMatmulPreferenceDestroy(mm->preference));
+    cublas_check(cublasLtDestroy(mm->handle));
+}
+
+static inline void matmul_describe(MatmulChoice *c, cublasLtMatmulDescAttributes_t attribute,
+                                   const void *value, size_t bytes) {
+    cublas_check(cublasLtMatmulDescSetAttribute(c->desc, attribute, value, bytes));
+}
+
+// Descriptors and algorithm of a shape met for the first time.
+static inline void matmul_choose(Matmul *mm, MatmulChoice *c, const MatmulShape *s, const floatX *bias) {
+    cudaDataType_t in = FLOATX_TYPE, out = s->fp32_out ? CUDA_R_32F : FLOATX_TYPE;
+    c->shape = *s;
+    cublas_check(cublasLtMatmulDescCreate(&c->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    int32_t trans_a = s->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N,
+            trans_b = s->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    matmul_describe(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
+    matmul_describe(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
+    if (s->bias) {
+        uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+        matmul_describe(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+        matmul_describe(c, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    }
+    cublas_check(
+        cublasLtMatrixLayoutCreate(&c->a, in, s->trans_a ? s->k : s->m, s->trans_a ? s->m : s->k, s->lda));
+    cublas_check(
+        cublasLtMatrixLayoutCreate(&c->b, in, s->trans_b ? s->n : s->k, s->trans_b ? s->k : s->n, s->ldb));
+    cublas_check(cublasLtMatrixLayoutCreate(&c->d, out, s->m, s->n, s->ldd));
+    const cublasLtMatmulPreferenceAttributes_t attributes[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    const int32_t alignments[] = {s->align_a, s->align_b, s->align_d, s->align_d};
+    for (int i = 0; i < 4; i++) {
+        uint32_t bytes = (uint32_t)alignments[i];
+        cublas_check(
+            cublasLtMatmulPreferenceSetAttribute(mm->preference, attributes[i], &bytes, sizeof bytes));
+    }
+    cublasLtMatmulHeuristicResult_t result;
+    int found = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->handle, c->desc, c->a, c->b, c->d, c->d,
+                                                           mm->preference, 1, &result, &found);
+    if (status == CUBLAS_STATUS_SUCCESS && found > 0) status = result.state;
+    if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+        die("cuBLASLt has no algorithm for a %s product of %lld x %lld x %lld (m, n, k): %s", FLOATX_NAME,
+            (long long)s->m, (long long)s->n, (long long)s->k,
+            status == CUBLAS_STATUS_SUCCESS ? "none fits the workspace" : cublasLtGetStatusString(status));
+    c->algo = result.algo;
+}
+
+static inline int32_t matmul_align(const void *p) {
+    return p == NULL || (uintptr_t)p % 16 == 0 ? 16 : (int32_t)((uintptr_t)p & -(uintptr_t)p);
+}
+
+// d = op(a) op(b) + beta*d (+ bias, one number a row of d), column-major, as `s` says.
+static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *a, const floatX *b,
+                              float beta, const floatX *bias, cudaStream_t stream) {
+    if (s.m == 0 || s.n == 0) return;
+    s.bias = bias != NULL;
+    s.align_a = matmul_align(a), s.align_b = matmul_align(b);
+    s.align_d = matmul_align(d), s.align_bias = matmul_align(bias);
+    MatmulChoice *choice = NULL, *oldest = &mm->choices[0];
+    for (int i = 0; i < MATMUL_SHAPES && !choice; i++) {
+        MatmulChoice *c = &mm->choices[i];
+        if (c->used && memcmp(&c->shape, &s, sizeof s) == 0) choice = c;
+        if (c->used < oldest->used) oldest = c;
+        if (!c->used) break; // the table fills up from its beginning
+    }
+    if (!choice) {
+        matmul_forget(oldest);
+        matmul_choose(mm, oldest, &s, bias);
+        choice = oldest;
+    }
+    choice->used = ++mm->clock;
+    if (bias) matmul_describe(choice, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    const float one = 1;
+    cublas_check(cublasLtMatmul(mm->handle, choice->desc, &one, a, choice->a, b, choice->b, &beta, d,
+                                choice->d, d, choice->d, &choice->algo, mm->workspace, mm->workspace_bytes,
+                                stream));
+}
+
+// out [n, o], rows ldo apart, = x [n, c] weight [o, c]^T + bias [o] (NULL: none). 2*n*c*o operations: at
+// 64K tokens, c = 4096, o = 14336 7.7 TFLOP, 9.8 ms at 790 TFLOP/s; the tensor cores bind, below about
+// n = 300 the weight's bytes.
+static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, const floatX *weight,
+                                  const floatX *bias, int64_t n, int64_t c, int64_t o, cudaStream_t stream) {
+    matmul_run(mm, MatmulShape{o, n, c, c, c, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
+}
+
+// dx [n, c] = dout [n, o], rows ldo apart, times weight; added to dx where `add`. As many operations.
+static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const floatX *dout, int64_t ldo,
+                                         const floatX *weight, int64_t n, int64_t c, int64_t o,
+                                         cudaStream_t stream) {
+    matmul_run(mm, MatmulShape{c, n, o, c, ldo, c, 0, 0, 0}, dx, weight, dout, add ? 1 : 0, NULL, stream);
+}
+
+// The column sums of a part of dout's rows: partial[part] [o]. A block: 32 packs of columns; each of its 8
+// warps every eighth row of the part, then the warps' sums are added in order. Reads 2*o bytes a row; memory
+// binds.
+static __global__ void __launch_bounds__(256)
+    column_sums_kernel(float *partial, const floatX *dout, int64_t ldo, int64_t n, int64_t o) {
+    __shared__ float sums[8][32 * PACK];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int64_t column = (blockIdx.x * 32ll + lane) * PACK, rows = (n + gridDim.y - 1) / gridDim.y;
+    int64_t first = blockIdx.y * rows, last = first + rows < n ? first + rows : n;
+    float sum[PACK] = {};
+    if (column < o) {
+#pragma unroll 4
+        for (int64_t row = first + warp; row < last; row += 8) {
+            float x[PACK];
+            load_pack(x, dout + row * ldo + column);
+#pragma unroll
+            for (int i = 0; i < PACK; i++) sum[i] += x[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PACK; i++) sums[warp][lane * PACK + i] = sum[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < 32 * PACK; i += 256) {
+        float total = 0;
+        for (int w = 0; w < 8; w++) total += sums[w][i];
+        if (blockIdx.x * 32ll * PACK + i < o) partial[blockIdx.y * o + blockIdx.x * 32ll * PACK + i] = total;
+    }
+}
+
+// dweight [o, c] += dout^T x, as many operations again; dbias [o] += the column sums of dout (NULL: none;
+// else o and ldo are multiples of PACK). Both fp32.
+static inline void matmul_backward_weight(Matmul *mm, float *dweight, float *dbias, const floatX *dout,
+                                          int64_t ldo, const floatX *x, int64_t n, int64_t c, int64_t o,
+                                          cudaStream_t stream) {
+    if (n == 0) return;
+    matmul_run(mm, MatmulShape{c, o, n, c, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
+    if (!dbias) return;
+    check_packs("bias gradient", o), check_packs("bias gradient", ldo);
+    int64_t parts = (n + 63) / 64, room = (int64_t)(mm->workspace_bytes / sizeof(float)) / o;
+    if (parts > 64) parts = 64;
+    if (parts > room) parts = room;
+    if (parts == 0)
+        die("bias gradient: a workspace of %zu bytes holds no row of %lld", mm->workspace_bytes,
+            (long long)o);
+    dim3 grid((unsigned)((o + 32 * PACK - 1) / (32 * PACK)), (unsigned)parts);
+    column_sums_kernel<<<grid, 256, 0, stream>>>((float *)mm->workspace, dout, ldo, n, o);
+    cuda_check(cudaGetLastError());
+    add_partial_sums(dbias, (const float *)mm->workspace, (int)parts, o, stream);
+}
+#endif

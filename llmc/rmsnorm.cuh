@@ -1,0 +1,255 @@
+// rmsnorm.cuh: out = x / sqrt(mean(x^2) + eps) * weight over rows of c channels, alone or of a sum, and over
+// the heads of a row (QK-norm).
+//
+// A row belongs to a team of 8 or 32 lanes of a warp, or to a block of 128 or 512 threads, so that a thread
+// holds at most RMSNORM_PACKS packs of it in registers and memory is read once.
+#ifndef LLMC_RMSNORM_CUH
+#define LLMC_RMSNORM_CUH
+#include "cuda_common.cuh"
+
+enum {
+    RMSNORM_PACKS = 4,
+    RMSNORM_BLOCKS = 512, // of the backward pass, at most; each has its own sum of dweight
+    RMSNORM_MAX_CHANNELS = 512 * RMSNORM_PACKS * PACK // 16,384 in 16 bits
+};
+
+// Threads of a block.
+static constexpr int rmsnorm_threads(int team) {
+    return team > 32 ? team : 256;
+}
+
+// Row r is head r % heads of token r / heads, which starts at token*stride + head*c; heads = 1: rows of a
+// matrix.
+struct RmsnormRows {
+    int rows, heads, c;
+};
+__device__ __forceinline__ int64_t rmsnorm_at(const RmsnormRows &r, int row, int64_t stride) {
+    int token = row / r.heads;
+    return token * stride + (int64_t)(row - token * r.heads) * r.c;
+}
+
+template <int TEAM> __device__ __forceinline__ float team_sum(float x, float *shared) {
+    if (TEAM > 32) return block_sum(x, shared);
+    return lanes_sum<(TEAM < 32 ? TEAM : 32)>(x);
+}
+
+// A team: a row. Reads 2*c bytes (4*c with y, whose rows and x's are then added first) and writes 2*c (4*c).
+// 64K tokens, c = 4096: 1.07 GB, 0.24 ms at 4.5 TB/s; 2.15 GB, 0.48 ms with y. Memory binds.
+template <int TEAM>
+static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
+    rmsnorm_forward_kernel(RmsnormRows r, floatX *out, floatX *sum, float *rstd, const floatX *x,
+                           int64_t stride, const floatX *y, const floatX *weight, float eps) {
+    __shared__ float shared[32];
+    int lane = threadIdx.x % TEAM, row = blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
+    int packs = row < r.rows ? r.c / PACK : 0; // a team past the last row only takes part in the sums
+    int64_t from = rmsnorm_at(r, row, stride), to = (int64_t)row * r.c;
+    uint4 bits[RMSNORM_PACKS], other[RMSNORM_PACKS]; // of x, then of the sum; of y
+    float squares = 0, v[PACK], w[PACK];
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) { // all under way before the first is used
+        int at = (lane + i * TEAM) * PACK;
+        if (lane + i * TEAM >= packs) break;
+        bits[i] = load16(x + from + at);
+        if (y) other[i] = load16(y + from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) {
+        int at = (lane + i * TEAM) * PACK;
+        if (lane + i * TEAM >= packs) break;
+        unpack(v, bits[i]);
+        if (y) {
+            unpack(w, other[i]);
+#pragma unroll
+            for (int j = 0; j < PACK; j++) v[j] += w[j];
+            bits[i] = pack(v);
+            store16(sum + to + at, bits[i]);
+            unpack(v, bits[i]); // the norm is that of the sum as it is kept, rounded
+        }
+#pragma unroll
+        for (int j = 0; j < PACK; j++) squares += v[j] * v[j];
+    }
+    float scale = 1 / sqrtf(team_sum<TEAM>(squares, shared) / r.c + eps);
+    if (packs > 0 && lane == 0) rstd[row] = scale;
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) {
+        int at = (lane + i * TEAM) * PACK;
+        if (lane + i * TEAM >= packs) break;
+        unpack(v, bits[i]);
+        load_pack(w, weight + at);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) v[j] *= scale * w[j];
+        store_pack(out + to + at, v);
+    }
+}
+
+// With y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y)), and dweight is the sum over rows of dout*y.
+// A block's teams go through rows a grid apart, each summing dweight in registers; at the end the block adds
+// its teams' sums in order and writes partial[block] [c] fp32. Reads 4*c bytes a row (6*c with add) and
+// writes 2*c. 64K tokens, c = 4096, add: 2.1 GB, 0.48 ms; memory binds. A thread has read its packs of a row
+// before it writes them: dx may be x or dout where it has their stride.
+template <int TEAM>
+static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
+    rmsnorm_backward_kernel(RmsnormRows r, floatX *dx, int64_t dx_stride, int add, float *partial,
+                            const floatX *dout, const floatX *x, int64_t stride, const floatX *weight,
+                            const float *rstd) {
+    __shared__ float shared[TEAM > 32 ? 32 : 256 * RMSNORM_PACKS * PACK];
+    int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM, teams = blockDim.x / TEAM;
+    float dweight[RMSNORM_PACKS][PACK] = {};
+    for (int64_t first = (int64_t)blockIdx.x * teams; first < r.rows; first += (int64_t)gridDim.x * teams) {
+        int row = (int)first + team, packs = row < r.rows ? r.c / PACK : 0;
+        int64_t from = rmsnorm_at(r, row, stride), to = rmsnorm_at(r, row, dx_stride);
+        float scale = packs > 0 ? rstd[row] : 0, mean = 0;
+        uint4 x_bits[RMSNORM_PACKS], d_bits[RMSNORM_PACKS], dx_bits[RMSNORM_PACKS];
+        float v[PACK], d[PACK], w[PACK];
+#pragma unroll
+        for (int i = 0; i < RMSNORM_PACKS; i++) { // all under way before the first is used
+            int at = (lane + i * TEAM) * PACK;
+            if (lane + i * TEAM >= packs) break;
+            x_bits[i] = load16(x + from + at);
+            d_bits[i] = load16(dout + (int64_t)row * r.c + at);
+            if (add) dx_bits[i] = load16(dx + to + at);
+        }
+#pragma unroll
+        for (int i = 0; i < RMSNORM_PACKS; i++) {
+            int at = (lane + i * TEAM) * PACK;
+            if (lane + i * TEAM >= packs) break;
+            unpack(v, x_bits[i]);
+            unpack(d, d_bits[i]);
+            load_pack(w, weight + at);
+#pragma unroll
+            for (int j = 0; j < PACK; j++) {
+                mean += w[j] * d[j] * v[j];
+                dweight[i][j] += d[j] * v[j] * scale;
+            }
+        }
+        mean = team_sum<TEAM>(mean, shared) * scale / r.c;
+#pragma unroll
+        for (int i = 0; i < RMSNORM_PACKS; i++) {
+            int at = (lane + i * TEAM) * PACK;
+            if (lane + i * TEAM >= packs) break;
+            unpack(v, x_bits[i]);
+            unpack(d, d_bits[i]);
+            load_pack(w, weight + at);
+#pragma unroll
+            for (int j = 0; j < PACK; j++) v[j] = scale * (w[j] * d[j] - v[j] * scale * mean);
+            if (add) {
+                unpack(d, dx_bits[i]);
+#pragma unroll
+                for (int j = 0; j < PACK; j++) v[j] += d[j];
+            }
+            store_pack(dx + to + at, v);
+        }
+    }
+    float *mine = TEAM > 32 ? partial + (int64_t)blockIdx.x * r.c : shared + team * r.c;
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) {
+        if (lane + i * TEAM >= r.c / PACK) break;
+#pragma unroll
+        for (int j = 0; j < PACK; j++) mine[(lane + i * TEAM) * PACK + j] = dweight[i][j];
+    }
+    if (TEAM > 32) return;
+    __syncthreads();
+    for (int column = threadIdx.x; column < r.c; column += blockDim.x) {
+        float total = 0;
+        for (int i = 0; i < teams; i++) total += shared[i * r.c + column];
+        partial[(int64_t)blockIdx.x * r.c + column] = total;
+    }
+}
+
+static inline int rmsnorm_team(int c) {
+    check_packs("rmsnorm", c);
+    if (c > RMSNORM_MAX_CHANNELS) die("rmsnorm: %d channels, at most %d", c, (int)RMSNORM_MAX_CHANNELS);
+    int lanes = (c / PACK + RMSNORM_PACKS - 1) / RMSNORM_PACKS;
+    return lanes <= 8 ? 8 : lanes <= 32 ? 32 : lanes <= 128 ? 128 : 512;
+}
+// Blocks that `rows` rows of c channels fill.
+static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
+    int team = rmsnorm_team(c), teams = rmsnorm_threads(team) / team;
+    if (rows > INT_MAX - teams) die("rmsnorm: %lld rows, at most %d", (long long)rows, INT_MAX - teams);
+    return (rows + teams - 1) / teams;
+}
+
+// Launches kernel<TEAM><<<grid, ...>>>(arguments) for the team that c channels take.
+#define RMSNORM_LAUNCH(kernel, grid, c, stream, ...)                                                         \
+    do {                                                                                                     \
+        unsigned grid_ = (unsigned)(grid);                                                                   \
+        switch (rmsnorm_team(c)) {                                                                           \
+        case 8:                                                                                              \
+            kernel<8><<<grid_, rmsnorm_threads(8), 0, stream>>>(__VA_ARGS__);                                \
+            break;                                                                                           \
+        case 32:                                                                                             \
+            kernel<32><<<grid_, rmsnorm_threads(32), 0, stream>>>(__VA_ARGS__);                              \
+            break;                                                                                           \
+        case 128:                                                                                            \
+            kernel<128><<<grid_, rmsnorm_threads(128), 0, stream>>>(__VA_ARGS__);                            \
+            break;                                                                                           \
+        default:                                                                                             \
+            kernel<512><<<grid_, rmsnorm_threads(512), 0, stream>>>(__VA_ARGS__);                            \
+        }                                                                                                    \
+        cuda_check(cudaGetLastError());                                                                      \
+    } while (0)
+
+// ---- rows of heads: token t's head h lies at t*stride + h*d ----------------------------------------------
+
+// out [n, heads, d] dense, rstd [n, heads].
+static inline void rmsnorm_heads_forward(floatX *out, float *rstd, const floatX *x, int64_t stride,
+                                         const floatX *weight, int64_t n, int heads, int d, float eps,
+                                         cudaStream_t stream) {
+    if (n == 0) return;
+    check_packs("rmsnorm", stride);
+    int64_t blocks = rmsnorm_blocks(n * heads, d);
+    RmsnormRows rows = {(int)(n * heads), heads, d};
+    RMSNORM_LAUNCH(rmsnorm_forward_kernel, blocks, d, stream, rows, out, (floatX *)NULL, rstd, x, stride,
+                   (const floatX *)NULL, weight, eps);
+}
+
+// Bytes that the backward pass of `rows` rows (tokens times heads) needs for a while.
+static inline size_t rmsnorm_backward_scratch(int64_t rows, int c) {
+    int64_t blocks = rmsnorm_blocks(rows, c);
+    return (size_t)min(blocks, (int64_t)RMSNORM_BLOCKS) * c * sizeof(float);
+}
+static inline void rmsnorm_launch_backward(floatX *dx, int64_t dx_stride, int add, float *dweight,
+                                           const floatX *dout, const floatX *x, int64_t stride,
+                                           const floatX *weight, const float *rstd, int64_t n, int heads,
+                                           int d, void *scratch, cudaStream_t stream) {
+    if (n == 0) return;
+    check_packs("rmsnorm", stride), check_packs("rmsnorm", dx_stride);
+    int blocks = (int)(rmsnorm_backward_scratch(n * heads, d) / (d * sizeof(float)));
+    RmsnormRows rows = {(int)(n * heads), heads, d};
+    RMSNORM_LAUNCH(rmsnorm_backward_kernel, blocks, d, stream, rows, dx, dx_stride, add, (float *)scratch,
+                   dout, x, stride, weight, rstd);
+    add_partial_sums(dweight, (const float *)scratch, blocks, d, stream);
+}
+// dout [n, heads, d] dense. dx, its tokens dx_stride apart, is overwritten; dweight [d] is added to.
+static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *dweight, const floatX *dout,
+                                          const floatX *x, int64_t stride, const floatX *weight,
+                                          const float *rstd, int64_t n, int heads, int d, void *scratch,
+                                          cudaStream_t stream) {
+    rmsnorm_launch_backward(dx, dx_stride, 0, dweight, dout, x, stride, weight, rstd, n, heads, d, scratch,
+                            stream);
+}
+
+// ---- rows of a matrix [n, c] ---------------------------------------------------------------------------
+
+static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *weight, int64_t n,
+                                   int c, float eps, cudaStream_t stream) {
+    rmsnorm_heads_forward(out, rstd, x, c, weight, n, 1, c, eps, stream);
+}
+
+// sum = x + y, out = the norm of sum. sum may be x or y.
+static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
+                                            const floatX *y, const floatX *weight, int64_t n, int c,
+                                            float eps, cudaStream_t stream) {
+    if (n == 0) return;
+    int64_t blocks = rmsnorm_blocks(n, c);
+    RmsnormRows rows = {(int)n, 1, c};
+    RMSNORM_LAUNCH(rmsnorm_forward_kernel, blocks, c, stream, rows, out, sum, rstd, x, c, y, weight, eps);
+}
+
+// dx = gradient, plus dx where add; dweight [c] is added to. scratch: rmsnorm_backward_scratch bytes.
+static inline void rmsnorm_backward(floatX *dx, int add, float *dweight, const floatX *dout, const floatX *x,
+                                    const floatX *weight, const float *rstd, int64_t n, int c, void *scratch,
+                                    cudaStream_t stream) {
+    rmsnorm_launch_backward(dx, c, add, dweight, dout, x, c, weight, rstd, n, 1, c, scratch, stream);
+}
+#endif
