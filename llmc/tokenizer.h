@@ -1,26 +1,32 @@
 // tokenizer.h: what token ids mean. Reads and writes `tokenizer.bin`; reads llm.c's file of that name too.
 //
 // tokenizer.bin: 256 int32 of header, {magic 20260801, version 1, vocab_size, id of the end-of-text token
-// or -1, kind}, then for each token uint16 length and its bytes, and for kind 2 its int32 rank.
+// or -1, kind, split, whole}, then for each token uint16 length and its bytes, and for kind 2 its int32 rank.
 //   kind 0, bytes: a token is a byte; text is their concatenation.
 //   kind 1, words: a token is a word, or several with one space between them; text is tokens joined by one
 //   space. Where several tokens fit a text, the longest does.
 //   kind 2, BPE: text is the concatenation; tokens arise by merging adjacent ones, lowest rank first
-//   (rank -1: never by merging).
+//   (rank -1: never by merging), within the stretches that `split` cuts the text into; whole = 1: a
+//   stretch that is itself a token is that token.
 // llm.c's: 256 uint32, {magic 20240328, version 1 or 2, vocab_size, end-of-text (version 2; else 50256)},
 // then uint8 length and bytes: a BPE whose ranks are its ids.
 #ifndef LLMC_TOKENIZER_H
 #define LLMC_TOKENIZER_H
 
+#include "unicode.h"
 #include "utils.h"
 
 #define TOKENIZER_MAGIC 20260801
 #define TOKENIZER_VERSION 1
 #define TOKENIZER_LLMC_MAGIC 20240328
 enum { TOKENIZER_BYTES = 0, TOKENIZER_WORDS = 1, TOKENIZER_BPE = 2 };
+// Ways to split text. Llama 3's takes digits by threes, Qwen's one by one; cl100k is Llama 3's, but for a
+// text that ends in white space.
+enum { SPLIT_GPT2 = 0, SPLIT_LLAMA3 = 1, SPLIT_QWEN = 2, SPLIT_CL100K = 3 };
 
 typedef struct Tokenizer {
     int kind, vocab_size, eot; // eot: -1 when there is none
+    int split, whole;          // of kind BPE
     char *bytes;               // all tokens, one after the other
     int64_t *start;            // [vocab_size + 1]: where each begins in `bytes`
     int32_t *rank;             // [vocab_size]: merge priority, -1 for a token that no merge makes
@@ -83,6 +89,8 @@ static inline int tokenizer_load(Tokenizer *t, const char *path) {
     t->vocab_size = (int)header[2];
     t->eot = llmc && header[1] == 1 ? 50256 : (int)header[3];
     t->kind = llmc ? TOKENIZER_BPE : (int)header[4];
+    t->split = llmc ? SPLIT_GPT2 : (int)header[5];
+    t->whole = llmc ? 0 : (int)header[6];
     int64_t size = (int64_t)st.st_size - (int64_t)sizeof(header);
     if (t->vocab_size < 1 || t->vocab_size > size) {
         die("tokenizer %s says it has %d tokens, in %lld bytes", path, t->vocab_size, (long long)size);
@@ -90,6 +98,10 @@ static inline int tokenizer_load(Tokenizer *t, const char *path) {
     if (t->eot < -1 || t->eot >= t->vocab_size || t->kind < TOKENIZER_BYTES || t->kind > TOKENIZER_BPE) {
         die("tokenizer %s is broken: kind %d (0 to 2 expected), end-of-text %d of %d tokens", path, t->kind,
             t->eot, t->vocab_size);
+    }
+    if (t->split < SPLIT_GPT2 || t->split > SPLIT_CL100K || t->whole < 0 || t->whole > 1) {
+        die("tokenizer %s is broken: split %d (0 to 3 expected), whole %d (0 or 1)", path, t->split,
+            t->whole);
     }
 
     unsigned char *raw = (unsigned char *)xmalloc((size_t)size);
@@ -163,30 +175,111 @@ static inline int tokenizer_is_space(char c) {
     return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
-// 0 whitespace, 1 letter (bytes of UTF-8 beyond ASCII count as such), 2 digit, 3 anything else.
-static inline int tokenizer_class(char c) {
-    if (tokenizer_is_space(c)) return 0;
-    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (unsigned char)c >= 128) return 1;
-    return c >= '0' && c <= '9' ? 2 : 3;
+// What a character is to the ways of splitting. Text ends at its end, and at a byte that is no UTF-8.
+enum { CHAR_END, CHAR_SPACE, CHAR_LETTER, CHAR_NUMBER, CHAR_OTHER };
+
+// The first character of text [len] into *c; returns its bytes, 0 at the end and where it is no UTF-8.
+static inline int64_t tokenizer_char(const char *text, int64_t len, uint32_t *c) {
+    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000}; // with so many bytes
+    *c = 0;
+    if (len <= 0) return 0;
+    unsigned char first = (unsigned char)text[0];
+    int64_t n = first < 0x80   ? 1
+                : first < 0xc0 ? 0
+                : first < 0xe0 ? 2
+                : first < 0xf0 ? 3
+                : first < 0xf8 ? 4
+                               : 0;
+    if (n == 0 || n > len) return 0;
+    *c = n == 1 ? first : first & (0x7fu >> n);
+    for (int64_t i = 1; i < n; i++) {
+        if (((unsigned char)text[i] & 0xc0) != 0x80) return 0;
+        *c = *c << 6 | ((unsigned char)text[i] & 0x3f);
+    }
+    return *c < least[n] || *c > 0x10ffff || (*c >= 0xd800 && *c < 0xe000) ? 0 : n;
 }
 
-// Length of the first stretch of text that merges do not cross, as GPT-2 splits: 's 't 're 've 'm 'll 'd; a
-// run of letters, of digits or of others, with one space before it; a run of whitespace without the
-// last, which belongs to what follows.
-static inline int64_t tokenizer_stretch(const char *text, int64_t len) {
-    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+// The class of the first character, and its bytes into *n.
+static inline int tokenizer_class(const char *text, int64_t len, int64_t *n) {
+    uint32_t c;
+    *n = tokenizer_char(text, len, &c);
+    if (*n == 0) return CHAR_END;
+    if (UNICODE_HAS(UNICODE_LETTERS, c)) return CHAR_LETTER;
+    if (UNICODE_HAS(UNICODE_NUMBERS, c)) return CHAR_NUMBER;
+    return UNICODE_HAS(UNICODE_SPACES, c) ? CHAR_SPACE : CHAR_OTHER;
+}
+
+// The bytes of the first `most` characters or fewer that are of one class.
+static inline int64_t tokenizer_run(const char *text, int64_t len, int wanted, int64_t most) {
+    int64_t at = 0, n;
+    while (most-- > 0 && tokenizer_class(text + at, len - at, &n) == wanted) at += n;
+    return at;
+}
+
+static inline int tokenizer_is_newline(const char *text, int64_t len) {
+    return len > 0 && (*text == '\n' || *text == '\r');
+}
+
+// The bytes of 's 't 're 've 'm 'll 'd at the start of the text, else 0; in any case: also of 'S and so on.
+static inline int64_t tokenizer_contraction(const char *text, int64_t len, int any_case) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    if (len < 2 || text[0] != '\'') return 0;
     for (size_t i = 0; i < sizeof(endings) / sizeof(endings[0]); i++) {
-        int64_t n = (int64_t)strlen(endings[i]);
-        if (n <= len && memcmp(text, endings[i], (size_t)n) == 0) return n;
+        const char *letter = endings[i];
+        int64_t at = 1;
+        for (; *letter; letter++) {
+            uint32_t c;
+            at += tokenizer_char(text + at, len - at, &c);
+            if (any_case && c >= 'A' && c <= 'Z') c += 'a' - 'A';
+            if (any_case && c == 0x17f) c = 's'; // the long s
+            if (c != (uint32_t)*letter) break;
+        }
+        if (*letter == 0) return at;
     }
-    int64_t n = 0;
-    while (n < len && tokenizer_class(text[n]) == 0) n++;
-    if (n == len) return n;
-    if (n > 1) return n - 1;
-    if (n == 1 && text[0] != ' ') return 1;
-    int c = tokenizer_class(text[n]);
-    while (n < len && tokenizer_class(text[n]) == c) n++;
-    return n;
+    return 0;
+}
+
+// Length of the first stretch of text, which merges do not cross. The regular expressions, with \w for \p{L},
+// \d for \p{N} and \o for [^\s\w\d]:
+//   GPT-2    's|'t|'re|'ve|'m|'ll|'d| ?\w+| ?\d+| ?\o+|\s+(?!\S)|\s+
+//   Llama 3  (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\w\d]?\w+|\d{1,3}| ?\o+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+// A byte that is no UTF-8 is a stretch of its own.
+static inline int64_t tokenizer_stretch(int split, const char *text, int64_t len) {
+    int64_t first, second;
+    int kind = tokenizer_class(text, len, &first);
+    if (kind == CHAR_END) return 1;
+    int64_t n = tokenizer_contraction(text, len, split != SPLIT_GPT2);
+    if (n > 0) return n;
+    int space = text[0] == ' ';
+    int next = tokenizer_class(text + first, len - first, &second);
+    if (split == SPLIT_GPT2) {
+        if (kind != CHAR_SPACE) return tokenizer_run(text, len, kind, len);
+        if (space && next >= CHAR_LETTER) return 1 + tokenizer_run(text + 1, len - 1, next, len);
+    } else {
+        int joins = kind == CHAR_OTHER || (kind == CHAR_SPACE && !tokenizer_is_newline(text, len));
+        if (kind == CHAR_LETTER) return tokenizer_run(text, len, CHAR_LETTER, len);
+        if (joins && next == CHAR_LETTER)
+            return first + tokenizer_run(text + first, len - first, CHAR_LETTER, len);
+        if (kind == CHAR_NUMBER) return tokenizer_run(text, len, CHAR_NUMBER, split == SPLIT_QWEN ? 1 : 3);
+        if (kind == CHAR_OTHER || (space && next == CHAR_OTHER)) {
+            n = space + tokenizer_run(text + space, len - space, CHAR_OTHER, len);
+            while (tokenizer_is_newline(text + n, len - n)) n++;
+            return n;
+        }
+    }
+    // white space: up to its last line end; else without its last character, which goes with what follows
+    int64_t run = tokenizer_run(text, len, CHAR_SPACE, len), last = 0, at;
+    int ends = tokenizer_class(text + run, len - run, &n) == CHAR_END;
+    if (split == SPLIT_CL100K && ends) return run;
+    for (at = run; split != SPLIT_GPT2 && at > 0; at--) {
+        if (tokenizer_is_newline(text + at - 1, 1)) return at;
+    }
+    if (ends || run == first) return run;
+    for (at = 0; at < run; at += n) {
+        tokenizer_class(text + at, len - at, &n);
+        last = at;
+    }
+    return last;
 }
 
 // Tokens of one stretch: from single bytes, merges the adjacent pair of lowest rank until none is left.
@@ -262,8 +355,11 @@ static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, int
     while (at < len) {
         int64_t n = 1, tokens = 1; // of this stretch or byte
         if (t->kind == TOKENIZER_BPE) {
-            n = tokenizer_stretch(text + at, len - at);
-            tokens = tokenizer_merge(t, text + at, n, start);
+            n = tokenizer_stretch(t->split, text + at, len - at);
+            start[0] = 0;
+            start[1] = n;
+            if (!t->whole || t->table[tokenizer_slot(t, text + at, n)] < 0)
+                tokens = tokenizer_merge(t, text + at, n, start);
         }
         for (int64_t i = 0; i < tokens; i++) {
             int64_t from = at + (start != NULL ? start[i] : 0);

@@ -731,9 +731,10 @@ static void test_word_tokenizer(void) {
     }
     write_file(in_root("cut.bin"), raw, size + 1);
     DIES("too long", load_tokenizer(in_root("cut.bin")));
-    for (int field = 0; field < 5; field++) { // each field of the header, spoiled
+    for (int field = 0; field < 7; field++) { // each field of the header, spoiled
         static const char *const expected[] = {"is no tokenizer", "has version 77", "it has 77 tokens",
-                                               "end-of-text 77", "kind 77"};
+                                               "end-of-text 77",  "kind 77",        "split 77",
+                                               "whole 77"};
         char bad[4096];
         int32_t value = 77;
         memcpy(bad, raw, (size_t)size);
@@ -746,11 +747,11 @@ static void test_word_tokenizer(void) {
 
 // A small BPE: the 256 bytes, some merges out of order of id, and a special token that text can't make.
 static void test_bpe_tokenizer(void) {
-    enum { MERGES = 16, N = 256 + MERGES };
-    static const char *const merged[MERGES] = {"he",       "ll",   "hell",   "hello",  " w",  "or",
-                                               "ld",       " wor", " world", "lo",     "llo", "12",
-                                               "\xc3\xa9", "xy",   "yz",     "<|end|>"};
-    static const int32_t rank[MERGES] = {0, 9, 10, 11, 1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 13, -1};
+    enum { MERGES = 17, N = 256 + MERGES };
+    static const char *const merged[MERGES] = {"he",       "ll",   "hell",   "hello", " w",     "or",
+                                               "ld",       " wor", " world", "lo",    "llo",    "12",
+                                               "\xc3\xa9", "xy",   "yz",     "xyzz",  "<|end|>"};
+    static const int32_t rank[MERGES] = {0, 9, 10, 11, 1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 13, 15, -1};
     static const char *const whole[] = {"hello", " world", "12", "\xc3\xa9", "llo", "or"};
     const char *pieces[N];
     char bytes[256];
@@ -788,29 +789,64 @@ static void test_bpe_tokenizer(void) {
         int64_t n = encode(&t, whole[i], out);
         CHECK(strcmp(printed(&t, out, n), whole[i]) == 0, "'%s' does not come back", whole[i]);
     }
+    check_tokens(&t, "xyzz", "[x][yz][z]"); // merges do not reach it
+    t.whole = 1;
+    check_tokens(&t, "xyzz", "[xyzz]");
+    check_tokens(&t, "xyzz? xyzzx", "[xyzz][?][ ][x][yz][z][x]");
+    t.whole = 0;
     const char *text = "hello world 12's  \n\n hello\tllo!?";
     int64_t n = encode(&t, text, out);
     CHECK(n > 0 && n < 64 && strcmp(printed(&t, out, n), text) == 0, "'%s'", printed(&t, out, n));
     tokenizer_free(&t);
 }
 
-// GPT-2's splitting of text, before merges.
+// The ways of splitting text, before merges. test_bpe.py compares them with the libraries of tokenizers.
 static void test_stretches(void) {
-    static const char *const text[] = {"Hello world", " a1b", "don't we'll 'x", "a  b",
-                                       "a \n b",      "x   ", "?! ..a",         " \xe2\x82\xac"};
-    static const char *const expected[] = {"Hello| world", " a|1|b",       "don|'t| we|'ll| '|x",
-                                           "a| | b",       "a| \n| b",     "x|   ",
-                                           "?!| ..|a",     " \xe2\x82\xac"};
-    for (int i = 0; i < 8; i++) {
-        char got[64] = "";
-        int64_t length = (int64_t)strlen(text[i]), n;
+    static const struct {
+        int split;
+        const char *expected; // the text, with a bar between stretches
+    } cases[] = {
+        {SPLIT_GPT2, "Hello| world"},
+        {SPLIT_GPT2, " a|1|b"},
+        {SPLIT_GPT2, "don|'t| we|'ll| '|x"},
+        {SPLIT_GPT2, "DON|'|T"},
+        {SPLIT_GPT2, "a| | b"},
+        {SPLIT_GPT2, "a| \n| b"},
+        {SPLIT_GPT2, "x|   "},
+        {SPLIT_GPT2, "?!| ..|a"},
+        {SPLIT_GPT2, " \xe2\x82\xac"}, // a currency sign is no letter
+        {SPLIT_GPT2, "a|\xe2\x82\xac|b"},
+        {SPLIT_GPT2, "caf\xc3\xa9| \xe6\xbc\xa2\xe5\xad\x97|1"},
+        {SPLIT_GPT2, "1\xd9\xa3\xc2\xbd"}, // numbers of other scripts, fractions
+        {SPLIT_GPT2, "a|\xc2\xa0| b"},     // a no-break space is white space
+        {SPLIT_GPT2, "a| |\xe3\x80\x80|b"},
+        {SPLIT_GPT2, "a|\xff|b|\xc3| c"}, // not UTF-8
+        {SPLIT_GPT2, "a|  |\xff| |\xe2|\x82|x"},
+        {SPLIT_GPT2, "\xc0|\x80|\xed|\xa0|\x80|\xf4|\x90|\x80|\x80"},
+        {SPLIT_LLAMA3, "DON|'T| we|'Ll|'\xc5\xbf"},
+        {SPLIT_LLAMA3, "x|(a| \xe2\x80\x9c|so"},
+        {SPLIT_LLAMA3, "\tx| |123|456|7"},
+        {SPLIT_LLAMA3, "a|;\n\n|b|\n|c"},
+        {SPLIT_LLAMA3, "a| \r\n| | b|  \n|  "},
+        {SPLIT_LLAMA3, "x|   "},
+        {SPLIT_QWEN, "a| |1|2|3|a"},
+        {SPLIT_CL100K, "a| \n|b|  \n  "},
+        {SPLIT_CL100K, "123|4"},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char text[64], got[128] = "";
+        int64_t length = 0, n;
+        for (const char *c = cases[i].expected; *c; c++) {
+            if (*c != '|') text[length++] = *c;
+        }
         for (int64_t at = 0; at < length; at += n) {
-            n = tokenizer_stretch(text[i] + at, length - at);
+            n = tokenizer_stretch(cases[i].split, text + at, length - at);
             if (n < 1 || n > length - at) break;
             snprintf(got + strlen(got), sizeof(got) - strlen(got), "%s%.*s", at > 0 ? "|" : "", (int)n,
-                     text[i] + at);
+                     text + at);
         }
-        CHECK(strcmp(got, expected[i]) == 0, "'%s' is split '%s', not '%s'", text[i], got, expected[i]);
+        CHECK(strcmp(got, cases[i].expected) == 0, "way %d: '%s' where '%s' is expected", cases[i].split, got,
+              cases[i].expected);
     }
 }
 

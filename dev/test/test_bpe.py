@@ -1,0 +1,944 @@
+"""The makers of data in Python, data/bpe, data/hub and data/get, as a user meets them: shards that decode to
+their text, kills and full disks, and every error path. make test runs it, with CPU (the trainer) and BUILD
+(the folder of dev/test/encode.c's program) set. What needs packages of requirements.txt that are not
+installed is skipped."""
+
+import base64
+import concurrent.futures
+import glob
+import gzip
+import hashlib
+import http.server
+import importlib.machinery
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
+DATA = os.path.join(ROOT, "data")
+CPU = os.path.abspath(os.environ.get("CPU", os.path.join(ROOT, "train_gpt_nsa_cpu")))
+ENCODE = os.path.abspath(os.path.join(os.environ.get("BUILD", os.path.join(ROOT, "build")), "encode"))
+sys.path.insert(0, DATA)
+SEED = random.SystemRandom().randrange(10**6)
+passed = failed = skipped = 0
+lock = threading.Lock()
+
+
+def check(condition, what):
+    global passed, failed
+    with lock:
+        if condition:
+            passed += 1
+        else:
+            failed += 1
+            print(f"FAILED test_bpe.py: {what}", flush=True)
+
+
+def command(program, *args):
+    return [sys.executable, os.path.join(DATA, program), *map(str, args)]
+
+
+def run(program, *args, env=None, limit=None):
+    """Runs a maker; limit: the most bytes that a file may have."""
+
+    def set_limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        command(program, *args),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+        preexec_fn=set_limit if limit else None,
+    )
+
+
+def made(program, *args, **kw):
+    r = run(program, *args, **kw)
+    check(r.returncode == 0 and r.stderr == "", f"{program} {args}: code {r.returncode}, {r.stderr[-600:]}")
+    return r.stdout
+
+
+def contents(folder):
+    """{name: bytes} of all files below."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if os.path.isfile(path):
+                with open(path, "rb") as f:
+                    found[os.path.relpath(path, folder)] = f.read()
+    return found
+
+
+numbers = itertools.count()
+
+
+def fails(want, program, *args, **kw):
+    """The maker must end with code 1 and one line on stderr that contains `want`. A folder x in `args` is a
+    new one each time, and stays without shards."""
+    number = next(numbers)
+    args = [f"{a}{number}" if str(a).endswith("/x") else a for a in args]
+    r = run(program, *args, **kw)
+    text = f"{program} {' '.join(map(str, args))[-200:]}: code {r.returncode}: {r.stderr[-700:]!r}"
+    check(
+        r.returncode == 1
+        and r.stderr.count("\n") == 1
+        and r.stderr.startswith("error: ")
+        and want in r.stderr,
+        f"{want!r} wanted; {text}",
+    )
+    check(not glob.glob(f"{tempfile.gettempdir()}/*/x{number}/text_*.bin"), f"shards are left; {text}")
+
+
+def write(path, content):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---- what was made, read without the makers' own code ------------------------------------------------------
+
+
+def read_shard(path):
+    """Tokens and bytes a token, after what llmc/shard.h checks."""
+    with open(path, "rb") as f:
+        content = f.read()
+    magic, version, count = struct.unpack("<3i", content[:12])
+    width = {20240520: 2, 20240801: 4}[magic]
+    assert version == {2: 1, 4: 7}[width] and count > 0 and len(content) == 1024 + count * width, path
+    return list(struct.unpack(f"<{count}{'H' if width == 2 else 'I'}", content[1024:])), width
+
+
+def read_series(folder, name, part, most=None):
+    tokens, widths = [], set()
+    paths = sorted(glob.glob(f"{folder}/{name}_{part}_*.bin"))
+    for i, path in enumerate(paths):
+        assert path.endswith(f"_{part}_{i:06d}.bin"), path
+        shard, width = read_shard(path)
+        assert most is None or (len(shard) == most if i < len(paths) - 1 else len(shard) <= most), path
+        tokens += shard
+        widths.add(width)
+    return tokens, widths
+
+
+def read_tokenizer(folder):
+    with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
+        content = f.read()
+    header, at, pieces = struct.unpack("<256i", content[:1024]), 1024, []
+    for _ in range(header[2]):
+        (n,) = struct.unpack_from("<H", content, at)
+        pieces.append(content[at + 2 : at + 2 + n])
+        at += 2 + n + 4
+    assert header[0] == 20260801 and header[4] == 2 and at == len(content)
+    return pieces, header[3], header[5]
+
+
+def documents(tokens, pieces, eot):
+    """The texts that end-of-text tokens end."""
+    texts, text = [], []
+    for token in tokens:
+        if token == eot:
+            texts.append(b"".join(text))
+            text = []
+        else:
+            text.append(pieces[token])
+    assert not text, "the last document has no end"
+    return texts
+
+
+def c_tokens(folder, text):
+    r = subprocess.run([ENCODE, os.path.join(folder, "tokenizer.bin")], input=text, capture_output=True)
+    check(r.returncode == 0, f"encode: {r.stderr}")
+    return [int(x) for x in r.stdout.split()]
+
+
+def held_out_at(text, share=0.1):
+    """Where bpe's validation part begins."""
+    start = len(text) - int(len(text) * share)
+    line = text[start : start + 4096].find(b"\n") + 1
+    if 0 < line < len(text) - start:
+        return start + line
+    while start < len(text) and 0x80 <= text[start] < 0xC0:
+        start += 1
+    return start
+
+
+def sentences(rng, size):
+    """Text of made-up words, some with accents, numbers and quotes."""
+    syllables = ["ba", "do", "ki", "lu", "mer", "ton", "sha", "vel", "é", "ü", "str"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3000)]
+    words += ["don't", "I'LL", "1984", "3.14", "“so”", "—", "x=y;", "漢字", "🙂"]
+    out, n = [], 0
+    while n < size:
+        line = " ".join(rng.choices(words, k=12)) + rng.choice([".\n", "!\n\n", ",\n", "?\r\n", ".  "])
+        out.append(line)
+        n += len(line.encode())
+    return "".join(out).encode()
+
+
+# ---- get, which needs no packages --------------------------------------------------------------------------
+
+
+def load_script(name):
+    loader = importlib.machinery.SourceFileLoader(name, os.path.join(DATA, name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_get(tmp):
+    get = load_script("get")
+    novel = (
+        "\ufeffThe Project Gutenberg EBook\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n\r\n"
+        "Produced by A and B\r\n\r\n\r\n\r\n\r\nTITLE\r\n\r\n\r\n\r\n\r\n\r\nCafé\r\nwords, words.\r\n\r\n"
+        "End of the Project Gutenberg EBook\r\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\r\nlicense"
+    )
+    for encoding in ("utf-8", "latin-1"):
+        check(
+            get.novel_only(novel.encode(encoding, "ignore")) == "TITLE\n\n\nCafé\nwords, words.\n".encode(),
+            f"a novel's frame, {encoding}: {get.novel_only(novel.encode(encoding, 'ignore'))}",
+        )
+    fails("is there a network", "get", "-o", f"{tmp}/g", "--from", "http://127.0.0.1:9")
+    fails("is there a network", "get", "-o", f"{tmp}/g", "--from", "nonsense")
+    check(not os.path.exists(f"{tmp}/g"), "get leaves a folder without a network")
+
+    # the whole of it from a server of our own, first with a wrong text in it
+    served, wanted = f"{tmp}/served", hashlib.sha256(get.novel_only(novel.encode())).hexdigest()
+    get.TEXTS = [
+        ("plays.txt", "who/plays", "c0", "a/plays.txt", hashlib.sha256(b"Exeunt.\n").hexdigest()),
+        ("books/x.txt", "who/x", "c1", "x-0.txt", wanted),
+    ]
+    write(f"{served}/who/plays/c0/a/plays.txt", "Exeunt.\n")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        requests = []
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=served)
+
+        def log_message(self, *_):
+            self.requests.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def fetch():
+        sys.argv, out = ["get", "-o", f"{tmp}/g", "--from", base], sys.stdout
+        with open(os.devnull, "w") as sys.stdout:
+            try:
+                get.main()
+            except SystemExit as e:
+                return str(e)
+            finally:
+                sys.stdout = out
+        return ""
+
+    write(f"{served}/who/x/c1/x-0.txt", novel.replace("words", "wards"))
+    check(
+        "is not the text" in fetch() and list(contents(f"{tmp}/g")) == ["plays.txt"], "get keeps a wrong text"
+    )
+    write(f"{served}/who/x/c1/x-0.txt", novel)
+    check(
+        fetch() == "" and contents(f"{tmp}/g")["books/x.txt"] == "TITLE\n\n\nCafé\nwords, words.\n".encode(),
+        "get's download",
+    )
+    count = len(Handler.requests)
+    check(fetch() == "" and len(Handler.requests) == count, "get downloads what is there")
+    shutil.rmtree(f"{served}/who/x")
+    os.remove(f"{tmp}/g/books/x.txt")
+    check("404" in fetch(), "a file that the server has not")
+    server.shutdown()
+
+
+# ---- bpe ---------------------------------------------------------------------------------------------------
+
+
+def test_text(tmp, rng):
+    """Shards of all kinds of text decode to it, and are the tokens that the trainer's own encoder makes."""
+    texts = {
+        "a.txt": sentences(rng, 1_400_000),
+        "b/latin1.txt": "Müller trank süßen Käse à la carte.\n".encode("latin-1") * 300,
+        "b/bytes.bin": bytes(rng.randrange(256) for _ in range(40000)),
+        "b/nospace.txt": "漢字".encode() * 150_000,  # no place to cut
+        "b/tiny.txt": b"x",
+        "b/special.txt": b"spelled <|endoftext|> out\n" * 50,
+        "b/white.txt": b" \n\t \r\n" * 2000,
+    }
+    for name, text in texts.items():
+        write(f"{tmp}/texts/{name}", text)
+    write(f"{tmp}/texts/b/empty.txt", "")
+    write(f"{tmp}/texts/.hidden", "not read")
+    os.symlink("..", f"{tmp}/texts/b/loop")
+    out = made("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts")
+    check("training a BPE of 1000 tokens" in out and " 13 documents, " in out, out)
+    pieces, eot, _ = read_tokenizer(f"{tmp}/t")
+    check(len(pieces) == 1000 and pieces[eot] == b"<|endoftext|>", "the trained vocabulary")
+    train, widths = read_series(f"{tmp}/t", "text", "train", 100_000)
+    val, _ = read_series(f"{tmp}/t", "text", "val", 100_000)
+    check(widths == {2} and len(glob.glob(f"{tmp}/t/text_train_*.bin")) > 3, "16-bit shards, several")
+    got, held, at = documents(train, pieces, eot), documents(val, pieces, eot), 0
+    for i, name in enumerate(sorted(texts)):
+        cut = held_out_at(texts[name])
+        check(got[i] == texts[name][:cut], f"{name} does not come back")
+        if cut < len(texts[name]):
+            check(held[at] == texts[name][cut:], f"{name}'s held-out part does not come back")
+            at += 1
+    check(len(got) == len(texts) and at == len(held), f"{len(got)} and {len(held)} documents")
+    # bpe cuts a.txt into pieces, the C encoder does not
+    cut = held_out_at(texts["a.txt"])
+    check(
+        train[: train.index(eot)] == c_tokens(f"{tmp}/t", texts["a.txt"][:cut]),
+        "C makes other tokens of a.txt",
+    )
+    for text in (texts["b/latin1.txt"], texts["b/bytes.bin"]):
+        ids = c_tokens(f"{tmp}/t", text)
+        check(b"".join(pieces[i] for i in ids) == text, "the C encoder loses bytes")
+    ends = [i for i, token in enumerate(train) if token == eot]
+    cut = held_out_at(texts["b/bytes.bin"])
+    check(
+        train[ends[0] + 1 : ends[1]] == c_tokens(f"{tmp}/t", texts["b/bytes.bin"][:cut]),
+        "C and Python on bytes",
+    )
+
+    before = contents(f"{tmp}/t")
+    check(
+        "nothing to do"
+        in made("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"),
+        "a second run works again",
+    )
+    check(contents(f"{tmp}/t") == before, "a second run changes files")
+    # killed after it had saved that it was done, before the last two shards got their names
+    shards = sorted(glob.glob(f"{tmp}/t/text_train_*.bin"))
+    for path in shards[-2:]:
+        os.rename(path, path + ".tmp")
+    args = ["bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"]
+    made(*args)
+    check(contents(f"{tmp}/t") == before, "shards that wait for their names do not get them")
+    os.rename(shards[-1], f"{tmp}/away")
+    fails("is missing", *args)
+    os.rename(f"{tmp}/away", shards[-1])
+    return before
+
+
+def test_trainer(tmp):
+    """The trainer reads the shards, its tokenizer a prompt, and what it samples is text."""
+    flags = ["-e", "recall", "-layers", "1", "-channels", "16", "-t", "32", "-b", "1", "-x", "1", "-g", "8"]
+    r = subprocess.run(
+        [
+            CPU,
+            *flags,
+            "-i",
+            f"{tmp}/t/text_train_*.bin",
+            "-j",
+            f"{tmp}/t/text_val_*.bin",
+            "-v",
+            "1",
+            "-m",
+            "1",
+            "-s",
+            "1",
+            "-prompt",
+            "don't “so” 漢字",
+        ],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    check(
+        r.returncode == 0 and "vocabulary 1000" in r.stdout and "don't “so” 漢字" in r.stdout,
+        f"the trainer: {r.stderr} {r.stdout[-300:]}",
+    )
+
+
+def kill_and_go_on(args, folder, wanted):
+    """Kills the maker again and again, each time after it has saved something new, on one core, where the
+    work takes long enough for that. Shards that have their names must be whole, workers must go too, and the
+    files at the end be those of a run never stopped."""
+    rng, went_on = random.Random(SEED), 0
+    state = os.path.join(folder, "text.json")
+
+    def saved():
+        return os.path.exists(state) and os.stat(state).st_mtime_ns
+
+    for signum in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        before = saved()
+        p = subprocess.Popen(
+            command(*args),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {rng.choice(sorted(os.sched_getaffinity(0)))}),
+        )
+        while p.poll() is None and saved() == before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        workers = children(p.pid)
+        p.send_signal(signum)
+        p.wait()
+        deadline = time.monotonic() + 10
+        while any(map(runs, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        alive = [pid for pid in workers if runs(pid)]
+        check(not alive, f"{signum}: workers go on without their run")
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+        out, err = p.communicate()
+        went_on += "going on after" in out
+        with open(state) as f:
+            if json.load(f)["done"]:
+                break
+        if signum != signal.SIGKILL:
+            check(p.returncode == 1 and err.count("\n") == 1 and "interrupted" in err, f"{signum}: {err!r}")
+        check(len(workers) > 0, "no workers were seen")
+        for path in glob.glob(f"{folder}/*.bin"):
+            with open(path, "rb") as f:
+                check(f.read() == wanted[os.path.basename(path)], f"{path} is not whole after {signum}")
+    out = made(*args)
+    went_on += "going on after" in out
+    check(went_on > 0, "no run went on from where another was killed")
+    check(contents(folder) == wanted, f"{args}: other bits than those of a run never stopped")
+
+
+def runs(pid):
+    """Whether a process is there and more than a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_kills(tmp, tokenizer):
+    write(f"{tmp}/k_text.txt", sentences(random.Random(SEED), 1_000_000) * 9)
+    args = ["--tokenizer", tokenizer, "--shard", 200_000, f"{tmp}/k_text.txt"]
+    made("bpe", "-o", f"{tmp}/k_whole", *args)
+    kill_and_go_on(["bpe", "-o", f"{tmp}/k", *args], f"{tmp}/k", contents(f"{tmp}/k_whole"))
+
+
+def children(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            direct = [int(x) for x in f.read().split()]
+    except OSError:
+        return []
+    return direct + [c for d in direct for c in children(d)]
+
+
+def test_disk(tmp, tokenizer):
+    """A disk that is full, and files that may not grow: one line, no shard; the same command goes on."""
+    write(f"{tmp}/d.txt", sentences(random.Random(1), 700_000))
+    args = ["--tokenizer", tokenizer, f"{tmp}/d.txt"]
+    made("bpe", "-o", f"{tmp}/d_whole", *args)
+    os.makedirs(f"{tmp}/d")
+    os.symlink("/dev/full", f"{tmp}/d/text_train_000000.bin.tmp")
+    r = run("bpe", "-o", f"{tmp}/d", *args)
+    check(
+        r.returncode == 1 and r.stderr.count("\n") == 1 and "No space left on device" in r.stderr,
+        f"full: {r.stderr!r}",
+    )
+    check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
+    os.remove(f"{tmp}/d/text_train_000000.bin.tmp")
+    r = run("bpe", "-o", f"{tmp}/d", *args, limit=200_000)
+    check(
+        r.returncode == 1 and r.stderr.count("\n") == 1 and "File too large" in r.stderr,
+        f"limit: {r.stderr!r}",
+    )
+    check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
+    made("bpe", "-o", f"{tmp}/d", *args)
+    check(contents(f"{tmp}/d") == contents(f"{tmp}/d_whole"), "after a full disk: other bits")
+
+
+def test_vocabularies(tmp, tokenizer):
+    """Tokenizers of all kinds: tokens are those of their own libraries, and the C encoder's."""
+    import tiktoken
+    import tokenizers
+    import vocab
+
+    with open(tokenizer) as f:
+        base = json.load(f)
+    rng = random.Random(SEED)
+    pool = [
+        "a",
+        "b",
+        "the",
+        "ki",
+        "lu",
+        "'s",
+        "'S",
+        "'ll",
+        "'LL",
+        "'ſ",
+        "don't",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\u3000",
+        "\u00a0",
+        "1",
+        "12",
+        "1234",
+        "٣",
+        "½",
+        "é",
+        "e\u0301",
+        "漢字",
+        "🙂",
+        "—",
+        "“",
+        "...",
+        "!?",
+        "/",
+        "_",
+        "\x85",
+        "\x1c",
+        "\x00",
+        "Ⅳ",
+        "ǅ",
+        " <|endoftext|>",
+        "\u2028",
+        "x\n\n y",
+    ]
+    texts = ["".join(rng.choices(pool, k=rng.randint(1, 12))) for _ in range(700)]
+
+    def split_by(pattern):
+        j = json.loads(json.dumps(base))
+        j["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        }
+        return j
+
+    qwen = split_by(vocab.SPLITS[2][0])
+    qwen["normalizer"] = {"type": "NFC"}
+    qwen["added_tokens"].append(
+        {
+            "id": 1000,
+            "content": "the ki",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": False,
+        }
+    )
+    other = split_by(r"\p{L}+|\s+|[^\s\p{L}]+")
+    other["model"]["dropout"] = 0.5
+    odd = json.loads(json.dumps(base))  # a token that its own merges do not reach
+    odd["model"]["vocab"]["kilu1"] = 1000
+    odd["model"]["merges"] = [m for m in odd["model"]["merges"] if "".join(m) not in ("kilu",)]
+    odd["model"]["merges"] += [["k", "ilu1"], ["i", "lu1"], ["lu", "1"]]
+    odd["model"]["vocab"].update({"ilu1": 1001, "lu1": 1002})
+    pieces, _, _ = read_tokenizer(f"{tmp}/t")
+    ranks = {piece: i for i, piece in enumerate(p for p in pieces if p != b"<|endoftext|>")}
+    end = {"<|endoftext|>": len(ranks)}
+    # name, what is loaded, whether the fast engine and the C encoder are the same as it
+    cases = [
+        ("gpt2", base, True, True),
+        ("llama3", split_by(vocab.SPLITS[1][0]), True, True),
+        ("qwen", qwen, True, False),
+        ("other", other, False, False),
+        ("odd", odd, False, False),
+        ("cl100k", vocab.SPLITS[3][0], True, True),
+        ("r50k", vocab.SPLITS[0][1], True, True),
+    ]
+    for name, source, fast, c_same in cases:
+        if isinstance(source, dict):
+            v = vocab.from_hf(json.dumps(source), name, None)
+            source["model"]["dropout"] = None
+            library = tokenizers.Tokenizer.from_str(json.dumps(source))
+            library.encode_special_tokens = True
+            wanted = [library.encode(t, add_special_tokens=False).ids for t in texts]
+        else:
+            v = vocab.from_tiktoken(source, ranks, end, "<|endoftext|>", len(ranks) + 1)
+            library = tiktoken.Encoding(name, pat_str=source, mergeable_ranks=ranks, special_tokens=end)
+            wanted = [library.encode_ordinary(t) for t in texts]
+        bad = [t for t, w in zip(texts, wanted) if v.encode(t.encode(), False).tolist() != w]
+        check(
+            not bad,
+            f"{name}: {len(bad)} texts have other tokens than the library's (seed {SEED}): {bad[:3]!r}",
+        )
+        check((v.fast is not None) == fast, f"{name}: fast engine {v.fast is not None}")
+        check((v.note is None) == c_same, f"{name}: note {v.note}")
+        if c_same:  # a byte that is no UTF-8 parts texts
+            write(f"{tmp}/{name}/tokenizer.bin", v.tokenizer_bin())
+            joined, parting = [], [int(v.byte_id[255])]
+            for w in wanted:
+                joined += parting + w if joined else w
+            check(
+                c_tokens(f"{tmp}/{name}", b"\xff".join(t.encode() for t in texts)) == joined,
+                f"{name}: the C encoder makes other tokens (seed {SEED})",
+            )
+
+
+def test_wide(tmp, tokenizer):
+    """A vocabulary of more than 65,536 tokens: 32-bit shards that the trainer reads."""
+    with open(tokenizer) as f:
+        j = json.load(f)
+    n = len(j["model"]["vocab"])
+    j["model"]["vocab"].update({f"unused{i}": n + i for i in range(70000 - n - 1)})
+    j["added_tokens"][0] = {**j["added_tokens"][0], "id": 69999, "content": "<eos>"}
+    write(f"{tmp}/wide.json", json.dumps(j))
+    text = b"Many words, few of them long.\n" * 300
+    write(f"{tmp}/wide.txt", text)
+    made("bpe", "-o", f"{tmp}/w", "--name", "w", "--tokenizer", f"{tmp}/wide.json", f"{tmp}/wide.txt")
+    tokens, widths = read_series(f"{tmp}/w", "w", "train")
+    pieces, eot, _ = read_tokenizer(f"{tmp}/w")
+    check(widths == {4} and eot == 69999 and tokens[-1] == eot, f"32-bit shards: {widths}, end {eot}")
+    check(documents(tokens, pieces, eot) == [text[: held_out_at(text)]], "32-bit shards do not decode")
+    r = subprocess.run(
+        [
+            CPU,
+            "-e",
+            "recall",
+            "-layers",
+            "1",
+            "-channels",
+            "16",
+            "-t",
+            "32",
+            "-b",
+            "1",
+            "-x",
+            "1",
+            "-i",
+            f"{tmp}/w/w_train_*.bin",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    check(r.returncode == 0 and "vocabulary 70000" in r.stdout, f"the trainer on 32-bit shards: {r.stderr}")
+
+
+def test_tiktoken(tmp):
+    """tiktoken's vocabularies: by name (here one of a plug-in, which needs no network), and as a file."""
+    letters = [
+        a.encode() + b.encode() for a in "abcdefghijklmnopqrstuvwxyz " for b in "abcdefghijklmnopqrstuvwxyz"
+    ]
+    write(
+        f"{tmp}/plug/tiktoken_ext/small.py",
+        f"""
+def small():
+    ranks = {{**{{bytes([b]): b for b in range(256)}}, **{{t: 256 + i for i, t in enumerate({letters!r})}}}}
+    return {{"name": "small", "pat_str": r"\\p{{L}}+|\\s+|[^\\s\\p{{L}}]+", "mergeable_ranks": ranks,
+            "special_tokens": {{"<|endoftext|>": 2000, "<|other|>": 2001}}}}
+ENCODING_CONSTRUCTORS = {{"small": small}}
+""",
+    )
+    env = {"PYTHONPATH": f"{tmp}/plug"}
+    text = b"some words that are split otherwise 42\n" * 40
+    write(f"{tmp}/tik.txt", text)
+    out = made("bpe", "-o", f"{tmp}/tik", "--tokenizer", "small", "--val", 0, f"{tmp}/tik.txt", env=env)
+    check("note: this tokenizer splits text" in out, out)
+    pieces, eot, _ = read_tokenizer(f"{tmp}/tik")
+    check(eot == 2000 and len(pieces) == 2002 and pieces[1999] == b"", f"end-of-text {eot} of {len(pieces)}")
+    check(documents(read_series(f"{tmp}/tik", "text", "train")[0], pieces, eot) == [text], "tiktoken by name")
+    made("bpe", "-o", f"{tmp}/tik2", "--tokenizer", "small", "--eot", "<|other|>", f"{tmp}/tik.txt", env=env)
+    check(read_tokenizer(f"{tmp}/tik2")[1] == 2001, "--eot with tiktoken")
+    fails(
+        "no end-of-text token <|no|>",
+        "bpe",
+        "-o",
+        f"{tmp}/x",
+        "--tokenizer",
+        "small",
+        "--eot",
+        "<|no|>",
+        f"{tmp}/tik.txt",
+        env=env,
+    )
+    tokens = [bytes([b]) for b in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)][
+        :50000
+    ]
+    lines = [base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)]
+    write(f"{tmp}/gpt2.tiktoken", b"".join(lines))
+    made("bpe", "-o", f"{tmp}/tik3", "--tokenizer", f"{tmp}/gpt2.tiktoken", "--val", 0, f"{tmp}/tik.txt")
+    pieces, eot, split = read_tokenizer(f"{tmp}/tik3")
+    tokens = read_series(f"{tmp}/tik3", "text", "train")[0]
+    check((len(pieces), eot, split) == (50257, 50256, 0), f"a tiktoken file: {len(pieces)}, {eot}, {split}")
+    check(
+        documents(tokens, pieces, eot) == [text] and tokens[:-1] == c_tokens(f"{tmp}/tik3", text),
+        "its tokens",
+    )
+    write(f"{tmp}/short.tiktoken", b"".join(lines[:300]))
+    fails("300 tokens", "bpe", "-o", f"{tmp}/x", "--tokenizer", f"{tmp}/short.tiktoken", f"{tmp}/tik.txt")
+    fails(
+        "line 2",
+        "bpe",
+        "-o",
+        f"{tmp}/x",
+        "--tokenizer",
+        write(f"{tmp}/bad.tiktoken", "YQ== 0\n!!\n"),
+        f"{tmp}/tik.txt",
+    )
+
+
+def bad_inputs(tmp, tokenizer):
+    """Calls that must end in one line; a list of functions, which run side by side."""
+    with open(tokenizer) as f:
+        base = json.load(f)
+
+    def variant(name, **changes):
+        return write(f"{tmp}/bad/{name}.json", json.dumps({**base, **changes}))
+
+    def model(name, **changes):
+        return variant(name, model={**base["model"], **changes})
+
+    os.makedirs(f"{tmp}/emptyfolder")
+    empty, text = write(f"{tmp}/empty.txt", ""), write(f"{tmp}/one.txt", "one line of text\n")
+    write(f"{tmp}/emptyfiles/a.txt", "")
+    plain = write(f"{tmp}/plain", "a file")
+    write(f"{tmp}/stray/text_train_000000.bin", "not ours")
+    write(f"{tmp}/broken/text.json", "{")
+    lacking = {k: v for k, v in base["model"]["vocab"].items() if k != "Ġ"}
+    bpe = ["bpe", "-o", f"{tmp}/x", "--tokenizer"]
+    cases = [
+        (["bpe", "-o", f"{tmp}/x", text], "--tokenizer T"),
+        (["bpe", "-o", f"{tmp}/x", "--tokenizer", tokenizer, "--train-vocab", 1000, text], "--tokenizer T"),
+        (["bpe", "--train-vocab", 1000, text], "-o"),
+        (["bpe", "-o", f"{tmp}/x", "--train-vocab", 1000], "FILE_OR_FOLDER"),
+        (["bpe", "-o", f"{tmp}/x", "--train-vocab", 100, text], "from 258"),
+        (["bpe", "-o", f"{tmp}/x", "--train-vocab", "12x", text], "'12x'"),
+        (["bpe", "-o", f"{tmp}/x", "--train-vocab", 1000, "--eot", "e", text], "--eot"),
+        ([*bpe, tokenizer, "--val", "0.95", text], "0.95"),
+        ([*bpe, tokenizer, "--val", "nan", text], "nan"),
+        ([*bpe, tokenizer, "--shard", "1e3", text], "1024"),
+        ([*bpe, tokenizer, "--shard", "3e9", text], "2147483647"),
+        ([*bpe, tokenizer, "--name", "a/b", text], "a/b"),
+        ([*bpe, tokenizer, "--nmae", "a", text], "--nmae"),
+        ([*bpe, tokenizer, empty], "empty.txt is empty"),
+        ([*bpe, tokenizer, f"{tmp}/emptyfolder"], "no text"),
+        ([*bpe, tokenizer, f"{tmp}/emptyfiles"], "no text"),
+        ([*bpe, tokenizer, f"{tmp}/nowhere"], "nowhere"),
+        ([*bpe, tokenizer, "/dev/null"], "neither a file nor a folder"),
+        (["bpe", "-o", f"{plain}/x", "--tokenizer", tokenizer, text], "plain"),
+        (["bpe", "-o", f"{tmp}/stray", "--tokenizer", tokenizer, text], "in the way"),
+        (["bpe", "-o", f"{tmp}/broken", "--tokenizer", tokenizer, text], "broken"),
+        (["bpe", "-o", f"{tmp}/t", "--name", "new", "--train-vocab", 300, text], "belongs to other data"),
+        (["bpe", "-o", f"{tmp}/t", "--tokenizer", tokenizer, text], "made with other"),
+        ([*bpe, f"{tmp}/no.json", text], "no.json"),
+        ([*bpe, "gpt17", text], "cl100k_base"),
+        ([*bpe, write(f"{tmp}/bad/e.json", ""), text], "is empty"),
+        ([*bpe, write(f"{tmp}/bad/b.json", "{]"), text], "no tokenizer.json"),
+        ([*bpe, write(f"{tmp}/bad/k.json", "{}"), text], "no tokenizer.json"),
+        ([*bpe, variant("noend", added_tokens=[]), text], "no end-of-text token"),
+        ([*bpe, tokenizer, "--eot", "<|no|>", text], "no special token '<|no|>'"),
+        ([*bpe, model("unigram", type="Unigram"), text], "Unigram"),
+        ([*bpe, model("nobytes", vocab=lacking), text], "no token for byte 0x20"),
+        ([*bpe, model("merge", merges=[["q", "qqq"]]), text], "does not have"),
+        (
+            [*bpe, variant("prefix", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), text],
+            "add_prefix_space",
+        ),
+        (["hub", "-o", f"{tmp}/x", text], "--tokenizer T"),
+        (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, "--tokens", "0", text], "--tokens"),
+        (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, text], "parquet"),
+        (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, f"{tmp}/emptyfolder"], "none was found"),
+    ]
+    return [lambda c=c, w=w: fails(w, *c) for c, w in cases]
+
+
+# ---- hub ---------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as streaming the dataset org/name takes, for the files below `root`."""
+
+    protocol_version, root, commit = "HTTP/1.1", None, "c0ffee" + "0" * 34
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, body, **headers):
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
+        files = contents(self.root)
+        if re.fullmatch(r"/api/datasets/org/name(/revision/\w+)?", path):
+            answer = {
+                "id": "org/name",
+                "sha": self.commit,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "siblings": [{"rfilename": name} for name in files],
+            }
+            return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+        tree = re.fullmatch(f"/api/datasets/org/name/tree/{self.commit}/?(.*)", path)
+        if tree:
+            folder = tree.group(1) + "/" if tree.group(1) else ""
+            answer = {}
+            for name in sorted(files):
+                if name.startswith(folder):
+                    child, below, _ = name[len(folder) :].partition("/")
+                    answer[child] = {
+                        "type": "directory" if below else "file",
+                        "path": folder + child,
+                        "oid": "0" * 40,
+                        "size": 0 if below else len(files[name]),
+                    }
+            return self.answer(
+                200 if answer else 404,
+                json.dumps([*answer.values()]).encode(),
+                Content_Type="application/json",
+                **({} if answer else {"X-Error-Code": "EntryNotFound"}),
+            )
+        file = re.fullmatch(f"/datasets/org/name/resolve/{self.commit}/(.*)", path)
+        if not file or file.group(1) not in files:
+            return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
+        data = files[file.group(1)]
+        wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers = {"ETag": '"0"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
+        if not wanted:
+            return self.answer(200, data, **headers)
+        first, last = int(wanted.group(1)), min(int(wanted.group(2) or len(data) - 1), len(data) - 1)
+        return self.answer(
+            206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers
+        )
+
+    do_HEAD = do_GET
+
+
+def test_hub(tmp, tokenizer):
+    """A dataset by its name and by its files, of parquet and of json: the same shards; kills; limits."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rng = random.Random(SEED)
+    text = sentences(rng, 600_000).decode()
+    texts, at = [""], 0
+    while at < len(text):
+        n = rng.randint(1, 5000)
+        texts.append(text[at : at + n])
+        at += n
+    texts *= 10
+    half = len(texts) // 2
+    os.makedirs(f"{tmp}/hub/data")
+    for i, part in enumerate((texts[:half], texts[half:])):
+        table = pyarrow.table({"id": list(range(len(part))), "text": part, "score": [0.5] * len(part)})
+        pyarrow.parquet.write_table(table, f"{tmp}/hub/data/train-{i:05d}.parquet", row_group_size=100)
+    lines = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts))
+    write(f"{tmp}/json/all.jsonl.gz", gzip.compress(lines.encode(), 1))
+    flags = ["--tokenizer", tokenizer, "--shard", 100_000, "--val", 0.05]
+    out = made("hub", "-o", f"{tmp}/h", *flags, f"{tmp}/hub")
+    pieces, eot, _ = read_tokenizer(f"{tmp}/h")
+    train = documents(read_series(f"{tmp}/h", "text", "train", 100_000)[0], pieces, eot)
+    val = documents(read_series(f"{tmp}/h", "text", "val", 100_000)[0], pieces, eot)
+    chosen = [int((i + 1) * 0.05) > int(i * 0.05) for i in range(len(texts))]
+    check(train == [t.encode() for t, c in zip(texts, chosen) if t and not c], "hub's training documents")
+    check(val == [t.encode() for t, c in zip(texts, chosen) if t and c], "hub's held-out documents")
+    check(f"{len(train) + len(val)} documents" in out, out)
+    kill_and_go_on(["hub", "-o", f"{tmp}/hk", *flags, f"{tmp}/hub"], f"{tmp}/hk", contents(f"{tmp}/h"))
+
+    # by name, from a hub of our own
+    Hub.root = f"{tmp}/hub"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": f"{tmp}/hf"}
+    made("hub", "-o", f"{tmp}/hn", *flags, "org/name", env=here)
+    same = [name for name, data in contents(f"{tmp}/h").items() if contents(f"{tmp}/hn").get(name) == data]
+    check(len(same) == len(contents(f"{tmp}/h")) - 1, f"by name: only {same} are the same")
+    with open(f"{tmp}/hn/text.json") as f:
+        check(json.load(f)["settings"]["commit"] == Hub.commit, "the dataset's commit is not kept")
+    fails("cannot read dataset other/name", "hub", "-o", f"{tmp}/x", *flags, "other/name", env=here)
+    server.shutdown()
+
+    # from json; up to a number of tokens
+    made("hub", "-o", f"{tmp}/hj", *flags, "--tokens", 50_000, f"{tmp}/json")
+    tokens = read_series(f"{tmp}/hj", "text", "train")[0]
+    some = documents(tokens, pieces, eot)
+    check(
+        some == train[: len(some)]
+        and len(tokens) - len(c_tokens(f"{tmp}/h", some[-1])) - 1 < 50_000 <= len(tokens),
+        f"--tokens: {len(some)} documents, {len(tokens)} tokens",
+    )
+
+
+def bad_hubs(tmp, tokenizer):
+    flags = ["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer]
+    null = write(f"{tmp}/null/a.jsonl", '{"text": "fine", "n": 1}\n{"text": null, "n": 2}\n')
+    broken = write(f"{tmp}/broken/a.parquet", "PAR1 and no more")
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    return [
+        lambda: fails("no column 'body': name one of text, n", *flags, "--column", "body", null),
+        lambda: fails("document 1", *flags, null),
+        lambda: fails("a.parquet", *flags, broken),
+        lambda: fails("cannot read dataset some/name", *flags, "some/name", env=nowhere),
+    ]
+
+
+def main():
+    global skipped
+    tmp = tempfile.mkdtemp(prefix="test_bpe.")
+    try:
+        test_get(tmp)
+        lacking = [
+            name
+            for name in ("numpy", "tokenizers", "tiktoken", "datasets", "pyarrow")
+            if importlib.util.find_spec(name) is None
+        ]
+        if lacking:
+            skipped = 1
+            print(
+                f"skipped: data/bpe and data/hub, for want of the Python packages {', '.join(lacking)}: "
+                f"pip install -r requirements.txt"
+            )
+        else:
+            whole = test_text(tmp, random.Random(SEED))
+            tokenizer = f"{tmp}/t/tokenizer.json"
+            tests = [
+                lambda: test_kills(tmp, tokenizer),
+                lambda: test_hub(tmp, tokenizer),
+                lambda: test_trainer(tmp),
+                lambda: test_disk(tmp, tokenizer),
+                lambda: test_vocabularies(tmp, tokenizer),
+                lambda: test_wide(tmp, tokenizer),
+                lambda: test_tiktoken(tmp),
+                *bad_hubs(tmp, tokenizer),
+                *bad_inputs(tmp, tokenizer),
+            ]
+            with concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count())) as pool:
+                for future in [pool.submit(test) for test in tests]:
+                    try:
+                        future.result()
+                    except Exception as e:
+                        check(False, f"{type(e).__name__}: {e}\n{traceback.format_exc()}")
+            check(contents(f"{tmp}/t") == whole, "a failed run changes another's files")
+    finally:
+        shutil.rmtree(tmp)
+    print(f"bpe: {passed} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
