@@ -261,7 +261,8 @@ static void attention_forward(GPT *model, int l) {
     GPT_REF(State) *s = &a->att_state;
     if (c->attn == ATTN_NSA) {
         GPT_REF(Phi) phi = layer_phi(model, l);
-        GPT_REF(forward)(f, &model->batch, a->q, a->k, a->v, &phi, model->inv_freq, a->gate, NULL, s, a->att);
+        GPT_REF(forward)
+        (f, &model->batch, a->q, a->k, a->v, &phi, model->inv_freq, a->gate, a->choice, s, a->att);
         return;
     }
     memcpy(s->q, a->q, sizeof(real) * model->n * f->q_heads * f->head_dim);
@@ -479,15 +480,11 @@ static void train_step(Run *r, GPT *gpt, TrainLine *line) {
     line->loss = loss;
     line->norm = gpt_grad_norm(gpt);
     line->lr = learning_rate(r->state.step, o->lr, o->warmup, o->max_steps, o->final_frac);
-    if (!isfinite(loss) || !isfinite(line->norm)) {
-        die("step %lld: loss %g, gradient norm %g; training stopped%s, try a lower -l",
-            (long long)r->state.step + 1, loss, line->norm,
-            o->output ? " and the checkpoints so far stay" : "");
+    if (run_step_is_good(r, loss, line->norm)) {
+        double scale = o->clip > 0 && line->norm > o->clip ? o->clip / line->norm : 1;
+        gpt_update(gpt, r->state.step + 1, line->lr, o->beta1, o->beta2, o->eps, o->weight_decay, scale);
     }
-    double scale = o->clip > 0 && line->norm > o->clip ? o->clip / line->norm : 1;
-    gpt_update(gpt, r->state.step + 1, line->lr, o->beta1, o->beta2, o->eps, o->weight_decay, scale);
-    line->step = ++r->state.step;
-    r->state.tokens += r->state.total_batch;
+    line->step = run_step_done(r, r->train.epoch, r->train.position);
 }
 
 int main(int argc, char **argv) {

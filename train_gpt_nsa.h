@@ -59,6 +59,7 @@ typedef struct {
     real *q, *k, *v;          // [n, Hq|Hkv, d] before RoPE
     real *gate;               // [n, 3*Hq] or [n, 3] logits
     GPT_REF(State) att_state; // of the attention
+    const int32_t *choice;    // of blocks, [Hkv, n, T], to use instead of choosing; NULL: the layer chooses
     real *att;                // [n, Hq*d]
     real *mid;                // [n, C] the residual stream after attention
     real *ln2, *rstd2;        // [n, C], [n]

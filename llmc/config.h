@@ -168,6 +168,8 @@ static inline const Preset *presets(int *count) {
             2, 64, 128, 0, 0, 0, 1e4, 1e-5, 4, 2, 32,  8, 4, 16, 4, 1, 2, 16},
         {"tiny", "bytes of text, minutes on two CPU cores", 1024, 0,
             4, 128, 352, 0, 0, 0, 1e4, 1e-5, 4, 2, 32,  16, 8, 32, 8, 1, 2, 128},
+        {"recall-1k", "the recall task over a longer context, on a GPU", 1024, 0,
+            4, 256, 512, 0, 0, 0, 1e4, 1e-5, 4, 2, 64,  8, 4, 16, 8, 1, 2, 32},
         {"shakespeare", "bytes of text, minutes on a GPU", 1024, 0,
             6, 384, 1024, 0, 0, 0, 1e4, 1e-5, 6, 2, 64,  16, 8, 32, 8, 1, 2, 128},
         {"gpt-124m", "about GPT-2's size; 4 query heads a kv head", 8192, 50257,

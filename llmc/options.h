@@ -1,5 +1,6 @@
 // options.h: the command line of both trainers. One table says each flag's letter, type, range and
-// meaning; model flags come from config.h's table of fields. Every mistake dies with one line.
+// meaning; model flags come from config.h's table of fields. Every mistake dies with one line. The GPU
+// trainer defines TRAINER_GPU before it includes this: some flags are its alone.
 #ifndef LLMC_OPTIONS_H
 #define LLMC_OPTIONS_H
 #include "utils.h"
@@ -24,6 +25,9 @@ typedef struct {
     const char *prompt;
     double temperature, top_p;
     int64_t seed, doc_mask;
+    int64_t skip_bad;                 // 1: a step that is not finite is skipped
+    int64_t recompute, profile_steps; // of the GPU trainer
+    double peak_tflops;               // the same; 0: by the GPU's name
     // set by the parser
     const Preset *preset;             // NULL: start is a checkpoint file
     unsigned char given[OPTIONS_MAX]; // by the table's index: was it on the command line?
@@ -79,6 +83,16 @@ static inline const OptionFlag *option_flags(int *count) {
         {"topp", NULL, OPTION_REAL, AT(top_p), 1e-9, 1, "sample among the likeliest tokens of this total"},
         {"seed", NULL, OPTION_INT, AT(seed), 0, BIG, "of initial values, sample order and samples"},
         {"doc-mask", NULL, OPTION_INT, AT(doc_mask), 0, 1, "1: no token sees another document"},
+        {"skip", NULL, OPTION_INT, AT(skip_bad), 0, 1,
+         "where a step's loss or gradient is not finite, 0: stop, 1: leave the step out"},
+#ifdef TRAINER_GPU
+        {"r", "recompute", OPTION_INT, AT(recompute), 0, 2,
+         "in the backward pass recompute 0: nothing, 1: norms and SwiGLU, 2: whole layers"},
+        {"profile", NULL, OPTION_INT, AT(profile_steps), 0, 10000,
+         "time n steps on random tokens, part by part, and end; 0: train"},
+        {"peak-tflops", NULL, OPTION_REAL, AT(peak_tflops), 0, 1e9,
+         "the GPU's peak rate, which MFU is a part of; 0: known by its name"},
+#endif
     };
 #undef BIG
 #undef AT
@@ -266,7 +280,14 @@ static inline void options_check(const Options *o) {
     if ((o->sample_only || o->val_only) && (o->resume || o->overfit))
         die("%s 1 %s 1: contradict each other, drop one of them", o->sample_only ? "-sample" : "-val",
             o->resume ? "-y" : "-a");
-    if (!o->sample_only && !o->val_only && !o->train)
+    if (o->profile_steps && (o->sample_only || o->val_only || o->output || o->resume || o->overfit))
+        die("-profile %lld: trains nothing, drop %s", (long long)o->profile_steps,
+            o->sample_only ? "-sample"
+            : o->val_only  ? "-val"
+            : o->overfit   ? "-a"
+            : o->output    ? "-o"
+                           : "-y");
+    if (!o->sample_only && !o->val_only && !o->profile_steps && !o->train)
         die("there is nothing to train on: give shards with -i, or -h for all flags");
     if (o->resume && !o->output) die("-y 1: there is nothing to go on from, name the folder with -o");
     if (o->save_every > 0 && options_given(o, "n") && !o->output)

@@ -102,15 +102,32 @@ static inline void run_choose_vocab(Run *r, int from_checkpoint) {
     config_set_vocab(c, r->tokenizer.vocab_size);
 }
 
+// Dies where mpirun, srun or torchrun has started this program several times: the copies would write over
+// each other's files.
+static inline void run_refuse_many(void) {
+    static const char *const launchers[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                               {"PMI_SIZE", "PMI_RANK"},
+                                               {"SLURM_NTASKS", "SLURM_PROCID"},
+                                               {"WORLD_SIZE", "RANK"}};
+    for (size_t i = 0; i < sizeof launchers / sizeof launchers[0]; i++) {
+        const char *size = getenv(launchers[i][0]);
+        if (size && getenv(launchers[i][1]) && atoll(size) > 1)
+            die("started %s times at once (%s is %s), but this program is built for one process: start it "
+                "without mpirun, srun or torchrun",
+                size, launchers[i][0], size);
+    }
+}
+
 // Reads the command line, decides where to start from, and opens the data. Nothing is written yet but
 // the output folder and its log.
 static inline void run_start(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
     Options *o = &r->opt;
     options_parse(o, argc, argv);
+    run_refuse_many();
     char msg[CHECKPOINT_WHY];
     TrainState saved;
-    int training = !o->sample_only && !o->val_only;
+    int training = !o->sample_only && !o->val_only && !o->profile_steps;
     if (o->resume && checkpoint_newest(o->output, r->checkpoint)) {
         r->resuming = 1;
     } else if (!o->preset) {
@@ -128,6 +145,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     r->micro_batches = options_micro_batches(o, 1);
 
     int64_t tokens = o->batch * o->seq_len;
+    r->state.total_batch = tokens * r->micro_batches;
     if (o->train && training)
         loader_open(&r->train, o->train, o->batch, o->seq_len, r->config.vocab_size, 1, o->seed, 0, 1);
     if (o->val && !o->sample_only) {
@@ -154,10 +172,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
             loader_seek(&r->train, saved.epoch + 1, 0);
         }
     }
+    r->state.epoch = r->train.epoch;
+    r->state.position = r->train.position;
     r->state.seed = o->seed;
     r->state.seq_len = o->seq_len;
     r->state.epoch_samples = r->train.samples;
-    r->state.total_batch = tokens * r->micro_batches;
     if (o->output) {
         checkpoint_dir_check(o->output, o->resume);
         run_copy_tokenizer(r);
@@ -199,10 +218,27 @@ static inline void run_batch(Run *r, DataLoader *l) {
         doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
 }
 
+// Whether the step at hand is finite. Where it is not, dies, or with -skip 1 says that it is left out.
+static inline int run_step_is_good(const Run *r, double loss, double norm) {
+    if (isfinite(loss) && isfinite(norm)) return 1;
+    long long step = (long long)r->state.step + 1;
+    if (!r->opt.skip_bad)
+        die("step %lld: loss %g, gradient norm %g; training stopped%s, try a lower -l, or -skip 1", step,
+            loss, norm, r->opt.output ? " and the checkpoints so far stay" : "");
+    fprintf(stderr, "warning: step %lld: loss %g, gradient norm %g; it changes nothing\n", step, loss, norm);
+    return 0;
+}
+
+// Counts a finished step, whose batches end at this place of the training data. Returns its number.
+static inline int64_t run_step_done(Run *r, int64_t epoch, int64_t position) {
+    r->state.epoch = epoch;
+    r->state.position = position;
+    r->state.tokens += r->state.total_batch;
+    return ++r->state.step;
+}
+
 // Parameters, m and v as they stand after r->state.step steps.
 static inline void run_save(Run *r, const float *params, const float *m, const float *v, int64_t n) {
-    r->state.epoch = r->train.epoch;
-    r->state.position = r->train.position;
     checkpoint_save(r->opt.output, &r->config, &r->state, params, m, v, n);
     checkpoint_prune(r->opt.output, r->opt.keep, r->state.step);
 }

@@ -36,17 +36,25 @@ typedef struct AtomicFile {
 // The unfinished files of the whole program; weak, so that all its translation units share one list.
 __attribute__((weak)) AtomicFile *atomic_unfinished = NULL;
 
+// With several processes: which one this is, in front of its messages ("rank 3: "), and what die() tells the
+// message before it ends this process. comm.h sets both.
+__attribute__((weak)) char die_name[32] = "";
+__attribute__((weak)) void (*die_tells)(const char *message) = NULL;
+
 // Prints "error: ", the message in printf's form and a newline on stderr, removes the temporary files
-// that are not yet committed, and exits with code 1.
+// that are not yet committed, and exits with code 1. Of several threads that die the first one does.
 LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const char *fmt, ...) {
+    static int dying;
+    char message[2 * PATH_BYTES];
     va_list args;
+    while (__atomic_exchange_n(&dying, 1, __ATOMIC_SEQ_CST)) pause();
     va_start(args, fmt);
-    fflush(stdout);
-    fputs("error: ", stderr);
-    vfprintf(stderr, fmt, args);
-    fputc('\n', stderr);
+    vsnprintf(message, sizeof message, fmt, args);
     va_end(args);
+    fflush(stdout);
+    fprintf(stderr, "error: %s%s\n", die_name, message);
     for (AtomicFile *a = atomic_unfinished; a != NULL; a = a->next) unlink(a->tmp);
+    if (die_tells) die_tells(message);
     exit(1);
 }
 

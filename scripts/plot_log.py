@@ -1,9 +1,9 @@
-"""Plots runs from their log.jsonl: training and validation loss, and recall by distance where it was measured.
+"""Plots runs from their log.jsonl: training and validation loss, recall by distance where it was measured.
 
     python3 scripts/plot_log.py log/nsa log/full log/window -o runs.png     (needs Matplotlib)
 
-A run is a trainer's output folder (-o) or its log.jsonl, named in the plot by its folder, or as NAME=FOLDER says.
-With --tokens the losses stand over tokens instead of steps, --smooth N averages the training loss over N steps.
+A run is a trainer's output folder (-o) or its log.jsonl, named in the plot by its folder or as NAME=FOLDER says.
+--tokens puts tokens along the axis instead of steps, --smooth N averages the training loss over N steps.
 """
 import argparse
 import json
@@ -60,10 +60,11 @@ def smoothed(values, width):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("-o", default="runs.png", metavar="FILE", help="picture to write (default: runs.png)")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average the training loss over N steps")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average the loss over N steps")
     parser.add_argument("--tokens", action="store_true", help="tokens along the axis instead of steps")
     args = parser.parse_args()
     if args.smooth < 1:
@@ -84,8 +85,8 @@ def main():
         x = tokens_at(train) if args.tokens else None
         if train:
             loss_axis.plot([x[r["step"]] if x else r["step"] for r in train],
-                           smoothed([r["loss"] for r in train], args.smooth), color=color, alpha=0.35, linewidth=1,
-                           label=None if val else name)
+                           smoothed([r["loss"] for r in train], args.smooth), color=color, alpha=0.35,
+                           linewidth=1, label=None if val else name)
         if val:
             rows = [r for r in val if not x or r["step"] in x]
             loss_axis.plot([x[r["step"]] if x else r["step"] for r in rows], [r["val_loss"] for r in rows],
@@ -93,7 +94,8 @@ def main():
         if recall:
             buckets = [b for b in recall["recall"] if b["asked"]]
             axes[0][1].plot([b["from"] * math.sqrt(2) for b in buckets],
-                            [100 * b["right"] / b["asked"] for b in buckets], color=color, marker="o", label=name)
+                            [100 * b["right"] / b["asked"] for b in buckets], color=color, marker="o",
+                            label=name)
     loss_axis.set(xlabel="tokens" if args.tokens else "step", ylabel="loss, nats a token",
                   title="training (pale) and validation (marked)")
     if recalls:

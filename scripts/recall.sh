@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 trainer=${TRAINER:-./train_gpt_nsa} steps=${STEPS:-1000} tokens=${TOKENS:-16384}
 [ $# -gt 0 ] || set -- 256 512 1024 2048 4096 8192 16384
-make data "$(basename "$trainer")" >/dev/null
+make build/recall "$(basename "$trainer")" >/dev/null
 for mode in nsa full window; do
     from=recall-1k rate=1e-3
     for context in "$@"; do

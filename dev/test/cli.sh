@@ -16,7 +16,7 @@ TINY="-e recall -t 64 -b 2 -l 1e-3 -u 2 -x 6 -v 3 -m 2"
 BARE="-e recall -t 64 -b 2 -x 6" # for runs without validation shards
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
 set -f # patterns reach the program unexpanded
-run() { "$CPU" "$@" >out 2>err; }
+run() { "$CPU" "$@" >out 2>err; code=$?; return $code; }
 
 # Runs the trainer; it must end with code 1, one line on stderr that contains $1, and no new file.
 expect_error() {
@@ -36,7 +36,7 @@ expect_error() {
 
 # ---- runs, and exact resume
 run $TINY $DATA -o a -n 3
-check '[ $? -eq 0 ]' "a short run: $(cat err)"
+check '[ $code -eq 0 ]' "a short run: $(cat err)"
 check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
 check 'grep -q "^recall by distance" out' "no recall accuracy"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl has not 6 steps"
@@ -45,7 +45,7 @@ mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && head -4 a/log.jsonl >b/l
 run $TINY $DATA -o b -n 3 -y 1
 check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run has other bits"
 run $TINY $DATA -o b -n 3 -y 1
-check '[ $? -eq 0 ] && grep -q "all 6 steps are done" out' "a finished run does not say so"
+check '[ $code -eq 0 ] && grep -q "all 6 steps are done" out' "a finished run does not say so"
 OMP_NUM_THREADS=1 run $TINY $DATA -o c -n 6
 check 'cmp -s a/ckpt_00000006.bin c/ckpt_00000006.bin' "one thread gives other bits"
 run $TINY $DATA -o k -n 1 -nk 2
@@ -54,10 +54,10 @@ check '[ "$(ls k/ckpt_*.bin | wc -l)" -eq 2 ] && [ -f k/ckpt_00000006.bin ]' "-n
 set -f
 for attn in full window; do
     run $TINY $DATA -attn $attn
-    check '[ $? -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
+    check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
 done
 run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean
-check '[ $? -eq 0 ] && grep -q "512 tokens a step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
+check '[ $code -eq 0 ] && grep -q "512 tokens a step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
 
 # one step of 4 micro-batches is one step of a batch of 4, but for rounding
 run -e recall -t 64 -b 4 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >one
@@ -72,21 +72,21 @@ check 'awk "/^step 1\//{a=\$5} /^step 60\//{b=\$5} END{exit !(b > 0 && b < a / 3
 run -e a/ckpt_00000006.bin -val 1 -j 'data/recall_val_*.bin' -b 2 -m 2
 check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
 run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
-check '[ $? -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
+check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check 'cmp -s out first' "the same seed samples other words"
 run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # beyond the context
-check '[ $? -eq 0 ]' "a sample longer than the context: $(cat err)"
+check '[ $code -eq 0 ]' "a sample longer than the context: $(cat err)"
 run $TINY $DATA -s 3 -g 5
 check '[ "$(grep -c "^sample: " out)" -eq 2 ]' "-s 3: $(grep sample out)"
 
 # ---- a checkpoint at a longer context, as a start and as a resume
 "$BUILD/recall" -o long -t 128 -n 20 -m 10 >/dev/null
 run -e a/ckpt_00000006.bin -t 128 -b 1 -x 2 -i 'long/recall_train_*.bin' -o l -theta 20000
-check '[ $? -eq 0 ]' "a longer context: $(cat err)"
+check '[ $code -eq 0 ]' "a longer context: $(cat err)"
 cp -r a d
 run -e recall -t 128 -b 1 -x 8 -i 'long/recall_train_*.bin' -o d -y 1
-check '[ $? -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "resumed at a longer context: $(cat err)"
+check '[ $code -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "resumed at a longer context: $(cat err)"
 
 # ---- signals and kills
 for signal in INT TERM; do
@@ -96,7 +96,7 @@ for signal in INT TERM; do
     kill -$signal $pid; wait $pid; code=$?
     check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
     run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
-    check '[ $? -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
+    check '[ $code -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
 done
 good=1
 for i in 1 2 3 4 5; do
@@ -147,6 +147,9 @@ expect_error "-y 1" $TINY $DATA -o a
 expect_error "layers" $TINY $DATA -o a -y 1 -layers 3
 expect_error "window" $TINY $DATA -o a -y 1 -attn window
 expect_error "-vocab says 100" $TINY $DATA -vocab 100
+expect_error "-r" $TINY $DATA -r 1 # of the GPU trainer
+OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "8 times" $TINY $DATA -o many
+SLURM_NTASKS=4 SLURM_PROCID=0 expect_error "4 times" $TINY $DATA -o many
 touch plain
 expect_error "plain" $TINY $DATA -o plain/x
 
@@ -160,6 +163,8 @@ cp flip.bin b/ckpt_00000006.bin # resume takes the one before
 run $TINY $DATA -o b -n 3 -y 1
 check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a bad newest checkpoint: $(cat out err)"
 expect_error "step" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
+run $TINY $DATA -l 1e6 -c 1e6 -clip 0 -u 0 -x 20 -v 0 -skip 1
+check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 20/20" out' "-skip 1: $(tail -2 out) $(head -3 err)"
 if [ "$(id -u)" -ne 0 ]; then
     mkdir locked && chmod 500 locked
     expect_error "locked" $TINY $DATA -o locked/x
@@ -167,18 +172,18 @@ else
     skipped=$((skipped + 1)) && echo "skipped: a folder that root may not write"
 fi
 run -h
-check '[ $? -eq 0 ] && grep -q -- "-attn" out' "-h"
+check '[ $code -eq 0 ] && grep -q -- "-attn" out' "-h"
 
 # ---- text, and shards as llm.c makes them
 printf 'The quick brown fox jumps over the lazy dog. %.0s' $(seq 60) >fox.txt
 "$BUILD/text" -o fox -name fox fox.txt >/dev/null
 run -e tiny -layers 1 -t 32 -b 2 -x 3 -v 3 -s 3 -g 5 -i 'fox/fox_train_*.bin' -j 'fox/fox_val_*.bin'
-check '[ $? -eq 0 ] && grep -q "vocabulary 257" out' "bytes of text: $(cat err)"
+check '[ $code -eq 0 ] && grep -q "vocabulary 257" out' "bytes of text: $(cat err)"
 mkdir gpt2 && {
     printf '\x88\xd8\x34\x01\x01\x00\x00\x00\xe8\x03\x00\x00'; head -c 1012 /dev/zero; head -c 2000 /dev/zero
 } >gpt2/fineweb_train_000001.bin
 run -e recall -vocab 50257 -layers 1 -channels 16 -t 32 -b 1 -x 1 -i 'gpt2/fineweb_train_*.bin'
-check '[ $? -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
+check '[ $code -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
 
 echo "cli: $passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]

@@ -55,5 +55,6 @@ fault "weight decay on norms too" train_gpt_nsa.c 's/tensor->decay \? lr \* weig
 fault "AdamW without bias correction" train_gpt_nsa.c 's/lr \/ correct1/lr/' "test_model"
 fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
 fault "checkpoint chunks are not checked" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
+fault "a run of white space keeps its last character" llmc/tokenizer.h 's/if \(ends \|\| run == first\) return run/return run/' "test_data"
 echo "$noticed noticed, $missed missed"
 [ $missed -eq 0 ]

@@ -273,9 +273,10 @@ def llama3_inv_freq(c, d):
     return torch.tensor(out)
 
 
-def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.0):
+def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.0,
+               shape=(31, 2, 16, 24, 4, 2, 8, 8, 3)):
     """Settings carry the names of the trainer's flags; tensors those of its parameter table."""
-    V, L, C, H, Hq, Hkv, d, l, T = 31, 2, 16, 24, 4, 2, 8, 8, 3
+    V, L, C, H, Hq, Hkv, d, l, T = shape
     c = {"vocab": V, "padded-vocab": 128, "layers": L, "channels": C, "hidden": H, "attn": attn, "heads": Hq,
          "kv-heads": Hkv, "head-dim": d, "tied": tied, "qkv-bias": bias, "qk-norm": norm, "norm-eps": 1e-5,
          "theta": 10000.0, "rope-factor": factor, "rope-low-freq": 1.0, "rope-high-freq": 4.0,
@@ -302,15 +303,19 @@ def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.
         p[x] = f.fill(x, shape, amplitude, offset)
         return p[x]
 
+    def per(fan, small):
+        """Sums of `fan` products are as large as those of `small` in the smallest shape."""
+        return math.sqrt(small / fan)
+
     gaps = []
-    table = weight("wte", 1.0, V, C)
+    table = weight("wte", per(C, 16), V, C)
     x = table[tokens]
     for i in range(L):
         def w(x, amplitude, *shape, offset=0.0):
             return weight(f"layers.{i}.{x}", amplitude, *shape, offset=offset)
 
         y = rms_norm(x, w("ln1", 0.25, C, offset=1.0), c["norm-eps"])
-        qkv = y @ w("wqkv", 0.5, (Hq + 2 * Hkv) * d, C).T
+        qkv = y @ w("wqkv", 0.5 * per(C, 16), (Hq + 2 * Hkv) * d, C).T
         if bias:
             qkv = qkv + w("bqkv", 0.5, (Hq + 2 * Hkv) * d)
         q, k, v = qkv.reshape(N, Hq + 2 * Hkv, d).split([Hq, Hkv, Hkv], dim=1)
@@ -318,10 +323,10 @@ def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.
             q = rms_norm(q, w("qnorm", 0.25, d, offset=1.5), c["norm-eps"])
             k = rms_norm(k, w("knorm", 0.25, d, offset=1.5), c["norm-eps"])
         if attn == 0:
-            phi = (w("phi_wk", 0.25, Hkv * l * d, d).reshape(Hkv, l * d, d),
+            phi = (w("phi_wk", 0.25 * per(l * d, 64), Hkv * l * d, d).reshape(Hkv, l * d, d),
                    w("phi_pe", 0.5, Hkv * l, d).reshape(Hkv, l, d),
-                   w("phi_wv", 0.25, Hkv * l * d, d).reshape(Hkv, l * d, d))
-            gate = (y @ w("wgate", 0.5, 3 * Hq, C).T).reshape(N, Hq, 3)
+                   w("phi_wv", 0.25 * per(l * d, 64), Hkv * l * d, d).reshape(Hkv, l * d, d))
+            gate = (y @ w("wgate", 0.5 * per(C, 16), 3 * Hq, C).T).reshape(N, Hq, 3)
             r = nsa(a, pack, q, k, v, phi, gate, inv_freq)
             o = r["o"]
             f.ints(f"layers.{i}.indices", r["indices"])
@@ -329,12 +334,12 @@ def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.
         else:
             q, k = rotate(q, pack.query_pos, inv_freq), rotate(k, pack.key_pos, inv_freq)
             o, _, _ = attend(a["scale"], q, k, v, pack.causal if attn == 1 else pack.sliding)
-        x = x + o.reshape(N, Hq * d) @ w("wo", 0.25, C, Hq * d).T
+        x = x + o.reshape(N, Hq * d) @ w("wo", 0.25 * per(Hq * d, 32), C, Hq * d).T
         y = rms_norm(x, w("ln2", 0.25, C, offset=1.0), c["norm-eps"])
-        gate, up = (y @ w("wgu", 0.5, 2 * H, C).T).split(H, dim=-1)
-        x = x + (gate * torch.sigmoid(gate) * up) @ w("wdown", 0.25, C, H).T
+        gate, up = (y @ w("wgu", 0.5 * per(C, 16), 2 * H, C).T).split(H, dim=-1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ w("wdown", 0.25 * per(H, 24), C, H).T
     x = rms_norm(x, weight("lnf", 0.25, C, offset=1.0), c["norm-eps"])
-    logits = x @ (table if tied else weight("lm_head", 0.5, V, C)).T
+    logits = x @ (table if tied else weight("lm_head", 0.5 * per(C, 16), V, C)).T
     losses = F.cross_entropy(logits, targets, reduction="none")
     losses.mean().backward()
     f.reals("logits", logits, keep=1)
@@ -362,6 +367,10 @@ def main():
     model_case("model_full", "full attention, no bias, no QK-norm, tied head", [33, 37, 70], attn=1, tied=1,
                bias=0, norm=0, factor=0.0)
     model_case("model_window", "sliding window only", [33, 37], attn=2)
+    # shapes that the GPU takes; T = 5 chooses all blocks, so that rounding changes no choice
+    model_case("model_gpu", "heads of 64", [33, 1, 70], shape=(40, 2, 64, 96, 3, 1, 64, 8, 5))
+    model_case("model_gpu_full", "heads of 64, full attention, tied head", [33, 1, 70], attn=1, tied=1, bias=0,
+               norm=0, factor=0.0, shape=(40, 2, 64, 96, 4, 2, 64, 8, 5))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 # lines ("name: N passed, N failed, N skipped"). A program that ends without one has failed.
 set -u
 passed=0 failed=0 skipped=0
+if command -v python3 >/dev/null 2>&1; then
+    set -- "$@" "python3 dev/test/test_bpe.py"
+else
+    skipped=1
+    echo "skipped: data/bpe, data/hub and data/get, for want of python3"
+fi
 for program in "$@" "bash dev/test/headers.sh" "bash dev/test/cli.sh"; do
     output=$($program 2>&1)
     code=$?

@@ -77,5 +77,7 @@ int main(void) {
     test_case("model_nsa");
     test_case("model_full");
     test_case("model_window");
+    test_case("model_gpu");
+    test_case("model_gpu_full");
     return test_end("model_golden");
 }

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# The GPU trainer as a user meets it: exact resume, checkpoints exchanged with the C trainer, recomputation,
+# samples, -profile, and the errors that are its own. Needs TRAINER (it, or its build for the emulator), CPU
+# (the C trainer) and BUILD (the folder of the data makers).
+set -u
+TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}") BUILD=$(realpath "${BUILD:-build}")
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+cd "$T" || exit 1
+passed=0 failed=0 skipped=0
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED cli_gpu.sh: $*"; }
+check() { if eval "$1"; then ok; else bad "$2"; fi; }
+
+"$BUILD/recall" -o data -t 32 -n 20 -m 3 >/dev/null || bad "recall"
+MODEL="-e recall -layers 1 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -b 1"
+RUN="-l 1e-3 -u 2 -x 4 -v 4 -m 2"
+DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
+set -f # patterns reach the program unexpanded
+run() { "$TRAINER" "$@" >out 2>err; code=$?; return $code; }
+loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-9.]*\).*/\1/'; }
+near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
+
+# The trainer must end with code 1 and one line on stderr that contains $1, and leave no new file.
+expect_error() {
+    local want=$1 before after
+    shift
+    before=$(ls -lR --time-style=+%s "$T" | cksum)
+    (cd "$T" && "$TRAINER" "$@" >"$T.out" 2>"$T.err")
+    local code=$?
+    after=$(ls -lR --time-style=+%s "$T" | cksum)
+    if [ $code -ne 1 ]; then bad "code $code, not 1: $* ($(head -c 300 "$T.err"))"
+    elif [ "$(wc -l <"$T.err")" -ne 1 ]; then bad "not one line on stderr: $*: $(head -c 600 "$T.err")"
+    elif ! grep -qF -- "$want" "$T.err"; then bad "'$want' is not in: $(cat "$T.err")"
+    elif [ "$before" != "$after" ]; then bad "files changed: $*"
+    else ok; fi
+    rm -f "$T.out" "$T.err"
+}
+
+# ---- runs, exact resume, recomputation
+run $MODEL $RUN $DATA -o a -n 2
+check '[ $code -eq 0 ] && grep -q "^gpu: " out && grep -q "^  activations " out' "a short run: $(cat err)"
+check 'grep -q "^val loss [0-9]*\.[0-9]*$" out && grep -q "^recall by distance" out' "no validation: $(cat out)"
+check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl has not 4 steps"
+check '[ -f a/ckpt_00000002.bin ] && [ -f a/ckpt_00000004.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
+mkdir b && cp a/ckpt_00000002.bin a/tokenizer.bin b/ && head -3 a/log.jsonl >b/log.jsonl
+run $MODEL $RUN $DATA -o b -y 1
+check 'cmp -s a/ckpt_00000004.bin b/ckpt_00000004.bin' "a resumed run has other bits: $(cat err)"
+for r in 1 2; do
+    run $MODEL $RUN $DATA -v 0 -o r$r -r $r
+    check 'cmp -s a/ckpt_00000004.bin r$r/ckpt_00000004.bin' "-r $r gives other bits: $(cat err)"
+done
+run $MODEL $RUN $DATA -v 0 -b 2 -x 2 -o two && run $MODEL $RUN $DATA -v 0 -d 64 -x 2 -o one
+check 'near "$(loss one 2)" "$(loss two 2)" 1e-3' "accumulation: $(loss one 2) $(loss two 2)"
+for attn in full window; do
+    run $MODEL $DATA -x 1 -v 0 -attn $attn -doc-mask 0
+    check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
+done
+
+# ---- the C trainer goes on from the GPU's checkpoint, and the other way round
+mkdir c && cp a/ckpt_00000002.bin a/tokenizer.bin c/
+"$CPU" $MODEL $RUN $DATA -v 0 -o c -y 1 >out 2>err; code=$?
+check '[ $code -eq 0 ] && near "$(loss a 4)" "$(loss c 4)" 0.02' "the C trainer's step 4: $(loss c 4), the GPU's $(loss a 4) $(cat err)"
+mkdir g && cp c/ckpt_00000004.bin c/tokenizer.bin g/
+run $MODEL $RUN $DATA -v 0 -x 5 -o g -y 1 && "$CPU" $MODEL $RUN $DATA -v 0 -x 5 -o c -y 1 >out 2>err
+check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), the C trainer's $(loss c 5) $(cat err)"
+
+# ---- validation only, samples, signals
+run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
+check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
+run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
+check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
+cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
+check 'cmp -s out first' "the same seed samples other words"
+"$TRAINER" $MODEL $DATA -x 100000 -v 0 -o s >out 2>err &
+pid=$!
+for _ in $(seq 600); do grep -q '"step":2,' s/log.jsonl 2>/dev/null && break; sleep 0.1; done
+kill -TERM $pid; wait $pid; code=$?
+check '[ $code -eq 143 ] && ls s | grep -q "^ckpt_"' "SIGTERM: $(cat err)"
+
+# ---- steps that are not finite
+BLOW="$MODEL $DATA -v 0 -l 1e6 -c 1e6 -clip 0 -u 0 -x 6"
+run $BLOW -o x -n 1
+check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: step" err && [ -f x/ckpt_00000001.bin ]' "a loss that is not finite: $(cat err)"
+run $BLOW -skip 1
+check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 6/6" out' "-skip 1: $(tail -3 out) $(cat err)"
+
+# ---- where the time goes
+RESULTS=$T/results.jsonl "$TRAINER" $MODEL -vocab 100 -profile 1 >out 2>err; code=$?
+check '[ $code -eq 0 ] && grep -q "^training step" out && grep -q "attention_backward" out' "-profile: $(cat out err)"
+check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 ]' "-profile records nothing: $(cat results.jsonl)"
+
+# ---- errors
+expect_error "head_dim 32" -e recall -t 32 -b 1 $DATA
+expect_error "-channels 60" $MODEL $DATA -channels 60
+expect_error "-r 3" $MODEL $DATA -r 3
+expect_error "out of GPU memory" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
+expect_error "-r 2" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
+expect_error "-profile 2" $MODEL $DATA -profile 2 -o p
+OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "8 times" $MODEL $DATA -o p
+expect_error "-layers 2" -e a/ckpt_00000004.bin -sample 1 -layers 2
+flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
+cp a/ckpt_00000004.bin flip.bin && printf '\x5a\xa5' | dd of=flip.bin bs=1 seek=$flip conv=notrunc 2>/dev/null
+expect_error "flip.bin" -e flip.bin -sample 1
+
+echo "cli_gpu: $passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]
