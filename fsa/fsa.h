@@ -58,8 +58,8 @@ typedef struct {
 } FsaConfig;
 
 // Queries `pos` to `pos + len - 1` of sequence `seq`. Query arrays hold the rows of the segments one
-// after another. Segments ascend by (seq, pos) and do not overlap. Plain training has one segment
-// for each sequence, (seq, 0, length).
+// after another. Segments ascend by (seq, pos) and do not overlap; they and sequences may be empty. Plain
+// training has one segment for each sequence, (seq, 0, length).
 typedef struct {
     int64_t seq, pos, len;
 } FsaSegment;

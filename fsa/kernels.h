@@ -65,6 +65,10 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
 // The choice of blocks: indices [Hkv, Nq, T] from the rotated q, kc and the compressed branch's lse.
 int fsa_topk(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,
              const float *lse_c, int32_t *indices, cudaStream_t stream);
+// topk_sm90.cu: the same on Hopper, for configurations that suit it.
+bool fsa_topk_suits_sm90(const FsaConfig *c);
+int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *indices, cudaStream_t stream);
 
 // ---- compress.cu ------------------------------------------------------------------------------------
 // k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated. Weights for phi = linear: wk, wv

@@ -13,7 +13,7 @@
 #include <cuda.h>
 
 // A matrix in shared memory as wgmma wants to be told of it. K-major: rows are m or n, columns k; 16 more of
-// k are 32 bytes on. Transposed (B only, columns n, rows k): 16 more of k are 2,048 bytes on; panel_bytes is
+// k are 32 bytes on. Transposed (columns are m or n, rows k): 16 more of k are 2,048 bytes on; panel_bytes is
 // the distance of its panels of 64 columns.
 __device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
@@ -39,20 +39,22 @@ template <int N> __device__ __forceinline__ void wgmma_pin(float (&d)[N][4]) {
 }
 
 // d (64 x N) = (add ? d : 0) + A (64 x 16) B (16 x N), all in the background until a wait. N is 32, 64 or
-// 128. wgmma_ss: A and B in shared memory; wgmma_rs: A in registers. trans_b: B's columns are n.
+// 128. wgmma_ss: A and B in shared memory; wgmma_rs: A in registers. trans_b: B's columns are n; trans_a (of
+// wgmma_ss): A's columns are m.
 template <typename T, int N, int trans_b> struct Wgmma;
 
 template <int trans_b> struct Wgmma<__nv_bfloat16, 32, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
         asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-                     "}, %16, %17, p, 1, 1, 0, %19;}"
+                     "}, %16, %17, p, 1, 1, %19, %20;}"
                      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
                        "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
                        "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
                        "+f"(d[3][3])
-                     : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+                     : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
                      : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, int add) {
@@ -70,16 +72,17 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 32, trans_b> {
 };
 
 template <int trans_b> struct Wgmma<__half, 32, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
         asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-                     "}, %16, %17, p, 1, 1, 0, %19;}"
+                     "}, %16, %17, p, 1, 1, %19, %20;}"
                      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
                        "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
                        "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
                        "+f"(d[3][3])
-                     : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+                     : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
                      : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, int add) {
@@ -97,12 +100,13 @@ template <int trans_b> struct Wgmma<__half, 32, trans_b> {
 };
 
 template <int trans_b> struct Wgmma<__nv_bfloat16, 64, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
         asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
                      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                     "}, %32, %33, p, 1, 1, 0, %35;}"
+                     "}, %32, %33, p, 1, 1, %35, %36;}"
                      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
                        "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
                        "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
@@ -110,7 +114,7 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 64, trans_b> {
                        "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
                        "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
                        "+f"(d[7][2]), "+f"(d[7][3])
-                     : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+                     : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
                      : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
@@ -132,12 +136,13 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 64, trans_b> {
 };
 
 template <int trans_b> struct Wgmma<__half, 64, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
         asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
                      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
                      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
                      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-                     "}, %32, %33, p, 1, 1, 0, %35;}"
+                     "}, %32, %33, p, 1, 1, %35, %36;}"
                      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
                        "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
                        "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
@@ -145,7 +150,7 @@ template <int trans_b> struct Wgmma<__half, 64, trans_b> {
                        "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),
                        "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
                        "+f"(d[7][2]), "+f"(d[7][3])
-                     : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+                     : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
                      : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
@@ -167,6 +172,7 @@ template <int trans_b> struct Wgmma<__half, 64, trans_b> {
 };
 
 template <int trans_b> struct Wgmma<__nv_bfloat16, 128, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
@@ -175,7 +181,7 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 128, trans_b> {
             "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
             "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
             "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, %64, %65, p, 1, 1, 0, %67;}"
+            "}, %64, %65, p, 1, 1, %67, %68;}"
             : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
               "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
               "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
@@ -187,7 +193,7 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 128, trans_b> {
               "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]),
               "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
               "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-            : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+            : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
             : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
@@ -217,6 +223,7 @@ template <int trans_b> struct Wgmma<__nv_bfloat16, 128, trans_b> {
 };
 
 template <int trans_b> struct Wgmma<__half, 128, trans_b> {
+    template <int trans_a>
     static __device__ __forceinline__ void ss(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
         asm volatile(
             "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
@@ -225,7 +232,7 @@ template <int trans_b> struct Wgmma<__half, 128, trans_b> {
             "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
             "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
             "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-            "}, %64, %65, p, 1, 1, 0, %67;}"
+            "}, %64, %65, p, 1, 1, %67, %68;}"
             : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
               "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
               "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
@@ -237,7 +244,7 @@ template <int trans_b> struct Wgmma<__half, 128, trans_b> {
               "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]),
               "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
               "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-            : "l"(a), "l"(b), "r"(add), "n"(trans_b)
+            : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)
             : "memory");
     }
     static __device__ __forceinline__ void rs(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
@@ -266,9 +273,9 @@ template <int trans_b> struct Wgmma<__half, 128, trans_b> {
     }
 };
 
-template <typename T, int trans_b = 0, int N8>
+template <typename T, int trans_b = 0, int trans_a = 0, int N8>
 __device__ __forceinline__ void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
-    Wgmma<T, N8 * 8, trans_b>::ss(d, a, b, add);
+    Wgmma<T, N8 * 8, trans_b>::template ss<trans_a>(d, a, b, add);
 }
 template <typename T, int trans_b = 0, int N8>
 __device__ __forceinline__ void wgmma_rs(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {

@@ -521,9 +521,11 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
                        const FSA_REF(PhiGrad) * dphi, real *dgate_logits) {
     int64_t nq = fsa_batch_queries(b), m = fsa_batch_windows(c, b);
     int64_t n = fsa_batch_keys(b), row = (int64_t)c->kv_heads * c->head_dim;
-    memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
-    memset(dk, 0, sizeof(real) * n * row);
-    memset(dv, 0, sizeof(real) * n * row);
+    if (nq > 0) memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
+    if (n > 0) {
+        memset(dk, 0, sizeof(real) * n * row);
+        memset(dv, 0, sizeof(real) * n * row);
+    }
     memset(s->dkc, 0, sizeof(real) * m * row);
     memset(s->dvc, 0, sizeof(real) * m * row);
     for (int i = 0; i < 3; i++) {

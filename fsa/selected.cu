@@ -1,72 +1,10 @@
-// selected.cu: the selected branch, KV block outside. Work goes in slabs of query rows, some kv heads at a
-// time: a main kernel turns each (token, head, slot) into a partial result in `memory`, and a reduction
-// merges a row's partials. The slab bounds the buffer of partials.
-#include "kernels.h"
-#include "mma.cuh"
+// selected.cu: the selected branch, KV block outside (see selected.cuh): portable main kernels, the
+// reductions, and the launchers, which on Hopper start selected_sm90.cu's main kernels instead.
+#include "selected.cuh"
 
 enum {
-    FWD_KEYS = 128, // keys whose K and V a forward block holds; a longer block gives several partials a slot
-    BWD_KEYS = 64,
-    BUDGET = 256 << 20, // bytes of partial rows aimed at
+    BUDGET = 176 << 20, // bytes of partial rows aimed at
 };
-
-struct SelArgs {
-    FsaPlan plan;
-    FsaLists lists;
-    int64_t slab, tokens;                             // this launch's slab, and the query rows in it
-    int head0;                                        // its first kv head; blockIdx.y or .z counts on
-    int q_heads, kv_heads, group, block, topk, parts; // parts: partials a slot has
-    int chunk;                                        // list entries that a thread block takes
-    float scale;
-    const void *q, *k, *v, *dout;
-    const int32_t *indices;
-    const float *delta, *lse_grad;
-    void *partial;   // [heads, slab*T, parts, group, D] 16-bit
-    float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
-    float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far
-    float *crossing; // backward: [heads, thread blocks, 2, parts, 2, 64, D], see the backward kernel
-    void *o, *dq, *dk, *dv;
-    float *lse;
-};
-
-// A block's part of the entries begin .. begin + count of a slab's list.
-struct Run {
-    const uint32_t *entries; // [count]
-    uint32_t count;
-    int64_t block, key0;  // the block within its sequence, and its first key row
-    int keys;             // tokens that it has (the last of a sequence may be short)
-    uint32_t first, last; // where the block's whole list starts and ends in the slab's
-};
-
-static __device__ __forceinline__ Run run_at(const SelArgs &a, const uint32_t *entries,
-                                             const uint32_t *offsets, uint32_t begin, uint32_t end) {
-    int64_t lo = 0, hi = a.lists.blocks; // offsets[lo] <= begin < offsets[hi]
-    while (hi - lo > 1) {
-        int64_t mid = (lo + hi) / 2;
-        if (offsets[mid] <= begin)
-            lo = mid;
-        else
-            hi = mid;
-    }
-    Run r;
-    r.first = offsets[lo], r.last = offsets[lo + 1];
-    r.entries = entries + begin;
-    r.count = min(end, r.last) - begin;
-    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, lo);
-    r.block = lo - a.plan.cu_blocks[seq];
-    r.key0 = a.plan.cu_seqlens[seq] + r.block * a.block;
-    r.keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - r.key0);
-    return r;
-}
-
-// The last key of the block that a query sees. Lists ascend by row, so only the first `block` queries from
-// the list's start can lie in the block itself; the rest see all of it.
-static __device__ __forceinline__ int last_key(const SelArgs &a, const Run &r, int64_t in_list, int64_t row) {
-    if (in_list >= a.block) return r.keys - 1;
-    int64_t seq, pos;
-    fsa_row(a.plan, row, &seq, &pos);
-    return (int)min((int64_t)r.keys - 1, pos - r.block * a.block);
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // Forward
@@ -107,18 +45,14 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
     const uint32_t k_base = smem_address(k_tile), v_base = smem_address(v_tile);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
     const int head = a.head0 + blockIdx.y, g = a.group;
-    const int64_t row0 = a.slab * a.lists.slab;
-    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
-    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
-    const uint32_t entry0 = (uint32_t)(row0 * a.topk), total = offsets[a.lists.blocks];
+    const Share share = share_of(a, head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
-    uint32_t begin = blockIdx.x * a.chunk, end = min(begin + a.chunk, total);
 
-    while (begin < end) {
-        Run run = run_at(a, entries, offsets, begin, end);
+    for (uint32_t begin = share.begin; begin < share.end;) {
+        Run run = run_at(a, share, begin);
         const int rows = (int)run.count * g, tiles = (rows + 15) / 16;
         for (int part = 0; part < a.parts; part++) {
-            const int first_key = part * FWD_KEYS, keys = min(KEYS, run.keys - first_key); // may be < 1
+            const int first_key = part * KEYS, keys = min(KEYS, run.keys - first_key); // may be < 1
             // K and V of the block; keys that it lacks are zeros.
             const int64_t kv_row = (int64_t)a.kv_heads * D;
             const T *k_head = (const T *)a.k + (run.key0 + first_key) * kv_row + head * D;
@@ -268,7 +202,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
                     float l = quad_sum(sum[i]), inverse = l > 0 ? 1 / l : 0;
                     if (r >= rows) continue;
                     int64_t at =
-                        (((int64_t)blockIdx.y * a.lists.slab * a.topk + (entry[i] - entry0)) * a.parts +
+                        (((int64_t)blockIdx.y * a.lists.slab * a.topk + (entry[i] - share.entry0)) * a.parts +
                          part) *
                             g +
                         r % g;
@@ -363,11 +297,10 @@ template <typename T, int D> __global__ void __launch_bounds__(256) selected_mer
 // in shared memory, dK and dV in registers; 64 gathered rows of q and dO at a time give S, dP = dO V^T, P =
 // exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
 // partial row whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts
-// them right). A KV block's list that this thread block holds whole is added to dkv; otherwise its sum goes
-// to `crossing`: piece 0 if the list began before this thread block, else piece 1, and crossing_kernel adds
-// the pieces in order. A row moves 4*D + 12 bytes in and 2*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6
-// GB in, 8.6 out, 5.8 ms at 4.5 TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile
-// of 64 rows: 5.7 ms.
+// them right). A KV block's sum is added to dkv by the thread block where its list starts; one that goes on
+// with another's list leaves its sum in `crossing`, and crossing_kernel adds these in order. A row moves 4*D
+// + 12 bytes in and 2*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6 GB in, 8.6 out, 5.8 ms at 4.5
+// TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
     constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
     extern __shared__ __align__(128) char smem[];
@@ -381,19 +314,15 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane / 4, c = lane % 4;
     const int wm = warp / 2, wn = warp % 2; // which half of a product's rows and columns is this warp's
     const int head = a.head0 + blockIdx.y, g = a.group;
-    const int64_t row0 = a.slab * a.lists.slab;
-    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
-    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
-    const uint32_t entry0 = (uint32_t)(row0 * a.topk), total = offsets[a.lists.blocks];
+    const Share share = share_of(a, head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
-    const uint32_t chunk_begin = blockIdx.x * a.chunk, end = min(chunk_begin + a.chunk, total);
     T *partial = (T *)a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * D;
 
-    for (uint32_t begin = chunk_begin; begin < end;) {
-        Run run = run_at(a, entries, offsets, begin, end);
+    for (uint32_t begin = share.begin; begin < share.end;) {
+        Run run = run_at(a, share, begin);
         const int rows = (int)run.count * g, tiles = (rows + 63) / 64;
         for (int part = 0; part < a.parts; part++) {
-            const int first_key = part * BWD_KEYS, keys = min(BWD_KEYS, run.keys - first_key);
+            const int first_key = part * 64, keys = min(64, run.keys - first_key);
             const int64_t kv_row = (int64_t)a.kv_heads * D;
 
             // What a row needs besides q and dO, for thread tid < 64: row tid of a tile.
@@ -409,7 +338,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
                 load_entry(tile + 1);
                 int64_t row = entry / (uint32_t)a.topk;
                 new_row = row * a.q_heads + head * g + in_group;
-                new_partial = ((entry - entry0) * a.parts + part) * g + in_group;
+                new_partial = ((entry - share.entry0) * a.parts + part) * g + in_group;
                 new_lse = a.lse_grad[new_row] * FSA_LOG2E;
                 new_delta = a.delta[new_row];
                 new_limit =
@@ -587,10 +516,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
                 }
             }
 
-            bool starts = run.first >= chunk_begin, stops = run.last <= end, whole = starts && stops;
-            int64_t piece = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * 2 + (starts ? 1 : 0);
-            float *out = whole ? a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0 + first_key) * 2 * D
-                               : a.crossing + (piece * a.parts + part) * 64 * 2 * D;
+            bool add;
+            float *out = sum_of<D>(a, share, blockIdx.x, run, part, &add);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -603,7 +530,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
                         float2 *to_v = to_k + D / 2;
                         float2 x = make_float2(dk[m][n][2 * i], dk[m][n][2 * i + 1]);
                         float2 y = make_float2(dv[m][n][2 * i], dv[m][n][2 * i + 1]);
-                        if (whole) {
+                        if (add) {
                             float2 x0 = *to_k, y0 = *to_v;
                             x.x += x0.x, x.y += x0.y, y.x += y0.x, y.y += y0.y;
                         }
@@ -618,27 +545,20 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
 }
 
 // Adds the pieces of the list that starts in thread block blockIdx.x of the main kernel and goes on beyond
-// it, in order, to dkv. blockIdx.y takes a share of the 64*2*D*parts sums. Reads 128 KiB a thread block of
+// it, in order, to dkv. blockIdx.y takes a share of the keys*2*D*parts sums. Reads 64 KiB a thread block of
 // the main kernel (d = 128), writes less; latency binds.
-template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs a, unsigned blocks) {
-    const int head = a.head0 + blockIdx.z;
-    const int64_t row0 = a.slab * a.lists.slab;
-    const uint32_t *entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
-    const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
-    const uint32_t total = offsets[a.lists.blocks], begin = blockIdx.x * a.chunk,
-                   end = min(begin + a.chunk, total);
-    if (begin >= end) return;
-    Run run = run_at(a, entries, offsets, end - 1, end);
-    if (run.first < begin || run.last <= end) return;
-    for (int i = blockIdx.y * 256 + threadIdx.x; i < a.parts * 64 * 2 * D; i += gridDim.y * 256) {
-        int part = i / (64 * 2 * D), key = i / (2 * D) % 64;
-        if (part * BWD_KEYS + key >= run.keys) continue;
-        const float *pieces = a.crossing + (int64_t)blockIdx.z * blocks * 2 * a.parts * 64 * 2 * D;
-        float sum = pieces[(int64_t)(blockIdx.x * 2 + 1) * a.parts * 64 * 2 * D + i];
-        for (int64_t b = blockIdx.x + 1; b * a.chunk < run.last; b++)
-            sum += pieces[b * 2 * a.parts * 64 * 2 * D + i];
-        a.dkv[((int64_t)blockIdx.z * a.plan.n + run.key0 + part * BWD_KEYS + key) * 2 * D + i % (2 * D)] +=
-            sum;
+template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs a) {
+    const Share share = share_of(a, a.head0 + blockIdx.z, blockIdx.x);
+    if (share.begin >= share.end) return;
+    Run run = run_at(a, share, share.end - 1);
+    if (run.first < share.begin || run.last <= share.end) return;
+    const int64_t size = (int64_t)a.parts * a.keys * 2 * D;
+    const float *pieces = a.crossing + (int64_t)blockIdx.z * a.shares * size;
+    float *to = a.dkv + ((int64_t)blockIdx.z * a.plan.n + run.key0) * 2 * D;
+    for (int i = blockIdx.y * 256 + threadIdx.x; i < run.keys * 2 * D; i += gridDim.y * 256) {
+        float sum = to[i];
+        for (int64_t b = blockIdx.x + 1; b * a.chunk < run.last; b++) sum += pieces[b * size + i];
+        to[i] = sum;
     }
 }
 
@@ -683,44 +603,53 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dq_sum_kerne
     for (int j = 0; j < 4; j++) to[4 * j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
 }
 
-// dK and dV from fp32 to the caller's type and layout: 8 bytes in and 4 out a channel; memory binds.
+// dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
+// and 4 out a channel and token; memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
-    int64_t i = blockIdx.x * 256ll + threadIdx.x; // eight channels of dK or dV of a token
-    if (i >= a.plan.n * 2 * D / 8) return;
-    int64_t token = i / (2 * D / 8);
-    int channel = (int)(i % (2 * D / 8)) * 8, is_v = channel >= D;
-    const float4 *from = (const float4 *)(a.dkv + (int64_t)blockIdx.y * a.plan.n * 2 * D) + i * 2;
-    float4 x = from[0], y = from[1];
-    float f = is_v ? 1 : a.scale;
-    T *to = (T *)(is_v ? a.dv : a.dk) + (token * a.kv_heads + a.head0 + blockIdx.y) * D + channel % D;
-    *(uint4 *)to = make_uint4(pack2<T>(x.x * f, x.y * f), pack2<T>(x.z * f, x.w * f),
-                              pack2<T>(y.x * f, y.y * f), pack2<T>(y.z * f, y.w * f));
+    const int64_t block = blockIdx.x;
+    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
+    const int head = a.head0 + blockIdx.y;
+    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
+    int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block;
+    int keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - key0);
+    bool chosen = listed(a, head, block, a.lists.slabs);
+    const float4 *from = (const float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + key0) * 2 * D);
+    for (int i = threadIdx.x; i < keys * 2 * D / 8; i += 256) { // eight channels of dK or dV of a token
+        int token = i / (2 * D / 8), channel = i % (2 * D / 8) * 8, is_v = channel >= D;
+        float4 x = {}, y = {};
+        if (chosen) x = from[2 * i], y = from[2 * i + 1];
+        float f = is_v ? 1 : a.scale;
+        T *to = (T *)(is_v ? a.dv : a.dk) + ((key0 + token) * a.kv_heads + head) * D + channel % D;
+        *(uint4 *)to = make_uint4(pack2<T>(x.x * f, x.y * f), pack2<T>(x.z * f, x.w * f),
+                                  pack2<T>(y.x * f, y.y * f), pack2<T>(y.z * f, y.w * f));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Launchers
 
-static int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 static size_t round_up(size_t x) {
     return (x + 255) / 256 * 256;
 }
 
 // How the work is cut and where the workspace's parts lie.
 struct SelShape {
-    int group, fwd_parts, bwd_parts, heads, chunk; // heads: kv heads a launch takes
-    int64_t slab, rows;                            // rows: partial rows of a launch
-    unsigned blocks;                               // thread blocks of a launch and head
-    size_t partial, stats, dkv, crossing;          // bytes
+    int group, keys, parts, heads, chunk; // heads: kv heads a launch takes
+    int64_t slab;
+    size_t partial, stats, dkv, crossing; // bytes
+    bool hopper;
 };
 
 static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     SelShape s;
+    s.hopper = fsa_hopper();
     s.group = c->q_heads / c->kv_heads;
-    s.fwd_parts = (int)ceil_div(c->block, FWD_KEYS);
-    s.bwd_parts = (int)ceil_div(c->block, BWD_KEYS);
-    int64_t slots = (int64_t)c->topk * s.bwd_parts, token = slots * s.group * c->head_dim * 2; // bytes
+    const int wide = c->block > 64 ? 128 : 64, back_keys = s.hopper ? wide : 64;
+    s.keys = backward ? back_keys : wide;
+    s.parts = (int)ceil_div(c->block, s.keys);
+    // Slabs are the same forward and backward, which share the lists.
+    int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
+            token = slots * s.group * c->head_dim * 2; // bytes
     s.slab = BUDGET / token / 512 * 512;
     if (s.slab < 512) s.slab = 512;
     if (s.slab > FSA_MAX_SLAB) s.slab = FSA_MAX_SLAB;
@@ -732,17 +661,16 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t places = (backward ? 2 : 3) * processors / s.heads;
+    int64_t places = s.hopper ? fsa_sel_places_sm90(s.keys, backward) : backward ? 2 : 3;
+    places = places * processors / s.heads;
     s.chunk = (int)ceil_div(s.slab * c->topk, places < 1 ? 1 : places);
     if (s.chunk < 64) s.chunk = 64;
-    s.blocks = (unsigned)ceil_div(s.slab * c->topk, s.chunk);
-    int parts = backward ? s.bwd_parts : s.fwd_parts;
-    s.rows = s.heads * s.slab * c->topk * parts * s.group;
-    s.partial = round_up(s.rows * c->head_dim * 2);
-    s.stats = backward ? 0 : round_up(s.rows * sizeof(float2));
+    int64_t blocks = ceil_div(s.slab * c->topk, s.chunk),
+            rows = s.heads * s.slab * c->topk * s.parts * s.group;
+    s.partial = round_up(rows * c->head_dim * 2);
+    s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     s.dkv = backward ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * sizeof(float)) : 0;
-    s.crossing =
-        backward ? round_up((size_t)s.heads * s.blocks * 2 * s.bwd_parts * 64 * 2 * c->head_dim * 4) : 0;
+    s.crossing = backward ? round_up((size_t)s.heads * blocks * s.parts * s.keys * 2 * c->head_dim * 4) : 0;
     return s;
 }
 
@@ -760,7 +688,7 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lis
     SelArgs a = {};
     a.plan = *p, a.lists = *lists;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
-    a.chunk = s.chunk;
+    a.parts = s.parts, a.keys = s.keys, a.chunk = s.chunk;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
     char *at = (char *)memory;
     a.partial = at;
@@ -770,23 +698,21 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lis
     return a;
 }
 
-// More than 48 KiB of shared memory is to be asked for; cheap, so at every launch.
-template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess
-               ? FSA_OK
-               : FSA_ERROR_CUDA;
-}
-
 template <typename T, int D, int TILES>
-static int forward(SelArgs a, const SelShape &s, cudaStream_t stream) {
+static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
-    if (allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
+    if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            dim3 grid((unsigned)ceil_div(a.tokens * a.topk, a.chunk), heads);
-            selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
+            a.shares = (int)ceil_div(a.tokens * a.topk, a.chunk);
+            dim3 grid((unsigned)a.shares, heads);
+            if (s.hopper) {
+                if (fsa_sel_forward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
+            } else {
+                selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
+            }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
             selected_merge_kernel<T, D><<<merge, 256, 0, stream>>>(a);
         }
@@ -794,22 +720,27 @@ static int forward(SelArgs a, const SelShape &s, cudaStream_t stream) {
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-template <typename T, int D> static int backward(SelArgs a, const SelShape &s, cudaStream_t stream) {
+template <typename T, int D>
+static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
-    if (allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
+    if (!s.hopper && allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
-        cudaMemsetAsync(a.dkv, 0, heads * a.plan.n * 2 * D * sizeof(float), stream);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            dim3 grid((unsigned)ceil_div(a.tokens * a.topk, a.chunk), heads);
-            selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
+            a.shares = (int)ceil_div(a.tokens * a.topk, a.chunk);
+            dim3 grid((unsigned)a.shares, heads);
+            if (s.hopper) {
+                if (fsa_sel_backward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
+            } else {
+                selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
+            }
             dim3 crossing(grid.x, 8, heads);
-            crossing_kernel<D><<<crossing, 256, 0, stream>>>(a, grid.x);
+            crossing_kernel<D><<<crossing, 256, 0, stream>>>(a);
             dim3 sum((unsigned)ceil_div(a.tokens * a.group, 8), heads);
             dq_sum_kernel<T, D><<<sum, 256, 0, stream>>>(a);
         }
-        dim3 store((unsigned)ceil_div(a.plan.n * 2 * D / 8, 256), heads);
+        dim3 store((unsigned)a.lists.blocks, heads);
         dkv_store_kernel<T, D><<<store, 256, 0, stream>>>(a);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -822,10 +753,9 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
     if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
-    a.parts = s.fwd_parts;
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
     bool wide = c->block > 64;
-#define PICK(T, D) return wide ? forward<T, D, 2>(a, s, stream) : forward<T, D, 1>(a, s, stream)
+#define PICK(T, D) return wide ? forward<T, D, 2>(a, s, type, stream) : forward<T, D, 1>(a, s, type, stream)
     if (type == FSA_BF16 && c->head_dim == 128) PICK(__nv_bfloat16, 128);
     if (type == FSA_BF16 && c->head_dim == 64) PICK(__nv_bfloat16, 64);
     if (type == FSA_FP16 && c->head_dim == 128) PICK(__half, 128);
@@ -842,12 +772,11 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
     if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
-    a.parts = s.bwd_parts;
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
     a.dq = dq, a.dk = dk, a.dv = dv;
-    if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, stream);
-    if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, stream);
-    if (type == FSA_FP16 && c->head_dim == 128) return backward<__half, 128>(a, s, stream);
-    if (type == FSA_FP16 && c->head_dim == 64) return backward<__half, 64>(a, s, stream);
+    if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, type, stream);
+    if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, type, stream);
+    if (type == FSA_FP16 && c->head_dim == 128) return backward<__half, 128>(a, s, type, stream);
+    if (type == FSA_FP16 && c->head_dim == 64) return backward<__half, 64>(a, s, type, stream);
     return FSA_ERROR_CONFIG;
 }

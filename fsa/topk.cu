@@ -1,6 +1,7 @@
 // topk.cu: the choice of blocks. Scores of the compressed windows are computed again from q and kc with
 // the branch's lse known, summed over the group's heads and over each block's windows, and a running list
-// of the best T blocks is kept for every query. Scores are never written to global memory.
+// of the best T blocks is kept for every query. Scores are never written to global memory. On Hopper
+// topk_sm90.cu does the same where it suits the configuration.
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -265,9 +266,8 @@ template <typename T, int D> static int launch_topk(const FsaConfig *c, TopK p, 
     return FSA_ERROR_CONFIG;
 }
 
-int fsa_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
-             const float *lse_c, int32_t *indices, cudaStream_t stream) {
-    if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
+static int topk_portable(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q,
+                         const void *kc, const float *lse_c, int32_t *indices, cudaStream_t stream) {
     TopK p = {};
     p.plan = *plan;
     p.q = q, p.kc = kc, p.lse = lse_c, p.indices = indices;
@@ -278,4 +278,12 @@ int fsa_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void
     int window_cells = c->cmp_len / c->cmp_stride, block_cells = c->block / c->cmp_stride;
     p.block_slots = (64 + window_cells + block_cells) / block_cells + 1;
     return FSA_DISPATCH(dtype, c->head_dim, launch_topk, c, p, stream);
+}
+
+int fsa_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
+             const float *lse_c, int32_t *indices, cudaStream_t stream) {
+    if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
+    return fsa_hopper() && fsa_topk_suits_sm90(c)
+               ? fsa_topk_sm90(c, plan, dtype, q, kc, lse_c, indices, stream)
+               : topk_portable(c, plan, dtype, q, kc, lse_c, indices, stream);
 }

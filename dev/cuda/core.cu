@@ -1,65 +1,171 @@
-// dev/cuda/core.cu: times the whole attention through the public API, and full causal attention beside it.
-//   ./core [seed=N]     (its correctness: dev/test/test_fsa.cu)
-#include "common.h"
+// dev/cuda/core.cu: times the whole attention, its parts and full causal attention through the public API,
+// and prints them as two tables: the selected branch alone, and everything beside it. usage: core [seed=N]
+// (correctness: dev/test/test_fsa.cu)
+#include "choice.h"
 
 typedef __nv_bfloat16 T;
 
-static void bench(Random *r, int64_t n, int hq, int hkv, bool full) {
-    FsaConfig c = default_config(hq, hkv, 128, 64, 16);
-    Batch batch(c, {n});
-    FsaDeviceBatch b = {n, n, 1, 1, n, batch.plan.cu_seqlens, batch.plan.segments};
-    int64_t size_q = n * hq * 128, size_k = n * hkv * 128, size_w = (int64_t)hkv * c.cmp_len * 128 * 128;
-    Buffer<T> q(size_q), k(size_k), v(size_k), dout(size_q), o(size_q), dq(size_q), dk(size_k), dv(size_k);
-    Buffer<T> gate(n * hq * 3), dgate(n * hq * 3), wk(size_w), wv(size_w);
-    Buffer<float> lse(n * hq), dwk(size_w), dwv(size_w);
-    T *all[] = {q, k, v, dout, gate};
-    int64_t sizes[] = {size_q, size_k, size_k, size_q, n * hq * 3};
-    for (int i = 0; i < 5; i++) fill_random(all[i], sizes[i], r->u64(), 1);
-    fill_random(wk.get(), size_w, r->u64(), 1.0f / 64);
-    fill_random(wv.get(), size_w, r->u64(), 1.0f / 64);
-    dwk.zero(), dwv.zero();
-    std::vector<double> f;
-    for (int i = 0; i < 64; i++) f.push_back(pow(10000, -i / 64.0));
-    Buffer<double> inv_freq(f);
-    FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
-    FsaPhiGradients dphi = {dwk, NULL, dwv};
-    FsaOperation forward = full ? FSA_ATTEND_FORWARD : FSA_FORWARD,
-                 backward = full ? FSA_ATTEND_BACKWARD : FSA_BACKWARD;
-    size_t bytes = std::max(fsa_workspace_size(&c, FSA_BF16, &b, forward),
-                            fsa_workspace_size(&c, FSA_BF16, &b, backward));
-    Buffer<char> work((int64_t)bytes), saved(full ? 1 : (int64_t)fsa_saved_size(&c, FSA_BF16, &b));
-    double fwd = time_ms(
-        [&] {
-            if (full)
-                FSA_CHECK(fsa_attend_forward(&c, FSA_BF16, &b, FSA_CAUSAL, q, k, v, o, lse, work, bytes, 0));
-            else
-                FSA_CHECK(fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, work,
-                                      bytes, 0));
-        },
-        10, n < 32768);
-    double bwd = time_ms(
-        [&] {
-            if (full)
-                FSA_CHECK(fsa_attend_backward(&c, FSA_BF16, &b, FSA_CAUSAL, q, k, v, o, lse, dout, dq, dk, dv,
-                                              work, bytes, 0));
-            else
-                FSA_CHECK(fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv,
-                                       &dphi, dgate, work, bytes, 0));
-        },
-        10, n < 32768);
-    printf("core %s n %lld (%d, %d): fwd %.3f ms, bwd %.3f ms, workspace %.0f MiB, saved %.0f MiB\n",
-           full ? "full" : "nsa", (long long)n, hq, hkv, fwd, bwd, bytes / 1048576.0, saved.n / 1048576.0);
-    double flops = full ? 2.0 * n * n * hq * 128 : 0;
-    record({"core", full ? "full" : "core", full ? "full" : "nsa", "fwd", "bf16", n, c, fwd,
-            flops / fwd * 1e-9, -1, NULL, "library", 1});
-    record({"core", full ? "full" : "core", full ? "full" : "nsa", "bwd", "bf16", n, c, bwd,
-            2.5 * flops / bwd * 1e-9, -1, NULL, "library", 1});
-}
+// Milliseconds forward and backward.
+struct Times {
+    double ms[2];
+};
+
+// One sequence of n tokens, d = 128, and everything that an entry takes.
+struct Bench {
+    FsaConfig c;
+    Batch batch;
+    FsaDeviceBatch b;
+    int64_t size_q, size_k, size_c, size_w;
+    Buffer<T> q, k, v, kc, vc, dout, o, dq, dk, dv, gate, dgate, wk, wv;
+    Buffer<float> lse, dwk, dwv;
+    Buffer<int32_t> indices;
+    Bench(Random *r, int64_t n, int hq, int hkv, int block, int topk)
+        : c(default_config(hq, hkv, 128, block, topk)),
+          batch(c, {n}), b{n, n, 1, 1, n, batch.plan.cu_seqlens, batch.plan.segments}, size_q(n * hq * 128),
+          size_k(n * hkv * 128), size_c(fsa_num_windows(&c, n) * hkv * 128),
+          size_w((int64_t)hkv * c.cmp_len * 128 * 128), q(size_q), k(size_k), v(size_k), kc(size_c),
+          vc(size_c), dout(size_q), o(size_q), dq(size_q), dk(size_k), dv(size_k), gate(n * hq * 3),
+          dgate(n * hq * 3), wk(size_w), wv(size_w), lse(n * hq), dwk(size_w), dwv(size_w),
+          indices(hkv * n * topk) {
+        Buffer<T> *inputs[] = {&q, &k, &v, &kc, &vc, &dout, &gate};
+        for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
+        fill_random(wk.get(), size_w, r->u64(), 1.0f / 64);
+        fill_random(wv.get(), size_w, r->u64(), 1.0f / 64);
+        dwk.zero(), dwv.zero();
+        random_choice_device(indices, n, c, r->u64());
+    }
+    // Times f, and records it; flops: of what `part` has to compute, 0 where that isn't said.
+    template <typename F> double run(const char *part, const char *attn, int dir, double flops, F f) {
+        auto checked = [&] {
+            int status = f();
+            if (status) {
+                printf("%s: status %d: %s\n", part, status, fsa_last_error());
+                exit(1);
+            }
+        };
+        double ms = time_ms(checked, flops > 1e15 ? 3 : 10, b.num_keys < 32768); // longer inputs fill the L2
+        record({"core", part, attn, dir ? "bwd" : "fwd", "bf16", b.num_keys, c, ms, flops / ms * 1e-9, -1,
+                strcmp(part, "sel") ? NULL : "random", "library", 1});
+        return ms;
+    }
+    size_t room(FsaOperation op) const {
+        size_t bytes = fsa_workspace_size(&c, FSA_BF16, &b, op);
+        if (!bytes) printf("%s\n", fsa_last_error()), exit(1);
+        return bytes;
+    }
+    Times selected() {
+        size_t bytes = std::max(room(FSA_SELECTED_FORWARD), room(FSA_SELECTED_BACKWARD));
+        Buffer<char> work((int64_t)bytes);
+        double flops = 4.0 * size_q * c.topk * c.block;
+        Times t;
+        t.ms[0] = run("sel", "nsa", 0, flops, [&] {
+            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, indices, o, lse, work, bytes, 0);
+        });
+        t.ms[1] = run("sel", "nsa", 1, 2.5 * flops, [&] {
+            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, indices, o, lse, dout, dq, dk, dv, work,
+                                         bytes, 0);
+        });
+        return t;
+    }
+    Times dense(FsaVisibility rule) {
+        size_t bytes = std::max(room(FSA_ATTEND_FORWARD), room(FSA_ATTEND_BACKWARD));
+        Buffer<char> work((int64_t)bytes);
+        const char *part = rule == FSA_CAUSAL ? "full" : rule == FSA_WINDOW ? "win" : "cmp";
+        const char *attn = rule == FSA_CAUSAL ? "full" : "nsa";
+        const T *x = rule == FSA_COMPRESSED ? kc : k, *y = rule == FSA_COMPRESSED ? vc : v;
+        double n = (double)b.num_keys, keys = rule == FSA_CAUSAL       ? n / 2
+                                              : rule == FSA_COMPRESSED ? n / 2 / c.cmp_stride
+                                                                       : c.window;
+        double flops = 4.0 * size_q * keys;
+        Times t;
+        t.ms[0] = run(part, attn, 0, flops, [&] {
+            return fsa_attend_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, work, bytes, 0);
+        });
+        t.ms[1] = run(part, attn, 1, 2.5 * flops, [&] {
+            return fsa_attend_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv, work, bytes,
+                                       0);
+        });
+        return t;
+    }
+    double choice() { // after dense(FSA_COMPRESSED), whose lse it reads
+        size_t bytes = room(FSA_SELECT);
+        Buffer<char> work((int64_t)bytes);
+        Buffer<int32_t> chosen(indices.n);
+        return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride,
+                   [&] { return fsa_select(&c, FSA_BF16, &b, q, kc, lse, chosen, work, bytes, 0); });
+    }
+    Times whole() {
+        size_t bytes = std::max(room(FSA_FORWARD), room(FSA_BACKWARD));
+        Buffer<char> work((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
+        std::vector<double> f;
+        for (int i = 0; i < 64; i++) f.push_back(pow(10000, -i / 64.0));
+        Buffer<double> inv_freq(f);
+        FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
+        FsaPhiGradients dphi = {dwk, NULL, dwv};
+        Times t;
+        t.ms[0] = run("core", "nsa", 0, 0, [&] {
+            return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, work, bytes,
+                               0);
+        });
+        t.ms[1] = run("core", "nsa", 1, 0, [&] {
+            return fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv, &dphi,
+                                dgate, work, bytes, 0);
+        });
+        printf("n %lld (%d, %d): workspace %.0f MiB, kept for backward %.0f MiB\n", (long long)b.num_keys,
+               c.q_heads, c.kv_heads, bytes / 1048576.0, saved.n / 1048576.0);
+        return t;
+    }
+};
 
 int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
     Random r(seed_from(argc, argv));
-    for (int64_t n : {8192, 16384, 32768, 65536}) bench(&r, n, 32, 8, false);
-    bench(&r, 65536, 32, 32, false);
-    for (int64_t n : {8192, 32768}) bench(&r, n, 32, 8, true);
+    const struct {
+        int64_t n;
+        int hq, hkv, block, topk;
+    } selected[] = {{65536, 32, 32, 64, 16}, {65536, 32, 16, 64, 16}, {65536, 32, 8, 64, 16},
+                    {65536, 40, 8, 64, 16},  {65536, 32, 4, 64, 16},  {65536, 64, 4, 64, 16},
+                    {32768, 32, 8, 64, 16},  {8192, 32, 8, 64, 16},   {65536, 32, 8, 128, 8},
+                    {65536, 32, 32, 128, 8}};
+    const struct {
+        int64_t n;
+        int hq, hkv;
+    } whole[] = {{8192, 32, 8},   {16384, 32, 8},  {32768, 32, 8}, {65536, 32, 8},
+                 {131072, 32, 8}, {65536, 32, 32}, {65536, 40, 8}, {65536, 64, 4}};
+    printf("Selected branch, d = 128, bf16: milliseconds forward / backward\n");
+    printf("%6s %10s %10s %18s\n", "n", "(Hq, Hkv)", "(B, T)", "fwd / bwd");
+    for (auto s : selected) {
+        Times t = Bench(&r, s.n, s.hq, s.hkv, s.block, s.topk).selected();
+        printf("%6lld   (%2d, %2d)  (%3d, %2d) %8.2f / %7.2f\n", (long long)s.n, s.hq, s.hkv, s.block, s.topk,
+               t.ms[0], t.ms[1]);
+    }
+    struct Row {
+        Times cmp, win, sel, core, full;
+        double topk;
+    };
+    std::vector<Row> rows;
+    for (auto s : whole) {
+        Bench x(&r, s.n, s.hq, s.hkv, 64, 16);
+        Row row;
+        row.cmp = x.dense(FSA_COMPRESSED);
+        row.topk = x.choice();
+        row.win = x.dense(FSA_WINDOW);
+        row.sel = x.selected();
+        row.core = x.whole();
+        row.full = x.dense(FSA_CAUSAL);
+        rows.push_back(row);
+    }
+    printf("\nThe whole attention (core) and its parts, (B, T) = (64, 16), W = 512, d = 128, bf16: "
+           "milliseconds forward / backward\n");
+    printf("%6s %10s %17s %7s %17s %17s %17s %17s\n", "n", "(Hq, Hkv)", "compressed", "top-k", "selected",
+           "sliding", "core", "full");
+    for (size_t i = 0; i < rows.size(); i++) {
+        const Row &x = rows[i];
+        printf("%6lld   (%2d, %2d) %8.2f / %6.2f %7.2f", (long long)whole[i].n, whole[i].hq, whole[i].hkv,
+               x.cmp.ms[0], x.cmp.ms[1], x.topk);
+        for (const Times *t : {&x.sel, &x.win, &x.core, &x.full})
+            printf(" %8.2f / %6.2f", t->ms[0], t->ms[1]);
+        printf("\n");
+    }
     return 0;
 }

@@ -110,15 +110,9 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
             double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 4;
             int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t.n) : t.n;
             double bytes = 4.0 * d * (t.n * t.hq + keys * t.hkv) + 4.0 * t.n * t.hq;
-            printf("%-5s n=%-6lld %2d/%-2d d=%-3d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f ms\n",
-                   rule_names[rule], (long long)t.n, t.hq, t.hkv, d, Dtype<T>::name, version.name, ms,
-                   flops / ms * 1e-9, bytes / ms * 1e-9, std::max(flops / 790e9, bytes / 4.5e9));
-            record(Result{"dense_forward", rule_names[rule],
-                          rule == FSA_CAUSAL   ? "full"
-                          : rule == FSA_WINDOW ? "window"
-                                               : "nsa",
-                          "fwd", Dtype<T>::name, t.n, c, ms, flops / ms * 1e-9, worst[Dtype<T>::value][rule],
-                          NULL, version.name, 1});
+            report({"dense_forward", rule_names[rule], rule_attn[rule], "fwd", Dtype<T>::name, t.n, c, ms, 0,
+                    worst[Dtype<T>::value][rule], NULL, version.name, 1},
+                   flops, bytes);
         }
     }
 }

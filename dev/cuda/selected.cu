@@ -1,9 +1,11 @@
 // dev/cuda/selected.cu: the selected branch, forward and backward, from a choice of blocks.
-//   version 1: naive, a warp a (token, head)                              (selected_versions.h, forward
-//   alone) version 2: vanilla NSA's order, query outside, g rows padded to a tile version 3: FSA as in its
-//   paper: statistics kernel, main kernel, reduction library  : KV block outside, normalized partials merged
-//   by a reduction (fsa/lists.cu, fsa/selected.cu)
-//   ./selected [check] [seed=N]    (check: no timing)
+//   version 1: naive, a warp a (token, head)
+//   version 2: vanilla NSA's order, query outside, g rows padded to a tile
+//   version 3: FSA as in its paper, KV block outside: statistics, main and reduction kernel
+//   library:   KV block outside, normalized partials merged by a reduction (fsa/lists.cu, fsa/selected.cu)
+// Versions 1 to 3 are in selected_versions.h.
+// usage: selected [seed=N] [check [small] | time | compare]      all three by default; compare: versions 2
+//        and 3, the library and full attention over groups and lengths
 #include "../../fsa/kernels.h"
 #include "choice.h"
 #include "selected_versions.h"
@@ -34,8 +36,8 @@ template <typename T> struct Library {
     }
 };
 
-static double worst[2][2],
-    worst_version[4]; // errors of this run: [type][forward, backward], versions in bf16
+static double worst[2][2];         // errors of the library in this run: [type][forward, backward]
+static double worst_version[4][2]; // of versions 1 to 3 in bf16
 
 template <typename X> static bool same_bits(const Buffer<X> &a, const Buffer<X> &b) {
     std::vector<X> x = a.host(), y = b.host();
@@ -97,61 +99,58 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
 template <typename T, int D>
 static void check_version(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths) {
     Batch b(c, lengths);
-    int64_t nq = b.plan.nq, rows = nq * c.q_heads;
-    Host<T> q(r, rows * D, 1), k(r, nq * c.kv_heads * D, 1), v(r, nq * c.kv_heads * D, 1);
+    int64_t nq = b.plan.nq, rows = nq * c.q_heads, kv = nq * c.kv_heads * D;
+    Host<T> q(r, rows * D, 1), k(r, kv, 1), v(r, kv, 1), g(r, rows * D, 1);
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
-    Buffer<T> q_(q.raw), k_(k.raw), v_(v.raw), o_(rows * D);
+    Buffer<T> q_(q.raw), k_(k.raw), v_(v.raw), g_(g.raw), o_(rows * D), dq_(rows * D), dk_(kv), dv_(kv);
     Buffer<float> lse_(rows);
     Buffer<int32_t> indices(choice);
-    std::vector<float> o(rows * D), lse(rows);
+    std::vector<float> o(rows * D), lse(rows), dq(rows * D, 0), dk(kv, 0), dv(kv, 0);
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                o.data(), lse.data());
+    fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
+                                o.data(), lse.data(), g.f.data(), dq.data(), dk.data(), dv.data());
     Versions<T, D> versions(c, b.plan, version);
-    versions.forward(version, q_, k_, v_, indices, o_, lse_);
+    versions.forward(q_, k_, v_, indices, o_, lse_);
+    versions.backward(q_, k_, v_, indices, o_, lse_, g_, dq_, dk_, dv_);
     CUDA_CHECK(cudaDeviceSynchronize());
     char what[160];
     snprintf(what, sizeof what, "selected version %d %s n %lld heads %d/%d d %d block %d topk %d", version,
              Dtype<T>::name, (long long)nq, c.q_heads, c.kv_heads, D, c.block, c.topk);
     // Versions 1 to 3 keep partial results and probabilities as their originals do, in the 16-bit type.
-    double e = relative_error(o_.floats(), o), limit = 1.2 * Dtype<T>::out_tolerance,
-           el = lse_error(lse_.host(), lse);
-    printf("%s: o %.2e lse %.1e\n", what, e, el);
-    if (Dtype<T>::value == FSA_BF16) worst_version[version] = std::max(worst_version[version], e);
-    check_that(e <= limit && el <= 1e-3 && o_.guards_intact(), what, e, limit);
-}
-
-template <typename T> static void bench_versions(Random *r, int64_t n, int hq, int hkv) {
-    FsaConfig c = default_config(hq, hkv, 128, 64, 16);
-    Batch b(c, {n});
-    int64_t rows = n * hq, kv = n * hkv * 128;
-    Buffer<T> q(rows * 128), k(kv), v(kv), o(rows * 128);
-    Buffer<float> lse(rows);
-    Buffer<int32_t> indices(hkv * n * 16);
-    fill_random(q.get(), rows * 128, r->u64(), 1);
-    fill_random(k.get(), kv, r->u64(), 1);
-    fill_random(v.get(), kv, r->u64(), 1);
-    random_choice_device(indices, n, c, r->u64());
-    double flops = 4.0 * n * hq * 1024 * 128;
-    for (int version = 1; version <= 3; version++) {
-        if (version == 1 && n > 8192) continue;
-        if (version == 3 && n > FSA_MAX_SLAB) continue; // its lists are one slab
-        Versions<T, 128> versions(c, b.plan, version);
-        double ms = time_ms([&] { versions.forward(version, q, k, v, indices, o, lse); });
-        printf("selected version %d n %lld (%d, %d): fwd %.3f ms (%.0f TFLOP/s)\n", version, (long long)n, hq,
-               hkv, ms, flops / ms * 1e-9);
-        const char *names[] = {"", "1", "2", "3"};
-        record({"selected", "sel", "nsa", "fwd", Dtype<T>::name, n, c, ms, flops / ms * 1e-9,
-                worst_version[version], "random", names[version], 1});
+    double eo = relative_error(o_.floats(), o), el = lse_error(lse_.host(), lse),
+           eg = std::max(relative_error(dq_.floats(), dq),
+                         std::max(relative_error(dk_.floats(), dk), relative_error(dv_.floats(), dv)));
+    double out_limit = 1.2 * Dtype<T>::out_tolerance, grad_limit = 1.2 * Dtype<T>::grad_tolerance;
+    printf("%s: o %.2e lse %.1e gradients %.2e\n", what, eo, el, eg);
+    if (Dtype<T>::value == FSA_BF16) {
+        worst_version[version][0] = std::max(worst_version[version][0], eo);
+        worst_version[version][1] = std::max(worst_version[version][1], eg);
     }
+    check_that(eo <= out_limit, what, eo, out_limit);
+    check_that(el <= 1e-3, what, el, 1e-3);
+    check_that(eg <= grad_limit, what, eg, grad_limit);
+    check_that(o_.guards_intact() && lse_.guards_intact() && dq_.guards_intact() && dk_.guards_intact() &&
+                   dv_.guards_intact() && versions.partial.guards_intact(),
+               "guard zones", 1, 0);
 }
 
-template <typename T> static void check_all(Random *r) {
+template <typename T> static void check_all(Random *r, bool small) {
     for (int version = 1; version <= 3; version++) {
+        check_version<T, 64>(r, version, default_config(3, 1, 64, 16, 3), {70, 0, 9});
+        check_version<T, 128>(r, version, default_config(4, 2, 128, 80, 3), {0, 100});
+        if (small) continue;
         check_version<T, 128>(r, version, default_config(8, 2, 128, 64, 8), {1000, 1, 65});
         check_version<T, 64>(r, version, default_config(7, 1, 64, 32, 5), {507});
         check_version<T, 64>(r, version, default_config(16, 1, 64, 64, 4), {900});
+        check_version<T, 128>(r, version, default_config(4, 1, 128, 128, 4), {1500, 200});
     }
     check<T>(r, default_config(4, 1, 64, 64, 16), {1});
+    check<T>(r, default_config(3, 1, 64, 16, 3), {31, 0, 100, 0, 63, 65, 0});
+    check<T>(r, default_config(4, 2, 128, 80, 3), {0, 330 + r->below(50)});
+    check<T>(r, default_config(2, 1, 64, 16, 4), {90, 0, 40},
+             {{0, 0, 0}, {0, 10, 30}, {0, 80, 10}, {1, 0, 0}, {2, 39, 1}, {2, 40, 0}});
+    if (small) return;
     check<T>(r, default_config(4, 2, 128, 64, 4), {507});
     check<T>(r, default_config(32, 8, 128, 64, 16), {1500});
     check<T>(r, default_config(3, 1, 64, 16, 8), {31, 1, 700, 63, 65});
@@ -163,68 +162,164 @@ template <typename T> static void check_all(Random *r) {
     check<T>(r, default_config(6, 2, 64, 256, 3), {1400});
     check<T>(r, default_config(12, 2, 128, 48, 40), {3000});
     check<T>(r, default_config(4, 2, 128, 64, 5), {900, 1, 300}, {{0, 100, 57}, {0, 400, 500}, {2, 299, 1}});
-    check<T>(r, default_config(4, 2, 64, 64, 5), {600}, {},
-             sizeof(T) == 2 && Dtype<T>::value == FSA_BF16 ? 1e8f : 3e3f);
+    check<T>(r, default_config(4, 2, 64, 64, 5), {600}, {}, Dtype<T>::value == FSA_BF16 ? 1e8f : 3e3f);
     check<T>(r, default_config(64, 4, 64, 64, 16), {2500});
     check<T>(r, default_config(16, 1, 128, 48, 40), {3000}); // more than one slab
 }
 
-template <typename T>
-static void bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered) {
-    FsaConfig c = default_config(hq, hkv, d, block, topk);
-    Batch b(c, {n});
-    int64_t rows = n * hq, kv = n * hkv * d;
-    Buffer<T> q(rows * d), k(kv), v(kv), g(rows * d), o(rows * d), dq(rows * d), dk(kv), dv(kv);
-    Buffer<float> lse(rows);
-    Buffer<int32_t> indices(hkv * n * topk);
-    fill_random(q.get(), rows * d, r->u64(), 1);
-    fill_random(k.get(), kv, r->u64(), 1);
-    fill_random(v.get(), kv, r->u64(), 1);
-    fill_random(g.get(), rows * d, r->u64(), 1);
-    random_choice_device(indices, n, c, r->u64(), clustered);
-    Library<T> library(c, b.plan);
-    double pairs = (double)n * hq * topk, flops = 4.0 * pairs * block * d;
-    double bytes[2] = {pairs * (3 * (2.0 * d + 4)), pairs * (8.0 * d + 12)};
-    double fwd = time_ms([&] { library.forward(q, k, v, indices, o, lse); });
-    double bwd = time_ms([&] { library.backward(q, k, v, indices, o, lse, g, dq, dk, dv); });
-    printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s: fwd %.3f ms (%.0f TFLOP/s, %.2f TB/s), bwd "
-           "%.3f ms "
-           "(%.0f TFLOP/s, %.2f TB/s), workspace %.0f MiB + lists %.0f MiB\n",
-           (long long)n, hq, hkv, d, block, topk, Dtype<T>::name, clustered ? "clustered" : "random", fwd,
-           flops / fwd * 1e-9, bytes[0] / fwd * 1e-9, bwd, 2.5 * flops / bwd * 1e-9, bytes[1] / bwd * 1e-9,
-           library.memory.n / 1048576.0, library.lists_memory.n / 1048576.0);
-    const char *kind = clustered ? "clustered" : "random";
-    record({"selected", "sel", "nsa", "fwd", Dtype<T>::name, n, c, fwd, flops / fwd * 1e-9,
-            worst[Dtype<T>::value][0], kind, "library", 1});
-    record({"selected", "sel", "nsa", "bwd", Dtype<T>::name, n, c, bwd, 2.5 * flops / bwd * 1e-9,
-            worst[Dtype<T>::value][1], kind, "library", 1});
+typedef __nv_bfloat16 Bf16;
+
+// Inputs and outputs of one sequence of n tokens, for timings.
+template <typename T> struct Bench {
+    FsaConfig c;
+    Batch b;
+    int64_t rows, kv;
+    Buffer<T> q, k, v, g, o, dq, dk, dv;
+    Buffer<float> lse;
+    Buffer<int32_t> indices;
+    Bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered)
+        : c(default_config(hq, hkv, d, block, topk)), b(c, {n}), rows(n * hq), kv(n * hkv * d), q(rows * d),
+          k(kv), v(kv), g(rows * d), o(rows * d), dq(rows * d), dk(kv), dv(kv), lse(rows),
+          indices(hkv * n * topk) {
+        Buffer<T> *inputs[] = {&q, &k, &v, &g};
+        for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
+        random_choice_device(indices, n, c, r->u64(), clustered);
+    }
+    double flops() const { return 4.0 * rows * c.topk * c.block * c.head_dim; } // forward
+};
+
+// Forward and backward milliseconds of one implementation.
+struct Times {
+    double ms[2];
+};
+
+template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
+    Library<T> library(x->c, x->b.plan);
+    Times t;
+    t.ms[0] = time_ms([&] { library.forward(x->q, x->k, x->v, x->indices, x->o, x->lse); });
+    t.ms[1] = time_ms(
+        [&] { library.backward(x->q, x->k, x->v, x->indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); });
+    int d = x->c.head_dim;
+    double slots = (double)x->rows * x->c.topk, flops[2] = {x->flops(), 2.5 * x->flops()};
+    double bytes[2] = {slots * 3 * (2 * d + 4), slots * (8 * d + 12)};
+    printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.plan.n, x->c.q_heads,
+           x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
+    for (int i = 0; i < 2; i++) {
+        printf(" %s %.3f ms (%.0f TFLOP/s, %.2f TB/s, floor %.2f ms),", i ? "bwd" : "fwd", t.ms[i],
+               flops[i] / t.ms[i] * 1e-9, bytes[i] / t.ms[i] * 1e-9,
+               std::max(flops[i] / 790e9, bytes[i] / 4.5e9));
+        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", Dtype<T>::name, x->b.plan.n, x->c, t.ms[i],
+                flops[i] / t.ms[i] * 1e-9, worst[Dtype<T>::value][i], kind, "library", 1});
+    }
+    printf(" workspace %.0f MiB + lists %.0f MiB\n", library.memory.n / 1048576.0,
+           library.lists_memory.n / 1048576.0);
+    return t;
+}
+
+static Times time_version(Bench<Bf16> *x, int version) {
+    Versions<Bf16, 128> versions(x->c, x->b.plan, version);
+    const char *names[] = {"", "1", "2", "3"};
+    Times t;
+    t.ms[0] = time_ms([&] { versions.forward(x->q, x->k, x->v, x->indices, x->o, x->lse); }, 5);
+    t.ms[1] = time_ms(
+        [&] { versions.backward(x->q, x->k, x->v, x->indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); }, 5);
+    printf("selected version %d n %lld (%d, %d) d 128 (%d, %d): fwd %.3f ms, bwd %.3f ms\n", version,
+           (long long)x->b.plan.n, x->c.q_heads, x->c.kv_heads, x->c.block, x->c.topk, t.ms[0], t.ms[1]);
+    for (int i = 0; i < 2; i++)
+        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", "bf16", x->b.plan.n, x->c, t.ms[i],
+                (i ? 2.5 : 1) * x->flops() / t.ms[i] * 1e-9, worst_version[version][i], "random",
+                names[version], 1});
+    return t;
+}
+
+// Full causal attention of the same q, k, v.
+static Times time_full(Bench<Bf16> *x) {
+    const FsaPlan &p = x->b.plan;
+    Buffer<float> delta(x->rows), lse_grad(x->rows), dq(x->rows * 128), dk(x->kv), dv(x->kv);
+    Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&x->c, &p, FSA_CAUSAL));
+    Times t;
+    t.ms[0] = time_ms(
+        [&] {
+            FSA_CHECK(fsa_dense_forward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->o, x->lse, 0));
+        },
+        3);
+    t.ms[1] = time_ms(
+        [&] {
+            FSA_CHECK(fsa_row_stats(&x->c, FSA_BF16, p.nq, x->o, x->lse, x->g, delta, lse_grad, 0));
+            FSA_CHECK(fsa_dense_backward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->g, lse_grad,
+                                         delta, dq, dk, dv, 0, 0, workspace.get(), 0));
+        },
+        3);
+    double flops = 2.0 * p.n * p.n * x->c.q_heads * 128;
+    for (int i = 0; i < 2; i++)
+        record({"selected", "full", "full", i ? "bwd" : "fwd", "bf16", p.n, x->c, t.ms[i],
+                (i ? 2.5 : 1) * flops / t.ms[i] * 1e-9, -1, NULL, "library", 1});
+    return t;
+}
+
+// FSA's comparison: the selected branch of 32 query heads in vanilla NSA's order (version 2), FSA's (3) and
+// the library's, and full attention.
+static void compare(Random *r) {
+    const struct { int block, topk; } choices[] = {{64, 16}, {128, 8}};
+    struct Row {
+        int64_t n;
+        int hkv, block, topk;
+        Times nsa, fsa, library, full;
+    };
+    std::vector<Row> rows;
+    for (int64_t n = 8192; n <= 65536; n *= 2) {
+        for (int hkv : {32, 16, 8, 4}) {
+            Times full = {};
+            for (auto choice : choices) {
+                Bench<Bf16> x(r, n, 32, hkv, 128, choice.block, choice.topk, false);
+                if (choice.block == 64) full = time_full(&x);
+                Times nsa = time_version(&x, 2), fsa = time_version(&x, 3);
+                rows.push_back(
+                    {n, hkv, choice.block, choice.topk, nsa, fsa, time_library(&x, "random"), full});
+            }
+        }
+    }
+    printf("\nSelected branch, 32 query heads, d = 128, bf16: milliseconds forward / backward, and NSA over "
+           "the library\n");
+    printf("%6s %3s %9s %17s %17s %17s %17s %14s\n", "n", "g", "(B, T)", "full", "NSA", "FSA", "library",
+           "NSA/library");
+    for (const Row &x : rows) {
+        printf("%6lld %3d (%3d, %2d)", (long long)x.n, 32 / x.hkv, x.block, x.topk);
+        for (const Times *t : {&x.full, &x.nsa, &x.fsa, &x.library})
+            printf(" %8.2f / %6.2f", t->ms[0], t->ms[1]);
+        printf(" %6.2f / %5.2f\n", x.nsa.ms[0] / x.library.ms[0], x.nsa.ms[1] / x.library.ms[1]);
+    }
 }
 
 int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
     Random r(seed_from(argc, argv));
-    check_all<__nv_bfloat16>(&r);
-    check_all<__half>(&r);
-    if (!has_flag(argc, argv, "check")) {
-        typedef __nv_bfloat16 T;
-        bench<T>(&r, 65536, 32, 8, 128, 64, 16, false);
-        bench<T>(&r, 65536, 32, 8, 128, 64, 16, true);
-        bench<T>(&r, 65536, 32, 32, 128, 64, 16, false);
-        bench<T>(&r, 65536, 32, 16, 128, 64, 16, false);
-        bench<T>(&r, 65536, 40, 8, 128, 64, 16, false);
-        bench<T>(&r, 65536, 32, 4, 128, 64, 16, false);
-        bench<T>(&r, 65536, 64, 4, 128, 64, 16, false);
-        bench<T>(&r, 32768, 32, 8, 128, 64, 16, false);
-        bench<T>(&r, 8192, 32, 8, 128, 64, 16, false);
-        bench<T>(&r, 65536, 32, 8, 128, 128, 8, false);
-        bench<T>(&r, 65536, 32, 32, 128, 128, 8, false);
-        bench<__half>(&r, 65536, 32, 8, 128, 64, 16, false);
-        bench<T>(&r, 65536, 32, 8, 64, 64, 16, false);
-        bench_versions<T>(&r, 8192, 32, 8);
-        bench_versions<T>(&r, 32768, 32, 32);
-        bench_versions<T>(&r, 32768, 32, 8);
-        bench_versions<T>(&r, 32768, 64, 4);
-        bench_versions<T>(&r, 65536, 32, 8);
+    bool check_only = has_flag(argc, argv, "check"), compare_only = has_flag(argc, argv, "compare");
+    // Timings carry the error of a check in the same run, if a short one.
+    bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time") || compare_only;
+    check_all<Bf16>(&r, small);
+    check_all<__half>(&r, small);
+    if (!check_only && !compare_only) {
+        struct {
+            int64_t n;
+            int hq, hkv, block, topk;
+        } shapes[] = {{65536, 32, 8, 64, 16}, {65536, 32, 32, 64, 16}, {65536, 32, 16, 64, 16},
+                      {65536, 40, 8, 64, 16}, {65536, 32, 4, 64, 16},  {65536, 64, 4, 64, 16},
+                      {32768, 32, 8, 64, 16}, {8192, 32, 8, 64, 16},   {65536, 32, 8, 128, 8},
+                      {65536, 32, 32, 128, 8}};
+        for (auto s : shapes) {
+            Bench<Bf16> x(&r, s.n, s.hq, s.hkv, 128, s.block, s.topk, false);
+            time_library(&x, "random");
+            if (s.n == 8192) time_version(&x, 1);
+        }
+        Bench<Bf16> clustered(&r, 65536, 32, 8, 128, 64, 16, true),
+            narrow(&r, 65536, 32, 8, 64, 64, 16, false);
+        time_library(&clustered, "clustered");
+        time_library(&narrow, "random");
+        Bench<__half> half(&r, 65536, 32, 8, 128, 64, 16, false);
+        time_library(&half, "random");
     }
+    if (!check_only && !has_flag(argc, argv, "time")) compare(&r);
     printf("selected: %d passed, %d failed\n", checks_passed, checks_failed);
     return checks_failed != 0;
 }

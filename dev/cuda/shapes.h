@@ -27,6 +27,10 @@ static inline std::vector<Shape> test_shapes(Random *r, int count) {
     shapes.back().c.topk = 8;
     shapes.push_back(plain_shape(4, 1, 128, {2000, 40}));
     shapes.back().segments = {{0, 0, 1}, {0, 17, 100}, {0, 500, 1}, {0, 1990, 10}, {1, 30, 10}};
+    shapes.push_back(plain_shape(5, 1, 64, {0, 0, 200, 0, 33, 0})); // empty sequences
+    shapes.push_back(plain_shape(4, 1, 128, {200, 0, 90}));         // and empty segments
+    shapes.back().segments = {{0, 0, 0}, {0, 3, 50},  {0, 60, 0}, {0, 60, 140},
+                              {1, 0, 0}, {2, 80, 10}, {2, 90, 0}};
     for (int i = 0; i < count; i++) {
         static const int groups[] = {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}, strides[] = {4, 8, 16, 16};
         Shape s;
@@ -55,11 +59,19 @@ static inline std::vector<Shape> test_shapes(Random *r, int count) {
     return shapes;
 }
 
-// For the slow tools: a few shapes, none long.
+// For the emulator and the slow tools: tiny shapes, of every kind that test_shapes has, and a random one.
 static inline std::vector<Shape> small_shapes(Random *r) {
     std::vector<Shape> shapes;
-    for (const Shape &s : test_shapes(r, 4)) {
-        if (*std::max_element(s.lengths.begin(), s.lengths.end()) <= 520) shapes.push_back(s);
+    shapes.push_back(plain_shape(4, 1, 128, {1}));
+    shapes.push_back(plain_shape(3, 1, 64, {0, 31, 0, 0, 65, 1, 0}));
+    shapes.back().c.window = 20;
+    shapes.push_back(plain_shape(4, 2, 128, {33, 40}));
+    shapes.back().segments = {{0, 0, 0}, {0, 7, 20}, {0, 32, 1}, {1, 3, 0}, {1, 38, 2}};
+    shapes.push_back(plain_shape(1, 1, r->below(2) ? 64 : 128, {90 + r->below(60)}));
+    shapes.back().c.window = 1 + (int)r->below(100);
+    for (Shape &s : shapes) {
+        s.c.block = 16, s.c.topk = 4, s.c.cmp_len = 16;
+        s.c.cmp_stride = r->below(2) ? 8 : 16;
     }
     return shapes;
 }
@@ -85,7 +97,21 @@ static inline double visible_pairs(const FsaConfig &c, FsaVisibility rule, int64
     return pairs;
 }
 
-static const char *const rule_names[] = {"full", "win", "cmp"}; // in order of FsaVisibility
+// In order of FsaVisibility.
+static const char *const rule_names[] = {"full", "win", "cmp"}, *const rule_attn[] = {"full", "window",
+                                                                                      "nsa"};
+
+// Prints a timing beside the floor that an H200's rates set it (more_floor: another one, in milliseconds),
+// and records it. flops, bytes: what has to be computed and moved at least.
+static inline void report(Result r, double flops, double bytes, double more_floor = 0) {
+    r.tflops = flops / r.ms * 1e-9;
+    printf("%s %s %s n=%-6lld %2d/%-2d d=%-3d B=%-3d T=%-2d %s %-8s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor "
+           "%.3f ms\n",
+           r.program, r.part, r.dir, (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block,
+           r.c.topk, r.dtype, r.version, r.ms, r.tflops, bytes / r.ms * 1e-9,
+           std::max(std::max(flops / 790e9, bytes / 4.5e9), more_floor));
+    record(r);
+}
 
 // The models' shapes that are timed.
 struct Timing {

@@ -1,6 +1,8 @@
 // topk.cu: the choice of blocks.
 //   version 1: a block a query and KV head: scores of all blocks to global memory, then T searches
-//   library:   fsa/topk.cu: scores by mma.sync, summed on chip, a running list of the best T a query
+//   portable:  fsa/topk.cu: scores by mma.sync, summed on chip, a running list of the best T a query
+//   library:   what fsa_topk runs; on Hopper fsa/topk_sm90.cu (wgmma; products, exp and lists at once) where
+//              that suits the configuration
 // A choice is right if it is ascending, causal, complete, holds the forced blocks, and no block that was
 // left out scores more than (1 + 1e-3) times the lowest chosen one that was not forced.
 // usage: topk [seed=N] [check [small] | time]      both by default
@@ -77,7 +79,7 @@ static int naive_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, c
 static const struct Version {
     const char *name;
     decltype(&fsa_topk) run;
-} versions[] = {{"1", naive_topk}, {"library", fsa_topk}};
+} versions[] = {{"1", naive_topk}, {"portable", topk_portable}, {"library", fsa_topk}};
 
 static double worst;           // how much a block left out beats a chosen one, relative
 static int64_t places, differ; // chosen places, and those unlike the reference's
@@ -103,11 +105,12 @@ static double choice_excess(const FsaConfig &c, const int32_t *chosen, const flo
     return lowest > 0 ? highest / lowest - 1 : INFINITY;
 }
 
-template <typename T> static void check_shape(Random *r, const Shape &s) {
+// With `size` 0 all keys are 0, and all blocks that see as many windows score alike: of equals the smaller.
+template <typename T> static void check_shape(Random *r, const Shape &s, double size = 1) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
     int64_t nq = b.plan.nq, d = c.head_dim, windows = fsa_batch_windows(&c, &b.ref);
-    Host<T> q(r, nq * c.q_heads * d, 1), kc(r, windows * c.kv_heads * d, 1);
+    Host<T> q(r, nq * c.q_heads * d, 1), kc(r, windows * c.kv_heads * d, size);
     std::vector<float> o(q.f.size()), lse(nq * c.q_heads);
     naive_most = b.plan.max_len / c.block + 1;
     std::vector<float> scratch(c.kv_heads * naive_most);
@@ -142,6 +145,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             }
         }
         check_that(excess <= 1e-3, ("choice " + what).c_str(), excess, 1e-3);
+        if (size == 0) check_that(got == ref, ("ties " + what).c_str(), 1, 0);
         if (&version == versions) continue;
         worst = std::max(worst, excess);
         for (size_t i = 0; i < ref.size(); i++) places += ref[i] >= 0, differ += got[i] != ref[i];
@@ -170,12 +174,8 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
                     naive ? 3 : 10);
         double pairs = visible_pairs(c, FSA_COMPRESSED, t.n) * t.hq, flops = pairs * 2 * d;
         double bytes = 2.0 * d * (t.n * t.hq + windows * t.hkv) + 4.0 * t.n * (t.hq + t.hkv * topk);
-        printf("topk  n=%-6lld %2d/%-2d B=%-3d T=%-2d %s %-7s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor %.3f "
-               "ms\n",
-               (long long)t.n, t.hq, t.hkv, block, topk, Dtype<T>::name, version.name, ms, flops / ms * 1e-9,
-               bytes / ms * 1e-9, std::max(std::max(flops / 790e9, bytes / 4.5e9), pairs / 3.7e9));
-        record(Result{"topk", "topk", "nsa", "fwd", Dtype<T>::name, t.n, c, ms, flops / ms * 1e-9, worst,
-                      NULL, version.name, 1});
+        report({"topk", "topk", "nsa", "fwd", Dtype<T>::name, t.n, c, ms, 0, worst, NULL, version.name, 1},
+               flops, bytes, pairs / 3.7e9);
     }
 }
 
@@ -187,10 +187,26 @@ int main(int argc, char **argv) {
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
     {
         std::vector<Shape> shapes = small ? small_shapes(&r) : test_shapes(&r, 40);
-        if (!small) shapes.push_back(plain_shape(4, 1, 128, {6000}));
+        for (int g : {2, 5}) { // several tiles of windows; for g = 5 blocks that straddle them
+            shapes.push_back(plain_shape(g, 1, 64, {450}));
+            FsaConfig *c = &shapes.back().c;
+            c->cmp_stride = 4, c->cmp_len = g == 2 ? 8 : 12, c->block = g == 2 ? 16 : 48;
+            c->topk = 6, c->local_blocks = g == 2 ? 1 : 0;
+        }
+        if (!small) {
+            shapes.push_back(plain_shape(4, 1, 128, {6000}));
+            for (int g = 1; g <= 16; g++) // sequences that end within tiles of queries, and empty ones
+                shapes.push_back(plain_shape(g, 1, g % 2 ? 64 : 128, {1500 + g, 0, 1030, 0}));
+            shapes.push_back(plain_shape(2, 1, 128, {3000})); // a list of many
+            shapes.back().c.topk = 40;
+        }
         for (const Shape &s : shapes) {
             check_shape<__nv_bfloat16>(&r, s);
             check_shape<__half>(&r, s);
+        }
+        for (const Shape &s : {plain_shape(4, 1, 128, {1500}), plain_shape(1, 1, 64, {1300, 100})}) {
+            check_shape<__nv_bfloat16>(&r, s, 0);
+            check_shape<__half>(&r, s, 0);
         }
         printf("topk  worst excess %.2e; %lld of %lld places differ from the reference\n", worst,
                (long long)differ, (long long)places);

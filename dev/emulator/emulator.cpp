@@ -2,6 +2,9 @@
 #include "emulator.h"
 #include "ptx_sm90.cuh"
 #include <deque>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <map>
 #include <mutex>
 #include <stdarg.h>
@@ -284,6 +287,10 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
     w->body = &body;
     memset((void *)w->warps, 0, sizeof(Warp) * ((size_t)(w->count + 31) / 32));
     memset(w->barriers, 0, sizeof w->barriers);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(w->smem, MAX_SMEM);
+    __asan_poison_memory_region(w->smem + c.smem, MAX_SMEM - c.smem);
+#endif
     memset(w->smem, 0xff, c.smem);
     for (int i = 0; i < w->count; i++) {
         Thread *t = &w->threads[i];

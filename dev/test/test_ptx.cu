@@ -7,9 +7,10 @@
 #include "../cuda/common.h"
 #include "test.h"
 
-// c [64, N] = a [64, K] b, by one warpgroup, K in panels of 64: every operand form of wgmma. TMA brings a
-// [64, K], and b as [N, K] or, transposed, as [K, N]; box rows past the tensor come as zeros.
-template <typename T, int N, int K, int trans_b, int in_registers>
+// c [64, N] = a b, by one warpgroup, K in panels of 64: every operand form of wgmma. TMA brings a as [64, K]
+// or, transposed, as [K, 64], and b as [N, K] or, transposed, as [K, N]; box rows past the tensor come as
+// zeros.
+template <typename T, int N, int K, int trans_b, int trans_a, int in_registers>
 __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CUtensorMap a_map,
                                                       const __grid_constant__ CUtensorMap b_map, float *c) {
     extern __shared__ __align__(1024) char smem[];
@@ -23,7 +24,8 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     __syncthreads();
     if (threadIdx.x == 0) {
         mbarrier_arrive_expect(barrier, (64 + N) * K * 2);
-        for (int p = 0; p < K / 64; p++) tma_load_3d(a_at + p * 64 * 128, &a_map, p * 64, 0, 0, barrier);
+        for (int p = 0; p < (trans_a ? 1 : K / 64); p++)
+            tma_load_3d(a_at + p * 64 * 128, &a_map, p * 64, 0, 0, barrier);
         for (int p = 0; p < B_PANELS; p++)
             tma_load_4d(b_at + p * B_ROWS * 128, &b_map, p * 64, 0, 0, 0, barrier);
     }
@@ -43,7 +45,8 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
             wgmma_commit();
             wgmma_wait<0>();
         } else {
-            wgmma_ss<T, trans_b>(d, wgmma_matrix(a_at + k / 4 * 64 * 128 + k % 4 * 32), b, k > 0);
+            uint64_t a = wgmma_matrix(a_at + (trans_a ? k * 2048 : k / 4 * 64 * 128 + k % 4 * 32));
+            wgmma_ss<T, trans_b, trans_a>(d, a, b, k > 0);
         }
     }
     wgmma_commit();
@@ -58,47 +61,53 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     }
 }
 
-template <typename T, int N, int K, int trans_b, int in_registers> static void test_product(Random *r) {
-    // The tensors have more columns than a row of the box, and fewer rows than the box: 61 and 5 short.
-    constexpr int A_ROWS = 61, B_ROWS = trans_b ? K : N, B_COLS = trans_b ? N : K, B_THERE = B_ROWS - 5;
-    Host<T> a(r, A_ROWS * K * 3, 1), b(r, B_THERE * B_COLS * 2, 1);
+template <typename T, int N, int K, int trans_b, int trans_a, int in_registers>
+static void test_product(Random *r) {
+    // The tensors have more columns than a row of the box, and 3 and 5 fewer rows than the box.
+    constexpr int A_ROWS = (trans_a ? K : 64) - 3, A_COLS = trans_a ? 64 : K, B_ROWS = trans_b ? K : N,
+                  B_COLS = trans_b ? N : K, B_THERE = B_ROWS - 5;
+    Host<T> a(r, A_ROWS * A_COLS * 3, 1), b(r, B_THERE * B_COLS * 2, 1);
     Buffer<T> a_(a.raw), b_(b.raw);
     Buffer<float> c_(64 * N);
     CUtensorMap a_map, b_map;
-    int64_t a_size[] = {K, A_ROWS, 1}, a_stride[] = {2, 3 * K * 2, 3 * K * 2 * A_ROWS};
+    int64_t a_size[] = {A_COLS, A_ROWS, 1}, a_stride[] = {2, 3 * A_COLS * 2, 3 * A_COLS * 2 * A_ROWS};
     int64_t b_size[] = {B_COLS, 1, B_THERE, 1},
             b_stride[] = {2, B_COLS * 2, 2 * B_COLS * 2, 2 * B_COLS * 2 * B_THERE};
-    int a_box[] = {64, 64, 1}, b_box[] = {64, 1, B_ROWS, 1};
+    int a_box[] = {64, trans_a ? K : 64, 1}, b_box[] = {64, 1, B_ROWS, 1};
     FSA_CHECK(fsa_tensor_map(&a_map, Dtype<T>::value, 3, a_.get(), a_size, a_stride, a_box));
     FSA_CHECK(fsa_tensor_map(&b_map, Dtype<T>::value, 4, b_.get(), b_size, b_stride, b_box));
     int smem = (64 + N) * K * 2 + 8 + 1024;
-    CUDA_CHECK(cudaFuncSetAttribute(product_kernel<T, N, K, trans_b, in_registers>,
+    CUDA_CHECK(cudaFuncSetAttribute(product_kernel<T, N, K, trans_b, trans_a, in_registers>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    product_kernel<T, N, K, trans_b, in_registers><<<1, 128, smem>>>(a_map, b_map, c_);
+    product_kernel<T, N, K, trans_b, trans_a, in_registers><<<1, 128, smem>>>(a_map, b_map, c_);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<float> want(64 * N, 0);
-    for (int i = 0; i < A_ROWS; i++) {
+    for (int i = 0; i < 64; i++) {
         for (int n = 0; n < N; n++) {
             for (int k = 0; k < K; k++) {
-                int row = trans_b ? k : n, col = trans_b ? n : k;
-                if (row < B_THERE) want[i * N + n] += a.f[i * 3 * K + k] * b.f[row * 2 * B_COLS + col];
+                int a_row = trans_a ? k : i, a_col = trans_a ? i : k, row = trans_b ? k : n,
+                    col = trans_b ? n : k;
+                if (a_row < A_ROWS && row < B_THERE)
+                    want[i * N + n] += a.f[a_row * 3 * A_COLS + a_col] * b.f[row * 2 * B_COLS + col];
             }
         }
     }
     double e = relative_error(c_.host(), want);
-    CHECK(e < 1e-5 && c_.guards_intact(), "%s N %d K %d trans_b %d in_registers %d: %.1e", Dtype<T>::name, N,
-          K, trans_b, in_registers, e);
+    CHECK(e < 1e-5 && c_.guards_intact(), "%s N %d K %d trans_b %d trans_a %d in_registers %d: %.1e",
+          Dtype<T>::name, N, K, trans_b, trans_a, in_registers, e);
 }
 
 template <typename T> static void test_products(Random *r) {
-    test_product<T, 64, 64, 0, 0>(r);
-    test_product<T, 128, 128, 0, 0>(r);
-    test_product<T, 32, 128, 0, 0>(r);
-    test_product<T, 64, 128, 1, 0>(r);
-    test_product<T, 128, 64, 1, 0>(r);
-    test_product<T, 128, 128, 1, 1>(r);
-    test_product<T, 64, 64, 0, 1>(r);
+    test_product<T, 64, 64, 0, 0, 0>(r);
+    test_product<T, 128, 128, 0, 0, 0>(r);
+    test_product<T, 32, 128, 0, 0, 0>(r);
+    test_product<T, 64, 128, 1, 0, 0>(r);
+    test_product<T, 128, 64, 1, 0, 0>(r);
+    test_product<T, 64, 128, 1, 1, 0>(r);
+    test_product<T, 128, 64, 0, 1, 0>(r);
+    test_product<T, 128, 128, 1, 0, 1>(r);
+    test_product<T, 64, 64, 0, 0, 1>(r);
 }
 
 // A ring of two stages: one warp brings rows by plain bulk copies, the others add them up; each waits for the

@@ -1,0 +1,133 @@
+// selected.cuh: what the selected branch's portable kernels (selected.cu) and Hopper's (selected_sm90.cu)
+// share: how the work is cut, and how a thread block finds its part of the index lists.
+//
+// A main kernel turns each (token, head, slot) into a row of partial results in memory; a reduction merges a
+// row's partials. A launch takes one slab of query rows and some kv heads, which bounds that memory. Each of
+// its thread blocks takes a share of `chunk` entries of a head's list: the lists of several KV blocks, the
+// first and the last of them perhaps shared with its neighbours.
+#ifndef FSA_SELECTED_CUH
+#define FSA_SELECTED_CUH
+#include "kernels.h"
+#include "mma.cuh"
+
+struct SelArgs {
+    FsaPlan plan;
+    FsaLists lists;
+    int64_t slab, tokens; // this launch's slab, and the query rows in it
+    int head0;            // its first kv head; blockIdx.y or .z counts on
+    int q_heads, kv_heads, group, block, topk;
+    int parts, keys; // a block is worked on in `parts` parts of `keys` keys, and has as many partials a slot
+    int chunk, shares; // list entries of a share, and shares of a launch and head
+    float scale;
+    const void *q, *k, *v, *dout;
+    const int32_t *indices;
+    const float *delta, *lse_grad;
+    void *partial;   // [heads, slab*T, parts, group, D] 16-bit
+    float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
+    float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far
+    float *crossing; // backward: [heads, shares, parts, keys, 2, D], see selected_backward_kernel
+    void *o, *dq, *dk, *dv;
+    float *lse;
+};
+
+#ifdef __CUDACC__
+// A thread block's share of a slab's list of one head.
+struct Share {
+    const uint32_t *entries, *offsets; // the slab's
+    uint32_t entry0;                   // its first row's first entry
+    uint32_t begin, end;               // the share
+};
+static __device__ __forceinline__ Share share_of(const SelArgs &a, int head, unsigned index) {
+    Share s;
+    int64_t row0 = a.slab * a.lists.slab;
+    s.entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
+    s.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    s.entry0 = (uint32_t)(row0 * a.topk);
+    s.begin = index * (uint32_t)a.chunk;
+    s.end = min(s.begin + (uint32_t)a.chunk, s.offsets[a.lists.blocks]);
+    return s;
+}
+
+// The entries of one KV block from `begin` on, as far as they lie in the share.
+struct Run {
+    const uint32_t *entries; // [count]
+    uint32_t count;
+    int64_t block, key0;  // the block within its sequence, and its first key row
+    int keys;             // tokens that it has (the last of a sequence may be short)
+    int64_t index;        // the block, counted over all sequences
+    uint32_t first, last; // where the block's whole list starts and ends in the slab's
+};
+
+// Whole warps call it: the lanes look at 32 blocks' offsets at a time.
+static __device__ __forceinline__ Run run_at(const SelArgs &a, const Share &s, uint32_t begin) {
+    const int lane = threadIdx.x % 32;
+    int64_t lo = 0, hi = a.lists.blocks; // offsets[lo] <= begin < offsets[hi]
+    while (hi - lo > 1) {
+        int64_t step = (hi - lo + 31) / 32, at = lo + lane * step;
+        unsigned below = __ballot_sync(0xffffffffu, at < hi && s.offsets[at] <= begin);
+        lo += (31 - __clz((int)below)) * step; // lane 0's is always below
+        hi = min(hi, lo + step);
+    }
+    Run r;
+    r.index = lo;
+    r.first = s.offsets[lo], r.last = s.offsets[lo + 1];
+    r.entries = s.entries + begin;
+    r.count = min(s.end, r.last) - begin;
+    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, lo);
+    r.block = lo - a.plan.cu_blocks[seq];
+    r.key0 = a.plan.cu_seqlens[seq] + r.block * a.block;
+    r.keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - r.key0);
+    return r;
+}
+
+// The last key of the block that a query sees. Lists ascend by row, so only the first `block` queries from
+// the list's start can lie in the block itself; the rest see all of it.
+static __device__ __forceinline__ int last_key(const SelArgs &a, const Run &r, int64_t in_list, int64_t row) {
+    if (in_list >= a.block) return r.keys - 1;
+    int64_t seq, pos;
+    fsa_row(a.plan, row, &seq, &pos);
+    return (int)min((int64_t)r.keys - 1, pos - r.block * a.block);
+}
+
+// Whether any of the first `slabs` slabs lists the block. Whole warps call it.
+static __device__ __forceinline__ bool listed(const SelArgs &a, int head, int64_t block, int64_t slabs) {
+    for (int64_t s0 = 0; s0 < slabs; s0 += 32) {
+        int64_t s = s0 + threadIdx.x % 32;
+        const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + s) * (a.lists.blocks + 1) + block;
+        if (__any_sync(0xffffffffu, s < slabs && offsets[0] != offsets[1])) return true;
+    }
+    return false;
+}
+
+// Where the backward kernel's sums [keys, 2, D] over a run of share `index` belong, and whether they are
+// added there. Whole warps call it.
+template <int D>
+static __device__ __forceinline__ float *sum_of(const SelArgs &a, const Share &s, unsigned index,
+                                                const Run &r, int part, bool *add) {
+    bool starts = r.first >= s.begin;
+    *add = starts && listed(a, a.head0 + blockIdx.y, r.index, a.slab);
+    if (starts) return a.dkv + ((int64_t)blockIdx.y * a.plan.n + r.key0 + part * a.keys) * 2 * D;
+    return a.crossing + (((int64_t)blockIdx.y * a.shares + index) * a.parts + part) * a.keys * 2 * D;
+}
+#endif
+
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// More than 48 KiB of shared memory is to be asked for; cheap, so at every launch.
+template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess
+               ? FSA_OK
+               : FSA_ERROR_CUDA;
+}
+
+// selected_sm90.cu: the two main kernels for Hopper. They take the same arguments and leave the same
+// partials, statistics and sums as the portable ones. a.keys is 64 or 128.
+int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
+int fsa_sel_backward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+                          cudaStream_t stream);
+// Shares that a multiprocessor works on at once.
+int fsa_sel_places_sm90(int keys, int backward);
+
+#endif

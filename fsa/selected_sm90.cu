@@ -1,0 +1,755 @@
+// selected_sm90.cu: the selected branch's main kernels for Hopper: gathered rows by cp.async into a ring of
+// stages, products by wgmma, a warpgroup of producers beside those that compute. selected.cuh says how the
+// work is cut; selected.cu has the reductions and launches these.
+#include "ptx_sm90.cuh"
+#include "selected.cuh"
+
+// What to tune. Registers are setmaxnreg's: together no more than 65,536 a multiprocessor.
+template <int D, int KEYS> struct Forward {
+    static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2; // warpgroups, each with every CONSUMERS-th tile
+    static constexpr int Q_STAGES = D == 64 || KEYS == 64 ? 8 : 5, KV_STAGES = 2;
+    static constexpr int PRODUCER_REGISTERS = 56, REGISTERS = KEYS == 64 ? 152 : 224;
+    // Of the producers, warps 0 and 1 gather a tile's rows in turn, 2 and 3 fetch K and V.
+    static constexpr int GATHERERS = 2, KV_THREADS = 64;
+};
+template <int D, int KEYS> struct Backward {
+    static constexpr int CONSUMERS = 2; // warpgroups, each with 64 keys
+    // A thread block's shares of the lists: consumers of blocks of 64 keys have one each, two of 128 keys are
+    // two halves of one.
+    static constexpr int SHARES = KEYS == 64 ? 2 : 1, SHARERS = CONSUMERS / SHARES;
+    static constexpr int Q_STAGES = 2, KV_STAGES = KEYS == 64 ? 1 : 2;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
+    static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
+    static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
+};
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in panels of ROWS rows (ptx_sm90.cuh).
+template <int ROWS> static __device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
+    return (uint32_t)(chunk / 8 * ROWS * 128 + row * 128 + ((chunk % 8 ^ (row & 7)) << 4));
+}
+
+// Number `index` of what passes through a ring of COUNT stages: its stage, and the parity of its round.
+template <int COUNT> struct Turn {
+    uint32_t stage, round;
+    __device__ __forceinline__ Turn(uint32_t index) : stage(index % COUNT), round(index / COUNT) {}
+    __device__ __forceinline__ int parity() const { return (int)(round & 1); }
+    // Before the stage is filled: all are done with what it held a round ago.
+    __device__ __forceinline__ void wait_empty(uint32_t barriers) const {
+        if (round > 0) mbarrier_wait(barriers + 8 * stage, (int)(round - 1 & 1));
+    }
+    __device__ __forceinline__ void wait_full(uint32_t barriers) const {
+        mbarrier_wait(barriers + 8 * stage, parity());
+    }
+};
+
+// A gathering warp's view of a tile of 64 rows (g rows an entry, packed): lane i looks after rows i and i
+// + 32. Rows past the run's end repeat its last one, with partial = NONE.
+enum : uint32_t { NONE = 0xffffffffu };
+struct TileRows {
+    int64_t row[2];      // of q, [Nq*Hq]
+    uint32_t partial[2]; // row of the partials
+    int limit[2];        // last visible key of the part
+};
+static __device__ __forceinline__ void load_entries(uint32_t (&entry)[2], const Run &run, int g, int tile) {
+    const int rows = (int)run.count * g;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        entry[i] = run.entries[min(tile * 64 + (int)(threadIdx.x % 32) + 32 * i, rows - 1) / g];
+}
+static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Share &share, const Run &run,
+                                                     uint32_t begin, int part, int tile,
+                                                     const uint32_t (&entry)[2]) {
+    const int g = a.group, rows = (int)run.count * g;
+    TileRows t;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int r = tile * 64 + (int)(threadIdx.x % 32) + 32 * i, at = min(r, rows - 1), in_group = at % g;
+        int64_t row = entry[i] / (uint32_t)a.topk;
+        t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * g + in_group;
+        t.partial[i] = r < rows ? ((entry[i] - share.entry0) * a.parts + part) * g + in_group : NONE;
+        t.limit[i] = last_key(a, run, (int64_t)(begin - run.first) + at / g, row) - part * a.keys;
+    }
+    return t;
+}
+
+// Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
+// none).
+template <typename T, int D, int SECOND>
+static __device__ __forceinline__ void gather(uint32_t tile, const T *first, const T *second,
+                                              const int64_t (&row)[2]) {
+    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+#pragma unroll
+    for (int i = 0; i < 64 / ROWS; i++) {
+        int r = i * ROWS + lane / CHUNKS;
+        int64_t from = __shfl_sync(0xffffffffu, row[i * ROWS / 32], r % 32) * D + chunk * 8;
+        uint32_t to = tile + panel_offset<64>(r, chunk);
+        cp_async_16(to, first + from);
+        if (SECOND) cp_async_16(to + SECOND, second + from);
+    }
+}
+
+// Starts the copies of a block's K and V rows; rows that it lacks become zeros.
+template <typename T, int D, int KEYS, int KV_THREADS>
+static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run, int part, uint32_t k_tile,
+                                               uint32_t v_tile, int thread) {
+    constexpr int CHUNKS = D / 8;
+    const int64_t stride = (int64_t)a.kv_heads * D;
+    const int chunk = thread % CHUNKS, keys = run.keys - part * KEYS;
+    const int64_t head = (a.head0 + blockIdx.y) * D + chunk * 8;
+#pragma unroll 4
+    for (int r = thread / CHUNKS; r < KEYS; r += KV_THREADS / CHUNKS) {
+        bool valid = r < keys;
+        int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
+        uint32_t to = panel_offset<KEYS>(r, chunk);
+        cp_async_16(k_tile + to, (const T *)a.k + from, valid);
+        cp_async_16(v_tile + to, (const T *)a.v + from, valid);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Forward
+
+template <int D, int KEYS> struct alignas(1024) ForwardSmem {
+    static constexpr int Q = Forward<D, KEYS>::Q_STAGES, KV = Forward<D, KEYS>::KV_STAGES;
+    char k[KV][KEYS * D * 2], v[KV][KEYS * D * 2], q[Q][64 * D * 2];
+    struct {
+        uint32_t partial[64];
+        int limit[64], masked; // masked: a row doesn't see all KEYS keys
+    } tile[Q];
+    struct {
+        int tiles; // 0: there are no more blocks
+        float unfactor;
+    } block[KV];
+    float largest[2];
+    alignas(8) uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
+};
+
+static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t x) {
+    uint32_t lo = max(most & 0xffffu, x & 0x7fffu), hi = max(most >> 16, x >> 16 & 0x7fffu);
+    return lo | hi << 16;
+}
+
+// V of a stage, 16-bit as it came, becomes fp16 times a power of two that brings the largest to 2^14, so
+// nothing overflows; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that
+// a lane's accumulators of four n8 columns are 16 bytes of the output in one piece. A thread takes a row at a
+// time. Returns the factor that undoes the power. largest: [2] in shared memory.
+template <typename T, int D, int KEYS>
+static __device__ __forceinline__ float convert_v(char *v, float *largest, int thread) {
+    constexpr int KV_THREADS = Forward<D, KEYS>::KV_THREADS;
+    uint32_t most = 0; // the largest magnitudes, as bits: they ascend as the numbers do
+    for (int row = thread; row < KEYS; row += KV_THREADS) {
+#pragma unroll
+        for (int chunk = 0; chunk < D / 8; chunk++) {
+            uint4 x = *(const uint4 *)(v + panel_offset<KEYS>(row, chunk));
+            most = max_abs_bits(max_abs_bits(max_abs_bits(max_abs_bits(most, x.x), x.y), x.z), x.w);
+        }
+    }
+    float2 f = unpack2<T>(most);
+    float mine = fmaxf(f.x, f.y);
+    for (int i = 16; i > 0; i /= 2) mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, i));
+    if (thread % 32 == 0) largest[thread / 32] = mine;
+    named_barrier_sync(1, KV_THREADS);
+    mine = fmaxf(largest[0], largest[1]);
+    int exponent = min(max(14 - ilogbf(mine), -100), 100);
+    const float factor = mine > 0 ? ldexpf(1, exponent) : 1;
+    auto convert = [&](uint32_t x) {
+        float2 y = unpack2<T>(x);
+        return pack2<__half>(y.x * factor, y.y * factor);
+    };
+    for (int row = thread; row < KEYS; row += KV_THREADS) {
+#pragma unroll
+        for (int group = 0; group < D / 32; group++) {
+            uint4 x[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                x[j] = *(const uint4 *)(v + panel_offset<KEYS>(row, group * 4 + j));
+                x[j] = make_uint4(convert(x[j].x), convert(x[j].y), convert(x[j].z), convert(x[j].w));
+            }
+            auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+                *(uint4 *)(v + panel_offset<KEYS>(row, group * 4 + j)) = make_uint4(x0, x1, x2, x3);
+            };
+            store(0, x[0].x, x[1].x, x[2].x, x[3].x);
+            store(1, x[0].y, x[1].y, x[2].y, x[3].y);
+            store(2, x[0].z, x[1].z, x[2].z, x[3].z);
+            store(3, x[0].w, x[1].w, x[2].w, x[3].w);
+        }
+    }
+    return 1 / factor;
+}
+
+// A thread block takes `chunk` entries of one head's list. Producers bring K and V of each KV block, one
+// block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S = QK^T,
+// softmax within the block, P to fp16 A fragments, O = PV, and out go the normalized row and its log-sum-exp;
+// the next tile's S runs while this one's rows are written.
+//
+// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
+// multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
+// has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
+// 16), 1.2 ms at 128 bytes a clock. Memory binds. Not measured yet.
+template <typename T, int D, int KEYS>
+__global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
+    selected_forward_sm90_kernel(const SelArgs a) {
+    typedef Forward<D, KEYS> F;
+    typedef ForwardSmem<D, KEYS> Smem;
+    typedef Turn<F::Q_STAGES> QTurn;
+    typedef Turn<F::KV_STAGES> KvTurn;
+    extern __shared__ __align__(1024) char raw[];
+    Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024);
+    const uint32_t q_full = smem_address(m->q_full), q_empty = smem_address(m->q_empty);
+    const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
+    const int head = a.head0 + blockIdx.y, g = a.group;
+    if (threadIdx.x == 0) {
+        // A gathering warp's 32 lanes' copies, and its word that the rows' numbers are there.
+        for (int i = 0; i < F::Q_STAGES; i++)
+            mbarrier_init(q_full + 8 * i, 33), mbarrier_init(q_empty + 8 * i, 4);
+        for (int i = 0; i < F::KV_STAGES; i++) {
+            mbarrier_init(kv_full + 8 * i, F::KV_THREADS);
+            mbarrier_init(kv_empty + 8 * i, 4 * F::CONSUMERS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp < 4) {
+        registers_down_to<F::PRODUCER_REGISTERS>();
+        const Share share = share_of(a, head, blockIdx.x);
+        if (warp < F::GATHERERS) {
+            uint32_t first = 0; // tiles before this part's
+            for (uint32_t begin = share.begin; begin < share.end;) {
+                const Run run = run_at(a, share, begin);
+                const int tiles = ((int)run.count * g + 63) / 64;
+                for (int part = 0; part < a.parts; part++, first += tiles) {
+                    uint32_t entry[2];
+                    int tile = (int)((warp + F::GATHERERS - first % F::GATHERERS) % F::GATHERERS);
+                    if (tile < tiles) load_entries(entry, run, g, tile);
+                    for (; tile < tiles; tile += F::GATHERERS) {
+                        TileRows t = tile_rows(a, share, run, begin, part, tile, entry);
+                        load_entries(entry, run, g, tile + F::GATHERERS);
+                        QTurn turn(first + tile);
+                        turn.wait_empty(q_empty);
+                        gather<T, D, 0>(smem_address(m->q[turn.stage]), (const T *)a.q, NULL, t.row);
+                        cp_async_arrive(q_full + 8 * turn.stage);
+                        auto &meta = m->tile[turn.stage];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            meta.partial[lane + 32 * i] = t.partial[i];
+                            meta.limit[lane + 32 * i] = t.limit[i];
+                        }
+                        int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                        if (lane == 0) meta.masked = masked;
+                        __syncwarp();
+                        if (lane == 0) mbarrier_arrive(q_full + 8 * turn.stage);
+                    }
+                }
+                begin += run.count;
+            }
+        } else {
+            const int thread = (int)threadIdx.x - 32 * F::GATHERERS;
+            uint32_t n = 0;
+            for (uint32_t begin = share.begin; begin < share.end;) {
+                const Run run = run_at(a, share, begin);
+                for (int part = 0; part < a.parts; part++, n++) {
+                    KvTurn turn(n);
+                    turn.wait_empty(kv_empty);
+                    load_kv<T, D, KEYS, F::KV_THREADS>(a, run, part, smem_address(m->k[turn.stage]),
+                                                       smem_address(m->v[turn.stage]), thread);
+                    cp_async_commit();
+                    cp_async_wait<0>();
+                    named_barrier_sync(1, F::KV_THREADS);
+                    float unfactor = convert_v<T, D, KEYS>(m->v[turn.stage], m->largest, thread);
+                    if (thread == 0) {
+                        m->block[turn.stage].tiles = ((int)run.count * g + 63) / 64;
+                        m->block[turn.stage].unfactor = unfactor;
+                    }
+                    fence_proxy_async();
+                    mbarrier_arrive(kv_full + 8 * turn.stage);
+                }
+                begin += run.count;
+            }
+            KvTurn turn(n);
+            turn.wait_empty(kv_empty);
+            if (thread == 0) m->block[turn.stage].tiles = 0;
+            mbarrier_arrive(kv_full + 8 * turn.stage);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+    } else {
+        registers_up_to<F::REGISTERS>();
+        const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
+        const float scale_log2 = a.scale * FSA_LOG2E;
+        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
+        float s[KEYS / 8][4], o[D / 8][4];
+        uint32_t first = 0, n = 0; // tiles before this part's, and parts
+        for (;; n++) {
+            KvTurn kv(n);
+            kv.wait_full(kv_full);
+            const int tiles = m->block[kv.stage].tiles;
+            const float unfactor = m->block[kv.stage].unfactor;
+            if (tiles == 0) break;
+            const uint32_t k_tile = smem_address(m->k[kv.stage]), v_tile = smem_address(m->v[kv.stage]);
+            auto start_s = [&](int tile) {
+                QTurn turn(first + tile);
+                turn.wait_full(q_full);
+                fence_proxy_async(); // cp.async wrote the rows
+                const uint32_t q_tile = smem_address(m->q[turn.stage]);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < D / 16; k++) {
+                    wgmma_ss<T>(s, wgmma_matrix(q_tile + k / 4 * 64 * 128 + k % 4 * 32),
+                                wgmma_matrix(k_tile + k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
+                }
+                wgmma_commit();
+            };
+            int tile = (int)((consumer + F::CONSUMERS - first % F::CONSUMERS) % F::CONSUMERS);
+            if (tile < tiles) start_s(tile);
+            for (; tile < tiles; tile += F::CONSUMERS) {
+                QTurn turn(first + tile);
+                const auto &meta = m->tile[turn.stage];
+                uint32_t to[2];
+                int limit[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int r = warp % 4 * 16 + quad + 8 * i;
+                    to[i] = meta.partial[r], limit[i] = meta.limit[r];
+                }
+                const int masked = meta.masked;
+                wgmma_wait<0>();
+                wgmma_pin(s);
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(q_empty + 8 * turn.stage);
+
+                if (masked) {
+#pragma unroll
+                    for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            if (j * 8 + 2 * c + (i & 1) > limit[i / 2]) s[j][i] = -INFINITY;
+                        }
+                    }
+                }
+                float base[2], sum[2] = {0, 0};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float most = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+#pragma unroll
+                    for (int j = 1; j < KEYS / 8; j++)
+                        most = fmaxf(most, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+                    most = quad_max(most);
+                    base[i] = most == -INFINITY ? 0 : most * scale_log2;
+                }
+                uint32_t p[KEYS / 16][4];
+#pragma unroll
+                for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        s[j][i] = exp2_fast(s[j][i] * scale_log2 - base[i / 2]);
+                        sum[i / 2] += s[j][i];
+                    }
+                    p[j / 2][j % 2 * 2] = pack2<__half>(s[j][0], s[j][1]);
+                    p[j / 2][j % 2 * 2 + 1] = pack2<__half>(s[j][2], s[j][3]);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++)
+                    wgmma_rs<__half, 1>(o, p[k], wgmma_matrix(v_tile + k * 2048, KEYS * 128), k > 0);
+                wgmma_commit();
+                float inverse[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float l = quad_sum(sum[i]);
+                    inverse[i] = l > 0 ? 1 / l : 0;
+                    if (c == 0 && to[i] != NONE)
+                        a.stats[partial0 + to[i]] =
+                            make_float2(l > 0 ? base[i] + log2f(l) : -INFINITY, unfactor);
+                }
+                wgmma_wait<0>();
+                wgmma_pin(o);
+                if (tile + F::CONSUMERS < tiles) start_s(tile + F::CONSUMERS);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if (to[i] == NONE) continue;
+                    uint4 *row = (uint4 *)((__half *)a.partial + (partial0 + to[i]) * D);
+                    auto two = [&](int j) {
+                        return pack2<__half>(o[j][2 * i] * inverse[i], o[j][2 * i + 1] * inverse[i]);
+                    };
+#pragma unroll
+                    for (int j = 0; j < D / 8; j += 4)
+                        row[j + c] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
+                }
+            }
+            first += tiles;
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(kv_empty + 8 * kv.stage);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Backward
+
+// One share's.
+template <int D, int KEYS> struct alignas(1024) BackwardSmem {
+    static constexpr int Q = Backward<D, KEYS>::Q_STAGES, KV = Backward<D, KEYS>::KV_STAGES;
+    char k[KV][KEYS * D * 2], v[KV][KEYS * D * 2], q[Q][2][64 * D * 2]; // q and dO
+    char ds[KEYS * 64 * 2];                                             // dS^T, [keys][64 rows]
+    struct {
+        uint32_t partial[64];
+        alignas(8) float lse[64], delta[64]; // -lse_grad/scale and -delta, to which the products are added
+        alignas(8) int limit[64];
+        int masked;
+    } tile[Q];
+    struct {
+        float *out;             // where the sums [keys, 2, D] go
+        int tiles, keys, added; // added: they are added there
+    } block[KV];
+    uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
+};
+
+// A thread block takes `chunk` entries of one head's list: K and V of each KV block stay in shared memory,
+// and a consumer's dK and dV of 64 keys in registers. For each 64 gathered rows of q and dO a consumer
+// computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_grad), dS^T = P^T (dP^T - delta), and dV += P^T
+// dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
+// it transposed; a consumer takes 64 of dQ's columns at a time. dQ goes out as a partial row whose 4-byte
+// units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts them right). A KV block's
+// sum is added to dkv by the thread block where its list starts; one that goes on with another's list leaves
+// its sum in `crossing`, and crossing_kernel adds these in order.
+//
+// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
+// at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
+// and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
+// dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
+// rows for the same products, which then bind. Not measured yet.
+template <typename T, int D, int KEYS>
+__global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
+    selected_backward_sm90_kernel(const SelArgs a) {
+    typedef Backward<D, KEYS> B;
+    typedef BackwardSmem<D, KEYS> Smem;
+    typedef Turn<B::Q_STAGES> QTurn;
+    typedef Turn<B::KV_STAGES> KvTurn;
+    constexpr int TILE = 64 * D * 2;
+    extern __shared__ __align__(1024) char raw[];
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
+    // Which of the thread block's shares is this warp's: even producer warps work for the first, odd ones for
+    // the second.
+    const int which = B::SHARES == 1 ? 0 : warp < 4 ? warp % 2 : warp / 4 - 1;
+    const unsigned index = blockIdx.x * B::SHARES + which;
+    Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024) + which;
+    const uint32_t q_full = smem_address(m->q_full), q_empty = smem_address(m->q_empty);
+    const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
+    const int head = a.head0 + blockIdx.y, g = a.group;
+    if (warp < B::SHARES && lane == 0) {
+        // The lanes' copies, and one's word that what goes with them is there.
+        for (int i = 0; i < B::Q_STAGES; i++) {
+            mbarrier_init(q_full + 8 * i, 33);
+            mbarrier_init(q_empty + 8 * i, 4 * B::SHARERS);
+        }
+        for (int i = 0; i < B::KV_STAGES; i++) {
+            mbarrier_init(kv_full + 8 * i, B::KV_THREADS + 1);
+            mbarrier_init(kv_empty + 8 * i, 4 * B::SHARERS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp < 4) {
+        registers_down_to<B::PRODUCER_REGISTERS>();
+        const Share share = share_of(a, head, index);
+        const int worker = B::SHARES == 1 ? (int)threadIdx.x % 64 : lane; // of those with the same work
+        if (warp < 2) {
+            uint32_t first = 0; // tiles before this part's
+            for (uint32_t begin = share.begin; begin < share.end;) {
+                const Run run = run_at(a, share, begin);
+                const int tiles = ((int)run.count * g + 63) / 64;
+                for (int part = 0; part < a.parts; part++, first += tiles) {
+                    uint32_t entry[2];
+                    int tile = (int)((worker / 32 + B::GATHERERS - first % B::GATHERERS) % B::GATHERERS);
+                    if (tile < tiles) load_entries(entry, run, g, tile);
+                    for (; tile < tiles; tile += B::GATHERERS) {
+                        TileRows t = tile_rows(a, share, run, begin, part, tile, entry);
+                        float lse[2], delta[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++)
+                            lse[i] = a.lse_grad[t.row[i]], delta[i] = a.delta[t.row[i]];
+                        load_entries(entry, run, g, tile + B::GATHERERS);
+                        QTurn turn(first + tile);
+                        turn.wait_empty(q_empty);
+                        gather<T, D, TILE>(smem_address(m->q[turn.stage]), (const T *)a.q, (const T *)a.dout,
+                                           t.row);
+                        cp_async_arrive(q_full + 8 * turn.stage);
+                        auto &meta = m->tile[turn.stage];
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            int r = lane + 32 * i;
+                            if (t.partial[i] == NONE) t.limit[i] = -1;
+                            meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
+                            meta.lse[r] = -lse[i] / a.scale, meta.delta[r] = -delta[i];
+                        }
+                        int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                        if (lane == 0) meta.masked = masked;
+                        __syncwarp();
+                        if (lane == 0) mbarrier_arrive(q_full + 8 * turn.stage);
+                    }
+                }
+                begin += run.count;
+            }
+        } else {
+            uint32_t n = 0;
+            for (uint32_t begin = share.begin; begin < share.end;) {
+                const Run run = run_at(a, share, begin);
+                for (int part = 0; part < a.parts; part++, n++) {
+                    bool added;
+                    float *out = sum_of<D>(a, share, index, run, part, &added);
+                    KvTurn turn(n);
+                    turn.wait_empty(kv_empty);
+                    load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, smem_address(m->k[turn.stage]),
+                                                       smem_address(m->v[turn.stage]), worker);
+                    cp_async_arrive(kv_full + 8 * turn.stage);
+                    if (worker == 0) {
+                        auto &meta = m->block[turn.stage];
+                        meta.out = out, meta.added = added;
+                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = run.keys - part * KEYS;
+                        mbarrier_arrive(kv_full + 8 * turn.stage);
+                    }
+                }
+                begin += run.count;
+            }
+            KvTurn turn(n);
+            turn.wait_empty(kv_empty);
+            cp_async_arrive(kv_full + 8 * turn.stage);
+            if (worker == 0) {
+                m->block[turn.stage].tiles = 0;
+                mbarrier_arrive(kv_full + 8 * turn.stage);
+            }
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+    } else {
+        registers_up_to<B::REGISTERS>();
+        const int half = warp / 4 - 1 - which, quad = lane / 4, c = lane % 4; // half: of 128 keys
+        const int key0 = half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
+        const float scale_log2 = a.scale * FSA_LOG2E;
+        T *const partial = (T *)a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * D;
+        const uint32_t ds_tile = smem_address(m->ds);
+        float s[8][4], dp[B::DP_ROWS / 8][4], dq[8][4], dk[D / 8][4], dv[D / 8][4];
+        uint32_t first = 0, n = 0; // tiles before this part's, and parts
+        for (;; n++) {
+            KvTurn kv(n);
+            kv.wait_full(kv_full);
+            const auto &block = m->block[kv.stage];
+            const int tiles = block.tiles;
+            if (tiles == 0) break;
+            fence_proxy_async(); // cp.async wrote K and V
+            const uint32_t k_tile = smem_address(m->k[kv.stage]);
+            const uint32_t k_mine = k_tile + half * 64 * 128;
+            const uint32_t v_mine = smem_address(m->v[kv.stage]) + half * 64 * 128;
+            // x += A B^T over D: 64 keys of this consumer's by 64 or fewer rows
+            auto start_product = [&](auto &x, uint32_t keys, uint32_t rows) {
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < D / 16; k++) {
+                    wgmma_ss<T>(x, wgmma_matrix(keys + k / 4 * KEYS * 128 + k % 4 * 32),
+                                wgmma_matrix(rows + k / 4 * 64 * 128 + k % 4 * 32), 1);
+                }
+                wgmma_commit();
+            };
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) dk[j][i] = dv[j][i] = 0;
+            }
+            for (int tile = 0; tile < tiles; tile++) {
+                QTurn turn(first + tile);
+                const auto &meta = m->tile[turn.stage];
+                const uint32_t q_tile = smem_address(m->q[turn.stage][0]), g_tile = q_tile + TILE;
+                turn.wait_full(q_full);
+                fence_proxy_async(); // cp.async wrote the rows
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float2 lse = *(const float2 *)&meta.lse[j * 8 + 2 * c];
+                    s[j][0] = s[j][2] = lse.x, s[j][1] = s[j][3] = lse.y;
+                }
+                start_product(s, k_mine, q_tile);
+                wgmma_wait<0>();
+                wgmma_pin(s);
+                uint32_t p[4][4], ds[4][4];
+#pragma unroll
+                for (int row = 0; row < 64; row += B::DP_ROWS) {
+#pragma unroll
+                    for (int j = 0; j < B::DP_ROWS / 8; j++) {
+                        float2 delta = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
+                        dp[j][0] = dp[j][2] = delta.x, dp[j][1] = dp[j][3] = delta.y;
+                    }
+                    start_product(dp, v_mine, g_tile + row * 128);
+                    if (row == 0) {
+#pragma unroll
+                        for (int j = 0; j < 8; j++) {
+#pragma unroll
+                            for (int i = 0; i < 4; i++) s[j][i] = exp2_fast(s[j][i] * scale_log2);
+                        }
+                        if (meta.masked) {
+#pragma unroll
+                            for (int j = 0; j < 8; j++) {
+                                int2 limit = *(const int2 *)&meta.limit[j * 8 + 2 * c];
+#pragma unroll
+                                for (int i = 0; i < 4; i++) {
+                                    if (key0 + i / 2 * 8 > (i & 1 ? limit.y : limit.x)) s[j][i] = 0;
+                                }
+                            }
+                        }
+                    }
+                    wgmma_wait<0>();
+                    wgmma_pin(dp);
+#pragma unroll
+                    for (int i = 0; i < B::DP_ROWS / 4; i++) {
+                        int j = row / 8 + i / 2, low = i % 2; // the key key0 + 8*low
+                        float left = s[j][2 * low], right = s[j][2 * low + 1];
+                        p[j / 2][j % 2 * 2 + low] = pack2<T>(left, right);
+                        ds[j / 2][j % 2 * 2 + low] =
+                            pack2<T>(left * dp[i / 2][2 * low], right * dp[i / 2][2 * low + 1]);
+                    }
+                }
+                named_barrier_sync(1 + which, 128 * B::SHARERS); // the last tile's dQ has been computed
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        *(uint32_t *)(m->ds + panel_offset<KEYS>(key0 + 8 * i, j) + 4 * c) =
+                            ds[j / 2][j % 2 * 2 + i];
+                }
+                fence_proxy_async();
+                named_barrier_sync(1 + which, 128 * B::SHARERS);
+
+                // 64 columns of dQ, panel `panel` of K's.
+                auto start_dq = [&](int panel) {
+                    wgmma_fence();
+#pragma unroll
+                    for (int k = 0; k < KEYS / 16; k++) {
+                        wgmma_ss<T, 1, 1>(dq, wgmma_matrix(ds_tile + k * 2048),
+                                          wgmma_matrix(k_tile + panel * KEYS * 128 + k * 2048), k > 0);
+                    }
+                    wgmma_commit();
+                };
+                uint32_t to[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) to[i] = meta.partial[warp % 4 * 16 + quad + 8 * i];
+                auto store_dq = [&](int panel) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        if (to[i] == NONE) continue;
+                        uint4 *row = (uint4 *)(partial + (int64_t)to[i] * D) + panel * 8 + c;
+                        auto two = [&](int j) {
+                            return pack2<T>(dq[j][2 * i] * a.scale, dq[j][2 * i + 1] * a.scale);
+                        };
+                        row[0] = make_uint4(two(0), two(1), two(2), two(3));
+                        row[4] = make_uint4(two(4), two(5), two(6), two(7));
+                    }
+                };
+                // One consumer takes all of dQ; two a panel each, or every other tile's where D = 64.
+                constexpr bool ALL = B::SHARERS == 1;
+                const bool mine = ALL || D == 128 || (tile & 1) == half;
+                const int panel = ALL || D == 64 ? 0 : half;
+                if (mine) start_dq(panel);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    wgmma_rs<T, 1>(dv, p[k], wgmma_matrix(g_tile + k * 2048, 64 * 128), 1);
+                    wgmma_rs<T, 1>(dk, ds[k], wgmma_matrix(q_tile + k * 2048, 64 * 128), 1);
+                }
+                wgmma_commit();
+                if (ALL || D == 128)
+                    wgmma_wait<1>();
+                else
+                    wgmma_wait<0>();
+                wgmma_pin(dq);
+                if (mine) store_dq(panel);
+                if (ALL && D == 128) {
+                    start_dq(1);
+                    wgmma_wait<1>();
+                } else {
+                    wgmma_wait<0>();
+                }
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(q_empty + 8 * turn.stage);
+                if (ALL && D == 128) {
+                    wgmma_wait<0>();
+                    wgmma_pin(dq);
+                    store_dq(1);
+                }
+            }
+            wgmma_pin(dk);
+            wgmma_pin(dv);
+            first += tiles;
+            float *const out = block.out;
+            const int keys = block.keys, added = block.added;
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(kv_empty + 8 * kv.stage);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int key = key0 + 8 * i;
+                if (key >= keys) continue;
+                float2 *to_k = (float2 *)(out + (int64_t)key * 2 * D) + c, *to_v = to_k + D / 2;
+#pragma unroll
+                for (int j = 0; j < D / 8; j++) {
+                    float2 x = make_float2(dk[j][2 * i], dk[j][2 * i + 1]);
+                    float2 y = make_float2(dv[j][2 * i], dv[j][2 * i + 1]);
+                    if (added) {
+                        float2 x0 = to_k[4 * j], y0 = to_v[4 * j];
+                        x.x += x0.x, x.y += x0.y, y.x += y0.x, y.y += y0.y;
+                    }
+                    to_k[4 * j] = x;
+                    to_v[4 * j] = y;
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Launchers
+
+template <typename T, int D, int KEYS>
+static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+    constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
+    static_assert(smem <= 232448, "shared memory of a thread block");
+    if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    dim3 grid((unsigned)a.shares, heads);
+    selected_forward_sm90_kernel<T, D, KEYS>
+        <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a);
+    return FSA_OK;
+}
+template <typename T, int D, int KEYS>
+static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+    typedef Backward<D, KEYS> B;
+    constexpr int smem = (int)sizeof(BackwardSmem<D, KEYS>) * B::SHARES + 1024;
+    static_assert(smem <= 232448, "shared memory of a thread block");
+    if (allow_smem(selected_backward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    dim3 grid((unsigned)ceil_div(a.shares, B::SHARES), heads);
+    selected_backward_sm90_kernel<T, D, KEYS><<<grid, 128 + 128 * B::CONSUMERS, smem, stream>>>(a);
+    return FSA_OK;
+}
+
+// f for the element type, head size and keys of a part.
+#define DISPATCH(f)                                                                                          \
+    (dtype == FSA_BF16 ? head_dim == 64 ? a.keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)          \
+                                                       : f<__nv_bfloat16, 64, 128>(a, heads, stream)         \
+                         : a.keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                        \
+                                        : f<__nv_bfloat16, 128, 128>(a, heads, stream)                       \
+     : head_dim == 64                                                                                        \
+         ? a.keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)         \
+     : a.keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                                   \
+                    : f<__half, 128, 128>(a, heads, stream))
+
+int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+                         cudaStream_t stream) {
+    return DISPATCH(forward);
+}
+int fsa_sel_backward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+                          cudaStream_t stream) {
+    return DISPATCH(backward);
+}
+
+int fsa_sel_places_sm90(int keys, int backward) {
+    return backward && keys == 64 ? Backward<128, 64>::SHARES : 1;
+}

@@ -1,0 +1,509 @@
+// topk_sm90.cu: the choice of blocks on Hopper (topk.cu says what is computed). One thread block on each
+// multiprocessor takes tile after tile of queries of one KV head, the longest first. Its warpgroups:
+//   0, 1: scorers. S^T = kc Q^T by wgmma, 64 windows by 128 columns, each for its own 8*floor(16/g)
+//         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
+//   2, 3: selectors, a thread a query, 2 for scorer 0's, 3 for scorer 1's: block scores out of P, and the
+//         running list of the best blocks.
+//   4:    a warp that loads Q, and kc into a ring of tiles that both scorers read; and a thread that finds
+//         the tiles of queries.
+// So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
+// products, and the lists behind both.
+//
+// A scorer's columns are 8 queries of head 0, the same 8 of head 1, ..., then the next 8 queries: a thread
+// holds all heads of its queries, whatever g is, and 8*g*floor(16/g) of the 128 columns are used: all for
+// g = 1, 2, 4, 8, 16, and 72 at worst, for g = 9.
+//
+// A selector walks through the windows in order. A block's score is compared with the lowest of the query's
+// list; what beats it goes to a short buffer, and when some lane's may be full, all 32 lanes put theirs into
+// their sorted lists, in registers, together: an insertion is 5 instructions a place, shared by 32 queries.
+//
+// What binds at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s, and 4.3e9 exps, 1.2 ms,
+// which overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on average, 4.3
+// GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's tile: wgmma
+// 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1, where it binds, 960 clocks,
+// 2.2 ms at 64K (32, 32). Selectors issue some 320 instructions a tile of 64 windows and warp, and 85 for
+// each insertion, about 4 a tile for random scores.
+//
+// kc is loaded by cp.async, not by TMA: only the device knows where a sequence's windows end, and nothing
+// past the caller's array may be read. Windows past a sequence's end are zeros.
+#include "kernels.h"
+#include "ptx_sm90.cuh"
+#include "tile.cuh"
+
+namespace {
+
+constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
+constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
+constexpr int PITCH = WINDOWS + 4; // floats of a query in a tile of P: accesses meet in no bank
+constexpr int MAX_SMEM = 227 * 1024;
+// To be tuned.
+constexpr int STAGES = 3;     // tiles of kc
+constexpr int PLACES = 16;    // of a query's list
+constexpr int PENDING = 16;   // places of a query's buffer
+constexpr int SHARE = 16;     // windows that a selector loads at once
+constexpr int MOST_SLOTS = 4; // tiles of P of a scorer
+constexpr int WORKS = 4;      // tiles of queries that the finder may be ahead
+// A block starts with 96 a thread.
+constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 80, LOADER_REGISTERS = 64;
+static_assert(PENDING >= SHARE && PENDING % 16 == 0,
+              "room for the blocks of a share; one place more, no bank conflicts");
+static_assert(65536 / THREADS / 8 * 8 == 96 &&
+                  SCORERS * (SCORER_REGISTERS + SELECTOR_REGISTERS) + LOADER_REGISTERS <=
+                      96 * (2 * SCORERS + 1),
+              "registers");
+
+// Where things lie in shared memory, from a multiple of 1,024 on, and the sizes of tiles.
+struct Layout {
+    int q_bytes, k_bytes, p_bytes;
+    int k, p, pending, works, barriers, end; // tiles of Q come first
+};
+struct TopKHopper {
+    FsaPlan plan;
+    const void *q, *kc;
+    const float *lse;
+    int32_t *indices;
+    float scale; // times log2(e)
+    int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init, local;
+    // Bit k: the k-th eight of a scorer's columns is of its queries' first head, or their last one.
+    uint32_t first_heads, last_heads;
+    int wanted;                     // blocks that are chosen freely
+    int window_cells, block_cells;  // in stride cells
+    int queries;                    // of a scorer
+    int q_tiles, slots;             // how many tiles of Q a scorer has room for, and of P
+    int selector_warps, end_blocks; // of a scorer; most blocks that end within a share of windows
+    Layout at;
+};
+
+// A tile of queries that a thread block takes. The finder tells the others.
+struct Work {
+    int64_t row, window0;         // first row of q, first window of its sequence
+    int rows, first_pos, kv_head; // rows = 0: there is no more work
+    int windows;                  // of the sequence
+    int steps;                    // tiles of windows that the last query's candidates need
+};
+
+// Buffers that one role fills and another empties: for each a barrier that it is full, then for each one that
+// it is empty.
+struct Ring {
+    uint32_t barriers;
+    int count, at, parity;
+    __device__ __forceinline__ Ring(uint32_t barriers, int count)
+        : barriers(barriers), count(count), at(0), parity(0) {}
+    __device__ __forceinline__ uint32_t full() const { return barriers + 8 * at; }
+    __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * (count + at); }
+    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), parity); }
+    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
+    __device__ __forceinline__ void next() {
+        if (++at == count) at = 0, parity ^= 1;
+    }
+};
+
+// The next tile of queries of this thread block, from its turn `*turn` on. Turns go up and down the thread
+// blocks, so that each has long ones and short ones.
+__device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
+    Work w = {};
+    int size = SCORERS * p.queries;
+    int64_t tiles = p.plan.nq / size + p.plan.num_segments, blocks = gridDim.x;
+    for (; w.rows == 0 && *turn * blocks < tiles * p.kv_heads; ++*turn) {
+        int64_t number = *turn * blocks + (*turn & 1 ? blocks - 1 - blockIdx.x : blockIdx.x);
+        if (number >= tiles * p.kv_heads) continue;
+        RowTile rows =
+            find_row_tile(p.plan.cu_rows, p.plan.num_segments, size, tiles - 1 - number / p.kv_heads);
+        if (rows.rows == 0) continue;
+        FsaSegment segment = p.plan.segments[rows.range];
+        w.kv_head = (int)(number % p.kv_heads);
+        w.row = rows.row, w.rows = rows.rows;
+        w.first_pos = (int)segment.pos + rows.first;
+        w.window0 = p.plan.cu_windows[segment.seq];
+        w.windows = (int)(p.plan.cu_windows[segment.seq + 1] - w.window0);
+        int blocks_seen = (w.first_pos + rows.rows - 1) / p.block + 1;
+        if (blocks_seen > p.topk && p.wanted > 0)
+            w.steps = ((blocks_seen - p.local) * p.block_cells + WINDOWS - 1) / WINDOWS;
+    }
+    return w;
+}
+__device__ __forceinline__ void find(const TopKHopper &p, char *shared, Ring works) {
+    for (int64_t turn = 0;;) {
+        const Work w = find_work(p, &turn);
+        works.wait_empty();
+        ((Work *)(shared + p.at.works))[works.at] = w;
+        mbarrier_arrive(works.full());
+        works.next();
+        if (w.rows == 0) break;
+    }
+}
+// Waits for the next tile of queries. It may be read until work_done, which a whole warp calls.
+__device__ __forceinline__ const Work &next_work(const TopKHopper &p, const char *shared, const Ring &works) {
+    works.wait_full();
+    return ((const Work *)(shared + p.at.works))[works.at];
+}
+__device__ __forceinline__ void work_done(Ring *works) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(works->empty());
+    works->next();
+}
+
+// Brings Q and kc as K-major operands of wgmma: D/8 lanes copy a row, 16 bytes each.
+template <typename T, int D>
+__device__ __forceinline__ void load(const TopKHopper &p, char *shared, uint32_t start, Ring works,
+                                     Ring q_ring, Ring k_ring) {
+    constexpr int ROWS = 32 / (D / 8); // that the warp copies at once
+    const int row0 = threadIdx.x % 32 / (D / 8), chunk = threadIdx.x % (D / 8);
+    auto copy = [&](uint32_t tile, int panel_bytes, int row, const T *from, bool valid) {
+        cp_async_16(tile + chunk / 8 * panel_bytes + row * 128 + ((chunk % 8 ^ row % 8) << 4), from, valid);
+    };
+    const int64_t k_stride = (int64_t)p.kv_heads * D, q_stride = (int64_t)p.q_heads * D;
+    for (;; work_done(&works)) {
+        const Work w = next_work(p, shared, works);
+        if (w.rows == 0) break;
+        if (w.steps == 0) continue;
+
+        q_ring.wait_empty();
+        uint32_t tile = start + q_ring.at * SCORERS * p.at.q_bytes;
+        const T *q = (const T *)p.q + w.row * q_stride + w.kv_head * p.group * D + chunk * 8;
+        for (int query0 = 0; query0 < SCORERS * p.queries; query0 += 8) {
+            if (query0 == p.queries) tile += p.at.q_bytes - p.queries * p.group * 128;
+            for (int h = 0; h < p.group; h++) {
+#pragma unroll
+                for (int r = row0; r < 8; r += ROWS) {
+                    bool valid = query0 + r < w.rows;
+                    copy(tile, COLUMNS * 128, (query0 * p.group + h * 8) + r,
+                         valid ? q + (query0 + r) * q_stride + h * D : q, valid);
+                }
+            }
+        }
+        cp_async_arrive(q_ring.full());
+        q_ring.next();
+
+        const T *kc = (const T *)p.kc + (w.window0 + row0) * k_stride + w.kv_head * D + chunk * 8;
+        for (int i0 = row0; i0 < w.steps * WINDOWS; i0 += WINDOWS) {
+            k_ring.wait_empty();
+            tile = start + p.at.k + k_ring.at * p.at.k_bytes;
+#pragma unroll 4
+            for (int r = 0; r < WINDOWS; r += ROWS) {
+                bool valid = i0 + r < w.windows;
+                copy(tile, WINDOWS * 128, r + row0, valid ? kc : (const T *)p.kc, valid);
+                kc += ROWS * k_stride;
+            }
+            cp_async_arrive(k_ring.full());
+            k_ring.next();
+        }
+    }
+}
+
+template <typename T, int D>
+__device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
+                                      Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    const int used = p.queries / 8 * p.group; // eights of columns
+    // The scorers start their products in turn, so that one has exps to do while the other has products.
+    if (scorer == 1) named_barrier_arrive(1, SCORERS * 128);
+    for (;; work_done(&works)) {
+        const Work &w = next_work(p, shared, works);
+        const int steps = w.steps;
+        if (w.rows == 0) break;
+        if (steps == 0) continue;
+        float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
+        for (int step = 0; step < steps; step++) {
+            if (step == 0) q_ring.wait_full();
+            k_ring.wait_full();
+            fence_proxy_async();
+            uint32_t k_tile = start + p.at.k + k_ring.at * p.at.k_bytes;
+            uint32_t q_tile = start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes;
+            float s[COLUMNS / 8][4];
+            named_barrier_sync(1 + scorer, SCORERS * 128); // this scorer's turn
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < D / 16; k++)
+                wgmma_ss<T>(s, wgmma_matrix(k_tile + k / 4 * WINDOWS * 128 + k % 4 * 32),
+                            wgmma_matrix(q_tile + k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
+            wgmma_commit();
+            named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
+            if (step == 0) {
+                int query = scorer * p.queries + lane % 4 * 2, h = 0;
+                const float *lse = p.lse + w.row * p.q_heads + w.kv_head * p.group;
+#pragma unroll
+                for (int k = 0; k < COLUMNS / 8; k++) {
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float x = -INFINITY; // a row that sees nothing has p = 0
+                        if (k < used && query + i < w.rows) x = lse[(int64_t)(query + i) * p.q_heads + h];
+                        offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
+                    }
+                    if (++h == p.group) h = 0, query += 8;
+                }
+            }
+            wgmma_wait<0>();
+            wgmma_pin(s);
+            if (lane == 0) {
+                mbarrier_arrive(k_ring.empty());
+                if (step == steps - 1) mbarrier_arrive(q_ring.empty());
+            }
+            k_ring.next();
+#pragma unroll
+            for (int k0 = 0; k0 < COLUMNS / 8; k0 += 4) {
+                if (k0 >= used) break;
+#pragma unroll
+                for (int k = k0; k < k0 + 4; k++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) s[k][i] = exp2_fast(fmaf(s[k][i], p.scale, offset[k][i % 2]));
+                }
+            }
+            p_ring.wait_empty();
+            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
+                        lane % 4 * 2 * PITCH + warp * 16 + lane / 4;
+#pragma unroll
+            for (int k = 0; k < COLUMNS / 8; k++) { // masks, not counts: no chain of conditions
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (k > 0 && !(p.first_heads >> k & 1)) s[k][i] += s[k - 1][i];
+                if (p.last_heads >> k & 1) {
+                    to[0] = s[k][0], to[PITCH] = s[k][1];
+                    to[8] = s[k][2], to[PITCH + 8] = s[k][3];
+                    to += 8 * PITCH;
+                }
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(p_ring.full());
+            p_ring.next();
+        }
+        q_ring.next();
+    }
+    if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
+}
+
+// A query's list: ranks are scores' bits, which order as the scores do, none being negative. Sorted, the
+// highest rank first and of equals the smaller block; blocks come in ascending, so a new one goes behind its
+// equals. Places beyond `wanted` are taken, first, by ranks that nothing beats.
+struct List {
+    int rank[PLACES], block[PLACES];
+    __device__ __forceinline__ void clear(int wanted) {
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) rank[i] = i < PLACES - wanted ? INT32_MAX : -1, block[i] = INT32_MAX;
+    }
+    __device__ __forceinline__ void insert(int new_rank, int new_block) {
+#pragma unroll
+        for (int i = PLACES - 1; i > 0; i--) {
+            bool here = new_rank > rank[i], above = new_rank > rank[i - 1];
+            block[i] = above ? block[i - 1] : here ? new_block : block[i];
+            rank[i] = max(rank[i], min(rank[i - 1], new_rank));
+        }
+        if (new_rank > rank[0]) block[0] = new_block;
+        rank[0] = max(rank[0], new_rank);
+    }
+};
+
+__device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
+                                       Ring p_ring) {
+    const int mine = threadIdx.x % 128, lane = threadIdx.x % 32;
+    const int place = min(mine, p.queries - 1); // lanes too many read what another lane does
+    int2 *const pending = (int2 *)(shared + p.at.pending) + (scorer * p.queries + place) * (PENDING + 1);
+    for (;; work_done(&works)) {
+        const Work &w = next_work(p, shared, works);
+        const int steps = w.steps;
+        if (w.rows == 0) break;
+        const int query = scorer * p.queries + mine;
+        const bool there = mine < p.queries && query < w.rows;
+        const int pos = w.first_pos + query, blocks = there ? pos / p.block + 1 : 0;
+        const bool all = blocks <= p.topk;
+        // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1.
+        const unsigned candidates = all ? 0 : blocks - p.local - p.init;
+        const int seen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        List list;
+        list.clear(p.wanted);
+        int lowest = -1, count = 0, block = -p.init, cell = 0;
+        float sum = 0, next = 0;
+        auto put_pending = [&] {
+            int most = __reduce_max_sync(0xffffffffu, count);
+            int2 x = pending[0];
+            for (int i = 0; i < most; i++) {
+                int2 ahead = pending[i + 1];
+                list.insert(i < count ? x.x : -1, x.y);
+                x = ahead;
+            }
+            count = 0, lowest = list.rank[PLACES - 1];
+        };
+        auto end_block = [&](float score) {
+            int rank = __float_as_int(score);
+            if (rank > lowest && (unsigned)block < candidates) pending[count++] = make_int2(rank, block);
+            block++;
+        };
+        for (int step = 0; step < steps; step++) {
+            p_ring.wait_full();
+            const float *from =
+                (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
+                place * PITCH;
+            for (int i0 = 0; i0 < WINDOWS; i0 += SHARE) {
+                if (__any_sync(0xffffffffu, count + p.end_blocks > PENDING)) put_pending();
+                float x[SHARE];
+#pragma unroll
+                for (int i = 0; i < SHARE; i += 4) {
+                    float4 four = *(const float4 *)(from + i0 + i);
+                    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+                }
+                if (p.local < 2) { // else candidates have no window that is not seen
+#pragma unroll
+                    for (int i = 0; i < SHARE; i++)
+                        if (step * WINDOWS + i0 + i >= seen) x[i] = 0;
+                }
+                // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
+                // next one (a block has R).
+                if (p.block_cells % 4 == 0 && p.window_cells <= 2) { // only a block's last window reaches out
+                    float whole = p.window_cells, out = p.window_cells - 1, inner[SHARE / 4];
+#pragma unroll
+                    for (int i = 0; i < SHARE / 4; i++)
+                        inner[i] = whole * (x[4 * i] + x[4 * i + 1] + x[4 * i + 2]);
+#pragma unroll
+                    for (int i = 0; i < SHARE / 4; i++) {
+                        float last = x[4 * i + 3];
+                        sum += inner[i], cell += 4;
+                        if (cell == p.block_cells) {
+                            end_block(sum + last);
+                            sum = out * last, cell = 0;
+                        } else {
+                            sum = fmaf(whole, last, sum);
+                        }
+                    }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < SHARE; i++) {
+                        int inside = min(p.window_cells, p.block_cells - cell);
+                        sum = fmaf(inside, x[i], sum);
+                        next = fmaf(p.window_cells - inside, x[i], next);
+                        if (++cell == p.block_cells) {
+                            end_block(sum);
+                            sum = next, next = 0, cell = 0;
+                        }
+                    }
+                }
+            }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(p_ring.empty());
+            p_ring.next();
+        }
+        put_pending();
+
+        if (!there) continue;
+        int32_t *to = p.indices + ((int64_t)w.kv_head * p.plan.nq + w.row + query) * p.topk;
+        if (all) {
+            for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
+            continue;
+        }
+        for (int i = 0; i < p.init; i++) to[i] = i;
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) {
+            int before = 0;
+#pragma unroll
+            for (int j = 0; j < PLACES; j++) before += list.block[j] < list.block[i];
+            if (before < p.wanted) to[p.init + before] = p.init + list.block[i];
+        }
+        for (int i = 0; i < p.local; i++) to[p.init + p.wanted + i] = blocks - p.local + i;
+    }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_constant__ TopKHopper p) {
+    extern __shared__ __align__(1024) char shared_memory[];
+    const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
+    char *shared = shared_memory + (start - smem_address(shared_memory));
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warpgroup = warp / 4; // uniform registers
+    const int scorer = warpgroup % SCORERS;
+    const Ring works(start + p.at.barriers, WORKS), q_ring(works.barriers + 16 * WORKS, p.q_tiles),
+        k_ring(q_ring.barriers + 16 * p.q_tiles, STAGES);
+    const uint32_t p_barriers = k_ring.barriers + 16 * STAGES;
+    const Ring p_ring(p_barriers + scorer * 16 * p.slots, p.slots);
+    if (threadIdx.x == 0) {
+        auto init = [](const Ring &ring, int filling, int emptying) {
+            for (int i = 0; i < ring.count; i++) {
+                mbarrier_init(ring.barriers + 8 * i, filling);
+                mbarrier_init(ring.barriers + 8 * (ring.count + i), emptying);
+            }
+        };
+        init(works, 1, SCORERS * (4 + p.selector_warps) + 1); // one for each warp
+        init(q_ring, 32, SCORERS * 4);                        // each of the loader's lanes
+        init(k_ring, 32, SCORERS * 4);
+        for (int s = 0; s < SCORERS; s++)
+            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 4, p.selector_warps);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (warpgroup < SCORERS) {
+        registers_up_to<SCORER_REGISTERS>();
+        score<T, D>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    } else if (warpgroup < 2 * SCORERS) {
+        registers_down_to<SELECTOR_REGISTERS>();
+        if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
+    } else {
+        registers_down_to<LOADER_REGISTERS>();
+        if (warp % 4 == 0) load<T, D>(p, shared, start, works, q_ring, k_ring);
+        if (warp % 4 == 1 && threadIdx.x % 32 == 0) find(p, shared, works);
+    }
+}
+
+// Where things lie for so many tiles of Q and P.
+Layout layout_of(const TopKHopper &p, int head_dim) {
+    Layout a;
+    a.q_bytes = COLUMNS * head_dim * 2, a.k_bytes = WINDOWS * head_dim * 2, a.p_bytes = p.queries * PITCH * 4;
+    a.k = p.q_tiles * SCORERS * a.q_bytes;
+    a.p = a.k + STAGES * a.k_bytes;
+    a.pending = a.p + SCORERS * p.slots * a.p_bytes;
+    a.works = a.pending + SCORERS * p.queries * (PENDING + 1) * (int)sizeof(int2);
+    a.barriers = a.works + WORKS * (int)sizeof(Work);
+    a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
+    return a;
+}
+
+template <typename T, int D> int launch_topk(const TopKHopper &p, int blocks, cudaStream_t stream) {
+    int smem = p.at.end + 1024; // what the alignment may take
+    cudaFuncSetAttribute(topk_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p);
+    return launch_status();
+}
+
+} // namespace
+
+bool fsa_topk_suits_sm90(const FsaConfig *c) {
+    return (c->head_dim == 64 || c->head_dim == 128) && c->topk - c->init_blocks - c->local_blocks <= PLACES;
+}
+
+int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *indices, cudaStream_t stream) {
+    if (plan->nq == 0) return FSA_OK;
+    TopKHopper p = {};
+    p.plan = *plan;
+    p.q = q, p.kc = kc, p.lse = lse_c, p.indices = indices;
+    p.scale = softmax_scale_of(c) * FSA_LOG2E;
+    p.q_heads = c->q_heads, p.kv_heads = c->kv_heads, p.group = c->q_heads / c->kv_heads;
+    p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;
+    p.topk = c->topk, p.init = c->init_blocks, p.local = c->local_blocks;
+    p.wanted = p.topk - p.init - p.local;
+    p.window_cells = p.cmp_len / p.cmp_stride, p.block_cells = p.block / p.cmp_stride;
+    p.queries = COLUMNS / 8 / p.group * 8;
+    for (int k = 0; k < p.queries / 8 * p.group; k++) {
+        p.first_heads |= (uint32_t)(k % p.group == 0) << k;
+        p.last_heads |= (uint32_t)(k % p.group == p.group - 1) << k;
+    }
+    p.selector_warps = (p.queries + 31) / 32;
+    p.end_blocks = (SHARE + p.block_cells - 1) / p.block_cells;
+
+    // Room goes to a second tile of P, then to one of Q, then to more of P.
+    p.q_tiles = p.slots = 1;
+    p.at = layout_of(p, c->head_dim);
+    auto grow = [&](int *what) {
+        ++*what;
+        Layout larger = layout_of(p, c->head_dim);
+        if (larger.end + 1024 <= MAX_SMEM)
+            p.at = larger;
+        else
+            --*what;
+    };
+    grow(&p.slots), grow(&p.q_tiles);
+    for (int i = p.slots; i < MOST_SLOTS; i++) grow(&p.slots);
+
+    int device = 0, processors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    int64_t tiles = row_tile_bound(plan->nq, plan->num_segments, SCORERS * p.queries) * p.kv_heads;
+    int blocks = (int)(tiles < processors ? tiles : processors);
+    return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, blocks, stream);
+}
