@@ -9,6 +9,7 @@ BUILD := build/san
 endif
 
 # ---- what there is -----------------------------------------------------------------------------
+comma := ,
 try = $(shell printf '$(2)\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo yes)
 HAS_OPENMP := $(call try,-fopenmp,int omp_get_max_threads(void); int main(void){return omp_get_max_threads() < 1;})
 HAS_NATIVE := $(call try,-march=native,int main(void){return 0;})
@@ -17,6 +18,15 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/c
 # GPU= (none) makes a machine with a GPU behave like one without. PRECISION is of the GPU trainer's weights.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 
+# NCCL makes the GPU trainer one of many processes, and MPI lets mpirun start it on many hosts without more ado;
+# NCCL= and MPI= leave them out. MPI leaks on purpose, which the sanitizers would report.
+CUDA_HOME := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..),/usr/local/cuda)
+NCCL_LIBS := $(patsubst %,-L%,$(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib))
+NCCL := $(if $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include))),$(call try,-Wl$(comma)--no-as-needed $(NCCL_LIBS) -lnccl,int ncclGetVersion(int *); int main(void){int v; return ncclGetVersion(&v);}))
+MPI := $(if $(filter 1,$(SAN)),,$(if $(shell command -v mpicc 2>/dev/null),yes))
+MPI_FLAGS := $(if $(MPI),-DUSE_MPI $(filter -I%,$(shell mpicc -show 2>/dev/null)))
+MPI_LIBS := $(if $(MPI),$(filter -L% -l%,$(shell mpicc -show 2>/dev/null)))
+
 # No -ffast-math: it would defeat the checks for NaN. -fno-math-errno only lets sqrt be one instruction.
 CFLAGS ?= -O3
 CFLAGS_ALL := -std=gnu11 -Wall -Wextra -fno-math-errno $(CFLAGS)
@@ -24,7 +34,7 @@ CFLAGS_ALL += $(if $(HAS_NATIVE),-march=native) $(if $(HAS_OPENMP),-fopenmp,-Wno
 ifeq ($(SAN),1)
 CFLAGS_ALL += -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 endif
-LDLIBS := -lm
+LDLIBS := -lm -lpthread
 
 HEADERS := $(wildcard fsa/*.h llmc/*.h dev/test/*.h) train_gpt_nsa.h
 REFERENCE := $(BUILD)/config.o $(BUILD)/reference_f32.o $(BUILD)/reference_f64.o
@@ -33,8 +43,9 @@ PRECISION := bf16
 FLOATX := $(if $(filter fp16,$(PRECISION)),-DENABLE_FP16,$(if $(filter fp32,$(PRECISION)),-DENABLE_FP32,$(if $(filter bf16,$(PRECISION)),,$(error PRECISION=$(PRECISION): must be bf16, fp16 or fp32))))
 GPU_TRAINER := train_gpt_nsa$(if $(FLOATX),_$(PRECISION))
 MAKERS := $(BUILD)/recall $(BUILD)/text
-KERNELS := $(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu))
-TESTS := $(addprefix $(BUILD)/,test_reference test_golden test_model test_model_golden test_data test_run)
+LAYERS := $(addprefix build/,adamw classifier embedding global_norm matmul rmsnorm swiglu)
+KERNELS := $(filter-out $(LAYERS),$(patsubst dev/cuda/%.cu,build/%,$(wildcard dev/cuda/*.cu)))
+TESTS := $(addprefix $(BUILD)/,test_reference test_golden test_model test_model_golden test_data test_run test_comm test_parallel)
 
 .PHONY: all train test bench cuda sanitize clean help data faults
 all: $(CPU) $(MAKERS) $(if $(and $(NVCC),$(GPU)),$(GPU_TRAINER))
@@ -48,7 +59,7 @@ help:
 	@echo "make sanitize  compute-sanitizer over the GPU library's tests (needs a GPU)"
 	@echo "make faults    plant faults in the reference, one at a time, and see a test fail for each"
 	@echo "make clean     remove what was built; data and checkpoints stay"
-	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none)"
+	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none); NCCL: $(or $(NCCL),no); MPI: $(or $(MPI),no)"
 
 # ---- the C programs ----------------------------------------------------------------------------
 $(BUILD):
@@ -108,17 +119,34 @@ $(BUILD)/test_data: dev/test/test_data.c data/recall.c data/text.c $(HEADERS) | 
 $(BUILD)/test_run: dev/test/test_run.c $(BUILD)/config.o $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
 
+$(BUILD)/test_comm: dev/test/test_comm.c $(HEADERS) | $(BUILD)
+	$(CC) $(CFLAGS_ALL) $(MPI_FLAGS) $< $(MPI_LIBS) -lpthread -o $@
+$(BUILD)/test_parallel: dev/test/test_parallel.c $(BUILD)/config.o $(HEADERS)
+	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
+$(BUILD)/encode: dev/test/encode.c $(HEADERS) | $(BUILD)
+	$(CC) $(CFLAGS_ALL) $< $(LDLIBS) -o $@
+
 # With a GPU: the library, and every kernel's own check, against the C reference; the trainer's model against
 # the C trainer's, in its three precisions.
 GPU_MODEL_TESTS := $(addprefix build/test_gpt_nsa_,bf16 fp16 fp32)
-GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa $(filter-out build/core,$(KERNELS)) $(GPU_MODEL_TESTS))
-test: $(TESTS) $(CPU) $(MAKERS) $(GPU_TESTS)
-	@CPU=./$(CPU) BUILD=$(BUILD) bash dev/test/run.sh $(TESTS) $(foreach t,$(GPU_TESTS),"$(t) check")
+GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa build/example $(filter-out build/core,$(KERNELS)) $(LAYERS) $(GPU_MODEL_TESTS))
+# The GPU trainer that cli_gpu.sh runs: this GPU's, or the emulator's where there is none.
+GPU_CLI = $(if $(GPU_TESTS),$(GPU_TRAINER),$(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out))
+# Every CUDA test, at small sizes on the emulator; what has kernels of its own for Hopper, with each kind.
+KINDS = portable$(if $(filter 90,$(GPU))$(EMU_TESTS), sm90)
+FLAGS = check $(if $(EMU_TESTS),small,$(if $(filter test_fsa,$1),large))
+CUDA_TESTS = $(foreach t,$(GPU_TESTS) $(EMU_TESTS),$(call cuda_test,$(t),$(notdir $(basename $(t)))))
+cuda_test = $(if $(filter test_fsa dense_forward dense_backward selected,$2),$(foreach k,$(KINDS),"env FSA_KERNELS=$(k) $1 $(call FLAGS,$2)"),"$1 $(call FLAGS,$2)")
+NO_CUDA := kernels, for want of a GPU or the CUDA toolkit: 0 passed, 0 failed, 1 skipped
+test: $(TESTS) $(BUILD)/encode $(CPU) $(MAKERS) $(GPU_TESTS) $(if $(GPU_TESTS),$(GPU_TRAINER))
+	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) bash dev/test/run.sh $(TESTS) \
+	    $(or $(CUDA_TESTS),"echo $(NO_CUDA)") \
+	    $(if $(GPU_CLI),"bash dev/test/cli_gpu.sh")
 
 faults:
 	@bash dev/test/faults.sh
 
-bench: $(if $(and $(NVCC),$(GPU)),$(KERNELS),$(BUILD)/bench_reference)
+bench: $(if $(and $(NVCC),$(GPU)),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)
 	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done
 
 # ---- CUDA --------------------------------------------------------------------------------------
@@ -152,12 +180,18 @@ $(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(wildcard fsa/*.cu)
 build/test_ptx build/test_fsa: build/%: dev/test/%.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 
-cuda: libfsa.a libfsa.so $(KERNELS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS)
+build/example: fsa/example.c libfsa.a
+	$(NVCC) $(GENCODE) $^ -o $@
 
-# compute-sanitizer over the library's test at few shapes; needs a GPU.
-sanitize: build/test_fsa
+cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS)
+
+# compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU.
+SANITIZED := $(filter-out build/matmul,$(LAYERS))
+sanitize: build/test_fsa $(SANITIZED)
 	for tool in memcheck racecheck initcheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa shapes=2 || exit 1; done
+	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa small || exit 1; \
+	    for layer in $(SANITIZED); do \
+	        compute-sanitizer --tool $$tool --error-exitcode 1 $$layer check small || exit 1; done; done
 
 # ---- the GPU trainer and its test --------------------------------------------------------------
 TRAINER_HEADERS := $(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
@@ -170,29 +204,47 @@ $(BUILD)/train_gpt_nsa_f32.o: train_gpt_nsa.c $(HEADERS) | $(BUILD)
 build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/test_gpt_nsa_%: test_gpt_nsa.cu train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o
 	$(NVCC) $(TRAINER_FLAGS) $(if $(filter fp%,$*),-DENABLE_$(subst f,F,$(subst p,P,$*))) $< $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(TRAINER_LIBS) -o $@
 
+# A program a layer of llmc, checked against the C trainer's.
+$(LAYERS): build/%: dev/cuda/%.cu $(TRAINER_HEADERS) $(wildcard dev/cuda/*.h) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(BUILD)/config.o
+	$(NVCC) $(NVCCFLAGS) $< $(filter %.o,$^) -lcublasLt $(if $(HAS_OPENMP),-lgomp) -o $@
+
 # ---- the emulator ------------------------------------------------------------------------------
 # Without a GPU, dev/emulator runs the kernels on the CPU, for the tests alone: CUDA sources translated to C++
 # under build/emulator, with the types of the toolkit's headers.
-EMU := build/emulator
+EMU := $(BUILD)/emulator
 CUDA_INCLUDE := $(firstword $(wildcard $(if $(NVCC),$(dir $(realpath $(NVCC)))../include/cuda_runtime.h) /usr/local/cuda/include/cuda_runtime.h))
-EMUFLAGS := -std=gnu++17 -O3 -w $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
-EMU_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
-EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(BUILD)/config.o $(BUILD)/reference_f32.o
+EMUFLAGS := -std=gnu++17 -O3 -w -DFSA_DEFAULT_SM90=1 $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
+ifeq ($(SAN),1)
+EMUFLAGS += -O1 -g -fsanitize=address
+endif
+EMU_NCCL := $(firstword $(wildcard $(dir $(CUDA_INCLUDE))nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))
+EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU)
+EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh)) dev/emulator/emulator.h
+EMU_HEADERS := $(EMU_FSA_HEADERS) $(patsubst %,$(EMU)/%,$(wildcard llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
+EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o
 
 $(EMU)/%: % dev/emulator/translate.sh $(wildcard dev/emulator/*.cuh)
 	@dev/emulator/translate.sh $< $@
-$(EMU)/emulator.o $(EMU)/cublaslt.o: $(EMU)/%.o: dev/emulator/%.cpp dev/emulator/emulator.h $(wildcard dev/emulator/*.cuh)
+$(EMU)/emulator.o $(EMU)/cublaslt.o $(EMU)/nccl.o: $(EMU)/%.o: dev/emulator/%.cpp dev/emulator/emulator.h $(wildcard dev/emulator/*.cuh)
 	@mkdir -p $(EMU)
 	$(CXX) $(EMUFLAGS) -c $< -o $@
-$(EMU)/%.o: $(EMU)/%.cu $(EMU_HEADERS) dev/emulator/emulator.h
+$(EMU)/fsa/%.o: $(EMU)/fsa/%.cu $(EMU_FSA_HEADERS)
 	$(CXX) $(EMUFLAGS) -include dev/emulator/emulator.h -x c++ -c $< -o $@
+$(EMU)/%.o: $(EMU)/%.cu $(EMU_HEADERS)
+	$(CXX) $(EMUFLAGS) -include dev/emulator/emulator.h -x c++ -c $< -o $@
+$(EMU)/fsa/example.o: fsa/example.c fsa/fsa.h
+	@mkdir -p $(EMU)/fsa
+	$(CC) $(CFLAGS_ALL) -I$(dir $(CUDA_INCLUDE)) -c $< -o $@
 $(EMU)/fsa.a: $(EMU_FSA)
 	rm -f $@ && ar rcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
-	$(CXX) -fopenmp $(filter %.o,$^) $(filter %.a,$^) -o $@
+	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -o $@
 $(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu
-$(EMU)/test_gpt_nsa.out: $(BUILD)/train_gpt_nsa_f32.o
-.PRECIOUS: $(EMU)/%
+$(EMU)/test_gpt_nsa.out $(LAYERS:build/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
+EMU_TESTS := $(if $(GPU_TESTS),,$(if $(CUDA_INCLUDE),$(patsubst %,$(EMU)/%.out,dev/test/test_ptx dev/test/test_fsa fsa/example \
+    $(patsubst %.cu,%,$(filter-out dev/cuda/core.cu,$(wildcard dev/cuda/*.cu))) test_gpt_nsa)))
+test: $(EMU_TESTS) $(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out)
+.PRECIOUS: $(EMU)/% $(EMU)/%.o
 
 clean:
 	rm -rf build train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so

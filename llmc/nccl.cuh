@@ -72,11 +72,10 @@ static ncclComm_t gpus_connect(Gpus *g, int first, int count) {
 }
 #endif
 
-// After comm_start, on the GPU chosen: `context` ranks are to share a batch.
+// After comm_start, on the GPU chosen: `context` ranks, which divide their number, are to share a batch.
 static void gpus_start(Gpus *g, Comm *comm, int context) {
     memset(g, 0, sizeof *g);
     g->comm = comm, g->rank = comm->rank, g->ranks = comm->ranks;
-    if (g->ranks % context != 0) die("-cp %d: %d processes are no multiple of it", context, g->ranks);
     g->context = context, g->context_rank = g->rank % context;
     g->data = g->ranks / context, g->data_rank = g->rank / context;
     if (g->ranks == 1) return;
@@ -154,6 +153,23 @@ static void gpus_gather_unit(Gpus *g, const Zero *z, int64_t u, void *data, int6
     (void)g, (void)even, (void)rest;
 }
 
+// sum[i] += x[i]: 12 bytes a number; memory binds.
+static __global__ void __launch_bounds__(256) add_arrays_kernel(float *sum, const float *x, int64_t count) {
+    int64_t i = blockIdx.x * 256ll + threadIdx.x;
+    if (i < count) sum[i] += x[i];
+}
+static void add_arrays(float *sum, const float *x, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    add_arrays_kernel<<<(unsigned)((count + 255) / 256), 256, 0, stream>>>(sum, x, count);
+    cuda_check(cudaGetLastError());
+}
+
+// all [context * bytes] = `mine` of every rank of the group.
+static void gpus_gather_bytes(Gpus *g, void *all, const void *mine, int64_t bytes) {
+    nccl_check(ncclAllGather(mine, all, bytes, ncclInt8, g->group, g->stream));
+    (void)g, (void)all, (void)mine, (void)bytes;
+}
+
 // ---- context parallel ------------------------------------------------------------------------------------
 // Moves blocks of `quads` 16-byte pieces between slots and places (context_parallel.h): out[place[i]] =
 // in[i], or with `back` out[i] = in[place[i]]. Reads and writes each byte once; memory binds.
@@ -192,10 +208,8 @@ static __global__ void __launch_bounds__(256)
 template <typename T>
 static void gpus_gather_rows(Gpus *g, T *all, T *slots, const T *mine, int64_t n, int64_t width,
                              const int32_t *place, int64_t blocks) {
-    nccl_check(ncclAllGather(mine, slots, n / g->context * width * (int64_t)sizeof(T), ncclInt8, g->group,
-                             g->stream));
+    gpus_gather_bytes(g, slots, mine, n / g->context * width * (int64_t)sizeof(T));
     place_blocks(all, slots, place, blocks, n / blocks * width * (int64_t)sizeof(T), 0, g->stream);
-    (void)mine;
 }
 
 // mine [n/context rows] = the sum of every rank's `all` [n] over the group, where each row is summed on the

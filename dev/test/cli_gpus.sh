@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# The GPU trainer as several processes, a GPU each, or up to four on the emulator: data parallel with every stage of
+# ZeRO and context parallel against one process on the same samples, resume on other numbers of processes,
+# signals, and ends. Needs TRAINER, BUILD (the folder of the data makers) and GPUS (processes that may run).
+set -u
+TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") BUILD=$(realpath "${BUILD:-build}")
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+cd "$T" || exit 1
+passed=0 failed=0 skipped=0
+export OMP_NUM_THREADS=1 # of each process on the emulator
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED cli_gpus.sh: $*"; }
+check() { if eval "$1"; then ok; else bad "$2"; fi; }
+
+if [ "${GPUS:-0}" -lt 2 ]; then
+    echo "skipped: several GPUs: there are ${GPUS:-0}, or no NCCL"
+    echo "cli_gpus: 0 passed, 0 failed, 1 skipped"
+    exit 0
+fi
+"$BUILD/recall" -o data -t 32 -n 40 -m 3 >/dev/null || bad "recall"
+set -f # patterns reach the program unexpanded
+FLAGS="-e recall -layers 2 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -l 1e-3 -u 0 -v 3 -m 2 -x 3
+    -i data/recall_train_*.bin -j data/recall_val_*.bin"
+port=$((20000 + $$ % 20000))
+
+# start N FLAG...: N processes, their ids in pids; finish: waits; codes, and what each wrote in R.out and R.err
+start() {
+    local n=$1 r
+    shift
+    port=$((port + 1)) pids=()
+    for r in $(seq 0 $((n - 1))); do
+        RANK=$r WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 MASTER_PORT=$port "$TRAINER" $FLAGS "$@" >$r.out 2>$r.err &
+        pids+=($!)
+    done
+}
+finish() {
+    codes=
+    for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null; codes="$codes$? "; done
+}
+many() { start "$@"; finish; }
+# value FOLDER NAME STEP: of log.jsonl
+value() { grep -h "^{\"step\":$3,.*\"$2\":" "$1/log.jsonl" | sed "s/.*\"$2\":\([0-9.e+-]*\).*/\1/"; }
+near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
+# same A B LIMIT: losses of three steps, the gradient's norm in the first, and the validation
+same() {
+    local step
+    for step in 1 2 3; do near "$(value $1 loss $step)" "$(value $2 loss $step)" $3 || return 1; done
+    near "$(value $1 norm 1)" "$(value $2 norm 1)" $3 && near "$(value $1 val_loss 3)" "$(value $2 val_loss 3)" $3
+}
+differ() { grep -h '"loss"\|val_loss' $1/log.jsonl $2/log.jsonl | cut -c1-60 | tr '\n' ' '; }
+
+# ---- data parallel, by stage: fp32 sums in another order, and what that makes of 16-bit weights
+many 1 -b 4 -o one
+check '[ "$codes" = "0 " ]' "one process: $codes $(cat 0.err)"
+for z in 0 1 2; do
+    many 2 -b 2 -z $z -o z$z
+    check '[ "$codes" = "0 0 " ] && grep -q "ZeRO stage $z" 0.out && [ ! -s 1.out ]' "-z $z: $codes $(cat 0.err 1.err)"
+    check 'same one z$z 1e-4' "-z $z is not as one process: $(differ one z$z)"
+done
+many 2 -b 2 -z 2 -o again
+check 'cmp -s z2/ckpt_00000003.bin again/ckpt_00000003.bin' "two runs of two processes have other bits"
+# micro-batches, a tied embedding, recomputation
+many 1 -b 2 -d 128 -tied 1 -o tied1
+many 2 -b 1 -d 128 -tied 1 -z 2 -r 2 -o tied2
+check 'same tied1 tied2 1e-3' "accumulation is not as in one process: $(differ tied1 tied2)"
+if [ "$GPUS" -ge 4 ]; then
+    many 4 -b 1 -z 2 -o four
+    check 'same one four 1e-4' "four processes are not as one: $(differ one four)"
+    many 3 -b 1 -z 1 -o three
+    check '[ "$codes" = "0 0 0 " ]' "three processes: $codes $(cat 0.err 1.err 2.err)"
+else
+    skipped=$((skipped + 1)) && echo "skipped: four processes on $GPUS GPUs"
+fi
+
+# ---- context parallel: gradients of keys are rounded to 16 bits in parts
+for attn in nsa full window; do
+    many 1 -b 1 -attn $attn -o whole_$attn
+    many 2 -b 1 -attn $attn -cp 2 -o shared_$attn
+    check '[ "$codes" = "0 0 " ] && grep -q "1 groups of 2" 0.out' "-cp 2 -attn $attn: $codes $(cat 0.err 1.err)"
+    check 'same whole_$attn shared_$attn 3e-3' "-cp 2 -attn $attn: $(differ whole_$attn shared_$attn)"
+    check 'near "$(value whole_$attn loss 1)" "$(value shared_$attn loss 1)" 1e-6' "-cp 2 -attn $attn: another first loss"
+done
+if [ "$GPUS" -ge 4 ]; then
+    many 1 -b 2 -o two
+    many 4 -b 1 -cp 2 -z 1 -r 1 -o both
+    check 'same two both 3e-3' "-cp 2 in two groups: $(differ two both)"
+fi
+
+# ---- checkpoints do not tell how many processes wrote them
+many 1 -b 4 -x 2 -o begun1
+many 2 -b 2 -x 2 -z 2 -o begun2
+check '[ "$(stat -c %s begun1/ckpt_00000002.bin)" = "$(stat -c %s begun2/ckpt_00000002.bin)" ]' "sizes of checkpoints"
+many 2 -b 2 -z 1 -o begun1 -y 1
+check '[ "$codes" = "0 0 " ] && same one begun1 1e-4' "1, then 2: $codes $(cat 0.err 1.err) $(differ one begun1)"
+many 1 -b 4 -o begun2 -y 1
+check '[ "$codes" = "0 " ] && same one begun2 1e-4' "2, then 1: $codes $(cat 0.err) $(differ one begun2)"
+many 2 -b 2 -val 1 -i none -e one/ckpt_00000003.bin
+check 'grep -q "^val loss $(printf %.4f "$(value one val_loss 3)")" 0.out' "-val 1: $(cat 0.out 0.err)"
+
+# ---- signals and ends
+running() { for i in $(seq 100); do grep -q '"step":1,"loss"' "$1/log.jsonl" 2>/dev/null && return; sleep 0.1; done; bad "$1 has not begun"; }
+start 2 -b 1 -x 100000 -v 0 -o term -z 1
+running term
+kill -TERM "${pids[1]}"
+finish
+check '[ "$codes" = "143 143 " ] && grep -q "stopped by signal 15" 0.out && ls term | grep -q ckpt_' "SIGTERM to rank 1: $codes $(cat 0.err 1.err)"
+for who in 0 1; do
+    start 2 -b 1 -x 100000 -v 0 -o kill$who -z 2
+    running kill$who
+    kill -KILL "${pids[$who]}"
+    begin=$SECONDS
+    finish
+    other=$((1 - who))
+    check '[ $((SECONDS - begin)) -lt 60 ] && [ "$(wc -l <$other.err)" -eq 1 ] && grep -q "error: rank $other: rank $who is gone" $other.err' \
+        "rank $who was killed: $codes $(cat $other.err)"
+done
+
+# ---- errors: every process ends with code 1 and one line
+each_says() { # TEXT WHAT
+    for r in $(seq 0 $((${#pids[@]} - 1))); do
+        check '[ "$(wc -l <$r.err)" -eq 1 ] && grep -q "$1" $r.err' "$2, rank $r: $(cat $r.err)"
+    done
+    check '[ "$(echo $codes | tr -d " 1")" = "" ]' "$2: $codes"
+}
+many 2 -b 1 -cp 3 -o bad
+each_says "cp 3: 2 processes are no multiple of it" "-cp 3"
+many 2 -b 1 -t 30 -cp 4 -o bad
+each_says "cp 4: 2 processes" "-cp 4"
+many 2 -b 1 -t 31 -cp 2 -o bad
+each_says "31 tokens of a micro-batch are no multiple of twice as many" "-cp 2 -t 31"
+many 2 -b 1 -d 96 -o bad
+each_says "d 96: must be a multiple of" "-d 96"
+many 2 -b 1 -o one
+each_says "holds checkpoints up to step 3" "-o with checkpoints"
+port=$((port + 1))
+RANK=0 WORLD_SIZE=2 MASTER_PORT=$port "$TRAINER" $FLAGS -b 1 >0.out 2>0.err & pids=($!)
+RANK=1 WORLD_SIZE=2 MASTER_PORT=$port "$TRAINER" $FLAGS -b 2 >1.out 2>1.err & pids+=($!)
+finish
+each_says "rank 1 was started with other flags than rank 0" "other flags"
+check '[ ! -e bad ]' "a run that could not start left $(ls bad 2>/dev/null)"
+
+echo "cli_gpus: $passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]

@@ -1,0 +1,172 @@
+// test_nccl.cu: the transfers of llmc/nccl.cuh between processes, one for each GPU of this host, or 2 to 4 on
+// the emulator: sums and gathers of units that ranks do not divide, and rows of a shared sequence, against
+// what each rank can compute alone. Built with -DMULTI_GPU.
+#include "../../llmc/nccl.cuh"
+#include "test.h"
+#include <sys/wait.h>
+#include <vector>
+
+static Comm comm;
+static Gpus gpus;
+
+template <typename T> static T *to_gpu(const std::vector<T> &x) {
+    T *p;
+    cuda_check(cudaMalloc((void **)&p, x.size() * sizeof(T) + 16));
+    cuda_check(cudaMemcpy(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+}
+template <typename T> static std::vector<T> from_gpu(T *p, size_t n) {
+    std::vector<T> x(n);
+    cuda_check(cudaDeviceSynchronize());
+    cuda_check(cudaMemcpy(x.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+    cuda_check(cudaFree(p));
+    return x;
+}
+
+// Gradient i of a rank: a whole number, so that sums are exact in any order.
+static float number(int rank, int64_t i) {
+    return (float)((i * 7 + rank * 13) % 101);
+}
+
+static void test_units(void) {
+    ParamTensor tensors[4];
+    const int64_t sizes[4] = {8, 8 * 1237, 8 * 64,
+                              8 * 40003}; // smaller than, beside and beyond what ranks divide
+    int64_t total = 0;
+    memset(tensors, 0, sizeof tensors);
+    for (int i = 0; i < 4; i++)
+        tensors[i].layer = i, tensors[i].offset = total, tensors[i].size = sizes[i], total += sizes[i];
+    for (int stage = 0; stage <= 2; stage++) {
+        Zero z;
+        zero_build(&z, stage, gpus.rank, gpus.ranks, tensors, 4);
+        std::vector<float> mine(total), want(total);
+        for (int64_t i = 0; i < total; i++) {
+            mine[i] = number(gpus.rank, i);
+            for (int r = 0; r < gpus.ranks; r++) want[i] += number(r, i);
+        }
+        float *grads = to_gpu(mine);
+        std::vector<int16_t> weights(total, -1); // an owner's are its rank and the place
+        for (int64_t u = 0; u < z.num_units; u++) {
+            int64_t begin, end;
+            zero_piece(&z, u, gpus.rank, &begin, &end);
+            for (int64_t i = begin; i < end; i++) weights[i] = (int16_t)(i * 5 % 30000);
+        }
+        int16_t *params = to_gpu(weights);
+        for (int64_t u = 0; u < z.num_units; u++) {
+            gpus_reduce_unit(&gpus, &z, u, grads + z.units[u].begin);
+            gpus_gather_unit(&gpus, &z, u, params + z.units[u].begin, sizeof(int16_t));
+        }
+        mine = from_gpu(grads, total), weights = from_gpu(params, total);
+        int64_t wrong = 0, lost = 0;
+        for (int64_t u = 0; u < z.num_units; u++) {
+            int64_t begin, end;
+            zero_owned(&z, u, gpus.rank, &begin, &end);
+            for (int64_t i = begin; i < end; i++) wrong += mine[i] != want[i];
+        }
+        for (int64_t i = 0; i < total; i++) lost += weights[i] != (int16_t)(i * 5 % 30000);
+        CHECK(wrong == 0 && lost == 0, "rank %d of %d, stage %d: %lld sums wrong, %lld weights lost",
+              gpus.rank, gpus.ranks, stage, (long long)wrong, (long long)lost);
+        zero_free(&z);
+    }
+    double parts[3] = {gpus.rank + 1.0, 0.5, gpus.rank == 0 ? 1.0 : 0.0};
+    double *sums = to_gpu(std::vector<double>(parts, parts + 3));
+    gpus_sum(&gpus, sums, 3);
+    std::vector<double> got = from_gpu(sums, 3);
+    int n = gpus.ranks;
+    CHECK(got[0] == n * (n + 1) / 2 && got[1] == n * 0.5 && got[2] == 1, "sums %g %g %g", got[0], got[1],
+          got[2]);
+}
+
+// Rows of documents, divided, gathered, and their gradients summed.
+static void test_rows(void) {
+    ModelConfig c;
+    config_from_preset(&c, preset_find("recall"));
+    const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.context}, width = 8;
+    const int64_t n = cu_seqlens[3], blocks = cp_blocks(n, 3, gpus.context), each = n / gpus.context;
+    std::vector<int32_t> place(blocks);
+    cp_divide(&c, cu_seqlens, 3, gpus.context, blocks, place.data(), NULL);
+    typedef __nv_bfloat16 T;
+    std::vector<T> all(n * width), mine(each * width), partial(n * width);
+    for (int64_t i = 0; i < n * width; i++) all[i] = (T)(float)(i % 251);
+    cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, mine.data(), all.data(),
+                 width * sizeof(T));
+    int32_t *device_place = to_gpu(place);
+    T *device_mine = to_gpu(mine), *device_all = to_gpu(partial), *slots = to_gpu(partial);
+    gpus_gather_rows(&gpus, device_all, slots, device_mine, n, width, device_place, blocks);
+    std::vector<T> got = from_gpu(device_all, n * width);
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < n * width; i++) wrong += (float)got[i] != (float)all[i];
+    CHECK(wrong == 0, "rank %d: %lld of %lld gathered numbers", gpus.rank, (long long)wrong,
+          (long long)(n * width));
+    // sums up to 256 are exact in bf16
+    for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.context_rank) % 61);
+    device_all = to_gpu(partial);
+    gpus_sum_rows(&gpus, device_mine, device_all, slots, n, width, device_place, blocks);
+    got = from_gpu(device_mine, each * width);
+    std::vector<T> sums(n * width), want(each * width);
+    for (int64_t i = 0; i < n * width; i++) {
+        float sum = 0;
+        for (int r = 0; r < gpus.context; r++) sum += (float)((i + 11 * r) % 61);
+        sums[i] = (T)sum;
+    }
+    cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, want.data(), sums.data(),
+                 width * sizeof(T));
+    wrong = 0;
+    for (int64_t i = 0; i < each * width; i++) wrong += (float)got[i] != (float)want[i];
+    CHECK(wrong == 0, "rank %d: %lld of %lld summed numbers", gpus.rank, (long long)wrong,
+          (long long)(each * width));
+    cuda_check(cudaFree(device_all));
+    cuda_check(cudaFree(slots));
+    cuda_check(cudaFree(device_place));
+}
+
+// One of `ranks` processes, `context` of which share a batch. Returns its exit code.
+static int child(int rank, int ranks, int context, int port) {
+    char text[4][32];
+    snprintf(text[0], 32, "RANK=%d", rank), snprintf(text[1], 32, "WORLD_SIZE=%d", ranks);
+    snprintf(text[2], 32, "MASTER_ADDR=127.0.0.1"), snprintf(text[3], 32, "MASTER_PORT=%d", port);
+    for (char *variable : text) putenv(variable);
+    comm_start(&comm);
+    int devices;
+    cuda_check(cudaGetDeviceCount(&devices));
+    cuda_check(cudaSetDevice(comm.local_rank % devices));
+    gpus_start(&gpus, &comm, context);
+    test_units();
+    if (context > 1) test_rows();
+    gpus_stop(&gpus);
+    comm_end(&comm);
+    return test_failed != 0;
+}
+
+int main(void) {
+    struct {
+        int ranks, context;
+    } runs[] = {{2, 1}, {2, 2}, {3, 3}, {4, 2}};
+    alarm(300);
+    int devices = 4; // of the emulator
+#ifndef EMULATOR_H
+    FILE *f = popen("nvidia-smi -L | wc -l", "r"); // CUDA must not be used before fork
+    if (!f || fscanf(f, "%d", &devices) != 1) devices = 0;
+    if (f) pclose(f);
+#endif
+    for (auto &run : runs) {
+        if (run.ranks > devices) {
+            SKIP("%d ranks: there are %d GPUs", run.ranks, devices);
+            continue;
+        }
+        CommAddress a;
+        int fd = comm_listen(0, "none"), failed = 0, status;
+        comm_own_address(&a, fd);
+        close(fd);
+        fflush(stdout);
+        for (int r = 0; r < run.ranks; r++)
+            if (fork() == 0) {
+                int code = child(r, run.ranks, run.context, a.port);
+                fflush(stdout);
+                _exit(code);
+            }
+        for (int r = 0; r < run.ranks; r++) failed += wait(&status) < 0 || status != 0;
+        CHECK(failed == 0, "%d of %d ranks failed, context %d", failed, run.ranks, run.context);
+    }
+    return test_end("test_nccl");
+}
