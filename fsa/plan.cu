@@ -61,8 +61,8 @@ int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_
 #endif
 
 bool fsa_hopper() {
-    static const char *kernels = getenv("FSA_KERNELS"), *portable = getenv("FSA_PORTABLE");
-    if (portable || (kernels ? strcmp(kernels, "sm90") != 0 : !FSA_DEFAULT_SM90)) return false;
+    static const char *kernels = getenv("FSA_KERNELS");
+    if (kernels ? strcmp(kernels, "sm90") != 0 : !FSA_DEFAULT_SM90) return false;
     int device = 0, major = 0, minor = 0;
     return cudaGetDevice(&device) == cudaSuccess &&
            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&

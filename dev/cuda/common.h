@@ -324,7 +324,7 @@ struct Result {
 static inline FILE *record_start(const char *program) {
     cudaDeviceProp prop;
     CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
-    return results_open(prop.name, program);
+    return results_open(prop.name, 1, program);
 }
 
 static inline void record(const Result &r) {

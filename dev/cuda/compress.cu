@@ -278,7 +278,7 @@ int main(int argc, char **argv) {
             printf("%s worst error: bf16 %.2e fp16 %.2e\n", i ? "backward" : "forward", worst[FSA_BF16][i],
                    worst[FSA_FP16][i]);
         }
-        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+        printf("compress: %d passed, %d failed\n", checks_passed, checks_failed);
     }
     if (!has_flag(argc, argv, "check")) {
         for (const Timing &t : timings) {

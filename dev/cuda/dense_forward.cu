@@ -132,7 +132,7 @@ int main(int argc, char **argv) {
             printf("%-5s worst error: bf16 %.2e fp16 %.2e\n", rule_names[rule], worst[FSA_BF16][rule],
                    worst[FSA_FP16][rule]);
         }
-        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+        printf("dense_forward: %d passed, %d failed\n", checks_passed, checks_failed);
     }
     if (!has_flag(argc, argv, "check")) {
         for (const Timing &t : timings) time_shape<__nv_bfloat16>(t, 128, seed);

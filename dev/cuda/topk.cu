@@ -210,7 +210,7 @@ int main(int argc, char **argv) {
         }
         printf("topk  worst excess %.2e; %lld of %lld places differ from the reference\n", worst,
                (long long)differ, (long long)places);
-        printf("%d checks passed, %d failed\n", checks_passed, checks_failed);
+        printf("topk: %d passed, %d failed\n", checks_passed, checks_failed);
     }
     if (!has_flag(argc, argv, "check")) {
         for (const Timing &t : timings) time_shape<__nv_bfloat16>(t, 64, 16, seed);
