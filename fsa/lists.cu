@@ -1,5 +1,6 @@
 // lists.cu: from the choice [Hkv, Nq, T] to the list of queries of every block: count, prefix sum, fill.
 #include "kernels.h"
+#include <limits.h>
 
 enum { WARPS = 32, RANGE = 512 }; // warps of a block, and selection blocks that one thread block lists
 
@@ -8,8 +9,8 @@ enum { WARPS = 32, RANGE = 512 }; // warps of a block, and selection blocks that
 // over (block, warp) they write each entry to its place, query after query (a query names a block once, so no
 // two lanes meet in a counter): a list ascends by row whatever the timing. Reads slab*T*4 bytes twice (from
 // L2 the second time) and as often as there are ranges; writes 4 bytes an entry. At 64K tokens, 8 kv heads:
-// 34 MB in, 34 MB out, 0.015 ms; the instructions of the loops bind, about 20 and 40 for 32 entries: 8.4
-// million entries in 3 ranges are 47 million, 0.05 ms.
+// 34 MB in, 34 MB out, 0.015 ms; the instructions of the loops bind, about 45 and 95 for 32 entries: 8.4
+// million entries in 2 ranges are 73 million, 0.08 ms at 4 a clock and multiprocessor.
 __global__ void __launch_bounds__(WARPS * 32)
     lists_kernel(FsaPlan p, FsaLists lists, const int32_t *all_indices, int topk, int block) {
     extern __shared__ uint32_t counts[]; // [WARPS][RANGE]
@@ -26,28 +27,31 @@ __global__ void __launch_bounds__(WARPS * 32)
     const uint32_t entry0 = (uint32_t)(begin * topk), entries_here = (uint32_t)((end - begin) * topk);
     uint32_t *count = counts + warp * RANGE;
 
-    // Calls visit(entry, row, b) for 32 entries of the share at a time, a lane each. b: the block that it
-    // names, counted from this range's first; RANGE where it names none.
+    // Calls visit(entry, query, b) for 32 entries of the share at a time, a lane each. query: of the share;
+    // b: the block that it names, counted from this range's first; INT_MAX where it names none.
     auto walk = [&](auto visit) {
-        int64_t row_end = 0, pos_minus_row = 0, block0 = 0; // of the segment that the lane is in
-        int64_t row = begin + lane / topk;
-        int slot = lane % topk, next = (uint32_t)lane < entries_here ? indices[lane] : -1;
-        for (uint32_t i = 0; i < entries_here; i += 32) {
-            int index = next;
-            next = i + 32 + lane < entries_here ? indices[i + 32 + lane] : -1;
-            int64_t b = RANGE;
+        int segment_end = 0, block0 = 0; // of the segment that the lane is in: queries of the share, blocks
+        int64_t pos0 = 0;                // what to add to a query for its position
+        const int step = 32 / topk, slot_step = 32 % topk;
+        int query = lane / topk, slot = lane % topk;
+        int next = (uint32_t)lane < entries_here ? indices[lane] : -1;
+#pragma unroll 1
+        for (uint32_t i = lane; i - lane < entries_here; i += 32) {
+            int index = next, b = INT_MAX;
+            next = i + 32 < entries_here ? indices[i + 32] : -1;
             if (index >= 0) {
-                if (row >= row_end) {
-                    int64_t segment = fsa_find(p.cu_rows, p.num_segments, row);
-                    row_end = p.cu_rows[segment + 1];
-                    pos_minus_row = p.segments[segment].pos - p.cu_rows[segment];
-                    block0 = p.cu_blocks[p.segments[segment].seq] - first_block;
+                if (query >= segment_end) {
+                    int64_t segment = fsa_find(p.cu_rows, p.num_segments, begin + query);
+                    int64_t stop = p.cu_rows[segment + 1];
+                    segment_end = (int)((stop < end ? stop : end) - begin);
+                    pos0 = p.segments[segment].pos + begin - p.cu_rows[segment];
+                    block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
                 }
-                if ((int64_t)index * block <= row + pos_minus_row) b = block0 + index;
+                if ((int64_t)index * block <= pos0 + query) b = block0 + index;
             }
-            visit(entry0 + i + lane, row, b);
-            row += 32 / topk, slot += 32 % topk;
-            if (slot >= topk) slot -= topk, row++;
+            visit(entry0 + i, query, b);
+            query += step, slot += slot_step;
+            if (slot >= topk) slot -= topk, query++;
         }
     };
 
@@ -55,9 +59,9 @@ __global__ void __launch_bounds__(WARPS * 32)
     if (threadIdx.x == 0) below = 0;
     __syncthreads();
     uint32_t before = 0; // entries that name blocks below this range
-    walk([&](uint32_t, int64_t, int64_t b) {
+    walk([&](uint32_t, int, int b) {
         before += b < 0;
-        if (b >= 0 && b < RANGE) atomicAdd(&count[b], 1);
+        if ((unsigned)b < RANGE) atomicAdd(&count[b], 1);
     });
     before = __reduce_add_sync(0xffffffffu, before);
     if (lane == 0 && before) atomicAdd(&below, before);
@@ -93,11 +97,12 @@ __global__ void __launch_bounds__(WARPS * 32)
     __syncthreads();
 
     uint32_t *entries = lists.entries + (head * p.nq + row0) * topk;
-    walk([&](uint32_t entry, int64_t row, int64_t b) {
-        if (!__any_sync(0xffffffffu, b >= 0 && b < RANGE)) return;
-        int query = (int)(row - begin), last = __shfl_sync(0xffffffffu, query, 31);
+    walk([&](uint32_t entry, int query, int b) {
+        if (!__any_sync(0xffffffffu, (unsigned)b < RANGE)) return;
+        const int last = __shfl_sync(0xffffffffu, query, 31);
+#pragma unroll 1
         for (int i = __shfl_sync(0xffffffffu, query, 0); i <= last; i++) {
-            if (query == i && b >= 0 && b < RANGE) entries[count[b]++] = entry;
+            if (query == i && (unsigned)b < RANGE) entries[count[b]++] = entry;
             __syncwarp();
         }
     });
