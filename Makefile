@@ -129,9 +129,11 @@ $(BUILD)/encode: dev/test/encode.c $(HEADERS) | $(BUILD)
 # With a GPU: the library, and every kernel's own check, against the C reference; the trainer's model against
 # the C trainer's, in its three precisions.
 GPU_MODEL_TESTS := $(addprefix build/test_gpt_nsa_,bf16 fp16 fp32)
-GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa build/example $(filter-out build/core,$(KERNELS)) $(LAYERS) $(GPU_MODEL_TESTS))
+GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa build/example $(filter-out build/core,$(KERNELS)) $(LAYERS) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl))
 # The GPU trainer that cli_gpu.sh runs: this GPU's, or the emulator's where there is none.
 GPU_CLI = $(if $(GPU_TESTS),$(GPU_TRAINER),$(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out))
+# Processes that it may be started as, a GPU each.
+GPUS = $(if $(EMU_TESTS),$(if $(EMU_NCCL),4,0),$(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0))
 # Every CUDA test, at small sizes on the emulator; what has kernels of its own for Hopper, with each kind.
 KINDS = portable$(if $(filter 90,$(GPU))$(EMU_TESTS), sm90)
 FLAGS = check $(if $(EMU_TESTS),small,$(if $(filter test_fsa,$1),large))
@@ -139,9 +141,9 @@ CUDA_TESTS = $(foreach t,$(GPU_TESTS) $(EMU_TESTS),$(call cuda_test,$(t),$(notdi
 cuda_test = $(if $(filter test_fsa dense_forward dense_backward selected,$2),$(foreach k,$(KINDS),"env FSA_KERNELS=$(k) $1 $(call FLAGS,$2)"),"$1 $(call FLAGS,$2)")
 NO_CUDA := kernels, for want of a GPU or the CUDA toolkit: 0 passed, 0 failed, 1 skipped
 test: $(TESTS) $(BUILD)/encode $(CPU) $(MAKERS) $(GPU_TESTS) $(if $(GPU_TESTS),$(GPU_TRAINER))
-	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) bash dev/test/run.sh $(TESTS) \
+	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) GPUS=$(GPUS) bash dev/test/run.sh $(TESTS) \
 	    $(or $(CUDA_TESTS),"echo $(NO_CUDA)") \
-	    $(if $(GPU_CLI),"bash dev/test/cli_gpu.sh")
+	    $(if $(GPU_CLI),"bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh")
 
 faults:
 	@bash dev/test/faults.sh
@@ -183,7 +185,7 @@ build/test_ptx build/test_fsa: build/%: dev/test/%.cu libfsa.a $(CUDA_HEADERS) $
 build/example: fsa/example.c libfsa.a
 	$(NVCC) $(GENCODE) $^ -o $@
 
-cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS)
+cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl)
 
 # compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU.
 SANITIZED := $(filter-out build/matmul,$(LAYERS))
@@ -195,14 +197,17 @@ sanitize: build/test_fsa $(SANITIZED)
 
 # ---- the GPU trainer and its test --------------------------------------------------------------
 TRAINER_HEADERS := $(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
-TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp)
-TRAINER_LIBS := libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp)
+TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp) $(if $(NCCL),-DMULTI_GPU $(MPI_FLAGS))
+TRAINER_LIBS := libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp) $(if $(NCCL),$(NCCL_LIBS) -lnccl $(MPI_LIBS) $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS) $(filter -L%,$(MPI_LIBS)))))
 $(GPU_TRAINER): train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS)
 	$(NVCC) $(TRAINER_FLAGS) $(FLOATX) $< $(TRAINER_LIBS) -o $@
 $(BUILD)/train_gpt_nsa_f32.o: train_gpt_nsa.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) -DGPT_NO_MAIN -c $< -o $@
 build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/test_gpt_nsa_%: test_gpt_nsa.cu train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o
 	$(NVCC) $(TRAINER_FLAGS) $(if $(filter fp%,$*),-DENABLE_$(subst f,F,$(subst p,P,$*))) $< $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(TRAINER_LIBS) -o $@
+
+build/test_nccl: dev/test/test_nccl.cu $(TRAINER_HEADERS) build/fsa/config.o
+	$(NVCC) $(NVCCFLAGS) -DMULTI_GPU $< build/fsa/config.o $(NCCL_LIBS) -lnccl $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS))) -o $@
 
 # A program a layer of llmc, checked against the C trainer's.
 $(LAYERS): build/%: dev/cuda/%.cu $(TRAINER_HEADERS) $(wildcard dev/cuda/*.h) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(BUILD)/config.o
@@ -238,10 +243,10 @@ $(EMU)/fsa/example.o: fsa/example.c fsa/fsa.h
 $(EMU)/fsa.a: $(EMU_FSA)
 	rm -f $@ && ar rcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
-	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -o $@
+	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -lpthread -lrt -o $@
 $(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu
 $(EMU)/test_gpt_nsa.out $(LAYERS:build/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
-EMU_TESTS := $(if $(GPU_TESTS),,$(if $(CUDA_INCLUDE),$(patsubst %,$(EMU)/%.out,dev/test/test_ptx dev/test/test_fsa fsa/example \
+EMU_TESTS := $(if $(GPU_TESTS),,$(if $(CUDA_INCLUDE),$(patsubst %,$(EMU)/%.out,dev/test/test_ptx dev/test/test_fsa fsa/example $(if $(EMU_NCCL),dev/test/test_nccl) \
     $(patsubst %.cu,%,$(filter-out dev/cuda/core.cu,$(wildcard dev/cuda/*.cu))) test_gpt_nsa)))
 test: $(EMU_TESTS) $(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out)
 .PRECIOUS: $(EMU)/% $(EMU)/%.o

@@ -88,16 +88,13 @@ struct Documents {
             tokens.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i) % c->vocab_size));
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
-        host.resize(batch_bytes(n, count));
-        Batch b = batch_place(n, count, 0, host.data());
-        std::copy(tokens.begin(), tokens.end(), b.tokens);
-        std::copy(targets.begin(), targets.end(), b.targets);
-        std::copy(cu_seqlens.begin(), cu_seqlens.end(), b.cu_seqlens);
-        batch_finish(&b);
+        Batch b = batch_whole(n, count, longest);
+        host.resize(batch_bytes(&b));
+        b = batch_fill(c, NULL, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
         cuda_check(cudaMalloc((void **)&device, host.size()));
         cuda_check(cudaMemcpy(device, host.data(), host.size(), cudaMemcpyHostToDevice));
         cuda_check(cudaDeviceSynchronize()); // a model's stream does not wait for copies
-        batch = batch_place(n, count, longest, device);
+        batch = batch_place(&b, device);
     }
     ~Documents() { cudaFree(device); }
 };
@@ -106,9 +103,18 @@ static std::vector<int64_t> lengths_of_test() {
     return small ? std::vector<int64_t>{70, 1, 25} : std::vector<int64_t>{700, 1, 33, 507, 64, 7};
 }
 
+// Parameters [num_params] from the host; m and v too, or NULL: zeros.
+static void model_set(Model *model, const float *params, const float *m, const float *v) {
+    for (int64_t u = 0; u < model->zero.num_units; u++) {
+        int64_t begin = model->zero.units[u].begin, end;
+        if (model->training) zero_owned(&model->zero, u, model->zero.rank, &begin, &end);
+        set_unit(model, u, params + begin, m ? m + begin : NULL, v ? v + begin : NULL);
+    }
+}
+
 static Model *build(const ModelConfig *c, const std::vector<float> &params, int64_t tokens, int recompute) {
     Model *model = new Model;
-    model_build(model, c, tokens, 1, recompute);
+    model_build(model, c, tokens, 1, recompute, NULL, 0);
     // what is not written must not matter: all bits set are NaN
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
     cuda_check(cudaMemset(model->scratch, 0xff, model->scratch_bytes));
@@ -388,7 +394,7 @@ static void test_inference(const Variant *v) {
     Result trained = run(model, d);
     destroy(model);
     model = new Model;
-    model_build(model, &c, n, 0, 0);
+    model_build(model, &c, n, 0, 0, NULL, 0);
     model_set(model, params.data(), NULL, NULL);
     Run r;
     memset(&r, 0, sizeof r);

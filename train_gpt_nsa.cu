@@ -1,5 +1,6 @@
-// train_gpt_nsa.cu: the transformer of train_gpt_nsa.c on one GPU, and its training loop. From top to bottom:
-// the model's memory, its forward and backward pass, the data's way to the GPU, and what the program does.
+// train_gpt_nsa.cu: the transformer of train_gpt_nsa.c on one GPU or many, and its training loop. From top to
+// bottom: the model's memory, its forward and backward pass, the data's way to the GPU, and what the program
+// does.
 //
 // Weights and activations are bf16; -DENABLE_FP16 makes them fp16, -DENABLE_FP32 fp32, where the attention
 // alone is computed in fp16. The optimizer's copy of the weights, AdamW's m and v and the gradients of
@@ -9,6 +10,11 @@
 // The backward pass computes the gradient of the SUM of the token losses. Dividing by the tokens of a step is
 // left to fp32, in the gradient's norm and in AdamW: so activations' gradients do not shrink as batches grow,
 // and fp16 needs no loss scale.
+//
+// With several processes, a GPU each, groups of -cp of them share the tokens of a micro-batch
+// (context_parallel.h) and the groups take micro-batches of their own. Gradients are sums over all processes;
+// what each keeps of weights, moments and gradients, zero.h says. Transfers run beside the passes, on a
+// stream of their own.
 #define TRAINER_GPU
 #include "llmc/run.h"
 #include "llmc/mfu.h"
@@ -23,6 +29,7 @@
 #include "llmc/global_norm.cuh"
 #include "llmc/adamw.cuh"
 #include "llmc/convert.cuh"
+#include "llmc/nccl.cuh"
 #include "llmc/profile.cuh"
 #include "fsa/kernels.h"
 #include <algorithm>
@@ -54,12 +61,15 @@ static const bool att_converts = sizeof(attX) != sizeof(floatX);
 // ---------------------------------------------------------------------------------------------------------
 // The model and its memory
 
-// Packed sequences. The arrays lie in one piece, so that one copy brings them to the GPU.
+// Packed sequences, or this process's part of their tokens. The arrays lie in one piece, so that one copy
+// brings them to the GPU.
 typedef struct {
-    int64_t n, num_seqs, max_len;
+    int64_t n, keys; // tokens here, and of the whole sequences
+    int64_t num_seqs, num_segments, blocks, max_len;
     int32_t *tokens, *targets; // [n]
     int64_t *cu_seqlens;       // [num_seqs + 1]
-    FsaSegment *segments;      // [num_seqs], each a whole sequence
+    FsaSegment *segments;      // [num_segments] of the tokens here
+    int32_t *place;            // [blocks] as context_parallel.h has it
 } Batch;
 
 // Offsets of one layer's tensors into params and grads; -1 where the model has none.
@@ -95,19 +105,28 @@ typedef struct {
 
 typedef struct {
     ModelConfig config;
-    int64_t max_tokens;
+    int64_t max_tokens, max_keys; // keys: of whole sequences, which several GPUs may share
     int training, recompute;
-    int64_t num_tensors, num_params, num_ranges;
+    int64_t num_tensors, num_params;
     ParamTensor *tensors;
-    AdamwRange *ranges; // on the host
+    Gpus *gpus; // NULL: one alone
+    Zero zero;
+    AdamwRange *ranges;   // on the host; counted from where what this GPU owns of a unit begins
+    int64_t *first_range; // [units + 1] of each unit
     LayerParams *layers;
     int64_t wte, lnf, lm_head; // offsets; lm_head = wte where tied
 
     // on the device
     Arena arenas[ARENAS];
-    floatX *params;                    // [num_params]
-    float *master, *m, *v, *grads;     // [num_params], with training alone
-    Activations *acts;                 // [layers]
+    floatX *params;        // [num_params]
+    float *master, *m, *v; // [zero.shard_size], with training alone
+    float *grads;          // [num_params]; with ZeRO stage 2 [zero.shard_size]
+    float *buffers[4];     // stage 2: gradients of a unit at work (unit_buffer)
+    float **unit_grads;    // [units] on the host: where each unit's gradients are made
+    attX *keys, *values;   // context parallel: [max_keys, Hkv, d], of all GPUs that share a batch
+    attX *dkeys,
+        *dvalues;      // the same of their gradients, and before that scratch for gathering keys and values
+    Activations *acts; // [layers]
     floatX *out, *lnf_out;             // [n, C] the residual stream after the last layer, its norm
     float *rstdf, *losses;             // [n]
     int32_t *best;                     // [n] arg max of the logits
@@ -132,14 +151,18 @@ typedef struct {
     int32_t *best_host;
     floatX *logits_host; // [Vp] of the last token
     StepResult *result_host;
+    double *stop_host;    // what becomes result->stop
     float *sample_logits; // [V], not pinned
 
-    Batch batch;     // the one at hand, on the device
-    FsaPlan plan;    // full, window: of that batch
-    Matmul products; // matmul.cuh's state
+    Batch batch;          // the one at hand, on the device
+    int last_micro_batch; // of its step
+    FsaPlan plan;         // full, window: of that batch
+    Matmul products;      // matmul.cuh's state
     cudaStream_t stream;
     cudaEvent_t step_done;
-    Profile *profile; // NULL: nothing is measured
+    cudaEvent_t *gathered;      // [units] its weights have come from those who own them
+    cudaEvent_t buffer_free[4]; // its gradients have gone to those who own them
+    Profile *profile;           // NULL: nothing is measured
 } Model;
 
 template <typename T> static void take(Model *model, ArenaKind kind, T **p, int64_t bytes) {
@@ -148,32 +171,64 @@ template <typename T> static void take(Model *model, ArenaKind kind, T **p, int6
     a->bytes += (size_t)((bytes + 255) / 256 * 256);
 }
 
-// Bytes of a batch's arrays.
-static size_t batch_bytes(int64_t n, int64_t num_seqs) {
-    return (size_t)(2 * n * sizeof(int32_t) + (num_seqs + 1) * sizeof(int64_t) +
-                    num_seqs * sizeof(FsaSegment));
-}
-
-static Batch batch_place(int64_t n, int64_t num_seqs, int64_t max_len, char *memory) {
-    Batch b = {n, num_seqs, max_len, (int32_t *)memory, NULL, NULL, NULL};
-    b.targets = b.tokens + n;
-    b.cu_seqlens = (int64_t *)(b.targets + n);
-    b.segments = (FsaSegment *)(b.cu_seqlens + num_seqs + 1);
+// Whole sequences, each a segment, on one GPU.
+static Batch batch_whole(int64_t n, int64_t num_seqs, int64_t max_len) {
+    Batch b = {n, n, num_seqs, num_seqs, 1, max_len, NULL, NULL, NULL, NULL, NULL};
     return b;
 }
 
-// Fills segments and max_len from cu_seqlens.
-static void batch_finish(Batch *b) {
-    for (int64_t s = 0; s < b->num_seqs; s++) {
-        b->segments[s].seq = s, b->segments[s].pos = 0;
-        b->segments[s].len = b->cu_seqlens[s + 1] - b->cu_seqlens[s];
-        b->max_len = std::max(b->max_len, b->segments[s].len);
-    }
+// Bytes of a batch's arrays.
+static size_t batch_bytes(const Batch *b) {
+    return (size_t)(2 * b->n * sizeof(int32_t) + (b->num_seqs + 1) * sizeof(int64_t) +
+                    b->num_segments * sizeof(FsaSegment) + b->blocks * sizeof(int32_t));
+}
+
+// The same counts, with arrays in `memory`: 8-byte ones first.
+static Batch batch_place(const Batch *counts, char *memory) {
+    Batch b = *counts;
+    b.cu_seqlens = (int64_t *)memory;
+    b.segments = (FsaSegment *)(b.cu_seqlens + b.num_seqs + 1);
+    b.tokens = (int32_t *)(b.segments + b.num_segments);
+    b.targets = b.tokens + b.n;
+    b.place = b.targets + b.n;
+    return b;
+}
+
+// Writes into `memory` on the host this GPU's part of a micro-batch: whole sequences, or its blocks of them.
+static Batch batch_fill(const ModelConfig *c, const Gpus *gpus, const int32_t *tokens, const int32_t *targets,
+                        const int64_t *cu_seqlens, int64_t num_seqs, char *memory) {
+    const int ranks = gpus ? gpus->context : 1, rank = gpus ? gpus->context_rank : 0;
+    const int64_t keys = cu_seqlens[num_seqs], blocks = cp_blocks(keys, num_seqs, ranks);
+    std::vector<int32_t> place(blocks);
+    std::vector<FsaSegment> segments(num_seqs + blocks / ranks);
+    cp_divide(c, cu_seqlens, num_seqs, ranks, blocks, place.data(), NULL);
+    Batch counts = batch_whole(keys / ranks, num_seqs, 0);
+    counts.keys = keys, counts.blocks = blocks;
+    counts.num_segments =
+        cp_segments(cu_seqlens, num_seqs, ranks, blocks, place.data(), rank, segments.data());
+    for (int64_t s = 0; s < num_seqs; s++)
+        counts.max_len = std::max(counts.max_len, cu_seqlens[s + 1] - cu_seqlens[s]);
+    Batch b = batch_place(&counts, memory);
+    memcpy(b.cu_seqlens, cu_seqlens, (num_seqs + 1) * sizeof(int64_t));
+    memcpy(b.segments, segments.data(), b.num_segments * sizeof(FsaSegment));
+    memcpy(b.place, place.data(), blocks * sizeof(int32_t));
+    cp_take_rows(ranks, keys, blocks, b.place, rank, b.tokens, tokens, sizeof(int32_t));
+    cp_take_rows(ranks, keys, blocks, b.place, rank, b.targets, targets, sizeof(int32_t));
+    return b;
+}
+
+// The most that a batch of the model may be.
+static Batch batch_most(const Model *model) {
+    Batch b = batch_whole(model->max_tokens, model->max_keys, model->max_keys);
+    b.keys = model->max_keys;
+    b.num_segments = model->max_tokens;
+    b.blocks = model->gpus ? 32 * model->gpus->context : 1;
+    return b;
 }
 
 // As fsa.h takes a batch.
 static FsaDeviceBatch fsa_batch(const Batch *b) {
-    FsaDeviceBatch f = {b->n, b->n, b->num_seqs, b->num_seqs, b->max_len, b->cu_seqlens, b->segments};
+    FsaDeviceBatch f = {b->n, b->keys, b->num_seqs, b->num_segments, b->max_len, b->cu_seqlens, b->segments};
     return f;
 }
 
@@ -210,7 +265,7 @@ static void place_layer(Model *model, Activations *a, int first) {
     take(model, ACTIVATIONS, &a->k, k * sizeof(attX));
     take(model, ACTIVATIONS, &a->v, k * sizeof(attX));
     if (c->attn == ATTN_NSA) {
-        Batch b = {n, n, n, NULL, NULL, NULL, NULL};
+        Batch b = batch_most(model);
         FsaDeviceBatch most = fsa_batch(&b);
         take(model, ACTIVATIONS, &a->gate, n * gate_logits(f) * sizeof(attX));
         take(model, ACTIVATIONS, &a->saved, (int64_t)fsa_saved_size(f, att_dtype, &most));
@@ -227,13 +282,37 @@ static void place_layer(Model *model, Activations *a, int first) {
 // Scratch of fsa.h, for any division of the tokens into sequences.
 static size_t attention_scratch(const Model *model) {
     const FsaConfig *f = &model->config.fsa;
-    Batch b = {model->max_tokens, model->max_tokens, model->max_tokens, NULL, NULL, NULL, NULL};
+    Batch b = batch_most(model);
     FsaDeviceBatch most = fsa_batch(&b);
     bool nsa = model->config.attn == ATTN_NSA;
     size_t bytes = fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_FORWARD : FSA_ATTEND_FORWARD);
     if (bytes == 0) die("%s", fsa_last_error());
     if (!model->training) return bytes;
     return std::max(bytes, fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_BACKWARD : FSA_ATTEND_BACKWARD));
+}
+
+// With ZeRO stage 2, the buffer that unit u's gradients are made in: layers use two in turn, so that one is
+// reduced while the next is filled. A tied embedding, filled at both ends of the backward pass, has its own.
+static int unit_buffer(const Model *model, int64_t u) {
+    if (u == 0) return 0;
+    if (u == model->zero.num_units - 1) return model->config.tied ? 1 : 0;
+    return 2 + (int)(u % 2);
+}
+
+// Where gradients are made: in one array, or in those buffers.
+static void place_unit_gradients(Model *model) {
+    const Zero *z = &model->zero;
+    int64_t sizes[4] = {0, 0, 0, 0};
+    for (int64_t u = 0; u < z->num_units && z->stage == 2; u++) {
+        int64_t *size = &sizes[unit_buffer(model, u)];
+        *size = std::max(*size, z->units[u].end - z->units[u].begin);
+    }
+    for (int i = 0; i < 4; i++)
+        if (sizes[i]) take(model, GRADIENTS, &model->buffers[i], sizes[i] * sizeof(float));
+    for (int64_t u = 0; u < z->num_units; u++)
+        model->unit_grads[u] = z->stage == 2  ? model->buffers[unit_buffer(model, u)]
+                               : model->grads ? model->grads + z->units[u].begin
+                                              : NULL;
 }
 
 // Cuts the arenas into arrays. Called first without memory, to count.
@@ -245,10 +324,12 @@ static void model_place(Model *model) {
     for (int i = 0; i < ARENAS; i++) model->arenas[i].bytes = 0;
     take(model, WEIGHTS, &model->params, P * x);
     if (model->training) {
-        take(model, MASTER, &model->master, P * sizeof(float));
-        take(model, MOMENTS, &model->m, P * sizeof(float));
-        take(model, MOMENTS, &model->v, P * sizeof(float));
-        take(model, GRADIENTS, &model->grads, P * sizeof(float));
+        const int64_t shard = model->zero.shard_size;
+        take(model, MASTER, &model->master, shard * sizeof(float));
+        take(model, MOMENTS, &model->m, shard * sizeof(float));
+        take(model, MOMENTS, &model->v, shard * sizeof(float));
+        take(model, GRADIENTS, &model->grads, (model->zero.stage == 2 ? shard : P) * sizeof(float));
+        place_unit_gradients(model);
     }
     for (int l = 0; l < c->layers; l++) {
         Activations *a = &model->acts[l];
@@ -274,6 +355,13 @@ static void model_place(Model *model) {
         for (int i = 0; i < 3; i++)
             take(model, SCRATCH, &model->phi[i], window * d * (i == 1 ? 1 : d) * sizeof(attX));
     }
+    const int64_t all = model->max_keys * f->kv_heads * d;
+    if (model->max_keys > n) {
+        take(model, SCRATCH, &model->keys, all * sizeof(attX));
+        take(model, SCRATCH, &model->values, all * sizeof(attX));
+        take(model, SCRATCH, &model->dkeys, all * sizeof(attX));
+        take(model, SCRATCH, &model->dvalues, all * sizeof(attX));
+    }
     model->scratch_bytes = attention_scratch(model);
     if (model->training) {
         take(model, SCRATCH, &model->dres, n * C * x);
@@ -296,12 +384,16 @@ static void model_place(Model *model) {
     take(model, SCRATCH, &model->products_memory, MATMUL_WORKSPACE);
     take(model, SCRATCH, &model->inv_freq, d / 2 * sizeof(double));
     take(model, SCRATCH, &model->inv_freq_back, d / 2 * sizeof(double));
-    take(model, SCRATCH, &model->plan_memory, (int64_t)fsa_plan_bytes(n, n));
+    const Batch most_batch = batch_most(model);
+    const int64_t batch_size = (int64_t)batch_bytes(&most_batch);
+    take(model, SCRATCH, &model->plan_memory,
+         (int64_t)fsa_plan_bytes(most_batch.num_seqs, most_batch.num_segments));
     take(model, SCRATCH, &model->result, sizeof(StepResult));
-    take(model, SCRATCH, &model->eval_memory, (int64_t)batch_bytes(n, n));
+    take(model, SCRATCH, &model->eval_memory, batch_size);
     if (!model->training) return;
-    take(model, SCRATCH, &model->device_ranges, model->num_ranges * (int64_t)sizeof(AdamwRange));
-    for (char *&memory : model->feed_memory) take(model, SCRATCH, &memory, (int64_t)batch_bytes(n, n));
+    take(model, SCRATCH, &model->device_ranges,
+         model->first_range[model->zero.num_units] * (int64_t)sizeof(AdamwRange));
+    for (char *&memory : model->feed_memory) take(model, SCRATCH, &memory, batch_size);
 }
 
 static size_t model_bytes(const Model *model) {
@@ -331,7 +423,8 @@ LLMC_NORETURN static void die_of_memory(Model *model, size_t free_bytes) {
 }
 
 static void model_allocate(Model *model) {
-    const size_t reserve = (size_t)256 << 20; // for the code of kernels, which is loaded when first used
+    // for the code of kernels, which is loaded when first used, and for what NCCL takes when it is
+    const size_t reserve = (size_t)(model->gpus ? 1024 : 256) << 20;
     size_t free_bytes, total;
     model_place(model);
     cuda_check(cudaMemGetInfo(&free_bytes, &total));
@@ -357,17 +450,29 @@ static int64_t tensor_offset(const Model *model, int layer, const char *name) {
 }
 
 // The parameter table, and where the passes find things in it.
-static void model_layout(Model *model) {
+static void model_layout(Model *model, int zero) {
     const ModelConfig *c = &model->config;
     model->num_tensors = param_table(c, NULL, &model->num_params);
     model->tensors = (ParamTensor *)xcalloc(model->num_tensors, sizeof *model->tensors);
-    model->ranges = (AdamwRange *)xcalloc(model->num_tensors, sizeof *model->ranges);
     param_table(c, model->tensors, &model->num_params);
-    for (int64_t i = 0; i < model->num_tensors; i++) {
-        const ParamTensor *t = &model->tensors[i];
-        if (i > 0 && t->decay == t[-1].decay) continue;
-        AdamwRange range = {t->offset, t->decay};
-        model->ranges[model->num_ranges++] = range;
+    zero_build(&model->zero, zero, model->gpus ? model->gpus->rank : 0, model->gpus ? model->gpus->ranks : 1,
+               model->tensors, model->num_tensors);
+    const Zero *z = &model->zero;
+    model->unit_grads = (float **)xcalloc(z->num_units, sizeof *model->unit_grads);
+    model->first_range = (int64_t *)xcalloc(z->num_units + 1, sizeof *model->first_range);
+    model->ranges = (AdamwRange *)xcalloc(model->num_tensors, sizeof *model->ranges);
+    int64_t ranges = 0;
+    for (int64_t u = 0; u < z->num_units; u++) {
+        int64_t begin, end;
+        zero_owned(z, u, z->rank, &begin, &end);
+        for (int64_t i = 0; i < model->num_tensors; i++) {
+            const ParamTensor *t = &model->tensors[i];
+            if (t->offset + t->size <= begin || t->offset >= end) continue;
+            if (ranges > model->first_range[u] && model->ranges[ranges - 1].decay == t->decay) continue;
+            AdamwRange range = {std::max<int64_t>(t->offset - begin, 0), t->decay};
+            model->ranges[ranges++] = range;
+        }
+        model->first_range[u + 1] = ranges;
     }
     model->wte = tensor_offset(model, -1, "wte");
     model->lnf = tensor_offset(model, -1, "lnf");
@@ -383,19 +488,22 @@ static void model_layout(Model *model) {
     }
 }
 
-// Builds a model for at most max_tokens tokens in a pass; training: with gradients and AdamW's state.
-// recompute as -r says. Parameters are not set: model_set.
+// Builds a model for at most max_tokens tokens in a pass, of all GPUs that share it; training: with gradients
+// and AdamW's state. recompute as -r says, zero as -z; gpus NULL: one alone. Parameters are not set:
+// model_set.
 static void model_build(Model *model, const ModelConfig *config, int64_t max_tokens, int training,
-                        int recompute) {
+                        int recompute, Gpus *gpus, int zero) {
     memset(model, 0, sizeof *model);
     model->config = *config;
-    model->max_tokens = max_tokens;
+    model->gpus = gpus && gpus->ranks > 1 ? gpus : NULL;
+    model->max_keys = max_tokens;
+    model->max_tokens = model->gpus ? max_tokens / gpus->context : max_tokens;
     model->training = training;
     model->recompute = recompute;
     if (config->channels % 8 != 0 || config->hidden % 8 != 0)
         die("-channels %d -hidden %d: the GPU trainer takes multiples of 8", config->channels,
             config->hidden);
-    model_layout(model);
+    model_layout(model, zero);
     model_allocate(model);
 
     int half = config->fsa.head_dim / 2;
@@ -406,10 +514,13 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     cuda_check(
         cudaMemcpy(model->inv_freq_back, inv_freq.data(), half * sizeof(double), cudaMemcpyHostToDevice));
     if (training)
-        cuda_check(cudaMemcpy(model->device_ranges, model->ranges, model->num_ranges * sizeof(AdamwRange),
+        cuda_check(cudaMemcpy(model->device_ranges, model->ranges,
+                              model->first_range[model->zero.num_units] * sizeof(AdamwRange),
                               cudaMemcpyHostToDevice));
     const int64_t n = max_tokens;
-    cuda_check(cudaMallocHost((void **)&model->eval_memory_host, batch_bytes(n, n)));
+    const Batch most = batch_most(model);
+    cuda_check(cudaMallocHost((void **)&model->eval_memory_host, batch_bytes(&most)));
+    cuda_check(cudaMallocHost((void **)&model->stop_host, sizeof(double)));
     cuda_check(cudaMallocHost((void **)&model->losses_host, n * sizeof(float)));
     cuda_check(cudaMallocHost((void **)&model->best_host, n * sizeof(int32_t)));
     cuda_check(cudaMallocHost((void **)&model->logits_host, config->padded_vocab * sizeof(floatX)));
@@ -418,6 +529,11 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     matmul_init(&model->products, model->products_memory, MATMUL_WORKSPACE);
     cuda_check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking));
     cuda_check(cudaEventCreateWithFlags(&model->step_done, cudaEventDisableTiming));
+    model->gathered = (cudaEvent_t *)xcalloc(model->zero.num_units, sizeof *model->gathered);
+    for (int64_t u = 0; u < model->zero.num_units; u++)
+        cuda_check(cudaEventCreateWithFlags(&model->gathered[u], cudaEventDisableTiming));
+    for (cudaEvent_t &event : model->buffer_free)
+        cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
     cuda_check(cudaDeviceSynchronize()); // the copies above are not in model->stream
 }
 
@@ -430,28 +546,47 @@ static void model_free(Model *model) {
     cuda_check(cudaFreeHost(model->best_host));
     cuda_check(cudaFreeHost(model->logits_host));
     cuda_check(cudaFreeHost(model->result_host));
+    cuda_check(cudaFreeHost(model->stop_host));
     cuda_check(cudaStreamDestroy(model->stream));
     cuda_check(cudaEventDestroy(model->step_done));
-    free(model->tensors), free(model->ranges), free(model->layers), free(model->acts);
-    free(model->sample_logits);
+    for (int64_t u = 0; u < model->zero.num_units; u++) cuda_check(cudaEventDestroy(model->gathered[u]));
+    for (cudaEvent_t event : model->buffer_free) cuda_check(cudaEventDestroy(event));
+    free(model->tensors), free(model->ranges), free(model->first_range), free(model->layers),
+        free(model->acts);
+    free(model->sample_logits), free(model->gathered), free(model->unit_grads);
+    zero_free(&model->zero);
     memset(model, 0, sizeof *model);
 }
 
-// Parameters [num_params] from the host; m and v too, or NULL: zeros.
-static void model_set(Model *model, const float *params, const float *m, const float *v) {
-    const int64_t count = model->num_params, bytes = count * (int64_t)sizeof(float);
+// Every unit's weights from those who own them, while later work waits for what it reads of them (use_unit).
+static void gather_weights(Model *model, int64_t u) {
+    gpus_after(model->gpus, model->stream);
+    gpus_gather_unit(model->gpus, &model->zero, u, model->params + model->zero.units[u].begin,
+                     sizeof(floatX));
+    cuda_check(cudaEventRecord(model->gathered[u], model->gpus->stream));
+}
+
+// Sets, of unit u, the parameters that this GPU owns, or without training all, from the host; m and v too, or
+// NULL: zeros.
+static void set_unit(Model *model, int64_t u, const float *params, const float *m, const float *v) {
+    const ZeroUnit *unit = &model->zero.units[u];
+    int64_t begin = unit->begin, end = unit->end;
+    if (model->training) zero_owned(&model->zero, u, model->zero.rank, &begin, &end);
+    const int64_t count = end - begin, bytes = count * (int64_t)sizeof(float), shard = unit->shard;
     if (model->training) {
-        cuda_check(cudaMemcpy(model->master, params, bytes, cudaMemcpyHostToDevice));
-        cuda_check(cudaMemset(model->m, 0, bytes));
-        cuda_check(cudaMemset(model->v, 0, bytes));
-        if (m) cuda_check(cudaMemcpy(model->m, m, bytes, cudaMemcpyHostToDevice));
-        if (v) cuda_check(cudaMemcpy(model->v, v, bytes, cudaMemcpyHostToDevice));
+        cuda_check(cudaMemcpy(model->master + shard, params, bytes, cudaMemcpyHostToDevice));
+        cuda_check(cudaMemset(model->m + shard, 0, bytes));
+        cuda_check(cudaMemset(model->v + shard, 0, bytes));
+        if (m) cuda_check(cudaMemcpy(model->m + shard, m, bytes, cudaMemcpyHostToDevice));
+        if (v) cuda_check(cudaMemcpy(model->v + shard, v, bytes, cudaMemcpyHostToDevice));
         cuda_check(cudaDeviceSynchronize()); // these are not in model->stream
-        convert(model->params, model->master, count, model->stream);
+        convert(model->params + begin, model->master + shard, count, model->stream);
+        if (model->zero.stage > 0) gather_weights(model, u);
     } else { // nothing on the device holds them in fp32
         std::vector<floatX> rounded(count);
         for (int64_t i = 0; i < count; i++) rounded[i] = (floatX)params[i];
-        cuda_check(cudaMemcpy(model->params, rounded.data(), count * sizeof(floatX), cudaMemcpyHostToDevice));
+        cuda_check(cudaMemcpy(model->params + begin, rounded.data(), count * sizeof(floatX),
+                              cudaMemcpyHostToDevice));
     }
     cuda_check(cudaDeviceSynchronize());
 }
@@ -463,7 +598,42 @@ static const floatX *weight(const Model *model, int64_t offset) {
     return offset < 0 ? NULL : model->params + offset;
 }
 static float *gradient(const Model *model, int64_t offset) {
-    return offset < 0 ? NULL : model->grads + offset;
+    if (offset < 0) return NULL;
+    int64_t u = zero_unit_of(&model->zero, offset);
+    return model->unit_grads[u] + (offset - model->zero.units[u].begin);
+}
+
+// Before the first work of a pass that reads the weights from `offset` on, up to where their unit ends.
+static void use_unit(Model *model, int64_t offset) {
+    if (model->zero.stage == 0) return;
+    cuda_check(cudaStreamWaitEvent(model->stream, model->gathered[zero_unit_of(&model->zero, offset)], 0));
+}
+
+// Before the first work of a backward pass that adds to the gradients from `offset` on: with ZeRO stage 2
+// their buffer has to be free, and is zeroed.
+static void begin_gradients(Model *model, int64_t offset) {
+    if (model->zero.stage < 2) return;
+    const int64_t u = zero_unit_of(&model->zero, offset);
+    const ZeroUnit *unit = &model->zero.units[u];
+    cuda_check(cudaStreamWaitEvent(model->stream, model->buffer_free[unit_buffer(model, u)], 0));
+    cuda_check(
+        cudaMemsetAsync(model->unit_grads[u], 0, (unit->end - unit->begin) * sizeof(float), model->stream));
+}
+
+// After the last work of a backward pass that adds to them: they are summed over all GPUs, beside what
+// follows. Without stage 2 that can wait for the step's last micro-batch.
+static void end_gradients(Model *model, int64_t offset) {
+    const Zero *z = &model->zero;
+    const int64_t u = zero_unit_of(z, offset);
+    if (!model->gpus || (z->stage < 2 && !model->last_micro_batch)) return;
+    gpus_after(model->gpus, model->stream);
+    gpus_reduce_unit(model->gpus, z, u, model->unit_grads[u]);
+    if (z->stage < 2) return;
+    int64_t begin, end;
+    zero_piece(z, u, z->rank, &begin, &end);
+    add_arrays(model->grads + z->units[u].shard, model->unit_grads[u] + (begin - z->units[u].begin),
+               end - begin, model->gpus->stream);
+    cuda_check(cudaEventRecord(model->buffer_free[unit_buffer(model, u)], model->gpus->stream));
 }
 static void mark(Model *model, Part part) {
     profile_mark(model->profile, part, model->stream);
@@ -473,8 +643,8 @@ static void mark(Model *model, Part part) {
 static void model_take_batch(Model *model, const Batch *b) {
     model->batch = *b;
     if (model->config.attn == ATTN_NSA) return; // fsa_forward makes its own plan
-    fsa_check(fsa_plan(&model->plan, &model->config.fsa, b->n, b->n, b->num_seqs, b->num_seqs, b->max_len,
-                       b->cu_seqlens, b->segments, model->plan_memory, model->stream));
+    fsa_check(fsa_plan(&model->plan, &model->config.fsa, b->n, b->keys, b->num_seqs, b->num_segments,
+                       b->max_len, b->cu_seqlens, b->segments, model->plan_memory, model->stream));
 }
 
 // One of the products that read the normed input: q, k, v and the gate's logits. `norm` >= 0: RMSNorm of
@@ -488,7 +658,8 @@ typedef struct {
     float *rstd;
 } Projection;
 
-// Fills p; returns how many there are.
+// Fills p; returns how many there are. Keys and values come first: those of other GPUs are waited for
+// longest.
 static int layer_projections(const Model *model, int l, Projection *p) {
     const FsaConfig *f = &model->config.fsa;
     const LayerParams *w = &model->layers[l];
@@ -496,9 +667,9 @@ static int layer_projections(const Model *model, int l, Projection *p) {
     const int64_t C = model->config.channels, qd = f->q_heads * f->head_dim, kd = f->kv_heads * f->head_dim;
     const int64_t k_bias = w->bqkv < 0 ? -1 : w->bqkv + qd, v_bias = w->bqkv < 0 ? -1 : k_bias + kd;
     const int64_t k_weight = w->wqkv + qd * C, v_weight = k_weight + kd * C;
-    p[0] = {w->wqkv, w->bqkv, w->qnorm, qd, f->q_heads, a->q, model->dq, a->q_raw, a->rstd_q};
-    p[1] = {k_weight, k_bias, w->knorm, kd, f->kv_heads, a->k, model->dk, a->k_raw, a->rstd_k};
-    p[2] = {v_weight, v_bias, -1, kd, f->kv_heads, a->v, model->dv, NULL, NULL};
+    p[0] = {k_weight, k_bias, w->knorm, kd, f->kv_heads, a->k, model->dk, a->k_raw, a->rstd_k};
+    p[1] = {v_weight, v_bias, -1, kd, f->kv_heads, a->v, model->dv, NULL, NULL};
+    p[2] = {w->wqkv, w->bqkv, w->qnorm, qd, f->q_heads, a->q, model->dq, a->q_raw, a->rstd_q};
     if (w->wgate < 0) return 3;
     p[3] = {w->wgate, -1, -1, gate_logits(f), 1, a->gate, model->dgate, NULL, NULL};
     return 4;
@@ -532,21 +703,41 @@ static FsaPhiWeights layer_phi(Model *model, int l) {
     return {model->phi[0], model->phi[1], model->phi[2]};
 }
 
+// Whether other GPUs have some of the batch's keys.
+static bool keys_are_shared(const Model *model) {
+    return model->batch.keys > model->batch.n;
+}
+
+// Starts to bring layer l's keys and values, before RoPE, of all GPUs of the group into `keys` and `values`;
+// gpus_before lets the passes wait for them.
+static void gather_keys(Model *model, int l) {
+    const Activations *a = &model->acts[l];
+    const Batch *b = &model->batch;
+    const int64_t width = model->config.fsa.kv_heads * model->config.fsa.head_dim;
+    if (!keys_are_shared(model)) return;
+    gpus_after(model->gpus, model->stream);
+    gpus_gather_rows(model->gpus, model->keys, model->dkeys, a->k, b->keys, width, b->place, b->blocks);
+    gpus_gather_rows(model->gpus, model->values, model->dvalues, a->v, b->keys, width, b->place, b->blocks);
+}
+
 static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
     const Activations *a = &model->acts[l];
+    const bool shared = keys_are_shared(model);
+    attX *k = shared ? model->keys : a->k, *v = shared ? model->values : a->v;
     FsaDeviceBatch b = fsa_batch(&model->batch);
     mark(model, PART_ATTENTION_FORWARD);
+    if (shared) gpus_before(model->gpus, model->stream);
     if (c->attn == ATTN_NSA) {
         FsaPhiWeights phi = layer_phi(model, l);
-        fsa_check(fsa_forward(f, att_dtype, &b, a->q, a->k, a->v, &phi, model->inv_freq, a->gate, NULL, a->o,
+        fsa_check(fsa_forward(f, att_dtype, &b, a->q, k, v, &phi, model->inv_freq, a->gate, NULL, a->o,
                               a->saved, model->scratch, model->scratch_bytes, model->stream));
     } else {
         FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
         fsa_check(fsa_rope_queries(f, &model->plan, att_dtype, a->q, model->inv_freq, a->q, model->stream));
-        fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, a->k, model->inv_freq, a->k, model->stream));
-        fsa_check(fsa_attend_forward(f, att_dtype, &b, rule, a->q, a->k, a->v, a->o, a->lse, model->scratch,
+        fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
+        fsa_check(fsa_attend_forward(f, att_dtype, &b, rule, a->q, k, v, a->o, a->lse, model->scratch,
                                      model->scratch_bytes, model->stream));
     }
     if (att_converts) convert(a->att, a->o, model->batch.n * f->q_heads * f->head_dim, model->stream);
@@ -568,7 +759,10 @@ static void layer_body(Model *model, int l) {
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     Projection p[4];
     int projections = layer_projections(model, l, p);
-    for (int i = 0; i < projections; i++) project(model, a, &p[i]);
+    for (int i = 0; i < projections; i++) {
+        if (i == 2) gather_keys(model, l);
+        project(model, a, &p[i]);
+    }
     attention_forward(model, l);
     mark(model, PART_PRODUCTS);
     matmul_forward(&model->products, model->branch, C, a->att, weight(model, w->wo), NULL, n, qd, C,
@@ -588,8 +782,10 @@ static void model_forward(Model *model) {
     const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n, C = c->channels;
     mark(model, PART_EMBEDDING);
+    use_unit(model, model->wte);
     embedding_forward(model->acts[0].in, model->batch.tokens, weight(model, model->wte), n, (int)C,
                       model->stream);
+    use_unit(model, model->layers[0].ln1);
     layer_norm1(model, 0);
     for (int l = 0; l < c->layers; l++) {
         const Activations *a = &model->acts[l], *next = l + 1 < c->layers ? a + 1 : NULL;
@@ -598,6 +794,7 @@ static void model_forward(Model *model) {
         matmul_forward(&model->products, model->branch, C, a->act, weight(model, model->layers[l].wdown),
                        NULL, n, c->hidden, C, model->stream);
         mark(model, PART_NORMS);
+        use_unit(model, next ? model->layers[l + 1].ln1 : model->lnf);
         rmsnorm_residual_forward(next ? next->ln1 : model->lnf_out, next ? next->in : model->out,
                                  next ? next->rstd1 : model->rstdf, a->mid, model->branch,
                                  weight(model, next ? model->layers[l + 1].ln1 : model->lnf), n, (int)C,
@@ -653,33 +850,46 @@ static void project_backward(Model *model, const Activations *a, const Projectio
                           c->channels, p->width, model->stream);
 }
 
-// datt -> dq, dk, dv and dgate, before RoPE; adds to the gradients of the compression's weights.
+// datt -> dq, dk, dv and dgate, before RoPE; adds to the gradients of the compression's weights. What the
+// queries here add to the gradients of other GPUs' keys is on its way to them at the end: wait with
+// gpus_before before dk and dv are read.
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
     const LayerParams *w = &model->layers[l];
     const Activations *a = &model->acts[l];
-    FsaDeviceBatch b = fsa_batch(&model->batch);
+    const Batch *batch = &model->batch;
+    const bool shared = keys_are_shared(model);
+    const attX *v = shared ? model->values : a->v;
+    attX *k = shared ? model->keys : a->k;
+    attX *dk = shared ? model->dkeys : model->dk, *dv = shared ? model->dvalues : model->dv;
+    FsaDeviceBatch b = fsa_batch(batch);
     mark(model, PART_ATTENTION_BACKWARD);
-    if (att_converts)
-        convert(model->dout, model->datt, model->batch.n * f->q_heads * f->head_dim, model->stream);
+    if (att_converts) convert(model->dout, model->datt, batch->n * f->q_heads * f->head_dim, model->stream);
+    if (shared) gpus_before(model->gpus, model->stream);
     if (c->attn == ATTN_NSA) {
         FsaPhiWeights phi = layer_phi(model, l);
         FsaPhiGradients dphi = {gradient(model, w->phi_wk), gradient(model, w->phi_pe),
                                 gradient(model, w->phi_wv)};
-        fsa_check(fsa_backward(f, att_dtype, &b, a->k, a->v, &phi, model->inv_freq, a->gate, model->dout,
-                               a->saved, model->dq, model->dk, model->dv, &dphi, model->dgate, model->scratch,
-                               model->scratch_bytes, model->stream));
-        return;
-    }
-    FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-    fsa_check(fsa_attend_backward(f, att_dtype, &b, rule, a->q, a->k, a->v, a->o, a->lse, model->dout,
-                                  model->dq, model->dk, model->dv, model->scratch, model->scratch_bytes,
-                                  model->stream));
-    fsa_check(fsa_rope_queries(f, &model->plan, att_dtype, model->dq, model->inv_freq_back, model->dq,
+        fsa_check(fsa_backward(f, att_dtype, &b, k, v, &phi, model->inv_freq, a->gate, model->dout, a->saved,
+                               model->dq, dk, dv, &dphi, model->dgate, model->scratch, model->scratch_bytes,
                                model->stream));
-    fsa_check(
-        fsa_rope_keys(f, &model->plan, att_dtype, model->dk, model->inv_freq_back, model->dk, model->stream));
+    } else {
+        FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
+        if (shared && model->recompute < 2)
+            fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
+        fsa_check(fsa_attend_backward(f, att_dtype, &b, rule, a->q, k, v, a->o, a->lse, model->dout,
+                                      model->dq, dk, dv, model->scratch, model->scratch_bytes,
+                                      model->stream));
+        fsa_check(fsa_rope_queries(f, &model->plan, att_dtype, model->dq, model->inv_freq_back, model->dq,
+                                   model->stream));
+        fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, dk, model->inv_freq_back, dk, model->stream));
+    }
+    if (!shared) return;
+    const int64_t width = f->kv_heads * f->head_dim;
+    gpus_after(model->gpus, model->stream);
+    gpus_sum_rows(model->gpus, model->dk, dk, model->keys, batch->keys, width, batch->place, batch->blocks);
+    gpus_sum_rows(model->gpus, model->dv, dv, model->values, batch->keys, width, batch->place, batch->blocks);
 }
 
 // dres [n, C] is the gradient of the layer's output, and becomes that of its input. Gradients are written
@@ -693,6 +903,8 @@ static void layer_backward(Model *model, int l) {
     if (model->recompute == 2) {
         layer_norm1(model, l);
         layer_body(model, l);
+    } else {
+        gather_keys(model, l);
     }
     if (model->recompute == 1) {
         mark(model, PART_NORMS);
@@ -724,7 +936,10 @@ static void layer_backward(Model *model, int l) {
     if (model->recompute == 1) layer_norm1(model, l);
     Projection p[4];
     int projections = layer_projections(model, l, p);
-    for (int i = 0; i < projections; i++) project_backward(model, a, &p[i], i > 0);
+    for (int i = 0; i < projections; i++) { // keys and values last
+        if (i == projections - 2 && keys_are_shared(model)) gpus_before(model->gpus, stream);
+        project_backward(model, a, &p[(i + 2) % projections], i > 0);
+    }
     mark(model, PART_NORMS);
     rmsnorm_backward(model->dres, 1, gradient(model, w->ln1), model->dnorm, a->in, weight(model, w->ln1),
                      a->rstd1, n, (int)C, model->scratch, stream);
@@ -735,21 +950,32 @@ static void model_train(Model *model, const Batch *b) {
     const ModelConfig *c = &model->config;
     model_take_batch(model, b);
     model_forward(model);
+    begin_gradients(model, model->lnf);
+    if (c->tied) begin_gradients(model, model->wte);
     model_head(model, 1);
     loss_sum(&model->result->loss_sum, model->losses, b->n, model->stream);
     mark(model, PART_NORMS);
     rmsnorm_backward(model->dres, 0, gradient(model, model->lnf), model->dnorm, model->out,
                      weight(model, model->lnf), model->rstdf, b->n, c->channels, model->scratch,
                      model->stream);
-    for (int l = c->layers - 1; l >= 0; l--) layer_backward(model, l);
+    end_gradients(model, model->lnf);
+    for (int l = c->layers - 1; l >= 0; l--) {
+        begin_gradients(model, model->layers[l].ln1);
+        layer_backward(model, l);
+        end_gradients(model, model->layers[l].ln1);
+    }
     mark(model, PART_EMBEDDING);
+    if (!c->tied) begin_gradients(model, model->wte);
     embedding_backward(gradient(model, model->wte), b->tokens, model->dres, b->n, c->channels,
                        c->padded_vocab, model->scratch, model->stream);
+    end_gradients(model, model->wte);
 }
 
 static void model_zero_grad(Model *model) {
+    const int64_t count = model->zero.stage == 2 ? model->zero.shard_size : model->num_params;
     mark(model, PART_OPTIMIZER);
-    cuda_check(cudaMemsetAsync(model->grads, 0, model->num_params * sizeof(float), model->stream));
+    if (model->gpus) gpus_before(model->gpus, model->stream); // the last step may have been left out
+    cuda_check(cudaMemsetAsync(model->grads, 0, count * sizeof(float), model->stream));
     cuda_check(cudaMemsetAsync(model->result, 0, sizeof(StepResult), model->stream));
 }
 
@@ -757,13 +983,34 @@ static void model_zero_grad(Model *model) {
 // Nothing changes where the loss or the norm is not finite. step counts from 1.
 static void model_update(Model *model, const Options *o, int64_t step, double lr, int64_t tokens) {
     StepResult *r = model->result;
+    const Zero *z = &model->zero;
+    int64_t begin, end;
     mark(model, PART_OPTIMIZER);
-    global_norm(r->norm, model->grads, model->num_params, (float)(1.0 / (double)tokens), (float)o->clip,
-                model->scratch, model->stream);
+    cuda_check(
+        cudaMemcpyAsync(&r->stop, model->stop_host, sizeof r->stop, cudaMemcpyHostToDevice, model->stream));
+    cuda_check(cudaMemsetAsync(&r->squares, 0, sizeof r->squares, model->stream));
+    if (model->gpus) gpus_before(model->gpus, model->stream); // for the gradients' sums
+    for (int64_t u = 0; u < z->num_units; u++) {
+        zero_piece(z, u, z->rank, &begin, &end);
+        sum_of_squares(&r->squares, model->grads + (z->stage == 2 ? z->units[u].shard : begin), end - begin,
+                       model->scratch, model->stream);
+    }
+    if (model->gpus) {
+        gpus_after(model->gpus, model->stream);
+        gpus_sum(model->gpus, &r->loss_sum, STEP_SUMS);
+        gpus_before(model->gpus, model->stream);
+    }
+    global_norm(r->norm, &r->squares, (float)(1.0 / (double)tokens), (float)o->clip, model->stream);
     loss_guard(r, model->stream);
-    adamw(model->params, model->master, model->m, model->v, model->grads, model->num_params,
-          model->device_ranges, (int)model->num_ranges, lr, o->beta1, o->beta2, o->eps, o->weight_decay, step,
-          r->norm, model->stream);
+    for (int64_t u = 0; u < z->num_units; u++) {
+        const int64_t shard = z->units[u].shard, first = model->first_range[u];
+        zero_owned(z, u, z->rank, &begin, &end);
+        adamw(model->params + begin, model->master + shard, model->m + shard, model->v + shard,
+              model->grads + (z->stage == 2 ? shard : begin), end - begin, model->device_ranges + first,
+              (int)(model->first_range[u + 1] - first), lr, o->beta1, o->beta2, o->eps, o->weight_decay, step,
+              r->norm, model->stream);
+        if (z->stage > 0) gather_weights(model, u);
+    }
     cuda_check(cudaMemcpyAsync(model->result_host, r, sizeof *r, cudaMemcpyDeviceToHost, model->stream));
     mark(model, PART_END);
     cuda_check(cudaEventRecord(model->step_done, model->stream));
@@ -775,24 +1022,33 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
 // Losses and arg maxes of the batch in r.
 static void evaluate(void *where, const Run *r, const float **losses, const int32_t **best) {
     Model *model = (Model *)where;
-    const int64_t n = r->cu_seqlens[r->num_seqs];
-    Batch host = batch_place(n, r->num_seqs, 0, model->eval_memory_host);
-    memcpy(host.tokens, r->inputs, n * sizeof(int32_t));
-    memcpy(host.targets, r->targets, n * sizeof(int32_t));
-    memcpy(host.cu_seqlens, r->cu_seqlens, (r->num_seqs + 1) * sizeof(int64_t));
-    batch_finish(&host);
-    Batch b = batch_place(n, r->num_seqs, host.max_len, model->eval_memory);
-    cuda_check(cudaMemcpyAsync(model->eval_memory, model->eval_memory_host, batch_bytes(n, r->num_seqs),
+    Batch host = batch_fill(&model->config, model->gpus, r->inputs, r->targets, r->cu_seqlens, r->num_seqs,
+                            model->eval_memory_host);
+    Batch b = batch_place(&host, model->eval_memory);
+    const int64_t bytes = b.n * (int64_t)sizeof(float); // of either result
+    const void *results[2] = {model->losses, model->best};
+    void *gathered[2] = {model->keys, model->values}, *to[2] = {model->losses_host, model->best_host};
+    cuda_check(cudaMemcpyAsync(model->eval_memory, model->eval_memory_host, batch_bytes(&b),
                                cudaMemcpyHostToDevice, model->stream));
     model_take_batch(model, &b);
     model_forward(model);
     model_head(model, 0);
     mark(model, PART_END);
-    cuda_check(cudaMemcpyAsync(model->losses_host, model->losses, n * sizeof(float), cudaMemcpyDeviceToHost,
-                               model->stream));
-    cuda_check(cudaMemcpyAsync(model->best_host, model->best, n * sizeof(int32_t), cudaMemcpyDeviceToHost,
-                               model->stream));
+    if (keys_are_shared(model)) {
+        gpus_after(model->gpus, model->stream);
+        for (int i = 0; i < 2; i++) gpus_gather_bytes(model->gpus, gathered[i], results[i], bytes);
+        gpus_before(model->gpus, model->stream);
+    }
+    for (int i = 0; i < 2; i++) {
+        const void *from = keys_are_shared(model) ? gathered[i] : results[i];
+        cuda_check(
+            cudaMemcpyAsync(to[i], from, bytes * (b.keys / b.n), cudaMemcpyDeviceToHost, model->stream));
+    }
     cuda_check(cudaStreamSynchronize(model->stream));
+    for (int i = 0; i < 2 && keys_are_shared(model); i++) { // in the order of GPUs
+        std::vector<int32_t> slots((int32_t *)to[i], (int32_t *)to[i] + b.keys);
+        cp_place_rows(b.keys, b.blocks, host.place, to[i], slots.data(), sizeof(int32_t));
+    }
     *losses = model->losses_host;
     *best = model->best_host;
 }
@@ -804,13 +1060,12 @@ static const float *next_logits(void *where, const int32_t *tokens, int64_t n) {
     const ModelConfig *c = &model->config;
     const int64_t C = c->channels, Vp = c->padded_vocab;
     const int64_t length = std::min(model->max_tokens, (n + 127) / 128 * 128);
-    Batch host = batch_place(length, 1, 0, model->eval_memory_host);
-    memset(host.tokens, 0, 2 * length * sizeof(int32_t));
-    memcpy(host.tokens, tokens, n * sizeof(int32_t));
-    host.cu_seqlens[0] = 0, host.cu_seqlens[1] = length;
-    batch_finish(&host);
-    Batch b = batch_place(length, 1, length, model->eval_memory);
-    cuda_check(cudaMemcpyAsync(model->eval_memory, model->eval_memory_host, batch_bytes(length, 1),
+    const int64_t cu_seqlens[2] = {0, length};
+    std::vector<int32_t> filled(length);
+    std::copy(tokens, tokens + n, filled.begin());
+    Batch host = batch_fill(c, NULL, filled.data(), filled.data(), cu_seqlens, 1, model->eval_memory_host);
+    Batch b = batch_place(&host, model->eval_memory);
+    cuda_check(cudaMemcpyAsync(model->eval_memory, model->eval_memory_host, batch_bytes(&b),
                                cudaMemcpyHostToDevice, model->stream));
     model_take_batch(model, &b);
     model_forward(model);
@@ -837,6 +1092,8 @@ typedef struct {
 
 typedef struct {
     Run *run;
+    const Gpus *gpus;
+    int device;
     FeedSlot slots[2];
     int64_t taken; // batches
     int stop;
@@ -847,27 +1104,25 @@ typedef struct {
 } Feed;
 
 // The next batch of the training data, or, for -profile, of random tokens.
-static void feed_fill(Feed *feed, FeedSlot *slot, int64_t number, int64_t *cu_seqlens) {
+static void feed_fill(Feed *feed, FeedSlot *slot, int64_t number, int32_t *tokens, int64_t *cu_seqlens) {
     Run *r = feed->run;
     DataLoader *l = &r->train;
     const Options *o = &r->opt;
-    const int64_t n = o->batch * o->seq_len;
-    int32_t *tokens = (int32_t *)slot->host, *targets = tokens + n;
+    const int64_t n = o->batch * o->seq_len, first = 2 * n * (number * r->groups + r->group);
     if (o->profile_steps) {
         for (int64_t i = 0; i < 2 * n; i++)
-            tokens[i] = (int32_t)(rng_u64_at((uint64_t)o->seed, 2 * n * number + i) % r->config.vocab_size);
+            tokens[i] = (int32_t)(rng_u64_at((uint64_t)o->seed, first + i) % r->config.vocab_size);
     } else {
         if (o->overfit && number % r->micro_batches == 0) loader_seek(l, 0, 0);
-        loader_next(l, tokens, targets);
+        loader_next(l, tokens, tokens + n);
     }
     int64_t num_seqs = doc_boundaries(tokens, o->batch, o->seq_len, o->profile_steps ? -1 : r->eot,
                                       (int)o->doc_mask, cu_seqlens);
-    Batch b = batch_place(n, num_seqs, 0, slot->host);
-    memcpy(b.cu_seqlens, cu_seqlens, (num_seqs + 1) * sizeof(int64_t));
-    batch_finish(&b);
-    slot->batch = batch_place(n, num_seqs, b.max_len, slot->device);
+    Batch b = batch_fill(&r->config, feed->gpus, tokens, tokens + n, cu_seqlens, num_seqs, slot->host);
+    slot->batch = batch_place(&b, slot->device);
     slot->flops = 0;
-    for (int64_t s = 0; s < num_seqs; s++) slot->flops += model_flops(&r->config, b.segments[s].len);
+    for (int64_t s = 0; s < num_seqs; s++)
+        slot->flops += model_flops(&r->config, cu_seqlens[s + 1] - cu_seqlens[s]) * r->groups;
     slot->epoch = l->epoch;
     slot->position = l->position;
 }
@@ -876,6 +1131,8 @@ static void *feed_thread(void *where) {
     Feed *feed = (Feed *)where;
     const Options *o = &feed->run->opt;
     int64_t *cu_seqlens = (int64_t *)xmalloc((o->batch * o->seq_len + 1) * sizeof(int64_t));
+    int32_t *tokens = (int32_t *)xmalloc(2 * o->batch * o->seq_len * sizeof(int32_t)); // then targets
+    cuda_check(cudaSetDevice(feed->device));
     for (int64_t number = 0;; number++) {
         FeedSlot *slot = &feed->slots[number % 2];
         pthread_mutex_lock(&feed->lock);
@@ -884,9 +1141,9 @@ static void *feed_thread(void *where) {
         pthread_mutex_unlock(&feed->lock);
         if (stop) break;
         cuda_check(cudaEventSynchronize(slot->copied)); // of its last batch, long ago
-        feed_fill(feed, slot, number, cu_seqlens);
+        feed_fill(feed, slot, number, tokens, cu_seqlens);
         cuda_check(cudaStreamWaitEvent(feed->stream, slot->trained, 0));
-        cuda_check(cudaMemcpyAsync(slot->device, slot->host, batch_bytes(slot->batch.n, slot->batch.num_seqs),
+        cuda_check(cudaMemcpyAsync(slot->device, slot->host, batch_bytes(&slot->batch),
                                    cudaMemcpyHostToDevice, feed->stream));
         cuda_check(cudaEventRecord(slot->copied, feed->stream));
         pthread_mutex_lock(&feed->lock);
@@ -894,18 +1151,20 @@ static void *feed_thread(void *where) {
         pthread_cond_broadcast(&feed->change);
         pthread_mutex_unlock(&feed->lock);
     }
-    free(cu_seqlens);
+    free(cu_seqlens), free(tokens);
     return NULL;
 }
 
 static void feed_start(Feed *feed, Run *r, const Model *model) {
     memset(feed, 0, sizeof *feed);
     feed->run = r;
-    const int64_t n = r->opt.batch * r->opt.seq_len;
+    feed->gpus = model->gpus;
+    cuda_check(cudaGetDevice(&feed->device));
+    const Batch most = batch_most(model);
     for (int i = 0; i < 2; i++) {
         FeedSlot *slot = &feed->slots[i];
         slot->device = model->feed_memory[i];
-        cuda_check(cudaMallocHost((void **)&slot->host, batch_bytes(n, n)));
+        cuda_check(cudaMallocHost((void **)&slot->host, batch_bytes(&most)));
         cuda_check(cudaEventCreateWithFlags(&slot->copied, cudaEventDisableTiming | cudaEventBlockingSync));
         cuda_check(cudaEventCreateWithFlags(&slot->trained, cudaEventDisableTiming));
     }
@@ -956,8 +1215,8 @@ static void feed_stop(Feed *feed) {
 
 #ifndef GPT_NO_MAIN
 
-// The GPU: dies where this program cannot run on it.
-static cudaDeviceProp gpu_start(void) {
+// The GPU of this process, the local_rank-th of its host: dies where this program cannot run on it.
+static cudaDeviceProp gpu_start(int local_rank) {
     int count = 0, driver = 0, runtime = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error == cudaErrorInsufficientDriver) {
@@ -970,8 +1229,14 @@ static cudaDeviceProp gpu_start(void) {
     }
     if (error != cudaSuccess || count == 0)
         die("no NVIDIA GPU found (%s); train_gpt_nsa_cpu trains without one", cudaGetErrorString(error));
+    // a launcher may show each process its own GPU alone
+    int device = count > 1 ? local_rank : 0;
+    if (device >= count)
+        die("process %d of this host, but it has %d GPUs: start no more processes than that", local_rank + 1,
+            count);
+    cuda_check(cudaSetDevice(device));
     cudaDeviceProp gpu;
-    cuda_check(cudaGetDeviceProperties(&gpu, 0));
+    cuda_check(cudaGetDeviceProperties(&gpu, device));
     if (gpu.major < 8)
         die("%s: compute capability %d.%d, at least 8.0 is needed (A100, RTX 30 and later)", gpu.name,
             gpu.major, gpu.minor);
@@ -985,31 +1250,88 @@ static cudaDeviceProp gpu_start(void) {
     return gpu;
 }
 
-// Writes a checkpoint; the same file as the C trainer's.
-static void save(Run *r, const Model *model) {
-    const int64_t count = model->num_params;
-    const float *from[3] = {model->master, model->m, model->v};
-    float *to[3];
-    for (int i = 0; i < 3; i++) {
-        to[i] = (float *)xmalloc(count * sizeof(float));
-        cuda_check(cudaMemcpy(to[i], from[i], count * sizeof(float), cudaMemcpyDeviceToHost));
+// Array a (0 fp32 weights, 1 m, 2 v) from `begin` to `end` into `to`, on every process: unit by unit,
+// gathered where gradients are made, which nothing uses between steps.
+static void gather_array(Model *model, int a, int64_t begin, int64_t end, float *to) {
+    const Zero *z = &model->zero;
+    float *const arrays[3] = {model->master, model->m, model->v};
+    for (int64_t u = 0; u < z->num_units; u++) {
+        const ZeroUnit *unit = &z->units[u];
+        float *from = arrays[a] + unit->shard;
+        if (z->stage > 0) {
+            int64_t first, last;
+            zero_owned(z, u, z->rank, &first, &last);
+            from = model->unit_grads[u];
+            cuda_check(cudaMemcpyAsync(from + (first - unit->begin), arrays[a] + unit->shard,
+                                       (last - first) * sizeof(float), cudaMemcpyDeviceToDevice,
+                                       model->stream));
+            gpus_after(model->gpus, model->stream);
+            gpus_gather_unit(model->gpus, z, u, from, sizeof(float));
+            gpus_before(model->gpus, model->stream);
+        }
+        const int64_t first = std::max(begin, unit->begin), last = std::min(end, unit->end);
+        if (first < last)
+            cuda_check(cudaMemcpyAsync(to + (first - begin), from + (first - unit->begin),
+                                       (last - first) * sizeof(float), cudaMemcpyDeviceToHost,
+                                       model->stream));
     }
-    run_save(r, to[0], to[1], to[2], count);
-    for (float *array : to) free(array);
+    cuda_check(cudaStreamSynchronize(model->stream));
 }
 
-// Parameters, and AdamW's state where the run goes on: from the checkpoint, or new.
+// Writes a checkpoint, the same file as the C trainer's whatever the number of processes: each writes a part.
+static void save(Run *r, Model *model) {
+    Comm *comm = &r->comm;
+    const int64_t count = model->num_params, chunks = checkpoint_chunks(count);
+    const int64_t begin = chunks * comm->rank / comm->ranks * CHECKPOINT_NUMBERS;
+    const int64_t end = std::min(count, chunks * (comm->rank + 1) / comm->ranks * CHECKPOINT_NUMBERS);
+    AtomicFile file;
+    char path[PATH_BYTES + 4] = "";
+    if (comm->rank == 0) {
+        checkpoint_begin(&file, r->opt.output, &r->config, &r->state, count);
+        snprintf(path, sizeof path, "%s", file.tmp);
+    }
+    comm_broadcast(comm, path, sizeof path);
+    int fd = open(path, O_WRONLY);
+    if (fd < 0)
+        die("cannot write %s: %s%s", path, strerror(errno),
+            comm->rank > 0 ? "; the folder -o must be one that all hosts share" : "");
+    float *part = (float *)xmalloc((end - begin) * sizeof(float));
+    for (int a = 0; a < 3; a++) {
+        gather_array(model, a, begin, end, part);
+        checkpoint_write_part(fd, path, a, count, begin, end - begin, part);
+    }
+    free(part);
+    if (fsync(fd) != 0 || close(fd) != 0)
+        die("cannot write %s: %s (is the disk full?)", path, strerror(errno));
+    comm_barrier(comm);
+    if (comm->rank > 0) return;
+    atomic_commit(&file);
+    checkpoint_prune(r->opt.output, r->opt.keep, r->state.step);
+}
+
+// Parameters, and AdamW's state where the run goes on: from the checkpoint, or new. Each process reads what
+// it owns.
 static void load(const Run *r, Model *model) {
-    const int64_t count = model->num_params;
-    float *params = (float *)xmalloc(count * sizeof(float)), *m = NULL, *v = NULL;
+    const Zero *z = &model->zero;
     TrainState state;
-    if (r->resuming) m = (float *)xmalloc(count * sizeof(float)), v = (float *)xmalloc(count * sizeof(float));
-    if (r->checkpoint[0])
-        checkpoint_load(r->checkpoint, &r->config, &state, params, m, v, count);
-    else
-        params_init(&r->config, params, (uint64_t)r->opt.seed);
-    model_set(model, params, m, v);
-    free(params), free(m), free(v);
+    char why[CHECKPOINT_WHY];
+    FILE *file = r->checkpoint[0] ? checkpoint_open(r->checkpoint, &r->config, &state) : NULL;
+    for (int64_t u = 0; u < z->num_units; u++) {
+        int64_t begin = z->units[u].begin, end = z->units[u].end;
+        if (model->training) zero_owned(z, u, z->rank, &begin, &end);
+        std::vector<float> arrays[3];
+        for (int a = 0; a < (r->resuming ? 3 : 1); a++) {
+            arrays[a].resize(end - begin);
+            if (!file)
+                params_init_part(&r->config, arrays[a].data(), begin, end, (uint64_t)r->opt.seed);
+            else if (checkpoint_read_part(file, r->checkpoint, a, model->num_params, begin, end - begin,
+                                          arrays[a].data(), why))
+                die("%s", why);
+        }
+        set_unit(model, u, arrays[0].data(), r->resuming ? arrays[1].data() : NULL,
+                 r->resuming ? arrays[2].data() : NULL);
+    }
+    if (file) fclose(file);
 }
 
 // One step of AdamW over the step's micro-batches; fills everything of `line` but its times. Returns the
@@ -1021,17 +1343,20 @@ static double train_step(Run *r, Model *model, Feed *feed, TrainLine *line) {
     model_zero_grad(model);
     for (int64_t i = 0; i < r->micro_batches; i++) {
         FeedSlot *slot = feed_next(feed, model->stream);
+        model->last_micro_batch = i == r->micro_batches - 1;
         model_train(model, &slot->batch);
         flops += slot->flops, epoch = slot->epoch, position = slot->position;
         feed_release(feed, slot, model->stream);
     }
     line->lr = learning_rate(r->state.step, o->lr, o->warmup, o->max_steps, o->final_frac);
+    *model->stop_host = run_signal != 0;
     model_update(model, o, r->state.step + 1, line->lr, r->state.total_batch);
     cuda_check(cudaEventSynchronize(model->step_done));
     line->loss = model->result_host->loss_sum / (double)r->state.total_batch;
     line->norm = model->result_host->norm[0];
     run_step_is_good(r, line->loss, line->norm);
     line->step = run_step_done(r, epoch, position);
+    if (model->result_host->stop > 0) run_agree_to_stop(r);
     return flops;
 }
 
@@ -1052,8 +1377,8 @@ static void train(Run *r, Model *model, double peak) {
         Cadence due = cadence_at(o, r->state.step);
         if (due.save && !fresh) save(r, model);
         if (due.validate) run_validate(r, evaluate, model);
-        if (due.sample) run_sample(r, next_logits, model);
-        if (r->state.step >= o->max_steps || run_signal) break;
+        if (due.sample && r->comm.rank == 0) run_sample(r, next_logits, model);
+        if (r->state.step >= o->max_steps || run_stops(r)) break;
         TrainLine line;
         memset(&line, 0, sizeof line);
         double start = now_seconds();
@@ -1067,7 +1392,7 @@ static void train(Run *r, Model *model, double peak) {
         logger_train(&r->log, &line, o->max_steps,
                      eta_seconds(seconds, r->state.step - first, o->max_steps - r->state.step));
     }
-    if (run_signal) {
+    if (run_stops(r)) {
         if (o->output) save(r, model);
         printf("stopped by signal %d after step %lld%s\n", (int)run_signal, (long long)r->state.step,
                o->output ? "; -y 1 goes on from here" : "");
@@ -1106,7 +1431,7 @@ static void profile_report(const Run *r, const Model *model, const cudaDevicePro
         if (median(parts[i]) > 0)
             printf("  %-20s %9.2f ms %5.1f%%\n", part_names[i], median(parts[i]),
                    100 * median(parts[i]) / total);
-    FILE *file = results_open(gpu->name, "train_gpt_nsa");
+    FILE *file = r->comm.rank == 0 ? results_open(gpu->name, r->comm.ranks, "train_gpt_nsa") : NULL;
     if (!file) return;
     fprintf(file,
             ",\"part\":\"step\",\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,"
@@ -1117,6 +1442,7 @@ static void profile_report(const Run *r, const Model *model, const cudaDevicePro
     if (f->cmp_stride != 16) fprintf(file, ",\"s\":%d", f->cmp_stride);
     if (f->window != 512) fprintf(file, ",\"W\":%d", f->window);
     if (r->opt.batch > 1) fprintf(file, ",\"sequences\":%lld", (long long)r->opt.batch);
+    if (model->gpus) fprintf(file, ",\"zero\":%d,\"cp\":%d", model->zero.stage, model->gpus->context);
     fprintf(file,
             ",\"layers\":%d,\"channels\":%d,\"hidden\":%d,\"vocab\":%d,\"micro_batches\":%lld,"
             "\"recompute\":%d,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"memory_bytes\":%zu,\"split\":{",
@@ -1155,7 +1481,7 @@ static void profile(Run *r, Model *model, const cudaDeviceProp *gpu, double peak
             profile_collect(&measure, parts.data(), model->stream);
             if (i >= 2) ms.push_back(parts);
         }
-        int64_t tokens = step ? r->state.total_batch : o->batch * o->seq_len;
+        int64_t tokens = step ? r->state.total_batch : o->batch * o->seq_len * r->groups;
         profile_report(r, model, gpu, peak, step ? "step" : "fwd", tokens, ms, flops);
     }
     model->profile = NULL;
@@ -1166,13 +1492,17 @@ static void profile(Run *r, Model *model, const cudaDeviceProp *gpu, double peak
 int main(int argc, char **argv) {
     static Run run;
     static Model model;
+    static Gpus gpus;
     run_start(&run, argc, argv);
     const Options *o = &run.opt;
-    cudaDeviceProp gpu = gpu_start();
+    const Comm *comm = &run.comm;
+    cudaDeviceProp gpu = gpu_start(comm->local_rank);
     int training = !o->sample_only && !o->val_only;
     double peak = o->peak_tflops;
     if (peak == 0 && !att_converts) peak = peak_tflops(gpu.name); // the table is of 16-bit products
-    model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute);
+    gpus_start(&gpus, &run.comm, (int)o->context);
+    model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, &gpus, (int)o->zero);
+    run.sample_len = std::min(run.sample_len, model.max_tokens); // one process samples
     load(&run, &model);
     size_t free_bytes, total;
     cuda_check(cudaMemGetInfo(&free_bytes, &total));
@@ -1180,18 +1510,23 @@ int main(int argc, char **argv) {
            FLOATX_NAME);
     if (peak > 0) printf(", peak %.0f TFLOP/s", peak);
     printf("\n");
+    if (comm->ranks > 1)
+        printf("processes: %d, a GPU each, in %d groups of %d; ZeRO stage %d; memory is each GPU's\n",
+               comm->ranks, run.groups, gpus.context, model.zero.stage);
+    peak *= comm->ranks;
     run_print(&run, model.num_params, model_bytes(&model));
     for (int i = 0; i < ARENAS; i++)
         if (model.arenas[i].bytes > 0)
             printf("  %-12s %8zu MiB\n", arena_names[i], (model.arenas[i].bytes + (1 << 20) - 1) >> 20);
     fflush(stdout);
-    if (o->sample_only) run_sample(&run, next_logits, &model);
+    if (o->sample_only && comm->rank == 0) run_sample(&run, next_logits, &model);
     if (o->val_only) run_validate(&run, evaluate, &model);
     if (o->profile_steps)
         profile(&run, &model, &gpu, peak);
     else if (training)
         train(&run, &model, peak);
     model_free(&model);
+    gpus_stop(&gpus);
     run_end(&run);
     return run_signal ? 128 + run_signal : 0;
 }

@@ -14,7 +14,8 @@
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
 #define CHECKPOINT_VERSION 1
 #define CHECKPOINT_HEADER 4096
-#define CHECKPOINT_CHUNK 1048576          // bytes that a checksum covers
+#define CHECKPOINT_CHUNK 1048576 // bytes that a checksum covers
+#define CHECKPOINT_NUMBERS (CHECKPOINT_CHUNK / 4)
 #define CHECKPOINT_WHY (PATH_BYTES + 512) // bytes that a reason takes, at most
 
 // Where a run stands. The learning rate and the other flags come from the command line again.
@@ -189,32 +190,58 @@ static inline void checkpoint_header(unsigned char *header, const ModelConfig *c
     checkpoint_put(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER - 8, 0));
 }
 
+// A checkpoint that one or several processes write: one of them begins and commits it, all write parts of it
+// between. It appears whole or not at all.
+static inline void checkpoint_begin(AtomicFile *file, const char *dir, const ModelConfig *c,
+                                    const TrainState *state, int64_t n) {
+    unsigned char header[CHECKPOINT_HEADER];
+    char path[PATH_BYTES];
+    checkpoint_header(header, c, state, n);
+    checkpoint_path(path, sizeof path, dir, state->step);
+    atomic_open(file, path);
+    atomic_write(file, header, sizeof header);
+    if (fflush(file->f) != 0) die("cannot write %s: %s (is the disk full?)", file->tmp, strerror(errno));
+}
+
+// Writes `bytes` at `offset` of the open file; its name is for the message.
+static inline void checkpoint_write_at(int fd, const char *path, const void *data, size_t bytes,
+                                       int64_t offset) {
+    const char *p = (const char *)data;
+    while (bytes > 0) {
+        ssize_t n = pwrite(fd, p, bytes, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) die("cannot write %s: %s (is the disk full?)", path, strerror(n < 0 ? errno : ENOSPC));
+        p += n, offset += n, bytes -= (size_t)n;
+    }
+}
+
+// Writes numbers [begin, begin + count) of array a (0 params, 1 m, 2 v) of n each, and their checksums. begin
+// is a multiple of CHECKPOINT_NUMBERS, and so is count, but at the array's end.
+static inline void checkpoint_write_part(int fd, const char *path, int a, int64_t n, int64_t begin,
+                                         int64_t count, const float *data) {
+    int64_t first = begin / CHECKPOINT_NUMBERS, chunks = checkpoint_chunks(n);
+    int64_t mine = (count + CHECKPOINT_NUMBERS - 1) / CHECKPOINT_NUMBERS;
+    uint64_t *sums = (uint64_t *)xmalloc((size_t)mine * sizeof *sums);
+    for (int64_t i = 0; i < mine; i++) {
+        int64_t at = i * CHECKPOINT_NUMBERS, left = count - at;
+        sums[i] = checksum(data + at, 4 * (size_t)(left < CHECKPOINT_NUMBERS ? left : CHECKPOINT_NUMBERS),
+                           checkpoint_chunk_seed(a, first + i));
+    }
+    checkpoint_write_at(fd, path, data, 4 * (size_t)count, CHECKPOINT_HEADER + 4 * (n * a + begin));
+    checkpoint_write_at(fd, path, sums, (size_t)mine * sizeof *sums,
+                        CHECKPOINT_HEADER + 12 * n + 8 * (chunks * a + first));
+    free(sums);
+}
+
 // Writes DIR/ckpt_<state->step>.bin; params, m and v [n]. It appears whole or not at all; dies where it
 // cannot be written.
 static inline void checkpoint_save(const char *dir, const ModelConfig *c, const TrainState *state,
                                    const float *params, const float *m, const float *v, int64_t n) {
-    unsigned char header[CHECKPOINT_HEADER];
-    char path[PATH_BYTES];
     AtomicFile file;
     const float *arrays[3] = {params, m, v};
-    int64_t chunks = checkpoint_chunks(n);
-    uint64_t *sums = (uint64_t *)xmalloc(3 * (size_t)chunks * sizeof *sums);
-    checkpoint_header(header, c, state, n);
-    checkpoint_path(path, sizeof path, dir, state->step);
-    atomic_open(&file, path);
-    atomic_write(&file, header, sizeof header);
-    for (int a = 0; a < 3; a++) {
-        for (int64_t i = 0; i < chunks; i++) {
-            const char *data = (const char *)arrays[a] + i * CHECKPOINT_CHUNK;
-            int64_t left = 4 * n - i * CHECKPOINT_CHUNK;
-            size_t bytes = (size_t)(left < CHECKPOINT_CHUNK ? left : CHECKPOINT_CHUNK);
-            sums[a * chunks + i] = checksum(data, bytes, checkpoint_chunk_seed(a, i));
-            atomic_write(&file, data, bytes);
-        }
-    }
-    atomic_write(&file, sums, 3 * (size_t)chunks * sizeof *sums);
+    checkpoint_begin(&file, dir, c, state, n);
+    for (int a = 0; a < 3; a++) checkpoint_write_part(fileno(file.f), file.tmp, a, n, 0, n, arrays[a]);
     atomic_commit(&file);
-    free(sums);
 }
 
 // ----------------------------------------------------------------------------
@@ -288,33 +315,42 @@ static inline int checkpoint_read_header(const char *path, ModelConfig *c, Train
     return 0;
 }
 
-// Reads array a (0 params, 1 m, 2 v) of n fp32 into dest (NULL: only checks it). Returns 0, or -1 with
-// one line in why.
-static inline int checkpoint_read_array(FILE *f, const char *path, int a, int64_t n, float *dest, char *why) {
+// Reads numbers [begin, begin + count) of array a (0 params, 1 m, 2 v) of n fp32 into dest (NULL: only checks
+// them). Returns 0, or -1 with one line in why.
+static inline int checkpoint_read_part(FILE *f, const char *path, int a, int64_t n, int64_t begin,
+                                       int64_t count, float *dest, char *why) {
     static const char *const names[3] = {"parameters", "AdamW m", "AdamW v"};
-    int64_t chunks = checkpoint_chunks(n);
+    const int64_t first = begin / CHECKPOINT_NUMBERS;
+    const int64_t chunks =
+        count > 0 ? (begin + count + CHECKPOINT_NUMBERS - 1) / CHECKPOINT_NUMBERS - first : 0;
     size_t table = (size_t)chunks * sizeof(uint64_t);
     uint64_t *sums = (uint64_t *)xmalloc(table);
-    char *buffer = dest ? NULL : (char *)xmalloc(CHECKPOINT_CHUNK);
-    int ok = fseeko(f, (off_t)(CHECKPOINT_HEADER + 12 * n + a * (int64_t)table), SEEK_SET) == 0 &&
+    float *buffer = (float *)xmalloc(CHECKPOINT_CHUNK);
+    int ok = fseeko(f, (off_t)(CHECKPOINT_HEADER + 12 * n + 8 * (checkpoint_chunks(n) * a + first)),
+                    SEEK_SET) == 0 &&
              fread(sums, 1, table, f) == table &&
-             fseeko(f, (off_t)(CHECKPOINT_HEADER + 4 * n * a), SEEK_SET) == 0;
+             fseeko(f, (off_t)(CHECKPOINT_HEADER + 4 * n * a + first * CHECKPOINT_CHUNK), SEEK_SET) == 0;
     if (!ok)
         snprintf(why, CHECKPOINT_WHY, "%s: cannot be read: %s", path,
                  ferror(f) ? strerror(errno) : "cut short");
-    for (int64_t i = 0; ok && i < chunks; i++) {
-        char *data = dest ? (char *)dest + i * CHECKPOINT_CHUNK : buffer;
-        int64_t left = 4 * n - i * CHECKPOINT_CHUNK;
-        size_t bytes = (size_t)(left < CHECKPOINT_CHUNK ? left : CHECKPOINT_CHUNK);
-        if (fread(data, 1, bytes, f) != bytes) {
+    for (int64_t i = first; ok && i < first + chunks; i++) {
+        const int64_t at = i * CHECKPOINT_NUMBERS, left = n - at;
+        const size_t numbers = (size_t)(left < CHECKPOINT_NUMBERS ? left : CHECKPOINT_NUMBERS);
+        const int whole = at >= begin && at + (int64_t)numbers <= begin + count;
+        float *data = dest && whole ? dest + (at - begin) : buffer;
+        if (fread(data, 4, numbers, f) != numbers) {
             ok = 0;
             snprintf(why, CHECKPOINT_WHY, "%s: cannot be read: %s", path,
                      ferror(f) ? strerror(errno) : "cut short");
-        } else if (checksum(data, bytes, checkpoint_chunk_seed(a, i)) != sums[i]) {
+        } else if (checksum(data, 4 * numbers, checkpoint_chunk_seed(a, i)) != sums[i - first]) {
             ok = 0;
             snprintf(why, CHECKPOINT_WHY,
                      "%s: damaged, wrong checksum of the %s in the MiB from byte %lld on", path, names[a],
                      (long long)(CHECKPOINT_HEADER + 4 * n * a + i * CHECKPOINT_CHUNK));
+        } else if (dest && !whole) {
+            int64_t from = at > begin ? at : begin, to = at + (int64_t)numbers;
+            if (to > begin + count) to = begin + count;
+            memcpy(dest + (from - begin), data + (from - at), 4 * (size_t)(to - from));
         }
     }
     free(sums);
@@ -322,10 +358,9 @@ static inline int checkpoint_read_array(FILE *f, const char *path, int a, int64_
     return ok ? 0 : -1;
 }
 
-// Reads params [n], and m and v unless they are NULL (weights alone), of a checkpoint of model `c`, and
-// where the run stood. Another model (but for RoPE's frequencies) or a damaged file dies with one line.
-static inline void checkpoint_load(const char *path, const ModelConfig *c, TrainState *state, float *params,
-                                   float *m, float *v, int64_t n) {
+// Opens a checkpoint of model `c` and tells where its run stood. Another model (but for RoPE's frequencies)
+// or a damaged header dies with one line.
+static inline FILE *checkpoint_open(const char *path, const ModelConfig *c, TrainState *state) {
     ModelConfig theirs;
     char why[CHECKPOINT_WHY], a[64], b[64];
     int count;
@@ -338,14 +373,23 @@ static inline void checkpoint_load(const char *path, const ModelConfig *c, Train
         model_field_print(&f[i], y, b, sizeof b);
         die("%s: a checkpoint of another model, its %s is %s and not %s", path, f[i].name, a, b);
     }
-    int64_t total;
-    param_table(c, NULL, &total);
-    if (n != total) die("%s: holds %lld parameters and not %lld", path, (long long)total, (long long)n);
     FILE *file = fopen(path, "rb");
     if (!file) die("%s: %s", path, strerror(errno));
+    return file;
+}
+
+// Reads params [n], and m and v unless they are NULL (weights alone); dies as checkpoint_open does, and where
+// the file is damaged.
+static inline void checkpoint_load(const char *path, const ModelConfig *c, TrainState *state, float *params,
+                                   float *m, float *v, int64_t n) {
+    char why[CHECKPOINT_WHY];
+    int64_t total;
+    FILE *file = checkpoint_open(path, c, state);
+    param_table(c, NULL, &total);
+    if (n != total) die("%s: holds %lld parameters and not %lld", path, (long long)total, (long long)n);
     float *arrays[3] = {params, m, v};
     for (int k = 0; k < 3; k++)
-        if (arrays[k] && checkpoint_read_array(file, path, k, n, arrays[k], why) != 0) die("%s", why);
+        if (arrays[k] && checkpoint_read_part(file, path, k, n, 0, n, arrays[k], why) != 0) die("%s", why);
     fclose(file);
 }
 
@@ -362,7 +406,7 @@ static inline int checkpoint_verify(const char *path, char *why) {
         return -1;
     }
     int result = 0;
-    for (int a = 0; a < 3 && result == 0; a++) result = checkpoint_read_array(f, path, a, n, NULL, why);
+    for (int a = 0; a < 3 && result == 0; a++) result = checkpoint_read_part(f, path, a, n, 0, n, NULL, why);
     fclose(f);
     return result;
 }

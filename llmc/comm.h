@@ -17,6 +17,8 @@
 #include <pthread.h>
 #include <sys/socket.h>
 #ifdef USE_MPI
+#define OMPI_SKIP_MPICXX // the C++ bindings of old
+#define MPICH_SKIP_MPICXX
 #include <mpi.h>
 #endif
 
@@ -30,7 +32,7 @@
 #define COMM_TEXT 1024  // bytes of a message's text, at most
 #define COMM_MAGIC 0x4F434D4Du
 
-typedef enum { COMM_HELLO, COMM_WELCOME, COMM_DATA, COMM_BEAT, COMM_FAIL, COMM_BYE } CommType;
+typedef enum { COMM_HELLO, COMM_WELCOME, COMM_DATA, COMM_BEAT, COMM_FAIL, COMM_BYE } CommKind;
 typedef struct {
     uint32_t magic, type;
     uint64_t bytes; // that follow
@@ -131,7 +133,7 @@ static inline int comm_write(int fd, const void *data, size_t bytes) {
     return 0;
 }
 
-static inline int comm_send(Comm *c, CommPeer *to, CommType type, const void *data, size_t bytes) {
+static inline int comm_send(Comm *c, CommPeer *to, CommKind type, const void *data, size_t bytes) {
     CommHead head = {COMM_MAGIC, (uint32_t)type, bytes};
     pthread_mutex_lock(&c->sending);
     int error = comm_write(to->fd, &head, sizeof head) || comm_write(to->fd, data, bytes);

@@ -349,31 +349,44 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
     return n;
 }
 
-// Writes the initial values of tensor number `index` of the table: element i depends on (seed,
+// Writes the initial values [begin, end) of tensor number `index` of the table: element i depends on (seed,
 // index, i) alone.
-static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_t index, float *values,
-                              uint64_t seed) {
+static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_t index, int64_t begin,
+                              int64_t end, float *values, uint64_t seed) {
     int64_t i;
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif
-    for (i = 0; i < p->size; i++) {
+    for (i = begin; i < end; i++) {
         double x = p->init == INIT_ONES ? 1 : 0;
         if (p->init == INIT_NORMAL || p->init == INIT_MEAN)
             x = p->std * rng_normal_at(seed, (uint64_t)index, i);
         // row r*d + channel of a kv head's weight belongs to the window's token r
         if (p->init == INIT_MEAN && i / p->cols % p->cols == i % p->cols) x += 1.0 / c->fsa.cmp_len;
-        values[i] = (float)x;
+        values[i - begin] = (float)x;
     }
+}
+
+// Writes the initial values of parameters [begin, end) of all.
+static inline void params_init_part(const ModelConfig *c, float *params, int64_t begin, int64_t end,
+                                    uint64_t seed) {
+    int64_t total, count = param_table(c, NULL, &total);
+    ParamTensor *table = (ParamTensor *)xcalloc((size_t)count, sizeof *table);
+    param_table(c, table, &total);
+    for (int64_t t = 0; t < count; t++) {
+        const ParamTensor *p = &table[t];
+        int64_t from = begin > p->offset ? begin : p->offset;
+        int64_t to = end < p->offset + p->size ? end : p->offset + p->size;
+        if (from < to) param_init(c, p, t, from - p->offset, to - p->offset, params + from - begin, seed);
+    }
+    free(table);
 }
 
 // Writes the initial values of all parameters, `total` elements as param_table counts them.
 static inline void params_init(const ModelConfig *c, float *params, uint64_t seed) {
-    int64_t total, count = param_table(c, NULL, &total);
-    ParamTensor *table = (ParamTensor *)xcalloc((size_t)count, sizeof *table);
-    param_table(c, table, &total);
-    for (int64_t t = 0; t < count; t++) param_init(c, &table[t], t, params + table[t].offset, seed);
-    free(table);
+    int64_t total;
+    param_table(c, NULL, &total);
+    params_init_part(c, params, 0, total, seed);
 }
 
 // ----------------------------------------------------------------------------

@@ -32,14 +32,17 @@ static __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// One block finishes; latency binds.
+// *sum += all partial sums, in a fixed order. One block; latency binds.
 static __global__ void __launch_bounds__(256)
-    global_norm_kernel(float *out, const double *partial, int parts, float unscale, float clip) {
-    double sum = 0;
-    for (int i = threadIdx.x; i < parts; i += 256) sum += partial[i];
-    sum = block_sum_256(sum);
-    if (threadIdx.x != 0) return;
-    float norm = (float)(sqrt(sum) * unscale);
+    add_squares_kernel(double *sum, const double *partial, int parts) {
+    double x = 0;
+    for (int i = threadIdx.x; i < parts; i += 256) x += partial[i];
+    x = block_sum_256(x);
+    if (threadIdx.x == 0) *sum += x;
+}
+
+static __global__ void global_norm_kernel(float *out, const double *squares, float unscale, float clip) {
+    float norm = (float)(sqrt(*squares) * unscale);
     out[0] = norm;
     out[1] = unscale * (clip > 0 && norm > clip ? clip / norm : 1);
     out[2] = isfinite(norm) ? 1 : 0;
@@ -52,15 +55,23 @@ static inline size_t global_norm_scratch(int64_t count) {
     return (size_t)global_norm_blocks(count) * sizeof(double);
 }
 
-// out[0]: the norm of grads, aligned to 16 bytes, times unscale; out[1]: the factor that AdamW multiplies
-// grads by, unscale and, where the norm is above clip > 0, clip/norm; out[2]: 1 if the norm is finite, else
-// 0. scratch: global_norm_scratch bytes.
-static inline void global_norm(float *out, const float *grads, int64_t count, float unscale, float clip,
-                               void *scratch, cudaStream_t stream) {
+// *squares += the sum of the squares of x [count], aligned to 16 bytes. scratch: global_norm_scratch bytes.
+static inline void sum_of_squares(double *squares, const float *x, int64_t count, void *scratch,
+                                  cudaStream_t stream) {
     unsigned blocks = (unsigned)global_norm_blocks(count);
-    if (count > 0) sum_of_squares_kernel<<<blocks, 256, 0, stream>>>((double *)scratch, grads, count);
+    if (count == 0) return;
+    sum_of_squares_kernel<<<blocks, 256, 0, stream>>>((double *)scratch, x, count);
     cuda_check(cudaGetLastError());
-    global_norm_kernel<<<1, 256, 0, stream>>>(out, (const double *)scratch, (int)blocks, unscale, clip);
+    add_squares_kernel<<<1, 256, 0, stream>>>(squares, (const double *)scratch, (int)blocks);
+    cuda_check(cudaGetLastError());
+}
+
+// From the sum of squares of all gradients: out[0]: their norm times unscale; out[1]: the factor that AdamW
+// multiplies them by, unscale and, where the norm is above clip > 0, clip/norm; out[2]: 1 if the norm is
+// finite, else 0.
+static inline void global_norm(float *out, const double *squares, float unscale, float clip,
+                               cudaStream_t stream) {
+    global_norm_kernel<<<1, 1, 0, stream>>>(out, squares, unscale, clip);
     cuda_check(cudaGetLastError());
 }
 #endif

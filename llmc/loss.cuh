@@ -4,9 +4,13 @@
 #include "cuda_common.cuh"
 
 typedef struct {
+    // of this GPU, and then of all
     double loss_sum; // over the tokens of all micro-batches
+    double squares;  // sum of the squares of the gradient
+    double stop;     // above 0: a process has been asked to stop
     float norm[3];   // global_norm's: the norm, the gradient's factor, and 1 where all is finite
 } StepResult;
+enum { STEP_SUMS = 3 }; // the doubles of StepResult
 
 // Adds losses [n] to *sum in double and in a fixed order: a thread takes every 1024th loss, then the threads'
 // sums are added pairwise. One block: n * 4 bytes, a few microseconds.

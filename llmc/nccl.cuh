@@ -144,13 +144,16 @@ static void gpus_reduce_unit(Gpus *g, const Zero *z, int64_t u, float *grads) {
 // Every rank's piece of unit u, of numbers of `bytes`, to all ranks; `data` is where the unit begins.
 static void gpus_gather_unit(Gpus *g, const Zero *z, int64_t u, void *data, int64_t bytes) {
     const ZeroUnit *unit = &z->units[u];
-    const int64_t piece = unit->piece * bytes, rest = (unit->end - unit->begin) * bytes - piece * z->ranks;
-    char *begin = (char *)data, *even = begin + piece * z->ranks;
+    const int64_t piece = unit->piece * bytes, even = piece * z->ranks;
+    const int64_t rest = (unit->end - unit->begin) * bytes - even;
+    char *begin = (char *)data;
     nccl_check(ncclGroupStart());
     nccl_check(ncclAllGather(begin + g->rank * piece, begin, piece, ncclInt8, g->world, g->stream));
-    if (rest > 0) nccl_check(ncclBroadcast(even, even, rest, ncclInt8, g->ranks - 1, g->world, g->stream));
+    if (rest > 0)
+        nccl_check(
+            ncclBroadcast(begin + even, begin + even, rest, ncclInt8, g->ranks - 1, g->world, g->stream));
     nccl_check(ncclGroupEnd());
-    (void)g, (void)even, (void)rest;
+    (void)g, (void)begin;
 }
 
 // sum[i] += x[i]: 12 bytes a number; memory binds.

@@ -28,6 +28,7 @@ typedef struct {
     int64_t skip_bad;                 // 1: a step that is not finite is skipped
     int64_t recompute, profile_steps; // of the GPU trainer
     double peak_tflops;               // the same; 0: by the GPU's name
+    int64_t zero, context;            // the same, of several: ZeRO's stage, GPUs that share a batch
     // set by the parser
     const Preset *preset;             // NULL: start is a checkpoint file
     unsigned char given[OPTIONS_MAX]; // by the table's index: was it on the command line?
@@ -92,6 +93,11 @@ static inline const OptionFlag *option_flags(int *count) {
          "time n steps on random tokens, part by part, and end; 0: train"},
         {"peak-tflops", NULL, OPTION_REAL, AT(peak_tflops), 0, 1e9,
          "the GPU's peak rate, which MFU is a part of; 0: known by its name"},
+        {"z", "zero", OPTION_INT, AT(zero), 0, 2,
+         "of several GPUs each keeps 0: everything, 1: a part of fp32 weights and AdamW's state, 2: of "
+         "gradients too"},
+        {"cp", NULL, OPTION_INT, AT(context), 1, 1 << 20,
+         "context parallel: so many GPUs share the tokens of each micro-batch"},
 #endif
     };
 #undef BIG
@@ -110,6 +116,7 @@ static inline void options_defaults(Options *o) {
     o->val_every = 250, o->val_batches = 20, o->generate = 128;
     o->temperature = 0.8, o->top_p = 0.95;
     o->seed = 1337, o->doc_mask = 1;
+    o->context = 1;
 }
 
 // Whether a flag (as the table spells it, without the dash) was on the command line.
@@ -402,7 +409,8 @@ static inline void options_check_model(Options *o, ModelConfig *c, int64_t train
     }
 }
 
-// Micro-batches that each of `ranks` processes does in a step; dies unless -d is a multiple.
+// Micro-batches of a step, each of b*t tokens on `ranks` data-parallel processes (or groups of -cp); dies
+// unless -d is a multiple.
 static inline int64_t options_micro_batches(const Options *o, int ranks) {
     int64_t tokens = o->batch * o->seq_len * ranks;
     if (o->total_batch == 0) return 1;

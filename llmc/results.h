@@ -5,9 +5,9 @@
 #include <ctype.h>
 
 // Opens dev/results/GPU.jsonl to append a line (RESULTS in the environment names another file; "": none) and
-// begins the line with what all share: the commit, from COMMIT in the environment, the date, the GPU and the
-// program. NULL, with a note, where there is nothing to write to.
-static inline FILE *results_open(const char *gpu, const char *program) {
+// begins the line with what all share: the commit, from COMMIT in the environment, the date, the GPU, how
+// many of it, and the program. NULL, with a note, where there is nothing to write to.
+static inline FILE *results_open(const char *gpu, int gpus, const char *program) {
     static const char *const known[] = {"GB200", "B200", "H200", "H100", "A100"};
     char file[64] = "gpu", path[PATH_BYTES], date[32];
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
@@ -28,8 +28,8 @@ static inline FILE *results_open(const char *gpu, const char *program) {
     }
     time_t now = time(NULL);
     strftime(date, sizeof date, "%Y-%m-%d", gmtime(&now));
-    fprintf(f, "{\"commit\":\"%s\",\"date\":\"%s\",\"gpu\":\"%s\",\"gpus\":1,\"program\":\"%s\"",
-            commit ? commit : "", date, gpu, program);
+    fprintf(f, "{\"commit\":\"%s\",\"date\":\"%s\",\"gpu\":\"%s\",\"gpus\":%d,\"program\":\"%s\"",
+            commit ? commit : "", date, gpu, gpus, program);
     return f;
 }
 #endif

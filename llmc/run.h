@@ -5,6 +5,7 @@
 #define LLMC_RUN_H
 #include "utils.h"
 #include "checkpoint.h"
+#include "comm.h"
 #include "dataloader.h"
 #include "logger.h"
 #include "options.h"
@@ -29,6 +30,10 @@ typedef struct {
     int64_t *cu_seqlens; // of the batch, num_seqs sequences
     int64_t num_seqs;
     Logger log;
+    Comm comm;          // with other processes; alone: rank 0 of 1
+    int groups, group;  // that each take micro-batches of their own, and which one is this
+    int stop;           // the signal that all processes have agreed to end for
+    int64_t sample_len; // tokens of context that samples have
 } Run;
 
 // ----------------------------------------------------------------------------
@@ -102,20 +107,35 @@ static inline void run_choose_vocab(Run *r, int from_checkpoint) {
     config_set_vocab(c, r->tokenizer.vocab_size);
 }
 
-// Dies where mpirun, srun or torchrun has started this program several times: the copies would write over
-// each other's files.
-static inline void run_refuse_many(void) {
-    static const char *const launchers[][2] = {{"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-                                               {"PMI_SIZE", "PMI_RANK"},
-                                               {"SLURM_NTASKS", "SLURM_PROCID"},
-                                               {"WORLD_SIZE", "RANK"}};
-    for (size_t i = 0; i < sizeof launchers / sizeof launchers[0]; i++) {
-        const char *size = getenv(launchers[i][0]);
-        if (size && getenv(launchers[i][1]) && atoll(size) > 1)
-            die("started %s times at once (%s is %s), but this program is built for one process: start it "
-                "without mpirun, srun or torchrun",
-                size, launchers[i][0], size);
-    }
+// Finds the other processes, where mpirun, srun or torchrun has started several; dies where this program
+// cannot be one of them, or they differ.
+static inline void run_join_others(Run *r, int argc, char **argv) {
+#ifdef MULTI_GPU
+    comm_start(&r->comm);
+    uint64_t flags = 0, *all = (uint64_t *)xcalloc((size_t)r->comm.ranks, sizeof *all);
+    for (int i = 1; i < argc; i++) flags = checksum(argv[i], strlen(argv[i]), flags + 1);
+    comm_allgather(&r->comm, &flags, sizeof flags, all);
+    for (int i = 1; i < r->comm.ranks; i++)
+        if (all[i] != all[0]) comm_die(&r->comm, "rank %d was started with other flags than rank 0", i);
+    free(all);
+    if (r->comm.rank > 0 && !freopen("/dev/null", "w", stdout))
+        die("cannot open /dev/null: %s", strerror(errno));
+#else
+    (void)argc, (void)argv;
+    const CommLauncher *l = comm_launched();
+    if (l)
+        die("started %s times at once (by %s, which sets %s), but this program is built for one process: "
+            "start it alone, or build the GPU trainer where NCCL is",
+            getenv(l->ranks), l->launcher, l->ranks);
+    r->comm.ranks = 1;
+#endif
+    if (r->comm.ranks % r->opt.context != 0)
+        die("-cp %lld: %d processes are no multiple of it", (long long)r->opt.context, r->comm.ranks);
+    if (r->opt.batch * r->opt.seq_len % (2 * r->opt.context) != 0 && r->opt.context > 1)
+        die("-cp %lld: the %lld tokens of a micro-batch are no multiple of twice as many",
+            (long long)r->opt.context, (long long)(r->opt.batch * r->opt.seq_len));
+    r->groups = r->comm.ranks / (int)r->opt.context;
+    r->group = r->comm.rank / (int)r->opt.context;
 }
 
 // Reads the command line, decides where to start from, and opens the data. Nothing is written yet but
@@ -124,11 +144,14 @@ static inline void run_start(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
     Options *o = &r->opt;
     options_parse(o, argc, argv);
-    run_refuse_many();
+    run_join_others(r, argc, argv);
     char msg[CHECKPOINT_WHY];
     TrainState saved;
     int training = !o->sample_only && !o->val_only && !o->profile_steps;
-    if (o->resume && checkpoint_newest(o->output, r->checkpoint)) {
+    // rank 0 looks for it, since that reads all of it; a path stands for "yes"
+    if (o->resume && r->comm.rank == 0) checkpoint_newest(o->output, r->checkpoint);
+    comm_broadcast(&r->comm, r->checkpoint, sizeof r->checkpoint);
+    if (o->resume && r->checkpoint[0]) {
         r->resuming = 1;
     } else if (!o->preset) {
         snprintf(r->checkpoint, sizeof r->checkpoint, "%s", o->start);
@@ -142,14 +165,17 @@ static inline void run_start(Run *r, int argc, char **argv) {
     }
     run_choose_vocab(r, r->checkpoint[0] != 0);
     if (config_check(&r->config, msg, sizeof msg)) die("%s", msg);
-    r->micro_batches = options_micro_batches(o, 1);
+    r->micro_batches = options_micro_batches(o, r->groups);
 
     int64_t tokens = o->batch * o->seq_len;
-    r->state.total_batch = tokens * r->micro_batches;
+    r->state.total_batch = tokens * r->micro_batches * r->groups;
+    r->sample_len = o->seq_len;
     if (o->train && training)
-        loader_open(&r->train, o->train, o->batch, o->seq_len, r->config.vocab_size, 1, o->seed, 0, 1);
+        loader_open(&r->train, o->train, o->batch, o->seq_len, r->config.vocab_size, 1, o->seed, r->group,
+                    r->groups);
     if (o->val && !o->sample_only) {
-        loader_open(&r->val, o->val, o->batch, o->seq_len, r->config.vocab_size, 0, o->seed, 0, 1);
+        loader_open(&r->val, o->val, o->batch, o->seq_len, r->config.vocab_size, 0, o->seed, r->group,
+                    r->groups);
         r->answers = (Answers *)xcalloc(r->val.shard_count, sizeof *r->answers);
         int found = 0;
         for (int64_t s = 0; s < r->val.shard_count; s++)
@@ -177,11 +203,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
     r->state.seed = o->seed;
     r->state.seq_len = o->seq_len;
     r->state.epoch_samples = r->train.samples;
-    if (o->output) {
+    if (o->output && r->comm.rank == 0) {
         checkpoint_dir_check(o->output, o->resume);
         run_copy_tokenizer(r);
     }
-    logger_open(&r->log, o->output, r->resuming ? r->state.step : -1);
+    logger_open(&r->log, r->comm.rank == 0 ? o->output : NULL, r->resuming ? r->state.step : -1);
 }
 
 // What runs, in a few lines.
@@ -201,12 +227,14 @@ static inline void run_print(const Run *r, int64_t num_params, size_t bytes) {
                f->phi == FSA_PHI_LINEAR ? "linear" : "mean");
     if (c->attn == ATTN_WINDOW) printf(", window %d", f->window);
     printf("\n");
+    char groups[48] = "";
+    if (r->groups > 1) snprintf(groups, sizeof groups, " in each of %d groups", r->groups);
     if (r->train.samples > 0)
         printf("data: %lld tokens in %lld shards, %lld samples of %lld + 1; %lld tokens a step (%lld x %lld "
-               "x %lld)\n",
+               "x %lld%s)\n",
                (long long)r->train.tokens, (long long)r->train.shard_count, (long long)r->train.samples,
                (long long)o->seq_len, (long long)r->state.total_batch, (long long)r->micro_batches,
-               (long long)o->batch, (long long)o->seq_len);
+               (long long)o->batch, (long long)o->seq_len, groups);
     printf("memory: %.0f MiB\n", (double)bytes / 1048576.0);
     fflush(stdout);
 }
@@ -225,8 +253,25 @@ static inline int run_step_is_good(const Run *r, double loss, double norm) {
     if (!r->opt.skip_bad)
         die("step %lld: loss %g, gradient norm %g; training stopped%s, try a lower -l, or -skip 1", step,
             loss, norm, r->opt.output ? " and the checkpoints so far stay" : "");
-    fprintf(stderr, "warning: step %lld: loss %g, gradient norm %g; it changes nothing\n", step, loss, norm);
+    if (r->comm.rank == 0)
+        fprintf(stderr, "warning: step %lld: loss %g, gradient norm %g; it changes nothing\n", step, loss,
+                norm);
     return 0;
+}
+
+// Every process calls it after the same step, since one has been signalled: all take it as theirs.
+static inline void run_agree_to_stop(Run *r) {
+    int mine = run_signal, *all = (int *)xcalloc((size_t)r->comm.ranks, sizeof *all);
+    comm_allgather(&r->comm, &mine, sizeof mine, all);
+    for (int i = 0; i < r->comm.ranks; i++)
+        if (all[i] > r->stop) r->stop = all[i];
+    run_signal = r->stop;
+    free(all);
+}
+
+// Whether the run ends here for a signal: alone at once, else when all know.
+static inline int run_stops(const Run *r) {
+    return r->comm.ranks > 1 ? r->stop : run_signal;
 }
 
 // Counts a finished step, whose batches end at this place of the training data. Returns its number.
@@ -248,10 +293,17 @@ static inline void run_save(Run *r, const float *params, const float *m, const f
 
 #define RUN_BUCKETS 24 // bucket k: distances 2^k to 2^(k+1) - 1
 
+// What validation counts; `seen` marks the tokens that are answers.
+typedef struct {
+    double loss_sum;
+    int64_t rows, asked[RUN_BUCKETS], right[RUN_BUCKETS];
+    unsigned char seen[]; // [vocab_size]
+} RunTally;
+
 // Counts the answers in one row of a batch: sample number `sample` of the validation shards, whose
-// predictions for each place are best [seq_len]. Marks in seen [vocab_size] what the answers are.
+// predictions for each place are best [seq_len].
 static inline void run_count_recall(const Run *r, int64_t sample, const int32_t *best, const int32_t *targets,
-                                    int64_t *asked, int64_t *right, unsigned char *seen) {
+                                    RunTally *tally) {
     const DataLoader *l = &r->val;
     int64_t shard = 0, span = l->seq_len + 1;
     while (sample >= loader_shard_samples(l, shard)) sample -= loader_shard_samples(l, shard++);
@@ -269,10 +321,25 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
         int bucket = 0;
         while (bucket < RUN_BUCKETS - 1 && a->answers[lo].distance >> (bucket + 1)) bucket++;
         if (at < 0) continue;
-        asked[bucket]++;
-        right[bucket] += best[at] == targets[at];
-        seen[targets[at]] = 1;
+        tally->asked[bucket]++;
+        tally->right[bucket] += best[at] == targets[at];
+        tally->seen[targets[at]] = 1;
     }
+}
+
+// Adds up what the groups of processes have counted, in their order.
+static inline void run_add_tallies(Run *r, RunTally *tally, size_t bytes) {
+    char *all = (char *)xmalloc(bytes * (size_t)r->comm.ranks);
+    comm_allgather(&r->comm, tally, bytes, all);
+    memset(tally, 0, bytes);
+    for (int i = 0; i < r->comm.ranks; i += (int)r->opt.context) { // all of a group have counted the same
+        const RunTally *t = (const RunTally *)(all + bytes * (size_t)i);
+        tally->loss_sum += t->loss_sum;
+        tally->rows += t->rows;
+        for (int k = 0; k < RUN_BUCKETS; k++) tally->asked[k] += t->asked[k], tally->right[k] += t->right[k];
+        for (int k = 0; k < r->config.vocab_size; k++) tally->seen[k] |= t->seen[k];
+    }
+    free(all);
 }
 
 // Runs the batch in r (inputs, targets, cu_seqlens, num_seqs) and returns its tokens' losses and arg
@@ -283,37 +350,39 @@ typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, con
 // accuracy by distance where the shards tell the answers.
 static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
-    int64_t batches = (l->samples + l->batch - 1) / l->batch, rows = 0;
-    int64_t from[RUN_BUCKETS], asked[RUN_BUCKETS] = {0}, right[RUN_BUCKETS] = {0};
+    const int64_t together = l->batch * r->groups; // samples that the groups take at a time
+    int64_t batches = (l->samples + together - 1) / together, from[RUN_BUCKETS];
     if (r->opt.val_batches > 0 && r->opt.val_batches < batches) batches = r->opt.val_batches;
-    double sum = 0;
-    unsigned char *seen = (unsigned char *)xcalloc(r->config.vocab_size, 1);
+    // a multiple of 8, since several lie one after another
+    size_t bytes = (sizeof(RunTally) + (size_t)r->config.vocab_size + 7) / 8 * 8;
+    RunTally *tally = (RunTally *)xcalloc(bytes, 1);
     loader_seek(l, 0, 0);
     for (int64_t i = 0; i < batches; i++) {
         const float *losses;
         const int32_t *best;
+        int64_t first = i * together + r->group * l->batch;
         run_batch(r, l);
         evaluate(model, r, &losses, &best);
-        for (int64_t b = 0; b < l->batch && i * l->batch + b < l->samples;
-             b++, rows++) { // the rest has wrapped
-            for (int64_t t = 0; t < l->seq_len; t++) sum += losses[b * l->seq_len + t];
+        for (int64_t b = 0; b < l->batch && first + b < l->samples;
+             b++, tally->rows++) { // the rest has wrapped
+            for (int64_t t = 0; t < l->seq_len; t++) tally->loss_sum += losses[b * l->seq_len + t];
             if (r->answers)
-                run_count_recall(r, i * l->batch + b, best + b * l->seq_len, r->targets + b * l->seq_len,
-                                 asked, right, seen);
+                run_count_recall(r, first + b, best + b * l->seq_len, r->targets + b * l->seq_len, tally);
         }
     }
-    double loss = sum / (double)(rows * l->seq_len);
+    run_add_tallies(r, tally, bytes);
+    double loss = tally->loss_sum / (double)(tally->rows * l->seq_len);
     logger_val(&r->log, r->state.step, loss);
     if (r->answers) {
         int first = 0, last = RUN_BUCKETS, answers = 0; // answers: different ones
-        for (int i = 0; i < r->config.vocab_size; i++) answers += seen[i];
-        while (first < RUN_BUCKETS && !asked[first]) first++;
-        while (last > first && !asked[last - 1]) last--;
+        for (int i = 0; i < r->config.vocab_size; i++) answers += tally->seen[i];
+        while (first < RUN_BUCKETS && !tally->asked[first]) first++;
+        while (last > first && !tally->asked[last - 1]) last--;
         for (int k = 0; k < RUN_BUCKETS; k++) from[k] = (int64_t)1 << k;
-        logger_recall(&r->log, r->state.step, last - first, from + first, asked + first, right + first,
-                      answers ? 1.0 / answers : 0);
+        logger_recall(&r->log, r->state.step, last - first, from + first, tally->asked + first,
+                      tally->right + first, answers ? 1.0 / answers : 0);
     }
-    free(seen);
+    free(tally);
     return loss;
 }
 
@@ -324,10 +393,10 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
 typedef const float *(*RunLogits)(void *model, const int32_t *tokens, int64_t n);
 
 // Prints -prompt and -g tokens that go on from it, or fewer where an end-of-text comes. The context is
-// at most seq_len tokens; where it is full, its older half is dropped.
+// at most sample_len tokens; where it is full, its older half is dropped.
 static inline void run_sample(Run *r, RunLogits logits, void *model) {
     const Options *o = &r->opt;
-    int64_t room = o->seq_len, n = 0;
+    int64_t room = r->sample_len, n = 0;
     int vocab = r->config.vocab_size;
     int32_t *tokens = (int32_t *)xmalloc((size_t)(room + 1) * sizeof *tokens);
     int32_t *order = (int32_t *)xmalloc((size_t)vocab * sizeof *order);
@@ -385,5 +454,6 @@ static inline void run_end(Run *r) {
     if (r->val.samples > 0) loader_close(&r->val);
     if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
     free(r->inputs), free(r->targets), free(r->cu_seqlens);
+    comm_end(&r->comm);
 }
 #endif

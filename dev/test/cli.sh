@@ -149,7 +149,7 @@ expect_error "window" $TINY $DATA -o a -y 1 -attn window
 expect_error "-vocab says 100" $TINY $DATA -vocab 100
 expect_error "-r" $TINY $DATA -r 1 # of the GPU trainer
 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "8 times" $TINY $DATA -o many
-SLURM_NTASKS=4 SLURM_PROCID=0 expect_error "4 times" $TINY $DATA -o many
+SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 expect_error "4 times" $TINY $DATA -o many
 touch plain
 expect_error "plain" $TINY $DATA -o plain/x
 

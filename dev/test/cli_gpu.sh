@@ -97,7 +97,7 @@ expect_error "-r 3" $MODEL $DATA -r 3
 expect_error "out of GPU memory" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
 expect_error "-r 2" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
 expect_error "-profile 2" $MODEL $DATA -profile 2 -o p
-OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "8 times" $MODEL $DATA -o p
+expect_error "-cp 2: 1 processes" $MODEL $DATA -o p -cp 2
 expect_error "-layers 2" -e a/ckpt_00000004.bin -sample 1 -layers 2
 flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
 cp a/ckpt_00000004.bin flip.bin && printf '\x5a\xa5' | dd of=flip.bin bs=1 seek=$flip conv=notrunc 2>/dev/null

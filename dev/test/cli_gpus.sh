@@ -3,7 +3,7 @@
 # ZeRO and context parallel against one process on the same samples, resume on other numbers of processes,
 # signals, and ends. Needs TRAINER, BUILD (the folder of the data makers) and GPUS (processes that may run).
 set -u
-TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") BUILD=$(realpath "${BUILD:-build}")
+HOST=$(realpath scripts/gpus_host.sh) TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") BUILD=$(realpath "${BUILD:-build}")
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 cd "$T" || exit 1
@@ -18,9 +18,9 @@ if [ "${GPUS:-0}" -lt 2 ]; then
     echo "cli_gpus: 0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-"$BUILD/recall" -o data -t 32 -n 40 -m 3 >/dev/null || bad "recall"
+"$BUILD/recall" -o data -t 32 -n 40 -m 5 >/dev/null || bad "recall"
 set -f # patterns reach the program unexpanded
-FLAGS="-e recall -layers 2 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -l 1e-3 -u 0 -v 3 -m 2 -x 3
+FLAGS="-e recall -layers 2 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -l 1e-3 -u 0 -v 3 -m 0 -x 3
     -i data/recall_train_*.bin -j data/recall_val_*.bin"
 port=$((20000 + $$ % 20000))
 
@@ -50,8 +50,12 @@ same() {
 }
 differ() { grep -h '"loss"\|val_loss' $1/log.jsonl $2/log.jsonl | cut -c1-60 | tr '\n' ' '; }
 
+# What another shape of the same products may change: on the emulator nothing, and cuBLASLt takes another order.
+shape=2e-3
+[[ $TRAINER == *emulator* ]] && shape=1e-6
+
 # ---- data parallel, by stage: fp32 sums in another order, and what that makes of 16-bit weights
-many 1 -b 4 -o one
+many 1 -b 2 -d 128 -o one
 check '[ "$codes" = "0 " ]' "one process: $codes $(cat 0.err)"
 for z in 0 1 2; do
     many 2 -b 2 -z $z -o z$z
@@ -61,12 +65,14 @@ done
 many 2 -b 2 -z 2 -o again
 check 'cmp -s z2/ckpt_00000003.bin again/ckpt_00000003.bin' "two runs of two processes have other bits"
 # micro-batches, a tied embedding, recomputation
-many 1 -b 2 -d 128 -tied 1 -o tied1
-many 2 -b 1 -d 128 -tied 1 -z 2 -r 2 -o tied2
-check 'same tied1 tied2 1e-3' "accumulation is not as in one process: $(differ tied1 tied2)"
+for tied in 0 1; do
+    many 1 -b 1 -d 128 -tied $tied -o sum1_$tied
+    many 2 -b 1 -d 128 -tied $tied -z $((1 + tied)) -r $((2 * tied)) -o sum2_$tied
+    check 'same sum1_$tied sum2_$tied 1e-3' "accumulation is not as in one process: $(differ sum1_$tied sum2_$tied)"
+done
 if [ "$GPUS" -ge 4 ]; then
     many 4 -b 1 -z 2 -o four
-    check 'same one four 1e-4' "four processes are not as one: $(differ one four)"
+    check 'same sum1_0 four 1e-4' "four processes are not as one: $(differ sum1_0 four)"
     many 3 -b 1 -z 1 -o three
     check '[ "$codes" = "0 0 0 " ]' "three processes: $codes $(cat 0.err 1.err 2.err)"
 else
@@ -79,7 +85,7 @@ for attn in nsa full window; do
     many 2 -b 1 -attn $attn -cp 2 -o shared_$attn
     check '[ "$codes" = "0 0 " ] && grep -q "1 groups of 2" 0.out' "-cp 2 -attn $attn: $codes $(cat 0.err 1.err)"
     check 'same whole_$attn shared_$attn 3e-3' "-cp 2 -attn $attn: $(differ whole_$attn shared_$attn)"
-    check 'near "$(value whole_$attn loss 1)" "$(value shared_$attn loss 1)" 1e-6' "-cp 2 -attn $attn: another first loss"
+    check 'near "$(value whole_$attn loss 1)" "$(value shared_$attn loss 1)" $shape' "-cp 2 -attn $attn: another first loss"
 done
 if [ "$GPUS" -ge 4 ]; then
     many 1 -b 2 -o two
@@ -88,15 +94,29 @@ if [ "$GPUS" -ge 4 ]; then
 fi
 
 # ---- checkpoints do not tell how many processes wrote them
-many 1 -b 4 -x 2 -o begun1
-many 2 -b 2 -x 2 -z 2 -o begun2
+for n in 1 2; do
+    many $n -b 2 -d 128 -n 2 -z $n -o begun$n
+    rm begun$n/ckpt_00000003.bin || bad "begun$n has no second checkpoint"
+done
 check '[ "$(stat -c %s begun1/ckpt_00000002.bin)" = "$(stat -c %s begun2/ckpt_00000002.bin)" ]' "sizes of checkpoints"
 many 2 -b 2 -z 1 -o begun1 -y 1
 check '[ "$codes" = "0 0 " ] && same one begun1 1e-4' "1, then 2: $codes $(cat 0.err 1.err) $(differ one begun1)"
-many 1 -b 4 -o begun2 -y 1
+many 1 -b 2 -d 128 -o begun2 -y 1
 check '[ "$codes" = "0 " ] && same one begun2 1e-4' "2, then 1: $codes $(cat 0.err) $(differ one begun2)"
-many 2 -b 2 -val 1 -i none -e one/ckpt_00000003.bin
-check 'grep -q "^val loss $(printf %.4f "$(value one val_loss 3)")" 0.out' "-val 1: $(cat 0.out 0.err)"
+many 1 -b 3 -val 1 -e one/ckpt_00000003.bin && cp 0.out want
+for cp in 1 2; do # the same losses, in their places: there are 5 samples, so that the last row does not count
+    many 2 -b 3 -cp $cp -val 1 -e one/ckpt_00000003.bin
+    check '[ "$codes" = "0 0 " ] && [ "$(grep -c "^val loss\|^recall" 0.out)" -eq 2 ]' "-val 1 -cp $cp: $codes $(cat 0.err)"
+    check 'near "$(sed -n "s/^val loss //p" 0.out)" "$(sed -n "s/^val loss //p" want)" $shape' "-val 1 -cp $cp: $(cat 0.out want)"
+done
+
+# ---- the launcher of one host
+GPUS=2 TRAINER=$TRAINER bash "$HOST" $FLAGS -b 2 -z 1 -o host >0.out 2>0.err
+code=$?
+check '[ $code -eq 0 ] && cmp -s host/ckpt_00000003.bin z1/ckpt_00000003.bin' "gpus_host.sh: $(cat 0.err)"
+GPUS=2 TRAINER=$TRAINER bash "$HOST" $FLAGS -i none -b 2 >0.out 2>0.err
+code=$?
+check '[ $code -ne 0 ] && grep -q "no shard matches" 0.err' "gpus_host.sh hides an error: $(cat 0.err)"
 
 # ---- signals and ends
 running() { for i in $(seq 100); do grep -q '"step":1,"loss"' "$1/log.jsonl" 2>/dev/null && return; sleep 0.1; done; bad "$1 has not begun"; }
@@ -118,10 +138,11 @@ done
 
 # ---- errors: every process ends with code 1 and one line
 each_says() { # TEXT WHAT
+    local text=$1 what=$2 r
     for r in $(seq 0 $((${#pids[@]} - 1))); do
-        check '[ "$(wc -l <$r.err)" -eq 1 ] && grep -q "$1" $r.err' "$2, rank $r: $(cat $r.err)"
+        check '[ "$(wc -l <$r.err)" -eq 1 ] && grep -qe "$text" $r.err' "$what, rank $r: $(cat $r.err)"
     done
-    check '[ "$(echo $codes | tr -d " 1")" = "" ]' "$2: $codes"
+    check '[ "$(echo $codes | tr -d " 1")" = "" ]' "$what: $codes"
 }
 many 2 -b 1 -cp 3 -o bad
 each_says "cp 3: 2 processes are no multiple of it" "-cp 3"

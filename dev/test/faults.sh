@@ -56,5 +56,12 @@ fault "AdamW without bias correction" train_gpt_nsa.c 's/lr \/ correct1/lr/' "te
 fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
 fault "checkpoint chunks are not checked" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
 fault "a run of white space keeps its last character" llmc/tokenizer.h 's/if \(ends \|\| run == first\) return run/return run/' "test_data"
+fault "what ranks do not divide has no owner" llmc/zero.h 's/rank < z->ranks - 1 \? \*begin \+ unit->piece : unit->end/*begin + unit->piece/' "test_parallel"
+fault "blocks of a sequence without regard to their work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[least\]//' "test_parallel"
+fault "a slice's positions begin at 0" llmc/context_parallel.h 's/pos = from - cu_seqlens\[s\]/pos = 0/' "test_parallel"
+fault "all ranks take the first rank's samples" llmc/dataloader.h 's/l->position \+ l->rank \* l->batch/l->position/' "test_parallel"
+fault "the end of a process goes unnoticed" llmc/comm.h 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process has ended)/if (0) \1/' "test_comm"
+fault "silence goes unnoticed" llmc/comm.h 's/now - p->heard > COMM_SILENCE_SECONDS/0/' "test_comm"
+fault "a rank may come twice" llmc/comm.h 's/ \|\| c->peers\[h\.rank\]\.fd >= 0//' "test_comm"
 echo "$noticed noticed, $missed missed"
 [ $missed -eq 0 ]
