@@ -26,11 +26,6 @@ struct Maps {
 };
 
 // ---- tiles in shared memory: D/64 panels of 64 columns ---------------------------------------------------
-// Byte offset of 16-byte chunk `chunk` of row `row` in panels of `rows` rows.
-static __device__ __forceinline__ uint32_t panel_chunk(int row, int chunk, int rows) {
-    return (uint32_t)(chunk / 8 * rows * 128 + row * 128 + ((chunk % 8 ^ row % 8) << 4));
-}
-
 // x (64 x N) = A B^T: 64 rows of A from address a on, N rows of B from address b on, both in panels of so
 // many rows.
 template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
@@ -159,7 +154,7 @@ template <int D, int STAY> struct QueryRing {
 // number, which no probability of 0 makes harmless. All consumers call it.
 template <int D> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
     for (int i = threadIdx.x; i < (KEYS - from) * (D / 8); i += CONSUMERS)
-        *(uint4 *)(tile + panel_chunk(from + i / (D / 8), i % (D / 8), KEYS)) = make_uint4(0, 0, 0, 0);
+        *(uint4 *)(tile + panel_offset(from + i / (D / 8), i % (D / 8), KEYS * 128)) = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     named_barrier_sync(3, CONSUMERS);
 }
@@ -339,7 +334,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     uint32_t x = w.tiles > 0
                                      ? pack2<T>(out[n][half * 2] * inverse, out[n][half * 2 + 1] * inverse)
                                      : 0;
-                    *(uint32_t *)(staging + panel_chunk(mine.row[half], n, ROWS) + lane % 4 * 4) = x;
+                    *(uint32_t *)(staging + panel_offset(mine.row[half], n, ROWS * 128) + lane % 4 * 4) = x;
                 }
             }
             __syncwarp();
@@ -350,7 +345,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 int token = row / g;
                 if (row >= ROWS / g * g || token >= w.rows.rows) continue;
                 int64_t at = ((w.rows.row + token) * p.q_heads + w.kv_head * g + row % g) * D + chunk * 8;
-                *(uint4 *)((T *)p.o + at) = *(uint4 *)(staging + panel_chunk(row, chunk, ROWS));
+                *(uint4 *)((T *)p.o + at) = *(uint4 *)(staging + panel_offset(row, chunk, ROWS * 128));
             }
             __syncwarp();
         }

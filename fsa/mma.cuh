@@ -13,6 +13,11 @@ template <int D> __device__ __forceinline__ uint32_t swizzled(int row, int chunk
     return (uint32_t)(row * D * 2 + ((chunk ^ (row & 7)) << 4));
 }
 
+// The same in panels of 64 columns, panel_bytes apart, as TMA and wgmma have them (ptx_sm90.cuh).
+__device__ __forceinline__ uint32_t panel_offset(int row, int chunk, int panel_bytes) {
+    return (uint32_t)(chunk / 8 * panel_bytes + row * 128 + ((chunk % 8 ^ (row & 7)) << 4));
+}
+
 // Two floats as two 16-bit elements, the first in the low half.
 template <typename T> __device__ __forceinline__ uint32_t pack2(float lo, float hi);
 template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {

@@ -329,9 +329,6 @@ __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap *map,
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
                  : "memory");
 }
-__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // `bytes` (a multiple of 16) in one piece, as they lie.
 __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     asm volatile(

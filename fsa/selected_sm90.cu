@@ -23,11 +23,6 @@ template <int D, int KEYS> struct Backward {
     static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in panels of ROWS rows (ptx_sm90.cuh).
-template <int ROWS> static __device__ __forceinline__ uint32_t panel_offset(int row, int chunk) {
-    return (uint32_t)(chunk / 8 * ROWS * 128 + row * 128 + ((chunk % 8 ^ (row & 7)) << 4));
-}
-
 // Number `index` of what passes through a ring of COUNT stages: its stage, and the parity of its round.
 template <int COUNT> struct Turn {
     uint32_t stage, round;
@@ -83,7 +78,7 @@ static __device__ __forceinline__ void gather(uint32_t tile, const T *first, con
     for (int i = 0; i < 64 / ROWS; i++) {
         int r = i * ROWS + lane / CHUNKS;
         int64_t from = __shfl_sync(0xffffffffu, row[i * ROWS / 32], r % 32) * D + chunk * 8;
-        uint32_t to = tile + panel_offset<64>(r, chunk);
+        uint32_t to = tile + panel_offset(r, chunk, 64 * 128);
         cp_async_16(to, first + from);
         if (SECOND) cp_async_16(to + SECOND, second + from);
     }
@@ -101,7 +96,7 @@ static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run,
     for (int r = thread / CHUNKS; r < KEYS; r += KV_THREADS / CHUNKS) {
         bool valid = r < keys;
         int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
-        uint32_t to = panel_offset<KEYS>(r, chunk);
+        uint32_t to = panel_offset(r, chunk, KEYS * 128);
         cp_async_16(k_tile + to, (const T *)a.k + from, valid);
         cp_async_16(v_tile + to, (const T *)a.v + from, valid);
     }
@@ -141,7 +136,7 @@ static __device__ __forceinline__ float convert_v(char *v, float *largest, int t
     for (int row = thread; row < KEYS; row += KV_THREADS) {
 #pragma unroll
         for (int chunk = 0; chunk < D / 8; chunk++) {
-            uint4 x = *(const uint4 *)(v + panel_offset<KEYS>(row, chunk));
+            uint4 x = *(const uint4 *)(v + panel_offset(row, chunk, KEYS * 128));
             most = max_abs_bits(max_abs_bits(max_abs_bits(max_abs_bits(most, x.x), x.y), x.z), x.w);
         }
     }
@@ -163,11 +158,11 @@ static __device__ __forceinline__ float convert_v(char *v, float *largest, int t
             uint4 x[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                x[j] = *(const uint4 *)(v + panel_offset<KEYS>(row, group * 4 + j));
+                x[j] = *(const uint4 *)(v + panel_offset(row, group * 4 + j, KEYS * 128));
                 x[j] = make_uint4(convert(x[j].x), convert(x[j].y), convert(x[j].z), convert(x[j].w));
             }
             auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
-                *(uint4 *)(v + panel_offset<KEYS>(row, group * 4 + j)) = make_uint4(x0, x1, x2, x3);
+                *(uint4 *)(v + panel_offset(row, group * 4 + j, KEYS * 128)) = make_uint4(x0, x1, x2, x3);
             };
             store(0, x[0].x, x[1].x, x[2].x, x[3].x);
             store(1, x[0].y, x[1].y, x[2].y, x[3].y);
@@ -615,7 +610,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 for (int j = 0; j < 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        *(uint32_t *)(m->ds + panel_offset<KEYS>(key0 + 8 * i, j) + 4 * c) =
+                        *(uint32_t *)(m->ds + panel_offset(key0 + 8 * i, j, KEYS * 128) + 4 * c) =
                             ds[j / 2][j % 2 * 2 + i];
                 }
                 fence_proxy_async();

@@ -150,7 +150,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, char *shared, uint32_t
     constexpr int ROWS = 32 / (D / 8); // that the warp copies at once
     const int row0 = threadIdx.x % 32 / (D / 8), chunk = threadIdx.x % (D / 8);
     auto copy = [&](uint32_t tile, int panel_bytes, int row, const T *from, bool valid) {
-        cp_async_16(tile + chunk / 8 * panel_bytes + row * 128 + ((chunk % 8 ^ row % 8) << 4), from, valid);
+        cp_async_16(tile + panel_offset(row, chunk, panel_bytes), from, valid);
     };
     const int64_t k_stride = (int64_t)p.kv_heads * D, q_stride = (int64_t)p.q_heads * D;
     for (;; work_done(&works)) {

@@ -121,7 +121,6 @@ inline void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z
     int64_t at[4] = {x, y, z, w};
     emu::tma_issue(to, (const emu::TensorMap *)map, at, 4, barrier);
 }
-inline void tma_prefetch_map(const CUtensorMap *) {}
 inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     emu::bulk_issue(to, from, bytes, barrier);
 }
