@@ -240,8 +240,9 @@ static void test_against_c(const Variant *v) {
     destroy(model);
 }
 
-// The same bits twice, and with each kind of recomputation; another chunking of the LM head changes no loss,
-// and gradients by no more than the order of fp32 sums.
+// The same bits twice, and with each kind of recomputation. Another chunking of the LM head may make cuBLASLt
+// add in another order: that changes losses by fp32 rounding, and what the attention's 16-bit type makes of
+// that changes gradients by much less than its own rounding does.
 static void test_same_bits(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
@@ -256,9 +257,10 @@ static void test_same_bits(const Variant *v) {
         CHECK(run(model, d) == first, "%s: recomputation %d: other bits", v->name, recompute);
         model->head_rows = 40;
         Result chunked = run(model, d);
-        CHECK(chunked.losses == first.losses, "%s: losses depend on the chunks of the LM head", v->name);
-        double error = relative_error(chunked.grads.data(), first.grads.data(), model->num_params);
-        CHECK(error < 1e-5, "%s: gradients depend on the chunks of the LM head: %.2e", v->name, error);
+        double error = relative_error(chunked.losses.data(), first.losses.data(), (int64_t)first.losses.size());
+        CHECK(error < 1e-6, "%s: losses depend on the chunks of the LM head: %.2e", v->name, error);
+        error = relative_error(chunked.grads.data(), first.grads.data(), model->num_params);
+        CHECK(error < grad_limit / 20, "%s: gradients depend on the chunks of the LM head: %.2e", v->name, error);
         destroy(model);
     }
 }

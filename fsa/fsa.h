@@ -152,8 +152,9 @@ int fsa_select(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, cons
                const float *lse_c, int32_t *indices, void *workspace, size_t workspace_bytes,
                FsaStream stream);
 
-// Attention over all tokens, the last `window` tokens, or the compressed windows (k and v are then kc and
-// vc, [M, Hkv, d]).
+// Attention over all tokens, the last `window` tokens, or the compressed windows: k and v are then kc and vc,
+// and dk and dv their gradients, [M, Hkv, d], M windows in all. The host knows only that M <= N/s; copies may
+// therefore touch, and never use, kc and vc up to row floor(N/s), which must be the caller's memory.
 int fsa_attend_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                        const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
                        size_t workspace_bytes, FsaStream stream);

@@ -53,16 +53,9 @@ int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-// Which kernels Hopper runs where FSA_KERNELS doesn't say. The *_sm90.cu files have run on the emulator alone
-// so far (which is built with 1); until a GPU has run their tests, the default on a GPU is the portable
-// kernels.
-#ifndef FSA_DEFAULT_SM90
-#define FSA_DEFAULT_SM90 0
-#endif
-
 bool fsa_hopper() {
     static const char *kernels = getenv("FSA_KERNELS");
-    if (kernels ? strcmp(kernels, "sm90") != 0 : !FSA_DEFAULT_SM90) return false;
+    if (kernels && strcmp(kernels, "portable") == 0) return false;
     int device = 0, major = 0, minor = 0;
     return cudaGetDevice(&device) == cudaSuccess &&
            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&

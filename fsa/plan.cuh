@@ -28,8 +28,8 @@ static inline int64_t fsa_max_blocks(const FsaConfig *c, const FsaPlan *p) {
     return p->n / c->block + p->num_seqs;
 }
 
-// Whether the current device runs the kernels of the *_sm90.cu files: compute capability 9.0, and
-// FSA_KERNELS=sm90 in the environment (FSA_KERNELS=portable: no device does).
+// Whether the current device runs the kernels of the *_sm90.cu files: compute capability 9.0, unless
+// FSA_KERNELS=portable is in the environment.
 bool fsa_hopper();
 
 // Bytes of the four arrays for at most so many sequences and segments.

@@ -7,10 +7,12 @@
 // What to tune. Registers are setmaxnreg's: together no more than 65,536 a multiprocessor.
 template <int D, int KEYS> struct Forward {
     static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2; // warpgroups, each with every CONSUMERS-th tile
-    static constexpr int Q_STAGES = D == 64 || KEYS == 64 ? 8 : 5, KV_STAGES = 2;
+    static constexpr int Q_STAGES = D == 64 || KEYS == 64 ? 8 : 4, KV_STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 56, REGISTERS = KEYS == 64 ? 152 : 224;
-    // Of the producers, warps 0 and 1 gather a tile's rows in turn, 2 and 3 fetch K and V.
+    // Of the producers, warps 0 and 1 gather a tile's rows in turn, 2 and 3 fetch K and V. A stage is always the
+    // same gatherer's, which therefore never is two rounds ahead of it, where parities would lie.
     static constexpr int GATHERERS = 2, KV_THREADS = 64;
+    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
 };
 template <int D, int KEYS> struct Backward {
     static constexpr int CONSUMERS = 2; // warpgroups, each with 64 keys

@@ -4,8 +4,9 @@
 //   version 3: FSA as in its paper, KV block outside: statistics, main and reduction kernel
 //   library:   KV block outside, normalized partials merged by a reduction (fsa/lists.cu, fsa/selected.cu)
 // Versions 1 to 3 are in selected_versions.h.
-// usage: selected [seed=N] [check [small] | time | compare]      all three by default; compare: versions 2
-//        and 3, the library and full attention over groups and lengths
+// usage: selected [seed=N] [check [small] | time | compare | shape=N,HQ,HKV,BLOCK,TOPK]
+//        the first three by default; compare: versions 2 and 3, the library and full attention over groups and
+//        lengths; shape: times one alone, for a profiler
 #include "../../fsa/kernels.h"
 #include "choice.h"
 #include "selected_versions.h"
@@ -165,6 +166,7 @@ template <typename T> static void check_all(Random *r, bool small) {
     check<T>(r, default_config(4, 2, 64, 64, 5), {600}, {}, Dtype<T>::value == FSA_BF16 ? 1e8f : 3e3f);
     check<T>(r, default_config(64, 4, 64, 64, 16), {2500});
     check<T>(r, default_config(16, 1, 128, 48, 40), {3000}); // more than one slab
+    check<T>(r, default_config(2, 2, 128, 128, 8), {9000});  // lists of many tiles, blocks of 128
 }
 
 typedef __nv_bfloat16 Bf16;
@@ -294,6 +296,14 @@ static void compare(Random *r) {
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     Random r(seed_from(argc, argv));
+    for (int i = 1; i < argc; i++) {
+        long long n;
+        int hq, hkv, block, topk;
+        if (sscanf(argv[i], "shape=%lld,%d,%d,%d,%d", &n, &hq, &hkv, &block, &topk) != 5) continue;
+        Bench<Bf16> x(&r, n, hq, hkv, 128, block, topk, false);
+        time_library(&x, "random");
+        return 0;
+    }
     bool check_only = has_flag(argc, argv, "check"), compare_only = has_flag(argc, argv, "compare");
     // Timings carry the error of a check in the same run, if a short one.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time") || compare_only;
