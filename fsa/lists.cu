@@ -130,7 +130,7 @@ FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, voi
 
 int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
               cudaStream_t stream) {
-    if (lists->slab > FSA_MAX_SLAB || p->nq * c->topk > UINT32_MAX || lists->blocks > INT32_MAX / 2 ||
+    if (lists->slab > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->blocks > INT32_MAX / 2 ||
         lists->slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
     }

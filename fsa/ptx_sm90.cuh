@@ -337,6 +337,11 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int byt
         : "memory");
 }
 
+// to[0] += x, to[1] += y in memory, without waiting. Reproducible where nobody else adds there meanwhile.
+__device__ __forceinline__ void add_to_memory(float *to, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
 // Shared memory that threads wrote becomes visible to wgmma and TMA; before the barrier that tells of it.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -226,68 +226,113 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
     }
 }
 
-// Whether slot `slot` of a row names a block that the row may see, as in lists.cu.
-static __device__ __forceinline__ bool slot_valid(const SelArgs &a, int head, int64_t row, int64_t pos,
-                                                  int slot) {
-    int index = a.indices[(head * a.plan.nq + row) * a.topk + slot];
-    return index >= 0 && (int64_t)index * a.block <= pos;
-}
+// A warp's view of the partial rows of one (token, head): D/8 lanes read a row, 32/(D/8) rows at a time, 16
+// slots in flight.
+template <int D> struct PartialRows {
+    static constexpr int LANES = D / 8, ROWS = 32 / LANES, LOADS = 16 / ROWS;
+    int64_t row, pos;   // the token's query row, its position
+    int64_t to;         // row*q_heads + head
+    int64_t first;      // the first slot's partial
+    const char *from;   // this lane's 16 bytes of its row of the first slots
+    int64_t slot_bytes; // from a slot to the next
+    unsigned valid; // of 32 slots, a bit each: those that name a block that the row may see, as in lists.cu
+    uint4 x[LOADS];
+    __device__ __forceinline__ PartialRows(const SelArgs &a, int64_t index) {
+        const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y,
+                  in_group = (int)(index % g);
+        int64_t token = index / g, seq;
+        row = a.slab * a.lists.slab + token;
+        fsa_row(a.plan, row, &seq, &pos);
+        to = row * a.q_heads + head * g + in_group;
+        first = ((int64_t)blockIdx.y * a.lists.slab + token) * a.topk * a.parts * g + in_group;
+        slot_bytes = (int64_t)g * D * 2;
+        from = (const char *)a.partial + first * D * 2 + lane / LANES * slot_bytes + lane % LANES * 16;
+    }
+    __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
+        int slot = slot0 + threadIdx.x % 32, head = a.head0 + blockIdx.y;
+        int index =
+            slot < a.topk * a.parts
+                ? a.indices[(head * a.plan.nq + row) * a.topk + (a.parts == 1 ? slot : slot / a.parts)]
+                : -1;
+        valid = __ballot_sync(0xffffffffu, index >= 0 && (int64_t)index * a.block <= pos);
+    }
+    // Starts to load slots slot0 .. slot0 + 15, whose bits begin at slot0 % 32; what isn't valid is zeros.
+    __device__ __forceinline__ void load(int slot0) {
+        const unsigned mine = valid >> (slot0 % 32 + threadIdx.x % 32 / LANES);
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (mine >> (i * ROWS) & 1)
+                x[i] = __ldcs((const uint4 *)(from + (slot0 + i * ROWS) * slot_bytes));
+        }
+    }
+};
 
-// A warp merges the partials of one (token, head): D/8 lanes read a partial row, 32/(D/8) rows at a time.
-// Reads T*parts rows of 2*D + 8 bytes, writes one. 64K tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5 out,
-// 2.1 ms at 4.5 TB/s. Memory binds.
-template <typename T, int D> __global__ void __launch_bounds__(256) selected_merge_kernel(SelArgs a) {
-    constexpr int LANES = D / 8, ROWS = 32 / LANES;
-    const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y, slots = a.topk * a.parts;
+// A warp merges the partials of one (token, head). Reads T*parts rows of 2*D + 8 bytes, writes one. 64K
+// tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5 out, 2.1 ms at 4.5 TB/s. Memory binds.
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
+    typedef PartialRows<D> Rows;
+    const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
-    if (index >= a.tokens * g) return;
-    int64_t token = index / g, row = a.slab * a.lists.slab + token, seq, pos;
-    int in_group = (int)(index % g);
-    fsa_row(a.plan, row, &seq, &pos);
-    int64_t first = ((int64_t)blockIdx.y * a.lists.slab + token) * slots * g + in_group;
+    if (index >= a.tokens * a.group) return;
+    Rows r(a, index);
+    r.find_valid(a, 0);
+    r.load(0);
     auto stats_of = [&](int slot) {
-        bool valid = slot < slots && slot_valid(a, head, row, pos, slot / a.parts);
-        return valid ? a.stats[first + (int64_t)slot * g] : make_float2(-INFINITY, 0);
+        bool valid = r.valid >> lane & 1;
+        return valid ? a.stats[r.first + (int64_t)slot * a.group] : make_float2(-INFINITY, 0);
     };
-
-    float most = -INFINITY, sum = 0;
-    for (int s = lane; s - lane < slots; s += 32) most = fmaxf(most, stats_of(s).x);
+    float2 stats = stats_of(lane);
+    float most = stats.x, sum = 0;
+    if (slots > 32) {
+        for (int s0 = 32; s0 < slots; s0 += 32) {
+            r.find_valid(a, s0);
+            most = fmaxf(most, stats_of(s0 + lane).x);
+        }
+        r.find_valid(a, 0);
+    }
     for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
     float acc[8] = {};
-    for (int s0 = 0; s0 < slots; s0 += 32) {
-        float2 st = stats_of(s0 + lane);
-        float weight = st.x == -INFINITY ? 0 : exp2_fast(st.x - most);
+    for (int s0 = 0;;) {
+        float weight = stats.x == -INFINITY ? 0 : exp2_fast(stats.x - most);
         sum += weight;
-        weight *= st.y;
-#pragma unroll 8
-        for (int s = 0; s < 32; s += ROWS) {
-            float w = __shfl_sync(0xffffffffu, weight, s + lane / LANES);
-            if (w == 0) continue;
-            const __half *from =
-                (const __half *)a.partial + (first + (int64_t)(s0 + s + lane / LANES) * g) * D;
-            uint4 x = __ldcs((const uint4 *)from + lane % LANES);
-            const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+        weight *= stats.y;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 f = unpack2<__half>(words[j]);
-                acc[2 * j] += w * f.x;
-                acc[2 * j + 1] += w * f.y;
+        for (int half = 0; half < 32; half += 16) {
+            if (half > 0) {
+                if (s0 + half >= slots) break;
+                r.load(s0 + half);
+            }
+#pragma unroll
+            for (int i = 0; i < Rows::LOADS; i++) {
+                float w = __shfl_sync(0xffffffffu, weight, half + i * Rows::ROWS + lane / Rows::LANES);
+                const uint32_t words[4] = {r.x[i].x, r.x[i].y, r.x[i].z, r.x[i].w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float2 f = unpack2<__half>(words[j]);
+                    acc[2 * j] += w * f.x;
+                    acc[2 * j + 1] += w * f.y;
+                }
             }
         }
+        if ((s0 += 32) >= slots) break;
+        r.find_valid(a, s0);
+        r.load(s0);
+        stats = stats_of(s0 + lane);
     }
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        for (int i = 16; i >= LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
+        for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
         acc[j] *= inverse;
     }
-    int64_t to = row * a.q_heads + head * g + in_group;
-    if (lane < LANES) {
-        ((uint4 *)((T *)a.o + to * D))[lane] = make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]),
-                                                          pack2<T>(acc[4], acc[5]), pack2<T>(acc[6], acc[7]));
+    if (lane < Rows::LANES) {
+        ((uint4 *)((T *)a.o + r.to * D))[lane] =
+            make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
+                       pack2<T>(acc[6], acc[7]));
     }
-    if (lane == 0) a.lse[to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
+    if (lane == 0) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -562,27 +607,20 @@ template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs 
     }
 }
 
-// A warp adds up the dQ partials of one (token, head), D/8 lanes a partial row. Bytes as
-// selected_merge_kernel.
-template <typename T, int D> __global__ void __launch_bounds__(256) dq_sum_kernel(SelArgs a) {
-    constexpr int LANES = D / 8, ROWS = 32 / LANES;
-    const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y, slots = a.topk * a.parts;
+// A warp adds up the dQ partials of one (token, head). Bytes as selected_merge_kernel.
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) dq_sum_kernel(SelArgs a) {
+    typedef PartialRows<D> Rows;
+    const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
-    if (index >= a.tokens * g) return;
-    int64_t token = index / g, row = a.slab * a.lists.slab + token, seq, pos;
-    int in_group = (int)(index % g);
-    fsa_row(a.plan, row, &seq, &pos);
-    int64_t first = ((int64_t)blockIdx.y * a.lists.slab + token) * slots * g + in_group;
+    if (index >= a.tokens * a.group) return;
+    Rows r(a, index);
     float acc[8] = {};
-    for (int s0 = 0; s0 < slots; s0 += 32) {
-        bool mine = s0 + lane < slots && slot_valid(a, head, row, pos, (s0 + lane) / a.parts);
-        unsigned valid = __ballot_sync(0xffffffffu, mine);
-#pragma unroll 8
-        for (int s = 0; s < 32; s += ROWS) {
-            if (!(valid >> (s + lane / LANES) & 1)) continue;
-            const T *from = (const T *)a.partial + (first + (int64_t)(s0 + s + lane / LANES) * g) * D;
-            uint4 x = __ldcs((const uint4 *)from + lane % LANES);
-            const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+    for (int s0 = 0; s0 < slots; s0 += 16) {
+        if (s0 % 32 == 0) r.find_valid(a, s0);
+        r.load(s0);
+#pragma unroll
+        for (int i = 0; i < Rows::LOADS; i++) {
+            const uint32_t words[4] = {r.x[i].x, r.x[i].y, r.x[i].z, r.x[i].w};
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float2 f = unpack2<T>(words[j]);
@@ -593,12 +631,11 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dq_sum_kerne
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        for (int i = 16; i >= LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
+        for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
     }
-    if (lane >= LANES) return;
+    if (lane >= Rows::LANES) return;
     // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group.
-    uint32_t *to =
-        (uint32_t *)((T *)a.dq + (row * a.q_heads + head * g + in_group) * D) + lane / 4 * 16 + lane % 4;
+    uint32_t *to = (uint32_t *)((T *)a.dq + r.to * D) + lane / 4 * 16 + lane % 4;
 #pragma unroll
     for (int j = 0; j < 4; j++) to[4 * j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
 }
@@ -636,7 +673,7 @@ static size_t round_up(size_t x) {
 struct SelShape {
     int group, keys, parts, heads, chunk; // heads: kv heads a launch takes
     int64_t slab;
-    size_t partial, stats, dkv, crossing; // bytes
+    size_t partial, stats, packed, factors, dkv, crossing; // bytes
     bool hopper;
 };
 
@@ -669,6 +706,9 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
             rows = s.heads * s.slab * c->topk * s.parts * s.group;
     s.partial = round_up(rows * c->head_dim * 2);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
+    bool pack = s.hopper && !backward;
+    s.packed = pack ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * 2) : 0;
+    s.factors = pack ? round_up((size_t)s.heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
     s.dkv = backward ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * sizeof(float)) : 0;
     s.crossing = backward ? round_up((size_t)s.heads * blocks * s.parts * s.keys * 2 * c->head_dim * 4) : 0;
     return s;
@@ -680,7 +720,7 @@ int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p) {
 
 size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward) {
     SelShape s = shape_of(c, p, backward);
-    return s.partial + s.stats + s.dkv + s.crossing;
+    return s.partial + s.stats + s.packed + s.factors + s.dkv + s.crossing;
 }
 
 static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lists, const SelShape &s,
@@ -690,11 +730,16 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lis
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.parts = s.parts, a.keys = s.keys, a.chunk = s.chunk;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
+    while ((1 << a.by_topk.shift) < a.topk) a.by_topk.shift++;
+    a.by_topk.factor = (uint32_t)ceil_div((int64_t)1 << (31 + a.by_topk.shift), a.topk);
     char *at = (char *)memory;
-    a.partial = at;
-    a.stats = (float2 *)(at + s.partial);
-    a.dkv = (float *)(at + s.partial + s.stats);
-    a.crossing = (float *)(at + s.partial + s.stats + s.dkv);
+    auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
+    a.partial = take(s.partial);
+    a.stats = (float2 *)take(s.stats);
+    a.packed = take(s.packed);
+    a.factors = (float *)take(s.factors);
+    a.dkv = (float *)take(s.dkv);
+    a.crossing = (float *)take(s.crossing);
     return a;
 }
 
@@ -704,6 +749,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
     if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
+        if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
             a.shares = (int)ceil_div(a.tokens * a.topk, a.chunk);
@@ -750,7 +796,7 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
                     const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
                     float *lse, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 0);
-    if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
+    if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
@@ -769,7 +815,7 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
                      const float *delta, const float *lse_grad, void *memory, void *dq, void *dk, void *dv,
                      cudaStream_t stream) {
     SelShape s = shape_of(c, p, 1);
-    if (lists->slab != s.slab) return FSA_ERROR_ARGUMENT;
+    if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;

@@ -10,6 +10,12 @@
 #include "kernels.h"
 #include "mma.cuh"
 
+// Division by a small number: x / divisor = umulhi(2x, factor) >> shift for all x < 2^31.
+struct Divisor {
+    uint32_t factor;
+    int shift;
+};
+
 struct SelArgs {
     FsaPlan plan;
     FsaLists lists;
@@ -17,6 +23,7 @@ struct SelArgs {
     int head0;            // its first kv head; blockIdx.y or .z counts on
     int q_heads, kv_heads, group, block, topk;
     int parts, keys; // a block is worked on in `parts` parts of `keys` keys, and has as many partials a slot
+    Divisor by_topk;
     int chunk, shares; // list entries of a share, and shares of a launch and head
     float scale;
     const void *q, *k, *v, *dout;
@@ -24,6 +31,8 @@ struct SelArgs {
     const float *delta, *lse_grad;
     void *partial;   // [heads, slab*T, parts, group, D] 16-bit
     float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
+    char *packed;    // Hopper's forward: K and V of the launch's heads (pack_kernel)
+    float *factors;  // and the factors of V, [heads, blocks, parts]
     float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far
     float *crossing; // backward: [heads, shares, parts, keys, 2, D], see selected_backward_kernel
     void *o, *dq, *dk, *dv;
@@ -31,6 +40,10 @@ struct SelArgs {
 };
 
 #ifdef __CUDACC__
+static __device__ __forceinline__ uint32_t divide(uint32_t x, Divisor d) {
+    return __umulhi(2 * x, d.factor) >> d.shift;
+}
+
 // A thread block's share of a slab's list of one head.
 struct Share {
     const uint32_t *entries, *offsets; // the slab's
@@ -123,7 +136,9 @@ template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
 }
 
 // selected_sm90.cu: the two main kernels for Hopper. They take the same arguments and leave the same
-// partials, statistics and sums as the portable ones. a.keys is 64 or 128.
+// partials, statistics and sums as the portable ones. a.keys is 64 or 128. pack comes before the forward
+// kernels of some heads.
+int fsa_sel_pack_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
 int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
 int fsa_sel_backward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
                           cudaStream_t stream);

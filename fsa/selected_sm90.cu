@@ -6,12 +6,14 @@
 
 // What to tune. Registers are setmaxnreg's: together no more than 65,536 a multiprocessor.
 template <int D, int KEYS> struct Forward {
-    static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2; // warpgroups, each with every CONSUMERS-th tile
-    static constexpr int Q_STAGES = D == 64 || KEYS == 64 ? 8 : 4, KV_STAGES = 2;
+    static constexpr bool LARGE = D == 128 && KEYS == 128; // tiles of 128 KiB of K and V
+    static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2;   // warpgroups, each with every CONSUMERS-th tile
+    static constexpr int Q_STAGES = LARGE ? 4 : KEYS == 64 ? 9 : 8, KV_STAGES = 2;
     static constexpr int PRODUCER_REGISTERS = 56, REGISTERS = KEYS == 64 ? 152 : 224;
-    // Of the producers, warps 0 and 1 gather a tile's rows in turn, 2 and 3 fetch K and V. A stage is always the
-    // same gatherer's, which therefore never is two rounds ahead of it, where parities would lie.
-    static constexpr int GATHERERS = 2, KV_THREADS = 64;
+    // Of the producers' four warps, the first gather a tile's rows in turn, the last fetches K and V. A stage
+    // is always the same gatherer's, which therefore is never two rounds ahead of it, where parities would
+    // lie.
+    static constexpr int GATHERERS = KEYS == 64 ? 3 : 2;
     static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
 };
 template <int D, int KEYS> struct Backward {
@@ -23,6 +25,7 @@ template <int D, int KEYS> struct Backward {
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
     static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
     static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
+    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
 };
 
 // Number `index` of what passes through a ring of COUNT stages: its stage, and the parity of its round.
@@ -39,32 +42,52 @@ template <int COUNT> struct Turn {
     }
 };
 
-// A gathering warp's view of a tile of 64 rows (g rows an entry, packed): lane i looks after rows i and i
-// + 32. Rows past the run's end repeat its last one, with partial = NONE.
+// A gathering warp's way through the rows of a run (g rows an entry, packed), a tile of 64 at a time: lane i
+// looks after rows i and i + 32. Rows past the run's end repeat its last one, with partial = NONE.
 enum : uint32_t { NONE = 0xffffffffu };
+template <int TILES> struct RowWalk {            // TILES: from one of this warp's tiles to its next
+    int at[2], in_group[2], step, step_in_group; // entry of the run, query head of its group
+    uint32_t entry[2];                           // what the list has there, loaded a tile ahead
+    __device__ __forceinline__ RowWalk(const SelArgs &a, const Run &run, int tile) {
+        step = TILES * 64 / a.group, step_in_group = TILES * 64 % a.group;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int r = tile * 64 + (int)(threadIdx.x % 32) + 32 * i;
+            at[i] = r / a.group, in_group[i] = r % a.group;
+        }
+        load(run);
+    }
+    __device__ __forceinline__ void load(const Run &run) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) entry[i] = run.entries[min(at[i], (int)run.count - 1)];
+    }
+    __device__ __forceinline__ void next(const SelArgs &a, const Run &run) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            at[i] += step, in_group[i] += step_in_group;
+            if (in_group[i] >= a.group) in_group[i] -= a.group, at[i]++;
+        }
+        load(run);
+    }
+};
 struct TileRows {
-    int64_t row[2];      // of q, [Nq*Hq]
+    uint32_t row[2];     // of q, [Nq*Hq]
     uint32_t partial[2]; // row of the partials
     int limit[2];        // last visible key of the part
 };
-static __device__ __forceinline__ void load_entries(uint32_t (&entry)[2], const Run &run, int g, int tile) {
-    const int rows = (int)run.count * g;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        entry[i] = run.entries[min(tile * 64 + (int)(threadIdx.x % 32) + 32 * i, rows - 1) / g];
-}
+template <int TILES>
 static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Share &share, const Run &run,
-                                                     uint32_t begin, int part, int tile,
-                                                     const uint32_t (&entry)[2]) {
-    const int g = a.group, rows = (int)run.count * g;
+                                                     uint32_t begin, int part, const RowWalk<TILES> &walk) {
     TileRows t;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        int r = tile * 64 + (int)(threadIdx.x % 32) + 32 * i, at = min(r, rows - 1), in_group = at % g;
-        int64_t row = entry[i] / (uint32_t)a.topk;
-        t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * g + in_group;
-        t.partial[i] = r < rows ? ((entry[i] - share.entry0) * a.parts + part) * g + in_group : NONE;
-        t.limit[i] = last_key(a, run, (int64_t)(begin - run.first) + at / g, row) - part * a.keys;
+        const bool valid = walk.at[i] < (int)run.count;
+        const int in_group = valid ? walk.in_group[i] : a.group - 1;
+        const uint32_t row = divide(walk.entry[i], a.by_topk);
+        t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+        t.partial[i] = valid ? ((walk.entry[i] - share.entry0) * a.parts + part) * a.group + in_group : NONE;
+        t.limit[i] =
+            last_key(a, run, begin - run.first + min(walk.at[i], (int)run.count - 1), row) - part * a.keys;
     }
     return t;
 }
@@ -72,17 +95,20 @@ static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Sha
 // Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
 // none).
 template <typename T, int D, int SECOND>
-static __device__ __forceinline__ void gather(uint32_t tile, const T *first, const T *second,
-                                              const int64_t (&row)[2]) {
-    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
-    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
+                                              const uint32_t (&row)[2]) {
+    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS,
+                  PERIOD = 8 / ROWS; // the swizzle's, in steps of ROWS rows
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
+    const char *from = (const char *)first + chunk * 16, *from_second = (const char *)second + chunk * 16;
+    uint32_t to[PERIOD];
+#pragma unroll
+    for (int i = 0; i < PERIOD; i++) to[i] = tile + panel_offset(i * ROWS + sub, chunk, 64 * 128);
 #pragma unroll
     for (int i = 0; i < 64 / ROWS; i++) {
-        int r = i * ROWS + lane / CHUNKS;
-        int64_t from = __shfl_sync(0xffffffffu, row[i * ROWS / 32], r % 32) * D + chunk * 8;
-        uint32_t to = tile + panel_offset(r, chunk, 64 * 128);
-        cp_async_16(to, first + from);
-        if (SECOND) cp_async_16(to + SECOND, second + from);
+        uint64_t at = __shfl_sync(0xffffffffu, row[i * ROWS / 32], i * ROWS % 32 + sub) * (uint64_t)(D * 2);
+        cp_async_16(to[i % PERIOD] + i / PERIOD * 1024, from + at);
+        if (SECOND) cp_async_16(to[i % PERIOD] + i / PERIOD * 1024 + SECOND, from_second + at);
     }
 }
 
@@ -109,7 +135,7 @@ static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run,
 
 template <int D, int KEYS> struct alignas(1024) ForwardSmem {
     static constexpr int Q = Forward<D, KEYS>::Q_STAGES, KV = Forward<D, KEYS>::KV_STAGES;
-    char k[KV][KEYS * D * 2], v[KV][KEYS * D * 2], q[Q][64 * D * 2];
+    char kv[KV][2][KEYS * D * 2], q[Q][64 * D * 2];
     struct {
         uint32_t partial[64];
         int limit[64], masked; // masked: a row doesn't see all KEYS keys
@@ -118,7 +144,6 @@ template <int D, int KEYS> struct alignas(1024) ForwardSmem {
         int tiles; // 0: there are no more blocks
         float unfactor;
     } block[KV];
-    float largest[2];
     alignas(8) uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
@@ -127,58 +152,79 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
     return lo | hi << 16;
 }
 
-// V of a stage, 16-bit as it came, becomes fp16 times a power of two that brings the largest to 2^14, so
-// nothing overflows; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that
-// a lane's accumulators of four n8 columns are 16 bytes of the output in one piece. A thread takes a row at a
-// time. Returns the factor that undoes the power. largest: [2] in shared memory.
+// K and V of a part of a block, rearranged so that plain bulk copies make the main kernel's tiles of them:
+// [K, V][D/64 panels][N keys][64], the 16-byte chunks of a row swizzled. V, 16-bit as it comes, becomes fp16
+// times a power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding
+// is an eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so
+// that a lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 4 bytes in and out a
+// channel: 0.13 ms for 64K tokens of 8 heads; memory binds. A block's K and V are read T*B/B times by the
+// main kernel, so this pays.
+enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
-static __device__ __forceinline__ float convert_v(char *v, float *largest, int thread) {
-    constexpr int KV_THREADS = Forward<D, KEYS>::KV_THREADS;
-    uint32_t most = 0; // the largest magnitudes, as bits: they ascend as the numbers do
-    for (int row = thread; row < KEYS; row += KV_THREADS) {
+__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
+    constexpr int GROUPS = D / 32, ITEMS = KEYS * GROUPS / PACK_THREADS; // an item: 64 bytes of a row
+    __shared__ float largest[PACK_THREADS / 32];
+    const int64_t block = blockIdx.x / a.parts;
+    const int part = (int)(blockIdx.x % a.parts), head = a.head0 + blockIdx.y, thread = threadIdx.x;
+    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
+    const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
+    const int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block + part * KEYS;
+    const int keys = (int)min((int64_t)min(a.block - part * KEYS, KEYS), a.plan.cu_seqlens[seq + 1] - key0);
+    uint4 k[ITEMS][4], v[ITEMS][4];
+    uint32_t most = 0; // the largest magnitudes of V, as bits: they ascend as the numbers do
 #pragma unroll
-        for (int chunk = 0; chunk < D / 8; chunk++) {
-            uint4 x = *(const uint4 *)(v + panel_offset(row, chunk, KEYS * 128));
-            most = max_abs_bits(max_abs_bits(max_abs_bits(max_abs_bits(most, x.x), x.y), x.z), x.w);
+    for (int i = 0; i < ITEMS; i++) {
+        const int item = thread + i * PACK_THREADS, row = item / GROUPS;
+        const int64_t at = ((key0 + row) * a.kv_heads + head) * D + item % GROUPS * 32;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            k[i][j] = v[i][j] = make_uint4(0, 0, 0, 0);
+            if (row < keys) k[i][j] = ((const uint4 *)((const T *)a.k + at))[j];
+            if (row < keys) v[i][j] = ((const uint4 *)((const T *)a.v + at))[j];
+            most = max_abs_bits(
+                max_abs_bits(max_abs_bits(max_abs_bits(most, v[i][j].x), v[i][j].y), v[i][j].z), v[i][j].w);
         }
     }
     float2 f = unpack2<T>(most);
     float mine = fmaxf(f.x, f.y);
     for (int i = 16; i > 0; i /= 2) mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, i));
     if (thread % 32 == 0) largest[thread / 32] = mine;
-    named_barrier_sync(1, KV_THREADS);
-    mine = fmaxf(largest[0], largest[1]);
-    int exponent = min(max(14 - ilogbf(mine), -100), 100);
+    __syncthreads();
+    mine = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+    const int exponent = min(max(14 - ilogbf(mine), -100), 100);
     const float factor = mine > 0 ? ldexpf(1, exponent) : 1;
+    if (thread == 0) a.factors[(blockIdx.y * a.lists.blocks + block) * a.parts + part] = 1 / factor;
     auto convert = [&](uint32_t x) {
         float2 y = unpack2<T>(x);
         return pack2<__half>(y.x * factor, y.y * factor);
     };
-    for (int row = thread; row < KEYS; row += KV_THREADS) {
+    char *const to = a.packed + blockIdx.y * a.plan.n * (4 * D);
 #pragma unroll
-        for (int group = 0; group < D / 32; group++) {
-            uint4 x[4];
+    for (int i = 0; i < ITEMS; i++) {
+        const int item = thread + i * PACK_THREADS, row = item / GROUPS, chunk0 = item % GROUPS * 4;
+        if (row >= keys) continue;
+        auto store = [&](int j, int which, uint4 x) {
+            const int chunk = chunk0 + j;
+            const int64_t panel = which * (D / 64) + chunk / 8;
+            *(uint4 *)(to + (panel * a.plan.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) = x;
+        };
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                x[j] = *(const uint4 *)(v + panel_offset(row, group * 4 + j, KEYS * 128));
-                x[j] = make_uint4(convert(x[j].x), convert(x[j].y), convert(x[j].z), convert(x[j].w));
-            }
-            auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
-                *(uint4 *)(v + panel_offset(row, group * 4 + j, KEYS * 128)) = make_uint4(x0, x1, x2, x3);
-            };
-            store(0, x[0].x, x[1].x, x[2].x, x[3].x);
-            store(1, x[0].y, x[1].y, x[2].y, x[3].y);
-            store(2, x[0].z, x[1].z, x[2].z, x[3].z);
-            store(3, x[0].w, x[1].w, x[2].w, x[3].w);
+        for (int j = 0; j < 4; j++) {
+            store(j, 0, k[i][j]);
+            uint4 &x = v[i][j];
+            x = make_uint4(convert(x.x), convert(x.y), convert(x.z), convert(x.w));
         }
+        store(0, 1, make_uint4(v[i][0].x, v[i][1].x, v[i][2].x, v[i][3].x));
+        store(1, 1, make_uint4(v[i][0].y, v[i][1].y, v[i][2].y, v[i][3].y));
+        store(2, 1, make_uint4(v[i][0].z, v[i][1].z, v[i][2].z, v[i][3].z));
+        store(3, 1, make_uint4(v[i][0].w, v[i][1].w, v[i][2].w, v[i][3].w));
     }
-    return 1 / factor;
 }
 
-// A thread block takes `chunk` entries of one head's list. Producers bring K and V of each KV block, one
-// block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S = QK^T,
-// softmax within the block, P to fp16 A fragments, O = PV, and out go the normalized row and its log-sum-exp;
-// the next tile's S runs while this one's rows are written.
+// A thread block takes `chunk` entries of one head's list. Producers bring packed K and V of each KV block,
+// one block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
+// QK^T, softmax within the block, P to fp16 A fragments, O = PV, and out go the normalized row and its
+// log-sum-exp; the next tile's S runs while this one's rows are written.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
@@ -202,7 +248,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         for (int i = 0; i < F::Q_STAGES; i++)
             mbarrier_init(q_full + 8 * i, 33), mbarrier_init(q_empty + 8 * i, 4);
         for (int i = 0; i < F::KV_STAGES; i++) {
-            mbarrier_init(kv_full + 8 * i, F::KV_THREADS);
+            mbarrier_init(kv_full + 8 * i, 1);
             mbarrier_init(kv_empty + 8 * i, 4 * F::CONSUMERS);
         }
         mbarrier_init_fence();
@@ -218,15 +264,15 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 const Run run = run_at(a, share, begin);
                 const int tiles = ((int)run.count * g + 63) / 64;
                 for (int part = 0; part < a.parts; part++, first += tiles) {
-                    uint32_t entry[2];
                     int tile = (int)((warp + F::GATHERERS - first % F::GATHERERS) % F::GATHERERS);
-                    if (tile < tiles) load_entries(entry, run, g, tile);
+                    if (tile >= tiles) continue;
+                    RowWalk<F::GATHERERS> walk(a, run, tile);
                     for (; tile < tiles; tile += F::GATHERERS) {
-                        TileRows t = tile_rows(a, share, run, begin, part, tile, entry);
-                        load_entries(entry, run, g, tile + F::GATHERERS);
+                        TileRows t = tile_rows(a, share, run, begin, part, walk);
+                        walk.next(a, run);
                         QTurn turn(first + tile);
                         turn.wait_empty(q_empty);
-                        gather<T, D, 0>(smem_address(m->q[turn.stage]), (const T *)a.q, NULL, t.row);
+                        gather<T, D, 0>(smem_address(m->q[turn.stage]), a.q, NULL, t.row);
                         cp_async_arrive(q_full + 8 * turn.stage);
                         auto &meta = m->tile[turn.stage];
 #pragma unroll
@@ -242,33 +288,45 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 }
                 begin += run.count;
             }
-        } else {
-            const int thread = (int)threadIdx.x - 32 * F::GATHERERS;
+        } else if (warp == 3) {
             uint32_t n = 0;
+            const char *const packed = a.packed + blockIdx.y * a.plan.n * (4 * D);
             for (uint32_t begin = share.begin; begin < share.end;) {
                 const Run run = run_at(a, share, begin);
                 for (int part = 0; part < a.parts; part++, n++) {
+                    const int keys = max(0, min(run.keys - part * KEYS, KEYS));
+                    const float unfactor =
+                        a.factors[(blockIdx.y * a.lists.blocks + run.index) * a.parts + part];
                     KvTurn turn(n);
                     turn.wait_empty(kv_empty);
-                    load_kv<T, D, KEYS, F::KV_THREADS>(a, run, part, smem_address(m->k[turn.stage]),
-                                                       smem_address(m->v[turn.stage]), thread);
-                    cp_async_commit();
-                    cp_async_wait<0>();
-                    named_barrier_sync(1, F::KV_THREADS);
-                    float unfactor = convert_v<T, D, KEYS>(m->v[turn.stage], m->largest, thread);
-                    if (thread == 0) {
+                    if (keys <
+                        KEYS) { // keys that the block lacks: zeros, since what lies there may be no number
+                        char *const v = m->kv[turn.stage][1];
+                        for (int i = keys * (D / 8) + lane; i < KEYS * (D / 8); i += 32)
+                            *(uint4 *)(v + panel_offset(i / (D / 8), i % (D / 8), KEYS * 128)) =
+                                make_uint4(0, 0, 0, 0);
+                        fence_proxy_async();
+                        __syncwarp();
+                    }
+                    if (lane == 0) {
+                        const uint32_t full = kv_full + 8 * turn.stage,
+                                       to = smem_address(m->kv[turn.stage][0]);
                         m->block[turn.stage].tiles = ((int)run.count * g + 63) / 64;
                         m->block[turn.stage].unfactor = unfactor;
+                        mbarrier_arrive_expect(full, keys * D * 4);
+                        const char *from = packed + (run.key0 + part * KEYS) * 128;
+                        for (int panel = 0; panel < D / 32 && keys > 0; panel++, from += a.plan.n * 128)
+                            bulk_load(to + panel * KEYS * 128, from, keys * 128, full);
                     }
-                    fence_proxy_async();
-                    mbarrier_arrive(kv_full + 8 * turn.stage);
                 }
                 begin += run.count;
             }
             KvTurn turn(n);
             turn.wait_empty(kv_empty);
-            if (thread == 0) m->block[turn.stage].tiles = 0;
-            mbarrier_arrive(kv_full + 8 * turn.stage);
+            if (lane == 0) {
+                m->block[turn.stage].tiles = 0;
+                mbarrier_arrive(kv_full + 8 * turn.stage);
+            }
         }
         cp_async_commit();
         cp_async_wait<0>();
@@ -285,7 +343,8 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
             const int tiles = m->block[kv.stage].tiles;
             const float unfactor = m->block[kv.stage].unfactor;
             if (tiles == 0) break;
-            const uint32_t k_tile = smem_address(m->k[kv.stage]), v_tile = smem_address(m->v[kv.stage]);
+            const uint32_t k_tile = smem_address(m->kv[kv.stage][0]),
+                           v_tile = smem_address(m->kv[kv.stage][1]);
             auto start_s = [&](int tile) {
                 QTurn turn(first + tile);
                 turn.wait_full(q_full);
@@ -356,10 +415,9 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float l = quad_sum(sum[i]);
-                    inverse[i] = l > 0 ? 1 / l : 0;
-                    if (c == 0 && to[i] != NONE)
-                        a.stats[partial0 + to[i]] =
-                            make_float2(l > 0 ? base[i] + log2f(l) : -INFINITY, unfactor);
+                    inverse[i] = l > 0 ? reciprocal_fast(l) : 0;
+                    if (c == 0 && to[i] != NONE) // no sum, no logarithm: -inf
+                        a.stats[partial0 + to[i]] = make_float2(base[i] + log2_fast(l), unfactor);
                 }
                 wgmma_wait<0>();
                 wgmma_pin(o);
@@ -454,26 +512,26 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         registers_down_to<B::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, index);
         const int worker = B::SHARES == 1 ? (int)threadIdx.x % 64 : lane; // of those with the same work
+        const float unscale = -1 / a.scale;
         if (warp < 2) {
             uint32_t first = 0; // tiles before this part's
             for (uint32_t begin = share.begin; begin < share.end;) {
                 const Run run = run_at(a, share, begin);
                 const int tiles = ((int)run.count * g + 63) / 64;
                 for (int part = 0; part < a.parts; part++, first += tiles) {
-                    uint32_t entry[2];
                     int tile = (int)((worker / 32 + B::GATHERERS - first % B::GATHERERS) % B::GATHERERS);
-                    if (tile < tiles) load_entries(entry, run, g, tile);
+                    if (tile >= tiles) continue;
+                    RowWalk<B::GATHERERS> walk(a, run, tile);
                     for (; tile < tiles; tile += B::GATHERERS) {
-                        TileRows t = tile_rows(a, share, run, begin, part, tile, entry);
+                        TileRows t = tile_rows(a, share, run, begin, part, walk);
                         float lse[2], delta[2];
 #pragma unroll
                         for (int i = 0; i < 2; i++)
                             lse[i] = a.lse_grad[t.row[i]], delta[i] = a.delta[t.row[i]];
-                        load_entries(entry, run, g, tile + B::GATHERERS);
+                        walk.next(a, run);
                         QTurn turn(first + tile);
                         turn.wait_empty(q_empty);
-                        gather<T, D, TILE>(smem_address(m->q[turn.stage]), (const T *)a.q, (const T *)a.dout,
-                                           t.row);
+                        gather<T, D, TILE>(smem_address(m->q[turn.stage]), a.q, a.dout, t.row);
                         cp_async_arrive(q_full + 8 * turn.stage);
                         auto &meta = m->tile[turn.stage];
 #pragma unroll
@@ -481,7 +539,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                             int r = lane + 32 * i;
                             if (t.partial[i] == NONE) t.limit[i] = -1;
                             meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
-                            meta.lse[r] = -lse[i] / a.scale, meta.delta[r] = -delta[i];
+                            meta.lse[r] = lse[i] * unscale, meta.delta[r] = -delta[i];
                         }
                         int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                         if (lane == 0) meta.masked = masked;
@@ -692,11 +750,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     float2 x = make_float2(dk[j][2 * i], dk[j][2 * i + 1]);
                     float2 y = make_float2(dv[j][2 * i], dv[j][2 * i + 1]);
                     if (added) {
-                        float2 x0 = to_k[4 * j], y0 = to_v[4 * j];
-                        x.x += x0.x, x.y += x0.y, y.x += y0.x, y.y += y0.y;
+                        add_to_memory((float *)(to_k + 4 * j), x.x, x.y);
+                        add_to_memory((float *)(to_v + 4 * j), y.x, y.y);
+                    } else {
+                        to_k[4 * j] = x;
+                        to_v[4 * j] = y;
                     }
-                    to_k[4 * j] = x;
-                    to_v[4 * j] = y;
                 }
             }
         }
@@ -706,6 +765,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
 // ---------------------------------------------------------------------------------------------------------
 // Launchers
 
+template <typename T, int D, int KEYS>
+static int pack(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+    dim3 grid((unsigned)(a.lists.blocks * a.parts), heads);
+    pack_kernel<T, D, KEYS><<<grid, PACK_THREADS, 0, stream>>>(a);
+    return FSA_OK;
+}
 template <typename T, int D, int KEYS>
 static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
@@ -738,6 +803,9 @@ static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
      : a.keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                                   \
                     : f<__half, 128, 128>(a, heads, stream))
 
+int fsa_sel_pack_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream) {
+    return DISPATCH(pack);
+}
 int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
                          cudaStream_t stream) {
     return DISPATCH(forward);

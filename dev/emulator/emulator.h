@@ -260,6 +260,9 @@ static inline float rsqrtf(float x) {
 static inline void sincospif(float x, float *s, float *c) {
     *s = (float)sin(M_PI * (double)x), *c = (float)cos(M_PI * (double)x);
 }
+static inline unsigned __umulhi(unsigned a, unsigned b) {
+    return (unsigned)((uint64_t)a * b >> 32);
+}
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
 }

@@ -138,4 +138,10 @@ template <int left> inline void cp_async_wait() {
 inline float exp2_fast(float x) {
     return exp2f(x);
 }
+inline float log2_fast(float x) {
+    return log2f(x);
+}
+inline float reciprocal_fast(float x) {
+    return 1 / x;
+}
 #endif
