@@ -161,7 +161,7 @@ GENCODE := $(foreach a,80 90,-gencode arch=compute_$(a),code=sm_$(a)) -gencode a
 endif
 # Hopper's own instructions exist for it alone.
 SM90A := -gencode arch=compute_90a,code=sm_90a
-build/fsa/%_sm90.o build/test_ptx: GENCODE = $(SM90A)
+build/fsa/%_sm90.o build/racecheck/%_sm90.o build/test_ptx: GENCODE = $(SM90A)
 NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
 FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(wildcard fsa/*.cu)) build/fsa/config.o
 CUDA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh dev/cuda/*.h dev/test/test.h)
@@ -187,13 +187,21 @@ build/example: fsa/example.c libfsa.a
 
 cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl)
 
-# compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU.
+# compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU. racecheck has a
+# build of its own (FSA_RACECHECK in fsa/ptx_sm90.cuh).
 SANITIZED := $(filter-out build/matmul,$(LAYERS))
-sanitize: build/test_fsa $(SANITIZED)
+sanitize: build/test_fsa build/test_fsa_racecheck $(SANITIZED)
 	for tool in memcheck racecheck initcheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 build/test_fsa small || exit 1; \
+	    for kernels in $(KINDS); do \
+	        test=build/test_fsa; [ $$tool = racecheck ] && test=build/test_fsa_racecheck; \
+	        FSA_KERNELS=$$kernels compute-sanitizer --tool $$tool --error-exitcode 1 $$test small || exit 1; done; \
 	    for layer in $(SANITIZED); do \
 	        compute-sanitizer --tool $$tool --error-exitcode 1 $$layer check small || exit 1; done; done
+build/racecheck/%.o: fsa/%.cu $(CUDA_HEADERS)
+	@mkdir -p build/racecheck
+	$(NVCC) $(NVCCFLAGS) -DFSA_RACECHECK -c $< -o $@
+build/test_fsa_racecheck: dev/test/test_fsa.cu $(patsubst fsa/%.cu,build/racecheck/%.o,$(wildcard fsa/*_sm90.cu)) libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
+	$(NVCC) $(NVCCFLAGS) $(filter %.cu %.o,$^) libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 
 # ---- the GPU trainer and its test --------------------------------------------------------------
 TRAINER_HEADERS := $(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h

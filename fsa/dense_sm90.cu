@@ -52,12 +52,8 @@ template <int STAGES> struct Turn {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
-// A consumer warp is done with what `barrier` guards: one arrival a warp.
-static __device__ __forceinline__ void release(uint32_t barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
-}
-enum { RELEASES = CONSUMERS / 32 };
+// Arrivals of the consumers' warps, each of which is done with what a barrier guards.
+enum { RELEASES = CONSUMERS / 32 * WARP_ARRIVALS };
 
 // The work item of a thread block's `round`.
 static __device__ __forceinline__ int64_t work_item(int64_t round) {
@@ -287,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                 wgmma_wait<0>();
                 wgmma_pin(s);
-                release(ring.k_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
                 softmax(0);
                 pack();
                 Turn<KV_STAGES> before = turn; // the tile whose P V is still to be done
@@ -298,11 +294,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                     named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                     wgmma_wait<1>();
                     wgmma_pin(s);
-                    release(ring.k_empty + 8 * turn.stage);
+                    mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
                     softmax(tile);
                     wgmma_wait<0>();
                     wgmma_pin(out);
-                    release(ring.v_empty + 8 * before.stage);
+                    mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
                     before = turn;
 #pragma unroll
                     for (int n = 0; n < D / 8; n++) {
@@ -311,7 +307,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     }
                     pack();
                 }
-                release(ring.stay_empty);
+                mbarrier_arrive_warp(ring.stay_empty);
                 int left = w.keys - (w.begin + (w.tiles - 1) * KEYS);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
@@ -320,7 +316,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 multiply_values(before, w.tiles > 1);
                 wgmma_wait<0>();
                 wgmma_pin(out);
-                release(ring.v_empty + 8 * before.stage);
+                mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
             }
 
             // Through shared memory, so that rows are written in 16-byte pieces; each warp its own rows.
@@ -425,8 +421,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
                 wgmma_wait<0>();
                 wgmma_pin(dp);
-                release(ring.v_empty + 8 * turn.stage);
-                if (tile == w.tiles - 1) release(ring.stay_empty);
+                mbarrier_arrive_warp(ring.v_empty + 8 * turn.stage);
+                if (tile == w.tiles - 1) mbarrier_arrive_warp(ring.stay_empty);
                 uint32_t ds[KEYS / 16][4];
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++) {
@@ -442,7 +438,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(dq);
-                release(ring.k_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -687,9 +683,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_commit();
                 wgmma_wait<0>();
                 wgmma_pin(dv), wgmma_pin(dk);
-                release(ring.empty + 8 * turn.stage);
+                mbarrier_arrive_warp(ring.empty + 8 * turn.stage);
             }
-            release(ring.stay_empty);
+            mbarrier_arrive_warp(ring.stay_empty);
 
             int64_t row_size = (int64_t)p.kv_heads * D, all = p.num_keys * row_size; // elements of dk
             float *to_k = p.splits > 1 ? p.partial + w.split * 2 * all : p.dk;

@@ -2,15 +2,19 @@
 #include "kernels.h"
 #include <limits.h>
 
-enum { WARPS = 32, RANGE = 512 }; // warps of a block, and selection blocks that one thread block lists
+enum {
+    WARPS = 32,  // of a thread block
+    RANGE = 512, // selection blocks that it lists
+    AHEAD = 4    // entries that a lane loads at once
+};
 
 // One thread block lists RANGE blocks of one (kv head, slab). Its warps take equal shares of the slab's rows,
 // in order, twice: first they count how often their share names each block (in any order); after a prefix sum
-// over (block, warp) they write each entry to its place, query after query (a query names a block once, so no
-// two lanes meet in a counter): a list ascends by row whatever the timing. Reads slab*T*4 bytes twice (from
-// L2 the second time) and as often as there are ranges; writes 4 bytes an entry. At 64K tokens, 8 kv heads:
-// 34 MB in, 34 MB out, 0.015 ms; the instructions of the loops bind, about 45 and 95 for 32 entries: 8.4
-// million entries in 2 ranges are 73 million, 0.08 ms at 4 a clock and multiprocessor.
+// over (block, warp) they write each entry to its place, of a warp's 32 entries that name one block the first
+// first: a list ascends by row whatever the timing. Reads slab*T*4 bytes twice (from L2 the second time) and
+// as often as there are ranges; writes 4 bytes an entry. At 64K tokens, 8 kv heads: 34 MB in, 34 MB out,
+// 0.015 ms; the instructions of the loops bind, about 25 and 40 for 32 entries: 8.4 million entries in 2
+// ranges are 34 million, 0.06 ms at 3 a clock and multiprocessor, of which 96 are at work.
 __global__ void __launch_bounds__(WARPS * 32)
     lists_kernel(FsaPlan p, FsaLists lists, const int32_t *all_indices, int topk, int block) {
     extern __shared__ uint32_t counts[]; // [WARPS][RANGE]
@@ -27,31 +31,41 @@ __global__ void __launch_bounds__(WARPS * 32)
     const uint32_t entry0 = (uint32_t)(begin * topk), entries_here = (uint32_t)((end - begin) * topk);
     uint32_t *count = counts + warp * RANGE;
 
-    // Calls visit(entry, query, b) for 32 entries of the share at a time, a lane each. query: of the share;
-    // b: the block that it names, counted from this range's first; INT_MAX where it names none.
+    // Calls visit(entry, b) for 32 entries of the share at a time, a lane each. b: the block that the entry
+    // names, counted from this range's first; INT_MAX where it names none.
     auto walk = [&](auto visit) {
         int segment_end = 0, block0 = 0; // of the segment that the lane is in: queries of the share, blocks
         int64_t pos0 = 0;                // what to add to a query for its position
         const int step = 32 / topk, slot_step = 32 % topk;
-        int query = lane / topk, slot = lane % topk;
-        int next = (uint32_t)lane < entries_here ? indices[lane] : -1;
+        int query = lane / topk, slot = lane % topk, next[AHEAD];
+        auto load = [&](uint32_t i) {
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) next[k] = i + 32 * k < entries_here ? indices[i + 32 * k] : -1;
+        };
+        load(lane);
 #pragma unroll 1
-        for (uint32_t i = lane; i - lane < entries_here; i += 32) {
-            int index = next, b = INT_MAX;
-            next = i + 32 < entries_here ? indices[i + 32] : -1;
-            if (index >= 0) {
-                if (query >= segment_end) {
-                    int64_t segment = fsa_find(p.cu_rows, p.num_segments, begin + query);
-                    int64_t stop = p.cu_rows[segment + 1];
-                    segment_end = (int)((stop < end ? stop : end) - begin);
-                    pos0 = p.segments[segment].pos + begin - p.cu_rows[segment];
-                    block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
+        for (uint32_t i0 = 0; i0 < entries_here; i0 += 32 * AHEAD) {
+            int now[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) now[k] = next[k];
+            load(i0 + 32 * AHEAD + lane);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                int b = INT_MAX;
+                if (now[k] >= 0) {
+                    if (query >= segment_end) {
+                        int64_t segment = fsa_find(p.cu_rows, p.num_segments, begin + query);
+                        int64_t stop = p.cu_rows[segment + 1];
+                        segment_end = (int)((stop < end ? stop : end) - begin);
+                        pos0 = p.segments[segment].pos + begin - p.cu_rows[segment];
+                        block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
+                    }
+                    if ((int64_t)now[k] * block <= pos0 + query) b = block0 + now[k];
                 }
-                if ((int64_t)index * block <= pos0 + query) b = block0 + index;
+                visit(entry0 + i0 + 32 * k + lane, b);
+                query += step, slot += slot_step;
+                if (slot >= topk) slot -= topk, query++;
             }
-            visit(entry0 + i, query, b);
-            query += step, slot += slot_step;
-            if (slot >= topk) slot -= topk, query++;
         }
     };
 
@@ -59,7 +73,7 @@ __global__ void __launch_bounds__(WARPS * 32)
     if (threadIdx.x == 0) below = 0;
     __syncthreads();
     uint32_t before = 0; // entries that name blocks below this range
-    walk([&](uint32_t, int, int b) {
+    walk([&](uint32_t, int b) {
         before += b < 0;
         if ((unsigned)b < RANGE) atomicAdd(&count[b], 1);
     });
@@ -97,14 +111,14 @@ __global__ void __launch_bounds__(WARPS * 32)
     __syncthreads();
 
     uint32_t *entries = lists.entries + (head * p.nq + row0) * topk;
-    walk([&](uint32_t entry, int query, int b) {
-        if (!__any_sync(0xffffffffu, (unsigned)b < RANGE)) return;
-        const int last = __shfl_sync(0xffffffffu, query, 31);
-#pragma unroll 1
-        for (int i = __shfl_sync(0xffffffffu, query, 0); i <= last; i++) {
-            if (query == i && (unsigned)b < RANGE) entries[count[b]++] = entry;
-            __syncwarp();
-        }
+    walk([&](uint32_t entry, int b) {
+        const unsigned same = __match_any_sync(0xffffffffu, b), before = same & ((1u << lane) - 1);
+        const bool here = (unsigned)b < RANGE;
+        const uint32_t at = here ? count[b] : 0;
+        __syncwarp();
+        if (here) entries[at + __popc(before)] = entry;
+        if (here && before == 0) count[b] = at + __popc(same);
+        __syncwarp();
     });
 }
 

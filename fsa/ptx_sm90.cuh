@@ -294,6 +294,17 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// A whole warp arrives, once its lanes are done with what went before: as WARP_ARRIVALS, one lane for all.
+// compute-sanitizer's racecheck follows a thread only to its own arrivals, so that for it every lane arrives.
+#ifdef FSA_RACECHECK
+enum { WARP_ARRIVALS = 32 };
+#else
+enum { WARP_ARRIVALS = 1 };
+#endif
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 < WARP_ARRIVALS) mbarrier_arrive(barrier);
+}
 // Arrives, and announces bytes that copies will bring.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

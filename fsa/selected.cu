@@ -707,7 +707,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     s.partial = round_up(rows * c->head_dim * 2);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     bool pack = s.hopper && !backward;
-    s.packed = pack ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * 2) : 0;
+    s.packed = pack ? round_up((size_t)s.heads * p->n * c->head_dim * 2) : 0;
     s.factors = pack ? round_up((size_t)s.heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
     s.dkv = backward ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * sizeof(float)) : 0;
     s.crossing = backward ? round_up((size_t)s.heads * blocks * s.parts * s.keys * 2 * c->head_dim * 4) : 0;

@@ -31,8 +31,8 @@ struct SelArgs {
     const float *delta, *lse_grad;
     void *partial;   // [heads, slab*T, parts, group, D] 16-bit
     float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
-    char *packed;    // Hopper's forward: K and V of the launch's heads (pack_kernel)
-    float *factors;  // and the factors of V, [heads, blocks, parts]
+    char *packed;    // Hopper's forward: V of the launch's heads, [heads, D/64, N, 64] fp16 (pack_kernel)
+    float *factors;  // and what to multiply its blocks by, [heads, blocks, parts]
     float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far
     float *crossing; // backward: [heads, shares, parts, keys, 2, D], see selected_backward_kernel
     void *o, *dq, *dk, *dv;

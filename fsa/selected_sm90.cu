@@ -3,6 +3,8 @@
 // work is cut; selected.cu has the reductions and launches these.
 #include "ptx_sm90.cuh"
 #include "selected.cuh"
+#include "tma.cuh"
+#include <type_traits>
 
 // What to tune. Registers are setmaxnreg's: together no more than 65,536 a multiprocessor.
 template <int D, int KEYS> struct Forward {
@@ -152,13 +154,12 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
     return lo | hi << 16;
 }
 
-// K and V of a part of a block, rearranged so that plain bulk copies make the main kernel's tiles of them:
-// [K, V][D/64 panels][N keys][64], the 16-byte chunks of a row swizzled. V, 16-bit as it comes, becomes fp16
-// times a power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding
-// is an eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so
-// that a lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 4 bytes in and out a
-// channel: 0.13 ms for 64K tokens of 8 heads; memory binds. A block's K and V are read T*B/B times by the
-// main kernel, so this pays.
+// V of a part of a block, rearranged so that plain bulk copies make the main kernel's tile of it: [D/64
+// panels][N keys][64], the 16-byte chunks of a row swizzled. 16-bit as it comes, it becomes fp16 times a
+// power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding is an
+// eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
+// lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 2 bytes in and out a
+// channel: 0.06 ms for 64K tokens of 8 heads; memory binds.
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
@@ -170,20 +171,22 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
     const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
     const int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block + part * KEYS;
     const int keys = (int)min((int64_t)min(a.block - part * KEYS, KEYS), a.plan.cu_seqlens[seq + 1] - key0);
-    uint4 k[ITEMS][4], v[ITEMS][4];
-    uint32_t most = 0; // the largest magnitudes of V, as bits: they ascend as the numbers do
+    uint4 v[ITEMS][4];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int item = thread + i * PACK_THREADS, row = item / GROUPS;
-        const int64_t at = ((key0 + row) * a.kv_heads + head) * D + item % GROUPS * 32;
+        const uint4 *from =
+            (const uint4 *)((const T *)a.v + ((key0 + row) * a.kv_heads + head) * D) + item % GROUPS * 4;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            k[i][j] = v[i][j] = make_uint4(0, 0, 0, 0);
-            if (row < keys) k[i][j] = ((const uint4 *)((const T *)a.k + at))[j];
-            if (row < keys) v[i][j] = ((const uint4 *)((const T *)a.v + at))[j];
+        for (int j = 0; j < 4; j++) v[i][j] = row < keys ? from[j] : make_uint4(0, 0, 0, 0);
+    }
+    uint32_t most = 0; // the largest magnitudes, as bits: they ascend as the numbers do
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
             most = max_abs_bits(
                 max_abs_bits(max_abs_bits(max_abs_bits(most, v[i][j].x), v[i][j].y), v[i][j].z), v[i][j].w);
-        }
     }
     float2 f = unpack2<T>(most);
     float mine = fmaxf(f.x, f.y);
@@ -198,30 +201,29 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
         float2 y = unpack2<T>(x);
         return pack2<__half>(y.x * factor, y.y * factor);
     };
-    char *const to = a.packed + blockIdx.y * a.plan.n * (4 * D);
+    char *const to = a.packed + blockIdx.y * a.plan.n * (2 * D);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int item = thread + i * PACK_THREADS, row = item / GROUPS, chunk0 = item % GROUPS * 4;
+        const int item = thread + i * PACK_THREADS, row = item / GROUPS;
         if (row >= keys) continue;
-        auto store = [&](int j, int which, uint4 x) {
-            const int chunk = chunk0 + j;
-            const int64_t panel = which * (D / 64) + chunk / 8;
-            *(uint4 *)(to + (panel * a.plan.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) = x;
-        };
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            store(j, 0, k[i][j]);
             uint4 &x = v[i][j];
             x = make_uint4(convert(x.x), convert(x.y), convert(x.z), convert(x.w));
         }
-        store(0, 1, make_uint4(v[i][0].x, v[i][1].x, v[i][2].x, v[i][3].x));
-        store(1, 1, make_uint4(v[i][0].y, v[i][1].y, v[i][2].y, v[i][3].y));
-        store(2, 1, make_uint4(v[i][0].z, v[i][1].z, v[i][2].z, v[i][3].z));
-        store(3, 1, make_uint4(v[i][0].w, v[i][1].w, v[i][2].w, v[i][3].w));
+        auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+            const int chunk = item % GROUPS * 4 + j;
+            *(uint4 *)(to + (chunk / 8 * a.plan.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) =
+                make_uint4(x0, x1, x2, x3);
+        };
+        store(0, v[i][0].x, v[i][1].x, v[i][2].x, v[i][3].x);
+        store(1, v[i][0].y, v[i][1].y, v[i][2].y, v[i][3].y);
+        store(2, v[i][0].z, v[i][1].z, v[i][2].z, v[i][3].z);
+        store(3, v[i][0].w, v[i][1].w, v[i][2].w, v[i][3].w);
     }
 }
 
-// A thread block takes `chunk` entries of one head's list. Producers bring packed K and V of each KV block,
+// A thread block takes `chunk` entries of one head's list. Producers bring K and packed V of each KV block,
 // one block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
 // QK^T, softmax within the block, P to fp16 A fragments, O = PV, and out go the normalized row and its
 // log-sum-exp; the next tile's S runs while this one's rows are written.
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // 16), 1.2 ms at 128 bytes a clock. Memory binds. Not measured yet.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
-    selected_forward_sm90_kernel(const SelArgs a) {
+    selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
     typedef Forward<D, KEYS> F;
     typedef ForwardSmem<D, KEYS> Smem;
     typedef Turn<F::Q_STAGES> QTurn;
@@ -246,10 +248,11 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     if (threadIdx.x == 0) {
         // A gathering warp's 32 lanes' copies, and its word that the rows' numbers are there.
         for (int i = 0; i < F::Q_STAGES; i++)
-            mbarrier_init(q_full + 8 * i, 33), mbarrier_init(q_empty + 8 * i, 4);
+            mbarrier_init(q_full + 8 * i, 32 + WARP_ARRIVALS),
+                mbarrier_init(q_empty + 8 * i, 4 * WARP_ARRIVALS);
         for (int i = 0; i < F::KV_STAGES; i++) {
             mbarrier_init(kv_full + 8 * i, 1);
-            mbarrier_init(kv_empty + 8 * i, 4 * F::CONSUMERS);
+            mbarrier_init(kv_empty + 8 * i, 4 * F::CONSUMERS * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
     }
@@ -282,15 +285,14 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         }
                         int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                         if (lane == 0) meta.masked = masked;
-                        __syncwarp();
-                        if (lane == 0) mbarrier_arrive(q_full + 8 * turn.stage);
+                        mbarrier_arrive_warp(q_full + 8 * turn.stage);
                     }
                 }
                 begin += run.count;
             }
         } else if (warp == 3) {
             uint32_t n = 0;
-            const char *const packed = a.packed + blockIdx.y * a.plan.n * (4 * D);
+            const char *const packed = a.packed + blockIdx.y * a.plan.n * (2 * D);
             for (uint32_t begin = share.begin; begin < share.end;) {
                 const Run run = run_at(a, share, begin);
                 for (int part = 0; part < a.parts; part++, n++) {
@@ -313,10 +315,16 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                                        to = smem_address(m->kv[turn.stage][0]);
                         m->block[turn.stage].tiles = ((int)run.count * g + 63) / 64;
                         m->block[turn.stage].unfactor = unfactor;
-                        mbarrier_arrive_expect(full, keys * D * 4);
-                        const char *from = packed + (run.key0 + part * KEYS) * 128;
-                        for (int panel = 0; panel < D / 32 && keys > 0; panel++, from += a.plan.n * 128)
-                            bulk_load(to + panel * KEYS * 128, from, keys * 128, full);
+                        mbarrier_arrive_expect(full, (KEYS + keys) * D * 2);
+                        const int64_t key0 = run.key0 + part * KEYS;
+                        for (int panel = 0; panel < D / 64; panel++) {
+                            const uint32_t at =
+                                to + panel * KEYS * 128; // rows of K beyond the block are masked
+                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full);
+                            if (keys > 0)
+                                bulk_load(at + KEYS * D * 2, packed + (panel * a.plan.n + key0) * 128,
+                                          keys * 128, full);
+                        }
                     }
                 }
                 begin += run.count;
@@ -373,8 +381,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 const int masked = meta.masked;
                 wgmma_wait<0>();
                 wgmma_pin(s);
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(q_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(q_empty + 8 * turn.stage);
 
                 if (masked) {
 #pragma unroll
@@ -435,8 +442,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 }
             }
             first += tiles;
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(kv_empty + 8 * kv.stage);
+            mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
         }
     }
 }
@@ -497,12 +503,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     if (warp < B::SHARES && lane == 0) {
         // The lanes' copies, and one's word that what goes with them is there.
         for (int i = 0; i < B::Q_STAGES; i++) {
-            mbarrier_init(q_full + 8 * i, 33);
-            mbarrier_init(q_empty + 8 * i, 4 * B::SHARERS);
+            mbarrier_init(q_full + 8 * i, 32 + WARP_ARRIVALS);
+            mbarrier_init(q_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
         }
         for (int i = 0; i < B::KV_STAGES; i++) {
             mbarrier_init(kv_full + 8 * i, B::KV_THREADS + 1);
-            mbarrier_init(kv_empty + 8 * i, 4 * B::SHARERS);
+            mbarrier_init(kv_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
     }
@@ -543,8 +549,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         }
                         int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                         if (lane == 0) meta.masked = masked;
-                        __syncwarp();
-                        if (lane == 0) mbarrier_arrive(q_full + 8 * turn.stage);
+                        mbarrier_arrive_warp(q_full + 8 * turn.stage);
                     }
                 }
                 begin += run.count;
@@ -725,8 +730,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 } else {
                     wgmma_wait<0>();
                 }
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(q_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(q_empty + 8 * turn.stage);
                 if (ALL && D == 128) {
                     wgmma_wait<0>();
                     wgmma_pin(dq);
@@ -738,8 +742,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
             first += tiles;
             float *const out = block.out;
             const int keys = block.keys, added = block.added;
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(kv_empty + 8 * kv.stage);
+            mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int key = key0 + 8 * i;
@@ -776,9 +779,15 @@ static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    CUtensorMap k_map;
+    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
+    int box[] = {64, 1, KEYS};
+    int status = fsa_tensor_map(&k_map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, a.k, size,
+                                stride, box);
+    if (status) return status;
     dim3 grid((unsigned)a.shares, heads);
     selected_forward_sm90_kernel<T, D, KEYS>
-        <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a);
+        <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a, k_map);
     return FSA_OK;
 }
 template <typename T, int D, int KEYS>

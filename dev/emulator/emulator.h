@@ -181,6 +181,12 @@ static inline int __any_sync(uint32_t mask, int x) {
 static inline int __all_sync(uint32_t mask, int x) {
     return emu::ballot(mask, !x) == 0;
 }
+template <typename T> static inline uint32_t __match_any_sync(uint32_t mask, T x) {
+    uint32_t same = 0;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) same |= (uint32_t)(emu::shuffle(mask, x, i) == x) << i;
+    return same;
+}
 template <typename T> static inline T __reduce_add_sync(uint32_t mask, T x) {
     return emu::reduce<0>(mask, x);
 }

@@ -98,6 +98,11 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint32_t barrier) {
     emu::mbarrier_count(barrier, 0);
 }
+enum { WARP_ARRIVALS = 1 };
+inline void mbarrier_arrive_warp(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+}
 inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     emu::mbarrier_count(barrier, bytes);
 }
