@@ -590,19 +590,29 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
 }
 
 // Adds the pieces of the list that starts in thread block blockIdx.x of the main kernel and goes on beyond
-// it, in order, to dkv. blockIdx.y takes a share of the keys*2*D*parts sums. Reads 64 KiB a thread block of
-// the main kernel (d = 128), writes less; latency binds.
+// it, in order, to dkv. blockIdx.y takes a share of the keys*2*D*parts sums. Most lists have one piece, block
+// 0's, in which all queries are, a dozen. Reads 64 KiB a piece (d = 128), and as much again of dkv, which it
+// writes; latency binds, so four pieces are under way at a time.
 template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs a) {
     const Share share = share_of(a, a.head0 + blockIdx.z, blockIdx.x);
     if (share.begin >= share.end) return;
     Run run = run_at(a, share, share.end - 1);
     if (run.first < share.begin || run.last <= share.end) return;
-    const int64_t size = (int64_t)a.parts * a.keys * 2 * D;
-    const float *pieces = a.crossing + (int64_t)blockIdx.z * a.shares * size;
-    float *to = a.dkv + ((int64_t)blockIdx.z * a.plan.n + run.key0) * 2 * D;
-    for (int i = blockIdx.y * 256 + threadIdx.x; i < run.keys * 2 * D; i += gridDim.y * 256) {
-        float sum = to[i];
-        for (int64_t b = blockIdx.x + 1; b * a.chunk < run.last; b++) sum += pieces[b * size + i];
+    const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
+    const float4 *pieces =
+        (const float4 *)a.crossing + ((int64_t)blockIdx.z * a.shares + blockIdx.x + 1) * size;
+    float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.z * a.plan.n + run.key0) * 2 * D);
+    const int count = (int)((run.last - share.end + a.chunk - 1) / a.chunk);
+    for (int i = blockIdx.y * 256 + threadIdx.x; i < run.keys * 2 * D / 4; i += gridDim.y * 256) {
+        float4 sum = to[i];
+        for (int b = 0; b < count; b += 4) {
+            float4 x[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                x[k] = b + k < count ? pieces[(b + k) * size + i] : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int k = 0; k < 4; k++) sum.x += x[k].x, sum.y += x[k].y, sum.z += x[k].z, sum.w += x[k].w;
+        }
         to[i] = sum;
     }
 }
@@ -633,11 +643,18 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) dq_sum_ke
     for (int j = 0; j < 8; j++) {
         for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
     }
-    if (lane >= Rows::LANES) return;
-    // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group.
-    uint32_t *to = (uint32_t *)((T *)a.dq + r.to * D) + lane / 4 * 16 + lane % 4;
+    // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group, and is to write 4c .. 4c+3.
+    uint32_t w[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) to[4 * j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
+    for (int j = 0; j < 4; j++) w[j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
+    auto exchange = [&](uint32_t &kept, uint32_t &given, int with) { // `kept` of the lanes without bit `with`
+        const bool odd = lane & with;
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? kept : given, with);
+        (odd ? kept : given) = got;
+    };
+    exchange(w[0], w[1], 1), exchange(w[2], w[3], 1);
+    exchange(w[0], w[2], 2), exchange(w[1], w[3], 2);
+    if (lane < Rows::LANES) ((uint4 *)((T *)a.dq + r.to * D))[lane] = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
@@ -781,7 +798,7 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
             } else {
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
-            dim3 crossing(grid.x, 8, heads);
+            dim3 crossing(grid.x, 4, heads);
             crossing_kernel<D><<<crossing, 256, 0, stream>>>(a);
             dim3 sum((unsigned)ceil_div(a.tokens * a.group, 8), heads);
             dq_sum_kernel<T, D><<<sum, 256, 0, stream>>>(a);

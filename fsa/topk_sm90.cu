@@ -3,9 +3,7 @@
 //   0, 1: scorers. S^T = kc Q^T by wgmma, 64 windows by 128 columns, each for its own 8*floor(16/g)
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, a thread a query, 2 for scorer 0's, 3 for scorer 1's: block scores out of P, and the
-//         running list of the best blocks. Where a scorer has fewer than 65 queries, 2 or 4 threads share a
-//         query: each takes every 2nd or 4th tile of windows and keeps a list, and the first merges them at
-//         the end.
+//         running list of the best blocks.
 //   4:    a warp that loads Q, and kc into a ring of tiles that both scorers read; and a thread that finds
 //         the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
@@ -43,7 +41,7 @@ constexpr int STAGES = 3;     // tiles of kc
 constexpr int PLACES = 16;    // of a query's list
 constexpr int PENDING = 16;   // places of a query's buffer
 constexpr int SHARE = 16;     // windows that a selector loads at once
-constexpr int MOST_SLOTS = 6; // tiles of P of a scorer
+constexpr int MOST_SLOTS = 4; // tiles of P of a scorer
 constexpr int WORKS = 4;      // tiles of queries that the finder may be ahead
 // A block starts with 96 a thread.
 constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 88, LOADER_REGISTERS = 48;
@@ -68,11 +66,11 @@ struct TopKHopper {
     int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init, local;
     // Bit k: the k-th eight of a scorer's columns is of its queries' first head, or their last one.
     uint32_t first_heads, last_heads;
-    int wanted;                    // blocks that are chosen freely
-    int window_cells, block_cells; // in stride cells
-    int queries;                   // of a scorer
-    int q_tiles, slots;            // how many tiles of Q a scorer has room for, and of P
-    int parts, end_blocks; // threads that share a query; most blocks that end within a share of windows
+    int wanted;                     // blocks that are chosen freely
+    int window_cells, block_cells;  // in stride cells
+    int queries;                    // of a scorer
+    int q_tiles, slots;             // how many tiles of Q a scorer has room for, and of P
+    int selector_warps, end_blocks; // of a scorer; most blocks that end within a share of windows
     Layout at;
 };
 
@@ -279,29 +277,23 @@ struct List {
 #pragma unroll
         for (int i = 0; i < PLACES; i++) rank[i] = i < PLACES - wanted ? INT32_MAX : -1, block[i] = INT32_MAX;
     }
-    // ascending: no block of the list is above the new one.
-    template <bool ascending> __device__ __forceinline__ void insert(int new_rank, int new_block) {
-        auto before = [&](int i) {
-            return new_rank > rank[i] || !ascending && new_rank == rank[i] && new_block < block[i];
-        };
+    __device__ __forceinline__ void insert(int new_rank, int new_block) {
 #pragma unroll
         for (int i = PLACES - 1; i > 0; i--) {
-            bool here = before(i), above = before(i - 1);
+            bool here = new_rank > rank[i], above = new_rank > rank[i - 1];
             block[i] = above ? block[i - 1] : here ? new_block : block[i];
             rank[i] = max(rank[i], min(rank[i - 1], new_rank));
         }
-        if (before(0)) block[0] = new_block;
+        if (new_rank > rank[0]) block[0] = new_block;
         rank[0] = max(rank[0], new_rank);
     }
 };
 
 __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
                                        Ring p_ring) {
-    const int threads = 128 / p.parts; // of a part, whole warps
-    const int part = threadIdx.x % 128 / threads, mine = threadIdx.x % threads;
+    const int mine = threadIdx.x % 128;
     const int place = min(mine, p.queries - 1); // lanes too many read what another lane does
-    int2 *const pendings = (int2 *)(shared + p.at.pending) + (scorer * 128 + mine) * (PENDING + 1);
-    int2 *const pending = pendings + part * threads * (PENDING + 1);
+    int2 *const pending = (int2 *)(shared + p.at.pending) + (scorer * p.queries + place) * (PENDING + 1);
     for (;; work_done(&works)) {
         const Work &w = next_work(p, shared, works);
         const int steps = w.steps;
@@ -316,13 +308,13 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         List list;
         list.clear(p.wanted);
         int lowest = -1, count = 0, block = -p.init, cell = 0;
-        float sum = 0, next = 0, last = 0; // last: P of the tile before's last window
+        float sum = 0, next = 0;
         auto put_pending = [&] {
             int most = __reduce_max_sync(0xffffffffu, count);
             int2 x = pending[0];
             for (int i = 0; i < most; i++) {
                 int2 ahead = pending[i + 1];
-                list.insert<true>(i < count ? x.x : -1, x.y);
+                list.insert(i < count ? x.x : -1, x.y);
                 x = ahead;
             }
             count = 0, lowest = list.rank[PLACES - 1];
@@ -337,13 +329,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
             const float *from =
                 (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
                 place * PITCH;
-            const bool whose = step % p.parts == part;
-            if (p.parts > 1) {
-                sum = (p.window_cells - 1) * last, cell = 0,
-                block = step * (WINDOWS / p.block_cells) - p.init;
-                last = step * WINDOWS + WINDOWS - 1 < seen ? from[WINDOWS - 1] : 0;
-            }
-            for (int i0 = 0; i0 < WINDOWS && whose; i0 += SHARE) {
+            for (int i0 = 0; i0 < WINDOWS; i0 += SHARE) {
                 if (__any_sync(0xffffffffu, count + p.end_blocks > PENDING)) put_pending();
                 float x[SHARE];
 #pragma unroll
@@ -391,24 +377,8 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
             p_ring.next();
         }
         put_pending();
-        if (p.parts > 1) {
-            for (int i = 0; part > 0 && i < p.wanted; i++) {
-#pragma unroll
-                for (int j = 0; j < PLACES; j++) // the list's places that count come last
-                    if (j == PLACES - p.wanted + i) pending[i] = make_int2(list.rank[j], list.block[j]);
-            }
-            named_barrier_sync(3 + scorer, 128);
-            for (int k = 1; part == 0 && k < p.parts; k++) {
-                for (int i = 0; i < p.wanted; i++) {
-                    int2 x = pendings[k * threads * (PENDING + 1) + i];
-                    if (!__any_sync(0xffffffffu, x.x >= list.rank[PLACES - 1])) break; // they descend
-                    list.insert<false>(x.x, x.y);
-                }
-            }
-            named_barrier_sync(3 + scorer, 128);
-        }
 
-        if (!there || part > 0) continue;
+        if (!there) continue;
         int32_t *to = p.indices + ((int64_t)w.kv_head * p.plan.nq + w.row + query) * p.topk;
         if (all) {
             for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
@@ -444,11 +414,12 @@ __global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_co
                 mbarrier_init(ring.barriers + 8 * (ring.count + i), emptying);
             }
         };
-        init(works, 1, (SCORERS * (4 + 4) + 1) * WARP_ARRIVALS); // one for each warp
-        init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS);           // each of the loader's lanes
+        init(works, 1, (SCORERS * (4 + p.selector_warps) + 1) * WARP_ARRIVALS);
+        init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS); // each of the loader's lanes
         init(k_ring, 32, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
-            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 4 * WARP_ARRIVALS, 4 * WARP_ARRIVALS);
+            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 4 * WARP_ARRIVALS,
+                 p.selector_warps * WARP_ARRIVALS);
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -457,7 +428,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_co
         score<T, D>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
     } else if (warpgroup < 2 * SCORERS) {
         registers_down_to<SELECTOR_REGISTERS>();
-        select(p, shared, scorer, works, p_ring);
+        if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
         registers_down_to<LOADER_REGISTERS>();
         if (warp % 4 == 0) load<T, D>(p, shared, start, works, q_ring, k_ring);
@@ -472,7 +443,7 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
     a.k = p.q_tiles * SCORERS * a.q_bytes;
     a.p = a.k + STAGES * a.k_bytes;
     a.pending = a.p + SCORERS * p.slots * a.p_bytes;
-    a.works = a.pending + SCORERS * 128 * (PENDING + 1) * (int)sizeof(int2);
+    a.works = a.pending + SCORERS * p.queries * (PENDING + 1) * (int)sizeof(int2);
     a.barriers = a.works + WORKS * (int)sizeof(Work);
     a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
     return a;
@@ -508,26 +479,22 @@ int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const
         p.first_heads |= (uint32_t)(k % p.group == 0) << k;
         p.last_heads |= (uint32_t)(k % p.group == p.group - 1) << k;
     }
-    // Tiles can be shared out where they begin with a block, and only a block's last window reaches out.
-    const bool shareable = p.block_cells % 4 == 0 && WINDOWS % p.block_cells == 0 && p.window_cells <= 2;
-    p.parts = !shareable || p.queries > 64 ? 1 : p.queries > 32 ? 2 : 4;
+    p.selector_warps = (p.queries + 31) / 32;
     p.end_blocks = (SHARE + p.block_cells - 1) / p.block_cells;
 
-    // Room goes to a tile of P for each part, at least two, then to a second one of Q, then to more of P.
+    // Room goes to a second tile of P, then to one of Q, then to more of P.
     p.q_tiles = p.slots = 1;
     p.at = layout_of(p, c->head_dim);
-    auto grow = [&](int *what, int most) {
-        while (*what < most) {
-            ++*what;
-            Layout larger = layout_of(p, c->head_dim);
-            if (larger.end + 1024 > MAX_SMEM) {
-                --*what;
-                return;
-            }
+    auto grow = [&](int *what) {
+        ++*what;
+        Layout larger = layout_of(p, c->head_dim);
+        if (larger.end + 1024 <= MAX_SMEM)
             p.at = larger;
-        }
+        else
+            --*what;
     };
-    grow(&p.slots, p.parts > 2 ? p.parts : 2), grow(&p.q_tiles, 2), grow(&p.slots, MOST_SLOTS);
+    grow(&p.slots), grow(&p.q_tiles);
+    for (int i = p.slots; i < MOST_SLOTS; i++) grow(&p.slots);
 
     int device = 0, processors = 0;
     cudaGetDevice(&device);
