@@ -1,6 +1,11 @@
 # Makefile: builds what this machine can. `make help` says what it found.
 #   CC, CFLAGS, NVCC can be set; SAN=1 builds with address and undefined-behaviour sanitizers.
 
+# All cores, unless -j says otherwise: nvcc alone would take minutes.
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
+endif
+
 CC ?= cc
 SAN ?= 0
 BUILD := build
