@@ -147,7 +147,8 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream);
 
-// The choice of blocks alone, from rotated q, compressed keys kc [M, Hkv, d] and the compressed branch's lse.
+// The choice of blocks alone, from rotated q, compressed keys kc [M, Hkv, d] (see below) and the compressed
+// branch's lse.
 int fsa_select(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
                const float *lse_c, int32_t *indices, void *workspace, size_t workspace_bytes,
                FsaStream stream);

@@ -4,8 +4,9 @@
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, a thread a query, 2 for scorer 0's, 3 for scorer 1's: block scores out of P, and the
 //         running list of the best blocks.
-//   4:    a warp that loads Q, and kc into a ring of tiles that both scorers read; and a thread that finds
-//         the tiles of queries.
+//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; and
+//   a
+//         thread that finds the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.
 //
@@ -24,11 +25,13 @@
 // 2.2 ms at 64K (32, 32). Selectors issue some 320 instructions a tile of 64 windows and warp, and 85 for
 // each insertion, about 4 a tile for random scores.
 //
-// kc is loaded by cp.async, not by TMA: only the device knows where a sequence's windows end, and nothing
-// past the caller's array may be read. Windows past a sequence's end are zeros.
+// A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
+// beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
+// and then selectors take its P for zero.
 #include "kernels.h"
 #include "ptx_sm90.cuh"
 #include "tile.cuh"
+#include "tma.cuh"
 
 namespace {
 
@@ -78,7 +81,6 @@ struct TopKHopper {
 struct Work {
     int64_t row, window0;         // first row of q, first window of its sequence
     int rows, first_pos, kv_head; // rows = 0: there is no more work
-    int windows;                  // of the sequence
     int steps;                    // tiles of windows that the last query's candidates need
 };
 
@@ -115,7 +117,6 @@ __device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
         w.row = rows.row, w.rows = rows.rows;
         w.first_pos = (int)segment.pos + rows.first;
         w.window0 = p.plan.cu_windows[segment.seq];
-        w.windows = (int)(p.plan.cu_windows[segment.seq + 1] - w.window0);
         int blocks_seen = (w.first_pos + rows.rows - 1) / p.block + 1;
         if (blocks_seen > p.topk && p.wanted > 0)
             w.steps = ((blocks_seen - p.local) * p.block_cells + WINDOWS - 1) / WINDOWS;
@@ -142,16 +143,13 @@ __device__ __forceinline__ void work_done(Ring *works) {
     works->next();
 }
 
-// Brings Q and kc as K-major operands of wgmma: D/8 lanes copy a row, 16 bytes each.
+// Brings Q and kc as K-major operands of wgmma. Of Q, D/8 lanes copy a row, 16 bytes each.
 template <typename T, int D>
-__device__ __forceinline__ void load(const TopKHopper &p, char *shared, uint32_t start, Ring works,
-                                     Ring q_ring, Ring k_ring) {
+__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_map, uint32_t start,
+                                     const char *shared, Ring works, Ring q_ring, Ring k_ring) {
     constexpr int ROWS = 32 / (D / 8); // that the warp copies at once
-    const int row0 = threadIdx.x % 32 / (D / 8), chunk = threadIdx.x % (D / 8);
-    auto copy = [&](uint32_t tile, int panel_bytes, int row, const T *from, bool valid) {
-        cp_async_16(tile + panel_offset(row, chunk, panel_bytes), from, valid);
-    };
-    const int64_t k_stride = (int64_t)p.kv_heads * D, q_stride = (int64_t)p.q_heads * D;
+    const int lane = threadIdx.x % 32, row0 = lane / (D / 8), chunk = lane % (D / 8);
+    const int64_t q_stride = (int64_t)p.q_heads * D;
     for (;; work_done(&works)) {
         const Work w = next_work(p, shared, works);
         if (w.rows == 0) break;
@@ -166,26 +164,21 @@ __device__ __forceinline__ void load(const TopKHopper &p, char *shared, uint32_t
 #pragma unroll
                 for (int r = row0; r < 8; r += ROWS) {
                     bool valid = query0 + r < w.rows;
-                    copy(tile, COLUMNS * 128, (query0 * p.group + h * 8) + r,
-                         valid ? q + (query0 + r) * q_stride + h * D : q, valid);
+                    cp_async_16(tile + panel_offset(query0 * p.group + h * 8 + r, chunk, COLUMNS * 128),
+                                valid ? q + (query0 + r) * q_stride + h * D : q, valid);
                 }
             }
         }
         cp_async_arrive(q_ring.full());
         q_ring.next();
 
-        const T *kc = (const T *)p.kc + (w.window0 + row0) * k_stride + w.kv_head * D + chunk * 8;
-        for (int i0 = row0; i0 < w.steps * WINDOWS; i0 += WINDOWS) {
+        for (int step = 0; step < w.steps; step++, k_ring.next()) {
             k_ring.wait_empty();
-            tile = start + p.at.k + k_ring.at * p.at.k_bytes;
-#pragma unroll 4
-            for (int r = 0; r < WINDOWS; r += ROWS) {
-                bool valid = i0 + r < w.windows;
-                copy(tile, WINDOWS * 128, r + row0, valid ? kc : (const T *)p.kc, valid);
-                kc += ROWS * k_stride;
-            }
-            cp_async_arrive(k_ring.full());
-            k_ring.next();
+            if (lane > 0) continue;
+            mbarrier_arrive_expect(k_ring.full(), WINDOWS * D * 2);
+            for (int i = 0; i < D / 64; i++)
+                tma_load_3d(start + p.at.k + k_ring.at * p.at.k_bytes + i * WINDOWS * 128, &k_map, i * 64,
+                            w.kv_head, (int)w.window0 + step * WINDOWS, k_ring.full());
         }
     }
 }
@@ -397,7 +390,8 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_constant__ TopKHopper p) {
+__global__ void __launch_bounds__(THREADS, 1)
+    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap k_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
     char *shared = shared_memory + (start - smem_address(shared_memory));
@@ -416,7 +410,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_co
         };
         init(works, 1, (SCORERS * (4 + p.selector_warps) + 1) * WARP_ARRIVALS);
         init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS); // each of the loader's lanes
-        init(k_ring, 32, SCORERS * 4 * WARP_ARRIVALS);
+        init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
             init(Ring(p_barriers + s * 16 * p.slots, p.slots), 4 * WARP_ARRIVALS,
                  p.selector_warps * WARP_ARRIVALS);
@@ -431,7 +425,7 @@ __global__ void __launch_bounds__(THREADS, 1) topk_hopper_kernel(const __grid_co
         if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
         registers_down_to<LOADER_REGISTERS>();
-        if (warp % 4 == 0) load<T, D>(p, shared, start, works, q_ring, k_ring);
+        if (warp % 4 == 0) load<T, D>(p, k_map, start, shared, works, q_ring, k_ring);
         if (warp % 4 == 1 && threadIdx.x % 32 == 0) find(p, shared, works);
     }
 }
@@ -449,10 +443,16 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
     return a;
 }
 
-template <typename T, int D> int launch_topk(const TopKHopper &p, int blocks, cudaStream_t stream) {
+template <typename T, int D>
+int launch_topk(const TopKHopper &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
+    CUtensorMap k_map;
+    int64_t size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
+            stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
+    int box[] = {64, 1, WINDOWS}, status = fsa_tensor_map(&k_map, dtype, 3, p.kc, size, stride, box);
+    if (status) return status;
     int smem = p.at.end + 1024; // what the alignment may take
     cudaFuncSetAttribute(topk_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p);
+    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, k_map);
     return launch_status();
 }
 
@@ -501,5 +501,5 @@ int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     int64_t tiles = row_tile_bound(plan->nq, plan->num_segments, SCORERS * p.queries) * p.kv_heads;
     int blocks = (int)(tiles < processors ? tiles : processors);
-    return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, blocks, stream);
+    return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, dtype, blocks, stream);
 }

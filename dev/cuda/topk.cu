@@ -118,7 +118,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s, double 
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
                                o.data(), lse.data());
     fsa_ref_select_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
-    Buffer<T> q_dev(q.raw), kc_dev(kc.raw);
+    Buffer<T> q_dev(q.raw), kc_dev(fsa_max_windows(&c, &b.plan) * c.kv_heads * d); // as fsa.h wants it
+    kc_dev.set(kc.raw);
     Buffer<float> lse_dev(lse), scores(c.kv_heads * nq * naive_most);
     Buffer<int32_t> indices((int64_t)ref.size());
     naive_scores = scores;
@@ -157,7 +158,7 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
     FsaConfig c = default_config(t.hq, t.hkv, d, block, topk);
     Batch b(c, {t.n});
     int64_t windows = fsa_num_windows(&c, t.n);
-    Buffer<T> q(t.n * t.hq * d), kc(windows * t.hkv * d);
+    Buffer<T> q(t.n * t.hq * d), kc(t.n / c.cmp_stride * t.hkv * d);
     Buffer<float> lse(t.n * t.hq);
     Buffer<int32_t> indices(t.n * t.hkv * topk);
     fill_random(q.get(), q.n, seed, 1.0f);
