@@ -101,7 +101,7 @@ struct Sizes {
 
 // What forward keeps for backward.
 struct Saved {
-    void *q, *k, *kc, *vc, *o[3];
+    void *q, *k, *kc, *vc, *o[3], *lists;
     float *lse[3];
     int32_t *indices;
     size_t bytes;
@@ -115,6 +115,7 @@ struct Saved {
         for (int i = 0; i < 3; i++) a.take(&o[i], n.q * 2);
         for (int i = 0; i < 3; i++) a.take(&lse[i], n.lse * 4);
         a.take(&indices, (size_t)c->kv_heads * p->nq * c->topk * 4);
+        a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
         bytes = a.used;
     }
 };
@@ -128,13 +129,13 @@ struct Work {
     Work(const FsaConfig *c, const FsaPlan *p, FsaOperation op, void *memory) {
         Sizes n(c, p);
         Arena a = {(char *)memory, 0};
-        size_t lists_bytes = fsa_lists_bytes(c, p, fsa_sel_slab(c, p)), scratch_bytes = 0;
+        size_t scratch_bytes = 0;
         bool backward = op == FSA_BACKWARD || op == FSA_SELECTED_BACKWARD || op == FSA_ATTEND_BACKWARD;
         a.take(&plan, fsa_plan_bytes(p->num_seqs, p->num_segments));
-        if (op <= FSA_SELECTED_BACKWARD) {
-            a.take(&lists, lists_bytes);
-            scratch_bytes = fsa_sel_bytes(c, p, backward);
+        if (op == FSA_SELECTED_FORWARD || op == FSA_SELECTED_BACKWARD) {
+            a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
         }
+        if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.take(&delta[i], n.lse * 4);
             a.take(&lse_grad[i], n.lse * 4);
@@ -240,7 +241,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     } else {
         RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
     }
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
+    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
     RUN(fsa_lists(c, &p, s.indices, &lists, stream));
     RUN(fsa_sel_forward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, w.scratch, s.o[1], s.lse[1], stream));
     RUN(fsa_dense_forward(c, &p, dtype, FSA_WINDOW, s.q, s.k, v, s.o[2], s.lse[2], stream));
@@ -290,8 +291,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     cudaMemsetAsync(w.dk_plain, 0, n.k * 4, stream);
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
-    RUN(fsa_lists(c, &p, s.indices, &lists, stream));
+    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
     RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, dout, w.delta[1], w.lse_grad[1],
                          w.scratch, dq, dk, dv, stream));
     RUN(fsa_rope_queries_gradient(c, &p, dtype, w.dq, dq, NULL, inv_freq, dq, stream));

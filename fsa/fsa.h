@@ -119,7 +119,7 @@ const char *fsa_last_error(void);
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
 // Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output and lse
-// of the three branches, and the choice of blocks.
+// of the three branches, and the choice of blocks with its index lists.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Where in `saved` the choice of blocks lies.
 const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
