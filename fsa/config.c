@@ -39,6 +39,7 @@ int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size) {
         FAIL("phi %d: must be %d (mean) or %d (linear)", (int)c->phi, FSA_PHI_MEAN, FSA_PHI_LINEAR);
     if (c->gate_per_token != 0 && c->gate_per_token != 1)
         FAIL("gate_per_token %d: must be 0 or 1", c->gate_per_token);
+    if (c->recompute != 0 && c->recompute != 1) FAIL("recompute %d: must be 0 or 1", c->recompute);
     if (!isfinite(c->scale) || c->scale < 0)
         FAIL("scale %g: must be positive, or 0 for 1/sqrt(head_dim)", (double)c->scale);
 #undef FAIL

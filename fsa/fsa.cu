@@ -112,7 +112,7 @@ struct Saved {
         a.take(&k, n.k * 2);
         a.take(&kc, n.kc * 2);
         a.take(&vc, n.kc * 2);
-        for (int i = 0; i < 3; i++) a.take(&o[i], n.q * 2);
+        for (int i = 0; i < 3 && !c->recompute; i++) a.take(&o[i], n.q * 2);
         for (int i = 0; i < 3; i++) a.take(&lse[i], n.lse * 4);
         a.take(&indices, (size_t)c->kv_heads * p->nq * c->topk * 4);
         a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
@@ -124,7 +124,8 @@ struct Saved {
 // steps, one after another.
 struct Work {
     void *plan, *lists, *scratch;
-    float *delta[3], *lse_grad[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
+    void *o[3]; // the branches' outputs and an lse, where they are not kept
+    float *lse, *delta[3], *lse_grad[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
     size_t bytes;
     Work(const FsaConfig *c, const FsaPlan *p, FsaOperation op, void *memory) {
         Sizes n(c, p);
@@ -136,6 +137,11 @@ struct Work {
             a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
         }
         if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
+        if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
+            for (int i = 0; i < 3; i++) a.take(&o[i], n.q * 2);
+            if (backward) a.take(&lse, n.lse * 4);
+            scratch_bytes = max_size(scratch_bytes, fsa_sel_bytes(c, p, 0));
+        }
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.take(&delta[i], n.lse * 4);
             a.take(&lse_grad[i], n.lse * 4);
@@ -212,6 +218,15 @@ static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
     return phi->pe ? check_pointer("phi->pe", phi->pe) : FSA_OK;
 }
 
+// Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2).
+static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int branch, const Saved &s,
+                          const void *v, void *scratch, void *o, float *lse, cudaStream_t stream) {
+    if (branch == 0) return fsa_dense_forward(c, p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, o, lse, stream);
+    if (branch == 2) return fsa_dense_forward(c, p, dtype, FSA_WINDOW, s.q, s.k, v, o, lse, stream);
+    FsaLists lists = fsa_lists_place(c, p, fsa_sel_slab(c, p), s.lists);
+    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, &lists, scratch, o, lse, stream);
+}
+
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
                 const int32_t *indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
@@ -234,7 +249,8 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     RUN(fsa_rope_keys(c, &p, dtype, k, inv_freq, s.k, stream));
     RUN(fsa_compress_forward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc, w.scratch,
                              stream));
-    RUN(fsa_dense_forward(c, &p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, s.o[0], s.lse[0], stream));
+    void *const *branches = c->recompute ? w.o : s.o;
+    RUN(branch_forward(c, &p, dtype, 0, s, v, w.scratch, branches[0], s.lse[0], stream));
     if (indices) {
         cudaMemcpyAsync(s.indices, indices, (size_t)c->kv_heads * p.nq * c->topk * 4,
                         cudaMemcpyDeviceToDevice, stream);
@@ -243,9 +259,10 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     }
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
     RUN(fsa_lists(c, &p, s.indices, &lists, stream));
-    RUN(fsa_sel_forward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, w.scratch, s.o[1], s.lse[1], stream));
-    RUN(fsa_dense_forward(c, &p, dtype, FSA_WINDOW, s.q, s.k, v, s.o[2], s.lse[2], stream));
-    RUN(fsa_gate_forward(c, dtype, p.nq, gate_logits, s.o, o, stream));
+    for (int i = 1; i < 3; i++) {
+        RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, branches[i], s.lse[i], stream));
+    }
+    RUN(fsa_gate_forward(c, dtype, p.nq, gate_logits, branches, o, stream));
     return FSA_OK;
 }
 
@@ -280,8 +297,12 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     Saved s(c, &p, (void *)saved);
     Work w(c, &p, FSA_BACKWARD, workspace);
     Sizes n(c, &p);
-    RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, s.o, s.lse, dout, w.delta, w.lse_grad, dgate_logits,
-                          stream));
+    void *const *branches = c->recompute ? w.o : s.o;
+    for (int i = 0; i < 3 && c->recompute && p.nq > 0; i++) {
+        RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, w.o[i], w.lse, stream));
+    }
+    RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_grad,
+                          dgate_logits, stream));
     // The dense branches leave fp32 sums, the selected branch 16-bit rows in dq, dk, dv; the last step joins
     // them.
     RUN(fsa_dense_backward(c, &p, dtype, FSA_WINDOW, s.q, s.k, v, dout, w.lse_grad[2], w.delta[2], w.dq, w.dk,

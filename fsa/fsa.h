@@ -55,6 +55,7 @@ typedef struct {
     FsaPhi phi;         // compression
     int gate_per_token; // 0: a gate triple for each query head; 1: one for all heads of a token
     float scale;        // of q.k before softmax; 0 means 1/sqrt(head_dim)
+    int recompute;      // 1: forward doesn't keep the branches' outputs, backward computes them again (GPU)
 } FsaConfig;
 
 // Queries `pos` to `pos + len - 1` of sequence `seq`. Query arrays hold the rows of the segments one
@@ -118,8 +119,9 @@ const char *fsa_last_error(void);
 // Only the counts of `b` are read.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
-// Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output and lse
-// of the three branches, and the choice of blocks with its index lists.
+// Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output (unless
+// c->recompute) and lse of the three branches, and the choice of blocks with its index lists. The outputs are
+// 3*Nq*Hq*d*2 bytes, some two thirds of it; without them backward takes a forward pass of the branches longer.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Where in `saved` the choice of blocks lies.
 const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,

@@ -99,8 +99,8 @@ static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Sha
 template <typename T, int D, int SECOND>
 static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
                                               const uint32_t (&row)[2]) {
-    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS,
-                  PERIOD = 8 / ROWS; // the swizzle's, in steps of ROWS rows
+    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
+    constexpr int PERIOD = 8 / ROWS; // of the swizzle, in steps of ROWS rows
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
     const char *from = (const char *)first + chunk * 16, *from_second = (const char *)second + chunk * 16;
     uint32_t to[PERIOD];
@@ -302,8 +302,9 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         a.factors[(blockIdx.y * a.lists.blocks + run.index) * a.parts + part];
                     KvTurn turn(n);
                     turn.wait_empty(kv_empty);
-                    if (keys <
-                        KEYS) { // keys that the block lacks: zeros, since what lies there may be no number
+                    // Keys that the block lacks: V's become zeros, since what lies there may be no number,
+                    // K's are masked.
+                    if (keys < KEYS) {
                         char *const v = m->kv[turn.stage][1];
                         for (int i = keys * (D / 8) + lane; i < KEYS * (D / 8); i += 32)
                             *(uint4 *)(v + panel_offset(i / (D / 8), i % (D / 8), KEYS * 128)) =
@@ -319,8 +320,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         mbarrier_arrive_expect(full, (KEYS + keys) * D * 2);
                         const int64_t key0 = run.key0 + part * KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
-                            const uint32_t at =
-                                to + panel * KEYS * 128; // rows of K beyond the block are masked
+                            const uint32_t at = to + panel * KEYS * 128;
                             tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full);
                             if (keys > 0)
                                 bulk_load(at + KEYS * D * 2, packed + (panel * a.plan.n + key0) * 128,
@@ -483,8 +483,8 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
 // rows for the same products, which then bind. On an H200 48 launches of 172 us, 8.3 ms: what binds is
-// the chain of dependent products of a tile, about 6,000 clocks of which the tensor cores are busy 2,560, with two
-// consumers a multiprocessor, which dK and dV fill with registers.
+// the chain of dependent products of a tile, about 6,000 clocks of which the tensor cores are busy 2,560,
+// with two consumers a multiprocessor, which dK and dV fill with registers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a) {

@@ -35,7 +35,9 @@ struct Bench {
         random_choice_device(indices, n, c, r->u64());
     }
     // Times f, and records it; flops: of what `part` has to compute, 0 where that isn't said.
-    template <typename F> double run(const char *part, const char *attn, int dir, double flops, F f) {
+    template <typename F>
+    double run(const char *part, const char *attn, int dir, double flops, F f,
+               const char *version = "library") {
         auto checked = [&] {
             int status = f();
             if (status) {
@@ -45,7 +47,7 @@ struct Bench {
         };
         double ms = time_ms(checked, flops > 1e15 ? 3 : 10, b.num_keys < 32768); // longer inputs fill the L2
         record({"core", part, attn, dir ? "bwd" : "fwd", "bf16", b.num_keys, c, ms, flops / ms * 1e-9, -1,
-                strcmp(part, "sel") ? NULL : "random", "library", 1});
+                strcmp(part, "sel") ? NULL : "random", version, 1});
         return ms;
     }
     size_t room(FsaOperation op) const {
@@ -94,7 +96,9 @@ struct Bench {
         return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride,
                    [&] { return fsa_select(&c, FSA_BF16, &b, q, kc, lse, chosen, work, bytes, 0); });
     }
-    Times whole() {
+    Times whole(int recompute) {
+        const char *version = recompute ? "recompute" : "library";
+        c.recompute = recompute;
         size_t bytes = std::max(room(FSA_FORWARD), room(FSA_BACKWARD));
         Buffer<char> work((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
         std::vector<double> f;
@@ -103,16 +107,24 @@ struct Bench {
         FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
         FsaPhiGradients dphi = {dwk, NULL, dwv};
         Times t;
-        t.ms[0] = run("core", "nsa", 0, 0, [&] {
-            return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, work, bytes,
-                               0);
-        });
-        t.ms[1] = run("core", "nsa", 1, 0, [&] {
-            return fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv, &dphi,
-                                dgate, work, bytes, 0);
-        });
-        printf("n %lld (%d, %d): workspace %.0f MiB, kept for backward %.0f MiB\n", (long long)b.num_keys,
-               c.q_heads, c.kv_heads, bytes / 1048576.0, saved.n / 1048576.0);
+        t.ms[0] = run(
+            "core", "nsa", 0, 0,
+            [&] {
+                return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, work,
+                                   bytes, 0);
+            },
+            version);
+        t.ms[1] = run(
+            "core", "nsa", 1, 0,
+            [&] {
+                return fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv,
+                                    &dphi, dgate, work, bytes, 0);
+            },
+            version);
+        c.recompute = 0;
+        printf("n %lld (%d, %d)%s: workspace %.0f MiB, kept for backward %.0f MiB\n", (long long)b.num_keys,
+               c.q_heads, c.kv_heads, recompute ? " recomputing" : "", bytes / 1048576.0,
+               saved.n / 1048576.0);
         return t;
     }
 };
@@ -140,7 +152,7 @@ int main(int argc, char **argv) {
                t.ms[0], t.ms[1]);
     }
     struct Row {
-        Times cmp, win, sel, core, full;
+        Times cmp, win, sel, core, again, full;
         double topk;
     };
     std::vector<Row> rows;
@@ -151,19 +163,20 @@ int main(int argc, char **argv) {
         row.topk = x.choice();
         row.win = x.dense(FSA_WINDOW);
         row.sel = x.selected();
-        row.core = x.whole();
+        row.core = x.whole(0);
+        row.again = x.whole(1);
         row.full = x.dense(FSA_CAUSAL);
         rows.push_back(row);
     }
     printf("\nThe whole attention (core) and its parts, (B, T) = (64, 16), W = 512, d = 128, bf16: "
            "milliseconds forward / backward\n");
-    printf("%6s %10s %17s %7s %17s %17s %17s %17s\n", "n", "(Hq, Hkv)", "compressed", "top-k", "selected",
-           "sliding", "core", "full");
+    printf("%6s %10s %17s %7s %17s %17s %17s %17s %17s\n", "n", "(Hq, Hkv)", "compressed", "top-k",
+           "selected", "sliding", "core", "core, recomputing", "full");
     for (size_t i = 0; i < rows.size(); i++) {
         const Row &x = rows[i];
         printf("%6lld   (%2d, %2d) %8.2f / %6.2f %7.2f", (long long)whole[i].n, whole[i].hq, whole[i].hkv,
                x.cmp.ms[0], x.cmp.ms[1], x.topk);
-        for (const Times *t : {&x.sel, &x.win, &x.core, &x.full})
+        for (const Times *t : {&x.sel, &x.win, &x.core, &x.again, &x.full})
             printf(" %8.2f / %6.2f", t->ms[0], t->ms[1]);
         printf("\n");
     }

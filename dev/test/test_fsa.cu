@@ -201,10 +201,10 @@ static void test_shape(Random *r, const FsaConfig &c, const std::vector<int64_t>
     char what[200];
     snprintf(what, sizeof what,
              "%s nq %lld n %lld seqs %zu heads %d/%d d %d l %d s %d block %d topk %d init %d local %d W %d "
-             "phi %d per_token %d rope %d",
+             "phi %d per_token %d recompute %d rope %d",
              Dtype<T>::name, (long long)p.nq, (long long)p.n, lengths.size(), c.q_heads, c.kv_heads,
              c.head_dim, c.cmp_len, c.cmp_stride, c.block, c.topk, c.init_blocks, c.local_blocks, c.window,
-             (int)c.phi, c.gate_per_token, rope);
+             (int)c.phi, c.gate_per_token, c.recompute, rope);
     int status = p.forward(0);
     if (!status) status = p.backward(0);
     cudaError_t e = cudaDeviceSynchronize();
@@ -290,6 +290,7 @@ static FsaConfig random_config(Random *r) {
     c.window = 1 + (int)r->below(300);
     c.phi = r->below(2) ? FSA_PHI_LINEAR : FSA_PHI_MEAN;
     c.gate_per_token = (int)r->below(2);
+    c.recompute = (int)r->below(2);
     if (r->below(4) == 0) c.scale = 0.05f + 0.1f * (float)r->uniform();
     return c;
 }
@@ -334,6 +335,31 @@ static void test_chosen_shapes(Random *r, bool small) {
     if (small) return;
     test_shape<__half>(r, default_config(8, 2, 128, 64, 16), {2049}, {}, true);
     test_shape<T>(r, default_config(16, 1, 64, 64, 16), {1, 3000, 1, 31}, {}, true);
+}
+
+// Outputs that are not kept but computed again: less is kept, by just them, and every bit is the same.
+static void test_recompute(Random *r, bool small) {
+    typedef __nv_bfloat16 T;
+    FsaConfig c = default_config(small ? 3 : 12, small ? 1 : 4, 64, small ? 16 : 64, small ? 4 : 8);
+    c.cmp_len = 16;
+    const uint64_t seed = r->u64();
+    std::vector<char> bits[2];
+    int64_t kept[2];
+    for (int recompute = 0; recompute < 2; recompute++) {
+        c.recompute = recompute;
+        Random same(seed);
+        Problem<T> p(&same, c, {small ? 90 : 1500, 0, 31}, {}, true);
+        p.dwk.zero(), p.dwv.zero(), p.dpe.zero();
+        int status = p.forward(0);
+        if (!status) status = p.backward(0);
+        CHECK(status == 0 && cudaDeviceSynchronize() == cudaSuccess, "status %d: %s", status,
+              fsa_last_error());
+        bits[recompute] = p.bits(), kept[recompute] = p.saved.n;
+        if (recompute)
+            CHECK(kept[0] - kept[1] >= 3 * p.size_q * 2 && kept[0] - kept[1] < 3 * p.size_q * 2 + 3 * 256,
+                  "%lld bytes kept, %lld without outputs", (long long)kept[0], (long long)kept[1]);
+    }
+    CHECK(bits[0] == bits[1], "other bits where outputs are computed again");
 }
 
 // Two problems on two streams at once, and from two threads, give what each gives alone.
@@ -813,7 +839,8 @@ static void test_errors(Random *r) {
                    {&bad.local_blocks, -1, "local_blocks -1"},
                    {&bad.window, 0, "window 0"},
                    {(int *)&bad.phi, 7, "phi 7"},
-                   {&bad.gate_per_token, 2, "gate_per_token 2"}};
+                   {&bad.gate_per_token, 2, "gate_per_token 2"},
+                   {&bad.recompute, -1, "recompute -1"}};
     const FsaDeviceBatch good_batch = p.b;
     FsaDeviceBatch b = good_batch;
     struct {
@@ -941,6 +968,7 @@ int main(int argc, char **argv) {
     test_branches<__half>(&r, small);
     test_chosen_shapes(&r, small);
     test_random_shapes(&r, shapes, small);
+    test_recompute(&r, small);
     test_two_streams(&r, small);
     printf("worst relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
            worst_error[0][0], worst_error[0][1], worst_error[1][0], worst_error[1][1]);
