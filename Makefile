@@ -231,7 +231,7 @@ $(LAYERS): build/%: dev/cuda/%.cu $(TRAINER_HEADERS) $(wildcard dev/cuda/*.h) $(
 # under build/emulator, with the types of the toolkit's headers.
 EMU := $(BUILD)/emulator
 CUDA_INCLUDE := $(firstword $(wildcard $(if $(NVCC),$(dir $(realpath $(NVCC)))../include/cuda_runtime.h) /usr/local/cuda/include/cuda_runtime.h))
-EMUFLAGS := -std=gnu++17 -O3 -w $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
+EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
 ifeq ($(SAN),1)
 EMUFLAGS += -O1 -g -fsanitize=address
 endif

@@ -64,7 +64,7 @@ static void check_died(const Child *c, const char *what, const char *a, const ch
 // Configuration
 
 static void test_fsa_config(void) {
-    const FsaConfig good = {8, 2, 64, 32, 16, 64, 16, 1, 2, 512, FSA_PHI_LINEAR, 0, 0};
+    const FsaConfig good = {8, 2, 64, 32, 16, 64, 16, 1, 2, 512, FSA_PHI_LINEAR, 0, 0, 0};
     char msg[200];
     CHECK(fsa_config_check(&good, msg, sizeof msg) == 0, "%s", msg);
     FsaConfig c;
@@ -119,6 +119,7 @@ static void test_fsa_config(void) {
     BAD(phi, (FsaPhi)2, "phi 2");
     GOOD(phi, FSA_PHI_MEAN);
     BAD(gate_per_token, 2, "gate_per_token 2");
+    BAD(recompute, 2, "recompute 2");
     BAD(scale, -1.0f, "scale -1");
     BAD(scale, NAN, "scale");
     GOOD(scale, 0.5f);
@@ -329,7 +330,7 @@ static double brute_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
 }
 
 static void test_flops(void) {
-    FsaConfig f = {4, 2, 8, 8, 4, 16, 3, 1, 1, 13, FSA_PHI_LINEAR, 0, 0};
+    FsaConfig f = {4, 2, 8, 8, 4, 16, 3, 1, 1, 13, FSA_PHI_LINEAR, 0, 0, 0};
     for (int64_t n = 0; n < 150; n++)
         for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++)
             CHECK(visible_pairs(&f, (FsaVisibility)rule, n) == brute_pairs(&f, (FsaVisibility)rule, n),
