@@ -162,8 +162,14 @@ thread_local Thread *self;
 static thread_local Worker *worker;
 
 static Worker *this_worker() {
+    static std::mutex lock;
+    static auto *all = new std::vector<Worker *>; // for the leak checker, also of host threads that are gone
     if (!worker) {
         worker = (Worker *)aligned_alloc(1024, (sizeof(Worker) + 1023) / 1024 * 1024);
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            all->push_back(worker);
+        }
         memset((void *)worker, 0, sizeof *worker);
         for (Thread &t : worker->threads)
             new (&t.copies) AsyncCopies(), new (&t.wgmma_commits) std::vector<int64_t>();

@@ -475,7 +475,7 @@ template <typename T> struct Long {
     Long(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths)
         : c(config), batch(c, lengths), b(Problem<T>::device_batch(batch)), d(c.head_dim),
           size_q(b.num_queries * c.q_heads * d), size_k(b.num_keys * c.kv_heads * d),
-          size_c(fsa_batch_windows(&c, &batch.ref) * c.kv_heads * d), group(c.q_heads / c.kv_heads),
+          size_c(b.num_keys / c.cmp_stride * c.kv_heads * d), group(c.q_heads / c.kv_heads),
           scale(1 / sqrtf((float)d)), q(size_q), dout(size_q), k(size_k), v(size_k), kc(size_c), vc(size_c),
           o(size_q), dq(size_q), dk(size_k), dv(size_k), lse(b.num_queries * c.q_heads),
           indices(c.kv_heads * b.num_queries * c.topk), cu_windows(1, 0) {
