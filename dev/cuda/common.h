@@ -222,6 +222,11 @@ static inline FsaConfig default_config(int hq, int hkv, int d, int block, int to
     return c;
 }
 
+// Elements of a k or v of `rule` as the library reads it: of windows N/s rows, however many there are (fsa.h).
+static inline int64_t key_room(const FsaConfig &c, const FsaPlan &p, FsaVisibility rule) {
+    return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;
+}
+
 // A random choice of blocks that obeys the rules -> [Hkv, Nq, T] of the batch's queries.
 static inline std::vector<int32_t> random_choice(Random *r, const FsaConfig &c, const FsaBatch &b) {
     int64_t nq = fsa_batch_queries(&b);

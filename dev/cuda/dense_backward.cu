@@ -120,7 +120,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
         fsa_ref_attend_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
                                     o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
                                     ref[2].data());
-        Buffer<T> k_dev(k.raw), v_dev(v.raw);
+        Buffer<T> k_dev(key_room(c, b.plan, (FsaVisibility)rule)), v_dev(k_dev.n);
+        k_dev.set(k.raw), v_dev.set(v.raw);
         Buffer<float> delta_dev(delta), lse_dev(lse_grad), dq(rows * d), dk(size), dv(size);
         Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&c, &b.plan, (FsaVisibility)rule));
         Buffer<float> *outs[3] = {&dq, &dk, &dv};

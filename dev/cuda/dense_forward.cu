@@ -57,7 +57,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
         int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.plan.n;
         Host<T> k(r, keys * c.kv_heads * d, 1), v(r, keys * c.kv_heads * d, 1);
-        Buffer<T> dk(k.raw), dv(v.raw), o(nq * c.q_heads * d);
+        Buffer<T> dk(key_room(c, b.plan, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
+        dk.set(k.raw), dv.set(v.raw);
         Buffer<float> lse(nq * c.q_heads);
         std::vector<float> ref_o(o.n), ref_lse(lse.n);
         fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,

@@ -118,7 +118,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, double 
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
                                o.data(), lse.data());
     fsa_ref_select_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
-    Buffer<T> q_dev(q.raw), kc_dev(fsa_max_windows(&c, &b.plan) * c.kv_heads * d); // as fsa.h wants it
+    Buffer<T> q_dev(q.raw), kc_dev(key_room(c, b.plan, FSA_COMPRESSED));
     kc_dev.set(kc.raw);
     Buffer<float> lse_dev(lse), scores(c.kv_heads * nq * naive_most);
     Buffer<int32_t> indices((int64_t)ref.size());
