@@ -159,7 +159,7 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
 // power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding is an
 // eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
 // lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 2 bytes in and out a
-// channel: 0.06 ms for 64K tokens of 8 heads; memory binds.
+// channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an H200 0.16, eight launches of 20 us: latency.
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
