@@ -14,7 +14,8 @@ enum {
 // first: a list ascends by row whatever the timing. Reads slab*T*4 bytes twice (from L2 the second time) and
 // as often as there are ranges; writes 4 bytes an entry. At 64K tokens, 8 kv heads: 34 MB in, 34 MB out,
 // 0.015 ms; the instructions of the loops bind, about 25 and 40 for 32 entries: 8.4 million entries in 2
-// ranges are 34 million, 0.06 ms at 3 a clock and multiprocessor, of which 96 are at work.
+// ranges are 34 million, 0.06 ms at 3 a clock and multiprocessor, of which 96 are at work. On an H200 0.26 ms, and
+// 1.5 ms with 32 kv heads, whose scattered writes leave L2.
 __global__ void __launch_bounds__(WARPS * 32)
     lists_kernel(FsaPlan p, FsaLists lists, const int32_t *all_indices, int topk, int block) {
     extern __shared__ uint32_t counts[]; // [WARPS][RANGE]
