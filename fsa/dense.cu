@@ -305,11 +305,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows.rows) continue;
-        float *to = p.dq + q_at + row * q_stride + (lane % 4) * 2;
+        int64_t sum = dq_sum_row(p.plan.nq, p.q_heads / p.kv_heads, rows.row + row, head);
+        float *to = p.dq + sum * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float2 x = make_float2(dq[n][half * 2] * unit, dq[n][half * 2 + 1] * unit);
-            float2 *at = (float2 *)(to + n * 8);
+            float2 *at = (float2 *)(to + dq_sum_piece(sum, n) * 8);
             if (p.accumulate_q) {
                 float2 old = *at;
                 x.x += old.x, x.y += old.y;
@@ -552,10 +553,14 @@ static int dense_splits(const FsaConfig *c, FsaVisibility rule) {
     return rule == FSA_COMPRESSED ? c->q_heads / c->kv_heads : 1;
 }
 
-size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
+static size_t partial_bytes(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
     int splits = dense_splits(c, rule);
-    if (splits == 1) return 0;
-    return (size_t)splits * 2 * fsa_max_windows(c, p) * c->kv_heads * c->head_dim * sizeof(float);
+    return splits == 1 ? 0
+                       : (size_t)splits * 2 * fsa_max_windows(c, p) * c->kv_heads * c->head_dim * sizeof(float);
+}
+
+size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
+    return partial_bytes(c, p, rule) + fsa_dense_order_bytes(*p, c->q_heads, c->kv_heads);
 }
 
 template <typename T, int D> static int launch_backward(const Dense &d, cudaStream_t stream) {
@@ -579,7 +584,12 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
     d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
     d.splits = dense_splits(c, rule);
     d.partial = (float *)workspace;
-    if (d.splits > 1 && !workspace && d.num_keys > 0) return FSA_ERROR_WORKSPACE;
+    d.order = (int *)((char *)workspace + partial_bytes(c, p, rule));
+    if (!workspace) return FSA_ERROR_WORKSPACE;
+    if (fsa_hopper() && rule == FSA_COMPRESSED && !accumulate_q) { // some rows see nothing
+        cudaMemsetAsync(dq, 0, (size_t)p->nq * c->q_heads * c->head_dim * sizeof(float), stream);
+        d.accumulate_q = 1;
+    }
     int status = fsa_hopper() ? fsa_dense_backward_sm90(c, d, dtype, stream)
                               : FSA_DISPATCH(dtype, c->head_dim, launch_backward, d, stream);
     if (status) return status;

@@ -38,6 +38,7 @@ struct Dense {
     int accumulate_q, accumulate_kv;
     int splits; // dK, dV: blocks that share a key tile's heads; partial sums go to `partial` if > 1
     float *partial;
+    int *order; // Hopper's backward: items taken, and how many have added to each tile of dq
 };
 
 static inline Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
@@ -76,5 +77,7 @@ template <> __device__ constexpr float probability_unit<__half>() {
 // Hopper's kernels, behind the launchers of kernels.h. `splits` parts of the queries that see a key tile are
 // summed apart in `partial`.
 int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+// Adds to dq, or, unless accumulate_q, overwrites those rows that see a key.
 int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+size_t fsa_dense_order_bytes(const FsaPlan &p, int q_heads, int kv_heads);
 #endif

@@ -2,23 +2,24 @@
 // memory, two warpgroups of consumers multiply with wgmma. A group's heads are packed into a tile's rows: row
 // r is head r % g of token r / g, so that g heads share each tile of K and V and the masks stay tight.
 //
-// All three kernels are persistent: a thread block takes work items, long ones first, from both ends of each
-// round in turn, so that all end together; the loads of the next item travel while this one's results are
-// written.
+// Both kernels are persistent: a thread block takes work items, long ones first, so that all end together; the
+// loads of the next item travel while this one's results are written.
 #include "dense.cuh"
 #include "ptx_sm90.cuh"
 #include "tma.cuh"
 
 enum {
-    ROWS = 128,       // rows of a work item of forward and dQ, 64 a warpgroup
-    KEYS = 128,       // keys of a streamed tile; of a work item of dK and dV, 64 a warpgroup
-    STREAM_ROWS = 64, // rows of a streamed tile of dK and dV
+    ROWS = 128,       // rows of a work item of forward, 64 a warpgroup
+    KEYS = 128,       // keys of a tile that forward streams; of a work item of backward, 64 a warpgroup
+    STREAM_ROWS = 64, // rows of a tile that backward streams
     KV_STAGES = 2,
-    ROW_STAGES = 3,
     CONSUMERS = 256, // threads; a third warpgroup produces
     THREADS = CONSUMERS + 128,
+    // Of a thread of forward and of backward, whose producers keep books.
     PRODUCER_REGISTERS = 24,
     CONSUMER_REGISTERS = 240,
+    BACKWARD_PRODUCER_REGISTERS = 40,
+    BACKWARD_CONSUMER_REGISTERS = 232,
 };
 
 struct Maps {
@@ -30,18 +31,19 @@ struct Maps {
 // many rows.
 template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
 static __device__ __forceinline__ void product_rows(float (&x)[N8][4], uint32_t a, uint32_t b) {
+    const uint64_t from_a = wgmma_matrix(a), from_b = wgmma_matrix(b);
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
-        wgmma_ss<T>(x, wgmma_matrix(a + k / 4 * A_ROWS * 128 + k % 4 * 32),
-                    wgmma_matrix(b + k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
+        wgmma_ss<T>(x, wgmma_further(from_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
+                    wgmma_further(from_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
 }
 // x (64 x D) = (add ? x : 0) + A B: A (64 x 16*K16) in registers, B's rows from address b on.
 template <typename T, int B_ROWS, int N8, int K16>
 static __device__ __forceinline__ void product_columns(float (&x)[N8][4], const uint32_t (&a)[K16][4],
                                                        uint32_t b, bool add) {
+    const uint64_t from = wgmma_matrix(b, B_ROWS * 128);
 #pragma unroll
-    for (int k = 0; k < K16; k++)
-        wgmma_rs<T, 1>(x, a[k], wgmma_matrix(b + k * 2048, B_ROWS * 128), add || k > 0);
+    for (int k = 0; k < K16; k++) wgmma_rs<T, 1>(x, a[k], wgmma_further(from, k * 2048), add || k > 0);
 }
 
 // ---- the ring ---------------------------------------------------------------------------------------------
@@ -55,14 +57,8 @@ template <int STAGES> struct Turn {
 // Arrivals of the consumers' warps, each of which is done with what a barrier guards.
 enum { RELEASES = CONSUMERS / 32 * WARP_ARRIVALS };
 
-// The work item of a thread block's `round`.
-static __device__ __forceinline__ int64_t work_item(int64_t round) {
-    int64_t place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return round * gridDim.x + place;
-}
-
 // ---------------------------------------------------------------------------------------------------------
-// Work items of forward and dQ: up to 128/g tokens of one KV head, and the keys begin..end that they see.
+// Work items of forward: up to 128/g tokens of one KV head, and the keys begin..end that they see.
 struct QueryWork {
     RowTile rows;                             // tokens
     int kv_head, first_pos, begin, end, keys; // keys: of the whole sequence
@@ -70,9 +66,10 @@ struct QueryWork {
     int tiles;
 };
 
+// That of a thread block's `round`: items are taken from both ends of each round in turn.
 static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round, int64_t items,
                                                   QueryWork *w) {
-    int64_t item = work_item(round);
+    int64_t item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     if (item >= items) return false;
     int g = p.q_heads / p.kv_heads;
     w->kv_head = (int)(item % p.kv_heads);
@@ -91,19 +88,19 @@ static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round,
     return true;
 }
 
-// Barriers and tiles of forward and dQ: what stays (Q; dO too), the ring of K and V.
-template <int D, int STAY> struct QueryRing {
-    static constexpr int STAY_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
-    static constexpr int BYTES = STAY * STAY_BYTES + 2 * KV_STAGES * KV_BYTES, BARRIERS = 2 + 4 * KV_STAGES;
-    uint32_t stay, k, v, stay_full, stay_empty, k_full, k_empty, v_full, v_empty;
+// Barriers and tiles of forward: Q, the ring of K and V.
+template <int D> struct QueryRing {
+    static constexpr int Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+    static constexpr int BYTES = Q_BYTES + 2 * KV_STAGES * KV_BYTES;
+    uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
     __device__ __forceinline__ QueryRing(uint32_t start) {
-        stay = start, k = stay + STAY * STAY_BYTES, v = k + KV_STAGES * KV_BYTES;
-        stay_full = start + BYTES, stay_empty = stay_full + 8;
-        k_full = stay_empty + 8, k_empty = k_full + 8 * KV_STAGES;
+        q = start, k = q + Q_BYTES, v = k + KV_STAGES * KV_BYTES;
+        q_full = start + BYTES, q_empty = q_full + 8;
+        k_full = q_empty + 8, k_empty = k_full + 8 * KV_STAGES;
         v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
     }
     __device__ __forceinline__ void init() const {
-        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES);
+        mbarrier_init(q_full, 1), mbarrier_init(q_empty, RELEASES);
         for (int i = 0; i < KV_STAGES; i++) {
             mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, RELEASES);
             mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, RELEASES);
@@ -112,22 +109,17 @@ template <int D, int STAY> struct QueryRing {
     }
     // The producer's thread: all loads of this thread block.
     __device__ void produce(const Dense &p, const Maps &maps, int64_t items) const {
-        const int g = p.q_heads / p.kv_heads, stay_bytes = ROWS / g * g * D * 2 * STAY;
+        const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
-        int stay_parity = 1; // a fresh barrier's phase before the first counts as over
+        int q_parity = 1; // a fresh barrier's phase before the first counts as over
         QueryWork w;
         for (int64_t round = 0; query_work(p, round, items, &w); round++) {
             if (w.tiles == 0) continue;
-            mbarrier_wait(stay_empty, stay_parity);
-            stay_parity ^= 1;
-            mbarrier_arrive_expect(stay_full, stay_bytes);
-            for (int i = 0; i < D / 64; i++) {
-                tma_load_3d(stay + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g, (int)w.rows.row,
-                            stay_full);
-                if (STAY == 2)
-                    tma_load_3d(stay + STAY_BYTES + i * ROWS * 128, &maps.dout, i * 64, w.kv_head * g,
-                                (int)w.rows.row, stay_full);
-            }
+            mbarrier_wait(q_empty, q_parity);
+            q_parity ^= 1;
+            mbarrier_arrive_expect(q_full, q_bytes);
+            for (int i = 0; i < D / 64; i++)
+                tma_load_3d(q + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g, (int)w.rows.row, q_full);
             for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
                 int key = (int)w.key0 + w.begin + tile * KEYS;
                 uint32_t at = 8 * turn.stage;
@@ -202,7 +194,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef QueryRing<D, 1> Ring;
+    typedef QueryRing<D> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
@@ -210,7 +202,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         registers_down_to<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMERS) ring.produce(p, maps, items);
@@ -218,9 +210,9 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_up_to<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
         const float scale = p.scale * FSA_LOG2E;
-        const uint32_t my_q = ring.stay + warpgroup * 64 * 128;
+        const uint32_t my_q = ring.q + warpgroup * 64 * 128;
         Turn<KV_STAGES> turn;
-        int stay_parity = 0;
+        int q_parity = 0;
         // Whose turn it is to issue products: barrier 1 + warpgroup opens when the other one has issued its
         // own.
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
@@ -277,8 +269,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             };
 
             if (w.tiles > 0) {
-                mbarrier_wait(ring.stay_full, stay_parity);
-                stay_parity ^= 1;
+                mbarrier_wait(ring.q_full, q_parity);
+                q_parity ^= 1;
                 multiply_keys();
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                 wgmma_wait<0>();
@@ -307,7 +299,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     }
                     pack();
                 }
-                mbarrier_arrive_warp(ring.stay_empty);
+                mbarrier_arrive_warp(ring.q_empty);
                 int left = w.keys - (w.begin + (w.tiles - 1) * KEYS);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
@@ -350,243 +342,212 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// dQ
-//
-// A work item: dq of 128 rows. S = Q K^T and dP = dO V^T for a tile of keys, dS = exp(S - lse) (dP - delta)
-// in registers, dQ += dS K; one warpgroup's exps hide behind the other's products. Bytes: q, dO, and dq in
-// fp32 once, K and V once for every 128 rows (from L2). Flops: 6*d a visible pair; they bind: causal 64K, 32
-// heads, d = 128: 53 TFLOP, 67 ms at 790.
-template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 1)
-    dq_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
-    extern __shared__ __align__(1024) char shared[];
-    typedef QueryRing<D, 2> Ring;
-    const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
-    char *const tiles = shared + (start - smem_address(shared));
-    const Ring ring(start);
-    if (threadIdx.x == 0) ring.init();
-    __syncthreads();
-
-    const int warpgroup = threadIdx.x / 128;
-    if (warpgroup == 2) {
-        registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) ring.produce(p, maps, items);
-    } else {
-        registers_up_to<CONSUMER_REGISTERS>();
-        const int lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
-        const float scale = p.scale * FSA_LOG2E, unit = p.scale * probability_unit<T>();
-        const uint32_t my_q = ring.stay + warpgroup * 64 * 128, my_dout = my_q + Ring::STAY_BYTES;
-        Turn<KV_STAGES> turn;
-        int stay_parity = 0;
-        QueryWork w;
-        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
-            if (w.rows.rows == 0) continue;
-            const MyRows mine(p, w, warpgroup);
-            const int first_pos = w.first_pos + warpgroup * 64 / g,
-                      last_pos = w.first_pos + (warpgroup * 64 + 63) / g;
-            float lse[2], delta[2], dq[D / 8][4];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float x = mine.at[half] >= 0 ? p.lse_grad[mine.at[half]] : -INFINITY;
-                lse[half] =
-                    x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
-                delta[half] = mine.at[half] >= 0 ? p.delta[mine.at[half]] : 0;
-            }
-            if (w.tiles > 0) {
-                mbarrier_wait(ring.stay_full, stay_parity);
-                stay_parity ^= 1;
-            }
-            for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
-                const int j0 = w.begin + tile * KEYS;
-                const uint32_t tile_k = ring.k + turn.stage * Ring::KV_BYTES;
-                float s[KEYS / 8][4], dp[KEYS / 8][4];
-                mbarrier_wait(ring.k_full + 8 * turn.stage, turn.parity);
-                if (w.keys - j0 < KEYS) clear_rows<D>(tiles + (tile_k - start), w.keys - j0);
-                wgmma_fence();
-                product_rows<T, D, ROWS, KEYS>(s, my_q, tile_k);
-                wgmma_commit();
-                mbarrier_wait(ring.v_full + 8 * turn.stage, turn.parity);
-                if (w.keys - j0 < KEYS)
-                    clear_rows<D>(tiles + (ring.v - start) + turn.stage * Ring::KV_BYTES, w.keys - j0);
-                wgmma_fence();
-                product_rows<T, D, ROWS, KEYS>(dp, my_dout, ring.v + turn.stage * Ring::KV_BYTES);
-                wgmma_commit();
-                wgmma_wait<1>();
-                wgmma_pin(s);
-                mask_scores(p, s, mine.pos, first_pos, last_pos, j0, w.keys);
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) s[n][e] = exp2_fast(s[n][e] * scale - lse[e / 2]);
-                }
-                wgmma_wait<0>();
-                wgmma_pin(dp);
-                mbarrier_arrive_warp(ring.v_empty + 8 * turn.stage);
-                if (tile == w.tiles - 1) mbarrier_arrive_warp(ring.stay_empty);
-                uint32_t ds[KEYS / 16][4];
-#pragma unroll
-                for (int k = 0; k < KEYS / 16; k++) {
-#pragma unroll
-                    for (int n = 2 * k; n < 2 * k + 2; n++) {
-#pragma unroll
-                        for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - delta[e / 2];
-                    }
-                    result_as_a<T>(ds[k], s[2 * k], s[2 * k + 1]);
-                }
-                wgmma_fence();
-                product_columns<T, KEYS>(dq, ds, tile_k, tile > 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                wgmma_pin(dq);
-                mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
-            }
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (mine.at[half] < 0) continue;
-                float *to = p.dq + mine.at[half] * D + lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    float2 x = w.tiles > 0 ? make_float2(dq[n][half * 2] * unit, dq[n][half * 2 + 1] * unit)
-                                           : make_float2(0, 0);
-                    float2 *at = (float2 *)(to + n * 8);
-                    if (p.accumulate_q) {
-                        float2 old = *at;
-                        x.x += old.x, x.y += old.y;
-                    }
-                    *at = x;
-                }
-            }
-        }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------
-// dK and dV
+// Backward
 //
 // A work item: dk and dv of 128 keys of a KV head, 64 a warpgroup, over all rows that see them (or, with
-// `splits`, over a share of the tokens). Scores are computed transposed, so that P^T and dS^T are in
-// registers, at once operands of the products with dO and Q; those come in tiles of 64 rows with their lse
-// and delta. Bytes: k, v once, dk, dv once in fp32; q and dO from L2 once for every 128 keys that their
-// tokens see. Flops: 8*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 70 TFLOP, 89 ms at 790.
-// Shared memory: 96 KiB for a warpgroup and tile of rows, three quarters of the products' time.
+// `splits`, over a share of the tokens), and these keys' part of those rows' dq. Scores are computed
+// transposed, so that P^T and dS^T are in registers, at once operands of the products with dO and Q; those
+// come in tiles of 64 rows with their lse and delta. dS^T goes through shared memory, too: of a tile's dQ = dS
+// K over all 128 keys each warpgroup makes half of the columns, and a warp adds them to dq in memory.
+//
+// The order of these additions is fixed: a tile of rows takes them by ascending keys, and a counter says how
+// many it has. Nobody waits for long: items go out by ascending keys (a ticket each, so that whoever holds
+// the smallest of them runs), and each goes through its rows backwards. Under the causal rule thread blocks
+// that began together stay one tile behind each other; under a window, further keys see later rows, which are
+// so met first.
+//
+// Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every 128
+// keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88 TFLOP,
+// 111 ms at 790. Shared memory comes close: for a tile at d = 128 wgmma reads 256 KiB, 2,048 clocks, and 80
+// KiB more are written and read on the way of dS and dQ, where the products take 2,560.
 struct KeyWork {
-    RowTile keys;
+    RowTile keys; // no rows: no work
     int kv_head, split;
-    int64_t segment, segment_end; // those of the sequence
-    int pos_begin, pos_last;      // tokens that see some of the keys, this split's share
+    int segment, segment_end;   // those of the sequence
+    int pos_begin, pos_last;    // tokens that see some of the keys
+    int share_begin, share_end; // the split's tiles begin here
 };
 
-static __device__ __forceinline__ bool key_work(const Dense &p, int64_t round, int64_t items, KeyWork *w) {
-    int64_t item = work_item(round);
-    if (item >= items) return false;
-    w->split = (int)(item % p.splits);
-    w->kv_head = (int)(item / p.splits % p.kv_heads);
-    w->keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, item / p.splits / p.kv_heads);
-    if (w->keys.rows == 0) return true;
+static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) {
+    KeyWork w;
+    w.keys.rows = 0;
+    if (item >= items) return w;
+    w.split = (int)(item % p.splits);
+    w.kv_head = (int)(item / p.splits % p.kv_heads);
+    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, item / p.splits / p.kv_heads);
     int64_t lo = 0, hi = p.plan.num_segments, end = hi;
     while (lo < hi) { // the sequence's first segment
         int64_t mid = (lo + hi) / 2;
-        if (p.plan.segments[mid].seq < w->keys.range)
+        if (p.plan.segments[mid].seq < w.keys.range)
             lo = mid + 1;
         else
             hi = mid;
     }
-    w->segment = lo;
+    w.segment = (int)lo;
     for (hi = end; lo < hi;) { // and the next sequence's
         int64_t mid = (lo + hi) / 2;
-        if (p.plan.segments[mid].seq <= w->keys.range)
+        if (p.plan.segments[mid].seq <= w.keys.range)
             lo = mid + 1;
         else
             hi = mid;
     }
-    w->segment_end = lo;
-    w->pos_begin = p.visible.first_query(w->keys.first);
-    w->pos_last = p.visible.last_query(w->keys.first + w->keys.rows - 1);
-    if (p.splits > 1) {
-        int64_t n = p.plan.cu_seqlens[w->keys.range + 1] - p.plan.cu_seqlens[w->keys.range];
-        int64_t begin = w->pos_begin, tokens = n > begin ? n - begin : 0;
-        w->pos_begin = (int)(begin + tokens * w->split / p.splits);
-        w->pos_last = min(w->pos_last, (int)(begin + tokens * (w->split + 1) / p.splits) - 1);
-    }
-    return true;
+    w.segment_end = (int)lo;
+    w.pos_begin = p.visible.first_query(w.keys.first);
+    w.pos_last = p.visible.last_query(w.keys.first + w.keys.rows - 1);
+    int64_t n = p.plan.cu_seqlens[w.keys.range + 1] - p.plan.cu_seqlens[w.keys.range];
+    w.share_begin = (int)(n * w.split / p.splits);
+    w.share_end = (int)(n * (w.split + 1) / p.splits);
+    return w;
 }
 
-// The tiles of tokens that a work item's keys meet, in order.
+// The tiles of tokens that a work item's keys meet, from the last to the first. A segment's tiles are the same
+// for all keys: they begin at its first token. Rows count in 32 bits, as TMA's coordinates do.
 struct TokenWalk {
-    int64_t segment, row; // and the first token's row in q
-    int pos, end;         // its position; the end of the segment's tokens that count
-    __device__ __forceinline__ TokenWalk(const KeyWork &w) : segment(w.segment - 1), row(0), pos(0), end(0) {}
+    int segment, row, place; // the first token's row in q; the tile's number of all
+    int pos, end;            // the first token's position; the end of the segment's tokens
+    int tile, lowest;        // of the segment's
+    __device__ __forceinline__ TokenWalk(const KeyWork &w)
+        : segment(w.segment_end), row(0), place(0), pos(0), end(0), tile(0), lowest(0) {}
     __device__ __forceinline__ bool next(const Dense &p, const KeyWork &w, int tokens) {
-        pos += tokens, row += tokens;
-        while (pos >= end) {
-            if (++segment >= w.segment_end) return false;
-            FsaSegment s = p.plan.segments[segment];
-            int64_t first = max(s.pos, (int64_t)w.pos_begin),
-                    last = min(s.pos + s.len, (int64_t)w.pos_last + 1);
-            pos = (int)first, end = last > first ? (int)last : (int)first;
-            row = p.plan.cu_rows[segment] + first - s.pos;
+        tile--, place--, pos -= tokens, row -= tokens;
+        while (tile < lowest) {
+            if (--segment < w.segment) return false;
+            const int first = (int)p.plan.segments[segment].pos, len = (int)p.plan.segments[segment].len;
+            const int last = min(w.pos_last, first + len - 1), row0 = (int)p.plan.cu_rows[segment];
+            // The tile of the first token that sees a key, but none that begins before the share; the tile of
+            // the last, but none that begins past the share.
+            lowest = max(w.pos_begin > first ? (w.pos_begin - first) / tokens : 0,
+                         w.share_begin > first ? (w.share_begin - first + tokens - 1) / tokens : 0);
+            tile = min(last >= first ? (last - first) / tokens : -1,
+                       w.share_end > first ? (w.share_end - first + tokens - 1) / tokens - 1 : -1);
+            pos = first + tile * tokens, end = first + len;
+            row = row0 + tile * tokens;
+            place = row0 / tokens + segment + tile;
         }
         return true;
     }
 };
 
 template <int D> struct KeyRing {
+    static constexpr int STAGES = D == 64 ? 4 : 2;
     static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
-    static constexpr int BYTES = 2 * STAY_BYTES + 2 * ROW_STAGES * ROW_BYTES;
-    static constexpr int STATS = 2 * STREAM_ROWS * 4; // bytes of a stage's lse and delta
-    uint32_t k, v, q, dout, stats, stay_full, stay_empty, full, empty;
+    static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row], two of them in turn
+    static constexpr int STATS = 2 * STREAM_ROWS * 4;       // bytes of a stage's lse and delta
+    static constexpr int DS = 2 * STAY_BYTES + 2 * STAGES * ROW_BYTES, DQ = DS + 2 * DS_BYTES;
+    static constexpr int STAT = DQ + STREAM_ROWS * D * 4, WORK = STAT + STAGES * STATS,
+                         BARRIERS = WORK + 2 * (int)sizeof(KeyWork), BYTES = BARRIERS + 8 * (4 + 2 * STAGES);
+    uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, full, empty;
     __device__ __forceinline__ KeyRing(uint32_t start) {
-        k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + ROW_STAGES * ROW_BYTES;
-        stats = start + BYTES, stay_full = stats + ROW_STAGES * STATS, stay_empty = stay_full + 8;
-        full = stay_empty + 8, empty = full + 8 * ROW_STAGES;
+        k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + STAGES * ROW_BYTES;
+        ds = start + DS, dq = start + DQ;
+        stay_full = start + BARRIERS, stay_empty = stay_full + 8, dq_full = stay_empty + 8;
+        dq_empty = dq_full + 8, full = dq_empty + 8, empty = full + 8 * STAGES;
     }
     __device__ __forceinline__ void init() const {
-        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES);
-        for (int i = 0; i < ROW_STAGES; i++)
+        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 1);
+        mbarrier_init(dq_full, RELEASES), mbarrier_init(dq_empty, 1);
+        for (int i = 0; i < STAGES; i++)
             mbarrier_init(full + 8 * i, 1 + 32), mbarrier_init(empty + 8 * i, RELEASES);
         mbarrier_init_fence();
     }
-    // One warp: lane 0 starts the copies, all lanes bring lse and delta.
-    __device__ void produce(const Dense &p, const Maps &maps, char *stats_at, int64_t items) const {
+    // Work items lie in shared memory, where all warps read them, two in turn: the warp that adds to dq lags
+    // behind the others.
+    static __device__ __forceinline__ KeyWork *work(char *tiles, int parity) {
+        return (KeyWork *)(tiles + WORK) + parity;
+    }
+    // The next one, or NULL.
+    __device__ __forceinline__ const KeyWork *next_work(char *tiles, int *parity) const {
+        mbarrier_wait(stay_full, *parity);
+        const KeyWork *w = work(tiles, *parity);
+        *parity ^= 1;
+        return w->keys.rows > 0 ? w : NULL;
+    }
+    // One warp: takes the items and brings all that they need; lane 0 starts the copies, all lanes bring lse
+    // and delta.
+    __device__ void produce(const Dense &p, const Maps &maps, char *tiles, int64_t items) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g, lane = threadIdx.x % 32;
-        Turn<ROW_STAGES> turn;
-        int stay_parity = 1;
-        KeyWork w;
-        for (int64_t round = 0; key_work(p, round, items, &w); round++) {
-            if (w.keys.rows == 0) continue;
-            mbarrier_wait(stay_empty, stay_parity);
-            stay_parity ^= 1;
+        Turn<STAGES> turn;
+        // Of the lane's two rows of a tile: the token, and the place of lse after the tile's first.
+        int token[2], place[2], parity = 0;
+        for (int i = 0; i < 2; i++) {
+            token[i] = (lane + 32 * i) / g;
+            place[i] = token[i] * p.q_heads + (lane + 32 * i) % g;
+        }
+        for (;; parity ^= 1) {
+            KeyWork *w = work(tiles, parity), next;
             if (lane == 0) {
-                mbarrier_arrive_expect(stay_full, 2 * STAY_BYTES);
-                for (int i = 0; i < D / 64; i++) {
-                    tma_load_3d(k + i * KEYS * 128, &maps.k, i * 64, w.kv_head, (int)w.keys.row, stay_full);
-                    tma_load_3d(v + i * KEYS * 128, &maps.v, i * 64, w.kv_head, (int)w.keys.row, stay_full);
+                int item;
+                do {
+                    item = atomicAdd(p.order, 1);
+                    next = key_work(p, item, items);
+                } while (item < items && next.keys.rows == 0);
+            }
+            mbarrier_wait(stay_empty, parity ^ 1); // a fresh barrier's phase before the first counts as over
+            if (lane == 0) {
+                *w = next;
+                if (next.keys.rows == 0) {
+                    mbarrier_arrive(stay_full);
+                } else {
+                    mbarrier_arrive_expect(stay_full, 2 * STAY_BYTES);
+                    for (int i = 0; i < D / 64; i++) {
+                        uint32_t at = i * KEYS * 128;
+                        tma_load_3d(k + at, &maps.k, i * 64, next.kv_head, (int)next.keys.row, stay_full);
+                        tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, stay_full);
+                    }
                 }
             }
-            TokenWalk walk(w);
-            for (; walk.next(p, w, tokens); turn.next()) {
+            __syncwarp();
+            if (w->keys.rows == 0) return;
+            TokenWalk walk(*w);
+            for (; walk.next(p, *w, tokens); turn.next()) {
                 mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
                 if (lane == 0) {
                     mbarrier_arrive_expect(full + 8 * turn.stage, 2 * tokens * g * D * 2);
                     for (int i = 0; i < D / 64; i++) {
                         uint32_t at = turn.stage * ROW_BYTES + i * STREAM_ROWS * 128;
-                        tma_load_3d(q + at, &maps.q, i * 64, w.kv_head * g, (int)walk.row,
+                        tma_load_3d(q + at, &maps.q, i * 64, w->kv_head * g, (int)walk.row,
                                     full + 8 * turn.stage);
-                        tma_load_3d(dout + at, &maps.dout, i * 64, w.kv_head * g, (int)walk.row,
+                        tma_load_3d(dout + at, &maps.dout, i * 64, w->kv_head * g, (int)walk.row,
                                     full + 8 * turn.stage);
                     }
                 }
-                float *to = (float *)(stats_at + turn.stage * STATS);
-                for (int row = lane; row < STREAM_ROWS; row += 32) {
-                    int token = row / g;
-                    bool there = token < tokens && walk.pos + token < walk.end;
-                    int64_t at = (walk.row + token) * p.q_heads + w.kv_head * g + row % g;
-                    float x = there ? p.lse_grad[at] : -INFINITY;
+                float *to = (float *)(tiles + STAT + turn.stage * STATS);
+                const int64_t first = (int64_t)walk.row * p.q_heads + w->kv_head * g;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    bool there = token[i] < tokens && walk.pos + token[i] < walk.end;
+                    float x = there ? p.lse_grad[first + place[i]] : -INFINITY;
                     // Nothing seen, or no row at all: P = 0.
-                    to[row] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
-                    to[STREAM_ROWS + row] = there ? p.delta[at] : 0;
+                    to[lane + 32 * i] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
+                    to[STREAM_ROWS + lane + 32 * i] = there ? p.delta[first + place[i]] : 0;
                 }
                 mbarrier_arrive(full + 8 * turn.stage);
+            }
+        }
+    }
+    // One thread: adds each tile of dQ to dq when those of all smaller keys are in.
+    __device__ void add_queries(const Dense &p, char *tiles) const {
+        const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
+        int work_parity = 0, parity = 0;
+        while (const KeyWork *w = next_work(tiles, &work_parity)) {
+            mbarrier_arrive(stay_empty);
+            TokenWalk walk(*w);
+            for (; walk.next(p, *w, tokens); parity ^= 1) {
+                int *turn = p.order + 1 + (int64_t)walk.place * p.kv_heads + w->kv_head;
+                const int before = w->keys.first / KEYS - p.visible.first_key(walk.pos) / KEYS;
+                const int bytes = min(tokens, walk.end - walk.pos) * g * D * 4;
+                float *to = p.dq + dq_sum_row(p.plan.nq, g, walk.row, w->kv_head * g) * D;
+                turn_wait(turn, before);
+                mbarrier_wait(dq_full, parity);
+                if (before > 0 || p.accumulate_q)
+                    bulk_add(to, dq, bytes);
+                else
+                    bulk_store(to, dq, bytes);
+                bulk_commit();
+                bulk_wait_read();
+                mbarrier_arrive(dq_empty);
+                bulk_wait();
+                turn_pass(turn);
             }
         }
     }
@@ -594,7 +555,7 @@ template <int D> struct KeyRing {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
-    dkdv_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    backward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
     extern __shared__ __align__(1024) char shared[];
     typedef KeyRing<D> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
@@ -602,36 +563,44 @@ __global__ void __launch_bounds__(THREADS, 1)
     const Ring ring(start);
     if (threadIdx.x == 0) ring.init();
     // The copies never write the last rows of a tile where g doesn't divide 64; they are zeros for good.
-    for (int i = threadIdx.x; i < 2 * ROW_STAGES * Ring::ROW_BYTES / 16; i += THREADS)
+    for (int i = threadIdx.x; i < 2 * Ring::STAGES * Ring::ROW_BYTES / 16; i += THREADS)
         ((uint4 *)(tiles + 2 * Ring::STAY_BYTES))[i] = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
-        registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x < CONSUMERS + 32) ring.produce(p, maps, tiles + Ring::BYTES, items);
+        registers_down_to<BACKWARD_PRODUCER_REGISTERS>();
+        if (threadIdx.x < CONSUMERS + 32)
+            ring.produce(p, maps, tiles, items);
+        else if (threadIdx.x == CONSUMERS + 32)
+            ring.add_queries(p, tiles);
     } else {
-        registers_up_to<CONSUMER_REGISTERS>();
+        registers_up_to<BACKWARD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         const float scale = p.scale * FSA_LOG2E, shift = probability_shift<T>();
         const float unit = probability_unit<T>(), unit_k = unit * p.scale;
         const uint32_t my_k = ring.k + warpgroup * 64 * 128, my_v = ring.v + warpgroup * 64 * 128;
-        Turn<ROW_STAGES> turn;
-        int stay_parity = 0;
-        KeyWork w;
-        for (int64_t round = 0; key_work(p, round, items, &w); round++) {
-            if (w.keys.rows == 0) continue;
+        // The warpgroup's columns of K, D/2 of them, in all rows.
+        const uint32_t my_columns = ring.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
+        const int my_key = warpgroup * 64 + warp * 16 + lane / 4; // the first of the thread's two
+        Turn<Ring::STAGES> turn;
+        int work_parity = 0, dq_parity = 1, buffer = 0;
+        while (const KeyWork *work = ring.next_work(tiles, &work_parity)) {
+            const KeyWork &w = *work;
+            if (w.keys.rows < KEYS) {
+                clear_rows<D>(tiles, w.keys.rows);
+                clear_rows<D>(tiles + Ring::STAY_BYTES, w.keys.rows);
+            }
             float dk[D / 8][4] = {}, dv[D / 8][4] = {};
             const int j0 = w.keys.first + warpgroup * 64;
-            mbarrier_wait(ring.stay_full, stay_parity);
-            stay_parity ^= 1;
             TokenWalk walk(w);
-            for (; walk.next(p, w, tokens); turn.next()) {
+            for (; walk.next(p, w, tokens); turn.next(), buffer ^= 1, dq_parity ^= 1) {
                 const uint32_t tile_q = ring.q + turn.stage * Ring::ROW_BYTES;
                 const uint32_t tile_dout = ring.dout + turn.stage * Ring::ROW_BYTES;
-                const float *lse = (const float *)(tiles + Ring::BYTES + turn.stage * Ring::STATS);
+                const uint32_t tile_ds = ring.ds + buffer * Ring::DS_BYTES;
+                const float *lse = (const float *)(tiles + Ring::STAT + turn.stage * Ring::STATS);
                 const float *delta = lse + STREAM_ROWS;
                 float s[STREAM_ROWS / 8][4], dp[STREAM_ROWS / 8][4];
                 mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
@@ -649,7 +618,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             int t = walk.pos + (n * 8 + lane % 4 * 2 + e % 2) / g;
-                            int j = j0 + warp * 16 + e / 2 * 8 + lane / 4;
+                            int j = w.keys.first + my_key + e / 2 * 8;
                             if (!p.visible(t, j)) s[n][e] = -INFINITY;
                         }
                     }
@@ -676,11 +645,42 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - (e % 2 ? l.y : l.x);
                 }
+                // Into the one buffer while the other warpgroup may still multiply out of the other one.
 #pragma unroll
-                for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
+                for (int k = 0; k < STREAM_ROWS / 16; k++) {
+                    result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        *(uint32_t *)(tiles + (tile_ds - start) + lane % 4 * 4 +
+                                      panel_offset(my_key + i % 2 * 8, k * 2 + i / 2, 0)) = b[k][i];
+                }
+                fence_proxy_async();
+                named_barrier_sync(1, CONSUMERS);
+                float dq[D / 16][4];
                 wgmma_fence();
+                const uint64_t from_ds = wgmma_matrix(tile_ds), from_k = wgmma_matrix(my_columns);
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++)
+                    wgmma_ss<T, 1, 1>(dq, wgmma_further(from_ds, k * 2048), wgmma_further(from_k, k * 2048),
+                                      k > 0);
+                wgmma_commit();
                 product_columns<T, STREAM_ROWS>(dk, b, tile_q, true);
                 wgmma_commit();
+                wgmma_wait<1>();
+                wgmma_pin(dq);
+                mbarrier_wait(ring.dq_empty, dq_parity);
+                const int64_t sums = dq_sum_row(p.plan.nq, g, walk.row, w.kv_head * g);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = warp * 16 + half * 8 + lane / 4;
+                    char *to = tiles + Ring::DQ + row * D * 4 + lane % 4 * 8;
+#pragma unroll
+                    for (int n = 0; n < D / 16; n++)
+                        *(float2 *)(to + dq_sum_piece(sums + row, warpgroup * D / 16 + n) * 32) =
+                            make_float2(dq[n][half * 2] * unit_k, dq[n][half * 2 + 1] * unit_k);
+                }
+                fence_proxy_async();
+                mbarrier_arrive_warp(ring.dq_full);
                 wgmma_wait<0>();
                 wgmma_pin(dv), wgmma_pin(dk);
                 mbarrier_arrive_warp(ring.empty + 8 * turn.stage);
@@ -693,7 +693,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             bool accumulate = p.accumulate_kv && p.splits == 1;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int row = warpgroup * 64 + warp * 16 + half * 8 + lane / 4;
+                int row = my_key + half * 8;
                 if (row >= w.keys.rows) continue;
                 int64_t at = (w.keys.row + row) * row_size + w.kv_head * D + lane % 4 * 2;
 #pragma unroll
@@ -758,21 +758,23 @@ template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dt
     Maps maps = {};
     int status = make_maps(d, dtype, D, ROWS / (d.q_heads / d.kv_heads), &maps);
     if (status) return status;
-    int bytes = 1024 + QueryRing<D, 1>::BYTES + 128 + ROWS * D * 2;
+    int bytes = 1024 + QueryRing<D>::BYTES + 128 + ROWS * D * 2;
     return launch(forward_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
 }
 
 template <typename T, int D> static int backward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
     Maps maps = {};
-    int g = d.q_heads / d.kv_heads, status = make_maps(d, dtype, D, ROWS / g, &maps);
-    if (status) return status;
-    int bytes = 1024 + QueryRing<D, 2>::BYTES + 128;
-    status = launch(dq_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
-    if (!status) status = make_maps(d, dtype, D, STREAM_ROWS / g, &maps);
+    int tokens = STREAM_ROWS / (d.q_heads / d.kv_heads), status = make_maps(d, dtype, D, tokens, &maps);
     if (status) return status;
     int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
-    bytes = 1024 + KeyRing<D>::BYTES + ROW_STAGES * KeyRing<D>::STATS + 128;
-    return launch(dkdv_sm90_kernel<T, D>, d, maps, items, bytes, stream);
+    if (items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // tickets are of 32 bits
+    cudaMemsetAsync(d.order, 0, fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads), stream);
+    return launch(backward_sm90_kernel<T, D>, d, maps, items, 1024 + KeyRing<D>::BYTES, stream);
+}
+
+size_t fsa_dense_order_bytes(const FsaPlan &p, int q_heads, int kv_heads) {
+    int64_t tiles = row_tile_bound(p.nq, p.num_segments, STREAM_ROWS / (q_heads / kv_heads));
+    return (size_t)(1 + tiles * kv_heads) * sizeof(int);
 }
 
 int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {

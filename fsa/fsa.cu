@@ -457,7 +457,7 @@ int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch
                                0, 0, w.scratch, stream));
     }
     const int64_t *key_rows = compressed ? p.cu_windows + p.num_seqs : p.cu_seqlens + p.num_seqs;
-    RUN(round_to(dtype, w.dq, dq, n.q, p.cu_rows + p.num_segments, c->q_heads * c->head_dim, stream));
+    RUN(fsa_rope_queries_gradient(c, &p, dtype, w.dq, NULL, NULL, NULL, dq, stream));
     RUN(round_to(dtype, w.dk, dk, keys, key_rows, c->kv_heads * c->head_dim, stream));
     RUN(round_to(dtype, w.dv, dv, keys, key_rows, c->kv_heads * c->head_dim, stream));
     return FSA_OK;

@@ -51,10 +51,20 @@ int fsa_row_stats(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, 
 // are kc and vc). q, o [Nq, Hq, d], k, v [N or M, Hkv, d], all rotated; lse [Nq, Hq] fp32.
 int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule, const void *q,
                       const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
-// Gradients in fp32, so that branches sum up without rounding: dq [Nq, Hq, d], dk, dv [N or M, Hkv, d].
+// Gradients in fp32, so that branches sum up without rounding: dk, dv [N or M, Hkv, d], and dq as dq_sum_row
+// has it.
 // accumulate_q, accumulate_kv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_grad come
-// from fsa_row_stats or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_workspace bytes (0
-// but for the compressed rule). fsa_rope_gradient makes 16-bit gradients of the sums.
+// from fsa_row_stats or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_workspace bytes, aligned
+// to 16. fsa_rope_gradient makes 16-bit gradients of the sums.
+// The sums for dq lie in rows [Hkv, Nq, g] of d, so that the rows of any tile of tokens are one piece of memory;
+// in a row the pieces of 8 numbers are exchanged by row % 4, so that threads that write the same columns of
+// neighbouring rows to shared memory, where sums have the same layout, meet different banks.
+__host__ __device__ static inline int64_t dq_sum_row(int64_t nq, int g, int64_t token, int head) {
+    return (head / g * nq + token) * g + head % g;
+}
+__host__ __device__ static inline int dq_sum_piece(int64_t row, int piece) {
+    return piece ^ (int)(row & 3);
+}
 size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
@@ -94,7 +104,8 @@ int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream);
 // Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit, NULL: none) + plain fp32 (NULL: none). dx and
-// `more` are of rotated rows, `plain` of rows before RoPE (what compression adds to dk).
+// `more` are of rotated rows, `plain` of rows before RoPE (what compression adds to dk). dx of queries lies as
+// dq_sum_row says.
 int fsa_rope_queries_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                               const void *more, const float *plain, const double *inv_freq, void *out,
                               cudaStream_t stream);

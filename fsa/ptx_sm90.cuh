@@ -20,6 +20,11 @@ __device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address, uint32_t pane
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
 
+// The same matrix so many bytes further on.
+__device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
+    return matrix + bytes / 16;
+}
+
 // Before the first wgmma of a batch, and after registers that one reads or adds to were written.
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -346,6 +351,43 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int byt
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
         "l"(from), "r"(bytes), "r"(barrier)
         : "memory");
+}
+
+// The other way: `bytes` (a multiple of 16) of shared memory into global memory, or fp32 numbers added to those
+// there. A thread's copies since its last commit are a group; wait_read: shared memory may be overwritten;
+// wait: the results are in memory.
+__device__ __forceinline__ void bulk_store(void *to, uint32_t from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_add(float *to, uint32_t from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_commit() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// An order among thread blocks: turn_wait until `turn` in memory is `mine`; turn_pass when the work is done,
+// bulk copies that were waited for included.
+__device__ __forceinline__ void turn_wait(const int *turn, int mine) {
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    } while (now != mine);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void turn_pass(int *turn) {
+    asm volatile("fence.proxy.async.global;\n"
+                 "red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn)
+                 : "memory");
 }
 
 // to[0] += x, to[1] += y in memory, without waiting. Reproducible where nobody else adds there meanwhile.

@@ -6,7 +6,7 @@
 struct Rope {
     FsaPlan plan;
     int queries; // rows are query rows, at their segments' positions; else keys
-    int heads;
+    int heads, group; // group: query heads a kv head
     int64_t rows;
     const void *x;
     const double *inv_freq;
@@ -61,8 +61,14 @@ template <typename T, int D, bool GRADIENT> __global__ void __launch_bounds__(12
         int64_t at = ((row0 + row) * p.heads + i / PARTS % p.heads) * D + part * 8;
         float lo[8], hi[8], a[8], b[8];
         if (GRADIENT) {
-            load8(lo, p.dx + at);
-            load8(hi, p.dx + at + HALF);
+            if (p.queries) {
+                const int64_t sum = dq_sum_row(p.rows, p.group, row0 + row, i / PARTS % p.heads);
+                load8(lo, p.dx + sum * D + dq_sum_piece(sum, part) * 8);
+                load8(hi, p.dx + sum * D + dq_sum_piece(sum, part + PARTS) * 8);
+            } else {
+                load8(lo, p.dx + at);
+                load8(hi, p.dx + at + HALF);
+            }
             if (p.more) {
                 load8(a, (const T *)p.more + at);
                 load8(b, (const T *)p.more + at + HALF);
@@ -107,24 +113,25 @@ static int rope(const FsaConfig *c, FsaDtype dtype, Rope p, cudaStream_t stream)
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     p.rows = p.queries ? p.plan.nq : p.plan.n;
     p.heads = p.queries ? c->q_heads : c->kv_heads;
+    p.group = c->q_heads / c->kv_heads;
     return FSA_DISPATCH(dtype, c->head_dim, launch_rope, p, stream);
 }
 
 int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x,
                      const double *inv_freq, void *out, cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 1, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
+    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
 }
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
+    return rope(c, dtype, Rope{*p, 0, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
 }
 int fsa_rope_queries_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                               const void *more, const float *plain, const double *inv_freq, void *out,
                               cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 1, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
+    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
 }
 int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                            const void *more, const float *plain, const double *inv_freq, void *out,
                            cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
+    return rope(c, dtype, Rope{*p, 0, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
 }

@@ -4,8 +4,7 @@
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, a thread a query, 2 for scorer 0's, 3 for scorer 1's: block scores out of P, and the
 //         running list of the best blocks.
-//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; and
-//   a
+//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; and a
 //         thread that finds the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.

@@ -3,7 +3,7 @@
 #ifndef DEV_CUDA_COMMON_H
 #define DEV_CUDA_COMMON_H
 #include "../../llmc/results.h"
-#include "../../fsa/plan.cuh"
+#include "../../fsa/kernels.h"
 #include "../../fsa/reference.h"
 #include <algorithm>
 #include <cuda_bf16.h>
@@ -222,6 +222,22 @@ static inline FsaConfig default_config(int hq, int hkv, int d, int block, int to
     return c;
 }
 
+// The sums for dq (kernels.h) as dq [Nq, Hq, d], and back.
+static inline int64_t dq_sum_at(const FsaConfig &c, int64_t nq, int64_t i) {
+    int64_t d = c.head_dim, head = i / d % c.q_heads,
+            row = dq_sum_row(nq, c.q_heads / c.kv_heads, i / d / c.q_heads, (int)head);
+    return row * d + dq_sum_piece(row, (int)(i % d / 8)) * 8 + i % 8;
+}
+static inline std::vector<float> dq_of_sums(const FsaConfig &c, int64_t nq, const std::vector<float> &sums) {
+    std::vector<float> dq(sums.size());
+    for (size_t i = 0; i < dq.size(); i++) dq[i] = sums[(size_t)dq_sum_at(c, nq, (int64_t)i)];
+    return dq;
+}
+static inline std::vector<float> sums_of_dq(const FsaConfig &c, int64_t nq, const std::vector<float> &dq) {
+    std::vector<float> sums(dq.size());
+    for (size_t i = 0; i < dq.size(); i++) sums[(size_t)dq_sum_at(c, nq, (int64_t)i)] = dq[i];
+    return sums;
+}
 // Elements of a k or v of `rule` as the library reads it: of windows N/s rows, however many there are (fsa.h).
 static inline int64_t key_room(const FsaConfig &c, const FsaPlan &p, FsaVisibility rule) {
     return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;

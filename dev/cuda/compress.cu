@@ -172,7 +172,7 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
         std::vector<float> dx(size), plain(size);
         for (float &y : dx) y = r->normal();
         for (float &y : plain) y = r->normal();
-        Buffer<float> dx_dev(dx), plain_dev(plain);
+        Buffer<float> dx_dev(queries ? sums_of_dq(c, b.plan.nq, dx) : dx), plain_dev(plain);
         for (int summands = 0; summands < 4; summands++) {
             ref = dx;
             for (int64_t i = 0; i < size && summands & 1; i++) ref[i] += more.f[i];

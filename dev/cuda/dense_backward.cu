@@ -1,7 +1,8 @@
 // dense_backward.cu: the backward pass of attention over all tokens, a window of them, or compressed
 // windows.
 //   version 1: a warp a query row (dq), a warp a key (dk, dv); one pair after another, in fp32
-//   library:   fsa/dense.cu: a kernel for dK and dV (keys outside), one for dQ (queries outside), mma.sync
+//   library:   fsa/dense.cu: a kernel for dK and dV (keys outside), one for dQ (queries outside), mma.sync; on
+//              Hopper fsa/dense_sm90.cu: one kernel, keys outside, which adds to dQ in a fixed order
 // Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_grad.
 // usage: dense_backward [seed=N] [check [small] | time]      both by default
 #include "../../fsa/dense.cu"
@@ -40,7 +41,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
         float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[at]);
         for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
     }
-    store_row(p.dq, at, dq, p.accumulate_q);
+    int64_t sum = dq_sum_row(p.plan.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
+    for (int i = 0; i < D / 32; i++) {
+        int column = i * 32 + threadIdx.x % 32;
+        float &y = p.dq[sum * D + dq_sum_piece(sum, column / 8) * 8 + column % 8];
+        y = p.accumulate_q ? y + dq[i] : dq[i];
+    }
 }
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const Dense p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, key = at / p.kv_heads;
@@ -137,6 +143,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
                 CUDA_CHECK(cudaDeviceSynchronize());
                 for (int i = 0; i < 3; i++) {
                     std::vector<float> bits = outs[i]->host();
+                    if (i == 0) bits = dq_of_sums(c, nq, bits);
                     if (run == 1) {
                         bool same = memcmp(bits.data(), before[i].data(), bits.size() * sizeof(float)) == 0;
                         check_that(same, ("repeat of " + what).c_str(), 1, 0);
@@ -196,7 +203,7 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
                                           lse, delta, dq, dk, dv, 0, 0, workspace.get(), 0));
                 },
                 naive ? 1 : 10);
-            // Counted as one backward pass counts: 5 products, of which this order does 7.
+            // Counted as one backward pass counts: 5 products; two kernels do 7.
             double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 10;
             int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t.n) : t.n;
             double bytes = 8.0 * d * t.n * t.hq + 12.0 * d * keys * t.hkv + 8.0 * t.n * t.hq;

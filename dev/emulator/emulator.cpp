@@ -111,6 +111,14 @@ struct Barrier {
     int arrived, threads;
     uint64_t generation;
 };
+// A bulk copy out of shared memory; data: what it read, once it has.
+struct BulkStore {
+    char *to;
+    uint32_t from;
+    int bytes;
+    bool add;
+    std::vector<char> data;
+};
 struct Thread {
     Indices at;
     int lane;
@@ -122,6 +130,7 @@ struct Thread {
     AsyncCopies copies;
     int64_t wgmma_issued;               // operations of its warpgroup that it took part in
     std::vector<int64_t> wgmma_commits; // how many of them each batch ended with
+    std::vector<BulkStore> bulk_stores; // under way
 };
 // An operation of a warpgroup, and how many of its threads have handed in their parts.
 struct WgmmaOp {
@@ -172,7 +181,8 @@ static Worker *this_worker() {
         }
         memset((void *)worker, 0, sizeof *worker);
         for (Thread &t : worker->threads)
-            new (&t.copies) AsyncCopies(), new (&t.wgmma_commits) std::vector<int64_t>();
+            new (&t.copies) AsyncCopies(), new (&t.wgmma_commits) std::vector<int64_t>(),
+                new (&t.bulk_stores) std::vector<BulkStore>();
         for (Warpgroup &g : worker->warpgroups) new (&g.ops) std::deque<WgmmaOp>();
         new (&worker->bulk_copies) std::vector<BulkCopy>();
         worker->stacks = (char *)mmap(NULL, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
@@ -220,7 +230,7 @@ void yield() {
 
 static void thread_main() {
     (*worker->body)();
-    if (self->copies.list.size()) fail("ends with asynchronous copies under way");
+    if (self->copies.list.size() || self->bulk_stores.size()) fail("ends with asynchronous copies under way");
     self->done = true;
     self->warp->exited |= 1u << self->lane;
     worker->left--;
@@ -500,6 +510,31 @@ void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank,
 void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
     issue({to, barrier, {}, from, {}, bytes});
+}
+
+static void bulk_read(BulkStore &s) {
+    if (s.data.empty())
+        s.data.assign((char *)from_shared(s.from), (char *)from_shared(s.from) + s.bytes), progress();
+}
+static void bulk_write(const BulkStore &s) {
+    for (int i = 0; i < s.bytes; i += 4) {
+        if (s.add)
+            *(float *)(s.to + i) += *(const float *)(s.data.data() + i);
+        else
+            memcpy(s.to + i, s.data.data() + i, 4);
+    }
+    progress();
+}
+void bulk_store_issue(void *to, uint32_t from, int bytes, bool add) {
+    if (from % 16 || (uintptr_t)to % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
+    self->bulk_stores.push_back({(char *)to, from, bytes, add, {}});
+    if (toss()) bulk_read(self->bulk_stores.back());
+}
+void bulk_stores_finish(bool written) {
+    for (BulkStore &s : self->bulk_stores) bulk_read(s);
+    if (!written) return;
+    for (const BulkStore &s : self->bulk_stores) bulk_write(s);
+    self->bulk_stores.clear();
 }
 
 // ---- launches -------------------------------------------------------------------------------------

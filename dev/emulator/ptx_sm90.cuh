@@ -63,12 +63,17 @@ static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "fits");
 void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier);
 void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier);
 void copies_finish(); // those under way
+void bulk_store_issue(void *to, uint32_t from, int bytes, bool add);
+void bulk_stores_finish(bool written); // the thread's: read, or written too
 
 } // namespace emu
 
 inline uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+inline uint64_t wgmma_further(uint64_t matrix, int bytes) {
+    return matrix + bytes / 16;
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
@@ -128,6 +133,28 @@ inline void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z
 }
 inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     emu::bulk_issue(to, from, bytes, barrier);
+}
+inline void bulk_store(void *to, uint32_t from, int bytes) {
+    emu::bulk_store_issue(to, from, bytes, false);
+}
+inline void bulk_add(float *to, uint32_t from, int bytes) {
+    emu::bulk_store_issue(to, from, bytes, true);
+}
+inline void bulk_commit() {}
+inline void bulk_wait_read() {
+    emu::bulk_stores_finish(false);
+}
+inline void bulk_wait() {
+    emu::bulk_stores_finish(true);
+}
+inline void turn_wait(const int *turn, int mine) {
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine) {
+        emu::progress(); // another thread block's
+        emu::yield();
+    }
+}
+inline void turn_pass(int *turn) {
+    __atomic_fetch_add(turn, 1, __ATOMIC_RELEASE);
 }
 inline void add_to_memory(float *to, float x, float y) {
     to[0] += x, to[1] += y;

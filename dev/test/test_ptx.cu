@@ -8,22 +8,22 @@
 #include "test.h"
 
 // c [64, N] = a b, by one warpgroup, K in panels of 64: every operand form of wgmma. TMA brings a as [64, K]
-// or, transposed, as [K, 64], and b as [N, K] or, transposed, as [K, N]; box rows past the tensor come as
-// zeros.
-template <typename T, int N, int K, int trans_b, int trans_a, int in_registers>
+// or, transposed, as [K, 64], and b as [N, K] or, transposed, as [K, N] or the columns from `skip` on of such a
+// tile; box rows past the tensor come as zeros.
+template <typename T, int N, int K, int trans_b, int trans_a, int in_registers, int skip>
 __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CUtensorMap a_map,
                                                       const __grid_constant__ CUtensorMap b_map, float *c) {
     extern __shared__ __align__(1024) char smem[];
     const uint32_t start = (smem_address(smem) + 1023) & ~1023u;
-    constexpr int B_ROWS = trans_b ? K : N, B_PANELS = (trans_b ? N : K) / 64;
-    const uint32_t a_at = start, b_at = a_at + 64 * K * 2, barrier = b_at + N * K * 2;
+    constexpr int B_ROWS = trans_b ? K : N, B_COLS = trans_b ? N + skip : K, B_PANELS = B_COLS / 64;
+    const uint32_t a_at = start, b_at = a_at + 64 * K * 2, barrier = b_at + B_ROWS * B_COLS * 2;
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
         mbarrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        mbarrier_arrive_expect(barrier, (64 + N) * K * 2);
+        mbarrier_arrive_expect(barrier, 64 * K * 2 + B_ROWS * B_COLS * 2);
         for (int p = 0; p < (trans_a ? 1 : K / 64); p++)
             tma_load_3d(a_at + p * 64 * 128, &a_map, p * 64, 0, 0, barrier);
         for (int p = 0; p < B_PANELS; p++)
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     float d[N / 8][4];
     wgmma_fence();
     for (int k = 0; k < K / 16; k++) {
-        uint64_t b = trans_b ? wgmma_matrix(b_at + k * 2048, B_ROWS * 128)
+        uint64_t b = trans_b ? wgmma_matrix(b_at + skip / 64 * B_ROWS * 128 + skip % 64 * 2 + k * 2048, B_ROWS * 128)
                              : wgmma_matrix(b_at + k / 4 * B_ROWS * 128 + k % 4 * 32);
         if (in_registers) {
             uint32_t r[4];
@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     }
 }
 
-template <typename T, int N, int K, int trans_b, int trans_a, int in_registers>
+template <typename T, int N, int K, int trans_b, int trans_a, int in_registers, int skip = 0>
 static void test_product(Random *r) {
     // The tensors have more columns than a row of the box, and 3 and 5 fewer rows than the box.
     constexpr int A_ROWS = (trans_a ? K : 64) - 3, A_COLS = trans_a ? 64 : K, B_ROWS = trans_b ? K : N,
-                  B_COLS = trans_b ? N : K, B_THERE = B_ROWS - 5;
+                  B_COLS = trans_b ? N + skip : K, B_THERE = B_ROWS - 5;
     Host<T> a(r, A_ROWS * A_COLS * 3, 1), b(r, B_THERE * B_COLS * 2, 1);
     Buffer<T> a_(a.raw), b_(b.raw);
     Buffer<float> c_(64 * N);
@@ -76,10 +76,10 @@ static void test_product(Random *r) {
     int a_box[] = {64, trans_a ? K : 64, 1}, b_box[] = {64, 1, B_ROWS, 1};
     FSA_CHECK(fsa_tensor_map(&a_map, Dtype<T>::value, 3, a_.get(), a_size, a_stride, a_box));
     FSA_CHECK(fsa_tensor_map(&b_map, Dtype<T>::value, 4, b_.get(), b_size, b_stride, b_box));
-    int smem = (64 + N) * K * 2 + 8 + 1024;
-    CUDA_CHECK(cudaFuncSetAttribute(product_kernel<T, N, K, trans_b, trans_a, in_registers>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    product_kernel<T, N, K, trans_b, trans_a, in_registers><<<1, 128, smem>>>(a_map, b_map, c_);
+    int smem = (64 * K + B_ROWS * B_COLS) * 2 + 8 + 1024;
+    const auto kernel = product_kernel<T, N, K, trans_b, trans_a, in_registers, skip>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    kernel<<<1, 128, smem>>>(a_map, b_map, c_);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<float> want(64 * N, 0);
@@ -87,15 +87,15 @@ static void test_product(Random *r) {
         for (int n = 0; n < N; n++) {
             for (int k = 0; k < K; k++) {
                 int a_row = trans_a ? k : i, a_col = trans_a ? i : k, row = trans_b ? k : n,
-                    col = trans_b ? n : k;
+                    col = trans_b ? n + skip : k;
                 if (a_row < A_ROWS && row < B_THERE)
                     want[i * N + n] += a.f[a_row * 3 * A_COLS + a_col] * b.f[row * 2 * B_COLS + col];
             }
         }
     }
     double e = relative_error(c_.host(), want);
-    CHECK(e < 1e-5 && c_.guards_intact(), "%s N %d K %d trans_b %d trans_a %d in_registers %d: %.1e",
-          Dtype<T>::name, N, K, trans_b, trans_a, in_registers, e);
+    CHECK(e < 1e-5 && c_.guards_intact(), "%s N %d K %d trans_b %d trans_a %d in_registers %d skip %d: %.1e",
+          Dtype<T>::name, N, K, trans_b, trans_a, in_registers, skip, e);
 }
 
 template <typename T> static void test_products(Random *r) {
@@ -108,6 +108,8 @@ template <typename T> static void test_products(Random *r) {
     test_product<T, 128, 64, 0, 1, 0>(r);
     test_product<T, 128, 128, 1, 0, 1>(r);
     test_product<T, 64, 64, 0, 0, 1>(r);
+    test_product<T, 64, 128, 1, 1, 0, 64>(r);
+    test_product<T, 32, 128, 1, 1, 0, 32>(r);
 }
 
 // A ring of two stages: one warp brings rows by plain bulk copies, the others add them up; each waits for the
@@ -149,6 +151,48 @@ static void test_ring(Random *r) {
     CHECK(sums.host() == want, "sums of %d rows", count);
 }
 
+// Thread blocks, in an order that nobody gave them, take tickets and add their rows to the same numbers in
+// the order of the tickets; fp32 sums show any other order. The first overwrites.
+__global__ void __launch_bounds__(128) order_kernel(const float *rows, int count, int *order, float *sums) {
+    extern __shared__ __align__(1024) char smem[];
+    __shared__ int ticket;
+    for (;;) {
+        if (threadIdx.x == 0) ticket = atomicAdd(order, 1);
+        __syncthreads();
+        const int mine = ticket;
+        if (mine >= count) return;
+        ((float *)smem)[threadIdx.x] = rows[mine * 128 + threadIdx.x];
+        fence_proxy_async();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            turn_wait(order + 1, mine);
+            if (mine == 0)
+                bulk_store(sums, smem_address(smem), 512);
+            else
+                bulk_add(sums, smem_address(smem), 512);
+            bulk_commit();
+            bulk_wait_read();
+            bulk_wait();
+            turn_pass(order + 1);
+        }
+        __syncthreads();
+    }
+}
+
+static void test_order(Random *r) {
+    const int count = 3000;
+    std::vector<float> rows(count * 128), want(128, 0);
+    for (float &x : rows) x = r->normal() * expf(3 * r->normal());
+    for (int i = 0; i < count * 128; i++) want[i % 128] = i < 128 ? rows[i] : want[i % 128] + rows[i];
+    Buffer<float> rows_(rows), sums(128);
+    Buffer<int> order(2);
+    order.zero();
+    order_kernel<<<300, 128, 1024>>>(rows_, count, order, sums);
+    CUDA_CHECK(cudaGetLastError());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CHECK(sums.host() == want && sums.guards_intact(), "sums of %d rows in order", count);
+}
+
 int main(int argc, char **argv) {
     int devices = 0;
     cudaDeviceProp p;
@@ -161,5 +205,6 @@ int main(int argc, char **argv) {
     test_products<__nv_bfloat16>(&r);
     test_products<__half>(&r);
     test_ring(&r);
+    test_order(&r);
     return test_end("test_ptx");
 }
