@@ -356,6 +356,10 @@ __global__ void __launch_bounds__(THREADS, 1)
 // that began together stay one tile behind each other; under a window, further keys see later rows, which are
 // so met first.
 //
+// What comes next runs meanwhile: dP while exp is taken, dV while dS is made, dK while it is stored, dQ and the
+// next tile's S while dQ goes out. After the last tile S is computed of whatever lies there, and not used: ptxas
+// serializes the products here if one is started under a condition, or two are under way where the loop begins.
+//
 // Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every 128
 // keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88 TFLOP,
 // 111 ms at 790. Shared memory comes close: for a tile at d = 128 wgmma reads 256 KiB, 2,048 clocks, and 80
@@ -593,31 +597,38 @@ __global__ void __launch_bounds__(THREADS, 1)
                 clear_rows<D>(tiles, w.keys.rows);
                 clear_rows<D>(tiles + Ring::STAY_BYTES, w.keys.rows);
             }
-            float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+            float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[STREAM_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
             TokenWalk walk(w);
-            for (; walk.next(p, w, tokens); turn.next(), buffer ^= 1, dq_parity ^= 1) {
-                const uint32_t tile_q = ring.q + turn.stage * Ring::ROW_BYTES;
-                const uint32_t tile_dout = ring.dout + turn.stage * Ring::ROW_BYTES;
-                const uint32_t tile_ds = ring.ds + buffer * Ring::DS_BYTES;
-                const float *lse = (const float *)(tiles + Ring::STAT + turn.stage * Ring::STATS);
-                const float *delta = lse + STREAM_ROWS;
-                float s[STREAM_ROWS / 8][4], dp[STREAM_ROWS / 8][4];
-                mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
+            bool more = walk.next(p, w, tokens);
+            auto start_scores = [&] {
+                // Not past the end: the stage's next round may be any.
+                if (more) mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
                 wgmma_fence();
-                product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, tile_q);
+                product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, ring.q + turn.stage * Ring::ROW_BYTES);
                 wgmma_commit();
+            };
+            start_scores();
+            for (; more; buffer ^= 1, dq_parity ^= 1) {
+                const int stage = turn.stage, pos = walk.pos, end = walk.end;
+                const int64_t sums = dq_sum_row(p.plan.nq, g, walk.row, w.kv_head * g);
+                const uint32_t tile_q = ring.q + stage * Ring::ROW_BYTES;
+                const uint32_t tile_dout = ring.dout + stage * Ring::ROW_BYTES;
+                const uint32_t tile_ds = ring.ds + buffer * Ring::DS_BYTES;
+                const float *lse = (const float *)(tiles + Ring::STAT + stage * Ring::STATS);
+                const float *delta = lse + STREAM_ROWS;
+                float dp[STREAM_ROWS / 8][4];
+                wgmma_wait<0>();
+                wgmma_pin(s);
+                wgmma_fence();
                 product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
                 wgmma_commit();
-                wgmma_wait<1>();
-                wgmma_pin(s);
-                int last = min(walk.pos + tokens, walk.end) - 1;
-                if (!p.visible(walk.pos, j0 + 63) || j0 < p.visible.first_key(last)) {
+                if (!p.visible(pos, j0 + 63) || j0 < p.visible.first_key(min(pos + tokens, end) - 1)) {
 #pragma unroll
                     for (int n = 0; n < STREAM_ROWS / 8; n++) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            int t = walk.pos + (n * 8 + lane % 4 * 2 + e % 2) / g;
+                            int t = pos + (n * 8 + lane % 4 * 2 + e % 2) / g;
                             int j = w.keys.first + my_key + e / 2 * 8;
                             if (!p.visible(t, j)) s[n][e] = -INFINITY;
                         }
@@ -645,10 +656,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - (e % 2 ? l.y : l.x);
                 }
+#pragma unroll
+                for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
+                wgmma_fence();
+                product_columns<T, STREAM_ROWS>(dk, b, tile_q, true);
+                wgmma_commit();
                 // Into the one buffer while the other warpgroup may still multiply out of the other one.
 #pragma unroll
                 for (int k = 0; k < STREAM_ROWS / 16; k++) {
-                    result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
 #pragma unroll
                     for (int i = 0; i < 4; i++)
                         *(uint32_t *)(tiles + (tile_ds - start) + lane % 4 * 4 +
@@ -664,12 +679,15 @@ __global__ void __launch_bounds__(THREADS, 1)
                     wgmma_ss<T, 1, 1>(dq, wgmma_further(from_ds, k * 2048), wgmma_further(from_k, k * 2048),
                                       k > 0);
                 wgmma_commit();
-                product_columns<T, STREAM_ROWS>(dk, b, tile_q, true);
-                wgmma_commit();
+                turn.next();
+                more = walk.next(p, w, tokens);
+                wgmma_wait<1>();
+                wgmma_pin(dv), wgmma_pin(dk);
+                mbarrier_arrive_warp(ring.empty + 8 * stage);
+                start_scores();
                 wgmma_wait<1>();
                 wgmma_pin(dq);
                 mbarrier_wait(ring.dq_empty, dq_parity);
-                const int64_t sums = dq_sum_row(p.plan.nq, g, walk.row, w.kv_head * g);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int row = warp * 16 + half * 8 + lane / 4;
@@ -681,10 +699,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
                 fence_proxy_async();
                 mbarrier_arrive_warp(ring.dq_full);
-                wgmma_wait<0>();
-                wgmma_pin(dv), wgmma_pin(dk);
-                mbarrier_arrive_warp(ring.empty + 8 * turn.stage);
             }
+            wgmma_wait<0>(); // scores of no tile
             mbarrier_arrive_warp(ring.stay_empty);
 
             int64_t row_size = (int64_t)p.kv_heads * D, all = p.num_keys * row_size; // elements of dk

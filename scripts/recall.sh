@@ -5,7 +5,9 @@
 #   scripts/recall.sh [CONTEXT...]        (256 512 ... 16384)
 #   python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 #
-# TRAINER, STEPS at each context and TOKENS of a step can be set.
+# A sequence asks some 16 names from half its length back, whatever that is: a step of long sequences has at least
+# 8 of them, so that it learns as much of long distances as one of short ones. TRAINER, STEPS at each context and
+# TOKENS of a step (more, where 8 sequences are) can be set.
 set -eu
 cd "$(dirname "$0")/.."
 trainer=${TRAINER:-./train_gpt_nsa} steps=${STEPS:-1000} tokens=${TOKENS:-16384}
@@ -15,7 +17,7 @@ for mode in nsa full window; do
     from=recall-1k rate=1e-3
     for context in "$@"; do
         batch=$((tokens / context))
-        [ $batch -ge 1 ] || { echo "error: TOKENS=$tokens: a step holds no sequence of $context tokens" >&2; exit 1; }
+        [ $batch -ge 8 ] || batch=8
         data=data/recall_$context out=log/recall_${context}_$mode
         build/recall -o "$data" -t "$context" -n $((steps * batch)) >/dev/null
         echo "== context $context, $mode"
