@@ -6,8 +6,8 @@
 // where 16K entries name 1,024 blocks, so sectors leave whole, also where the lists exceed the L2.
 //
 // 64K tokens, T = 16, 8 (32) kv heads: 12 bytes an entry, 0.1 (0.4) GB, 0.025 (0.1) ms at 4 TB/s.
-// Instructions for 32 entries, as compiled for Hopper: 17 to count, then 27 to find and count the block, 31
-// to rank, 15 to write, 7 for the tables: 25 (102) million, 0.05 (0.21) ms at 2.2 a clock and multiprocessor.
+// Instructions for 32 entries, as compiled for Hopper: 16 to count, then 26 to find and count the block, 31
+// to rank, 15 to write, 9 for the tables: 25 (102) million, 0.05 (0.21) ms at 2.2 a clock and multiprocessor.
 // Shared memory is as busy: atomics and scattered accesses of random banks take some 45 clocks for 32
 // entries. These two bind.
 #include "kernels.h"
@@ -19,8 +19,9 @@ enum {
     COUNTED = 8192,      // selection blocks that are counted at once
     RANGE = 2 * THREADS, // and that are sorted at once, two a thread
     CHUNK = 16384,       // entries that are sorted at once
-    AHEAD = 4,           // that a lane loads at once
+    AHEAD = 8,           // that a lane loads at once
     RANKED = 8,          // and ranks at once
+    SUMMED = 8,          // parts whose counts a thread loads at once
     NONE = 0xffff,       // the key of an entry that is in none of the lists at hand
     WANTED = 512,        // thread blocks: two waves of two a multiprocessor
     MAX_PARTS = 64       // of a slab: each of its thread blocks reads the counts of all
@@ -171,14 +172,14 @@ __global__ void __launch_bounds__(THREADS, 2) fill_kernel(FsaPlan p, FsaLists li
     uint32_t below = 0; // entries that name blocks below the range
 
     for (int64_t first = 0; first < blocks; first += RANGE) {
-        // Where the part's entries of the thread's two blocks go: behind the lower blocks', and the earlier
-        // parts'.
+        // Where the part's entries of the thread's two blocks go: behind lower blocks', and earlier parts'.
         uint32_t to[2] = {0, 0}, before[2] = {0, 0};
-#pragma unroll 4
-        for (int i = 0; i < lists.parts; i++) {
-            for (int h = 0; h < 2; h++) {
+        for (int i0 = 0; i0 < lists.parts; i0 += SUMMED) {
+#pragma unroll
+            for (int k = 0; k < 2 * SUMMED; k++) {
+                const int i = i0 + k / 2, h = k % 2;
                 const int64_t b = first + h * THREADS + thread;
-                const uint32_t n = b < blocks ? counts[i * lists.blocks + b] : 0;
+                const uint32_t n = i < lists.parts && b < blocks ? counts[i * lists.blocks + b] : 0;
                 to[h] += n;
                 if (i < (int)blockIdx.x) before[h] += n;
             }
