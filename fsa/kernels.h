@@ -10,8 +10,10 @@
 struct FsaLists {
     int64_t slab, slabs; // query rows in a slab, and how many slabs
     int64_t blocks;      // bound on the blocks of all sequences
+    int parts;           // that a slab's rows are cut into, a thread block for each
     uint32_t *entries;   // [Hkv, Nq*T]; an entry is row*T + slot; slab i's start at i*slab*T
     uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
+    uint32_t *counts; // [Hkv, slabs, parts, blocks]: how often each part names each block; of use to lists.cu
 };
 enum { FSA_MAX_SLAB = 65536 };
 size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab);

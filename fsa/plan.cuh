@@ -43,7 +43,23 @@ int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_
              int64_t max_len, const int64_t *cu_seqlens, const FsaSegment *segments, void *memory,
              cudaStream_t stream);
 
+// Division by a small number, which the host prepares: x / divisor = umulhi(2x, factor) >> shift, x < 2^31.
+struct Divisor {
+    uint32_t factor;
+    int shift;
+};
+static inline Divisor divisor_of(int divisor) {
+    Divisor d = {0, 0};
+    while ((1 << d.shift) < divisor) d.shift++;
+    d.factor = (uint32_t)((((int64_t)1 << (31 + d.shift)) + divisor - 1) / divisor);
+    return d;
+}
+
 #ifdef __CUDACC__
+__device__ __forceinline__ uint32_t divide(uint32_t x, Divisor d) {
+    return __umulhi(2 * x, d.factor) >> d.shift;
+}
+
 // The i with cu[i] <= x < cu[i + 1]; the caller knows that x lies in cu[0] .. cu[count].
 __device__ __forceinline__ int64_t fsa_find(const int64_t *cu, int64_t count, int64_t x) {
     int64_t lo = 0, hi = count;

@@ -747,8 +747,7 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lis
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.parts = s.parts, a.keys = s.keys, a.chunk = s.chunk;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
-    while ((1 << a.by_topk.shift) < a.topk) a.by_topk.shift++;
-    a.by_topk.factor = (uint32_t)ceil_div((int64_t)1 << (31 + a.by_topk.shift), a.topk);
+    a.by_topk = divisor_of(a.topk);
     char *at = (char *)memory;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
     a.partial = take(s.partial);

@@ -10,12 +10,6 @@
 #include "kernels.h"
 #include "mma.cuh"
 
-// Division by a small number: x / divisor = umulhi(2x, factor) >> shift for all x < 2^31.
-struct Divisor {
-    uint32_t factor;
-    int shift;
-};
-
 struct SelArgs {
     FsaPlan plan;
     FsaLists lists;
@@ -40,10 +34,6 @@ struct SelArgs {
 };
 
 #ifdef __CUDACC__
-static __device__ __forceinline__ uint32_t divide(uint32_t x, Divisor d) {
-    return __umulhi(2 * x, d.factor) >> d.shift;
-}
-
 // A thread block's share of a slab's list of one head.
 struct Share {
     const uint32_t *entries, *offsets; // the slab's

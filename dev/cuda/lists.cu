@@ -1,6 +1,6 @@
 // dev/cuda/lists.cu: index lists from a choice of blocks, checked exactly and timed.
 //   version 1: one thread a (head, block) scans the whole choice and writes its list
-//   library  : count, prefix sum and fill by warps (fsa/lists.cu)
+//   library  : counts, and a counting sort of chunks in shared memory (fsa/lists.cu)
 //   ./lists [check] [seed=N]    (check: no timing)
 #include "../../fsa/kernels.h"
 #include "choice.h"
@@ -32,16 +32,32 @@ __global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, i
 }
 
 static void run_v1(const FsaConfig &c, const FsaPlan &p, const int32_t *indices, const FsaLists &l) {
+    if (p.nq == 0) return;
     dim3 grid((unsigned)((l.blocks + 127) / 128), (unsigned)l.slabs, c.kv_heads);
     lists_v1_kernel<<<grid, 128>>>(p, l, indices, c.topk, c.block);
     CUDA_CHECK(cudaGetLastError());
 }
 
+// What the launcher is given need not be a choice that fsa_topk would make: rows in any order, with places
+// that name no block, or one that the row may not see, however far.
+static void spoil(Random *r, const FsaConfig &c, int64_t nq, std::vector<int32_t> *choice) {
+    for (int64_t row = 0; row < c.kv_heads * nq; row++) {
+        int32_t *x = choice->data() + row * c.topk;
+        for (int t = c.topk - 1; t > 0; t--) std::swap(x[t], x[r->below(t + 1)]);
+        for (int t = 0; t < c.topk; t++) {
+            int64_t kind = r->below(40);
+            if (kind == 0) x[t] = -1 - (int32_t)r->below(INT32_MAX);
+            if (kind == 1) x[t] = INT32_MAX - (int32_t)r->below(INT32_MAX / 2);
+        }
+    }
+}
+
 static void check(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths,
-                  int64_t slab) {
-    Batch b(c, lengths);
+                  int64_t slab, const std::vector<FsaSegment> &segments = {}) {
+    Batch b(c, lengths, segments);
     int64_t nq = b.plan.nq;
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
+    if (r->below(2)) spoil(r, c, nq, &choice);
     Buffer<int32_t> indices(choice);
     Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab));
     FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
@@ -54,49 +70,78 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
         offsets((size_t)(c.kv_heads * l.slabs * (l.blocks + 1)));
     CUDA_CHECK(cudaMemcpy(entries.data(), l.entries, entries.size() * 4, cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaMemcpy(offsets.data(), l.offsets, offsets.size() * 4, cudaMemcpyDeviceToHost));
+    std::vector<int64_t> block0(1, 0);
+    for (int64_t length : lengths) block0.push_back(block0.back() + (length + c.block - 1) / c.block);
     bool same = memory.guards_intact();
     for (int h = 0; h < c.kv_heads; h++) {
-        for (int64_t s = 0; s < l.slabs; s++) {
-            std::vector<std::vector<uint32_t>> expected((size_t)l.blocks);
-            int64_t row = 0, block0 = 0;
-            for (size_t q = 0; q < lengths.size(); q++) {
-                for (int64_t i = 0; i < lengths[q]; i++, row++) {
-                    if (row / slab != s) continue;
-                    for (int t = 0; t < c.topk; t++) {
-                        int32_t index = choice[(size_t)((h * nq + row) * c.topk + t)];
-                        if (index >= 0)
-                            expected[(size_t)(block0 + index)].push_back((uint32_t)(row * c.topk + t));
-                    }
+        std::vector<std::vector<std::vector<uint32_t>>> expected(
+            (size_t)l.slabs, std::vector<std::vector<uint32_t>>((size_t)l.blocks));
+        int64_t row = 0;
+        for (const FsaSegment &segment : b.segments) {
+            for (int64_t i = 0; i < segment.len; i++, row++) {
+                for (int t = 0; t < c.topk; t++) {
+                    int64_t index = choice[(size_t)((h * nq + row) * c.topk + t)];
+                    if (index >= 0 && index * c.block <= segment.pos + i)
+                        expected[(size_t)(row / slab)][(size_t)(block0[(size_t)segment.seq] + index)]
+                            .push_back((uint32_t)(row * c.topk + t));
                 }
-                block0 += (lengths[q] + c.block - 1) / c.block;
             }
+        }
+        for (int64_t s = 0; s < l.slabs; s++) {
             uint32_t at = 0;
             const uint32_t *o = &offsets[(size_t)((h * l.slabs + s) * (l.blocks + 1))];
             for (int64_t k = 0; k < l.blocks; k++) {
                 same = same && o[k] == at;
-                for (uint32_t e : expected[(size_t)k])
+                for (uint32_t e : expected[(size_t)s][(size_t)k])
                     same = same && entries[(size_t)((h * nq + s * slab) * c.topk + at++)] == e;
             }
             same = same && o[l.blocks] == at;
         }
     }
-    char what[128];
-    snprintf(what, sizeof what, "lists version %d, nq %lld, block %d, topk %d, slab %lld", version,
-             (long long)nq, c.block, c.topk, (long long)slab);
+    char what[160];
+    snprintf(what, sizeof what, "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld", version,
+             (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab);
     check_that(same, what, 1, 0);
+}
+
+// Random sequences, empty ones too, and of each up to three segments.
+static void check_random(Random *r, int version) {
+    const int topks[] = {1, 2, 3, 5, 7, 8, 16, 17, 31, 32, 33, 37, 40, 64, 96, 300};
+    FsaConfig c = default_config(1, 1, 64, 16 << r->below(4), topks[r->below(16)]);
+    c.q_heads = c.kv_heads = 1 + (int)r->below(3);
+    if (c.topk < 3) c.init_blocks = c.local_blocks = 0;
+    std::vector<int64_t> lengths;
+    std::vector<FsaSegment> segments;
+    for (int64_t count = 1 + r->below(6), s = 0; s < count; s++) {
+        lengths.push_back(r->below(4) ? r->below(r->below(3) ? 700 : 30000) : 0);
+        for (int64_t left = 40000 / c.topk, pos = 0; pos < lengths.back() && r->below(4);) {
+            int64_t skip = r->below(lengths.back() - pos), len = r->below(lengths.back() - pos - skip + 1);
+            len = std::min(len, left / 2);
+            segments.push_back(FsaSegment{s, pos + skip, len});
+            pos += skip + len, left -= len;
+        }
+    }
+    if (segments.empty()) segments.push_back(FsaSegment{0, 0, 0});
+    check(r, version, c, lengths, 1 + r->below(r->below(2) ? 100 : 5000), segments);
 }
 
 int main(int argc, char **argv) {
     Random r(seed_from(argc, argv));
     for (int version = 1; version <= 2; version++) {
         check(&r, version, default_config(4, 2, 64, 16, 8), {507}, 128);
-        check(&r, version, default_config(4, 4, 64, 64, 16), {1, 31, 2300, 64, 65}, 512);
+        check(&r, version, default_config(4, 4, 64, 64, 16), {1, 31, 2300, 0, 64, 65}, 512);
         check(&r, version, default_config(6, 1, 64, 16, 5), {9000, 1, 3}, 4096);
         check(&r, version, default_config(1, 1, 64, 128, 3), {1}, 1);
+        // More blocks than are sorted, and than are counted, at once; queries that start late.
+        check(&r, version, default_config(2, 2, 64, 16, 16), {140000}, 200, {{0, 500, 40}, {0, 139000, 333}});
+        for (int i = 0; i < 20; i++) check_random(&r, version);
     }
-    for (int64_t n : {8192, 32768, 65536}) {
+    // Parts of several chunks.
+    check(&r, 2, default_config(1, 1, 64, 64, 20), {66000}, 65536);
+    const int64_t shapes[][2] = {{8192, 8}, {32768, 8}, {65536, 8}, {65536, 32}};
+    for (auto [n, kv_heads] : shapes) {
         if (has_flag(argc, argv, "check")) break;
-        FsaConfig c = default_config(32, 8, 128, 64, 16);
+        FsaConfig c = default_config(32, (int)kv_heads, 128, 64, 16);
         Batch b(c, {n});
         Buffer<int32_t> indices(c.kv_heads * n * c.topk);
         random_choice_device(indices, n, c, r.u64());
@@ -112,8 +157,9 @@ int main(int argc, char **argv) {
                 else
                     FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, 0));
             });
-            printf("lists %s n %lld: %.4f ms, %.2f TB/s, floor %.4f ms\n", version == 1 ? "1" : "library",
-                   (long long)n, ms, bytes / ms * 1e-9, bytes / 4.5e9);
+            printf("lists %s n %lld, %d kv heads: %.4f ms, %.2f TB/s, floor %.4f ms\n",
+                   version == 1 ? "1" : "library", (long long)n, c.kv_heads, ms, bytes / ms * 1e-9,
+                   bytes / 4.5e9);
             record({"lists", "lists", "nsa", "fwd", "bf16", n, c, ms, 0, 0, "random",
                     version == 1 ? "1" : "library", 1});
         }
