@@ -73,6 +73,10 @@ static inline std::vector<Shape> small_shapes(Random *r) {
         s.c.block = 16, s.c.topk = 4, s.c.cmp_len = 16;
         s.c.cmp_stride = r->below(2) ? 8 : 16;
     }
+    // Several tiles of 128 keys, of windows too.
+    shapes.push_back(plain_shape(2, 1, r->below(2) ? 64 : 128, {5, 530 + r->below(60)}));
+    FsaConfig &c = shapes.back().c;
+    c.block = 16, c.topk = 4, c.cmp_len = 8, c.cmp_stride = 4, c.window = 20 + (int)r->below(200);
     return shapes;
 }
 
