@@ -79,7 +79,10 @@ static void gpus_start(Gpus *g, Comm *comm, int context) {
     g->context = context, g->context_rank = g->rank % context;
     g->data = g->ranks / context, g->data_rank = g->rank / context;
     if (g->ranks == 1) return;
-    cuda_check(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    // A large product's thread blocks would keep a transfer that comes after them waiting until the last one.
+    int least, first;
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &first));
+    cuda_check(cudaStreamCreateWithPriority(&g->stream, cudaStreamNonBlocking, first));
     cuda_check(cudaEventCreateWithFlags(&g->launched, cudaEventDisableTiming));
     cuda_check(cudaEventCreateWithFlags(&g->transferred, cudaEventDisableTiming));
 #ifdef MULTI_GPU
