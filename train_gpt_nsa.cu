@@ -12,9 +12,9 @@
 // and fp16 needs no loss scale.
 //
 // With several processes, a GPU each, groups of -cp of them share the tokens of a micro-batch
-// (context_parallel.h) and the groups take micro-batches of their own. Gradients are sums over all processes;
-// what each keeps of weights, moments and gradients, zero.h says. Transfers run beside the passes, on a
-// stream of their own.
+// (context_parallel.h), whose keys they gather some heads at a time, and the groups take micro-batches of
+// their own. Gradients are sums over all processes; what each keeps of weights, moments and gradients, zero.h
+// says. Transfers run beside the passes, on a stream of their own.
 #define TRAINER_GPU
 #include "llmc/run.h"
 #include "llmc/mfu.h"
