@@ -236,7 +236,8 @@ ifeq ($(SAN),1)
 EMUFLAGS += -O1 -g -fsanitize=address
 endif
 EMU_NCCL := $(firstword $(wildcard $(dir $(CUDA_INCLUDE))nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))
-EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU)
+# What is small enough for the emulator still has several groups of heads with -cp (llmc/context_parallel.h).
+EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_GROUP_BYTES=1)
 EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh)) dev/emulator/emulator.h
 EMU_HEADERS := $(EMU_FSA_HEADERS) $(patsubst %,$(EMU)/%,$(wildcard llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
 EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o

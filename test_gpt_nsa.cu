@@ -9,9 +9,11 @@
 // on; sums of independent errors grow as the root of their number, 2 layers of 20: about 7e-3. The limits
 // below are some three times the largest that was measured. A wrong kernel is off by 0.1 or more.
 #define GPT_NO_MAIN
+#define CP_GROUP_BYTES 1 // several groups of heads even here
 #include "train_gpt_nsa.cu"
 #include "train_gpt_nsa.h"
 #include "dev/test/golden.h"
+#include "dev/test/ranks.h"
 
 #if defined(ENABLE_FP32)
 static const double loss_limit = 6e-4, logit_limit = 2.5e-3, grad_limit = 6e-3, step_limit = 1e-3;
@@ -69,14 +71,14 @@ static std::vector<float> random_params(const ModelConfig *c, uint64_t stream) {
     return params;
 }
 
-// Random tokens in sequences of these lengths, on the host and on the device.
+// Random tokens in sequences of these lengths, on the host, and this GPU's part of them on the device.
 struct Documents {
     std::vector<int32_t> tokens, targets;
     std::vector<int64_t> cu_seqlens;
     std::vector<char> host;
     char *device;
     Batch batch;
-    Documents(const ModelConfig *c, const std::vector<int64_t> &lengths, uint64_t stream) {
+    Documents(const ModelConfig *c, const std::vector<int64_t> &lengths, uint64_t stream, Gpus *gpus = NULL) {
         int64_t longest = 0, count = (int64_t)lengths.size();
         cu_seqlens.push_back(0);
         for (int64_t length : lengths) {
@@ -89,8 +91,9 @@ struct Documents {
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
         Batch b = batch_whole(n, count, longest);
+        b.blocks = cp_blocks(n, count, gpus ? gpus->context : 1), b.num_segments += b.blocks;
         host.resize(batch_bytes(&b));
-        b = batch_fill(c, NULL, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
+        b = batch_fill(c, gpus, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
         cuda_check(cudaMalloc((void **)&device, host.size()));
         cuda_check(cudaMemcpy(device, host.data(), host.size(), cudaMemcpyHostToDevice));
         cuda_check(cudaDeviceSynchronize()); // a model's stream does not wait for copies
@@ -112,9 +115,11 @@ static void model_set(Model *model, const float *params, const float *m, const f
     }
 }
 
-static Model *build(const ModelConfig *c, const std::vector<float> &params, int64_t tokens, int recompute) {
+static Model *build(const ModelConfig *c, const std::vector<float> &params, int64_t tokens, int recompute,
+                    Gpus *gpus = NULL) {
     Model *model = new Model;
-    model_build(model, c, tokens, 1, recompute, NULL, 0);
+    model_build(model, c, tokens, 1, recompute, gpus, 0);
+    model->last_micro_batch = 1;
     // what is not written must not matter: all bits set are NaN
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
     cuda_check(cudaMemset(model->scratch, 0xff, model->scratch_bytes));
@@ -147,6 +152,7 @@ struct Result {
 static Result run(Model *model, const Documents &d) {
     model_zero_grad(model);
     model_train(model, &d.batch);
+    if (model->gpus) gpus_before(model->gpus, model->stream); // for the gradients' sums
     return {download(model->losses, d.batch.n), download(model->grads, model->num_params)};
 }
 
@@ -257,10 +263,12 @@ static void test_same_bits(const Variant *v) {
         CHECK(run(model, d) == first, "%s: recomputation %d: other bits", v->name, recompute);
         model->head_rows = 40;
         Result chunked = run(model, d);
-        double error = relative_error(chunked.losses.data(), first.losses.data(), (int64_t)first.losses.size());
+        double error =
+            relative_error(chunked.losses.data(), first.losses.data(), (int64_t)first.losses.size());
         CHECK(error < 1e-6, "%s: losses depend on the chunks of the LM head: %.2e", v->name, error);
         error = relative_error(chunked.grads.data(), first.grads.data(), model->num_params);
-        CHECK(error < grad_limit / 20, "%s: gradients depend on the chunks of the LM head: %.2e", v->name, error);
+        CHECK(error < grad_limit / 20, "%s: gradients depend on the chunks of the LM head: %.2e", v->name,
+              error);
         destroy(model);
     }
 }
@@ -501,6 +509,64 @@ static void test_golden(const char *name) {
     golden_free(g);
 }
 
+// Two GPUs that share a batch, group of heads by group of heads, against one that has it alone: what another
+// order of rounding changes. The same bits twice and under recomputation.
+static void test_shared(const Variant *v, Gpus *gpus) {
+    ModelConfig c = make_config(v);
+    std::vector<float> params = random_params(&c, 1);
+    Documents whole(&c, lengths_of_test(), 2), part(&c, lengths_of_test(), 2, gpus),
+        other(&c, {40, 8}, 3, gpus);
+    const int64_t n = whole.batch.n, mine = part.batch.n;
+    Model *alone = build(&c, params, n, 0);
+    Result want = run(alone, whole), first;
+    destroy(alone);
+    std::vector<float> losses(mine);
+    const Batch placed = batch_place(&part.batch, part.host.data());
+    cp_take_rows(gpus->context, n, placed.blocks, placed.place, gpus->context_rank, losses.data(),
+                 want.losses.data(), sizeof(float));
+    for (int recompute = 0; recompute <= 2; recompute++) {
+        Model *model = build(&c, params, n, recompute, gpus);
+        CHECK(model->groups == c.fsa.kv_heads, "%s: %d groups of heads", v->name, model->groups);
+        if (recompute == 0) {
+            first = run(model, part);
+            run(model, other); // leaves other values everywhere
+        }
+        CHECK(run(model, part) == first, "%s, shared: recomputation %d: other bits", v->name, recompute);
+        destroy(model);
+    }
+    double error = relative_error(first.losses.data(), losses.data(), mine);
+    CHECK(error < loss_limit, "%s, shared: losses: error %.2e", v->name, error);
+    int64_t total, count = param_table(&c, NULL, &total);
+    std::vector<ParamTensor> table(count);
+    param_table(&c, table.data(), &total);
+    for (const ParamTensor &t : table) {
+        error = relative_error(&first.grads[t.offset], &want.grads[t.offset], t.size);
+        worst_grad = std::max(worst_grad, error);
+        CHECK(error < grad_limit, "%s, shared: gradient of %s: error %.2e", v->name, t.name, error);
+    }
+}
+
+// One of the processes.
+static int share(void *) {
+    static const Variant variants[] = {
+        {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 6, 3, 0, FSA_PHI_LINEAR, 0},
+        {"nsa, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 0},
+        {"full", ATTN_FULL, 0, 1, 0, 4, 2, 0, FSA_PHI_LINEAR, 0},
+        {"window, QK-norm", ATTN_WINDOW, 0, 0, 1, 4, 4, 0, FSA_PHI_LINEAR, 0}};
+    Comm comm;
+    Gpus gpus;
+    comm_start(&comm);
+    int devices;
+    cuda_check(cudaGetDeviceCount(&devices));
+    cuda_check(cudaSetDevice(comm.local_rank % devices));
+    gpus_start(&gpus, &comm, comm.ranks);
+    for (const Variant &v : variants) test_shared(&v, &gpus);
+    if (comm.rank == 0) printf("shared: largest error of a gradient %.2e\n", worst_grad);
+    gpus_stop(&gpus);
+    comm_end(&comm);
+    return test_failed != 0;
+}
+
 int main(int argc, char **argv) {
     int devices = 0;
     seed = (uint64_t)time(NULL);
@@ -508,11 +574,22 @@ int main(int argc, char **argv) {
         if (strncmp(argv[i], "seed=", 5) == 0) seed = strtoull(argv[i] + 5, NULL, 10);
         if (strcmp(argv[i], "small") == 0) small = 1;
     }
+    printf("seed=%llu, %s\n", (unsigned long long)seed, FLOATX_NAME);
+#ifdef MULTI_GPU
+    const int gpus = test_gpus();
+#else
+    const int gpus = 1;
+#endif
+    if (gpus < 2) {
+        SKIP("a batch shared by two GPUs: there are %d, or no NCCL", gpus);
+    } else {
+        int failed = test_ranks(2, share, NULL);
+        CHECK(failed == 0, "%d of 2 GPUs that share a batch failed", failed);
+    }
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
         SKIP("no GPU");
         return test_end("test_gpt_nsa");
     }
-    printf("seed=%llu, %s\n", (unsigned long long)seed, FLOATX_NAME);
     static const Variant nsa = {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 3, 1, 0, FSA_PHI_LINEAR, 0};
     static const Variant nsa_mean = {
         "nsa, tied, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 8};

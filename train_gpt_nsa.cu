@@ -12,9 +12,9 @@
 // and fp16 needs no loss scale.
 //
 // With several processes, a GPU each, groups of -cp of them share the tokens of a micro-batch
-// (context_parallel.h) and the groups take micro-batches of their own. Gradients are sums over all processes;
-// what each keeps of weights, moments and gradients, zero.h says. Transfers run beside the passes, on a
-// stream of their own.
+// (context_parallel.h), whose keys they gather some heads at a time, and the groups take micro-batches of
+// their own. Gradients are sums over all processes; what each keeps of weights, moments and gradients, zero.h
+// says. Transfers run beside the passes, on a stream of their own.
 #define TRAINER_GPU
 #include "llmc/run.h"
 #include "llmc/mfu.h"
@@ -85,8 +85,7 @@ typedef struct {
     float *rstd_q, *rstd_k; // with QK-norm: q and k before it, [n, Hq], [n, Hkv]
     attX *q, *k, *v;        // [n, Hq|Hkv, d]; q and k before RoPE (nsa) or after it (full, window)
     attX *gate;             // [n, 3*Hq] or [n, 3] logits
-    void *saved;            // nsa: what fsa_forward keeps
-    float *lse;             // full, window: [n, Hq]
+    char *saved;            // [groups][saved_bytes] nsa: what fsa_forward keeps; full, window: lse [n, heads]
     attX *o;                // [n, Hq*d] what the attention returns
     floatX *att, *mid;      // the same as floatX; [n, C] the residual stream after the attention
     floatX *ln2;
@@ -123,10 +122,16 @@ typedef struct {
     float *grads;          // [num_params]; with ZeRO stage 2 [zero.shard_size]
     float *buffers[4];     // stage 2: gradients of a unit at work (unit_buffer)
     float **unit_grads;    // [units] on the host: where each unit's gradients are made
-    attX *keys, *values;   // context parallel: [max_keys, Hkv, d], of all GPUs that share a batch
-    attX *dkeys,
-        *dvalues;      // the same of their gradients, and before that scratch for gathering keys and values
-    Activations *acts; // [layers]
+
+    // Context parallel: the attention takes one group of heads after another. Each array holds one group's.
+    int groups;
+    size_t saved_bytes;        // that its attention keeps in a layer
+    attX *keys[3], *values[3]; // [max_keys] of all GPUs that share a batch, or gradients: keys_buffer
+    attX *slots;               // [max_keys] on their way, in the order of GPUs
+    // [max_tokens] where there are several groups; dgate with a gate a token: [groups]
+    attX *group_q, *group_o, *group_gate, *group_dout, *group_dq, *group_dgate;
+
+    Activations *acts;                 // [layers]
     floatX *out, *lnf_out;             // [n, C] the residual stream after the last layer, its norm
     float *rstdf, *losses;             // [n]
     int32_t *best;                     // [n] arg max of the logits
@@ -236,6 +241,18 @@ static int64_t gate_logits(const FsaConfig *f) {
     return f->gate_per_token ? 3 : 3 * f->q_heads;
 }
 
+// With a gate a token each group of heads has gradients of the same logits; numbers from one to the next.
+static int64_t gate_part(int64_t n) {
+    return (3 * n + 7) / 8 * 8;
+}
+
+// The configuration of a group of heads.
+static FsaConfig group_config(const Model *model) {
+    FsaConfig f = model->config.fsa;
+    f.q_heads /= model->groups, f.kv_heads /= model->groups;
+    return f;
+}
+
 // Places one layer's activations. The first layer has all arrays; another has its own of what its backward
 // pass reads and recomputation does not bring back, and shares the rest with the first.
 static void place_layer(Model *model, Activations *a, int first) {
@@ -264,14 +281,8 @@ static void place_layer(Model *model, Activations *a, int first) {
     }
     take(model, ACTIVATIONS, &a->k, k * sizeof(attX));
     take(model, ACTIVATIONS, &a->v, k * sizeof(attX));
-    if (c->attn == ATTN_NSA) {
-        Batch b = batch_most(model);
-        FsaDeviceBatch most = fsa_batch(&b);
-        take(model, ACTIVATIONS, &a->gate, n * gate_logits(f) * sizeof(attX));
-        take(model, ACTIVATIONS, &a->saved, (int64_t)fsa_saved_size(f, att_dtype, &most));
-    } else {
-        take(model, ACTIVATIONS, &a->lse, n * f->q_heads * sizeof(float));
-    }
+    if (c->attn == ATTN_NSA) take(model, ACTIVATIONS, &a->gate, n * gate_logits(f) * sizeof(attX));
+    take(model, ACTIVATIONS, &a->saved, model->groups * (int64_t)model->saved_bytes);
     take(model, ACTIVATIONS, &a->o, q * sizeof(attX));
     a->att = (floatX *)a->o;
     if (att_converts) take(model, ACTIVATIONS, &a->att, q * x);
@@ -279,9 +290,18 @@ static void place_layer(Model *model, Activations *a, int first) {
     take(model, ACTIVATIONS, &a->gate_up, n * 2 * H * x);
 }
 
+// What the attention of a head group keeps for its backward pass.
+static size_t attention_saved(const Model *model) {
+    const FsaConfig group = group_config(model), *f = &group;
+    Batch b = batch_most(model);
+    FsaDeviceBatch most = fsa_batch(&b);
+    if (model->config.attn == ATTN_NSA) return fsa_saved_size(f, att_dtype, &most);
+    return (model->max_tokens * f->q_heads * sizeof(float) + 255) / 256 * 256;
+}
+
 // Scratch of fsa.h, for any division of the tokens into sequences.
 static size_t attention_scratch(const Model *model) {
-    const FsaConfig *f = &model->config.fsa;
+    const FsaConfig group = group_config(model), *f = &group;
     Batch b = batch_most(model);
     FsaDeviceBatch most = fsa_batch(&b);
     bool nsa = model->config.attn == ATTN_NSA;
@@ -331,6 +351,7 @@ static void model_place(Model *model) {
         take(model, GRADIENTS, &model->grads, (model->zero.stage == 2 ? shard : P) * sizeof(float));
         place_unit_gradients(model);
     }
+    model->saved_bytes = attention_saved(model);
     for (int l = 0; l < c->layers; l++) {
         Activations *a = &model->acts[l];
         *a = model->acts[0]; // shared, but for what place_layer gives it
@@ -350,17 +371,31 @@ static void model_place(Model *model) {
     take(model, SCRATCH, &model->logits, model->head_rows * c->padded_vocab * x);
     take(model, SCRATCH, &model->branch, n * C * x);
     if (att_converts) {
-        int64_t window = (int64_t)f->kv_heads * f->cmp_len;
+        int64_t window = (int64_t)f->kv_heads / model->groups * f->cmp_len;
         take(model, SCRATCH, &model->wide, std::max(q, n * gate_logits(f)) * x);
         for (int i = 0; i < 3; i++)
             take(model, SCRATCH, &model->phi[i], window * d * (i == 1 ? 1 : d) * sizeof(attX));
     }
-    const int64_t all = model->max_keys * f->kv_heads * d;
-    if (model->max_keys > n) {
-        take(model, SCRATCH, &model->keys, all * sizeof(attX));
-        take(model, SCRATCH, &model->values, all * sizeof(attX));
-        take(model, SCRATCH, &model->dkeys, all * sizeof(attX));
-        take(model, SCRATCH, &model->dvalues, all * sizeof(attX));
+    const int64_t groups = model->groups, keys = model->max_keys * f->kv_heads / groups * d;
+    for (int i = 0; model->max_keys > n && i < (groups > 1 ? 3 : model->training ? 2 : 1); i++) {
+        take(model, SCRATCH, &model->keys[i], keys * sizeof(attX));
+        take(model, SCRATCH, &model->values[i], keys * sizeof(attX));
+    }
+    if (model->max_keys > n) take(model, SCRATCH, &model->slots, keys * sizeof(attX));
+    if (groups > 1) {
+        take(model, SCRATCH, &model->group_q, q / groups * sizeof(attX));
+        take(model, SCRATCH, &model->group_o, q / groups * sizeof(attX));
+        take(model, SCRATCH, &model->group_gate, n * gate_logits(f) / groups * sizeof(attX));
+        // nsa's backward pass reads neither q nor o
+        model->group_dout = model->group_q, model->group_dq = model->group_o;
+    }
+    if (groups > 1 && model->training) {
+        if (c->attn != ATTN_NSA) {
+            take(model, SCRATCH, &model->group_dout, q / groups * sizeof(attX));
+            take(model, SCRATCH, &model->group_dq, q / groups * sizeof(attX));
+        }
+        const int64_t gates = f->gate_per_token ? groups * gate_part(n) : n * gate_logits(f) / groups;
+        take(model, SCRATCH, &model->group_dgate, gates * sizeof(attX));
     }
     model->scratch_bytes = attention_scratch(model);
     if (model->training) {
@@ -372,7 +407,7 @@ static void model_place(Model *model) {
         take(model, SCRATCH, &model->dq, q * sizeof(attX));
         take(model, SCRATCH, &model->dk, k * sizeof(attX));
         take(model, SCRATCH, &model->dv, k * sizeof(attX));
-        take(model, SCRATCH, &model->dgate, n * gate_logits(f) * sizeof(attX));
+        take(model, SCRATCH, &model->dgate, std::max(n * gate_logits(f), gate_part(n)) * sizeof(attX));
         if (c->qk_norm) take(model, SCRATCH, &model->draw, q * x);
         size_t *most = &model->scratch_bytes;
         *most = std::max(*most, rmsnorm_backward_scratch(n, c->channels));
@@ -498,6 +533,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     model->gpus = gpus && gpus->ranks > 1 ? gpus : NULL;
     model->max_keys = max_tokens;
     model->max_tokens = model->gpus ? max_tokens / gpus->context : max_tokens;
+    model->groups = cp_groups(&config->fsa, max_tokens, model->gpus ? gpus->context : 1);
     model->training = training;
     model->recompute = recompute;
     if (config->channels % 8 != 0 || config->hidden % 8 != 0)
@@ -690,16 +726,18 @@ static void project(Model *model, const Activations *a, const Projection *p) {
     if (att_converts) convert(p->out, result, n * p->width, model->stream);
 }
 
-// The compression's weights in the attention's type.
-static FsaPhiWeights layer_phi(Model *model, int l) {
+// The compression's weights of head group i, in the attention's type.
+static FsaPhiWeights layer_phi(Model *model, int l, int i) {
     const FsaConfig *f = &model->config.fsa;
     const LayerParams *w = &model->layers[l];
-    FsaPhiWeights phi = {weight(model, w->phi_wk), weight(model, w->phi_pe), weight(model, w->phi_wv)};
-    if (!att_converts || w->phi_wk < 0) return phi;
-    const int64_t rows = (int64_t)f->kv_heads * f->cmp_len, d = f->head_dim;
-    convert(model->phi[0], weight(model, w->phi_wk), rows * d * d, model->stream);
-    convert(model->phi[1], weight(model, w->phi_pe), rows * d, model->stream);
-    convert(model->phi[2], weight(model, w->phi_wv), rows * d * d, model->stream);
+    if (w->phi_wk < 0) return {NULL, NULL, NULL};
+    const int64_t rows = (int64_t)f->kv_heads / model->groups * f->cmp_len, d = f->head_dim;
+    FsaPhiWeights phi = {weight(model, w->phi_wk + i * rows * d * d), weight(model, w->phi_pe + i * rows * d),
+                         weight(model, w->phi_wv + i * rows * d * d)};
+    if (!att_converts) return phi;
+    convert(model->phi[0], (const floatX *)phi.wk, rows * d * d, model->stream);
+    convert(model->phi[1], (const floatX *)phi.pe, rows * d, model->stream);
+    convert(model->phi[2], (const floatX *)phi.wv, rows * d * d, model->stream);
     return {model->phi[0], model->phi[1], model->phi[2]};
 }
 
@@ -708,39 +746,88 @@ static bool keys_are_shared(const Model *model) {
     return model->batch.keys > model->batch.n;
 }
 
-// Starts to bring layer l's keys and values, before RoPE, of all GPUs of the group into `keys` and `values`;
-// gpus_before lets the passes wait for them.
-static void gather_keys(Model *model, int l) {
+// Three buffers in turn: one holds head group i's gathered keys; in another, where the last group's keys
+// were, their gradients are made; the third sends the last group's gradients away, then takes the next
+// group's keys.
+static int keys_buffer(int i) {
+    return 2 * i % 3;
+}
+static int gradients_buffer(int i) {
+    return (2 * i + 1) % 3;
+}
+
+// Starts to bring the keys and values, before RoPE, of head group i of layer l, if there is one, from all
+// GPUs that share the batch; gpus_before lets the passes wait for them.
+static void gather_keys(Model *model, int l, int i) {
     const Activations *a = &model->acts[l];
     const Batch *b = &model->batch;
-    const int64_t width = model->config.fsa.kv_heads * model->config.fsa.head_dim;
-    if (!keys_are_shared(model)) return;
+    const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
+    const int64_t width = stride / model->groups;
+    if (!keys_are_shared(model) || i == model->groups) return;
     gpus_after(model->gpus, model->stream);
-    gpus_gather_rows(model->gpus, model->keys, model->dkeys, a->k, b->keys, width, b->place, b->blocks);
-    gpus_gather_rows(model->gpus, model->values, model->dvalues, a->v, b->keys, width, b->place, b->blocks);
+    gpus_gather_rows(model->gpus, model->keys[keys_buffer(i)], model->slots, a->k + i * width, b->keys, width,
+                     stride, b->place, b->blocks);
+    gpus_gather_rows(model->gpus, model->values[keys_buffer(i)], model->slots, a->v + i * width, b->keys,
+                     width, stride, b->place, b->blocks);
+}
+
+// Head group i's columns of `all` [n, width]: copied to `room`, unless it is the only group.
+static attX *group_columns(const Model *model, attX *all, attX *room, int64_t width, int i) {
+    const int64_t mine = width / model->groups;
+    if (model->groups == 1) return all;
+    copy_columns(room, mine, all + i * mine, width, mine, model->batch.n, model->stream);
+    return room;
+}
+// The way back, to `all`.
+static void group_done(const Model *model, attX *all, const attX *part, int64_t width, int i) {
+    const int64_t mine = width / model->groups;
+    if (part == all) return;
+    copy_columns(all + i * mine, width, part, mine, mine, model->batch.n, model->stream);
+}
+
+// The gate's logits for head group i.
+static attX *group_gate(const Model *model, const Activations *a, int i) {
+    const FsaConfig *f = &model->config.fsa;
+    if (f->gate_per_token) return a->gate;
+    return group_columns(model, a->gate, model->group_gate, gate_logits(f), i);
 }
 
 static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
-    const FsaConfig *f = &c->fsa;
+    const FsaConfig group = group_config(model), *f = &group;
     const Activations *a = &model->acts[l];
-    const bool shared = keys_are_shared(model);
-    attX *k = shared ? model->keys : a->k, *v = shared ? model->values : a->v;
+    const int64_t qd = c->fsa.q_heads * f->head_dim, kd = c->fsa.kv_heads * f->head_dim;
     FsaDeviceBatch b = fsa_batch(&model->batch);
     mark(model, PART_ATTENTION_FORWARD);
-    if (shared) gpus_before(model->gpus, model->stream);
-    if (c->attn == ATTN_NSA) {
-        FsaPhiWeights phi = layer_phi(model, l);
-        fsa_check(fsa_forward(f, att_dtype, &b, a->q, k, v, &phi, model->inv_freq, a->gate, NULL, a->o,
-                              a->saved, model->scratch, model->scratch_bytes, model->stream));
-    } else {
-        FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-        fsa_check(fsa_rope_queries(f, &model->plan, att_dtype, a->q, model->inv_freq, a->q, model->stream));
-        fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
-        fsa_check(fsa_attend_forward(f, att_dtype, &b, rule, a->q, k, v, a->o, a->lse, model->scratch,
-                                     model->scratch_bytes, model->stream));
+    if (c->attn != ATTN_NSA)
+        fsa_check(
+            fsa_rope_queries(&c->fsa, &model->plan, att_dtype, a->q, model->inv_freq, a->q, model->stream));
+    for (int i = 0; i < model->groups; i++) {
+        attX *q = group_columns(model, a->q, model->group_q, qd, i);
+        attX *o = model->groups == 1 ? a->o : model->group_o;
+        char *saved = a->saved + i * model->saved_bytes;
+        attX *k, *v;
+        if (keys_are_shared(model)) {
+            gpus_before(model->gpus, model->stream);
+            gather_keys(model, l, i + 1);
+            k = model->keys[keys_buffer(i)], v = model->values[keys_buffer(i)];
+        } else {
+            k = group_columns(model, a->k, model->keys[0], kd, i);
+            v = group_columns(model, a->v, model->values[0], kd, i);
+        }
+        if (c->attn == ATTN_NSA) {
+            FsaPhiWeights phi = layer_phi(model, l, i);
+            fsa_check(fsa_forward(f, att_dtype, &b, q, k, v, &phi, model->inv_freq, group_gate(model, a, i),
+                                  NULL, o, saved, model->scratch, model->scratch_bytes, model->stream));
+        } else {
+            FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
+            fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
+            fsa_check(fsa_attend_forward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, model->scratch,
+                                         model->scratch_bytes, model->stream));
+        }
+        group_done(model, a->o, o, qd, i);
     }
-    if (att_converts) convert(a->att, a->o, model->batch.n * f->q_heads * f->head_dim, model->stream);
+    if (att_converts) convert(a->att, a->o, model->batch.n * qd, model->stream);
 }
 
 // The norm at a layer's start.
@@ -760,7 +847,7 @@ static void layer_body(Model *model, int l) {
     Projection p[4];
     int projections = layer_projections(model, l, p);
     for (int i = 0; i < projections; i++) {
-        if (i == 2) gather_keys(model, l);
+        if (i == 2) gather_keys(model, l, 0);
         project(model, a, &p[i]);
     }
     attention_forward(model, l);
@@ -850,46 +937,76 @@ static void project_backward(Model *model, const Activations *a, const Projectio
                           c->channels, p->width, model->stream);
 }
 
+// Starts to bring what this GPU's queries add to the gradients of head group i's keys and values to the GPUs
+// that they belong to, which sum it up in dk and dv; gpus_before lets the passes wait for them.
+static void sum_key_gradients(Model *model, int i) {
+    const Batch *b = &model->batch;
+    const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
+    const int64_t width = stride / model->groups;
+    if (!keys_are_shared(model) || i < 0) return;
+    gpus_after(model->gpus, model->stream);
+    gpus_sum_rows(model->gpus, model->dk + i * width, model->keys[gradients_buffer(i)], model->slots, b->keys,
+                  width, stride, b->place, b->blocks);
+    gpus_sum_rows(model->gpus, model->dv + i * width, model->values[gradients_buffer(i)], model->slots,
+                  b->keys, width, stride, b->place, b->blocks);
+}
+
 // datt -> dq, dk, dv and dgate, before RoPE; adds to the gradients of the compression's weights. What the
 // queries here add to the gradients of other GPUs' keys is on its way to them at the end: wait with
 // gpus_before before dk and dv are read.
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
-    const FsaConfig *f = &c->fsa;
+    const FsaConfig group = group_config(model), *f = &group;
     const LayerParams *w = &model->layers[l];
     const Activations *a = &model->acts[l];
-    const Batch *batch = &model->batch;
+    const int64_t n = model->batch.n, qd = c->fsa.q_heads * f->head_dim, gates = gate_logits(&c->fsa);
     const bool shared = keys_are_shared(model);
-    const attX *v = shared ? model->values : a->v;
-    attX *k = shared ? model->keys : a->k;
-    attX *dk = shared ? model->dkeys : model->dk, *dv = shared ? model->dvalues : model->dv;
-    FsaDeviceBatch b = fsa_batch(batch);
+    attX *k = a->k, *v = a->v, *dk = model->dk, *dv = model->dv;
+    FsaDeviceBatch b = fsa_batch(&model->batch);
     mark(model, PART_ATTENTION_BACKWARD);
-    if (att_converts) convert(model->dout, model->datt, batch->n * f->q_heads * f->head_dim, model->stream);
-    if (shared) gpus_before(model->gpus, model->stream);
-    if (c->attn == ATTN_NSA) {
-        FsaPhiWeights phi = layer_phi(model, l);
-        FsaPhiGradients dphi = {gradient(model, w->phi_wk), gradient(model, w->phi_pe),
-                                gradient(model, w->phi_wv)};
-        fsa_check(fsa_backward(f, att_dtype, &b, k, v, &phi, model->inv_freq, a->gate, model->dout, a->saved,
-                               model->dq, dk, dv, &dphi, model->dgate, model->scratch, model->scratch_bytes,
-                               model->stream));
-    } else {
-        FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-        if (shared && model->recompute < 2)
-            fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
-        fsa_check(fsa_attend_backward(f, att_dtype, &b, rule, a->q, k, v, a->o, a->lse, model->dout,
-                                      model->dq, dk, dv, model->scratch, model->scratch_bytes,
-                                      model->stream));
-        fsa_check(fsa_rope_queries(f, &model->plan, att_dtype, model->dq, model->inv_freq_back, model->dq,
-                                   model->stream));
-        fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, dk, model->inv_freq_back, dk, model->stream));
+    if (att_converts) convert(model->dout, model->datt, n * qd, model->stream);
+    for (int i = 0; i < model->groups; i++) {
+        attX *dout = group_columns(model, model->dout, model->group_dout, qd, i);
+        attX *dq = model->groups == 1 ? model->dq : model->group_dq;
+        char *saved = a->saved + i * model->saved_bytes;
+        if (shared) {
+            gpus_before(model->gpus, model->stream);
+            sum_key_gradients(model, i - 1);
+            gather_keys(model, l, i + 1);
+            k = model->keys[keys_buffer(i)], v = model->values[keys_buffer(i)];
+            dk = model->keys[gradients_buffer(i)], dv = model->values[gradients_buffer(i)];
+        }
+        if (c->attn == ATTN_NSA) {
+            FsaPhiWeights phi = layer_phi(model, l, i);
+            const int64_t rows = (int64_t)f->kv_heads * f->cmp_len, d = f->head_dim;
+            FsaPhiGradients dphi = {NULL, NULL, NULL};
+            if (w->phi_wk >= 0)
+                dphi = {gradient(model, w->phi_wk + i * rows * d * d),
+                        gradient(model, w->phi_pe + i * rows * d),
+                        gradient(model, w->phi_wv + i * rows * d * d)};
+            attX *gate = group_gate(model, a, i);
+            attX *dgate = model->groups == 1 ? model->dgate : model->group_dgate;
+            if (f->gate_per_token) dgate += i * gate_part(n);
+            fsa_check(fsa_backward(f, att_dtype, &b, k, v, &phi, model->inv_freq, gate, dout, saved, dq, dk,
+                                   dv, &dphi, dgate, model->scratch, model->scratch_bytes, model->stream));
+            if (!f->gate_per_token) group_done(model, model->dgate, dgate, gates, i);
+        } else {
+            FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
+            attX *q = group_columns(model, a->q, model->group_q, qd, i);
+            attX *o = group_columns(model, a->o, model->group_o, qd, i);
+            if (shared)
+                fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
+            fsa_check(fsa_attend_backward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, dout, dq, dk,
+                                          dv, model->scratch, model->scratch_bytes, model->stream));
+            fsa_check(
+                fsa_rope_queries(f, &model->plan, att_dtype, dq, model->inv_freq_back, dq, model->stream));
+            fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, dk, model->inv_freq_back, dk, model->stream));
+        }
+        group_done(model, model->dq, dq, qd, i);
     }
-    if (!shared) return;
-    const int64_t width = f->kv_heads * f->head_dim;
-    gpus_after(model->gpus, model->stream);
-    gpus_sum_rows(model->gpus, model->dk, dk, model->keys, batch->keys, width, batch->place, batch->blocks);
-    gpus_sum_rows(model->gpus, model->dv, dv, model->values, batch->keys, width, batch->place, batch->blocks);
+    sum_key_gradients(model, model->groups - 1);
+    if (f->gate_per_token && model->groups > 1)
+        sum_parts(model->dgate, model->group_dgate, model->groups, gate_part(n), 1, 1, model->stream);
 }
 
 // dres [n, C] is the gradient of the layer's output, and becomes that of its input. Gradients are written
@@ -903,9 +1020,8 @@ static void layer_backward(Model *model, int l) {
     if (model->recompute == 2) {
         layer_norm1(model, l);
         layer_body(model, l);
-    } else {
-        gather_keys(model, l);
     }
+    gather_keys(model, l, 0);
     if (model->recompute == 1) {
         mark(model, PART_NORMS);
         swiglu_forward(a->act, a->gate_up, n, H, stream);
@@ -1027,7 +1143,7 @@ static void evaluate(void *where, const Run *r, const float **losses, const int3
     Batch b = batch_place(&host, model->eval_memory);
     const int64_t bytes = b.n * (int64_t)sizeof(float); // of either result
     const void *results[2] = {model->losses, model->best};
-    void *gathered[2] = {model->keys, model->values}, *to[2] = {model->losses_host, model->best_host};
+    void *gathered[2] = {model->keys[0], model->values[0]}, *to[2] = {model->losses_host, model->best_host};
     cuda_check(cudaMemcpyAsync(model->eval_memory, model->eval_memory_host, batch_bytes(&b),
                                cudaMemcpyHostToDevice, model->stream));
     model_take_batch(model, &b);
@@ -1513,6 +1629,9 @@ int main(int argc, char **argv) {
     if (comm->ranks > 1)
         printf("processes: %d, a GPU each, in %d groups of %d; ZeRO stage %d; memory is each GPU's\n",
                comm->ranks, run.groups, gpus.context, model.zero.stage);
+    if (gpus.context > 1)
+        printf("context parallel: keys and values of %d of the %d kv heads are gathered at a time\n",
+               group_config(&model).kv_heads, run.config.fsa.kv_heads);
     peak *= comm->ranks;
     run_print(&run, model.num_params, model_bytes(&model));
     for (int i = 0; i < ARENAS; i++)

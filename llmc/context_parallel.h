@@ -9,6 +9,22 @@
 #define LLMC_CONTEXT_PARALLEL_H
 #include "config.h"
 
+// Bytes of keys that are worth a transfer: at NVLink's 400 GB/s 16 MiB take 40 us, between hosts several
+// times as long, beside which the 10 to 20 us that a transfer takes to start are few. Tests set less.
+#ifndef CP_GROUP_BYTES
+#define CP_GROUP_BYTES (16 << 20)
+#endif
+
+// Groups that the heads are cut into, equal ones, whose keys and values of n tokens are gathered one group
+// after another: as many as leave a group CP_GROUP_BYTES of keys.
+static inline int cp_groups(const FsaConfig *f, int64_t n, int ranks) {
+    int groups = ranks > 1 ? f->kv_heads : 1;
+    while (groups > 1 && (f->kv_heads % groups != 0 ||
+                          n * (f->kv_heads / groups) * f->head_dim * 2 < (int64_t)CP_GROUP_BYTES))
+        groups--;
+    return groups;
+}
+
 // Blocks that n tokens in num_seqs sequences are cut into; n must be a multiple of 2*ranks. Documents are
 // of uneven work, so they are cut finer, but each cut costs a segment: not below 512 tokens.
 static inline int64_t cp_blocks(int64_t n, int64_t num_seqs, int ranks) {

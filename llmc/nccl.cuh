@@ -79,7 +79,10 @@ static void gpus_start(Gpus *g, Comm *comm, int context) {
     g->context = context, g->context_rank = g->rank % context;
     g->data = g->ranks / context, g->data_rank = g->rank / context;
     if (g->ranks == 1) return;
-    cuda_check(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
+    // A large product's thread blocks would keep a transfer that comes after them waiting until the last one.
+    int least, first;
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &first));
+    cuda_check(cudaStreamCreateWithPriority(&g->stream, cudaStreamNonBlocking, first));
     cuda_check(cudaEventCreateWithFlags(&g->launched, cudaEventDisableTiming));
     cuda_check(cudaEventCreateWithFlags(&g->transferred, cudaEventDisableTiming));
 #ifdef MULTI_GPU
@@ -194,32 +197,53 @@ static void place_blocks(void *out, const void *in, const int32_t *place, int64_
     cuda_check(cudaGetLastError());
 }
 
-// out[i] = the sum of parts[r*count + i] over r, in fp32 and in the order of ranks, rounded once. Reads 2
-// bytes a part and number, writes 2; memory binds.
+// out's row i of `width` numbers, `stride` apart, = the sum over r of row i of parts[r*count], in fp32 and in
+// the order of r, rounded once; count is of all rows. Reads 2 bytes a part and number, writes 2; memory
+// binds.
 template <typename T>
 static __global__ void __launch_bounds__(256)
-    sum_parts_kernel(T *out, const T *parts, int num_parts, int64_t count) {
+    sum_parts_kernel(T *out, const T *parts, int num_parts, int64_t count, int64_t width, int64_t stride) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i >= count) return;
     float sum = 0;
     for (int r = 0; r < num_parts; r++) sum += (float)parts[r * count + i];
-    out[i] = (T)sum;
+    out[i / width * stride + i % width] = (T)sum;
+}
+template <typename T>
+static void sum_parts(T *out, const T *parts, int num_parts, int64_t count, int64_t width, int64_t stride,
+                      cudaStream_t stream) {
+    unsigned grid = (unsigned)((count + 255) / 256);
+    sum_parts_kernel<T><<<grid, 256, 0, stream>>>(out, parts, num_parts, count, width, stride);
+    cuda_check(cudaGetLastError());
+}
+
+// n rows of `width` numbers, from rows `from_stride` apart to rows `to_stride` apart.
+template <typename T>
+static void copy_columns(T *to, int64_t to_stride, const T *from, int64_t from_stride, int64_t width,
+                         int64_t n, cudaStream_t stream) {
+    cuda_check(cudaMemcpy2DAsync(to, to_stride * sizeof(T), from, from_stride * sizeof(T), width * sizeof(T),
+                                 n, cudaMemcpyDeviceToDevice, stream));
 }
 
 // all [n rows of `width`] = the rows of every rank of the group at their places in the batch; mine
-// [n/context]. `slots` [n] is scratch. Each rank receives (context - 1)/context of the rows.
+// [n/context], rows `stride` apart. `slots` [n] is scratch. Each rank receives (context - 1)/context of the
+// rows.
 template <typename T>
 static void gpus_gather_rows(Gpus *g, T *all, T *slots, const T *mine, int64_t n, int64_t width,
-                             const int32_t *place, int64_t blocks) {
-    gpus_gather_bytes(g, slots, mine, n / g->context * width * (int64_t)sizeof(T));
-    place_blocks(all, slots, place, blocks, n / blocks * width * (int64_t)sizeof(T), 0, g->stream);
+                             int64_t stride, const int32_t *place, int64_t blocks) {
+    const int64_t rows = n / g->context, size = (int64_t)sizeof(T);
+    T *own = slots + g->context_rank * rows * width;
+    copy_columns(own, width, mine, stride, width, rows, g->stream);
+    gpus_gather_bytes(g, slots, own, rows * width * size);
+    place_blocks(all, slots, place, blocks, n / blocks * width * size, 0, g->stream);
 }
 
-// mine [n/context rows] = the sum of every rank's `all` [n] over the group, where each row is summed on the
-// rank that it belongs to. Overwrites `all` and `slots` [n]. As much traffic as gpus_gather_rows.
+// mine [n/context rows, `stride` apart] = the sum of every rank's `all` [n rows of `width`] over the group,
+// where each row is summed on the rank that it belongs to. Overwrites `all` and `slots` [n]. As much traffic
+// as gpus_gather_rows.
 template <typename T>
-static void gpus_sum_rows(Gpus *g, T *mine, T *all, T *slots, int64_t n, int64_t width, const int32_t *place,
-                          int64_t blocks) {
+static void gpus_sum_rows(Gpus *g, T *mine, T *all, T *slots, int64_t n, int64_t width, int64_t stride,
+                          const int32_t *place, int64_t blocks) {
     const int64_t count = n / g->context * width;
     place_blocks(slots, all, place, blocks, n / blocks * width * (int64_t)sizeof(T), 1, g->stream);
     nccl_check(ncclGroupStart());
@@ -228,7 +252,6 @@ static void gpus_sum_rows(Gpus *g, T *mine, T *all, T *slots, int64_t n, int64_t
         nccl_check(ncclRecv(all + r * count, count * sizeof(T), ncclInt8, r, g->group, g->stream));
     }
     nccl_check(ncclGroupEnd());
-    sum_parts_kernel<T><<<(unsigned)((count + 255) / 256), 256, 0, g->stream>>>(mine, all, g->context, count);
-    cuda_check(cudaGetLastError());
+    sum_parts(mine, all, g->context, count, width, stride, g->stream);
 }
 #endif

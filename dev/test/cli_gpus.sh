@@ -87,6 +87,26 @@ for attn in nsa full window; do
     check 'same whole_$attn shared_$attn 3e-3' "-cp 2 -attn $attn: $(differ whole_$attn shared_$attn)"
     check 'near "$(value whole_$attn loss 1)" "$(value shared_$attn loss 1)" $shape' "-cp 2 -attn $attn: another first loss"
 done
+# several groups of heads: on the emulator alone, whose groups may be smaller
+for attn in nsa full window; do
+    heads="-b 1 -attn $attn -heads 6 -kv-heads 3"
+    many 1 $heads -o whole3_$attn
+    many 2 $heads -cp 2 -n 2 -o shared3_$attn
+    check '[ "$codes" = "0 0 " ] && { [[ $TRAINER != *emulator* ]] || grep -q "of 1 of the 3 kv heads" 0.out; }' \
+        "-cp 2 -kv-heads 3 -attn $attn: $codes $(cat 0.err 1.err)"
+    check 'same whole3_$attn shared3_$attn 3e-3' "-cp 2 -kv-heads 3 -attn $attn: $(differ whole3_$attn shared3_$attn)"
+    mv shared3_$attn/ckpt_00000003.bin want
+    many 2 $heads -cp 2 -r 2 -o shared3_$attn -y 1
+    check 'cmp -s want shared3_$attn/ckpt_00000003.bin' "-cp 2 -kv-heads 3 -attn $attn: resumed with -r 2, other bits $(cat 0.err)"
+    rm shared3_$attn/ckpt_00000003.bin
+    many 1 $heads -o shared3_$attn -y 1
+    check '[ "$codes" = "0 " ] && same whole3_$attn shared3_$attn 3e-3' "-cp 2, then one: $codes $(differ whole3_$attn shared3_$attn)"
+done
+for n in 1 2; do # one process samples, without the others' keys
+    many $n -b 1 -heads 6 -kv-heads 3 -cp $n -sample 1 -e whole3_nsa/ckpt_00000003.bin -temp 1 -seed 5 -g 8
+    sed -n 's/^sample: //p' 0.out >sample$n
+done
+check '[ "$codes" = "0 0 " ] && [ -s sample1 ] && cmp -s sample1 sample2' "-sample 1 -cp 2: $codes $(cat sample1 sample2 0.err)"
 if [ "$GPUS" -ge 4 ]; then
     many 1 -b 2 -o two
     many 4 -b 1 -cp 2 -z 1 -r 1 -o both

@@ -2,8 +2,8 @@
 // the emulator: sums and gathers of units that ranks do not divide, and rows of a shared sequence, against
 // what each rank can compute alone. Built with -DMULTI_GPU.
 #include "../../llmc/nccl.cuh"
+#include "ranks.h"
 #include "test.h"
-#include <sys/wait.h>
 #include <vector>
 
 static Comm comm;
@@ -13,6 +13,7 @@ template <typename T> static T *to_gpu(const std::vector<T> &x) {
     T *p;
     cuda_check(cudaMalloc((void **)&p, x.size() * sizeof(T) + 16));
     cuda_check(cudaMemcpy(p, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
+    cuda_check(cudaDeviceSynchronize()); // the transfers' stream does not wait for copies
     return p;
 }
 template <typename T> static std::vector<T> from_gpu(T *p, size_t n) {
@@ -77,22 +78,24 @@ static void test_units(void) {
           got[2]);
 }
 
-// Rows of documents, divided, gathered, and their gradients summed.
+// Rows of documents, divided, gathered, and their gradients summed: the middle one of three groups of
+// columns.
 static void test_rows(void) {
     ModelConfig c;
     config_from_preset(&c, preset_find("recall"));
-    const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.context}, width = 8;
+    const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.context}, width = 8, stride = 3 * width;
     const int64_t n = cu_seqlens[3], blocks = cp_blocks(n, 3, gpus.context), each = n / gpus.context;
     std::vector<int32_t> place(blocks);
     cp_divide(&c, cu_seqlens, 3, gpus.context, blocks, place.data(), NULL);
     typedef __nv_bfloat16 T;
-    std::vector<T> all(n * width), mine(each * width), partial(n * width);
+    std::vector<T> all(n * width), mine(each * width), wide(each * stride, (T)-1.0f), partial(n * width);
     for (int64_t i = 0; i < n * width; i++) all[i] = (T)(float)(i % 251);
     cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, mine.data(), all.data(),
                  width * sizeof(T));
+    for (int64_t i = 0; i < each * width; i++) wide[i / width * stride + width + i % width] = mine[i];
     int32_t *device_place = to_gpu(place);
-    T *device_mine = to_gpu(mine), *device_all = to_gpu(partial), *slots = to_gpu(partial);
-    gpus_gather_rows(&gpus, device_all, slots, device_mine, n, width, device_place, blocks);
+    T *device_wide = to_gpu(wide), *device_all = to_gpu(partial), *slots = to_gpu(partial);
+    gpus_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, blocks);
     std::vector<T> got = from_gpu(device_all, n * width);
     int64_t wrong = 0;
     for (int64_t i = 0; i < n * width; i++) wrong += (float)got[i] != (float)all[i];
@@ -101,8 +104,8 @@ static void test_rows(void) {
     // sums up to 256 are exact in bf16
     for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.context_rank) % 61);
     device_all = to_gpu(partial);
-    gpus_sum_rows(&gpus, device_mine, device_all, slots, n, width, device_place, blocks);
-    got = from_gpu(device_mine, each * width);
+    gpus_sum_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, blocks);
+    got = from_gpu(device_wide, each * stride);
     std::vector<T> sums(n * width), want(each * width);
     for (int64_t i = 0; i < n * width; i++) {
         float sum = 0;
@@ -112,20 +115,21 @@ static void test_rows(void) {
     cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, want.data(), sums.data(),
                  width * sizeof(T));
     wrong = 0;
-    for (int64_t i = 0; i < each * width; i++) wrong += (float)got[i] != (float)want[i];
+    for (int64_t i = 0; i < each * stride; i++) {
+        const int64_t row = i / stride, column = i % stride - width;
+        const bool moved = column >= 0 && column < width;
+        wrong += (float)got[i] != (moved ? (float)want[row * width + column] : -1.0f);
+    }
     CHECK(wrong == 0, "rank %d: %lld of %lld summed numbers", gpus.rank, (long long)wrong,
-          (long long)(each * width));
+          (long long)(each * stride));
     cuda_check(cudaFree(device_all));
     cuda_check(cudaFree(slots));
     cuda_check(cudaFree(device_place));
 }
 
-// One of `ranks` processes, `context` of which share a batch. Returns its exit code.
-static int child(int rank, int ranks, int context, int port) {
-    char text[4][32];
-    snprintf(text[0], 32, "RANK=%d", rank), snprintf(text[1], 32, "WORLD_SIZE=%d", ranks);
-    snprintf(text[2], 32, "MASTER_ADDR=127.0.0.1"), snprintf(text[3], 32, "MASTER_PORT=%d", port);
-    for (char *variable : text) putenv(variable);
+// One of several processes, *where of which share a batch. Returns its exit code.
+static int child(void *where) {
+    const int context = *(int *)where;
     comm_start(&comm);
     int devices;
     cuda_check(cudaGetDeviceCount(&devices));
@@ -143,29 +147,13 @@ int main(void) {
         int ranks, context;
     } runs[] = {{2, 1}, {2, 2}, {3, 3}, {4, 2}};
     alarm(300);
-    int devices = 4; // of the emulator
-#ifndef EMULATOR_H
-    FILE *f = popen("nvidia-smi -L | wc -l", "r"); // CUDA must not be used before fork
-    if (!f || fscanf(f, "%d", &devices) != 1) devices = 0;
-    if (f) pclose(f);
-#endif
+    const int devices = test_gpus();
     for (auto &run : runs) {
         if (run.ranks > devices) {
             SKIP("%d ranks: there are %d GPUs", run.ranks, devices);
             continue;
         }
-        CommAddress a;
-        int fd = comm_listen(0, "none"), failed = 0, status;
-        comm_own_address(&a, fd);
-        close(fd);
-        fflush(stdout);
-        for (int r = 0; r < run.ranks; r++)
-            if (fork() == 0) {
-                int code = child(r, run.ranks, run.context, a.port);
-                fflush(stdout);
-                _exit(code);
-            }
-        for (int r = 0; r < run.ranks; r++) failed += wait(&status) < 0 || status != 0;
+        int failed = test_ranks(run.ranks, child, &run.context);
         CHECK(failed == 0, "%d of %d ranks failed, context %d", failed, run.ranks, run.context);
     }
     return test_end("test_nccl");

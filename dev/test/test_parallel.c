@@ -158,6 +158,15 @@ static void test_context_parallel(void) {
         CHECK(worst_documents < 1.1, "attention %d, documents: %.4f times the mean work", attn,
               worst_documents);
     }
+    // groups of heads: equal ones, as small as a transfer should be
+    FsaConfig *f = &c.fsa; // (32, 8) heads of 128: 16 MiB are 65,536 tokens of one
+    CHECK(cp_groups(f, 65536, 2) == 8 && cp_groups(f, 65536, 1) == 1, "llama3-8b: groups of 64K tokens");
+    CHECK(cp_groups(f, 65535, 2) == 4 && cp_groups(f, 16384, 2) == 2 && cp_groups(f, 4096, 2) == 1,
+          "llama3-8b: groups of fewer tokens");
+    CHECK(cp_groups(f, (int64_t)1 << 32, 16) == 8, "llama3-8b: groups of 4G tokens");
+    f->kv_heads = 6;
+    CHECK(cp_groups(f, 16384, 2) == 1 && cp_groups(f, 24576, 2) == 2 && cp_groups(f, 40000, 2) == 3,
+          "6 kv heads");
     // of one sequence, rank r has blocks r and 2*ranks - 1 - r
     int64_t cu[2] = {0, 8192};
     int32_t place[8];
