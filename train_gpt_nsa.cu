@@ -17,6 +17,7 @@
 // says. Transfers run beside the passes, on a stream of their own.
 #define TRAINER_GPU
 #include "llmc/run.h"
+#include "llmc/choice.h"
 #include "llmc/mfu.h"
 #include "llmc/results.h"
 #include "llmc/cuda_common.cuh"
@@ -158,6 +159,7 @@ typedef struct {
     StepResult *result_host;
     double *stop_host;    // what becomes result->stop
     float *sample_logits; // [V], not pinned
+    int32_t *choice;      // [layers, Hkv, n, T] where -choice asks for the last batch's, not pinned
 
     Batch batch;          // the one at hand, on the device
     int last_micro_batch; // of its step
@@ -819,6 +821,11 @@ static void attention_forward(Model *model, int l) {
             FsaPhiWeights phi = layer_phi(model, l, i);
             fsa_check(fsa_forward(f, att_dtype, &b, q, k, v, &phi, model->inv_freq, group_gate(model, a, i),
                                   NULL, o, saved, model->scratch, model->scratch_bytes, model->stream));
+            const int64_t chosen = f->kv_heads * model->batch.n * f->topk;
+            if (model->choice)
+                cuda_check(cudaMemcpyAsync(model->choice + l * chosen,
+                                           fsa_saved_indices(f, att_dtype, &b, saved),
+                                           chosen * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
             FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
             fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
@@ -1167,6 +1174,24 @@ static void evaluate(void *where, const Run *r, const float **losses, const int3
     }
     *losses = model->losses_host;
     *best = model->best_host;
+}
+
+// Validates, and writes what the last batch's queries chose.
+static void validate_choice(Run *r, Model *model, const char *path) {
+    const FsaConfig *f = &r->config.fsa;
+    ChoiceHeader h = {"", r->config.layers, f->q_heads, f->kv_heads, 0, f->topk, f->block, 0};
+    memcpy(h.magic, choice_magic, sizeof h.magic);
+    if (r->config.attn != ATTN_NSA) die("-choice %s: only -attn nsa chooses blocks", path);
+    if (r->comm.ranks > 1) die("-choice %s: %d processes, only one can write it", path, r->comm.ranks);
+    h.num_queries = r->opt.batch * r->opt.seq_len;
+    model->choice = (int32_t *)xmalloc(choice_size(&h) * sizeof(int32_t));
+    run_validate(r, evaluate, model);
+    h.num_seqs = r->num_seqs;
+    std::vector<int64_t> lengths(h.num_seqs);
+    for (int64_t i = 0; i < h.num_seqs; i++) lengths[i] = r->cu_seqlens[i + 1] - r->cu_seqlens[i];
+    choice_write(path, &h, lengths.data(), model->choice);
+    free(model->choice);
+    model->choice = NULL;
 }
 
 // Logits of the token after tokens [n]. The sequence is filled up to a multiple of 128 tokens, which no
@@ -1639,7 +1664,10 @@ int main(int argc, char **argv) {
             printf("  %-12s %8zu MiB\n", arena_names[i], (model.arenas[i].bytes + (1 << 20) - 1) >> 20);
     fflush(stdout);
     if (o->sample_only && comm->rank == 0) run_sample(&run, next_logits, &model);
-    if (o->val_only) run_validate(&run, evaluate, &model);
+    if (o->choice)
+        validate_choice(&run, &model, o->choice);
+    else if (o->val_only)
+        run_validate(&run, evaluate, &model);
     if (o->profile_steps)
         profile(&run, &model, &gpu, peak);
     else if (training)

@@ -28,6 +28,7 @@ typedef struct {
     int64_t skip_bad;                 // 1: a step that is not finite is skipped
     int64_t recompute, profile_steps; // of the GPU trainer
     double peak_tflops;               // the same; 0: by the GPU's name
+    const char *choice;               // the same; a file, or NULL
     int64_t zero, context;            // the same, of several: ZeRO's stage, GPUs that share a batch
     // set by the parser
     const Preset *preset;             // NULL: start is a checkpoint file
@@ -91,6 +92,8 @@ static inline const OptionFlag *option_flags(int *count) {
          "in the backward pass recompute 0: nothing, 1: norms and SwiGLU, 2: whole layers"},
         {"profile", NULL, OPTION_INT, AT(profile_steps), 0, 10000,
          "time n steps on random tokens, part by part, and end; 0: train"},
+        {"choice", NULL, OPTION_TEXT, AT(choice), 0, 0,
+         "with -val 1: write the blocks that the last batch's queries chose to this file"},
         {"peak-tflops", NULL, OPTION_REAL, AT(peak_tflops), 0, 1e9,
          "the GPU's peak rate, which MFU is a part of; 0: known by its name"},
         {"z", "zero", OPTION_INT, AT(zero), 0, 2,
@@ -284,6 +287,7 @@ static inline void options_check(const Options *o) {
         die("-sample 1: there is nothing to sample from, give a checkpoint file with -e");
     if (o->val_only && o->preset) die("-val 1: there is nothing to validate, give a checkpoint file with -e");
     if (o->val_only && !o->val) die("-val 1: there is nothing to validate on, give shards with -j");
+    if (o->choice && !o->val_only) die("-choice %s: blocks are written while validating, add -val 1", o->choice);
     if ((o->sample_only || o->val_only) && (o->resume || o->overfit))
         die("%s 1 %s 1: contradict each other, drop one of them", o->sample_only ? "-sample" : "-val",
             o->resume ? "-y" : "-a");

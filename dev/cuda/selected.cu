@@ -4,10 +4,12 @@
 //   version 3: FSA as in its paper, KV block outside: statistics, main and reduction kernel
 //   library:   KV block outside, normalized partials merged by a reduction (fsa/lists.cu, fsa/selected.cu)
 // Versions 1 to 3 are in selected_versions.h.
-// usage: selected [seed=N] [check [small] | time | compare | shape=N,HQ,HKV,BLOCK,TOPK]
+// usage: selected [seed=N] [check [small] | time | compare | shape=N,HQ,HKV,BLOCK,TOPK | choice=FILE]
 //        the first three by default; compare: versions 2 and 3, the library and full attention over groups
-//        and lengths; shape: times one alone, for a profiler
+//        and lengths; shape: times one alone, for a profiler; choice: times what a trained model chose, layer
+//        by layer (train_gpt_nsa -val 1 -choice FILE), beside random choices of the same shape
 #include "../../fsa/kernels.h"
+#include "../../llmc/choice.h"
 #include "choice.h"
 #include "selected_versions.h"
 
@@ -179,12 +181,15 @@ template <typename T> struct Bench {
     Buffer<T> q, k, v, g, o, dq, dk, dv;
     Buffer<float> lse;
     Buffer<int32_t> indices;
-    Bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered)
-        : c(default_config(hq, hkv, d, block, topk)), b(c, {n}), rows(n * hq), kv(n * hkv * d), q(rows * d),
-          k(kv), v(kv), g(rows * d), o(rows * d), dq(rows * d), dk(kv), dv(kv), lse(rows),
-          indices(hkv * n * topk) {
+    Bench(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths)
+        : c(config), b(c, lengths), rows(b.plan.n * c.q_heads), kv(b.plan.n * c.kv_heads * c.head_dim),
+          q(rows * c.head_dim), k(kv), v(kv), g(q.n), o(q.n), dq(q.n), dk(kv), dv(kv), lse(rows),
+          indices(c.kv_heads * b.plan.n * c.topk) {
         Buffer<T> *inputs[] = {&q, &k, &v, &g};
         for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
+    }
+    Bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered)
+        : Bench(r, default_config(hq, hkv, d, block, topk), {n}) {
         random_choice_device(indices, n, c, r->u64(), clustered);
     }
     double flops() const { return 4.0 * rows * c.topk * c.block * c.head_dim; } // forward
@@ -293,9 +298,34 @@ static void compare(Random *r) {
     }
 }
 
+static void time_choice(Random *r, const char *path) {
+    ChoiceHeader h;
+    int64_t *lengths;
+    int32_t *indices;
+    choice_read(path, &h, &lengths, &indices);
+    Bench<Bf16> x(r, default_config((int)h.q_heads, (int)h.kv_heads, 128, (int)h.block, (int)h.topk),
+                  std::vector<int64_t>(lengths, lengths + h.num_seqs));
+    if (x.b.plan.n != h.num_queries)
+        die("%s: %lld queries, but sequences of %lld tokens", path, (long long)h.num_queries,
+            (long long)x.b.plan.n);
+    const int64_t size = choice_size(&h) / h.layers;
+    for (int64_t layer = 0; layer < h.layers; layer++) {
+        x.indices.set(std::vector<int32_t>(indices + layer * size, indices + (layer + 1) * size));
+        time_library(&x, "trained");
+    }
+    x.indices.set(random_choice(r, x.c, x.b.ref));
+    time_library(&x, "random");
+    free(lengths), free(indices);
+}
+
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     Random r(seed_from(argc, argv));
+    for (int i = 1; i < argc; i++) {
+        if (strncmp(argv[i], "choice=", 7) != 0) continue;
+        time_choice(&r, argv[i] + 7);
+        return 0;
+    }
     for (int i = 1; i < argc; i++) {
         long long n;
         int hq, hkv, block, topk;

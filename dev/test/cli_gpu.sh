@@ -68,6 +68,8 @@ check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), th
 # ---- validation only, samples, signals
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
 check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
+run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice chosen.bin
+check '[ $code -eq 0 ] && [ "$(head -c 8 chosen.bin)" = nsachose ]' "-choice: $(cat err)"
 run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
 cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
@@ -97,6 +99,7 @@ expect_error "-r 3" $MODEL $DATA -r 3
 expect_error "out of GPU memory" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
 expect_error "-r 2" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
 expect_error "-profile 2" $MODEL $DATA -profile 2 -o p
+expect_error "-choice c" $MODEL $DATA -choice c
 expect_error "-cp 2: 1 processes" $MODEL $DATA -o p -cp 2
 expect_error "-layers 2" -e a/ckpt_00000004.bin -sample 1 -layers 2
 flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
