@@ -21,7 +21,8 @@
 // which overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on average, 4.3
 // GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's tile: wgmma
 // 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1, where it binds, 960 clocks,
-// 2.2 ms at 64K (32, 32). Selectors issue some 320 instructions a tile of 64 windows and warp, and 85 for
+// 2.2 ms at 64K (32, 32), where there is room for one tile of P a scorer, in two halves: selectors read one
+// while scorers write the other. Selectors issue some 320 instructions a tile of 64 windows and warp, and 85 for
 // each insertion, about 4 a tile for random scores.
 //
 // A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
@@ -36,14 +37,15 @@ namespace {
 
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
-constexpr int PITCH = WINDOWS + 4; // floats of a query in a tile of P: accesses meet in no bank
+constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps', read while the others write theirs
+constexpr int PITCH = P_WINDOWS + 4;   // floats of a query in it: accesses meet in no bank
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
 constexpr int PLACES = 16;    // of a query's list
 constexpr int PENDING = 16;   // places of a query's buffer
 constexpr int SHARE = 16;     // windows that a selector loads at once
-constexpr int MOST_SLOTS = 4; // tiles of P of a scorer
+constexpr int MOST_SLOTS = 8; // tiles of P of a scorer
 constexpr int WORKS = 4;      // tiles of queries that the finder may be ahead
 // A block starts with 96 a thread.
 constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 88, LOADER_REGISTERS = 48;
@@ -187,6 +189,7 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const int used = p.queries / 8 * p.group; // eights of columns
+    if (warp >= 2) p_ring.next(); // a tile's second half is another's
     // The scorers start their products in turn, so that one has exps to do while the other has products.
     if (scorer == 1) named_barrier_arrive(1, SCORERS * 128);
     for (;; work_done(&works)) {
@@ -240,7 +243,7 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             }
             p_ring.wait_empty();
             float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
-                        lane % 4 * 2 * PITCH + warp * 16 + lane / 4;
+                        lane % 4 * 2 * PITCH + warp % 2 * 16 + lane / 4;
 #pragma unroll
             for (int k = 0; k < COLUMNS / 8; k++) { // masks, not counts: no chain of conditions
 #pragma unroll
@@ -253,7 +256,7 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
                 }
             }
             mbarrier_arrive_warp(p_ring.full());
-            p_ring.next();
+            p_ring.next(), p_ring.next();
         }
         q_ring.next();
     }
@@ -316,12 +319,12 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
             if (rank > lowest && (unsigned)block < candidates) pending[count++] = make_int2(rank, block);
             block++;
         };
-        for (int step = 0; step < steps; step++) {
+        for (int first = 0; first < steps * WINDOWS; first += P_WINDOWS) {
             p_ring.wait_full();
             const float *from =
                 (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
                 place * PITCH;
-            for (int i0 = 0; i0 < WINDOWS; i0 += SHARE) {
+            for (int i0 = 0; i0 < P_WINDOWS; i0 += SHARE) {
                 if (__any_sync(0xffffffffu, count + p.end_blocks > PENDING)) put_pending();
                 float x[SHARE];
 #pragma unroll
@@ -332,7 +335,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                 if (p.local < 2) { // else candidates have no window that is not seen
 #pragma unroll
                     for (int i = 0; i < SHARE; i++)
-                        if (step * WINDOWS + i0 + i >= seen) x[i] = 0;
+                        if (first + i0 + i >= seen) x[i] = 0;
                 }
                 // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
                 // next one (a block has R).
@@ -411,7 +414,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS); // each of the loader's lanes
         init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
-            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 4 * WARP_ARRIVALS,
+            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 2 * WARP_ARRIVALS,
                  p.selector_warps * WARP_ARRIVALS);
         mbarrier_init_fence();
     }
@@ -481,19 +484,19 @@ int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const
     p.selector_warps = (p.queries + 31) / 32;
     p.end_blocks = (SHARE + p.block_cells - 1) / p.block_cells;
 
-    // Room goes to a second tile of P, then to one of Q, then to more of P.
-    p.q_tiles = p.slots = 1;
+    // Room goes to a second pair of tiles of P, then to one of Q, then to more of P.
+    p.q_tiles = 1, p.slots = 2;
     p.at = layout_of(p, c->head_dim);
-    auto grow = [&](int *what) {
-        ++*what;
+    auto grow = [&](int *what, int more) {
+        *what += more;
         Layout larger = layout_of(p, c->head_dim);
         if (larger.end + 1024 <= MAX_SMEM)
             p.at = larger;
         else
-            --*what;
+            *what -= more;
     };
-    grow(&p.slots), grow(&p.q_tiles);
-    for (int i = p.slots; i < MOST_SLOTS; i++) grow(&p.slots);
+    grow(&p.slots, 2), grow(&p.q_tiles, 1);
+    for (int i = p.slots; i < MOST_SLOTS; i++) grow(&p.slots, 1);
 
     int device = 0, processors = 0;
     cudaGetDevice(&device);
