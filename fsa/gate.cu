@@ -44,9 +44,10 @@ template <typename T, int D> __global__ void __launch_bounds__(256) gate_forward
                                                       pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7]));
 }
 
-// A warp takes one token: D/8 lanes a head, the heads in turn, so that the gradient of a gate shared by all
-// heads is summed in one order. Reads BRANCHES + 1 rows of d a (token, head); writes a few words. 64K tokens,
-// 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds.
+// A warp takes one token: D/8 lanes a head, the heads in turn; what follows for a head from its sums is then one
+// lane's work, 32 heads at once. Reads BRANCHES + 1 rows of d a (token, head); writes a few words. 64K tokens, 32
+// heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds, closely followed by instructions,
+// some 130 for two heads.
 template <typename T, int D, int BRANCHES>
 __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
     constexpr int LANES = D / 8, HEADS = 32 / LANES;
@@ -54,30 +55,36 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
     int lane = threadIdx.x % 32;
     if (token * a.q_heads >= a.rows) return;
     float shared_sum[BRANCHES] = {}; // of the gate's gradient, where a token has one triple
-    for (int head0 = 0; head0 < a.q_heads; head0 += HEADS) {
-        int head = head0 + lane / LANES;
-        int64_t row = token * a.q_heads + head;
-        bool valid = head < a.q_heads;
-        uint4 g = valid ? ((const uint4 *)a.dout)[row * LANES + lane % LANES] : make_uint4(0, 0, 0, 0);
-        const uint32_t gw[4] = {g.x, g.y, g.z, g.w};
-        float dots[BRANCHES];
+    for (int head0 = 0; head0 < a.q_heads; head0 += 32) {
+        const int64_t row0 = token * a.q_heads + head0;
+        const int heads = min(32, a.q_heads - head0);
+        float dots[BRANCHES] = {}; // of head head0 + lane
+#pragma unroll 2
+        for (int first = 0; first < heads; first += HEADS) {
+            const bool valid = first + lane / LANES < heads;
+            const int64_t at = (row0 + first) * LANES + lane;
+            uint4 g = valid ? ((const uint4 *)a.dout)[at] : make_uint4(0, 0, 0, 0);
+            const uint32_t gw[4] = {g.x, g.y, g.z, g.w};
 #pragma unroll
-        for (int i = 0; i < BRANCHES; i++) {
-            uint4 x = valid ? ((const uint4 *)a.o[i])[row * LANES + lane % LANES] : make_uint4(0, 0, 0, 0);
-            const uint32_t xw[4] = {x.x, x.y, x.z, x.w};
-            float sum = 0;
+            for (int i = 0; i < BRANCHES; i++) {
+                uint4 x = valid ? ((const uint4 *)a.o[i])[at] : make_uint4(0, 0, 0, 0);
+                const uint32_t xw[4] = {x.x, x.y, x.z, x.w};
+                float sum = 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 u = unpack2<T>(gw[j]), w = unpack2<T>(xw[j]);
-                sum += u.x * w.x + u.y * w.y;
+                for (int j = 0; j < 4; j++) {
+                    float2 u = unpack2<T>(gw[j]), w = unpack2<T>(xw[j]);
+                    sum += u.x * w.x + u.y * w.y;
+                }
+                for (int j = LANES / 2; j > 0; j /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, j);
+                sum = __shfl_sync(0xffffffffu, sum, lane % HEADS * LANES);
+                if (lane / HEADS * HEADS == first) dots[i] = sum;
             }
-            for (int j = LANES / 2; j > 0; j /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, j);
-            dots[i] = sum;
         }
+        const int64_t row = row0 + lane;
 #pragma unroll
         for (int i = 0; i < BRANCHES; i++) {
             float gradient = 0;
-            if (valid && lane % LANES == 0) {
+            if (lane < heads) {
                 float lse = a.lse[i][row], shift = 0;
                 if (a.logits) {
                     float x = load1<T>(a.logits, (a.per_token ? token : row) * 3 + i), gate = sigmoid(x);
@@ -89,7 +96,7 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
                 a.lse_grad[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
             }
             if (a.per_token) {
-                for (int j = 16; j >= LANES; j /= 2) gradient += __shfl_xor_sync(0xffffffffu, gradient, j);
+                for (int j = 16; j > 0; j /= 2) gradient += __shfl_xor_sync(0xffffffffu, gradient, j);
                 shared_sum[i] += gradient;
             }
         }

@@ -94,6 +94,8 @@ int main(int argc, char **argv) {
         check<__nv_bfloat16>(&r, 7, 64, 507, 1, v1);
         check<__half>(&r, 5, 128, 31, 1, v1);
         check<__half>(&r, 3, 64, 1, 0, v1);
+        check<__half>(&r, 40, 64, 9, 1, v1);
+        check<__nv_bfloat16>(&r, 67, 128, 9, 0, v1);
     }
     for (int64_t n : {8192, 65536}) {
         if (has_flag(argc, argv, "check")) break;
