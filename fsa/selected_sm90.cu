@@ -476,7 +476,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // it transposed; a consumer takes 64 of dQ's columns at a time. dQ goes out as a partial row whose 4-byte
 // units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts them right). A KV block's
 // sum is added to dkv by the thread block where its list starts; one that goes on with another's list leaves
-// its sum in `crossing`, and crossing_kernel adds these in order.
+// its sum in `crossing`, and sum_crossing adds these in order.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
