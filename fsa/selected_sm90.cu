@@ -114,7 +114,7 @@ static __device__ __forceinline__ void gather(uint32_t tile, const void *first, 
     }
 }
 
-// Starts the copies of a block's K and V rows; rows that it lacks become zeros.
+// Starts the copies of a short block's K and V rows; rows that it lacks become zeros.
 template <typename T, int D, int KEYS, int KV_THREADS>
 static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run, int part, uint32_t k_tile,
                                                uint32_t v_tile, int thread) {
@@ -122,7 +122,7 @@ static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run,
     const int64_t stride = (int64_t)a.kv_heads * D;
     const int chunk = thread % CHUNKS, keys = run.keys - part * KEYS;
     const int64_t head = (a.head0 + blockIdx.y) * D + chunk * 8;
-#pragma unroll 4
+#pragma unroll 2
     for (int r = thread / CHUNKS; r < KEYS; r += KV_THREADS / CHUNKS) {
         bool valid = r < keys;
         int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
@@ -487,7 +487,8 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // with two consumers a multiprocessor, which dK and dV fill with registers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
-    selected_backward_sm90_kernel(const SelArgs a) {
+    selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
+                                  const __grid_constant__ CUtensorMap v_map) {
     typedef Backward<D, KEYS> B;
     typedef BackwardSmem<D, KEYS> Smem;
     typedef Turn<B::Q_STAGES> QTurn;
@@ -565,15 +566,23 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     bool added;
                     float *out = sum_of<D>(a, share, index, run, part, &added);
                     KvTurn turn(n);
+                    const uint32_t k_tile = smem_address(m->k[turn.stage]);
+                    const uint32_t v_tile = smem_address(m->v[turn.stage]), full = kv_full + 8 * turn.stage;
+                    const int keys = run.keys - part * KEYS;
                     turn.wait_empty(kv_empty);
-                    load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, smem_address(m->k[turn.stage]),
-                                                       smem_address(m->v[turn.stage]), worker);
-                    cp_async_arrive(kv_full + 8 * turn.stage);
+                    // What a short block lacks are zeros, which the copy engine doesn't write.
+                    if (keys < KEYS) load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, k_tile, v_tile, worker);
+                    cp_async_arrive(full);
                     if (worker == 0) {
                         auto &meta = m->block[turn.stage];
                         meta.out = out, meta.added = added;
-                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = run.keys - part * KEYS;
-                        mbarrier_arrive(kv_full + 8 * turn.stage);
+                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = keys;
+                        mbarrier_arrive_expect(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
+                        for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
+                            const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
+                            tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
+                            tma_load_3d(v_tile + at, &v_map, panel * 64, head, key0, full);
+                        }
                     }
                 }
                 begin += run.count;
@@ -603,7 +612,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
             const auto &block = m->block[kv.stage];
             const int tiles = block.tiles;
             if (tiles == 0) break;
-            fence_proxy_async(); // cp.async wrote K and V
+            fence_proxy_async(); // cp.async may have written K and V
             const uint32_t k_tile = smem_address(m->k[kv.stage]);
             const uint32_t k_mine = k_tile + half * 64 * 128;
             const uint32_t v_mine = smem_address(m->v[kv.stage]) + half * 64 * 128;
@@ -777,17 +786,21 @@ static int pack(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     pack_kernel<T, D, KEYS><<<grid, PACK_THREADS, 0, stream>>>(a);
     return FSA_OK;
 }
+// A map of k or v, by a part of a block.
+template <typename T, int D, int KEYS>
+static int key_map(const SelArgs &a, const void *keys, CUtensorMap *map) {
+    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
+    int box[] = {64, 1, KEYS};
+    return fsa_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, keys, size, stride,
+                          box);
+}
 template <typename T, int D, int KEYS>
 static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map;
-    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
-    int box[] = {64, 1, KEYS};
-    int status = fsa_tensor_map(&k_map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, a.k, size,
-                                stride, box);
-    if (status) return status;
+    if (key_map<T, D, KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.shares, heads);
     selected_forward_sm90_kernel<T, D, KEYS>
         <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a, k_map);
@@ -799,8 +812,11 @@ static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(BackwardSmem<D, KEYS>) * B::SHARES + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_backward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    CUtensorMap k_map, v_map;
+    if (key_map<T, D, KEYS>(a, a.k, &k_map) || key_map<T, D, KEYS>(a, a.v, &v_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)ceil_div(a.shares, B::SHARES), heads);
-    selected_backward_sm90_kernel<T, D, KEYS><<<grid, 128 + 128 * B::CONSUMERS, smem, stream>>>(a);
+    selected_backward_sm90_kernel<T, D, KEYS>
+        <<<grid, 128 + 128 * B::CONSUMERS, smem, stream>>>(a, k_map, v_map);
     return FSA_OK;
 }
 
