@@ -277,6 +277,8 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
     r.find_valid(a, 0);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     r.load(0);
     auto stats_of = [&](int slot) {
         bool valid = r.valid >> lane & 1;
@@ -598,6 +600,8 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
     if (share.begin >= share.end) return;
     Run run = run_at(a, share, share.end - 1);
     if (run.first < share.begin || run.last <= share.end) return;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
     const float4 *pieces = (const float4 *)a.crossing + ((int64_t)blockIdx.y * a.shares + index + 1) * size;
     float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0) * 2 * D);
@@ -622,9 +626,12 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
+    r.find_valid(a, 0);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     float acc[8] = {};
     for (int s0 = 0; s0 < slots; s0 += 16) {
-        if (s0 % 32 == 0) r.find_valid(a, s0);
+        if (s0 > 0 && s0 % 32 == 0) r.find_valid(a, s0);
         r.load(s0);
 #pragma unroll
         for (int i = 0; i < Rows::LOADS; i++) {
@@ -669,6 +676,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_
 // and 4 out a channel and token; memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
     const int64_t block = blockIdx.x;
+    wait_for_previous_kernel();
     if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
     const int head = a.head0 + blockIdx.y;
     int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
@@ -784,7 +792,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            selected_merge_kernel<T, D><<<merge, 256, 0, stream>>>(a);
+            launch(s.hopper, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -806,10 +814,10 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
             dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
-            backward_sums_kernel<T, D><<<sums, 256, 0, stream>>>(a);
+            launch(s.hopper, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
-        dkv_store_kernel<T, D><<<store, 256, 0, stream>>>(a);
+        launch(s.hopper, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }

@@ -231,8 +231,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
-// 16), 1.2 ms at 128 bytes a clock. On an H200 48 launches of 90 us, 4.3 ms, L2 73% busy: L2 binds now, and a
-// tenth is starts and ends of launches. With g = 1, where a row's address serves 256 bytes alone, 5.0 ms.
+// 16), 1.2 ms at 128 bytes a clock. On an H200 48 launches of 90 us, 4.3 ms, L2 73% busy: L2 binds, and a
+// tenth was starts and ends of launches before these overlapped. With g = 1, where a row's address serves 256
+// bytes alone, 5.0 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -341,6 +342,9 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         cp_async_wait<0>();
     } else {
         registers_up_to<F::REGISTERS>();
+        // Producers go ahead: what they read was there before the first slab, which waits for all before it.
+        wait_for_previous_kernel();
+        let_next_kernel_start();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
         const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
@@ -599,6 +603,8 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         cp_async_wait<0>();
     } else {
         registers_up_to<B::REGISTERS>();
+        wait_for_previous_kernel(); // as in the forward kernel
+        let_next_kernel_start();
         const int half = warp / 4 - 1 - which, quad = lane / 4, c = lane % 4; // half: of 128 keys
         const int key0 = half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
         const float scale_log2 = a.scale * FSA_LOG2E;
@@ -802,8 +808,8 @@ static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     CUtensorMap k_map;
     if (key_map<T, D, KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.shares, heads);
-    selected_forward_sm90_kernel<T, D, KEYS>
-        <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a, k_map);
+    launch(a.slab > 0, selected_forward_sm90_kernel<T, D, KEYS>, grid,
+           128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream, a, k_map);
     return FSA_OK;
 }
 template <typename T, int D, int KEYS>
@@ -815,8 +821,8 @@ static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     CUtensorMap k_map, v_map;
     if (key_map<T, D, KEYS>(a, a.k, &k_map) || key_map<T, D, KEYS>(a, a.v, &v_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)ceil_div(a.shares, B::SHARES), heads);
-    selected_backward_sm90_kernel<T, D, KEYS>
-        <<<grid, 128 + 128 * B::CONSUMERS, smem, stream>>>(a, k_map, v_map);
+    launch(a.slab > 0, selected_backward_sm90_kernel<T, D, KEYS>, grid, 128 + 128 * B::CONSUMERS, smem,
+           stream, a, k_map, v_map);
     return FSA_OK;
 }
 
