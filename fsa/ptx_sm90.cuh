@@ -19,6 +19,11 @@ __device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address, uint32_t pane
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
+// wgmma_matrix for a loop that doesn't change the address: the compiler would keep all parts in registers.
+__device__ __forceinline__ uint64_t wgmma_matrix_anew(uint32_t address) {
+    asm volatile("" : "+r"(address));
+    return wgmma_matrix(address);
+}
 
 // The same matrix so many bytes further on.
 __device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {

@@ -277,6 +277,8 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
     r.find_valid(a, 0);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     r.load(0);
     auto stats_of = [&](int slot) {
         bool valid = r.valid >> lane & 1;
@@ -343,7 +345,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 // exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
 // partial row whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts
 // them right). A KV block's sum is added to dkv by the thread block where its list starts; one that goes on
-// with another's list leaves its sum in `crossing`, and crossing_kernel adds these in order. A row moves 4*D
+// with another's list leaves its sum in `crossing`, and sum_crossing adds these in order. A row moves 4*D
 // + 12 bytes in and 2*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6 GB in, 8.6 out, 5.8 ms at 4.5
 // TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
@@ -589,21 +591,22 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
     }
 }
 
-// Adds the pieces of the list that starts in thread block blockIdx.x of the main kernel and goes on beyond
-// it, in order, to dkv. blockIdx.y takes a share of the keys*2*D*parts sums. Most lists have one piece, block
-// 0's, in which all queries are, a dozen. Reads 64 KiB a piece (d = 128), and as much again of dkv, which it
-// writes; latency binds, so four pieces are under way at a time.
-template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs a) {
-    const Share share = share_of(a, a.head0 + blockIdx.z, blockIdx.x);
+// Adds the pieces of the list that starts in share `index` of the main kernel and goes on beyond it, in
+// order, to dkv: the thread block is number `quarter` of four. Most lists have one piece, block 0's, in which
+// all queries are, a dozen. Reads 64 KiB a piece (d = 128), and as much again of dkv, which it writes;
+// latency binds, so four pieces are under way at a time.
+template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned index, unsigned quarter) {
+    const Share share = share_of(a, a.head0 + blockIdx.y, index);
     if (share.begin >= share.end) return;
     Run run = run_at(a, share, share.end - 1);
     if (run.first < share.begin || run.last <= share.end) return;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
-    const float4 *pieces =
-        (const float4 *)a.crossing + ((int64_t)blockIdx.z * a.shares + blockIdx.x + 1) * size;
-    float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.z * a.plan.n + run.key0) * 2 * D);
+    const float4 *pieces = (const float4 *)a.crossing + ((int64_t)blockIdx.y * a.shares + index + 1) * size;
+    float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0) * 2 * D);
     const int count = (int)((run.last - share.end + a.chunk - 1) / a.chunk);
-    for (int i = blockIdx.y * 256 + threadIdx.x; i < run.keys * 2 * D / 4; i += gridDim.y * 256) {
+    for (int i = quarter * 256 + threadIdx.x; i < run.keys * 2 * D / 4; i += 4 * 256) {
         float4 sum = to[i];
         for (int b = 0; b < count; b += 4) {
             float4 x[4];
@@ -617,16 +620,18 @@ template <int D> __global__ void __launch_bounds__(256) crossing_kernel(SelArgs 
     }
 }
 
-// A warp adds up the dQ partials of one (token, head). Bytes as selected_merge_kernel.
-template <typename T, int D> __global__ void __launch_bounds__(256, 4) dq_sum_kernel(SelArgs a) {
+// A warp adds up the dQ partials of one (token, head).
+template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int64_t index) {
     typedef PartialRows<D> Rows;
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
-    int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
+    r.find_valid(a, 0);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     float acc[8] = {};
     for (int s0 = 0; s0 < slots; s0 += 16) {
-        if (s0 % 32 == 0) r.find_valid(a, s0);
+        if (s0 > 0 && s0 % 32 == 0) r.find_valid(a, s0);
         r.load(s0);
 #pragma unroll
         for (int i = 0; i < Rows::LOADS; i++) {
@@ -657,10 +662,21 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) dq_sum_ke
     if (lane < Rows::LANES) ((uint4 *)((T *)a.dq + r.to * D))[lane] = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Bytes as
+// selected_merge_kernel.
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
+    const unsigned crossing = a.shares * 4;
+    if (blockIdx.x < crossing)
+        sum_crossing<D>(a, blockIdx.x / 4, blockIdx.x % 4);
+    else
+        sum_dq<T, D>(a, (blockIdx.x - crossing) * 8ll + threadIdx.x / 32);
+}
+
 // dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
 // and 4 out a channel and token; memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
     const int64_t block = blockIdx.x;
+    wait_for_previous_kernel();
     if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
     const int head = a.head0 + blockIdx.y;
     int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
@@ -776,7 +792,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            selected_merge_kernel<T, D><<<merge, 256, 0, stream>>>(a);
+            launch(s.hopper, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -797,13 +813,11 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
             } else {
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
-            dim3 crossing(grid.x, 4, heads);
-            crossing_kernel<D><<<crossing, 256, 0, stream>>>(a);
-            dim3 sum((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            dq_sum_kernel<T, D><<<sum, 256, 0, stream>>>(a);
+            dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
+            launch(s.hopper, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
-        dkv_store_kernel<T, D><<<store, 256, 0, stream>>>(a);
+        launch(s.hopper, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }

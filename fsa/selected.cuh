@@ -125,6 +125,19 @@ template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
                : FSA_ERROR_CUDA;
 }
 
+// kernel<<<grid, block, smem, stream>>>(args...). early (Hopper): it may start while the kernel ahead of it
+// in the stream still runs, which spares the latency of launches; before it writes anything, or reads what
+// that one writes, it calls wait_for_previous_kernel. Errors are for cudaGetLastError.
+template <typename... Parameters, typename... Args>
+static void launch(bool early, void (*kernel)(Parameters...), dim3 grid, unsigned block, int smem,
+                   cudaStream_t stream, const Args &...args) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {grid, dim3(block), (size_t)smem, stream, &attribute, early};
+    cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // selected_sm90.cu: the two main kernels for Hopper. They take the same arguments and leave the same
 // partials, statistics and sums as the portable ones. a.keys is 64 or 128. pack comes before the forward
 // kernels of some heads.

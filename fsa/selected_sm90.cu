@@ -26,6 +26,7 @@ template <int D, int KEYS> struct Backward {
     static constexpr int Q_STAGES = 2, KV_STAGES = KEYS == 64 ? 1 : 2;
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
     static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
+    static constexpr int DQ_COLUMNS = D / SHARERS < 64 ? D / SHARERS : 64; // of dQ at a time
     static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
     static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
 };
@@ -77,8 +78,9 @@ struct TileRows {
     uint32_t partial[2]; // row of the partials
     int limit[2];        // last visible key of the part
 };
+// entry0: the entry whose partial is the first.
 template <int TILES>
-static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Share &share, const Run &run,
+static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, uint32_t entry0, const Run &run,
                                                      uint32_t begin, int part, const RowWalk<TILES> &walk) {
     TileRows t;
 #pragma unroll
@@ -87,7 +89,7 @@ static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, const Sha
         const int in_group = valid ? walk.in_group[i] : a.group - 1;
         const uint32_t row = divide(walk.entry[i], a.by_topk);
         t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
-        t.partial[i] = valid ? ((walk.entry[i] - share.entry0) * a.parts + part) * a.group + in_group : NONE;
+        t.partial[i] = valid ? ((walk.entry[i] - entry0) * a.parts + part) * a.group + in_group : NONE;
         t.limit[i] =
             last_key(a, run, begin - run.first + min(walk.at[i], (int)run.count - 1), row) - part * a.keys;
     }
@@ -114,7 +116,7 @@ static __device__ __forceinline__ void gather(uint32_t tile, const void *first, 
     }
 }
 
-// Starts the copies of a block's K and V rows; rows that it lacks become zeros.
+// Starts the copies of a short block's K and V rows; rows that it lacks become zeros.
 template <typename T, int D, int KEYS, int KV_THREADS>
 static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run, int part, uint32_t k_tile,
                                                uint32_t v_tile, int thread) {
@@ -122,7 +124,7 @@ static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run,
     const int64_t stride = (int64_t)a.kv_heads * D;
     const int chunk = thread % CHUNKS, keys = run.keys - part * KEYS;
     const int64_t head = (a.head0 + blockIdx.y) * D + chunk * 8;
-#pragma unroll 4
+#pragma unroll 2
     for (int r = thread / CHUNKS; r < KEYS; r += KV_THREADS / CHUNKS) {
         bool valid = r < keys;
         int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
@@ -231,8 +233,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
-// 16), 1.2 ms at 128 bytes a clock. On an H200 48 launches of 90 us, 4.3 ms, L2 73% busy: L2 binds now, and a
-// tenth is starts and ends of launches. With g = 1, where a row's address serves 256 bytes alone, 5.0 ms.
+// 16), 1.2 ms at 128 bytes a clock. On an H200 48 launches of 90 us, 4.3 ms, L2 73% busy: L2 binds, and a
+// tenth was starts and ends of launches before these overlapped. With g = 1, where a row's address serves 256
+// bytes alone, 5.0 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -272,7 +275,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                     if (tile >= tiles) continue;
                     RowWalk<F::GATHERERS> walk(a, run, tile);
                     for (; tile < tiles; tile += F::GATHERERS) {
-                        TileRows t = tile_rows(a, share, run, begin, part, walk);
+                        TileRows t = tile_rows(a, share.entry0, run, begin, part, walk);
                         walk.next(a, run);
                         QTurn turn(first + tile);
                         turn.wait_empty(q_empty);
@@ -341,6 +344,9 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         cp_async_wait<0>();
     } else {
         registers_up_to<F::REGISTERS>();
+        // Producers go ahead: what they read was there before the first slab, which waits for all before it.
+        wait_for_previous_kernel();
+        let_next_kernel_start();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
         const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
@@ -458,7 +464,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
     char ds[KEYS * 64 * 2];                                             // dS^T, [keys][64 rows]
     struct {
         uint32_t partial[64];
-        alignas(8) float lse[64], delta[64]; // -lse_grad/scale and -delta, to which the products are added
+        alignas(8) float lse[64], delta[64]; // -lse_grad*log2(e), and delta
         alignas(8) int limit[64];
         int masked;
     } tile[Q];
@@ -473,21 +479,26 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // and a consumer's dK and dV of 64 keys in registers. For each 64 gathered rows of q and dO a consumer
 // computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_grad), dS^T = P^T (dP^T - delta), and dV += P^T
 // dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
-// it transposed; a consumer takes 64 of dQ's columns at a time. dQ goes out as a partial row whose 4-byte
-// units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts them right). A KV block's
-// sum is added to dkv by the thread block where its list starts; one that goes on with another's list leaves
-// its sum in `crossing`, and crossing_kernel adds these in order.
+// it transposed; a consumer takes 64 of dQ's columns at a time. What comes next runs meanwhile: dP while exp
+// is taken, dV while dS is made and stored, the next tile's S while the last of dQ goes out, as a partial row
+// whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts them right).
+// After a block's last tile S is computed of whatever lies there, and not used: ptxas serializes the products
+// here if one is started under a condition, or two are under way where the loop begins. A KV block's sum is
+// added to dkv by the thread block where its list starts; one that goes on with another's list leaves its sum
+// in `crossing`, and sum_crossing adds these in order.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
 // and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
-// rows for the same products, which then bind. On an H200 48 launches of 172 us, 8.3 ms: what binds is
-// the chain of dependent products of a tile, about 6,000 clocks of which the tensor cores are busy 2,560,
-// with two consumers a multiprocessor, which dK and dV fill with registers.
+// rows for the same products, which then bind. On an H200 48 launches of 172 us, 8.3 ms, when S and dV were
+// not yet under way beside other work: the chain of a tile's dependent products bound, about 6,000 clocks of
+// which the tensor cores are busy 2,560, with two consumers a multiprocessor, which dK and dV fill with
+// registers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
-    selected_backward_sm90_kernel(const SelArgs a) {
+    selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
+                                  const __grid_constant__ CUtensorMap v_map) {
     typedef Backward<D, KEYS> B;
     typedef BackwardSmem<D, KEYS> Smem;
     typedef Turn<B::Q_STAGES> QTurn;
@@ -521,8 +532,9 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         registers_down_to<B::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, index);
         const int worker = B::SHARES == 1 ? (int)threadIdx.x % 64 : lane; // of those with the same work
-        const float unscale = -1 / a.scale;
         if (warp < 2) {
+            // Partial rows are counted over all heads of the launch.
+            const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab * a.topk);
             uint32_t first = 0; // tiles before this part's
             for (uint32_t begin = share.begin; begin < share.end;) {
                 const Run run = run_at(a, share, begin);
@@ -532,7 +544,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     if (tile >= tiles) continue;
                     RowWalk<B::GATHERERS> walk(a, run, tile);
                     for (; tile < tiles; tile += B::GATHERERS) {
-                        TileRows t = tile_rows(a, share, run, begin, part, walk);
+                        TileRows t = tile_rows(a, entry0, run, begin, part, walk);
                         float lse[2], delta[2];
 #pragma unroll
                         for (int i = 0; i < 2; i++)
@@ -548,7 +560,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                             int r = lane + 32 * i;
                             if (t.partial[i] == NONE) t.limit[i] = -1;
                             meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
-                            meta.lse[r] = lse[i] * unscale, meta.delta[r] = -delta[i];
+                            meta.lse[r] = lse[i] * -FSA_LOG2E, meta.delta[r] = delta[i];
                         }
                         int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                         if (lane == 0) meta.masked = masked;
@@ -565,15 +577,23 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     bool added;
                     float *out = sum_of<D>(a, share, index, run, part, &added);
                     KvTurn turn(n);
+                    const uint32_t k_tile = smem_address(m->k[turn.stage]);
+                    const uint32_t v_tile = smem_address(m->v[turn.stage]), full = kv_full + 8 * turn.stage;
+                    const int keys = run.keys - part * KEYS;
                     turn.wait_empty(kv_empty);
-                    load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, smem_address(m->k[turn.stage]),
-                                                       smem_address(m->v[turn.stage]), worker);
-                    cp_async_arrive(kv_full + 8 * turn.stage);
+                    // What a short block lacks are zeros, which the copy engine doesn't write.
+                    if (keys < KEYS) load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, k_tile, v_tile, worker);
+                    cp_async_arrive(full);
                     if (worker == 0) {
                         auto &meta = m->block[turn.stage];
                         meta.out = out, meta.added = added;
-                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = run.keys - part * KEYS;
-                        mbarrier_arrive(kv_full + 8 * turn.stage);
+                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = keys;
+                        mbarrier_arrive_expect(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
+                        for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
+                            const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
+                            tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
+                            tma_load_3d(v_tile + at, &v_map, panel * 64, head, key0, full);
+                        }
                     }
                 }
                 begin += run.count;
@@ -590,87 +610,106 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         cp_async_wait<0>();
     } else {
         registers_up_to<B::REGISTERS>();
+        wait_for_previous_kernel(); // as in the forward kernel
+        let_next_kernel_start();
         const int half = warp / 4 - 1 - which, quad = lane / 4, c = lane % 4; // half: of 128 keys
         const int key0 = half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
         const float scale_log2 = a.scale * FSA_LOG2E;
-        T *const partial = (T *)a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * D;
-        const uint32_t ds_tile = smem_address(m->ds);
-        float s[8][4], dp[B::DP_ROWS / 8][4], dq[8][4], dk[D / 8][4], dv[D / 8][4];
-        uint32_t first = 0, n = 0; // tiles before this part's, and parts
+        float s[8][4], dp[B::DP_ROWS / 8][4], dq[B::DQ_COLUMNS / 8][4], dk[D / 8][4], dv[D / 8][4];
+        uint32_t tile = 0, n = 0; // tiles so far, and parts
         for (;; n++) {
             KvTurn kv(n);
             kv.wait_full(kv_full);
             const auto &block = m->block[kv.stage];
             const int tiles = block.tiles;
             if (tiles == 0) break;
-            fence_proxy_async(); // cp.async wrote K and V
+            fence_proxy_async(); // cp.async may have written K and V
             const uint32_t k_tile = smem_address(m->k[kv.stage]);
             const uint32_t k_mine = k_tile + half * 64 * 128;
             const uint32_t v_mine = smem_address(m->v[kv.stage]) + half * 64 * 128;
-            // x += A B^T over D: 64 keys of this consumer's by 64 or fewer rows
+            // x = A B^T over D: 64 keys of this consumer's by 64 or fewer rows
             auto start_product = [&](auto &x, uint32_t keys, uint32_t rows) {
+                const uint64_t left = wgmma_matrix_anew(keys), right = wgmma_matrix(rows);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < D / 16; k++) {
-                    wgmma_ss<T>(x, wgmma_matrix(keys + k / 4 * KEYS * 128 + k % 4 * 32),
-                                wgmma_matrix(rows + k / 4 * 64 * 128 + k % 4 * 32), 1);
+                    wgmma_ss<T>(x, wgmma_further(left, k / 4 * KEYS * 128 + k % 4 * 32),
+                                wgmma_further(right, k / 4 * 64 * 128 + k % 4 * 32), k > 0);
                 }
                 wgmma_commit();
             };
+            auto wait_rows = [&](QTurn turn) {
+                turn.wait_full(q_full);
+                fence_proxy_async(); // cp.async wrote the rows
+            };
+            auto start_s = [&](QTurn turn) { start_product(s, k_mine, smem_address(m->q[turn.stage][0])); };
+            wait_rows(tile);
+            start_s(tile);
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) dk[j][i] = dv[j][i] = 0;
             }
-            for (int tile = 0; tile < tiles; tile++) {
-                QTurn turn(first + tile);
+            for (const uint32_t end = tile + tiles; tile < end; tile++) {
+                QTurn turn(tile);
                 const auto &meta = m->tile[turn.stage];
                 const uint32_t q_tile = smem_address(m->q[turn.stage][0]), g_tile = q_tile + TILE;
-                turn.wait_full(q_full);
-                fence_proxy_async(); // cp.async wrote the rows
-#pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    float2 lse = *(const float2 *)&meta.lse[j * 8 + 2 * c];
-                    s[j][0] = s[j][2] = lse.x, s[j][1] = s[j][3] = lse.y;
-                }
-                start_product(s, k_mine, q_tile);
-                wgmma_wait<0>();
-                wgmma_pin(s);
+                const uint64_t q_rows = wgmma_matrix(q_tile, 64 * 128),
+                               g_rows = wgmma_matrix(g_tile, 64 * 128);
                 uint32_t p[4][4], ds[4][4];
+                const int masked = meta.masked;
 #pragma unroll
                 for (int row = 0; row < 64; row += B::DP_ROWS) {
+                    float2 lse[B::DP_ROWS / 8], delta[B::DP_ROWS / 8];
 #pragma unroll
-                    for (int j = 0; j < B::DP_ROWS / 8; j++) {
-                        float2 delta = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
-                        dp[j][0] = dp[j][2] = delta.x, dp[j][1] = dp[j][3] = delta.y;
+                    for (int j = 0; j < B::DP_ROWS / 8; j++)
+                        lse[j] = *(const float2 *)&meta.lse[row + j * 8 + 2 * c];
+                    if (row == 0) {
+                        wgmma_wait<0>();
+                        wgmma_pin(s);
                     }
                     start_product(dp, v_mine, g_tile + row * 128);
-                    if (row == 0) {
 #pragma unroll
-                        for (int j = 0; j < 8; j++) {
+                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                        const float2 base = lse[j - row / 8];
 #pragma unroll
-                            for (int i = 0; i < 4; i++) s[j][i] = exp2_fast(s[j][i] * scale_log2);
-                        }
-                        if (meta.masked) {
+                        for (int i = 0; i < 4; i++)
+                            s[j][i] = exp2_fast(s[j][i] * scale_log2 + (i & 1 ? base.y : base.x));
+                    }
+                    if (masked) {
 #pragma unroll
-                            for (int j = 0; j < 8; j++) {
-                                int2 limit = *(const int2 *)&meta.limit[j * 8 + 2 * c];
+                        for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                            int2 limit = *(const int2 *)&meta.limit[j * 8 + 2 * c];
 #pragma unroll
-                                for (int i = 0; i < 4; i++) {
-                                    if (key0 + i / 2 * 8 > (i & 1 ? limit.y : limit.x)) s[j][i] = 0;
-                                }
+                            for (int i = 0; i < 4; i++) {
+                                if (key0 + i / 2 * 8 > (i & 1 ? limit.y : limit.x)) s[j][i] = 0;
                             }
                         }
                     }
-                    wgmma_wait<0>();
+#pragma unroll
+                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                        p[j / 2][j % 2 * 2] = pack2<T>(s[j][0], s[j][1]);
+                        p[j / 2][j % 2 * 2 + 1] = pack2<T>(s[j][2], s[j][3]);
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int k = row / 16; k < (row + B::DP_ROWS) / 16; k++)
+                        wgmma_rs<T, 1>(dv, p[k], wgmma_further(g_rows, k * 2048), 1);
+                    wgmma_commit();
+#pragma unroll
+                    for (int j = 0; j < B::DP_ROWS / 8; j++)
+                        delta[j] = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
+                    wgmma_wait<1>();
                     wgmma_pin(dp);
 #pragma unroll
-                    for (int i = 0; i < B::DP_ROWS / 4; i++) {
-                        int j = row / 8 + i / 2, low = i % 2; // the key key0 + 8*low
-                        float left = s[j][2 * low], right = s[j][2 * low + 1];
-                        p[j / 2][j % 2 * 2 + low] = pack2<T>(left, right);
-                        ds[j / 2][j % 2 * 2 + low] =
-                            pack2<T>(left * dp[i / 2][2 * low], right * dp[i / 2][2 * low + 1]);
+                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                        const float(&x)[4] = dp[j - row / 8];
+                        const float2 d = delta[j - row / 8];
+#pragma unroll
+                        for (int i = 0; i < 4; i += 2) {
+                            ds[j / 2][j % 2 * 2 + i / 2] =
+                                pack2<T>(s[j][i] * (x[i] - d.x), s[j][i + 1] * (x[i + 1] - d.y));
+                        }
                     }
                 }
                 named_barrier_sync(1 + which, 128 * B::SHARERS); // the last tile's dQ has been computed
@@ -684,86 +723,85 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 fence_proxy_async();
                 named_barrier_sync(1 + which, 128 * B::SHARERS);
 
-                // 64 columns of dQ, panel `panel` of K's.
-                auto start_dq = [&](int panel) {
+                // dQ from `column` on; sharers have halves of the columns.
+                const int column0 = half * (D / B::SHARERS);
+                auto start_dq = [&](int column) {
+                    const uint64_t left = wgmma_matrix(smem_address(m->ds));
+                    const uint64_t right = wgmma_matrix(k_tile + column / 64 * KEYS * 128 + column % 64 * 2);
                     wgmma_fence();
 #pragma unroll
-                    for (int k = 0; k < KEYS / 16; k++) {
-                        wgmma_ss<T, 1, 1>(dq, wgmma_matrix(ds_tile + k * 2048),
-                                          wgmma_matrix(k_tile + panel * KEYS * 128 + k * 2048), k > 0);
-                    }
+                    for (int k = 0; k < KEYS / 16; k++)
+                        wgmma_ss<T, 1, 1>(dq, wgmma_further(left, k * 2048), wgmma_further(right, k * 2048),
+                                          k > 0);
                     wgmma_commit();
                 };
                 uint32_t to[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) to[i] = meta.partial[warp % 4 * 16 + quad + 8 * i];
-                auto store_dq = [&](int panel) {
+                auto store_dq = [&](int column) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         if (to[i] == NONE) continue;
-                        uint4 *row = (uint4 *)(partial + (int64_t)to[i] * D) + panel * 8 + c;
+                        uint4 *row =
+                            (uint4 *)((char *)a.partial + to[i] * (uint64_t)(D * 2) + column * 2) + c;
                         auto two = [&](int j) {
                             return pack2<T>(dq[j][2 * i] * a.scale, dq[j][2 * i + 1] * a.scale);
                         };
-                        row[0] = make_uint4(two(0), two(1), two(2), two(3));
-                        row[4] = make_uint4(two(4), two(5), two(6), two(7));
+#pragma unroll
+                        for (int j = 0; j < B::DQ_COLUMNS / 8; j += 4)
+                            row[j] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
                     }
                 };
-                // One consumer takes all of dQ; two a panel each, or every other tile's where D = 64.
-                constexpr bool ALL = B::SHARERS == 1;
-                const bool mine = ALL || D == 128 || (tile & 1) == half;
-                const int panel = ALL || D == 64 ? 0 : half;
-                if (mine) start_dq(panel);
-                wgmma_fence();
+                auto start_dk = [&] {
+                    wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    wgmma_rs<T, 1>(dv, p[k], wgmma_matrix(g_tile + k * 2048, 64 * 128), 1);
-                    wgmma_rs<T, 1>(dk, ds[k], wgmma_matrix(q_tile + k * 2048, 64 * 128), 1);
-                }
-                wgmma_commit();
-                if (ALL || D == 128)
+                    for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], wgmma_further(q_rows, k * 2048), 1);
+                    wgmma_commit();
+                };
+                constexpr int PIECES = D / B::SHARERS / B::DQ_COLUMNS;
+                if (PIECES == 1) start_dk();
+#pragma unroll
+                for (int piece = 0; piece < PIECES; piece++) {
+                    const bool last = piece + 1 == PIECES;
+                    start_dq(column0 + piece * B::DQ_COLUMNS);
+                    if (last) {
+                        wgmma_wait<1>(); // dV and dK are there
+                        mbarrier_arrive_warp(q_empty + 8 * turn.stage);
+                        // No waiting past the part's end: the stage's next round may be any, the parity lies.
+                        if (tile + 1 < end) wait_rows(tile + 1);
+                        start_s(tile + 1);
+                    } else {
+                        start_dk();
+                    }
                     wgmma_wait<1>();
-                else
-                    wgmma_wait<0>();
-                wgmma_pin(dq);
-                if (mine) store_dq(panel);
-                if (ALL && D == 128) {
-                    start_dq(1);
-                    wgmma_wait<1>();
-                } else {
-                    wgmma_wait<0>();
-                }
-                mbarrier_arrive_warp(q_empty + 8 * turn.stage);
-                if (ALL && D == 128) {
-                    wgmma_wait<0>();
                     wgmma_pin(dq);
-                    store_dq(1);
+                    store_dq(column0 + piece * B::DQ_COLUMNS);
                 }
             }
             wgmma_pin(dk);
             wgmma_pin(dv);
-            first += tiles;
             float *const out = block.out;
             const int keys = block.keys, added = block.added;
-            mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
+            mbarrier_arrive_warp(kv_empty + 8 * kv.stage); // only the S that nobody uses still reads K
+            auto put_sums = [&](auto put) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int key = key0 + 8 * i;
-                if (key >= keys) continue;
-                float2 *to_k = (float2 *)(out + (int64_t)key * 2 * D) + c, *to_v = to_k + D / 2;
+                for (int i = 0; i < 2; i++) {
+                    const int key = key0 + 8 * i;
+                    if (key >= keys) continue;
+                    float *const to = out + (int64_t)key * 2 * D + 2 * c;
 #pragma unroll
-                for (int j = 0; j < D / 8; j++) {
-                    float2 x = make_float2(dk[j][2 * i], dk[j][2 * i + 1]);
-                    float2 y = make_float2(dv[j][2 * i], dv[j][2 * i + 1]);
-                    if (added) {
-                        add_to_memory((float *)(to_k + 4 * j), x.x, x.y);
-                        add_to_memory((float *)(to_v + 4 * j), y.x, y.y);
-                    } else {
-                        to_k[4 * j] = x;
-                        to_v[4 * j] = y;
+                    for (int j = 0; j < D / 8; j++) {
+                        put(to + 8 * j, dk[j][2 * i], dk[j][2 * i + 1]);
+                        put(to + D + 8 * j, dv[j][2 * i], dv[j][2 * i + 1]);
                     }
                 }
-            }
+            };
+            if (added)
+                put_sums([](float *to, float x, float y) { add_to_memory(to, x, y); });
+            else
+                put_sums([](float *to, float x, float y) { *(float2 *)to = make_float2(x, y); });
+            wgmma_wait<0>();
+            wgmma_pin(s);
         }
     }
 }
@@ -777,20 +815,24 @@ static int pack(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     pack_kernel<T, D, KEYS><<<grid, PACK_THREADS, 0, stream>>>(a);
     return FSA_OK;
 }
+// A map of k or v, by a part of a block.
+template <typename T, int D, int KEYS>
+static int key_map(const SelArgs &a, const void *keys, CUtensorMap *map) {
+    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
+    int box[] = {64, 1, KEYS};
+    return fsa_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, keys, size, stride,
+                          box);
+}
 template <typename T, int D, int KEYS>
 static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map;
-    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
-    int box[] = {64, 1, KEYS};
-    int status = fsa_tensor_map(&k_map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, a.k, size,
-                                stride, box);
-    if (status) return status;
+    if (key_map<T, D, KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.shares, heads);
-    selected_forward_sm90_kernel<T, D, KEYS>
-        <<<grid, 128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream>>>(a, k_map);
+    launch(a.slab > 0, selected_forward_sm90_kernel<T, D, KEYS>, grid,
+           128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream, a, k_map);
     return FSA_OK;
 }
 template <typename T, int D, int KEYS>
@@ -799,8 +841,11 @@ static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(BackwardSmem<D, KEYS>) * B::SHARES + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_backward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    CUtensorMap k_map, v_map;
+    if (key_map<T, D, KEYS>(a, a.k, &k_map) || key_map<T, D, KEYS>(a, a.v, &v_map)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)ceil_div(a.shares, B::SHARES), heads);
-    selected_backward_sm90_kernel<T, D, KEYS><<<grid, 128 + 128 * B::CONSUMERS, smem, stream>>>(a);
+    launch(a.slab > 0, selected_backward_sm90_kernel<T, D, KEYS>, grid, 128 + 128 * B::CONSUMERS, smem,
+           stream, a, k_map, v_map);
     return FSA_OK;
 }
 

@@ -97,6 +97,13 @@ struct Pending {
 inline Pending launch(dim3 grid, dim3 block, size_t smem = 0, cudaStream_t = nullptr) {
     return {{grid, block, smem}};
 }
+// Attributes are about what runs at the same time; here a kernel ends before the next begins.
+template <typename... P, typename... A>
+cudaError_t launch_with_attributes(const cudaLaunchConfig_t *c, void (*kernel)(P...), A &&...args) {
+    launch(c->gridDim, c->blockDim, c->dynamicSmemBytes)(kernel)(args...);
+    return cudaSuccess;
+}
+#define cudaLaunchKernelEx emu::launch_with_attributes
 cudaError_t set_max_smem(const void *kernel, cudaFuncAttribute attribute, int value);
 
 // ---- shuffles, votes and reductions

@@ -119,6 +119,8 @@ inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     emu::AsyncCopies &copies = emu::async_copies();
     copies.list.push_back({to, valid ? from : NULL, copies.group});
 }
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
 inline void cp_async_commit() {
     emu::async_copies().group++;
 }

@@ -75,6 +75,9 @@ inline uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
 inline uint64_t wgmma_further(uint64_t matrix, int bytes) {
     return matrix + bytes / 16;
 }
+inline uint64_t wgmma_matrix_anew(uint32_t address) {
+    return wgmma_matrix(address);
+}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
     emu::wgmma_group();
