@@ -161,7 +161,8 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
 // power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding is an
 // eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
 // lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 2 bytes in and out a
-// channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an H200 0.16, eight launches of 20 us: latency.
+// channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an H200 0.16, eight launches of 20 us: latency. So
+// it starts while the heads before are merged: v is there, and who read `packed` has ended when a merge lets it.
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
@@ -223,6 +224,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
         store(2, v[i][0].z, v[i][1].z, v[i][2].z, v[i][3].z);
         store(3, v[i][0].w, v[i][1].w, v[i][2].w, v[i][3].w);
     }
+    wait_for_previous_kernel(); // so that it has ended when this one has
 }
 
 // A thread block takes `chunk` entries of one head's list. Producers bring K and packed V of each KV block,
@@ -812,7 +814,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
 template <typename T, int D, int KEYS>
 static int pack(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     dim3 grid((unsigned)(a.lists.blocks * a.parts), heads);
-    pack_kernel<T, D, KEYS><<<grid, PACK_THREADS, 0, stream>>>(a);
+    launch(a.head0 > 0, pack_kernel<T, D, KEYS>, grid, PACK_THREADS, 0, stream, a);
     return FSA_OK;
 }
 // A map of k or v, by a part of a block.
