@@ -2,37 +2,14 @@
 # The trainer as a user meets it: runs, exact resume, signals, samples, and every error path. Needs
 # CPU (the trainer) and BUILD (the folder of the data makers), as make test sets them.
 set -u
-CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}") BUILD=$(realpath "${BUILD:-build}")
-T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
-cd "$T" || exit 1
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED cli.sh: $*"; }
-check() { if eval "$1"; then ok; else bad "$2"; fi; }
+PROGRAM=${CPU:-./train_gpt_nsa_cpu}
+. dev/test/checks.sh
 
 "$BUILD/recall" -o data -t 64 -n 40 -m 20 >/dev/null || bad "recall"
 TINY="-e recall -t 64 -b 2 -l 1e-3 -u 2 -x 6 -v 3 -m 2"
 BARE="-e recall -t 64 -b 2 -x 6" # for runs without validation shards
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
 set -f # patterns reach the program unexpanded
-run() { "$CPU" "$@" >out 2>err; code=$?; return $code; }
-
-# Runs the trainer; it must end with code 1, one line on stderr that contains $1, and no new file.
-expect_error() {
-    local want=$1 before after
-    shift
-    before=$(ls -lR --time-style=+%s "$T" | cksum)
-    (cd "$T" && "$CPU" "$@" >"$T.out" 2>"$T.err")
-    local code=$?
-    after=$(ls -lR --time-style=+%s "$T" | cksum)
-    if [ $code -ne 1 ]; then bad "code $code, not 1: $* ($(head -c 300 "$T.err"))"
-    elif [ "$(wc -l <"$T.err")" -ne 1 ]; then bad "not one line on stderr: $*: $(head -c 600 "$T.err")"
-    elif ! grep -qF -- "$want" "$T.err"; then bad "'$want' is not in: $(cat "$T.err")"
-    elif [ "$before" != "$after" ]; then bad "files changed: $*"
-    else ok; fi
-    rm -f "$T.out" "$T.err"
-}
 
 # ---- runs, and exact resume
 run $TINY $DATA -o a -n 3
@@ -90,7 +67,7 @@ check '[ $code -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "r
 
 # ---- signals and kills
 for signal in INT TERM; do
-    "$CPU" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &
+    "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &
     pid=$!
     for _ in $(seq 300); do grep -q '"step":3,' s$signal/log.jsonl 2>/dev/null && break; sleep 0.1; done
     kill -$signal $pid; wait $pid; code=$?
@@ -100,7 +77,7 @@ for signal in INT TERM; do
 done
 good=1
 for i in 1 2 3 4 5; do
-    "$CPU" $TINY $DATA -x 100000 -v 0 -n 1 -nk 2 -y 1 -o killed >out 2>err &
+    "$PROGRAM" $TINY $DATA -x 100000 -v 0 -n 1 -nk 2 -y 1 -o killed >out 2>err &
     pid=$!
     for _ in $(seq 300); do grep -q '"step":[0-9]*[1-9],' killed/log.jsonl 2>/dev/null && break; sleep 0.1; done
     sleep 0.$((RANDOM % 9 + 1)); kill -9 $pid; wait $pid 2>/dev/null
@@ -185,5 +162,4 @@ mkdir gpt2 && {
 run -e recall -vocab 50257 -layers 1 -channels 16 -t 32 -b 1 -x 1 -i 'gpt2/fineweb_train_*.bin'
 check '[ $code -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
 
-echo "cli: $passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ]
+ends

@@ -3,39 +3,15 @@
 # samples, -profile, and the errors that are its own. Needs TRAINER (it, or its build for the emulator), CPU
 # (the C trainer) and BUILD (the folder of the data makers).
 set -u
-TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}") BUILD=$(realpath "${BUILD:-build}")
-T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
-cd "$T" || exit 1
-passed=0 failed=0 skipped=0
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED cli_gpu.sh: $*"; }
-check() { if eval "$1"; then ok; else bad "$2"; fi; }
+PROGRAM=${TRAINER:-./train_gpt_nsa} CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}")
+. dev/test/checks.sh
 
 "$BUILD/recall" -o data -t 32 -n 20 -m 3 >/dev/null || bad "recall"
 MODEL="-e recall -layers 1 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -b 1"
 RUN="-l 1e-3 -u 2 -x 4 -v 4 -m 2"
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
 set -f # patterns reach the program unexpanded
-run() { "$TRAINER" "$@" >out 2>err; code=$?; return $code; }
 loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-9.]*\).*/\1/'; }
-near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
-
-# The trainer must end with code 1 and one line on stderr that contains $1, and leave no new file.
-expect_error() {
-    local want=$1 before after
-    shift
-    before=$(ls -lR --time-style=+%s "$T" | cksum)
-    (cd "$T" && "$TRAINER" "$@" >"$T.out" 2>"$T.err")
-    local code=$?
-    after=$(ls -lR --time-style=+%s "$T" | cksum)
-    if [ $code -ne 1 ]; then bad "code $code, not 1: $* ($(head -c 300 "$T.err"))"
-    elif [ "$(wc -l <"$T.err")" -ne 1 ]; then bad "not one line on stderr: $*: $(head -c 600 "$T.err")"
-    elif ! grep -qF -- "$want" "$T.err"; then bad "'$want' is not in: $(cat "$T.err")"
-    elif [ "$before" != "$after" ]; then bad "files changed: $*"
-    else ok; fi
-    rm -f "$T.out" "$T.err"
-}
 
 # ---- runs, exact resume, recomputation
 run $MODEL $RUN $DATA -o a -n 2
@@ -74,7 +50,7 @@ run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
 cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
 check 'cmp -s out first' "the same seed samples other words"
-"$TRAINER" $MODEL $DATA -x 100000 -v 0 -o s >out 2>err &
+"$PROGRAM" $MODEL $DATA -x 100000 -v 0 -o s >out 2>err &
 pid=$!
 for _ in $(seq 600); do grep -q '"step":2,' s/log.jsonl 2>/dev/null && break; sleep 0.1; done
 kill -TERM $pid; wait $pid; code=$?
@@ -88,7 +64,7 @@ run $BLOW -skip 1
 check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 6/6" out' "-skip 1: $(tail -3 out) $(cat err)"
 
 # ---- where the time goes
-RESULTS=$T/results.jsonl "$TRAINER" $MODEL -vocab 100 -profile 1 >out 2>err; code=$?
+RESULTS=$T/results.jsonl "$PROGRAM" $MODEL -vocab 100 -profile 1 >out 2>err; code=$?
 check '[ $code -eq 0 ] && grep -q "^training step" out && grep -q "attention_backward" out' "-profile: $(cat out err)"
 check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 ]' "-profile records nothing: $(cat results.jsonl)"
 
@@ -106,5 +82,4 @@ flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
 cp a/ckpt_00000004.bin flip.bin && printf '\x5a\xa5' | dd of=flip.bin bs=1 seek=$flip conv=notrunc 2>/dev/null
 expect_error "flip.bin" -e flip.bin -sample 1
 
-echo "cli_gpu: $passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ]
+ends

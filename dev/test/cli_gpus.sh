@@ -3,20 +3,15 @@
 # ZeRO and context parallel against one process on the same samples, resume on other numbers of processes,
 # signals, and ends. Needs TRAINER, BUILD (the folder of the data makers) and GPUS (processes that may run).
 set -u
-HOST=$(realpath scripts/gpus_host.sh) TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") BUILD=$(realpath "${BUILD:-build}")
-T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
-cd "$T" || exit 1
-passed=0 failed=0 skipped=0
+HOST=$(realpath scripts/gpus_host.sh) PROGRAM=${TRAINER:-./train_gpt_nsa}
+. dev/test/checks.sh
 export OMP_NUM_THREADS=1 # of each process on the emulator
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED cli_gpus.sh: $*"; }
-check() { if eval "$1"; then ok; else bad "$2"; fi; }
 
 if [ "${GPUS:-0}" -lt 2 ]; then
     echo "skipped: several GPUs: there are ${GPUS:-0}, or no NCCL"
-    echo "cli_gpus: 0 passed, 0 failed, 1 skipped"
-    exit 0
+    skipped=1
+    ends
+    exit
 fi
 "$BUILD/recall" -o data -t 32 -n 40 -m 5 >/dev/null || bad "recall"
 set -f # patterns reach the program unexpanded
@@ -30,7 +25,7 @@ start() {
     shift
     port=$((port + 1)) pids=()
     for r in $(seq 0 $((n - 1))); do
-        RANK=$r WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 MASTER_PORT=$port "$TRAINER" $FLAGS "$@" >$r.out 2>$r.err &
+        RANK=$r WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 MASTER_PORT=$port "$PROGRAM" $FLAGS "$@" >$r.out 2>$r.err &
         pids+=($!)
     done
 }
@@ -41,7 +36,6 @@ finish() {
 many() { start "$@"; finish; }
 # value FOLDER NAME STEP: of log.jsonl
 value() { grep -h "^{\"step\":$3,.*\"$2\":" "$1/log.jsonl" | sed "s/.*\"$2\":\([0-9.e+-]*\).*/\1/"; }
-near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
 # same A B LIMIT: losses of three steps, the gradient's norm in the first, and the validation
 same() {
     local step
@@ -52,7 +46,7 @@ differ() { grep -h '"loss"\|val_loss' $1/log.jsonl $2/log.jsonl | cut -c1-60 | t
 
 # What another shape of the same products may change: on the emulator nothing, and cuBLASLt takes another order.
 shape=2e-3
-[[ $TRAINER == *emulator* ]] && shape=1e-6
+[[ $PROGRAM == *emulator* ]] && shape=1e-6
 
 # ---- data parallel, by stage: fp32 sums in another order, and what that makes of 16-bit weights
 many 1 -b 2 -d 128 -o one
@@ -92,7 +86,7 @@ for attn in nsa full window; do
     heads="-b 1 -attn $attn -heads 6 -kv-heads 3"
     many 1 $heads -o whole3_$attn
     many 2 $heads -cp 2 -n 2 -o shared3_$attn
-    check '[ "$codes" = "0 0 " ] && { [[ $TRAINER != *emulator* ]] || grep -q "of 1 of the 3 kv heads" 0.out; }' \
+    check '[ "$codes" = "0 0 " ] && { [[ $PROGRAM != *emulator* ]] || grep -q "of 1 of the 3 kv heads" 0.out; }' \
         "-cp 2 -kv-heads 3 -attn $attn: $codes $(cat 0.err 1.err)"
     check 'same whole3_$attn shared3_$attn 3e-3' "-cp 2 -kv-heads 3 -attn $attn: $(differ whole3_$attn shared3_$attn)"
     mv shared3_$attn/ckpt_00000003.bin want
@@ -131,10 +125,10 @@ for cp in 1 2; do # the same losses, in their places: there are 5 samples, so th
 done
 
 # ---- the launcher of one host
-GPUS=2 TRAINER=$TRAINER bash "$HOST" $FLAGS -b 2 -z 1 -o host >0.out 2>0.err
+GPUS=2 TRAINER=$PROGRAM bash "$HOST" $FLAGS -b 2 -z 1 -o host >0.out 2>0.err
 code=$?
 check '[ $code -eq 0 ] && cmp -s host/ckpt_00000003.bin z1/ckpt_00000003.bin' "gpus_host.sh: $(cat 0.err)"
-GPUS=2 TRAINER=$TRAINER bash "$HOST" $FLAGS -i none -b 2 >0.out 2>0.err
+GPUS=2 TRAINER=$PROGRAM bash "$HOST" $FLAGS -i none -b 2 >0.out 2>0.err
 code=$?
 check '[ $code -ne 0 ] && grep -q "no shard matches" 0.err' "gpus_host.sh hides an error: $(cat 0.err)"
 
@@ -175,11 +169,10 @@ each_says "d 96: must be a multiple of" "-d 96"
 many 2 -b 1 -o one
 each_says "holds checkpoints up to step 3" "-o with checkpoints"
 port=$((port + 1))
-RANK=0 WORLD_SIZE=2 MASTER_PORT=$port "$TRAINER" $FLAGS -b 1 >0.out 2>0.err & pids=($!)
-RANK=1 WORLD_SIZE=2 MASTER_PORT=$port "$TRAINER" $FLAGS -b 2 >1.out 2>1.err & pids+=($!)
+RANK=0 WORLD_SIZE=2 MASTER_PORT=$port "$PROGRAM" $FLAGS -b 1 >0.out 2>0.err & pids=($!)
+RANK=1 WORLD_SIZE=2 MASTER_PORT=$port "$PROGRAM" $FLAGS -b 2 >1.out 2>1.err & pids+=($!)
 finish
 each_says "rank 1 was started with other flags than rank 0" "other flags"
 check '[ ! -e bad ]' "a run that could not start left $(ls bad 2>/dev/null)"
 
-echo "cli_gpus: $passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ]
+ends

@@ -1,0 +1,33 @@
+# checks.sh: what the tests of the programs share. Sourced with PROGRAM set to what is tested; goes to an empty
+# folder, $T, which ends with the script.
+BUILD=$(realpath "${BUILD:-build}") PROGRAM=$(realpath "$PROGRAM")
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+cd "$T" || exit 1
+passed=0 failed=0 skipped=0
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED $(basename "$0"): $*"; }
+check() { if eval "$1"; then ok; else bad "$2"; fi; }
+ends() { echo "$(basename "$0" .sh): $passed passed, $failed failed, $skipped skipped"; [ $failed -eq 0 ]; }
+
+# What it prints is in out and err, its code in $code.
+run() { "$PROGRAM" "$@" >out 2>err; code=$?; return $code; }
+
+# The program must end with code 1 and one line on stderr that contains $1, and leave no new file.
+expect_error() {
+    local want=$1 before after
+    shift
+    before=$(ls -lR --time-style=+%s "$T" | cksum)
+    (cd "$T" && "$PROGRAM" "$@" >"$T.out" 2>"$T.err")
+    local code=$?
+    after=$(ls -lR --time-style=+%s "$T" | cksum)
+    if [ $code -ne 1 ]; then bad "code $code, not 1: $* ($(head -c 300 "$T.err"))"
+    elif [ "$(wc -l <"$T.err")" -ne 1 ]; then bad "not one line on stderr: $*: $(head -c 600 "$T.err")"
+    elif ! grep -qF -- "$want" "$T.err"; then bad "'$want' is not in: $(cat "$T.err")"
+    elif [ "$before" != "$after" ]; then bad "files changed: $*"
+    else ok; fi
+    rm -f "$T.out" "$T.err"
+}
+
+# Whether two numbers differ by less than $3 of the first.
+near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
