@@ -28,8 +28,9 @@
 #define COMM_SILENCE_SECONDS 30 // without a sign of life, after which a rank counts as gone
 #define COMM_BEAT_SECONDS 2     // between signs of life
 #endif
-#define COMM_PORT 29500 // torchrun's, where MASTER_PORT does not say
-#define COMM_TEXT 1024  // bytes of a message's text, at most
+#define COMM_PORT 29500   // torchrun's, where MASTER_PORT does not say
+#define COMM_TEXT 1024    // bytes of a message's text, at most
+#define COMM_STRANGERS 64 // connections at once that have not yet said who they are
 #define COMM_MAGIC 0x4F434D4Du
 
 typedef enum { COMM_HELLO, COMM_WELCOME, COMM_DATA, COMM_BEAT, COMM_FAIL, COMM_BYE } CommKind;
@@ -55,8 +56,9 @@ typedef struct {
 
 typedef struct {
     int rank, ranks, local_rank; // local_rank counts within the host
-    CommPeer *peers;             // [ranks] on rank 0; elsewhere only peers[0], rank 0, is used
-    int num_peers;               // ranks, or 1; 0 before the start
+    CommPeer *peers;             // [ranks] on rank 0, then its strangers; elsewhere only peers[0], rank 0
+    int num_peers;               // ranks, or 1; rank 0 has COMM_STRANGERS more during the start
+    int listener;                // rank 0's during the start; else -1
     pthread_t thread;
     pthread_mutex_t lock, sending;
     pthread_cond_t change;
@@ -198,7 +200,10 @@ static inline void comm_tell_failure(const char *message) {
     c->ending = 1;
     clock_gettime(CLOCK_REALTIME, &until);
     until.tv_sec += 2;
-    pthread_mutex_timedlock(&c->sending, &until); // its holder may be stuck
+    pthread_mutex_timedlock(&c->sending, &until);   // its holder may be stuck
+    for (int i = c->ranks; i < c->num_peers; i++) { // during the start: who has just come
+        if (c->peers[i].fd < 0) c->peers[i].fd = accept4(c->listener, NULL, NULL, SOCK_CLOEXEC);
+    }
     for (int i = 0; i < c->num_peers; i++) {
         CommPeer *p = &c->peers[i];
         CommHead head = {COMM_MAGIC, COMM_FAIL, strlen(text)};
@@ -301,7 +306,7 @@ typedef struct {
 static inline int comm_listen(int port, const char *variable) {
     struct sockaddr_in6 six;
     struct sockaddr_in four;
-    int on = 1, off = 0, fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0), bound = -1;
+    int on = 1, off = 0, fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), bound = -1;
     memset(&six, 0, sizeof six), memset(&four, 0, sizeof four);
     six.sin6_family = AF_INET6, six.sin6_addr = in6addr_any, six.sin6_port = htons((uint16_t)port);
     four.sin_family = AF_INET, four.sin_addr.s_addr = htonl(INADDR_ANY),
@@ -313,7 +318,7 @@ static inline int comm_listen(int port, const char *variable) {
     }
     if (bound != 0 && errno != EADDRINUSE && errno != EACCES) { // a host without IPv6
         if (fd >= 0) close(fd);
-        fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         if (fd < 0) die("cannot open a socket: %s", strerror(errno));
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
         bound = bind(fd, (struct sockaddr *)&four, sizeof four);
@@ -422,16 +427,14 @@ static inline int comm_read_address(const char *folder, CommAddress *a) {
 }
 
 // Rank 0: takes connections until every rank has said who it is, then tells each its number on its host.
-static inline void comm_gather_ranks(Comm *c, int listener) {
-    enum { WAITING = 64 }; // connections that have not yet said who they are
-    CommPeer waiting[WAITING];
+static inline void comm_gather_ranks(Comm *c) {
+    CommPeer *strangers = c->peers + c->ranks;
     CommHello *hello = (CommHello *)xcalloc((size_t)c->ranks, sizeof *hello);
     double end = now_seconds() + COMM_START_SECONDS;
     int present = 1;
-    for (int i = 0; i < WAITING; i++) memset(&waiting[i], 0, sizeof waiting[i]), waiting[i].fd = -1;
     comm_host_id(hello[0].host);
     while (present < c->ranks) {
-        struct pollfd fds[1 + WAITING];
+        struct pollfd fds[1 + COMM_STRANGERS];
         int free_slot = -1;
         if (now_seconds() > end) {
             char missing[256] = "";
@@ -445,14 +448,14 @@ static inline void comm_gather_ranks(Comm *c, int listener) {
                      "rank %s%s of %d did not come within %g seconds: not started, ended, or cannot reach %s",
                      missing, many > 8 ? ", ..." : "", c->ranks, (double)COMM_START_SECONDS, c->where);
         }
-        for (int i = 0; i < WAITING; i++) {
-            fds[1 + i].fd = waiting[i].fd, fds[1 + i].events = POLLIN;
-            if (waiting[i].fd < 0) free_slot = i;
+        for (int i = 0; i < COMM_STRANGERS; i++) {
+            fds[1 + i].fd = strangers[i].fd, fds[1 + i].events = POLLIN;
+            if (strangers[i].fd < 0) free_slot = i;
         }
-        fds[0].fd = free_slot >= 0 ? listener : -1, fds[0].events = POLLIN;
-        poll(fds, 1 + WAITING, 200);
-        for (int i = 0; i < WAITING; i++) {
-            CommPeer *p = &waiting[i];
+        fds[0].fd = free_slot >= 0 ? c->listener : -1, fds[0].events = POLLIN;
+        poll(fds, 1 + COMM_STRANGERS, 200);
+        for (int i = 0; i < COMM_STRANGERS; i++) {
+            CommPeer *p = &strangers[i];
             int bad = 0;
             if (p->fd < 0) continue;
             int closed = fds[1 + i].revents ? comm_receive(p) : 0;
@@ -467,18 +470,11 @@ static inline void comm_gather_ranks(Comm *c, int listener) {
             CommHello h;
             memcpy(&h, p->bytes + sizeof *head, sizeof h);
             comm_message_done(p);
-            char wrong[128] = "";
             if (h.ranks != c->ranks)
-                snprintf(wrong, sizeof wrong, "rank %d was started as one of %d, rank 0 as one of %d", h.rank,
-                         h.ranks, c->ranks);
-            else if (h.rank < 1 || h.rank >= c->ranks || c->peers[h.rank].fd >= 0)
-                snprintf(wrong, sizeof wrong, "two processes were started as rank %d of %d", h.rank,
+                comm_die(c, "rank %d was started as one of %d, rank 0 as one of %d", h.rank, h.ranks,
                          c->ranks);
-            if (wrong[0]) {
-                comm_send(c, p, COMM_FAIL, wrong, strlen(wrong));
-                shutdown(p->fd, SHUT_WR);
-                comm_die(c, "%s", wrong);
-            }
+            if (h.rank < 1 || h.rank >= c->ranks || c->peers[h.rank].fd >= 0)
+                comm_die(c, "two processes were started as rank %d of %d", h.rank, c->ranks);
             c->peers[h.rank] = *p;
             hello[h.rank] = h;
             memset(p, 0, sizeof *p);
@@ -496,15 +492,16 @@ static inline void comm_gather_ranks(Comm *c, int listener) {
             if (closed) comm_die(c, "rank %d is gone: its process ended while others were starting", r);
         }
         if (fds[0].revents) {
-            int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+            int fd = accept4(c->listener, NULL, NULL, SOCK_CLOEXEC);
             if (fd >= 0) {
                 comm_socket_ready(fd);
-                waiting[free_slot].fd = fd;
-                waiting[free_slot].heard = now_seconds();
+                strangers[free_slot].fd = fd;
+                strangers[free_slot].heard = now_seconds();
             }
         }
     }
-    for (int i = 0; i < WAITING; i++) comm_peer_close(&waiting[i]);
+    for (int i = 0; i < COMM_STRANGERS; i++) comm_peer_close(&strangers[i]);
+    c->num_peers = c->ranks;
     for (int r = 1; r < c->ranks; r++) {
         int32_t local = 0;
         for (int i = 0; i < r; i++) local += memcmp(hello[i].host, hello[r].host, sizeof hello[r].host) == 0;
@@ -584,20 +581,17 @@ static inline void comm_master_address(CommAddress *a, const CommLauncher *l) {
 }
 
 #ifdef USE_MPI
-// Rank, number of ranks, and rank 0's address from MPI, which is done after that. Returns the socket that
-// rank 0 listens on.
-static inline int comm_from_mpi(Comm *c, CommAddress *a) {
-    int listener = -1;
+// Rank, number of ranks, and rank 0's address and listener from MPI, which is done after that.
+static inline void comm_from_mpi(Comm *c, CommAddress *a) {
     if (MPI_Init(NULL, NULL) != MPI_SUCCESS) die("MPI_Init failed");
     MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &c->ranks);
     if (c->rank == 0) {
-        listener = comm_listen(0, "MASTER_PORT");
-        comm_own_address(a, listener);
+        c->listener = comm_listen(0, "MASTER_PORT");
+        comm_own_address(a, c->listener);
     }
     MPI_Bcast(a, sizeof *a, MPI_BYTE, 0, MPI_COMM_WORLD);
     MPI_Finalize();
-    return listener;
 }
 #endif
 
@@ -610,16 +604,16 @@ static inline void comm_start(Comm *c) {
     const CommLauncher *l = comm_launched();
     CommAddress address;
     const char *folder = getenv("MASTER_DIR");
-    int listener = -1, found = 0;
+    int found = 0;
     memset(c, 0, sizeof *c);
-    c->ranks = 1;
+    c->ranks = 1, c->listener = -1;
     if (!l) return;
     c->ranks = (int)parse_int(l->ranks, getenv(l->ranks), 1, 1 << 20);
     c->rank = (int)parse_int(l->rank, getenv(l->rank), 0, c->ranks - 1);
 #ifdef USE_MPI
     if (strcmp(l->launcher, "mpirun") == 0 && !folder && !getenv("MASTER_ADDR")) {
         int ranks = c->ranks;
-        listener = comm_from_mpi(c, &address);
+        comm_from_mpi(c, &address);
         if (c->ranks != ranks)
             die("%s is %d, but MPI knows %d: this program is built with another MPI than mpirun's", l->ranks,
                 ranks, c->ranks);
@@ -628,9 +622,9 @@ static inline void comm_start(Comm *c) {
 #endif
     if (!found && !folder) comm_master_address(&address, l);
     snprintf(die_name, sizeof die_name, "rank %d: ", c->rank);
-    if (c->rank == 0 && listener < 0) listener = comm_listen(folder ? 0 : address.port, "MASTER_PORT");
+    if (c->rank == 0 && c->listener < 0) c->listener = comm_listen(folder ? 0 : address.port, "MASTER_PORT");
     if (c->rank == 0 && folder) {
-        comm_own_address(&address, listener);
+        comm_own_address(&address, c->listener);
         comm_write_address(folder, &address);
     }
     if (folder && c->rank > 0)
@@ -642,16 +636,17 @@ static inline void comm_start(Comm *c) {
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->sending, NULL);
     pthread_cond_init(&c->change, NULL);
-    c->num_peers = c->rank == 0 ? c->ranks : 1;
+    c->num_peers = c->rank == 0 ? c->ranks + COMM_STRANGERS : 1;
     c->peers = (CommPeer *)xcalloc((size_t)c->num_peers, sizeof *c->peers);
     for (int i = 0; i < c->num_peers; i++) c->peers[i].fd = -1;
     comm_of_process = c;
     die_tells = comm_tell_failure;
     if (c->rank == 0)
-        comm_gather_ranks(c, listener);
+        comm_gather_ranks(c);
     else
         comm_join(c, &address, folder);
-    if (listener >= 0) close(listener);
+    if (c->rank == 0) close(c->listener);
+    c->listener = -1;
     if (c->rank == 0 && folder) {
         char path[PATH_BYTES];
         comm_address_path(path, folder);

@@ -59,12 +59,16 @@ static void child(Deed deed, int rank) {
     exit(0);
 }
 
+// A port that nobody listens on; another one each time.
 static int free_port(void) {
-    CommAddress a;
-    int fd = comm_listen(0, "none");
-    comm_own_address(&a, fd);
-    close(fd);
-    return a.port;
+    static char given[65536];
+    for (;;) {
+        CommAddress a;
+        int fd = comm_listen(0, "none");
+        comm_own_address(&a, fd);
+        close(fd);
+        if (!given[a.port]++) return a.port;
+    }
 }
 
 // Forks a process that closes all else and runs `rank`'s part; its stderr comes through the pipe *from.
@@ -219,19 +223,26 @@ static void test_failures(void) {
     }
 }
 
+// Rank 0 ends at once where a rank is wrong, and tells all who have come. Who comes just then, or later,
+// finds nobody.
+static const char *wrong_start(const End *e, int may_be_late, const char *why) {
+    if (may_be_late && strstr(e->text, "no connection")) return "no connection to rank 0";
+    if (may_be_late && strstr(e->text, "is gone")) return "is gone: it ended while others were starting";
+    return why;
+}
+
 static void test_wrong_start(void) {
     char *variables[MOST][8];
     Deed deed[MOST] = {WORK};
     End end[MOST];
     int rank[MOST] = {0, 1, 2}, port = free_port();
-    // one of another number; who comes too late finds nobody
+    // one of another number
     for (int i = 0; i < 3; i++) launch(TORCHRUN, variables[i], NULL, port, i, i == 2 ? 4 : 3);
     run(3, variables, deed, rank, end);
     for (int i = 0; i < 3; i++)
         CHECK(end[i].code == 1 && one_line(end[i].text, "error: rank ", "",
-                                           i == 1 && strstr(end[i].text, "no connection")
-                                               ? "no connection to rank 0"
-                                               : "rank 2 was started as one of 4, rank 0 as one of 3"),
+                                           wrong_start(&end[i], i == 1,
+                                                       "rank 2 was started as one of 4, rank 0 as one of 3")),
               "world size, rank %d: code %d, %s", i, end[i].code, end[i].text);
     // the same rank twice
     port = free_port();
@@ -239,10 +250,9 @@ static void test_wrong_start(void) {
         rank[i] = i < 3 ? i : 1, launch(TORCHRUN, variables[i], NULL, port, rank[i], 4);
     run(4, variables, deed, rank, end);
     for (int i = 0; i < 4; i++)
-        CHECK(end[i].code == 1 && one_line(end[i].text, "error: rank ", "",
-                                           i == 2 && strstr(end[i].text, "no connection")
-                                               ? "no connection to rank 0"
-                                               : "two processes were started as rank 1 of 4"),
+        CHECK(end[i].code == 1 &&
+                  one_line(end[i].text, "error: rank ", "",
+                           wrong_start(&end[i], i == 2, "two processes were started as rank 1 of 4")),
               "twice, process %d: code %d, %s", i, end[i].code, end[i].text);
     // the port is taken by something that never answers: rank 0 says so, the others don't hang
     int taken = comm_listen(0, "none");
