@@ -2,8 +2,8 @@
 // memory, two warpgroups of consumers multiply with wgmma. A group's heads are packed into a tile's rows: row
 // r is head r % g of token r / g, so that g heads share each tile of K and V and the masks stay tight.
 //
-// Both kernels are persistent: a thread block takes work items, long ones first, so that all end together; the
-// loads of the next item travel while this one's results are written.
+// Both kernels are persistent: a thread block takes work items, long ones first, so that all end together;
+// the loads of the next item travel while this one's results are written.
 #include "dense.cuh"
 #include "ptx_sm90.cuh"
 #include "tma.cuh"
@@ -138,11 +138,12 @@ template <int D> struct QueryRing {
     }
 };
 
-// A tile that goes on past its sequence's keys: rows `from` on become zeros, since what lies there may be no
-// number, which no probability of 0 makes harmless. All consumers call it.
-template <int D> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
-    for (int i = threadIdx.x; i < (KEYS - from) * (D / 8); i += CONSUMERS)
-        *(uint4 *)(tile + panel_offset(from + i / (D / 8), i % (D / 8), KEYS * 128)) = make_uint4(0, 0, 0, 0);
+// A tile of TILE_ROWS rows that goes on past its sequence's: rows `from` on become zeros, since what lies
+// there may be no number, which no probability of 0 makes harmless. All consumers call it.
+template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
+    for (int i = threadIdx.x; i < (TILE_ROWS - from) * (D / 8); i += CONSUMERS)
+        *(uint4 *)(tile + panel_offset(from + i / (D / 8), i % (D / 8), TILE_ROWS * 128)) =
+            make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     named_barrier_sync(3, CONSUMERS);
 }
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 int left = w.keys - (w.begin + (w.tiles - 1) * KEYS);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
-                    clear_rows<D>(tiles + (ring.v - start) + before.stage * Ring::KV_BYTES, left);
+                    clear_rows<D, KEYS>(tiles + (ring.v - start) + before.stage * Ring::KV_BYTES, left);
                 }
                 multiply_values(before, w.tiles > 1);
                 wgmma_wait<0>();
@@ -347,8 +348,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 // A work item: dk and dv of 128 keys of a KV head, 64 a warpgroup, over all rows that see them (or, with
 // `splits`, over a share of the tokens), and these keys' part of those rows' dq. Scores are computed
 // transposed, so that P^T and dS^T are in registers, at once operands of the products with dO and Q; those
-// come in tiles of 64 rows with their lse and delta. dS^T goes through shared memory, too: of a tile's dQ = dS
-// K over all 128 keys each warpgroup makes half of the columns, and a warp adds them to dq in memory.
+// come in tiles of 64 rows with their lse and delta. dS^T goes through shared memory, too: of a tile's dQ =
+// dS K over all 128 keys each warpgroup makes half of the columns, and a thread adds them to dq in memory;
+// two threads take turns, since an addition takes about as long as a tile does, most of it waiting.
 //
 // The order of these additions is fixed: a tile of rows takes them by ascending keys, and a counter says how
 // many it has. Nobody waits for long: items go out by ascending keys (a ticket each, so that whoever holds
@@ -356,14 +358,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 // that began together stay one tile behind each other; under a window, further keys see later rows, which are
 // so met first.
 //
-// What comes next runs meanwhile: dP while exp is taken, dV while dS is made, dK while it is stored, dQ and the
-// next tile's S while dQ goes out. After the last tile S is computed of whatever lies there, and not used: ptxas
-// serializes the products here if one is started under a condition, or two are under way where the loop begins.
+// What comes next runs meanwhile: dP while exp is taken, dV while dS is made, dK while it is stored, dQ and
+// the next tile's S while dQ goes out. After the last tile S is computed of whatever lies there, and not
+// used: ptxas serializes the products here if one is started under a condition, or two are under way where
+// the loop begins.
 //
-// Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every 128
-// keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88 TFLOP,
-// 111 ms at 790. Shared memory comes close: for a tile at d = 128 wgmma reads 256 KiB, 2,048 clocks, and 80
-// KiB more are written and read on the way of dS and dQ, where the products take 2,560.
+// Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every
+// 128 keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88
+// TFLOP, 111 ms at 790. Shared memory comes close: for a tile at d = 128 wgmma reads 256 KiB, 2,048 clocks,
+// and 80 KiB more are written and read on the way of dS and dQ, where the products take 2,560.
 struct KeyWork {
     RowTile keys; // no rows: no work
     int kv_head, split;
@@ -404,8 +407,8 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     return w;
 }
 
-// The tiles of tokens that a work item's keys meet, from the last to the first. A segment's tiles are the same
-// for all keys: they begin at its first token. Rows count in 32 bits, as TMA's coordinates do.
+// The tiles of tokens that a work item's keys meet, from the last to the first. A segment's tiles are the
+// same for all keys: they begin at its first token. Rows count in 32 bits, as TMA's coordinates do.
 struct TokenWalk {
     int segment, row, place; // the first token's row in q; the tile's number of all
     int pos, end;            // the first token's position; the end of the segment's tokens
@@ -437,24 +440,26 @@ template <int D> struct KeyRing {
     static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
     static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row], two of them in turn
     static constexpr int STATS = 2 * STREAM_ROWS * 4;       // bytes of a stage's lse and delta
+    static constexpr int DQ_BYTES = STREAM_ROWS * D * 4;    // also two, each with a thread that adds it to dq
     static constexpr int DS = 2 * STAY_BYTES + 2 * STAGES * ROW_BYTES, DQ = DS + 2 * DS_BYTES;
-    static constexpr int STAT = DQ + STREAM_ROWS * D * 4, WORK = STAT + STAGES * STATS,
-                         BARRIERS = WORK + 2 * (int)sizeof(KeyWork), BYTES = BARRIERS + 8 * (4 + 2 * STAGES);
+    static constexpr int STAT = DQ + 2 * DQ_BYTES, WORK = STAT + STAGES * STATS,
+                         BARRIERS = WORK + 2 * (int)sizeof(KeyWork), BYTES = BARRIERS + 8 * (6 + 2 * STAGES);
     uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, full, empty;
     __device__ __forceinline__ KeyRing(uint32_t start) {
         k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + STAGES * ROW_BYTES;
         ds = start + DS, dq = start + DQ;
         stay_full = start + BARRIERS, stay_empty = stay_full + 8, dq_full = stay_empty + 8;
-        dq_empty = dq_full + 8, full = dq_empty + 8, empty = full + 8 * STAGES;
+        dq_empty = dq_full + 16, full = dq_empty + 16, empty = full + 8 * STAGES;
     }
     __device__ __forceinline__ void init() const {
-        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 1);
-        mbarrier_init(dq_full, RELEASES), mbarrier_init(dq_empty, 1);
+        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 2);
+        for (int i = 0; i < 2; i++)
+            mbarrier_init(dq_full + 8 * i, RELEASES), mbarrier_init(dq_empty + 8 * i, 1);
         for (int i = 0; i < STAGES; i++)
             mbarrier_init(full + 8 * i, 1 + 32), mbarrier_init(empty + 8 * i, RELEASES);
         mbarrier_init_fence();
     }
-    // Work items lie in shared memory, where all warps read them, two in turn: the warp that adds to dq lags
+    // Work items lie in shared memory, where all warps read them, two in turn: the warps that add to dq lag
     // behind the others.
     static __device__ __forceinline__ KeyWork *work(char *tiles, int parity) {
         return (KeyWork *)(tiles + WORK) + parity;
@@ -529,27 +534,30 @@ template <int D> struct KeyRing {
             }
         }
     }
-    // One thread: adds each tile of dQ to dq when those of all smaller keys are in.
-    __device__ void add_queries(const Dense &p, char *tiles) const {
+    // A thread of two: adds every second tile of dQ to dq when those of all smaller keys are in.
+    __device__ void add_queries(const Dense &p, char *tiles, int mine) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
-        int work_parity = 0, parity = 0;
+        const uint32_t my_dq = dq + mine * DQ_BYTES;
+        int work_parity = 0;
+        Turn<2> buffer;
         while (const KeyWork *w = next_work(tiles, &work_parity)) {
             mbarrier_arrive(stay_empty);
             TokenWalk walk(*w);
-            for (; walk.next(p, *w, tokens); parity ^= 1) {
+            for (; walk.next(p, *w, tokens); buffer.next()) {
+                if (buffer.stage != mine) continue;
                 int *turn = p.order + 1 + (int64_t)walk.place * p.kv_heads + w->kv_head;
                 const int before = w->keys.first / KEYS - p.visible.first_key(walk.pos) / KEYS;
                 const int bytes = min(tokens, walk.end - walk.pos) * g * D * 4;
-                float *to = p.dq + dq_sum_row(p.plan.nq, g, walk.row, w->kv_head * g) * D;
+                float *to = p.dq + dq_sum_group(p.plan.nq, g, walk.row, w->kv_head) * D;
                 turn_wait(turn, before);
-                mbarrier_wait(dq_full, parity);
+                mbarrier_wait(dq_full + 8 * mine, buffer.parity);
                 if (before > 0 || p.accumulate_q)
-                    bulk_add(to, dq, bytes);
+                    bulk_add(to, my_dq, bytes);
                 else
-                    bulk_store(to, dq, bytes);
+                    bulk_store(to, my_dq, bytes);
                 bulk_commit();
                 bulk_wait_read();
-                mbarrier_arrive(dq_empty);
+                mbarrier_arrive(dq_empty + 8 * mine);
                 bulk_wait();
                 turn_pass(turn);
             }
@@ -577,8 +585,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_down_to<BACKWARD_PRODUCER_REGISTERS>();
         if (threadIdx.x < CONSUMERS + 32)
             ring.produce(p, maps, tiles, items);
-        else if (threadIdx.x == CONSUMERS + 32)
-            ring.add_queries(p, tiles);
+        else if (threadIdx.x % 32 == 0 && threadIdx.x < CONSUMERS + 96)
+            ring.add_queries(p, tiles, threadIdx.x / 32 - CONSUMERS / 32 - 1);
     } else {
         registers_up_to<BACKWARD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -590,31 +598,40 @@ __global__ void __launch_bounds__(THREADS, 1)
         const uint32_t my_columns = ring.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
         const int my_key = warpgroup * 64 + warp * 16 + lane / 4; // the first of the thread's two
         Turn<Ring::STAGES> turn;
-        int work_parity = 0, dq_parity = 1, buffer = 0;
+        Turn<2> buffer; // of dS and of dQ
+        int work_parity = 0;
         while (const KeyWork *work = ring.next_work(tiles, &work_parity)) {
             const KeyWork &w = *work;
             if (w.keys.rows < KEYS) {
-                clear_rows<D>(tiles, w.keys.rows);
-                clear_rows<D>(tiles + Ring::STAY_BYTES, w.keys.rows);
+                clear_rows<D, KEYS>(tiles, w.keys.rows);
+                clear_rows<D, KEYS>(tiles + Ring::STAY_BYTES, w.keys.rows);
             }
             float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[STREAM_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
             TokenWalk walk(w);
             bool more = walk.next(p, w, tokens);
             auto start_scores = [&] {
-                // Not past the end: the stage's next round may be any.
-                if (more) mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
+                if (more) { // past the end the stage's next round may be any
+                    mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
+                    const int left = (walk.end - walk.pos) * g;
+                    if (left < tokens * g) {
+                        clear_rows<D, STREAM_ROWS>(tiles + (ring.q - start) + turn.stage * Ring::ROW_BYTES,
+                                                   left);
+                        clear_rows<D, STREAM_ROWS>(tiles + (ring.dout - start) + turn.stage * Ring::ROW_BYTES,
+                                                   left);
+                    }
+                }
                 wgmma_fence();
                 product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, ring.q + turn.stage * Ring::ROW_BYTES);
                 wgmma_commit();
             };
             start_scores();
-            for (; more; buffer ^= 1, dq_parity ^= 1) {
+            for (; more; buffer.next()) {
                 const int stage = turn.stage, pos = walk.pos, end = walk.end;
-                const int64_t sums = dq_sum_row(p.plan.nq, g, walk.row, w.kv_head * g);
+                const int64_t sums = dq_sum_group(p.plan.nq, g, walk.row, w.kv_head);
                 const uint32_t tile_q = ring.q + stage * Ring::ROW_BYTES;
                 const uint32_t tile_dout = ring.dout + stage * Ring::ROW_BYTES;
-                const uint32_t tile_ds = ring.ds + buffer * Ring::DS_BYTES;
+                const uint32_t tile_ds = ring.ds + buffer.stage * Ring::DS_BYTES;
                 const float *lse = (const float *)(tiles + Ring::STAT + stage * Ring::STATS);
                 const float *delta = lse + STREAM_ROWS;
                 float dp[STREAM_ROWS / 8][4];
@@ -687,18 +704,18 @@ __global__ void __launch_bounds__(THREADS, 1)
                 start_scores();
                 wgmma_wait<1>();
                 wgmma_pin(dq);
-                mbarrier_wait(ring.dq_empty, dq_parity);
+                mbarrier_wait(ring.dq_empty + 8 * buffer.stage, buffer.parity ^ 1);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int row = warp * 16 + half * 8 + lane / 4;
-                    char *to = tiles + Ring::DQ + row * D * 4 + lane % 4 * 8;
+                    char *to = tiles + Ring::DQ + buffer.stage * Ring::DQ_BYTES + row * D * 4 + lane % 4 * 8;
 #pragma unroll
                     for (int n = 0; n < D / 16; n++)
                         *(float2 *)(to + dq_sum_piece(sums + row, warpgroup * D / 16 + n) * 32) =
                             make_float2(dq[n][half * 2] * unit_k, dq[n][half * 2 + 1] * unit_k);
                 }
                 fence_proxy_async();
-                mbarrier_arrive_warp(ring.dq_full);
+                mbarrier_arrive_warp(ring.dq_full + 8 * buffer.stage);
             }
             wgmma_wait<0>(); // scores of no tile
             mbarrier_arrive_warp(ring.stay_empty);
@@ -784,7 +801,8 @@ template <typename T, int D> static int backward_sm90(const Dense &d, FsaDtype d
     if (status) return status;
     int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
     if (items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // tickets are of 32 bits
-    cudaMemsetAsync(d.order, 0, fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads), stream);
+    size_t bytes = fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads);
+    if (cudaMemsetAsync(d.order, 0, bytes, stream) != cudaSuccess) return FSA_ERROR_CUDA;
     return launch(backward_sm90_kernel<T, D>, d, maps, items, 1024 + KeyRing<D>::BYTES, stream);
 }
 

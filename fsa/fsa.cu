@@ -57,6 +57,10 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
         return fail(FSA_ERROR_ARGUMENT, "max_len %lld: must be from 0 to num_keys %lld, and below 2^30",
                     (long long)b->max_len, (long long)b->num_keys);
     }
+    if (b->num_queries > INT32_MAX || b->num_keys > INT32_MAX) {
+        return fail(FSA_ERROR_ARGUMENT, "batch: %lld queries, %lld keys: at most 2^31 - 1 of either",
+                    (long long)b->num_queries, (long long)b->num_keys);
+    }
     if (b->num_queries * c->topk > (int64_t)UINT32_MAX) {
         return fail(FSA_ERROR_ARGUMENT, "num_queries %lld: times topk %d exceeds 2^32 - 1",
                     (long long)b->num_queries, c->topk);
@@ -275,12 +279,12 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     if (p.n == 0) return FSA_OK;
     POINTER(k);
     POINTER(v);
+    POINTER(saved);
     POINTER(dk);
     POINTER(dv);
     if (p.nq > 0) {
         POINTER(gate_logits);
         POINTER(dout);
-        POINTER(saved);
         POINTER(dq);
         POINTER(dgate_logits);
     }

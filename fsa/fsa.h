@@ -78,7 +78,8 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // 64 or 128. Layouts are those of reference.h: q, o [Nq, Hq, d]; k, v [N, Hkv, d]; lse [Nq, Hq] fp32;
 // indices [Hkv, Nq, T]. An entry launches kernels on `stream` and returns; it allocates nothing and
 // never synchronizes, and may be called from several threads with separate workspaces. Same input,
-// same GPU: same bits.
+// same GPU: same bits. What is no number in a sequence (NaN, infinity) stays in it and in the parameters'
+// gradients.
 
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
 

@@ -61,8 +61,11 @@ int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaV
 // The sums for dq lie in rows [Hkv, Nq, g] of d, so that the rows of any tile of tokens are one piece of memory;
 // in a row the pieces of 8 numbers are exchanged by row % 4, so that threads that write the same columns of
 // neighbouring rows to shared memory, where sums have the same layout, meet different banks.
+__host__ __device__ static inline int64_t dq_sum_group(int64_t nq, int g, int64_t token, int kv_head) {
+    return (kv_head * nq + token) * g; // the first of the g rows
+}
 __host__ __device__ static inline int64_t dq_sum_row(int64_t nq, int g, int64_t token, int head) {
-    return (head / g * nq + token) * g + head % g;
+    return dq_sum_group(nq, g, token, head / g) + head % g;
 }
 __host__ __device__ static inline int dq_sum_piece(int64_t row, int piece) {
     return piece ^ (int)(row & 3);

@@ -157,10 +157,11 @@ static void rounded_forward(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, con
     fsa_ref_gate_forward_f32(c, p.nq, p.gate.f.data(), s->o, o);
 }
 
-// The norms of what dwk and dpe sum. Both come from dS = P (dP - delta), whose parts cancel where a query sees
-// few windows, and can leave any fraction of themselves; so each part is taken through the backward pass alone
-// (without o delta vanishes, without kc's values dP does). dpe sums W_k dk~ over windows besides, and without
-// RoPE to nothing, since pe moves all compressed keys alike, which softmax ignores. Overwrites s's gradients.
+// The norms of what dwk and dpe sum. Both come from dS = P (dP - delta), whose parts cancel where a query
+// sees few windows, and can leave any fraction of themselves; so each part is taken through the backward pass
+// alone (without o delta vanishes, without kc's values dP does). dpe sums W_k dk~ over windows besides, and
+// without RoPE to nothing, since pe moves all compressed keys alike, which softmax ignores. Overwrites s's
+// gradients.
 struct PhiTerms {
     double dwk, dpe;
 };
@@ -198,9 +199,9 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, const
     return PhiTerms{sqrt(dwk_terms), sqrt(dpe_terms)};
 }
 
-// The norm of what dgate sums: its numbers are sums over a branch's d channels, and with gate_per_token over all
-// heads: sigmoid'(logit) dout o. Of a few tokens' few numbers chance can leave a third of what their terms
-// promise.
+// The norm of what dgate sums: its numbers are sums over a branch's d channels, and with gate_per_token over
+// all heads: sigmoid'(logit) dout o. Of a few tokens' few numbers chance can leave a third of what their
+// terms promise.
 template <typename T> static double dgate_terms(const Problem<T> &p, float *const o[3]) {
     double norm = 0;
     const FsaConfig &c = p.c;
@@ -257,8 +258,8 @@ static void test_shape(Random *r, const FsaConfig &c, const std::vector<int64_t>
     double out_limit = Dtype<T>::out_tolerance, grad_limit = Dtype<T>::grad_tolerance;
     double error = error_of(p.o.floats(), o), worst = error;
     CHECK(error <= out_limit, "%s: o %.2e, at most %.2e", what, error, out_limit);
-    // The compression's parameters get their gradients from two kernels, one after the other, each with its own
-    // independent error: the squares add up.
+    // The compression's parameters get their gradients from two kernels, one after the other, each with its
+    // own independent error: the squares add up.
     const double weight_limit = sqrt(2) * grad_limit;
     struct Gradient {
         const char *name;
@@ -381,6 +382,54 @@ static void test_recompute(Random *r, bool small) {
                   "%lld bytes kept, %lld without outputs", (long long)kept[0], (long long)kept[1]);
     }
     CHECK(bits[0] == bits[1], "other bits where outputs are computed again");
+}
+
+// What is no number in a sequence stays there: its neighbours' results have the same bits as without it, and
+// the choice of blocks obeys the rules even for such queries.
+template <typename T> static void test_no_numbers(Random *r, bool small) {
+    FsaConfig c = default_config(small ? 3 : 12, small ? 1 : 4, small ? 64 : 128, small ? 16 : 64, 4);
+    c.cmp_len = 16, c.window = 20;
+    const int64_t one = small ? 21 : 421, begin = small ? 41 : 541, end = begin + one;
+    Problem<T> p(r, c, {begin, one, small ? 30 : 330}, {}, true);
+    // The rows of the first and the last sequence of all results.
+    auto neighbours = [&] {
+        std::vector<T> all;
+        auto add = [&](const T *from, int64_t rows, int64_t row) {
+            std::vector<T> x((size_t)(rows * row));
+            CUDA_CHECK(cudaMemcpy(x.data(), from, x.size() * sizeof(T), cudaMemcpyDeviceToHost));
+            all.insert(all.end(), x.begin(), x.begin() + begin * row);
+            all.insert(all.end(), x.begin() + end * row, x.end());
+        };
+        int64_t q = c.q_heads * c.head_dim, k = c.kv_heads * c.head_dim;
+        add(p.o, p.nq, q), add(p.dq, p.nq, q), add(p.dk, p.n, k), add(p.dv, p.n, k);
+        add(p.dgate, p.nq, p.gates / p.nq);
+        return all;
+    };
+    auto spoil = [&](const Host<T> &x, Buffer<T> &to) {
+        std::vector<T> y(x.raw);
+        int64_t row = (int64_t)y.size() / p.n;
+        for (int64_t i = begin * row; i < end * row; i++)
+            if (r->below(3) == 0)
+                y[(size_t)i] = (T)(float)(r->below(2) ? NAN : r->below(2) ? INFINITY : -INFINITY);
+        CUDA_CHECK(cudaMemcpy(to.get(), y.data(), y.size() * sizeof(T), cudaMemcpyHostToDevice));
+    };
+    std::vector<T> clean;
+    for (int round = 0; round < 2; round++) {
+        if (round) {
+            spoil(p.q, p.q_), spoil(p.k, p.k_), spoil(p.v, p.v_), spoil(p.dout, p.dout_);
+            spoil(p.gate, p.gate_);
+        }
+        p.dwk.zero(), p.dwv.zero(), p.dpe.zero();
+        int status = p.forward(0);
+        if (!status) status = p.backward(0);
+        CHECK(status == 0 && cudaDeviceSynchronize() == cudaSuccess, "status %d: %s", status,
+              fsa_last_error());
+        CHECK(p.guards_intact(), "round %d: written beside the results", round);
+        CHECK(choice_valid(c, p.batch, p.indices()), "round %d: the choice breaks its rules", round);
+        if (round == 0) clean = neighbours();
+    }
+    std::vector<T> now = neighbours();
+    CHECK(memcmp(now.data(), clean.data(), now.size() * sizeof(T)) == 0, "other bits in the neighbours");
 }
 
 // Two problems on two streams at once, and from two threads, give what each gives alone.
@@ -876,7 +925,9 @@ static void test_errors(Random *r) {
                    {&b.num_segments, 0, "need a sequence"},
                    {&b.max_len, 300, "max_len 300"},
                    {&b.max_len, -1, "max_len -1"},
-                   {&b.num_queries, 1ll << 30, "num_queries 1073741824"}};
+                   {&b.num_queries, 1ll << 30, "num_queries 1073741824"},
+                   {&b.num_queries, 1ll << 31, "2147483648 queries"},
+                   {&b.num_keys, 1ll << 31, "2147483648 keys"}};
     for (const Entry &e : entries) {
         entry = e.name;
         Buffer<char> work((int64_t)fsa_workspace_size(&good, FSA_BF16, &good_batch, e.op));
@@ -991,6 +1042,8 @@ int main(int argc, char **argv) {
     test_chosen_shapes(&r, small);
     test_random_shapes(&r, shapes, small);
     test_recompute(&r, small);
+    test_no_numbers<T>(&r, small);
+    test_no_numbers<__half>(&r, small);
     test_two_streams(&r, small);
     printf("worst relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
            worst_error[0][0], worst_error[0][1], worst_error[1][0], worst_error[1][1]);
