@@ -8,6 +8,10 @@
 // ten roundings a layer lie between a weight and the loss, twice as many on the way back, and each is passed
 // on; sums of independent errors grow as the root of their number, 2 layers of 20: about 7e-3. The limits
 // below are some three times the largest that was measured. A wrong kernel is off by 0.1 or more.
+//
+// The seed is the same each time: random models differ in how much they amplify a rounding, and a few do it a
+// lot (of 30 seeds one had gradients off by 7e-2 in bf16 and by 4e-3 in fp16, the others by 2e-2 to 3e-2 in
+// bf16).
 #define GPT_NO_MAIN
 #define CP_GROUP_BYTES 1 // several groups of heads even here
 #include "train_gpt_nsa.cu"
@@ -23,9 +27,9 @@ static const double loss_limit = 1e-3, logit_limit = 4e-3, grad_limit = 1e-2, st
 static const double loss_limit = 8e-3, logit_limit = 3e-2, grad_limit = 8e-2, step_limit = 1.2e-2;
 #endif
 
-static uint64_t seed;
+static uint64_t seed = 1337;
 static int small;
-static double worst_loss, worst_logit, worst_grad, worst_step;
+static double worst_loss, worst_logit, worst_next, worst_grad, worst_step;
 
 // ---------------------------------------------------------------------------------------------------------
 // Models and batches
@@ -437,13 +441,23 @@ static void test_inference(const Variant *v) {
     for (int64_t i = 0; i < n; i++) same += best[i] == gpt.best[i];
     CHECK((double)same >= 0.9 * (double)n, "%s: %lld of %lld arg maxes agree", v->name, (long long)same,
           (long long)n);
+    const int64_t row = c.fsa.kv_heads * c.fsa.topk;
+    std::vector<int32_t> choice(c.layers * n * row);
     for (int64_t length : {(int64_t)1, (int64_t)29, n}) {
-        const int64_t cu_seqlens[2] = {0, length};
-        gpt_forward(&gpt, d.tokens.data(), NULL, cu_seqlens, 1);
-        double error = relative_error(next_logits(model, d.tokens.data(), length), gpt.logits, c.vocab_size);
-        // one row, and its own choice of blocks: a larger spread than over all rows
-        CHECK(error < 4 * logit_limit, "%s: logits after %lld tokens: error %.2e", v->name, (long long)length,
-              error);
+        model->choice = choice.data();
+        const float *logits = next_logits(model, d.tokens.data(), length);
+        model->choice = NULL;
+        // The C model takes the sequence as the GPU has filled it up, and its choice of blocks.
+        const int64_t filled = model->batch.n, cu_seqlens[2] = {0, filled};
+        std::vector<int32_t> tokens(d.tokens.begin(), d.tokens.begin() + length);
+        tokens.resize(filled);
+        for (int l = 0; l < c.layers && c.attn == ATTN_NSA; l++)
+            gpt.acts[l].choice = choice.data() + l * filled * row;
+        gpt_forward(&gpt, tokens.data(), tokens.data(), cu_seqlens, 1);
+        double error = relative_error(logits, gpt.logits + (length - 1) * c.padded_vocab, c.vocab_size);
+        worst_next = std::max(worst_next, error);
+        CHECK(error < 2 * logit_limit, "%s: logits after %lld tokens: error %.2e", v->name, (long long)length,
+              error); // of one row: a larger spread than over all
     }
     gpt_free(&gpt);
     destroy(model);
@@ -569,7 +583,6 @@ static int share(void *) {
 
 int main(int argc, char **argv) {
     int devices = 0;
-    seed = (uint64_t)time(NULL);
     for (int i = 1; i < argc; i++) {
         if (strncmp(argv[i], "seed=", 5) == 0) seed = strtoull(argv[i] + 5, NULL, 10);
         if (strcmp(argv[i], "small") == 0) small = 1;
@@ -603,7 +616,8 @@ int main(int argc, char **argv) {
     test_training(&nsa);
     test_inference(&nsa);
     test_inference(&full);
-    printf("largest errors: losses %.2e, logits %.2e, gradients %.2e, losses of 20 steps %.2e\n", worst_loss,
-           worst_logit, worst_grad, worst_step);
+    printf("largest errors: losses %.2e, logits %.2e, of the next token %.2e, gradients %.2e, losses of 20 "
+           "steps %.2e\n",
+           worst_loss, worst_logit, worst_next, worst_grad, worst_step);
     return test_end("test_gpt_nsa");
 }
