@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 // transposed, so that P^T and dS^T are in registers, at once operands of the products with dO and Q; those
 // come in tiles of 64 rows with their lse and delta. dS^T goes through shared memory, too: of a tile's dQ =
 // dS K over all 128 keys each warpgroup makes half of the columns, and a thread adds them to dq in memory;
-// two threads take turns, since an addition takes about as long as a tile does, most of it waiting.
+// two threads take turns, since an addition waits for the L2 three times, by estimate longer than a tile
+// takes.
 //
 // The order of these additions is fixed: a tile of rows takes them by ascending keys, and a counter says how
 // many it has. Nobody waits for long: items go out by ascending keys (a ticket each, so that whoever holds

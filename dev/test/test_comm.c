@@ -292,6 +292,34 @@ static void test_wrong_start(void) {
     CHECK(end[0].code == 1 && one_line(end[0].text, "error: ", "RANK", "two"), "%s", end[0].text);
 }
 
+// Rank 0 tells a connection that has not yet said who it is why it ends.
+static void test_waiting_is_told(void) {
+    char *variables[MOST][8], why[256], text[512];
+    int from, port = free_port(), status, silent = -1;
+    launch(TORCHRUN, variables[0], NULL, port, 0, 2);
+    pid_t zero = start(&from, variables[0], WORK, 0);
+    for (int i = 0; i < 100 && silent < 0; i++) {
+        silent = comm_connect("127.0.0.1", port, 1, why);
+        if (silent < 0) comm_pause();
+    }
+    int wrong = comm_connect("127.0.0.1", port, 1, why);
+    comm_socket_ready(silent), comm_socket_ready(wrong);
+    CommHello hello = {1, 5, ""};
+    CommHead head = {COMM_MAGIC, COMM_HELLO, sizeof hello};
+    CHECK(silent >= 0 && wrong >= 0, "%s", why);
+    CHECK(comm_write(wrong, &head, sizeof head) == 0 && comm_write(wrong, &hello, sizeof hello) == 0, "%s",
+          strerror(errno));
+    ssize_t n = recv(silent, &head, sizeof head, MSG_WAITALL);
+    CHECK(n == sizeof head && head.type == COMM_FAIL && head.bytes < sizeof text, "%zd bytes", n);
+    n = recv(silent, text, sizeof text - 1, 0);
+    text[n > 0 ? n : 0] = 0;
+    CHECK(strcmp(text, "rank 1 was started as one of 5, rank 0 as one of 2") == 0, "%s", text);
+    close(silent), close(wrong);
+    waitpid(zero, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
+    close(from);
+}
+
 // Connections that say nothing, or nonsense, do not disturb rank 0.
 static void test_strangers(void) {
     char *variables[MOST][8];
@@ -383,6 +411,7 @@ int main(int argc, char **argv) {
     test_start();
     test_strangers();
     test_wrong_start();
+    test_waiting_is_told();
     test_failures();
     CHECK(rmdir(folder) == 0, "%s: %s", folder, strerror(errno)); // rank 0's address is gone
     return test_end("test_comm");
