@@ -548,15 +548,24 @@ __global__ void __launch_bounds__(256) dense_reduce_kernel(const Dense p, int64_
     }
 }
 
-// The compressed rule has few keys, each seen by many queries: a block for each query head, then a sum.
-static int dense_splits(const FsaConfig *c, FsaVisibility rule) {
-    return rule == FSA_COMPRESSED ? c->q_heads / c->kv_heads : 1;
+// The compressed rule has few keys, each seen by many queries, and its longest thread block is twice the
+// average. So a block for each query head, or, on Hopper, as many shares of the queries as make twice its 132
+// multiprocessors' worth of work items; then a sum.
+enum { HOPPER_ITEMS = 384, HOPPER_SPLITS = 16, HOPPER_KEYS = 128 };
+static int dense_splits(const FsaConfig *c, FsaVisibility rule, int64_t num_keys) {
+    if (rule != FSA_COMPRESSED) return 1;
+    if (!fsa_hopper()) return c->q_heads / c->kv_heads;
+    int64_t items = (num_keys + HOPPER_KEYS - 1) / HOPPER_KEYS * c->kv_heads;
+    int64_t splits = items > 0 ? (HOPPER_ITEMS + items / 2) / items : 1;
+    return (int)(splits < 1 ? 1 : splits > HOPPER_SPLITS ? HOPPER_SPLITS : splits);
 }
 
+// Of Hopper's, whose splits are fewer for more keys, a bound that is never less for more of them.
 static size_t partial_bytes(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
-    int splits = dense_splits(c, rule);
-    return splits == 1 ? 0
-                       : (size_t)splits * 2 * fsa_max_windows(c, p) * c->kv_heads * c->head_dim * sizeof(float);
+    if (rule != FSA_COMPRESSED) return 0;
+    int64_t keys = fsa_max_windows(c, p), group = c->q_heads / c->kv_heads, rows = group > 1 ? group * keys : 0;
+    if (fsa_hopper()) rows = keys + (HOPPER_ITEMS / c->kv_heads + 2) * HOPPER_KEYS;
+    return (size_t)rows * 2 * c->kv_heads * c->head_dim * sizeof(float);
 }
 
 size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
@@ -582,7 +591,7 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
     Dense d = dense_of(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
     d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
-    d.splits = dense_splits(c, rule);
+    d.splits = dense_splits(c, rule, d.num_keys);
     d.partial = (float *)workspace;
     d.order = (int *)((char *)workspace + partial_bytes(c, p, rule));
     if (!workspace) return FSA_ERROR_WORKSPACE;

@@ -12,6 +12,7 @@ enum {
     ROWS = 128,       // rows of a work item of forward, 64 a warpgroup
     KEYS = 128,       // keys of a tile that forward streams; of a work item of backward, 64 a warpgroup
     STREAM_ROWS = 64, // rows of a tile that backward streams
+    HEADS_TOGETHER = 8,
     KV_STAGES = 2,
     CONSUMERS = 256, // threads; a third warpgroup produces
     THREADS = CONSUMERS + 128,
@@ -380,9 +381,14 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     KeyWork w;
     w.keys.rows = 0;
     if (item >= items) return w;
-    w.split = (int)(item % p.splits);
-    w.kv_head = (int)(item / p.splits % p.kv_heads);
-    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, item / p.splits / p.kv_heads);
+    // Some heads after the others, so that several tiles of keys of each are under way and share what their rows
+    // bring into the L2; of those heads by ascending keys.
+    const int together = max(HEADS_TOGETHER / p.splits, 1);
+    const int64_t round = items / p.kv_heads * together, rest = item % round;
+    const int head0 = (int)(item / round) * together, heads = min(together, p.kv_heads - head0);
+    w.split = (int)(rest % p.splits);
+    w.kv_head = head0 + (int)(rest / p.splits % heads);
+    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, rest / p.splits / heads);
     int64_t lo = 0, hi = p.plan.num_segments, end = hi;
     while (lo < hi) { // the sequence's first segment
         int64_t mid = (lo + hi) / 2;
@@ -408,26 +414,44 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     return w;
 }
 
-// The tiles of tokens that a work item's keys meet, from the last to the first. A segment's tiles are the
-// same for all keys: they begin at its first token. Rows count in 32 bits, as TMA's coordinates do.
+// The tiles of tokens that a work item's keys meet: of the last segment first, and from its last tile to the
+// first. Under a window a walk begins at the last tile that ends a period, which is as many tiles as meet the
+// keys, and the tiles beyond come at its end: so thread blocks that began together are at the same rows together.
+// A segment's tiles are the same for all keys: they begin at its first token. Rows count in 32 bits, as TMA's
+// coordinates do.
 struct TokenWalk {
     int segment, row, place; // the first token's row in q; the tile's number of all
     int pos, end;            // the first token's position; the end of the segment's tokens
     int tile, lowest;        // of the segment's
+    int beyond, last;        // tiles beyond..last are still to come
     __device__ __forceinline__ TokenWalk(const KeyWork &w)
-        : segment(w.segment_end), row(0), place(0), pos(0), end(0), tile(0), lowest(0) {}
+        : segment(w.segment_end), row(0), place(0), pos(0), end(0), tile(0), lowest(0), beyond(0), last(-1) {}
+    __device__ __forceinline__ void move(int by, int tokens) {
+        tile += by, place += by, pos += by * tokens, row += by * tokens;
+    }
     __device__ __forceinline__ bool next(const Dense &p, const KeyWork &w, int tokens) {
-        tile--, place--, pos -= tokens, row -= tokens;
+        move(-1, tokens);
         while (tile < lowest) {
+            if (beyond <= last) {
+                move(last - tile, tokens);
+                lowest = beyond, last = -1;
+                break;
+            }
             if (--segment < w.segment) return false;
             const int first = (int)p.plan.segments[segment].pos, len = (int)p.plan.segments[segment].len;
-            const int last = min(w.pos_last, first + len - 1), row0 = (int)p.plan.cu_rows[segment];
+            const int last_pos = min(w.pos_last, first + len - 1), row0 = (int)p.plan.cu_rows[segment];
             // The tile of the first token that sees a key, but none that begins before the share; the tile of
             // the last, but none that begins past the share.
             lowest = max(w.pos_begin > first ? (w.pos_begin - first) / tokens : 0,
                          w.share_begin > first ? (w.share_begin - first + tokens - 1) / tokens : 0);
-            tile = min(last >= first ? (last - first) / tokens : -1,
+            last = min(last_pos >= first ? (last_pos - first) / tokens : -1,
                        w.share_end > first ? (w.share_end - first + tokens - 1) / tokens - 1 : -1);
+            tile = last;
+            if (p.visible.width < INT32_MAX / 2) {
+                const int turn = last - (last + 1) % ((p.visible.width + KEYS - 2) / tokens + 1);
+                if (turn >= lowest) tile = turn;
+            }
+            beyond = tile + 1;
             pos = first + tile * tokens, end = first + len;
             row = row0 + tile * tokens;
             place = row0 / tokens + segment + tile;
@@ -453,7 +477,7 @@ template <int D> struct KeyRing {
         dq_empty = dq_full + 16, full = dq_empty + 16, empty = full + 8 * STAGES;
     }
     __device__ __forceinline__ void init() const {
-        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 2);
+        mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 3);
         for (int i = 0; i < 2; i++)
             mbarrier_init(dq_full + 8 * i, RELEASES), mbarrier_init(dq_empty + 8 * i, 1);
         for (int i = 0; i < STAGES; i++)
@@ -461,7 +485,7 @@ template <int D> struct KeyRing {
         mbarrier_init_fence();
     }
     // Work items lie in shared memory, where all warps read them, two in turn: the warps that add to dq lag
-    // behind the others.
+    // behind the others, the one that brings lse and delta runs ahead.
     static __device__ __forceinline__ KeyWork *work(char *tiles, int parity) {
         return (KeyWork *)(tiles + WORK) + parity;
     }
@@ -472,9 +496,44 @@ template <int D> struct KeyRing {
         *parity ^= 1;
         return w->keys.rows > 0 ? w : NULL;
     }
-    // One warp: takes the items and brings all that they need; lane 0 starts the copies, all lanes bring lse
-    // and delta.
+    // A thread: takes the items and brings their keys and rows.
     __device__ void produce(const Dense &p, const Maps &maps, char *tiles, int64_t items) const {
+        const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
+        Turn<STAGES> turn;
+        for (int parity = 0;; parity ^= 1) {
+            KeyWork *w = work(tiles, parity), next;
+            int item;
+            do {
+                item = atomicAdd(p.order, 1);
+                next = key_work(p, item, items);
+            } while (item < items && next.keys.rows == 0);
+            mbarrier_wait(stay_empty, parity ^ 1); // a fresh barrier's phase before the first counts as over
+            *w = next;
+            if (next.keys.rows == 0) {
+                mbarrier_arrive(stay_full);
+                return;
+            }
+            mbarrier_arrive_expect(stay_full, 2 * STAY_BYTES);
+            for (int i = 0; i < D / 64; i++) {
+                uint32_t at = i * KEYS * 128;
+                tma_load_3d(k + at, &maps.k, i * 64, next.kv_head, (int)next.keys.row, stay_full);
+                tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, stay_full);
+            }
+            TokenWalk walk(*w);
+            for (; walk.next(p, *w, tokens); turn.next()) {
+                const uint32_t is_full = full + 8 * turn.stage;
+                mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+                mbarrier_arrive_expect(is_full, 2 * tokens * g * D * 2);
+                for (int i = 0; i < D / 64; i++) {
+                    uint32_t at = turn.stage * ROW_BYTES + i * STREAM_ROWS * 128;
+                    tma_load_3d(q + at, &maps.q, i * 64, w->kv_head * g, walk.row, is_full);
+                    tma_load_3d(dout + at, &maps.dout, i * 64, w->kv_head * g, walk.row, is_full);
+                }
+            }
+        }
+    }
+    // A warp: brings lse and delta of the rows, a tile ahead of those that wait.
+    __device__ void bring_stats(const Dense &p, char *tiles) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g, lane = threadIdx.x % 32;
         Turn<STAGES> turn;
         // Of the lane's two rows of a tile: the token, and the place of lse after the tile's first.
@@ -483,55 +542,34 @@ template <int D> struct KeyRing {
             token[i] = (lane + 32 * i) / g;
             place[i] = token[i] * p.q_heads + (lane + 32 * i) % g;
         }
-        for (;; parity ^= 1) {
-            KeyWork *w = work(tiles, parity), next;
-            if (lane == 0) {
-                int item;
-                do {
-                    item = atomicAdd(p.order, 1);
-                    next = key_work(p, item, items);
-                } while (item < items && next.keys.rows == 0);
-            }
-            mbarrier_wait(stay_empty, parity ^ 1); // a fresh barrier's phase before the first counts as over
-            if (lane == 0) {
-                *w = next;
-                if (next.keys.rows == 0) {
-                    mbarrier_arrive(stay_full);
-                } else {
-                    mbarrier_arrive_expect(stay_full, 2 * STAY_BYTES);
-                    for (int i = 0; i < D / 64; i++) {
-                        uint32_t at = i * KEYS * 128;
-                        tma_load_3d(k + at, &maps.k, i * 64, next.kv_head, (int)next.keys.row, stay_full);
-                        tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, stay_full);
-                    }
-                }
-            }
+        while (const KeyWork *w = next_work(tiles, &parity)) {
             __syncwarp();
-            if (w->keys.rows == 0) return;
+            if (lane == 0) mbarrier_arrive(stay_empty);
             TokenWalk walk(*w);
-            for (; walk.next(p, *w, tokens); turn.next()) {
-                mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
-                if (lane == 0) {
-                    mbarrier_arrive_expect(full + 8 * turn.stage, 2 * tokens * g * D * 2);
-                    for (int i = 0; i < D / 64; i++) {
-                        uint32_t at = turn.stage * ROW_BYTES + i * STREAM_ROWS * 128;
-                        tma_load_3d(q + at, &maps.q, i * 64, w->kv_head * g, (int)walk.row,
-                                    full + 8 * turn.stage);
-                        tma_load_3d(dout + at, &maps.dout, i * 64, w->kv_head * g, (int)walk.row,
-                                    full + 8 * turn.stage);
-                    }
-                }
-                float *to = (float *)(tiles + STAT + turn.stage * STATS);
+            float lse[2], delta[2];
+            auto fetch = [&] {
                 const int64_t first = (int64_t)walk.row * p.q_heads + w->kv_head * g;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     bool there = token[i] < tokens && walk.pos + token[i] < walk.end;
-                    float x = there ? p.lse_grad[first + place[i]] : -INFINITY;
+                    lse[i] = there ? p.lse_grad[first + place[i]] : -INFINITY;
+                    delta[i] = there ? p.delta[first + place[i]] : 0;
+                }
+            };
+            bool more = walk.next(p, *w, tokens);
+            if (more) fetch();
+            for (; more; turn.next()) {
+                mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+                float *to = (float *)(tiles + STAT + turn.stage * STATS);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
                     // Nothing seen, or no row at all: P = 0.
-                    to[lane + 32 * i] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
-                    to[STREAM_ROWS + lane + 32 * i] = there ? p.delta[first + place[i]] : 0;
+                    to[lane + 32 * i] = lse[i] == -INFINITY ? INFINITY : lse[i] * FSA_LOG2E;
+                    to[STREAM_ROWS + lane + 32 * i] = delta[i];
                 }
                 mbarrier_arrive(full + 8 * turn.stage);
+                more = walk.next(p, *w, tokens);
+                if (more) fetch();
             }
         }
     }
@@ -584,10 +622,11 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         registers_down_to<BACKWARD_PRODUCER_REGISTERS>();
-        if (threadIdx.x < CONSUMERS + 32)
-            ring.produce(p, maps, tiles, items);
-        else if (threadIdx.x % 32 == 0 && threadIdx.x < CONSUMERS + 96)
-            ring.add_queries(p, tiles, threadIdx.x / 32 - CONSUMERS / 32 - 1);
+        const int warp = threadIdx.x / 32 - CONSUMERS / 32;
+        if (warp == 0)
+            ring.bring_stats(p, tiles);
+        else if (threadIdx.x % 32 == 0)
+            warp == 1 ? ring.produce(p, maps, tiles, items) : ring.add_queries(p, tiles, warp - 2);
     } else {
         registers_up_to<BACKWARD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -642,14 +681,21 @@ __global__ void __launch_bounds__(THREADS, 1)
                 product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
                 wgmma_commit();
                 if (!p.visible(pos, j0 + 63) || j0 < p.visible.first_key(min(pos + tokens, end) - 1)) {
+                    int from[2]; // rows from[half] .. from[half] + rows[half] - 1 see the key
+                    unsigned rows[2];
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int j = w.keys.first + my_key + half * 8;
+                        const int first = min(max(p.visible.first_query(j) - pos, 0), tokens);
+                        const int past = min(p.visible.last_query(j) - pos, tokens - 1) + 1;
+                        from[half] = first * g - lane % 4 * 2;
+                        rows[half] = max(past - first, 0) * g;
+                    }
 #pragma unroll
                     for (int n = 0; n < STREAM_ROWS / 8; n++) {
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            int t = pos + (n * 8 + lane % 4 * 2 + e % 2) / g;
-                            int j = w.keys.first + my_key + e / 2 * 8;
-                            if (!p.visible(t, j)) s[n][e] = -INFINITY;
-                        }
+                        for (int e = 0; e < 4; e++)
+                            if ((unsigned)(n * 8 + e % 2 - from[e / 2]) >= rows[e / 2]) s[n][e] = -INFINITY;
                     }
                 }
                 uint32_t a[STREAM_ROWS / 16][4];
