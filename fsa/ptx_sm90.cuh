@@ -25,6 +25,11 @@ __device__ __forceinline__ uint64_t wgmma_matrix_anew(uint32_t address) {
     return wgmma_matrix(address);
 }
 
+// Computed once: ptxas would compute it anew in each round of a loop.
+template <typename T> __device__ __forceinline__ void keep_in_registers(T *&pointer) {
+    asm volatile("" : "+l"(pointer));
+}
+
 // The same matrix so many bytes further on.
 __device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
     return matrix + bytes / 16;

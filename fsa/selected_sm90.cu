@@ -45,6 +45,17 @@ template <int COUNT> struct Turn {
     }
 };
 
+// The same of who takes every STEP-th.
+template <int COUNT, int STEP> struct Steps {
+    static_assert(COUNT % STEP == 0, "a stage is one's own");
+    uint32_t stage;
+    int parity = 0;
+    __device__ __forceinline__ Steps(uint32_t first) : stage(first) {}
+    __device__ __forceinline__ void next() {
+        if ((stage += STEP) >= COUNT) stage -= COUNT, parity ^= 1;
+    }
+};
+
 // A gathering warp's way through the rows of a run (g rows an entry, packed), a tile of 64 at a time: lane i
 // looks after rows i and i + 32. Rows past the run's end repeat its last one, with partial = NONE.
 enum : uint32_t { NONE = 0xffffffffu };
@@ -158,8 +169,8 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
 
 // V of a part of a block, rearranged so that plain bulk copies make the main kernel's tile of it: [D/64
 // panels][N keys][64], the 16-byte chunks of a row swizzled. 16-bit as it comes, it becomes fp16 times a
-// power of two that brings the part's largest to 2^14, so nothing overflows and a partial's rounding is an
-// eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
+// power of two that brings the part's largest to 2^15 / KEYS, so that no sum overflows that probabilities of at
+// most 1 weight, and a partial's rounding is an eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
 // lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 2 bytes in and out a
 // channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an H200 0.16, eight launches of 20 us: latency. So
 // it starts while the heads before are merged: v is there, and who read `packed` has ended when a merge lets it.
@@ -197,7 +208,8 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
     if (thread % 32 == 0) largest[thread / 32] = mine;
     __syncthreads();
     mine = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-    const int exponent = min(max(14 - ilogbf(mine), -100), 100);
+    constexpr int LARGEST = KEYS == 64 ? 8 : 7; // below 2^(LARGEST + 1)
+    const int exponent = min(max(LARGEST - ilogbf(mine), -100), 100);
     const float factor = mine > 0 ? ldexpf(1, exponent) : 1;
     if (thread == 0) a.factors[(blockIdx.y * a.lists.blocks + block) * a.parts + part] = 1 / factor;
     auto convert = [&](uint32_t x) {
@@ -229,8 +241,8 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 
 // A thread block takes `chunk` entries of one head's list. Producers bring K and packed V of each KV block,
 // one block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
-// QK^T, softmax within the block, P to fp16 A fragments, O = PV, and out go the normalized row and its
-// log-sum-exp; the next tile's S runs while this one's rows are written.
+// QK^T, P = exp(S - the row's maximum) to fp16 A fragments, O = PV, and out go the row, as it is, its
+// log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are written.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
@@ -352,34 +364,36 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
         const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
+        char *out = (char *)a.partial + partial0 * (D * 2) + c * 16;
+        float2 *stats = a.stats + partial0;
+        keep_in_registers(out), keep_in_registers(stats);
         float s[KEYS / 8][4], o[D / 8][4];
         uint32_t first = 0, n = 0; // tiles before this part's, and parts
+        Steps<F::Q_STAGES, F::CONSUMERS> q_turn(consumer); // of the consumer's next tile
         for (;; n++) {
             KvTurn kv(n);
             kv.wait_full(kv_full);
             const int tiles = m->block[kv.stage].tiles;
             const float unfactor = m->block[kv.stage].unfactor;
             if (tiles == 0) break;
-            const uint32_t k_tile = smem_address(m->kv[kv.stage][0]),
-                           v_tile = smem_address(m->kv[kv.stage][1]);
-            auto start_s = [&](int tile) {
-                QTurn turn(first + tile);
-                turn.wait_full(q_full);
+            const uint64_t from_k = wgmma_matrix(smem_address(m->kv[kv.stage][0])),
+                           from_v = wgmma_matrix(smem_address(m->kv[kv.stage][1]), KEYS * 128);
+            auto start_s = [&] {
+                mbarrier_wait(q_full + 8 * q_turn.stage, q_turn.parity);
                 fence_proxy_async(); // cp.async wrote the rows
-                const uint32_t q_tile = smem_address(m->q[turn.stage]);
+                const uint64_t from_q = wgmma_matrix(smem_address(m->q[q_turn.stage]));
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < D / 16; k++) {
-                    wgmma_ss<T>(s, wgmma_matrix(q_tile + k / 4 * 64 * 128 + k % 4 * 32),
-                                wgmma_matrix(k_tile + k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
-                }
+                for (int k = 0; k < D / 16; k++)
+                    wgmma_ss<T>(s, wgmma_further(from_q, k / 4 * 64 * 128 + k % 4 * 32),
+                                wgmma_further(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
                 wgmma_commit();
             };
             int tile = (int)((consumer + F::CONSUMERS - first % F::CONSUMERS) % F::CONSUMERS);
-            if (tile < tiles) start_s(tile);
+            if (tile < tiles) start_s();
             for (; tile < tiles; tile += F::CONSUMERS) {
-                QTurn turn(first + tile);
-                const auto &meta = m->tile[turn.stage];
+                const uint32_t stage = q_turn.stage;
+                const auto &meta = m->tile[stage];
                 uint32_t to[2];
                 int limit[2];
 #pragma unroll
@@ -390,7 +404,8 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 const int masked = meta.masked;
                 wgmma_wait<0>();
                 wgmma_pin(s);
-                mbarrier_arrive_warp(q_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(q_empty + 8 * stage);
+                q_turn.next();
 
                 if (masked) {
 #pragma unroll
@@ -425,29 +440,32 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++)
-                    wgmma_rs<__half, 1>(o, p[k], wgmma_matrix(v_tile + k * 2048, KEYS * 128), k > 0);
+                    wgmma_rs<__half, 1>(o, p[k], wgmma_further(from_v, k * 2048), k > 0);
                 wgmma_commit();
-                float inverse[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float l = quad_sum(sum[i]);
-                    inverse[i] = l > 0 ? reciprocal_fast(l) : 0;
                     if (c == 0 && to[i] != NONE) // no sum, no logarithm: -inf
-                        a.stats[partial0 + to[i]] = make_float2(base[i] + log2_fast(l), unfactor);
+                        stats[to[i]] =
+                            make_float2(base[i] + log2_fast(l), l > 0 ? unfactor * reciprocal_fast(l) : 0);
                 }
                 wgmma_wait<0>();
                 wgmma_pin(o);
-                if (tile + F::CONSUMERS < tiles) start_s(tile + F::CONSUMERS);
+                if (tile + F::CONSUMERS < tiles) start_s();
+                uint4 x[2][D / 32];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    auto two = [&](int j) { return pack2<__half>(o[j][2 * i], o[j][2 * i + 1]); };
+#pragma unroll
+                    for (int j = 0; j < D / 8; j += 4)
+                        x[i][j / 4] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
+                }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (to[i] == NONE) continue;
-                    uint4 *row = (uint4 *)((__half *)a.partial + (partial0 + to[i]) * D);
-                    auto two = [&](int j) {
-                        return pack2<__half>(o[j][2 * i] * inverse[i], o[j][2 * i + 1] * inverse[i]);
-                    };
+                    uint4 *row = (uint4 *)(out + to[i] * (uint64_t)(D * 2));
 #pragma unroll
-                    for (int j = 0; j < D / 8; j += 4)
-                        row[j + c] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
+                    for (int j = 0; j < D / 32; j++) row[4 * j] = x[i][j];
                 }
             }
             first += tiles;

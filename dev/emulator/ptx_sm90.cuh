@@ -85,6 +85,7 @@ inline void wgmma_commit() {
 template <int left> inline void wgmma_wait() {
     emu::wgmma_finish(left);
 }
+template <typename T> inline void keep_in_registers(T *&) {}
 template <int N> inline void wgmma_pin(float (&)[N][4]) {}
 template <typename T, int trans_b = 0, int trans_a = 0, int N8>
 inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
