@@ -15,6 +15,8 @@ struct FsaLists {
     uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
 };
 enum { FSA_MAX_SLAB = 65536 };
+// As all sizes below: at least as much for a plan that is greater in some counts and smaller in none, here
+// with fsa_sel_slab's slab.
 size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab);
 FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory);
 // indices [Hkv, Nq, T]; entries that are negative or not causal are left out. workspace: fsa_lists_workspace
