@@ -790,6 +790,7 @@ template <typename T, int D, int TILES>
 static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
     if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
+    const bool early = s.hopper && can_wait(selected_merge_kernel<T, D>);
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -803,7 +804,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            launch(s.hopper, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
+            launch(early, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -813,6 +814,8 @@ template <typename T, int D>
 static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (!s.hopper && allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
+    const bool early =
+        s.hopper && can_wait(backward_sums_kernel<T, D>); // and dkv_store_kernel, built with it
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
@@ -825,10 +828,10 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
             dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
-            launch(s.hopper, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
+            launch(early, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
-        launch(s.hopper, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
+        launch(early, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
