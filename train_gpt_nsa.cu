@@ -577,6 +577,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
 
 static void model_free(Model *model) {
     cuda_check(cudaStreamSynchronize(model->stream));
+    if (model->gpus) cuda_check(cudaStreamSynchronize(model->gpus->stream));
     matmul_free(&model->products);
     for (int i = 0; i < ARENAS; i++) cuda_check(cudaFree(model->arenas[i].base));
     cuda_check(cudaFreeHost(model->eval_memory_host));
