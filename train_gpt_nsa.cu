@@ -577,6 +577,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
 
 static void model_free(Model *model) {
     cuda_check(cudaStreamSynchronize(model->stream));
+    if (model->gpus) cuda_check(cudaStreamSynchronize(model->gpus->stream));
     matmul_free(&model->products);
     for (int i = 0; i < ARENAS; i++) cuda_check(cudaFree(model->arenas[i].base));
     cuda_check(cudaFreeHost(model->eval_memory_host));
@@ -1094,10 +1095,10 @@ static void model_train(Model *model, const Batch *b) {
     end_gradients(model, model->wte);
 }
 
+// After model_update, which waits for the transfers that touch gradients: weights may still be gathered.
 static void model_zero_grad(Model *model) {
     const int64_t count = model->zero.stage == 2 ? model->zero.shard_size : model->num_params;
     mark(model, PART_OPTIMIZER);
-    if (model->gpus) gpus_before(model->gpus, model->stream); // the last step may have been left out
     cuda_check(cudaMemsetAsync(model->grads, 0, count * sizeof(float), model->stream));
     cuda_check(cudaMemsetAsync(model->result, 0, sizeof(StepResult), model->stream));
 }

@@ -208,17 +208,17 @@ template <int D> __global__ void __launch_bounds__(256) compress_mean_backward_k
     }
 }
 
-// dk, dv. A block: tokens s*c + r0 of 128 stride cells c, for one r0, KV head and K or V (grid y, z): the sum
-// over a = 0..l/s-1 of the gradient of window c - a times W[a*s + r0]^T. Four warps of 32 cells; steps of 64
-// channels, double buffered.
+// dk, dv. A block: tokens s*c + r0 of 128 stride cells c, for one r0 (grid x: all tiles of r0 = 0, then of 1
+// and so on), KV head and K or V (grid y, z): the sum over a = 0..l/s-1 of the gradient of window c - a times
+// W[a*s + r0]^T. Four warps of 32 cells; steps of 64 channels, double buffered.
 // Bytes: dk, dv in fp32; the windows' gradients and W from L2. Flops: 2*l*d*d a window; they bind.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) compress_din_kernel(const Compress p) {
     constexpr int ROWS = 128, STEP = 64, A_BYTES = ROWS * STEP * 2, B_BYTES = STEP * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_a = smem_address(shared), tile_b = tile_a + 2 * A_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int head = blockIdx.y / p.stride, r0 = blockIdx.y % p.stride, which = blockIdx.z;
-    RowTile tokens = find_row_tile(p.plan.cu_seqlens, p.plan.num_seqs, ROWS * p.stride, blockIdx.x);
+    int tiles = gridDim.x / p.stride, r0 = blockIdx.x / tiles, head = blockIdx.y, which = blockIdx.z;
+    RowTile tokens = find_row_tile(p.plan.cu_seqlens, p.plan.num_seqs, ROWS * p.stride, blockIdx.x % tiles);
     if (tokens.rows == 0) return;
     int cell0 = tokens.first / p.stride;
     int64_t token = (int64_t)p.kv_heads * D, window0 = p.plan.cu_windows[tokens.range];
@@ -470,7 +470,8 @@ static int launch_backward(const FsaConfig *c, const Compress &p, cudaStream_t s
     cudaFuncSetAttribute(compress_din_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     cudaFuncSetAttribute(compress_dweight_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_w);
     if (windows > 0) compress_turn_kernel<T, D><<<turn_blocks, 256, 0, stream>>>(p);
-    dim3 grid((unsigned)row_tile_bound(p.plan.n, p.plan.num_seqs, 128 * p.stride), p.kv_heads * p.stride, 2);
+    int64_t tiles = row_tile_bound(p.plan.n, p.plan.num_seqs, 128 * p.stride);
+    dim3 grid((unsigned)(tiles * p.stride), p.kv_heads, 2);
     compress_din_kernel<T, D><<<grid, 128, bytes, stream>>>(p);
     if (windows == 0) return launch_status();
     if (p.pe) {

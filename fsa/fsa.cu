@@ -141,6 +141,8 @@ struct Work {
             a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
         }
         if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
+        if (op <= FSA_SELECTED_BACKWARD && op != FSA_BACKWARD)
+            scratch_bytes = max_size(scratch_bytes, fsa_lists_workspace(c, p, fsa_sel_slab(c, p)));
         if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
             for (int i = 0; i < 3; i++) a.take(&o[i], n.q * 2);
             if (backward) a.take(&lse, n.lse * 4);
@@ -262,7 +264,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
         RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
     }
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
-    RUN(fsa_lists(c, &p, s.indices, &lists, stream));
+    RUN(fsa_lists(c, &p, s.indices, &lists, w.scratch, stream));
     for (int i = 1; i < 3; i++) {
         RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, branches[i], s.lse[i], stream));
     }
@@ -339,7 +341,7 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
     POINTER(lse);
     Work w(c, &p, FSA_SELECTED_FORWARD, workspace);
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
-    RUN(fsa_lists(c, &p, indices, &lists, stream));
+    RUN(fsa_lists(c, &p, indices, &lists, w.scratch, stream));
     RUN(fsa_sel_forward(c, &p, dtype, q, k, v, indices, &lists, w.scratch, o, lse, stream));
     return FSA_OK;
 }
@@ -366,7 +368,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     Work w(c, &p, FSA_SELECTED_BACKWARD, workspace);
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
     RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
-    RUN(fsa_lists(c, &p, indices, &lists, stream));
+    RUN(fsa_lists(c, &p, indices, &lists, w.scratch, stream));
     RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, &lists, dout, w.delta[0], w.lse_grad[0], w.scratch,
                          dq, dk, dv, stream));
     return FSA_OK;

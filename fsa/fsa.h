@@ -117,12 +117,14 @@ typedef enum {
 const char *fsa_last_error(void);
 
 // Bytes of workspace (aligned to 256) that an operation needs; 0 with an error set where it can't run.
-// Only the counts of `b` are read.
+// Only the counts of `b` are read; a batch that is greater in some and smaller in none needs at least as
+// much.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
 // Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output (unless
 // c->recompute) and lse of the three branches, and the choice of blocks with its index lists. The outputs are
-// 3*Nq*Hq*d*2 bytes, some two thirds of it; without them backward takes a forward pass of the branches longer.
+// 3*Nq*Hq*d*2 bytes, some two thirds of it; without them backward takes a forward pass of the branches
+// longer. Grows with the counts as the workspace does.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Where in `saved` the choice of blocks lies.
 const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,

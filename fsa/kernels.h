@@ -13,14 +13,17 @@ struct FsaLists {
     int parts;           // that a slab's rows are cut into, a thread block for each
     uint32_t *entries;   // [Hkv, Nq*T]; an entry is row*T + slot; slab i's start at i*slab*T
     uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
-    uint32_t *counts; // [Hkv, slabs, parts, blocks]: how often each part names each block; of use to lists.cu
 };
 enum { FSA_MAX_SLAB = 65536 };
+// As all sizes below: at least as much for a plan that is greater in some counts and smaller in none, here
+// with fsa_sel_slab's slab.
 size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab);
 FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory);
-// indices [Hkv, Nq, T]; entries that are negative or not causal are left out.
+// indices [Hkv, Nq, T]; entries that are negative or not causal are left out. workspace: fsa_lists_workspace
+// bytes, aligned to 16.
+size_t fsa_lists_workspace(const FsaConfig *c, const FsaPlan *p, int64_t slab);
 int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
-              cudaStream_t stream);
+              void *workspace, cudaStream_t stream);
 
 // ---- selected.cu --------------------------------------------------------------------------------------
 // The selected branch over given lists. `memory` is fsa_sel_bytes, aligned to 256.

@@ -102,13 +102,14 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
     }
 }
 
-// Counts how often a part names each block, in any order.
-__global__ void __launch_bounds__(THREADS) count_kernel(FsaPlan p, FsaLists lists, Choice choice) {
+// Counts how often a part names each block, in any order. part_counts [Hkv, slabs, parts, blocks].
+__global__ void __launch_bounds__(THREADS)
+    count_kernel(FsaPlan p, FsaLists lists, Choice choice, uint32_t *part_counts) {
     __shared__ uint32_t counts[COUNTED + 32]; // the last are the lanes' own, for what isn't counted
     const Part part = part_of(p, lists, choice);
     const Rows mine = cut(part.rows, WARPS, this_warp());
     const int64_t blocks = p.cu_blocks[p.num_seqs]; // those that there are; lists.blocks is a bound
-    uint32_t *to = lists.counts + (part.list * lists.parts + blockIdx.x) * lists.blocks;
+    uint32_t *to = part_counts + (part.list * lists.parts + blockIdx.x) * lists.blocks;
     for (int64_t first = 0; first < blocks; first += COUNTED) {
         const unsigned used = (unsigned)(blocks - first < COUNTED ? blocks - first : COUNTED);
         for (unsigned i = threadIdx.x; i < used; i += THREADS) counts[i] = 0;
@@ -157,7 +158,8 @@ static __device__ __forceinline__ uint32_t number_of(uint32_t word, uint32_t b) 
 }
 
 // Sorts a part in chunks and writes their entries to their lists.
-__global__ void __launch_bounds__(THREADS, 2) fill_kernel(FsaPlan p, FsaLists lists, Choice choice) {
+__global__ void __launch_bounds__(THREADS, 2)
+    fill_kernel(FsaPlan p, FsaLists lists, Choice choice, const uint32_t *part_counts) {
     extern __shared__ uint32_t tables[];                         // [WARPS][TABLE]
     uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE); // of the chunk's entries: their blocks
     uint16_t *const sorted = keys + CHUNK;                       // the entries in order
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(THREADS, 2) fill_kernel(FsaPlan p, FsaLists li
     const Part part = part_of(p, lists, choice);
     const int64_t blocks = p.cu_blocks[p.num_seqs];
     const int most = CHUNK / topk, chunks = (part.rows.end - part.rows.begin + most - 1) / most;
-    const uint32_t *counts = lists.counts + part.list * lists.parts * lists.blocks;
+    const uint32_t *counts = part_counts + part.list * lists.parts * lists.blocks;
     uint32_t *offsets = lists.offsets + part.list * (lists.blocks + 1);
     uint32_t *entries = lists.entries + (blockIdx.z * p.nq + part.row0) * topk;
     uint32_t below = 0; // entries that name blocks below the range
@@ -279,13 +281,10 @@ static size_t entries_bytes(const FsaConfig *c, const FsaPlan *p) {
 static size_t offsets_bytes(const FsaConfig *c, const FsaLists *l) {
     return round_up((size_t)c->kv_heads * l->slabs * (l->blocks + 1) * sizeof(uint32_t));
 }
-static size_t counts_bytes(const FsaConfig *c, const FsaLists *l) {
-    return round_up((size_t)c->kv_heads * l->slabs * l->parts * l->blocks * sizeof(uint32_t));
-}
 
 // All but the pointers.
 static FsaLists shape_of(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
-    FsaLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, NULL, NULL, NULL};
+    FsaLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, NULL, NULL};
     const int64_t lists = c->kv_heads * l.slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
     while (l.parts < MAX_PARTS && l.parts * lists < WANTED && l.parts * (CHUNK / 4) < entries) l.parts++;
     return l;
@@ -293,19 +292,26 @@ static FsaLists shape_of(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
 
 size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
     FsaLists l = shape_of(c, p, slab);
-    return entries_bytes(c, p) + offsets_bytes(c, &l) + counts_bytes(c, &l);
+    return entries_bytes(c, p) + offsets_bytes(c, &l);
+}
+
+// For as many parts as shape_of may make of so many lists: all but one of each are fewer than WANTED.
+size_t fsa_lists_workspace(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
+    FsaLists l = shape_of(c, p, slab);
+    const int64_t lists = c->kv_heads * l.slabs;
+    const int64_t counted = lists * MAX_PARTS < WANTED + lists ? lists * MAX_PARTS : WANTED + lists;
+    return round_up((size_t)counted * l.blocks * sizeof(uint32_t));
 }
 
 FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory) {
     FsaLists l = shape_of(c, p, slab);
     l.entries = (uint32_t *)memory;
     l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, p));
-    l.counts = (uint32_t *)((char *)l.offsets + offsets_bytes(c, &l));
     return l;
 }
 
 int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
-              cudaStream_t stream) {
+              void *workspace, cudaStream_t stream) {
     if (lists->slab > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->blocks > INT32_MAX / 2 ||
         lists->slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
@@ -318,7 +324,7 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
     if (cudaFuncSetAttribute(fill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess)
         return FSA_ERROR_CUDA;
     dim3 grid((unsigned)lists->parts, (unsigned)lists->slabs, (unsigned)c->kv_heads);
-    count_kernel<<<grid, THREADS, 0, stream>>>(*p, *lists, choice);
-    fill_kernel<<<grid, THREADS, smem, stream>>>(*p, *lists, choice);
+    count_kernel<<<grid, THREADS, 0, stream>>>(*p, *lists, choice, (uint32_t *)workspace);
+    fill_kernel<<<grid, THREADS, smem, stream>>>(*p, *lists, choice, (const uint32_t *)workspace);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }

@@ -3,7 +3,9 @@
 #include "selected.cuh"
 
 enum {
-    BUDGET = 176 << 20, // bytes of partial rows aimed at
+    BUDGET = 176 << 20,    // bytes of partial rows aimed at
+    KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
+    MIN_CHUNK = 64,        // list entries of a share
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -701,12 +703,20 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
 static size_t round_up(size_t x) {
     return (x + 255) / 256 * 256;
 }
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static int64_t most(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
 
-// How the work is cut and where the workspace's parts lie.
+// How the work is cut and where the workspace's parts lie. With more tokens a launch may take fewer rows or
+// heads, but no part of the workspace is smaller: each has a bound for all batches that are smaller in every
+// count.
 struct SelShape {
     int group, keys, parts, heads, chunk; // heads: kv heads a launch takes
     int64_t slab;
-    size_t partial, stats, packed, factors, dkv, crossing; // bytes
+    size_t partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
 };
 
@@ -720,30 +730,31 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     // Slabs are the same forward and backward, which share the lists.
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
             token = slots * s.group * c->head_dim * 2; // bytes
-    s.slab = BUDGET / token / 512 * 512;
-    if (s.slab < 512) s.slab = 512;
-    if (s.slab > FSA_MAX_SLAB) s.slab = FSA_MAX_SLAB;
+    const int64_t room = most(BUDGET / token, 512);    // most rows times heads of a launch
+    s.slab = least(room / 512 * 512, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
     s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
-    int64_t heads = BUDGET / token / s.slab;
-    s.heads = (int)(heads < 1 ? 1 : heads > c->kv_heads ? c->kv_heads : heads);
+    const bool pack = s.hopper && !backward;
+    const int64_t key_bytes = p->n * c->head_dim * (backward ? 2 * (int64_t)sizeof(float) : pack ? 2 : 0);
+    int64_t heads = least(c->kv_heads, BUDGET / token / s.slab);
+    if (key_bytes > 0) heads = least(heads, KEY_BUDGET / key_bytes);
+    s.heads = (int)most(heads, 1);
     // One wave: as many thread blocks as the GPU holds at once, each with an equal share of the lists.
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     int64_t places = s.hopper ? fsa_sel_places_sm90(s.keys, backward) : backward ? 2 : 3;
-    places = places * processors / s.heads;
-    s.chunk = (int)ceil_div(s.slab * c->topk, places < 1 ? 1 : places);
-    if (s.chunk < 64) s.chunk = 64;
-    int64_t blocks = ceil_div(s.slab * c->topk, s.chunk),
-            rows = s.heads * s.slab * c->topk * s.parts * s.group;
+    places *= processors;
+    s.chunk = (int)most(ceil_div(s.slab * c->topk, most(places / s.heads, 1)), MIN_CHUNK);
+    const int64_t rows = least(c->kv_heads * nq, room) * c->topk * s.parts * s.group;
+    const int64_t key_room = least(c->kv_heads * key_bytes, most(KEY_BUDGET, key_bytes));
+    const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_CHUNK), most(places, c->kv_heads));
     s.partial = round_up(rows * c->head_dim * 2);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
-    bool pack = s.hopper && !backward;
-    s.packed = pack ? round_up((size_t)s.heads * p->n * c->head_dim * 2) : 0;
-    s.factors = pack ? round_up((size_t)s.heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
-    s.dkv = backward ? round_up((size_t)s.heads * p->n * 2 * c->head_dim * sizeof(float)) : 0;
-    s.crossing = backward ? round_up((size_t)s.heads * blocks * s.parts * s.keys * 2 * c->head_dim * 4) : 0;
+    s.packed = pack ? round_up(key_room) : 0;
+    s.factors = pack ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
+    s.dkv = backward ? round_up(key_room) : 0;
+    s.crossing = backward ? round_up((size_t)shares * s.parts * s.keys * 2 * c->head_dim * sizeof(float)) : 0;
     return s;
 }
 
@@ -779,6 +790,7 @@ template <typename T, int D, int TILES>
 static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
     if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
+    const bool early = s.hopper && can_wait(selected_merge_kernel<T, D>);
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -792,7 +804,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            launch(s.hopper, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
+            launch(early, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -802,6 +814,8 @@ template <typename T, int D>
 static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (!s.hopper && allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
+    const bool early =
+        s.hopper && can_wait(backward_sums_kernel<T, D>); // and dkv_store_kernel, built with it
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
@@ -814,10 +828,10 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
             dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
-            launch(s.hopper, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
+            launch(early, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
-        launch(s.hopper, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
+        launch(early, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }

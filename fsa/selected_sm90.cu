@@ -181,7 +181,10 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
     __shared__ float largest[PACK_THREADS / 32];
     const int64_t block = blockIdx.x / a.parts;
     const int part = (int)(blockIdx.x % a.parts), head = a.head0 + blockIdx.y, thread = threadIdx.x;
-    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
+    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) {
+        wait_for_previous_kernel();
+        return;
+    }
     const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
     const int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block + part * KEYS;
     const int keys = (int)min((int64_t)min(a.block - part * KEYS, KEYS), a.plan.cu_seqlens[seq + 1] - key0);

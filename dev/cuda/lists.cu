@@ -59,12 +59,13 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
     if (r->below(2)) spoil(r, c, nq, &choice);
     Buffer<int32_t> indices(choice);
-    Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab));
+    Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
+        workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
     FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
     if (version == 1)
         run_v1(c, b.plan, indices, l);
     else
-        FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, 0));
+        FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, workspace, 0));
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<uint32_t> entries((size_t)(c.kv_heads * nq * c.topk)),
         offsets((size_t)(c.kv_heads * l.slabs * (l.blocks + 1)));
@@ -72,7 +73,7 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
     CUDA_CHECK(cudaMemcpy(offsets.data(), l.offsets, offsets.size() * 4, cudaMemcpyDeviceToHost));
     std::vector<int64_t> block0(1, 0);
     for (int64_t length : lengths) block0.push_back(block0.back() + (length + c.block - 1) / c.block);
-    bool same = memory.guards_intact();
+    bool same = memory.guards_intact() && workspace.guards_intact();
     for (int h = 0; h < c.kv_heads; h++) {
         std::vector<std::vector<std::vector<uint32_t>>> expected(
             (size_t)l.slabs, std::vector<std::vector<uint32_t>>((size_t)l.blocks));
@@ -146,7 +147,8 @@ int main(int argc, char **argv) {
         Buffer<int32_t> indices(c.kv_heads * n * c.topk);
         random_choice_device(indices, n, c, r.u64());
         int64_t slab = fsa_sel_slab(&c, &b.plan);
-        Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab));
+        Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
+            workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
         FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
         double bytes = 8.0 * c.kv_heads * n * c.topk;
         for (int version = 1; version <= 2; version++) {
@@ -155,7 +157,7 @@ int main(int argc, char **argv) {
                 if (version == 1)
                     run_v1(c, b.plan, indices, l);
                 else
-                    FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, 0));
+                    FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, workspace, 0));
             });
             printf("lists %s n %lld, %d kv heads: %.4f ms, %.2f TB/s, floor %.4f ms\n",
                    version == 1 ? "1" : "library", (long long)n, c.kv_heads, ms, bytes / ms * 1e-9,

@@ -24,11 +24,12 @@ template <typename T> struct Library {
     Library(const FsaConfig &config, const FsaPlan &plan)
         : c(config), p(plan), slab(fsa_sel_slab(&c, &p)),
           lists_memory((int64_t)fsa_lists_bytes(&c, &p, slab)),
-          memory((int64_t)std::max(fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1))),
+          memory((int64_t)std::max(
+              {fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1), fsa_lists_workspace(&c, &p, slab)})),
           delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads),
           lists(fsa_lists_place(&c, &p, slab, lists_memory.get())) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse) {
-        FSA_CHECK(fsa_lists(&c, &p, indices, &lists, 0));
+        FSA_CHECK(fsa_lists(&c, &p, indices, &lists, memory, 0));
         FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, &lists, memory, o, lse, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,

@@ -665,11 +665,12 @@ template <typename T, int D> struct Versions {
     const FsaConfig &c;
     const int version;
     VersionArgs a;
-    Buffer<char> lists_memory;
+    Buffer<char> lists_memory, lists_workspace;
     Buffer<T> partial;
     Buffer<float> stats, row_stats, delta, lse_grad, dk_sum, dv_sum;
     Versions(const FsaConfig &config, const FsaPlan &p, int which)
         : c(config), version(which), lists_memory((int64_t)fsa_lists_bytes(&c, &p, p.nq)),
+          lists_workspace((int64_t)fsa_lists_workspace(&c, &p, p.nq)),
           partial(version == 3 ? partials(p) * D : 0), stats(version == 3 ? partials(p) : 0),
           row_stats(p.nq * (c.q_heads / c.kv_heads)), delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads),
           dk_sum(p.n * c.kv_heads * D), dv_sum(p.n * c.kv_heads * D) {
@@ -714,7 +715,7 @@ template <typename T, int D> struct Versions {
         }
         if (version == 3) {
             const int smem = (64 + 4 * 2 * 16) * D * 2;
-            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, 0));
+            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, lists_workspace, 0));
             for (a.head = 0; a.head < a.kv_heads; a.head++) {
                 selected_v3_kernel<T, D, true><<<shares(), 128, smem>>>(a, q, k, v);
                 selected_v3_row_stats_kernel<<<(unsigned)((nq * a.group + 255) / 256), 256>>>(a, lse);
@@ -739,7 +740,7 @@ template <typename T, int D> struct Versions {
         if (version == 2) {
             dim3 grid((unsigned)nq, a.kv_heads);
             selected_v2_dq_kernel<T, D><<<grid, 128, 4 * V2Walk<T, D>::WARP>>>(a, q, k, v, dout, dq);
-            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, 0));
+            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, lists_workspace, 0));
             for (a.head = 0; a.head < a.kv_heads; a.head++)
                 selected_kv_backward_kernel<T, D, false><<<shares(), 128, kv_smem()>>>(a, q, k, v, dout);
         }

@@ -1,6 +1,6 @@
 // test_fsa.cu: the library's whole attention against the C reference over random shapes, the single-branch
 // entries, long sequences on samples, the same bits twice, on two streams and from two threads at once, guard
-// zones, and every error of every entry.
+// zones, sizes that never shrink, and every error of every entry.
 //   test_fsa [small | large] [shapes=N] [seed=N]     small: for the emulator and the slow tools; large: also
 //                                                    300,000 and 1,000,000 tokens
 #include "../cuda/common.h"
@@ -1023,6 +1023,57 @@ static void test_errors(Random *r) {
     CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+// Sizes never shrink while a count of the batch grows: what suits the largest batch suits them all.
+static void test_sizes() {
+    const int64_t most = 65536;
+    for (int i = 0; i < 2 * 3 * 5 * 2; i++) {
+        const int groups[] = {1, 3, 4, 8, 16}, blocks[][2] = {{64, 16}, {128, 8}, {32, 8}};
+        const int g = groups[i / 2 % 5], kv_heads = g == 1 ? 32 : 8, *block = blocks[i / 10 % 3];
+        FsaConfig c = default_config(g * kv_heads, kv_heads, i % 2 ? 128 : 64, block[0], block[1]);
+        c.recompute = i / 30;
+        for (int growing = 0; growing < 4; growing++) {
+            std::vector<size_t> last(FSA_ATTEND_BACKWARD + 2, 0);
+            int64_t broken = -1;
+            for (int64_t n = 1; n <= most; n += 1 + n / 256) {
+                const FsaDeviceBatch batches[] = {
+                    {n, n, 1, 1, n, NULL, NULL},          // one sequence
+                    {n, n, n, n, n, NULL, NULL},          // tokens that may be sequences
+                    {n, most, 1, 1, most, NULL, NULL},    // queries of one sequence
+                    {100, most, n, 100, most, NULL, NULL} // sequences
+                };
+                const FsaDeviceBatch &b = batches[growing];
+                std::vector<size_t> now;
+                for (int op = FSA_FORWARD; op <= FSA_ATTEND_BACKWARD; op++)
+                    now.push_back(fsa_workspace_size(&c, FSA_BF16, &b, (FsaOperation)op));
+                now.push_back(fsa_saved_size(&c, FSA_BF16, &b));
+                for (size_t k = 0; k < now.size(); k++)
+                    if (now[k] < std::max<size_t>(last[k], 1) && broken < 0) broken = n;
+                last = now;
+            }
+            CHECK(broken < 0,
+                  "sizes, heads %d/%d d %d block %d topk %d recompute %d, batches %d: less for %lld",
+                  c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk, c.recompute, growing,
+                  (long long)broken);
+        }
+    }
+    // 64K tokens, without the lists, which forward keeps.
+    for (int backward = 0; backward < 2; backward++) {
+        FsaConfig c = default_config(32, 8, 128, 64, 16);
+        size_t bytes[2];
+        for (int64_t i = 0; i < 2; i++) {
+            const int64_t n = most << i;
+            FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
+            FsaPlan p = {n, n, 1, 1, n};
+            bytes[i] = fsa_workspace_size(&c, FSA_BF16, &b,
+                                          backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD) -
+                       fsa_lists_bytes(&c, &p, fsa_sel_slab(&c, &p));
+        }
+        CHECK(bytes[0] <= 320u << 20 && bytes[1] <= 2 * bytes[0],
+              "selected branch, backward %d: %zu bytes for 64K tokens, %zu for 128K", backward, bytes[0],
+              bytes[1]);
+    }
+}
+
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     bool small = has_flag(argc, argv, "small"), large = has_flag(argc, argv, "large");
@@ -1037,6 +1088,7 @@ int main(int argc, char **argv) {
     typedef __nv_bfloat16 T;
     Random r(seed_from(argc, argv));
     test_errors(&r);
+    test_sizes();
     test_branches<T>(&r, small);
     test_branches<__half>(&r, small);
     test_chosen_shapes(&r, small);
