@@ -101,6 +101,7 @@ struct Ring {
     __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * (count + at); }
     __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), parity); }
     __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
+    __device__ __forceinline__ void wait_empty_asleep() const { mbarrier_wait_asleep(empty(), parity ^ 1); }
     __device__ __forceinline__ void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
@@ -132,7 +133,7 @@ __device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
 __device__ __forceinline__ void find(const TopKHopper &p, char *shared, Ring works) {
     for (int64_t turn = 0;;) {
         const Work w = find_work(p, &turn);
-        works.wait_empty();
+        works.wait_empty_asleep();
         ((Work *)(shared + p.at.works))[works.at] = w;
         mbarrier_arrive(works.full());
         works.next();
@@ -161,7 +162,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
         if (w.rows == 0) break;
         if (w.steps == 0) continue;
 
-        q_ring.wait_empty();
+        q_ring.wait_empty_asleep();
         uint32_t tile = start + q_ring.at * SCORERS * p.at.q_bytes;
         const T *q = (const T *)p.q + w.row * q_stride + w.kv_head * p.group * D + chunk * 8;
         for (int query0 = 0; query0 < SCORERS * p.queries; query0 += 8) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
         q_ring.next();
 
         for (int step = 0; step < w.steps; step++, k_ring.next()) {
-            k_ring.wait_empty();
+            k_ring.wait_empty_asleep();
             if (lane > 0) continue;
             mbarrier_arrive_expect(k_ring.full(), WINDOWS * D * 2);
             for (int i = 0; i < D / 64; i++)
