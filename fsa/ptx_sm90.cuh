@@ -151,6 +151,17 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
                  "r"(parity)
                  : "memory");
 }
+// The same where some 100 ns more do no harm: sleeps meanwhile, and leaves other warps the issue slots.
+__device__ __forceinline__ void mbarrier_wait_asleep(uint32_t barrier, int parity) {
+    asm volatile("{.reg .pred p;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra over;\n"
+                 "nanosleep.u32 64;\n"
+                 "bra again;\n"
+                 "over:}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
 
 // ---- TMA: boxes of a tensor of up to 4 dimensions, the innermost first, into shared memory, swizzled as the
 // tensor's map says. What lies outside the tensor becomes zero. Counts its bytes at `barrier`.

@@ -2,9 +2,9 @@
 // multiprocessor takes tile after tile of queries of one KV head, the longest first. Its warpgroups:
 //   0, 1: scorers. S^T = kc Q^T by wgmma, 64 windows by 128 columns, each for its own 8*floor(16/g)
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
-//   2, 3: selectors, a thread a query, 2 for scorer 0's, 3 for scorer 1's: block scores out of P, and the
-//         running list of the best blocks.
-//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; and a
+//   2, 3: selectors, 2 for scorer 0's queries, 3 for scorer 1's: block scores out of P, and the running
+//         lists of the best blocks. A query has 1, 2, 4 or 8 selectors, each for its part of the windows.
+//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; a
 //         thread that finds the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.
@@ -13,17 +13,22 @@
 // holds all heads of its queries, whatever g is, and 8*g*floor(16/g) of the 128 columns are used: all for
 // g = 1, 2, 4, 8, 16, and 72 at worst, for g = 9.
 //
-// A selector walks through the windows in order. A block's score is compared with the lowest of the query's
-// list; what beats it goes to a short buffer, and when some lane's may be full, all 32 lanes put theirs into
-// their sorted lists, in registers, together: an insertion is 5 instructions a place, shared by 32 queries.
+// Selectors: a scorer has 128/g queries or fewer and 128 selectors. So of every 32 windows, a tile of P, a
+// selector has 32, 16, 8 or 4 in a row, as few as make whole blocks and find a selector. It walks through
+// them in order. A block's score is compared with the lowest of the selector's list; what beats it goes to a
+// short buffer, and when some lane's may be full, all 32 lanes sort theirs and merge them into their sorted
+// lists, in registers, together, by networks: an exchange is 5 instructions. A query's selectors are lanes of
+// one warp. What is below so many of each one's list is not among the best either, so that four lists of a
+// query take in little more than one would. In the end they are merged, lane with lane.
 //
 // What binds at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s, and 4.3e9 exps, 1.2 ms,
 // which overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on average, 4.3
 // GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's tile: wgmma
 // 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1, where it binds, 960 clocks,
-// 2.2 ms at 64K (32, 32), where there is room for one tile of P a scorer, in two halves: selectors read one
-// while scorers write the other. Selectors issue some 320 instructions a tile of 64 windows and warp, and 85 for
-// each insertion, about 4 a tile for random scores.
+// 2.2 ms at 64K (32, 32), where there is room for three halves of tiles of P a scorer: selectors read one
+// while scorers write others. Selectors issue, a tile of 64 windows and warp, 172 instructions for scores at
+// g = 4 and 378 at g = 1, and for each merge 380 or 355, for random scores one in 5 tiles at g = 4 and one in
+// 2 at g = 1.
 //
 // A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
 // beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
@@ -32,28 +37,26 @@
 #include "ptx_sm90.cuh"
 #include "tile.cuh"
 #include "tma.cuh"
+#include <algorithm>
 
 namespace {
 
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
-constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps', read while the others write theirs
-constexpr int PITCH = P_WINDOWS + 4;   // floats of a query in it: accesses meet in no bank
+constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
-constexpr int PLACES = 16;    // of a query's list
-constexpr int PENDING = 16;   // places of a query's buffer
-constexpr int SHARE = 16;     // windows that a selector loads at once
+constexpr int PLACES = 16;    // of a selector's list
+constexpr int PENDING = 8;    // places of its buffer
+constexpr int SHARE = 8;      // windows that it loads at once, or all of its part where they are fewer
 constexpr int MOST_SLOTS = 8; // tiles of P of a scorer
 constexpr int WORKS = 4;      // tiles of queries that the finder may be ahead
-// A block starts with 96 a thread.
-constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 88, LOADER_REGISTERS = 48;
-static_assert(PENDING >= SHARE && PENDING % 16 == 0,
-              "room for the blocks of a share; one place more, no bank conflicts");
-static_assert(65536 / THREADS / 8 * 8 == 96 &&
-                  SCORERS * (SCORER_REGISTERS + SELECTOR_REGISTERS) + LOADER_REGISTERS <=
-                      96 * (2 * SCORERS + 1),
+// Selectors keep what they start with.
+constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 96, LOADER_REGISTERS = 32;
+static_assert(PENDING >= SHARE, "room for the blocks of a share");
+static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
+                  SCORERS * (SCORER_REGISTERS - SELECTOR_REGISTERS) <= SELECTOR_REGISTERS - LOADER_REGISTERS,
               "registers");
 
 // Where things lie in shared memory, from a multiple of 1,024 on, and the sizes of tiles.
@@ -70,11 +73,13 @@ struct TopKHopper {
     int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init, local;
     // Bit k: the k-th eight of a scorer's columns is of its queries' first head, or their last one.
     uint32_t first_heads, last_heads;
-    int wanted;                     // blocks that are chosen freely
-    int window_cells, block_cells;  // in stride cells
-    int queries;                    // of a scorer
-    int q_tiles, slots;             // how many tiles of Q a scorer has room for, and of P
-    int selector_warps, end_blocks; // of a scorer; most blocks that end within a share of windows
+    int wanted, part_wanted;       // blocks that are chosen freely; so many of each part are as many
+    int window_cells, block_cells; // in stride cells
+    int queries;                   // of a scorer
+    int parts;                     // of a query's windows, a selector each
+    int q_tiles, slots;            // how many tiles of Q a scorer has room for, and of P
+    int selector_warps;            // of a scorer
+    int most_pending;              // blocks, so that those that end within a share still have room
     Layout at;
 };
 
@@ -96,6 +101,7 @@ struct Ring {
     __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * (count + at); }
     __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), parity); }
     __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
+    __device__ __forceinline__ void wait_empty_asleep() const { mbarrier_wait_asleep(empty(), parity ^ 1); }
     __device__ __forceinline__ void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
@@ -127,7 +133,7 @@ __device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
 __device__ __forceinline__ void find(const TopKHopper &p, char *shared, Ring works) {
     for (int64_t turn = 0;;) {
         const Work w = find_work(p, &turn);
-        works.wait_empty();
+        works.wait_empty_asleep();
         ((Work *)(shared + p.at.works))[works.at] = w;
         mbarrier_arrive(works.full());
         works.next();
@@ -156,7 +162,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
         if (w.rows == 0) break;
         if (w.steps == 0) continue;
 
-        q_ring.wait_empty();
+        q_ring.wait_empty_asleep();
         uint32_t tile = start + q_ring.at * SCORERS * p.at.q_bytes;
         const T *q = (const T *)p.q + w.row * q_stride + w.kv_head * p.group * D + chunk * 8;
         for (int query0 = 0; query0 < SCORERS * p.queries; query0 += 8) {
@@ -174,7 +180,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
         q_ring.next();
 
         for (int step = 0; step < w.steps; step++, k_ring.next()) {
-            k_ring.wait_empty();
+            k_ring.wait_empty_asleep();
             if (lane > 0) continue;
             mbarrier_arrive_expect(k_ring.full(), WINDOWS * D * 2);
             for (int i = 0; i < D / 64; i++)
@@ -184,11 +190,19 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
     }
 }
 
+// A tile of P: [queries][32 windows], the eight pieces of 4 windows of a row exchanged by query % 8, so that
+// neither its writers nor its readers meet in a bank. Of the next query, where this one is even, the place is
+// ^ 4 + 32, and of the windows 8 on, where these are the first 8 of 16, ^ 8.
+__device__ __forceinline__ int p_place(int query, int window) {
+    return query * P_WINDOWS + (window ^ query % 8 * 4);
+}
+
 template <typename T, int D>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const int used = p.queries / 8 * p.group; // eights of columns
+    const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_ring.next(); // a tile's second half is another's
     // The scorers start their products in turn, so that one has exps to do while the other has products.
     if (scorer == 1) named_barrier_arrive(1, SCORERS * 128);
@@ -242,17 +256,16 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
                 }
             }
             p_ring.wait_empty();
-            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
-                        lane % 4 * 2 * PITCH + warp % 2 * 16 + lane / 4;
+            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
 #pragma unroll
             for (int k = 0; k < COLUMNS / 8; k++) { // masks, not counts: no chain of conditions
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     if (k > 0 && !(p.first_heads >> k & 1)) s[k][i] += s[k - 1][i];
                 if (p.last_heads >> k & 1) {
-                    to[0] = s[k][0], to[PITCH] = s[k][1];
-                    to[8] = s[k][2], to[PITCH + 8] = s[k][3];
-                    to += 8 * PITCH;
+                    to[mine] = s[k][0], to[(mine ^ 4) + P_WINDOWS] = s[k][1];
+                    to[mine ^ 8] = s[k][2], to[(mine ^ 12) + P_WINDOWS] = s[k][3];
+                    to += 8 * P_WINDOWS;
                 }
             }
             mbarrier_arrive_warp(p_ring.full());
@@ -263,32 +276,113 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
     if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
 }
 
-// A query's list: ranks are scores' bits, which order as the scores do, none being negative. Sorted, the
-// highest rank first and of equals the smaller block; blocks come in ascending, so a new one goes behind its
-// equals. Places beyond `wanted` are taken, first, by ranks that nothing beats.
-struct List {
-    int rank[PLACES], block[PLACES];
-    __device__ __forceinline__ void clear(int wanted) {
+// A block and its score as one number, which takes one instruction to compare: a double, its upper half the
+// score's bits, which order as scores do, none being negative, the lower one INT32_MAX - block. So the higher
+// score is the greater entry, and of equals the smaller block.
+using Entry = double;
+constexpr Entry NO_ENTRY = -1; // less than every other
+
+__device__ __forceinline__ void sort_two(Entry &first, Entry &second) { // the greater one comes first
+    bool swap = second > first;
+    Entry greater = swap ? second : first;
+    second = swap ? first : second, first = greater;
+}
+// Batcher's network for N numbers from FIRST on: calls what compares, and exchanges, those at two places.
+template <int FIRST, int N, int STEP, typename F> __device__ __forceinline__ void merge_all(F sort_places) {
+    if constexpr (2 * STEP < N) {
+        merge_all<FIRST, N, 2 * STEP>(sort_places);
+        merge_all<FIRST + STEP, N, 2 * STEP>(sort_places);
 #pragma unroll
-        for (int i = 0; i < PLACES; i++) rank[i] = i < PLACES - wanted ? INT32_MAX : -1, block[i] = INT32_MAX;
+        for (int i = FIRST + STEP; i + STEP < FIRST + N; i += 2 * STEP) sort_places(i, i + STEP);
+    } else {
+        sort_places(FIRST, FIRST + STEP);
     }
-    __device__ __forceinline__ void insert(int new_rank, int new_block) {
+}
+template <int FIRST, int N, typename F> __device__ __forceinline__ void sort_all(F sort_places) {
+    if constexpr (N > 1) {
+        sort_all<FIRST, N / 2>(sort_places);
+        sort_all<FIRST + N / 2, N / 2>(sort_places);
+        merge_all<FIRST, N, 1>(sort_places);
+    }
+}
+
+// The best that a selector has seen, the best one first.
+struct List {
+    Entry entry[PLACES];
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = PLACES - 1; i > 0; i--) {
-            bool here = new_rank > rank[i], above = new_rank > rank[i - 1];
-            block[i] = above ? block[i - 1] : here ? new_block : block[i];
-            rank[i] = max(rank[i], min(rank[i - 1], new_rank));
+        for (int i = 0; i < PLACES; i++) entry[i] = NO_ENTRY;
+    }
+    // Entries that first rise and then fall, or the other way.
+    __device__ __forceinline__ void sort() {
+#pragma unroll
+        for (int step = PLACES / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (int i = 0; i < PLACES; i++)
+                if (!(i & step)) sort_two(entry[i], entry[i + step]);
         }
-        if (new_rank > rank[0]) block[0] = new_block;
-        rank[0] = max(rank[0], new_rank);
+    }
+    __device__ __forceinline__ void put(Entry (&more)[PENDING]) {
+        sort_all<0, PENDING>([&](int i, int j) { sort_two(more[i], more[j]); });
+#pragma unroll
+        for (int i = 0; i < PENDING; i++)
+            if (more[i] > entry[PLACES - 1 - i]) entry[PLACES - 1 - i] = more[i];
+        sort();
+    }
+    // Puts the list of lane ^ `other` in, which does the same.
+    __device__ __forceinline__ void put_lane(int other) {
+#pragma unroll
+        for (int i = 0; i < PLACES / 2; i++) {
+            Entry &a = entry[i], &b = entry[PLACES - 1 - i];
+            Entry other_a = __shfl_xor_sync(0xffffffffu, a, other);
+            Entry other_b = __shfl_xor_sync(0xffffffffu, b, other);
+            if (other_b > a) a = other_b;
+            if (other_a > b) b = other_a;
+        }
+        sort();
+    }
+    // The bits of the score at a place; less than all scores' if it is empty.
+    __device__ __forceinline__ int score_at(int place) const {
+        int x[PLACES];
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) x[i] = __double2hiint(entry[i]);
+#pragma unroll
+        for (int step = PLACES / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (int i = 0; i < PLACES / 2; i++)
+                if (i < step) x[i] = place & step ? x[i + step] : x[i];
+        }
+        return x[0];
     }
 };
 
+// Cells of a block: four; a multiple of four; any number. In the first two a window is at most two cells, so
+// that only a block's last window reaches out of it.
+enum Cells { FOUR, FOURS, ANY };
+__host__ __device__ __forceinline__ Cells cells_of(const TopKHopper &p) {
+    return p.block_cells % 4 || p.window_cells > 2 ? ANY : p.block_cells == 4 ? FOUR : FOURS;
+}
+
+// SHARE windows at a time.
+template <Cells cells, int SHARE>
 __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
                                        Ring p_ring) {
-    const int mine = threadIdx.x % 128;
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    // A warp has all parts of some queries. Eight lanes that load at once have eight queries' rows, or, of
+    // eight parts, four queries' and parts 4 apart: no bank conflicts.
+    const int warp_queries = 32 / p.parts, group = lane / warp_queries;
+    const int mine = warp * warp_queries + lane % warp_queries;
+    const int part = group / 2 + group % 2 * (p.parts / 2);
     const int place = min(mine, p.queries - 1); // lanes too many read what another lane does
-    int2 *const pending = (int2 *)(shared + p.at.pending) + (scorer * p.queries + place) * (PENDING + 1);
+    const int part_windows = P_WINDOWS / p.parts, part_first = part * part_windows;
+    const int part_place = p_place(place, part_first);           // of the part's window i: ^ i
+    const int before = (part_first + P_WINDOWS - 1) % P_WINDOWS; // the window before the part's, cyclically
+    const int skipped_blocks = p.parts > 1 ? (P_WINDOWS - part_windows) / p.block_cells : 0;
+    const float whole = p.window_cells, out = p.window_cells - 1;
+    // The buffer: a selector's places lie ROW bytes apart, a row for all 128 of them.
+    constexpr int ROW = 128 * sizeof(Entry);
+    char *const pending =
+        shared + p.at.pending + scorer * PENDING * ROW + threadIdx.x % 128 * (int)sizeof(Entry);
     for (;; work_done(&works)) {
         const Work &w = next_work(p, shared, works);
         const int steps = w.steps;
@@ -297,65 +391,66 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         const bool there = mine < p.queries && query < w.rows;
         const int pos = w.first_pos + query, blocks = there ? pos / p.block + 1 : 0;
         const bool all = blocks <= p.topk;
-        // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1.
-        const unsigned candidates = all ? 0 : blocks - p.local - p.init;
+        // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1,
+        // whose `block`, as entries have them, are above `last`.
+        const int last = all ? INT32_MAX : INT32_MAX - (blocks - p.local - p.init);
         const int seen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
         List list;
-        list.clear(p.wanted);
-        int lowest = -1, count = 0, block = -p.init, cell = 0;
-        float sum = 0, next = 0;
+        list.clear();
+        int lowest = -1, used = 0, cell = 0; // used: bytes down the buffer
+        uint32_t block = (uint32_t)INT32_MAX + p.init - (p.parts > 1 ? part_first / p.block_cells : 0);
+        float sum = 0, next = 0, carried = 0;
         auto put_pending = [&] {
-            int most = __reduce_max_sync(0xffffffffu, count);
-            int2 x = pending[0];
-            for (int i = 0; i < most; i++) {
-                int2 ahead = pending[i + 1];
-                list.insert(i < count ? x.x : -1, x.y);
-                x = ahead;
+            Entry more[PENDING];
+#pragma unroll
+            for (int i = 0; i < PENDING; i++) {
+                more[i] = NO_ENTRY;
+                if (used > i * ROW) more[i] = *(const Entry *)(pending + i * ROW);
+                // A score that is no number counts as infinite.
+                more[i] = __hiloint2double(min(__double2hiint(more[i]), 0x7f800000), __double2loint(more[i]));
             }
-            count = 0, lowest = list.rank[PLACES - 1];
+            list.put(more);
+            used = 0, lowest = list.score_at(p.wanted - 1);
+            if (p.parts > 1) { // if all parts have so many, what is below them all is not among the best
+                int shared_lowest = list.score_at(p.part_wanted - 1);
+                for (int i = warp_queries; i < 32; i *= 2)
+                    shared_lowest = min(shared_lowest, __shfl_xor_sync(0xffffffffu, shared_lowest, i));
+                lowest = max(lowest, shared_lowest - 1); // of equals a smaller block may be still to come
+            }
         };
         auto end_block = [&](float score) {
-            int rank = __float_as_int(score);
-            if (rank > lowest && (unsigned)block < candidates) pending[count++] = make_int2(rank, block);
-            block++;
+            int bits = __float_as_int(score);
+            if (bits > lowest && (int)block > last) {
+                *(Entry *)(pending + used) = __hiloint2double(bits, block);
+                used += ROW;
+            }
+            block--;
         };
         for (int first = 0; first < steps * WINDOWS; first += P_WINDOWS) {
             p_ring.wait_full();
             const float *from =
-                (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes) +
-                place * PITCH;
-            for (int i0 = 0; i0 < P_WINDOWS; i0 += SHARE) {
-                if (__any_sync(0xffffffffu, count + p.end_blocks > PENDING)) put_pending();
+                (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
+            if (p.parts > 1) {
+                float x = from[p_place(place, before)];
+                if (p.local < 2 && first + before >= seen) x = 0;
+                sum = out * (part == 0 ? carried : x), carried = x;
+            }
+            for (int i0 = 0; i0 < part_windows; i0 += SHARE) {
                 float x[SHARE];
 #pragma unroll
                 for (int i = 0; i < SHARE; i += 4) {
-                    float4 four = *(const float4 *)(from + i0 + i);
+                    float4 four = *(const float4 *)(from + (part_place ^ i0 ^ i));
                     x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
                 }
+                if (__any_sync(0xffffffffu, used > p.most_pending * ROW)) put_pending();
                 if (p.local < 2) { // else candidates have no window that is not seen
 #pragma unroll
                     for (int i = 0; i < SHARE; i++)
-                        if (first + i0 + i >= seen) x[i] = 0;
+                        if (first + part_first + i0 + i >= seen) x[i] = 0;
                 }
                 // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
                 // next one (a block has R).
-                if (p.block_cells % 4 == 0 && p.window_cells <= 2) { // only a block's last window reaches out
-                    float whole = p.window_cells, out = p.window_cells - 1, inner[SHARE / 4];
-#pragma unroll
-                    for (int i = 0; i < SHARE / 4; i++)
-                        inner[i] = whole * (x[4 * i] + x[4 * i + 1] + x[4 * i + 2]);
-#pragma unroll
-                    for (int i = 0; i < SHARE / 4; i++) {
-                        float last = x[4 * i + 3];
-                        sum += inner[i], cell += 4;
-                        if (cell == p.block_cells) {
-                            end_block(sum + last);
-                            sum = out * last, cell = 0;
-                        } else {
-                            sum = fmaf(whole, last, sum);
-                        }
-                    }
-                } else {
+                if (cells == ANY) {
 #pragma unroll
                     for (int i = 0; i < SHARE; i++) {
                         int inside = min(p.window_cells, p.block_cells - cell);
@@ -366,29 +461,58 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                             sum = next, next = 0, cell = 0;
                         }
                     }
+                } else {
+#pragma unroll
+                    for (int i = 0; i < SHARE; i += 4) {
+                        sum += whole * (x[i] + x[i + 1] + x[i + 2]);
+                        if (cells == FOUR || (cell += 4) == p.block_cells) {
+                            end_block(sum + x[i + 3]);
+                            sum = out * x[i + 3], cell = 0;
+                        } else {
+                            sum = fmaf(whole, x[i + 3], sum);
+                        }
+                    }
                 }
             }
             mbarrier_arrive_warp(p_ring.empty());
             p_ring.next();
+            block -= skipped_blocks;
         }
         put_pending();
+        for (int i = warp_queries; i < 32; i *= 2) list.put_lane(i);
 
-        if (!there) continue;
+        if (!there || part > 0) continue;
         int32_t *to = p.indices + ((int64_t)w.kv_head * p.plan.nq + w.row + query) * p.topk;
         if (all) {
             for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
             continue;
         }
         for (int i = 0; i < p.init; i++) to[i] = i;
+        int chosen[PLACES];
 #pragma unroll
-        for (int i = 0; i < PLACES; i++) {
-            int before = 0;
+        for (int i = 0; i < PLACES; i++)
+            chosen[i] = i < p.wanted ? INT32_MAX - __double2loint(list.entry[i]) : INT32_MAX;
+        sort_all<0, PLACES>([&](int i, int j) {
+            int low = min(chosen[i], chosen[j]);
+            chosen[j] = max(chosen[i], chosen[j]), chosen[i] = low;
+        });
 #pragma unroll
-            for (int j = 0; j < PLACES; j++) before += list.block[j] < list.block[i];
-            if (before < p.wanted) to[p.init + before] = p.init + list.block[i];
-        }
+        for (int i = 0; i < PLACES; i++)
+            if (i < p.wanted) to[p.init + i] = p.init + chosen[i];
         for (int i = 0; i < p.local; i++) to[p.init + p.wanted + i] = blocks - p.local + i;
     }
+}
+__device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
+                                       Ring p_ring) {
+    Cells cells = cells_of(p);
+    if (cells == FOUR && P_WINDOWS / p.parts == 4)
+        select<FOUR, 4>(p, shared, scorer, works, p_ring);
+    else if (cells == FOUR)
+        select<FOUR, SHARE>(p, shared, scorer, works, p_ring);
+    else if (cells == FOURS)
+        select<FOURS, SHARE>(p, shared, scorer, works, p_ring);
+    else
+        select<ANY, SHARE>(p, shared, scorer, works, p_ring);
 }
 
 template <typename T, int D>
@@ -423,7 +547,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_up_to<SCORER_REGISTERS>();
         score<T, D>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
     } else if (warpgroup < 2 * SCORERS) {
-        registers_down_to<SELECTOR_REGISTERS>();
         if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
         registers_down_to<LOADER_REGISTERS>();
@@ -435,11 +558,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 // Where things lie for so many tiles of Q and P.
 Layout layout_of(const TopKHopper &p, int head_dim) {
     Layout a;
-    a.q_bytes = COLUMNS * head_dim * 2, a.k_bytes = WINDOWS * head_dim * 2, a.p_bytes = p.queries * PITCH * 4;
+    a.q_bytes = COLUMNS * head_dim * 2, a.k_bytes = WINDOWS * head_dim * 2,
+    a.p_bytes = p.queries * P_WINDOWS * 4;
     a.k = p.q_tiles * SCORERS * a.q_bytes;
     a.p = a.k + STAGES * a.k_bytes;
     a.pending = a.p + SCORERS * p.slots * a.p_bytes;
-    a.works = a.pending + SCORERS * p.queries * (PENDING + 1) * (int)sizeof(int2);
+    a.works = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
     a.barriers = a.works + WORKS * (int)sizeof(Work);
     a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
     return a;
@@ -481,8 +605,13 @@ int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const
         p.first_heads |= (uint32_t)(k % p.group == 0) << k;
         p.last_heads |= (uint32_t)(k % p.group == p.group - 1) << k;
     }
-    p.selector_warps = (p.queries + 31) / 32;
-    p.end_blocks = (SHARE + p.block_cells - 1) / p.block_cells;
+    p.parts = 1; // whole blocks each
+    while (cells_of(p) != ANY && 2 * p.parts * p.queries <= 128 &&
+           P_WINDOWS / (2 * p.parts) % p.block_cells == 0)
+        p.parts *= 2;
+    p.part_wanted = (p.wanted + p.parts - 1) / p.parts;
+    p.selector_warps = (p.parts * p.queries + 31) / 32;
+    p.most_pending = PENDING - (std::min(SHARE, P_WINDOWS / p.parts) + p.block_cells - 1) / p.block_cells;
 
     // Room goes to a second pair of tiles of P, then to one of Q, then to more of P.
     p.q_tiles = 1, p.slots = 2;

@@ -194,7 +194,25 @@ int main(int argc, char **argv) {
             c->cmp_stride = 4, c->cmp_len = g == 2 ? 8 : 12, c->block = g == 2 ? 16 : 48;
             c->topk = 6, c->local_blocks = g == 2 ? 1 : 0;
         }
+        // Queries' windows in 8, 4 and 2 parts; sequences that begin in the middle, blocks of 8 cells.
+        for (int g : {8, 4, 2}) {
+            shapes.push_back(plain_shape(g, 1, 64, {300, 380}));
+            shapes.back().segments = {{0, 0, 7}, {0, 9, 290}, {1, 130, 250}};
+            FsaConfig *c = &shapes.back().c;
+            c->cmp_stride = 4, c->cmp_len = g == 4 ? 4 : 8, c->block = g == 2 ? 32 : 16;
+            c->topk = g == 4 ? 20 : 5, c->init_blocks = g == 8 ? 0 : 2, c->local_blocks = g == 2 ? 0 : 2;
+        }
         if (!small) {
+            // Every way to split blocks of 4, 8, 16 and 12 cells.
+            for (int g : {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}) {
+                for (int cells : {4, 8, 16, 12}) {
+                    shapes.push_back(plain_shape(g, 1, 64, {700, 1 + r.below(500)}));
+                    FsaConfig *c = &shapes.back().c;
+                    c->cmp_stride = 4, c->cmp_len = r.below(2) ? 8 : 4, c->block = 4 * cells;
+                    c->init_blocks = (int)r.below(4), c->local_blocks = (int)r.below(4);
+                    c->topk = c->init_blocks + c->local_blocks + 1 + (int)r.below(16);
+                }
+            }
             shapes.push_back(plain_shape(4, 1, 128, {6000}));
             for (int g = 1; g <= 16; g++) // sequences that end within tiles of queries, and empty ones
                 shapes.push_back(plain_shape(g, 1, g % 2 ? 64 : 128, {1500 + g, 0, 1030, 0}));
@@ -205,7 +223,11 @@ int main(int argc, char **argv) {
             check_shape<__nv_bfloat16>(&r, s);
             check_shape<__half>(&r, s);
         }
-        for (const Shape &s : {plain_shape(4, 1, 128, {1500}), plain_shape(1, 1, 64, {1300, 100})}) {
+        std::vector<Shape> equal = {plain_shape(4, 1, 128, {1500}), plain_shape(1, 1, 64, {1300, 100}),
+                                    plain_shape(8, 1, 64, {900}), plain_shape(2, 1, 64, {900})};
+        for (Shape &s : equal) {
+            if (&s - &equal[0] >= 2)
+                s.c.block = 16, s.c.cmp_len = 8, s.c.cmp_stride = 4, s.c.local_blocks = 1;
             check_shape<__nv_bfloat16>(&r, s, 0);
             check_shape<__half>(&r, s, 0);
         }

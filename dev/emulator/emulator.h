@@ -303,6 +303,15 @@ static inline float __uint_as_float(unsigned x) {
 static inline float __int_as_float(int x) {
     return emu_bits<float>(x);
 }
+static inline double __hiloint2double(int high, int low) {
+    return emu_bits<double>((uint64_t)(uint32_t)high << 32 | (uint32_t)low);
+}
+static inline int __double2hiint(double x) {
+    return (int)(emu_bits<uint64_t>(x) >> 32);
+}
+static inline int __double2loint(double x) {
+    return (int)emu_bits<uint64_t>(x);
+}
 
 template <typename... P>
 static inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {

@@ -126,6 +126,9 @@ inline void mbarrier_wait(uint32_t barrier, int parity) {
         if ((int)emu::mbarrier_at(barrier)->phase == parity) emu::yield();
     }
 }
+inline void mbarrier_wait_asleep(uint32_t barrier, int parity) {
+    mbarrier_wait(barrier, parity);
+}
 
 inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
     int64_t at[4] = {x, y, z, 0};
