@@ -38,7 +38,8 @@ struct Dense {
     int accumulate_q, accumulate_kv;
     int splits; // dK, dV: blocks that share a key tile's heads; partial sums go to `partial` if > 1
     float *partial;
-    int *order; // Hopper's backward: items taken, and how many have added to each tile of dq
+    // Hopper's backward: kv heads taken together; items taken, and how many have added to each tile of dq.
+    int together, *order;
 };
 
 static inline Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {

@@ -12,7 +12,10 @@ enum {
     ROWS = 128,       // rows of a work item of forward, 64 a warpgroup
     KEYS = 128,       // keys of a tile that forward streams; of a work item of backward, 64 a warpgroup
     STREAM_ROWS = 64, // rows of a tile that backward streams
-    HEADS_TOGETHER = 8,
+    // Backward takes some heads together, few, so that several tiles of keys of each are under way and share
+    // what their rows bring into the L2, but so many that the last of them still fill all multiprocessors.
+    FEW_HEADS = 8,
+    ENOUGH_ITEMS = 256,
     KV_STAGES = 2,
     CONSUMERS = 256, // threads; a third warpgroup produces
     THREADS = CONSUMERS + 128,
@@ -381,11 +384,9 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     KeyWork w;
     w.keys.rows = 0;
     if (item >= items) return w;
-    // Some heads after the others, so that several tiles of keys of each are under way and share what their rows
-    // bring into the L2; of those heads by ascending keys.
-    const int together = max(HEADS_TOGETHER / p.splits, 1);
-    const int64_t round = items / p.kv_heads * together, rest = item % round;
-    const int head0 = (int)(item / round) * together, heads = min(together, p.kv_heads - head0);
+    // Some heads after the others; of those heads by ascending keys.
+    const int64_t round = items / p.kv_heads * p.together, rest = item % round;
+    const int head0 = (int)(item / round) * p.together, heads = min(p.together, p.kv_heads - head0);
     w.split = (int)(rest % p.splits);
     w.kv_head = head0 + (int)(rest / p.splits % heads);
     w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, rest / p.splits / heads);
@@ -842,10 +843,16 @@ template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dt
     return launch(forward_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
 }
 
-template <typename T, int D> static int backward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, cudaStream_t stream) {
     Maps maps = {};
     int tokens = STREAM_ROWS / (d.q_heads / d.kv_heads), status = make_maps(d, dtype, D, tokens, &maps);
     if (status) return status;
+    int64_t of_a_head = (d.num_keys + KEYS - 1) / KEYS * d.splits;
+    if (of_a_head < 1) of_a_head = 1;
+    int together = (int)((ENOUGH_ITEMS + of_a_head - 1) / of_a_head);
+    if (together < FEW_HEADS / d.splits) together = FEW_HEADS / d.splits;
+    int turns = d.kv_heads > together ? d.kv_heads / together : 1;
+    d.together = (d.kv_heads + turns - 1) / turns;
     int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
     if (items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // tickets are of 32 bits
     size_t bytes = fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads);

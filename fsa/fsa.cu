@@ -309,8 +309,8 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     }
     RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_grad,
                           dgate_logits, stream));
-    // The dense branches leave fp32 sums, the selected branch 16-bit rows in dq, dk, dv; the last step joins
-    // them.
+    // The dense branches leave fp32 sums. The selected branch adds its own to those of dq, and leaves 16-bit
+    // rows in dk and dv; the last step joins these.
     RUN(fsa_dense_backward(c, &p, dtype, FSA_WINDOW, s.q, s.k, v, dout, w.lse_grad[2], w.delta[2], w.dq, w.dk,
                            w.dv, 0, 0, w.scratch, stream));
     RUN(fsa_dense_backward(c, &p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, dout, w.lse_grad[0], w.delta[0],
@@ -319,9 +319,8 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
-    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, dout, w.delta[1], w.lse_grad[1],
-                         w.scratch, dq, dk, dv, stream));
-    RUN(fsa_rope_queries_gradient(c, &p, dtype, w.dq, dq, NULL, inv_freq, dq, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, dout, w.delta[1], w.lse_grad[1], w.dq,
+                         inv_freq, w.scratch, dq, dk, dv, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dk, dk, w.dk_plain, inv_freq, dk, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dv, dv, NULL, NULL, dv, stream));
     return FSA_OK;
@@ -369,8 +368,8 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
     RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
     RUN(fsa_lists(c, &p, indices, &lists, w.scratch, stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, &lists, dout, w.delta[0], w.lse_grad[0], w.scratch,
-                         dq, dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, &lists, dout, w.delta[0], w.lse_grad[0], NULL, NULL,
+                         w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
 
@@ -463,7 +462,7 @@ int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch
                                0, 0, w.scratch, stream));
     }
     const int64_t *key_rows = compressed ? p.cu_windows + p.num_seqs : p.cu_seqlens + p.num_seqs;
-    RUN(fsa_rope_queries_gradient(c, &p, dtype, w.dq, NULL, NULL, NULL, dq, stream));
+    RUN(fsa_round_dq(c, &p, dtype, w.dq, dq, stream));
     RUN(round_to(dtype, w.dk, dk, keys, key_rows, c->kv_heads * c->head_dim, stream));
     RUN(round_to(dtype, w.dv, dv, keys, key_rows, c->kv_heads * c->head_dim, stream));
     return FSA_OK;

@@ -32,11 +32,12 @@ size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
                     float *lse, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv.
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too (fp32, as
+// dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
-                     const float *delta, const float *lse_grad, void *memory, void *dq, void *dk, void *dv,
-                     cudaStream_t stream);
+                     const float *delta, const float *lse_grad, const float *dq_sums, const double *inv_freq,
+                     void *memory, void *dq, void *dk, void *dv, cudaStream_t stream);
 
 // ---- gate.cu --------------------------------------------------------------------------------------------
 // o = sum of sigmoid(logits) * branch; logits [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest.
@@ -111,14 +112,13 @@ int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const
                      const double *inv_freq, void *out, cudaStream_t stream);
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream);
-// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit, NULL: none) + plain fp32 (NULL: none). dx and
-// `more` are of rotated rows, `plain` of rows before RoPE (what compression adds to dk). dx of queries lies as
-// dq_sum_row says.
-int fsa_rope_queries_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
-                              const void *more, const float *plain, const double *inv_freq, void *out,
-                              cudaStream_t stream);
+// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit) + plain fp32 (NULL: none). dx and `more` are of
+// rotated rows, `plain` of rows before RoPE (what compression adds to dk).
 int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                            const void *more, const float *plain, const double *inv_freq, void *out,
                            cudaStream_t stream);
+// dq (16-bit) of its sums, which lie as dq_sum_row says.
+int fsa_round_dq(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *sums, void *dq,
+                 cudaStream_t stream);
 
 #endif

@@ -1,4 +1,5 @@
-// rope.cu: rotates queries and keys by their positions, and turns their gradients back.
+// rope.cu: rotates queries and keys by their positions, and turns the gradients of keys back (those of queries are
+// turned where the selected branch adds them up).
 #include "kernels.h"
 #include "rope.cuh"
 #include "tile.cuh"
@@ -125,13 +126,12 @@ int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const vo
                   void *out, cudaStream_t stream) {
     return rope(c, dtype, Rope{*p, 0, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
 }
-int fsa_rope_queries_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
-                              const void *more, const float *plain, const double *inv_freq, void *out,
-                              cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
-}
 int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                            const void *more, const float *plain, const double *inv_freq, void *out,
                            cudaStream_t stream) {
     return rope(c, dtype, Rope{*p, 0, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
+}
+int fsa_round_dq(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *sums, void *dq,
+                 cudaStream_t stream) {
+    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, NULL, NULL, dq, sums, NULL, NULL}, stream);
 }

@@ -1,5 +1,6 @@
 // selected.cu: the selected branch, KV block outside (see selected.cuh): portable main kernels, the
 // reductions, and the launchers, which on Hopper start selected_sm90.cu's main kernels instead.
+#include "rope.cuh"
 #include "selected.cuh"
 
 enum {
@@ -622,13 +623,18 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
     }
 }
 
-// A warp adds up the dQ partials of one (token, head).
+// A warp adds up the dQ partials of one (token, head) and what other branches have added to it, and turns the
+// sum back to the unrotated query.
 template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int64_t index) {
     typedef PartialRows<D> Rows;
+    __shared__ float2 all_turns[256 / 32][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
     r.find_valid(a, 0);
+    float2 *const turns = all_turns[threadIdx.x / 32];
+    if (a.inv_freq)
+        for (int i = lane; i < D / 2; i += 32) turns[i] = rope_turn(r.pos, a.inv_freq[i]);
     wait_for_previous_kernel();
     let_next_kernel_start();
     float acc[8] = {};
@@ -651,17 +657,39 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
         for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
     }
     // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group, and is to write 4c .. 4c+3.
-    uint32_t w[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) w[j] = pack2<T>(acc[2 * j], acc[2 * j + 1]);
-    auto exchange = [&](uint32_t &kept, uint32_t &given, int with) { // `kept` of the lanes without bit `with`
+    auto exchange = [&](int kept, int given, int with) { // unit `kept` of the lanes without bit `with`
         const bool odd = lane & with;
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? kept : given, with);
-        (odd ? kept : given) = got;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float &x = acc[2 * kept + i], &y = acc[2 * given + i];
+            const float got = __shfl_xor_sync(0xffffffffu, odd ? x : y, with);
+            (odd ? x : y) = got;
+        }
     };
-    exchange(w[0], w[1], 1), exchange(w[2], w[3], 1);
-    exchange(w[0], w[2], 2), exchange(w[1], w[3], 2);
-    if (lane < Rows::LANES) ((uint4 *)((T *)a.dq + r.to * D))[lane] = make_uint4(w[0], w[1], w[2], w[3]);
+    exchange(0, 1, 1), exchange(2, 3, 1);
+    exchange(0, 2, 2), exchange(1, 3, 2);
+    const int piece = lane % Rows::LANES; // of eight channels
+    if (a.dq_sums) {
+        const int64_t sum = dq_sum_row(a.plan.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
+        const float4 *from = (const float4 *)(a.dq_sums + sum * D + dq_sum_piece(sum, piece) * 8);
+        const float4 x = from[0], y = from[1];
+        acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
+        acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
+    }
+    if (a.inv_freq) { // channels of the two halves turn together
+        const bool upper = piece >= Rows::LANES / 2;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 turn = turns[piece % (Rows::LANES / 2) * 8 + j];
+            const float other = __shfl_xor_sync(0xffffffffu, acc[j], Rows::LANES / 2);
+            acc[j] = acc[j] * turn.x + (upper ? -other : other) * turn.y;
+        }
+    }
+    if (lane < Rows::LANES)
+        ((uint4 *)((T *)a.dq + r.to * D))[lane] =
+            make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
+                       pack2<T>(acc[6], acc[7]));
 }
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Bytes as
@@ -856,14 +884,14 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
 
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
-                     const float *delta, const float *lse_grad, void *memory, void *dq, void *dk, void *dv,
-                     cudaStream_t stream) {
+                     const float *delta, const float *lse_grad, const float *dq_sums, const double *inv_freq,
+                     void *memory, void *dq, void *dk, void *dv, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 1);
     if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
-    a.dq = dq, a.dk = dk, a.dv = dv;
+    a.dq = dq, a.dk = dk, a.dv = dv, a.dq_sums = dq_sums, a.inv_freq = inv_freq;
     if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, type, stream);
     if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, type, stream);
     if (type == FSA_FP16 && c->head_dim == 128) return backward<__half, 128>(a, s, type, stream);

@@ -36,7 +36,7 @@ template <typename T> struct Library {
                   const T *dout, T *dq, T *dk, T *dv) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
         FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, &lists, dout, delta, lse_grad,
-                                   memory, dq, dk, dv, 0));
+                                   NULL, NULL, memory, dq, dk, dv, 0));
     }
 };
 
