@@ -4,7 +4,7 @@
 #include "selected.cuh"
 
 enum {
-    BUDGET = 176 << 20,    // bytes of partial rows aimed at
+    BUDGET = 205 << 20,    // bytes of partial rows aimed at
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
     MIN_CHUNK = 64,        // list entries of a share
 };
@@ -759,7 +759,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
             token = slots * s.group * c->head_dim * 2; // bytes
     const int64_t room = most(BUDGET / token, 512);    // most rows times heads of a launch
-    s.slab = least(room / 512 * 512, FSA_MAX_SLAB);
+    s.slab = least(room / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
     s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
     const bool pack = s.hopper && !backward;

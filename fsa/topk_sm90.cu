@@ -216,15 +216,18 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             if (step == 0) q_ring.wait_full();
             k_ring.wait_full();
             fence_proxy_async();
-            uint32_t k_tile = start + p.at.k + k_ring.at * p.at.k_bytes;
-            uint32_t q_tile = start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes;
+            // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
+            const uint64_t from_k =
+                wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
+            const uint64_t from_q = wgmma_matrix(
+                __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0));
             float s[COLUMNS / 8][4];
             named_barrier_sync(1 + scorer, SCORERS * 128); // this scorer's turn
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
-                wgmma_ss<T>(s, wgmma_matrix(k_tile + k / 4 * WINDOWS * 128 + k % 4 * 32),
-                            wgmma_matrix(q_tile + k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
+                wgmma_ss<T>(s, wgmma_further(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
+                            wgmma_further(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
             named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
             if (step == 0) {
