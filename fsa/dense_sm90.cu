@@ -371,7 +371,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 // Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every
 // 128 keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88
 // TFLOP, 111 ms at 790. Shared memory comes close: for a tile at d = 128 wgmma reads 256 KiB, 2,048 clocks,
-// and 80 KiB more are written and read on the way of dS and dQ, where the products take 2,560.
+// and 80 KiB more are written and read on the way of dS and dQ, where the products take 2,560. On an H200 a
+// tile takes some 4,600 clocks, 162 to 173 ms: exp and dS lie between dependent products, and both warpgroups
+// are at the same place.
 struct KeyWork {
     RowTile keys; // no rows: no work
     int kv_head, split;

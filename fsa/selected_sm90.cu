@@ -250,9 +250,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
-// 16), 1.2 ms at 128 bytes a clock. On an H200 48 launches of 90 us, 4.3 ms, L2 73% busy: L2 binds, and a
-// tenth was starts and ends of launches before these overlapped. With g = 1, where a row's address serves 256
-// bytes alone, 5.0 ms.
+// 16), 1.2 ms at 128 bytes a clock. On an H200 4.3 ms, in launches of 90 us: L2 at 70% and HBM at 51% of what
+// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With g = 1,
+// where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {

@@ -28,7 +28,7 @@
 // 2.2 ms at 64K (32, 32), where there is room for three halves of tiles of P a scorer: selectors read one
 // while scorers write others. Selectors issue, a tile of 64 windows and warp, 172 instructions for scores at
 // g = 4 and 378 at g = 1, and for each merge 380 or 355, for random scores one in 5 tiles at g = 4 and one in
-// 2 at g = 1.
+// 2 at g = 1. On an H200 3.3 ms, 3,000 clocks a tile of both scorers, who bind; 4.65 ms at (32, 32).
 //
 // A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
 // beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
