@@ -548,27 +548,18 @@ __global__ void __launch_bounds__(256) dense_reduce_kernel(const Dense p, int64_
     }
 }
 
-// The compressed rule has few keys, each seen by many queries, and its longest thread block is twice the
-// average. So a block for each query head, or, on Hopper, for shares of the queries: on 132 multiprocessors two
-// were best from 128 work items on, and as many as make 384 of fewer (1 to 12 were tried at 8K to 128K tokens; more
-// shares meet less of each other's rows in the L2). Then a sum.
-enum { HOPPER_KEYS = 128, HOPPER_SPLITS = 16 };
+// The compressed rule has few keys, each seen by many queries: thread blocks share a tile of keys, a query
+// head each, or on Hopper as dense_sm90.cu says; then a sum.
 static int dense_splits(const FsaConfig *c, FsaVisibility rule, int64_t num_keys) {
     if (rule != FSA_COMPRESSED) return 1;
-    if (!fsa_hopper()) return c->q_heads / c->kv_heads;
-    int64_t items = (num_keys + HOPPER_KEYS - 1) / HOPPER_KEYS * c->kv_heads;
-    if (items >= 128 || items == 0) return items >= 512 ? 1 : 2;
-    return (int)(384 / items < HOPPER_SPLITS ? 384 / items : HOPPER_SPLITS);
+    return fsa_hopper() ? fsa_dense_splits_sm90(num_keys, c->kv_heads) : c->q_heads / c->kv_heads;
 }
 
-// Of Hopper's, whose splits are fewer for more keys, a bound that is never less for more of them.
 static size_t partial_bytes(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
     if (rule != FSA_COMPRESSED) return 0;
-    int64_t keys = fsa_max_windows(c, p), group = c->q_heads / c->kv_heads, rows = group > 1 ? group * keys : 0;
-    if (fsa_hopper()) {
-        rows = keys + (512 / c->kv_heads + 1) * HOPPER_KEYS;
-        if (rows > keys * HOPPER_SPLITS) rows = keys * HOPPER_SPLITS;
-    }
+    int64_t keys = fsa_max_windows(c, p), splits = dense_splits(c, rule, keys),
+            rows = splits > 1 ? splits * keys : 0;
+    if (fsa_hopper()) rows = fsa_dense_split_rows_sm90(keys, c->kv_heads);
     return (size_t)rows * 2 * c->kv_heads * c->head_dim * sizeof(float);
 }
 

@@ -36,7 +36,7 @@ struct Dense {
     const float *lse_grad, *delta;
     float *dq, *dk, *dv;
     int accumulate_q, accumulate_kv;
-    int splits; // dK, dV: blocks that share a key tile's heads; partial sums go to `partial` if > 1
+    int splits; // dK, dV: thread blocks that share a tile of keys; partial sums go to `partial` if > 1
     float *partial;
     // Hopper's backward: kv heads taken together; items taken, and how many have added to each tile of dq.
     int together, *order;
@@ -80,5 +80,9 @@ template <> __device__ constexpr float probability_unit<__half>() {
 int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
 // Adds to dq, or, unless accumulate_q, overwrites those rows that see a key.
 int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+// How many shares of the queries that see a tile of keys the compressed rule makes, and a bound of shares
+// times keys that never shrinks while keys are added.
+int fsa_dense_splits_sm90(int64_t num_keys, int kv_heads);
+int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads);
 size_t fsa_dense_order_bytes(const FsaPlan &p, int q_heads, int kv_heads);
 #endif

@@ -16,6 +16,14 @@ enum {
     // what their rows bring into the L2, but so many that the last of them still fill all multiprocessors.
     FEW_HEADS = 8,
     ENOUGH_ITEMS = 256,
+    // The compressed rule's longest work item is twice the average. On 132 multiprocessors two shares were
+    // best where they make 256 items or more of fewer than 1,024, and as many as make some 384 where there
+    // are few; 1 to 16 were tried, at 8K to 128K tokens. More shares meet less of each other's rows in the
+    // L2.
+    UNDIVIDED_ITEMS = 512,
+    HALVED_ITEMS = 128,
+    SHARED_ITEMS = 384,
+    MOST_SHARES = 16,
     KV_STAGES = 2,
     CONSUMERS = 256, // threads; a third warpgroup produces
     THREADS = CONSUMERS + 128,
@@ -419,9 +427,9 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
 
 // The tiles of tokens that a work item's keys meet: of the last segment first, and from its last tile to the
 // first. Under a window a walk begins at the last tile that ends a period, which is as many tiles as meet the
-// keys, and the tiles beyond come at its end: so thread blocks that began together are at the same rows together.
-// A segment's tiles are the same for all keys: they begin at its first token. Rows count in 32 bits, as TMA's
-// coordinates do.
+// keys, and the tiles beyond come at its end: so thread blocks that began together are at the same rows
+// together. A segment's tiles are the same for all keys: they begin at its first token. Rows count in 32
+// bits, as TMA's coordinates do.
 struct TokenWalk {
     int segment, row, place; // the first token's row in q; the tile's number of all
     int pos, end;            // the first token's position; the end of the segment's tokens
@@ -860,6 +868,18 @@ template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, c
     size_t bytes = fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads);
     if (cudaMemsetAsync(d.order, 0, bytes, stream) != cudaSuccess) return FSA_ERROR_CUDA;
     return launch(backward_sm90_kernel<T, D>, d, maps, items, 1024 + KeyRing<D>::BYTES, stream);
+}
+
+int fsa_dense_splits_sm90(int64_t num_keys, int kv_heads) {
+    int64_t items = (num_keys + KEYS - 1) / KEYS * kv_heads;
+    if (items >= UNDIVIDED_ITEMS || items == 0) return 1;
+    if (items >= HALVED_ITEMS) return 2;
+    return (int)(SHARED_ITEMS / items < MOST_SHARES ? SHARED_ITEMS / items : MOST_SHARES);
+}
+
+int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads) {
+    int64_t rows = num_keys + (UNDIVIDED_ITEMS / kv_heads + 1) * KEYS;
+    return rows < num_keys * MOST_SHARES ? rows : num_keys * MOST_SHARES;
 }
 
 size_t fsa_dense_order_bytes(const FsaPlan &p, int q_heads, int kv_heads) {

@@ -32,8 +32,8 @@ size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
                     float *lse, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too (fp32, as
-// dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too
+// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
                      const float *delta, const float *lse_grad, const float *dq_sums, const double *inv_freq,
@@ -60,11 +60,11 @@ int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaV
 // Gradients in fp32, so that branches sum up without rounding: dk, dv [N or M, Hkv, d], and dq as dq_sum_row
 // has it.
 // accumulate_q, accumulate_kv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_grad come
-// from fsa_row_stats or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_workspace bytes, aligned
-// to 16. fsa_rope_gradient makes 16-bit gradients of the sums.
-// The sums for dq lie in rows [Hkv, Nq, g] of d, so that the rows of any tile of tokens are one piece of memory;
-// in a row the pieces of 8 numbers are exchanged by row % 4, so that threads that write the same columns of
-// neighbouring rows to shared memory, where sums have the same layout, meet different banks.
+// from fsa_row_stats or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_workspace bytes,
+// aligned to 16. fsa_rope_gradient makes 16-bit gradients of the sums. The sums for dq lie in rows [Hkv, Nq,
+// g] of d, so that the rows of any tile of tokens are one piece of memory; in a row the pieces of 8 numbers
+// are exchanged by row % 4, so that threads that write the same columns of neighbouring rows to shared
+// memory, where sums have the same layout, meet different banks.
 __host__ __device__ static inline int64_t dq_sum_group(int64_t nq, int g, int64_t token, int kv_head) {
     return (kv_head * nq + token) * g; // the first of the g rows
 }
@@ -112,8 +112,8 @@ int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const
                      const double *inv_freq, void *out, cudaStream_t stream);
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream);
-// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit) + plain fp32 (NULL: none). dx and `more` are of
-// rotated rows, `plain` of rows before RoPE (what compression adds to dk).
+// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit) + plain fp32 (NULL: none). dx and `more` are
+// of rotated rows, `plain` of rows before RoPE (what compression adds to dk).
 int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
                            const void *more, const float *plain, const double *inv_freq, void *out,
                            cudaStream_t stream);

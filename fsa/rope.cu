@@ -1,12 +1,12 @@
-// rope.cu: rotates queries and keys by their positions, and turns the gradients of keys back (those of queries are
-// turned where the selected branch adds them up).
+// rope.cu: rotates queries and keys by their positions, and turns the gradients of keys back (those of
+// queries are turned where the selected branch adds them up).
 #include "kernels.h"
 #include "rope.cuh"
 #include "tile.cuh"
 
 struct Rope {
     FsaPlan plan;
-    int queries; // rows are query rows, at their segments' positions; else keys
+    int queries;      // rows are query rows, at their segments' positions; else keys
     int heads, group; // group: query heads a kv head
     int64_t rows;
     const void *x;

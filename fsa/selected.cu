@@ -692,8 +692,9 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
                        pack2<T>(acc[6], acc[7]));
 }
 
-// What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Bytes as
-// selected_merge_kernel.
+// What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
+// T*parts rows of 2*D bytes a (token, head), and 4*D of dq_sums, and writes one: 9.7 GB in and 0.5 out for
+// the case of selected_merge_kernel, 2.3 ms.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)

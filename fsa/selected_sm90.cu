@@ -169,11 +169,12 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
 
 // V of a part of a block, rearranged so that plain bulk copies make the main kernel's tile of it: [D/64
 // panels][N keys][64], the 16-byte chunks of a row swizzled. 16-bit as it comes, it becomes fp16 times a
-// power of two that brings the part's largest to 2^15 / KEYS, so that no sum overflows that probabilities of at
-// most 1 weight, and a partial's rounding is an eighth of bf16's; and the 4-byte units of each 64-byte group are transposed (unit 4c+i at i*4+c), so that a
-// lane's accumulators of four n8 columns are 16 bytes of the output in one piece. 2 bytes in and out a
-// channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an H200 0.16, eight launches of 20 us: latency. So
-// it starts while the heads before are merged: v is there, and who read `packed` has ended when a merge lets it.
+// power of two that brings the part's largest to 2^15 / KEYS, so that no sum overflows that probabilities of
+// at most 1 weight, and a partial's rounding is an eighth of bf16's; and the 4-byte units of each 64-byte
+// group are transposed (unit 4c+i at i*4+c), so that a lane's accumulators of four n8 columns are 16 bytes of
+// the output in one piece. 2 bytes in and out a channel: 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s; on an
+// H200 0.16, eight launches of 20 us: latency. So it starts while the heads before are merged: v is there,
+// and who read `packed` has ended when a merge lets it.
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
@@ -245,14 +246,15 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // A thread block takes `chunk` entries of one head's list. Producers bring K and packed V of each KV block,
 // one block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
 // QK^T, P = exp(S - the row's maximum) to fp16 A fragments, O = PV, and out go the row, as it is, its
-// log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are written.
+// log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are
+// written.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
 // 16), 1.2 ms at 128 bytes a clock. On an H200 4.3 ms, in launches of 90 us: L2 at 70% and HBM at 51% of what
-// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With g = 1,
-// where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency.
+// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With
+// g = 1, where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -371,7 +373,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         float2 *stats = a.stats + partial0;
         keep_in_registers(out), keep_in_registers(stats);
         float s[KEYS / 8][4], o[D / 8][4];
-        uint32_t first = 0, n = 0; // tiles before this part's, and parts
+        uint32_t first = 0, n = 0;                         // tiles before this part's, and parts
         Steps<F::Q_STAGES, F::CONSUMERS> q_turn(consumer); // of the consumer's next tile
         for (;; n++) {
             KvTurn kv(n);

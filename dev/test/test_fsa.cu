@@ -8,9 +8,9 @@
 #include <functional>
 #include <thread>
 
-// Relative error, of one array or of several together, with a floor: 1e-2 an entry is added to the norm, so that
-// gradients that vanish (one visible key) don't divide by nothing. terms: the norm of what was summed, where that
-// is more than the sum's.
+// Relative error, of one array or of several together, with a floor: 1e-2 an entry is added to the norm, so
+// that gradients that vanish (one visible key) don't divide by nothing. terms: the norm of what was summed,
+// where that is more than the sum's.
 struct Tally {
     double diff = 0, norm = 0, terms = 0, size = 0;
     void add(const std::vector<float> &x, const std::vector<float> &ref, double norm_of_terms = 0) {
@@ -291,18 +291,19 @@ static void test_shape(Random *r, const FsaConfig &c, const std::vector<int64_t>
     snprintf(what, sizeof what,
              "%s nq %lld n %lld seqs %zu heads %d/%d d %d l %d s %d block %d topk %d init %d local %d W %d "
              "phi %d per_token %d recompute %d rope %d",
-             Dtype<T>::name, (long long)nq, (long long)n, lengths.size(), c.q_heads, c.kv_heads,
-             c.head_dim, c.cmp_len, c.cmp_stride, c.block, c.topk, c.init_blocks, c.local_blocks, c.window,
-             (int)c.phi, c.gate_per_token, c.recompute, rope);
+             Dtype<T>::name, (long long)nq, (long long)n, lengths.size(), c.q_heads, c.kv_heads, c.head_dim,
+             c.cmp_len, c.cmp_stride, c.block, c.topk, c.init_blocks, c.local_blocks, c.window, (int)c.phi,
+             c.gate_per_token, c.recompute, rope);
     // Limits are for norms of many numbers; of a few tokens' several draws count together.
     Tally tallies[TALLIES];
     for (int draw = 0; draw < (n < 32 ? 8 : 1); draw++)
         test_draw<T>(r, c, lengths, segments, rope, what, tallies);
-    // The compression's parameters get their gradients from two kernels, one after the other, each with its own
-    // independent error: the squares add up.
+    // The compression's parameters get their gradients from two kernels, one after the other, each with its
+    // own independent error: the squares add up.
     static const char *const names[TALLIES] = {"o", "dq", "dk", "dv", "dgate", "dwk", "dwv", "dpe"};
     for (int i = 0; i < TALLIES; i++) {
-        const double limit = i == O ? Dtype<T>::out_tolerance : (i >= DWK ? sqrt(2) : 1) * Dtype<T>::grad_tolerance;
+        const double limit =
+            i == O ? Dtype<T>::out_tolerance : (i >= DWK ? sqrt(2) : 1) * Dtype<T>::grad_tolerance;
         const double error = tallies[i].error();
         CHECK(error <= limit, "%s: %s %.2e, at most %.2e", what, names[i], error, limit);
         double &worst = worst_error[Dtype<T>::value][i > O];
