@@ -190,6 +190,16 @@ int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaV
     return FSA_DISPATCH(dtype, c->head_dim, launch_forward, d, stream);
 }
 
+int fsa_dense_forced(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
+                     const void *v, void *o, float *lse, cudaStream_t stream) {
+    Dense d = dense_of(c, p, FSA_CAUSAL);
+    const int64_t init_end = (int64_t)c->init_blocks * c->block;
+    d.forced = Forced{c->init_blocks, c->local_blocks, c->block,
+                      (int)(init_end < INT32_MAX ? init_end : INT32_MAX)};
+    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
+    return fsa_dense_forward_sm90(c, d, dtype, stream);
+}
+
 // -------------------------------------------------------------------------------------------------
 // dQ
 //

@@ -14,6 +14,16 @@ struct Visible {
     __device__ int last_query(int j) const { return j < INT32_MAX - width ? j + width - 1 : INT32_MAX; }
 };
 
+// Of the selected branch's forced blocks a query at position t sees the tokens j <= t before init_end and those
+// from local_begin(t) on.
+struct Forced {
+    int init, local, block, init_end;
+    __device__ int local_begin(int t) const { // 0 where the two ranges meet
+        const int first = t / block - local + 1;
+        return first > init ? first * block : 0;
+    }
+};
+
 static inline Visible visible_of(const FsaConfig *c, FsaVisibility rule) {
     if (rule == FSA_COMPRESSED) return Visible{c->cmp_stride, c->cmp_len - 1, INT32_MAX};
     return Visible{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX};
@@ -28,6 +38,7 @@ struct Dense {
     int q_heads, kv_heads;
     float scale;
     Visible visible;
+    Forced forced; // instead of `visible`, if one of its counts is not 0
     const void *q, *k, *v;
     void *o;
     float *lse;

@@ -70,15 +70,20 @@ template <int STAGES> struct Turn {
 enum { RELEASES = CONSUMERS / 32 * WARP_ARRIVALS };
 
 // ---------------------------------------------------------------------------------------------------------
-// Work items of forward: up to 128/g tokens of one KV head, and the keys begin..end that they see.
+// Work items of forward: up to 128/g tokens of one KV head, and the tiles of keys that they see: those from
+// `begin` on, or, of forced blocks, the first `init_tiles`, and `begin` is so much less.
 struct QueryWork {
-    RowTile rows;                             // tokens
-    int kv_head, first_pos, begin, end, keys; // keys: of the whole sequence
-    int64_t key0;                             // the sequence's first
-    int tiles;
+    RowTile rows;                        // tokens
+    int kv_head, first_pos, begin, keys; // keys: of the whole sequence
+    int64_t key0;                        // the sequence's first
+    int tiles, init_tiles;
+    template <bool FORCED> __device__ __forceinline__ int first_key(int tile) const {
+        return FORCED && tile < init_tiles ? tile * KEYS : begin + tile * KEYS;
+    }
 };
 
 // That of a thread block's `round`: items are taken from both ends of each round in turn.
+template <bool FORCED>
 static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round, int64_t items,
                                                   QueryWork *w) {
     int64_t item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -91,17 +96,24 @@ static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round,
     if (w->rows.rows == 0) return true;
     FsaSegment segment = p.plan.segments[w->rows.range];
     w->first_pos = (int)segment.pos + w->rows.first;
-    w->begin = p.visible.first_key(w->first_pos);
-    w->end = p.visible.end_key(w->first_pos + w->rows.rows - 1);
+    w->begin = FORCED ? p.forced.local_begin(w->first_pos) : p.visible.first_key(w->first_pos);
     w->key0 = p.cu_keys[segment.seq];
     w->keys = (int)(p.cu_keys[segment.seq + 1] - w->key0);
-    w->end = min(w->end, w->keys);
-    w->tiles = w->end > w->begin ? (w->end - w->begin + KEYS - 1) / KEYS : 0;
+    const int last_pos = w->first_pos + w->rows.rows - 1;
+    int end = min(p.visible.end_key(last_pos), w->keys);
+    if (FORCED) {
+        const int init_end = min(p.forced.init_end, end);
+        if (p.forced.local == 0) end = init_end;
+        w->init_tiles = (init_end + KEYS - 1) / KEYS;
+        if (w->init_tiles * KEYS >= w->begin) w->init_tiles = w->begin = 0; // one range
+    }
+    w->tiles = end > w->begin ? (end - w->begin + KEYS - 1) / KEYS : 0;
+    if (FORCED) w->tiles += w->init_tiles, w->begin -= w->init_tiles * KEYS;
     return true;
 }
 
 // Barriers and tiles of forward: Q, the ring of K and V.
-template <int D> struct QueryRing {
+template <int D, bool FORCED> struct QueryRing {
     static constexpr int Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
     static constexpr int BYTES = Q_BYTES + 2 * KV_STAGES * KV_BYTES;
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
@@ -125,7 +137,7 @@ template <int D> struct QueryRing {
         Turn<KV_STAGES> turn;
         int q_parity = 1; // a fresh barrier's phase before the first counts as over
         QueryWork w;
-        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
+        for (int64_t round = 0; query_work<FORCED>(p, round, items, &w); round++) {
             if (w.tiles == 0) continue;
             mbarrier_wait(q_empty, q_parity);
             q_parity ^= 1;
@@ -133,7 +145,7 @@ template <int D> struct QueryRing {
             for (int i = 0; i < D / 64; i++)
                 tma_load_3d(q + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g, (int)w.rows.row, q_full);
             for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
-                int key = (int)w.key0 + w.begin + tile * KEYS;
+                int key = (int)w.key0 + w.first_key<FORCED>(tile);
                 uint32_t at = 8 * turn.stage;
                 mbarrier_wait(k_empty + at, turn.parity ^ 1);
                 mbarrier_arrive_expect(k_full + at, KV_BYTES);
@@ -177,6 +189,23 @@ struct MyRows {
     }
 };
 
+// The same for forced blocks; local_begin: of the rows, and of the warpgroup's last.
+template <int N8>
+static __device__ __forceinline__ void mask_forced(const Dense &p, float (&s)[N8][4], const int (&pos)[2],
+                                                   const int (&local_begin)[2], int first_pos,
+                                                   int last_local_begin, int j0) {
+    const int init_end = p.forced.init_end;
+    if (j0 + N8 * 8 - 1 <= first_pos && (j0 + N8 * 8 <= init_end || j0 >= last_local_begin)) return;
+#pragma unroll
+    for (int n = 0; n < N8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int j = j0 + n * 8 + threadIdx.x % 4 * 2 + e % 2;
+            if (j > pos[e / 2] || (j >= init_end && j < local_begin[e / 2])) s[n][e] = -INFINITY;
+        }
+    }
+}
+
 // Scores that a row doesn't see become -inf, where a warpgroup's rows and the tile of keys j0.. meet the
 // rule's edge.
 template <int N8>
@@ -202,12 +231,13 @@ static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8
 // softmax hides behind the other's products. Bytes: q and o once, K and V once for every 128 rows of a group
 // (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
 // that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
-// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms.
-template <typename T, int D>
+// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys; of 1
+// + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms.
+template <typename T, int D, bool FORCED>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef QueryRing<D> Ring;
+    typedef QueryRing<D, FORCED> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
@@ -230,11 +260,16 @@ __global__ void __launch_bounds__(THREADS, 1)
         // own.
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
         QueryWork w;
-        for (int64_t round = 0; query_work(p, round, items, &w); round++) {
+        for (int64_t round = 0; query_work<FORCED>(p, round, items, &w); round++) {
             if (w.rows.rows == 0) continue;
             const MyRows mine(p, w, warpgroup);
             const int first_pos = w.first_pos + warpgroup * 64 / g,
                       last_pos = w.first_pos + (warpgroup * 64 + 63) / g;
+            int local_begin[2], last_local_begin;
+            if (FORCED) {
+                for (int i = 0; i < 2; i++) local_begin[i] = p.forced.local_begin(mine.pos[i]);
+                last_local_begin = p.forced.local_begin(last_pos);
+            }
             float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t probabilities[KEYS / 16][4];
             auto multiply_keys = [&]() { // S = Q K^T, the next tile's
@@ -252,7 +287,11 @@ __global__ void __launch_bounds__(THREADS, 1)
             };
             float shrink[2];
             auto softmax = [&](int tile) { // S becomes exp(S - max), and the sums so far are to shrink
-                mask_scores(p, s, mine.pos, first_pos, last_pos, w.begin + tile * KEYS, w.keys);
+                const int j0 = w.first_key<FORCED>(tile);
+                if (FORCED)
+                    mask_forced(p, s, mine.pos, local_begin, first_pos, last_local_begin, j0);
+                else
+                    mask_scores(p, s, mine.pos, first_pos, last_pos, j0, w.keys);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float most = max[half];
@@ -313,7 +352,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     pack();
                 }
                 mbarrier_arrive_warp(ring.q_empty);
-                int left = w.keys - (w.begin + (w.tiles - 1) * KEYS);
+                int left = w.keys - w.first_key<FORCED>(w.tiles - 1);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
                     clear_rows<D, KEYS>(tiles + (ring.v - start) + before.stage * Ring::KV_BYTES, left);
@@ -845,12 +884,17 @@ static int64_t query_items(const Dense &d) {
     return row_tile_bound(d.plan.nq, d.plan.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
 }
 
+template <typename T, int D, bool FORCED>
+static int launch_forward(const Dense &d, const Maps &maps, cudaStream_t stream) {
+    int bytes = 1024 + QueryRing<D, FORCED>::BYTES + 128 + ROWS * D * 2;
+    return launch(forward_sm90_kernel<T, D, FORCED>, d, maps, query_items(d), bytes, stream);
+}
 template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
     Maps maps = {};
     int status = make_maps(d, dtype, D, ROWS / (d.q_heads / d.kv_heads), &maps);
     if (status) return status;
-    int bytes = 1024 + QueryRing<D>::BYTES + 128 + ROWS * D * 2;
-    return launch(forward_sm90_kernel<T, D>, d, maps, query_items(d), bytes, stream);
+    return d.forced.init + d.forced.local > 0 ? launch_forward<T, D, true>(d, maps, stream)
+                                              : launch_forward<T, D, false>(d, maps, stream);
 }
 
 template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, cudaStream_t stream) {

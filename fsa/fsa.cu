@@ -105,7 +105,7 @@ struct Sizes {
 
 // What forward keeps for backward.
 struct Saved {
-    void *q, *k, *kc, *vc, *o[3], *lists;
+    void *q, *k, *kc, *vc, *o[3];
     float *lse[3];
     int32_t *indices;
     size_t bytes;
@@ -119,7 +119,6 @@ struct Saved {
         for (int i = 0; i < 3 && !c->recompute; i++) a.take(&o[i], n.q * 2);
         for (int i = 0; i < 3; i++) a.take(&lse[i], n.lse * 4);
         a.take(&indices, (size_t)c->kv_heads * p->nq * c->topk * 4);
-        a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
         bytes = a.used;
     }
 };
@@ -127,7 +126,7 @@ struct Saved {
 // The workspace of every operation: the plan first, then what it alone needs. `scratch` is shared by the
 // steps, one after another.
 struct Work {
-    void *plan, *lists, *scratch;
+    void *plan, *scratch;
     void *o[3]; // the branches' outputs and an lse, where they are not kept
     float *lse, *delta[3], *lse_grad[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
     size_t bytes;
@@ -137,12 +136,7 @@ struct Work {
         size_t scratch_bytes = 0;
         bool backward = op == FSA_BACKWARD || op == FSA_SELECTED_BACKWARD || op == FSA_ATTEND_BACKWARD;
         a.take(&plan, fsa_plan_bytes(p->num_seqs, p->num_segments));
-        if (op == FSA_SELECTED_FORWARD || op == FSA_SELECTED_BACKWARD) {
-            a.take(&lists, fsa_lists_bytes(c, p, fsa_sel_slab(c, p)));
-        }
         if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
-        if (op <= FSA_SELECTED_BACKWARD && op != FSA_BACKWARD)
-            scratch_bytes = max_size(scratch_bytes, fsa_lists_workspace(c, p, fsa_sel_slab(c, p)));
         if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
             for (int i = 0; i < 3; i++) a.take(&o[i], n.q * 2);
             if (backward) a.take(&lse, n.lse * 4);
@@ -229,8 +223,7 @@ static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, 
                           const void *v, void *scratch, void *o, float *lse, cudaStream_t stream) {
     if (branch == 0) return fsa_dense_forward(c, p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, o, lse, stream);
     if (branch == 2) return fsa_dense_forward(c, p, dtype, FSA_WINDOW, s.q, s.k, v, o, lse, stream);
-    FsaLists lists = fsa_lists_place(c, p, fsa_sel_slab(c, p), s.lists);
-    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, &lists, scratch, o, lse, stream);
+    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, scratch, o, lse, stream);
 }
 
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
@@ -263,8 +256,6 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     } else {
         RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
     }
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
-    RUN(fsa_lists(c, &p, s.indices, &lists, w.scratch, stream));
     for (int i = 1; i < 3; i++) {
         RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, branches[i], s.lse[i], stream));
     }
@@ -318,9 +309,8 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     cudaMemsetAsync(w.dk_plain, 0, n.k * 4, stream);
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), s.lists);
-    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, &lists, dout, w.delta[1], w.lse_grad[1], w.dq,
-                         inv_freq, w.scratch, dq, dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, dout, w.delta[1], w.lse_grad[1], w.dq, inv_freq,
+                         w.scratch, dq, dk, dv, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dk, dk, w.dk_plain, inv_freq, dk, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dv, dv, NULL, NULL, dv, stream));
     return FSA_OK;
@@ -339,9 +329,7 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
     POINTER(o);
     POINTER(lse);
     Work w(c, &p, FSA_SELECTED_FORWARD, workspace);
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
-    RUN(fsa_lists(c, &p, indices, &lists, w.scratch, stream));
-    RUN(fsa_sel_forward(c, &p, dtype, q, k, v, indices, &lists, w.scratch, o, lse, stream));
+    RUN(fsa_sel_forward(c, &p, dtype, q, k, v, indices, w.scratch, o, lse, stream));
     return FSA_OK;
 }
 
@@ -365,11 +353,9 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         POINTER(dq);
     }
     Work w(c, &p, FSA_SELECTED_BACKWARD, workspace);
-    FsaLists lists = fsa_lists_place(c, &p, fsa_sel_slab(c, &p), w.lists);
     RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
-    RUN(fsa_lists(c, &p, indices, &lists, w.scratch, stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, &lists, dout, w.delta[0], w.lse_grad[0], NULL, NULL,
-                         w.scratch, dq, dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, dout, w.delta[0], w.lse_grad[0], NULL, NULL, w.scratch,
+                         dq, dk, dv, stream));
     return FSA_OK;
 }
 

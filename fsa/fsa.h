@@ -122,16 +122,17 @@ const char *fsa_last_error(void);
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
 // Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output (unless
-// c->recompute) and lse of the three branches, and the choice of blocks with its index lists. The outputs are
-// 3*Nq*Hq*d*2 bytes, some two thirds of it; without them backward takes a forward pass of the branches
-// longer. Grows with the counts as the workspace does.
+// c->recompute) and lse of the three branches, and the choice of blocks. The outputs are 3*Nq*Hq*d*2 bytes,
+// some two thirds of it; without them backward takes a forward pass of the branches longer. Grows with the
+// counts as the workspace does.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Where in `saved` the choice of blocks lies.
 const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                  const void *saved);
 
 // The whole attention: q, k before RoPE -> o. inv_freq: [d/2] doubles, NULL rotates nothing. gate_logits
-// [Nq, Hq, 3], or [Nq, 3] with gate_per_token. indices: a choice to use instead of choosing, or NULL.
+// [Nq, Hq, 3], or [Nq, 3] with gate_per_token. indices: a choice to use instead of choosing, as
+// fsa_selected_forward takes it, or NULL.
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
                 const int32_t *indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
@@ -143,7 +144,9 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
 
 // The selected branch alone, with the caller's choice: distinct blocks, ascending, none after the query's
-// own, then -1. Nothing is rotated here and below.
+// own, then -1. Every row has the forced blocks among them, the first init_blocks and the last local_blocks, as
+// far as there are so many, as fsa_select's rows have: forward may take them for chosen without looking. Methods
+// that force no block set both counts to 0; rows may then be of any length. Nothing is rotated here and below.
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                          const void *k, const void *v, const int32_t *indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream);

@@ -11,33 +11,35 @@ struct FsaLists {
     int64_t slab, slabs; // query rows in a slab, and how many slabs
     int64_t blocks;      // bound on the blocks of all sequences
     int parts;           // that a slab's rows are cut into, a thread block for each
+    int init, local;     // a row's first and last blocks that are left out, as init_blocks and local_blocks count
     uint32_t *entries;   // [Hkv, Nq*T]; an entry is row*T + slot; slab i's start at i*slab*T
     uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
 };
 enum { FSA_MAX_SLAB = 65536 };
 // As all sizes below: at least as much for a plan that is greater in some counts and smaller in none, here
-// with fsa_sel_slab's slab.
+// with fsa_sel_slab's slab. place leaves no block out.
 size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab);
 FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory);
-// indices [Hkv, Nq, T]; entries that are negative or not causal are left out. workspace: fsa_lists_workspace
-// bytes, aligned to 16.
+// indices [Hkv, Nq, T]; entries that are negative or not causal are left out, too. workspace:
+// fsa_lists_workspace bytes, aligned to 16.
 size_t fsa_lists_workspace(const FsaConfig *c, const FsaPlan *p, int64_t slab);
 int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
               void *workspace, cudaStream_t stream);
 
 // ---- selected.cu --------------------------------------------------------------------------------------
-// The selected branch over given lists. `memory` is fsa_sel_bytes, aligned to 256.
+// The selected branch. `memory` is fsa_sel_bytes, index lists among them, aligned to 256. On Hopper forward takes
+// the forced blocks for chosen, and indices must have them.
 int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
 size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                    const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
-                    float *lse, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too
-// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
+                    const void *v, const int32_t *indices, void *memory, void *o, float *lse,
+                    cudaStream_t stream);
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too (fp32, as
+// dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
-                     const float *delta, const float *lse_grad, const float *dq_sums, const double *inv_freq,
-                     void *memory, void *dq, void *dk, void *dv, cudaStream_t stream);
+                     const void *v, const int32_t *indices, const void *dout, const float *delta,
+                     const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
+                     void *dq, void *dk, void *dv, cudaStream_t stream);
 
 // ---- gate.cu --------------------------------------------------------------------------------------------
 // o = sum of sigmoid(logits) * branch; logits [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest.
@@ -57,6 +59,9 @@ int fsa_row_stats(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, 
 // are kc and vc). q, o [Nq, Hq, d], k, v [N or M, Hkv, d], all rotated; lse [Nq, Hq] fp32.
 int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule, const void *q,
                       const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+// The forced blocks' part of the selected branch, normalized by itself. Hopper alone.
+int fsa_dense_forced(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
+                     const void *v, void *o, float *lse, cudaStream_t stream);
 // Gradients in fp32, so that branches sum up without rounding: dk, dv [N or M, Hkv, d], and dq as dq_sum_row
 // has it.
 // accumulate_q, accumulate_kv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_grad come

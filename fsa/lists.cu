@@ -31,7 +31,9 @@ struct Choice {
     const int32_t *indices;
     int topk, block;
     Divisor by_topk;
-    unsigned most; // an index from here on lies beyond all positions; one below, times block, is an int
+    unsigned init;  // the first block that is listed,
+    unsigned most;  // and how many: one further on is for no position; one below, times block, is an int
+    int64_t ahead;  // a block is listed for rows from so many tokens after its start on
     int width;     // lanes that rank together: a row's entries, or an equal part of them
 };
 
@@ -77,8 +79,8 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
         const int64_t stop = p.cu_rows[segment + 1] - part.row0;
         row = (int)(stop < rows.end ? stop : rows.end);
         const int end = row * choice.topk;
-        const int pos0 =
-            (int)(p.segments[segment].pos + part.row0 - p.cu_rows[segment]); // of the slab's row 0
+        const int pos0 = (int)(p.segments[segment].pos + part.row0 - p.cu_rows[segment] -
+                               choice.ahead); // of the slab's row 0, less `ahead`
         const int block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
         int next[AHEAD];
         auto load = [&](int i) {
@@ -95,7 +97,8 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 const int slab_row = (int)divide(i + 32 * k, choice.by_topk);
-                const bool seen = (unsigned)now[k] < choice.most && now[k] * choice.block - pos0 <= slab_row;
+                const bool seen = (unsigned)now[k] - choice.init < choice.most &&
+                                  now[k] * choice.block - pos0 <= slab_row;
                 visit(i + 32 * k, end, block0 + now[k], seen);
             }
         }
@@ -284,7 +287,7 @@ static size_t offsets_bytes(const FsaConfig *c, const FsaLists *l) {
 
 // All but the pointers.
 static FsaLists shape_of(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
-    FsaLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, NULL, NULL};
+    FsaLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, 0, 0, NULL, NULL};
     const int64_t lists = c->kv_heads * l.slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
     while (l.parts < MAX_PARTS && l.parts * lists < WANTED && l.parts * (CHUNK / 4) < entries) l.parts++;
     return l;
@@ -317,7 +320,9 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
         return FSA_ERROR_ARGUMENT;
     }
     if (p->nq == 0) return FSA_OK;
-    Choice choice = {indices, c->topk, c->block, divisor_of(c->topk), (1u << 30) / c->block + 1, 0};
+    const int most = (1 << 30) / c->block + 1 - lists->init - lists->local;
+    Choice choice = {indices, c->topk, c->block, divisor_of(c->topk), (unsigned)lists->init,
+                     most > 0 ? (unsigned)most : 0, (int64_t)lists->local * c->block, 0};
     choice.width = c->topk < 32 ? c->topk : 32;
     while (c->topk % choice.width) choice.width--;
     const int smem = WARPS * TABLE * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);

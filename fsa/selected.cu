@@ -238,7 +238,7 @@ template <int D> struct PartialRows {
     int64_t first;      // the first slot's partial
     const char *from;   // this lane's 16 bytes of its row of the first slots
     int64_t slot_bytes; // from a slot to the next
-    unsigned valid; // of 32 slots, a bit each: those that name a block that the row may see, as in lists.cu
+    unsigned valid; // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
     uint4 x[LOADS];
     __device__ __forceinline__ PartialRows(const SelArgs &a, int64_t index) {
         const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y,
@@ -257,7 +257,8 @@ template <int D> struct PartialRows {
             slot < a.topk * a.parts
                 ? a.indices[(head * a.plan.nq + row) * a.topk + (a.parts == 1 ? slot : slot / a.parts)]
                 : -1;
-        valid = __ballot_sync(0xffffffffu, index >= 0 && (int64_t)index * a.block <= pos);
+        valid = __ballot_sync(0xffffffffu, index >= a.lists.init &&
+                                               ((int64_t)index + a.lists.local) * a.block <= pos);
     }
     // Starts to load slots slot0 .. slot0 + 15, whose bits begin at slot0 % 32; what isn't valid is zeros.
     __device__ __forceinline__ void load(int slot0) {
@@ -271,8 +272,9 @@ template <int D> struct PartialRows {
     }
 };
 
-// A warp merges the partials of one (token, head). Reads T*parts rows of 2*D + 8 bytes, writes one. 64K
-// tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5 out, 2.1 ms at 4.5 TB/s. Memory binds.
+// A warp merges the partials of one (token, head) and, where lists leave blocks out, what o and lse already have of
+// those. Reads T*parts rows of 2*D + 8 bytes, writes one. 64K tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5
+// out, 2.1 ms at 4.5 TB/s; with 3 blocks left out 7.2 and 0.5 in, 0.5 out, 1.8 ms. Memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
     typedef PartialRows<D> Rows;
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
@@ -280,6 +282,16 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
     r.find_valid(a, 0);
+    // Written before the main kernel began, which a merge never overtakes.
+    const bool left_out = a.lists.init + a.lists.local > 0;
+    __shared__ uint4 left_out_rows[8][32];
+    uint4 *const left_out_row = &left_out_rows[threadIdx.x / 32][lane];
+    float left_out_lse = -INFINITY;
+    if (left_out) {
+        if (lane < Rows::LANES) cp_async_16(smem_address(left_out_row), (uint4 *)((T *)a.o + r.to * D) + lane);
+        cp_async_commit();
+        left_out_lse = a.lse[r.to] * FSA_LOG2E;
+    }
     wait_for_previous_kernel();
     let_next_kernel_start();
     r.load(0);
@@ -288,13 +300,19 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         return valid ? a.stats[r.first + (int64_t)slot * a.group] : make_float2(-INFINITY, 0);
     };
     float2 stats = stats_of(lane);
-    float most = stats.x, sum = 0;
+    float most = fmaxf(stats.x, left_out_lse), sum = 0;
+    unsigned any = r.valid;
     if (slots > 32) {
         for (int s0 = 32; s0 < slots; s0 += 32) {
             r.find_valid(a, s0);
+            any |= r.valid;
             most = fmaxf(most, stats_of(s0 + lane).x);
         }
         r.find_valid(a, 0);
+    }
+    if (left_out && !any) { // the row has no other block
+        cp_async_wait<0>();
+        return;
     }
     for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
     float acc[8] = {};
@@ -324,6 +342,18 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         r.find_valid(a, s0);
         r.load(s0);
         stats = stats_of(s0 + lane);
+    }
+    if (left_out && lane < Rows::LANES) {
+        const float weight = left_out_lse == -INFINITY ? 0 : exp2_fast(left_out_lse - most);
+        if (lane == 0) sum += weight;
+        cp_async_wait<0>();
+        const uint32_t words[4] = {left_out_row->x, left_out_row->y, left_out_row->z, left_out_row->w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 f = unpack2<T>(words[j]);
+            acc[2 * j] += weight * f.x;
+            acc[2 * j + 1] += weight * f.y;
+        }
     }
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     float inverse = sum > 0 ? 1 / sum : 0;
@@ -744,9 +774,13 @@ static int64_t most(int64_t a, int64_t b) {
 // count.
 struct SelShape {
     int group, keys, parts, heads, chunk; // heads: kv heads a launch takes
+    int init, local, listed;              // blocks that lists leave out, and those of a row that they have
     int64_t slab;
-    size_t partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
+    size_t lists, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
+    size_t bytes() const { // lists are sorted before the rest begins
+        return lists + most(sort, partial + stats + packed + factors + dkv + crossing);
+    }
 };
 
 static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
@@ -756,7 +790,10 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     const int wide = c->block > 64 ? 128 : 64, back_keys = s.hopper ? wide : 64;
     s.keys = backward ? back_keys : wide;
     s.parts = (int)ceil_div(c->block, s.keys);
-    // Slabs are the same forward and backward, which share the lists.
+    const bool forced = s.hopper && !backward; // these blocks are fsa_dense_forced's
+    s.init = forced ? c->init_blocks : 0, s.local = forced ? c->local_blocks : 0;
+    s.listed = c->topk - s.init - s.local;
+    // Slabs are the same forward and backward.
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
             token = slots * s.group * c->head_dim * 2; // bytes
     const int64_t room = most(BUDGET / token, 512);    // most rows times heads of a launch
@@ -774,10 +811,12 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     int64_t places = s.hopper ? fsa_sel_places_sm90(s.keys, backward) : backward ? 2 : 3;
     places *= processors;
-    s.chunk = (int)most(ceil_div(s.slab * c->topk, most(places / s.heads, 1)), MIN_CHUNK);
+    s.chunk = (int)most(ceil_div(s.slab * s.listed, most(places / s.heads, 1)), MIN_CHUNK);
     const int64_t rows = least(c->kv_heads * nq, room) * c->topk * s.parts * s.group;
     const int64_t key_room = least(c->kv_heads * key_bytes, most(KEY_BUDGET, key_bytes));
     const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_CHUNK), most(places, c->kv_heads));
+    s.lists = fsa_lists_bytes(c, p, s.slab);
+    s.sort = fsa_lists_workspace(c, p, s.slab);
     s.partial = round_up(rows * c->head_dim * 2);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     s.packed = pack ? round_up(key_room) : 0;
@@ -792,19 +831,18 @@ int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p) {
 }
 
 size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward) {
-    SelShape s = shape_of(c, p, backward);
-    return s.partial + s.stats + s.packed + s.factors + s.dkv + s.crossing;
+    return shape_of(c, p, backward).bytes();
 }
 
-static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const FsaLists *lists, const SelShape &s,
-                       void *memory) {
+static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, void *memory) {
     SelArgs a = {};
-    a.plan = *p, a.lists = *lists;
+    a.plan = *p, a.lists = fsa_lists_place(c, p, s.slab, memory);
+    a.lists.init = s.init, a.lists.local = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.parts = s.parts, a.keys = s.keys, a.chunk = s.chunk;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
     a.by_topk = divisor_of(a.topk);
-    char *at = (char *)memory;
+    char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
     a.partial = take(s.partial);
     a.stats = (float2 *)take(s.stats);
@@ -825,7 +863,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            a.shares = (int)ceil_div(a.tokens * a.topk, a.chunk);
+            a.shares = (int)ceil_div(a.tokens * s.listed, a.chunk);
             dim3 grid((unsigned)a.shares, heads);
             if (s.hopper) {
                 if (fsa_sel_forward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -866,12 +904,18 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
 }
 
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                    const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
-                    float *lse, cudaStream_t stream) {
+                    const void *v, const int32_t *indices, void *memory, void *o, float *lse,
+                    cudaStream_t stream) {
     SelShape s = shape_of(c, p, 0);
-    if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
+    if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
-    SelArgs a = args_of(c, p, lists, s, memory);
+    if (s.init + s.local > 0) {
+        int status = fsa_dense_forced(c, p, type, q, k, v, o, lse, stream);
+        if (status || s.listed == 0) return status;
+    }
+    SelArgs a = args_of(c, p, s, memory);
+    int status = fsa_lists(c, p, indices, &a.lists, (char *)memory + s.lists, stream);
+    if (status) return status;
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
     bool wide = c->block > 64;
 #define PICK(T, D) return wide ? forward<T, D, 2>(a, s, type, stream) : forward<T, D, 1>(a, s, type, stream)
@@ -884,13 +928,15 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
 }
 
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *indices, const FsaLists *lists, const void *dout,
-                     const float *delta, const float *lse_grad, const float *dq_sums, const double *inv_freq,
-                     void *memory, void *dq, void *dk, void *dv, cudaStream_t stream) {
+                     const void *v, const int32_t *indices, const void *dout, const float *delta,
+                     const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
+                     void *dq, void *dk, void *dv, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 1);
-    if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
+    if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
-    SelArgs a = args_of(c, p, lists, s, memory);
+    SelArgs a = args_of(c, p, s, memory);
+    int status = fsa_lists(c, p, indices, &a.lists, (char *)memory + s.lists, stream);
+    if (status) return status;
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
     a.dq = dq, a.dk = dk, a.dv = dv, a.dq_sums = dq_sums, a.inv_freq = inv_freq;
     if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, type, stream);

@@ -5,6 +5,10 @@
 // row's partials. A launch takes one slab of query rows and some kv heads, which bounds that memory. Each of
 // its thread blocks takes a share of `chunk` entries of a head's list: the lists of several KV blocks, the
 // first and the last of them perhaps shared with its neighbours.
+//
+// Forward on Hopper leaves the forced blocks out of the lists, and so out of the main kernel: dense_sm90.cu has
+// written their part to o and lse when the reduction merges the rest with it. Their places among the partials stay
+// empty.
 #ifndef FSA_SELECTED_CUH
 #define FSA_SELECTED_CUH
 #include "kernels.h"

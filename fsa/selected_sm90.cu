@@ -253,8 +253,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
 // 16), 1.2 ms at 128 bytes a clock. On an H200 4.3 ms, in launches of 90 us: L2 at 70% and HBM at 51% of what
-// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With
-// g = 1, where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency.
+// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With g = 1,
+// where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency. Lists without the forced blocks,
+// 3 of 16, have 27.3 million rows: 7.0 GB in and 7.2 out instead, by the same rates 3.5 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {

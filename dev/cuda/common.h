@@ -255,6 +255,7 @@ static inline std::vector<int32_t> random_choice(Random *r, const FsaConfig &c, 
                 int64_t blocks = (b.segments[s].pos + i) / c.block + 1;
                 chosen.clear();
                 int64_t want = std::min<int64_t>(blocks, c.topk);
+                if (c.init_blocks + c.local_blocks == 0 && r->below(2)) want = r->below(want + 1);
                 for (int64_t j = 0; j < blocks && blocks == want; j++) chosen.push_back((int32_t)j);
                 if (blocks > want) {
                     for (int j = 0; j < c.init_blocks; j++) chosen.push_back(j);

@@ -17,7 +17,7 @@ __global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, i
             fsa_row(p, row, &seq, &pos);
             for (int t = 0; t < topk; t++) {
                 int32_t index = indices[(head * p.nq + row) * topk + t];
-                if (index < 0 || (int64_t)index * block > pos) continue;
+                if (index < l.init || ((int64_t)index + l.local) * block > pos) continue;
                 int64_t b = p.cu_blocks[seq] + index;
                 if (pass == 0)
                     before += b < at;
@@ -62,6 +62,7 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
     Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
         workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
     FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
+    if (r->below(2)) l.init = (int)r->below(4), l.local = (int)r->below(5);
     if (version == 1)
         run_v1(c, b.plan, indices, l);
     else
@@ -82,7 +83,7 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
             for (int64_t i = 0; i < segment.len; i++, row++) {
                 for (int t = 0; t < c.topk; t++) {
                     int64_t index = choice[(size_t)((h * nq + row) * c.topk + t)];
-                    if (index >= 0 && index * c.block <= segment.pos + i)
+                    if (index >= l.init && (index + l.local) * c.block <= segment.pos + i)
                         expected[(size_t)(row / slab)][(size_t)(block0[(size_t)segment.seq] + index)]
                             .push_back((uint32_t)(row * c.topk + t));
                 }
@@ -100,8 +101,8 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
         }
     }
     char what[160];
-    snprintf(what, sizeof what, "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld", version,
-             (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab);
+    snprintf(what, sizeof what, "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld, without %d + %d",
+             version, (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab, l.init, l.local);
     check_that(same, what, 1, 0);
 }
 

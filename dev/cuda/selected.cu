@@ -17,26 +17,19 @@
 template <typename T> struct Library {
     const FsaConfig &c;
     const FsaPlan &p;
-    int64_t slab;
-    Buffer<char> lists_memory, memory;
+    Buffer<char> memory;
     Buffer<float> delta, lse_grad;
-    FsaLists lists;
     Library(const FsaConfig &config, const FsaPlan &plan)
-        : c(config), p(plan), slab(fsa_sel_slab(&c, &p)),
-          lists_memory((int64_t)fsa_lists_bytes(&c, &p, slab)),
-          memory((int64_t)std::max(
-              {fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1), fsa_lists_workspace(&c, &p, slab)})),
-          delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads),
-          lists(fsa_lists_place(&c, &p, slab, lists_memory.get())) {}
+        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1))),
+          delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse) {
-        FSA_CHECK(fsa_lists(&c, &p, indices, &lists, memory, 0));
-        FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, &lists, memory, o, lse, 0));
+        FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, &lists, dout, delta, lse_grad,
-                                   NULL, NULL, memory, dq, dk, dv, 0));
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, dout, delta, lse_grad, NULL, NULL,
+                                   memory, dq, dk, dv, 0));
     }
 };
 
@@ -71,8 +64,9 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     library.backward(q_, k_, v_, indices, o_, lse_, g_, dq_, dk_, dv_);
     CUDA_CHECK(cudaDeviceSynchronize());
     char what[160];
-    snprintf(what, sizeof what, "selected %s nq %lld n %lld heads %d/%d d %d block %d topk %d",
-             Dtype<T>::name, (long long)nq, (long long)n, c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk);
+    snprintf(what, sizeof what, "selected %s nq %lld n %lld heads %d/%d d %d block %d topk %d init %d local %d",
+             Dtype<T>::name, (long long)nq, (long long)n, c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk,
+             c.init_blocks, c.local_blocks);
     double eo = relative_error(o_.floats(), o), el = lse_error(lse_.host(), lse),
            eq = relative_error(dq_.floats(), dq);
     double ek = relative_error(dk_.floats(), dk), ev = relative_error(dv_.floats(), dv);
@@ -95,8 +89,7 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
                 same_bits(dv_, dv2);
     check_that(same, "the same bits twice", 0, 0);
     bool intact = o_.guards_intact() && lse_.guards_intact() && dq_.guards_intact() && dk_.guards_intact() &&
-                  dv_.guards_intact() && library.memory.guards_intact() &&
-                  library.lists_memory.guards_intact();
+                  dv_.guards_intact() && library.memory.guards_intact();
     check_that(intact, "guard zones", 0, 0);
 }
 
@@ -139,6 +132,32 @@ static void check_version(Random *r, int version, const FsaConfig &c, const std:
                "guard zones", 1, 0);
 }
 
+static FsaConfig with_forced(FsaConfig c, int init, int local) {
+    c.init_blocks = init, c.local_blocks = local;
+    return c;
+}
+
+// Forced blocks of any number, all that a row chooses among them, and none, where lists may be of any length.
+template <typename T> static void check_forced(Random *r, bool small) {
+    const int blocks[] = {16, 32, 48, 64, 80, 128};
+    for (int i = 0; i < (small ? 6 : 60); i++) {
+        const int g = 1 + (int)r->below(small ? 4 : 16), kv_heads = 1 + (int)r->below(g > 8 || small ? 1 : 2);
+        const int init = (int)r->below(4), local = (int)r->below(5), more = (int)r->below(6);
+        const int block = blocks[r->below(6)];
+        FsaConfig c = with_forced(default_config(g * kv_heads, kv_heads, r->below(2) ? 64 : 128, block,
+                                                 std::max(1, init + local + more)), init, local);
+        if (i % 6 == 0) c = with_forced(c, 0, 0);
+        std::vector<int64_t> lengths;
+        for (int64_t s = 1 + r->below(3); s > 0; s--) lengths.push_back(r->below(small ? 200 : 1500));
+        std::vector<FsaSegment> segments;
+        for (size_t s = 0; s < lengths.size() && i % 2; s++) {
+            int64_t pos = r->below(lengths[s] + 1), len = r->below(lengths[s] - pos + 1);
+            segments.push_back(FsaSegment{(int64_t)s, pos, len});
+        }
+        check<T>(r, c, lengths, segments);
+    }
+}
+
 template <typename T> static void check_all(Random *r, bool small) {
     for (int version = 1; version <= 3; version++) {
         check_version<T, 64>(r, version, default_config(3, 1, 64, 16, 3), {70, 0, 9});
@@ -154,6 +173,9 @@ template <typename T> static void check_all(Random *r, bool small) {
     check<T>(r, default_config(4, 2, 128, 80, 3), {0, 330 + r->below(50)});
     check<T>(r, default_config(2, 1, 64, 16, 4), {90, 0, 40},
              {{0, 0, 0}, {0, 10, 30}, {0, 80, 10}, {1, 0, 0}, {2, 39, 1}, {2, 40, 0}});
+    check<T>(r, with_forced(default_config(2, 1, 64, 16, 12), 2, 1), {400}, {{0, 300, 100}}); // two ranges of keys
+    check<T>(r, with_forced(default_config(2, 1, 64, 16, 40), 3, 4), {0, 700}, {{1, 660, 40}});
+    check_forced<T>(r, small);
     if (small) return;
     check<T>(r, default_config(4, 2, 128, 64, 4), {507});
     check<T>(r, default_config(32, 8, 128, 64, 16), {1500});
@@ -208,8 +230,9 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
     t.ms[1] = time_ms(
         [&] { library.backward(x->q, x->k, x->v, x->indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); });
     int d = x->c.head_dim;
-    double slots = (double)x->rows * x->c.topk, flops[2] = {x->flops(), 2.5 * x->flops()};
-    double bytes[2] = {slots * 3 * (2 * d + 4), slots * (8 * d + 12)};
+    int listed = x->c.topk - (fsa_hopper() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
+    double rows = (double)x->rows, flops[2] = {x->flops(), 2.5 * x->flops()};
+    double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (8 * d + 12)};
     printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.plan.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
     for (int i = 0; i < 2; i++) {
@@ -219,8 +242,7 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
         record({"selected", "sel", "nsa", i ? "bwd" : "fwd", Dtype<T>::name, x->b.plan.n, x->c, t.ms[i],
                 flops[i] / t.ms[i] * 1e-9, worst[Dtype<T>::value][i], kind, "library", 1});
     }
-    printf(" workspace %.0f MiB + lists %.0f MiB\n", library.memory.n / 1048576.0,
-           library.lists_memory.n / 1048576.0);
+    printf(" workspace %.0f MiB\n", library.memory.n / 1048576.0);
     return t;
 }
 

@@ -320,8 +320,8 @@ static FsaConfig random_config(Random *r) {
     c.cmp_stride = r->below(3) ? 16 : 8;
     c.cmp_len = c.cmp_stride * (1 + (int)r->below(2));
     if (c.cmp_len > c.block) c.cmp_len = c.cmp_stride;
-    c.init_blocks = (int)r->below(2);
-    c.local_blocks = (int)r->below(3);
+    c.init_blocks = (int)r->below(4);
+    c.local_blocks = (int)r->below(5);
     c.topk = std::max(1, c.init_blocks + c.local_blocks) + (int)r->below(8);
     c.window = 1 + (int)r->below(300);
     c.phi = r->below(2) ? FSA_PHI_LINEAR : FSA_PHI_MEAN;
@@ -494,10 +494,11 @@ static void test_two_streams(Random *r, bool small) {
     for (cudaStream_t &x : s) CUDA_CHECK(cudaStreamDestroy(x));
 }
 
-// The single-branch entries against the reference.
-template <typename T> static void test_branches(Random *r, bool small) {
+// The single-branch entries against the reference. forced 0: no block is, and lists may be of any length.
+template <typename T> static void test_branches(Random *r, bool small, bool forced) {
     FsaConfig c = default_config(10, 2, 64, small ? 16 : 64, 4);
     c.cmp_len = 16, c.window = 60;
+    if (!forced) c.init_blocks = c.local_blocks = 0;
     Problem<T> p(r, c, {small ? 95 : 700, 0, 30}, {}, false);
     CHECK(p.forward(0) == 0, "%s", fsa_last_error());
     std::vector<int32_t> choice = random_choice(r, c, p.batch.ref);
@@ -505,7 +506,7 @@ template <typename T> static void test_branches(Random *r, bool small) {
     int64_t rows = p.nq * c.q_heads;
     for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++) {
         bool selected = rule == FSA_SELECTED;
-        if (rule == FSA_COMPRESSED) continue; // part of the whole
+        if (rule == FSA_COMPRESSED || (!forced && !selected)) continue; // part of the whole; the same
         FsaOperation ops[2] = {selected ? FSA_SELECTED_FORWARD : FSA_ATTEND_FORWARD,
                                selected ? FSA_SELECTED_BACKWARD : FSA_ATTEND_BACKWARD};
         Buffer<char> work((int64_t)std::max(fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[0]),
@@ -1070,7 +1071,7 @@ static void test_sizes() {
                   (long long)broken);
         }
     }
-    // 64K tokens, without the lists, which forward keeps.
+    // 64K tokens, without the lists.
     for (int backward = 0; backward < 2; backward++) {
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         size_t bytes[2];
@@ -1103,8 +1104,10 @@ int main(int argc, char **argv) {
     Random r(seed_from(argc, argv));
     test_errors(&r);
     test_sizes();
-    test_branches<T>(&r, small);
-    test_branches<__half>(&r, small);
+    for (bool forced : {true, false}) {
+        test_branches<T>(&r, small, forced);
+        test_branches<__half>(&r, small, forced);
+    }
     test_chosen_shapes(&r, small);
     test_random_shapes(&r, shapes, small);
     test_recompute(&r, small);
