@@ -237,7 +237,7 @@ template <int D> struct PartialRows {
     int64_t to;         // row*q_heads + head
     int64_t first;      // the first slot's partial
     const char *from;   // this lane's 16 bytes of its row of the first slots
-    int64_t slot_bytes; // from a slot to the next
+    int slot_bytes; // from a slot to the next
     unsigned valid; // of 32 slots, a bit each: those that name a block that the row may see, as in lists.cu
     uint4 x[LOADS];
     __device__ __forceinline__ PartialRows(const SelArgs &a, int64_t index) {
@@ -248,7 +248,7 @@ template <int D> struct PartialRows {
         fsa_row(a.plan, row, &seq, &pos);
         to = row * a.q_heads + head * g + in_group;
         first = ((int64_t)blockIdx.y * a.lists.slab + token) * a.topk * a.parts * g + in_group;
-        slot_bytes = (int64_t)g * D * 2;
+        slot_bytes = g * D * 2;
         from = (const char *)a.partial + first * D * 2 + lane / LANES * slot_bytes + lane % LANES * 16;
     }
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
@@ -266,13 +266,14 @@ template <int D> struct PartialRows {
         for (int i = 0; i < LOADS; i++) {
             x[i] = make_uint4(0, 0, 0, 0);
             if (mine >> (i * ROWS) & 1)
-                x[i] = __ldcs((const uint4 *)(from + (slot0 + i * ROWS) * slot_bytes));
+                x[i] = __ldcs((const uint4 *)(from + (int64_t)(slot0 + i * ROWS) * slot_bytes));
         }
     }
 };
 
-// A warp merges the partials of one (token, head). Reads T*parts rows of 2*D + 8 bytes, writes one. 64K
-// tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5 out, 2.1 ms at 4.5 TB/s. Memory binds.
+// A warp merges the partials of one (token, head), and goes on to the gated sum of the branches if there is a
+// gate. Reads T*parts rows of 2*D + 8 bytes and two of 2*D, writes two, or one where o is not kept. 64K tokens, 32
+// heads, T = 16, d = 128: 8.8 GB and 1.1 in, 1.1 out, 2.4 ms at 4.5 TB/s. Memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
     typedef PartialRows<D> Rows;
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
@@ -325,6 +326,16 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         r.load(s0);
         stats = stats_of(s0 + lane);
     }
+    // The first LANES lanes bring the compressed branch's row, the next ones the sliding branch's.
+    const int branch = lane / Rows::LANES, piece = lane % Rows::LANES;
+    const bool brings = a.gate.sum && branch < 2;
+    uint4 other = make_uint4(0, 0, 0, 0);
+    T logits[2] = {}; // of that branch, and of this one
+    if (brings) {
+        const T *from = (const T *)a.gate.logits + (a.per_token ? r.row : r.to) * 3;
+        other = ((const uint4 *)(branch ? a.gate.o_win : a.gate.o_cmp))[r.to * Rows::LANES + piece];
+        logits[0] = from[branch * 2], logits[1] = from[1];
+    }
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
@@ -332,10 +343,23 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
         acc[j] *= inverse;
     }
-    if (lane < Rows::LANES) {
-        ((uint4 *)((T *)a.o + r.to * D))[lane] =
-            make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
-                       pack2<T>(acc[6], acc[7]));
+    auto store = [&](void *to) {
+        if (lane < Rows::LANES)
+            ((uint4 *)to)[r.to * Rows::LANES + lane] =
+                make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
+                           pack2<T>(acc[6], acc[7]));
+    };
+    if (a.o) store(a.o);
+    if (a.gate.sum) {
+        const uint32_t words[4] = {other.x, other.y, other.z, other.w};
+        const float gate = sigmoid((float)logits[0]), own = branch == 0 ? sigmoid((float)logits[1]) : 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 pair = unpack2<T>(words[j / 2]);
+            const float x = gate * (j % 2 ? pair.y : pair.x) + own * acc[j];
+            acc[j] = x + __shfl_xor_sync(0xffffffffu, x, Rows::LANES);
+        }
+        store(a.gate.sum);
     }
     if (lane == 0) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
@@ -866,12 +890,13 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
 
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, const FsaLists *lists, void *memory, void *o,
-                    float *lse, cudaStream_t stream) {
+                    float *lse, const FsaGate *gate, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 0);
     if (lists->slab != s.slab || p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     SelArgs a = args_of(c, p, lists, s, memory);
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
+    if (gate) a.gate = *gate, a.per_token = c->gate_per_token;
     bool wide = c->block > 64;
 #define PICK(T, D) return wide ? forward<T, D, 2>(a, s, type, stream) : forward<T, D, 1>(a, s, type, stream)
     if (type == FSA_BF16 && c->head_dim == 128) PICK(__nv_bfloat16, 128);
