@@ -1,4 +1,5 @@
-// gate.cu: the gate over the three branches, and the row statistics that the backward passes read.
+// gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward passes read.
+// (The gated sum itself: selected_merge_kernel.)
 #include "kernels.h"
 #include "mma.cuh"
 
@@ -8,40 +9,11 @@ struct GateArgs {
     const void *logits, *o[3], *dout;
     const float *lse[3];
     float *delta[3], *lse_grad[3];
-    void *out; // o, or dlogits
+    void *out; // dlogits
 };
 
 template <typename T> static __device__ __forceinline__ float load1(const void *p, int64_t i) {
     return (float)((const T *)p)[i];
-}
-
-static __device__ __forceinline__ float sigmoid(float x) {
-    return 1 / (1 + __expf(-x));
-}
-
-// D/8 lanes combine one row: three rows of d read, one written, 8*d bytes a row and next to no arithmetic.
-// 64K tokens, 32 heads, d = 128: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds.
-template <typename T, int D> __global__ void __launch_bounds__(256) gate_forward_kernel(GateArgs a) {
-    constexpr int LANES = D / 8;
-    int64_t row = (blockIdx.x * 256ll + threadIdx.x) / LANES;
-    int lane = threadIdx.x % LANES;
-    if (row >= a.rows) return;
-    int64_t at_gate = (a.per_token ? row / a.q_heads : row) * 3;
-    float sum[8] = {};
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        float gate = sigmoid(load1<T>(a.logits, at_gate + i));
-        uint4 x = ((const uint4 *)a.o[i])[row * LANES + lane];
-        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float2 f = unpack2<T>(words[j]);
-            sum[2 * j] += gate * f.x;
-            sum[2 * j + 1] += gate * f.y;
-        }
-    }
-    ((uint4 *)a.out)[row * LANES + lane] = make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]),
-                                                      pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7]));
 }
 
 // A warp takes one token: D/8 lanes a head, the heads in turn; what follows for a head from its sums is then one
@@ -117,19 +89,6 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
         launch(__half, 64);                                                                                  \
     else                                                                                                     \
         return FSA_ERROR_CONFIG
-
-int fsa_gate_forward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
-                     const void *const o_branch[3], void *o, cudaStream_t stream) {
-    if (nq == 0) return FSA_OK;
-    GateArgs a = {
-        nq * c->q_heads, c->q_heads, c->gate_per_token, logits, {o_branch[0], o_branch[1], o_branch[2]}};
-    a.out = o;
-    unsigned grid = (unsigned)((a.rows * (c->head_dim / 8) + 255) / 256);
-#define LAUNCH(T, D) gate_forward_kernel<T, D><<<grid, 256, 0, stream>>>(a)
-    FOR_TYPE_AND_DIM(LAUNCH);
-#undef LAUNCH
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
-}
 
 int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,

@@ -31,9 +31,15 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
 // the forced blocks for chosen, and indices must have them.
 int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
 size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
+// With a gate the merge of partials goes on to the gated sum of the three branches; o may then be its `sum`.
+struct FsaGate {
+    const void *logits;        // [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest
+    const void *o_cmp, *o_win; // the other branches' outputs, [Nq, Hq, d]
+    void *sum;                 // sigmoid(logits[0]) o_cmp + sigmoid(logits[1]) o + sigmoid(logits[2]) o_win
+};
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
-                    cudaStream_t stream);
+                    const FsaGate *gate, cudaStream_t stream);
 // delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too (fp32, as
 // dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
@@ -42,11 +48,8 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
                      void *dq, void *dk, void *dv, cudaStream_t stream);
 
 // ---- gate.cu --------------------------------------------------------------------------------------------
-// o = sum of sigmoid(logits) * branch; logits [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest.
-int fsa_gate_forward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
-                     const void *const o_branch[3], void *o, cudaStream_t stream);
-// What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that
-// each of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits.
+// What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that each
+// of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits. (Forward is FsaGate's.)
 int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_grad[3], void *dlogits, cudaStream_t stream);

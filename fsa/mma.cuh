@@ -45,4 +45,8 @@ __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
+
+static __device__ __forceinline__ float sigmoid(float x) {
+    return 1 / (1 + __expf(-x));
+}
 #endif

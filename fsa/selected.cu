@@ -237,8 +237,8 @@ template <int D> struct PartialRows {
     int64_t to;         // row*q_heads + head
     int64_t first;      // the first slot's partial
     const char *from;   // this lane's 16 bytes of its row of the first slots
-    int64_t slot_bytes; // from a slot to the next
-    unsigned valid; // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
+    int slot_bytes;     // from a slot to the next
+    unsigned valid;     // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
     uint4 x[LOADS];
     __device__ __forceinline__ PartialRows(const SelArgs &a, int64_t index) {
         const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y,
@@ -248,7 +248,7 @@ template <int D> struct PartialRows {
         fsa_row(a.plan, row, &seq, &pos);
         to = row * a.q_heads + head * g + in_group;
         first = ((int64_t)blockIdx.y * a.lists.slab + token) * a.topk * a.parts * g + in_group;
-        slot_bytes = (int64_t)g * D * 2;
+        slot_bytes = g * D * 2;
         from = (const char *)a.partial + first * D * 2 + lane / LANES * slot_bytes + lane % LANES * 16;
     }
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
@@ -267,14 +267,27 @@ template <int D> struct PartialRows {
         for (int i = 0; i < LOADS; i++) {
             x[i] = make_uint4(0, 0, 0, 0);
             if (mine >> (i * ROWS) & 1)
-                x[i] = __ldcs((const uint4 *)(from + (slot0 + i * ROWS) * slot_bytes));
+                x[i] = __ldcs((const uint4 *)(from + (int64_t)(slot0 + i * ROWS) * slot_bytes));
         }
     }
 };
 
-// A warp merges the partials of one (token, head) and, where lists leave blocks out, what o and lse already have of
-// those. Reads T*parts rows of 2*D + 8 bytes, writes one. 64K tokens, 32 heads, T = 16, d = 128: 8.8 GB in, 0.5
-// out, 2.1 ms at 4.5 TB/s; with 3 blocks left out 7.2 and 0.5 in, 0.5 out, 1.8 ms. Memory binds.
+// sum += weight * x, eight channels.
+template <typename T> static __device__ __forceinline__ void add_row(float (&sum)[8], uint4 x, float weight) {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 f = unpack2<T>(words[j]);
+        sum[2 * j] += weight * f.x;
+        sum[2 * j + 1] += weight * f.y;
+    }
+}
+
+// A warp merges the partials of one (token, head), with what o and lse already have of blocks that lists leave out,
+// and goes on to the gated sum of the branches if there is a gate. Rows beside the partials come early and wait in
+// shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or the sum alone. 64K
+// tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6 in, 1.1 out, 2.2 ms at 4.5 TB/s.
+// Memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
     typedef PartialRows<D> Rows;
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
@@ -282,16 +295,22 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
     r.find_valid(a, 0);
-    // Written before the main kernel began, which a merge never overtakes.
-    const bool left_out = a.lists.init + a.lists.local > 0;
-    __shared__ uint4 left_out_rows[8][32];
-    uint4 *const left_out_row = &left_out_rows[threadIdx.x / 32][lane];
-    float left_out_lse = -INFINITY;
-    if (left_out) {
-        if (lane < Rows::LANES) cp_async_16(smem_address(left_out_row), (uint4 *)((T *)a.o + r.to * D) + lane);
+    // All this was written before the main kernel began, which a merge never overtakes.
+    const bool left_out = a.lists.init + a.lists.local > 0, gated = a.gate.sum;
+    __shared__ uint4 others[8][3][Rows::LANES]; // rows of left out blocks, compressed branch, sliding branch
+    auto &other = others[threadIdx.x / 32];
+    auto bring = [&](int i, const void *from) {
+        cp_async_16(smem_address(&other[i][lane]), (const uint4 *)from + r.to * Rows::LANES + lane);
+    };
+    if (lane < Rows::LANES) {
+        if (left_out) bring(0, a.o);
+        if (gated) bring(1, a.gate.o_cmp), bring(2, a.gate.o_win);
         cp_async_commit();
-        left_out_lse = a.lse[r.to] * FSA_LOG2E;
     }
+    const float left_out_lse = left_out ? a.lse[r.to] * FSA_LOG2E : -INFINITY;
+    float gate = 0; // of branch `lane`
+    if (gated && lane < 3)
+        gate = sigmoid((float)((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3 + lane]);
     wait_for_previous_kernel();
     let_next_kernel_start();
     r.load(0);
@@ -301,18 +320,12 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     };
     float2 stats = stats_of(lane);
     float most = fmaxf(stats.x, left_out_lse), sum = 0;
-    unsigned any = r.valid;
     if (slots > 32) {
         for (int s0 = 32; s0 < slots; s0 += 32) {
             r.find_valid(a, s0);
-            any |= r.valid;
             most = fmaxf(most, stats_of(s0 + lane).x);
         }
         r.find_valid(a, 0);
-    }
-    if (left_out && !any) { // the row has no other block
-        cp_async_wait<0>();
-        return;
     }
     for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
     float acc[8] = {};
@@ -329,13 +342,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 #pragma unroll
             for (int i = 0; i < Rows::LOADS; i++) {
                 float w = __shfl_sync(0xffffffffu, weight, half + i * Rows::ROWS + lane / Rows::LANES);
-                const uint32_t words[4] = {r.x[i].x, r.x[i].y, r.x[i].z, r.x[i].w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float2 f = unpack2<__half>(words[j]);
-                    acc[2 * j] += w * f.x;
-                    acc[2 * j + 1] += w * f.y;
-                }
+                add_row<__half>(acc, r.x[i], w);
             }
         }
         if ((s0 += 32) >= slots) break;
@@ -343,18 +350,15 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         r.load(s0);
         stats = stats_of(s0 + lane);
     }
-    if (left_out && lane < Rows::LANES) {
-        const float weight = left_out_lse == -INFINITY ? 0 : exp2_fast(left_out_lse - most);
-        if (lane == 0) sum += weight;
+    if (lane < Rows::LANES) {
         cp_async_wait<0>();
-        const uint32_t words[4] = {left_out_row->x, left_out_row->y, left_out_row->z, left_out_row->w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float2 f = unpack2<T>(words[j]);
-            acc[2 * j] += weight * f.x;
-            acc[2 * j + 1] += weight * f.y;
+        if (left_out && left_out_lse != -INFINITY) {
+            const float weight = exp2_fast(left_out_lse - most);
+            if (lane == 0) sum += weight;
+            add_row<T>(acc, other[0][lane], weight);
         }
     }
+    __syncwarp();
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
@@ -362,10 +366,22 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
         acc[j] *= inverse;
     }
-    if (lane < Rows::LANES) {
-        ((uint4 *)((T *)a.o + r.to * D))[lane] =
-            make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
-                       pack2<T>(acc[6], acc[7]));
+    auto store = [&](void *to) {
+        if (lane < Rows::LANES)
+            ((uint4 *)to)[r.to * Rows::LANES + lane] =
+                make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
+                           pack2<T>(acc[6], acc[7]));
+    };
+    if (a.o != a.gate.sum) store(a.o);
+    if (gated) {
+        const float own = __shfl_sync(0xffffffffu, gate, 1);
+#pragma unroll
+        for (int j = 0; j < 8; j++) acc[j] *= own;
+        for (int i = 1; i < 3; i++) {
+            const float weight = __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2);
+            if (lane < Rows::LANES) add_row<T>(acc, other[i][lane], weight);
+        }
+        store(a.gate.sum);
     }
     if (lane == 0) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
@@ -863,7 +879,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            a.shares = (int)ceil_div(a.tokens * s.listed, a.chunk);
+            a.shares = (int)most(ceil_div(a.tokens * s.listed, a.chunk), 1);
             dim3 grid((unsigned)a.shares, heads);
             if (s.hopper) {
                 if (fsa_sel_forward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -905,18 +921,19 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
 
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
-                    cudaStream_t stream) {
+                    const FsaGate *gate, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 0);
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     if (s.init + s.local > 0) {
         int status = fsa_dense_forced(c, p, type, q, k, v, o, lse, stream);
-        if (status || s.listed == 0) return status;
+        if (status) return status;
     }
     SelArgs a = args_of(c, p, s, memory);
     int status = fsa_lists(c, p, indices, &a.lists, (char *)memory + s.lists, stream);
     if (status) return status;
     a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
+    if (gate) a.gate = *gate, a.per_token = c->gate_per_token;
     bool wide = c->block > 64;
 #define PICK(T, D) return wide ? forward<T, D, 2>(a, s, type, stream) : forward<T, D, 1>(a, s, type, stream)
     if (type == FSA_BF16 && c->head_dim == 128) PICK(__nv_bfloat16, 128);

@@ -35,6 +35,9 @@ struct SelArgs {
     float *crossing; // backward: [heads, shares, parts, keys, 2, D], see selected_backward_kernel
     void *o, *dq, *dk, *dv;
     float *lse;
+    // The gated sum of all branches, where sum isn't NULL; per_token: one triple of logits for all heads.
+    FsaGate gate;
+    int per_token;
     const float *dq_sums;   // NULL, or what other branches have added to dq, as dq_sum_row says
     const double *inv_freq; // NULL, or the rotation that dq is turned back by
 };

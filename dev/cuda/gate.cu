@@ -1,4 +1,5 @@
-// dev/cuda/gate.cu: the gate over three branches, and its backward pass with the rows' statistics.
+// dev/cuda/gate.cu: the gate's backward pass with the rows' statistics (the gated sum is part of the selected branch's merge:
+// dev/cuda/selected.cu).
 //   version 1: a thread a (token, head), channels in turn
 //   library  : 16-byte accesses, one pass for three deltas, gradients and statistics (fsa/gate.cu)
 //   ./gate [check] [seed=N]    (check: no timing)
@@ -13,54 +14,50 @@ struct Branches {
 
 // Version 1. Strided accesses: a warp touches 32 rows at once.
 template <typename T>
-__global__ void gate_v1_kernel(int64_t rows, int d, int hq, int per_token, const T *logits, Branches b,
-                               T *o) {
-    int64_t row = blockIdx.x * 128ll + threadIdx.x;
-    if (row >= rows) return;
-    const T *x = logits + (per_token ? row / hq : row) * 3;
-    float g[3];
-    for (int i = 0; i < 3; i++) g[i] = 1 / (1 + expf(-(float)x[i]));
-    for (int j = 0; j < d; j++) {
+__global__ void gate_v1_kernel(int64_t nq, int d, int hq, int per_token, const T *logits, Branches b,
+                               const T *dout, T *dlogits) {
+    int64_t token = blockIdx.x * 128ll + threadIdx.x;
+    if (token >= nq) return;
+    for (int i = 0; i < 3; i++) {
         float sum = 0;
-        for (int i = 0; i < 3; i++) sum += g[i] * (float)((const T *)b.o[i])[row * d + j];
-        o[row * d + j] = (T)sum;
+        for (int64_t row = token * hq; row < (token + 1) * hq; row++) {
+            int64_t at = (per_token ? token : row) * 3 + i;
+            float x = (float)logits[at], gate = 1 / (1 + expf(-x)), dot = 0;
+            for (int j = 0; j < d; j++)
+                dot += (float)((const T *)b.o[i])[row * d + j] * (float)dout[row * d + j];
+            sum += dot * gate * (1 - gate);
+            b.delta[i][row] = dot;
+            b.lse_grad[i][row] = b.lse[i][row] == -INFINITY ? INFINITY : b.lse[i][row] + log1pf(expf(-x));
+            if (!per_token || row == (token + 1) * hq - 1) dlogits[at] = (T)sum, sum = 0;
+        }
     }
 }
 
-static double run_error[3]; // of version 1, and of the library's forward and backward, bf16
+static double run_error[2]; // of version 1 and of the library, bf16
 
-template <typename T> static void check(Random *r, int hq, int d, int64_t nq, int per_token, bool only_v1) {
+template <typename T> static void check(Random *r, int hq, int d, int64_t nq, int per_token, bool version_1) {
     FsaConfig c = default_config(hq, 1, d, 64, 16);
     c.gate_per_token = per_token;
     int64_t size = nq * hq * d, rows = nq * hq, gates = (per_token ? nq : rows) * 3;
     Host<T> logits(r, gates, 2), dout(r, size, 1), o0(r, size, 1), o1(r, size, 1), o2(r, size, 1);
     Host<T> *o[3] = {&o0, &o1, &o2};
-    Buffer<T> dl(logits.raw), dg(dout.raw), b0(o0.raw), b1(o1.raw), b2(o2.raw), out(size), dlogits(gates);
-    std::vector<float> lse((size_t)rows), expected((size_t)size), dexpected((size_t)gates, 0),
-        scratch((size_t)size);
+    Buffer<T> dl(logits.raw), dg(dout.raw), b0(o0.raw), b1(o1.raw), b2(o2.raw), dlogits(gates);
+    std::vector<float> lse((size_t)rows), dexpected((size_t)gates, 0), scratch((size_t)size);
     for (float &x : lse) x = r->below(10) ? r->normal() : -INFINITY;
     Buffer<float> l(lse), delta(3 * rows), lse_grad(3 * rows);
     Branches b = {{b0.get(), b1.get(), b2.get()},
                   {l, l, l},
                   {delta, delta + rows, delta + 2 * rows},
                   {lse_grad, lse_grad + rows, lse_grad + 2 * rows}};
-    float *po[3] = {o0.f.data(), o1.f.data(), o2.f.data()};
-    fsa_ref_gate_forward_f32(&c, nq, logits.f.data(), po, expected.data());
     char what[128];
-    snprintf(what, sizeof what, "gate %s hq %d d %d nq %lld per_token %d", Dtype<T>::name, hq, d,
-             (long long)nq, per_token);
-    if (only_v1) {
-        gate_v1_kernel<T><<<(unsigned)((rows + 127) / 128), 128>>>(rows, d, hq, per_token, dl, b, out);
+    snprintf(what, sizeof what, "gate version %s %s hq %d d %d nq %lld per_token %d", version_1 ? "1" : "library",
+             Dtype<T>::name, hq, d, (long long)nq, per_token);
+    if (version_1) {
+        gate_v1_kernel<T><<<(unsigned)((nq + 127) / 128), 128>>>(nq, d, hq, per_token, dl, b, dg, dlogits);
     } else {
-        FSA_CHECK(fsa_gate_forward(&c, Dtype<T>::value, nq, dl, b.o, out, 0));
+        FSA_CHECK(
+            fsa_gate_backward(&c, Dtype<T>::value, nq, dl, b.o, b.lse, dg, b.delta, b.lse_grad, dlogits, 0));
     }
-    CUDA_CHECK(cudaDeviceSynchronize());
-    double e = relative_error(out.floats(), expected);
-    if (Dtype<T>::value == FSA_BF16) run_error[!only_v1] = std::max(run_error[!only_v1], e);
-    check_that(e < Dtype<T>::out_tolerance && out.guards_intact(), what, e, Dtype<T>::out_tolerance);
-    if (only_v1) return;
-    FSA_CHECK(
-        fsa_gate_backward(&c, Dtype<T>::value, nq, dl, b.o, b.lse, dg, b.delta, b.lse_grad, dlogits, 0));
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<float> d_host = delta.host(), l_host = lse_grad.host(), d_ref(3 * rows);
     double worst = 0;
@@ -81,8 +78,8 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
     }
     check_that(worst < 1e-5, what, worst, 1e-5);
     check_that(relative_error(d_host, d_ref) < 1e-5, what, relative_error(d_host, d_ref), 1e-5);
-    e = relative_error(dlogits.floats(), dexpected);
-    if (Dtype<T>::value == FSA_BF16) run_error[2] = std::max(run_error[2], e);
+    double e = relative_error(dlogits.floats(), dexpected);
+    if (Dtype<T>::value == FSA_BF16) run_error[!version_1] = std::max(run_error[!version_1], e);
     check_that(e < Dtype<T>::grad_tolerance && dlogits.guards_intact() && delta.guards_intact(), what, e,
                Dtype<T>::grad_tolerance);
 }
@@ -102,7 +99,7 @@ int main(int argc, char **argv) {
         typedef __nv_bfloat16 T;
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         int64_t rows = n * 32, size = rows * 128;
-        Buffer<T> o0(size), o1(size), o2(size), dout(size), out(size), logits(rows * 3), dlogits(rows * 3);
+        Buffer<T> o0(size), o1(size), o2(size), dout(size), logits(rows * 3), dlogits(rows * 3);
         Buffer<float> lse(rows), delta(3 * rows), lse_grad(3 * rows);
         T *all[4] = {o0, o1, o2, dout};
         for (int i = 0; i < 4; i++) fill_random(all[i], size, r.u64(), 1);
@@ -113,20 +110,19 @@ int main(int argc, char **argv) {
                       {delta, delta + rows, delta + 2 * rows},
                       {lse_grad, lse_grad + rows, lse_grad + 2 * rows}};
         double bytes = 8.0 * size;
-        for (int version = 0; version < 3; version++) {
+        for (int library = 0; library < 2; library++) {
             double ms = time_ms([&] {
-                if (version == 0)
+                if (library)
+                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta, b.lse_grad,
+                                                dlogits, 0));
+                else
                     gate_v1_kernel<T>
-                        <<<(unsigned)((rows + 127) / 128), 128>>>(rows, 128, 32, 0, logits, b, out);
-                if (version == 1) FSA_CHECK(fsa_gate_forward(&c, FSA_BF16, n, logits, b.o, out, 0));
-                if (version == 2)
-                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta,
-                                                b.lse_grad, dlogits, 0));
+                        <<<(unsigned)((n + 127) / 128), 128>>>(n, 128, 32, 0, logits, b, dout, dlogits);
             });
-            printf("gate %s %s n %lld: %.4f ms, %.2f TB/s, floor %.4f ms\n", version ? "library" : "1",
-                   version == 2 ? "bwd" : "fwd", (long long)n, ms, bytes / ms * 1e-9, bytes / 4.5e9);
-            record({"gate", "gate", "nsa", version == 2 ? "bwd" : "fwd", "bf16", n, c, ms, 0,
-                    run_error[version], NULL, version ? "library" : "1", 1});
+            const char *version = library ? "library" : "1";
+            printf("gate %s bwd n %lld: %.4f ms, %.2f TB/s, floor %.4f ms\n", version, (long long)n, ms,
+                   bytes / ms * 1e-9, bytes / 4.5e9);
+            record({"gate", "gate", "nsa", "bwd", "bf16", n, c, ms, 0, run_error[library], NULL, version, 1});
         }
     }
     printf("gate: %d passed, %d failed\n", checks_passed, checks_failed);

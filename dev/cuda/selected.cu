@@ -22,8 +22,9 @@ template <typename T> struct Library {
     Library(const FsaConfig &config, const FsaPlan &plan)
         : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1))),
           delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads) {}
-    void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse) {
-        FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, 0));
+    void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse,
+                 const FsaGate *gate = NULL) {
+        FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, gate, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
@@ -81,6 +82,24 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     check_that(tiny || eq <= Dtype<T>::grad_tolerance, what, eq, Dtype<T>::grad_tolerance);
     check_that(tiny || ek <= Dtype<T>::grad_tolerance, what, ek, Dtype<T>::grad_tolerance);
     check_that(ev <= Dtype<T>::grad_tolerance, what, ev, Dtype<T>::grad_tolerance);
+    // With a gate: the same lse, o the same or not kept, and the gated sum.
+    int64_t triples = (c.gate_per_token ? nq : rows) * 3;
+    Host<T> logits(r, triples, 2), o_cmp(r, rows * d, 1), o_win(r, rows * d, 1);
+    Buffer<T> logits_(logits.raw), o_cmp_(o_cmp.raw), o_win_(o_win.raw), sum_(rows * d);
+    FsaGate gate = {logits_, o_cmp_, o_win_, sum_};
+    float *branches[3] = {o_cmp.f.data(), o.data(), o_win.f.data()};
+    std::vector<float> sum(rows * d);
+    fsa_ref_gate_forward_f32(&c, nq, logits.f.data(), branches, sum.data());
+    for (int kept = 0; kept < 2; kept++) {
+        o2.poison(), lse2.poison(), sum_.poison();
+        library.forward(q_, k_, v_, indices, kept ? o2.get() : sum_.get(), lse2, &gate);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        double error = relative_error(sum_.floats(), sum);
+        check_that(error <= Dtype<T>::out_tolerance, (std::string("gated sum of ") + what).c_str(), error,
+                   Dtype<T>::out_tolerance);
+        check_that(same_bits(lse_, lse2) && (!kept || same_bits(o_, o2)), "a gate changes no bit", 0, 0);
+        check_that(sum_.guards_intact() && o2.guards_intact(), "guard zones", 0, 0);
+    }
     library.memory.poison();
     library.forward(q_, k_, v_, indices, o2, lse2);
     library.backward(q_, k_, v_, indices, o2, lse2, g_, dq2, dk2, dv2);
