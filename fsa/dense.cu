@@ -195,7 +195,7 @@ int fsa_dense_forced(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const
     Dense d = dense_of(c, p, FSA_CAUSAL);
     const int64_t init_end = (int64_t)c->init_blocks * c->block;
     d.forced = Forced{c->init_blocks, c->local_blocks, c->block,
-                      (int)(init_end < INT32_MAX ? init_end : INT32_MAX)};
+                      (int)(init_end < INT32_MAX ? init_end : INT32_MAX), divisor_of(c->block)};
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return fsa_dense_forward_sm90(c, d, dtype, stream);
 }

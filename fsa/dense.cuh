@@ -7,26 +7,29 @@
 // A query at position t sees key j when a*j + b <= t and t - j < width.
 struct Visible {
     int a, b, width;
+    Divisor by_a;
     __device__ bool operator()(int t, int j) const { return a * j + b <= t && t - j < width; }
     __device__ int first_key(int t) const { return t - width + 1 > 0 ? t - width + 1 : 0; }
-    __device__ int end_key(int t) const { return t < b ? 0 : (t - b) / a + 1; }
+    __device__ int end_key(int t) const { return t < b ? 0 : divide(t - b, by_a) + 1; }
     __device__ int first_query(int j) const { return a * j + b; }
     __device__ int last_query(int j) const { return j < INT32_MAX - width ? j + width - 1 : INT32_MAX; }
 };
 
-// Of the selected branch's forced blocks a query at position t sees the tokens j <= t before init_end and those
-// from local_begin(t) on.
+// Of the selected branch's forced blocks a query at position t sees the tokens j <= t before init_end and
+// those from local_begin(t) on.
 struct Forced {
     int init, local, block, init_end;
+    Divisor by_block;
     __device__ int local_begin(int t) const { // 0 where the two ranges meet
-        const int first = t / block - local + 1;
+        const int first = divide(t, by_block) - local + 1;
         return first > init ? first * block : 0;
     }
 };
 
 static inline Visible visible_of(const FsaConfig *c, FsaVisibility rule) {
-    if (rule == FSA_COMPRESSED) return Visible{c->cmp_stride, c->cmp_len - 1, INT32_MAX};
-    return Visible{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX};
+    if (rule == FSA_COMPRESSED)
+        return Visible{c->cmp_stride, c->cmp_len - 1, INT32_MAX, divisor_of(c->cmp_stride)};
+    return Visible{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX, divisor_of(1)};
 }
 
 // What all three kernels read. Keys are tokens or, for the compressed rule, windows; cu_keys their prefix
@@ -36,6 +39,7 @@ struct Dense {
     const int64_t *cu_keys;
     int64_t num_keys; // a bound
     int q_heads, kv_heads;
+    Divisor by_group; // q_heads / kv_heads
     float scale;
     Visible visible;
     Forced forced; // instead of `visible`, if one of its counts is not 0
@@ -60,6 +64,7 @@ static inline Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility
     d.num_keys = rule == FSA_COMPRESSED ? fsa_max_windows(c, p) : p->n;
     d.q_heads = c->q_heads;
     d.kv_heads = c->kv_heads;
+    d.by_group = divisor_of(c->q_heads / c->kv_heads);
     d.scale = softmax_scale_of(c);
     d.visible = visible_of(c, rule);
     return d;

@@ -84,14 +84,12 @@ struct QueryWork {
 
 // That of a thread block's `round`: items are taken from both ends of each round in turn.
 template <bool FORCED>
-static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round, int64_t items,
-                                                  QueryWork *w) {
-    int64_t item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+static __device__ __forceinline__ bool query_work(const Dense &p, int round, int items, QueryWork *w) {
+    const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     if (item >= items) return false;
-    int g = p.q_heads / p.kv_heads;
-    w->kv_head = (int)(item % p.kv_heads);
-    w->rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g,
-                            items / p.kv_heads - 1 - item / p.kv_heads);
+    const int g = p.q_heads / p.kv_heads, tile = item / p.kv_heads;
+    w->kv_head = item - tile * p.kv_heads;
+    w->rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
     w->tiles = 0;
     if (w->rows.rows == 0) return true;
     FsaSegment segment = p.plan.segments[w->rows.range];
@@ -112,19 +110,20 @@ static __device__ __forceinline__ bool query_work(const Dense &p, int64_t round,
     return true;
 }
 
-// Barriers and tiles of forward: Q, the ring of K and V.
+// Barriers and tiles of forward: Q, this work item's and the next one's; the ring of K and V.
 template <int D, bool FORCED> struct QueryRing {
-    static constexpr int Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
-    static constexpr int BYTES = Q_BYTES + 2 * KV_STAGES * KV_BYTES;
+    static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+    static constexpr int BYTES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
     __device__ __forceinline__ QueryRing(uint32_t start) {
-        q = start, k = q + Q_BYTES, v = k + KV_STAGES * KV_BYTES;
-        q_full = start + BYTES, q_empty = q_full + 8;
-        k_full = q_empty + 8, k_empty = k_full + 8 * KV_STAGES;
+        q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
+        q_full = start + BYTES, q_empty = q_full + 8 * Q_STAGES;
+        k_full = q_empty + 8 * Q_STAGES, k_empty = k_full + 8 * KV_STAGES;
         v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
     }
     __device__ __forceinline__ void init() const {
-        mbarrier_init(q_full, 1), mbarrier_init(q_empty, RELEASES);
+        for (int i = 0; i < Q_STAGES; i++)
+            mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, RELEASES);
         for (int i = 0; i < KV_STAGES; i++) {
             mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, RELEASES);
             mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, RELEASES);
@@ -132,18 +131,20 @@ template <int D, bool FORCED> struct QueryRing {
         mbarrier_init_fence();
     }
     // The producer's thread: all loads of this thread block.
-    __device__ void produce(const Dense &p, const Maps &maps, int64_t items) const {
+    __device__ void produce(const Dense &p, const Maps &maps, int items) const {
         const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
-        int q_parity = 1; // a fresh barrier's phase before the first counts as over
+        Turn<Q_STAGES> q_turn;
         QueryWork w;
-        for (int64_t round = 0; query_work<FORCED>(p, round, items, &w); round++) {
+        for (int round = 0; query_work<FORCED>(p, round, items, &w); round++) {
             if (w.tiles == 0) continue;
-            mbarrier_wait(q_empty, q_parity);
-            q_parity ^= 1;
-            mbarrier_arrive_expect(q_full, q_bytes);
+            const uint32_t q_at = 8 * q_turn.stage;
+            mbarrier_wait(q_empty + q_at, q_turn.parity ^ 1);
+            mbarrier_arrive_expect(q_full + q_at, q_bytes);
             for (int i = 0; i < D / 64; i++)
-                tma_load_3d(q + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g, (int)w.rows.row, q_full);
+                tma_load_3d(q + q_turn.stage * Q_BYTES + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g,
+                            (int)w.rows.row, q_full + q_at);
+            q_turn.next();
             for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
                 int key = (int)w.key0 + w.first_key<FORCED>(tile);
                 uint32_t at = 8 * turn.stage;
@@ -172,53 +173,65 @@ template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_row
     named_barrier_sync(3, CONSUMERS);
 }
 
-// Rows that a thread holds of its warpgroup's 64: row[half], the token's position, and its place in q.
+// Rows that a thread holds of its warpgroup's 64: row[half], the keys begin..end that it sees, and its place
+// in q.
 struct MyRows {
-    int row[2], pos[2];
+    int row[2], begin[2], end[2];
     int64_t at[2]; // row * q_heads + head; -1: none
-    __device__ __forceinline__ MyRows(const Dense &p, const QueryWork &w, int warpgroup) {
+    template <bool FORCED>
+    __device__ __forceinline__ void place(const Dense &p, const QueryWork &w, int warpgroup) {
         const int g = p.q_heads / p.kv_heads;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
-            int token = row[i] / g;
-            pos[i] = w.first_pos + token;
-            at[i] = token < w.rows.rows ? (w.rows.row + token) * p.q_heads + w.kv_head * g + row[i] % g : -1;
-            if (row[i] >= ROWS / g * g) at[i] = -1;
+            const int token = divide(row[i], p.by_group);
+            at[i] = token < w.rows.rows
+                        ? (w.rows.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
+                        : -1;
+            keys_of<FORCED>(p, w, w.first_pos + token, &begin[i], &end[i]);
         }
+    }
+    // Those of the query at a position; of forced blocks the local ones.
+    template <bool FORCED>
+    static __device__ __forceinline__ void keys_of(const Dense &p, const QueryWork &w, int pos, int *begin,
+                                                   int *end) {
+        *begin = FORCED ? p.forced.local_begin(pos) : p.visible.first_key(pos);
+        *end = min(p.visible.end_key(pos), w.keys);
     }
 };
 
-// The same for forced blocks; local_begin: of the rows, and of the warpgroup's last.
-template <int N8>
-static __device__ __forceinline__ void mask_forced(const Dense &p, float (&s)[N8][4], const int (&pos)[2],
-                                                   const int (&local_begin)[2], int first_pos,
-                                                   int last_local_begin, int j0) {
-    const int init_end = p.forced.init_end;
-    if (j0 + N8 * 8 - 1 <= first_pos && (j0 + N8 * 8 <= init_end || j0 >= last_local_begin)) return;
-#pragma unroll
-    for (int n = 0; n < N8; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int j = j0 + n * 8 + threadIdx.x % 4 * 2 + e % 2;
-            if (j > pos[e / 2] || (j >= init_end && j < local_begin[e / 2])) s[n][e] = -INFINITY;
-        }
-    }
-}
-
 // Scores that a row doesn't see become -inf, where a warpgroup's rows and the tile of keys j0.. meet the
-// rule's edge.
-template <int N8>
-static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8][4], const int (&pos)[2],
-                                                   int first_pos, int last_pos, int j0, int keys) {
-    if (p.visible(first_pos, j0 + N8 * 8 - 1) && j0 >= p.visible.first_key(last_pos) && j0 + N8 * 8 <= keys)
+// rule's edge. last_begin, first_end: of the warpgroup's last and first row. init: the tile is one of the
+// first blocks'.
+template <bool FORCED, int N8>
+static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8][4], const MyRows &mine,
+                                                   int last_begin, int first_end, bool init, int j0) {
+    const int init_end = p.forced.init_end;
+    if (init) last_begin = 0, first_end = min(first_end, init_end);
+    if (j0 >= last_begin && j0 + N8 * 8 <= first_end) return;
+    const int mine0 = j0 + threadIdx.x % 4 * 2; // the thread's first key
+    int begin[2], end[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        begin[i] = mine.begin[i] - mine0;
+        end[i] = (FORCED && init ? min(mine.end[i], init_end) : mine.end[i]) - mine0;
+    }
+    if (FORCED && j0 >= last_begin) {
+#pragma unroll
+        for (int n = 0; n < N8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (n * 8 + e % 2 >= end[e / 2]) s[n][e] = -INFINITY;
+        }
         return;
+    }
 #pragma unroll
     for (int n = 0; n < N8; n++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            int j = j0 + n * 8 + threadIdx.x % 4 * 2 + e % 2;
-            if (!p.visible(pos[e / 2], j) || j >= keys) s[n][e] = -INFINITY;
+            const int j = n * 8 + e % 2;
+            if (j >= end[e / 2] || (j < begin[e / 2] && !(FORCED && j < init_end - mine0)))
+                s[n][e] = -INFINITY;
         }
     }
 }
@@ -231,11 +244,12 @@ static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8
 // softmax hides behind the other's products. Bytes: q and o once, K and V once for every 128 rows of a group
 // (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
 // that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
-// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys; of 1
+// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys;
+// of 1
 // + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms.
 template <typename T, int D, bool FORCED>
 __global__ void __launch_bounds__(THREADS, 1)
-    forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int items) {
     extern __shared__ __align__(1024) char shared[];
     typedef QueryRing<D, FORCED> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
@@ -253,30 +267,30 @@ __global__ void __launch_bounds__(THREADS, 1)
         registers_up_to<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
         const float scale = p.scale * FSA_LOG2E;
-        const uint32_t my_q = ring.q + warpgroup * 64 * 128;
         Turn<KV_STAGES> turn;
-        int q_parity = 0;
+        Turn<Ring::Q_STAGES> q_turn;
         // Whose turn it is to issue products: barrier 1 + warpgroup opens when the other one has issued its
         // own.
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
         QueryWork w;
-        for (int64_t round = 0; query_work<FORCED>(p, round, items, &w); round++) {
+        for (int round = 0; query_work<FORCED>(p, round, items, &w); round++) {
             if (w.rows.rows == 0) continue;
-            const MyRows mine(p, w, warpgroup);
-            const int first_pos = w.first_pos + warpgroup * 64 / g,
-                      last_pos = w.first_pos + (warpgroup * 64 + 63) / g;
-            int local_begin[2], last_local_begin;
-            if (FORCED) {
-                for (int i = 0; i < 2; i++) local_begin[i] = p.forced.local_begin(mine.pos[i]);
-                last_local_begin = p.forced.local_begin(last_pos);
-            }
+            MyRows mine;
+            mine.place<FORCED>(p, w, warpgroup);
+            int unused, first_end, last_begin;
+            MyRows::keys_of<FORCED>(p, w, w.first_pos + divide(warpgroup * 64, p.by_group), &unused,
+                                    &first_end);
+            MyRows::keys_of<FORCED>(p, w, w.first_pos + divide(warpgroup * 64 + 63, p.by_group), &last_begin,
+                                    &unused);
             float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t probabilities[KEYS / 16][4];
             auto multiply_keys = [&]() { // S = Q K^T, the next tile's
                 mbarrier_wait(ring.k_full + 8 * turn.stage, turn.parity);
                 named_barrier_sync(1 + warpgroup, CONSUMERS);
                 wgmma_fence();
-                product_rows<T, D, ROWS, KEYS>(s, my_q, ring.k + turn.stage * Ring::KV_BYTES);
+                product_rows<T, D, ROWS, KEYS>(s,
+                                               ring.q + q_turn.stage * Ring::Q_BYTES + warpgroup * 64 * 128,
+                                               ring.k + turn.stage * Ring::KV_BYTES);
                 wgmma_commit();
             };
             auto multiply_values = [&](const Turn<KV_STAGES> &at, bool add) { // out (+)= P V
@@ -287,11 +301,8 @@ __global__ void __launch_bounds__(THREADS, 1)
             };
             float shrink[2];
             auto softmax = [&](int tile) { // S becomes exp(S - max), and the sums so far are to shrink
-                const int j0 = w.first_key<FORCED>(tile);
-                if (FORCED)
-                    mask_forced(p, s, mine.pos, local_begin, first_pos, last_local_begin, j0);
-                else
-                    mask_scores(p, s, mine.pos, first_pos, last_pos, j0, w.keys);
+                mask_scores<FORCED>(p, s, mine, last_begin, first_end, FORCED && tile < w.init_tiles,
+                                    w.first_key<FORCED>(tile));
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float most = max[half];
@@ -321,8 +332,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             };
 
             if (w.tiles > 0) {
-                mbarrier_wait(ring.q_full, q_parity);
-                q_parity ^= 1;
+                mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
                 multiply_keys();
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                 wgmma_wait<0>();
@@ -351,7 +361,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                     }
                     pack();
                 }
-                mbarrier_arrive_warp(ring.q_empty);
+                mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
+                q_turn.next();
                 int left = w.keys - w.first_key<FORCED>(w.tiles - 1);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
@@ -378,14 +389,14 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             __syncwarp();
+            T *const o = (T *)p.o + (w.rows.row * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
-                int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
-                    chunk = (i * 32 + lane) % (D / 8);
-                int token = row / g;
-                if (row >= ROWS / g * g || token >= w.rows.rows) continue;
-                int64_t at = ((w.rows.row + token) * p.q_heads + w.kv_head * g + row % g) * D + chunk * 8;
-                *(uint4 *)((T *)p.o + at) = *(uint4 *)(staging + panel_offset(row, chunk, ROWS * 128));
+                const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
+                          token = divide(row, p.by_group);
+                if (token < w.rows.rows)
+                    *(uint4 *)(o + (token * p.q_heads + row - token * g) * D) =
+                        *(uint4 *)(staging + panel_offset(row, lane % (D / 8), ROWS * 128));
             }
             __syncwarp();
         }
@@ -880,8 +891,8 @@ static int launch(Kernel kernel, const Dense &d, const Maps &maps, int64_t items
     return launch_status();
 }
 
-static int64_t query_items(const Dense &d) {
-    return row_tile_bound(d.plan.nq, d.plan.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
+static int query_items(const Dense &d) {
+    return (int)row_tile_bound(d.plan.nq, d.plan.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
 }
 
 template <typename T, int D, bool FORCED>

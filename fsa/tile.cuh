@@ -57,7 +57,7 @@ __device__ __forceinline__ void result_as_a(uint32_t (&a)[4], const float (&left
 
 // Tile `index` of at most `size` consecutive rows of the ranges cu[0..count]: no tile spans two ranges.
 // Range i's tiles start at cu[i]/size + i, which leaves room enough, so no prefix sum over tiles is
-// needed and cu[count]/size + count is the grid. The tiles left over have rows = 0.
+// needed and cu[count]/size + count is the grid. The tiles left over have rows = 0. Rows are fewer than 2^32.
 struct RowTile {
     int64_t range, row; // the range and the tile's first row
     int first, rows;    // the row's place in its range, and how many rows
@@ -66,12 +66,12 @@ __device__ __forceinline__ RowTile find_row_tile(const int64_t *cu, int64_t coun
     int64_t lo = 0, hi = count;
     while (hi - lo > 1) {
         int64_t mid = (lo + hi) / 2;
-        if (cu[mid] / size + mid <= index)
+        if ((uint32_t)cu[mid] / size + mid <= index)
             lo = mid;
         else
             hi = mid;
     }
-    int64_t first = (index - cu[lo] / size - lo) * size, left = cu[lo + 1] - cu[lo] - first;
+    int64_t first = (index - (uint32_t)cu[lo] / size - lo) * size, left = cu[lo + 1] - cu[lo] - first;
     RowTile t;
     t.range = lo;
     t.row = cu[lo] + first;
