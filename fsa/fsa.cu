@@ -219,8 +219,8 @@ static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
     return phi->pe ? check_pointer("phi->pe", phi->pe) : FSA_OK;
 }
 
-// Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2); of the selected one with
-// a gate the gated sum, too, in whose place o may be.
+// Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2); of the selected
+// one with a gate the gated sum, too, in whose place o may be.
 static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int branch, const Saved &s,
                           const void *v, void *scratch, void *o, float *lse, const FsaGate *gate,
                           cudaStream_t stream) {
@@ -312,8 +312,8 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     cudaMemsetAsync(w.dk_plain, 0, n.k * 4, stream);
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
-    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, dout, w.delta[1], w.lse_grad[1], w.dq, inv_freq,
-                         w.scratch, dq, dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, dout, w.delta[1], w.lse_grad[1], w.dq,
+                         inv_freq, w.scratch, dq, dk, dv, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dk, dk, w.dk_plain, inv_freq, dk, stream));
     RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dv, dv, NULL, NULL, dv, stream));
     return FSA_OK;
@@ -357,8 +357,8 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     }
     Work w(c, &p, FSA_SELECTED_BACKWARD, workspace);
     RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, dout, w.delta[0], w.lse_grad[0], NULL, NULL, w.scratch,
-                         dq, dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, dout, w.delta[0], w.lse_grad[0], NULL, NULL,
+                         w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
 

@@ -1,5 +1,5 @@
-// gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward passes read.
-// (The gated sum itself: selected_merge_kernel.)
+// gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward
+// passes read. (The gated sum itself: selected_merge_kernel.)
 #include "kernels.h"
 #include "mma.cuh"
 
@@ -16,10 +16,10 @@ template <typename T> static __device__ __forceinline__ float load1(const void *
     return (float)((const T *)p)[i];
 }
 
-// A warp takes one token: D/8 lanes a head, the heads in turn; what follows for a head from its sums is then one
-// lane's work, 32 heads at once. Reads BRANCHES + 1 rows of d a (token, head); writes a few words. 64K tokens, 32
-// heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds, closely followed by instructions,
-// some 130 for two heads.
+// A warp takes one token: D/8 lanes a head, the heads in turn; what follows for a head from its sums is then
+// one lane's work, 32 heads at once. Reads BRANCHES + 1 rows of d a (token, head); writes a few words. 64K
+// tokens, 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds, closely followed by
+// instructions, some 130 for two heads.
 template <typename T, int D, int BRANCHES>
 __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
     constexpr int LANES = D / 8, HEADS = 32 / LANES;

@@ -31,9 +31,9 @@ struct Choice {
     const int32_t *indices;
     int topk, block;
     Divisor by_topk;
-    unsigned init;  // the first block that is listed,
-    unsigned most;  // and how many: one further on is for no position; one below, times block, is an int
-    int64_t ahead;  // a block is listed for rows from so many tokens after its start on
+    unsigned init; // the first block that is listed,
+    unsigned most; // and how many: one further on is for no position; one below, times block, is an int
+    int64_t ahead; // a block is listed for rows from so many tokens after its start on
     int width;     // lanes that rank together: a row's entries, or an equal part of them
 };
 
@@ -97,8 +97,8 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 const int slab_row = (int)divide(i + 32 * k, choice.by_topk);
-                const bool seen = (unsigned)now[k] - choice.init < choice.most &&
-                                  now[k] * choice.block - pos0 <= slab_row;
+                const bool seen =
+                    (unsigned)now[k] - choice.init < choice.most && now[k] * choice.block - pos0 <= slab_row;
                 visit(i + 32 * k, end, block0 + now[k], seen);
             }
         }
@@ -321,8 +321,14 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
     }
     if (p->nq == 0) return FSA_OK;
     const int most = (1 << 30) / c->block + 1 - lists->init - lists->local;
-    Choice choice = {indices, c->topk, c->block, divisor_of(c->topk), (unsigned)lists->init,
-                     most > 0 ? (unsigned)most : 0, (int64_t)lists->local * c->block, 0};
+    Choice choice = {indices,
+                     c->topk,
+                     c->block,
+                     divisor_of(c->topk),
+                     (unsigned)lists->init,
+                     most > 0 ? (unsigned)most : 0,
+                     (int64_t)lists->local * c->block,
+                     0};
     choice.width = c->topk < 32 ? c->topk : 32;
     while (c->topk % choice.width) choice.width--;
     const int smem = WARPS * TABLE * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);

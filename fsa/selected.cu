@@ -4,9 +4,11 @@
 #include "selected.cuh"
 
 enum {
-    BUDGET = 205 << 20,    // bytes of partial rows aimed at
+    // Bytes of partial rows of a launch aimed at: fewer stay in the L2 in part, more make fewer launches.
+    BUDGET = 96 << 20,
+    BACKWARD_BUDGET = 205 << 20,
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
-    MIN_CHUNK = 64,        // list entries of a share
+    MIN_SHARE = 64,        // list entries of a share on average, where there are so few
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
             uint32_t entry[2], next_entry[2];
             auto load_entries = [&](int tile, uint32_t *e) {
 #pragma unroll
-                for (int i = 0; i < 2; i++) e[i] = run.entries[min(tile * 16 + quad + 8 * i, rows - 1) / g];
+                for (int i = 0; i < 2; i++)
+                    e[i] = share.entries[begin + min(tile * 16 + quad + 8 * i, rows - 1) / g];
             };
             auto load_q = [&](int tile, const uint32_t *e) {
 #pragma unroll
@@ -229,46 +232,119 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
     }
 }
 
-// A warp's view of the partial rows of one (token, head): D/8 lanes read a row, 32/(D/8) rows at a time, 16
-// slots in flight.
-template <int D> struct PartialRows {
-    static constexpr int LANES = D / 8, ROWS = 32 / LANES, LOADS = 16 / ROWS;
-    int64_t row, pos;   // the token's query row, its position
-    int64_t to;         // row*q_heads + head
-    int64_t first;      // the first slot's partial
-    const char *from;   // this lane's 16 bytes of its row of the first slots
-    int slot_bytes;     // from a slot to the next
-    unsigned valid;     // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
+// The inclusive sum of x over the warp's lanes up to this one.
+static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
+    for (int i = 1; i < 32; i *= 2) {
+        const uint32_t below = __shfl_up_sync(0xffffffffu, x, i);
+        if (threadIdx.x % 32 >= i) x += below;
+    }
+    return x;
+}
+
+// A thread block cuts a slab's list of one head into shares. A KV block's part of it counts as its tiles of
+// 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal in entries
+// alone would have those with many short lists take twice as long as the rest. Reads the offsets twice;
+// latency binds, some 10 us for all.
+enum { CUT_THREADS = 1024 };
+static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
+    __shared__ uint32_t sums[CUT_THREADS / 32];
+    a.slab = blockIdx.x;
+    const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t blocks = a.lists.blocks;
+    const uint32_t *const offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (blocks + 1);
+    auto cost = [&](int64_t block) {
+        const uint32_t entries = block < blocks ? offsets[block + 1] - offsets[block] : 0;
+        return entries ? (entries * a.group + 63) / 64 + 1 : 0;
+    };
+    // The sum of all threads' x before this one's; total: of all.
+    auto scan = [&](uint32_t x, uint32_t *total) {
+        const uint32_t upto = warp_scan(x);
+        if (lane == 31) sums[warp] = upto;
+        __syncthreads();
+        const uint32_t warps = warp_scan(sums[lane]);
+        *total = __shfl_sync(0xffffffffu, warps, 31);
+        const uint32_t before = __shfl_sync(0xffffffffu, warps, (warp + 31) % 32);
+        __syncthreads();
+        return (warp ? before : 0) + upto - x;
+    };
+    uint32_t total = 0, sum = 0;
+    for (int64_t block = threadIdx.x; block < blocks; block += CUT_THREADS) sum += cost(block);
+    scan(sum, &total);
+    // Of one tile there would be two cuts at the same entry.
+    const uint32_t shares = max(min((uint32_t)a.shares, total / 2), 1u);
+    auto tiles_before = [&](uint32_t share) { return (uint32_t)((uint64_t)share * total / shares); };
+    uint32_t *const cuts = cuts_of(a, head);
+    uint32_t done = 0, count;
+    for (int64_t block0 = 0; block0 < blocks; block0 += CUT_THREADS, done += count) {
+        const int64_t block = block0 + threadIdx.x;
+        const uint32_t mine = cost(block), before = done + scan(mine, &count);
+        if (mine == 0) continue;
+        for (uint32_t i = (uint32_t)(((uint64_t)before * shares + total - 1) / total); i < shares; i++) {
+            const uint32_t at = tiles_before(i);
+            if (at >= before + mine) break;
+            const uint32_t tiles = at - before; // of the block's that lie before the cut, K and V's first
+            cuts[i] = offsets[block] + (tiles ? tiles - 1 : 0) * 64 / a.group;
+        }
+    }
+    for (int i = threadIdx.x; i <= a.shares; i += CUT_THREADS)
+        if (i >= (int)shares || total == 0) cuts[i] = offsets[blocks];
+}
+
+// 16 bytes that are read once, or zeros.
+static __device__ __forceinline__ uint4 load_once(const void *from, bool there) {
+    uint4 x;
+    asm volatile("{\n"
+                 ".reg .pred there;\n"
+                 "setp.ne.b32 there, %5, 0;\n"
+                 "mov.b32 %0, 0;\n"
+                 "mov.b32 %1, 0;\n"
+                 "mov.b32 %2, 0;\n"
+                 "mov.b32 %3, 0;\n"
+                 "@there ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+                 : "l"(from), "r"((int)there)
+                 : "memory");
+    return x;
+}
+
+// A warp's view of the partial rows of one (token, head): D/8 lanes read a row, 32/(D/8) rows at a time,
+// SLOTS slots in flight. Rows of all kinds are fewer than 2^32.
+template <int D, int SLOTS> struct PartialRows {
+    static constexpr int LANES = D / 8, ROWS = 32 / LANES, LOADS = SLOTS / ROWS;
+    uint32_t row, to, first; // the token's query row, row*q_heads + head, the first slot's partial
+    int64_t pos;             // the token's position
+    const char *from;        // this lane's 16 bytes of its row of the first slots
+    unsigned valid;          // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
     uint4 x[LOADS];
-    __device__ __forceinline__ PartialRows(const SelArgs &a, int64_t index) {
-        const int g = a.group, lane = threadIdx.x % 32, head = a.head0 + blockIdx.y,
-                  in_group = (int)(index % g);
-        int64_t token = index / g, seq;
-        row = a.slab * a.lists.slab + token;
+    __device__ __forceinline__ PartialRows(const SelArgs &a, uint32_t index) {
+        const uint32_t lane = threadIdx.x % 32, token = divide(index, a.by_group),
+                       in_group = index - token * a.group;
+        row = (uint32_t)a.slab * (uint32_t)a.lists.slab + token;
+        int64_t seq;
         fsa_row(a.plan, row, &seq, &pos);
-        to = row * a.q_heads + head * g + in_group;
-        first = ((int64_t)blockIdx.y * a.lists.slab + token) * a.topk * a.parts * g + in_group;
-        slot_bytes = g * D * 2;
-        from = (const char *)a.partial + first * D * 2 + lane / LANES * slot_bytes + lane % LANES * 16;
+        to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+        first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
+        from = (const char *)a.partial + (first + lane / LANES * a.group) * (uint64_t)(D * 2) +
+               lane % LANES * 16;
     }
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
-        int slot = slot0 + threadIdx.x % 32, head = a.head0 + blockIdx.y;
-        int index =
-            slot < a.topk * a.parts
-                ? a.indices[(head * a.plan.nq + row) * a.topk + (a.parts == 1 ? slot : slot / a.parts)]
-                : -1;
-        valid = __ballot_sync(0xffffffffu, index >= a.lists.init &&
-                                               ((int64_t)index + a.lists.local) * a.block <= pos);
+        const int slot = slot0 + threadIdx.x % 32;
+        int index = -1;
+        if (slot < a.topk * a.parts)
+            index = a.indices[((a.head0 + blockIdx.y) * (uint32_t)a.plan.nq + row) * (uint64_t)a.topk +
+                              (a.parts == 1 ? slot : slot / a.parts)];
+        valid = __ballot_sync(0xffffffffu,
+                              index >= a.lists.init && ((int64_t)index + a.lists.local) * a.block <= pos);
     }
-    // Starts to load slots slot0 .. slot0 + 15, whose bits begin at slot0 % 32; what isn't valid is zeros.
-    __device__ __forceinline__ void load(int slot0) {
+    // Starts to load SLOTS slots from slot0 on, whose bits begin at slot0 % 32; what isn't valid is zeros.
+    __device__ __forceinline__ void load(const SelArgs &a, int slot0) {
         const unsigned mine = valid >> (slot0 % 32 + threadIdx.x % 32 / LANES);
+        const uint32_t slot_bytes = a.group * D * 2;
+        const char *at = from + slot0 * (uint64_t)slot_bytes;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            x[i] = make_uint4(0, 0, 0, 0);
-            if (mine >> (i * ROWS) & 1)
-                x[i] = __ldcs((const uint4 *)(from + (int64_t)(slot0 + i * ROWS) * slot_bytes));
-        }
+        for (int i = 0; i < LOADS; i++)
+            x[i] = load_once(at + i * ROWS * (uint64_t)slot_bytes, mine >> (i * ROWS) & 1);
     }
 };
 
@@ -283,42 +359,43 @@ template <typename T> static __device__ __forceinline__ void add_row(float (&sum
     }
 }
 
-// A warp merges the partials of one (token, head), with what o and lse already have of blocks that lists leave out,
-// and goes on to the gated sum of the branches if there is a gate. Rows beside the partials come early and wait in
-// shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or the sum alone. 64K
-// tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6 in, 1.1 out, 2.2 ms at 4.5 TB/s.
-// Memory binds.
-template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
-    typedef PartialRows<D> Rows;
+// A warp merges the partials of one (token, head), with what o and lse already have of blocks that lists
+// leave out, and goes on to the gated sum of the branches if there is a gate. Rows beside the partials come
+// early and wait in shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or
+// the sum alone. 64K tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6
+// in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds.
+template <typename T, int D, int SLOTS>
+__global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) selected_merge_kernel(SelArgs a) {
+    typedef PartialRows<D, SLOTS> Rows;
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
-    int64_t index = blockIdx.x * 8ll + threadIdx.x / 32;
+    const uint32_t index = blockIdx.x * 8 + threadIdx.x / 32;
     if (index >= a.tokens * a.group) return;
     Rows r(a, index);
-    r.find_valid(a, 0);
     // All this was written before the main kernel began, which a merge never overtakes.
     const bool left_out = a.lists.init + a.lists.local > 0, gated = a.gate.sum;
     __shared__ uint4 others[8][3][Rows::LANES]; // rows of left out blocks, compressed branch, sliding branch
     auto &other = others[threadIdx.x / 32];
     auto bring = [&](int i, const void *from) {
-        cp_async_16(smem_address(&other[i][lane]), (const uint4 *)from + r.to * Rows::LANES + lane);
+        cp_async_16(smem_address(&other[i][lane]), (const uint4 *)from + r.to * (uint64_t)Rows::LANES + lane);
     };
     if (lane < Rows::LANES) {
         if (left_out) bring(0, a.o);
         if (gated) bring(1, a.gate.o_cmp), bring(2, a.gate.o_win);
         cp_async_commit();
     }
-    const float left_out_lse = left_out ? a.lse[r.to] * FSA_LOG2E : -INFINITY;
-    float gate = 0; // of branch `lane`
-    if (gated && lane < 3)
-        gate = sigmoid((float)((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3 + lane]);
+    float left_out_lse = left_out ? a.lse[r.to] : -INFINITY;
+    T logit = (T)0.f; // of branch `lane`
+    if (gated && lane < 3) logit = ((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3ull + lane];
+    r.find_valid(a, 0);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    r.load(0);
+    r.load(a, 0);
     auto stats_of = [&](int slot) {
         bool valid = r.valid >> lane & 1;
-        return valid ? a.stats[r.first + (int64_t)slot * a.group] : make_float2(-INFINITY, 0);
+        return valid ? a.stats[r.first + slot * a.group] : make_float2(-INFINITY, 0);
     };
     float2 stats = stats_of(lane);
+    left_out_lse *= FSA_LOG2E;
     float most = fmaxf(stats.x, left_out_lse), sum = 0;
     if (slots > 32) {
         for (int s0 = 32; s0 < slots; s0 += 32) {
@@ -334,20 +411,20 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         sum += weight;
         weight *= stats.y;
 #pragma unroll
-        for (int half = 0; half < 32; half += 16) {
-            if (half > 0) {
-                if (s0 + half >= slots) break;
-                r.load(s0 + half);
+        for (int wave = 0; wave < 32; wave += SLOTS) {
+            if (wave > 0) {
+                if (s0 + wave >= slots) break;
+                r.load(a, s0 + wave);
             }
 #pragma unroll
             for (int i = 0; i < Rows::LOADS; i++) {
-                float w = __shfl_sync(0xffffffffu, weight, half + i * Rows::ROWS + lane / Rows::LANES);
+                float w = __shfl_sync(0xffffffffu, weight, wave + i * Rows::ROWS + lane / Rows::LANES);
                 add_row<__half>(acc, r.x[i], w);
             }
         }
         if ((s0 += 32) >= slots) break;
         r.find_valid(a, s0);
-        r.load(s0);
+        r.load(a, s0);
         stats = stats_of(s0 + lane);
     }
     if (lane < Rows::LANES) {
@@ -368,12 +445,13 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     }
     auto store = [&](void *to) {
         if (lane < Rows::LANES)
-            ((uint4 *)to)[r.to * Rows::LANES + lane] =
+            ((uint4 *)to)[r.to * (uint64_t)Rows::LANES + lane] =
                 make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
                            pack2<T>(acc[6], acc[7]));
     };
     if (a.o != a.gate.sum) store(a.o);
     if (gated) {
+        const float gate = sigmoid((float)logit);
         const float own = __shfl_sync(0xffffffffu, gate, 1);
 #pragma unroll
         for (int j = 0; j < 8; j++) acc[j] *= own;
@@ -427,7 +505,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
             float new_lse, new_delta;
             int new_limit;
             uint32_t next_entry = 0; // of the tile after the one that load_meta takes
-            auto load_entry = [&](int tile) { next_entry = run.entries[min(tile * 64 + tid, rows - 1) / g]; };
+            auto load_entry = [&](int tile) {
+                next_entry = share.entries[begin + min(tile * 64 + tid, rows - 1) / g];
+            };
             auto load_meta = [&](int tile) {
                 int r = tile * 64 + tid, i = min(r, rows - 1) / g, in_group = min(r, rows - 1) % g;
                 uint32_t entry = next_entry;
@@ -654,7 +734,9 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
     const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
     const float4 *pieces = (const float4 *)a.crossing + ((int64_t)blockIdx.y * a.shares + index + 1) * size;
     float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0) * 2 * D);
-    const int count = (int)((run.last - share.end + a.chunk - 1) / a.chunk);
+    const uint32_t *const cuts = cuts_of(a, a.head0 + blockIdx.y) + index + 1;
+    int count = 1; // pieces
+    while (index + 1 + count < a.shares && cuts[count] < run.last) count++;
     for (int i = quarter * 256 + threadIdx.x; i < run.keys * 2 * D / 4; i += 4 * 256) {
         float4 sum = to[i];
         for (int b = 0; b < count; b += 4) {
@@ -671,8 +753,8 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
 
 // A warp adds up the dQ partials of one (token, head) and what other branches have added to it, and turns the
 // sum back to the unrotated query.
-template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int64_t index) {
-    typedef PartialRows<D> Rows;
+template <typename T, int D, int SLOTS> static __device__ void sum_dq(const SelArgs &a, uint32_t index) {
+    typedef PartialRows<D, SLOTS> Rows;
     __shared__ float2 all_turns[256 / 32][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     if (index >= a.tokens * a.group) return;
@@ -684,9 +766,9 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
     wait_for_previous_kernel();
     let_next_kernel_start();
     float acc[8] = {};
-    for (int s0 = 0; s0 < slots; s0 += 16) {
+    for (int s0 = 0; s0 < slots; s0 += SLOTS) {
         if (s0 > 0 && s0 % 32 == 0) r.find_valid(a, s0);
-        r.load(s0);
+        r.load(a, s0);
 #pragma unroll
         for (int i = 0; i < Rows::LOADS; i++) {
             const uint32_t words[4] = {r.x[i].x, r.x[i].y, r.x[i].z, r.x[i].w};
@@ -733,7 +815,7 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
         }
     }
     if (lane < Rows::LANES)
-        ((uint4 *)((T *)a.dq + r.to * D))[lane] =
+        ((uint4 *)a.dq)[r.to * (uint64_t)Rows::LANES + lane] =
             make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
                        pack2<T>(acc[6], acc[7]));
 }
@@ -741,12 +823,13 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, int
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
 // T*parts rows of 2*D bytes a (token, head), and 4*D of dq_sums, and writes one: 9.7 GB in and 0.5 out for
 // the case of selected_merge_kernel, 2.3 ms.
-template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
+template <typename T, int D, int SLOTS>
+__global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) backward_sums_kernel(SelArgs a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)
         sum_crossing<D>(a, blockIdx.x / 4, blockIdx.x % 4);
     else
-        sum_dq<T, D>(a, (blockIdx.x - crossing) * 8ll + threadIdx.x / 32);
+        sum_dq<T, D, SLOTS>(a, (blockIdx.x - crossing) * 8 + threadIdx.x / 32);
 }
 
 // dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
@@ -789,13 +872,13 @@ static int64_t most(int64_t a, int64_t b) {
 // heads, but no part of the workspace is smaller: each has a bound for all batches that are smaller in every
 // count.
 struct SelShape {
-    int group, keys, parts, heads, chunk; // heads: kv heads a launch takes
-    int init, local, listed;              // blocks that lists leave out, and those of a row that they have
+    int group, keys, parts, heads, shares; // heads: kv heads a launch takes; shares: of a slab and head
+    int init, local, listed;               // blocks that lists leave out, and those of a row that they have
     int64_t slab;
-    size_t lists, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
+    size_t lists, cuts, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
     size_t bytes() const { // lists are sorted before the rest begins
-        return lists + most(sort, partial + stats + packed + factors + dkv + crossing);
+        return lists + cuts + most(sort, partial + stats + packed + factors + dkv + crossing);
     }
 };
 
@@ -809,29 +892,31 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     const bool forced = s.hopper && !backward; // these blocks are fsa_dense_forced's
     s.init = forced ? c->init_blocks : 0, s.local = forced ? c->local_blocks : 0;
     s.listed = c->topk - s.init - s.local;
-    // Slabs are the same forward and backward.
+    const int64_t budget = backward ? BACKWARD_BUDGET : BUDGET;
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
             token = slots * s.group * c->head_dim * 2; // bytes
-    const int64_t room = most(BUDGET / token, 512);    // most rows times heads of a launch
+    const int64_t room = most(budget / token, 512);    // most rows times heads of a launch
     s.slab = least(room / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
     s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
     const bool pack = s.hopper && !backward;
     const int64_t key_bytes = p->n * c->head_dim * (backward ? 2 * (int64_t)sizeof(float) : pack ? 2 : 0);
-    int64_t heads = least(c->kv_heads, BUDGET / token / s.slab);
+    int64_t heads = least(c->kv_heads, budget / token / s.slab);
     if (key_bytes > 0) heads = least(heads, KEY_BUDGET / key_bytes);
     s.heads = (int)most(heads, 1);
-    // One wave: as many thread blocks as the GPU holds at once, each with an equal share of the lists.
+    // One wave: as many thread blocks as the GPU holds at once, each with a share of the lists.
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     int64_t places = s.hopper ? fsa_sel_places_sm90(s.keys, backward) : backward ? 2 : 3;
     places *= processors;
-    s.chunk = (int)most(ceil_div(s.slab * s.listed, most(places / s.heads, 1)), MIN_CHUNK);
+    s.shares = (int)least(most(places / s.heads, 1), ceil_div(s.slab * c->topk, MIN_SHARE));
     const int64_t rows = least(c->kv_heads * nq, room) * c->topk * s.parts * s.group;
     const int64_t key_room = least(c->kv_heads * key_bytes, most(KEY_BUDGET, key_bytes));
-    const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_CHUNK), most(places, c->kv_heads));
+    const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_SHARE), most(places, c->kv_heads));
     s.lists = fsa_lists_bytes(c, p, s.slab);
+    const int64_t slabs = ceil_div(nq, least(room / 64 * 64, FSA_MAX_SLAB));
+    s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * sizeof(uint32_t));
     s.sort = fsa_lists_workspace(c, p, s.slab);
     s.partial = round_up(rows * c->head_dim * 2);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
@@ -855,11 +940,12 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
     a.plan = *p, a.lists = fsa_lists_place(c, p, s.slab, memory);
     a.lists.init = s.init, a.lists.local = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
-    a.parts = s.parts, a.keys = s.keys, a.chunk = s.chunk;
+    a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
-    a.by_topk = divisor_of(a.topk);
+    a.by_topk = divisor_of(a.topk), a.by_group = divisor_of(a.group);
     char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
+    a.cuts = (uint32_t *)take(s.cuts);
     a.partial = take(s.partial);
     a.stats = (float2 *)take(s.stats);
     a.packed = take(s.packed);
@@ -869,17 +955,29 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
     return a;
 }
 
+// All index lists, and their shares.
+static int prepare(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, SelArgs *a,
+                   cudaStream_t stream) {
+    // The sort's workspace lies where partials will.
+    int status = fsa_lists(c, p, indices, &a->lists, a->partial, stream);
+    if (status || a->lists.slabs == 0) return status;
+    cut_kernel<<<dim3((unsigned)a->lists.slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
+    a->indices = indices;
+    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+}
+
 template <typename T, int D, int TILES>
 static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
     if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
-    const bool early = s.hopper && can_wait(selected_merge_kernel<T, D>);
+    const auto merge_kernel =
+        a.topk * a.parts > 8 ? selected_merge_kernel<T, D, 16> : selected_merge_kernel<T, D, 8>;
+    const bool early = s.hopper && can_wait(merge_kernel);
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            a.shares = (int)most(ceil_div(a.tokens * s.listed, a.chunk), 1);
             dim3 grid((unsigned)a.shares, heads);
             if (s.hopper) {
                 if (fsa_sel_forward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -887,7 +985,7 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
             dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            launch(early, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
+            launch(early, merge_kernel, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -897,13 +995,13 @@ template <typename T, int D>
 static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (!s.hopper && allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
-    const bool early =
-        s.hopper && can_wait(backward_sums_kernel<T, D>); // and dkv_store_kernel, built with it
+    const auto sums_kernel =
+        a.topk * a.parts > 8 ? backward_sums_kernel<T, D, 16> : backward_sums_kernel<T, D, 8>;
+    const bool early = s.hopper && can_wait(sums_kernel); // and dkv_store_kernel, built with it
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
             a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            a.shares = (int)ceil_div(a.tokens * a.topk, a.chunk);
             dim3 grid((unsigned)a.shares, heads);
             if (s.hopper) {
                 if (fsa_sel_backward_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -911,7 +1009,7 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
             dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
-            launch(early, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
+            launch(early, sums_kernel, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
         launch(early, dkv_store_kernel<T, D>, store, 256, 0, stream, a);
@@ -930,9 +1028,9 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
         if (status) return status;
     }
     SelArgs a = args_of(c, p, s, memory);
-    int status = fsa_lists(c, p, indices, &a.lists, (char *)memory + s.lists, stream);
+    int status = prepare(c, p, indices, &a, stream);
     if (status) return status;
-    a.q = q, a.k = k, a.v = v, a.indices = indices, a.o = o, a.lse = lse;
+    a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
     if (gate) a.gate = *gate, a.per_token = c->gate_per_token;
     bool wide = c->block > 64;
 #define PICK(T, D) return wide ? forward<T, D, 2>(a, s, type, stream) : forward<T, D, 1>(a, s, type, stream)
@@ -952,9 +1050,9 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
     SelArgs a = args_of(c, p, s, memory);
-    int status = fsa_lists(c, p, indices, &a.lists, (char *)memory + s.lists, stream);
+    int status = prepare(c, p, indices, &a, stream);
     if (status) return status;
-    a.q = q, a.k = k, a.v = v, a.indices = indices, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
+    a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
     a.dq = dq, a.dk = dk, a.dv = dv, a.dq_sums = dq_sums, a.inv_freq = inv_freq;
     if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, type, stream);
     if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, type, stream);

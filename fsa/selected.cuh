@@ -3,12 +3,12 @@
 //
 // A main kernel turns each (token, head, slot) into a row of partial results in memory; a reduction merges a
 // row's partials. A launch takes one slab of query rows and some kv heads, which bounds that memory. Each of
-// its thread blocks takes a share of `chunk` entries of a head's list: the lists of several KV blocks, the
-// first and the last of them perhaps shared with its neighbours.
+// its thread blocks takes a share of a head's list, as large as the others' in tiles of work: the lists of
+// several KV blocks, the first and the last of them perhaps shared with its neighbours.
 //
-// Forward on Hopper leaves the forced blocks out of the lists, and so out of the main kernel: dense_sm90.cu has
-// written their part to o and lse when the reduction merges the rest with it. Their places among the partials stay
-// empty.
+// Forward on Hopper leaves the forced blocks out of the lists, and so out of the main kernel: dense_sm90.cu
+// has written their part to o and lse when the reduction merges the rest with it. Their places among the
+// partials stay empty.
 #ifndef FSA_SELECTED_CUH
 #define FSA_SELECTED_CUH
 #include "kernels.h"
@@ -21,8 +21,10 @@ struct SelArgs {
     int head0;            // its first kv head; blockIdx.y or .z counts on
     int q_heads, kv_heads, group, block, topk;
     int parts, keys; // a block is worked on in `parts` parts of `keys` keys, and has as many partials a slot
-    Divisor by_topk;
-    int chunk, shares; // list entries of a share, and shares of a launch and head
+    Divisor by_topk, by_group;
+    int shares; // of a slab's list of a head
+    // [Hkv, slabs, shares + 1]: where each begins in the slab's list, see cut_kernel
+    uint32_t *cuts;
     float scale;
     const void *q, *k, *v, *dout;
     const int32_t *indices;
@@ -49,24 +51,27 @@ struct Share {
     uint32_t entry0;                   // its first row's first entry
     uint32_t begin, end;               // the share
 };
+static __device__ __forceinline__ uint32_t *cuts_of(const SelArgs &a, int head) {
+    return a.cuts + (head * a.lists.slabs + a.slab) * (a.shares + 1);
+}
 static __device__ __forceinline__ Share share_of(const SelArgs &a, int head, unsigned index) {
     Share s;
     int64_t row0 = a.slab * a.lists.slab;
     s.entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
     s.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
     s.entry0 = (uint32_t)(row0 * a.topk);
-    s.begin = index * (uint32_t)a.chunk;
-    s.end = min(s.begin + (uint32_t)a.chunk, s.offsets[a.lists.blocks]);
+    const uint32_t *cuts = cuts_of(a, head);
+    s.begin = index < (unsigned)a.shares ? cuts[index] : 0;
+    s.end = index < (unsigned)a.shares ? cuts[index + 1] : 0;
     return s;
 }
 
 // The entries of one KV block from `begin` on, as far as they lie in the share.
 struct Run {
-    const uint32_t *entries; // [count]
-    uint32_t count;
-    int64_t block, key0;  // the block within its sequence, and its first key row
+    uint32_t begin, count;
+    int index, block;     // the block, counted over all sequences, and within its own
+    int64_t key0;         // its first key row
     int keys;             // tokens that it has (the last of a sequence may be short)
-    int64_t index;        // the block, counted over all sequences
     uint32_t first, last; // where the block's whole list starts and ends in the slab's
 };
 
@@ -81,13 +86,12 @@ static __device__ __forceinline__ Run run_at(const SelArgs &a, const Share &s, u
         hi = min(hi, lo + step);
     }
     Run r;
-    r.index = lo;
+    r.index = (int)lo;
     r.first = s.offsets[lo], r.last = s.offsets[lo + 1];
-    r.entries = s.entries + begin;
-    r.count = min(s.end, r.last) - begin;
+    r.begin = begin, r.count = min(s.end, r.last) - begin;
     int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, lo);
-    r.block = lo - a.plan.cu_blocks[seq];
-    r.key0 = a.plan.cu_seqlens[seq] + r.block * a.block;
+    r.block = (int)(lo - a.plan.cu_blocks[seq]);
+    r.key0 = a.plan.cu_seqlens[seq] + (int64_t)r.block * a.block;
     r.keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - r.key0);
     return r;
 }
@@ -98,7 +102,7 @@ static __device__ __forceinline__ int last_key(const SelArgs &a, const Run &r, i
     if (in_list >= a.block) return r.keys - 1;
     int64_t seq, pos;
     fsa_row(a.plan, row, &seq, &pos);
-    return (int)min((int64_t)r.keys - 1, pos - r.block * a.block);
+    return (int)min((int64_t)r.keys - 1, pos - (int64_t)r.block * a.block);
 }
 
 // Whether any of the first `slabs` slabs lists the block. Whole warps call it.

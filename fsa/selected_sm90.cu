@@ -10,7 +10,7 @@
 template <int D, int KEYS> struct Forward {
     static constexpr bool LARGE = D == 128 && KEYS == 128; // tiles of 128 KiB of K and V
     static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2;   // warpgroups, each with every CONSUMERS-th tile
-    static constexpr int Q_STAGES = LARGE ? 4 : KEYS == 64 ? 9 : 8, KV_STAGES = 2;
+    static constexpr int Q_STAGES = LARGE ? 4 : KEYS == 64 ? 6 : 8, KV_STAGES = KEYS == 64 ? 3 : 2;
     static constexpr int PRODUCER_REGISTERS = 56, REGISTERS = KEYS == 64 ? 152 : 224;
     // Of the producers' four warps, the first gather a tile's rows in turn, the last fetches K and V. A stage
     // is always the same gatherer's, which therefore is never two rounds ahead of it, where parities would
@@ -24,7 +24,7 @@ template <int D, int KEYS> struct Backward {
     // two halves of one.
     static constexpr int SHARES = KEYS == 64 ? 2 : 1, SHARERS = CONSUMERS / SHARES;
     static constexpr int Q_STAGES = 2, KV_STAGES = KEYS == 64 ? 1 : 2;
-    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 56, REGISTERS = D == 64 ? 208 : 224;
     static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
     static constexpr int DQ_COLUMNS = D / SHARERS < 64 ? D / SHARERS : 64; // of dQ at a time
     static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
@@ -56,74 +56,160 @@ template <int COUNT, int STEP> struct Steps {
     }
 };
 
-// A gathering warp's way through the rows of a run (g rows an entry, packed), a tile of 64 at a time: lane i
-// looks after rows i and i + 32. Rows past the run's end repeat its last one, with partial = NONE.
-enum : uint32_t { NONE = 0xffffffffu };
-template <int TILES> struct RowWalk {            // TILES: from one of this warp's tiles to its next
-    int at[2], in_group[2], step, step_in_group; // entry of the run, query head of its group
-    uint32_t entry[2];                           // what the list has there, loaded a tile ahead
-    __device__ __forceinline__ RowWalk(const SelArgs &a, const Run &run, int tile) {
-        step = TILES * 64 / a.group, step_in_group = TILES * 64 % a.group;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int r = tile * 64 + (int)(threadIdx.x % 32) + 32 * i;
-            at[i] = r / a.group, in_group[i] = r % a.group;
-        }
-        load(run);
+// A producer's way through the runs of its share. Whole warps use it; lane i holds the offset of block
+// first_block + i, so that most steps read nothing.
+struct RunWalk {
+    Run run;
+    bool more; // there is such a run
+    __device__ __forceinline__ RunWalk(const SelArgs &a, const Share &s) : more(s.begin < s.end) {
+        if (!more) return;
+        run = run_at(a, s, s.begin);
+        seq_end = 0;
+        load(a, s, run.index);
+        find_block(a);
     }
-    __device__ __forceinline__ void load(const Run &run) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) entry[i] = run.entries[min(at[i], (int)run.count - 1)];
+    __device__ __forceinline__ void next(const SelArgs &a, const Share &s) {
+        run.begin += run.count;
+        more = run.begin < s.end;
+        if (!more) return;
+        unsigned beyond; // blocks that nobody chose are passed over
+        while (!(beyond = __ballot_sync(0xffffffffu, offset > run.begin))) load(a, s, first_block + 31);
+        const int i = __ffs((int)beyond) - 1;
+        run.index = first_block + i - 1;
+        run.first = __shfl_sync(0xffffffffu, offset, i - 1), run.last = __shfl_sync(0xffffffffu, offset, i);
+        run.count = min(s.end, run.last) - run.begin;
+        find_block(a);
     }
-    __device__ __forceinline__ void next(const SelArgs &a, const Run &run) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            at[i] += step, in_group[i] += step_in_group;
-            if (in_group[i] >= a.group) in_group[i] -= a.group, at[i]++;
+
+  private:
+    int first_block;
+    uint32_t offset;
+    int block0, seq_end; // of the run's sequence: its first block, and the first beyond it
+    int64_t key0;        // and its keys
+    int keys;
+    __device__ __forceinline__ void load(const SelArgs &a, const Share &s, int from) {
+        first_block = from;
+        offset = s.offsets[min(from + (int)threadIdx.x % 32, (int)a.lists.blocks)];
+    }
+    __device__ __forceinline__ void find_block(const SelArgs &a) {
+        if (run.index >= seq_end) {
+            const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index);
+            block0 = (int)a.plan.cu_blocks[seq], seq_end = (int)a.plan.cu_blocks[seq + 1];
+            key0 = a.plan.cu_seqlens[seq], keys = (int)(a.plan.cu_seqlens[seq + 1] - key0);
         }
-        load(run);
+        run.block = run.index - block0;
+        run.key0 = key0 + (int64_t)run.block * a.block;
+        run.keys = min(a.block, keys - run.block * a.block);
     }
 };
+
+// Rows past the run's end repeat its last one, with partial = NONE.
+enum : uint32_t { NONE = 0xffffffffu };
 struct TileRows {
     uint32_t row[2];     // of q, [Nq*Hq]
     uint32_t partial[2]; // row of the partials
     int limit[2];        // last visible key of the part
 };
-// entry0: the entry whose partial is the first.
-template <int TILES>
-static __device__ __forceinline__ TileRows tile_rows(const SelArgs &a, uint32_t entry0, const Run &run,
-                                                     uint32_t begin, int part, const RowWalk<TILES> &walk) {
-    TileRows t;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const bool valid = walk.at[i] < (int)run.count;
-        const int in_group = valid ? walk.in_group[i] : a.group - 1;
-        const uint32_t row = divide(walk.entry[i], a.by_topk);
-        t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
-        t.partial[i] = valid ? ((walk.entry[i] - entry0) * a.parts + part) * a.group + in_group : NONE;
-        t.limit[i] =
-            last_key(a, run, begin - run.first + min(walk.at[i], (int)run.count - 1), row) - part * a.keys;
+
+// A gathering warp's way through its tiles, every TILES-th of a share's: 64 rows of a run (g an entry,
+// packed), of which lane i looks after rows i and i + 32. Entries are loaded a tile ahead, those of the next
+// run, too.
+template <int TILES> struct TileWalk {
+    RunWalk runs;
+    __device__ __forceinline__ TileWalk(const SelArgs &a, const Share &s, int first)
+        : runs(a, s), part(0), tile(first), row0(0), rows(0) {
+        if (runs.more) find(a, s);
     }
-    return t;
-}
+    __device__ __forceinline__ void next(const SelArgs &a, const Share &s) {
+        tile += TILES;
+        find(a, s);
+    }
+    // entry0: the entry whose partial is the first.
+    __device__ __forceinline__ TileRows take(const SelArgs &a, uint32_t entry0) {
+        TileRows t;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t r = row_of(i), at = divide(r, a.by_group);
+            const bool valid = at < runs.run.count;
+            const uint32_t in_group = valid ? r - at * a.group : a.group - 1;
+            const uint32_t row = divide(entry[i], a.by_topk);
+            t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+            t.partial[i] = valid ? ((entry[i] - entry0) * a.parts + part) * a.group + in_group : NONE;
+            t.limit[i] = last_key(a, at, row) - part * a.keys;
+        }
+        return t;
+    }
+
+  private:
+    int part, tile;      // of the run: its part, and the part's tile
+    uint32_t entry[2];   // what the list has there
+    uint32_t row0, rows; // of the segment of the last row that was looked up
+    int block_pos;       // row0's position in it, less its own number
+    __device__ __forceinline__ uint32_t row_of(int i) const {
+        return tile * 64 + threadIdx.x % 32 + 32 * i;
+    }
+    // Finds the run and part that the tile is in.
+    __device__ __forceinline__ void find(const SelArgs &a, const Share &s) {
+        for (;;) {
+            const int tiles = ((int)runs.run.count * a.group + 63) / 64;
+            if (tile < tiles) break;
+            tile -= tiles;
+            if (++part < a.parts) continue;
+            part = 0;
+            runs.next(a, s);
+            if (!runs.more) return;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            entry[i] = s.entries[runs.run.begin + min(divide(row_of(i), a.by_group), runs.run.count - 1)];
+    }
+    // The last key of the block that the query sees. Lists ascend by row, so only the first `block` queries
+    // from the list's start can lie in the block itself; the rest see all of it.
+    __device__ __forceinline__ int last_key(const SelArgs &a, uint32_t at, uint32_t row) {
+        const Run &run = runs.run;
+        if (run.begin - run.first + min(at, run.count - 1) >= (uint32_t)a.block) return run.keys - 1;
+        if (row - row0 >= rows) {
+            const int64_t segment = fsa_find(a.plan.cu_rows, a.plan.num_segments, row);
+            row0 = (uint32_t)a.plan.cu_rows[segment];
+            rows = (uint32_t)a.plan.cu_rows[segment + 1] - row0;
+            block_pos = (int)(a.plan.segments[segment].pos - row0);
+        }
+        return min(run.keys - 1, block_pos + (int)row - run.block * a.block);
+    }
+};
 
 // Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
-// none).
-template <typename T, int D, int SECOND>
+// none). A copy lets its address go some 20 clocks after it was issued, and a shuffle takes as long: so there
+// are BATCH addresses at a time, all of which are there before the first is used.
+template <typename T, int D, int SECOND, int BATCH>
 static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
                                               const uint32_t (&row)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
     constexpr int PERIOD = 8 / ROWS; // of the swizzle, in steps of ROWS rows
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
-    const char *from = (const char *)first + chunk * 16, *from_second = (const char *)second + chunk * 16;
+    const char *from[2] = {(const char *)first + chunk * 16, (const char *)second + chunk * 16};
+    keep_in_registers(from[0]);
+    if (SECOND) keep_in_registers(from[1]);
     uint32_t to[PERIOD];
 #pragma unroll
     for (int i = 0; i < PERIOD; i++) to[i] = tile + panel_offset(i * ROWS + sub, chunk, 64 * 128);
 #pragma unroll
-    for (int i = 0; i < 64 / ROWS; i++) {
-        uint64_t at = __shfl_sync(0xffffffffu, row[i * ROWS / 32], i * ROWS % 32 + sub) * (uint64_t)(D * 2);
-        cp_async_16(to[i % PERIOD] + i / PERIOD * 1024, from + at);
-        if (SECOND) cp_async_16(to[i % PERIOD] + i / PERIOD * 1024 + SECOND, from_second + at);
+    for (int i0 = 0; i0 < 64 / ROWS; i0 += BATCH) {
+        uint32_t rows[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            rows[i] = __shfl_sync(0xffffffffu, row[(i0 + i) * ROWS / 32], (i0 + i) * ROWS % 32 + sub);
+#pragma unroll
+        for (int which = 0; which < (SECOND ? 2 : 1); which++) {
+            const char *at[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) at[i] = from[which] + rows[i] * (uint64_t)(D * 2);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) keep_in_registers(at[i]);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                cp_async_16(to[(i0 + i) % PERIOD] + (i0 + i) / PERIOD * 1024 + which * SECOND, at[i]);
+        }
     }
 }
 
@@ -253,9 +339,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
 // has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
 // 16), 1.2 ms at 128 bytes a clock. On an H200 4.3 ms, in launches of 90 us: L2 at 70% and HBM at 51% of what
-// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With g = 1,
-// where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency. Lists without the forced blocks,
-// 3 of 16, have 27.3 million rows: 7.0 GB in and 7.2 out instead, by the same rates 3.5 ms.
+// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With
+// g = 1, where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency. Lists without the
+// forced blocks, 3 of 16, have 27.3 million rows: 7.0 GB in and 7.2 out instead, by the same rates 3.5 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -286,39 +372,29 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         registers_down_to<F::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, blockIdx.x);
         if (warp < F::GATHERERS) {
-            uint32_t first = 0; // tiles before this part's
-            for (uint32_t begin = share.begin; begin < share.end;) {
-                const Run run = run_at(a, share, begin);
-                const int tiles = ((int)run.count * g + 63) / 64;
-                for (int part = 0; part < a.parts; part++, first += tiles) {
-                    int tile = (int)((warp + F::GATHERERS - first % F::GATHERERS) % F::GATHERERS);
-                    if (tile >= tiles) continue;
-                    RowWalk<F::GATHERERS> walk(a, run, tile);
-                    for (; tile < tiles; tile += F::GATHERERS) {
-                        TileRows t = tile_rows(a, share.entry0, run, begin, part, walk);
-                        walk.next(a, run);
-                        QTurn turn(first + tile);
-                        turn.wait_empty(q_empty);
-                        gather<T, D, 0>(smem_address(m->q[turn.stage]), a.q, NULL, t.row);
-                        cp_async_arrive(q_full + 8 * turn.stage);
-                        auto &meta = m->tile[turn.stage];
+            TileWalk<F::GATHERERS> walk(a, share, warp);
+            for (uint32_t n = warp; walk.runs.more; n += F::GATHERERS) {
+                TileRows t = walk.take(a, share.entry0);
+                walk.next(a, share);
+                QTurn turn(n);
+                turn.wait_empty(q_empty);
+                gather<T, D, 0, 8>(smem_address(m->q[turn.stage]), a.q, NULL, t.row);
+                cp_async_arrive(q_full + 8 * turn.stage);
+                auto &meta = m->tile[turn.stage];
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            meta.partial[lane + 32 * i] = t.partial[i];
-                            meta.limit[lane + 32 * i] = t.limit[i];
-                        }
-                        int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
-                        if (lane == 0) meta.masked = masked;
-                        mbarrier_arrive_warp(q_full + 8 * turn.stage);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    meta.partial[lane + 32 * i] = t.partial[i];
+                    meta.limit[lane + 32 * i] = t.limit[i];
                 }
-                begin += run.count;
+                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                if (lane == 0) meta.masked = masked;
+                mbarrier_arrive_warp(q_full + 8 * turn.stage);
             }
         } else if (warp == 3) {
             uint32_t n = 0;
             const char *const packed = a.packed + blockIdx.y * a.plan.n * (2 * D);
-            for (uint32_t begin = share.begin; begin < share.end;) {
-                const Run run = run_at(a, share, begin);
+            for (RunWalk runs(a, share); runs.more; runs.next(a, share)) {
+                const Run &run = runs.run;
                 for (int part = 0; part < a.parts; part++, n++) {
                     const int keys = max(0, min(run.keys - part * KEYS, KEYS));
                     const float unfactor =
@@ -351,7 +427,6 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         }
                     }
                 }
-                begin += run.count;
             }
             KvTurn turn(n);
             turn.wait_empty(kv_empty);
@@ -471,7 +546,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                     if (to[i] == NONE) continue;
                     uint4 *row = (uint4 *)(out + to[i] * (uint64_t)(D * 2));
 #pragma unroll
-                    for (int j = 0; j < D / 32; j++) row[4 * j] = x[i][j];
+                    for (int j = 0; j < D / 32; j++) __stcs(row + 4 * j, x[i][j]);
                 }
             }
             first += tiles;
@@ -561,44 +636,33 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         if (warp < 2) {
             // Partial rows are counted over all heads of the launch.
             const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab * a.topk);
-            uint32_t first = 0; // tiles before this part's
-            for (uint32_t begin = share.begin; begin < share.end;) {
-                const Run run = run_at(a, share, begin);
-                const int tiles = ((int)run.count * g + 63) / 64;
-                for (int part = 0; part < a.parts; part++, first += tiles) {
-                    int tile = (int)((worker / 32 + B::GATHERERS - first % B::GATHERERS) % B::GATHERERS);
-                    if (tile >= tiles) continue;
-                    RowWalk<B::GATHERERS> walk(a, run, tile);
-                    for (; tile < tiles; tile += B::GATHERERS) {
-                        TileRows t = tile_rows(a, entry0, run, begin, part, walk);
-                        float lse[2], delta[2];
+            TileWalk<B::GATHERERS> walk(a, share, worker / 32);
+            for (uint32_t n = worker / 32; walk.runs.more; n += B::GATHERERS) {
+                TileRows t = walk.take(a, entry0);
+                float lse[2], delta[2];
 #pragma unroll
-                        for (int i = 0; i < 2; i++)
-                            lse[i] = a.lse_grad[t.row[i]], delta[i] = a.delta[t.row[i]];
-                        walk.next(a, run);
-                        QTurn turn(first + tile);
-                        turn.wait_empty(q_empty);
-                        gather<T, D, TILE>(smem_address(m->q[turn.stage]), a.q, a.dout, t.row);
-                        cp_async_arrive(q_full + 8 * turn.stage);
-                        auto &meta = m->tile[turn.stage];
+                for (int i = 0; i < 2; i++) lse[i] = a.lse_grad[t.row[i]], delta[i] = a.delta[t.row[i]];
+                walk.next(a, share);
+                QTurn turn(n);
+                turn.wait_empty(q_empty);
+                gather<T, D, TILE, 2>(smem_address(m->q[turn.stage]), a.q, a.dout, t.row);
+                cp_async_arrive(q_full + 8 * turn.stage);
+                auto &meta = m->tile[turn.stage];
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            int r = lane + 32 * i;
-                            if (t.partial[i] == NONE) t.limit[i] = -1;
-                            meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
-                            meta.lse[r] = lse[i] * -FSA_LOG2E, meta.delta[r] = delta[i];
-                        }
-                        int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
-                        if (lane == 0) meta.masked = masked;
-                        mbarrier_arrive_warp(q_full + 8 * turn.stage);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    int r = lane + 32 * i;
+                    if (t.partial[i] == NONE) t.limit[i] = -1;
+                    meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
+                    meta.lse[r] = lse[i] * -FSA_LOG2E, meta.delta[r] = delta[i];
                 }
-                begin += run.count;
+                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                if (lane == 0) meta.masked = masked;
+                mbarrier_arrive_warp(q_full + 8 * turn.stage);
             }
         } else {
             uint32_t n = 0;
-            for (uint32_t begin = share.begin; begin < share.end;) {
-                const Run run = run_at(a, share, begin);
+            for (RunWalk runs(a, share); runs.more; runs.next(a, share)) {
+                const Run &run = runs.run;
                 for (int part = 0; part < a.parts; part++, n++) {
                     bool added;
                     float *out = sum_of<D>(a, share, index, run, part, &added);
@@ -622,7 +686,6 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         }
                     }
                 }
-                begin += run.count;
             }
             KvTurn turn(n);
             turn.wait_empty(kv_empty);
@@ -775,7 +838,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         };
 #pragma unroll
                         for (int j = 0; j < B::DQ_COLUMNS / 8; j += 4)
-                            row[j] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
+                            __stcs(row + j, make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3)));
                     }
                 };
                 auto start_dk = [&] {

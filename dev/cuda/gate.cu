@@ -1,5 +1,5 @@
-// dev/cuda/gate.cu: the gate's backward pass with the rows' statistics (the gated sum is part of the selected branch's merge:
-// dev/cuda/selected.cu).
+// dev/cuda/gate.cu: the gate's backward pass with the rows' statistics (the gated sum is part of the selected
+// branch's merge: dev/cuda/selected.cu).
 //   version 1: a thread a (token, head), channels in turn
 //   library  : 16-byte accesses, one pass for three deltas, gradients and statistics (fsa/gate.cu)
 //   ./gate [check] [seed=N]    (check: no timing)
@@ -50,8 +50,8 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
                   {delta, delta + rows, delta + 2 * rows},
                   {lse_grad, lse_grad + rows, lse_grad + 2 * rows}};
     char what[128];
-    snprintf(what, sizeof what, "gate version %s %s hq %d d %d nq %lld per_token %d", version_1 ? "1" : "library",
-             Dtype<T>::name, hq, d, (long long)nq, per_token);
+    snprintf(what, sizeof what, "gate version %s %s hq %d d %d nq %lld per_token %d",
+             version_1 ? "1" : "library", Dtype<T>::name, hq, d, (long long)nq, per_token);
     if (version_1) {
         gate_v1_kernel<T><<<(unsigned)((nq + 127) / 128), 128>>>(nq, d, hq, per_token, dl, b, dg, dlogits);
     } else {
@@ -113,8 +113,8 @@ int main(int argc, char **argv) {
         for (int library = 0; library < 2; library++) {
             double ms = time_ms([&] {
                 if (library)
-                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta, b.lse_grad,
-                                                dlogits, 0));
+                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta,
+                                                b.lse_grad, dlogits, 0));
                 else
                     gate_v1_kernel<T>
                         <<<(unsigned)((n + 127) / 128), 128>>>(n, 128, 32, 0, logits, b, dout, dlogits);

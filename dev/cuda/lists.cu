@@ -101,8 +101,9 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
         }
     }
     char what[160];
-    snprintf(what, sizeof what, "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld, without %d + %d",
-             version, (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab, l.init, l.local);
+    snprintf(what, sizeof what,
+             "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld, without %d + %d", version,
+             (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab, l.init, l.local);
     check_that(same, what, 1, 0);
 }
 

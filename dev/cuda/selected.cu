@@ -29,8 +29,8 @@ template <typename T> struct Library {
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, dout, delta, lse_grad, NULL, NULL,
-                                   memory, dq, dk, dv, 0));
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, dout, delta, lse_grad, NULL,
+                                   NULL, memory, dq, dk, dv, 0));
     }
 };
 
@@ -65,9 +65,10 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     library.backward(q_, k_, v_, indices, o_, lse_, g_, dq_, dk_, dv_);
     CUDA_CHECK(cudaDeviceSynchronize());
     char what[160];
-    snprintf(what, sizeof what, "selected %s nq %lld n %lld heads %d/%d d %d block %d topk %d init %d local %d",
-             Dtype<T>::name, (long long)nq, (long long)n, c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk,
-             c.init_blocks, c.local_blocks);
+    snprintf(what, sizeof what,
+             "selected %s nq %lld n %lld heads %d/%d d %d block %d topk %d init %d local %d", Dtype<T>::name,
+             (long long)nq, (long long)n, c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk, c.init_blocks,
+             c.local_blocks);
     double eo = relative_error(o_.floats(), o), el = lse_error(lse_.host(), lse),
            eq = relative_error(dq_.floats(), dq);
     double ek = relative_error(dk_.floats(), dk), ev = relative_error(dv_.floats(), dv);
@@ -164,7 +165,8 @@ template <typename T> static void check_forced(Random *r, bool small) {
         const int init = (int)r->below(4), local = (int)r->below(5), more = (int)r->below(6);
         const int block = blocks[r->below(6)];
         FsaConfig c = with_forced(default_config(g * kv_heads, kv_heads, r->below(2) ? 64 : 128, block,
-                                                 std::max(1, init + local + more)), init, local);
+                                                 std::max(1, init + local + more)),
+                                  init, local);
         if (i % 6 == 0) c = with_forced(c, 0, 0);
         std::vector<int64_t> lengths;
         for (int64_t s = 1 + r->below(3); s > 0; s--) lengths.push_back(r->below(small ? 200 : 1500));
@@ -192,7 +194,8 @@ template <typename T> static void check_all(Random *r, bool small) {
     check<T>(r, default_config(4, 2, 128, 80, 3), {0, 330 + r->below(50)});
     check<T>(r, default_config(2, 1, 64, 16, 4), {90, 0, 40},
              {{0, 0, 0}, {0, 10, 30}, {0, 80, 10}, {1, 0, 0}, {2, 39, 1}, {2, 40, 0}});
-    check<T>(r, with_forced(default_config(2, 1, 64, 16, 12), 2, 1), {400}, {{0, 300, 100}}); // two ranges of keys
+    check<T>(r, with_forced(default_config(2, 1, 64, 16, 12), 2, 1), {400},
+             {{0, 300, 100}}); // two ranges of keys
     check<T>(r, with_forced(default_config(2, 1, 64, 16, 40), 3, 4), {0, 700}, {{1, 660, 40}});
     check_forced<T>(r, small);
     if (small) return;
