@@ -49,6 +49,24 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], uint32_t addres
                  : "memory");
 }
 
+// 16 bytes that are read once, or zeros: a predicate instead of the branch that C++ would become.
+__device__ __forceinline__ uint4 load_once(const void *from, bool there) {
+    uint4 x;
+    asm volatile("{\n"
+                 ".reg .pred there;\n"
+                 "setp.ne.b32 there, %5, 0;\n"
+                 "mov.b32 %0, 0;\n"
+                 "mov.b32 %1, 0;\n"
+                 "mov.b32 %2, 0;\n"
+                 "mov.b32 %3, 0;\n"
+                 "@there ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+                 : "l"(from), "r"((int)there)
+                 : "memory");
+    return x;
+}
+
 // Copies 16 bytes to shared memory without passing registers; writes zeros where !valid (the source
 // address must still be one that may be formed; it isn't read).
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid = true) {

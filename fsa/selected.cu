@@ -241,71 +241,53 @@ static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
     return x;
 }
 
-// A thread block cuts a slab's list of one head into shares. A KV block's part of it counts as its tiles of
-// 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal in entries
-// alone would have those with many short lists take twice as long as the rest. Reads the offsets twice;
-// latency binds, some 10 us for all.
+// A thread block cuts a slab's list of one head into shares, a warp a cut. A KV block's part of it counts as
+// its tiles of 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal
+// in entries alone would have those with many short lists take twice as long as the rest. But where a
+// sequence's shares begin and end is a matter of its entries, whose number no choice changes: so a sequence's
+// sums have the same order whatever its neighbours chose. Two shares may be cut at the same place. Reads a
+// sequence's offsets twice for each cut; latency binds, some 10 us for all slabs and heads of 64K tokens.
 enum { CUT_THREADS = 1024 };
 static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
-    __shared__ uint32_t sums[CUT_THREADS / 32];
     a.slab = blockIdx.x;
-    const int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t blocks = a.lists.blocks;
-    const uint32_t *const offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (blocks + 1);
-    auto cost = [&](int64_t block) {
-        const uint32_t entries = block < blocks ? offsets[block + 1] - offsets[block] : 0;
-        return entries ? (entries * a.group + 63) / 64 + 1 : 0;
-    };
-    // The sum of all threads' x before this one's; total: of all.
-    auto scan = [&](uint32_t x, uint32_t *total) {
-        const uint32_t upto = warp_scan(x);
-        if (lane == 31) sums[warp] = upto;
-        __syncthreads();
-        const uint32_t warps = warp_scan(sums[lane]);
-        *total = __shfl_sync(0xffffffffu, warps, 31);
-        const uint32_t before = __shfl_sync(0xffffffffu, warps, (warp + 31) % 32);
-        __syncthreads();
-        return (warp ? before : 0) + upto - x;
-    };
-    uint32_t total = 0, sum = 0;
-    for (int64_t block = threadIdx.x; block < blocks; block += CUT_THREADS) sum += cost(block);
-    scan(sum, &total);
-    // Of one tile there would be two cuts at the same entry.
-    const uint32_t shares = max(min((uint32_t)a.shares, total / 2), 1u);
-    auto tiles_before = [&](uint32_t share) { return (uint32_t)((uint64_t)share * total / shares); };
-    uint32_t *const cuts = cuts_of(a, head);
-    uint32_t done = 0, count;
-    for (int64_t block0 = 0; block0 < blocks; block0 += CUT_THREADS, done += count) {
-        const int64_t block = block0 + threadIdx.x;
-        const uint32_t mine = cost(block), before = done + scan(mine, &count);
-        if (mine == 0) continue;
-        for (uint32_t i = (uint32_t)(((uint64_t)before * shares + total - 1) / total); i < shares; i++) {
-            const uint32_t at = tiles_before(i);
-            if (at >= before + mine) break;
-            const uint32_t tiles = at - before; // of the block's that lie before the cut, K and V's first
-            cuts[i] = offsets[block] + (tiles ? tiles - 1 : 0) * 64 / a.group;
+    const int head = blockIdx.y, lane = threadIdx.x % 32;
+    Share all = {};
+    all.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    all.end = all.offsets[a.lists.blocks];
+    for (int i = threadIdx.x / 32; i <= a.shares; i += CUT_THREADS / 32) {
+        const uint32_t entry = (uint32_t)((uint64_t)i * all.end / a.shares);
+        uint32_t cut = entry;
+        if (entry > 0 && entry < all.end) {
+            const Run run = run_at(a, all, entry);
+            const int first = run.index - run.block;
+            const int last =
+                (int)a.plan.cu_blocks[fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index) + 1];
+            const uint32_t first_entry = all.offsets[first], entries = all.offsets[last] - first_entry;
+            auto cost = [&](int block) {
+                const uint32_t count = block < last ? all.offsets[block + 1] - all.offsets[block] : 0;
+                return count ? (count * a.group + 63) / 64 + 1 : 0;
+            };
+            uint32_t sum = 0;
+            for (int block = first + lane; block < last; block += 32) sum += cost(block);
+            sum = __shfl_sync(0xffffffffu, warp_scan(sum), 31);
+            const uint32_t target = (uint32_t)((uint64_t)(entry - first_entry) * sum / entries);
+            uint32_t before = 0; // tiles of the sequence before the next 32 blocks
+            for (int block = first + lane;; block += 32) {
+                const uint32_t mine = cost(block), upto = before + warp_scan(mine);
+                const unsigned beyond = __ballot_sync(0xffffffffu, upto > target);
+                if (beyond) {
+                    const int found = __ffs((int)beyond) - 1;
+                    const uint32_t tiles = target - __shfl_sync(0xffffffffu, upto - mine, found);
+                    block = __shfl_sync(0xffffffffu, block, found);
+                    cut = all.offsets[block] +
+                          (tiles ? tiles - 1 : 0) * 64 / a.group; // the first is K's and V's
+                    break;
+                }
+                before = __shfl_sync(0xffffffffu, upto, 31);
+            }
         }
+        if (lane == 0) cuts_of(a, head)[i] = cut;
     }
-    for (int i = threadIdx.x; i <= a.shares; i += CUT_THREADS)
-        if (i >= (int)shares || total == 0) cuts[i] = offsets[blocks];
-}
-
-// 16 bytes that are read once, or zeros.
-static __device__ __forceinline__ uint4 load_once(const void *from, bool there) {
-    uint4 x;
-    asm volatile("{\n"
-                 ".reg .pred there;\n"
-                 "setp.ne.b32 there, %5, 0;\n"
-                 "mov.b32 %0, 0;\n"
-                 "mov.b32 %1, 0;\n"
-                 "mov.b32 %2, 0;\n"
-                 "mov.b32 %3, 0;\n"
-                 "@there ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 "}"
-                 : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(from), "r"((int)there)
-                 : "memory");
-    return x;
 }
 
 // A warp's view of the partial rows of one (token, head): D/8 lanes read a row, 32/(D/8) rows at a time,
@@ -743,7 +725,8 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
             float4 x[4];
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                x[k] = b + k < count ? pieces[(b + k) * size + i] : make_float4(0, 0, 0, 0);
+                x[k] = b + k < count && cuts[b + k] < cuts[b + k + 1] ? pieces[(b + k) * size + i]
+                                                                      : make_float4(0, 0, 0, 0);
 #pragma unroll
             for (int k = 0; k < 4; k++) sum.x += x[k].x, sum.y += x[k].y, sum.z += x[k].z, sum.w += x[k].w;
         }

@@ -114,6 +114,9 @@ inline void ldmatrix_x4_trans(uint32_t r[4], uint32_t address) {
     memcpy(r, m.r, sizeof m.r);
 }
 
+inline uint4 load_once(const void *from, bool there) {
+    return there ? *(const uint4 *)from : uint4{0, 0, 0, 0};
+}
 inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     if (to % 16 || (uintptr_t)from % 16) emu::fail("cp.async: not aligned to 16 bytes");
     emu::AsyncCopies &copies = emu::async_copies();
