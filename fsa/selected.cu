@@ -34,7 +34,7 @@ template <typename T> static __device__ __forceinline__ float max_abs(const uint
     return fmaxf(m, fmaxf(fmaxf(fabsf(c.x), fabsf(c.y)), fmaxf(fabsf(d.x), fabsf(d.y))));
 }
 
-// A thread block takes `chunk` entries of one head's list: for each KV block in it K and V come to shared
+// A thread block takes a share of one head's list: for each KV block in it K and V come to shared
 // memory once, and each warp takes 16 rows (g rows a token, packed) at a time: q from memory into fragments,
 // S = QK^T, softmax within the block, O = PV, and out goes the normalized row and its log-sum-exp.
 // V and P are fp16: V times a power of two that brings the block's largest to 2^14, so nothing overflows and
@@ -345,7 +345,7 @@ template <typename T> static __device__ __forceinline__ void add_row(float (&sum
 // leave out, and goes on to the gated sum of the branches if there is a gate. Rows beside the partials come
 // early and wait in shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or
 // the sum alone. 64K tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6
-// in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds.
+// in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds: on an H100 2.9 ms without a gate, 2.4 TB/s of 3.0.
 template <typename T, int D, int SLOTS>
 __global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) selected_merge_kernel(SelArgs a) {
     typedef PartialRows<D, SLOTS> Rows;
@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) selected_merge_kernel
 // ---------------------------------------------------------------------------------------------------------
 // Backward
 
-// A thread block takes `chunk` entries of one head's list, 64 keys of each KV block at a time: K and V stay
+// A thread block takes a share of one head's list, 64 keys of each KV block at a time: K and V stay
 // in shared memory, dK and dV in registers; 64 gathered rows of q and dO at a time give S, dP = dO V^T, P =
 // exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
 // partial row whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts

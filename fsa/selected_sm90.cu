@@ -329,19 +329,18 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
     wait_for_previous_kernel(); // so that it has ended when this one has
 }
 
-// A thread block takes `chunk` entries of one head's list. Producers bring K and packed V of each KV block,
-// one block ahead, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
+// A thread block takes a share of one head's list. Producers bring K and packed V of each KV block, KV_STAGES
+// blocks at most, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
 // QK^T, P = exp(S - the row's maximum) to fp16 A fragments, O = PV, and out go the row, as it is, its
 // log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are
 // written.
 //
-// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 33.5 million rows, 3,972 tiles a
-// multiprocessor. 8.6 GB of q rows in and 8.8 GB out: 3.9 ms at 4.5 TB/s, 2.9 where q comes from L2 (a slab
-// has 11 MiB of it); 1.1 TFLOP, 1.4 ms at 790; exp 0.6 ms; shared memory 64 KiB a tile (gather 16, S 32, PV
-// 16), 1.2 ms at 128 bytes a clock. On an H200 4.3 ms, in launches of 90 us: L2 at 70% and HBM at 51% of what
-// they can, 30% of issue slots used; a third fewer instructions changed nothing, so L2 and latency bind. With
-// g = 1, where a row's address serves 256 bytes alone, 6 ms at 50%, 33% and 28%: latency. Lists without the
-// forced blocks, 3 of 16, have 27.3 million rows: 7.0 GB in and 7.2 out instead, by the same rates 3.5 ms.
+// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128, 3 forced blocks not among them: 27.3 million
+// rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
+// comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
+// (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s) 3.5 ms, in 88 launches of 40
+// us, of which a multiprocessor works 35: HBM at 2.2 TB/s. With one query head a kv head, where a row's
+// address serves 256 bytes alone, 4.6 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -576,7 +575,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
     uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
-// A thread block takes `chunk` entries of one head's list: K and V of each KV block stay in shared memory,
+// A thread block takes a share or two of one head's list: K and V of each KV block stay in shared memory,
 // and a consumer's dK and dV of 64 keys in registers. For each 64 gathered rows of q and dO a consumer
 // computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_grad), dS^T = P^T (dP^T - delta), and dV += P^T
 // dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
@@ -592,10 +591,9 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
 // and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
-// rows for the same products, which then bind. On an H200 48 launches of 172 us, 8.3 ms, when S and dV were
-// not yet under way beside other work: the chain of a tile's dependent products bound, about 6,000 clocks of
-// which the tensor cores are busy 2,560, with two consumers a multiprocessor, which dK and dV fill with
-// registers.
+// rows for the same products, which then bind. On an H100 8.7 ms, in 40 launches of 185 to 245 us: the chain
+// of a tile's dependent products binds, about 6,000 clocks of which the tensor cores are busy 2,560, with two
+// consumers a multiprocessor, which dK and dV fill with registers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
