@@ -662,7 +662,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "emulator");
     p->major = 9;
-    p->multiProcessorCount = 4;
+    p->multiProcessorCount = 132;
     p->totalGlobalMem = (size_t)8 << 30;
     p->l2CacheSize = 1 << 20;
     p->sharedMemPerBlockOptin = emu::MAX_SMEM;
@@ -681,7 +681,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
         *value = 0;
         return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-        *value = 4;
+        *value = 132;
         return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = emu::MAX_SMEM;
