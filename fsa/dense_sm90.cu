@@ -111,7 +111,7 @@ static __device__ __forceinline__ bool query_work(const Dense &p, int round, int
 }
 
 // Barriers and tiles of forward: Q, this work item's and the next one's; the ring of K and V.
-template <int D, bool FORCED> struct QueryRing {
+template <int D> struct QueryRing {
     static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
     static constexpr int BYTES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
@@ -131,7 +131,7 @@ template <int D, bool FORCED> struct QueryRing {
         mbarrier_init_fence();
     }
     // The producer's thread: all loads of this thread block.
-    __device__ void produce(const Dense &p, const Maps &maps, int items) const {
+    template <bool FORCED> __device__ void produce(const Dense &p, const Maps &maps, int items) const {
         const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
         Turn<Q_STAGES> q_turn;
@@ -188,15 +188,15 @@ struct MyRows {
             at[i] = token < w.rows.rows
                         ? (w.rows.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
                         : -1;
-            keys_of<FORCED>(p, w, w.first_pos + token, &begin[i], &end[i]);
+            begin[i] = begin_of<FORCED>(p, w.first_pos + token), end[i] = end_of(p, w, w.first_pos + token);
         }
     }
     // Those of the query at a position; of forced blocks the local ones.
-    template <bool FORCED>
-    static __device__ __forceinline__ void keys_of(const Dense &p, const QueryWork &w, int pos, int *begin,
-                                                   int *end) {
-        *begin = FORCED ? p.forced.local_begin(pos) : p.visible.first_key(pos);
-        *end = min(p.visible.end_key(pos), w.keys);
+    template <bool FORCED> static __device__ __forceinline__ int begin_of(const Dense &p, int pos) {
+        return FORCED ? p.forced.local_begin(pos) : p.visible.first_key(pos);
+    }
+    static __device__ __forceinline__ int end_of(const Dense &p, const QueryWork &w, int pos) {
+        return min(p.visible.end_key(pos), w.keys);
     }
 };
 
@@ -245,13 +245,12 @@ static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8
 // (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
 // that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
 // ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys;
-// of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.73 on an H100,
-// half of which is an item's start and end.
+// of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.73 on an H100.
 template <typename T, int D, bool FORCED>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef QueryRing<D, FORCED> Ring;
+    typedef QueryRing<D> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
@@ -262,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) ring.produce(p, maps, items);
+        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items);
     } else {
         registers_up_to<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
@@ -277,11 +276,10 @@ __global__ void __launch_bounds__(THREADS, 1)
             if (w.rows.rows == 0) continue;
             MyRows mine;
             mine.place<FORCED>(p, w, warpgroup);
-            int unused, first_end, last_begin;
-            MyRows::keys_of<FORCED>(p, w, w.first_pos + divide(warpgroup * 64, p.by_group), &unused,
-                                    &first_end);
-            MyRows::keys_of<FORCED>(p, w, w.first_pos + divide(warpgroup * 64 + 63, p.by_group), &last_begin,
-                                    &unused);
+            const int first_pos = w.first_pos + divide(warpgroup * 64, p.by_group),
+                      last_pos = w.first_pos + divide(warpgroup * 64 + 63, p.by_group),
+                      first_end = MyRows::end_of(p, w, first_pos),
+                      last_begin = MyRows::begin_of<FORCED>(p, last_pos);
             float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t probabilities[KEYS / 16][4];
             auto multiply_keys = [&]() { // S = Q K^T, the next tile's
@@ -897,7 +895,7 @@ static int query_items(const Dense &d) {
 
 template <typename T, int D, bool FORCED>
 static int launch_forward(const Dense &d, const Maps &maps, cudaStream_t stream) {
-    int bytes = 1024 + QueryRing<D, FORCED>::BYTES + 128 + ROWS * D * 2;
+    int bytes = 1024 + QueryRing<D>::BYTES + 128 + ROWS * D * 2;
     return launch(forward_sm90_kernel<T, D, FORCED>, d, maps, query_items(d), bytes, stream);
 }
 template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {

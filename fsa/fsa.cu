@@ -138,7 +138,7 @@ struct Work {
         a.take(&plan, fsa_plan_bytes(p->num_seqs, p->num_segments));
         if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
         if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
-            for (int i = 0; i < 3; i++)
+            for (int i = 0; i < 3; i++) // forward's selected output is where the gated sum comes
                 if (backward || i != 1) a.take(&o[i], n.q * 2);
             if (backward) a.take(&lse, n.lse * 4);
             scratch_bytes = max_size(scratch_bytes, fsa_sel_bytes(c, p, 0));
@@ -219,14 +219,12 @@ static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
     return phi->pe ? check_pointer("phi->pe", phi->pe) : FSA_OK;
 }
 
-// Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2); of the selected
-// one with a gate the gated sum, too, in whose place o may be.
+// Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2).
 static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int branch, const Saved &s,
-                          const void *v, void *scratch, void *o, float *lse, const FsaGate *gate,
-                          cudaStream_t stream) {
+                          const void *v, void *scratch, void *o, float *lse, cudaStream_t stream) {
     if (branch == 0) return fsa_dense_forward(c, p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, o, lse, stream);
     if (branch == 2) return fsa_dense_forward(c, p, dtype, FSA_WINDOW, s.q, s.k, v, o, lse, stream);
-    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, scratch, o, lse, gate, stream);
+    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, scratch, o, lse, NULL, stream);
 }
 
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
@@ -252,17 +250,17 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     RUN(fsa_compress_forward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc, w.scratch,
                              stream));
     void *const *branches = c->recompute ? w.o : s.o;
-    RUN(branch_forward(c, &p, dtype, 0, s, v, w.scratch, branches[0], s.lse[0], NULL, stream));
+    RUN(branch_forward(c, &p, dtype, 0, s, v, w.scratch, branches[0], s.lse[0], stream));
     if (indices) {
         cudaMemcpyAsync(s.indices, indices, (size_t)c->kv_heads * p.nq * c->topk * 4,
                         cudaMemcpyDeviceToDevice, stream);
     } else {
         RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
     }
-    RUN(branch_forward(c, &p, dtype, 2, s, v, w.scratch, branches[2], s.lse[2], NULL, stream));
+    RUN(branch_forward(c, &p, dtype, 2, s, v, w.scratch, branches[2], s.lse[2], stream));
     FsaGate gate = {gate_logits, branches[0], branches[2], o};
-    RUN(branch_forward(c, &p, dtype, 1, s, v, w.scratch, c->recompute ? o : branches[1], s.lse[1], &gate,
-                       stream));
+    RUN(fsa_sel_forward(c, &p, dtype, s.q, s.k, v, s.indices, w.scratch, c->recompute ? o : branches[1],
+                        s.lse[1], &gate, stream));
     return FSA_OK;
 }
 
@@ -299,7 +297,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     Sizes n(c, &p);
     void *const *branches = c->recompute ? w.o : s.o;
     for (int i = 0; i < 3 && c->recompute && p.nq > 0; i++) {
-        RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, w.o[i], w.lse, NULL, stream));
+        RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, w.o[i], w.lse, stream));
     }
     RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_grad,
                           dgate_logits, stream));

@@ -144,9 +144,10 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
 
 // The selected branch alone, with the caller's choice: distinct blocks, ascending, none after the query's
-// own, then -1. Every row has the forced blocks among them, the first init_blocks and the last local_blocks, as
-// far as there are so many, as fsa_select's rows have: forward may take them for chosen without looking. Methods
-// that force no block set both counts to 0; rows may then be of any length. Nothing is rotated here and below.
+// own, then -1. Every row has the forced blocks among them, the first init_blocks and the last local_blocks,
+// as far as there are so many, as fsa_select's rows have: forward may take them for chosen without looking.
+// Methods that force no block set both counts to 0; rows may then be of any length. Nothing is rotated here
+// and below.
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                          const void *k, const void *v, const int32_t *indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream);

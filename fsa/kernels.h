@@ -27,8 +27,8 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
               void *workspace, cudaStream_t stream);
 
 // ---- selected.cu --------------------------------------------------------------------------------------
-// The selected branch. `memory` is fsa_sel_bytes, index lists among them, aligned to 256. On Hopper forward takes
-// the forced blocks for chosen, and indices must have them.
+// The selected branch. `memory` is fsa_sel_bytes, index lists among them, aligned to 256. On Hopper forward
+// takes the forced blocks for chosen, and indices must have them.
 int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
 size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
 // With a gate the merge of partials goes on to the gated sum of the three branches; o may then be its `sum`.
@@ -40,16 +40,17 @@ struct FsaGate {
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too (fp32, as
-// dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too
+// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, const void *dout, const float *delta,
                      const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
                      void *dq, void *dk, void *dv, cudaStream_t stream);
 
 // ---- gate.cu --------------------------------------------------------------------------------------------
-// What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that each
-// of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits. (Forward is FsaGate's.)
+// What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that
+// each of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits. (Forward is
+// FsaGate's.)
 int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_grad[3], void *dlogits, cudaStream_t stream);

@@ -179,8 +179,9 @@ template <int TILES> struct TileWalk {
 };
 
 // Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
-// none). A copy lets its address go some 20 clocks after it was issued, and a shuffle takes as long: so there
-// are BATCH addresses at a time, all of which are there before the first is used.
+// none). An address made in the register of the one before waits until that one's copy has read
+// it, and for a shuffle: so there are BATCH addresses at a time, all of which are there before the first is
+// used.
 template <typename T, int D, int SECOND, int BATCH>
 static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
                                               const uint32_t (&row)[2]) {
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
 // (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s) 3.5 ms, in 88 launches of 40
 // us, of which a multiprocessor works 35: HBM at 2.2 TB/s. With one query head a kv head, where a row's
-// address serves 256 bytes alone, 4.6 ms.
+// address serves 256 bytes alone, 4.5 ms.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -592,8 +593,8 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
 // rows for the same products, which then bind. On an H100 8.7 ms, in 40 launches of 185 to 245 us: the chain
-// of a tile's dependent products binds, about 6,000 clocks of which the tensor cores are busy 2,560, with two
-// consumers a multiprocessor, which dK and dV fill with registers.
+// of a tile's dependent products binds, with two consumers a multiprocessor, which dK and dV fill with
+// registers; and with 224 registers for them ptxas serializes the products at d = 128 (C7512).
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,

@@ -168,6 +168,7 @@ template <typename T> static void check_forced(Random *r, bool small) {
                                                  std::max(1, init + local + more)),
                                   init, local);
         if (i % 6 == 0) c = with_forced(c, 0, 0);
+        c.gate_per_token = (int)r->below(2);
         std::vector<int64_t> lengths;
         for (int64_t s = 1 + r->below(3); s > 0; s--) lengths.push_back(r->below(small ? 200 : 1500));
         std::vector<FsaSegment> segments;

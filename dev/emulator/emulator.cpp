@@ -24,6 +24,7 @@ namespace emu {
 enum {
     MAX_THREADS = 1024,
     MAX_SMEM = 232448,
+    MULTIPROCESSORS = 132, // an H200's, so that work is cut as it is there
     DEFAULT_SMEM = 49152,
     STACK = (256 << 10) + 832,
     BARRIERS = 16
@@ -662,7 +663,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "emulator");
     p->major = 9;
-    p->multiProcessorCount = 132;
+    p->multiProcessorCount = emu::MULTIPROCESSORS;
     p->totalGlobalMem = (size_t)8 << 30;
     p->l2CacheSize = 1 << 20;
     p->sharedMemPerBlockOptin = emu::MAX_SMEM;
@@ -681,7 +682,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
         *value = 0;
         return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-        *value = 132;
+        *value = emu::MULTIPROCESSORS;
         return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = emu::MAX_SMEM;
