@@ -73,47 +73,57 @@ enum { RELEASES = CONSUMERS / 32 * WARP_ARRIVALS };
 // Work items of forward: up to 128/g tokens of one KV head, and the tiles of keys that they see: those from
 // `begin` on, or, of forced blocks, the first `init_tiles`, and `begin` is so much less.
 struct QueryWork {
-    RowTile rows;                        // tokens
+    int row, rows; // the first token's place in q, and how many tokens: 0 no such item, -1 no more items
     int kv_head, first_pos, begin, keys; // keys: of the whole sequence
-    int64_t key0;                        // the sequence's first
     int tiles, init_tiles;
     template <bool FORCED> __device__ __forceinline__ int first_key(int tile) const {
         return FORCED && tile < init_tiles ? tile * KEYS : begin + tile * KEYS;
     }
 };
 
-// That of a thread block's `round`: items are taken from both ends of each round in turn.
+// That of a thread block's `round`: items are taken from both ends of each round in turn. key0: the
+// sequence's first key.
 template <bool FORCED>
-static __device__ __forceinline__ bool query_work(const Dense &p, int round, int items, QueryWork *w) {
+static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round, int items, int *key0) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (item >= items) return false;
+    QueryWork w = {};
+    w.rows = -1;
+    if (item >= items) return w;
     const int g = p.q_heads / p.kv_heads, tile = item / p.kv_heads;
-    w->kv_head = item - tile * p.kv_heads;
-    w->rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
-    w->tiles = 0;
-    if (w->rows.rows == 0) return true;
-    FsaSegment segment = p.plan.segments[w->rows.range];
-    w->first_pos = (int)segment.pos + w->rows.first;
-    w->begin = FORCED ? p.forced.local_begin(w->first_pos) : p.visible.first_key(w->first_pos);
-    w->key0 = p.cu_keys[segment.seq];
-    w->keys = (int)(p.cu_keys[segment.seq + 1] - w->key0);
-    const int last_pos = w->first_pos + w->rows.rows - 1;
-    int end = min(p.visible.end_key(last_pos), w->keys);
+    const RowTile rows =
+        find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
+    w.row = (int)rows.row, w.rows = rows.rows;
+    w.kv_head = item - tile * p.kv_heads;
+    if (w.rows == 0) return w;
+    FsaSegment segment = p.plan.segments[rows.range];
+    w.first_pos = (int)segment.pos + rows.first;
+    w.begin = FORCED ? p.forced.local_begin(w.first_pos) : p.visible.first_key(w.first_pos);
+    *key0 = (int)p.cu_keys[segment.seq];
+    w.keys = (int)p.cu_keys[segment.seq + 1] - *key0;
+    int end = min(p.visible.end_key(w.first_pos + w.rows - 1), w.keys);
     if (FORCED) {
         const int init_end = min(p.forced.init_end, end);
         if (p.forced.local == 0) end = init_end;
-        w->init_tiles = (init_end + KEYS - 1) / KEYS;
-        if (w->init_tiles * KEYS >= w->begin) w->init_tiles = w->begin = 0; // one range
+        w.init_tiles = (init_end + KEYS - 1) / KEYS;
+        if (w.init_tiles * KEYS >= w.begin) w.init_tiles = w.begin = 0; // one range
     }
-    w->tiles = end > w->begin ? (end - w->begin + KEYS - 1) / KEYS : 0;
-    if (FORCED) w->tiles += w->init_tiles, w->begin -= w->init_tiles * KEYS;
-    return true;
+    w.tiles = end > w.begin ? (end - w.begin + KEYS - 1) / KEYS : 0;
+    if (FORCED) w.tiles += w.init_tiles, w.begin -= w.init_tiles * KEYS;
+    return w;
 }
 
-// Barriers and tiles of forward: Q, this work item's and the next one's; the ring of K and V.
+// The same in uniform registers, as it comes to all lanes from one place.
+static __device__ __forceinline__ QueryWork uniform(QueryWork w) {
+    for (int *x = &w.row; x <= &w.init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
+    return w;
+}
+
+// Barriers and tiles of forward: Q and what to do with it, of this work item and the next one; the ring of K
+// and V.
 template <int D> struct QueryRing {
     static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
-    static constexpr int BYTES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
+    static constexpr int TILES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
+    static constexpr int BYTES = TILES + Q_STAGES * (int)sizeof(QueryWork);
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
     __device__ __forceinline__ QueryRing(uint32_t start) {
         q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
@@ -130,23 +140,27 @@ template <int D> struct QueryRing {
         }
         mbarrier_init_fence();
     }
-    // The producer's thread: all loads of this thread block.
-    template <bool FORCED> __device__ void produce(const Dense &p, const Maps &maps, int items) const {
+    // The producer's thread: all loads of this thread block. work: behind the tiles.
+    template <bool FORCED>
+    __device__ void produce(const Dense &p, const Maps &maps, int items, QueryWork *work) const {
         const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
         Turn<Q_STAGES> q_turn;
-        QueryWork w;
-        for (int round = 0; query_work<FORCED>(p, round, items, &w); round++) {
-            if (w.tiles == 0) continue;
+        QueryWork w = {};
+        for (int round = 0; w.rows >= 0; round++) {
+            int key0;
+            w = query_work<FORCED>(p, round, items, &key0);
+            if (w.rows == 0) continue;
             const uint32_t q_at = 8 * q_turn.stage;
             mbarrier_wait(q_empty + q_at, q_turn.parity ^ 1);
-            mbarrier_arrive_expect(q_full + q_at, q_bytes);
-            for (int i = 0; i < D / 64; i++)
+            work[q_turn.stage] = w;
+            mbarrier_arrive_expect(q_full + q_at, w.tiles > 0 ? q_bytes : 0);
+            for (int i = 0; i < D / 64 && w.tiles > 0; i++)
                 tma_load_3d(q + q_turn.stage * Q_BYTES + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g,
-                            (int)w.rows.row, q_full + q_at);
+                            w.row, q_full + q_at);
             q_turn.next();
             for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
-                int key = (int)w.key0 + w.first_key<FORCED>(tile);
+                int key = key0 + w.first_key<FORCED>(tile);
                 uint32_t at = 8 * turn.stage;
                 mbarrier_wait(k_empty + at, turn.parity ^ 1);
                 mbarrier_arrive_expect(k_full + at, KV_BYTES);
@@ -185,9 +199,8 @@ struct MyRows {
         for (int i = 0; i < 2; i++) {
             row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
             const int token = divide(row[i], p.by_group);
-            at[i] = token < w.rows.rows
-                        ? (w.rows.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
-                        : -1;
+            at[i] = token < w.rows ? (int64_t)(w.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
+                                   : -1;
             begin[i] = begin_of<FORCED>(p, w.first_pos + token), end[i] = end_of(p, w, w.first_pos + token);
         }
     }
@@ -254,6 +267,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
+    QueryWork *const work = (QueryWork *)(tiles + Ring::TILES);
     char *const staging = tiles + Ring::BYTES + 128; // o on its way out, 128 x D
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
@@ -261,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items);
+        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items, work);
     } else {
         registers_up_to<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
@@ -271,9 +285,10 @@ __global__ void __launch_bounds__(THREADS, 1)
         // Whose turn it is to issue products: barrier 1 + warpgroup opens when the other one has issued its
         // own.
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
-        QueryWork w;
-        for (int round = 0; query_work<FORCED>(p, round, items, &w); round++) {
-            if (w.rows.rows == 0) continue;
+        for (;;) {
+            mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
+            const QueryWork w = uniform(work[q_turn.stage]);
+            if (w.rows < 0) break;
             MyRows mine;
             mine.place<FORCED>(p, w, warpgroup);
             const int first_pos = w.first_pos + divide(warpgroup * 64, p.by_group),
@@ -330,7 +345,6 @@ __global__ void __launch_bounds__(THREADS, 1)
             };
 
             if (w.tiles > 0) {
-                mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
                 multiply_keys();
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                 wgmma_wait<0>();
@@ -360,7 +374,6 @@ __global__ void __launch_bounds__(THREADS, 1)
                     pack();
                 }
                 mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
-                q_turn.next();
                 int left = w.keys - w.first_key<FORCED>(w.tiles - 1);
                 if (left < KEYS) {
                     mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
@@ -370,7 +383,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_wait<0>();
                 wgmma_pin(out);
                 mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
+            } else {
+                mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
             }
+            q_turn.next();
 
             // Through shared memory, so that rows are written in 16-byte pieces; each warp its own rows.
 #pragma unroll
@@ -387,12 +403,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             __syncwarp();
-            T *const o = (T *)p.o + (w.rows.row * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
+            T *const o = (T *)p.o + ((int64_t)w.row * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
                           token = divide(row, p.by_group);
-                if (token < w.rows.rows)
+                if (token < w.rows)
                     *(uint4 *)(o + (token * p.q_heads + row - token * g) * D) =
                         *(uint4 *)(staging + panel_offset(row, lane % (D / 8), ROWS * 128));
             }
