@@ -6,7 +6,7 @@
 enum {
     // Bytes of partial rows of a launch aimed at: the best of those tried.
     BUDGET = 96 << 20,
-    BACKWARD_BUDGET = 205 << 20,
+    BACKWARD_BUDGET = 190 << 20,
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
     MIN_SHARE = 64,        // list entries of a share on average, where there are so few
 };
@@ -241,13 +241,13 @@ static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
     return x;
 }
 
-// A thread block cuts a slab's list of one head into shares, a warp a cut. A KV block's part of it counts as
-// its tiles of 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal
-// in entries alone would have those with many short lists take twice as long as the rest. But where a
-// sequence's shares begin and end is a matter of its entries, whose number no choice changes: so a sequence's
-// sums have the same order whatever its neighbours chose. Two shares may be cut at the same place. Reads a
-// sequence's offsets twice for each cut; latency binds, 36 us on an H100 for all slabs and heads of 64K
-// tokens.
+// A thread block cuts a slab's list of one head into shares. A KV block's part of it counts as its tiles of
+// 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal in entries
+// alone would have those with many short lists take twice as long as the rest. But where a sequence's shares
+// begin and end is a matter of its entries, whose number no choice changes: so a sequence's sums have the
+// same order whatever its neighbours chose. Two shares may be cut at the same place. A warp makes cuts that
+// follow each other, and goes through a sequence's offsets once for their sum and once for the cuts; latency
+// binds.
 enum { CUT_THREADS = 1024 };
 static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
     a.slab = blockIdx.x;
@@ -255,79 +255,109 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
     Share all = {};
     all.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
     all.end = all.offsets[a.lists.blocks];
-    for (int i = threadIdx.x / 32; i <= a.shares; i += CUT_THREADS / 32) {
+    uint32_t *const cuts = cuts_of(a, head);
+    const int each = (a.shares + CUT_THREADS / 32) / (CUT_THREADS / 32), from = threadIdx.x / 32 * each;
+    int last = 0, block = 0;               // of the sequence: the block beyond; of the lanes: theirs
+    uint32_t first_entry = 0, entries = 0; // the sequence's
+    uint32_t sum = 0, before = 0, mine = 0,
+             upto = 0; // tiles: the sequence's, before the 32 blocks, a block's, up to it
+    auto cost = [&](int block) {
+        const uint32_t count = block < last ? all.offsets[block + 1] - all.offsets[block] : 0;
+        return count ? (count * a.group + 63) / 64 + 1 : 0;
+    };
+    for (int i = from; i <= min(from + each - 1, a.shares); i++) {
         const uint32_t entry = (uint32_t)((uint64_t)i * all.end / a.shares);
         uint32_t cut = entry;
         if (entry > 0 && entry < all.end) {
-            const Run run = run_at(a, all, entry);
-            const int first = run.index - run.block;
-            const int last =
-                (int)a.plan.cu_blocks[fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index) + 1];
-            const uint32_t first_entry = all.offsets[first], entries = all.offsets[last] - first_entry;
-            auto cost = [&](int block) {
-                const uint32_t count = block < last ? all.offsets[block + 1] - all.offsets[block] : 0;
-                return count ? (count * a.group + 63) / 64 + 1 : 0;
-            };
-            uint32_t sum = 0;
-            for (int block = first + lane; block < last; block += 32) sum += cost(block);
-            sum = __shfl_sync(0xffffffffu, warp_scan(sum), 31);
-            const uint32_t target = (uint32_t)((uint64_t)(entry - first_entry) * sum / entries);
-            uint32_t before = 0; // tiles of the sequence before the next 32 blocks
-            for (int block = first + lane;; block += 32) {
-                const uint32_t mine = cost(block), upto = before + warp_scan(mine);
-                const unsigned beyond = __ballot_sync(0xffffffffu, upto > target);
-                if (beyond) {
-                    const int found = __ffs((int)beyond) - 1;
-                    const uint32_t tiles = target - __shfl_sync(0xffffffffu, upto - mine, found);
-                    block = __shfl_sync(0xffffffffu, block, found);
-                    cut = all.offsets[block] +
-                          (tiles ? tiles - 1 : 0) * 64 / a.group; // the first is K's and V's
-                    break;
-                }
-                before = __shfl_sync(0xffffffffu, upto, 31);
+            if (entry - first_entry >= entries) { // the first of its sequence
+                const Run run = run_at(a, all, entry);
+                const int first = run.index - run.block;
+                last = (int)a.plan.cu_blocks[fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index) + 1];
+                first_entry = all.offsets[first], entries = all.offsets[last] - first_entry;
+                sum = 0, before = 0, block = first + lane;
+                for (int other = block; other < last; other += 32) sum += cost(other);
+                sum = __shfl_sync(0xffffffffu, warp_scan(sum), 31);
+                mine = cost(block), upto = warp_scan(mine);
             }
+            const uint32_t target = (uint32_t)((uint64_t)(entry - first_entry) * sum / entries);
+            unsigned beyond;
+            while (!(beyond = __ballot_sync(0xffffffffu, upto > target))) {
+                before = __shfl_sync(0xffffffffu, upto, 31);
+                block += 32, mine = cost(block), upto = before + warp_scan(mine);
+            }
+            const int found = __ffs((int)beyond) - 1;
+            const uint32_t tiles = target - __shfl_sync(0xffffffffu, upto - mine, found);
+            // The first of a block's tiles is K's and V's.
+            cut =
+                all.offsets[__shfl_sync(0xffffffffu, block, found)] + (tiles ? tiles - 1 : 0) * 64 / a.group;
         }
-        if (lane == 0) cuts_of(a, head)[i] = cut;
+        if (lane == 0) cuts[i] = cut;
     }
 }
 
-// A warp's view of the partial rows of one (token, head): D/8 lanes read a row, 32/(D/8) rows at a time,
-// SLOTS slots in flight. Rows of all kinds are fewer than 2^32.
-template <int D, int SLOTS> struct PartialRows {
-    static constexpr int LANES = D / 8, ROWS = 32 / LANES, LOADS = SLOTS / ROWS;
+// The partial rows of one (token, head), as D/8 lanes see them, 16 bytes a lane: a warp has 256/D of these.
+// Slots go 16 at a time, of which 8 are in flight. Rows of all kinds are fewer than 2^32.
+template <int D> struct PartialRow {
+    static constexpr int LANES = D / 8, ROWS = 32 / LANES, HELD = 16 / LANES, LOADS = 8;
+    bool there;              // a warp's last rows may be missing; they repeat the last one
+    int piece;               // of eight channels: this lane's
     uint32_t row, to, first; // the token's query row, row*q_heads + head, the first slot's partial
     int64_t pos;             // the token's position
-    const char *from;        // this lane's 16 bytes of its row of the first slots
-    unsigned valid;          // of 32 slots, a bit each: those that are in the lists, as lists.cu has it
+    const char *from;        // this lane's 16 bytes of the first slot
+    unsigned valid;          // of 16 slots, a bit each: those that are in the lists, as lists.cu has it
     uint4 x[LOADS];
-    __device__ __forceinline__ PartialRows(const SelArgs &a, uint32_t index) {
-        const uint32_t lane = threadIdx.x % 32, token = divide(index, a.by_group),
-                       in_group = index - token * a.group;
+    __device__ __forceinline__ PartialRow(const SelArgs &a, uint32_t index) {
+        const uint32_t rows = (uint32_t)a.tokens * a.group;
+        there = index < rows, index = min(index, rows - 1), piece = threadIdx.x % LANES;
+        const uint32_t token = divide(index, a.by_group), in_group = index - token * a.group;
         row = (uint32_t)a.slab * (uint32_t)a.lists.slab + token;
         int64_t seq;
         fsa_row(a.plan, row, &seq, &pos);
         to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
         first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
-        from = (const char *)a.partial + (first + lane / LANES * a.group) * (uint64_t)(D * 2) +
-               lane % LANES * 16;
+        from = (const char *)a.partial + first * (uint64_t)(D * 2) + piece * 16;
     }
+    // Of slots slot0 .. slot0 + 15. Whole warps call it.
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
-        const int slot = slot0 + threadIdx.x % 32;
-        int index = -1;
-        if (slot < a.topk * a.parts)
-            index = a.indices[((a.head0 + blockIdx.y) * (uint32_t)a.plan.nq + row) * (uint64_t)a.topk +
-                              (a.parts == 1 ? slot : slot / a.parts)];
-        valid = __ballot_sync(0xffffffffu,
-                              index >= a.lists.init && ((int64_t)index + a.lists.local) * a.block <= pos);
-    }
-    // Starts to load SLOTS slots from slot0 on, whose bits begin at slot0 % 32; what isn't valid is zeros.
-    __device__ __forceinline__ void load(const SelArgs &a, int slot0) {
-        const unsigned mine = valid >> (slot0 % 32 + threadIdx.x % 32 / LANES);
-        const uint32_t slot_bytes = a.group * D * 2;
-        const char *at = from + slot0 * (uint64_t)slot_bytes;
+        const int32_t *const indices =
+            a.indices + ((a.head0 + blockIdx.y) * (uint32_t)a.plan.nq + row) * (uint64_t)a.topk;
+        valid = 0;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++)
-            x[i] = load_once(at + i * ROWS * (uint64_t)slot_bytes, mine >> (i * ROWS) & 1);
+        for (int k = 0; k < HELD; k++) {
+            const int slot = slot0 + k * LANES + piece;
+            int index = -1;
+            if (slot < a.topk * a.parts) index = indices[a.parts == 1 ? slot : slot / a.parts];
+            const unsigned all = __ballot_sync(
+                0xffffffffu, index >= a.lists.init && ((int64_t)index + a.lists.local) * a.block <= pos);
+            valid |= (all >> (threadIdx.x % 32 / LANES * LANES) & ((1ull << LANES) - 1)) << k * LANES;
+        }
+    }
+    // Starts to load a slot to x[i]; zeros if it isn't valid.
+    __device__ __forceinline__ void load(const SelArgs &a, int i, int slot) {
+        x[i] = load_once(from + slot * (uint64_t)(a.group * D * 2), valid >> slot % 16 & 1);
+    }
+    __device__ __forceinline__ void load_first(const SelArgs &a, int slot0) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) load(a, i, slot0 + i);
+    }
+    // use(x, i) for each of up to 16 slots from slot0 on, of which load_first has begun to load the first.
+    template <typename Use> __device__ __forceinline__ void each(const SelArgs &a, int slot0, Use use) {
+        const bool more = slot0 + LOADS < a.topk * a.parts;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            use(x[i], i);
+            load(a, i, slot0 + LOADS + i);
+        }
+        if (more) {
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) use(x[i], LOADS + i);
+        }
+    }
+    template <typename T> __device__ __forceinline__ void store(void *rows, const float (&sum)[8]) const {
+        if (there)
+            ((uint4 *)rows)[to * (uint64_t)LANES + piece] =
+                make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]),
+                           pack2<T>(sum[6], sum[7]));
     }
 };
 
@@ -342,109 +372,100 @@ template <typename T> static __device__ __forceinline__ void add_row(float (&sum
     }
 }
 
-// A warp merges the partials of one (token, head), with what o and lse already have of blocks that lists
-// leave out, and goes on to the gated sum of the branches if there is a gate. Rows beside the partials come
+// D/8 lanes merge the partials of one (token, head), with what o and lse already have of blocks that lists
+// leave out, and go on to the gated sum of the branches if there is a gate. Rows beside the partials come
 // early and wait in shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or
 // the sum alone. 64K tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6
-// in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds: on an H100 2.9 ms without a gate, 2.4 TB/s of 3.0.
-template <typename T, int D, int SLOTS>
-__global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) selected_merge_kernel(SelArgs a) {
-    typedef PartialRows<D, SLOTS> Rows;
-    const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
-    const uint32_t index = blockIdx.x * 8 + threadIdx.x / 32;
-    if (index >= a.tokens * a.group) return;
-    Rows r(a, index);
+// in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds.
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
+    typedef PartialRow<D> Row;
+    const int slots = a.topk * a.parts;
+    if ((blockIdx.x * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
+    Row r(a, (blockIdx.x * 256 + threadIdx.x) / Row::LANES);
     // All this was written before the main kernel began, which a merge never overtakes.
     const bool left_out = a.lists.init + a.lists.local > 0, gated = a.gate.sum;
-    __shared__ uint4 others[8][3][Rows::LANES]; // rows of left out blocks, compressed branch, sliding branch
-    auto &other = others[threadIdx.x / 32];
+    // Rows of left out blocks, of the compressed and of the sliding branch; each lane reads what it brought.
+    __shared__ uint4 others[3][256];
     auto bring = [&](int i, const void *from) {
-        cp_async_16(smem_address(&other[i][lane]), (const uint4 *)from + r.to * (uint64_t)Rows::LANES + lane);
+        cp_async_16(smem_address(&others[i][threadIdx.x]),
+                    (const uint4 *)from + r.to * (uint64_t)Row::LANES + r.piece);
     };
-    if (lane < Rows::LANES) {
-        if (left_out) bring(0, a.o);
-        if (gated) bring(1, a.gate.o_cmp), bring(2, a.gate.o_win);
-        cp_async_commit();
-    }
+    if (left_out) bring(0, a.o);
+    if (gated) bring(1, a.gate.o_cmp), bring(2, a.gate.o_win);
+    cp_async_commit();
     float left_out_lse = left_out ? a.lse[r.to] : -INFINITY;
-    T logit = (T)0.f; // of branch `lane`
-    if (gated && lane < 3) logit = ((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3ull + lane];
+    T logit = (T)0.f; // of branch `piece`
+    if (gated && r.piece < 3)
+        logit = ((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3ull + r.piece];
     r.find_valid(a, 0);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    r.load(a, 0);
-    auto stats_of = [&](int slot) {
-        bool valid = r.valid >> lane & 1;
-        return valid ? a.stats[r.first + slot * a.group] : make_float2(-INFINITY, 0);
+    r.load_first(a, 0);
+    float2 stats[Row::HELD]; // of slots k*LANES + piece
+    auto load_stats = [&](int slot0) {
+#pragma unroll
+        for (int k = 0; k < Row::HELD; k++) {
+            const int slot = k * Row::LANES + r.piece;
+            stats[k] = r.valid >> slot & 1 ? a.stats[r.first + (slot0 + slot) * a.group]
+                                           : make_float2(-INFINITY, 0);
+        }
     };
-    float2 stats = stats_of(lane);
-    left_out_lse *= FSA_LOG2E;
-    float most = fmaxf(stats.x, left_out_lse), sum = 0;
-    if (slots > 32) {
-        for (int s0 = 32; s0 < slots; s0 += 32) {
+    float most = -INFINITY, sum = 0;
+    if (slots > 16) {
+        for (int s0 = 16; s0 < slots; s0 += 16) {
             r.find_valid(a, s0);
-            most = fmaxf(most, stats_of(s0 + lane).x);
+            load_stats(s0);
+#pragma unroll
+            for (int k = 0; k < Row::HELD; k++) most = fmaxf(most, stats[k].x);
         }
         r.find_valid(a, 0);
     }
-    for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
+    load_stats(0);
+#pragma unroll
+    for (int k = 0; k < Row::HELD; k++) most = fmaxf(most, stats[k].x);
+    left_out_lse *= FSA_LOG2E;
+    most = fmaxf(most, left_out_lse);
+    for (int i = Row::LANES / 2; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, i));
     float acc[8] = {};
     for (int s0 = 0;;) {
-        float weight = stats.x == -INFINITY ? 0 : exp2_fast(stats.x - most);
-        sum += weight;
-        weight *= stats.y;
+        float weight[Row::HELD];
 #pragma unroll
-        for (int wave = 0; wave < 32; wave += SLOTS) {
-            if (wave > 0) {
-                if (s0 + wave >= slots) break;
-                r.load(a, s0 + wave);
-            }
-#pragma unroll
-            for (int i = 0; i < Rows::LOADS; i++) {
-                float w = __shfl_sync(0xffffffffu, weight, wave + i * Rows::ROWS + lane / Rows::LANES);
-                add_row<__half>(acc, r.x[i], w);
-            }
+        for (int k = 0; k < Row::HELD; k++) {
+            weight[k] = stats[k].x == -INFINITY ? 0 : exp2_fast(stats[k].x - most);
+            sum += weight[k];
+            weight[k] *= stats[k].y;
         }
-        if ((s0 += 32) >= slots) break;
+        r.each(a, s0, [&](uint4 x, int i) {
+            const float w = __shfl_sync(0xffffffffu, weight[i / Row::LANES], i % Row::LANES, Row::LANES);
+            add_row<__half>(acc, x, w);
+        });
+        if ((s0 += 16) >= slots) break;
         r.find_valid(a, s0);
-        r.load(a, s0);
-        stats = stats_of(s0 + lane);
+        r.load_first(a, s0);
+        load_stats(s0);
     }
-    if (lane < Rows::LANES) {
-        cp_async_wait<0>();
-        if (left_out && left_out_lse != -INFINITY) {
-            const float weight = exp2_fast(left_out_lse - most);
-            if (lane == 0) sum += weight;
-            add_row<T>(acc, other[0][lane], weight);
-        }
+    for (int i = Row::LANES / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    cp_async_wait<0>();
+    if (left_out_lse != -INFINITY) {
+        const float weight = exp2_fast(left_out_lse - most);
+        sum += weight;
+        add_row<T>(acc, others[0][threadIdx.x], weight);
     }
-    __syncwarp();
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
-    float inverse = sum > 0 ? 1 / sum : 0;
+    const float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
-        acc[j] *= inverse;
-    }
-    auto store = [&](void *to) {
-        if (lane < Rows::LANES)
-            ((uint4 *)to)[r.to * (uint64_t)Rows::LANES + lane] =
-                make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
-                           pack2<T>(acc[6], acc[7]));
-    };
-    if (a.o != a.gate.sum) store(a.o);
+    for (int j = 0; j < 8; j++) acc[j] *= inverse;
+    if (a.o != a.gate.sum) r.template store<T>(a.o, acc);
     if (gated) {
         const float gate = sigmoid((float)logit);
-        const float own = __shfl_sync(0xffffffffu, gate, 1);
+        const float own = __shfl_sync(0xffffffffu, gate, 1, Row::LANES);
 #pragma unroll
         for (int j = 0; j < 8; j++) acc[j] *= own;
-        for (int i = 1; i < 3; i++) {
-            const float weight = __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2);
-            if (lane < Rows::LANES) add_row<T>(acc, other[i][lane], weight);
-        }
-        store(a.gate.sum);
+        for (int i = 1; i < 3; i++)
+            add_row<T>(acc, others[i][threadIdx.x],
+                       __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2, Row::LANES));
+        r.template store<T>(a.gate.sum, acc);
     }
-    if (lane == 0) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
+    if (r.piece == 0 && r.there) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -735,38 +756,25 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
     }
 }
 
-// A warp adds up the dQ partials of one (token, head) and what other branches have added to it, and turns the
-// sum back to the unrotated query.
-template <typename T, int D, int SLOTS> static __device__ void sum_dq(const SelArgs &a, uint32_t index) {
-    typedef PartialRows<D, SLOTS> Rows;
-    __shared__ float2 all_turns[256 / 32][D / 2];
+// D/8 lanes add up the dQ partials of one (token, head) and what other branches have added to it, and turn
+// the sum back to the unrotated query. Thread block `index` of those that do.
+template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, unsigned index) {
+    typedef PartialRow<D> Row;
+    __shared__ float2 all_turns[256 / Row::LANES][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
-    if (index >= a.tokens * a.group) return;
-    Rows r(a, index);
+    if ((index * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
+    Row r(a, (index * 256 + threadIdx.x) / Row::LANES);
     r.find_valid(a, 0);
-    float2 *const turns = all_turns[threadIdx.x / 32];
+    float2 *const turns = all_turns[threadIdx.x / Row::LANES];
     if (a.inv_freq)
-        for (int i = lane; i < D / 2; i += 32) turns[i] = rope_turn(r.pos, a.inv_freq[i]);
+        for (int i = r.piece; i < D / 2; i += Row::LANES) turns[i] = rope_turn(r.pos, a.inv_freq[i]);
     wait_for_previous_kernel();
     let_next_kernel_start();
     float acc[8] = {};
-    for (int s0 = 0; s0 < slots; s0 += SLOTS) {
-        if (s0 > 0 && s0 % 32 == 0) r.find_valid(a, s0);
-        r.load(a, s0);
-#pragma unroll
-        for (int i = 0; i < Rows::LOADS; i++) {
-            const uint32_t words[4] = {r.x[i].x, r.x[i].y, r.x[i].z, r.x[i].w};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 f = unpack2<T>(words[j]);
-                acc[2 * j] += f.x;
-                acc[2 * j + 1] += f.y;
-            }
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        for (int i = 16; i >= Rows::LANES; i /= 2) acc[j] += __shfl_xor_sync(0xffffffffu, acc[j], i);
+    for (int s0 = 0; s0 < slots; s0 += 16) {
+        if (s0 > 0) r.find_valid(a, s0);
+        r.load_first(a, s0);
+        r.each(a, s0, [&](uint4 x, int) { add_row<T>(acc, x, 1); });
     }
     // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group, and is to write 4c .. 4c+3.
     auto exchange = [&](int kept, int given, int with) { // unit `kept` of the lanes without bit `with`
@@ -780,40 +788,35 @@ template <typename T, int D, int SLOTS> static __device__ void sum_dq(const SelA
     };
     exchange(0, 1, 1), exchange(2, 3, 1);
     exchange(0, 2, 2), exchange(1, 3, 2);
-    const int piece = lane % Rows::LANES; // of eight channels
     if (a.dq_sums) {
         const int64_t sum = dq_sum_row(a.plan.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
-        const float4 *from = (const float4 *)(a.dq_sums + sum * D + dq_sum_piece(sum, piece) * 8);
+        const float4 *from = (const float4 *)(a.dq_sums + sum * D + dq_sum_piece(sum, r.piece) * 8);
         const float4 x = from[0], y = from[1];
         acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
         acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
     }
     if (a.inv_freq) { // channels of the two halves turn together
-        const bool upper = piece >= Rows::LANES / 2;
+        const bool upper = r.piece >= Row::LANES / 2;
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float2 turn = turns[piece % (Rows::LANES / 2) * 8 + j];
-            const float other = __shfl_xor_sync(0xffffffffu, acc[j], Rows::LANES / 2);
+            const float2 turn = turns[r.piece % (Row::LANES / 2) * 8 + j];
+            const float other = __shfl_xor_sync(0xffffffffu, acc[j], Row::LANES / 2);
             acc[j] = acc[j] * turn.x + (upper ? -other : other) * turn.y;
         }
     }
-    if (lane < Rows::LANES)
-        ((uint4 *)a.dq)[r.to * (uint64_t)Rows::LANES + lane] =
-            make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]), pack2<T>(acc[4], acc[5]),
-                       pack2<T>(acc[6], acc[7]));
+    r.template store<T>(a.dq, acc);
 }
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
 // T*parts rows of 2*D bytes a (token, head), and 4*D of dq_sums, and writes one: 9.7 GB in and 0.5 out for
 // the case of selected_merge_kernel, 2.3 ms.
-template <typename T, int D, int SLOTS>
-__global__ void __launch_bounds__(256, SLOTS == 8 ? 5 : 4) backward_sums_kernel(SelArgs a) {
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)
         sum_crossing<D>(a, blockIdx.x / 4, blockIdx.x % 4);
     else
-        sum_dq<T, D, SLOTS>(a, (blockIdx.x - crossing) * 8 + threadIdx.x / 32);
+        sum_dq<T, D>(a, blockIdx.x - crossing);
 }
 
 // dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
@@ -953,9 +956,7 @@ template <typename T, int D, int TILES>
 static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
     if (!s.hopper && allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
-    const auto merge_kernel =
-        a.topk * a.parts > 8 ? selected_merge_kernel<T, D, 16> : selected_merge_kernel<T, D, 8>;
-    const bool early = s.hopper && can_wait(merge_kernel);
+    const bool early = s.hopper && can_wait(selected_merge_kernel<T, D>);
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         if (s.hopper && fsa_sel_pack_sm90(a, dtype, D, heads, stream)) return FSA_ERROR_CUDA;
@@ -967,8 +968,8 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t st
             } else {
                 selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
             }
-            dim3 merge((unsigned)ceil_div(a.tokens * a.group, 8), heads);
-            launch(early, merge_kernel, merge, 256, 0, stream, a);
+            dim3 merge((unsigned)ceil_div(a.tokens * a.group, 256 / (D / 8)), heads);
+            launch(early, selected_merge_kernel<T, D>, merge, 256, 0, stream, a);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
@@ -978,9 +979,8 @@ template <typename T, int D>
 static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (!s.hopper && allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
-    const auto sums_kernel =
-        a.topk * a.parts > 8 ? backward_sums_kernel<T, D, 16> : backward_sums_kernel<T, D, 8>;
-    const bool early = s.hopper && can_wait(sums_kernel); // and dkv_store_kernel, built with it
+    const bool early =
+        s.hopper && can_wait(backward_sums_kernel<T, D>); // and dkv_store_kernel, built with it
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
@@ -991,8 +991,8 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
             } else {
                 selected_backward_kernel<T, D><<<grid, 128, smem, stream>>>(a);
             }
-            dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 8)), heads);
-            launch(early, sums_kernel, sums, 256, 0, stream, a);
+            dim3 sums((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 256 / (D / 8))), heads);
+            launch(early, backward_sums_kernel<T, D>, sums, 256, 0, stream, a);
         }
         dim3 store((unsigned)a.lists.blocks, heads);
         launch(early, dkv_store_kernel<T, D>, store, 256, 0, stream, a);

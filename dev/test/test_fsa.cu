@@ -1071,17 +1071,15 @@ static void test_sizes() {
                   (long long)broken);
         }
     }
-    // 64K tokens, without the lists.
+    // 64K tokens.
     for (int backward = 0; backward < 2; backward++) {
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         size_t bytes[2];
         for (int64_t i = 0; i < 2; i++) {
             const int64_t n = most << i;
             FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
-            FsaPlan p = {n, n, 1, 1, n};
             bytes[i] = fsa_workspace_size(&c, FSA_BF16, &b,
-                                          backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD) -
-                       fsa_lists_bytes(&c, &p, fsa_sel_slab(&c, &p));
+                                          backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD);
         }
         CHECK(bytes[0] <= 320u << 20 && bytes[1] <= 2 * bytes[0],
               "selected branch, backward %d: %zu bytes for 64K tokens, %zu for 128K", backward, bytes[0],
