@@ -53,8 +53,9 @@ struct Dense {
     int accumulate_q, accumulate_kv;
     int splits; // dK, dV: thread blocks that share a tile of keys; partial sums go to `partial` if > 1
     float *partial;
-    // Hopper's backward: kv heads taken together; items taken, and how many have added to each tile of dq.
-    int together, *order;
+    // Hopper's backward: kv heads taken together; whether their rows are walked backwards and forwards in turn;
+    // items taken, and how many have added to each tile of dq.
+    int together, alternate, *order;
 };
 
 static inline Dense dense_of(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {

@@ -16,13 +16,12 @@ enum {
     // what their rows bring into the L2, but so many that the last of them still fill all multiprocessors.
     FEW_HEADS = 8,
     ENOUGH_ITEMS = 256,
-    // The compressed rule's longest work item is twice the average. On 132 multiprocessors two shares were
-    // best where they make 256 items or more of fewer than 1,024, and as many as make some 384 where there
-    // are few; 1 to 16 were tried, at 8K to 128K tokens. More shares meet less of each other's rows in the
-    // L2.
-    UNDIVIDED_ITEMS = 512,
+    // The compressed rule's longest work item is twice the average, so where a wave of thread blocks, or two,
+    // takes all items they are divided: in two, and where there are few so that they make some 192. Tried at
+    // 4K to 96K tokens with 192, 256, 384 and 512.
+    UNDIVIDED_ITEMS = 256,
     HALVED_ITEMS = 128,
-    SHARED_ITEMS = 384,
+    SHARED_ITEMS = 192,
     MOST_SHARES = 16,
     KV_STAGES = 2,
     CONSUMERS = 256, // threads; a third warpgroup produces
@@ -435,6 +434,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 // that began together stay one tile behind each other; under a window, further keys see later rows, which are
 // so met first.
 //
+// Under the compressed rule there are so few tiles of keys that a wave of thread blocks takes all of some
+// heads. It begins together at the last row and ends where each tile's keys do, one after the other. So the
+// next wave goes the other way: it begins one after the other, each where its keys do, by the time at which
+// those before it come by. Rows come into the L2 once a wave, not once a tile: at 64K tokens, (32, 8) heads,
+// d = 128, 25 GB of HBM traffic became 5.6 and 12.7 ms 9.3 on an H100; at 128K 107 GB 15 and 55.9 ms 36.4.
+//
 // What comes next runs meanwhile: dP while exp is taken, dV while dS is made, dK while it is stored, dQ and
 // the next tile's S while dQ goes out. After the last tile S is computed of whatever lies there, and not
 // used: ptxas serializes the products here if one is started under a condition, or two are under way where
@@ -449,6 +454,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 struct KeyWork {
     RowTile keys; // no rows: no work
     int kv_head, split;
+    int step;                   // its rows in ascending or in descending order: 1, -1
     int segment, segment_end;   // those of the sequence
     int pos_begin, pos_last;    // tokens that see some of the keys
     int share_begin, share_end; // the split's tiles begin here
@@ -458,12 +464,16 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     KeyWork w;
     w.keys.rows = 0;
     if (item >= items) return w;
-    // Some heads after the others; of those heads by ascending keys.
-    const int64_t round = items / p.kv_heads * p.together, rest = item % round;
-    const int head0 = (int)(item / round) * p.together, heads = min(p.together, p.kv_heads - head0);
-    w.split = (int)(rest % p.splits);
-    w.kv_head = head0 + (int)(rest / p.splits % heads);
-    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, rest / p.splits / heads);
+    // Some heads after the others; of those heads one split after the other, the last one first; of a split by
+    // ascending keys.
+    const int64_t tiles = items / p.kv_heads / p.splits, round = item / (tiles * p.splits * p.together);
+    const int head0 = (int)round * p.together, heads = min(p.together, p.kv_heads - head0);
+    const int64_t rest = item - tiles * p.splits * head0;
+    const int turn = (int)(rest / (tiles * heads));
+    w.split = p.splits - 1 - turn;
+    w.kv_head = head0 + (int)(rest % heads);
+    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, rest % (tiles * heads) / heads);
+    w.step = p.alternate && (round * p.splits + turn) % 2 ? 1 : -1;
     int64_t lo = 0, hi = p.plan.num_segments, end = hi;
     while (lo < hi) { // the sequence's first segment
         int64_t mid = (lo + hi) / 2;
@@ -490,29 +500,31 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
 }
 
 // The tiles of tokens that a work item's keys meet: of the last segment first, and from its last tile to the
-// first. Under a window a walk begins at the last tile that ends a period, which is as many tiles as meet the
-// keys, and the tiles beyond come at its end: so thread blocks that began together are at the same rows
-// together. A segment's tiles are the same for all keys: they begin at its first token. Rows count in 32
-// bits, as TMA's coordinates do.
+// first, or the other way round. Under a window a walk begins at the last tile that ends a period, which is as
+// many tiles as meet the keys, and the tiles beyond come at its end: so thread blocks that began together are
+// at the same rows together. A segment's tiles are the same for all keys: they begin at its first token. Rows
+// count in 32 bits, as TMA's coordinates do.
 struct TokenWalk {
     int segment, row, place; // the first token's row in q; the tile's number of all
     int pos, end;            // the first token's position; the end of the segment's tokens
-    int tile, lowest;        // of the segment's
-    int beyond, last;        // tiles beyond..last are still to come
+    int tile, lowest, last;  // of the segment's
+    int beyond;              // tiles beyond..last are still to come when the lowest was met
     __device__ __forceinline__ TokenWalk(const KeyWork &w)
-        : segment(w.segment_end), row(0), place(0), pos(0), end(0), tile(0), lowest(0), beyond(0), last(-1) {}
+        : segment(w.step > 0 ? w.segment - 1 : w.segment_end), row(0), place(0), pos(0), end(0), tile(0),
+          lowest(0), last(-1), beyond(0) {}
     __device__ __forceinline__ void move(int by, int tokens) {
         tile += by, place += by, pos += by * tokens, row += by * tokens;
     }
     __device__ __forceinline__ bool next(const Dense &p, const KeyWork &w, int tokens) {
-        move(-1, tokens);
-        while (tile < lowest) {
-            if (beyond <= last) {
+        move(w.step, tokens);
+        while (w.step > 0 ? tile > last : tile < lowest) {
+            if (w.step < 0 && beyond <= last) {
                 move(last - tile, tokens);
                 lowest = beyond, last = -1;
                 break;
             }
-            if (--segment < w.segment) return false;
+            segment += w.step;
+            if (segment < w.segment || segment >= w.segment_end) return false;
             const int first = (int)p.plan.segments[segment].pos, len = (int)p.plan.segments[segment].len;
             const int last_pos = min(w.pos_last, first + len - 1), row0 = (int)p.plan.cu_rows[segment];
             // The tile of the first token that sees a key, but none that begins before the share; the tile of
@@ -521,7 +533,7 @@ struct TokenWalk {
                          w.share_begin > first ? (w.share_begin - first + tokens - 1) / tokens : 0);
             last = min(last_pos >= first ? (last_pos - first) / tokens : -1,
                        w.share_end > first ? (w.share_end - first + tokens - 1) / tokens - 1 : -1);
-            tile = last;
+            tile = w.step > 0 ? lowest : last;
             if (p.visible.width < INT32_MAX / 2) {
                 const int turn = last - (last + 1) % ((p.visible.width + KEYS - 2) / tokens + 1);
                 if (turn >= lowest) tile = turn;
@@ -928,10 +940,16 @@ template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, c
     if (status) return status;
     int64_t of_a_head = (d.num_keys + KEYS - 1) / KEYS * d.splits;
     if (of_a_head < 1) of_a_head = 1;
-    int together = (int)((ENOUGH_ITEMS + of_a_head - 1) / of_a_head);
-    if (together < FEW_HEADS / d.splits) together = FEW_HEADS / d.splits;
-    int turns = d.kv_heads > together ? d.kv_heads / together : 1;
-    d.together = (d.kv_heads + turns - 1) / turns;
+    const int64_t of_a_split = of_a_head / d.splits;
+    d.alternate = d.visible.a > 1 && of_a_split <= processors();
+    if (d.alternate) {
+        d.together = (int)(processors() / of_a_split);
+    } else {
+        int together = (int)((ENOUGH_ITEMS + of_a_head - 1) / of_a_head);
+        if (together < FEW_HEADS / d.splits) together = FEW_HEADS / d.splits;
+        int turns = d.kv_heads > together ? d.kv_heads / together : 1;
+        d.together = (d.kv_heads + turns - 1) / turns;
+    }
     int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
     if (items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // tickets are of 32 bits
     size_t bytes = fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads);
