@@ -588,20 +588,16 @@ template <typename T, int D> static int launch_backward(const Dense &d, cudaStre
     return launch_status();
 }
 
-int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
-                       const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
-                       int accumulate_kv, void *workspace, cudaStream_t stream) {
+static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, Dense d, void *workspace,
+                        cudaStream_t stream) {
+    const FsaPlan *p = &d.plan;
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
-    Dense d = dense_of(c, p, rule);
-    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
-    d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
     d.splits = dense_splits(c, rule, d.num_keys);
     d.partial = (float *)workspace;
     d.order = (int *)((char *)workspace + partial_bytes(c, p, rule));
     if (!workspace) return FSA_ERROR_WORKSPACE;
-    if (fsa_hopper() && rule == FSA_COMPRESSED && !accumulate_q) { // some rows see nothing
-        cudaMemsetAsync(dq, 0, (size_t)p->nq * c->q_heads * c->head_dim * sizeof(float), stream);
+    if (fsa_hopper() && rule == FSA_COMPRESSED && !d.accumulate_q) { // some rows see nothing
+        cudaMemsetAsync(d.dq, 0, (size_t)p->nq * c->q_heads * c->head_dim * sizeof(float), stream);
         d.accumulate_q = 1;
     }
     int status = fsa_hopper() ? fsa_dense_backward_sm90(c, d, dtype, stream)
@@ -612,4 +608,32 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
         dense_reduce_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
     }
     return launch_status();
+}
+
+int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+                       const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
+                       const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
+                       int accumulate_kv, void *workspace, cudaStream_t stream) {
+    Dense d = dense_of(c, p, rule);
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
+    d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
+    return run_backward(c, dtype, rule, d, workspace, stream);
+}
+
+// Where a query sees all of its last blocks through the window, too, and the keys of a warpgroup are one
+// block's.
+int fsa_window_local(const FsaConfig *c) {
+    const bool inside = (int64_t)c->local_blocks * c->block <= c->window && c->block % 64 == 0;
+    return fsa_hopper() && inside ? c->local_blocks : 0;
+}
+
+int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int local, const void *q,
+                        const void *k, const void *v, const void *dout, const float *const lse_grad[2],
+                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
+                        cudaStream_t stream) {
+    Dense d = dense_of(c, p, FSA_WINDOW);
+    d.forced.local = local, d.forced.block = c->block;
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.dq = dq, d.dk = dk, d.dv = dv;
+    d.local_lse_grad = lse_grad[0], d.local_delta = delta[0], d.lse_grad = lse_grad[1], d.delta = delta[1];
+    return run_backward(c, dtype, FSA_WINDOW, d, workspace, stream);
 }

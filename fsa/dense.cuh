@@ -42,13 +42,16 @@ struct Dense {
     Divisor by_group; // q_heads / kv_heads
     float scale;
     Visible visible;
-    Forced forced; // instead of `visible`, if one of its counts is not 0
+    // Forward: instead of `visible`, if one of its counts is not 0. Backward: the last blocks are the selected
+    // branch's, too.
+    Forced forced;
     const void *q, *k, *v;
     void *o;
     float *lse;
     // Backward.
     const void *dout;
     const float *lse_grad, *delta;
+    const float *local_lse_grad, *local_delta; // the selected branch's
     float *dq, *dk, *dv;
     int accumulate_q, accumulate_kv;
     int splits; // dK, dV: thread blocks that share a tile of keys; partial sums go to `partial` if > 1

@@ -41,9 +41,10 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream);
 // delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too
-// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all).
+// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all). A row's last `local`
+// blocks are left out: fsa_window_backward takes them.
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *indices, const void *dout, const float *delta,
+                     const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
                      const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
                      void *dq, void *dk, void *dv, cudaStream_t stream);
 
@@ -88,6 +89,14 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
                        int accumulate_kv, void *workspace, cudaStream_t stream);
+
+// The window's gradients and, in the same sums, those of the selected branch's last `local` blocks, which are
+// fsa_window_local(c) or 0. lse_grad and delta of the selected branch and of the window.
+int fsa_window_local(const FsaConfig *c);
+int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int local, const void *q,
+                        const void *k, const void *v, const void *dout, const float *const lse_grad[2],
+                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
+                        cudaStream_t stream);
 
 // ---- topk.cu ----------------------------------------------------------------------------------------
 // The choice of blocks: indices [Hkv, Nq, T] from the rotated q, kc and the compressed branch's lse.

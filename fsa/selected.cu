@@ -1026,10 +1026,11 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
 }
 
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *indices, const void *dout, const float *delta,
+                     const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
                      const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
                      void *dq, void *dk, void *dv, cudaStream_t stream) {
     SelShape s = shape_of(c, p, 1);
+    s.local = local;
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
     SelArgs a = args_of(c, p, s, memory);

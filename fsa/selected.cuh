@@ -8,7 +8,8 @@
 //
 // Forward on Hopper leaves the forced blocks out of the lists, and so out of the main kernel: dense_sm90.cu
 // has written their part to o and lse when the reduction merges the rest with it. Their places among the
-// partials stay empty.
+// partials stay empty. Backward within the whole attention leaves out the last blocks alone, whose part comes
+// with the window's gradients (fsa_window_backward).
 #ifndef FSA_SELECTED_CUH
 #define FSA_SELECTED_CUH
 #include "kernels.h"

@@ -29,8 +29,8 @@ template <typename T> struct Library {
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, dout, delta, lse_grad, NULL,
-                                   NULL, memory, dq, dk, dv, 0));
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse_grad,
+                                   NULL, NULL, memory, dq, dk, dv, 0));
     }
 };
 

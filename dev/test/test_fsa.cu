@@ -296,7 +296,7 @@ static void test_shape(Random *r, const FsaConfig &c, const std::vector<int64_t>
              c.gate_per_token, c.recompute, rope);
     // Limits are for norms of many numbers; of a few tokens' several draws count together.
     Tally tallies[TALLIES];
-    for (int draw = 0; draw < (n < 32 ? 8 : 1); draw++)
+    for (int draw = 0; draw < (std::min(n, nq) < 32 ? 8 : 1); draw++)
         test_draw<T>(r, c, lengths, segments, rope, what, tallies);
     // The compression's parameters get their gradients from two kernels, one after the other, each with its
     // own independent error: the squares add up.
@@ -368,6 +368,12 @@ static void test_chosen_shapes(Random *r, bool small) {
                   true);
     test_shape<T>(r, c, {40}, {{0, 5, 0}}, true);
     test_shape<T>(r, c, {0, 0}, {}, true);
+    // A window that goes beyond the last blocks, but not to the sequence's begin, and one just as far.
+    c = default_config(3, 1, 64, 64, 4);
+    c.local_blocks = 1, c.window = 100;
+    test_shape<T>(r, c, {230}, {}, true);
+    c.window = 64;
+    test_shape<__half>(r, c, {200, 33}, {{0, 75, 100}, {1, 0, 33}}, true);
     if (small) return;
     test_shape<__half>(r, default_config(8, 2, 128, 64, 16), {2049}, {}, true);
     test_shape<T>(r, default_config(16, 1, 64, 64, 16), {1, 3000, 1, 31}, {}, true);
