@@ -257,7 +257,7 @@ static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8
 // (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
 // that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
 // ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys;
-// of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.73 on an H100.
+// of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.68 on an H100.
 template <typename T, int D, bool FORCED>
 __global__ void __launch_bounds__(THREADS, 1)
     forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int items) {

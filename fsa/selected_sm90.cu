@@ -339,9 +339,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128, 3 forced blocks not among them: 27.3 million
 // rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
 // comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
-// (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s) 3.5 ms, in 88 launches of 40
-// us, of which a multiprocessor works 35: HBM at 2.2 TB/s. With one query head a kv head, where a row's
-// address serves 256 bytes alone, 4.5 ms.
+// (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s, of which a copy gets 3.0) 88
+// launches of 47 us by ncu, of which a multiprocessor works 40, with 106 MB of HBM traffic each, 2.3 TB/s;
+// the merges between them move 97 MB in 37 us.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -592,9 +592,10 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
 // and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
-// rows for the same products, which then bind. On an H100 8.7 ms, in 40 launches of 185 to 245 us: the chain
-// of a tile's dependent products binds, with two consumers a multiprocessor, which dK and dV fill with
-// registers; and with 224 registers for them ptxas serializes the products at d = 128 (C7512).
+// rows for the same products, which then bind. On an H100 48 launches of 180 us by ncu, 417 MB of HBM traffic
+// each, and as many reductions of 84 us and 234 MB: all of it at 2.5 TB/s of some 3.0. At d = 128 ptxas
+// serializes the products (C7512), 224 registers being too few; with 232, and 40 for the producers, it does
+// not, but consumers then wait for rows, and it takes as long or longer.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,

@@ -8,7 +8,7 @@ TRAINER=${TRAINER:-./train_gpt_nsa} LENGTHS=${LENGTHS:-"8192 16384 32768 65536"}
 [ -x "$TRAINER" ] || { echo "llama3_8b_step.sh: no $TRAINER: make builds it" >&2; exit 1; }
 for t in $LENGTHS; do
     for attn in $MODES; do
-        COMMIT=$(git rev-parse --short HEAD 2>/dev/null || true) \
+        COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)} \
             "$TRAINER" -e llama3-8b -layers 4 -vocab 32768 -attn "$attn" -t "$t" -b 1 -profile "$STEPS"
     done
 done
