@@ -16,9 +16,9 @@ enum {
     // what their rows bring into the L2, but so many that the last of them still fill all multiprocessors.
     FEW_HEADS = 8,
     ENOUGH_ITEMS = 256,
-    // The compressed rule's longest work item is twice the average, so where a wave of thread blocks, or two,
-    // takes all items they are divided: in two, and where there are few so that they make some 192. Tried at
-    // 4K to 96K tokens with 192, 256, 384 and 512.
+    // The compressed rule's longest work item is twice the average, so where a wave or two of thread blocks
+    // would take all items, these are divided: in two, and where there are few so that they make some 192. 192,
+    // 256, 384 and 512 were tried, at 4K to 96K tokens.
     UNDIVIDED_ITEMS = 256,
     HALVED_ITEMS = 128,
     SHARED_ITEMS = 192,
@@ -728,7 +728,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     backward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
     extern __shared__ __align__(1024) char shared[];
     typedef KeyRing<D> Ring;
-    const uint32_t start = smem_address(shared);
+    const uint32_t start = smem_address(shared); // aligned as declared: there is no room to round it up
     char *const tiles = shared;
     const Ring ring(start);
     if (threadIdx.x == 0) ring.init();
