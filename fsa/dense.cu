@@ -627,12 +627,12 @@ int fsa_window_local(const FsaConfig *c) {
     return fsa_hopper() && inside ? c->local_blocks : 0;
 }
 
-int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int local, const void *q,
-                        const void *k, const void *v, const void *dout, const float *const lse_grad[2],
+int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
+                        const void *v, const void *dout, const float *const lse_grad[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
                         cudaStream_t stream) {
     Dense d = dense_of(c, p, FSA_WINDOW);
-    d.forced.local = local, d.forced.block = c->block;
+    d.forced.local = fsa_window_local(c), d.forced.block = c->block;
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.dq = dq, d.dk = dk, d.dv = dv;
     d.local_lse_grad = lse_grad[0], d.local_delta = delta[0], d.lse_grad = lse_grad[1], d.delta = delta[1];
     return run_backward(c, dtype, FSA_WINDOW, d, workspace, stream);

@@ -90,11 +90,11 @@ int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, Fsa
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
                        int accumulate_kv, void *workspace, cudaStream_t stream);
 
-// The window's gradients and, in the same sums, those of the selected branch's last `local` blocks, which are
-// fsa_window_local(c) or 0. lse_grad and delta of the selected branch and of the window.
+// The window's gradients and, in the same sums, those of the selected branch's last fsa_window_local blocks.
+// lse_grad and delta of the selected branch and of the window.
 int fsa_window_local(const FsaConfig *c);
-int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int local, const void *q,
-                        const void *k, const void *v, const void *dout, const float *const lse_grad[2],
+int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
+                        const void *v, const void *dout, const float *const lse_grad[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
                         cudaStream_t stream);
 

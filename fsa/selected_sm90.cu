@@ -179,9 +179,8 @@ template <int TILES> struct TileWalk {
 };
 
 // Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
-// none). An address made in the register of the one before waits until that one's copy has read
-// it, and for a shuffle: so there are BATCH addresses at a time, all of which are there before the first is
-// used.
+// none). An address made in the register of the one before waits until that one's copy has read it, and for a
+// shuffle: so there are BATCH addresses at a time, all of which are there before the first is used.
 template <typename T, int D, int SECOND, int BATCH>
 static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
                                               const uint32_t (&row)[2]) {
@@ -590,7 +589,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
-// and from dkv 3 GB, 0.7 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
+// and from dkv, 3 GB each way, 1.4 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
 // dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
 // rows for the same products, which then bind. On an H100 48 launches of 180 us by ncu, 417 MB of HBM traffic
 // each, and as many reductions of 84 us and 234 MB: all of it at 2.5 TB/s of some 3.0. At d = 128 ptxas
