@@ -115,63 +115,6 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     check_that(intact, "guard zones", 0, 0);
 }
 
-// Eight rows of 64 channels to memory as the main kernels write them, and back as the reductions read them.
-enum { PIECES = 8 }; // of a row
-template <typename T> __global__ void pieces_kernel(const float *x, char *rows, float *y) {
-    const int row = threadIdx.x / 4, c = threadIdx.x % 4;
-    char *const at = rows + row * row_bytes<T, 64>();
-    Partial<T> p[2];
-    for (int group = 0; group < 2; group++) {
-        float v[8];
-        for (int k = 0; k < 8; k++) v[k] = x[(row * PIECES + 4 * group + c) * 8 + k];
-        p[group] = Partial<T>::of(v);
-    }
-    if (row % 2 == 0) {
-        Partial<T>::store(at, 0, c, p);
-    } else {
-        for (int group = 0; group < 2; group++) {
-            const Partial<T> one[1] = {p[group]};
-            Partial<T>::store(at, group, c, one);
-        }
-    }
-    __syncthreads();
-    for (int piece = c; piece < PIECES; piece += 4) {
-        float sum[8] = {};
-        Partial<T>::load(at + Partial<T>::offset(piece), piece, true).add_to(sum, 1);
-        for (int k = 0; k < 8; k++) y[(row * PIECES + piece) * 8 + k] = sum[k];
-    }
-}
-
-// What comes back differs by half of the last bit at most, and what is no number is seen in its piece alone.
-template <typename T> static void check_pieces(Random *r) {
-    const bool shared = Dtype<T>::value == FSA_BF16; // the power of two
-    std::vector<float> x(8 * PIECES * 8);
-    for (float &v : x) v = r->normal();
-    for (int k = 0; k < 64; k++) {
-        x[64 + k] *= shared ? 1e-36f : 1e-2f, x[128 + k] *= shared ? 1e30f : 1e3f, x[192 + k] = 0;
-        x[256 + k] *= k % 8 == 5 ? 1000.f : 1, x[320 + k] = k % 2 ? 0.99999f : -0.4999f;
-    }
-    x[384] = NAN, x[448 + 63] = -INFINITY;
-    Buffer<float> x_(x), y_((int64_t)x.size());
-    Buffer<char> rows(8 * row_bytes<T, 64>());
-    rows.poison(), y_.poison();
-    pieces_kernel<T><<<1, 32>>>(x_, rows, y_);
-    CUDA_CHECK(cudaDeviceSynchronize());
-    std::vector<float> y = y_.host();
-    for (size_t piece = 0; piece < x.size() / 8; piece++) {
-        float most = 0, worst = 0;
-        bool finite = true, came_finite = true;
-        for (size_t i = piece * 8; i < piece * 8 + 8; i++) {
-            finite &= std::isfinite(x[i]), came_finite &= std::isfinite(y[i]);
-            most = std::max(most, fabsf(x[i])), worst = std::max(worst, fabsf(x[i] - y[i]));
-        }
-        const float limit = most / (shared ? 1024 : 2048);
-        check_that(finite ? came_finite && worst <= limit : !came_finite, "a piece of a partial row", worst,
-                   limit);
-    }
-    check_that(rows.guards_intact() && y_.guards_intact(), "guard zones", 0, 0);
-}
-
 template <typename T, int D>
 static void check_version(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths) {
     Batch b(c, lengths);
@@ -240,7 +183,6 @@ template <typename T> static void check_forced(Random *r, bool small) {
 }
 
 template <typename T> static void check_all(Random *r, bool small) {
-    check_pieces<T>(r);
     for (int version = 1; version <= 3; version++) {
         check_version<T, 64>(r, version, default_config(3, 1, 64, 16, 3), {70, 0, 9});
         check_version<T, 128>(r, version, default_config(4, 2, 128, 80, 3), {0, 100});
