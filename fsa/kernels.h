@@ -29,8 +29,8 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
 // ---- selected.cu --------------------------------------------------------------------------------------
 // The selected branch. `memory` is fsa_sel_bytes, index lists among them, aligned to 256. On Hopper forward
 // takes the forced blocks for chosen, and indices must have them.
-int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p, FsaDtype type);
-size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward);
+int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
+size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
 // With a gate the merge of partials goes on to the gated sum of the three branches; o may then be its `sum`.
 struct FsaGate {
     const void *logits;        // [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest

@@ -148,7 +148,7 @@ int main(int argc, char **argv) {
         Batch b(c, {n});
         Buffer<int32_t> indices(c.kv_heads * n * c.topk);
         random_choice_device(indices, n, c, r.u64());
-        int64_t slab = fsa_sel_slab(&c, &b.plan, FSA_BF16);
+        int64_t slab = fsa_sel_slab(&c, &b.plan);
         Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
             workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
         FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());

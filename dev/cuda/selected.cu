@@ -9,7 +9,6 @@
 //        and lengths; shape: times one alone, for a profiler; choice: times what a trained model chose, layer
 //        by layer (train_gpt_nsa -val 1 -choice FILE), beside random choices of the same shape
 #include "../../fsa/kernels.h"
-#include "../../fsa/partial.cuh"
 #include "../../llmc/choice.h"
 #include "choice.h"
 #include "selected_versions.h"
@@ -21,8 +20,7 @@ template <typename T> struct Library {
     Buffer<char> memory;
     Buffer<float> delta, lse_grad;
     Library(const FsaConfig &config, const FsaPlan &plan)
-        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, Dtype<T>::value, 0),
-                                                       fsa_sel_bytes(&c, &p, Dtype<T>::value, 1))),
+        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1))),
           delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse,
                  const FsaGate *gate = NULL) {
@@ -31,8 +29,8 @@ template <typename T> struct Library {
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse_grad, NULL,
-                                   NULL, memory, dq, dk, dv, 0));
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse_grad,
+                                   NULL, NULL, memory, dq, dk, dv, 0));
     }
 };
 
@@ -257,8 +255,7 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
     int d = x->c.head_dim;
     int listed = x->c.topk - (fsa_hopper() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
     double rows = (double)x->rows, flops[2] = {x->flops(), 2.5 * x->flops()};
-    int row = d / 8 * Partial<T>::BYTES; // written and read again
-    double bytes[2] = {rows * listed * (2 * d + 2 * (row + 8)), rows * x->c.topk * (4 * d + 12 + 2 * row)};
+    double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (8 * d + 12)};
     printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.plan.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
     for (int i = 0; i < 2; i++) {
