@@ -589,12 +589,12 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
 // at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
-// and from dkv, 3 GB each way, 1.4 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S 32, dP 48,
-// dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move half of the
-// rows for the same products, which then bind. On an H100 48 launches of 180 us by ncu, 417 MB of HBM traffic
-// each, and as many reductions of 84 us and 234 MB: all of it at 2.5 TB/s of some 3.0. At d = 128 ptxas
-// serializes the products (C7512), 224 registers being too few; with 232, and 40 for the producers, it does
-// not, but consumers then wait for rows, and it takes as long or longer.
+// and from dkv, 3 GB each way, 1.4 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
+// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move
+// half of the rows for the same products, which then bind. On an H100 48 launches of 180 us by ncu, 417 MB of
+// HBM traffic each, and as many reductions of 84 us and 234 MB: all of it at 2.5 TB/s of some 3.0. At d = 128
+// ptxas serializes the products (C7512), 224 registers being too few; with 232, and 40 for the producers, it
+// does not, but consumers then wait for rows, and it takes as long or longer.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
