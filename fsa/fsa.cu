@@ -130,22 +130,22 @@ struct Work {
     void *o[3]; // the branches' outputs and an lse, where they are not kept
     float *lse, *delta[3], *lse_grad[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
     size_t bytes;
-    Work(const FsaConfig *c, const FsaPlan *p, FsaOperation op, void *memory) {
+    Work(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaOperation op, void *memory) {
         Sizes n(c, p);
         Arena a = {(char *)memory, 0};
         size_t scratch_bytes = 0;
         bool backward = op == FSA_BACKWARD || op == FSA_SELECTED_BACKWARD || op == FSA_ATTEND_BACKWARD;
         a.take(&plan, fsa_plan_bytes(p->num_seqs, p->num_segments));
-        if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, backward);
+        if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, dtype, backward);
         if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
             for (int i = 0; i < 3; i++) // forward's selected output is where the gated sum comes
                 if (backward || i != 1) a.take(&o[i], n.q * 2);
             if (backward) a.take(&lse, n.lse * 4);
-            scratch_bytes = max_size(scratch_bytes, fsa_sel_bytes(c, p, 0));
+            scratch_bytes = max_size(scratch_bytes, fsa_sel_bytes(c, p, dtype, 0));
         }
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.take(&delta[i], n.lse * 4);
-            a.take(&lse_grad[i], n.lse * 4);
+            if (op != FSA_SELECTED_BACKWARD) a.take(&lse_grad[i], n.lse * 4); // there it is lse
         }
         if (op == FSA_FORWARD || op == FSA_BACKWARD) {
             scratch_bytes = max_size(scratch_bytes, fsa_compress_workspace(c, p, backward));
@@ -176,7 +176,7 @@ size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         return 0;
     }
     FsaPlan p = bounds(b);
-    return Work(c, &p, op, NULL).bytes;
+    return Work(c, &p, dtype, op, NULL).bytes;
 }
 
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b) {
@@ -199,7 +199,7 @@ static int begin(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, Fs
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL");
     if (!b->segments && b->num_segments > 0) return fail(FSA_ERROR_ARGUMENT, "segments: NULL");
     *p = bounds(b);
-    size_t need = Work(c, p, op, NULL).bytes;
+    size_t need = Work(c, p, dtype, op, NULL).bytes;
     if (!workspace || (uintptr_t)workspace % 256) {
         return fail(FSA_ERROR_WORKSPACE, "workspace: %s", workspace ? "not aligned to 256 bytes" : "NULL");
     }
@@ -244,7 +244,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     FsaPhiWeights none = {NULL, NULL, NULL};
     if (c->phi == FSA_PHI_MEAN) phi = &none;
     Saved s(c, &p, saved);
-    Work w(c, &p, FSA_FORWARD, workspace);
+    Work w(c, &p, dtype, FSA_FORWARD, workspace);
     RUN(fsa_rope_queries(c, &p, dtype, q, inv_freq, s.q, stream));
     RUN(fsa_rope_keys(c, &p, dtype, k, inv_freq, s.k, stream));
     RUN(fsa_compress_forward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc, w.scratch,
@@ -293,7 +293,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
         if (phi->pe) TRY(check_pointer("dphi->dpe", dphi->dpe));
     }
     Saved s(c, &p, (void *)saved);
-    Work w(c, &p, FSA_BACKWARD, workspace);
+    Work w(c, &p, dtype, FSA_BACKWARD, workspace);
     Sizes n(c, &p);
     void *const *branches = c->recompute ? w.o : s.o;
     for (int i = 0; i < 3 && c->recompute && p.nq > 0; i++) {
@@ -329,7 +329,7 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
     POINTER(indices);
     POINTER(o);
     POINTER(lse);
-    Work w(c, &p, FSA_SELECTED_FORWARD, workspace);
+    Work w(c, &p, dtype, FSA_SELECTED_FORWARD, workspace);
     RUN(fsa_sel_forward(c, &p, dtype, q, k, v, indices, w.scratch, o, lse, NULL, stream));
     return FSA_OK;
 }
@@ -353,10 +353,10 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         POINTER(dout);
         POINTER(dq);
     }
-    Work w(c, &p, FSA_SELECTED_BACKWARD, workspace);
-    RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, 0, dout, w.delta[0], w.lse_grad[0], NULL, NULL,
-                         w.scratch, dq, dk, dv, stream));
+    Work w(c, &p, dtype, FSA_SELECTED_BACKWARD, workspace);
+    RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], NULL, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, 0, dout, w.delta[0], lse, NULL, NULL, w.scratch, dq,
+                         dk, dv, stream));
     return FSA_OK;
 }
 
@@ -438,7 +438,7 @@ int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch
         POINTER(dk);
         POINTER(dv);
     }
-    Work w(c, &p, FSA_ATTEND_BACKWARD, workspace);
+    Work w(c, &p, dtype, FSA_ATTEND_BACKWARD, workspace);
     if (n.q == 0 || keys == 0) { // nothing attends to nothing: the gradients are zero
         cudaMemsetAsync(w.dq, 0, n.q * 4, stream);
         cudaMemsetAsync(w.dk, 0, keys * 4, stream);

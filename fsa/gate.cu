@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
                     if (!a.per_token) ((T *)a.out)[row * 3 + i] = (T)gradient;
                 }
                 a.delta[i][row] = dots[i];
-                a.lse_grad[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
+                if (a.lse_grad[i]) a.lse_grad[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
             }
             if (a.per_token) {
                 for (int j = 16; j > 0; j /= 2) gradient += __shfl_xor_sync(0xffffffffu, gradient, j);

@@ -30,7 +30,7 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
 // The selected branch. `memory` is fsa_sel_bytes, index lists among them, aligned to 256. On Hopper forward
 // takes the forced blocks for chosen, and indices must have them.
 int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p);
-size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward);
+size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward);
 // With a gate the merge of partials goes on to the gated sum of the three branches; o may then be its `sum`.
 struct FsaGate {
     const void *logits;        // [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest
@@ -40,7 +40,7 @@ struct FsaGate {
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats. Overwrites dq, dk, dv; dq with what dq_sums has, too
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats (rows in no list aren't read). Overwrites dq, dk, dv; dq with what dq_sums has, too
 // (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all). A row's last `local`
 // blocks are left out: fsa_window_backward takes them.
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
@@ -55,7 +55,7 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
 int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_grad[3], void *dlogits, cudaStream_t stream);
-// The same for one branch without a gate.
+// The same for one branch without a gate. lse_grad may be NULL: it is lse where all rows see something.
 int fsa_row_stats(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
                   const void *dout, float *delta, float *lse_grad, cudaStream_t stream);
 

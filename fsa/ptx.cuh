@@ -66,6 +66,21 @@ __device__ __forceinline__ uint4 load_once(const void *from, bool there) {
                  : "memory");
     return x;
 }
+// The same of 8 bytes and 4 elsewhere.
+__device__ __forceinline__ void load_once(const void *two, const void *one, bool there, uint32_t (&x)[3]) {
+    asm volatile("{\n"
+                 ".reg .pred there;\n"
+                 "setp.ne.b32 there, %5, 0;\n"
+                 "mov.b32 %0, 0;\n"
+                 "mov.b32 %1, 0;\n"
+                 "mov.b32 %2, 0;\n"
+                 "@there ld.global.cs.v2.b32 {%0, %1}, [%3];\n"
+                 "@there ld.global.cs.b32 %2, [%4];\n"
+                 "}"
+                 : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2])
+                 : "l"(two), "l"(one), "r"((int)there)
+                 : "memory");
+}
 
 // Copies 16 bytes to shared memory without passing registers; writes zeros where !valid (the source
 // address must still be one that may be formed; it isn't read).
@@ -110,5 +125,11 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+// max(|x|, |y|); NaN where one is.
+__device__ __forceinline__ float max_magnitude(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(fabsf(x)), "f"(fabsf(y)));
+    return z;
 }
 #endif

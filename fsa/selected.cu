@@ -7,7 +7,7 @@ enum {
     // Bytes of partial rows of a launch aimed at: forward's the best of those tried; backward gains a little
     // more with more, but 64K tokens are to do with 320 MiB of workspace.
     BUDGET = 96 << 20,
-    BACKWARD_BUDGET = 190 << 20,
+    BACKWARD_BUDGET = 193 << 20,
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
     MIN_SHARE = 64,        // list entries of a share on average, where there are so few
 };
@@ -213,15 +213,10 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
                          part) *
                             g +
                         r % g;
-                    uint4 *to = (uint4 *)((__half *)a.partial + at * D);
+                    Partial<__half> out[GROUPS];
 #pragma unroll
-                    for (int j = 0; j < GROUPS; j++) {
-                        to[4 * j + c] = make_uint4(
-                            pack2<__half>(o[4 * j][2 * i] * inverse, o[4 * j][2 * i + 1] * inverse),
-                            pack2<__half>(o[4 * j + 1][2 * i] * inverse, o[4 * j + 1][2 * i + 1] * inverse),
-                            pack2<__half>(o[4 * j + 2][2 * i] * inverse, o[4 * j + 2][2 * i + 1] * inverse),
-                            pack2<__half>(o[4 * j + 3][2 * i] * inverse, o[4 * j + 3][2 * i + 1] * inverse));
-                    }
+                    for (int j = 0; j < GROUPS; j++) out[j] = piece_of<__half>(o, 4 * j, i, inverse);
+                    Partial<__half>::store(a.partial + at * row_bytes<__half, D>(), 0, c, out);
                     if (c == 0)
                         a.stats[at] = make_float2(l > 0 ? max_row[i] + log2f(l) : -INFINITY, unfactor);
                 }
@@ -296,17 +291,17 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
     }
 }
 
-// The partial rows of one (token, head), as D/8 lanes see them, 16 bytes a lane: a warp has 256/D of these.
+// The partial rows of one (token, head), as D/8 lanes see them, a piece a lane: a warp has 256/D of these.
 // Slots go 16 at a time, of which 8 are in flight. Rows of all kinds are fewer than 2^32.
-template <int D> struct PartialRow {
+template <typename P, int D> struct PartialRow {
     static constexpr int LANES = D / 8, ROWS = 32 / LANES, HELD = 16 / LANES, LOADS = 8;
     bool there;              // a warp's last rows may be missing; they repeat the last one
     int piece;               // of eight channels: this lane's
     uint32_t row, to, first; // the token's query row, row*q_heads + head, the first slot's partial
     int64_t pos;             // the token's position
-    const char *from;        // this lane's 16 bytes of the first slot
+    const char *from;        // this lane's piece of the first slot
     unsigned valid;          // of 16 slots, a bit each: those that are in the lists, as lists.cu has it
-    uint4 x[LOADS];
+    Partial<P> x[LOADS];
     __device__ __forceinline__ PartialRow(const SelArgs &a, uint32_t index) {
         const uint32_t rows = (uint32_t)a.tokens * a.group;
         there = index < rows, index = min(index, rows - 1), piece = threadIdx.x % LANES;
@@ -316,7 +311,7 @@ template <int D> struct PartialRow {
         fsa_row(a.plan, row, &seq, &pos);
         to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
         first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
-        from = (const char *)a.partial + first * (uint64_t)(D * 2) + piece * 16;
+        from = a.partial + first * (uint64_t)row_bytes<P, D>() + Partial<P>::offset(piece);
     }
     // Of slots slot0 .. slot0 + 15. Whole warps call it.
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
@@ -335,7 +330,8 @@ template <int D> struct PartialRow {
     }
     // Starts to load a slot to x[i]; zeros if it isn't valid.
     __device__ __forceinline__ void load(const SelArgs &a, int i, int slot) {
-        x[i] = load_once(from + slot * (uint64_t)(a.group * D * 2), valid >> slot % 16 & 1);
+        x[i] = Partial<P>::load(from + slot * (uint64_t)(a.group * row_bytes<P, D>()), piece,
+                                valid >> slot % 16 & 1);
     }
     __device__ __forceinline__ void load_first(const SelArgs &a, int slot0) {
 #pragma unroll
@@ -379,7 +375,7 @@ template <typename T> static __device__ __forceinline__ void add_row(float (&sum
 // the sum alone. 64K tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6
 // in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds: on an H100 2.6 TB/s of 3.0.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
-    typedef PartialRow<D> Row;
+    typedef PartialRow<__half, D> Row;
     const int slots = a.topk * a.parts;
     if ((blockIdx.x * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
     Row r(a, (blockIdx.x * 256 + threadIdx.x) / Row::LANES);
@@ -407,8 +403,8 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 #pragma unroll
         for (int k = 0; k < Row::HELD; k++) {
             const int slot = k * Row::LANES + r.piece;
-            stats[k] = r.valid >> slot & 1 ? a.stats[r.first + (slot0 + slot) * a.group]
-                                           : make_float2(-INFINITY, 0);
+            stats[k] =
+                r.valid >> slot & 1 ? a.stats[r.first + (slot0 + slot) * a.group] : make_float2(-INFINITY, 0);
         }
     };
     float most = -INFINITY, sum = 0;
@@ -436,9 +432,8 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
             sum += weight[k];
             weight[k] *= stats[k].y;
         }
-        r.each(a, s0, [&](uint4 x, int i) {
-            const float w = __shfl_sync(0xffffffffu, weight[i / Row::LANES], i % Row::LANES, Row::LANES);
-            add_row<__half>(acc, x, w);
+        r.each(a, s0, [&](const Partial<__half> &x, int i) {
+            x.add_to(acc, __shfl_sync(0xffffffffu, weight[i / Row::LANES], i % Row::LANES, Row::LANES));
         });
         if ((s0 += 16) >= slots) break;
         r.find_valid(a, s0);
@@ -475,10 +470,10 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 // A thread block takes a share of one head's list, 64 keys of each KV block at a time: K and V stay
 // in shared memory, dK and dV in registers; 64 gathered rows of q and dO at a time give S, dP = dO V^T, P =
 // exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
-// partial row whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts
-// them right). A KV block's sum is added to dkv by the thread block where its list starts; one that goes on
-// with another's list leaves its sum in `crossing`, and sum_crossing adds these in order. A row moves 4*D
-// + 12 bytes in and 2*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6 GB in, 8.6 out, 5.8 ms at 4.5
+// partial row (partial.cuh; the reduction puts its channels in order). A KV block's sum is added to dkv by
+// the thread block where its list starts; one that goes on with another's list leaves its sum in `crossing`,
+// and sum_crossing adds these in order. A row moves 4*D
+// + 12 bytes in and 1.5*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6 GB in, 6.4 out, 5.3 ms at 4.5
 // TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
     constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
@@ -495,7 +490,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
     const int head = a.head0 + blockIdx.y, g = a.group;
     const Share share = share_of(a, head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
-    T *partial = (T *)a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * D;
+    char *partial = a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * row_bytes<T, D>();
 
     for (uint32_t begin = share.begin; begin < share.end;) {
         Run run = run_at(a, share, begin);
@@ -685,13 +680,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
                         for (int i = 0; i < 2; i++) {
                             int r = wm * 32 + m * 16 + quad + 8 * i;
                             if (tile * 64 + r >= rows) continue;
-                            uint32_t x[4];
-#pragma unroll
-                            for (int n = 0; n < 4; n++) {
-                                x[n] = pack2<T>(dq[m][n][2 * i] * a.scale, dq[m][n][2 * i + 1] * a.scale);
-                            }
-                            uint4 *to = (uint4 *)(partial + (int64_t)meta_partial[at][r] * D);
-                            to[(wn * (HALF / 32) + group) * 4 + c] = make_uint4(x[0], x[1], x[2], x[3]);
+                            const Partial<T> out[1] = {piece_of<T>(dq[m], 0, i, a.scale)};
+                            Partial<T>::store(partial + (int64_t)meta_partial[at][r] * row_bytes<T, D>(),
+                                              wn * (HALF / 32) + group, c, out);
                         }
                     }
                 }
@@ -760,7 +751,7 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
 // D/8 lanes add up the dQ partials of one (token, head) and what other branches have added to it, and turn
 // the sum back to the unrotated query. Thread block `index` of those that do.
 template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, unsigned index) {
-    typedef PartialRow<D> Row;
+    typedef PartialRow<T, D> Row;
     __shared__ float2 all_turns[256 / Row::LANES][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
     if ((index * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
@@ -775,7 +766,7 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
     for (int s0 = 0; s0 < slots; s0 += 16) {
         if (s0 > 0) r.find_valid(a, s0);
         r.load_first(a, s0);
-        r.each(a, s0, [&](uint4 x, int) { add_row<T>(acc, x, 1); });
+        r.each(a, s0, [&](const Partial<T> &x, int) { x.add_to(acc, 1); });
     }
     // Lane 4*group + c holds units c, 4+c, 8+c, 12+c of its 64-byte group, and is to write 4c .. 4c+3.
     auto exchange = [&](int kept, int given, int with) { // unit `kept` of the lanes without bit `with`
@@ -810,8 +801,8 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
 }
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
-// T*parts rows of 2*D bytes a (token, head), and 4*D of dq_sums, and writes one: 9.7 GB in and 0.5 out for
-// the case of selected_merge_kernel, 2.3 ms.
+// T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of dq_sums, and writes one: 7.5 GB in and
+// 0.5 out for the case of selected_merge_kernel, 1.8 ms.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)
@@ -870,8 +861,10 @@ struct SelShape {
     }
 };
 
-static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
+static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward) {
     SelShape s;
+    const bool packed_dq = backward && type == FSA_BF16;
+    const int row = packed_dq ? c->head_dim / 8 * Partial<__nv_bfloat16>::BYTES : c->head_dim * 2;
     s.hopper = fsa_hopper();
     s.group = c->q_heads / c->kv_heads;
     const int wide = c->block > 64 ? 128 : 64, back_keys = s.hopper ? wide : 64;
@@ -881,8 +874,8 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     s.init = forced ? c->init_blocks : 0, s.local = forced ? c->local_blocks : 0;
     const int64_t budget = backward ? BACKWARD_BUDGET : BUDGET;
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
-            token = slots * s.group * c->head_dim * 2; // bytes
-    const int64_t room = most(budget / token, 512);    // most rows times heads of a launch
+            token = slots * s.group * row;          // bytes
+    const int64_t room = most(budget / token, 512); // most rows times heads of a launch
     s.slab = least(room / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
     s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
@@ -905,7 +898,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
     const int64_t slabs = ceil_div(nq, least(room / 64 * 64, FSA_MAX_SLAB));
     s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * sizeof(uint32_t));
     s.sort = fsa_lists_workspace(c, p, s.slab);
-    s.partial = round_up(rows * c->head_dim * 2);
+    s.partial = round_up(rows * row);
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     s.packed = pack ? round_up(key_room) : 0;
     s.factors = pack ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
@@ -915,11 +908,11 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, int backward) {
 }
 
 int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p) {
-    return shape_of(c, p, 0).slab;
+    return shape_of(c, p, FSA_BF16, 0).slab;
 }
 
-size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, int backward) {
-    return shape_of(c, p, backward).bytes();
+size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward) {
+    return shape_of(c, p, type, backward).bytes();
 }
 
 static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, void *memory) {
@@ -1004,7 +997,7 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, cudaStream_t s
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream) {
-    SelShape s = shape_of(c, p, 0);
+    SelShape s = shape_of(c, p, type, 0);
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     if (s.init + s.local > 0) {
@@ -1030,7 +1023,7 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
                      const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
                      const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
                      void *dq, void *dk, void *dv, cudaStream_t stream) {
-    SelShape s = shape_of(c, p, 1);
+    SelShape s = shape_of(c, p, type, 1);
     s.local = local;
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;

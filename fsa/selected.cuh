@@ -13,7 +13,7 @@
 #ifndef FSA_SELECTED_CUH
 #define FSA_SELECTED_CUH
 #include "kernels.h"
-#include "mma.cuh"
+#include "partial.cuh"
 
 struct SelArgs {
     FsaPlan plan;
@@ -30,8 +30,8 @@ struct SelArgs {
     const void *q, *k, *v, *dout;
     const int32_t *indices;
     const float *delta, *lse_grad;
-    void *partial;   // [heads, slab*T, parts, group, D] 16-bit
-    float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the partial}
+    char *partial;   // [heads, slab*T, parts, group] rows of partial.cuh
+    float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the row}
     char *packed;    // Hopper's forward: V of the launch's heads, [heads, D/64, N, 64] fp16 (pack_kernel)
     float *factors;  // and what to multiply its blocks by, [heads, blocks, parts]
     float *dkv;      // backward: [heads, N, 2, D], the sums over the slabs so far

@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
         const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
-        char *out = (char *)a.partial + partial0 * (D * 2) + c * 16;
+        char *out = a.partial + partial0 * row_bytes<__half, D>();
         float2 *stats = a.stats + partial0;
         keep_in_registers(out), keep_in_registers(stats);
         float s[KEYS / 8][4], o[D / 8][4];
@@ -532,20 +532,16 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 wgmma_wait<0>();
                 wgmma_pin(o);
                 if (tile + F::CONSUMERS < tiles) start_s();
-                uint4 x[2][D / 32];
+                Partial<__half> x[2][D / 32];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    auto two = [&](int j) { return pack2<__half>(o[j][2 * i], o[j][2 * i + 1]); };
 #pragma unroll
-                    for (int j = 0; j < D / 8; j += 4)
-                        x[i][j / 4] = make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3));
+                    for (int j = 0; j < D / 32; j++) x[i][j] = piece_of<__half>(o, 4 * j, i, 1);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    if (to[i] == NONE) continue;
-                    uint4 *row = (uint4 *)(out + to[i] * (uint64_t)(D * 2));
-#pragma unroll
-                    for (int j = 0; j < D / 32; j++) __stcs(row + 4 * j, x[i][j]);
+                    if (to[i] != NONE)
+                        Partial<__half>::store(out + to[i] * (uint64_t)row_bytes<__half, D>(), 0, c, x[i]);
                 }
             }
             first += tiles;
@@ -581,18 +577,18 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
 // it transposed; a consumer takes 64 of dQ's columns at a time. What comes next runs meanwhile: dP while exp
 // is taken, dV while dS is made and stored, the next tile's S while the last of dQ goes out, as a partial row
-// whose 4-byte units lie as the fragments do (a lane's 16 bytes in one piece; the reduction puts them right).
-// After a block's last tile S is computed of whatever lies there, and not used: ptxas serializes the products
-// here if one is started under a condition, or two are under way where the loop begins. A KV block's sum is
-// added to dkv by the thread block where its list starts; one that goes on with another's list leaves its sum
-// in `crossing`, and sum_crossing adds these in order.
+// (partial.cuh; the reduction puts its channels in order). After a block's last tile S is computed of
+// whatever lies there, and not used: ptxas serializes the products here if one is started under a condition,
+// or two are under way where the loop begins. A KV block's sum is added to dkv by the thread block where its
+// list starts; one that goes on with another's list leaves its sum in `crossing`, and sum_crossing adds these
+// in order.
 //
-// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 8.6 GB out: 5.7 ms
-// at 4.5 TB/s, about 4.6 with the gathers out of L2 (a slab has 22 MiB of rows); dK and dV of each slab to
-// and from dkv, 3 GB each way, 1.4 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
+// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 6.4 GB out: 5.2 ms
+// at 4.5 TB/s, about 4.1 with the gathers out of L2 (a slab has 29 MiB of rows); dK and dV of each slab to
+// and from dkv, 2.3 GB each way, 1 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
 // 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move
-// half of the rows for the same products, which then bind. On an H100 48 launches of 180 us by ncu, 417 MB of
-// HBM traffic each, and as many reductions of 84 us and 234 MB: all of it at 2.5 TB/s of some 3.0. At d = 128
+// half of the rows for the same products, which then bind. On an H100 36 launches of 211 us by ncu, 440 MB of
+// HBM traffic each, and as many reductions of 81 us and 210 MB: 2.1 and 2.6 TB/s of some 3.0. At d = 128
 // ptxas serializes the products (C7512), 224 registers being too few; with 232, and 40 for the producers, it
 // does not, but consumers then wait for rows, and it takes as long or longer.
 template <typename T, int D, int KEYS>
@@ -830,14 +826,11 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         if (to[i] == NONE) continue;
-                        uint4 *row =
-                            (uint4 *)((char *)a.partial + to[i] * (uint64_t)(D * 2) + column * 2) + c;
-                        auto two = [&](int j) {
-                            return pack2<T>(dq[j][2 * i] * a.scale, dq[j][2 * i + 1] * a.scale);
-                        };
+                        Partial<T> x[B::DQ_COLUMNS / 32];
 #pragma unroll
-                        for (int j = 0; j < B::DQ_COLUMNS / 8; j += 4)
-                            __stcs(row + j, make_uint4(two(j), two(j + 1), two(j + 2), two(j + 3)));
+                        for (int j = 0; j < B::DQ_COLUMNS / 32; j++)
+                            x[j] = piece_of<T>(dq, 4 * j, i, a.scale);
+                        Partial<T>::store(a.partial + to[i] * (uint64_t)row_bytes<T, D>(), column / 32, c, x);
                     }
                 };
                 auto start_dk = [&] {

@@ -9,6 +9,7 @@
 //        and lengths; shape: times one alone, for a profiler; choice: times what a trained model chose, layer
 //        by layer (train_gpt_nsa -val 1 -choice FILE), beside random choices of the same shape
 #include "../../fsa/kernels.h"
+#include "../../fsa/partial.cuh"
 #include "../../llmc/choice.h"
 #include "choice.h"
 #include "selected_versions.h"
@@ -18,19 +19,20 @@ template <typename T> struct Library {
     const FsaConfig &c;
     const FsaPlan &p;
     Buffer<char> memory;
-    Buffer<float> delta, lse_grad;
+    Buffer<float> delta;
     Library(const FsaConfig &config, const FsaPlan &plan)
-        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, 0), fsa_sel_bytes(&c, &p, 1))),
-          delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads) {}
+        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, Dtype<T>::value, 0),
+                                                       fsa_sel_bytes(&c, &p, Dtype<T>::value, 1))),
+          delta(p.nq * c.q_heads) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse,
                  const FsaGate *gate = NULL) {
         FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, gate, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
-        FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, lse_grad, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse_grad,
-                                   NULL, NULL, memory, dq, dk, dv, 0));
+        FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, NULL, 0));
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse, NULL, NULL,
+                                   memory, dq, dk, dv, 0));
     }
 };
 
@@ -113,6 +115,63 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     check_that(intact, "guard zones", 0, 0);
 }
 
+// Eight rows of 64 channels to memory as the main kernels write them, and back as the reductions read them.
+enum { PIECES = 8 }; // of a row
+template <typename T> __global__ void pieces_kernel(const float *x, char *rows, float *y) {
+    const int row = threadIdx.x / 4, c = threadIdx.x % 4;
+    char *const at = rows + row * row_bytes<T, 64>();
+    Partial<T> p[2];
+    for (int group = 0; group < 2; group++) {
+        float v[8];
+        for (int k = 0; k < 8; k++) v[k] = x[(row * PIECES + 4 * group + c) * 8 + k];
+        p[group] = Partial<T>::of(v, 1);
+    }
+    if (row % 2 == 0) {
+        Partial<T>::store(at, 0, c, p);
+    } else {
+        for (int group = 0; group < 2; group++) {
+            const Partial<T> one[1] = {p[group]};
+            Partial<T>::store(at, group, c, one);
+        }
+    }
+    __syncthreads();
+    for (int piece = c; piece < PIECES; piece += 4) {
+        float sum[8] = {};
+        Partial<T>::load(at + Partial<T>::offset(piece), piece, true).add_to(sum, 1);
+        for (int k = 0; k < 8; k++) y[(row * PIECES + piece) * 8 + k] = sum[k];
+    }
+}
+
+// What comes back differs by half of the last bit at most, and what is no number is seen in its piece alone.
+template <typename T> static void check_pieces(Random *r) {
+    const bool shared = Dtype<T>::value == FSA_BF16; // the power of two
+    std::vector<float> x(8 * PIECES * 8);
+    for (float &v : x) v = r->normal();
+    for (int k = 0; k < 64; k++) {
+        x[64 + k] *= shared ? 1e-36f : 1e-2f, x[128 + k] *= shared ? 1e33f : 1e3f, x[192 + k] = 0;
+        x[256 + k] *= k % 8 == 5 ? 1000.f : 1, x[320 + k] = k % 2 ? 0.99999f : -0.4999f;
+    }
+    x[384] = NAN, x[448 + 63] = -INFINITY, x[448] = 1e34f; // the last is too large
+    Buffer<float> x_(x), y_((int64_t)x.size());
+    Buffer<char> rows(8 * row_bytes<T, 64>());
+    rows.poison(), y_.poison();
+    pieces_kernel<T><<<1, 32>>>(x_, rows, y_);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<float> y = y_.host();
+    for (size_t piece = 0; piece < x.size() / 8; piece++) {
+        float most = 0, worst = 0;
+        bool finite = true, came_finite = true;
+        for (size_t i = piece * 8; i < piece * 8 + 8; i++) {
+            finite &= fabsf(x[i]) < 0x1p112f, came_finite &= std::isfinite(y[i]);
+            most = std::max(most, fabsf(x[i])), worst = std::max(worst, fabsf(x[i] - y[i]));
+        }
+        const float limit = most / (shared ? 1024 : 2048);
+        check_that(finite ? came_finite && worst <= limit : !came_finite, "a piece of a partial row", worst,
+                   limit);
+    }
+    check_that(rows.guards_intact() && y_.guards_intact(), "guard zones", 0, 0);
+}
+
 template <typename T, int D>
 static void check_version(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths) {
     Batch b(c, lengths);
@@ -181,6 +240,7 @@ template <typename T> static void check_forced(Random *r, bool small) {
 }
 
 template <typename T> static void check_all(Random *r, bool small) {
+    check_pieces<T>(r);
     for (int version = 1; version <= 3; version++) {
         check_version<T, 64>(r, version, default_config(3, 1, 64, 16, 3), {70, 0, 9});
         check_version<T, 128>(r, version, default_config(4, 2, 128, 80, 3), {0, 100});
@@ -255,7 +315,8 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
     int d = x->c.head_dim;
     int listed = x->c.topk - (fsa_hopper() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
     double rows = (double)x->rows, flops[2] = {x->flops(), 2.5 * x->flops()};
-    double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (8 * d + 12)};
+    int row = d / 8 * Partial<T>::BYTES; // of dQ, written and read again
+    double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (4 * d + 12 + 2 * row)};
     printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.plan.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
     for (int i = 0; i < 2; i++) {

@@ -117,6 +117,11 @@ inline void ldmatrix_x4_trans(uint32_t r[4], uint32_t address) {
 inline uint4 load_once(const void *from, bool there) {
     return there ? *(const uint4 *)from : uint4{0, 0, 0, 0};
 }
+inline void load_once(const void *two, const void *one, bool there, uint32_t (&x)[3]) {
+    if ((uintptr_t)two % 8 || (uintptr_t)one % 4) emu::fail("ld: not aligned");
+    memset(x, 0, sizeof x);
+    if (there) memcpy(x, two, 8), memcpy(x + 2, one, 4);
+}
 inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     if (to % 16 || (uintptr_t)from % 16) emu::fail("cp.async: not aligned to 16 bytes");
     emu::AsyncCopies &copies = emu::async_copies();
@@ -148,5 +153,8 @@ inline float log2_fast(float x) {
 }
 inline float reciprocal_fast(float x) {
     return 1 / x;
+}
+inline float max_magnitude(float x, float y) {
+    return x != x || y != y ? NAN : fmaxf(fabsf(x), fabsf(y));
 }
 #endif
