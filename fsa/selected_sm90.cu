@@ -23,12 +23,15 @@ template <int D, int KEYS> struct Backward {
     // A thread block's shares of the lists: consumers of blocks of 64 keys have one each, two of 128 keys are
     // two halves of one.
     static constexpr int SHARES = KEYS == 64 ? 2 : 1, SHARERS = CONSUMERS / SHARES;
-    static constexpr int Q_STAGES = 2, KV_STAGES = KEYS == 64 ? 1 : 2;
-    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 56, REGISTERS = D == 64 ? 208 : 224;
+    static constexpr int Q_STAGES = D == 128 && KEYS == 64 ? 2 : 4,
+                         KV_STAGES = D == 128 || KEYS == 64 ? 1 : 2;
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
     static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
     static constexpr int DQ_COLUMNS = D / SHARERS < 64 ? D / SHARERS : 64; // of dQ at a time
-    static constexpr int GATHERERS = 2 / SHARES, KV_THREADS = 64 / SHARES; // a share's of the producers
-    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
+    // Pairs of producer warps that a share has: one warp of a pair finds a tile's rows and gathers q, the
+    // other gathers dO; the first pair's other one brings K and V, too.
+    static constexpr int GATHERERS = 2 / SHARES;
+    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one pair");
 };
 
 // Number `index` of what passes through a ring of COUNT stages: its stage, and the parity of its round.
@@ -178,51 +181,44 @@ template <int TILES> struct TileWalk {
     }
 };
 
-// Starts the copies of a tile's 64 rows of `first`, and of `second` to a tile SECOND bytes on (0: there is
-// none). An address made in the register of the one before waits until that one's copy has read it, and for a
-// shuffle: so there are BATCH addresses at a time, all of which are there before the first is used.
-template <typename T, int D, int SECOND, int BATCH>
-static __device__ __forceinline__ void gather(uint32_t tile, const void *first, const void *second,
-                                              const uint32_t (&row)[2]) {
+// Starts the copies of a tile's 64 rows. An address made in the register of the one before waits until that
+// one's copy has read it, and for a shuffle: so there are BATCH addresses at a time, all of which are there
+// before the first is used.
+template <typename T, int D, int BATCH>
+static __device__ __forceinline__ void gather(uint32_t tile, const void *rows, const uint32_t (&row)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
     constexpr int PERIOD = 8 / ROWS; // of the swizzle, in steps of ROWS rows
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
-    const char *from[2] = {(const char *)first + chunk * 16, (const char *)second + chunk * 16};
-    keep_in_registers(from[0]);
-    if (SECOND) keep_in_registers(from[1]);
+    const char *from = (const char *)rows + chunk * 16;
+    keep_in_registers(from);
     uint32_t to[PERIOD];
 #pragma unroll
     for (int i = 0; i < PERIOD; i++) to[i] = tile + panel_offset(i * ROWS + sub, chunk, 64 * 128);
 #pragma unroll
     for (int i0 = 0; i0 < 64 / ROWS; i0 += BATCH) {
-        uint32_t rows[BATCH];
+        const char *at[BATCH];
 #pragma unroll
-        for (int i = 0; i < BATCH; i++)
-            rows[i] = __shfl_sync(0xffffffffu, row[(i0 + i) * ROWS / 32], (i0 + i) * ROWS % 32 + sub);
-#pragma unroll
-        for (int which = 0; which < (SECOND ? 2 : 1); which++) {
-            const char *at[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) at[i] = from[which] + rows[i] * (uint64_t)(D * 2);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) keep_in_registers(at[i]);
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                cp_async_16(to[(i0 + i) % PERIOD] + (i0 + i) / PERIOD * 1024 + which * SECOND, at[i]);
+        for (int i = 0; i < BATCH; i++) {
+            const int r = (i0 + i) * ROWS;
+            at[i] = from + __shfl_sync(0xffffffffu, row[r / 32], r % 32 + sub) * (uint64_t)(D * 2);
         }
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) keep_in_registers(at[i]);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) cp_async_16(to[(i0 + i) % PERIOD] + (i0 + i) / PERIOD * 1024, at[i]);
     }
 }
 
 // Starts the copies of a short block's K and V rows; rows that it lacks become zeros.
-template <typename T, int D, int KEYS, int KV_THREADS>
+template <typename T, int D, int KEYS>
 static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run, int part, uint32_t k_tile,
-                                               uint32_t v_tile, int thread) {
+                                               uint32_t v_tile) {
     constexpr int CHUNKS = D / 8;
     const int64_t stride = (int64_t)a.kv_heads * D;
-    const int chunk = thread % CHUNKS, keys = run.keys - part * KEYS;
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, keys = run.keys - part * KEYS;
     const int64_t head = (a.head0 + blockIdx.y) * D + chunk * 8;
 #pragma unroll 2
-    for (int r = thread / CHUNKS; r < KEYS; r += KV_THREADS / CHUNKS) {
+    for (int r = lane / CHUNKS; r < KEYS; r += 32 / CHUNKS) {
         bool valid = r < keys;
         int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
         uint32_t to = panel_offset(r, chunk, KEYS * 128);
@@ -377,7 +373,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 walk.next(a, share);
                 QTurn turn(n);
                 turn.wait_empty(q_empty);
-                gather<T, D, 0, 8>(smem_address(m->q[turn.stage]), a.q, NULL, t.row);
+                gather<T, D, 8>(smem_address(m->q[turn.stage]), a.q, t.row);
                 cp_async_arrive(q_full + 8 * turn.stage);
                 auto &meta = m->tile[turn.stage];
 #pragma unroll
@@ -560,7 +556,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
     char ds[KEYS * 64 * 2];                                             // dS^T, [keys][64 rows]
     struct {
         uint32_t partial[64];
-        alignas(8) float lse[64], delta[64]; // -lse_grad*log2(e), and delta
+        alignas(8) float lse[64], delta[64]; // lse_grad and delta
         alignas(8) int limit[64];
         int masked;
     } tile[Q];
@@ -568,7 +564,8 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
         float *out;             // where the sums [keys, 2, D] go
         int tiles, keys, added; // added: they are added there
     } block[KV];
-    uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
+    uint32_t rows[2 * Q][64]; // of dO, from the warp that gathers q
+    uint64_t rows_full[2 * Q], q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
 // A thread block takes a share or two of one head's list: K and V of each KV block stay in shared memory,
@@ -576,21 +573,18 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_grad), dS^T = P^T (dP^T - delta), and dV += P^T
 // dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
 // it transposed; a consumer takes 64 of dQ's columns at a time. What comes next runs meanwhile: dP while exp
-// is taken, dV while dS is made and stored, the next tile's S while the last of dQ goes out, as a partial row
-// (partial.cuh; the reduction puts its channels in order). After a block's last tile S is computed of
-// whatever lies there, and not used: ptxas serializes the products here if one is started under a condition,
-// or two are under way where the loop begins. A KV block's sum is added to dkv by the thread block where its
-// list starts; one that goes on with another's list leaves its sum in `crossing`, and sum_crossing adds these
-// in order.
+// is taken, dV while dS is made, dK while it is stored, the next tile's S while the last of dQ goes out, as a
+// partial row (partial.cuh; the reduction puts its channels in order). dQ needs the rows no longer, so the
+// next ones come while it is computed and packed. After a block's last tile S is computed of whatever lies
+// there, and not used: ptxas serializes the products here if one is started under a condition, or two are
+// under way where the loop begins. A KV block's sum is added to dkv by the thread block where its list
+// starts; one that goes on with another's list leaves its sum in `crossing`, and sum_crossing adds these in
+// order.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 6.4 GB out: 5.2 ms
-// at 4.5 TB/s, about 4.1 with the gathers out of L2 (a slab has 29 MiB of rows); dK and dV of each slab to
-// and from dkv, 2.3 GB each way, 1 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
-// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. Memory binds. Blocks of 128 keys move
-// half of the rows for the same products, which then bind. On an H100 36 launches of 211 us by ncu, 440 MB of
-// HBM traffic each, and as many reductions of 81 us and 210 MB: 2.1 and 2.6 TB/s of some 3.0. At d = 128
-// ptxas serializes the products (C7512), 224 registers being too few; with 232, and 40 for the producers, it
-// does not, but consumers then wait for rows, and it takes as long or longer.
+// at 4.5 TB/s, about 4.1 with the gathers out of L2 (a slab has 32 MiB of rows); dK and dV of each slab to
+// and from dkv, 2.1 GB each way, 1 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
+// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. NCU_TEXT
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
@@ -598,6 +592,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     typedef Backward<D, KEYS> B;
     typedef BackwardSmem<D, KEYS> Smem;
     typedef Turn<B::Q_STAGES> QTurn;
+    typedef Turn<2 * B::Q_STAGES> RowsTurn;
     typedef Turn<B::KV_STAGES> KvTurn;
     constexpr int TILE = 64 * D * 2;
     extern __shared__ __align__(1024) char raw[];
@@ -607,17 +602,19 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     const int which = B::SHARES == 1 ? 0 : warp < 4 ? warp % 2 : warp / 4 - 1;
     const unsigned index = blockIdx.x * B::SHARES + which;
     Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024) + which;
-    const uint32_t q_full = smem_address(m->q_full), q_empty = smem_address(m->q_empty);
+    const uint32_t rows_full = smem_address(m->rows_full), q_full = smem_address(m->q_full),
+                   q_empty = smem_address(m->q_empty);
     const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
     const int head = a.head0 + blockIdx.y, g = a.group;
     if (warp < B::SHARES && lane == 0) {
-        // The lanes' copies, and one's word that what goes with them is there.
+        for (int i = 0; i < 2 * B::Q_STAGES; i++) mbarrier_init(rows_full + 8 * i, WARP_ARRIVALS);
         for (int i = 0; i < B::Q_STAGES; i++) {
-            mbarrier_init(q_full + 8 * i, 32 + WARP_ARRIVALS);
+            // The lanes' copies of both warps, and one's word that what goes with them is there.
+            mbarrier_init(q_full + 8 * i, 64 + WARP_ARRIVALS);
             mbarrier_init(q_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
         }
         for (int i = 0; i < B::KV_STAGES; i++) {
-            mbarrier_init(kv_full + 8 * i, B::KV_THREADS + 1);
+            mbarrier_init(kv_full + 8 * i, 32 + 1);
             mbarrier_init(kv_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
@@ -627,67 +624,92 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     if (warp < 4) {
         registers_down_to<B::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, index);
-        const int worker = B::SHARES == 1 ? (int)threadIdx.x % 64 : lane; // of those with the same work
+        const uint32_t pair = B::SHARES == 1 ? warp % 2 : 0; // takes every GATHERERS-th tile
         if (warp < 2) {
             // Partial rows are counted over all heads of the launch.
             const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab * a.topk);
-            TileWalk<B::GATHERERS> walk(a, share, worker / 32);
-            for (uint32_t n = worker / 32; walk.runs.more; n += B::GATHERERS) {
+            TileWalk<B::GATHERERS> walk(a, share, pair);
+            for (uint32_t n = pair; walk.runs.more; n += B::GATHERERS) {
                 TileRows t = walk.take(a, entry0);
-                float lse[2], delta[2];
+                // The tile that had this place, 2*Q_STAGES before, has ended: this warp has waited for a
+                // later.
+                const RowsTurn rows(n);
 #pragma unroll
-                for (int i = 0; i < 2; i++) lse[i] = a.lse_grad[t.row[i]], delta[i] = a.delta[t.row[i]];
+                for (int i = 0; i < 2; i++) m->rows[rows.stage][lane + 32 * i] = t.row[i];
+                mbarrier_arrive_warp(rows_full + 8 * rows.stage);
                 walk.next(a, share);
                 QTurn turn(n);
                 turn.wait_empty(q_empty);
-                gather<T, D, TILE, 2>(smem_address(m->q[turn.stage]), a.q, a.dout, t.row);
-                cp_async_arrive(q_full + 8 * turn.stage);
                 auto &meta = m->tile[turn.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = lane + 32 * i;
+                    cp_async_4(smem_address(&meta.lse[r]), &a.lse_grad[t.row[i]]);
+                    cp_async_4(smem_address(&meta.delta[r]), &a.delta[t.row[i]]);
                     if (t.partial[i] == NONE) t.limit[i] = -1;
                     meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
-                    meta.lse[r] = lse[i] * -FSA_LOG2E, meta.delta[r] = delta[i];
                 }
                 int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                 if (lane == 0) meta.masked = masked;
+                gather<T, D, 4>(smem_address(m->q[turn.stage][0]), a.q, t.row);
+                cp_async_arrive(q_full + 8 * turn.stage);
                 mbarrier_arrive_warp(q_full + 8 * turn.stage);
             }
         } else {
-            uint32_t n = 0;
+            uint32_t n = 0, tile = 0;
             for (RunWalk runs(a, share); runs.more; runs.next(a, share)) {
                 const Run &run = runs.run;
+                const int tiles = ((int)run.count * g + 63) / 64;
                 for (int part = 0; part < a.parts; part++, n++) {
-                    bool added;
-                    float *out = sum_of<D>(a, share, index, run, part, &added);
-                    KvTurn turn(n);
-                    const uint32_t k_tile = smem_address(m->k[turn.stage]);
-                    const uint32_t v_tile = smem_address(m->v[turn.stage]), full = kv_full + 8 * turn.stage;
-                    const int keys = run.keys - part * KEYS;
-                    turn.wait_empty(kv_empty);
-                    // What a short block lacks are zeros, which the copy engine doesn't write.
-                    if (keys < KEYS) load_kv<T, D, KEYS, B::KV_THREADS>(a, run, part, k_tile, v_tile, worker);
-                    cp_async_arrive(full);
-                    if (worker == 0) {
-                        auto &meta = m->block[turn.stage];
-                        meta.out = out, meta.added = added;
-                        meta.tiles = ((int)run.count * g + 63) / 64, meta.keys = keys;
-                        mbarrier_arrive_expect(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
-                        for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
-                            const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
-                            tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
-                            tma_load_3d(v_tile + at, &v_map, panel * 64, head, key0, full);
+                    auto load_keys = [&] {
+                        bool added;
+                        float *out = sum_of<D>(a, share, index, run, part, &added);
+                        KvTurn turn(n);
+                        const uint32_t k_tile = smem_address(m->k[turn.stage]);
+                        const uint32_t v_tile = smem_address(m->v[turn.stage]),
+                                       full = kv_full + 8 * turn.stage;
+                        const int keys = run.keys - part * KEYS;
+                        turn.wait_empty(kv_empty);
+                        // What a short block lacks are zeros, which the copy engine doesn't write.
+                        if (keys < KEYS) load_kv<T, D, KEYS>(a, run, part, k_tile, v_tile);
+                        cp_async_arrive(full);
+                        if (lane == 0) {
+                            auto &meta = m->block[turn.stage];
+                            meta.out = out, meta.added = added;
+                            meta.tiles = tiles, meta.keys = keys;
+                            mbarrier_arrive_expect(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
+                            for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
+                                const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
+                                tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
+                                tma_load_3d(v_tile + at, &v_map, panel * 64, head, key0, full);
+                            }
                         }
+                    };
+                    for (int i = 0; i < tiles; i++, tile++) {
+                        if (tile % B::GATHERERS == pair) {
+                            const RowsTurn rows(tile);
+                            rows.wait_full(rows_full);
+                            QTurn turn(tile);
+                            turn.wait_empty(q_empty);
+                            const uint32_t row[2] = {m->rows[rows.stage][lane],
+                                                     m->rows[rows.stage][lane + 32]};
+                            gather<T, D, 4>(smem_address(m->q[turn.stage][1]), a.dout, row);
+                            cp_async_arrive(q_full + 8 * turn.stage);
+                        }
+                        // Not before the part's first rows are under way: this waits until the part before
+                        // is done with.
+                        if (pair == 0 && i == min(tiles, B::GATHERERS) - 1) load_keys();
                     }
                 }
             }
-            KvTurn turn(n);
-            turn.wait_empty(kv_empty);
-            cp_async_arrive(kv_full + 8 * turn.stage);
-            if (worker == 0) {
-                m->block[turn.stage].tiles = 0;
-                mbarrier_arrive(kv_full + 8 * turn.stage);
+            if (pair == 0) {
+                KvTurn turn(n);
+                turn.wait_empty(kv_empty);
+                cp_async_arrive(kv_full + 8 * turn.stage);
+                if (lane == 0) {
+                    m->block[turn.stage].tiles = 0;
+                    mbarrier_arrive(kv_full + 8 * turn.stage);
+                }
             }
         }
         cp_async_commit();
@@ -755,10 +777,10 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     start_product(dp, v_mine, g_tile + row * 128);
 #pragma unroll
                     for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
-                        const float2 base = lse[j - row / 8];
+                        const float base[2] = {lse[j - row / 8].x * -FSA_LOG2E,
+                                               lse[j - row / 8].y * -FSA_LOG2E};
 #pragma unroll
-                        for (int i = 0; i < 4; i++)
-                            s[j][i] = exp2_fast(s[j][i] * scale_log2 + (i & 1 ? base.y : base.x));
+                        for (int i = 0; i < 4; i++) s[j][i] = exp2_fast(s[j][i] * scale_log2 + base[i & 1]);
                     }
                     if (masked) {
 #pragma unroll
@@ -796,6 +818,10 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         }
                     }
                 }
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], wgmma_further(q_rows, k * 2048), 1);
+                wgmma_commit();
                 named_barrier_sync(1 + which, 128 * B::SHARERS); // the last tile's dQ has been computed
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -833,28 +859,22 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         Partial<T>::store(a.partial + to[i] * (uint64_t)row_bytes<T, D>(), column / 32, c, x);
                     }
                 };
-                auto start_dk = [&] {
-                    wgmma_fence();
-#pragma unroll
-                    for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], wgmma_further(q_rows, k * 2048), 1);
-                    wgmma_commit();
-                };
                 constexpr int PIECES = D / B::SHARERS / B::DQ_COLUMNS;
-                if (PIECES == 1) start_dk();
 #pragma unroll
                 for (int piece = 0; piece < PIECES; piece++) {
-                    const bool last = piece + 1 == PIECES;
                     start_dq(column0 + piece * B::DQ_COLUMNS);
-                    if (last) {
+                    if (piece == 0) {
                         wgmma_wait<1>(); // dV and dK are there
                         mbarrier_arrive_warp(q_empty + 8 * turn.stage);
+                    }
+                    if (piece + 1 == PIECES) {
                         // No waiting past the part's end: the stage's next round may be any, the parity lies.
                         if (tile + 1 < end) wait_rows(tile + 1);
                         start_s(tile + 1);
+                        wgmma_wait<1>();
                     } else {
-                        start_dk();
+                        wgmma_wait<0>();
                     }
-                    wgmma_wait<1>();
                     wgmma_pin(dq);
                     store_dq(column0 + piece * B::DQ_COLUMNS);
                 }

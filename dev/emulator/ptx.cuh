@@ -83,7 +83,7 @@ template <bool trans> void ldmatrix_finish(uint32_t mask, const uint32_t *addres
 struct AsyncCopy {
     uint32_t to;
     const void *from; // NULL: zeros
-    int group;
+    int group, bytes;
 };
 struct AsyncCopies {
     std::vector<AsyncCopy> list;
@@ -125,7 +125,12 @@ inline void load_once(const void *two, const void *one, bool there, uint32_t (&x
 inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     if (to % 16 || (uintptr_t)from % 16) emu::fail("cp.async: not aligned to 16 bytes");
     emu::AsyncCopies &copies = emu::async_copies();
-    copies.list.push_back({to, valid ? from : NULL, copies.group});
+    copies.list.push_back({to, valid ? from : NULL, copies.group, 16});
+}
+inline void cp_async_4(uint32_t to, const void *from) {
+    if (to % 4 || (uintptr_t)from % 4) emu::fail("cp.async: not aligned to 4 bytes");
+    emu::AsyncCopies &copies = emu::async_copies();
+    copies.list.push_back({to, from, copies.group, 4});
 }
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
@@ -138,9 +143,9 @@ template <int left> inline void cp_async_wait() {
     for (; i < copies.list.size() && copies.list[i].group < copies.group - left; i++) {
         const emu::AsyncCopy &c = copies.list[i];
         if (c.from)
-            memcpy(emu::from_shared(c.to), c.from, 16);
+            memcpy(emu::from_shared(c.to), c.from, c.bytes);
         else
-            memset(emu::from_shared(c.to), 0, 16);
+            memset(emu::from_shared(c.to), 0, c.bytes);
     }
     copies.list.erase(copies.list.begin(), copies.list.begin() + (long)i);
 }
