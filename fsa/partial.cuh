@@ -41,8 +41,8 @@ template <> struct Partial<__half> {
     static __device__ __forceinline__ int offset(int piece) {
         return piece * BYTES;
     }
-    static __device__ __forceinline__ Partial load(const char *at, int, bool there) {
-        return {load_once(at, there)};
+    static __device__ __forceinline__ Partial load(const char *at, int, bool there, uint64_t policy) {
+        return {load_if(there, at, policy)};
     }
 };
 
@@ -102,9 +102,9 @@ template <> struct Partial<__nv_bfloat16> {
     static __device__ __forceinline__ int offset(int piece) {
         return piece / 8 * 96 + piece % 4 * 16 + piece / 4 % 2 * 8;
     }
-    static __device__ __forceinline__ Partial load(const char *at, int piece, bool there) {
+    static __device__ __forceinline__ Partial load(const char *at, int piece, bool there, uint64_t) {
         Partial p;
-        load_once(at, at + (64 - piece % 4 * 8 - piece / 4 % 2 * 4), there, p.w);
+        load_if(there, at, at + (64 - piece % 4 * 8 - piece / 4 % 2 * 4), p.w);
         return p;
     }
 };

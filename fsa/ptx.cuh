@@ -49,8 +49,20 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], uint32_t addres
                  : "memory");
 }
 
-// 16 bytes that are read once, or zeros: a predicate instead of the branch that C++ would become.
-__device__ __forceinline__ uint4 load_once(const void *from, bool there) {
+// What the L2 gives up last, and first.
+__device__ __forceinline__ uint64_t l2_last() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t l2_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// 16 bytes that L1 need not keep, or zeros: a predicate instead of the branch that C++ would become.
+__device__ __forceinline__ uint4 load_if(bool there, const void *from, uint64_t policy) {
     uint4 x;
     asm volatile("{\n"
                  ".reg .pred there;\n"
@@ -59,15 +71,15 @@ __device__ __forceinline__ uint4 load_once(const void *from, bool there) {
                  "mov.b32 %1, 0;\n"
                  "mov.b32 %2, 0;\n"
                  "mov.b32 %3, 0;\n"
-                 "@there ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 "@there ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6;\n"
                  "}"
                  : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(from), "r"((int)there)
+                 : "l"(from), "r"((int)there), "l"(policy)
                  : "memory");
     return x;
 }
-// The same of 8 bytes and 4 elsewhere.
-__device__ __forceinline__ void load_once(const void *two, const void *one, bool there, uint32_t (&x)[3]) {
+// The same of 8 bytes and 4 elsewhere that are read once.
+__device__ __forceinline__ void load_if(bool there, const void *two, const void *one, uint32_t (&x)[3]) {
     asm volatile("{\n"
                  ".reg .pred there;\n"
                  "setp.ne.b32 there, %5, 0;\n"
@@ -79,6 +91,11 @@ __device__ __forceinline__ void load_once(const void *two, const void *one, bool
                  "}"
                  : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2])
                  : "l"(two), "l"(one), "r"((int)there)
+                 : "memory");
+}
+__device__ __forceinline__ void store(void *to, uint4 x, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w), "l"(policy)
                  : "memory");
 }
 

@@ -77,8 +77,8 @@ template <typename T, int N, int trans_b> struct Wgmma;
         template <int trans_a>                                                                               \
         static __device__ __forceinline__ void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) {   \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " n2 ", 0;\n"                                        \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N "}, "  \
-                         n0 ", " n1 ", p, 1, 1, " n3 ", " n4 ";}"                                            \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N        \
+                         "}, " n0 ", " n1 ", p, 1, 1, " n3 ", " n4 ";}"                                      \
                          : FSA_ACC_##N                                                                       \
                          : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)                              \
                          : "memory");                                                                        \
@@ -86,8 +86,8 @@ template <typename T, int N, int trans_b> struct Wgmma;
         static __device__ __forceinline__ void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,  \
                                                   int add) {                                                 \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " n5 ", 0;\n"                                        \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N "}, {" \
-                         n0 ", " n1 ", " n2 ", " n3 "}, " n4 ", p, 1, 1, " n6 ";}"                           \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N        \
+                         "}, {" n0 ", " n1 ", " n2 ", " n3 "}, " n4 ", p, 1, 1, " n6 ";}"                    \
                          : FSA_ACC_##N                                                                       \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(trans_b)        \
                          : "memory");                                                                        \
@@ -164,13 +164,22 @@ __device__ __forceinline__ void mbarrier_wait_asleep(uint32_t barrier, int parit
 }
 
 // ---- TMA: boxes of a tensor of up to 4 dimensions, the innermost first, into shared memory, swizzled as the
-// tensor's map says. What lies outside the tensor becomes zero. Counts its bytes at `barrier`.
+// tensor's map says. What lies outside the tensor becomes zero. Counts its bytes at `barrier`. policy:
+// l2_first or l2_last (ptx.cuh).
 __device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z,
                                             uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
                  : "memory");
+}
+__device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z,
+                                            uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
+        : "memory");
 }
 __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w,
                                             uint32_t barrier) {
@@ -186,12 +195,20 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int byt
         "l"(from), "r"(bytes), "r"(barrier)
         : "memory");
 }
+__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier,
+                                          uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
 
-// The other way: `bytes` (a multiple of 16) of shared memory into global memory, or fp32 numbers added to those
-// there. A thread's copies since its last commit are a group; wait_read: shared memory may be overwritten;
-// wait: the results are in memory.
+// The other way: `bytes` (a multiple of 16) of shared memory into global memory, or fp32 numbers added to
+// those there. A thread's copies since its last commit are a group; wait_read: shared memory may be
+// overwritten; wait: the results are in memory.
 __device__ __forceinline__ void bulk_store(void *to, uint32_t from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void bulk_add(float *to, uint32_t from, int bytes) {

@@ -8,6 +8,7 @@ enum {
     // more with more, but 64K tokens are to do with 320 MiB of workspace.
     BUDGET = 96 << 20,
     BACKWARD_BUDGET = 193 << 20,
+    KEPT = 8 << 20,        // of these bytes, what the L2 can keep: with 16 MiB it keeps less
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
     MIN_SHARE = 64,        // list entries of a share on average, where there are so few
 };
@@ -301,6 +302,7 @@ template <typename P, int D> struct PartialRow {
     int64_t pos;             // the token's position
     const char *from;        // this lane's piece of the first slot
     unsigned valid;          // of 16 slots, a bit each: those that are in the lists, as lists.cu has it
+    uint64_t policy;         // of the token's rows
     Partial<P> x[LOADS];
     __device__ __forceinline__ PartialRow(const SelArgs &a, uint32_t index) {
         const uint32_t rows = (uint32_t)a.tokens * a.group;
@@ -312,6 +314,7 @@ template <typename P, int D> struct PartialRow {
         to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
         first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
         from = a.partial + first * (uint64_t)row_bytes<P, D>() + Partial<P>::offset(piece);
+        policy = first < a.kept ? l2_last() : l2_first();
     }
     // Of slots slot0 .. slot0 + 15. Whole warps call it.
     __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
@@ -331,7 +334,7 @@ template <typename P, int D> struct PartialRow {
     // Starts to load a slot to x[i]; zeros if it isn't valid.
     __device__ __forceinline__ void load(const SelArgs &a, int i, int slot) {
         x[i] = Partial<P>::load(from + slot * (uint64_t)(a.group * row_bytes<P, D>()), piece,
-                                valid >> slot % 16 & 1);
+                                valid >> slot % 16 & 1, policy);
     }
     __device__ __forceinline__ void load_first(const SelArgs &a, int slot0) {
 #pragma unroll
@@ -854,6 +857,7 @@ struct SelShape {
     int group, keys, parts, heads, shares; // heads: kv heads a launch takes; shares: of a slab and head
     int init, local;                       // blocks of a row that lists leave out
     int64_t slab;
+    uint32_t kept;                                                            // rows of partials
     size_t lists, cuts, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
     size_t bytes() const { // lists are sorted before the rest begins
@@ -899,6 +903,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, in
     s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * sizeof(uint32_t));
     s.sort = fsa_lists_workspace(c, p, s.slab);
     s.partial = round_up(rows * row);
+    s.kept = forced ? (uint32_t)(KEPT / token * slots * s.group) : 0; // of whole tokens
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     s.packed = pack ? round_up(key_room) : 0;
     s.factors = pack ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
@@ -923,6 +928,7 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
     a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
     a.by_topk = divisor_of(a.topk), a.by_group = divisor_of(a.group);
+    a.kept = s.kept;
     char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
     a.cuts = (uint32_t *)take(s.cuts);

@@ -30,6 +30,7 @@ struct SelArgs {
     const void *q, *k, *v, *dout;
     const int32_t *indices;
     const float *delta, *lse_grad;
+    uint32_t kept;   // rows of `partial`, from the first on, that stay in the L2 until they are merged
     char *partial;   // [heads, slab*T, parts, group] rows of partial.cuh
     float2 *stats;   // forward: [heads, slab*T, parts, group] {lse in base 2, factor of the row}
     char *packed;    // Hopper's forward: V of the launch's heads, [heads, D/64, N, 64] fp16 (pack_kernel)

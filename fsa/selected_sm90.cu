@@ -415,10 +415,10 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         const int64_t key0 = run.key0 + part * KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
                             const uint32_t at = to + panel * KEYS * 128;
-                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full);
+                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full, l2_first());
                             if (keys > 0)
                                 bulk_load(at + KEYS * D * 2, packed + (panel * a.plan.n + key0) * 128,
-                                          keys * 128, full);
+                                          keys * 128, full, l2_first());
                         }
                     }
                 }
@@ -443,6 +443,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         char *out = a.partial + partial0 * row_bytes<__half, D>();
         float2 *stats = a.stats + partial0;
         keep_in_registers(out), keep_in_registers(stats);
+        const uint32_t kept = a.kept > partial0 ? a.kept - (uint32_t)partial0 : 0;
         float s[KEYS / 8][4], o[D / 8][4];
         uint32_t first = 0, n = 0;                         // tiles before this part's, and parts
         Steps<F::Q_STAGES, F::CONSUMERS> q_turn(consumer); // of the consumer's next tile
@@ -536,8 +537,11 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    if (to[i] != NONE)
-                        Partial<__half>::store(out + to[i] * (uint64_t)row_bytes<__half, D>(), 0, c, x[i]);
+                    if (to[i] == NONE) continue;
+                    uint4 *const row = (uint4 *)(out + to[i] * (uint64_t)row_bytes<__half, D>()) + c;
+                    const uint64_t policy = to[i] < kept ? l2_last() : l2_first();
+#pragma unroll
+                    for (int j = 0; j < D / 32; j++) store(row + 4 * j, x[i][j].x, policy);
                 }
             }
             first += tiles;

@@ -114,13 +114,22 @@ inline void ldmatrix_x4_trans(uint32_t r[4], uint32_t address) {
     memcpy(r, m.r, sizeof m.r);
 }
 
-inline uint4 load_once(const void *from, bool there) {
+inline uint64_t l2_last() {
+    return 1;
+}
+inline uint64_t l2_first() {
+    return 0;
+}
+inline uint4 load_if(bool there, const void *from, uint64_t) {
     return there ? *(const uint4 *)from : uint4{0, 0, 0, 0};
 }
-inline void load_once(const void *two, const void *one, bool there, uint32_t (&x)[3]) {
+inline void load_if(bool there, const void *two, const void *one, uint32_t (&x)[3]) {
     if ((uintptr_t)two % 8 || (uintptr_t)one % 4) emu::fail("ld: not aligned");
     memset(x, 0, sizeof x);
     if (there) memcpy(x, two, 8), memcpy(x + 2, one, 4);
+}
+inline void store(void *to, uint4 x, uint64_t) {
+    *(uint4 *)to = x;
 }
 inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     if (to % 16 || (uintptr_t)from % 16) emu::fail("cp.async: not aligned to 16 bytes");

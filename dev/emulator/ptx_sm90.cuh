@@ -134,12 +134,19 @@ inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z
     int64_t at[4] = {x, y, z, 0};
     emu::tma_issue(to, (const emu::TensorMap *)map, at, 3, barrier);
 }
+inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier,
+                        uint64_t) {
+    tma_load_3d(to, map, x, y, z, barrier);
+}
 inline void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w, uint32_t barrier) {
     int64_t at[4] = {x, y, z, w};
     emu::tma_issue(to, (const emu::TensorMap *)map, at, 4, barrier);
 }
 inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
     emu::bulk_issue(to, from, bytes, barrier);
+}
+inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier, uint64_t) {
+    bulk_load(to, from, bytes, barrier);
 }
 inline void bulk_store(void *to, uint32_t from, int bytes) {
     emu::bulk_store_issue(to, from, bytes, false);
