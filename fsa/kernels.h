@@ -40,9 +40,9 @@ struct FsaGate {
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream);
-// delta and lse_grad [Nq, Hq] come from fsa_row_stats (rows in no list aren't read). Overwrites dq, dk, dv; dq with what dq_sums has, too
-// (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL: not at all). A row's last `local`
-// blocks are left out: fsa_window_backward takes them.
+// delta and lse_grad [Nq, Hq] come from fsa_row_stats; rows that no list has aren't read. Overwrites dq, dk,
+// dv; dq with what dq_sums has, too (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL:
+// not at all). A row's last `local` blocks are left out: fsa_window_backward takes them.
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
                      const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,

@@ -77,8 +77,8 @@ template <typename T, int N, int trans_b> struct Wgmma;
         template <int trans_a>                                                                               \
         static __device__ __forceinline__ void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b, int add) {   \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " n2 ", 0;\n"                                        \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N        \
-                         "}, " n0 ", " n1 ", p, 1, 1, " n3 ", " n4 ";}"                                      \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N "}, "  \
+                         n0 ", " n1 ", p, 1, 1, " n3 ", " n4 ";}"                                            \
                          : FSA_ACC_##N                                                                       \
                          : "l"(a), "l"(b), "r"(add), "n"(trans_a), "n"(trans_b)                              \
                          : "memory");                                                                        \
@@ -86,8 +86,8 @@ template <typename T, int N, int trans_b> struct Wgmma;
         static __device__ __forceinline__ void rs(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b,  \
                                                   int add) {                                                 \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " n5 ", 0;\n"                                        \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N        \
-                         "}, {" n0 ", " n1 ", " n2 ", " n3 "}, " n4 ", p, 1, 1, " n6 ";}"                    \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." types " {" FSA_NUMBERS_##N "}, {" \
+                         n0 ", " n1 ", " n2 ", " n3 "}, " n4 ", p, 1, 1, " n6 ";}"                           \
                          : FSA_ACC_##N                                                                       \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(trans_b)        \
                          : "memory");                                                                        \
@@ -203,12 +203,11 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int byt
                  : "memory");
 }
 
-// The other way: `bytes` (a multiple of 16) of shared memory into global memory, or fp32 numbers added to
-// those there. A thread's copies since its last commit are a group; wait_read: shared memory may be
-// overwritten; wait: the results are in memory.
+// The other way: `bytes` (a multiple of 16) of shared memory into global memory, or fp32 numbers added to those
+// there. A thread's copies since its last commit are a group; wait_read: shared memory may be overwritten;
+// wait: the results are in memory.
 __device__ __forceinline__ void bulk_store(void *to, uint32_t from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
-                 "r"(bytes)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void bulk_add(float *to, uint32_t from, int bytes) {

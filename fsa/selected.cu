@@ -475,9 +475,9 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 // exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
 // partial row (partial.cuh; the reduction puts its channels in order). A KV block's sum is added to dkv by
 // the thread block where its list starts; one that goes on with another's list leaves its sum in `crossing`,
-// and sum_crossing adds these in order. A row moves 4*D
-// + 12 bytes in and 1.5*D out. 64K tokens, 32 heads, T = 16, d = 128: 17.6 GB in, 6.4 out, 5.3 ms at 4.5
-// TB/s; 2.75 TFLOP, 3.5 ms at 790; with mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
+// and sum_crossing adds these in order. A row moves 4*D + 12 bytes in and 1.5*D out (fp16 2*D). 64K tokens,
+// 32 heads, T = 16, d = 128: 17.6 GB in, 6.4 out, 5.3 ms at 4.5 TB/s; 2.75 TFLOP, 3.5 ms at 790; with
+// mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
     constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
     extern __shared__ __align__(128) char smem[];
