@@ -182,8 +182,8 @@ template <int TILES> struct TileWalk {
 };
 
 // Starts the copies of a tile's 64 rows. An address made in the register of the one before waits until that
-// one's copy has read it, and for a shuffle: so there are BATCH addresses at a time, all of which are there
-// before the first is used.
+// one's copy has read it, and for a shuffle: so there are to be BATCH addresses before the first is used. (At
+// d = 128 ptxas makes them one after the other all the same; with registers for several it was no faster.)
 template <typename T, int D, int BATCH>
 static __device__ __forceinline__ void gather(uint32_t tile, const void *rows, const uint32_t (&row)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
