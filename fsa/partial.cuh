@@ -9,6 +9,17 @@
 #define FSA_PARTIAL_CUH
 #include "mma.cuh"
 
+// sum += weight * x, eight channels.
+template <typename T> static __device__ __forceinline__ void add_row(float (&sum)[8], uint4 x, float weight) {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 f = unpack2<T>(words[j]);
+        sum[2 * j] += weight * f.x;
+        sum[2 * j + 1] += weight * f.y;
+    }
+}
+
 // The piece of forward's rows, T = __half whatever q, k and v are: o of a query that sees one key must be v,
 // or dP - delta isn't 0. And of backward's, T being q's type. BYTES: of a piece.
 template <typename T> struct Partial;
@@ -23,13 +34,7 @@ template <> struct Partial<__half> {
     }
     // sum += weight * the piece
     __device__ __forceinline__ void add_to(float (&sum)[8], float weight) const {
-        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float2 f = unpack2<__half>(words[j]);
-            sum[2 * j] += weight * f.x;
-            sum[2 * j + 1] += weight * f.y;
-        }
+        add_row<__half>(sum, x, weight);
     }
     // Writes the pieces of COUNT groups from `group` on.
     template <int COUNT>
@@ -74,16 +79,10 @@ template <> struct Partial<__nv_bfloat16> {
                  pair[2] | (pair[3] >> 1 & 0x40004000u) | power_bits}};
     }
     __device__ __forceinline__ void add_to(float (&sum)[8], float weight) const {
-        const uint32_t pair[4] = {w[0] & 0x83ff83ffu, w[1] & 0x83ff83ffu, w[2] & 0x83ff83ffu,
-                                  (w[0] >> 5 & 0x03e003e0u) | (w[1] >> 10 & 0x001f001fu) |
-                                      (w[2] << 1 & 0x80008000u)};
-        weight *= __uint_as_float((w[2] << 13 & 0x07800000u) | (w[2] << 1 & 0x78000000u));
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float2 f = unpack2<__half>(pair[j]);
-            sum[2 * j] += weight * f.x;
-            sum[2 * j + 1] += weight * f.y;
-        }
+        const uint4 x = {w[0] & 0x83ff83ffu, w[1] & 0x83ff83ffu, w[2] & 0x83ff83ffu,
+                         (w[0] >> 5 & 0x03e003e0u) | (w[1] >> 10 & 0x001f001fu) | (w[2] << 1 & 0x80008000u)};
+        weight *= __uint_as_float((w[2] << 13 & 0x07800000u) | (w[2] << 1 & 0x78000000u)); // the power
+        add_row<__half>(sum, x, weight);
     }
     template <int COUNT>
     static __device__ __forceinline__ void store(char *row, int group, int c, const Partial (&p)[COUNT]) {

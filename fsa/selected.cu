@@ -8,8 +8,8 @@ enum {
     // more with more, but 64K tokens are to do with 320 MiB of workspace.
     BUDGET = 96 << 20,
     BACKWARD_BUDGET = 193 << 20,
-    KEPT = 8 << 20,        // of these bytes, what the L2 can keep: with 16 MiB it keeps less
     KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
+    KEPT = 8 << 20,        // of forward's partial rows, to stay in the L2 until the merge: with more fewer do
     MIN_SHARE = 64,        // list entries of a share on average, where there are so few
 };
 
@@ -360,17 +360,6 @@ template <typename P, int D> struct PartialRow {
                            pack2<T>(sum[6], sum[7]));
     }
 };
-
-// sum += weight * x, eight channels.
-template <typename T> static __device__ __forceinline__ void add_row(float (&sum)[8], uint4 x, float weight) {
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float2 f = unpack2<T>(words[j]);
-        sum[2 * j] += weight * f.x;
-        sum[2 * j + 1] += weight * f.y;
-    }
-}
 
 // D/8 lanes merge the partials of one (token, head), with what o and lse already have of blocks that lists
 // leave out, and go on to the gated sum of the branches if there is a gate. Rows beside the partials come
@@ -856,8 +845,7 @@ static int64_t most(int64_t a, int64_t b) {
 struct SelShape {
     int group, keys, parts, heads, shares; // heads: kv heads a launch takes; shares: of a slab and head
     int init, local;                       // blocks of a row that lists leave out
-    int64_t slab;
-    uint32_t kept;                                                            // rows of partials
+    int64_t slab, kept;                    // kept: rows of partials, see SelArgs
     size_t lists, cuts, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
     size_t bytes() const { // lists are sorted before the rest begins
@@ -903,7 +891,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, in
     s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * sizeof(uint32_t));
     s.sort = fsa_lists_workspace(c, p, s.slab);
     s.partial = round_up(rows * row);
-    s.kept = forced ? (uint32_t)(KEPT / token * slots * s.group) : 0; // of whole tokens
+    s.kept = forced ? KEPT / token * slots * s.group : 0; // of whole tokens
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
     s.packed = pack ? round_up(key_room) : 0;
     s.factors = pack ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
@@ -928,7 +916,7 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
     a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
     a.by_topk = divisor_of(a.topk), a.by_group = divisor_of(a.group);
-    a.kept = s.kept;
+    a.kept = (uint32_t)s.kept;
     char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
     a.cuts = (uint32_t *)take(s.cuts);

@@ -6,7 +6,8 @@
 #include "tma.cuh"
 #include <type_traits>
 
-// What to tune. Registers are setmaxnreg's: together no more than 65,536 a multiprocessor.
+// What to tune. Registers are setmaxnreg's: together no more than a thread block starts with, 65,536 with 512
+// threads and 64,512 with 384.
 template <int D, int KEYS> struct Forward {
     static constexpr bool LARGE = D == 128 && KEYS == 128; // tiles of 128 KiB of K and V
     static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2;   // warpgroups, each with every CONSUMERS-th tile
@@ -335,10 +336,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
 // comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
 // (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s, of which a copy gets 3.0) 88
-// launches of 47 us by ncu, of which a multiprocessor works 40, with 109 MB of HBM traffic each, 2.3 TB/s;
-// the merges between them move 97 MB in 37 us. As they follow each other, overlapping, it is 75 us for
-// both, 2.8 TB/s: memory binds. K and V, read once, are first to leave the L2, so that 8 MiB of rows wait
-// there for the merge.
+// launches of 49 us by ncu with 109 MB of HBM traffic each, 2.2 TB/s; the merges between them move 101 MB in
+// 38 us. As they overlap, both together take 73 us, 2.9 TB/s: memory binds. K and V, read once, are first to
+// leave the L2, so that 8 MiB of rows wait there for the merge.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
@@ -590,13 +590,13 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 6.4 GB out: 5.2 ms
 // at 4.5 TB/s, about 4.1 with the gathers out of L2 (a slab has 32 MiB of rows); dK and dV of each slab to
 // and from dkv, 2.1 GB each way, 1 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
-// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. On an H100 32
-// launches of 250 us by ncu with 620 MB of HBM traffic each, 2.5 TB/s of some 3.0, and as many reductions of
-// 104 us and 282 MB. A tile takes a consumer 6,200 clocks and 900 instructions, while both consumers'
-// products are 2,600: the chain of products and what lies between them binds, closely followed by memory, for
-// which consumers wait a tenth of the time. Blocks of 128 keys move half of the rows for the same products:
-// 350 us, 783 MB. With fewer than 232 registers ptxas serializes the products at d = 128 (C7512), which costs
-// a tenth; with more than 40 for producers there are not so many.
+// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. On an H100 32 launches of 250 us by ncu
+// with 620 MB of HBM traffic each, 2.5 TB/s of some 3.0, and as many reductions of 104 us and 282 MB. A tile
+// takes a consumer 6,200 clocks and 900 instructions, while both consumers' products are 2,600: the chain of
+// products and what lies between them binds, closely followed by memory, for which consumers wait a tenth of
+// the time. Blocks of 128 keys move half of the rows for the same products: 350 us, 783 MB. At d = 128 and
+// with 224 registers ptxas serializes the products (C7512), which costs 5%; of 232 for both consumers 40 are
+// left for producers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
