@@ -300,15 +300,19 @@ template <typename F> static inline double time_ms(F run, int reps = 10, bool fl
 }
 
 // ---- errors -------------------------------------------------------------------------------------------
-// |x - ref| / |ref| in Frobenius norm; infinite where x isn't finite.
-static inline double relative_error(const std::vector<float> &x, const std::vector<float> &ref) {
-    double diff = 0, norm = 0;
+// |x - ref| / max(|ref|, |terms|) in Frobenius norm; infinite where x isn't finite. terms: what ref was summed
+// from, for a ref that may cancel.
+static inline double relative_error(const std::vector<float> &x, const std::vector<float> &ref,
+                                    const std::vector<float> &terms = {}) {
+    double diff = 0, norm = 0, norm_of_terms = 0;
     for (size_t i = 0; i < ref.size(); i++) {
         if (!isfinite(x[i])) return INFINITY;
         double e = (double)x[i] - ref[i];
         diff += e * e;
         norm += (double)ref[i] * ref[i];
     }
+    for (float t : terms) norm_of_terms += (double)t * t;
+    norm = std::max(norm, norm_of_terms);
     if (norm == 0) return diff == 0 ? 0 : INFINITY;
     return sqrt(diff / norm);
 }
