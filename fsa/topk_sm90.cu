@@ -197,11 +197,13 @@ __device__ __forceinline__ int p_place(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-template <typename T, int D>
+// GROUP: p.group, or 0 for one that is no power of two.
+template <typename T, int D, int GROUP>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int used = p.queries / 8 * p.group; // eights of columns
+    const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries;
+    const int used = queries / 8 * group; // eights of columns
     const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_ring.next(); // a tile's second half is another's
     // The scorers start their products in turn, so that one has exps to do while the other has products.
@@ -212,10 +214,10 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         if (w.rows == 0) break;
         if (steps == 0) continue;
         float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
+        q_ring.wait_full();
+        fence_proxy_async(); // cp.async wrote Q
         for (int step = 0; step < steps; step++) {
-            if (step == 0) q_ring.wait_full();
             k_ring.wait_full();
-            fence_proxy_async();
             // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
             const uint64_t from_k =
                 wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
@@ -231,43 +233,41 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             wgmma_commit();
             named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
             if (step == 0) {
-                int query = scorer * p.queries + lane % 4 * 2, h = 0;
-                const float *lse = p.lse + w.row * p.q_heads + w.kv_head * p.group;
+                const int first = scorer * queries + lane % 4 * 2, rows = w.rows - first;
+                const float *lse = p.lse + (w.row + first) * p.q_heads + w.kv_head * group;
 #pragma unroll
-                for (int k = 0; k < COLUMNS / 8; k++) {
+                for (int k = 0, query = 0, h = 0; k < COLUMNS / 8; k++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float x = -INFINITY; // a row that sees nothing has p = 0
-                        if (k < used && query + i < w.rows) x = lse[(int64_t)(query + i) * p.q_heads + h];
+                        if (k < used && query + i < rows) x = lse[i * p.q_heads + h];
                         offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
                     }
-                    if (++h == p.group) h = 0, query += 8;
+                    if (++h == group) h = 0, query += 8, lse += 8 * p.q_heads;
                 }
             }
+            p_ring.wait_empty();
+            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             wgmma_wait<0>();
             wgmma_pin(s);
             mbarrier_arrive_warp(k_ring.empty());
             if (step == steps - 1) mbarrier_arrive_warp(q_ring.empty());
             k_ring.next();
+            float sum[4];
 #pragma unroll
-            for (int k0 = 0; k0 < COLUMNS / 8; k0 += 4) {
-                if (k0 >= used) break;
+            for (int k = 0; k < COLUMNS / 8; k++) {
+                if (GROUP == 0 && k % 4 == 0 && k >= used) break;
+                // Masks, not counts: no chain of conditions.
+                const bool first = GROUP ? k % group == 0 : p.first_heads >> k & 1;
+                const bool last = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
 #pragma unroll
-                for (int k = k0; k < k0 + 4; k++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) s[k][i] = exp2_fast(fmaf(s[k][i], p.scale, offset[k][i % 2]));
+                for (int i = 0; i < 4; i++) {
+                    const float x = exp2_fast(fmaf(s[k][i], p.scale, offset[k][i % 2]));
+                    sum[i] = first ? x : sum[i] + x;
                 }
-            }
-            p_ring.wait_empty();
-            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
-#pragma unroll
-            for (int k = 0; k < COLUMNS / 8; k++) { // masks, not counts: no chain of conditions
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (k > 0 && !(p.first_heads >> k & 1)) s[k][i] += s[k - 1][i];
-                if (p.last_heads >> k & 1) {
-                    to[mine] = s[k][0], to[(mine ^ 4) + P_WINDOWS] = s[k][1];
-                    to[mine ^ 8] = s[k][2], to[(mine ^ 12) + P_WINDOWS] = s[k][3];
+                if (last) {
+                    to[mine] = sum[0], to[(mine ^ 4) + P_WINDOWS] = sum[1];
+                    to[mine ^ 8] = sum[2], to[(mine ^ 12) + P_WINDOWS] = sum[3];
                     to += 8 * P_WINDOWS;
                 }
             }
@@ -277,6 +277,18 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         q_ring.next();
     }
     if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
+}
+template <typename T, int D>
+__device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
+                                      Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
+    switch (p.group) {
+    case 1: return score<T, D, 1>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 2: return score<T, D, 2>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 4: return score<T, D, 4>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 8: return score<T, D, 8>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 16: return score<T, D, 16>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    default: return score<T, D, 0>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    }
 }
 
 // A block and its score as one number, which takes one instruction to compare: a double, its upper half the
