@@ -44,6 +44,7 @@ namespace {
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
 constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
+constexpr int HALF = COLUMNS / 16; // eights of columns that a scorer has products of at once
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
@@ -206,77 +207,100 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
     const int used = queries / 8 * group; // eights of columns
     const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_ring.next(); // a tile's second half is another's
-    // The scorers start their products in turn, so that one has exps to do while the other has products.
-    if (scorer == 1) named_barrier_arrive(1, SCORERS * 128);
     for (;; work_done(&works)) {
         const Work &w = next_work(p, shared, works);
         const int steps = w.steps;
         if (w.rows == 0) break;
         if (steps == 0) continue;
-        float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
-        q_ring.wait_full();
-        fence_proxy_async(); // cp.async wrote Q
-        for (int step = 0; step < steps; step++) {
-            k_ring.wait_full();
+        // Of each half of the columns. While one half's exps run, the other's products do.
+        float s0[HALF][4], s1[HALF][4];
+        auto start_products = [&](float(&s)[HALF][4], int half) {
             // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
             const uint64_t from_k =
                 wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
-            const uint64_t from_q = wgmma_matrix(
-                __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0));
-            float s[COLUMNS / 8][4];
-            named_barrier_sync(1 + scorer, SCORERS * 128); // this scorer's turn
+            const uint64_t from_q =
+                wgmma_matrix(__shfl_sync(0xffffffffu,
+                                         start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0) +
+                             half * HALF * 8 * 128);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
                 wgmma_ss<T>(s, wgmma_further(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
                             wgmma_further(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
-            named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
-            if (step == 0) {
-                const int first = scorer * queries + lane % 4 * 2, rows = w.rows - first;
-                const float *lse = p.lse + (w.row + first) * p.q_heads + w.kv_head * group;
+        };
+        q_ring.wait_full();
+        fence_proxy_async(); // cp.async wrote Q
+        k_ring.wait_full();
+        start_products(s0, 0);
+        float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
+        const int first = scorer * queries + lane % 4 * 2, rows = w.rows - first;
+        const float *lse = p.lse + (w.row + first) * p.q_heads + w.kv_head * group;
 #pragma unroll
-                for (int k = 0, query = 0, h = 0; k < COLUMNS / 8; k++) {
+        for (int k = 0, query = 0, h = 0; k < COLUMNS / 8; k++) {
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float x = -INFINITY; // a row that sees nothing has p = 0
-                        if (k < used && query + i < rows) x = lse[i * p.q_heads + h];
-                        offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
-                    }
-                    if (++h == group) h = 0, query += 8, lse += 8 * p.q_heads;
-                }
+            for (int i = 0; i < 2; i++) {
+                float x = -INFINITY; // a row that sees nothing has p = 0
+                if (k < used && query + i < rows) x = lse[i * p.q_heads + h];
+                offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
             }
+            if (++h == group) h = 0, query += 8, lse += 8 * p.q_heads;
+        }
+        float *to, sum[4];
+        auto begin_tile = [&] {
             p_ring.wait_empty();
-            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
-            wgmma_wait<0>();
-            wgmma_pin(s);
-            mbarrier_arrive_warp(k_ring.empty());
-            if (step == steps - 1) mbarrier_arrive_warp(q_ring.empty());
-            k_ring.next();
-            float sum[4];
+            to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
+        };
+        auto end_tile = [&] {
+            mbarrier_arrive_warp(p_ring.full());
+            p_ring.next(), p_ring.next();
+        };
+        auto put = [&](float(&s)[HALF][4], int half) {
 #pragma unroll
-            for (int k = 0; k < COLUMNS / 8; k++) {
+            for (int j = 0; j < HALF; j++) {
+                const int k = half * HALF + j;
                 if (GROUP == 0 && k % 4 == 0 && k >= used) break;
                 // Masks, not counts: no chain of conditions.
-                const bool first = GROUP ? k % group == 0 : p.first_heads >> k & 1;
-                const bool last = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
+                const bool first_head = GROUP ? k % group == 0 : p.first_heads >> k & 1;
+                const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float x = exp2_fast(fmaf(s[k][i], p.scale, offset[k][i % 2]));
-                    sum[i] = first ? x : sum[i] + x;
+                    const float x = exp2_fast(fmaf(s[j][i], p.scale, offset[k][i % 2]));
+                    sum[i] = first_head ? x : sum[i] + x;
                 }
-                if (last) {
+                if (last_head) {
                     to[mine] = sum[0], to[(mine ^ 4) + P_WINDOWS] = sum[1];
                     to[mine ^ 8] = sum[2], to[(mine ^ 12) + P_WINDOWS] = sum[3];
                     to += 8 * P_WINDOWS;
                 }
             }
-            mbarrier_arrive_warp(p_ring.full());
-            p_ring.next(), p_ring.next();
+        };
+        auto first_half = [&] {
+            begin_tile();
+            wgmma_wait<0>();
+            wgmma_pin(s0);
+            start_products(s1, 1);
+            put(s0, 0);
+            wgmma_wait<0>();
+            wgmma_pin(s1);
+            mbarrier_arrive_warp(k_ring.empty());
+            k_ring.next();
+        };
+        auto second_half = [&] {
+            put(s1, 1);
+            end_tile();
+        };
+        for (int step = 1; step < steps; step++) {
+            first_half();
+            k_ring.wait_full();
+            start_products(s0, 0);
+            second_half();
         }
+        first_half();
+        mbarrier_arrive_warp(q_ring.empty());
+        second_half();
         q_ring.next();
     }
-    if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
 }
 template <typename T, int D>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
