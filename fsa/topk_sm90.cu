@@ -4,8 +4,8 @@
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, 2 for scorer 0's queries, 3 for scorer 1's: block scores out of P, and the running
 //         lists of the best blocks. A query has 1, 2, 4 or 8 selectors, each for its part of the windows.
-//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; a
-//         thread that finds the tiles of queries.
+//   4:    a warp that loads Q and kc by TMA, into rings of tiles that both scorers read; a thread that finds
+//         the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.
 //
@@ -108,6 +108,11 @@ struct Ring {
     }
 };
 
+// Queries of a box of Q.
+__host__ __device__ __forceinline__ int box_queries(int group) {
+    return group == 1 ? COLUMNS : 8;
+}
+
 // The next tile of queries of this thread block, from its turn `*turn` on. Turns go up and down the thread
 // blocks, so that each has long ones and short ones.
 __device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
@@ -151,33 +156,31 @@ __device__ __forceinline__ void work_done(Ring *works) {
     works->next();
 }
 
-// Brings Q and kc as K-major operands of wgmma. Of Q, D/8 lanes copy a row, 16 bytes each.
+// Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query has
+// one head, of all heads of a group.
 template <typename T, int D>
-__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_map, uint32_t start,
-                                     const char *shared, Ring works, Ring q_ring, Ring k_ring) {
-    constexpr int ROWS = 32 / (D / 8); // that the warp copies at once
-    const int lane = threadIdx.x % 32, row0 = lane / (D / 8), chunk = lane % (D / 8);
-    const int64_t q_stride = (int64_t)p.q_heads * D;
+__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
+                                     uint32_t start, const char *shared, Ring works, Ring q_ring,
+                                     Ring k_ring) {
+    const int lane = threadIdx.x % 32;
     for (;; work_done(&works)) {
         const Work w = next_work(p, shared, works);
         if (w.rows == 0) break;
         if (w.steps == 0) continue;
 
         q_ring.wait_empty_asleep();
-        uint32_t tile = start + q_ring.at * SCORERS * p.at.q_bytes;
-        const T *q = (const T *)p.q + w.row * q_stride + w.kv_head * p.group * D + chunk * 8;
-        for (int query0 = 0; query0 < SCORERS * p.queries; query0 += 8) {
-            if (query0 == p.queries) tile += p.at.q_bytes - p.queries * p.group * 128;
-            for (int h = 0; h < p.group; h++) {
-#pragma unroll
-                for (int r = row0; r < 8; r += ROWS) {
-                    bool valid = query0 + r < w.rows;
-                    cp_async_16(tile + panel_offset(query0 * p.group + h * 8 + r, chunk, COLUMNS * 128),
-                                valid ? q + (query0 + r) * q_stride + h * D : q, valid);
-                }
+        if (lane == 0) {
+            const int box = box_queries(p.group), rows = (w.rows + box - 1) / box * box;
+            mbarrier_arrive_expect(q_ring.full(), min(rows, SCORERS * p.queries) * p.group * D * 2);
+            for (int query = 0; query < min(rows, SCORERS * p.queries); query += box) {
+                const int scorer = query >= p.queries;
+                const uint32_t tile = start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes +
+                                      (query - scorer * p.queries) * p.group * 128;
+                for (int i = 0; i < D / 64; i++)
+                    tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.row + query,
+                                w.kv_head * p.group, q_ring.full());
             }
         }
-        cp_async_arrive(q_ring.full());
         q_ring.next();
 
         for (int step = 0; step < w.steps; step++, k_ring.next()) {
@@ -230,7 +233,6 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             wgmma_commit();
         };
         q_ring.wait_full();
-        fence_proxy_async(); // cp.async wrote Q
         k_ring.wait_full();
         start_products(s0, 0);
         float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
@@ -556,7 +558,8 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
-    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap k_map) {
+    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap q_map,
+                       const __grid_constant__ CUtensorMap k_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
     char *shared = shared_memory + (start - smem_address(shared_memory));
@@ -574,7 +577,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
         };
         init(works, 1, (SCORERS * (4 + p.selector_warps) + 1) * WARP_ARRIVALS);
-        init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS); // each of the loader's lanes
+        init(q_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
             init(Ring(p_barriers + s * 16 * p.slots, p.slots), 2 * WARP_ARRIVALS,
@@ -589,7 +592,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
         registers_down_to<LOADER_REGISTERS>();
-        if (warp % 4 == 0) load<T, D>(p, k_map, start, shared, works, q_ring, k_ring);
+        if (warp % 4 == 0) load<T, D>(p, q_map, k_map, start, shared, works, q_ring, k_ring);
         if (warp % 4 == 1 && threadIdx.x % 32 == 0) find(p, shared, works);
     }
 }
@@ -610,14 +613,17 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
 
 template <typename T, int D>
 int launch_topk(const TopKHopper &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
-    CUtensorMap k_map;
-    int64_t size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
-            stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
-    int box[] = {64, 1, WINDOWS}, status = fsa_tensor_map(&k_map, dtype, 3, p.kc, size, stride, box);
+    CUtensorMap q_map, k_map;
+    const int64_t q_size[] = {D, p.plan.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
+                  k_size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
+                  k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
+    const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
+    int status = fsa_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
+    if (!status) status = fsa_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
     if (status) return status;
     int smem = p.at.end + 1024; // what the alignment may take
     cudaFuncSetAttribute(topk_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, k_map);
+    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, q_map, k_map);
     return launch_status();
 }
 
