@@ -44,7 +44,7 @@ namespace {
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
 constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
-constexpr int HALF = COLUMNS / 16; // eights of columns that a scorer has products of at once
+constexpr int HALF = COLUMNS / 16;     // eights of columns that a scorer has products of at once
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
@@ -156,8 +156,8 @@ __device__ __forceinline__ void work_done(Ring *works) {
     works->next();
 }
 
-// Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query has
-// one head, of all heads of a group.
+// Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query
+// has one head, of all heads of a group.
 template <typename T, int D>
 __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
                                      uint32_t start, const char *shared, Ring works, Ring q_ring,
@@ -221,10 +221,9 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
             const uint64_t from_k =
                 wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
-            const uint64_t from_q =
-                wgmma_matrix(__shfl_sync(0xffffffffu,
-                                         start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0) +
-                             half * HALF * 8 * 128);
+            const uint64_t from_q = wgmma_matrix(
+                __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0) +
+                half * HALF * 8 * 128);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
@@ -308,12 +307,18 @@ template <typename T, int D>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     switch (p.group) {
-    case 1: return score<T, D, 1>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
-    case 2: return score<T, D, 2>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
-    case 4: return score<T, D, 4>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
-    case 8: return score<T, D, 8>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
-    case 16: return score<T, D, 16>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
-    default: return score<T, D, 0>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 1:
+        return score<T, D, 1>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 2:
+        return score<T, D, 2>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 4:
+        return score<T, D, 4>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 8:
+        return score<T, D, 8>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 16:
+        return score<T, D, 16>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    default:
+        return score<T, D, 0>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
     }
 }
 
