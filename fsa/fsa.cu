@@ -219,6 +219,35 @@ static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
     return phi->pe ? check_pointer("phi->pe", phi->pe) : FSA_OK;
 }
 
+// A second stream, a host thread's on a device, for a step that need not wait for others. Behind the caller's
+// from fork to join, so that outside there is one stream.
+struct SideStream {
+    cudaStream_t stream;
+    cudaEvent_t forked, joined;
+    int fork(cudaStream_t from) {
+        if (!stream && (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess ||
+                        cudaEventCreateWithFlags(&forked, cudaEventDisableTiming) != cudaSuccess ||
+                        cudaEventCreateWithFlags(&joined, cudaEventDisableTiming) != cudaSuccess))
+            return FSA_ERROR_CUDA;
+        return cudaEventRecord(forked, from) == cudaSuccess &&
+                       cudaStreamWaitEvent(stream, forked, 0) == cudaSuccess
+                   ? FSA_OK
+                   : FSA_ERROR_CUDA;
+    }
+    int join(cudaStream_t to) {
+        return cudaEventRecord(joined, stream) == cudaSuccess &&
+                       cudaStreamWaitEvent(to, joined, 0) == cudaSuccess
+                   ? FSA_OK
+                   : FSA_ERROR_CUDA;
+    }
+};
+static SideStream &side_stream() {
+    static thread_local SideStream streams[64]; // more devices than a host has
+    int device = 0;
+    cudaGetDevice(&device);
+    return streams[device % 64];
+}
+
 // Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2).
 static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int branch, const Saved &s,
                           const void *v, void *scratch, void *o, float *lse, cudaStream_t stream) {
@@ -245,11 +274,16 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     if (c->phi == FSA_PHI_MEAN) phi = &none;
     Saved s(c, &p, saved);
     Work w(c, &p, dtype, FSA_FORWARD, workspace);
+    // Products beside what memory binds, and the window's thread blocks where those of compression have ended.
+    SideStream &side = side_stream();
+    RUN(side.fork(stream));
+    RUN(fsa_compress_forward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc, w.scratch,
+                             side.stream));
     RUN(fsa_rope_queries(c, &p, dtype, q, inv_freq, s.q, stream));
     RUN(fsa_rope_keys(c, &p, dtype, k, inv_freq, s.k, stream));
-    RUN(fsa_compress_forward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc, w.scratch,
-                             stream));
     void *const *branches = c->recompute ? w.o : s.o;
+    RUN(branch_forward(c, &p, dtype, 2, s, v, w.scratch, branches[2], s.lse[2], stream));
+    RUN(side.join(stream));
     RUN(branch_forward(c, &p, dtype, 0, s, v, w.scratch, branches[0], s.lse[0], stream));
     if (indices) {
         cudaMemcpyAsync(s.indices, indices, (size_t)c->kv_heads * p.nq * c->topk * 4,
@@ -257,7 +291,6 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     } else {
         RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
     }
-    RUN(branch_forward(c, &p, dtype, 2, s, v, w.scratch, branches[2], s.lse[2], stream));
     FsaGate gate = {gate_logits, branches[0], branches[2], o};
     RUN(fsa_sel_forward(c, &p, dtype, s.q, s.k, v, s.indices, w.scratch, c->recompute ? o : branches[1],
                         s.lse[1], &gate, stream));
