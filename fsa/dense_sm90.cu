@@ -75,15 +75,15 @@ struct QueryWork {
     int row, rows; // the first token's place in q, and how many tokens: 0 no such item, -1 no more items
     int kv_head, first_pos, begin, keys; // keys: of the whole sequence
     int tiles, init_tiles;
+    int key0; // the sequence's first key
     template <bool FORCED> __device__ __forceinline__ int first_key(int tile) const {
         return FORCED && tile < init_tiles ? tile * KEYS : begin + tile * KEYS;
     }
 };
 
-// That of a thread block's `round`: items are taken from both ends of each round in turn. key0: the
-// sequence's first key.
+// That of a thread block's `round`: items are taken from both ends of each round in turn.
 template <bool FORCED>
-static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round, int items, int *key0) {
+static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round, int items) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     QueryWork w = {};
     w.rows = -1;
@@ -97,8 +97,8 @@ static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round
     FsaSegment segment = p.plan.segments[rows.range];
     w.first_pos = (int)segment.pos + rows.first;
     w.begin = FORCED ? p.forced.local_begin(w.first_pos) : p.visible.first_key(w.first_pos);
-    *key0 = (int)p.cu_keys[segment.seq];
-    w.keys = (int)p.cu_keys[segment.seq + 1] - *key0;
+    w.key0 = (int)p.cu_keys[segment.seq];
+    w.keys = (int)p.cu_keys[segment.seq + 1] - w.key0;
     int end = min(p.visible.end_key(w.first_pos + w.rows - 1), w.keys);
     if (FORCED) {
         const int init_end = min(p.forced.init_end, end);
@@ -111,24 +111,26 @@ static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round
     return w;
 }
 
-// The same in uniform registers, as it comes to all lanes from one place.
+// What consumers read of it, in uniform registers, as it comes to all lanes from one place.
 static __device__ __forceinline__ QueryWork uniform(QueryWork w) {
     for (int *x = &w.row; x <= &w.init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
     return w;
 }
 
 // Barriers and tiles of forward: Q and what to do with it, of this work item and the next one; the ring of K
-// and V.
+// and V; work items that were found ahead.
 template <int D> struct QueryRing {
-    static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+    static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2, FOUND = 4;
     static constexpr int TILES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
-    static constexpr int BYTES = TILES + Q_STAGES * (int)sizeof(QueryWork);
-    uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
+    static constexpr int BYTES = TILES + ((Q_STAGES + FOUND) * (int)sizeof(QueryWork) + 15) / 16 * 16;
+    static constexpr int BARRIERS = 8 * (2 * Q_STAGES + 4 * KV_STAGES + 2 * FOUND);
+    uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, found_full, found_empty;
     __device__ __forceinline__ QueryRing(uint32_t start) {
         q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
         q_full = start + BYTES, q_empty = q_full + 8 * Q_STAGES;
         k_full = q_empty + 8 * Q_STAGES, k_empty = k_full + 8 * KV_STAGES;
         v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
+        found_full = v_empty + 8 * KV_STAGES, found_empty = found_full + 8 * FOUND;
     }
     __device__ __forceinline__ void init() const {
         for (int i = 0; i < Q_STAGES; i++)
@@ -137,19 +139,35 @@ template <int D> struct QueryRing {
             mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, RELEASES);
             mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, RELEASES);
         }
+        for (int i = 0; i < FOUND; i++)
+            mbarrier_init(found_full + 8 * i, 1), mbarrier_init(found_empty + 8 * i, 1);
         mbarrier_init_fence();
     }
-    // The producer's thread: all loads of this thread block. work: behind the tiles.
+    // A thread of its own finds the work items of this thread block, ahead of the one that loads: it takes
+    // half a dozen loads from memory, one after the other. The last one has rows = -1.
+    template <bool FORCED> __device__ void find(const Dense &p, int items, QueryWork *found) const {
+        Turn<FOUND> turn;
+        QueryWork w = {};
+        for (int round = 0; w.rows >= 0; round++) {
+            w = query_work<FORCED>(p, round, items);
+            if (w.rows == 0) continue;
+            mbarrier_wait(found_empty + 8 * turn.stage, turn.parity ^ 1);
+            found[turn.stage] = w;
+            mbarrier_arrive(found_full + 8 * turn.stage);
+            turn.next();
+        }
+    }
+    // The producer's thread: all loads of this thread block. work: for the consumers.
     template <bool FORCED>
-    __device__ void produce(const Dense &p, const Maps &maps, int items, QueryWork *work) const {
+    __device__ void produce(const Dense &p, const Maps &maps, const QueryWork *found, QueryWork *work) const {
         const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
         Turn<Q_STAGES> q_turn;
-        QueryWork w = {};
-        for (int round = 0; w.rows >= 0; round++) {
-            int key0;
-            w = query_work<FORCED>(p, round, items, &key0);
-            if (w.rows == 0) continue;
+        Turn<FOUND> found_turn;
+        for (bool more = true; more; found_turn.next()) {
+            const QueryWork &w = found[found_turn.stage];
+            mbarrier_wait(found_full + 8 * found_turn.stage, found_turn.parity);
+            more = w.rows >= 0;
             const uint32_t q_at = 8 * q_turn.stage;
             mbarrier_wait(q_empty + q_at, q_turn.parity ^ 1);
             work[q_turn.stage] = w;
@@ -159,7 +177,7 @@ template <int D> struct QueryRing {
                             w.row, q_full + q_at);
             q_turn.next();
             for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
-                int key = key0 + w.first_key<FORCED>(tile);
+                int key = w.key0 + w.first_key<FORCED>(tile);
                 uint32_t at = 8 * turn.stage;
                 mbarrier_wait(k_empty + at, turn.parity ^ 1);
                 mbarrier_arrive_expect(k_full + at, KV_BYTES);
@@ -172,6 +190,7 @@ template <int D> struct QueryRing {
                     tma_load_3d(v + turn.stage * KV_BYTES + i * KEYS * 128, &maps.v, i * 64, w.kv_head, key,
                                 v_full + at);
             }
+            mbarrier_arrive(found_empty + 8 * found_turn.stage);
         }
     }
 };
@@ -266,15 +285,16 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
-    QueryWork *const work = (QueryWork *)(tiles + Ring::TILES);
-    char *const staging = tiles + Ring::BYTES + 128; // o on its way out, 128 x D
+    QueryWork *const work = (QueryWork *)(tiles + Ring::TILES), *const found = work + Ring::Q_STAGES;
+    char *const staging = tiles + Ring::BYTES + Ring::BARRIERS; // o on its way out, 128 x D
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         registers_down_to<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items, work);
+        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, found, work);
+        if (threadIdx.x == CONSUMERS + 32) ring.template find<FORCED>(p, items, found);
     } else {
         registers_up_to<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
@@ -956,7 +976,7 @@ static int query_items(const Dense &d) {
 
 template <typename T, int D, bool FORCED>
 static int launch_forward(const Dense &d, const Maps &maps, cudaStream_t stream) {
-    int bytes = 1024 + QueryRing<D>::BYTES + 128 + ROWS * D * 2;
+    int bytes = 1024 + QueryRing<D>::BYTES + QueryRing<D>::BARRIERS + ROWS * D * 2;
     return launch(forward_sm90_kernel<T, D, FORCED>, d, maps, query_items(d), bytes, stream);
 }
 template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
