@@ -440,7 +440,10 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1,
         // whose `block`, as entries have them, are above `last`.
         const int last = all ? INT32_MAX : INT32_MAX - (blocks - p.local - p.init);
-        const int seen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        // Windows from here on aren't seen, and their P is taken for zero. With two local blocks candidates
+        // have none of these.
+        int unseen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        if (p.local >= 2) unseen = INT32_MAX;
         List list;
         list.clear();
         int lowest = -1, used = 0, cell = 0; // used: bytes down the buffer
@@ -478,7 +481,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                 (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             if (p.parts > 1) {
                 float x = from[p_place(place, before)];
-                if (p.local < 2 && first + before >= seen) x = 0;
+                if (first + before >= unseen) x = 0;
                 sum = out * (part == 0 ? carried : x), carried = x;
             }
             for (int i0 = 0; i0 < part_windows; i0 += SHARE) {
@@ -488,11 +491,12 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                     float4 four = *(const float4 *)(from + (part_place ^ i0 ^ i));
                     x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
                 }
-                if (__any_sync(0xffffffffu, used > p.most_pending * ROW)) put_pending();
-                if (p.local < 2) { // else candidates have no window that is not seen
+                const bool full = used > p.most_pending * ROW;
+                if (__any_sync(0xffffffffu, full || first + part_first + i0 + SHARE > unseen)) {
+                    if (__any_sync(0xffffffffu, full)) put_pending();
 #pragma unroll
                     for (int i = 0; i < SHARE; i++)
-                        if (first + part_first + i0 + i >= seen) x[i] = 0;
+                        if (first + part_first + i0 + i >= unseen) x[i] = 0;
                 }
                 // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
                 // next one (a block has R).
