@@ -4,8 +4,8 @@
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, 2 for scorer 0's queries, 3 for scorer 1's: block scores out of P, and the running
 //         lists of the best blocks. A query has 1, 2, 4 or 8 selectors, each for its part of the windows.
-//   4:    a warp that loads Q and kc by TMA, into rings of tiles that both scorers read; a thread that finds
-//         the tiles of queries.
+//   4:    a warp that loads Q and kc by TMA, into rings of tiles that both scorers read; one that brings the
+//         lse of Q's rows; a thread that finds the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.
 //
@@ -63,7 +63,7 @@ static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
 // Where things lie in shared memory, from a multiple of 1,024 on, and the sizes of tiles.
 struct Layout {
     int q_bytes, k_bytes, p_bytes;
-    int k, p, pending, works, barriers, end; // tiles of Q come first
+    int k, p, pending, offsets, works, barriers, end; // tiles of Q come first
 };
 struct TopKHopper {
     FsaPlan plan;
@@ -194,6 +194,32 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_m
     }
 }
 
+// Brings -lse * log2(e) of the columns of Q, -inf for those of no row and of rows that see nothing.
+__device__ __forceinline__ void bring_offsets(const TopKHopper &p, char *shared, Ring works, Ring q_ring) {
+    const int lane = threadIdx.x % 32, used = p.queries / 8 * p.group; // eights of columns
+    for (;; work_done(&works)) {
+        const Work w = next_work(p, shared, works);
+        if (w.rows == 0) break;
+        if (w.steps == 0) continue;
+        float x[SCORERS * COLUMNS / 32];
+#pragma unroll
+        for (int i = 0; i < SCORERS * COLUMNS / 32; i++) {
+            const int column = (i * 32 + lane) % COLUMNS, eight = column / 8, of_queries = eight / p.group;
+            const int query = i * 32 / COLUMNS * p.queries + of_queries * 8 + column % 8;
+            x[i] = -INFINITY;
+            if (eight < used && query < w.rows)
+                x[i] = p.lse[(w.row + query) * p.q_heads + w.kv_head * p.group + eight - of_queries * p.group];
+        }
+        q_ring.wait_empty_asleep();
+        float *to = (float *)(shared + p.at.offsets) + q_ring.at * SCORERS * COLUMNS + lane;
+#pragma unroll
+        for (int i = 0; i < SCORERS * COLUMNS / 32; i++)
+            to[i * 32] = x[i] == -INFINITY ? -INFINITY : -x[i] * FSA_LOG2E;
+        mbarrier_arrive_warp(q_ring.full());
+        q_ring.next();
+    }
+}
+
 // A tile of P: [queries][32 windows], the eight pieces of 4 windows of a row exchanged by query % 8, so that
 // neither its writers nor its readers meet in a bank. Of the next query, where this one is even, the place is
 // ^ 4 + 32, and of the windows 8 on, where these are the first 8 of 16, ^ 8.
@@ -234,19 +260,11 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         q_ring.wait_full();
         k_ring.wait_full();
         start_products(s0, 0);
-        float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
-        const int first = scorer * queries + lane % 4 * 2, rows = w.rows - first;
-        const float *lse = p.lse + (w.row + first) * p.q_heads + w.kv_head * group;
+        float2 offset[COLUMNS / 8]; // of the thread's columns
+        const float2 *offsets = (const float2 *)(shared + p.at.offsets) +
+                                ((q_ring.at * SCORERS + scorer) * COLUMNS + lane % 4 * 2) / 2;
 #pragma unroll
-        for (int k = 0, query = 0, h = 0; k < COLUMNS / 8; k++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float x = -INFINITY; // a row that sees nothing has p = 0
-                if (k < used && query + i < rows) x = lse[i * p.q_heads + h];
-                offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
-            }
-            if (++h == group) h = 0, query += 8, lse += 8 * p.q_heads;
-        }
+        for (int k = 0; k < COLUMNS / 8; k++) offset[k] = offsets[k * 4];
         float *to, sum[4];
         auto begin_tile = [&] {
             p_ring.wait_empty();
@@ -266,7 +284,7 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
                 const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float x = exp2_fast(fmaf(s[j][i], p.scale, offset[k][i % 2]));
+                    const float x = exp2_fast(fmaf(s[j][i], p.scale, i % 2 ? offset[k].y : offset[k].x));
                     sum[i] = first_head ? x : sum[i] + x;
                 }
                 if (last_head) {
@@ -585,8 +603,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 mbarrier_init(ring.barriers + 8 * (ring.count + i), emptying);
             }
         };
-        init(works, 1, (SCORERS * (4 + p.selector_warps) + 1) * WARP_ARRIVALS);
-        init(q_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
+        init(works, 1, (SCORERS * (4 + p.selector_warps) + 2) * WARP_ARRIVALS);
+        init(q_ring, 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
         init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
             init(Ring(p_barriers + s * 16 * p.slots, p.slots), 2 * WARP_ARRIVALS,
@@ -602,7 +620,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     } else {
         registers_down_to<LOADER_REGISTERS>();
         if (warp % 4 == 0) load<T, D>(p, q_map, k_map, start, shared, works, q_ring, k_ring);
-        if (warp % 4 == 1 && threadIdx.x % 32 == 0) find(p, shared, works);
+        if (warp % 4 == 1) bring_offsets(p, shared, works, q_ring);
+        if (warp % 4 == 2 && threadIdx.x % 32 == 0) find(p, shared, works);
     }
 }
 
@@ -614,7 +633,8 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
     a.k = p.q_tiles * SCORERS * a.q_bytes;
     a.p = a.k + STAGES * a.k_bytes;
     a.pending = a.p + SCORERS * p.slots * a.p_bytes;
-    a.works = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
+    a.offsets = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
+    a.works = a.offsets + p.q_tiles * SCORERS * COLUMNS * (int)sizeof(float);
     a.barriers = a.works + WORKS * (int)sizeof(Work);
     a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
     return a;
