@@ -381,6 +381,9 @@ __global__ void __launch_bounds__(THREADS, 1)
                     wgmma_pin(s);
                     mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
                     softmax(tile);
+                    // V came long ago, but ptxas moves the next wait ahead of all of softmax, though not past a
+                    // branch, and P V would run alone.
+                    mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
                     wgmma_wait<0>();
                     wgmma_pin(out);
                     mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
