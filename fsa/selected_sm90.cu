@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // A thread block takes a share of one head's list. Producers bring K and packed V of each KV block, KV_STAGES
 // blocks at most, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
 // QK^T, P = exp(S - the row's maximum) to fp16 A fragments, O = PV, and out go the row, as it is, its
-// log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are
-// written.
+// log-sum-exp and what the row is to be multiplied by. The next tile's S is started with PV, and runs while the
+// rows are written; it is started always, since ptxas serializes what is started under a condition.
 //
 // Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128, 3 forced blocks not among them: 27.3 million
 // rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
@@ -447,31 +447,49 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         keep_in_registers(out), keep_in_registers(stats);
         const uint32_t kept = a.kept > partial0 ? a.kept - (uint32_t)partial0 : 0;
         float s[KEYS / 8][4], o[D / 8][4];
-        uint32_t first = 0, n = 0;                         // tiles before this part's, and parts
         Steps<F::Q_STAGES, F::CONSUMERS> q_turn(consumer); // of the consumer's next tile
-        for (;; n++) {
-            KvTurn kv(n);
-            kv.wait_full(kv_full);
-            const int tiles = m->block[kv.stage].tiles;
-            const float unfactor = m->block[kv.stage].unfactor;
-            if (tiles == 0) break;
-            const uint64_t from_k = wgmma_matrix(smem_address(m->kv[kv.stage][0])),
-                           from_v = wgmma_matrix(smem_address(m->kv[kv.stage][1]), KEYS * 128);
-            auto start_s = [&] {
-                mbarrier_wait(q_full + 8 * q_turn.stage, q_turn.parity);
-                fence_proxy_async(); // cp.async wrote the rows
-                const uint64_t from_q = wgmma_matrix(smem_address(m->q[q_turn.stage]));
-                wgmma_fence();
+        Steps<F::KV_STAGES, 1> kv(0);                      // of its part, the `part`-th
+        int part = 0, tile = consumer, tiles;              // its number there; tiles there, 0: no more parts
+        auto enter_part = [&] {
+            mbarrier_wait(kv_full + 8 * kv.stage, kv.parity);
+            tiles = m->block[kv.stage].tiles;
+        };
+        // Goes on to the part that has the tile, but no further than to `last`. Those on the way are given
+        // back, but not `held`.
+        auto find_part = [&](int held, int last) {
+            while (tile >= tiles && tiles > 0 && part < last) {
+                tile -= tiles;
+                if (part != held) mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
+                part++, kv.next();
+                enter_part();
+            }
+        };
+        // S of the rows at q_turn, and keys at kv.
+        auto start_s = [&] {
+            const uint64_t from_q = wgmma_matrix(smem_address(m->q[q_turn.stage])),
+                           from_k = wgmma_matrix(smem_address(m->kv[kv.stage][0]));
+            wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < D / 16; k++)
-                    wgmma_ss<T>(s, wgmma_further(from_q, k / 4 * 64 * 128 + k % 4 * 32),
-                                wgmma_further(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
-                wgmma_commit();
-            };
-            int tile = (int)((consumer + F::CONSUMERS - first % F::CONSUMERS) % F::CONSUMERS);
-            if (tile < tiles) start_s();
-            for (; tile < tiles; tile += F::CONSUMERS) {
-                const uint32_t stage = q_turn.stage;
+            for (int k = 0; k < D / 16; k++)
+                wgmma_ss<T>(s, wgmma_further(from_q, k / 4 * 64 * 128 + k % 4 * 32),
+                            wgmma_further(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
+            wgmma_commit();
+        };
+        auto wait_rows = [&] {
+            mbarrier_wait(q_full + 8 * q_turn.stage, q_turn.parity);
+            fence_proxy_async(); // cp.async wrote the rows
+        };
+        enter_part();
+        for (;;) {
+            find_part(-1, INT32_MAX);
+            if (tiles == 0) break;
+            wait_rows();
+            start_s();
+            for (bool more = true; more;) {
+                const uint32_t stage = q_turn.stage, kv_stage = kv.stage;
+                const int held = part;
+                const float unfactor = m->block[kv_stage].unfactor;
+                const uint64_t from_v = wgmma_matrix(smem_address(m->kv[kv_stage][1]), KEYS * 128);
                 const auto &meta = m->tile[stage];
                 uint32_t to[2];
                 int limit[2];
@@ -485,6 +503,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 wgmma_pin(s);
                 mbarrier_arrive_warp(q_empty + 8 * stage);
                 q_turn.next();
+                tile += F::CONSUMERS;
 
                 if (masked) {
 #pragma unroll
@@ -521,6 +540,10 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 for (int k = 0; k < KEYS / 16; k++)
                     wgmma_rs<__half, 1>(o, p[k], wgmma_further(from_v, k * 2048), k > 0);
                 wgmma_commit();
+                find_part(held, held + F::KV_STAGES - 1); // further on lies what takes its stage
+                more = tile < tiles;
+                if (more) wait_rows();
+                start_s(); // the next tile's, or of whatever lies there
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float l = quad_sum(sum[i]);
@@ -528,9 +551,9 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         stats[to[i]] =
                             make_float2(base[i] + log2_fast(l), l > 0 ? unfactor * reciprocal_fast(l) : 0);
                 }
-                wgmma_wait<0>();
+                wgmma_wait<1>();
                 wgmma_pin(o);
-                if (tile + F::CONSUMERS < tiles) start_s();
+                if (part > held) mbarrier_arrive_warp(kv_empty + 8 * kv_stage);
                 Partial<__half> x[2][D / 32];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -546,8 +569,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                     for (int j = 0; j < D / 32; j++) store(row + 4 * j, x[i][j].x, policy);
                 }
             }
-            first += tiles;
-            mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
+            wgmma_wait<0>();
         }
     }
 }
