@@ -29,8 +29,8 @@ enum {
     // Of a thread of forward and of backward, whose producers keep books.
     PRODUCER_REGISTERS = 24,
     CONSUMER_REGISTERS = 240,
-    BACKWARD_PRODUCER_REGISTERS = 40,
-    BACKWARD_CONSUMER_REGISTERS = 232,
+    BACKWARD_PRODUCER_REGISTERS = 24,
+    BACKWARD_CONSUMER_REGISTERS = 240,
 };
 
 struct Maps {
@@ -198,7 +198,10 @@ template <int D> struct QueryRing {
 // A tile of TILE_ROWS rows that goes on past its sequence's: rows `from` on become zeros, since what lies
 // there may be no number, which no probability of 0 makes harmless. All consumers call it.
 template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
-    for (int i = threadIdx.x; i < (TILE_ROWS - from) * (D / 8); i += CONSUMERS)
+    int i = threadIdx.x;
+    asm volatile("" : "+r"(i)); // else ptxas keeps what this needs in registers, all the time
+#pragma unroll 1
+    for (; i < (TILE_ROWS - from) * (D / 8); i += CONSUMERS)
         *(uint4 *)(tile + panel_offset(from + i / (D / 8), i % (D / 8), TILE_ROWS * 128)) =
             make_uint4(0, 0, 0, 0);
     fence_proxy_async();
@@ -469,10 +472,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 // 64K tokens, d = 128, that takes 2 of 16 blocks out of the selected branch at no cost here: on an H100 30.4 to
 // 29.2 ms with (32, 8) heads, (64, 4) 55.7 to 53.5.
 //
-// What comes next runs meanwhile: dP while exp is taken, dV while dS is made, dK while it is stored, dQ and
-// the next tile's S while dQ goes out. After the last tile S is computed of whatever lies there, and not
-// used: ptxas serializes the products here if one is started under a condition, or two are under way where
-// the loop begins.
+// Meanwhile runs: dV while dS is made, the next tile's S while dS is stored, dK and dQ while the next tile's exp
+// is taken. After the last tile S is computed of whatever lies there, and not used: ptxas serializes the
+// products here if one is started under a condition, or two are under way where the loop begins.
 //
 // Bytes: k, v once, dk, dv once in fp32; from L2 q and dO, and dq in fp32 read and written, once for every
 // 128 keys that their tokens see. Flops: 10*d a visible pair; they bind: causal 64K, 32 heads, d = 128: 88
@@ -576,26 +578,37 @@ struct TokenWalk {
     }
 };
 
+// A tile of rows, for the consumers: the first token's row in q and its position, and where the segment's end.
+struct StreamTile {
+    int row, pos, end; // pos = -1: the work item has no more
+};
+
 template <int D> struct KeyRing {
-    static constexpr int STAGES = D == 64 ? 4 : 2;
+    // Of dO, with lse and delta of its rows, and of Q, of which the next tile's comes before this one's is done.
+    static constexpr int STAGES = D == 64 ? 4 : 2, Q_STAGES = D == 64 ? 4 : 3;
     static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
-    static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row], two of them in turn
+    static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row]
     static constexpr int STATS = 4 * STREAM_ROWS * 4;       // bytes of a stage's lse and delta for each warpgroup
-    static constexpr int DQ_BYTES = STREAM_ROWS * D * 4;    // also two, each with a thread that adds it to dq
-    static constexpr int DS = 2 * STAY_BYTES + 2 * STAGES * ROW_BYTES, DQ = DS + 2 * DS_BYTES;
+    static constexpr int DQ_BYTES = STREAM_ROWS * D * 4;    // two in turn, each with a thread that adds it to dq
+    static constexpr int DS = 2 * STAY_BYTES + (Q_STAGES + STAGES) * ROW_BYTES, DQ = DS + DS_BYTES;
     static constexpr int STAT = DQ + 2 * DQ_BYTES, WORK = STAT + STAGES * STATS,
-                         BARRIERS = WORK + 2 * (int)sizeof(KeyWork), BYTES = BARRIERS + 8 * (6 + 2 * STAGES);
-    uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, full, empty;
+                         TILE = WORK + 2 * (int)sizeof(KeyWork),
+                         BARRIERS = (TILE + Q_STAGES * (int)sizeof(StreamTile) + 7) / 8 * 8,
+                         BYTES = BARRIERS + 8 * (6 + 2 * Q_STAGES + 2 * STAGES);
+    uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, q_full, q_empty, full, empty;
     __device__ __forceinline__ KeyRing(uint32_t start) {
-        k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + STAGES * ROW_BYTES;
+        k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + Q_STAGES * ROW_BYTES;
         ds = start + DS, dq = start + DQ;
         stay_full = start + BARRIERS, stay_empty = stay_full + 8, dq_full = stay_empty + 8;
-        dq_empty = dq_full + 16, full = dq_empty + 16, empty = full + 8 * STAGES;
+        dq_empty = dq_full + 16, q_full = dq_empty + 16, q_empty = q_full + 8 * Q_STAGES;
+        full = q_empty + 8 * Q_STAGES, empty = full + 8 * STAGES;
     }
     __device__ __forceinline__ void init() const {
         mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 3);
         for (int i = 0; i < 2; i++)
             mbarrier_init(dq_full + 8 * i, RELEASES), mbarrier_init(dq_empty + 8 * i, 1);
+        for (int i = 0; i < Q_STAGES; i++)
+            mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, RELEASES);
         for (int i = 0; i < STAGES; i++)
             mbarrier_init(full + 8 * i, 1 + 32), mbarrier_init(empty + 8 * i, RELEASES);
         mbarrier_init_fence();
@@ -616,6 +629,8 @@ template <int D> struct KeyRing {
     __device__ void produce(const Dense &p, const Maps &maps, char *tiles, int64_t items) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         Turn<STAGES> turn;
+        Turn<Q_STAGES> q_turn;
+        StreamTile *const tile = (StreamTile *)(tiles + TILE);
         for (int parity = 0;; parity ^= 1) {
             KeyWork *w = work(tiles, parity), next;
             int item;
@@ -636,16 +651,24 @@ template <int D> struct KeyRing {
                 tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, stay_full);
             }
             TokenWalk walk(*w);
-            for (; walk.next(p, *w, tokens); turn.next()) {
-                const uint32_t is_full = full + 8 * turn.stage;
+            for (; walk.next(p, *w, tokens); turn.next(), q_turn.next()) {
+                const int bytes = tokens * g * D * 2;
+                auto bring = [&](const CUtensorMap *map, uint32_t to, uint32_t is_full) {
+                    mbarrier_arrive_expect(is_full, bytes);
+                    for (int i = 0; i < D / 64; i++)
+                        tma_load_3d(to + i * STREAM_ROWS * 128, map, i * 64, w->kv_head * g, walk.row,
+                                    is_full);
+                };
+                mbarrier_wait(q_empty + 8 * q_turn.stage, q_turn.parity ^ 1);
+                tile[q_turn.stage] = StreamTile{walk.row, walk.pos, walk.end};
+                bring(&maps.q, q + q_turn.stage * ROW_BYTES, q_full + 8 * q_turn.stage);
                 mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
-                mbarrier_arrive_expect(is_full, 2 * tokens * g * D * 2);
-                for (int i = 0; i < D / 64; i++) {
-                    uint32_t at = turn.stage * ROW_BYTES + i * STREAM_ROWS * 128;
-                    tma_load_3d(q + at, &maps.q, i * 64, w->kv_head * g, walk.row, is_full);
-                    tma_load_3d(dout + at, &maps.dout, i * 64, w->kv_head * g, walk.row, is_full);
-                }
+                bring(&maps.dout, dout + turn.stage * ROW_BYTES, full + 8 * turn.stage);
             }
+            mbarrier_wait(q_empty + 8 * q_turn.stage, q_turn.parity ^ 1);
+            tile[q_turn.stage].pos = -1;
+            mbarrier_arrive(q_full + 8 * q_turn.stage);
+            q_turn.next();
         }
     }
     // A warp: brings lse and delta of the rows, a tile ahead of those that wait. For a warpgroup whose keys are
@@ -756,7 +779,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const Ring ring(start);
     if (threadIdx.x == 0) ring.init();
     // The copies never write the last rows of a tile where g doesn't divide 64; they are zeros for good.
-    for (int i = threadIdx.x; i < 2 * Ring::STAGES * Ring::ROW_BYTES / 16; i += THREADS)
+    for (int i = threadIdx.x; i < (Ring::Q_STAGES + Ring::STAGES) * Ring::ROW_BYTES / 16; i += THREADS)
         ((uint4 *)(tiles + 2 * Ring::STAY_BYTES))[i] = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     __syncthreads();
@@ -779,9 +802,11 @@ __global__ void __launch_bounds__(THREADS, 1)
         // The warpgroup's columns of K, D/2 of them, in all rows.
         const uint32_t my_columns = ring.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
         const int my_key = warpgroup * 64 + warp * 16 + lane / 4; // the first of the thread's two
-        Turn<Ring::STAGES> turn;
-        Turn<2> buffer; // of dS and of dQ
+        uint32_t n = 0; // tiles so far: the stage of dO's ring, and the buffer of dQ
+        Turn<Ring::Q_STAGES> q_turn;
         int work_parity = 0;
+        // Barrier 4 + warpgroup opens when the other one has read the dS before.
+        named_barrier_arrive(4 + (warpgroup ^ 1), CONSUMERS);
         while (const KeyWork *work = ring.next_work(tiles, &work_parity)) {
             const KeyWork &w = *work;
             if (w.keys.rows < KEYS) {
@@ -790,40 +815,29 @@ __global__ void __launch_bounds__(THREADS, 1)
             }
             float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[STREAM_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
-            TokenWalk walk(w);
-            bool more = walk.next(p, w, tokens);
+            const StreamTile *const tile_at = (const StreamTile *)(tiles + Ring::TILE);
+            int pos; // of the first token whose scores are computed; -1: no more tiles
+            auto clear_end = [&](uint32_t rows) { // of the last tile of a segment
+                const int left = (tile_at[q_turn.stage].end - pos) * g;
+                if (left < tokens * g) clear_rows<D, STREAM_ROWS>(tiles + (rows - start), left);
+            };
             auto start_scores = [&] {
-                if (more) { // past the end the stage's next round may be any
-                    mbarrier_wait(ring.full + 8 * turn.stage, turn.parity);
-                    const int left = (walk.end - walk.pos) * g;
-                    if (left < tokens * g) {
-                        clear_rows<D, STREAM_ROWS>(tiles + (ring.q - start) + turn.stage * Ring::ROW_BYTES,
-                                                   left);
-                        clear_rows<D, STREAM_ROWS>(tiles + (ring.dout - start) + turn.stage * Ring::ROW_BYTES,
-                                                   left);
-                    }
-                }
+                const uint32_t tile_q = ring.q + q_turn.stage * Ring::ROW_BYTES;
+                mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
+                pos = tile_at[q_turn.stage].pos;
+                if (pos >= 0) clear_end(tile_q);
                 wgmma_fence();
-                product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, ring.q + turn.stage * Ring::ROW_BYTES);
+                product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, tile_q);
                 wgmma_commit();
             };
-            start_scores();
-            for (; more; buffer.next()) {
-                const int stage = turn.stage, pos = walk.pos, end = walk.end;
-                const int64_t sums = dq_sum_group(p.plan.nq, g, walk.row, w.kv_head);
-                const uint32_t tile_q = ring.q + stage * Ring::ROW_BYTES;
-                const uint32_t tile_dout = ring.dout + stage * Ring::ROW_BYTES;
-                const uint32_t tile_ds = ring.ds + buffer.stage * Ring::DS_BYTES;
+            auto find_probabilities = [&](uint32_t n) {
+                const int stage = n % Ring::STAGES;
+                mbarrier_wait(ring.full + 8 * stage, n / Ring::STAGES & 1);
+                clear_end(ring.dout + stage * Ring::ROW_BYTES);
                 const float *lse =
                     (const float *)(tiles + Ring::STAT + stage * Ring::STATS) + warpgroup * 2 * STREAM_ROWS;
-                const float *delta = lse + STREAM_ROWS;
-                float dp[STREAM_ROWS / 8][4];
-                wgmma_wait<0>();
-                wgmma_pin(s);
-                wgmma_fence();
-                product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
-                wgmma_commit();
-                if (!p.visible(pos, j0 + 63) || j0 < p.visible.first_key(min(pos + tokens, end) - 1)) {
+                if (!p.visible(pos, j0 + 63) ||
+                    j0 < p.visible.first_key(min(pos + tokens, tile_at[q_turn.stage].end) - 1)) {
                     int from[2]; // rows from[half] .. from[half] + rows[half] - 1 see the key
                     unsigned rows[2];
 #pragma unroll
@@ -841,7 +855,6 @@ __global__ void __launch_bounds__(THREADS, 1)
                             if ((unsigned)(n * 8 + e % 2 - from[e / 2]) >= rows[e / 2]) s[n][e] = -INFINITY;
                     }
                 }
-                uint32_t a[STREAM_ROWS / 16][4];
 #pragma unroll
                 for (int n = 0; n < STREAM_ROWS / 8; n++) {
                     float2 l = *(const float2 *)(lse + n * 8 + lane % 4 * 2);
@@ -849,6 +862,22 @@ __global__ void __launch_bounds__(THREADS, 1)
                     for (int e = 0; e < 4; e++)
                         s[n][e] = exp2_fast(s[n][e] * scale - ((e % 2 ? l.y : l.x) - shift));
                 }
+            };
+            start_scores();
+            wgmma_wait<0>();
+            wgmma_pin(s);
+            if (pos >= 0) find_probabilities(n);
+            for (; pos >= 0; n++) {
+                const int stage = n % Ring::STAGES, q_stage = q_turn.stage;
+                const uint32_t tile_q = ring.q + q_stage * Ring::ROW_BYTES;
+                const uint32_t tile_dout = ring.dout + stage * Ring::ROW_BYTES;
+                const float *delta = (const float *)(tiles + Ring::STAT + stage * Ring::STATS) +
+                                     warpgroup * 2 * STREAM_ROWS + STREAM_ROWS;
+                float dp[STREAM_ROWS / 8][4];
+                wgmma_fence();
+                product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
+                wgmma_commit();
+                uint32_t a[STREAM_ROWS / 16][4]; // P^T
 #pragma unroll
                 for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(a[k], s[2 * k], s[2 * k + 1]);
                 wgmma_fence();
@@ -856,7 +885,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_commit();
                 wgmma_wait<1>();
                 wgmma_pin(dp);
-                uint32_t b[STREAM_ROWS / 16][4];
+                uint32_t b[STREAM_ROWS / 16][4]; // dS^T
 #pragma unroll
                 for (int n = 0; n < STREAM_ROWS / 8; n++) {
                     float2 l = *(const float2 *)(delta + n * 8 + lane % 4 * 2);
@@ -865,49 +894,58 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
 #pragma unroll
                 for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
-                wgmma_fence();
-                product_columns<T, STREAM_ROWS>(dk, b, tile_q, true);
-                wgmma_commit();
-                // Into the one buffer while the other warpgroup may still multiply out of the other one.
+                q_turn.next();
+                start_scores();
+                named_barrier_sync(4 + warpgroup, CONSUMERS);
+                int key = my_key;
+                asm volatile("" : "+r"(key));
 #pragma unroll
                 for (int k = 0; k < STREAM_ROWS / 16; k++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        *(uint32_t *)(tiles + (tile_ds - start) + lane % 4 * 4 +
-                                      panel_offset(my_key + i % 2 * 8, k * 2 + i / 2, 0)) = b[k][i];
+                        *(uint32_t *)(tiles + Ring::DS + lane % 4 * 4 +
+                                      panel_offset(key + i % 2 * 8, k * 2 + i / 2, 0)) = b[k][i];
                 }
                 fence_proxy_async();
                 named_barrier_sync(1, CONSUMERS);
                 float dq[D / 16][4];
+                const uint64_t from_ds = wgmma_matrix(ring.ds), from_k = wgmma_matrix(my_columns);
+                const uint64_t my_ds = wgmma_matrix(ring.ds + warpgroup * 64 * 128),
+                               from_q = wgmma_matrix(tile_q, STREAM_ROWS * 128);
                 wgmma_fence();
-                const uint64_t from_ds = wgmma_matrix(tile_ds), from_k = wgmma_matrix(my_columns);
+#pragma unroll
+                for (int k = 0; k < STREAM_ROWS / 16; k++)
+                    wgmma_ss<T, 1>(dk, wgmma_further(my_ds, k * 32), wgmma_further(from_q, k * 2048), 1);
+                wgmma_commit();
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++)
                     wgmma_ss<T, 1, 1>(dq, wgmma_further(from_ds, k * 2048), wgmma_further(from_k, k * 2048),
                                       k > 0);
                 wgmma_commit();
-                turn.next();
-                more = walk.next(p, w, tokens);
-                wgmma_wait<1>();
-                wgmma_pin(dv), wgmma_pin(dk);
+                wgmma_wait<2>();
+                wgmma_pin(dv), wgmma_pin(s);
                 mbarrier_arrive_warp(ring.empty + 8 * stage);
-                start_scores();
-                wgmma_wait<1>();
-                wgmma_pin(dq);
-                mbarrier_wait(ring.dq_empty + 8 * buffer.stage, buffer.parity ^ 1);
+                if (pos >= 0) find_probabilities(n + 1); // while dK's and dQ's products run
+                wgmma_wait<0>();
+                wgmma_pin(dk), wgmma_pin(dq);
+                const int sums = (int)dq_sum_group(p.plan.nq, g, tile_at[q_stage].row, w.kv_head) % 8;
+                mbarrier_arrive_warp(ring.q_empty + 8 * q_stage);
+                named_barrier_arrive(4 + (warpgroup ^ 1), CONSUMERS);
+                mbarrier_wait(ring.dq_empty + 8 * (n % 2), n / 2 & 1 ^ 1);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int row = warp * 16 + half * 8 + lane / 4;
-                    char *to = tiles + Ring::DQ + buffer.stage * Ring::DQ_BYTES + row * D * 4 + lane % 4 * 8;
+                    char *to = tiles + Ring::DQ + n % 2 * Ring::DQ_BYTES + row * D * 4 + lane % 4 * 8;
 #pragma unroll
                     for (int n = 0; n < D / 16; n++)
                         *(float2 *)(to + dq_sum_piece(sums + row, warpgroup * D / 16 + n) * 32) =
                             make_float2(dq[n][half * 2] * unit_k, dq[n][half * 2 + 1] * unit_k);
                 }
                 fence_proxy_async();
-                mbarrier_arrive_warp(ring.dq_full + 8 * buffer.stage);
+                mbarrier_arrive_warp(ring.dq_full + 8 * (n % 2));
             }
-            wgmma_wait<0>(); // scores of no tile
+            mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage); // that of no tile
+            q_turn.next();
             mbarrier_arrive_warp(ring.stay_empty);
 
             int64_t row_size = (int64_t)p.kv_heads * D, all = p.num_keys * row_size; // elements of dk
@@ -933,6 +971,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         }
+        named_barrier_sync(4 + warpgroup, CONSUMERS); // the turns that nobody took
     }
 }
 
