@@ -76,9 +76,10 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // The GPU library (libfsa). Every pointer below is a device pointer, 16-byte aligned, unless said
 // otherwise. q, k, v, o, gate logits and their gradients are 16-bit, of the type `dtype`. head_dim is
 // 64 or 128. Layouts are those of reference.h: q, o [Nq, Hq, d]; k, v [N, Hkv, d]; lse [Nq, Hq] fp32;
-// indices [Hkv, Nq, T]. An entry launches kernels on `stream` and returns; it allocates nothing and
-// never synchronizes, and may be called from several threads with separate workspaces. Same input,
-// same GPU: same bits. What is no number in a sequence (NaN, infinity) stays in it and in the parameters'
+// indices [Hkv, Nq, T]. An entry launches kernels on `stream` and returns; it never synchronizes, and
+// may be called from several threads with separate workspaces. It allocates nothing, but that a
+// thread's first fsa_forward on a device makes a second stream, which waits for `stream` and is waited
+// for by it. Same input, same GPU: same bits. What is no number in a sequence (NaN, infinity) stays in it and in the parameters'
 // gradients.
 
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
