@@ -578,14 +578,16 @@ struct TokenWalk {
     }
 };
 
-// A tile of rows, for the consumers: the first token's row in q and its position, and where the segment's end.
+// A tile of rows: the first token's row in q, its position, the end of the segment's tokens, the tile's number of
+// all.
 struct StreamTile {
-    int row, pos, end; // pos = -1: the work item has no more
+    int row, pos, end, place; // pos = -1: the work item has no more
 };
 
 template <int D> struct KeyRing {
     // Of dO, with lse and delta of its rows, and of Q, of which the next tile's comes before this one's is done.
     static constexpr int STAGES = D == 64 ? 4 : 2, Q_STAGES = D == 64 ? 4 : 3;
+    static constexpr int TILES = 8; // that may be known ahead of the slowest who reads of them
     static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
     static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row]
     static constexpr int STATS = 4 * STREAM_ROWS * 4;       // bytes of a stage's lse and delta for each warpgroup
@@ -593,15 +595,17 @@ template <int D> struct KeyRing {
     static constexpr int DS = 2 * STAY_BYTES + (Q_STAGES + STAGES) * ROW_BYTES, DQ = DS + DS_BYTES;
     static constexpr int STAT = DQ + 2 * DQ_BYTES, WORK = STAT + STAGES * STATS,
                          TILE = WORK + 2 * (int)sizeof(KeyWork),
-                         BARRIERS = (TILE + Q_STAGES * (int)sizeof(StreamTile) + 7) / 8 * 8,
-                         BYTES = BARRIERS + 8 * (6 + 2 * Q_STAGES + 2 * STAGES);
+                         BARRIERS = TILE + TILES * (int)sizeof(StreamTile),
+                         BYTES = BARRIERS + 8 * (6 + 2 * Q_STAGES + 2 * STAGES + 2 * TILES);
     uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, q_full, q_empty, full, empty;
+    uint32_t tile_full, tile_empty;
     __device__ __forceinline__ KeyRing(uint32_t start) {
         k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + Q_STAGES * ROW_BYTES;
         ds = start + DS, dq = start + DQ;
         stay_full = start + BARRIERS, stay_empty = stay_full + 8, dq_full = stay_empty + 8;
         dq_empty = dq_full + 16, q_full = dq_empty + 16, q_empty = q_full + 8 * Q_STAGES;
         full = q_empty + 8 * Q_STAGES, empty = full + 8 * STAGES;
+        tile_full = empty + 8 * STAGES, tile_empty = tile_full + 8 * TILES;
     }
     __device__ __forceinline__ void init() const {
         mbarrier_init(stay_full, 1), mbarrier_init(stay_empty, RELEASES + 3);
@@ -611,7 +615,18 @@ template <int D> struct KeyRing {
             mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, RELEASES);
         for (int i = 0; i < STAGES; i++)
             mbarrier_init(full + 8 * i, 1 + 32), mbarrier_init(empty + 8 * i, RELEASES);
+        for (int i = 0; i < TILES; i++)
+            mbarrier_init(tile_full + 8 * i, 1), mbarrier_init(tile_empty + 8 * i, RELEASES + 3);
         mbarrier_init_fence();
+    }
+    // The tiles that all but the one who finds them read of, and give back. number: of all so far, with those that
+    // only say that a work item has no more.
+    __device__ __forceinline__ const StreamTile &tile(char *tiles, uint32_t number) const {
+        mbarrier_wait(tile_full + 8 * (number % TILES), number / TILES & 1);
+        return ((const StreamTile *)(tiles + TILE))[number % TILES];
+    }
+    __device__ __forceinline__ void give_back(uint32_t number) const {
+        mbarrier_arrive(tile_empty + 8 * (number % TILES));
     }
     // Work items lie in shared memory, where all warps read them, two in turn: the warps that add to dq lag
     // behind the others, the one that brings lse and delta runs ahead.
@@ -630,7 +645,12 @@ template <int D> struct KeyRing {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         Turn<STAGES> turn;
         Turn<Q_STAGES> q_turn;
-        StreamTile *const tile = (StreamTile *)(tiles + TILE);
+        uint32_t number = 0;
+        auto tell = [&](const StreamTile &t) {
+            mbarrier_wait(tile_empty + 8 * (number % TILES), number / TILES & 1 ^ 1);
+            ((StreamTile *)(tiles + TILE))[number % TILES] = t;
+            mbarrier_arrive(tile_full + 8 * (number++ % TILES));
+        };
         for (int parity = 0;; parity ^= 1) {
             KeyWork *w = work(tiles, parity), next;
             int item;
@@ -659,16 +679,13 @@ template <int D> struct KeyRing {
                         tma_load_3d(to + i * STREAM_ROWS * 128, map, i * 64, w->kv_head * g, walk.row,
                                     is_full);
                 };
+                tell(StreamTile{walk.row, walk.pos, walk.end, walk.place});
                 mbarrier_wait(q_empty + 8 * q_turn.stage, q_turn.parity ^ 1);
-                tile[q_turn.stage] = StreamTile{walk.row, walk.pos, walk.end};
                 bring(&maps.q, q + q_turn.stage * ROW_BYTES, q_full + 8 * q_turn.stage);
                 mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
                 bring(&maps.dout, dout + turn.stage * ROW_BYTES, full + 8 * turn.stage);
             }
-            mbarrier_wait(q_empty + 8 * q_turn.stage, q_turn.parity ^ 1);
-            tile[q_turn.stage].pos = -1;
-            mbarrier_arrive(q_full + 8 * q_turn.stage);
-            q_turn.next();
+            tell(StreamTile{0, -1, 0, 0});
         }
     }
     // A warp: brings lse and delta of the rows, a tile ahead of those that wait. For a warpgroup whose keys are
@@ -686,32 +703,31 @@ template <int D> struct KeyRing {
             token[i] = (lane + 32 * i) / g;
             place[i] = token[i] * p.q_heads + (lane + 32 * i) % g;
         }
+        uint32_t number = 0;
         while (const KeyWork *w = next_work(tiles, &parity)) {
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(stay_empty);
-            TokenWalk walk(*w);
             // Up to here a warpgroup's keys are among the last blocks; no token is before 0.
             int local_end[2] = {};
             if (p.forced.local > 0)
                 for (int i = 0; i < 2; i++)
                     local_end[i] =
                         ((w->keys.first + 64 * i) / p.forced.block + p.forced.local) * p.forced.block;
-            float lse[2], delta[2], other_lse[2], other_delta[2];
-            auto fetch = [&] {
-                const int64_t first = (int64_t)walk.row * p.q_heads + w->kv_head * g;
+            for (;; turn.next()) {
+                const StreamTile t = tile(tiles, number);
+                __syncwarp();
+                if (lane == 0) give_back(number);
+                number++;
+                if (t.pos < 0) break;
+                const int64_t first = (int64_t)t.row * p.q_heads + w->kv_head * g;
+                float lse[2], delta[2], other_lse[2], other_delta[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int pos = walk.pos + token[i];
-                    const bool there = token[i] < tokens && pos < walk.end, both = there && pos < local_end[1];
+                    const int pos = t.pos + token[i];
+                    const bool there = token[i] < tokens && pos < t.end, both = there && pos < local_end[1];
                     lse[i] = there ? p.lse_grad[first + place[i]] : INFINITY; // no row: P = 0
                     delta[i] = there ? p.delta[first + place[i]] : 0;
                     other_lse[i] = both ? p.local_lse_grad[first + place[i]] : INFINITY;
                     other_delta[i] = both ? p.local_delta[first + place[i]] : 0;
                 }
-            };
-            bool more = walk.next(p, *w, tokens);
-            if (more) fetch();
-            for (; more; turn.next()) {
                 mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
                 float *to = (float *)(tiles + STAT + turn.stage * STATS);
 #pragma unroll
@@ -726,16 +742,16 @@ template <int D> struct KeyRing {
                     const float share = (own == low ? 1 : less) / (1 + less); // own of both
                     const float both_delta = other_delta[i] + share * (delta[i] - other_delta[i]);
                     for (int half = 0; half < 2; half++) {
-                        const bool local = walk.pos + token[i] < local_end[half];
+                        const bool local = t.pos + token[i] < local_end[half];
                         to[half * 2 * STREAM_ROWS + lane + 32 * i] = local ? both : own;
                         to[half * 2 * STREAM_ROWS + STREAM_ROWS + lane + 32 * i] =
                             local ? both_delta : delta[i];
                     }
                 }
                 mbarrier_arrive(full + 8 * turn.stage);
-                more = walk.next(p, *w, tokens);
-                if (more) fetch();
             }
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(stay_empty);
         }
     }
     // A thread of two: adds every second tile of dQ to dq when those of all smaller keys are in.
@@ -744,15 +760,19 @@ template <int D> struct KeyRing {
         const uint32_t my_dq = dq + mine * DQ_BYTES;
         int work_parity = 0;
         Turn<2> buffer;
+        uint32_t number = 0;
         while (const KeyWork *w = next_work(tiles, &work_parity)) {
+            const int kv_head = w->kv_head, key_tile = w->keys.first / KEYS;
             mbarrier_arrive(stay_empty);
-            TokenWalk walk(*w);
-            for (; walk.next(p, *w, tokens); buffer.next()) {
+            for (;; buffer.next()) {
+                const StreamTile t = tile(tiles, number);
+                give_back(number++);
+                if (t.pos < 0) break;
                 if (buffer.stage != mine) continue;
-                int *turn = p.order + 1 + (int64_t)walk.place * p.kv_heads + w->kv_head;
-                const int before = w->keys.first / KEYS - p.visible.first_key(walk.pos) / KEYS;
-                const int bytes = min(tokens, walk.end - walk.pos) * g * D * 4;
-                float *to = p.dq + dq_sum_group(p.plan.nq, g, walk.row, w->kv_head) * D;
+                int *turn = p.order + 1 + (int64_t)t.place * p.kv_heads + kv_head;
+                const int before = key_tile - p.visible.first_key(t.pos) / KEYS;
+                const int bytes = min(tokens, t.end - t.pos) * g * D * 4;
+                float *to = p.dq + dq_sum_group(p.plan.nq, g, t.row, kv_head) * D;
                 turn_wait(turn, before);
                 mbarrier_wait(dq_full + 8 * mine, buffer.parity);
                 if (before > 0 || p.accumulate_q)
@@ -803,6 +823,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         const uint32_t my_columns = ring.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
         const int my_key = warpgroup * 64 + warp * 16 + lane / 4; // the first of the thread's two
         uint32_t n = 0; // tiles so far: the stage of dO's ring, and the buffer of dQ
+        uint32_t number = 0; // the same with those of no tile
         Turn<Ring::Q_STAGES> q_turn;
         int work_parity = 0;
         // Barrier 4 + warpgroup opens when the other one has read the dS before.
@@ -816,16 +837,18 @@ __global__ void __launch_bounds__(THREADS, 1)
             float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[STREAM_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
             const StreamTile *const tile_at = (const StreamTile *)(tiles + Ring::TILE);
-            int pos; // of the first token whose scores are computed; -1: no more tiles
+            int pos; // of the first token whose scores are computed, of tile `number`; -1: no more tiles
             auto clear_end = [&](uint32_t rows) { // of the last tile of a segment
-                const int left = (tile_at[q_turn.stage].end - pos) * g;
+                const int left = (tile_at[number % Ring::TILES].end - pos) * g;
                 if (left < tokens * g) clear_rows<D, STREAM_ROWS>(tiles + (rows - start), left);
             };
             auto start_scores = [&] {
                 const uint32_t tile_q = ring.q + q_turn.stage * Ring::ROW_BYTES;
-                mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
-                pos = tile_at[q_turn.stage].pos;
-                if (pos >= 0) clear_end(tile_q);
+                pos = ring.tile(tiles, number).pos;
+                if (pos >= 0) { // past the end the stage's next round may be any
+                    mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
+                    clear_end(tile_q);
+                }
                 wgmma_fence();
                 product_rows<T, D, KEYS, STREAM_ROWS>(s, my_k, tile_q);
                 wgmma_commit();
@@ -837,7 +860,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const float *lse =
                     (const float *)(tiles + Ring::STAT + stage * Ring::STATS) + warpgroup * 2 * STREAM_ROWS;
                 if (!p.visible(pos, j0 + 63) ||
-                    j0 < p.visible.first_key(min(pos + tokens, tile_at[q_turn.stage].end) - 1)) {
+                    j0 < p.visible.first_key(min(pos + tokens, tile_at[number % Ring::TILES].end) - 1)) {
                     int from[2]; // rows from[half] .. from[half] + rows[half] - 1 see the key
                     unsigned rows[2];
 #pragma unroll
@@ -894,7 +917,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
 #pragma unroll
                 for (int k = 0; k < STREAM_ROWS / 16; k++) result_as_a<T>(b[k], s[2 * k], s[2 * k + 1]);
-                q_turn.next();
+                q_turn.next(), number++;
                 start_scores();
                 named_barrier_sync(4 + warpgroup, CONSUMERS);
                 int key = my_key;
@@ -928,8 +951,10 @@ __global__ void __launch_bounds__(THREADS, 1)
                 if (pos >= 0) find_probabilities(n + 1); // while dK's and dQ's products run
                 wgmma_wait<0>();
                 wgmma_pin(dk), wgmma_pin(dq);
-                const int sums = (int)dq_sum_group(p.plan.nq, g, tile_at[q_stage].row, w.kv_head) % 8;
+                const int sums =
+                    (int)dq_sum_group(p.plan.nq, g, tile_at[(number - 1) % Ring::TILES].row, w.kv_head) % 8;
                 mbarrier_arrive_warp(ring.q_empty + 8 * q_stage);
+                mbarrier_arrive_warp(ring.tile_empty + 8 * ((number - 1) % Ring::TILES));
                 named_barrier_arrive(4 + (warpgroup ^ 1), CONSUMERS);
                 mbarrier_wait(ring.dq_empty + 8 * (n % 2), n / 2 & 1 ^ 1);
 #pragma unroll
@@ -944,8 +969,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 fence_proxy_async();
                 mbarrier_arrive_warp(ring.dq_full + 8 * (n % 2));
             }
-            mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage); // that of no tile
-            q_turn.next();
+            mbarrier_arrive_warp(ring.tile_empty + 8 * (number++ % Ring::TILES)); // that of no tile
             mbarrier_arrive_warp(ring.stay_empty);
 
             int64_t row_size = (int64_t)p.kv_heads * D, all = p.num_keys * row_size; // elements of dk
