@@ -882,36 +882,42 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 uint32_t to[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) to[i] = meta.partial[warp % 4 * 16 + quad + 8 * i];
+                Partial<T> x[2][B::DQ_COLUMNS / 32];
+                auto take_dq = [&] {
+                    wgmma_pin(dq);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+#pragma unroll
+                        for (int j = 0; j < B::DQ_COLUMNS / 32; j++)
+                            x[i][j] = piece_of<T>(dq, 4 * j, i, a.scale);
+                    }
+                };
                 auto store_dq = [&](int column) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        if (to[i] == NONE) continue;
-                        Partial<T> x[B::DQ_COLUMNS / 32];
-#pragma unroll
-                        for (int j = 0; j < B::DQ_COLUMNS / 32; j++)
-                            x[j] = piece_of<T>(dq, 4 * j, i, a.scale);
-                        Partial<T>::store(a.partial + to[i] * (uint64_t)row_bytes<T, D>(), column / 32, c, x);
+                        if (to[i] != NONE)
+                            Partial<T>::store(a.partial + to[i] * (uint64_t)row_bytes<T, D>(), column / 32, c,
+                                              x[i]);
                     }
                 };
                 constexpr int PIECES = D / B::SHARERS / B::DQ_COLUMNS;
-#pragma unroll
-                for (int piece = 0; piece < PIECES; piece++) {
-                    start_dq(column0 + piece * B::DQ_COLUMNS);
-                    if (piece == 0) {
-                        wgmma_wait<1>(); // dV and dK are there
-                        mbarrier_arrive_warp(q_empty + 8 * turn.stage);
-                    }
-                    if (piece + 1 == PIECES) {
-                        // No waiting past the part's end: the stage's next round may be any, the parity lies.
-                        if (tile + 1 < end) wait_rows(tile + 1);
-                        start_s(tile + 1);
-                        wgmma_wait<1>();
-                    } else {
-                        wgmma_wait<0>();
-                    }
-                    wgmma_pin(dq);
-                    store_dq(column0 + piece * B::DQ_COLUMNS);
+                static_assert(PIECES <= 2, "one piece waits in registers");
+                start_dq(column0);
+                wgmma_wait<1>(); // dV and dK are there
+                mbarrier_arrive_warp(q_empty + 8 * turn.stage);
+                if (PIECES == 2) {
+                    wgmma_wait<0>();
+                    take_dq();
+                    start_dq(column0 + B::DQ_COLUMNS);
                 }
+                // No waiting past the part's end: the stage's next round may be any, the parity lies. And nothing
+                // of this tile is stored before, which wait_rows' fence would wait for.
+                if (tile + 1 < end) wait_rows(tile + 1);
+                start_s(tile + 1);
+                if (PIECES == 2) store_dq(column0);
+                wgmma_wait<1>();
+                take_dq();
+                store_dq(column0 + (PIECES - 1) * B::DQ_COLUMNS);
             }
             wgmma_pin(dk);
             wgmma_pin(dv);
