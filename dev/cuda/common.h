@@ -300,8 +300,8 @@ template <typename F> static inline double time_ms(F run, int reps = 10, bool fl
 }
 
 // ---- errors -------------------------------------------------------------------------------------------
-// |x - ref| / max(|ref|, |terms|) in Frobenius norm; infinite where x isn't finite. terms: what ref was summed
-// from, for a ref that may cancel.
+// |x - ref| / max(|ref|, |terms|) in Frobenius norm; infinite where x isn't finite. terms: what ref was
+// summed from, for a ref that may cancel.
 static inline double relative_error(const std::vector<float> &x, const std::vector<float> &ref,
                                     const std::vector<float> &terms = {}) {
     double diff = 0, norm = 0, norm_of_terms = 0;

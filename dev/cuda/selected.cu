@@ -62,10 +62,10 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
                                o.data(), lse.data());
     fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                 o.data(), lse.data(), g.f.data(), dq.data(), dk.data(), dv.data());
-    // P (dP - delta) of few queries may cancel, and does where each sees one key: the errors of their dq and dk
-    // are relative to the sums without delta, which o = 0 gives, where these are larger.
+    // P (dP - delta) of few queries may cancel, and does where each sees one key: the errors of their dq and
+    // dk are relative to the sums without delta, which o = 0 gives, where these are larger.
     std::vector<float> dq_terms, dk_terms;
-    if (nq <= 16) {
+    if (nq <= 16) { // no shape here has more that all cancel, and the reference would take twice as long
         std::vector<float> zero(o.size()), unused(dv.size());
         dq_terms.resize(dq.size()), dk_terms.resize(dk.size());
         fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(),
