@@ -4,8 +4,8 @@
 //         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
 //   2, 3: selectors, 2 for scorer 0's queries, 3 for scorer 1's: block scores out of P, and the running
 //         lists of the best blocks. A query has 1, 2, 4 or 8 selectors, each for its part of the windows.
-//   4:    a warp that loads Q, by cp.async, and kc, by TMA, into a ring of tiles that both scorers read; a
-//         thread that finds the tiles of queries.
+//   4:    a warp that loads Q and kc by TMA, into rings of tiles that both scorers read; one that brings the
+//         lse of Q's rows; a thread that finds the tiles of queries.
 // So the tensor cores, exp and the lists are busy at once: one scorer's exps hide behind the other's
 // products, and the lists behind both.
 //
@@ -44,6 +44,7 @@ namespace {
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
 constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
+constexpr int HALF = COLUMNS / 16;     // eights of columns that a scorer has products of at once
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
@@ -62,7 +63,7 @@ static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
 // Where things lie in shared memory, from a multiple of 1,024 on, and the sizes of tiles.
 struct Layout {
     int q_bytes, k_bytes, p_bytes;
-    int k, p, pending, works, barriers, end; // tiles of Q come first
+    int k, p, pending, offsets, works, barriers, end; // tiles of Q come first
 };
 struct TopKHopper {
     FsaPlan plan;
@@ -107,6 +108,11 @@ struct Ring {
     }
 };
 
+// Queries of a box of Q.
+__host__ __device__ __forceinline__ int box_queries(int group) {
+    return group == 1 ? COLUMNS : 8;
+}
+
 // The next tile of queries of this thread block, from its turn `*turn` on. Turns go up and down the thread
 // blocks, so that each has long ones and short ones.
 __device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
@@ -150,33 +156,31 @@ __device__ __forceinline__ void work_done(Ring *works) {
     works->next();
 }
 
-// Brings Q and kc as K-major operands of wgmma. Of Q, D/8 lanes copy a row, 16 bytes each.
+// Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query
+// has one head, of all heads of a group.
 template <typename T, int D>
-__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_map, uint32_t start,
-                                     const char *shared, Ring works, Ring q_ring, Ring k_ring) {
-    constexpr int ROWS = 32 / (D / 8); // that the warp copies at once
-    const int lane = threadIdx.x % 32, row0 = lane / (D / 8), chunk = lane % (D / 8);
-    const int64_t q_stride = (int64_t)p.q_heads * D;
+__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
+                                     uint32_t start, const char *shared, Ring works, Ring q_ring,
+                                     Ring k_ring) {
+    const int lane = threadIdx.x % 32;
     for (;; work_done(&works)) {
         const Work w = next_work(p, shared, works);
         if (w.rows == 0) break;
         if (w.steps == 0) continue;
 
         q_ring.wait_empty_asleep();
-        uint32_t tile = start + q_ring.at * SCORERS * p.at.q_bytes;
-        const T *q = (const T *)p.q + w.row * q_stride + w.kv_head * p.group * D + chunk * 8;
-        for (int query0 = 0; query0 < SCORERS * p.queries; query0 += 8) {
-            if (query0 == p.queries) tile += p.at.q_bytes - p.queries * p.group * 128;
-            for (int h = 0; h < p.group; h++) {
-#pragma unroll
-                for (int r = row0; r < 8; r += ROWS) {
-                    bool valid = query0 + r < w.rows;
-                    cp_async_16(tile + panel_offset(query0 * p.group + h * 8 + r, chunk, COLUMNS * 128),
-                                valid ? q + (query0 + r) * q_stride + h * D : q, valid);
-                }
+        if (lane == 0) {
+            const int box = box_queries(p.group), rows = (w.rows + box - 1) / box * box;
+            mbarrier_arrive_expect(q_ring.full(), min(rows, SCORERS * p.queries) * p.group * D * 2);
+            for (int query = 0; query < min(rows, SCORERS * p.queries); query += box) {
+                const int scorer = query >= p.queries;
+                const uint32_t tile = start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes +
+                                      (query - scorer * p.queries) * p.group * 128;
+                for (int i = 0; i < D / 64; i++)
+                    tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.row + query,
+                                w.kv_head * p.group, q_ring.full());
             }
         }
-        cp_async_arrive(q_ring.full());
         q_ring.next();
 
         for (int step = 0; step < w.steps; step++, k_ring.next()) {
@@ -190,6 +194,33 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &k_m
     }
 }
 
+// Brings -lse * log2(e) of the columns of Q, -inf for those of no row and of rows that see nothing.
+__device__ __forceinline__ void bring_offsets(const TopKHopper &p, char *shared, Ring works, Ring q_ring) {
+    const int lane = threadIdx.x % 32, used = p.queries / 8 * p.group; // eights of columns
+    for (;; work_done(&works)) {
+        const Work w = next_work(p, shared, works);
+        if (w.rows == 0) break;
+        if (w.steps == 0) continue;
+        float x[SCORERS * COLUMNS / 32];
+#pragma unroll
+        for (int i = 0; i < SCORERS * COLUMNS / 32; i++) {
+            const int column = (i * 32 + lane) % COLUMNS, eight = column / 8, of_queries = eight / p.group;
+            const int query = i * 32 / COLUMNS * p.queries + of_queries * 8 + column % 8;
+            x[i] = -INFINITY;
+            if (eight < used && query < w.rows)
+                x[i] =
+                    p.lse[(w.row + query) * p.q_heads + w.kv_head * p.group + eight - of_queries * p.group];
+        }
+        q_ring.wait_empty_asleep();
+        float *to = (float *)(shared + p.at.offsets) + q_ring.at * SCORERS * COLUMNS + lane;
+#pragma unroll
+        for (int i = 0; i < SCORERS * COLUMNS / 32; i++)
+            to[i * 32] = x[i] == -INFINITY ? -INFINITY : -x[i] * FSA_LOG2E;
+        mbarrier_arrive_warp(q_ring.full());
+        q_ring.next();
+    }
+}
+
 // A tile of P: [queries][32 windows], the eight pieces of 4 windows of a row exchanged by query % 8, so that
 // neither its writers nor its readers meet in a bank. Of the next query, where this one is even, the place is
 // ^ 4 + 32, and of the windows 8 on, where these are the first 8 of 16, ^ 8.
@@ -197,11 +228,13 @@ __device__ __forceinline__ int p_place(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-template <typename T, int D>
+// GROUP: p.group, or 0 for one that is no power of two.
+template <typename T, int D, int GROUP>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int used = p.queries / 8 * p.group; // eights of columns
+    const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries;
+    const int used = queries / 8 * group; // eights of columns
     const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_ring.next(); // a tile's second half is another's
     // The scorers start their products in turn, so that one has exps to do while the other has products.
@@ -211,11 +244,14 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         const int steps = w.steps;
         if (w.rows == 0) break;
         if (steps == 0) continue;
-        float offset[COLUMNS / 8][2]; // -lse * log2(e) of the thread's columns
+        q_ring.wait_full();
+        float2 offset[COLUMNS / 8]; // of the thread's columns
+        const float2 *offsets = (const float2 *)(shared + p.at.offsets) +
+                                ((q_ring.at * SCORERS + scorer) * COLUMNS + lane % 4 * 2) / 2;
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 8; k++) offset[k] = offsets[k * 4];
         for (int step = 0; step < steps; step++) {
-            if (step == 0) q_ring.wait_full();
             k_ring.wait_full();
-            fence_proxy_async();
             // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
             const uint64_t from_k =
                 wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
@@ -230,44 +266,28 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
                             wgmma_further(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
             named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
-            if (step == 0) {
-                int query = scorer * p.queries + lane % 4 * 2, h = 0;
-                const float *lse = p.lse + w.row * p.q_heads + w.kv_head * p.group;
-#pragma unroll
-                for (int k = 0; k < COLUMNS / 8; k++) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float x = -INFINITY; // a row that sees nothing has p = 0
-                        if (k < used && query + i < w.rows) x = lse[(int64_t)(query + i) * p.q_heads + h];
-                        offset[k][i] = x == -INFINITY ? -INFINITY : -x * FSA_LOG2E;
-                    }
-                    if (++h == p.group) h = 0, query += 8;
-                }
-            }
+            p_ring.wait_empty();
+            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             wgmma_wait<0>();
             wgmma_pin(s);
             mbarrier_arrive_warp(k_ring.empty());
             if (step == steps - 1) mbarrier_arrive_warp(q_ring.empty());
             k_ring.next();
+            float sum[4];
 #pragma unroll
-            for (int k0 = 0; k0 < COLUMNS / 8; k0 += 4) {
-                if (k0 >= used) break;
+            for (int k = 0; k < COLUMNS / 8; k++) {
+                if (GROUP == 0 && k % 4 == 0 && k >= used) break;
+                // Masks, not counts: no chain of conditions.
+                const bool first_head = GROUP ? k % group == 0 : p.first_heads >> k & 1;
+                const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
 #pragma unroll
-                for (int k = k0; k < k0 + 4; k++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) s[k][i] = exp2_fast(fmaf(s[k][i], p.scale, offset[k][i % 2]));
+                for (int i = 0; i < 4; i++) {
+                    const float x = exp2_fast(fmaf(s[k][i], p.scale, i % 2 ? offset[k].y : offset[k].x));
+                    sum[i] = first_head ? x : sum[i] + x;
                 }
-            }
-            p_ring.wait_empty();
-            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
-#pragma unroll
-            for (int k = 0; k < COLUMNS / 8; k++) { // masks, not counts: no chain of conditions
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (k > 0 && !(p.first_heads >> k & 1)) s[k][i] += s[k - 1][i];
-                if (p.last_heads >> k & 1) {
-                    to[mine] = s[k][0], to[(mine ^ 4) + P_WINDOWS] = s[k][1];
-                    to[mine ^ 8] = s[k][2], to[(mine ^ 12) + P_WINDOWS] = s[k][3];
+                if (last_head) {
+                    to[mine] = sum[0], to[(mine ^ 4) + P_WINDOWS] = sum[1];
+                    to[mine ^ 8] = sum[2], to[(mine ^ 12) + P_WINDOWS] = sum[3];
                     to += 8 * P_WINDOWS;
                 }
             }
@@ -277,6 +297,24 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         q_ring.next();
     }
     if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
+}
+template <typename T, int D>
+__device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
+                                      Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
+    switch (p.group) {
+    case 1:
+        return score<T, D, 1>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 2:
+        return score<T, D, 2>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 4:
+        return score<T, D, 4>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 8:
+        return score<T, D, 8>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    case 16:
+        return score<T, D, 16>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    default:
+        return score<T, D, 0>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+    }
 }
 
 // A block and its score as one number, which takes one instruction to compare: a double, its upper half the
@@ -397,7 +435,10 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1,
         // whose `block`, as entries have them, are above `last`.
         const int last = all ? INT32_MAX : INT32_MAX - (blocks - p.local - p.init);
-        const int seen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        // Windows from here on aren't seen, and their P is taken for zero. With two local blocks candidates
+        // have none of these.
+        int unseen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        if (p.local >= 2) unseen = INT32_MAX;
         List list;
         list.clear();
         int lowest = -1, used = 0, cell = 0; // used: bytes down the buffer
@@ -435,7 +476,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                 (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             if (p.parts > 1) {
                 float x = from[p_place(place, before)];
-                if (p.local < 2 && first + before >= seen) x = 0;
+                if (first + before >= unseen) x = 0;
                 sum = out * (part == 0 ? carried : x), carried = x;
             }
             for (int i0 = 0; i0 < part_windows; i0 += SHARE) {
@@ -445,11 +486,12 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
                     float4 four = *(const float4 *)(from + (part_place ^ i0 ^ i));
                     x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
                 }
-                if (__any_sync(0xffffffffu, used > p.most_pending * ROW)) put_pending();
-                if (p.local < 2) { // else candidates have no window that is not seen
+                const bool full = used > p.most_pending * ROW;
+                if (__any_sync(0xffffffffu, full || first + part_first + i0 + SHARE > unseen)) {
+                    if (__any_sync(0xffffffffu, full)) put_pending();
 #pragma unroll
                     for (int i = 0; i < SHARE; i++)
-                        if (first + part_first + i0 + i >= seen) x[i] = 0;
+                        if (first + part_first + i0 + i >= unseen) x[i] = 0;
                 }
                 // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
                 // next one (a block has R).
@@ -520,7 +562,8 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
-    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap k_map) {
+    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap q_map,
+                       const __grid_constant__ CUtensorMap k_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
     char *shared = shared_memory + (start - smem_address(shared_memory));
@@ -537,8 +580,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 mbarrier_init(ring.barriers + 8 * (ring.count + i), emptying);
             }
         };
-        init(works, 1, (SCORERS * (4 + p.selector_warps) + 1) * WARP_ARRIVALS);
-        init(q_ring, 32, SCORERS * 4 * WARP_ARRIVALS); // each of the loader's lanes
+        init(works, 1, (SCORERS * (4 + p.selector_warps) + 2) * WARP_ARRIVALS);
+        init(q_ring, 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
         init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
             init(Ring(p_barriers + s * 16 * p.slots, p.slots), 2 * WARP_ARRIVALS,
@@ -553,8 +596,9 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
         registers_down_to<LOADER_REGISTERS>();
-        if (warp % 4 == 0) load<T, D>(p, k_map, start, shared, works, q_ring, k_ring);
-        if (warp % 4 == 1 && threadIdx.x % 32 == 0) find(p, shared, works);
+        if (warp % 4 == 0) load<T, D>(p, q_map, k_map, start, shared, works, q_ring, k_ring);
+        if (warp % 4 == 1) bring_offsets(p, shared, works, q_ring);
+        if (warp % 4 == 2 && threadIdx.x % 32 == 0) find(p, shared, works);
     }
 }
 
@@ -566,7 +610,8 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
     a.k = p.q_tiles * SCORERS * a.q_bytes;
     a.p = a.k + STAGES * a.k_bytes;
     a.pending = a.p + SCORERS * p.slots * a.p_bytes;
-    a.works = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
+    a.offsets = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
+    a.works = a.offsets + p.q_tiles * SCORERS * COLUMNS * (int)sizeof(float);
     a.barriers = a.works + WORKS * (int)sizeof(Work);
     a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
     return a;
@@ -574,14 +619,17 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
 
 template <typename T, int D>
 int launch_topk(const TopKHopper &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
-    CUtensorMap k_map;
-    int64_t size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
-            stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
-    int box[] = {64, 1, WINDOWS}, status = fsa_tensor_map(&k_map, dtype, 3, p.kc, size, stride, box);
+    CUtensorMap q_map, k_map;
+    const int64_t q_size[] = {D, p.plan.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
+                  k_size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
+                  k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
+    const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
+    int status = fsa_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
+    if (!status) status = fsa_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
     if (status) return status;
     int smem = p.at.end + 1024; // what the alignment may take
     cudaFuncSetAttribute(topk_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, k_map);
+    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, q_map, k_map);
     return launch_status();
 }
 
