@@ -202,7 +202,7 @@ template <int D> __global__ void __launch_bounds__(256) compress_mean_backward_k
                                          row * row_size);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
         }
-        float4 old = p.accumulate ? *to : make_float4(0, 0, 0, 0);
+        float4 old = which && p.accumulate ? *to : make_float4(0, 0, 0, 0);
         *to = make_float4(old.x + sum.x / p.len, old.y + sum.y / p.len, old.z + sum.z / p.len,
                           old.w + sum.w / p.len);
     }
@@ -278,7 +278,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) compress_
             for (int n = 0; n < D / 8; n++) {
                 float2 x = make_float2(sum[m][n][half * 2], sum[m][n][half * 2 + 1]),
                        *at = (float2 *)(to + n * 8);
-                if (p.accumulate) {
+                if (which && p.accumulate) {
                     float2 old = *at;
                     x.x += old.x, x.y += old.y;
                 }

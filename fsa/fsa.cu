@@ -301,19 +301,16 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     }
     RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_grad,
                           dgate_logits, stream));
-    // The dense branches leave fp32 sums. The selected branch adds its own to those of dq, and leaves 16-bit
-    // rows in dk and dv; the last step joins these.
+    // The other branches leave fp32 sums, which the selected branch adds to its own.
     RUN(fsa_window_backward(c, &p, dtype, s.q, s.k, v, dout, w.lse_grad + 1, w.delta + 1, w.dq, w.dk, w.dv,
                             w.scratch, stream));
     RUN(fsa_dense_backward(c, &p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, dout, w.lse_grad[0], w.delta[0],
                            w.dq, w.dkc, w.dvc, 1, 0, w.scratch, stream));
-    cudaMemsetAsync(w.dk_plain, 0, n.k * 4, stream);
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
+    FsaSums others = {w.dq, w.dk, w.dv, w.dk_plain, inv_freq};
     RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, fsa_window_local(c), dout, w.delta[1],
-                         w.lse_grad[1], w.dq, inv_freq, w.scratch, dq, dk, dv, stream));
-    RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dk, dk, w.dk_plain, inv_freq, dk, stream));
-    RUN(fsa_rope_keys_gradient(c, &p, dtype, w.dv, dv, NULL, NULL, dv, stream));
+                         w.lse_grad[1], &others, w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
 
@@ -355,8 +352,8 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     }
     Work w(c, &p, dtype, FSA_SELECTED_BACKWARD, workspace);
     RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], NULL, stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, 0, dout, w.delta[0], lse, NULL, NULL, w.scratch, dq,
-                         dk, dv, stream));
+    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, 0, dout, w.delta[0], lse, NULL, w.scratch, dq, dk,
+                         dv, stream));
     return FSA_OK;
 }
 

@@ -40,13 +40,20 @@ struct FsaGate {
 int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                     const void *v, const int32_t *indices, void *memory, void *o, float *lse,
                     const FsaGate *gate, cudaStream_t stream);
+// Gradients of the other branches, fp32, that the selected branch's are added to. dq and dk are of rotated
+// rows, and their sums are turned back by inv_freq; dk_plain is of keys before RoPE.
+struct FsaSums {
+    const float *dq;                 // as dq_sum_row says
+    const float *dk, *dv, *dk_plain; // [N, Hkv, d]
+    const double *inv_freq;          // [d/2]; NULL turns nothing
+};
 // delta and lse_grad [Nq, Hq] come from fsa_row_stats; rows that no list has aren't read. Overwrites dq, dk,
-// dv; dq with what dq_sums has, too (fp32, as dq_sum_row says; NULL: nothing), turned back by inv_freq (NULL:
-// not at all). A row's last `local` blocks are left out: fsa_window_backward takes them.
+// dv with the selected branch's gradients and `others` (NULL: nothing, not turned back). A row's last `local`
+// blocks are left out: fsa_window_backward takes them.
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
-                     const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
-                     void *dq, void *dk, void *dv, cudaStream_t stream);
+                     const float *lse_grad, const FsaSums *others, void *memory, void *dq, void *dk, void *dv,
+                     cudaStream_t stream);
 
 // ---- gate.cu --------------------------------------------------------------------------------------------
 // What the branches' backward passes read: delta = <dout, o_branch> and lse_grad = lse - ln(gate), so that
@@ -115,8 +122,8 @@ size_t fsa_compress_workspace(const FsaConfig *c, const FsaPlan *p, int backward
 int fsa_compress_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
                          const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
                          void *vc, void *workspace, cudaStream_t stream);
-// dkc (of the rotated kc) and dvc in fp32, as fsa_dense_backward writes them. dk, dv fp32 [N, Hkv, d] are
-// those of k before RoPE: accumulate = 1 adds to them, 0 overwrites them all. dwk, dpe, dwv in fp32 are added
+// dkc (of the rotated kc) and dvc in fp32, as fsa_dense_backward writes them. Overwrites dk, fp32 [N, Hkv,
+// d], of k before RoPE; dv is overwritten (accumulate = 0) or added to (1). dwk, dpe, dwv in fp32 are added
 // to (NULL for phi = mean).
 int fsa_compress_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
                           const void *wk, const void *pe, const void *wv, const double *inv_freq,
@@ -130,11 +137,6 @@ int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const
                      const double *inv_freq, void *out, cudaStream_t stream);
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream);
-// Gradients: out (16-bit) = turned back (dx fp32 + more 16-bit) + plain fp32 (NULL: none). dx and `more` are
-// of rotated rows, `plain` of rows before RoPE (what compression adds to dk).
-int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
-                           const void *more, const float *plain, const double *inv_freq, void *out,
-                           cudaStream_t stream);
 // dq (16-bit) of its sums, which lie as dq_sum_row says.
 int fsa_round_dq(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *sums, void *dq,
                  cudaStream_t stream);

@@ -1,20 +1,17 @@
-// rope.cu: rotates queries and keys by their positions, and turns the gradients of keys back (those of
-// queries are turned where the selected branch adds them up).
+// rope.cu: rotates queries and keys by their positions (gradients are turned back where the selected branch
+// adds them up), and rounds the sums of dq.
 #include "kernels.h"
 #include "rope.cuh"
 #include "tile.cuh"
 
 struct Rope {
     FsaPlan plan;
-    int queries;      // rows are query rows, at their segments' positions; else keys
-    int heads, group; // group: query heads a kv head
+    int queries; // rows are query rows, at their segments' positions; else keys
+    int heads;
     int64_t rows;
     const void *x;
     const double *inv_freq;
     void *out;
-    // Gradients.
-    const float *dx, *plain;
-    const void *more;
 };
 
 // Eight channels as floats.
@@ -27,19 +24,14 @@ template <typename T> __device__ __forceinline__ void load8(float (&x)[8], const
         x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
     }
 }
-__device__ __forceinline__ void load8(float (&x)[8], const float *from) {
-    *(float4 *)x = *(const float4 *)from;
-    *(float4 *)(x + 4) = *(const float4 *)(from + 4);
-}
 template <typename T> __device__ __forceinline__ void store8(T *to, const float (&x)[8]) {
     *(uint4 *)to =
         make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
 }
 
 // A block: 8 rows, all heads; the angles of a row are computed once for its heads. A thread: eight channels
-// of the lower half and their partners of the upper. Forward reads and writes 2*d bytes a row and head; the
-// gradient reads 4*d (and 2*d, 4*d of the other summands) and writes 2*d. Bound by bytes.
-template <typename T, int D, bool GRADIENT> __global__ void __launch_bounds__(128) rope_kernel(const Rope p) {
+// of the lower half and their partners of the upper. Reads and writes 2*d bytes a row and head, which bind.
+template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(const Rope p) {
     constexpr int ROWS = 8, HALF = D / 2, PARTS = HALF / 8;
     __shared__ float2 turns[ROWS][HALF];
     int64_t row0 = blockIdx.x * (int64_t)ROWS;
@@ -60,53 +52,49 @@ template <typename T, int D, bool GRADIENT> __global__ void __launch_bounds__(12
     for (int i = threadIdx.x; i < rows * p.heads * PARTS; i += 128) {
         int row = i / (p.heads * PARTS), part = i % PARTS;
         int64_t at = ((row0 + row) * p.heads + i / PARTS % p.heads) * D + part * 8;
-        float lo[8], hi[8], a[8], b[8];
-        if (GRADIENT) {
-            if (p.queries) {
-                const int64_t sum = dq_sum_row(p.rows, p.group, row0 + row, i / PARTS % p.heads);
-                load8(lo, p.dx + sum * D + dq_sum_piece(sum, part) * 8);
-                load8(hi, p.dx + sum * D + dq_sum_piece(sum, part + PARTS) * 8);
-            } else {
-                load8(lo, p.dx + at);
-                load8(hi, p.dx + at + HALF);
-            }
-            if (p.more) {
-                load8(a, (const T *)p.more + at);
-                load8(b, (const T *)p.more + at + HALF);
-#pragma unroll
-                for (int j = 0; j < 8; j++) lo[j] += a[j], hi[j] += b[j];
-            }
-        } else {
-            load8(lo, (const T *)p.x + at);
-            load8(hi, (const T *)p.x + at + HALF);
-        }
+        float lo[8], hi[8];
+        load8(lo, (const T *)p.x + at);
+        load8(hi, (const T *)p.x + at + HALF);
         if (p.inv_freq) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float2 turn = turns[row][part * 8 + j];
-                float sine = GRADIENT ? -turn.y : turn.y, x = lo[j], y = hi[j];
-                lo[j] = x * turn.x - y * sine;
-                hi[j] = y * turn.x + x * sine;
+                float x = lo[j], y = hi[j];
+                lo[j] = x * turn.x - y * turn.y;
+                hi[j] = y * turn.x + x * turn.y;
             }
-        }
-        if (GRADIENT && p.plain) {
-            load8(a, p.plain + at);
-            load8(b, p.plain + at + HALF);
-#pragma unroll
-            for (int j = 0; j < 8; j++) lo[j] += a[j], hi[j] += b[j];
         }
         store8((T *)p.out + at, lo);
         store8((T *)p.out + at + HALF, hi);
     }
 }
 
+// A thread: eight channels of a sum of dq. 4 bytes in and 2 out a channel, which bind.
+template <typename T, int D>
+__global__ void __launch_bounds__(256)
+    round_dq_kernel(const float *sums, T *dq, int64_t nq, int heads, int group) {
+    const int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8) / heads;
+    if (row >= nq) return;
+    const int64_t sum = dq_sum_row(nq, group, row, (int)(i / (D / 8) % heads));
+    const float4 *from = (const float4 *)(sums + sum * D + dq_sum_piece(sum, (int)(i % (D / 8))) * 8);
+    const float4 x = from[0], y = from[1];
+    ((uint4 *)dq)[i] =
+        make_uint4(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w), pack2<T>(y.x, y.y), pack2<T>(y.z, y.w));
+}
+
 template <typename T, int D> static int launch_rope(const Rope &p, cudaStream_t stream) {
     unsigned blocks = (unsigned)((p.rows + 7) / 8);
     if (blocks == 0) return FSA_OK;
-    if (p.dx)
-        rope_kernel<T, D, true><<<blocks, 128, 0, stream>>>(p);
-    else
-        rope_kernel<T, D, false><<<blocks, 128, 0, stream>>>(p);
+    rope_kernel<T, D><<<blocks, 128, 0, stream>>>(p);
+    return launch_status();
+}
+template <typename T, int D>
+static int launch_round_dq(const FsaConfig *c, const FsaPlan *p, const float *sums, void *dq,
+                           cudaStream_t stream) {
+    const int64_t threads = p->nq * c->q_heads * (D / 8);
+    if (threads == 0) return FSA_OK;
+    round_dq_kernel<T, D><<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(
+        sums, (T *)dq, p->nq, c->q_heads, c->q_heads / c->kv_heads);
     return launch_status();
 }
 
@@ -114,24 +102,19 @@ static int rope(const FsaConfig *c, FsaDtype dtype, Rope p, cudaStream_t stream)
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     p.rows = p.queries ? p.plan.nq : p.plan.n;
     p.heads = p.queries ? c->q_heads : c->kv_heads;
-    p.group = c->q_heads / c->kv_heads;
     return FSA_DISPATCH(dtype, c->head_dim, launch_rope, p, stream);
 }
 
 int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x,
                      const double *inv_freq, void *out, cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
+    return rope(c, dtype, Rope{*p, 1, 0, 0, x, inv_freq, out}, stream);
 }
 int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 0, 0, 0, 0, x, inv_freq, out, NULL, NULL, NULL}, stream);
-}
-int fsa_rope_keys_gradient(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *dx,
-                           const void *more, const float *plain, const double *inv_freq, void *out,
-                           cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 0, 0, 0, 0, NULL, inv_freq, out, dx, plain, more}, stream);
+    return rope(c, dtype, Rope{*p, 0, 0, 0, x, inv_freq, out}, stream);
 }
 int fsa_round_dq(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *sums, void *dq,
                  cudaStream_t stream) {
-    return rope(c, dtype, Rope{*p, 1, 0, 0, 0, NULL, NULL, dq, sums, NULL, NULL}, stream);
+    if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
+    return FSA_DISPATCH(dtype, c->head_dim, launch_round_dq, c, p, sums, dq, stream);
 }

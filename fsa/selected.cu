@@ -750,8 +750,8 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
     Row r(a, (index * 256 + threadIdx.x) / Row::LANES);
     r.find_valid(a, 0);
     float2 *const turns = all_turns[threadIdx.x / Row::LANES];
-    if (a.inv_freq)
-        for (int i = r.piece; i < D / 2; i += Row::LANES) turns[i] = rope_turn(r.pos, a.inv_freq[i]);
+    if (a.others.inv_freq)
+        for (int i = r.piece; i < D / 2; i += Row::LANES) turns[i] = rope_turn(r.pos, a.others.inv_freq[i]);
     wait_for_previous_kernel();
     let_next_kernel_start();
     float acc[8] = {};
@@ -772,14 +772,14 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
     };
     exchange(0, 1, 1), exchange(2, 3, 1);
     exchange(0, 2, 2), exchange(1, 3, 2);
-    if (a.dq_sums) {
+    if (a.others.dq) {
         const int64_t sum = dq_sum_row(a.plan.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
-        const float4 *from = (const float4 *)(a.dq_sums + sum * D + dq_sum_piece(sum, r.piece) * 8);
+        const float4 *from = (const float4 *)(a.others.dq + sum * D + dq_sum_piece(sum, r.piece) * 8);
         const float4 x = from[0], y = from[1];
         acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
         acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
     }
-    if (a.inv_freq) { // channels of the two halves turn together
+    if (a.others.inv_freq) { // channels of the two halves turn together
         const bool upper = r.piece >= Row::LANES / 2;
         __syncwarp();
 #pragma unroll
@@ -793,8 +793,8 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
 }
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
-// T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of dq_sums, and writes one: 7.5 GB in and
-// 0.5 out for the case of selected_merge_kernel, 1.8 ms.
+// T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of others.dq, and writes one: 7.5 GB in
+// and 0.5 out for the case of selected_merge_kernel, 1.8 ms.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)
@@ -803,26 +803,44 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_
         sum_dq<T, D>(a, blockIdx.x - crossing);
 }
 
-// dK and dV of a KV block from fp32 to the caller's type and layout, zeros where nobody chose it: 8 bytes in
-// and 4 out a channel and token; memory binds.
+// dK and dV of a KV block, zeros where nobody chose it, join those of the other branches, dK is turned back,
+// and all become the caller's type and layout: 8 bytes in and 4 out a channel and token, and 12 of the other
+// branches; memory binds.
 template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
     const int64_t block = blockIdx.x;
     wait_for_previous_kernel();
     if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
     const int head = a.head0 + blockIdx.y;
-    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
-    int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block;
-    int keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - key0);
-    bool chosen = listed(a, head, block, a.lists.slabs);
-    const float4 *from = (const float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + key0) * 2 * D);
-    for (int i = threadIdx.x; i < keys * 2 * D / 8; i += 256) { // eight channels of dK or dV of a token
-        int token = i / (2 * D / 8), channel = i % (2 * D / 8) * 8, is_v = channel >= D;
-        float4 x = {}, y = {};
-        if (chosen) x = from[2 * i], y = from[2 * i + 1];
-        float f = is_v ? 1 : a.scale;
-        T *to = (T *)(is_v ? a.dv : a.dk) + ((key0 + token) * a.kv_heads + head) * D + channel % D;
-        *(uint4 *)to = make_uint4(pack2<T>(x.x * f, x.y * f), pack2<T>(x.z * f, x.w * f),
-                                  pack2<T>(y.x * f, y.y * f), pack2<T>(y.z * f, y.w * f));
+    const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block), seq0 = a.plan.cu_seqlens[seq];
+    const int64_t key0 = seq0 + (block - a.plan.cu_blocks[seq]) * a.block;
+    const int keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - key0);
+    const bool chosen = listed(a, head, block, a.lists.slabs);
+    const float *own = a.dkv + ((int64_t)blockIdx.y * a.plan.n + key0) * 2 * D;
+    // Four channels of dK or dV of a token, and the four that RoPE turns them with.
+    for (int i = threadIdx.x; i < keys * 2 * D / 8; i += 256) {
+        const int token = i / (2 * D / 8), is_v = i / (D / 8) % 2, channel = i % (D / 8) * 4;
+        const int64_t at = ((key0 + token) * a.kv_heads + head) * D + channel;
+        float lo[4] = {}, hi[4] = {};
+        auto add = [&](const float *from, float factor) {
+            const float4 x = *(const float4 *)from, y = *(const float4 *)(from + D / 2);
+            lo[0] += x.x * factor, lo[1] += x.y * factor, lo[2] += x.z * factor, lo[3] += x.w * factor;
+            hi[0] += y.x * factor, hi[1] += y.y * factor, hi[2] += y.z * factor, hi[3] += y.w * factor;
+        };
+        if (chosen) add(own + (token * 2 + is_v) * D + channel, is_v ? 1 : a.scale);
+        const float *const sums = is_v ? a.others.dv : a.others.dk;
+        if (sums) add(sums + at, 1);
+        if (!is_v && a.others.inv_freq) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 turn = rope_turn(key0 + token - seq0, a.others.inv_freq[channel + j]);
+                const float x = lo[j], y = hi[j];
+                lo[j] = x * turn.x + y * turn.y, hi[j] = y * turn.x - x * turn.y;
+            }
+        }
+        if (!is_v && a.others.dk_plain) add(a.others.dk_plain + at, 1);
+        T *const to = (T *)(is_v ? a.dv : a.dk) + at;
+        *(uint2 *)to = make_uint2(pack2<T>(lo[0], lo[1]), pack2<T>(lo[2], lo[3]));
+        *(uint2 *)(to + D / 2) = make_uint2(pack2<T>(hi[0], hi[1]), pack2<T>(hi[2], hi[3]));
     }
 }
 
@@ -1015,8 +1033,8 @@ int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const v
 
 int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
                      const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
-                     const float *lse_grad, const float *dq_sums, const double *inv_freq, void *memory,
-                     void *dq, void *dk, void *dv, cudaStream_t stream) {
+                     const float *lse_grad, const FsaSums *others, void *memory, void *dq, void *dk, void *dv,
+                     cudaStream_t stream) {
     SelShape s = shape_of(c, p, type, 1);
     s.local = local;
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
@@ -1025,7 +1043,8 @@ int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const 
     int status = prepare(c, p, indices, &a, stream);
     if (status) return status;
     a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
-    a.dq = dq, a.dk = dk, a.dv = dv, a.dq_sums = dq_sums, a.inv_freq = inv_freq;
+    a.dq = dq, a.dk = dk, a.dv = dv;
+    if (others) a.others = *others;
     if (type == FSA_BF16 && c->head_dim == 128) return backward<__nv_bfloat16, 128>(a, s, type, stream);
     if (type == FSA_BF16 && c->head_dim == 64) return backward<__nv_bfloat16, 64>(a, s, type, stream);
     if (type == FSA_FP16 && c->head_dim == 128) return backward<__half, 128>(a, s, type, stream);

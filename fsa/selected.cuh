@@ -42,8 +42,7 @@ struct SelArgs {
     // The gated sum of all branches, where sum isn't NULL; per_token: one triple of logits for all heads.
     FsaGate gate;
     int per_token;
-    const float *dq_sums;   // NULL, or what other branches have added to dq, as dq_sum_row says
-    const double *inv_freq; // NULL, or the rotation that dq is turned back by
+    FsaSums others; // backward; pointers may be NULL
 };
 
 #ifdef __CUDACC__

@@ -222,6 +222,13 @@ static inline FsaConfig default_config(int hq, int hkv, int d, int block, int to
     return c;
 }
 
+// RoPE's, with base 10,000.
+static inline std::vector<double> frequencies(int d) {
+    std::vector<double> f;
+    for (int i = 0; i < d / 2; i++) f.push_back(pow(10000, -2.0 * i / d));
+    return f;
+}
+
 // The sums for dq (kernels.h) as dq [Nq, Hq, d], and back.
 static inline int64_t dq_sum_at(const FsaConfig &c, int64_t nq, int64_t i) {
     int64_t d = c.head_dim, head = i / d % c.q_heads,

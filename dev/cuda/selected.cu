@@ -29,9 +29,9 @@ template <typename T> struct Library {
         FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, gate, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
-                  const T *dout, T *dq, T *dk, T *dv) {
+                  const T *dout, T *dq, T *dk, T *dv, const FsaSums *others = NULL) {
         FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, NULL, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse, NULL, NULL,
+        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse, others,
                                    memory, dq, dk, dv, 0));
     }
 };
@@ -111,6 +111,29 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
         check_that(same_bits(lse_, lse2) && (!kept || same_bits(o_, o2)), "a gate changes no bit", 0, 0);
         check_that(sum_.guards_intact() && o2.guards_intact(), "guard zones", 0, 0);
     }
+    // With the other branches' sums, of as large numbers, and rotated rows.
+    std::vector<float> dq_sums(dq.size()), dk_sums(dk.size()), dv_sums(dv.size()), dk_plain(dk.size());
+    for (std::vector<float> *x : {&dq_sums, &dk_sums, &dv_sums, &dk_plain})
+        for (float &y : *x) y = r->normal();
+    Buffer<float> dq_sums_(sums_of_dq(c, nq, dq_sums)), dk_sums_(dk_sums), dv_sums_(dv_sums),
+        dk_plain_(dk_plain);
+    const std::vector<double> inv_freq = frequencies(c.head_dim);
+    Buffer<double> inv_freq_(inv_freq);
+    const FsaSums others = {dq_sums_, dk_sums_, dv_sums_, dk_plain_, inv_freq_};
+    for (size_t i = 0; i < dq.size(); i++) dq_sums[i] += dq[i];
+    for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk[i], dv_sums[i] += dv[i];
+    fsa_ref_rope_queries_f32(&c, &b.ref, dq_sums.data(), inv_freq.data(), 1);
+    fsa_ref_rope_keys_f32(&c, &b.ref, dk_sums.data(), inv_freq.data(), 1);
+    for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk_plain[i];
+    dq2.poison(), dk2.poison(), dv2.poison();
+    library.backward(q_, k_, v_, indices, o_, lse_, g_, dq2, dk2, dv2, &others);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const double errors[] = {relative_error(dq2.floats(), dq_sums), relative_error(dk2.floats(), dk_sums),
+                             relative_error(dv2.floats(), dv_sums)};
+    for (double error : errors)
+        check_that(error <= Dtype<T>::grad_tolerance, (std::string("other branches' sums: ") + what).c_str(),
+                   error, Dtype<T>::grad_tolerance);
+    check_that(dq2.guards_intact() && dk2.guards_intact() && dv2.guards_intact(), "guard zones", 0, 0);
     library.memory.poison();
     library.forward(q_, k_, v_, indices, o2, lse2);
     library.backward(q_, k_, v_, indices, o2, lse2, g_, dq2, dk2, dv2);

@@ -41,11 +41,6 @@ template <typename T> struct Problem {
     Buffer<double> inv_freq_;
     Buffer<char> saved, forward_work, backward_work;
 
-    static std::vector<double> frequencies(int d) {
-        std::vector<double> f;
-        for (int i = 0; i < d / 2; i++) f.push_back(pow(10000, -2.0 * i / d));
-        return f;
-    }
     static FsaDeviceBatch device_batch(const Batch &x) {
         return FsaDeviceBatch{x.plan.nq,      x.plan.n,          x.plan.num_seqs, x.plan.num_segments,
                               x.plan.max_len, x.plan.cu_seqlens, x.plan.segments};
