@@ -237,8 +237,6 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
     const int used = queries / 8 * group; // eights of columns
     const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_ring.next(); // a tile's second half is another's
-    // The scorers start their products in turn, so that one has exps to do while the other has products.
-    if (scorer == 1) named_barrier_arrive(1, SCORERS * 128);
     for (;; work_done(&works)) {
         const Work &w = next_work(p, shared, works);
         const int steps = w.steps;
@@ -258,14 +256,12 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             const uint64_t from_q = wgmma_matrix(
                 __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0));
             float s[COLUMNS / 8][4];
-            named_barrier_sync(1 + scorer, SCORERS * 128); // this scorer's turn
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
                 wgmma_ss<T>(s, wgmma_further(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
                             wgmma_further(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
-            named_barrier_arrive(1 + (scorer ^ 1), SCORERS * 128);
             p_ring.wait_empty();
             float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             wgmma_wait<0>();
@@ -296,7 +292,6 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
         }
         q_ring.next();
     }
-    if (scorer == 0) named_barrier_sync(1, SCORERS * 128); // the turn that the other has left
 }
 template <typename T, int D>
 __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
