@@ -252,7 +252,7 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
     Share all = {};
     all.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
     all.end = all.offsets[a.lists.blocks];
-    uint32_t *const cuts = cuts_of(a, head);
+    const int64_t at = first_cut(a, head);
     const int each = (a.shares + CUT_THREADS / 32) / (CUT_THREADS / 32), from = threadIdx.x / 32 * each;
     int last = 0, block = 0;               // of the sequence: the block beyond; of the lanes: theirs
     uint32_t first_entry = 0, entries = 0; // the sequence's
@@ -264,7 +264,7 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
     };
     for (int i = from; i <= min(from + each - 1, a.shares); i++) {
         const uint32_t entry = (uint32_t)((uint64_t)i * all.end / a.shares);
-        uint32_t cut = entry;
+        uint32_t cut = entry, of_block = 0;
         if (entry > 0 && entry < all.end) {
             if (entry - first_entry >= entries) { // the first of its sequence
                 const Run run = run_at(a, all, entry);
@@ -285,10 +285,10 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
             const int found = __ffs((int)beyond) - 1;
             const uint32_t tiles = target - __shfl_sync(0xffffffffu, upto - mine, found);
             // The first of a block's tiles is K's and V's.
-            cut =
-                all.offsets[__shfl_sync(0xffffffffu, block, found)] + (tiles ? tiles - 1 : 0) * 64 / a.group;
+            of_block = __shfl_sync(0xffffffffu, block, found);
+            cut = all.offsets[of_block] + (tiles ? tiles - 1 : 0) * 64 / a.group;
         }
-        if (lane == 0) cuts[i] = cut;
+        if (lane == 0) a.cuts[at + i] = cut, a.cut_blocks[at + i] = of_block;
     }
 }
 
@@ -722,7 +722,7 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
     const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
     const float4 *pieces = (const float4 *)a.crossing + ((int64_t)blockIdx.y * a.shares + index + 1) * size;
     float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0) * 2 * D);
-    const uint32_t *const cuts = cuts_of(a, a.head0 + blockIdx.y) + index + 1;
+    const uint32_t *const cuts = a.cuts + first_cut(a, a.head0 + blockIdx.y) + index + 1;
     int count = 1; // pieces
     while (index + 1 + count < a.shares && cuts[count] < run.last) count++;
     for (int i = quarter * 256 + threadIdx.x; i < run.keys * 2 * D / 4; i += 4 * 256) {
@@ -906,7 +906,7 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, in
     const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_SHARE), most(places, c->kv_heads));
     s.lists = fsa_lists_bytes(c, p, s.slab);
     const int64_t slabs = ceil_div(nq, least(room / 64 * 64, FSA_MAX_SLAB));
-    s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * sizeof(uint32_t));
+    s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * 2 * sizeof(uint32_t));
     s.sort = fsa_lists_workspace(c, p, s.slab);
     s.partial = round_up(rows * row);
     s.kept = forced ? KEPT / token * slots * s.group : 0; // of whole tokens
@@ -938,6 +938,7 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
     char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
     a.cuts = (uint32_t *)take(s.cuts);
+    a.cut_blocks = a.cuts + s.cuts / sizeof(uint32_t) / 2;
     a.partial = take(s.partial);
     a.stats = (float2 *)take(s.stats);
     a.packed = take(s.packed);

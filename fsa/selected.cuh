@@ -24,8 +24,9 @@ struct SelArgs {
     int parts, keys; // a block is worked on in `parts` parts of `keys` keys, and has as many partials a slot
     Divisor by_topk, by_group;
     int shares; // of a slab's list of a head
-    // [Hkv, slabs, shares + 1]: where each begins in the slab's list, see cut_kernel
-    uint32_t *cuts;
+    // [Hkv, slabs, shares + 1]: where each begins in the slab's list, see cut_kernel; and a block whose list
+    // begins there or before, with only empty ones between.
+    uint32_t *cuts, *cut_blocks;
     float scale;
     const void *q, *k, *v, *dout;
     const int32_t *indices;
@@ -51,9 +52,10 @@ struct Share {
     const uint32_t *entries, *offsets; // the slab's
     uint32_t entry0;                   // its first row's first entry
     uint32_t begin, end;               // the share
+    uint32_t block;                    // of cut_blocks
 };
-static __device__ __forceinline__ uint32_t *cuts_of(const SelArgs &a, int head) {
-    return a.cuts + (head * a.lists.slabs + a.slab) * (a.shares + 1);
+static __device__ __forceinline__ int64_t first_cut(const SelArgs &a, int head) {
+    return (head * a.lists.slabs + a.slab) * (a.shares + 1);
 }
 static __device__ __forceinline__ Share share_of(const SelArgs &a, int head, unsigned index) {
     Share s;
@@ -61,9 +63,10 @@ static __device__ __forceinline__ Share share_of(const SelArgs &a, int head, uns
     s.entries = a.lists.entries + (head * a.plan.nq + row0) * a.topk;
     s.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
     s.entry0 = (uint32_t)(row0 * a.topk);
-    const uint32_t *cuts = cuts_of(a, head);
-    s.begin = index < (unsigned)a.shares ? cuts[index] : 0;
-    s.end = index < (unsigned)a.shares ? cuts[index + 1] : 0;
+    const bool there = index < (unsigned)a.shares;
+    const int64_t at = first_cut(a, head) + (there ? index : 0);
+    s.begin = there ? a.cuts[at] : 0, s.end = there ? a.cuts[at + 1] : 0;
+    s.block = a.cut_blocks[at];
     return s;
 }
 

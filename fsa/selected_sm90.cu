@@ -65,12 +65,11 @@ template <int COUNT, int STEP> struct Steps {
 struct RunWalk {
     Run run;
     bool more; // there is such a run
-    __device__ __forceinline__ RunWalk(const SelArgs &a, const Share &s) : more(s.begin < s.end) {
-        if (!more) return;
-        run = run_at(a, s, s.begin);
+    __device__ __forceinline__ RunWalk(const SelArgs &a, const Share &s) {
+        run.begin = s.begin, run.count = 0;
         seq_end = 0;
-        load(a, s, run.index);
-        find_block(a);
+        load(a, s, (int)s.block);
+        next(a, s);
     }
     __device__ __forceinline__ void next(const SelArgs &a, const Share &s) {
         run.begin += run.count;
