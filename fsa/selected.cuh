@@ -24,8 +24,8 @@ struct SelArgs {
     int parts, keys; // a block is worked on in `parts` parts of `keys` keys, and has as many partials a slot
     Divisor by_topk, by_group;
     int shares; // of a slab's list of a head
-    // [Hkv, slabs, shares + 1]: where each begins in the slab's list, see cut_kernel; and a block whose list
-    // begins there or before, with only empty ones between.
+    // [Hkv, slabs, shares + 1]: where each begins in the slab's list, see cut_kernel; and the block that this
+    // lies in, or 0 for a cut at the list's start, whose first blocks may be empty.
     uint32_t *cuts, *cut_blocks;
     float scale;
     const void *q, *k, *v, *dout;
