@@ -47,7 +47,6 @@ namespace {
 constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
 constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
-constexpr int HALF = COLUMNS / 16;     // eights of columns that a scorer has products of at once
 constexpr int MAX_SMEM = 227 * 1024;
 // To be tuned.
 constexpr int STAGES = 3;     // tiles of kc
