@@ -101,9 +101,7 @@ struct Bench {
         c.recompute = recompute;
         size_t bytes = std::max(room(FSA_FORWARD), room(FSA_BACKWARD));
         Buffer<char> work((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
-        std::vector<double> f;
-        for (int i = 0; i < 64; i++) f.push_back(pow(10000, -i / 64.0));
-        Buffer<double> inv_freq(f);
+        Buffer<double> inv_freq(frequencies(128));
         FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
         FsaPhiGradients dphi = {dwk, NULL, dwv};
         Times t;

@@ -111,7 +111,7 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
         check_that(same_bits(lse_, lse2) && (!kept || same_bits(o_, o2)), "a gate changes no bit", 0, 0);
         check_that(sum_.guards_intact() && o2.guards_intact(), "guard zones", 0, 0);
     }
-    // With the other branches' sums, of as large numbers, and rotated rows.
+    // With the other branches' sums and rotated rows; its own gradients alone were compared above.
     std::vector<float> dq_sums(dq.size()), dk_sums(dk.size()), dv_sums(dv.size()), dk_plain(dk.size());
     for (std::vector<float> *x : {&dq_sums, &dk_sums, &dv_sums, &dk_plain})
         for (float &y : *x) y = r->normal();
