@@ -22,17 +22,17 @@
 // query take in little more than one would. In the end they are merged, lane with lane.
 //
 // What binds at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s, and 4.3e9 exps, 1.2 ms,
-// which may overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on average, 4.3
-// GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's tile: wgmma
-// 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1, where it binds, 960 clocks,
-// 2.2 ms at 64K (32, 32), where there is room for three halves of tiles of P a scorer: selectors read one
-// while scorers write others. Selectors issue, a tile of 64 windows and warp, 172 instructions for scores at
-// g = 4 and 378 at g = 1, and for each merge 380 or 355, for random scores one in 5 tiles at g = 4 and one in
-// 2 at g = 1. On an H100 2.4 ms, 2,090 clocks a tile of both scorers, of which products are 1,024 and exps as
-// many: they hardly overlap. No unit is busy for more than 57% of the time (shared memory; tensor cores 47,
-// exp 47, issue 52); scorers wait for products a fifth of their time and for room for P a tenth, selectors for
-// P a seventh of theirs, and merges are a third of it. At (32, 32) 3.7 ms: selectors bind, scorers wait for
-// room for 40% of the time.
+// which may overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on
+// average, 4.3 GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's
+// tile: wgmma 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1 960
+// clocks, 2.2 ms at 64K (32, 32), where there is room for three halves of tiles of P a scorer: selectors
+// read one while scorers write others. Selectors issue, a tile of 64 windows and warp, 172 instructions for
+// scores at g = 4 and 378 at g = 1, and for each merge 380 or 355, for random scores one in 5 tiles at g = 4
+// and one in 2 at g = 1. On an H100 2.4 ms, 2,090 clocks a tile of both scorers, of which products are 1,024
+// and exps as many: they hardly overlap. No unit is busy for more than 57% of the time (shared memory; tensor
+// cores 47, exp 47, issue 52); scorers wait for products a fifth of their time and for room for P a tenth,
+// selectors for P a seventh of theirs, and merges are a third of it. At (32, 32) 3.7 ms: selectors bind,
+// scorers wait for room for 40% of the time.
 //
 // A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
 // beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
