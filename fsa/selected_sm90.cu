@@ -335,12 +335,11 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
 // rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
 // comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
 // (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s, of which a copy gets 3.0) 88
-// launches of 45 us by ncu with 97 MB of HBM traffic each, and as many merges of 32 us and 78 MB. What is
-// busiest is the way between the two halves of the L2, for 73% of a launch, and HBM for 66%, the launch's
-// begin and end counted, when the queries' rows come late and nothing goes out; then gatherers, who never
-// wait for room. Without the rows out 33 us, without K and V 41, with the same queries again and again 42,
-// without all three 29. K and V, read once, are first to leave the L2, so that 8 MiB of rows wait there for
-// the merge.
+// launches of 45 us by ncu with 97 MB of HBM traffic each, and as many merges of 32 us and 78 MB. Busiest are
+// the way between the two halves of the L2, for 73% of a launch, and HBM, 66%, its begin and end counted,
+// when the first rows have not come and nothing goes out. Consumers wait for rows; gatherers never wait for
+// room. Without the rows out 33 us, without K and V 41, with the same queries again and again 42, without all
+// three 29. K and V, read once, are first to leave the L2, so that 8 MiB of rows wait there for the merge.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
