@@ -166,23 +166,26 @@ GENCODE := $(foreach a,80 90,-gencode arch=compute_$(a),code=sm_$(a)) -gencode a
 endif
 # Hopper's own instructions exist for it alone.
 SM90A := -gencode arch=compute_90a,code=sm_90a
-build/fsa/%_sm90.o build/racecheck/%_sm90.o build/test_ptx: GENCODE = $(SM90A)
+build/fsa/sm90/%.o build/racecheck/%.o build/test_ptx: GENCODE = $(SM90A)
 NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
-FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(wildcard fsa/*.cu)) build/fsa/config.o
-CUDA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh dev/cuda/*.h dev/test/test.h)
+FSA_SOURCES := $(wildcard fsa/*.cu fsa/sm80/*.cu fsa/sm90/*.cu)
+FSA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh fsa/sm80/*.cuh fsa/sm90/*.cuh)
+FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(FSA_SOURCES)) build/fsa/config.o
+CUDA_HEADERS := $(FSA_HEADERS) $(wildcard dev/cuda/*.h dev/test/test.h)
 
-build/fsa/%.o: fsa/%.cu $(CUDA_HEADERS)
-	@mkdir -p build/fsa
+build/fsa/%.o: fsa/%.cu $(FSA_HEADERS)
+	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 build/fsa/config.o: fsa/config.c fsa/fsa.h
-	@mkdir -p build/fsa
+	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -O2 -fPIC -c $< -o $@
+# ar q: objects of sm80/ and sm90/ have the same file names.
 libfsa.a: $(FSA)
-	rm -f $@ && ar rcs $@ $^
+	rm -f $@ && ar qcs $@ $^
 libfsa.so: $(FSA)
 	$(NVCC) $(GENCODE) -shared $^ -o $@
 # A program includes the library's kernel that it times or links it; either way it is the library's own.
-$(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(wildcard fsa/*.cu) $(BUILD)/reference_f32.o
+$(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(FSA_SOURCES) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 build/test_ptx build/test_fsa: build/%: dev/test/%.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
@@ -193,7 +196,7 @@ build/example: fsa/example.c libfsa.a
 cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl)
 
 # compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU. racecheck has a
-# build of its own (FSA_RACECHECK in fsa/ptx_sm90.cuh).
+# build of its own (FSA_RACECHECK in fsa/sm90/ptx.cuh).
 SANITIZED := $(filter-out build/matmul,$(LAYERS))
 sanitize: build/test_fsa build/test_fsa_racecheck $(SANITIZED)
 	for tool in memcheck racecheck initcheck; do \
@@ -202,14 +205,14 @@ sanitize: build/test_fsa build/test_fsa_racecheck $(SANITIZED)
 	        FSA_KERNELS=$$kernels compute-sanitizer --tool $$tool --error-exitcode 1 $$test small || exit 1; done; \
 	    for layer in $(SANITIZED); do \
 	        compute-sanitizer --tool $$tool --error-exitcode 1 $$layer check small || exit 1; done; done
-build/racecheck/%.o: fsa/%.cu $(CUDA_HEADERS)
-	@mkdir -p build/racecheck
+build/racecheck/%.o: fsa/sm90/%.cu $(FSA_HEADERS)
+	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -DFSA_RACECHECK -c $< -o $@
-build/test_fsa_racecheck: dev/test/test_fsa.cu $(patsubst fsa/%.cu,build/racecheck/%.o,$(wildcard fsa/*_sm90.cu)) libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
+build/test_fsa_racecheck: dev/test/test_fsa.cu $(patsubst fsa/sm90/%.cu,build/racecheck/%.o,$(wildcard fsa/sm90/*.cu)) libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $(filter %.cu %.o,$^) libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 
 # ---- the GPU trainer and its test --------------------------------------------------------------
-TRAINER_HEADERS := $(wildcard fsa/*.h fsa/*.cuh llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
+TRAINER_HEADERS := $(FSA_HEADERS) $(wildcard llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
 TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp) $(if $(NCCL),-DMULTI_GPU $(MPI_FLAGS))
 TRAINER_LIBS := libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp) $(if $(NCCL),$(NCCL_LIBS) -lnccl $(MPI_LIBS) $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS) $(filter -L%,$(MPI_LIBS)))))
 $(GPU_TRAINER): train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS)
@@ -238,13 +241,13 @@ endif
 EMU_NCCL := $(firstword $(wildcard $(dir $(CUDA_INCLUDE))nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))
 # What is small enough for the emulator still has several groups of heads with -cp (llmc/context_parallel.h).
 EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_GROUP_BYTES=1)
-EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(wildcard fsa/*.h fsa/*.cuh)) dev/emulator/emulator.h
+EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(FSA_HEADERS)) dev/emulator/emulator.h
 EMU_HEADERS := $(EMU_FSA_HEADERS) $(patsubst %,$(EMU)/%,$(wildcard llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
-EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(wildcard fsa/*.cu)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o
+EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(FSA_SOURCES)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o
 
-$(EMU)/%: % dev/emulator/translate.sh $(wildcard dev/emulator/*.cuh)
+$(EMU)/%: % dev/emulator/translate.sh $(wildcard dev/emulator/sm*/*.cuh)
 	@dev/emulator/translate.sh $< $@
-$(EMU)/emulator.o $(EMU)/cublaslt.o $(EMU)/nccl.o: $(EMU)/%.o: dev/emulator/%.cpp dev/emulator/emulator.h $(wildcard dev/emulator/*.cuh)
+$(EMU)/emulator.o $(EMU)/cublaslt.o $(EMU)/nccl.o: $(EMU)/%.o: dev/emulator/%.cpp dev/emulator/emulator.h $(wildcard dev/emulator/sm*/*.cuh)
 	@mkdir -p $(EMU)
 	$(CXX) $(EMUFLAGS) -c $< -o $@
 $(EMU)/fsa/%.o: $(EMU)/fsa/%.cu $(EMU_FSA_HEADERS)
@@ -255,7 +258,7 @@ $(EMU)/fsa/example.o: fsa/example.c fsa/fsa.h
 	@mkdir -p $(EMU)/fsa
 	$(CC) $(CFLAGS_ALL) -I$(dir $(CUDA_INCLUDE)) -c $< -o $@
 $(EMU)/fsa.a: $(EMU_FSA)
-	rm -f $@ && ar rcs $@ $^
+	rm -f $@ && ar qcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
 	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -lpthread -lrt -o $@
 $(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu

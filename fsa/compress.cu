@@ -6,7 +6,8 @@
 // embedding is a bias: (x + pe) W = x W + pe W, the latter the same for all windows.
 #include "kernels.h"
 #include "rope.cuh"
-#include "tile.cuh"
+#include "launch.cuh"
+#include "sm80/tile.cuh"
 
 struct Compress {
     FsaPlan plan;

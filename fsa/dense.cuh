@@ -2,7 +2,8 @@
 #ifndef FSA_DENSE_CUH
 #define FSA_DENSE_CUH
 #include "kernels.h"
-#include "tile.cuh"
+#include "launch.cuh"
+#include "mma.cuh"
 
 // A query at position t sees key j when a*j + b <= t and t - j < width.
 struct Visible {
@@ -97,6 +98,8 @@ template <> __device__ constexpr float probability_unit<__half>() {
 
 // Hopper's kernels, behind the launchers of kernels.h. `splits` parts of the queries that see a key tile are
 // summed apart in `partial`.
+int fsa_dense_forward_sm80(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
+int fsa_dense_backward_sm80(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
 int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);
 // Adds to dq, or, unless accumulate_q, overwrites those rows that see a key.
 int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream);

@@ -1,6 +1,7 @@
 // gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward
 // passes read. (The gated sum itself: selected_merge_kernel.)
 #include "kernels.h"
+#include "launch.cuh"
 #include "mma.cuh"
 
 struct GateArgs {

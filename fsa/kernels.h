@@ -2,7 +2,11 @@
 // allocates nothing, never synchronizes, and returns an FsaStatus.
 #ifndef FSA_KERNELS_H
 #define FSA_KERNELS_H
-#include "plan.cuh"
+#include "batch.cuh"
+
+static inline float softmax_scale_of(const FsaConfig *c) {
+    return c->scale != 0 ? c->scale : (float)(1 / __builtin_sqrt((double)c->head_dim));
+}
 
 // ---- lists.cu ---------------------------------------------------------------------------------------
 // For every (kv head, slab of query rows) the list of its (row, slot) pairs, ordered by the block that
@@ -109,6 +113,8 @@ int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, co
 // The choice of blocks: indices [Hkv, Nq, T] from the rotated q, kc and the compressed branch's lse.
 int fsa_topk(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,
              const float *lse_c, int32_t *indices, cudaStream_t stream);
+int fsa_topk_sm80(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *indices, cudaStream_t stream);
 // topk_sm90.cu: the same on Hopper, for configurations that suit it.
 bool fsa_topk_suits_sm90(const FsaConfig *c);
 int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *kc,

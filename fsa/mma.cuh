@@ -2,7 +2,7 @@
 // shared memory, pairs of 16-bit elements, sums over a fragment's row.
 #ifndef FSA_MMA_CUH
 #define FSA_MMA_CUH
-#include "ptx.cuh"
+#include "sm80/ptx.cuh"
 
 #define FSA_LOG2E 1.4426950408889634f
 #define FSA_LN2 0.6931471805599453f
@@ -34,6 +34,24 @@ template <> __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t x)
 }
 template <> __device__ __forceinline__ float2 unpack2<__half>(uint32_t x) {
     return __half22float2(*reinterpret_cast<__half2 *>(&x));
+}
+
+template <typename T> __device__ __forceinline__ float to_f32(T x);
+template <> __device__ __forceinline__ float to_f32(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+template <> __device__ __forceinline__ float to_f32(__half x) {
+    return __half2float(x);
+}
+
+// Columns 16*i .. 16*i + 15 of a result as the A operand of a product over those columns.
+template <typename T>
+__device__ __forceinline__ void result_as_a(uint32_t (&a)[4], const float (&left)[4],
+                                            const float (&right)[4]) {
+    a[0] = pack2<T>(left[0], left[1]);
+    a[1] = pack2<T>(left[2], left[3]);
+    a[2] = pack2<T>(right[0], right[1]);
+    a[3] = pack2<T>(right[2], right[3]);
 }
 
 // Maximum and sum over the four lanes that share a fragment's row.

@@ -2,7 +2,8 @@
 // adds them up), and rounds the sums of dq.
 #include "kernels.h"
 #include "rope.cuh"
-#include "tile.cuh"
+#include "launch.cuh"
+#include "mma.cuh"
 
 struct Rope {
     FsaPlan plan;

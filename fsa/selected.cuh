@@ -13,6 +13,7 @@
 #ifndef FSA_SELECTED_CUH
 #define FSA_SELECTED_CUH
 #include "kernels.h"
+#include "launch.cuh"
 #include "partial.cuh"
 
 struct SelArgs {
@@ -131,48 +132,25 @@ static __device__ __forceinline__ float *sum_of(const SelArgs &a, const Share &s
 }
 #endif
 
-static inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// More than 48 KiB of shared memory is to be asked for; cheap, so at every launch.
-template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess
-               ? FSA_OK
-               : FSA_ERROR_CUDA;
-}
-
-// kernel<<<grid, block, smem, stream>>>(args...). early (Hopper): it may start while the kernel ahead of it
-// in the stream still runs, which spares the latency of launches; before it writes anything, or reads what
-// that one writes, it calls wait_for_previous_kernel. Threads without work may end before, as long as others
-// of the grid call it always: a grid must not end before the one ahead of it. Errors are for
-// cudaGetLastError.
-template <typename... Parameters, typename... Args>
-static void launch(bool early, void (*kernel)(Parameters...), dim3 grid, unsigned block, int smem,
-                   cudaStream_t stream, const Args &...args) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {grid, dim3(block), (size_t)smem, stream, &attribute, early};
-    cudaLaunchKernelEx(&config, kernel, args...);
-}
-
-// Whether a kernel's code waits: the driver can make code for Hopper of PTX for older GPUs, where the wait is
-// nothing.
-template <typename Kernel> static bool can_wait(Kernel kernel) {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess &&
-           attributes.ptxVersion >= 90;
-}
-
 // selected_sm90.cu: the two main kernels for Hopper. They take the same arguments and leave the same
 // partials, statistics and sums as the portable ones. a.keys is 64 or 128. pack comes before the forward
 // kernels of some heads.
+int fsa_sel_forward_sm80(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
+int fsa_sel_backward_sm80(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+                          cudaStream_t stream);
 int fsa_sel_pack_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
 int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream);
 int fsa_sel_backward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
                           cudaStream_t stream);
 // Shares that a multiprocessor works on at once.
 int fsa_sel_places_sm90(int keys, int backward);
+
+// selected_combine.cu
+int fsa_selected_combine(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early,
+                         cudaStream_t stream);
+int fsa_selected_combine_backward(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early,
+                                  cudaStream_t stream);
+int fsa_selected_store_dkv(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early,
+                           cudaStream_t stream);
 
 #endif

@@ -5,7 +5,7 @@
 //              Hopper fsa/dense_sm90.cu: one kernel, keys outside, which adds to dQ in a fixed order
 // Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_grad.
 // usage: dense_backward [seed=N] [check [small] | time]      both by default
-#include "../../fsa/dense.cu"
+#include "../../fsa/dense.cuh"
 #include "shapes.h"
 
 template <typename T, int D> __device__ void load_row(float (&x)[D / 32], const void *from, int64_t at) {

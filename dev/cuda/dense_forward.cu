@@ -2,7 +2,7 @@
 //   version 1: a warp a query row and head, keys one after another, in fp32
 //   library:   fsa/dense.cu: 128 queries a block, mma.sync, online softmax over double-buffered key tiles
 // usage: dense_forward [seed=N] [check [small] | time]      both by default
-#include "../../fsa/dense.cu"
+#include "../../fsa/dense.cuh"
 #include "shapes.h"
 
 // Version 1. A lane holds d/32 channels. Reads K and V once for every query: bound by L2.

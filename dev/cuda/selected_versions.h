@@ -2,7 +2,7 @@
 #ifndef DEV_CUDA_SELECTED_VERSIONS_H
 #define DEV_CUDA_SELECTED_VERSIONS_H
 #include "../../fsa/kernels.h"
-#include "../../fsa/tile.cuh"
+#include "../../fsa/sm80/tile.cuh"
 #include "common.h"
 
 struct VersionArgs {

@@ -6,7 +6,7 @@
 // A choice is right if it is ascending, causal, complete, holds the forced blocks, and no block that was
 // left out scores more than (1 + 1e-3) times the lowest chosen one that was not forced.
 // usage: topk [seed=N] [check [small] | time]      both by default
-#include "../../fsa/topk.cu"
+#include "../../fsa/sm80/topk.cu"
 #include "shapes.h"
 
 // Version 1. `scores` [Hkv, Nq, longest/B + 1]: N*N/B floats for each KV head.
@@ -79,7 +79,7 @@ static int naive_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, c
 static const struct Version {
     const char *name;
     decltype(&fsa_topk) run;
-} versions[] = {{"1", naive_topk}, {"portable", topk_portable}, {"library", fsa_topk}};
+} versions[] = {{"1", naive_topk}, {"portable", fsa_topk_sm80}, {"library", fsa_topk}};
 
 static double worst;           // how much a block left out beats a chosen one, relative
 static int64_t places, differ; // chosen places, and those unlike the reference's

@@ -1,6 +1,6 @@
 // emulator.cpp: fibers, their scheduler, and the CUDA runtime calls that the project makes. See emulator.h.
 #include "emulator.h"
-#include "ptx_sm90.cuh"
+#include "sm90/ptx.cuh"
 #include <deque>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>

@@ -2,8 +2,8 @@
 // capability 9.0, and the emulator's against the same loops: what the emulator takes them to do is what the
 // GPU does.
 //   test_ptx [seed=N]
-#include "../../fsa/ptx_sm90.cuh"
-#include "../../fsa/tma.cuh"
+#include "../../fsa/sm90/ptx.cuh"
+#include "../../fsa/sm90/tma.cuh"
 #include "../cuda/common.h"
 #include "test.h"
 

@@ -1,5 +1,5 @@
 // plan.cu: prefix sums over the segments and sequences of a batch.
-#include "plan.cuh"
+#include "batch.cuh"
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,9 +1,9 @@
-// ptx_sm90.cuh: fsa/ptx_sm90.cuh's instructions in C++, for the emulator. Work in the background (wgmma, TMA)
+// sm90/ptx.cuh: fsa/sm90/ptx.cuh's instructions in C++, for the emulator. Work in the background (wgmma, TMA)
 // is done at once or as late as the program allows, by the toss of a coin, so that a missing wait and a
 // buffer that is overwritten too early both show.
 #ifndef FSA_PTX_SM90_CUH
 #define FSA_PTX_SM90_CUH
-#include "ptx.cuh"
+#include "../sm80/ptx.cuh"
 #include <cuda.h>
 
 namespace emu {

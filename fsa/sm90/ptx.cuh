@@ -9,7 +9,7 @@
 // 8*j + 2*(lane%4) + i%2. A from registers: as of mma.m16n8k16 (ptx.cuh), each warp its own 16 rows.
 #ifndef FSA_PTX_SM90_CUH
 #define FSA_PTX_SM90_CUH
-#include "ptx.cuh"
+#include "../sm80/ptx.cuh"
 #include <cuda.h>
 
 // A matrix in shared memory as wgmma wants to be told of it. K-major: rows are m or n, columns k; 16 more of

@@ -1,7 +1,7 @@
 // tma.cuh: maps of tensors for the copy engine (TMA), made on the host and passed to kernels by value.
 #ifndef FSA_TMA_CUH
 #define FSA_TMA_CUH
-#include "fsa.h"
+#include "../fsa.h"
 #include <cuda.h>
 #include <cuda_runtime.h>
 

@@ -37,9 +37,10 @@
 // A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
 // beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
 // and then selectors take its P for zero.
-#include "kernels.h"
-#include "ptx_sm90.cuh"
-#include "tile.cuh"
+#include "../kernels.h"
+#include "../launch.cuh"
+#include "../mma.cuh"
+#include "ptx.cuh"
 #include "tma.cuh"
 #include <algorithm>
 

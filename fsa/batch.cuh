@@ -106,5 +106,34 @@ __device__ __forceinline__ void fsa_row(const FsaPlan &p, int64_t row, int64_t *
     *seq = p.segments[i].seq;
     *pos = p.segments[i].pos + row - p.cu_rows[i];
 }
+
+// Tile `index` of at most `size` consecutive rows of the ranges cu[0..count]: no tile spans two ranges.
+// Range i's tiles start at cu[i]/size + i, which leaves room enough, so no prefix sum over tiles is
+// needed and cu[count]/size + count is the grid. The tiles left over have rows = 0. Rows are fewer than 2^32.
+struct RowTile {
+    int64_t range, row; // the range and the tile's first row
+    int first, rows;    // the row's place in its range, and how many rows
+};
+__device__ __forceinline__ RowTile find_row_tile(const int64_t *cu, int64_t count, int size, int64_t index) {
+    int64_t lo = 0, hi = count;
+    while (hi - lo > 1) {
+        int64_t mid = (lo + hi) / 2;
+        if ((uint32_t)cu[mid] / size + mid <= index)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    int64_t first = (index - (uint32_t)cu[lo] / size - lo) * size, left = cu[lo + 1] - cu[lo] - first;
+    RowTile t;
+    t.range = lo;
+    t.row = cu[lo] + first;
+    t.first = (int)first;
+    t.rows = left <= 0 ? 0 : left < size ? (int)left : size;
+    return t;
+}
 #endif
+
+static inline int64_t row_tile_bound(int64_t rows, int64_t count, int size) {
+    return rows / size + count;
+}
 #endif
