@@ -1,5 +1,5 @@
-// utils.h: dying with one clear line, memory, time, folders, and files that appear whole or not at all.
-// Include it before any system header: it asks for the POSIX functions.
+// utils.h: fatal errors, memory, time, number parsing, folders, and files that are written atomically.
+// Include it before any system header, because it defines _GNU_SOURCE.
 #ifndef LLMC_UTILS_H
 #define LLMC_UTILS_H
 
@@ -23,26 +23,27 @@
 #define LLMC_NORETURN _Noreturn
 #endif
 
-#define PATH_BYTES 4096 // longest path taken, its closing 0 included
+#define PATH_BYTES 4096 // limit of a path's length, terminating 0 included
 
-// A file written under a temporary name beside its place. It must stay where it is in memory between
-// atomic_open and atomic_commit: die() finds it through the list below.
+// A file that is written as path.tmp and then renamed to path. The struct must not move in memory between
+// atomic_open and atomic_commit, because the list below points to it.
 typedef struct AtomicFile {
     FILE *f;
     struct AtomicFile *next;
     char path[PATH_BYTES], tmp[PATH_BYTES + 4];
 } AtomicFile;
 
-// The unfinished files of the whole program; weak, so that all its translation units share one list.
+// The files that are open and not yet committed, which die() removes. Weak, so that all translation units
+// share one list.
 __attribute__((weak)) AtomicFile *atomic_unfinished = NULL;
 
-// With several processes: which one this is, in front of its messages ("rank 3: "), and what die() tells the
-// message before it ends this process. comm.h sets both.
-__attribute__((weak)) char die_name[32] = "";
-__attribute__((weak)) void (*die_tells)(const char *message) = NULL;
+// comm.h sets both for a job of several processes: the prefix of this process's error messages ("rank 3: "),
+// and a function that die() calls with the message before it exits.
+__attribute__((weak)) char die_prefix[32] = "";
+__attribute__((weak)) void (*die_hook)(const char *message) = NULL;
 
-// Prints "error: ", the message in printf's form and a newline on stderr, removes the temporary files
-// that are not yet committed, and exits with code 1. Of several threads that die the first one does.
+// Prints "error: ", the message in printf's format and a newline to stderr, removes the files that are not
+// yet committed, calls die_hook, and exits with code 1. If several threads call it, only the first call acts.
 LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const char *fmt, ...) {
     static int dying;
     char message[2 * PATH_BYTES];
@@ -52,62 +53,67 @@ LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const
     vsnprintf(message, sizeof message, fmt, args);
     va_end(args);
     fflush(stdout);
-    fprintf(stderr, "error: %s%s\n", die_name, message);
+    fprintf(stderr, "error: %s%s\n", die_prefix, message);
     for (AtomicFile *a = atomic_unfinished; a != NULL; a = a->next) unlink(a->tmp);
-    if (die_tells) die_tells(message);
+    if (die_hook) die_hook(message);
     exit(1);
 }
 
-// Memory, or death saying how many bytes were wanted.
+// malloc; dies if no memory is left.
 static inline void *xmalloc(size_t bytes) {
     void *p = malloc(bytes > 0 ? bytes : 1);
-    if (p == NULL) die("out of memory: %zu bytes (%.1f MiB) wanted", bytes, (double)bytes / 1048576.0);
+    if (p == NULL)
+        die("out of memory: %zu bytes (%.1f MiB) needed; free host memory or use smaller sizes", bytes,
+            (double)bytes / 1048576.0);
     return p;
 }
 
-// The same, zeroed: n items of `size` bytes.
+// calloc of n items of `size` bytes; dies if no memory is left.
 static inline void *xcalloc(size_t n, size_t size) {
     void *p = calloc(n > 0 ? n : 1, size > 0 ? size : 1);
     if (p == NULL) {
-        die("out of memory: %zu items of %zu bytes (%.1f MiB) wanted", n, size, (double)n * size / 1048576.0);
+        die("out of memory: %zu items of %zu bytes (%.1f MiB) needed; free host memory or use smaller sizes",
+            n, size, (double)n * size / 1048576.0);
     }
     return p;
 }
 
-// Seconds on a clock that never goes back.
+// Returns the seconds of a monotonic clock.
 static inline double now_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// The value of a command line flag as a whole number in [min, max]; dies naming flag, value and range.
+// Parses the value of a flag or environment variable as a whole number in [min, max]; dies if it is not. text
+// NULL: the value is missing.
 static inline int64_t parse_int(const char *flag, const char *text, int64_t min, int64_t max) {
     char *end = NULL;
     errno = 0;
     long long v = text == NULL ? 0 : strtoll(text, &end, 10);
     if (text == NULL || *text == 0 || *end != 0 || errno != 0 || v < min || v > max) {
-        die("%s takes a whole number from %lld to %lld, not '%s'", flag, (long long)min, (long long)max,
-            text == NULL ? "nothing" : text);
+        die("%s %s: must be a whole number from %lld to %lld", flag, text == NULL ? "(no value)" : text,
+            (long long)min, (long long)max);
     }
     return v;
 }
 
-// The same for a number, which must be finite.
+// Parses a finite number in [min, max]; dies if it is not.
 static inline double parse_double(const char *flag, const char *text, double min, double max) {
     char *end = NULL;
     double v = text == NULL ? 0 : strtod(text, &end);
     if (text == NULL || *text == 0 || *end != 0 || !(v >= min && v <= max)) {
-        die("%s takes a number from %g to %g, not '%s'", flag, min, max, text == NULL ? "nothing" : text);
+        die("%s %s: must be a number from %g to %g", flag, text == NULL ? "(no value)" : text, min, max);
     }
     return v;
 }
 
-// Makes the folder and its parents, as mkdir -p; dies with the reason.
+// Creates the folder and its parents, as mkdir -p; dies if it cannot.
 static inline void make_dirs(const char *path) {
     char part[PATH_BYTES];
     size_t n = strlen(path);
-    if (n == 0 || n >= sizeof(part)) die("folder name of %zu characters: 1 to %d wanted", n, PATH_BYTES - 1);
+    if (n == 0 || n >= sizeof(part))
+        die("the folder name has %zu characters: choose one of 1 to %d", n, PATH_BYTES - 1);
     for (size_t i = 1; i <= n; i++) {
         if (path[i] != '/' && path[i] != 0) continue;
         memcpy(part, path, i);
@@ -115,58 +121,64 @@ static inline void make_dirs(const char *path) {
         if (mkdir(part, 0777) == 0) continue;
         int reason = errno;
         struct stat st;
-        if (stat(part, &st) != 0) die("cannot make folder %s: %s", part, strerror(reason));
-        if (!S_ISDIR(st.st_mode)) die("cannot make folder %s: a file of that name is in the way", part);
+        if (stat(part, &st) != 0)
+            die("cannot create folder %s: %s; choose another folder", part, strerror(reason));
+        if (!S_ISDIR(st.st_mode))
+            die("cannot create folder %s: a file has that name; choose another folder", part);
     }
 }
 
-// Starts a file that will stand at `path` once committed; until then it is `path`.tmp.
+// Opens `path`.tmp for writing; atomic_commit renames it to `path`. Dies if it cannot.
 static inline void atomic_open(AtomicFile *a, const char *path) {
     struct stat st;
     size_t n = strlen(path);
-    if (n >= sizeof(a->path)) die("file name of %zu characters: at most %d", n, PATH_BYTES - 1);
+    if (n >= sizeof(a->path))
+        die("the file name has %zu characters: choose one of at most %d", n, PATH_BYTES - 1);
     memcpy(a->path, path, n + 1);
     memcpy(a->tmp, path, n);
     memcpy(a->tmp + n, ".tmp", sizeof(".tmp"));
-    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode)) die("cannot write %s: it is a folder", path);
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        die("cannot write %s: it is a folder; choose another name", path);
     a->f = fopen(a->tmp, "wb");
-    if (a->f == NULL) die("cannot write %s: %s", a->tmp, strerror(errno));
+    if (a->f == NULL) die("cannot write %s: %s; choose another folder", a->tmp, strerror(errno));
     a->next = atomic_unfinished;
     atomic_unfinished = a;
 }
 
+// Appends `bytes` bytes; dies if it cannot.
 static inline void atomic_write(AtomicFile *a, const void *data, size_t bytes) {
     if (bytes > 0 && fwrite(data, 1, bytes, a->f) != bytes) {
-        die("cannot write %s: %s (is the disk full?)", a->tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
     }
 }
 
-// Brings the bytes to the disk and closes the file, still under its temporary name.
+// Writes all bytes to disk and closes the file, which keeps its temporary name.
 static inline void atomic_sync(AtomicFile *a) {
     if (fflush(a->f) != 0 || fsync(fileno(a->f)) != 0) {
-        die("cannot write %s: %s (is the disk full?)", a->tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
     }
     FILE *f = a->f;
     a->f = NULL;
-    if (fclose(f) != 0) die("cannot write %s: %s", a->tmp, strerror(errno));
+    if (fclose(f) != 0) die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
 }
 
-// Brings the file to the disk and to its name; what stood there before is replaced in one step.
+// Writes the file to disk and renames it to its final name, atomically replacing an older file.
 static inline void atomic_commit(AtomicFile *a) {
     if (a->f != NULL) atomic_sync(a);
-    if (rename(a->tmp, a->path) != 0) die("cannot rename %s to %s: %s", a->tmp, a->path, strerror(errno));
+    if (rename(a->tmp, a->path) != 0)
+        die("cannot rename %s to %s: %s; check the folder", a->tmp, a->path, strerror(errno));
     AtomicFile **link = &atomic_unfinished;
     while (*link != a) link = &(*link)->next;
     *link = a->next;
 
-    // the new name is on the disk only when the folder is
+    // sync the folder too, since it holds the new name
     char folder[PATH_BYTES];
     const char *slash = strrchr(a->path, '/');
     int length = slash == NULL ? 1 : slash == a->path ? 1 : (int)(slash - a->path);
     snprintf(folder, sizeof(folder), "%.*s", length, slash == NULL ? "." : a->path);
     int fd = open(folder, O_RDONLY | O_DIRECTORY);
-    if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL)) { // EINVAL: this file system has no such thing
-        die("cannot sync folder %s: %s", folder, strerror(errno));
+    if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL)) { // EINVAL: this file system cannot sync folders
+        die("cannot sync folder %s: %s; check its disk", folder, strerror(errno));
     }
     close(fd);
 }

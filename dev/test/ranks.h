@@ -23,7 +23,7 @@ static inline int test_gpus(void) {
 static inline int test_ranks(int ranks, int (*f)(void *), void *where) {
     CommAddress a;
     int listener = comm_listen(0, "none"), failed = 0, status;
-    comm_own_address(&a, listener);
+    comm_local_address(&a, listener);
     close(listener);
     fflush(stdout);
     for (int r = 0; r < ranks; r++) {

@@ -209,9 +209,9 @@ static void test_files(void) {
     make_dirs(in_root("deep/er/still"));
     make_dirs(in_root("deep/er/still/"));
     CHECK(exists(in_root("deep/er/still")), "make_dirs");
-    DIES("it is a folder", write_some(in_root("deep"), "x", 1));
-    DIES("is in the way", make_dirs(in_root("atomic.txt/sub")));
-    DIES("is in the way", make_dirs(in_root("atomic.txt")));
+    DIES("it is a folder; choose", write_some(in_root("deep"), "x", 1));
+    DIES("a file has that name", make_dirs(in_root("atomic.txt/sub")));
+    DIES("a file has that name", make_dirs(in_root("atomic.txt")));
     if (geteuid() != 0) {
         make_dirs(in_root("readonly"));
         chmod(in_root("readonly"), 0555);
@@ -222,10 +222,10 @@ static void test_files(void) {
         SKIP("a folder without write permission: root may write anywhere");
     }
     CHECK(parse_int("-x", "-12", -20, 5) == -12 && parse_double("-y", "0.25", 0, 1) == 0.25, "parse");
-    DIES("-x takes a whole number from 1 to 5, not '6'", parse_int("-x", "6", 1, 5));
-    DIES("not '3k'", parse_int("-x", "3k", 1, 5));
-    DIES("not 'nothing'", parse_int("-x", NULL, 1, 5));
-    DIES("-y takes a number from 0 to 1, not 'nan'", parse_double("-y", "nan", 0, 1));
+    DIES("-x 6: must be a whole number from 1 to 5\n", parse_int("-x", "6", 1, 5));
+    DIES("-x 3k: must be a whole number", parse_int("-x", "3k", 1, 5));
+    DIES("-x (no value): must be", parse_int("-x", NULL, 1, 5));
+    DIES("-y nan: must be a number from 0 to 1\n", parse_double("-y", "nan", 0, 1));
 #ifdef TEST_ASAN
     SKIP("running out of memory: the address sanitizer reports it itself");
 #else
@@ -374,12 +374,12 @@ static void test_answers(void) {
     answers_free(&b);
     CHECK(read_file(in_root("some.answers"), raw, sizeof(raw)) == 80, "size");
     write_file(in_root("some.answers"), raw, 79);
-    DIES("is broken", load_answers(in_root("some.bin")));
+    DIES("has the wrong size", load_answers(in_root("some.bin")));
     write_file(in_root("some.answers"), raw, 20);
     DIES("is truncated", load_answers(in_root("some.bin")));
     raw[0]++;
     write_file(in_root("some.answers"), raw, 80);
-    DIES("is no file of answers", load_answers(in_root("some.bin")));
+    DIES("is not an answer file", load_answers(in_root("some.bin")));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -453,16 +453,16 @@ static void test_loader_errors(void) {
 
     make_dirs(in_root("small"));
     make_shard(in_root("small/a.bin"), 0, SEQ, VOCAB);
-    DIES("too short: a sample has 9 tokens, the longest shard 8", open_plain(in_root("small/*.bin"), SEQ));
+    DIES("too short: a sample needs 9 tokens, the longest shard has 8", open_plain(in_root("small/*.bin"), SEQ));
     make_shard(in_root("small/b.bin"), 100, SEQ + 1, VOCAB);
     IN_CHILD(code, open_plain(in_root("small/*.bin"), SEQ));
     CHECK(code == 0 && strncmp(child_err, "warning: ", 9) == 0 &&
-              strstr(child_err, "a.bin is skipped: 8 tokens"),
+              strstr(child_err, "a.bin is skipped: it has 8 tokens"),
           "code %d, '%s'", code, child_err);
     IN_CHILD(code, read_all(in_root("small/*.bin"), VOCAB));
     CHECK(code == 0, "the other shard is read: '%s'", child_err);
 
-    DIES("b.bin: token 8 is 108, beyond the vocabulary of 108", read_all(in_root("small/b.bin"), 108));
+    DIES("b.bin: token 8 is 108, outside the vocabulary of 108", read_all(in_root("small/b.bin"), 108));
     IN_CHILD(code, read_all(in_root("small/b.bin"), 109));
     CHECK(code == 0, "the last token of the vocabulary: '%s'", child_err);
     DIES("no sample 1 in epoch 0: 1 samples found", seek_to(in_root("small/b.bin"), 0, 1));
@@ -472,7 +472,7 @@ static void test_loader_errors(void) {
     uint32_t huge[256 + SEQ + 1] = {20240801, 7, SEQ + 1};
     huge[256 + 4] = 3000000000u;
     write_file(in_root("bad/huge.bin"), huge, sizeof(huge));
-    DIES("token 4 is 3000000000, beyond", read_all(in_root("bad/huge.bin"), VOCAB));
+    DIES("token 4 is 3000000000, outside", read_all(in_root("bad/huge.bin"), VOCAB));
     make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
     DIES("has become shorter while in use", shrink_while_open(in_root("small/c.bin")));
     make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
@@ -1151,11 +1151,11 @@ static void test_recall(void) {
     // errors: one line, nothing touched
     int64_t n = read_file(in_root("rec2/recall.txt"), before, sizeof(before));
     CHECK(run_maker(recall_main, line_of("-o %s/rec2 -t 31", root)) == 1 &&
-              strstr(child_err, "32 to 65536, not '31'"),
+              strstr(child_err, "-t 31: must be a whole number from 32 to 65536"),
           "%s", child_err);
     CHECK(run_maker(recall_main, line_of("-o %s/rec2 -x 31", root)) == 1 && strstr(child_err, "'-x'"), "%s",
           child_err);
-    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 && strstr(child_err, "nothing"),
+    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 && strstr(child_err, "-things (no value)"),
           "%s", child_err);
     CHECK(run_maker(recall_main, "-t 64") == 1 && strstr(child_err, "-o DIR is missing"), "%s", child_err);
     CHECK(read_file(in_root("rec2/recall.txt"), after, sizeof(after)) == n &&
@@ -1163,7 +1163,7 @@ static void test_recall(void) {
           "an error touched the data");
     write_file(in_root("plain_file"), "x", 1);
     CHECK(run_maker(recall_main, line_of("-o %s/plain_file/sub", root)) == 1 &&
-              strstr(child_err, "in the way"),
+              strstr(child_err, "a file has that name"),
           "%s", child_err);
     const char *bytes[1] = {"b"};
     const int one[1] = {1};
@@ -1250,11 +1250,11 @@ static void test_text(void) {
     } bad[] = {{"-o %s/out -name my %s/nowhere.txt", "No such file"},
                {"-o %s/out -name my %s/in/empty.txt", "is empty"},
                {"-o %s/out -name my", "nothing to tokenize"},
-               {"-o %s/out -name my %s/in/sub -val 0.95", "not '0.95'"},
-               {"-o %s/out -name my %s/in -shard 3", "not '3'"},
-               {"-o %s/out -name a/b %s/in", "not 'a/b'"},
+               {"-o %s/out -name my %s/in/sub -val 0.95", "-val 0.95: must be a number from 0 to"},
+               {"-o %s/out -name my %s/in -shard 3", "-shard 3: must be a whole number from 1024"},
+               {"-o %s/out -name a/b %s/in", "-name a/b"},
                {"-o %s/out -name my %s/in -what 3", "'-what'"},
-               {"-o %s/plain_file/x %s/in", "in the way"},
+               {"-o %s/plain_file/x %s/in", "a file has that name"},
                {"-o %s/rec %s/in", "belongs to other data"}};
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         int code = run_maker(text_main, line_of(bad[i].arguments, root, root));
