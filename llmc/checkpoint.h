@@ -1,10 +1,14 @@
-// checkpoint.h: one file a checkpoint, DIR/ckpt_00001234.bin, the same from both trainers. Little-endian:
-//   4096 bytes of header: magic, version, counts, every model field, every number of TrainState, and in
-//     the last 8 bytes a checksum of the rest
+// checkpoint.h: reads and writes checkpoints, one file DIR/ckpt_00001234.bin each. Both trainers use the same
+// format, little-endian:
+//   header, 4096 bytes: magic, version, counts, all model fields, all of TrainState, and in the last 8 bytes
+//   a
+//     checksum of the bytes before
 //   params, then AdamW's m, then v: n fp32 each
-//   3 tables of 64-bit checksums, for params, m and v: one for each MiB of the array (the last may be short)
-// No chunk spans two arrays, so chunks can be written in any order, and a reader of weights alone checks
-// these alone. Any flipped byte and any cut is found.
+//   3 tables of 64-bit checksums, for params, m and v: one for each 1 MiB chunk of the array (the last chunk
+//   may
+//     be shorter)
+// No chunk spans two arrays. So several processes can write chunks in any order, and a reader of the weights
+// verifies only their chunks. The checksums detect every flipped byte, the header's counts every truncation.
 #ifndef LLMC_CHECKPOINT_H
 #define LLMC_CHECKPOINT_H
 #include "utils.h"
@@ -13,27 +17,27 @@
 
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
 #define CHECKPOINT_VERSION 1
-#define CHECKPOINT_HEADER 4096
-#define CHECKPOINT_CHUNK 1048576 // bytes that a checksum covers
-#define CHECKPOINT_NUMBERS (CHECKPOINT_CHUNK / 4)
-#define CHECKPOINT_WHY (PATH_BYTES + 512) // bytes that a reason takes, at most
+#define CHECKPOINT_HEADER_BYTES 4096
+#define CHECKPOINT_CHUNK_BYTES 1048576 // bytes per checksum
+#define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
+#define CHECKPOINT_MSG_BYTES (PATH_BYTES + 512) // size of an error message's buffer
 
-// Where a run stands. The learning rate and the other flags come from the command line again.
+// The state of a run. A resumed run takes the learning rate and all other flags from its command line.
 typedef struct {
-    int64_t step;          // steps finished
+    int64_t step;          // finished steps
     int64_t tokens;        // tokens trained on
     int64_t epoch;         // of the data loader
-    int64_t position;      // samples of this epoch consumed, by all processes
-    int64_t epoch_samples; // samples of an epoch, to notice that the shards or -t changed
+    int64_t position;      // samples of this epoch that all processes have consumed
+    int64_t epoch_samples; // samples per epoch; another number shows that the shards or -t changed
     int64_t seed;
-    int64_t seq_len;     // tokens of a training sequence
-    int64_t total_batch; // tokens of a step
-    int64_t draws;       // random numbers that sampling has used
+    int64_t seq_len;     // tokens per training sequence
+    int64_t total_batch; // tokens per step
+    int64_t draws;       // random numbers that text sampling has consumed
 } TrainState;
 #define TRAIN_STATE_FIELDS ((int)(sizeof(TrainState) / sizeof(int64_t)))
 
-// 64 bits over n bytes; different for different seeds. Each step is a bijection of the word it takes
-// in, so that no single changed word goes unnoticed.
+// Returns a 64-bit checksum of n bytes, which depends on the seed. Each step is a bijection of its 64-bit
+// word, so a change of a single word always changes the checksum.
 static inline uint64_t checksum(const void *data, size_t n, uint64_t seed) {
     const unsigned char *p = (const unsigned char *)data;
     uint64_t lane[4], word;
@@ -49,110 +53,114 @@ static inline uint64_t checksum(const void *data, size_t n, uint64_t seed) {
     uint64_t h = rng_mix(seed ^ n);
     for (int k = 0; k < 4; k++) h = rng_mix(h ^ lane[k]) + 0x9E3779B97F4A7C15ull;
     while (left > 0) {
-        size_t take = left < 8 ? left : 8;
+        size_t tail_bytes = left < 8 ? left : 8;
         word = 0;
-        memcpy(&word, p, take);
+        memcpy(&word, p, tail_bytes);
         h = rng_mix(h ^ word) + 0x9E3779B97F4A7C15ull;
-        p += take, left -= take;
+        p += tail_bytes, left -= tail_bytes;
     }
     return h;
 }
 
+// Returns the checksum seed of a chunk, so that swapped chunks are detected. array: 0 params, 1 m, 2 v.
 static inline uint64_t checkpoint_chunk_seed(int array, int64_t chunk) {
     return (uint64_t)array << 56 | (uint64_t)chunk;
 }
 
-// Chunks of an array of n fp32.
-static inline int64_t checkpoint_chunks(int64_t n) {
-    return (4 * n + CHECKPOINT_CHUNK - 1) / CHECKPOINT_CHUNK;
+// Returns the number of chunks of an array of n fp32.
+static inline int64_t checkpoint_num_chunks(int64_t n) {
+    return (4 * n + CHECKPOINT_CHUNK_BYTES - 1) / CHECKPOINT_CHUNK_BYTES;
 }
 
-// Bytes of the file of a model with n parameters.
+// Returns the file size in bytes of a checkpoint with n parameters.
 static inline int64_t checkpoint_bytes(int64_t n) {
-    return CHECKPOINT_HEADER + 12 * n + 24 * checkpoint_chunks(n);
+    return CHECKPOINT_HEADER_BYTES + 12 * n + 24 * checkpoint_num_chunks(n);
 }
 
+// Writes the path of the checkpoint after `step` steps.
 static inline void checkpoint_path(char *path, size_t size, const char *dir, int64_t step) {
     if (snprintf(path, size, "%s/ckpt_%08lld.bin", dir, (long long)step) >= (int)size)
-        die("-o %s: the name is too long", dir);
+        die("-o %s: the name is too long; choose a shorter path", dir);
 }
 
 // ----------------------------------------------------------------------------
 // The folder
 
-// The step that a file name stands for, or -1. With `tmp`, names of unfinished files.
-static inline int64_t checkpoint_step_of(const char *name, int tmp) {
+// Returns the step in a checkpoint's file name, or -1 for another name. tmp 1: for names of unfinished files.
+static inline int64_t checkpoint_parse_name(const char *name, int tmp) {
     if (strncmp(name, "ckpt_", 5) != 0) return -1;
     size_t digits = strspn(name + 5, "0123456789");
     if (digits < 8 || digits > 18 || strcmp(name + 5 + digits, tmp ? ".bin.tmp" : ".bin") != 0) return -1;
     return strtoll(name + 5, NULL, 10);
 }
 
-static inline int checkpoint_descending(const void *a, const void *b) {
+static inline int checkpoint_compare_descending(const void *a, const void *b) {
     int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
     return x < y ? 1 : x > y ? -1 : 0;
 }
 
-// Steps of the checkpoints in dir, newest first, in memory that the caller frees. Returns how many; 0
-// where there is no such folder.
+// Lists the steps of the checkpoints in dir, newest first, in *steps, which the caller frees. Returns their
+// number; 0 if the folder does not exist.
 static inline int64_t checkpoint_list(const char *dir, int64_t **steps) {
-    int64_t count = 0, room = 16;
-    *steps = (int64_t *)xmalloc((size_t)room * sizeof **steps);
-    DIR *d = opendir(dir);
-    if (!d && errno != ENOENT) die("-o %s: %s", dir, strerror(errno));
+    int64_t count = 0, capacity = 16;
+    *steps = (int64_t *)xmalloc((size_t)capacity * sizeof **steps);
+    DIR *folder = opendir(dir);
+    if (!folder && errno != ENOENT)
+        die("-o %s: cannot open the folder: %s; choose another folder", dir, strerror(errno));
     struct dirent *entry;
-    while (d && (entry = readdir(d)) != NULL) {
-        int64_t step = checkpoint_step_of(entry->d_name, 0);
+    while (folder && (entry = readdir(folder)) != NULL) {
+        int64_t step = checkpoint_parse_name(entry->d_name, 0);
         if (step < 0) continue;
-        if (count == room) {
-            room *= 2;
-            int64_t *more = (int64_t *)xmalloc((size_t)room * sizeof *more);
-            memcpy(more, *steps, (size_t)count * sizeof *more);
+        if (count == capacity) {
+            capacity *= 2;
+            int64_t *grown = (int64_t *)xmalloc((size_t)capacity * sizeof *grown);
+            memcpy(grown, *steps, (size_t)count * sizeof *grown);
             free(*steps);
-            *steps = more;
+            *steps = grown;
         }
         (*steps)[count++] = step;
     }
-    if (d) closedir(d);
-    qsort(*steps, (size_t)count, sizeof **steps, checkpoint_descending);
+    if (folder) closedir(folder);
+    qsort(*steps, (size_t)count, sizeof **steps, checkpoint_compare_descending);
     return count;
 }
 
-// Before a run: makes the folder, dies where nothing can be written there or where a new run
-// (resume 0) would mix with the checkpoints of another, and removes what a killed run left unfinished.
+// Prepares the output folder of a run: creates it and removes the unfinished checkpoints of a killed run.
+// Dies if the folder is not writable, or if it holds checkpoints and resume is 0.
 static inline void checkpoint_dir_check(const char *dir, int resume) {
     make_dirs(dir);
     int64_t *steps, count = checkpoint_list(dir, &steps);
     if (count > 0 && !resume)
-        die("-o %s: holds checkpoints up to step %lld; go on from them with -y 1, or choose another folder",
-            dir, (long long)steps[0]);
+        die("-o %s: holds checkpoints up to step %lld; resume with -y 1, or choose another folder", dir,
+            (long long)steps[0]);
     free(steps);
-    DIR *d = opendir(dir);
-    if (!d) die("-o %s: %s", dir, strerror(errno));
+    DIR *folder = opendir(dir);
+    if (!folder) die("-o %s: cannot open the folder: %s; choose another folder", dir, strerror(errno));
     struct dirent *entry;
     char path[PATH_BYTES];
-    while ((entry = readdir(d)) != NULL) {
-        if (checkpoint_step_of(entry->d_name, 1) < 0) continue;
+    while ((entry = readdir(folder)) != NULL) {
+        if (checkpoint_parse_name(entry->d_name, 1) < 0) continue;
         if (snprintf(path, sizeof path, "%s/%s", dir, entry->d_name) < (int)sizeof path) unlink(path);
     }
-    closedir(d);
+    closedir(folder);
     if (snprintf(path, sizeof path, "%s/.writable-XXXXXX", dir) >= (int)sizeof path)
-        die("-o %s: the name is too long", dir);
+        die("-o %s: the name is too long; choose a shorter path", dir);
     int fd = mkstemp(path);
-    if (fd < 0) die("-o %s: nothing can be written there: %s", dir, strerror(errno));
+    if (fd < 0) die("-o %s: cannot write to the folder: %s; choose another folder", dir, strerror(errno));
     close(fd);
     unlink(path);
 }
 
-// Removes checkpoints but the last `keep` up to `step`, the one just written. Later ones, left from
-// before a resume, neither count nor go.
+// Keeps the newest `keep` checkpoints up to `step`, the one just written, and removes older ones. Checkpoints
+// of later steps, which remain after a resume from an older checkpoint, stay and do not count.
 static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step) {
     int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0;
     char path[PATH_BYTES];
     for (int64_t i = 0; i < count; i++) {
         if (steps[i] > step || ++kept <= keep) continue;
         checkpoint_path(path, sizeof path, dir, steps[i]);
-        if (unlink(path) != 0) fprintf(stderr, "warning: cannot remove %s: %s\n", path, strerror(errno));
+        if (unlink(path) != 0)
+            fprintf(stderr, "warning: cannot remove %s: %s; remove it yourself\n", path, strerror(errno));
     }
     free(steps);
 }
@@ -160,81 +168,86 @@ static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step)
 // ----------------------------------------------------------------------------
 // Writing
 
-static inline void checkpoint_put(unsigned char *header, int word, int64_t value) {
+// Writes 64-bit word number `word` of a header.
+static inline void checkpoint_put_word(unsigned char *header, int word, int64_t value) {
     memcpy(header + 8 * word, &value, 8);
 }
 
-static inline int64_t checkpoint_get(const unsigned char *header, int word) {
+// Returns 64-bit word number `word` of a header.
+static inline int64_t checkpoint_get_word(const unsigned char *header, int word) {
     int64_t value;
     memcpy(&value, header + 8 * word, 8);
     return value;
 }
 
-// Words of the header: 0 magic, 1 version, 2 n, 3 model fields, 4 TrainState fields; from 8 on the
-// model's fields as doubles, then TrainState; word 511 the checksum.
+// Fills a header [CHECKPOINT_HEADER_BYTES]. Words: 0 magic, 1 version, 2 number of parameters n, 3 number of
+// model fields, 4 number of TrainState fields; from 8 on the model fields as doubles, then TrainState; 511
+// checksum.
 static inline void checkpoint_header(unsigned char *header, const ModelConfig *c, const TrainState *state,
                                      int64_t n) {
     int count;
     const ModelField *f = model_fields(&count);
-    memset(header, 0, CHECKPOINT_HEADER);
-    checkpoint_put(header, 0, CHECKPOINT_MAGIC);
-    checkpoint_put(header, 1, CHECKPOINT_VERSION);
-    checkpoint_put(header, 2, n);
-    checkpoint_put(header, 3, count);
-    checkpoint_put(header, 4, TRAIN_STATE_FIELDS);
+    memset(header, 0, CHECKPOINT_HEADER_BYTES);
+    checkpoint_put_word(header, 0, CHECKPOINT_MAGIC);
+    checkpoint_put_word(header, 1, CHECKPOINT_VERSION);
+    checkpoint_put_word(header, 2, n);
+    checkpoint_put_word(header, 3, count);
+    checkpoint_put_word(header, 4, TRAIN_STATE_FIELDS);
     for (int i = 0; i < count; i++) {
         double value = model_field_get(c, &f[i]);
         memcpy(header + 8 * (8 + i), &value, 8);
     }
     memcpy(header + 8 * (8 + count), state, sizeof *state);
-    checkpoint_put(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER - 8, 0));
+    checkpoint_put_word(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0));
 }
 
-// A checkpoint that one or several processes write: one of them begins and commits it, all write parts of it
-// between. It appears whole or not at all.
+// Opens DIR/ckpt_<state->step>.bin.tmp and writes the header. One process calls it; then all processes write
+// their parts with checkpoint_write_part; then the first process calls atomic_commit.
 static inline void checkpoint_begin(AtomicFile *file, const char *dir, const ModelConfig *c,
                                     const TrainState *state, int64_t n) {
-    unsigned char header[CHECKPOINT_HEADER];
+    unsigned char header[CHECKPOINT_HEADER_BYTES];
     char path[PATH_BYTES];
     checkpoint_header(header, c, state, n);
     checkpoint_path(path, sizeof path, dir, state->step);
     atomic_open(file, path);
     atomic_write(file, header, sizeof header);
-    if (fflush(file->f) != 0) die("cannot write %s: %s (is the disk full?)", file->tmp, strerror(errno));
+    if (fflush(file->f) != 0)
+        die("cannot write %s: %s; check the free disk space", file->tmp, strerror(errno));
 }
 
-// Writes `bytes` at `offset` of the open file; its name is for the message.
+// Writes data [bytes] at `offset` of an open file; dies if it cannot. `path` is for the message.
 static inline void checkpoint_write_at(int fd, const char *path, const void *data, size_t bytes,
                                        int64_t offset) {
     const char *p = (const char *)data;
     while (bytes > 0) {
         ssize_t n = pwrite(fd, p, bytes, (off_t)offset);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) die("cannot write %s: %s (is the disk full?)", path, strerror(n < 0 ? errno : ENOSPC));
+        if (n <= 0)
+            die("cannot write %s: %s; check the free disk space", path, strerror(n < 0 ? errno : ENOSPC));
         p += n, offset += n, bytes -= (size_t)n;
     }
 }
 
-// Writes numbers [begin, begin + count) of array a (0 params, 1 m, 2 v) of n each, and their checksums. begin
-// is a multiple of CHECKPOINT_NUMBERS, and so is count, but at the array's end.
-static inline void checkpoint_write_part(int fd, const char *path, int a, int64_t n, int64_t begin,
+// Writes elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32, and their checksums.
+// begin is a multiple of CHECKPOINT_CHUNK_FLOATS; so is count, except at the array's end.
+static inline void checkpoint_write_part(int fd, const char *path, int array, int64_t n, int64_t begin,
                                          int64_t count, const float *data) {
-    int64_t first = begin / CHECKPOINT_NUMBERS, chunks = checkpoint_chunks(n);
-    int64_t mine = (count + CHECKPOINT_NUMBERS - 1) / CHECKPOINT_NUMBERS;
-    uint64_t *sums = (uint64_t *)xmalloc((size_t)mine * sizeof *sums);
-    for (int64_t i = 0; i < mine; i++) {
-        int64_t at = i * CHECKPOINT_NUMBERS, left = count - at;
-        sums[i] = checksum(data + at, 4 * (size_t)(left < CHECKPOINT_NUMBERS ? left : CHECKPOINT_NUMBERS),
-                           checkpoint_chunk_seed(a, first + i));
+    int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS, total_chunks = checkpoint_num_chunks(n);
+    int64_t num_chunks = (count + CHECKPOINT_CHUNK_FLOATS - 1) / CHECKPOINT_CHUNK_FLOATS;
+    uint64_t *checksums = (uint64_t *)xmalloc((size_t)num_chunks * sizeof *checksums);
+    for (int64_t i = 0; i < num_chunks; i++) {
+        int64_t offset = i * CHECKPOINT_CHUNK_FLOATS, left = count - offset;
+        checksums[i] = checksum(data + offset,
+                                4 * (size_t)(left < CHECKPOINT_CHUNK_FLOATS ? left : CHECKPOINT_CHUNK_FLOATS),
+                                checkpoint_chunk_seed(array, first_chunk + i));
     }
-    checkpoint_write_at(fd, path, data, 4 * (size_t)count, CHECKPOINT_HEADER + 4 * (n * a + begin));
-    checkpoint_write_at(fd, path, sums, (size_t)mine * sizeof *sums,
-                        CHECKPOINT_HEADER + 12 * n + 8 * (chunks * a + first));
-    free(sums);
+    checkpoint_write_at(fd, path, data, 4 * (size_t)count, CHECKPOINT_HEADER_BYTES + 4 * (n * array + begin));
+    checkpoint_write_at(fd, path, checksums, (size_t)num_chunks * sizeof *checksums,
+                        CHECKPOINT_HEADER_BYTES + 12 * n + 8 * (total_chunks * array + first_chunk));
+    free(checksums);
 }
 
-// Writes DIR/ckpt_<state->step>.bin; params, m and v [n]. It appears whole or not at all; dies where it
-// cannot be written.
+// Writes DIR/ckpt_<state->step>.bin atomically, from params, m and v [n]; dies if it cannot.
 static inline void checkpoint_save(const char *dir, const ModelConfig *c, const TrainState *state,
                                    const float *params, const float *m, const float *v, int64_t n) {
     AtomicFile file;
@@ -247,184 +260,198 @@ static inline void checkpoint_save(const char *dir, const ModelConfig *c, const 
 // ----------------------------------------------------------------------------
 // Reading
 
-// Reads and checks the header, and the file's length. Returns 0, or -1 with one line in
-// why [CHECKPOINT_WHY] that names the file.
-static inline int checkpoint_read_header(const char *path, ModelConfig *c, TrainState *state, char *why) {
-    unsigned char header[CHECKPOINT_HEADER];
+// Reads and checks the header and the file's size. Returns 0, or -1 with one line in msg
+// [CHECKPOINT_MSG_BYTES] that names the file.
+static inline int checkpoint_read_header(const char *path, ModelConfig *c, TrainState *state, char *msg) {
+    unsigned char header[CHECKPOINT_HEADER_BYTES];
     FILE *f = fopen(path, "rb");
     if (!f) {
-        snprintf(why, CHECKPOINT_WHY, "%s: %s", path, strerror(errno));
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s", path, strerror(errno));
         return -1;
     }
-    size_t got = fread(header, 1, sizeof header, f);
+    size_t bytes_read = fread(header, 1, sizeof header, f);
     struct stat st;
     int failed = ferror(f) || fstat(fileno(f), &st) != 0;
     int reason = errno;
     fclose(f);
     if (failed) {
-        snprintf(why, CHECKPOINT_WHY, "%s: cannot be read: %s", path, strerror(reason));
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path, strerror(reason));
         return -1;
     }
-    if (got < 16 || checkpoint_get(header, 0) != CHECKPOINT_MAGIC) {
-        snprintf(why, CHECKPOINT_WHY, "%s: not a checkpoint", path);
+    if (bytes_read < 16 || checkpoint_get_word(header, 0) != CHECKPOINT_MAGIC) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: not a checkpoint", path);
         return -1;
     }
-    if (got < sizeof header) {
-        snprintf(why, CHECKPOINT_WHY, "%s: cut short within its header, at byte %lld", path,
+    if (bytes_read < sizeof header) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: truncated: %lld bytes, less than its header", path,
                  (long long)st.st_size);
         return -1;
     }
-    int64_t version = checkpoint_get(header, 1);
-    int count, intact = (uint64_t)checkpoint_get(header, 511) == checksum(header, CHECKPOINT_HEADER - 8, 0);
-    const ModelField *f0 = model_fields(&count);
-    if (intact && (version != CHECKPOINT_VERSION || checkpoint_get(header, 3) != count ||
-                   checkpoint_get(header, 4) != TRAIN_STATE_FIELDS)) {
-        snprintf(why, CHECKPOINT_WHY, "%s: a checkpoint of version %lld, this program reads version %d", path,
-                 (long long)version, CHECKPOINT_VERSION);
+    int64_t version = checkpoint_get_word(header, 1);
+    int count, intact = (uint64_t)checkpoint_get_word(header, 511) ==
+                        checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0);
+    const ModelField *fields = model_fields(&count);
+    if (intact && (version != CHECKPOINT_VERSION || checkpoint_get_word(header, 3) != count ||
+                   checkpoint_get_word(header, 4) != TRAIN_STATE_FIELDS)) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: checkpoint version %lld, this program reads version %d",
+                 path, (long long)version, CHECKPOINT_VERSION);
         return -1;
     }
     if (!intact) {
-        snprintf(why, CHECKPOINT_WHY, "%s: damaged, its header has a wrong checksum", path);
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: damaged: its header has a wrong checksum", path);
         return -1;
     }
     memset(c, 0, sizeof *c);
     for (int i = 0; i < count; i++) {
         double value;
         memcpy(&value, header + 8 * (8 + i), 8);
-        model_field_set(c, &f0[i], value);
+        model_field_set(c, &fields[i], value);
     }
     memcpy(state, header + 8 * (8 + count), sizeof *state);
-    int64_t total, n = checkpoint_get(header, 2);
-    char msg[256];
-    if (config_check(c, msg, sizeof msg) != 0) {
-        snprintf(why, CHECKPOINT_WHY, "%s: its model cannot be: %s", path, msg);
+    int64_t total, num_params = checkpoint_get_word(header, 2);
+    char config_msg[256];
+    if (config_check(c, config_msg, sizeof config_msg) != 0) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: invalid model: %s", path, config_msg);
         return -1;
     }
     param_table(c, NULL, &total);
-    if (n != total) {
-        snprintf(why, CHECKPOINT_WHY, "%s: holds %lld parameters, its model has %lld", path, (long long)n,
-                 (long long)total);
+    if (num_params != total) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: %lld parameters found, its model has %lld", path,
+                 (long long)num_params, (long long)total);
         return -1;
     }
-    if (st.st_size != checkpoint_bytes(n)) {
-        snprintf(why, CHECKPOINT_WHY, "%s: %s, %lld bytes of %lld", path,
-                 st.st_size < checkpoint_bytes(n) ? "cut short" : "too long", (long long)st.st_size,
-                 (long long)checkpoint_bytes(n));
+    if (st.st_size != checkpoint_bytes(num_params)) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: %s: %lld bytes found, %lld expected", path,
+                 st.st_size < checkpoint_bytes(num_params) ? "truncated" : "too long", (long long)st.st_size,
+                 (long long)checkpoint_bytes(num_params));
         return -1;
     }
     return 0;
 }
 
-// Reads numbers [begin, begin + count) of array a (0 params, 1 m, 2 v) of n fp32 into dest (NULL: only checks
-// them). Returns 0, or -1 with one line in why.
-static inline int checkpoint_read_part(FILE *f, const char *path, int a, int64_t n, int64_t begin,
-                                       int64_t count, float *dest, char *why) {
+// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32 into dest, and verifies
+// the checksums of their chunks. dest NULL: only verifies. Returns 0, or -1 with one line in msg
+// [CHECKPOINT_MSG_BYTES].
+static inline int checkpoint_read_part(FILE *f, const char *path, int array, int64_t n, int64_t begin,
+                                       int64_t count, float *dest, char *msg) {
     static const char *const names[3] = {"parameters", "AdamW m", "AdamW v"};
-    const int64_t first = begin / CHECKPOINT_NUMBERS;
-    const int64_t chunks =
-        count > 0 ? (begin + count + CHECKPOINT_NUMBERS - 1) / CHECKPOINT_NUMBERS - first : 0;
-    size_t table = (size_t)chunks * sizeof(uint64_t);
-    uint64_t *sums = (uint64_t *)xmalloc(table);
-    float *buffer = (float *)xmalloc(CHECKPOINT_CHUNK);
-    int ok = fseeko(f, (off_t)(CHECKPOINT_HEADER + 12 * n + 8 * (checkpoint_chunks(n) * a + first)),
-                    SEEK_SET) == 0 &&
-             fread(sums, 1, table, f) == table &&
-             fseeko(f, (off_t)(CHECKPOINT_HEADER + 4 * n * a + first * CHECKPOINT_CHUNK), SEEK_SET) == 0;
+    const int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS;
+    const int64_t num_chunks =
+        count > 0 ? (begin + count + CHECKPOINT_CHUNK_FLOATS - 1) / CHECKPOINT_CHUNK_FLOATS - first_chunk : 0;
+    size_t table_bytes = (size_t)num_chunks * sizeof(uint64_t);
+    uint64_t *expected = (uint64_t *)xmalloc(table_bytes);
+    float *buffer = (float *)xmalloc(CHECKPOINT_CHUNK_BYTES);
+    int ok =
+        fseeko(
+            f,
+            (off_t)(CHECKPOINT_HEADER_BYTES + 12 * n + 8 * (checkpoint_num_chunks(n) * array + first_chunk)),
+            SEEK_SET) == 0 &&
+        fread(expected, 1, table_bytes, f) == table_bytes &&
+        fseeko(f, (off_t)(CHECKPOINT_HEADER_BYTES + 4 * n * array + first_chunk * CHECKPOINT_CHUNK_BYTES),
+               SEEK_SET) == 0;
     if (!ok)
-        snprintf(why, CHECKPOINT_WHY, "%s: cannot be read: %s", path,
-                 ferror(f) ? strerror(errno) : "cut short");
-    for (int64_t i = first; ok && i < first + chunks; i++) {
-        const int64_t at = i * CHECKPOINT_NUMBERS, left = n - at;
-        const size_t numbers = (size_t)(left < CHECKPOINT_NUMBERS ? left : CHECKPOINT_NUMBERS);
-        const int whole = at >= begin && at + (int64_t)numbers <= begin + count;
-        float *data = dest && whole ? dest + (at - begin) : buffer;
-        if (fread(data, 4, numbers, f) != numbers) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
+                 ferror(f) ? strerror(errno) : "it is truncated");
+    for (int64_t i = first_chunk; ok && i < first_chunk + num_chunks; i++) {
+        const int64_t chunk_begin = i * CHECKPOINT_CHUNK_FLOATS, left = n - chunk_begin;
+        const size_t floats = (size_t)(left < CHECKPOINT_CHUNK_FLOATS ? left : CHECKPOINT_CHUNK_FLOATS);
+        const int entire = chunk_begin >= begin && chunk_begin + (int64_t)floats <= begin + count;
+        float *data = dest && entire ? dest + (chunk_begin - begin) : buffer;
+        if (fread(data, 4, floats, f) != floats) {
             ok = 0;
-            snprintf(why, CHECKPOINT_WHY, "%s: cannot be read: %s", path,
-                     ferror(f) ? strerror(errno) : "cut short");
-        } else if (checksum(data, 4 * numbers, checkpoint_chunk_seed(a, i)) != sums[i - first]) {
+            snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
+                     ferror(f) ? strerror(errno) : "it is truncated");
+        } else if (checksum(data, 4 * floats, checkpoint_chunk_seed(array, i)) != expected[i - first_chunk]) {
             ok = 0;
-            snprintf(why, CHECKPOINT_WHY,
-                     "%s: damaged, wrong checksum of the %s in the MiB from byte %lld on", path, names[a],
-                     (long long)(CHECKPOINT_HEADER + 4 * n * a + i * CHECKPOINT_CHUNK));
-        } else if (dest && !whole) {
-            int64_t from = at > begin ? at : begin, to = at + (int64_t)numbers;
-            if (to > begin + count) to = begin + count;
-            memcpy(dest + (from - begin), data + (from - at), 4 * (size_t)(to - from));
+            snprintf(msg, CHECKPOINT_MSG_BYTES,
+                     "%s: damaged: wrong checksum of the %s in the 1 MiB chunk at byte %lld", path,
+                     names[array],
+                     (long long)(CHECKPOINT_HEADER_BYTES + 4 * n * array + i * CHECKPOINT_CHUNK_BYTES));
+        } else if (dest && !entire) {
+            int64_t copy_begin = chunk_begin > begin ? chunk_begin : begin,
+                    copy_end = chunk_begin + (int64_t)floats;
+            if (copy_end > begin + count) copy_end = begin + count;
+            memcpy(dest + (copy_begin - begin), data + (copy_begin - chunk_begin),
+                   4 * (size_t)(copy_end - copy_begin));
         }
     }
-    free(sums);
+    free(expected);
     free(buffer);
     return ok ? 0 : -1;
 }
 
-// Opens a checkpoint of model `c` and tells where its run stood. Another model (but for RoPE's frequencies)
-// or a damaged header dies with one line.
+// Opens a checkpoint of model `c` and fills *state. Dies if the header is damaged or the model differs,
+// except in RoPE's frequencies.
 static inline FILE *checkpoint_open(const char *path, const ModelConfig *c, TrainState *state) {
-    ModelConfig theirs;
-    char why[CHECKPOINT_WHY], a[64], b[64];
+    ModelConfig stored;
+    char msg[CHECKPOINT_MSG_BYTES], stored_text[64], own_text[64];
     int count;
     const ModelField *f = model_fields(&count);
-    if (checkpoint_read_header(path, &theirs, state, why) != 0) die("%s", why);
+    if (checkpoint_read_header(path, &stored, state, msg) != 0) die("%s; choose another checkpoint", msg);
     for (int i = 0; i < count; i++) {
-        double x = model_field_get(&theirs, &f[i]), y = model_field_get(c, &f[i]);
-        if (x == y || model_field_is_rope(&f[i])) continue;
-        model_field_print(&f[i], x, a, sizeof a);
-        model_field_print(&f[i], y, b, sizeof b);
-        die("%s: a checkpoint of another model, its %s is %s and not %s", path, f[i].name, a, b);
+        double stored_value = model_field_get(&stored, &f[i]), own_value = model_field_get(c, &f[i]);
+        if (stored_value == own_value || model_field_is_rope(&f[i])) continue;
+        model_field_print(&f[i], stored_value, stored_text, sizeof stored_text);
+        model_field_print(&f[i], own_value, own_text, sizeof own_text);
+        die("%s: a checkpoint of another model: its %s is %s, not %s; use one of the same model", path,
+            f[i].name, stored_text, own_text);
     }
     FILE *file = fopen(path, "rb");
-    if (!file) die("%s: %s", path, strerror(errno));
+    if (!file) die("%s: cannot open the checkpoint: %s; check the path", path, strerror(errno));
     return file;
 }
 
-// Reads params [n], and m and v unless they are NULL (weights alone); dies as checkpoint_open does, and where
-// the file is damaged.
+// Reads params, m and v [n]; m and v may be NULL to read only the weights. Dies as checkpoint_open does, and
+// if the file is damaged.
 static inline void checkpoint_load(const char *path, const ModelConfig *c, TrainState *state, float *params,
                                    float *m, float *v, int64_t n) {
-    char why[CHECKPOINT_WHY];
+    char msg[CHECKPOINT_MSG_BYTES];
     int64_t total;
     FILE *file = checkpoint_open(path, c, state);
     param_table(c, NULL, &total);
-    if (n != total) die("%s: holds %lld parameters and not %lld", path, (long long)total, (long long)n);
+    if (n != total)
+        die("%s: has %lld parameters, not %lld; use a checkpoint of the same model", path, (long long)total,
+            (long long)n);
     float *arrays[3] = {params, m, v};
-    for (int k = 0; k < 3; k++)
-        if (arrays[k] && checkpoint_read_part(file, path, k, n, 0, n, arrays[k], why) != 0) die("%s", why);
+    for (int a = 0; a < 3; a++)
+        if (arrays[a] && checkpoint_read_part(file, path, a, n, 0, n, arrays[a], msg) != 0)
+            die("%s; choose another checkpoint", msg);
     fclose(file);
 }
 
-// Checks every byte. Returns 0, or -1 with one line in why.
-static inline int checkpoint_verify(const char *path, char *why) {
+// Reads a whole checkpoint and verifies all checksums. Returns 0, or -1 with one line in msg
+// [CHECKPOINT_MSG_BYTES].
+static inline int checkpoint_verify(const char *path, char *msg) {
     ModelConfig c;
     TrainState state;
     int64_t n;
-    if (checkpoint_read_header(path, &c, &state, why) != 0) return -1;
+    if (checkpoint_read_header(path, &c, &state, msg) != 0) return -1;
     param_table(&c, NULL, &n);
     FILE *f = fopen(path, "rb");
     if (!f) {
-        snprintf(why, CHECKPOINT_WHY, "%s: %s", path, strerror(errno));
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s", path, strerror(errno));
         return -1;
     }
-    int result = 0;
-    for (int a = 0; a < 3 && result == 0; a++) result = checkpoint_read_part(f, path, a, n, 0, n, NULL, why);
+    int error = 0;
+    for (int a = 0; a < 3 && error == 0; a++) error = checkpoint_read_part(f, path, a, n, 0, n, NULL, msg);
     fclose(f);
-    return result;
+    return error;
 }
 
-// Finds the newest good checkpoint of dir: returns 1 and its path [PATH_BYTES], or 0 where dir holds
-// none. A bad one is named in a warning and skipped; if all are bad it dies.
+// Finds the newest intact checkpoint in dir. Returns 1 and its path [PATH_BYTES], or 0 if dir holds no
+// checkpoint. Skips a damaged checkpoint with a warning; dies if all are damaged.
 static inline int checkpoint_newest(const char *dir, char *path) {
     int64_t *steps, count = checkpoint_list(dir, &steps);
-    char why[CHECKPOINT_WHY];
+    char msg[CHECKPOINT_MSG_BYTES];
     int found = 0;
     for (int64_t i = 0; i < count && !found; i++) {
         checkpoint_path(path, PATH_BYTES, dir, steps[i]);
-        found = checkpoint_verify(path, why) == 0;
-        if (!found) fprintf(stderr, "warning: skipped a checkpoint: %s\n", why);
+        found = checkpoint_verify(path, msg) == 0;
+        if (!found) fprintf(stderr, "warning: skipped: %s\n", msg);
     }
     free(steps);
     if (count > 0 && !found)
-        die("-o %s: none of its %lld checkpoints is good; choose another folder, or move them away", dir,
+        die("-o %s: none of its %lld checkpoints is intact; choose another folder, or remove them", dir,
             (long long)count);
     return found;
 }

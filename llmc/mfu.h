@@ -1,12 +1,13 @@
-// mfu.h: the peak rate of a GPU, for the fraction of it that training reaches (model FLOPs utilization).
+// mfu.h: peak FLOP rates of GPUs, for model FLOPs utilization (MFU).
 #ifndef LLMC_MFU_H
 #define LLMC_MFU_H
 #include <ctype.h>
 #include <stddef.h>
 #include <string.h>
 
-// Dense 16-bit matrix products with fp32 sums, in TFLOP/s at boost clock, as the makers' data sheets say;
-// 0: a GPU that the table does not know. The first entry that the name has as whole words counts.
+// Returns the GPU's peak in TFLOP/s for dense 16-bit matmuls with fp32 accumulation, at boost clock, from the
+// data sheets; 0 for an unknown GPU. The first entry counts that `gpu`, the device name, contains as whole
+// words.
 static inline double peak_tflops(const char *gpu) {
     // clang-format off
     static const struct { const char *name; double tflops; } table[] = {
@@ -19,9 +20,10 @@ static inline double peak_tflops(const char *gpu) {
     // clang-format on
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         size_t length = strlen(table[i].name);
-        for (const char *at = strstr(gpu, table[i].name); at; at = strstr(at + 1, table[i].name)) {
-            int begins = at == gpu || !isalnum((unsigned char)at[-1]);
-            if (begins && !isalnum((unsigned char)at[length])) return table[i].tflops;
+        for (const char *match = strstr(gpu, table[i].name); match;
+             match = strstr(match + 1, table[i].name)) {
+            int at_word_start = match == gpu || !isalnum((unsigned char)match[-1]);
+            if (at_word_start && !isalnum((unsigned char)match[length])) return table[i].tflops;
         }
     }
     return 0;

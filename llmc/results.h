@@ -1,12 +1,13 @@
-// results.h: the lines of dev/results, one JSON object a measurement.
+// results.h: appends measurements to dev/results, one JSON object per line.
 #ifndef LLMC_RESULTS_H
 #define LLMC_RESULTS_H
 #include "utils.h"
 #include <ctype.h>
 
-// Opens dev/results/GPU.jsonl to append a line (RESULTS in the environment names another file; "": none) and
-// begins the line with what all share: the commit, from COMMIT in the environment, the date, the GPU, how
-// many of it, and the program. NULL, with a note, where there is nothing to write to.
+// Opens dev/results/GPU.jsonl for appending and writes the start of a line: the commit, the date, the GPU's
+// name, the number of GPUs and the program. The caller writes the rest of the line. Environment variables:
+// RESULTS names another file ("": none), COMMIT is the commit. Returns NULL if RESULTS is "" or, with a
+// message, if the file cannot be opened.
 static inline FILE *results_open(const char *gpu, int gpus, const char *program) {
     static const char *const known[] = {"GB200", "B200", "H200", "H100", "A100"};
     char file[64] = "gpu", path[PATH_BYTES], date[32];
@@ -23,7 +24,7 @@ static inline FILE *results_open(const char *gpu, int gpus, const char *program)
         snprintf(path, sizeof path, "dev/results/%s.jsonl", file);
     FILE *f = fopen(path, "a");
     if (!f) {
-        printf("not recorded: cannot append to %s: %s\n", path, strerror(errno));
+        printf("not recorded: cannot append to %s: %s; set RESULTS to another file\n", path, strerror(errno));
         return NULL;
     }
     time_t now = time(NULL);

@@ -122,7 +122,7 @@ static inline void run_join_others(Run *r, int argc, char **argv) {
         die("cannot open /dev/null: %s", strerror(errno));
 #else
     (void)argc, (void)argv;
-    const CommLauncher *l = comm_launched();
+    const CommLauncher *l = comm_find_launcher();
     if (l)
         die("started %s times at once (by %s, which sets %s), but this program is built for one process: "
             "start it alone, or build the GPU trainer where NCCL is",
@@ -145,7 +145,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     Options *o = &r->opt;
     options_parse(o, argc, argv);
     run_join_others(r, argc, argv);
-    char msg[CHECKPOINT_WHY];
+    char msg[CHECKPOINT_MSG_BYTES];
     TrainState saved;
     int training = !o->sample_only && !o->val_only && !o->profile_steps;
     // rank 0 looks for it, since that reads all of it; a path stands for "yes"

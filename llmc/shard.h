@@ -1,7 +1,9 @@
-// shard.h: files of tokens, in llm.c's two formats, and the places of the answers of the recall task.
+// shard.h: reads and writes shards, which are files of tokens in llm.c's two formats, and the answer files of
+// the recall task.
 //
-// A shard is 256 int32 of header, {magic, version, count}, then `count` tokens: of 16 bits with magic
-// 20240520, version 1; of 32 bits with magic 20240801, version 7. All files are little-endian.
+// A shard has a header of 256 int32, {magic, version, count, 0, ...}, and then `count` tokens. Magic
+// 20240520, version 1: tokens of 16 bits. Magic 20240801, version 7: tokens of 32 bits. All files are
+// little-endian.
 #ifndef LLMC_SHARD_H
 #define LLMC_SHARD_H
 
@@ -22,47 +24,50 @@ typedef struct {
     int64_t count;   // tokens
 } Shard;
 
-// Opens a shard and checks header and size; dies naming what was found and what was expected.
+// Opens a shard and checks its header and size; dies if they are wrong.
 static inline void shard_open(Shard *s, const char *path) {
     int32_t header[256];
     struct stat st;
     if (strlen(path) >= sizeof(s->path)) {
-        die("file name of %zu characters: at most %d", strlen(path), PATH_BYTES - 1);
+        die("the file name has %zu characters: choose one of at most %d", strlen(path), PATH_BYTES - 1);
     }
     memmove(s->path, path, strlen(path) + 1); // `path` may be s->path
     s->fd = open(path, O_RDONLY);
-    if (s->fd < 0 || fstat(s->fd, &st) != 0) die("cannot read shard %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("cannot read shard %s: not a file", path);
+    if (s->fd < 0 || fstat(s->fd, &st) != 0)
+        die("cannot read shard %s: %s; check the path", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("cannot read shard %s: it is not a file; check the path", path);
     long long size = st.st_size;
     if (size < SHARD_HEADER_BYTES) {
-        die("shard %s is truncated: %lld bytes found, its header alone has %d", path, size,
-            SHARD_HEADER_BYTES);
+        die("shard %s is truncated: %lld bytes found, its header alone has %d; download or make it again",
+            path, size, SHARD_HEADER_BYTES);
     }
     if (pread(s->fd, header, sizeof(header), 0) != (ssize_t)sizeof(header)) {
-        die("cannot read the header of shard %s", path);
+        die("cannot read the header of shard %s: check its disk", path);
     }
     if (header[0] != SHARD_MAGIC16 && header[0] != SHARD_MAGIC32) {
-        die("%s is no shard of tokens: magic %d found, %d (16-bit tokens) or %d (32-bit) expected; make it "
-            "anew with data/text, data/recall or llm.c's tools",
+        die("%s is not a shard: magic %d found, %d (16-bit tokens) or %d (32-bit tokens) expected; make "
+            "shards "
+            "with data/text, data/recall or llm.c's tools",
             path, header[0], SHARD_MAGIC16, SHARD_MAGIC32);
     }
     s->token_bytes = header[0] == SHARD_MAGIC16 ? 2 : 4;
     s->count = header[2];
     int version = s->token_bytes == 2 ? SHARD_VERSION16 : SHARD_VERSION32;
     if (header[1] != version) {
-        die("shard %s has version %d, but version %d is expected with magic %d (%d-bit tokens)", path,
-            header[1], version, header[0], 8 * s->token_bytes);
+        die("shard %s has version %d, but version %d is expected with magic %d (%d-bit tokens); make it "
+            "again",
+            path, header[1], version, header[0], 8 * s->token_bytes);
     }
-    if (s->count <= 0) die("shard %s says it holds %lld tokens: remove it", path, (long long)s->count);
+    if (s->count <= 0) die("shard %s holds %lld tokens: remove it", path, (long long)s->count);
     long long expected = SHARD_HEADER_BYTES + (long long)s->count * s->token_bytes;
     if (size == SHARD_HEADER_BYTES + (long long)s->count * (6 - s->token_bytes)) {
         die("shard %s has the wrong token width: %lld bytes found, which are %lld tokens of %d bits, but its "
-            "magic %d means %d bits (%lld bytes expected)",
+            "magic %d means %d bits (%lld bytes expected); make it again",
             path, size, (long long)s->count, 8 * (6 - s->token_bytes), header[0], 8 * s->token_bytes,
             expected);
     }
     if (size != expected) {
-        die("shard %s is %s: %lld bytes found, %lld expected for %lld tokens of %d bits; fetch or make it "
+        die("shard %s is %s: %lld bytes found, %lld expected for %lld tokens of %d bits; download or make it "
             "again",
             path, size < expected ? "truncated" : "too long", size, expected, (long long)s->count,
             8 * s->token_bytes);
@@ -74,19 +79,20 @@ static inline void shard_close(Shard *s) {
     s->fd = -1;
 }
 
-// Reads tokens [first, first + n) into out [n]; dies when the file has become shorter.
+// Reads tokens [first, first + n) into out [n]; dies if the file has become shorter.
 static inline void shard_read(const Shard *s, int64_t first, int64_t n, uint32_t *out) {
-    // 16-bit tokens go to the end of `out` and are widened from its start: no read overtakes a write
+    // read 16-bit tokens into the second half of `out` and widen them from its start, so that no write
+    // reaches a token before it is read
     int64_t bytes = n * s->token_bytes, done = 0;
     char *raw = (char *)out + n * 4 - bytes;
     while (done < bytes) {
-        off_t at = (off_t)(SHARD_HEADER_BYTES + first * s->token_bytes + done);
-        ssize_t got = pread(s->fd, raw + done, (size_t)(bytes - done), at);
+        off_t offset = (off_t)(SHARD_HEADER_BYTES + first * s->token_bytes + done);
+        ssize_t got = pread(s->fd, raw + done, (size_t)(bytes - done), offset);
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0) die("cannot read shard %s: %s", s->path, strerror(errno));
+        if (got < 0) die("cannot read shard %s: %s; check its disk", s->path, strerror(errno));
         if (got == 0) {
-            die("shard %s has become shorter while in use: token %lld of %lld is gone", s->path,
-                (long long)(first + done / s->token_bytes), (long long)s->count);
+            die("shard %s has become shorter while in use: token %lld of %lld is missing; make it again",
+                s->path, (long long)(first + done / s->token_bytes), (long long)s->count);
         }
         done += got;
     }
@@ -99,14 +105,14 @@ static inline void shard_read(const Shard *s, int64_t first, int64_t n, uint32_t
     }
 }
 
-// A shard being written; like its AtomicFile it must stay where it is in memory.
+// A shard that is being written. The struct must not move in memory, like its AtomicFile.
 typedef struct {
     AtomicFile file;
     int token_bytes;
     int64_t count, vocab_size;
 } ShardWriter;
 
-// Tokens take 16 bits where the vocabulary allows it, else 32.
+// Opens a shard for writing. Tokens have 16 bits if vocab_size <= 65536, else 32 bits.
 static inline void shard_writer_open(ShardWriter *w, const char *path, int64_t vocab_size) {
     char header[SHARD_HEADER_BYTES];
     memset(header, 0, sizeof(header));
@@ -114,18 +120,18 @@ static inline void shard_writer_open(ShardWriter *w, const char *path, int64_t v
     w->count = 0;
     w->vocab_size = vocab_size;
     atomic_open(&w->file, path);
-    atomic_write(&w->file, header, sizeof(header)); // shard_writer_sync fills it
+    atomic_write(&w->file, header, sizeof(header)); // zeros, which shard_writer_sync replaces
 }
 
-// Appends tokens [n]; dies on one outside the vocabulary and on more than a header can count.
+// Appends tokens [n]; dies on a token outside the vocabulary and if the shard would exceed 2^31 - 1 tokens.
 static inline void shard_writer_add(ShardWriter *w, const int32_t *tokens, int64_t n) {
     if (n > INT32_MAX - w->count) {
-        die("shard %s would pass %d tokens: make several smaller ones", w->file.path, INT32_MAX);
+        die("shard %s would exceed %d tokens: make smaller shards", w->file.path, INT32_MAX);
     }
     for (int64_t i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= w->vocab_size) {
-            die("cannot write %s: token %d is outside the vocabulary of %lld", w->file.path, tokens[i],
-                (long long)w->vocab_size);
+            die("cannot write %s: token %d is outside the vocabulary of %lld; check the tokenizer",
+                w->file.path, tokens[i], (long long)w->vocab_size);
         }
         uint16_t narrow = (uint16_t)tokens[i];
         atomic_write(&w->file, w->token_bytes == 2 ? (const void *)&narrow : (const void *)&tokens[i],
@@ -134,42 +140,43 @@ static inline void shard_writer_add(ShardWriter *w, const int32_t *tokens, int64
     w->count += n;
 }
 
-// Completes the header and brings the bytes to the disk, under the temporary name still.
+// Writes the header and syncs the file to disk. The file keeps its temporary name.
 static inline void shard_writer_sync(ShardWriter *w) {
     int32_t header[3];
     header[0] = w->token_bytes == 2 ? SHARD_MAGIC16 : SHARD_MAGIC32;
     header[1] = w->token_bytes == 2 ? SHARD_VERSION16 : SHARD_VERSION32;
     header[2] = (int32_t)w->count;
-    if (fseeko(w->file.f, 0, SEEK_SET) != 0) die("cannot write %s: %s", w->file.tmp, strerror(errno));
+    if (fseeko(w->file.f, 0, SEEK_SET) != 0)
+        die("cannot write %s: %s; check the free disk space", w->file.tmp, strerror(errno));
     atomic_write(&w->file, header, sizeof(header));
     atomic_sync(&w->file);
 }
 
-// Puts the shard in its place.
+// Completes the shard and renames it to its final name.
 static inline void shard_writer_commit(ShardWriter *w) {
     if (w->file.f != NULL) shard_writer_sync(w);
     atomic_commit(&w->file);
 }
 
-// Where the answers of a recall shard stand: beside SHARD.bin lies SHARD.answers, of int64 {magic
-// 20260802, version 1, count, seq_len}, then `count` times {index, distance}, ascending.
+// The answer file SHARD.answers of a recall shard SHARD.bin lists the tokens that answer a question. It holds
+// int64 {magic 20260802, version 1, count, seq_len} and then `count` pairs {index, distance}, ascending.
 typedef struct {
     int64_t index;    // of the answer token in the shard
-    int64_t distance; // from the nearest earlier statement of the same name, thing token to thing token
+    int64_t distance; // in tokens, from the thing in the last earlier statement about the same name
 } Answer;
 
 typedef struct {
     int64_t count;
-    int64_t seq_len; // documents have seq_len + 1 tokens
+    int64_t seq_len; // a document has seq_len + 1 tokens
     Answer *answers; // [count]
 } Answers;
 
-// The name of a shard's answers file into out [PATH_BYTES].
+// Writes the name of a shard's answer file to out [PATH_BYTES].
 static inline void answers_path(char *out, const char *shard_path) {
     size_t n = strlen(shard_path);
     if (n > 4 && strcmp(shard_path + n - 4, ".bin") == 0) n -= 4;
     if (n + sizeof(".answers") > PATH_BYTES)
-        die("file name of %zu characters: at most %d", n, PATH_BYTES - 9);
+        die("the file name has %zu characters: choose one of at most %d", n, PATH_BYTES - 9);
     memcpy(out, shard_path, n);
     memcpy(out + n, ".answers", sizeof(".answers"));
 }
@@ -179,7 +186,7 @@ static inline void answers_free(Answers *a) {
     memset(a, 0, sizeof(*a));
 }
 
-// 0: loaded; 1: the shard has no answers file. A broken one dies.
+// Reads a shard's answer file. Returns 0, or 1 if the shard has none; dies if the file is invalid.
 static inline int answers_load(Answers *a, const char *shard_path) {
     char path[PATH_BYTES];
     int64_t header[4];
@@ -188,31 +195,33 @@ static inline int answers_load(Answers *a, const char *shard_path) {
     answers_path(path, shard_path);
     FILE *f = fopen(path, "rb");
     if (f == NULL && errno == ENOENT) return 1;
-    if (f == NULL || fstat(fileno(f), &st) != 0) die("cannot read %s: %s", path, strerror(errno));
+    if (f == NULL || fstat(fileno(f), &st) != 0)
+        die("cannot read %s: %s; check its permissions", path, strerror(errno));
     if (fread(header, sizeof(header), 1, f) != 1) {
-        die("%s is truncated: %lld bytes found, its header alone has %zu", path, (long long)st.st_size,
-            sizeof(header));
+        die("%s is truncated: %lld bytes found, its header alone has %zu; make the data again", path,
+            (long long)st.st_size, sizeof(header));
     }
     if (header[0] != ANSWERS_MAGIC || header[1] != ANSWERS_VERSION) {
-        die("%s is no file of answers: magic %lld, version %lld found, %d and %d expected", path,
-            (long long)header[0], (long long)header[1], ANSWERS_MAGIC, ANSWERS_VERSION);
+        die("%s is not an answer file: magic %lld, version %lld found, %d and %d expected; make the data "
+            "again",
+            path, (long long)header[0], (long long)header[1], ANSWERS_MAGIC, ANSWERS_VERSION);
     }
     int64_t size = (int64_t)st.st_size - (int64_t)sizeof(header);
     if (header[2] < 0 || header[2] != size / 16 || size % 16 != 0 || header[3] < 1) {
-        die("%s is broken: %lld answers need %lld bytes, %lld found; make the data again", path,
+        die("%s has the wrong size: %lld answers need %lld bytes, %lld found; make the data again", path,
             (long long)header[2], (long long)(32 + 16 * header[2]), (long long)st.st_size);
     }
     a->count = header[2];
     a->seq_len = header[3];
     a->answers = (Answer *)xmalloc((size_t)a->count * sizeof(Answer));
     if (fread(a->answers, sizeof(Answer), (size_t)a->count, f) != (size_t)a->count) {
-        die("cannot read %s", path);
+        die("cannot read %s: check its disk, or make the data again", path);
     }
     fclose(f);
     return 0;
 }
 
-// Writes the answers file of a shard, in one step.
+// Writes the answer file of a shard.
 static inline void answers_save(const Answers *a, const char *shard_path) {
     char path[PATH_BYTES];
     AtomicFile file;

@@ -1,5 +1,5 @@
-// unicode.h: what a character is to the regular expressions of tokenizers: the ranges of Unicode 16 whose
-// general category is a letter (\p{L}) or a number (\p{N}), and white space (\s).
+// unicode.h: character classes of the tokenizers' regular expressions, as ranges of Unicode 16: letters
+// (\p{L}), numbers (\p{N}) and white space (\s).
 #ifndef LLMC_UNICODE_H
 #define LLMC_UNICODE_H
 
@@ -176,8 +176,9 @@ static const uint32_t UNICODE_SPACES[][2] = {
 
 #define UNICODE_HAS(table, c) unicode_has(table, sizeof(table) / sizeof(table[0]), c)
 
+// Returns whether one of the n ascending ranges [first, last] contains c.
 static inline int unicode_has(const uint32_t (*ranges)[2], size_t n, uint32_t c) {
-    size_t low = 0, high = n; // the first range that ends at or after c lies in [low, high]
+    size_t low = 0, high = n; // binary search for the first range that ends at or after c
     while (low < high) {
         size_t middle = (low + high) / 2;
         if (ranges[middle][1] < c)

@@ -95,7 +95,7 @@ cp data/recall_train_000000.bin v_000.bin && printf '\x09' | dd of=v_000.bin bs=
 expect_error "version" $BARE -i 'v_*.bin' -vocab 68
 expect_error "vocab" $BARE -i v_000.bin
 mkdir -p small && cp data/recall_train_000000.bin small/
-expect_error "beyond" $BARE -i 'small/*.bin' -vocab 20
+expect_error "outside the vocabulary of 20" $BARE -i 'small/*.bin' -vocab 20
 expect_error "nothing_*.bin" $BARE -i 'nothing_*.bin' -vocab 20
 expect_error "4097" $BARE -i 'small/*.bin' -vocab 68 -t 4096
 
@@ -132,7 +132,7 @@ expect_error "plain" $TINY $DATA -o plain/x
 
 # ---- bad checkpoints
 head -c 100000 a/ckpt_00000006.bin >cut.bin
-expect_error "cut" -e cut.bin -sample 1
+expect_error "truncated" -e cut.bin -sample 1
 cp a/ckpt_00000006.bin flip.bin && printf '\x5a' | dd of=flip.bin bs=1 seek=70001 conv=notrunc 2>/dev/null
 expect_error "flip.bin" -e flip.bin -sample 1
 expect_error "checkpoint" -e data/tokenizer.bin -sample 1

@@ -90,7 +90,7 @@ static void test_fsa_config(void) {
     BAD(head_dim, 63, "head_dim 63");
     GOOD(head_dim, 2);
     BAD(cmp_len, 0, "cmp_len 0");
-    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not divide it
+    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not fast_divide it
     BAD(cmp_len, 80, "cmp_len 80"); // > B
     GOOD(cmp_len, 64);
     GOOD(cmp_len, 16);
@@ -681,7 +681,7 @@ static void test_checksum(void) {
 }
 
 static void test_checkpoint_file(void) {
-    char where[300], path[PATH_BYTES], why[CHECKPOINT_WHY];
+    char where[300], path[PATH_BYTES], why[CHECKPOINT_MSG_BYTES];
     snprintf(where, sizeof where, "%s/a/b", dir);
     checkpoint_dir_check(where, 0);
     save(where, 12);
@@ -704,10 +704,10 @@ static void test_checkpoint_file(void) {
     CHECK(checkpoint_verify(path, why) == 0, "%s", why);
 
     // every bit of the header, and of the rest the ends of every chunk, random bytes, all checksums
-    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_chunks(model_size), table = 24 * chunks;
+    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_num_chunks(model_size), table = 24 * chunks;
     int missed = 0;
     CHECK(chunks == 3, "%lld chunks", (long long)chunks);
-    for (int64_t at = 0; at < CHECKPOINT_HEADER; at++) {
+    for (int64_t at = 0; at < CHECKPOINT_HEADER_BYTES; at++) {
         flip(path, at, (int)(at % 8));
         missed += checkpoint_read_header(path, &c, &s, why) == 0 || lines(why);
         flip(path, at, (int)(at % 8));
@@ -716,10 +716,10 @@ static void test_checkpoint_file(void) {
     Rng rng;
     rng_seed(&rng, (uint64_t)getpid(), 1);
     for (int64_t i = 0; i < 18 + 30 + table; i++) {
-        int64_t a = i / 6, end = CHECKPOINT_HEADER + 4 * model_size * (a + 1);
-        int64_t from = CHECKPOINT_HEADER + 4 * model_size * a + i / 2 % 3 * CHECKPOINT_CHUNK, at = from;
-        if (i % 2) at = (from + CHECKPOINT_CHUNK < end ? from + CHECKPOINT_CHUNK : end) - 1;
-        if (i >= 18) at = CHECKPOINT_HEADER + rng_below(&rng, 12 * model_size);
+        int64_t a = i / 6, end = CHECKPOINT_HEADER_BYTES + 4 * model_size * (a + 1);
+        int64_t from = CHECKPOINT_HEADER_BYTES + 4 * model_size * a + i / 2 % 3 * CHECKPOINT_CHUNK_BYTES, at = from;
+        if (i % 2) at = (from + CHECKPOINT_CHUNK_BYTES < end ? from + CHECKPOINT_CHUNK_BYTES : end) - 1;
+        if (i >= 18) at = CHECKPOINT_HEADER_BYTES + rng_below(&rng, 12 * model_size);
         if (i >= 48) at = size - table + i - 48;
         int bit = (int)rng_below(&rng, 8);
         flip(path, at, bit);
@@ -731,19 +731,19 @@ static void test_checkpoint_file(void) {
     }
     CHECK(checkpoint_verify(path, why) == 0, "all flipped back: %s", why);
     CHECK(missed == 0, "%d flips missed", missed);
-    flip(path, CHECKPOINT_HEADER + 5, 3);
+    flip(path, CHECKPOINT_HEADER_BYTES + 5, 3);
     Child r = child(run_load, path);
     check_died(&r, "params flipped", path, "parameters");
     r = child(run_load_weights, path);
     check_died(&r, "params flipped", path, "damaged");
     save(where, 12);
-    flip(path, CHECKPOINT_HEADER + 4 * model_size, 7);
+    flip(path, CHECKPOINT_HEADER_BYTES + 4 * model_size, 7);
     r = child(run_load, path);
     check_died(&r, "m flipped", path, "AdamW m");
     r = child(run_load_weights, path);
     CHECK(r.code == 0, "weights are good: %s", r.err);
     save(where, 12);
-    flip(path, CHECKPOINT_HEADER + 12 * model_size - 1, 0);
+    flip(path, CHECKPOINT_HEADER_BYTES + 12 * model_size - 1, 0);
     r = child(run_load, path);
     check_died(&r, "v flipped", path, "AdamW v");
 
@@ -751,15 +751,15 @@ static void test_checkpoint_file(void) {
     save(where, 12);
     {
         FILE *file = fopen(path, "r+b");
-        char *one = (char *)xmalloc(CHECKPOINT_CHUNK), *two = (char *)xmalloc(CHECKPOINT_CHUNK);
+        char *one = (char *)xmalloc(CHECKPOINT_CHUNK_BYTES), *two = (char *)xmalloc(CHECKPOINT_CHUNK_BYTES);
         int64_t sum1, sum2, sums = size - table;
-        int ok = file && fseeko(file, CHECKPOINT_HEADER, SEEK_SET) == 0 &&
-                 fread(one, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
-                 fread(two, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+        int ok = file && fseeko(file, CHECKPOINT_HEADER_BYTES, SEEK_SET) == 0 &&
+                 fread(one, 1, CHECKPOINT_CHUNK_BYTES, file) == CHECKPOINT_CHUNK_BYTES &&
+                 fread(two, 1, CHECKPOINT_CHUNK_BYTES, file) == CHECKPOINT_CHUNK_BYTES &&
                  fseeko(file, (off_t)sums, SEEK_SET) == 0 && fread(&sum1, 8, 1, file) == 1 &&
-                 fread(&sum2, 8, 1, file) == 1 && fseeko(file, CHECKPOINT_HEADER, SEEK_SET) == 0 &&
-                 fwrite(two, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
-                 fwrite(one, 1, CHECKPOINT_CHUNK, file) == CHECKPOINT_CHUNK &&
+                 fread(&sum2, 8, 1, file) == 1 && fseeko(file, CHECKPOINT_HEADER_BYTES, SEEK_SET) == 0 &&
+                 fwrite(two, 1, CHECKPOINT_CHUNK_BYTES, file) == CHECKPOINT_CHUNK_BYTES &&
+                 fwrite(one, 1, CHECKPOINT_CHUNK_BYTES, file) == CHECKPOINT_CHUNK_BYTES &&
                  fseeko(file, (off_t)sums, SEEK_SET) == 0 && fwrite(&sum2, 8, 1, file) == 1 &&
                  fwrite(&sum1, 8, 1, file) == 1;
         if (!ok || fclose(file) != 0) die("cannot change %s", path);
@@ -774,7 +774,7 @@ static void test_checkpoint_file(void) {
         if (i == (int)(sizeof cuts / sizeof cuts[0]) - 1) save(where, 12);
         if (truncate(path, (off_t)cuts[i]) != 0) die("truncate %s", path);
         r = child(i % 2 ? run_load : run_load_weights, path);
-        check_died(&r, "cut", path, cuts[i] < 16 ? "not a checkpoint" : "cut short");
+        check_died(&r, "cut", path, cuts[i] < 16 ? "not a checkpoint" : "truncated");
     }
     save(where, 12);
     FILE *file = fopen(path, "ab");
@@ -791,11 +791,11 @@ static void test_checkpoint_file(void) {
     r = child(run_load, where);
     check_died(&r, "folder", where, "directory");
     save(where, 12);
-    unsigned char header[CHECKPOINT_HEADER];
+    unsigned char header[CHECKPOINT_HEADER_BYTES];
     file = fopen(path, "r+b");
     if (!file || fread(header, 1, sizeof header, file) != sizeof header) die("cannot read");
-    checkpoint_put(header, 1, 9);
-    checkpoint_put(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER - 8, 0));
+    checkpoint_put_word(header, 1, 9);
+    checkpoint_put_word(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0));
     if (fseeko(file, 0, SEEK_SET) || fwrite(header, 1, sizeof header, file) != sizeof header || fclose(file))
         die("cannot write");
     r = child(run_load, path);
@@ -805,10 +805,10 @@ static void test_checkpoint_file(void) {
     save(where, 12);
     model.fsa.topk = 5;
     r = child(run_load, path);
-    check_died(&r, "topk", "topk is 4 and not 5", path);
+    check_died(&r, "topk", "topk is 4, not 5", path);
     model.fsa.topk = 4, model.attn = ATTN_FULL;
     r = child(run_load, path);
-    check_died(&r, "attn", "attn is nsa and not full", path);
+    check_died(&r, "attn", "attn is nsa, not full", path);
     model.attn = ATTN_NSA, model.rope_theta = 5e5;
     r = child(run_load, path);
     CHECK(r.code == 0, "RoPE may change: %s", r.err);
@@ -856,13 +856,13 @@ static void test_checkpoint_folder(void) {
     CHECK(r.code == 0, "%s", r.err);
 
     // the newest two are bad: a flipped byte, a cut
-    flip(path, CHECKPOINT_HEADER + 8 * model_size, 1);
+    flip(path, CHECKPOINT_HEADER_BYTES + 8 * model_size, 1);
     checkpoint_path(path, sizeof path, where, 40);
     if (truncate(path, 5000) != 0) die("truncate");
     checkpoint_path(expected, sizeof expected, where, 30);
     r = child(run_newest, where);
     CHECK(r.code == 0 && strcmp(r.out, expected) == 0, "%d %s %s", r.code, r.out, r.err);
-    CHECK(lines(r.err) == 2 && strstr(r.err, "warning: ") && strstr(r.err, "ckpt_00000040.bin: cut short") &&
+    CHECK(lines(r.err) == 2 && strstr(r.err, "warning: ") && strstr(r.err, "ckpt_00000040.bin: truncated") &&
               strstr(r.err, "ckpt_123456789.bin: damaged"),
           "%s", r.err);
 
@@ -893,7 +893,7 @@ static void test_checkpoint_folder(void) {
     r = child(run_dir_check_new, (void *)"/dev/null/x");
     check_died(&r, "a file in the way", "/dev/null", "folder");
     r = child(run_dir_check_new, (void *)"/proc/self");
-    check_died(&r, "unwritable", "-o /proc/self", "nothing can be written");
+    check_died(&r, "unwritable", "-o /proc/self", "cannot write to the folder");
 }
 
 // Saves until killed, keeping two.
@@ -905,7 +905,7 @@ static void run_saves(void *where) {
 }
 
 static void test_kill(void) {
-    char where[300], path[PATH_BYTES], why[CHECKPOINT_WHY], tmp[64];
+    char where[300], path[PATH_BYTES], why[CHECKPOINT_MSG_BYTES], tmp[64];
     Rng rng;
     rng_seed(&rng, (uint64_t)getpid(), 2);
     int unfinished = 0;
