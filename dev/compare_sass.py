@@ -503,7 +503,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    parser = Parser(add_help=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     try:
         parser.add_argument("old")
         parser.add_argument("new")
