@@ -85,8 +85,8 @@ struct Arena {
     }
 };
 
-static FsaPlan bounds(const FsaDeviceBatch *b) {
-    FsaPlan p = {b->num_queries, b->num_keys,   b->num_seqs, b->num_segments,
+static BatchLayout bounds(const FsaDeviceBatch *b) {
+    BatchLayout p = {b->num_queries, b->num_keys,   b->num_seqs, b->num_segments,
                  b->max_len,     b->cu_seqlens, b->segments};
     return p;
 }
@@ -97,7 +97,7 @@ static size_t max_size(size_t a, size_t b) {
 
 struct Sizes {
     size_t q, k, kc, lse, gate; // elements
-    Sizes(const FsaConfig *c, const FsaPlan *p)
+    Sizes(const FsaConfig *c, const BatchLayout *p)
         : q((size_t)p->nq * c->q_heads * c->head_dim), k((size_t)p->n * c->kv_heads * c->head_dim),
           kc((size_t)fsa_max_windows(c, p) * c->kv_heads * c->head_dim), lse((size_t)p->nq * c->q_heads),
           gate((size_t)p->nq * (c->gate_per_token ? 1 : c->q_heads) * 3) {}
@@ -107,9 +107,9 @@ struct Sizes {
 struct Saved {
     void *q, *k, *kc, *vc, *o[3];
     float *lse[3];
-    int32_t *indices;
+    int32_t *block_indices;
     size_t bytes;
-    Saved(const FsaConfig *c, const FsaPlan *p, void *memory) {
+    Saved(const FsaConfig *c, const BatchLayout *p, void *memory) {
         Sizes n(c, p);
         Arena a = {(char *)memory, 0};
         a.take(&q, n.q * 2);
@@ -118,7 +118,7 @@ struct Saved {
         a.take(&vc, n.kc * 2);
         for (int i = 0; i < 3 && !c->recompute; i++) a.take(&o[i], n.q * 2);
         for (int i = 0; i < 3; i++) a.take(&lse[i], n.lse * 4);
-        a.take(&indices, (size_t)c->kv_heads * p->nq * c->topk * 4);
+        a.take(&block_indices, (size_t)c->kv_heads * p->nq * c->topk * 4);
         bytes = a.used;
     }
 };
@@ -126,37 +126,37 @@ struct Saved {
 // The workspace of every operation: the plan first, then what it alone needs. `scratch` is shared by the
 // steps, one after another.
 struct Work {
-    void *plan, *scratch;
+    void *batch, *scratch;
     void *o[3]; // the branches' outputs and an lse, where they are not kept
-    float *lse, *delta[3], *lse_grad[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
+    float *lse, *delta[3], *lse_bwd[3], *dq, *dk, *dv, *dk_plain, *dkc, *dvc;
     size_t bytes;
-    Work(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaOperation op, void *memory) {
+    Work(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaOperation op, void *memory) {
         Sizes n(c, p);
         Arena a = {(char *)memory, 0};
         size_t scratch_bytes = 0;
-        bool backward = op == FSA_BACKWARD || op == FSA_SELECTED_BACKWARD || op == FSA_ATTEND_BACKWARD;
-        a.take(&plan, fsa_plan_bytes(p->num_seqs, p->num_segments));
-        if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_sel_bytes(c, p, dtype, backward);
+        bool backward = op == FSA_BACKWARD || op == FSA_SELECTED_BACKWARD || op == FSA_ATTENTION_BACKWARD;
+        a.take(&batch, fsa_batch_layout_bytes(p->num_seqs, p->num_segments));
+        if (op <= FSA_SELECTED_BACKWARD) scratch_bytes = fsa_selected_scratch_bytes(c, p, dtype, backward);
         if (c->recompute && (op == FSA_FORWARD || op == FSA_BACKWARD)) {
             for (int i = 0; i < 3; i++) // forward's selected output is where the gated sum comes
                 if (backward || i != 1) a.take(&o[i], n.q * 2);
             if (backward) a.take(&lse, n.lse * 4);
-            scratch_bytes = max_size(scratch_bytes, fsa_sel_bytes(c, p, dtype, 0));
+            scratch_bytes = max_size(scratch_bytes, fsa_selected_scratch_bytes(c, p, dtype, 0));
         }
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.take(&delta[i], n.lse * 4);
-            if (op != FSA_SELECTED_BACKWARD) a.take(&lse_grad[i], n.lse * 4); // there it is lse
+            if (op != FSA_SELECTED_BACKWARD) a.take(&lse_bwd[i], n.lse * 4); // there it is lse
         }
         if (op == FSA_FORWARD || op == FSA_BACKWARD) {
-            scratch_bytes = max_size(scratch_bytes, fsa_compress_workspace(c, p, backward));
+            scratch_bytes = max_size(scratch_bytes, fsa_compress_scratch_bytes(c, p, backward));
         }
-        if (op == FSA_BACKWARD || op == FSA_ATTEND_BACKWARD) {
+        if (op == FSA_BACKWARD || op == FSA_ATTENTION_BACKWARD) {
             a.take(&dq, n.q * 4);
             a.take(&dk, n.k * 4);
             a.take(&dv, n.k * 4);
             for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
                 scratch_bytes =
-                    max_size(scratch_bytes, fsa_dense_backward_workspace(c, p, (FsaVisibility)rule));
+                    max_size(scratch_bytes, fsa_dense_backward_scratch_bytes(c, p, (FsaVisibility)rule));
             }
         }
         if (op == FSA_BACKWARD) {
@@ -171,30 +171,30 @@ struct Work {
 
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op) {
     if (check_shape(c, dtype, b)) return 0;
-    if (op < FSA_FORWARD || op > FSA_ATTEND_BACKWARD) {
+    if (op < FSA_FORWARD || op > FSA_ATTENTION_BACKWARD) {
         fail(FSA_ERROR_ARGUMENT, "operation %d: unknown", (int)op);
         return 0;
     }
-    FsaPlan p = bounds(b);
+    BatchLayout p = bounds(b);
     return Work(c, &p, dtype, op, NULL).bytes;
 }
 
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b) {
     if (check_shape(c, dtype, b)) return 0;
-    FsaPlan p = bounds(b);
+    BatchLayout p = bounds(b);
     return Saved(c, &p, NULL).bytes;
 }
 
-const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                  const void *saved) {
     if (check_shape(c, dtype, b)) return NULL;
-    FsaPlan p = bounds(b);
-    return Saved(c, &p, (void *)saved).indices;
+    BatchLayout p = bounds(b);
+    return Saved(c, &p, (void *)saved).block_indices;
 }
 
 // Checks what all entries share and makes the plan.
 static int begin(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op,
-                 void *workspace, size_t workspace_bytes, FsaPlan *p, FsaStream stream) {
+                 void *workspace, size_t workspace_bytes, BatchLayout *p, FsaStream stream) {
     TRY(check_shape(c, dtype, b));
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL");
     if (!b->segments && b->num_segments > 0) return fail(FSA_ERROR_ARGUMENT, "segments: NULL");
@@ -206,7 +206,7 @@ static int begin(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, Fs
     if (workspace_bytes < need) {
         return fail(FSA_ERROR_WORKSPACE, "workspace: %zu bytes, needs %zu", workspace_bytes, need);
     }
-    RUN(fsa_plan(p, c, p->nq, p->n, p->num_seqs, p->num_segments, p->max_len, p->cu_seqlens, p->segments,
+    RUN(fsa_batch_layout(p, c, p->nq, p->n, p->num_seqs, p->num_segments, p->max_len, p->cu_seqlens, p->segments,
                  workspace, stream));
     return FSA_OK;
 }
@@ -220,18 +220,18 @@ static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
 }
 
 // Output and lse of the compressed (branch 0), the selected (1) or the sliding branch (2).
-static int branch_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, int branch, const Saved &s,
+static int branch_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, int branch, const Saved &s,
                           const void *v, void *scratch, void *o, float *lse, cudaStream_t stream) {
     if (branch == 0) return fsa_dense_forward(c, p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, o, lse, stream);
     if (branch == 2) return fsa_dense_forward(c, p, dtype, FSA_WINDOW, s.q, s.k, v, o, lse, stream);
-    return fsa_sel_forward(c, p, dtype, s.q, s.k, v, s.indices, scratch, o, lse, NULL, stream);
+    return fsa_selected_branch_forward(c, p, dtype, s.q, s.k, v, s.block_indices, scratch, o, lse, NULL, stream);
 }
 
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
-                const int32_t *indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
+                const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
                 FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(begin(c, dtype, b, FSA_FORWARD, workspace, workspace_bytes, &p, stream));
     if (p.nq == 0) return FSA_OK;
     POINTER(q);
@@ -251,15 +251,15 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
                              stream));
     void *const *branches = c->recompute ? w.o : s.o;
     RUN(branch_forward(c, &p, dtype, 0, s, v, w.scratch, branches[0], s.lse[0], stream));
-    if (indices) {
-        cudaMemcpyAsync(s.indices, indices, (size_t)c->kv_heads * p.nq * c->topk * 4,
+    if (block_indices) {
+        cudaMemcpyAsync(s.block_indices, block_indices, (size_t)c->kv_heads * p.nq * c->topk * 4,
                         cudaMemcpyDeviceToDevice, stream);
     } else {
-        RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.indices, stream));
+        RUN(fsa_topk(c, &p, dtype, s.q, s.kc, s.lse[0], s.block_indices, stream));
     }
     RUN(branch_forward(c, &p, dtype, 2, s, v, w.scratch, branches[2], s.lse[2], stream));
-    FsaGate gate = {gate_logits, branches[0], branches[2], o};
-    RUN(fsa_sel_forward(c, &p, dtype, s.q, s.k, v, s.indices, w.scratch, c->recompute ? o : branches[1],
+    GateCombine gate = {gate_logits, branches[0], branches[2], o};
+    RUN(fsa_selected_branch_forward(c, &p, dtype, s.q, s.k, v, s.block_indices, w.scratch, c->recompute ? o : branches[1],
                         s.lse[1], &gate, stream));
     return FSA_OK;
 }
@@ -268,7 +268,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                  const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
                  const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(begin(c, dtype, b, FSA_BACKWARD, workspace, workspace_bytes, &p, stream));
     if (p.n == 0) return FSA_OK;
     POINTER(k);
@@ -299,43 +299,43 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     for (int i = 0; i < 3 && c->recompute && p.nq > 0; i++) {
         RUN(branch_forward(c, &p, dtype, i, s, v, w.scratch, w.o[i], w.lse, stream));
     }
-    RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_grad,
+    RUN(fsa_gate_backward(c, dtype, p.nq, gate_logits, branches, s.lse, dout, w.delta, w.lse_bwd,
                           dgate_logits, stream));
     // The other branches leave fp32 sums, which the selected branch adds to its own.
-    RUN(fsa_window_backward(c, &p, dtype, s.q, s.k, v, dout, w.lse_grad + 1, w.delta + 1, w.dq, w.dk, w.dv,
+    RUN(fsa_window_backward(c, &p, dtype, s.q, s.k, v, dout, w.lse_bwd + 1, w.delta + 1, w.dq, w.dk, w.dv,
                             w.scratch, stream));
-    RUN(fsa_dense_backward(c, &p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, dout, w.lse_grad[0], w.delta[0],
+    RUN(fsa_dense_backward(c, &p, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, dout, w.lse_bwd[0], w.delta[0],
                            w.dq, w.dkc, w.dvc, 1, 0, w.scratch, stream));
     RUN(fsa_compress_backward(c, &p, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_plain, w.dv, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch, stream));
-    FsaSums others = {w.dq, w.dk, w.dv, w.dk_plain, inv_freq};
-    RUN(fsa_sel_backward(c, &p, dtype, s.q, s.k, v, s.indices, fsa_window_local(c), dout, w.delta[1],
-                         w.lse_grad[1], &others, w.scratch, dq, dk, dv, stream));
+    BranchGradients others = {w.dq, w.dk, w.dv, w.dk_plain, inv_freq};
+    RUN(fsa_selected_branch_backward(c, &p, dtype, s.q, s.k, v, s.block_indices, fsa_window_backward_local_blocks(c), dout, w.delta[1],
+                         w.lse_bwd[1], &others, w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
 
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                         const void *k, const void *v, const int32_t *indices, void *o, float *lse,
+                         const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(begin(c, dtype, b, FSA_SELECTED_FORWARD, workspace, workspace_bytes, &p, stream));
     if (p.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(k);
     POINTER(v);
-    POINTER(indices);
+    POINTER(block_indices);
     POINTER(o);
     POINTER(lse);
     Work w(c, &p, dtype, FSA_SELECTED_FORWARD, workspace);
-    RUN(fsa_sel_forward(c, &p, dtype, q, k, v, indices, w.scratch, o, lse, NULL, stream));
+    RUN(fsa_selected_branch_forward(c, &p, dtype, q, k, v, block_indices, w.scratch, o, lse, NULL, stream));
     return FSA_OK;
 }
 
 int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                          const void *k, const void *v, const int32_t *indices, const void *o,
+                          const void *k, const void *v, const int32_t *block_indices, const void *o,
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(begin(c, dtype, b, FSA_SELECTED_BACKWARD, workspace, workspace_bytes, &p, stream));
     if (p.n == 0) return FSA_OK;
     POINTER(k);
@@ -344,30 +344,30 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     POINTER(dv);
     if (p.nq > 0) {
         POINTER(q);
-        POINTER(indices);
+        POINTER(block_indices);
         POINTER(o);
         POINTER(lse);
         POINTER(dout);
         POINTER(dq);
     }
     Work w(c, &p, dtype, FSA_SELECTED_BACKWARD, workspace);
-    RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], NULL, stream));
-    RUN(fsa_sel_backward(c, &p, dtype, q, k, v, indices, 0, dout, w.delta[0], lse, NULL, w.scratch, dq, dk,
+    RUN(fsa_bwd_preprocess(c, dtype, p.nq, o, lse, dout, w.delta[0], NULL, stream));
+    RUN(fsa_selected_branch_backward(c, &p, dtype, q, k, v, block_indices, 0, dout, w.delta[0], lse, NULL, w.scratch, dq, dk,
                          dv, stream));
     return FSA_OK;
 }
 
-int fsa_select(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
-               const float *lse_c, int32_t *indices, void *workspace, size_t workspace_bytes,
+int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
+               const float *lse_c, int32_t *block_indices, void *workspace, size_t workspace_bytes,
                FsaStream stream) {
-    FsaPlan p;
-    TRY(begin(c, dtype, b, FSA_SELECT, workspace, workspace_bytes, &p, stream));
+    BatchLayout p;
+    TRY(begin(c, dtype, b, FSA_SELECT_BLOCKS, workspace, workspace_bytes, &p, stream));
     if (p.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(kc);
     POINTER(lse_c);
-    POINTER(indices);
-    RUN(fsa_topk(c, &p, dtype, q, kc, lse_c, indices, stream));
+    POINTER(block_indices);
+    RUN(fsa_topk(c, &p, dtype, q, kc, lse_c, block_indices, stream));
     return FSA_OK;
 }
 
@@ -376,12 +376,12 @@ static int check_rule(FsaVisibility rule) {
     return fail(FSA_ERROR_ARGUMENT, "rule %d: must be causal, window or compressed", (int)rule);
 }
 
-int fsa_attend_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                        const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
                        size_t workspace_bytes, FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(check_rule(rule));
-    TRY(begin(c, dtype, b, FSA_ATTEND_FORWARD, workspace, workspace_bytes, &p, stream));
+    TRY(begin(c, dtype, b, FSA_ATTENTION_FORWARD, workspace, workspace_bytes, &p, stream));
     if (p.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(k);
@@ -412,13 +412,13 @@ static int round_to(FsaDtype dtype, const float *x, void *y, size_t bound, const
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                         const void *q, const void *k, const void *v, const void *o, const float *lse,
                         const void *dout, void *dq, void *dk, void *dv, void *workspace,
                         size_t workspace_bytes, FsaStream stream) {
-    FsaPlan p;
+    BatchLayout p;
     TRY(check_rule(rule));
-    TRY(begin(c, dtype, b, FSA_ATTEND_BACKWARD, workspace, workspace_bytes, &p, stream));
+    TRY(begin(c, dtype, b, FSA_ATTENTION_BACKWARD, workspace, workspace_bytes, &p, stream));
     Sizes n(c, &p);
     bool compressed = rule == FSA_COMPRESSED;
     size_t keys = compressed ? n.kc : n.k;
@@ -435,18 +435,18 @@ int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch
         POINTER(dk);
         POINTER(dv);
     }
-    Work w(c, &p, dtype, FSA_ATTEND_BACKWARD, workspace);
+    Work w(c, &p, dtype, FSA_ATTENTION_BACKWARD, workspace);
     if (n.q == 0 || keys == 0) { // nothing attends to nothing: the gradients are zero
         cudaMemsetAsync(w.dq, 0, n.q * 4, stream);
         cudaMemsetAsync(w.dk, 0, keys * 4, stream);
         cudaMemsetAsync(w.dv, 0, keys * 4, stream);
     } else {
-        RUN(fsa_row_stats(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_grad[0], stream));
-        RUN(fsa_dense_backward(c, &p, dtype, rule, q, k, v, dout, w.lse_grad[0], w.delta[0], w.dq, w.dk, w.dv,
+        RUN(fsa_bwd_preprocess(c, dtype, p.nq, o, lse, dout, w.delta[0], w.lse_bwd[0], stream));
+        RUN(fsa_dense_backward(c, &p, dtype, rule, q, k, v, dout, w.lse_bwd[0], w.delta[0], w.dq, w.dk, w.dv,
                                0, 0, w.scratch, stream));
     }
     const int64_t *key_rows = compressed ? p.cu_windows + p.num_seqs : p.cu_seqlens + p.num_seqs;
-    RUN(fsa_round_dq(c, &p, dtype, w.dq, dq, stream));
+    RUN(fsa_convert_dq(c, &p, dtype, w.dq, dq, stream));
     RUN(round_to(dtype, w.dk, dk, keys, key_rows, c->kv_heads * c->head_dim, stream));
     RUN(round_to(dtype, w.dv, dv, keys, key_rows, c->kv_heads * c->head_dim, stream));
     return FSA_OK;

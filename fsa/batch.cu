@@ -1,4 +1,4 @@
-// plan.cu: prefix sums over the segments and sequences of a batch.
+// batch.cu: prefix sums over the segments and sequences of a batch.
 #include "batch.cuh"
 #include <stdlib.h>
 #include <string.h>
@@ -30,30 +30,30 @@ template <typename Count> __device__ void prefix(int64_t *cu, int64_t count, Cou
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(256) plan_kernel(FsaPlan p, int cmp_len, int cmp_stride, int block) {
+__global__ void __launch_bounds__(256) batch_layout_kernel(BatchLayout p, int cmp_len, int cmp_stride, int block) {
     const FsaSegment *segments = p.segments;
     const int64_t *cu = p.cu_seqlens;
-    prefix(p.cu_rows, p.num_segments, [=](int64_t i) { return segments[i].len; });
+    prefix(p.cu_queries, p.num_segments, [=](int64_t i) { return segments[i].len; });
     prefix(p.cu_tiles, p.num_segments,
            [=](int64_t i) { return (segments[i].len + FSA_TILE_TOKENS - 1) / FSA_TILE_TOKENS; });
     prefix(p.cu_windows, p.num_seqs,
-           [=](int64_t i) { return fsa_windows_of(cmp_len, cmp_stride, cu[i + 1] - cu[i]); });
+           [=](int64_t i) { return num_windows_of(cmp_len, cmp_stride, cu[i + 1] - cu[i]); });
     prefix(p.cu_blocks, p.num_seqs, [=](int64_t i) { return (cu[i + 1] - cu[i] + block - 1) / block; });
 }
 
-int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs, int64_t num_segments,
+int fsa_batch_layout(BatchLayout *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs, int64_t num_segments,
              int64_t max_len, const int64_t *cu_seqlens, const FsaSegment *segments, void *memory,
              cudaStream_t stream) {
     int64_t *at = (int64_t *)memory;
-    *p = FsaPlan{nq, n, num_seqs, num_segments, max_len, cu_seqlens, segments, at, at, at, at};
-    p->cu_tiles = p->cu_rows + num_segments + 1;
+    *p = BatchLayout{nq, n, num_seqs, num_segments, max_len, cu_seqlens, segments, at, at, at, at};
+    p->cu_tiles = p->cu_queries + num_segments + 1;
     p->cu_windows = p->cu_tiles + num_segments + 1;
     p->cu_blocks = p->cu_windows + num_seqs + 1;
-    plan_kernel<<<1, 256, 0, stream>>>(*p, c->cmp_len, c->cmp_stride, c->block);
+    batch_layout_kernel<<<1, 256, 0, stream>>>(*p, c->cmp_len, c->cmp_stride, c->block);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-bool fsa_hopper() {
+bool fsa_use_sm90() {
     static const char *kernels = getenv("FSA_KERNELS");
     if (kernels && strcmp(kernels, "portable") == 0) return false;
     int device = 0, major = 0, minor = 0;

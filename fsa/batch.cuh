@@ -1,4 +1,4 @@
-// plan.cuh: what every kernel needs to know of a batch, on the device. fsa_plan (plan.cu) fills it
+// batch.cuh: what every kernel needs to know of a batch, on the device. fsa_batch_layout (plan.cu) fills it
 // once a batch with one small kernel; the host passes only bounds, so nothing synchronizes.
 #ifndef FSA_PLAN_CUH
 #define FSA_PLAN_CUH
@@ -7,61 +7,61 @@
 
 #define FSA_TILE_TOKENS 64 // queries in a token tile; a tile never spans two segments
 
-struct FsaPlan {
+struct BatchLayout {
     int64_t nq, n, num_seqs, num_segments, max_len; // host: query rows, keys, counts, longest sequence
     const int64_t *cu_seqlens;                      // [num_seqs + 1], device
     const FsaSegment *segments;                     // [num_segments], device
-    int64_t *cu_rows;                               // [num_segments + 1] first query row of each segment
+    int64_t *cu_queries;                               // [num_segments + 1] first query row of each segment
     int64_t *cu_tiles;   // [num_segments + 1] prefix sum of ceil(segment.len / FSA_TILE_TOKENS)
     int64_t *cu_windows; // [num_seqs + 1] first compression window
     int64_t *cu_blocks;  // [num_seqs + 1] first selection block
 };
 
 // Upper bounds that the host knows, for grids and workspaces.
-static inline int64_t fsa_max_tiles(const FsaPlan *p) {
+static inline int64_t fsa_max_tiles(const BatchLayout *p) {
     return p->nq / FSA_TILE_TOKENS + p->num_segments;
 }
-static inline int64_t fsa_max_windows(const FsaConfig *c, const FsaPlan *p) {
+static inline int64_t fsa_max_windows(const FsaConfig *c, const BatchLayout *p) {
     return p->n / c->cmp_stride;
 }
-static inline int64_t fsa_max_blocks(const FsaConfig *c, const FsaPlan *p) {
+static inline int64_t fsa_max_blocks(const FsaConfig *c, const BatchLayout *p) {
     return p->n / c->block + p->num_seqs;
 }
 
 // Whether the current device runs the kernels of the *_sm90.cu files: compute capability 9.0, unless
 // FSA_KERNELS=portable is in the environment.
-bool fsa_hopper();
+bool fsa_use_sm90();
 
 // Bytes of the four arrays for at most so many sequences and segments.
-static inline size_t fsa_plan_bytes(int64_t num_seqs, int64_t num_segments) {
+static inline size_t fsa_batch_layout_bytes(int64_t num_seqs, int64_t num_segments) {
     return (size_t)(2 * (num_segments + 1) + 2 * (num_seqs + 1)) * sizeof(int64_t);
 }
 
-// Sets p's fields, the four arrays lying in `memory` (fsa_plan_bytes, on the device), and launches the
+// Sets p's fields, the four arrays lying in `memory` (fsa_batch_layout_bytes, on the device), and launches the
 // kernel that fills them. cu_seqlens and segments are device pointers.
-int fsa_plan(FsaPlan *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs, int64_t num_segments,
+int fsa_batch_layout(BatchLayout *p, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs, int64_t num_segments,
              int64_t max_len, const int64_t *cu_seqlens, const FsaSegment *segments, void *memory,
              cudaStream_t stream);
 
 // Division by a small number, which the host prepares: x / divisor = umulhi(2x, factor) >> shift, x < 2^31.
-struct Divisor {
+struct FastDivisor {
     uint32_t factor;
     int shift;
 };
-static inline Divisor divisor_of(int divisor) {
-    Divisor d = {0, 0};
+static inline FastDivisor make_fast_divisor(int divisor) {
+    FastDivisor d = {0, 0};
     while ((1 << d.shift) < divisor) d.shift++;
     d.factor = (uint32_t)((((int64_t)1 << (31 + d.shift)) + divisor - 1) / divisor);
     return d;
 }
 
 #ifdef __CUDACC__
-__device__ __forceinline__ uint32_t divide(uint32_t x, Divisor d) {
+__device__ __forceinline__ uint32_t fast_divide(uint32_t x, FastDivisor d) {
     return __umulhi(2 * x, d.factor) >> d.shift;
 }
 
 // The i with cu[i] <= x < cu[i + 1]; the caller knows that x lies in cu[0] .. cu[count].
-__device__ __forceinline__ int64_t fsa_find(const int64_t *cu, int64_t count, int64_t x) {
+__device__ __forceinline__ int64_t find_in_cu(const int64_t *cu, int64_t count, int64_t x) {
     int64_t lo = 0, hi = count;
     while (hi - lo > 1) {
         int64_t mid = (lo + hi) / 2;
@@ -74,7 +74,7 @@ __device__ __forceinline__ int64_t fsa_find(const int64_t *cu, int64_t count, in
     return lo;
 }
 
-__host__ __device__ __forceinline__ int64_t fsa_windows_of(int cmp_len, int cmp_stride, int64_t n) {
+__host__ __device__ __forceinline__ int64_t num_windows_of(int cmp_len, int cmp_stride, int64_t n) {
     return n < cmp_len ? 0 : (n - cmp_len) / cmp_stride + 1;
 }
 
@@ -85,15 +85,15 @@ struct FsaTile {
     int len;               // 0: no such tile (the grid is a bound)
 };
 
-__device__ __forceinline__ FsaTile fsa_tile(const FsaPlan &p, int64_t tile) {
+__device__ __forceinline__ FsaTile fsa_tile(const BatchLayout &p, int64_t tile) {
     FsaTile t;
     t.len = 0;
     if (tile >= p.cu_tiles[p.num_segments]) return t;
-    int64_t i = fsa_find(p.cu_tiles, p.num_segments, tile);
+    int64_t i = find_in_cu(p.cu_tiles, p.num_segments, tile);
     int64_t first = (tile - p.cu_tiles[i]) * FSA_TILE_TOKENS, left = p.segments[i].len - first;
     t.seq = p.segments[i].seq;
     t.pos = p.segments[i].pos + first;
-    t.row = p.cu_rows[i] + first;
+    t.row = p.cu_queries[i] + first;
     t.key0 = p.cu_seqlens[t.seq];
     t.n = p.cu_seqlens[t.seq + 1] - t.key0;
     t.len = left < FSA_TILE_TOKENS ? (int)left : FSA_TILE_TOKENS;
@@ -101,10 +101,10 @@ __device__ __forceinline__ FsaTile fsa_tile(const FsaPlan &p, int64_t tile) {
 }
 
 // Sequence and position of a query row.
-__device__ __forceinline__ void fsa_row(const FsaPlan &p, int64_t row, int64_t *seq, int64_t *pos) {
-    int64_t i = fsa_find(p.cu_rows, p.num_segments, row);
+__device__ __forceinline__ void query_position(const BatchLayout &p, int64_t row, int64_t *seq, int64_t *pos) {
+    int64_t i = find_in_cu(p.cu_queries, p.num_segments, row);
     *seq = p.segments[i].seq;
-    *pos = p.segments[i].pos + row - p.cu_rows[i];
+    *pos = p.segments[i].pos + row - p.cu_queries[i];
 }
 
 // Tile `index` of at most `size` consecutive rows of the ranges cu[0..count]: no tile spans two ranges.

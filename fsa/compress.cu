@@ -10,7 +10,7 @@
 #include "sm80/tile.cuh"
 
 struct Compress {
-    FsaPlan plan;
+    BatchLayout batch;
     const void *in[2];          // k, v
     const void *weight[2], *pe; // linear
     const double *inv_freq;
@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const Compress 
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_a = smem_address(shared), tile_b = tile_a + 2 * A_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, which = blockIdx.z;
-    RowTile rows = find_row_tile(p.plan.cu_windows, p.plan.num_seqs, ROWS, blockIdx.x);
+    RowTile rows = find_row_tile(p.batch.cu_windows, p.batch.num_seqs, ROWS, blockIdx.x);
     if (rows.rows == 0) return;
 
     int64_t token = (int64_t)p.kv_heads * D;
     const T *x = (const T *)p.in[which] +
-                 (p.plan.cu_seqlens[rows.range] + (int64_t)rows.first * p.stride) * token + head * D;
+                 (p.batch.cu_seqlens[rows.range] + (int64_t)rows.first * p.stride) * token + head * D;
     const T *w = (const T *)p.weight[which] + (int64_t)head * p.len * D * D;
     auto load = [&](int at, int stage) { // channels at .. at + 63 of the l*d
         load_tile<ROWS, STEP, 128>(tile_a + stage * A_BYTES, x + at / D * token + at % D, p.stride * token,
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const Compress 
                         lo[e] += p.bias[head * D + c];
                         hi[e] += p.bias[head * D + c + D / 2];
                         if (p.inv_freq) {
-                            float2 turn = rope_turn(position, p.inv_freq[c]);
+                            float2 turn = rope_cos_sin(position, p.inv_freq[c]);
                             float a = lo[e], b = hi[e];
                             lo[e] = a * turn.x - b * turn.y;
                             hi[e] = b * turn.x + a * turn.y;
@@ -139,12 +139,12 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const Compress 
 // HBM); bound by bytes.
 template <typename T, int D> __global__ void __launch_bounds__(256) compress_mean_kernel(const Compress p) {
     int64_t at = blockIdx.x * 256ll + threadIdx.x, window = at / (D / 2) / p.kv_heads;
-    if (window >= p.plan.cu_windows[p.plan.num_seqs]) return;
+    if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
     int c = at % (D / 2), head = (int)(at / (D / 2) % p.kv_heads);
-    int64_t seq = fsa_find(p.plan.cu_windows, p.plan.num_seqs, window), token = (int64_t)p.kv_heads * D;
-    int64_t start = (window - p.plan.cu_windows[seq]) * p.stride, out = window * token + head * D + c;
+    int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window), token = (int64_t)p.kv_heads * D;
+    int64_t start = (window - p.batch.cu_windows[seq]) * p.stride, out = window * token + head * D + c;
     for (int which = 0; which < 2; which++) {
-        const T *x = (const T *)p.in[which] + (p.plan.cu_seqlens[seq] + start) * token + head * D + c;
+        const T *x = (const T *)p.in[which] + (p.batch.cu_seqlens[seq] + start) * token + head * D + c;
         float lo = 0, hi = 0;
         for (int r = 0; r < p.len; r++) {
             lo += to_f32(x[r * token]);
@@ -153,7 +153,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256) compress_mea
         lo /= p.len;
         hi /= p.len;
         if (which == 0 && p.inv_freq) {
-            float2 turn = rope_turn(start, p.inv_freq[c]);
+            float2 turn = rope_cos_sin(start, p.inv_freq[c]);
             float a = lo, b = hi;
             lo = a * turn.x - b * turn.y;
             hi = b * turn.x + a * turn.y;
@@ -170,14 +170,14 @@ template <typename T, int D> __global__ void __launch_bounds__(256) compress_mea
 // bind.
 template <typename Out, int D> __global__ void __launch_bounds__(256) compress_turn_kernel(const Compress p) {
     int64_t at = blockIdx.x * 256ll + threadIdx.x, window = at / (D / 2) / p.kv_heads;
-    if (window >= p.plan.cu_windows[p.plan.num_seqs]) return;
+    if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
     int c = at % (D / 2), head = (int)(at / (D / 2) % p.kv_heads);
-    int64_t seq = fsa_find(p.plan.cu_windows, p.plan.num_seqs, window);
-    int64_t start = (window - p.plan.cu_windows[seq]) * p.stride, x = (window * p.kv_heads + head) * D + c;
+    int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
+    int64_t start = (window - p.batch.cu_windows[seq]) * p.stride, x = (window * p.kv_heads + head) * D + c;
     for (int which = 0; which < 2; which++) {
         float lo = p.dout[which][x], hi = p.dout[which][x + D / 2];
         if (which == 0 && p.inv_freq) {
-            float2 turn = rope_turn(start, p.inv_freq[c]);
+            float2 turn = rope_cos_sin(start, p.inv_freq[c]);
             float a = lo, b = hi;
             lo = a * turn.x + b * turn.y;
             hi = b * turn.x - a * turn.y;
@@ -192,9 +192,9 @@ template <typename Out, int D> __global__ void __launch_bounds__(256) compress_t
 template <int D> __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const Compress p) {
     int row_size = p.kv_heads * D;
     int64_t at = (blockIdx.x * 256ll + threadIdx.x) * 4, row = at / row_size;
-    if (row >= p.plan.n) return;
-    int64_t seq = fsa_find(p.plan.cu_seqlens, p.plan.num_seqs, row), window0 = p.plan.cu_windows[seq];
-    int t = (int)(row - p.plan.cu_seqlens[seq]), windows = (int)(p.plan.cu_windows[seq + 1] - window0);
+    if (row >= p.batch.n) return;
+    int64_t seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, row), window0 = p.batch.cu_windows[seq];
+    int t = (int)(row - p.batch.cu_seqlens[seq]), windows = (int)(p.batch.cu_windows[seq + 1] - window0);
     int first = t < p.len ? 0 : (t - p.len) / p.stride + 1, last = min(t / p.stride, windows - 1);
     for (int which = 0; which < 2; which++) {
         float4 sum = make_float4(0, 0, 0, 0), *to = (float4 *)(p.din[which] + at);
@@ -219,11 +219,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) compress_
     uint32_t tile_a = smem_address(shared), tile_b = tile_a + 2 * A_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tiles = gridDim.x / p.stride, r0 = blockIdx.x / tiles, head = blockIdx.y, which = blockIdx.z;
-    RowTile tokens = find_row_tile(p.plan.cu_seqlens, p.plan.num_seqs, ROWS * p.stride, blockIdx.x % tiles);
+    RowTile tokens = find_row_tile(p.batch.cu_seqlens, p.batch.num_seqs, ROWS * p.stride, blockIdx.x % tiles);
     if (tokens.rows == 0) return;
     int cell0 = tokens.first / p.stride;
-    int64_t token = (int64_t)p.kv_heads * D, window0 = p.plan.cu_windows[tokens.range];
-    int windows = (int)(p.plan.cu_windows[tokens.range + 1] - window0);
+    int64_t token = (int64_t)p.kv_heads * D, window0 = p.batch.cu_windows[tokens.range];
+    int windows = (int)(p.batch.cu_windows[tokens.range + 1] - window0);
     const T *dy = (const T *)p.turned[which] + window0 * token + head * D;
     const T *w = (const T *)p.weight[which] + (int64_t)head * p.len * D * D;
 
@@ -295,7 +295,7 @@ template <typename T, int D> __global__ void __launch_bounds__(1024) compress_su
     constexpr int GROUPS = 1024 / D;
     __shared__ float sums[GROUPS][D];
     int head = blockIdx.x, column = threadIdx.x % D, group = threadIdx.x / D;
-    int64_t windows = p.plan.cu_windows[p.plan.num_seqs];
+    int64_t windows = p.batch.cu_windows[p.batch.num_seqs];
     float sum = 0;
 #pragma unroll 8
     for (int64_t i = group; i < windows; i += GROUPS) {
@@ -336,15 +336,15 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     auto advance = [&]() {
         at += WINDOWS;
         while (at >= windows) {
-            if (++seq >= p.plan.num_seqs) return false;
-            window0 = p.plan.cu_windows[seq];
-            windows = (int)(p.plan.cu_windows[seq + 1] - window0);
+            if (++seq >= p.batch.num_seqs) return false;
+            window0 = p.batch.cu_windows[seq];
+            windows = (int)(p.batch.cu_windows[seq + 1] - window0);
             at = 0;
         }
         return true;
     };
     auto load = [&](int stage) {
-        int64_t first = p.plan.cu_seqlens[seq] + (int64_t)at * p.stride + r;
+        int64_t first = p.batch.cu_seqlens[seq] + (int64_t)at * p.stride + r;
         load_tile<WINDOWS, D, 128>(tile_x + stage * BYTES, (const T *)p.in[which] + first * token + head * D,
                                    p.stride * token, windows - at);
         load_tile<WINDOWS, D, 128>(tile_dy + stage * BYTES,
@@ -410,20 +410,20 @@ static size_t rounded(size_t bytes) {
 static size_t bias_bytes(const FsaConfig *c) {
     return rounded(sizeof(float) * c->kv_heads * c->head_dim);
 }
-static size_t turned_bytes(const FsaConfig *c, const FsaPlan *p) {
+static size_t turned_bytes(const FsaConfig *c, const BatchLayout *p) {
     size_t element = c->phi == FSA_PHI_MEAN ? sizeof(float) : 2;
     return rounded((size_t)fsa_max_windows(c, p) * c->kv_heads * c->head_dim * element);
 }
 
-size_t fsa_compress_workspace(const FsaConfig *c, const FsaPlan *p, int backward) {
+size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int backward) {
     return bias_bytes(c) + (backward ? 2 * turned_bytes(c, p) : 0);
 }
 
-static Compress compress_of(const FsaConfig *c, const FsaPlan *p, const void *k, const void *v,
+static Compress compress_of(const FsaConfig *c, const BatchLayout *p, const void *k, const void *v,
                             const void *wk, const void *pe, const void *wv, const double *inv_freq,
                             void *workspace) {
     Compress s = {};
-    s.plan = *p;
+    s.batch = *p;
     s.in[0] = k, s.in[1] = v, s.weight[0] = wk, s.weight[1] = wv, s.pe = pe, s.inv_freq = inv_freq;
     s.kv_heads = c->kv_heads, s.len = c->cmp_len, s.stride = c->cmp_stride;
     s.bias = (float *)workspace;
@@ -432,7 +432,7 @@ static Compress compress_of(const FsaConfig *c, const FsaPlan *p, const void *k,
 
 template <typename T, int D>
 static int launch_forward(const FsaConfig *c, const Compress &p, cudaStream_t stream) {
-    int64_t windows = fsa_max_windows(c, &p.plan);
+    int64_t windows = fsa_max_windows(c, &p.batch);
     if (windows == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) {
         int64_t threads = windows * p.kv_heads * (D / 2);
@@ -442,12 +442,12 @@ static int launch_forward(const FsaConfig *c, const Compress &p, cudaStream_t st
     int bytes = 2 * (128 + D) * 64 * 2;
     cudaFuncSetAttribute(compress_linear_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     compress_bias_kernel<T, D><<<p.kv_heads, 1024, 0, stream>>>(p);
-    dim3 grid((unsigned)row_tile_bound(windows, p.plan.num_seqs, 128), p.kv_heads, 2);
+    dim3 grid((unsigned)row_tile_bound(windows, p.batch.num_seqs, 128), p.kv_heads, 2);
     compress_linear_kernel<T, D><<<grid, 128, bytes, stream>>>(p);
     return launch_status();
 }
 
-int fsa_compress_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+int fsa_compress_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
                          const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
                          void *vc, void *workspace, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
@@ -458,20 +458,20 @@ int fsa_compress_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, c
 
 template <typename T, int D>
 static int launch_backward(const FsaConfig *c, const Compress &p, cudaStream_t stream) {
-    int64_t windows = fsa_max_windows(c, &p.plan), threads = windows * p.kv_heads * (D / 2);
+    int64_t windows = fsa_max_windows(c, &p.batch), threads = windows * p.kv_heads * (D / 2);
     unsigned turn_blocks = (unsigned)((threads + 255) / 256);
-    if (p.plan.n == 0) return FSA_OK;
+    if (p.batch.n == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) {
         if (windows > 0) compress_turn_kernel<float, D><<<turn_blocks, 256, 0, stream>>>(p);
         compress_mean_backward_kernel<D>
-            <<<(unsigned)((p.plan.n * p.kv_heads * D / 4 + 255) / 256), 256, 0, stream>>>(p);
+            <<<(unsigned)((p.batch.n * p.kv_heads * D / 4 + 255) / 256), 256, 0, stream>>>(p);
         return launch_status();
     }
     int bytes = 2 * (128 + D) * 64 * 2, bytes_w = 4 * 64 * D * 2;
     cudaFuncSetAttribute(compress_din_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     cudaFuncSetAttribute(compress_dweight_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_w);
     if (windows > 0) compress_turn_kernel<T, D><<<turn_blocks, 256, 0, stream>>>(p);
-    int64_t tiles = row_tile_bound(p.plan.n, p.plan.num_seqs, 128 * p.stride);
+    int64_t tiles = row_tile_bound(p.batch.n, p.batch.num_seqs, 128 * p.stride);
     dim3 grid((unsigned)(tiles * p.stride), p.kv_heads, 2);
     compress_din_kernel<T, D><<<grid, 128, bytes, stream>>>(p);
     if (windows == 0) return launch_status();
@@ -483,7 +483,7 @@ static int launch_backward(const FsaConfig *c, const Compress &p, cudaStream_t s
     return launch_status();
 }
 
-int fsa_compress_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+int fsa_compress_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
                           const void *wk, const void *pe, const void *wv, const double *inv_freq,
                           const float *dkc, const float *dvc, float *dk, float *dv, int accumulate,
                           float *dwk, float *dpe, float *dwv, void *workspace, cudaStream_t stream) {

@@ -12,29 +12,29 @@ static bool dense_supports(const FsaConfig *c, FsaVisibility rule) {
     return (c->head_dim == 64 || c->head_dim == 128) && rule != FSA_SELECTED;
 }
 
-int fsa_dense_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule, const void *q,
+int fsa_dense_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule, const void *q,
                       const void *k, const void *v, void *o, float *lse, cudaStream_t stream) {
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
-    Dense d = dense_of(c, p, rule);
+    DenseParams d = make_dense_params(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
-    return fsa_hopper() ? fsa_dense_forward_sm90(c, d, dtype, stream) : fsa_dense_forward_sm80(c, d, dtype, stream);
+    return fsa_use_sm90() ? fsa_dense_forward_sm90(c, d, dtype, stream) : fsa_dense_forward_sm80(c, d, dtype, stream);
 }
 
-int fsa_dense_forced(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
+int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *k,
                      const void *v, void *o, float *lse, cudaStream_t stream) {
-    Dense d = dense_of(c, p, FSA_CAUSAL);
+    DenseParams d = make_dense_params(c, p, FSA_CAUSAL);
     const int64_t init_end = (int64_t)c->init_blocks * c->block;
-    d.forced = Forced{c->init_blocks, c->local_blocks, c->block,
-                      (int)(init_end < INT32_MAX ? init_end : INT32_MAX), divisor_of(c->block)};
+    d.forced = InitLocalBlocks{c->init_blocks, c->local_blocks, c->block,
+                      (int)(init_end < INT32_MAX ? init_end : INT32_MAX), make_fast_divisor(c->block)};
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return fsa_dense_forward_sm90(c, d, dtype, stream);
 }
 
 // dk, dv = the sums of the splits' partials, in order of split. A thread: four channels of both. Reads
 // `splits` times 32 bytes and writes 32; bound by bytes.
-__global__ void __launch_bounds__(256) dense_reduce_kernel(const Dense p, int64_t row_size) {
+__global__ void __launch_bounds__(256) dense_combine_dkv_kernel(const DenseParams p, int64_t row_size) {
     int64_t at = (blockIdx.x * 256ll + threadIdx.x) * 4, all = p.num_keys * row_size;
-    if (at >= p.cu_keys[p.plan.num_seqs] * row_size) return;
+    if (at >= p.cu_keys[p.batch.num_seqs] * row_size) return;
     for (int which = 0; which < 2; which++) {
         float *to = (which ? p.dv : p.dk) + at;
         float4 sum = p.accumulate_kv ? *(float4 *)to : make_float4(0, 0, 0, 0);
@@ -50,67 +50,67 @@ __global__ void __launch_bounds__(256) dense_reduce_kernel(const Dense p, int64_
 // head each, or on Hopper as dense_sm90.cu says; then a sum.
 static int dense_splits(const FsaConfig *c, FsaVisibility rule, int64_t num_keys) {
     if (rule != FSA_COMPRESSED) return 1;
-    return fsa_hopper() ? fsa_dense_splits_sm90(num_keys, c->kv_heads) : c->q_heads / c->kv_heads;
+    return fsa_use_sm90() ? fsa_dense_num_splits_sm90(num_keys, c->kv_heads) : c->q_heads / c->kv_heads;
 }
 
-static size_t partial_bytes(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
+static size_t partial_bytes(const FsaConfig *c, const BatchLayout *p, FsaVisibility rule) {
     if (rule != FSA_COMPRESSED) return 0;
     int64_t keys = fsa_max_windows(c, p), splits = dense_splits(c, rule, keys),
             rows = splits > 1 ? splits * keys : 0;
-    if (fsa_hopper()) rows = fsa_dense_split_rows_sm90(keys, c->kv_heads);
+    if (fsa_use_sm90()) rows = fsa_dense_split_rows_sm90(keys, c->kv_heads);
     return (size_t)rows * 2 * c->kv_heads * c->head_dim * sizeof(float);
 }
 
-size_t fsa_dense_backward_workspace(const FsaConfig *c, const FsaPlan *p, FsaVisibility rule) {
-    return partial_bytes(c, p, rule) + fsa_dense_order_bytes(*p, c->q_heads, c->kv_heads);
+size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaVisibility rule) {
+    return partial_bytes(c, p, rule) + fsa_dense_semaphore_bytes(*p, c->q_heads, c->kv_heads);
 }
 
-static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, Dense d, void *workspace,
+static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, DenseParams d, void *workspace,
                         cudaStream_t stream) {
-    const FsaPlan *p = &d.plan;
+    const BatchLayout *p = &d.batch;
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
     d.splits = dense_splits(c, rule, d.num_keys);
     d.partial = (float *)workspace;
     d.order = (int *)((char *)workspace + partial_bytes(c, p, rule));
     if (!workspace) return FSA_ERROR_WORKSPACE;
-    if (fsa_hopper() && rule == FSA_COMPRESSED && !d.accumulate_q) { // some rows see nothing
+    if (fsa_use_sm90() && rule == FSA_COMPRESSED && !d.accumulate_q) { // some rows see nothing
         cudaMemsetAsync(d.dq, 0, (size_t)p->nq * c->q_heads * c->head_dim * sizeof(float), stream);
         d.accumulate_q = 1;
     }
-    int status = fsa_hopper() ? fsa_dense_backward_sm90(c, d, dtype, stream)
+    int status = fsa_use_sm90() ? fsa_dense_backward_sm90(c, d, dtype, stream)
                               : fsa_dense_backward_sm80(c, d, dtype, stream);
     if (status) return status;
     if (d.splits > 1 && d.num_keys > 0) {
         int64_t row_size = (int64_t)d.kv_heads * c->head_dim, threads = d.num_keys * row_size / 4;
-        dense_reduce_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
+        dense_combine_dkv_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
     }
     return launch_status();
 }
 
-int fsa_dense_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, const void *dout, const float *lse_grad,
+int fsa_dense_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
+                       const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
                        int accumulate_kv, void *workspace, cudaStream_t stream) {
-    Dense d = dense_of(c, p, rule);
-    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
+    DenseParams d = make_dense_params(c, p, rule);
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
     return run_backward(c, dtype, rule, d, workspace, stream);
 }
 
 // Where a query sees all of its last blocks through the window, too, and the keys of a warpgroup are one
 // block's.
-int fsa_window_local(const FsaConfig *c) {
+int fsa_window_backward_local_blocks(const FsaConfig *c) {
     const bool inside = (int64_t)c->local_blocks * c->block <= c->window && c->block % 64 == 0;
-    return fsa_hopper() && inside ? c->local_blocks : 0;
+    return fsa_use_sm90() && inside ? c->local_blocks : 0;
 }
 
-int fsa_window_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *q, const void *k,
-                        const void *v, const void *dout, const float *const lse_grad[2],
+int fsa_window_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *k,
+                        const void *v, const void *dout, const float *const lse_bwd[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
                         cudaStream_t stream) {
-    Dense d = dense_of(c, p, FSA_WINDOW);
-    d.forced.local = fsa_window_local(c), d.forced.block = c->block;
+    DenseParams d = make_dense_params(c, p, FSA_WINDOW);
+    d.forced.local = fsa_window_backward_local_blocks(c), d.forced.block = c->block;
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.dq = dq, d.dk = dk, d.dv = dv;
-    d.local_lse_grad = lse_grad[0], d.local_delta = delta[0], d.lse_grad = lse_grad[1], d.delta = delta[1];
+    d.local_lse_bwd = lse_bwd[0], d.local_delta = delta[0], d.lse_bwd = lse_bwd[1], d.delta = delta[1];
     return run_backward(c, dtype, FSA_WINDOW, d, workspace, stream);
 }

@@ -108,9 +108,9 @@ typedef enum {
     FSA_BACKWARD = 1,
     FSA_SELECTED_FORWARD = 2,
     FSA_SELECTED_BACKWARD = 3,
-    FSA_SELECT = 4,
-    FSA_ATTEND_FORWARD = 5,
-    FSA_ATTEND_BACKWARD = 6,
+    FSA_SELECT_BLOCKS = 4,
+    FSA_ATTENTION_FORWARD = 5,
+    FSA_ATTENTION_BACKWARD = 6,
 } FsaOperation;
 
 // One line about the last error on the calling thread.
@@ -127,7 +127,7 @@ size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
 // counts as the workspace does.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Where in `saved` the choice of blocks lies.
-const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                  const void *saved);
 
 // The whole attention: q, k before RoPE -> o. inv_freq: [d/2] doubles, NULL rotates nothing. gate_logits
@@ -135,7 +135,7 @@ const int32_t *fsa_saved_indices(const FsaConfig *c, FsaDtype dtype, const FsaDe
 // fsa_selected_forward takes it, or NULL.
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
-                const int32_t *indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
+                const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
                 FsaStream stream);
 // Gradients of q and k before RoPE; overwrites dq, dk, dv and dgate_logits, adds to dphi's arrays.
 int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
@@ -145,30 +145,30 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
 
 // The selected branch alone, with the caller's choice: distinct blocks, ascending, none after the query's
 // own, then -1. Every row has the forced blocks among them, the first init_blocks and the last local_blocks,
-// as far as there are so many, as fsa_select's rows have: forward may take them for chosen without looking.
+// as far as there are so many, as fsa_select_blocks's rows have: forward may take them for chosen without looking.
 // Methods that force no block set both counts to 0; rows may then be of any length. Nothing is rotated here
 // and below.
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                         const void *k, const void *v, const int32_t *indices, void *o, float *lse,
+                         const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream);
 int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                          const void *k, const void *v, const int32_t *indices, const void *o,
+                          const void *k, const void *v, const int32_t *block_indices, const void *o,
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream);
 
 // The choice of blocks alone, from rotated q, compressed keys kc [M, Hkv, d] (see below) and the compressed
 // branch's lse.
-int fsa_select(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
-               const float *lse_c, int32_t *indices, void *workspace, size_t workspace_bytes,
+int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
+               const float *lse_c, int32_t *block_indices, void *workspace, size_t workspace_bytes,
                FsaStream stream);
 
 // Attention over all tokens, the last `window` tokens, or the compressed windows: k and v are then kc and vc,
 // and dk and dv their gradients, [M, Hkv, d], M windows in all. The host knows only that M <= N/s; copies may
 // therefore touch, and never use, kc and vc up to row floor(N/s), which must be the caller's memory.
-int fsa_attend_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                        const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
                        size_t workspace_bytes, FsaStream stream);
-int fsa_attend_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
+int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                         const void *q, const void *k, const void *v, const void *o, const float *lse,
                         const void *dout, void *dq, void *dk, void *dv, void *workspace,
                         size_t workspace_bytes, FsaStream stream);

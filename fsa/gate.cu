@@ -1,5 +1,5 @@
 // gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward
-// passes read. (The gated sum itself: selected_merge_kernel.)
+// passes read. (The gated sum itself: selected_combine_kernel.)
 #include "kernels.h"
 #include "launch.cuh"
 #include "mma.cuh"
@@ -9,7 +9,7 @@ struct GateArgs {
     int q_heads, per_token; // per_token: one gate triple for all heads
     const void *logits, *o[3], *dout;
     const float *lse[3];
-    float *delta[3], *lse_grad[3];
+    float *delta[3], *lse_bwd[3];
     void *out; // dlogits
 };
 
@@ -22,7 +22,7 @@ template <typename T> static __device__ __forceinline__ float load1(const void *
 // tokens, 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds, closely followed by
 // instructions, some 130 for two heads.
 template <typename T, int D, int BRANCHES>
-__global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
+__global__ void __launch_bounds__(256) bwd_preprocess_kernel(GateArgs a) {
     constexpr int LANES = D / 8, HEADS = 32 / LANES;
     int64_t token = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
                     if (!a.per_token) ((T *)a.out)[row * 3 + i] = (T)gradient;
                 }
                 a.delta[i][row] = dots[i];
-                if (a.lse_grad[i]) a.lse_grad[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
+                if (a.lse_bwd[i]) a.lse_bwd[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
             }
             if (a.per_token) {
                 for (int j = 16; j > 0; j /= 2) gradient += __shfl_xor_sync(0xffffffffu, gradient, j);
@@ -93,25 +93,25 @@ __global__ void __launch_bounds__(256) row_stats_kernel(GateArgs a) {
 
 int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
-                      float *const delta[3], float *const lse_grad[3], void *dlogits, cudaStream_t stream) {
+                      float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
     GateArgs a = {
         nq * c->q_heads, c->q_heads, c->gate_per_token, logits, {o_branch[0], o_branch[1], o_branch[2]}};
     a.dout = dout, a.out = dlogits;
-    for (int i = 0; i < 3; i++) a.lse[i] = lse[i], a.delta[i] = delta[i], a.lse_grad[i] = lse_grad[i];
+    for (int i = 0; i < 3; i++) a.lse[i] = lse[i], a.delta[i] = delta[i], a.lse_bwd[i] = lse_bwd[i];
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) row_stats_kernel<T, D, 3><<<grid, 256, 0, stream>>>(a)
+#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(a)
     FOR_TYPE_AND_DIM(LAUNCH);
 #undef LAUNCH
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-int fsa_row_stats(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
-                  const void *dout, float *delta, float *lse_grad, cudaStream_t stream) {
+int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
+                  const void *dout, float *delta, float *lse_bwd, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
-    GateArgs a = {nq * c->q_heads, c->q_heads, 0, NULL, {o}, dout, {lse}, {delta}, {lse_grad}, NULL};
+    GateArgs a = {nq * c->q_heads, c->q_heads, 0, NULL, {o}, dout, {lse}, {delta}, {lse_bwd}, NULL};
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) row_stats_kernel<T, D, 1><<<grid, 256, 0, stream>>>(a)
+#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(a)
     FOR_TYPE_AND_DIM(LAUNCH);
 #undef LAUNCH
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;

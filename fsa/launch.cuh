@@ -28,7 +28,7 @@ template <typename Kernel> static int allow_smem(Kernel kernel, int bytes) {
 
 // kernel<<<grid, block, smem, stream>>>(args...). early (Hopper): it may start while the kernel ahead of it
 // in the stream still runs, which spares the latency of launches; before it writes anything, or reads what
-// that one writes, it calls wait_for_previous_kernel. Threads without work may end before, as long as others
+// that one writes, it calls pdl_wait. Threads without work may end before, as long as others
 // of the grid call it always: a grid must not end before the one ahead of it. Errors are for
 // cudaGetLastError.
 template <typename... Parameters, typename... Args>
@@ -43,7 +43,7 @@ static void launch(bool early, void (*kernel)(Parameters...), dim3 grid, unsigne
 
 // Whether a kernel's code waits: the driver can make code for Hopper of PTX for older GPUs, where the wait is
 // nothing.
-template <typename Kernel> static bool can_wait(Kernel kernel) {
+template <typename Kernel> static bool supports_pdl(Kernel kernel) {
     cudaFuncAttributes attributes;
     return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess &&
            attributes.ptxVersion >= 90;

@@ -42,8 +42,8 @@ template <> struct Partial<__half> {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) __stcs((uint4 *)row + 4 * (group + i) + c, p[i].x);
     }
-    // Where piece number `piece` begins in a row; load takes what stands there, or zeros. policy: l2_first or
-    // l2_last (ptx.cuh).
+    // Where piece number `piece` begins in a row; load takes what stands there, or zeros. policy: l2_evict_first or
+    // l2_evict_last (ptx.cuh).
     static __device__ __forceinline__ int offset(int piece) {
         return piece * BYTES;
     }

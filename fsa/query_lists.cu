@@ -28,9 +28,9 @@ enum {
 };
 
 struct Choice {
-    const int32_t *indices;
+    const int32_t *block_indices;
     int topk, block;
-    Divisor by_topk;
+    FastDivisor topk_divisor;
     unsigned init; // the first block that is listed,
     unsigned most; // and how many: one further on is for no position; one below, times block, is an int
     int64_t ahead; // a block is listed for rows from so many tokens after its start on
@@ -50,14 +50,14 @@ static __device__ __forceinline__ Rows cut(Rows rows, int parts, int i) {
 // A thread block's part of the rows of one (kv head, slab).
 struct Part {
     int64_t list, row0;     // which (head, slab); the slab's first row
-    const int32_t *indices; // the slab's
+    const int32_t *block_indices; // the slab's
     Rows rows;
 };
-static __device__ __forceinline__ Part part_of(const FsaPlan &p, const FsaLists &lists,
+static __device__ __forceinline__ Part part_of(const BatchLayout &p, const QueryLists &lists,
                                                const Choice &choice) {
     const int64_t slab = blockIdx.y, head = blockIdx.z, row0 = slab * lists.slab;
     const int rows = (int)(p.nq - row0 < lists.slab ? p.nq - row0 : lists.slab);
-    return {head * lists.slabs + slab, row0, choice.indices + (head * p.nq + row0) * choice.topk,
+    return {head * lists.slabs + slab, row0, choice.block_indices + (head * p.nq + row0) * choice.topk,
             cut({0, rows}, lists.parts, (int)blockIdx.x)};
 }
 
@@ -69,23 +69,23 @@ static __device__ __forceinline__ int this_warp() {
 // A warp calls visit(i, end, b, seen) for entries of some rows of the slab, 32 at a time, and so beyond their
 // end. b: the block that entry i names, counted from first_block; what it names counts only where `seen`.
 template <typename Visit>
-static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, const Choice &choice,
+static __device__ __forceinline__ void walk(const BatchLayout &p, const Part &part, const Choice &choice,
                                             Rows rows, int64_t first_block, Visit visit) {
     const int lane = threadIdx.x % 32;
     if (rows.begin >= rows.end) return;
-    int64_t segment = fsa_find(p.cu_rows, p.num_segments, part.row0 + rows.begin);
+    int64_t segment = find_in_cu(p.cu_queries, p.num_segments, part.row0 + rows.begin);
     for (int row = rows.begin; row < rows.end; segment++) {
         const int begin = row * choice.topk;
-        const int64_t stop = p.cu_rows[segment + 1] - part.row0;
+        const int64_t stop = p.cu_queries[segment + 1] - part.row0;
         row = (int)(stop < rows.end ? stop : rows.end);
         const int end = row * choice.topk;
-        const int pos0 = (int)(p.segments[segment].pos + part.row0 - p.cu_rows[segment] -
+        const int pos0 = (int)(p.segments[segment].pos + part.row0 - p.cu_queries[segment] -
                                choice.ahead); // of the slab's row 0, less `ahead`
         const int block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
         int next[AHEAD];
         auto load = [&](int i) {
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) next[k] = i + 32 * k < end ? part.indices[i + 32 * k] : -1;
+            for (int k = 0; k < AHEAD; k++) next[k] = i + 32 * k < end ? part.block_indices[i + 32 * k] : -1;
         };
         load(begin + lane);
 #pragma unroll 1
@@ -96,7 +96,7 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
             load(i + 32 * AHEAD);
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
-                const int slab_row = (int)divide(i + 32 * k, choice.by_topk);
+                const int slab_row = (int)fast_divide(i + 32 * k, choice.topk_divisor);
                 const bool seen =
                     (unsigned)now[k] - choice.init < choice.most && now[k] * choice.block - pos0 <= slab_row;
                 visit(i + 32 * k, end, block0 + now[k], seen);
@@ -107,7 +107,7 @@ static __device__ __forceinline__ void walk(const FsaPlan &p, const Part &part, 
 
 // Counts how often a part names each block, in any order. part_counts [Hkv, slabs, parts, blocks].
 __global__ void __launch_bounds__(THREADS)
-    count_kernel(FsaPlan p, FsaLists lists, Choice choice, uint32_t *part_counts) {
+    count_kernel(BatchLayout p, QueryLists lists, Choice choice, uint32_t *part_counts) {
     __shared__ uint32_t counts[COUNTED + 32]; // the last are the lanes' own, for what isn't counted
     const Part part = part_of(p, lists, choice);
     const Rows mine = cut(part.rows, WARPS, this_warp());
@@ -162,7 +162,7 @@ static __device__ __forceinline__ uint32_t number_of(uint32_t word, uint32_t b) 
 
 // Sorts a part in chunks and writes their entries to their lists.
 __global__ void __launch_bounds__(THREADS, 2)
-    fill_kernel(FsaPlan p, FsaLists lists, Choice choice, const uint32_t *part_counts) {
+    fill_kernel(BatchLayout p, QueryLists lists, Choice choice, const uint32_t *part_counts) {
     extern __shared__ uint32_t tables[];                         // [WARPS][TABLE]
     uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE); // of the chunk's entries: their blocks
     uint16_t *const sorted = keys + CHUNK;                       // the entries in order
@@ -278,42 +278,42 @@ static size_t round_up(size_t x) {
 }
 
 // Bytes of the arrays.
-static size_t entries_bytes(const FsaConfig *c, const FsaPlan *p) {
+static size_t entries_bytes(const FsaConfig *c, const BatchLayout *p) {
     return round_up((size_t)c->kv_heads * p->nq * c->topk * sizeof(uint32_t));
 }
-static size_t offsets_bytes(const FsaConfig *c, const FsaLists *l) {
+static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
     return round_up((size_t)c->kv_heads * l->slabs * (l->blocks + 1) * sizeof(uint32_t));
 }
 
 // All but the pointers.
-static FsaLists shape_of(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
-    FsaLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, 0, 0, NULL, NULL};
+static QueryLists shape_of(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
+    QueryLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, 0, 0, NULL, NULL};
     const int64_t lists = c->kv_heads * l.slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
     while (l.parts < MAX_PARTS && l.parts * lists < WANTED && l.parts * (CHUNK / 4) < entries) l.parts++;
     return l;
 }
 
-size_t fsa_lists_bytes(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
-    FsaLists l = shape_of(c, p, slab);
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
+    QueryLists l = shape_of(c, p, slab);
     return entries_bytes(c, p) + offsets_bytes(c, &l);
 }
 
 // For as many parts as shape_of may make of so many lists: all but one of each are fewer than WANTED.
-size_t fsa_lists_workspace(const FsaConfig *c, const FsaPlan *p, int64_t slab) {
-    FsaLists l = shape_of(c, p, slab);
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
+    QueryLists l = shape_of(c, p, slab);
     const int64_t lists = c->kv_heads * l.slabs;
     const int64_t counted = lists * MAX_PARTS < WANTED + lists ? lists * MAX_PARTS : WANTED + lists;
     return round_up((size_t)counted * l.blocks * sizeof(uint32_t));
 }
 
-FsaLists fsa_lists_place(const FsaConfig *c, const FsaPlan *p, int64_t slab, void *memory) {
-    FsaLists l = shape_of(c, p, slab);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *p, int64_t slab, void *memory) {
+    QueryLists l = shape_of(c, p, slab);
     l.entries = (uint32_t *)memory;
     l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, p));
     return l;
 }
 
-int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, const FsaLists *lists,
+int fsa_query_lists(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, const QueryLists *lists,
               void *workspace, cudaStream_t stream) {
     if (lists->slab > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->blocks > INT32_MAX / 2 ||
         lists->slabs > 65535) {
@@ -321,10 +321,10 @@ int fsa_lists(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, cons
     }
     if (p->nq == 0) return FSA_OK;
     const int most = (1 << 30) / c->block + 1 - lists->init - lists->local;
-    Choice choice = {indices,
+    Choice choice = {block_indices,
                      c->topk,
                      c->block,
-                     divisor_of(c->topk),
+                     make_fast_divisor(c->topk),
                      (unsigned)lists->init,
                      most > 0 ? (unsigned)most : 0,
                      (int64_t)lists->local * c->block,

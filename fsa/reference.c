@@ -270,7 +270,7 @@ static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const in
 }
 
 void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
-                             const real *k, const real *v, const int32_t *indices, real *o, real *lse) {
+                             const real *k, const real *v, const int32_t *block_indices, real *o, real *lse) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
     real scale = softmax_scale(c);
@@ -281,7 +281,7 @@ void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibilit
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
             int count = visible(c, rule, pos,
-                                rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+                                rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
                 // Softmax of the keys seen so far: their maximum, sum of exponentials, and output.
                 const real *qr = q + (row * hq + head) * d;
@@ -317,7 +317,7 @@ void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibilit
 }
 
 void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
-                              const real *k, const real *v, const int32_t *indices, const real *o,
+                              const real *k, const real *v, const int32_t *block_indices, const real *o,
                               const real *lse, const real *dout, real *dq, real *dk, real *dv) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
@@ -330,7 +330,7 @@ void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibili
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
             int count = visible(c, rule, pos,
-                                rule == FSA_SELECTED ? indices + (t.h * nq + row) * c->topk : NULL, ranges);
+                                rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL, ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
                 int64_t at_row = (row * hq + head) * d;
                 const real *qr = q + at_row, *dor = dout + at_row;
@@ -384,7 +384,7 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const real 
 }
 
 void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc, const real *lse_c,
-                     real *scratch, int32_t *indices) {
+                     real *scratch, int32_t *block_indices) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b), most = 0;
     for (int64_t s = 0; s < b->num_seqs; s++) {
@@ -397,7 +397,7 @@ void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const
         for (int64_t s = 0; s < b->num_seqs; s++) {
             Task t = make_task(c, b, s * hkv + h);
             FOR_EACH_QUERY(b, t) {
-                int32_t *chosen = indices + (h * nq + row) * c->topk;
+                int32_t *chosen = block_indices + (h * nq + row) * c->topk;
                 int64_t blocks = pos / c->block + 1;
                 int want = (int)(blocks < c->topk ? blocks : c->topk);
                 for (int i = 0; i < c->topk; i++) chosen[i] = i < want ? i : -1;
@@ -484,7 +484,7 @@ size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, 
     PLACE(vc, real, windows);
     for (int i = 0; i < 3; i++) PLACE(o[i], real, q);
     for (int i = 0; i < 3; i++) PLACE(lse[i], real, lse);
-    PLACE(indices, int32_t, choice);
+    PLACE(block_indices, int32_t, choice);
     PLACE(dbranch, real, q);
     PLACE(dkc, real, windows);
     PLACE(dvc, real, windows);
@@ -506,11 +506,11 @@ void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, cons
     FSA_REF(compress_forward)(c, b, k, v, phi, inv_freq, s->kc, s->vc);
     FSA_REF(attend_forward)(c, b, FSA_COMPRESSED, s->q, s->kc, s->vc, NULL, s->o[0], s->lse[0]);
     if (frozen) {
-        memcpy(s->indices, frozen, sizeof(int32_t) * c->kv_heads * nq * c->topk);
+        memcpy(s->block_indices, frozen, sizeof(int32_t) * c->kv_heads * nq * c->topk);
     } else {
-        FSA_REF(select)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->indices);
+        FSA_REF(select)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->block_indices);
     }
-    FSA_REF(attend_forward)(c, b, FSA_SELECTED, s->q, s->k, v, s->indices, s->o[1], s->lse[1]);
+    FSA_REF(attend_forward)(c, b, FSA_SELECTED, s->q, s->k, v, s->block_indices, s->o[1], s->lse[1]);
     FSA_REF(attend_forward)(c, b, FSA_WINDOW, s->q, s->k, v, NULL, s->o[2], s->lse[2]);
     FSA_REF(gate_forward)(c, nq, gate_logits, s->o, o);
 }
@@ -532,7 +532,7 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
         FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->dbranch, dgate_logits);
         int compressed = branch_rule[i] == FSA_COMPRESSED;
         FSA_REF(attend_backward)
-        (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->indices, s->o[i],
+        (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->block_indices, s->o[i],
          s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
     }
     FSA_REF(rope_queries)(c, b, dq, inv_freq, 1);

@@ -80,12 +80,12 @@ void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const FSA
 // Softmax attention under one of the four visibility rules. For FSA_COMPRESSED k and v are kc and
 // vc. indices is read for FSA_SELECTED alone. Every array is already rotated.
 void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const FSA_REF_REAL *q,
-                             const FSA_REF_REAL *k, const FSA_REF_REAL *v, const int32_t *indices,
+                             const FSA_REF_REAL *k, const FSA_REF_REAL *v, const int32_t *block_indices,
                              FSA_REF_REAL *o, FSA_REF_REAL *lse);
 // Adds to dq, dk, dv.
 void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule,
                               const FSA_REF_REAL *q, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
-                              const int32_t *indices, const FSA_REF_REAL *o, const FSA_REF_REAL *lse,
+                              const int32_t *block_indices, const FSA_REF_REAL *o, const FSA_REF_REAL *lse,
                               const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk, FSA_REF_REAL *dv);
 
 // Block scores S [num_blocks(t)] of one query: row `query` of q, kv head h, given the branch's lse.
@@ -95,7 +95,7 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const FSA_R
                               FSA_REF_REAL *scores);
 // The choice of blocks -> indices [Hkv, Nq, T]. scratch: [Hkv, longest sequence/B + 1] reals.
 void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *kc,
-                     const FSA_REF_REAL *lse_c, FSA_REF_REAL *scratch, int32_t *indices);
+                     const FSA_REF_REAL *lse_c, FSA_REF_REAL *scratch, int32_t *block_indices);
 
 // Gate: logits [Nq, Hq, 3] (or [Nq, 3] with gate_per_token), in the order compressed, selected,
 // sliding; o = sum over branches of sigmoid(logit) * o_branch.
@@ -111,7 +111,7 @@ typedef struct {
     FSA_REF_REAL *q, *k;               // rotated
     FSA_REF_REAL *kc, *vc;             // compressed
     FSA_REF_REAL *o[3], *lse[3];       // of the compressed, selected and sliding branch
-    int32_t *indices;                  // [Hkv, Nq, T]
+    int32_t *block_indices;                  // [Hkv, Nq, T]
     FSA_REF_REAL *dbranch, *dkc, *dvc; // backward: gate*dout [Nq, Hq, d], and gradients of kc, vc
     FSA_REF_REAL *scratch;             // of select
 } FSA_REF(State);

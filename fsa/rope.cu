@@ -6,7 +6,7 @@
 #include "mma.cuh"
 
 struct Rope {
-    FsaPlan plan;
+    BatchLayout batch;
     int queries; // rows are query rows, at their segments' positions; else keys
     int heads;
     int64_t rows;
@@ -41,12 +41,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(
         for (int i = threadIdx.x; i < rows * HALF; i += 128) {
             int64_t row = row0 + i / HALF, seq, pos;
             if (p.queries) {
-                fsa_row(p.plan, row, &seq, &pos);
+                query_position(p.batch, row, &seq, &pos);
             } else {
-                seq = fsa_find(p.plan.cu_seqlens, p.plan.num_seqs, row);
-                pos = row - p.plan.cu_seqlens[seq];
+                seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, row);
+                pos = row - p.batch.cu_seqlens[seq];
             }
-            turns[i / HALF][i % HALF] = rope_turn(pos, p.inv_freq[i % HALF]);
+            turns[i / HALF][i % HALF] = rope_cos_sin(pos, p.inv_freq[i % HALF]);
         }
     }
     __syncthreads();
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(256)
     round_dq_kernel(const float *sums, T *dq, int64_t nq, int heads, int group) {
     const int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8) / heads;
     if (row >= nq) return;
-    const int64_t sum = dq_sum_row(nq, group, row, (int)(i / (D / 8) % heads));
-    const float4 *from = (const float4 *)(sums + sum * D + dq_sum_piece(sum, (int)(i % (D / 8))) * 8);
+    const int64_t sum = dq_accum_row(nq, group, row, (int)(i / (D / 8) % heads));
+    const float4 *from = (const float4 *)(sums + sum * D + dq_accum_chunk(sum, (int)(i % (D / 8))) * 8);
     const float4 x = from[0], y = from[1];
     ((uint4 *)dq)[i] =
         make_uint4(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w), pack2<T>(y.x, y.y), pack2<T>(y.z, y.w));
@@ -90,7 +90,7 @@ template <typename T, int D> static int launch_rope(const Rope &p, cudaStream_t 
     return launch_status();
 }
 template <typename T, int D>
-static int launch_round_dq(const FsaConfig *c, const FsaPlan *p, const float *sums, void *dq,
+static int launch_round_dq(const FsaConfig *c, const BatchLayout *p, const float *sums, void *dq,
                            cudaStream_t stream) {
     const int64_t threads = p->nq * c->q_heads * (D / 8);
     if (threads == 0) return FSA_OK;
@@ -101,20 +101,20 @@ static int launch_round_dq(const FsaConfig *c, const FsaPlan *p, const float *su
 
 static int rope(const FsaConfig *c, FsaDtype dtype, Rope p, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    p.rows = p.queries ? p.plan.nq : p.plan.n;
+    p.rows = p.queries ? p.batch.nq : p.batch.n;
     p.heads = p.queries ? c->q_heads : c->kv_heads;
     return FSA_DISPATCH(dtype, c->head_dim, launch_rope, p, stream);
 }
 
-int fsa_rope_queries(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x,
+int fsa_rope_queries(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *x,
                      const double *inv_freq, void *out, cudaStream_t stream) {
     return rope(c, dtype, Rope{*p, 1, 0, 0, x, inv_freq, out}, stream);
 }
-int fsa_rope_keys(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *x, const double *inv_freq,
+int fsa_rope_keys(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *x, const double *inv_freq,
                   void *out, cudaStream_t stream) {
     return rope(c, dtype, Rope{*p, 0, 0, 0, x, inv_freq, out}, stream);
 }
-int fsa_round_dq(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const float *sums, void *dq,
+int fsa_convert_dq(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const float *sums, void *dq,
                  cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     return FSA_DISPATCH(dtype, c->head_dim, launch_round_dq, c, p, sums, dq, stream);

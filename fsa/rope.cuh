@@ -4,7 +4,7 @@
 #define FSA_ROPE_CUH
 
 // (cosine, sine) of position * inv_freq.
-__device__ __forceinline__ float2 rope_turn(int64_t position, double inv_freq) {
+__device__ __forceinline__ float2 rope_cos_sin(int64_t position, double inv_freq) {
     double turns = (double)position * inv_freq * 0.15915494309189534; // over 2 pi
     float fraction = (float)(turns - floor(turns)), cosine, sine;
     sincospif(2 * fraction, &sine, &cosine);

@@ -29,7 +29,7 @@ static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
 // follow each other, and goes through a sequence's offsets once for their sum and once for the cuts; latency
 // binds, 15 us on an H100 for all slabs and heads of 64K tokens.
 enum { CUT_THREADS = 1024 };
-static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
+static __global__ void __launch_bounds__(CUT_THREADS) work_ranges_kernel(SelectedParams a) {
     a.slab = blockIdx.x;
     const int head = blockIdx.y, lane = threadIdx.x % 32;
     Share all = {};
@@ -52,7 +52,7 @@ static __global__ void __launch_bounds__(CUT_THREADS) cut_kernel(SelArgs a) {
             if (entry - first_entry >= entries) { // the first of its sequence
                 const Run run = run_at(a, all, entry);
                 const int first = run.index - run.block;
-                last = (int)a.plan.cu_blocks[fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index) + 1];
+                last = (int)a.batch.cu_blocks[find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, run.index) + 1];
                 first_entry = all.offsets[first], entries = all.offsets[last] - first_entry;
                 sum = 0, before = 0, block = first + lane;
                 for (int other = block; other < last; other += 32) sum += cost(other);
@@ -91,10 +91,10 @@ static int64_t most(int64_t a, int64_t b) {
 // How the work is cut and where the workspace's parts lie. With more tokens a launch may take fewer rows or
 // heads, but no part of the workspace is smaller: each has a bound for all batches that are smaller in every
 // count.
-struct SelShape {
+struct SelectedSchedule {
     int group, keys, parts, heads, shares; // heads: kv heads a launch takes; shares: of a slab and head
     int init, local;                       // blocks of a row that lists leave out
-    int64_t slab, kept;                    // kept: rows of partials, see SelArgs
+    int64_t slab, kept;                    // kept: rows of partials, see SelectedParams
     size_t lists, cuts, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
     bool hopper;
     size_t bytes() const { // lists are sorted before the rest begins
@@ -102,16 +102,16 @@ struct SelShape {
     }
 };
 
-static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward) {
-    SelShape s;
+static SelectedSchedule shape_of(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
+    SelectedSchedule s;
     const bool packed_dq = backward && type == FSA_BF16;
     const int row = packed_dq ? c->head_dim / 8 * Partial<__nv_bfloat16>::BYTES : c->head_dim * 2;
-    s.hopper = fsa_hopper();
+    s.hopper = fsa_use_sm90();
     s.group = c->q_heads / c->kv_heads;
     const int wide = c->block > 64 ? 128 : 64, back_keys = s.hopper ? wide : 64;
     s.keys = backward ? back_keys : wide;
     s.parts = (int)ceil_div(c->block, s.keys);
-    const bool forced = s.hopper && !backward; // these blocks are fsa_dense_forced's
+    const bool forced = s.hopper && !backward; // these blocks are fsa_dense_init_local_forward's
     s.init = forced ? c->init_blocks : 0, s.local = forced ? c->local_blocks : 0;
     const int64_t budget = backward ? BACKWARD_BUDGET : BUDGET;
     int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
@@ -129,16 +129,16 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, in
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t places = s.hopper ? fsa_sel_places_sm90(s.keys, backward) : backward ? 2 : 3;
+    int64_t places = s.hopper ? fsa_selected_ranges_per_sm_sm90(s.keys, backward) : backward ? 2 : 3;
     places *= processors;
     s.shares = (int)least(most(places / s.heads, 1), ceil_div(s.slab * c->topk, MIN_SHARE));
     const int64_t rows = least(c->kv_heads * nq, room) * c->topk * s.parts * s.group;
     const int64_t key_room = least(c->kv_heads * key_bytes, most(KEY_BUDGET, key_bytes));
     const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_SHARE), most(places, c->kv_heads));
-    s.lists = fsa_lists_bytes(c, p, s.slab);
+    s.lists = fsa_query_lists_bytes(c, p, s.slab);
     const int64_t slabs = ceil_div(nq, least(room / 64 * 64, FSA_MAX_SLAB));
     s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * 2 * sizeof(uint32_t));
-    s.sort = fsa_lists_workspace(c, p, s.slab);
+    s.sort = fsa_query_lists_scratch_bytes(c, p, s.slab);
     s.partial = round_up(rows * row);
     s.kept = forced ? KEPT / token * slots * s.group : 0; // of whole tokens
     s.stats = backward ? 0 : round_up(rows * sizeof(float2));
@@ -149,22 +149,22 @@ static SelShape shape_of(const FsaConfig *c, const FsaPlan *p, FsaDtype type, in
     return s;
 }
 
-int64_t fsa_sel_slab(const FsaConfig *c, const FsaPlan *p) {
+int64_t fsa_selected_slab(const FsaConfig *c, const BatchLayout *p) {
     return shape_of(c, p, FSA_BF16, 0).slab;
 }
 
-size_t fsa_sel_bytes(const FsaConfig *c, const FsaPlan *p, FsaDtype type, int backward) {
+size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
     return shape_of(c, p, type, backward).bytes();
 }
 
-static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, void *memory) {
-    SelArgs a = {};
-    a.plan = *p, a.lists = fsa_lists_place(c, p, s.slab, memory);
+static SelectedParams args_of(const FsaConfig *c, const BatchLayout *p, const SelectedSchedule &s, void *memory) {
+    SelectedParams a = {};
+    a.batch = *p, a.lists = fsa_query_lists_at(c, p, s.slab, memory);
     a.lists.init = s.init, a.lists.local = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
-    a.by_topk = divisor_of(a.topk), a.by_group = divisor_of(a.group);
+    a.topk_divisor = make_fast_divisor(a.topk), a.group_divisor = make_fast_divisor(a.group);
     a.kept = (uint32_t)s.kept;
     char *at = (char *)memory + s.lists;
     auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
@@ -180,24 +180,24 @@ static SelArgs args_of(const FsaConfig *c, const FsaPlan *p, const SelShape &s, 
 }
 
 // All index lists, and their shares.
-static int prepare(const FsaConfig *c, const FsaPlan *p, const int32_t *indices, SelArgs *a,
+static int prepare(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, SelectedParams *a,
                    cudaStream_t stream) {
     // The sort's workspace lies where partials will.
-    int status = fsa_lists(c, p, indices, &a->lists, a->partial, stream);
+    int status = fsa_query_lists(c, p, block_indices, &a->lists, a->partial, stream);
     if (status || a->lists.slabs == 0) return status;
-    cut_kernel<<<dim3((unsigned)a->lists.slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
-    a->indices = indices;
+    work_ranges_kernel<<<dim3((unsigned)a->lists.slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
+    a->block_indices = block_indices;
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
+static int forward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
-        if (s.hopper && fsa_sel_pack_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
+        if (s.hopper && fsa_pack_v_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
-            a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            int status = s.hopper ? fsa_sel_forward_sm90(a, dtype, head_dim, heads, stream)
-                                  : fsa_sel_forward_sm80(a, dtype, head_dim, heads, stream);
+            a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
+            int status = s.hopper ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
+                                  : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream);
             if (status) return status;
             fsa_selected_combine(a, dtype, head_dim, heads, s.hopper, stream);
         }
@@ -205,13 +205,13 @@ static int forward(SelArgs a, const SelShape &s, FsaDtype dtype, int head_dim, c
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
+static int backward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
-            a.tokens = a.plan.nq - a.slab * s.slab < s.slab ? a.plan.nq - a.slab * s.slab : s.slab;
-            int status = s.hopper ? fsa_sel_backward_sm90(a, dtype, head_dim, heads, stream)
-                                  : fsa_sel_backward_sm80(a, dtype, head_dim, heads, stream);
+            a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
+            int status = s.hopper ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
+                                  : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream);
             if (status) return status;
             fsa_selected_combine_backward(a, dtype, head_dim, heads, s.hopper, stream);
         }
@@ -220,36 +220,36 @@ static int backward(SelArgs a, const SelShape &s, FsaDtype dtype, int head_dim, 
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-int fsa_sel_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                    const void *v, const int32_t *indices, void *memory, void *o, float *lse,
-                    const FsaGate *gate, cudaStream_t stream) {
-    SelShape s = shape_of(c, p, type, 0);
+int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
+                    const void *v, const int32_t *block_indices, void *memory, void *o, float *lse,
+                    const GateCombine *gate, cudaStream_t stream) {
+    SelectedSchedule s = shape_of(c, p, type, 0);
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     if (s.init + s.local > 0) {
-        int status = fsa_dense_forced(c, p, type, q, k, v, o, lse, stream);
+        int status = fsa_dense_init_local_forward(c, p, type, q, k, v, o, lse, stream);
         if (status) return status;
     }
-    SelArgs a = args_of(c, p, s, memory);
-    int status = prepare(c, p, indices, &a, stream);
+    SelectedParams a = args_of(c, p, s, memory);
+    int status = prepare(c, p, block_indices, &a, stream);
     if (status) return status;
     a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
     if (gate) a.gate = *gate, a.per_token = c->gate_per_token;
     return forward(a, s, type, c->head_dim, stream);
 }
 
-int fsa_sel_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *indices, int local, const void *dout, const float *delta,
-                     const float *lse_grad, const FsaSums *others, void *memory, void *dq, void *dk, void *dv,
+int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
+                     const void *v, const int32_t *block_indices, int local, const void *dout, const float *delta,
+                     const float *lse_bwd, const BranchGradients *others, void *memory, void *dq, void *dk, void *dv,
                      cudaStream_t stream) {
-    SelShape s = shape_of(c, p, type, 1);
+    SelectedSchedule s = shape_of(c, p, type, 1);
     s.local = local;
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
-    SelArgs a = args_of(c, p, s, memory);
-    int status = prepare(c, p, indices, &a, stream);
+    SelectedParams a = args_of(c, p, s, memory);
+    int status = prepare(c, p, block_indices, &a, stream);
     if (status) return status;
-    a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_grad = lse_grad;
+    a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_bwd = lse_bwd;
     a.dq = dq, a.dk = dk, a.dv = dv;
     if (others) a.others = *others;
     return backward(a, s, type, c->head_dim, stream);

@@ -13,44 +13,44 @@ template <typename P, int D> struct PartialRow {
     unsigned valid;          // of 16 slots, a bit each: those that are in the lists, as lists.cu has it
     uint64_t policy;         // of the token's rows
     Partial<P> x[LOADS];
-    __device__ __forceinline__ PartialRow(const SelArgs &a, uint32_t index) {
+    __device__ __forceinline__ PartialRow(const SelectedParams &a, uint32_t index) {
         const uint32_t rows = (uint32_t)a.tokens * a.group;
         there = index < rows, index = min(index, rows - 1), piece = threadIdx.x % LANES;
-        const uint32_t token = divide(index, a.by_group), in_group = index - token * a.group;
+        const uint32_t token = fast_divide(index, a.group_divisor), in_group = index - token * a.group;
         row = (uint32_t)a.slab * (uint32_t)a.lists.slab + token;
         int64_t seq;
-        fsa_row(a.plan, row, &seq, &pos);
+        query_position(a.batch, row, &seq, &pos);
         to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
         first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
         from = a.partial + first * (uint64_t)row_bytes<P, D>() + Partial<P>::offset(piece);
-        policy = first < a.kept ? l2_last() : l2_first();
+        policy = first < a.kept ? l2_evict_last() : l2_evict_first();
     }
     // Of slots slot0 .. slot0 + 15. Whole warps call it.
-    __device__ __forceinline__ void find_valid(const SelArgs &a, int slot0) {
-        const int32_t *const indices =
-            a.indices + ((a.head0 + blockIdx.y) * (uint32_t)a.plan.nq + row) * (uint64_t)a.topk;
+    __device__ __forceinline__ void find_valid(const SelectedParams &a, int slot0) {
+        const int32_t *const block_indices =
+            a.block_indices + ((a.head0 + blockIdx.y) * (uint32_t)a.batch.nq + row) * (uint64_t)a.topk;
         valid = 0;
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             const int slot = slot0 + k * LANES + piece;
             int index = -1;
-            if (slot < a.topk * a.parts) index = indices[a.parts == 1 ? slot : slot / a.parts];
+            if (slot < a.topk * a.parts) index = block_indices[a.parts == 1 ? slot : slot / a.parts];
             const unsigned all = __ballot_sync(
                 0xffffffffu, index >= a.lists.init && ((int64_t)index + a.lists.local) * a.block <= pos);
             valid |= (all >> (threadIdx.x % 32 / LANES * LANES) & ((1ull << LANES) - 1)) << k * LANES;
         }
     }
     // Starts to load a slot to x[i]; zeros if it isn't valid.
-    __device__ __forceinline__ void load(const SelArgs &a, int i, int slot) {
+    __device__ __forceinline__ void load(const SelectedParams &a, int i, int slot) {
         x[i] = Partial<P>::load(from + slot * (uint64_t)(a.group * row_bytes<P, D>()), piece,
                                 valid >> slot % 16 & 1, policy);
     }
-    __device__ __forceinline__ void load_first(const SelArgs &a, int slot0) {
+    __device__ __forceinline__ void load_first(const SelectedParams &a, int slot0) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) load(a, i, slot0 + i);
     }
     // use(x, i) for each of up to 16 slots from slot0 on, of which load_first has begun to load the first.
-    template <typename Use> __device__ __forceinline__ void each(const SelArgs &a, int slot0, Use use) {
+    template <typename Use> __device__ __forceinline__ void each(const SelectedParams &a, int slot0, Use use) {
         const bool more = slot0 + LOADS < a.topk * a.parts;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
@@ -75,7 +75,7 @@ template <typename P, int D> struct PartialRow {
 // early and wait in shared memory. Reads T*parts rows of 2*D + 8 bytes and up to three of 2*D, writes two, or
 // the sum alone. 64K tokens, 32 heads, T = 16, d = 128, 3 blocks left out, with a gate: 7.2 GB and 1.6
 // in, 1.1 out, 2.2 ms at 4.5 TB/s. Memory binds: on an H100 2.6 TB/s of 3.0.
-template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_merge_kernel(SelArgs a) {
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams a) {
     typedef PartialRow<__half, D> Row;
     const int slots = a.topk * a.parts;
     if ((blockIdx.x * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
@@ -96,8 +96,8 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if (gated && r.piece < 3)
         logit = ((const T *)a.gate.logits)[(a.per_token ? r.row : r.to) * 3ull + r.piece];
     r.find_valid(a, 0);
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    pdl_wait();
+    pdl_launch_dependents();
     r.load_first(a, 0);
     float2 stats[Row::HELD]; // of slots k*LANES + piece
     auto load_stats = [&](int slot0) {
@@ -169,16 +169,16 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
 // order, to dkv: the thread block is number `quarter` of four. Most lists have one piece, block 0's, in which
 // all queries are, a dozen. Reads 64 KiB a piece (d = 128), and as much again of dkv, which it writes;
 // latency binds, so four pieces are under way at a time.
-template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned index, unsigned quarter) {
+template <int D> static __device__ void sum_crossing(const SelectedParams &a, unsigned index, unsigned quarter) {
     const Share share = share_of(a, a.head0 + blockIdx.y, index);
     if (share.begin >= share.end) return;
     Run run = run_at(a, share, share.end - 1);
     if (run.first < share.begin || run.last <= share.end) return;
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    pdl_wait();
+    pdl_launch_dependents();
     const int64_t size = (int64_t)a.parts * a.keys * 2 * D / 4; // of a piece, in float4
     const float4 *pieces = (const float4 *)a.crossing + ((int64_t)blockIdx.y * a.shares + index + 1) * size;
-    float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.plan.n + run.key0) * 2 * D);
+    float4 *to = (float4 *)(a.dkv + ((int64_t)blockIdx.y * a.batch.n + run.key0) * 2 * D);
     const uint32_t *const cuts = a.cuts + first_cut(a, a.head0 + blockIdx.y) + index + 1;
     int count = 1; // pieces
     while (index + 1 + count < a.shares && cuts[count] < run.last) count++;
@@ -199,7 +199,7 @@ template <int D> static __device__ void sum_crossing(const SelArgs &a, unsigned 
 
 // D/8 lanes add up the dQ partials of one (token, head) and what other branches have added to it, and turn
 // the sum back to the unrotated query. Thread block `index` of those that do.
-template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, unsigned index) {
+template <typename T, int D> static __device__ void sum_dq(const SelectedParams &a, unsigned index) {
     typedef PartialRow<T, D> Row;
     __shared__ float2 all_turns[256 / Row::LANES][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.parts;
@@ -208,9 +208,9 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
     r.find_valid(a, 0);
     float2 *const turns = all_turns[threadIdx.x / Row::LANES];
     if (a.others.inv_freq)
-        for (int i = r.piece; i < D / 2; i += Row::LANES) turns[i] = rope_turn(r.pos, a.others.inv_freq[i]);
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+        for (int i = r.piece; i < D / 2; i += Row::LANES) turns[i] = rope_cos_sin(r.pos, a.others.inv_freq[i]);
+    pdl_wait();
+    pdl_launch_dependents();
     float acc[8] = {};
     for (int s0 = 0; s0 < slots; s0 += 16) {
         if (s0 > 0) r.find_valid(a, s0);
@@ -230,8 +230,8 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
     exchange(0, 1, 1), exchange(2, 3, 1);
     exchange(0, 2, 2), exchange(1, 3, 2);
     if (a.others.dq) {
-        const int64_t sum = dq_sum_row(a.plan.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
-        const float4 *from = (const float4 *)(a.others.dq + sum * D + dq_sum_piece(sum, r.piece) * 8);
+        const int64_t sum = dq_accum_row(a.batch.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
+        const float4 *from = (const float4 *)(a.others.dq + sum * D + dq_accum_chunk(sum, r.piece) * 8);
         const float4 x = from[0], y = from[1];
         acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
         acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
@@ -251,8 +251,8 @@ template <typename T, int D> static __device__ void sum_dq(const SelArgs &a, uns
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
 // T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of others.dq, and writes one: 7.5 GB in
-// and 0.5 out for the case of selected_merge_kernel, 1.8 ms.
-template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_sums_kernel(SelArgs a) {
+// and 0.5 out for the case of selected_combine_kernel, 1.8 ms.
+template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_combine_bwd_kernel(SelectedParams a) {
     const unsigned crossing = a.shares * 4;
     if (blockIdx.x < crossing)
         sum_crossing<D>(a, blockIdx.x / 4, blockIdx.x % 4);
@@ -263,16 +263,16 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) backward_
 // dK and dV of a KV block, zeros where nobody chose it, join those of the other branches, dK is turned back,
 // and all become the caller's type and layout: 8 bytes in and 4 out a channel and token, and 12 of the other
 // branches. Without these 2.5 TB/s on an H100, where memory binds; with them it wasn't measured by itself.
-template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelArgs a) {
+template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_kernel(SelectedParams a) {
     const int64_t block = blockIdx.x;
-    wait_for_previous_kernel();
-    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return;
+    pdl_wait();
+    if (block >= a.batch.cu_blocks[a.batch.num_seqs]) return;
     const int head = a.head0 + blockIdx.y;
-    const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block), seq0 = a.plan.cu_seqlens[seq];
-    const int64_t key0 = seq0 + (block - a.plan.cu_blocks[seq]) * a.block;
-    const int keys = (int)min((int64_t)a.block, a.plan.cu_seqlens[seq + 1] - key0);
+    const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, block), seq0 = a.batch.cu_seqlens[seq];
+    const int64_t key0 = seq0 + (block - a.batch.cu_blocks[seq]) * a.block;
+    const int keys = (int)min((int64_t)a.block, a.batch.cu_seqlens[seq + 1] - key0);
     const bool chosen = listed(a, head, block, a.lists.slabs);
-    const float *own = a.dkv + ((int64_t)blockIdx.y * a.plan.n + key0) * 2 * D;
+    const float *own = a.dkv + ((int64_t)blockIdx.y * a.batch.n + key0) * 2 * D;
     // Four channels of dK or dV of a token, and the four that RoPE turns them with.
     for (int i = threadIdx.x; i < keys * 2 * D / 8; i += 256) {
         const int token = i / (2 * D / 8), is_v = i / (D / 8) % 2, channel = i % (D / 8) * 4;
@@ -289,7 +289,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
         if (!is_v && a.others.inv_freq) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 turn = rope_turn(key0 + token - seq0, a.others.inv_freq[channel + j]);
+                const float2 turn = rope_cos_sin(key0 + token - seq0, a.others.inv_freq[channel + j]);
                 const float x = lo[j], y = hi[j];
                 lo[j] = x * turn.x + y * turn.y, hi[j] = y * turn.x - x * turn.y;
             }
@@ -301,28 +301,28 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
     }
 }
 
-template <typename T, int D> static int combine(const SelArgs &a, unsigned heads, bool early, cudaStream_t stream) {
+template <typename T, int D> static int combine(const SelectedParams &a, unsigned heads, bool early, cudaStream_t stream) {
     dim3 grid((unsigned)ceil_div(a.tokens * a.group, 256 / (D / 8)), heads);
-    launch(early && can_wait(selected_merge_kernel<T, D>), selected_merge_kernel<T, D>, grid, 256, 0, stream, a);
+    launch(early && supports_pdl(selected_combine_kernel<T, D>), selected_combine_kernel<T, D>, grid, 256, 0, stream, a);
     return FSA_OK;
 }
-template <typename T, int D> static int combine_backward(const SelArgs &a, unsigned heads, bool early, cudaStream_t stream) {
+template <typename T, int D> static int combine_backward(const SelectedParams &a, unsigned heads, bool early, cudaStream_t stream) {
     dim3 grid((unsigned)(a.shares * 4 + ceil_div(a.tokens * a.group, 256 / (D / 8))), heads);
-    launch(early && can_wait(backward_sums_kernel<T, D>), backward_sums_kernel<T, D>, grid, 256, 0, stream, a);
+    launch(early && supports_pdl(selected_combine_bwd_kernel<T, D>), selected_combine_bwd_kernel<T, D>, grid, 256, 0, stream, a);
     return FSA_OK;
 }
-template <typename T, int D> static int store_dkv(const SelArgs &a, unsigned heads, bool early, cudaStream_t stream) {
+template <typename T, int D> static int store_dkv(const SelectedParams &a, unsigned heads, bool early, cudaStream_t stream) {
     dim3 grid((unsigned)a.lists.blocks, heads);
-    launch(early && can_wait(dkv_store_kernel<T, D>), dkv_store_kernel<T, D>, grid, 256, 0, stream, a);
+    launch(early && supports_pdl(dkv_store_kernel<T, D>), dkv_store_kernel<T, D>, grid, 256, 0, stream, a);
     return FSA_OK;
 }
 
-int fsa_selected_combine(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
+int fsa_selected_combine(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, combine, a, heads, early, stream);
 }
-int fsa_selected_combine_backward(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
+int fsa_selected_combine_backward(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, combine_backward, a, heads, early, stream);
 }
-int fsa_selected_store_dkv(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
+int fsa_selected_store_dkv(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool early, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, store_dkv, a, heads, early, stream);
 }

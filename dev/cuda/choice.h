@@ -5,12 +5,12 @@
 
 // A thread chooses for one (kv head, query) of a single sequence: the forced blocks, then distinct others.
 // clustered: the others come from 4*topk neighbours of a place that 64 neighbouring queries share.
-__global__ void random_choice_kernel(int32_t *indices, int64_t nq, FsaConfig c, uint64_t seed,
+__global__ void random_choice_kernel(int32_t *block_indices, int64_t nq, FsaConfig c, uint64_t seed,
                                      int clustered) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i >= nq * c.kv_heads) return;
     int64_t pos = i % nq;
-    int32_t *out = indices + i * c.topk;
+    int32_t *out = block_indices + i * c.topk;
     int blocks = (int)(pos / c.block + 1), want = min(blocks, c.topk), count = 0;
     uint64_t s = seed + (uint64_t)i * 1000003, shared = seed + (uint64_t)(i / 64) * 7919;
     auto next = [](uint64_t *state) {
@@ -37,9 +37,9 @@ __global__ void random_choice_kernel(int32_t *indices, int64_t nq, FsaConfig c, 
     }
     for (int j = count; j < c.topk; j++) out[j] = -1;
 }
-static inline void random_choice_device(int32_t *indices, int64_t nq, const FsaConfig &c, uint64_t seed,
+static inline void random_choice_device(int32_t *block_indices, int64_t nq, const FsaConfig &c, uint64_t seed,
                                         bool clustered = false) {
-    random_choice_kernel<<<(unsigned)((nq * c.kv_heads + 255) / 256), 256>>>(indices, nq, c, seed, clustered);
+    random_choice_kernel<<<(unsigned)((nq * c.kv_heads + 255) / 256), 256>>>(block_indices, nq, c, seed, clustered);
     CUDA_CHECK(cudaGetLastError());
 }
 #endif

@@ -26,7 +26,7 @@ __global__ void classifier_rows_kernel(floatX *all_logits, float *losses, int32_
         if (other > max || (other == max && other_at < at)) max = other, at = other_at;
     }
     for (int j = lane; j < v; j += LANES) sum += expf((float)logits[j] - max);
-    sum = lanes_sum<LANES>(sum);
+    sum = lanes_reduce_sum<LANES>(sum);
     float lse = max + logf(sum);
     int target = targets[row];
     float loss = lse - (float)logits[target];

@@ -185,7 +185,7 @@ struct Batch {
     std::vector<int64_t> cu;
     std::vector<FsaSegment> segments;
     FsaBatch ref;
-    FsaPlan plan;
+    BatchLayout batch;
     Buffer<int64_t> *cu_device;
     Buffer<FsaSegment> *segments_device;
     Buffer<char> *memory;
@@ -201,8 +201,8 @@ struct Batch {
         ref = FsaBatch{(int64_t)lengths.size(), cu.data(), (int64_t)segments.size(), segments.data()};
         cu_device = new Buffer<int64_t>(cu);
         segments_device = new Buffer<FsaSegment>(segments);
-        memory = new Buffer<char>((int64_t)fsa_plan_bytes(ref.num_seqs, ref.num_segments));
-        FSA_CHECK(fsa_plan(&plan, &c, fsa_batch_queries(&ref), fsa_batch_keys(&ref), ref.num_seqs,
+        memory = new Buffer<char>((int64_t)fsa_batch_layout_bytes(ref.num_seqs, ref.num_segments));
+        FSA_CHECK(fsa_batch_layout(&batch, &c, fsa_batch_queries(&ref), fsa_batch_keys(&ref), ref.num_seqs,
                            ref.num_segments, longest, cu_device->get(), segments_device->get(), memory->get(),
                            0));
     }
@@ -232,8 +232,8 @@ static inline std::vector<double> frequencies(int d) {
 // The sums for dq (kernels.h) as dq [Nq, Hq, d], and back.
 static inline int64_t dq_sum_at(const FsaConfig &c, int64_t nq, int64_t i) {
     int64_t d = c.head_dim, head = i / d % c.q_heads,
-            row = dq_sum_row(nq, c.q_heads / c.kv_heads, i / d / c.q_heads, (int)head);
-    return row * d + dq_sum_piece(row, (int)(i % d / 8)) * 8 + i % 8;
+            row = dq_accum_row(nq, c.q_heads / c.kv_heads, i / d / c.q_heads, (int)head);
+    return row * d + dq_accum_chunk(row, (int)(i % d / 8)) * 8 + i % 8;
 }
 static inline std::vector<float> dq_of_sums(const FsaConfig &c, int64_t nq, const std::vector<float> &sums) {
     std::vector<float> dq(sums.size());
@@ -246,7 +246,7 @@ static inline std::vector<float> sums_of_dq(const FsaConfig &c, int64_t nq, cons
     return sums;
 }
 // Elements of a k or v of `rule` as the library reads it: of windows N/s rows, however many there are (fsa.h).
-static inline int64_t key_room(const FsaConfig &c, const FsaPlan &p, FsaVisibility rule) {
+static inline int64_t key_room(const FsaConfig &c, const BatchLayout &p, FsaVisibility rule) {
     return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;
 }
 
@@ -348,7 +348,7 @@ struct Result {
     int64_t n;
     FsaConfig c;
     double ms, tflops, err; // err: the worst of this run's checks; -1 where it made none
-    const char *indices;    // NULL: none
+    const char *block_indices;    // NULL: none
     const char *version;    // "library", "1", ...
     int64_t sequences;
 };
@@ -373,7 +373,7 @@ static inline void record(const Result &r) {
     if (r.c.cmp_stride != 16) fprintf(f, ",\"s\":%d", r.c.cmp_stride);
     if (r.c.window != 512) fprintf(f, ",\"W\":%d", r.c.window);
     if (r.sequences > 1) fprintf(f, ",\"sequences\":%lld", (long long)r.sequences);
-    if (r.indices) fprintf(f, ",\"indices\":\"%s\"", r.indices);
+    if (r.block_indices) fprintf(f, ",\"block_indices\":\"%s\"", r.block_indices);
     fprintf(f, ",\"version\":\"%s\"}\n", r.version);
     fclose(f);
 }

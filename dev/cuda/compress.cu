@@ -9,11 +9,11 @@
 // Version 1. A thread: channels c and c + d/2 of a window. Each reads l*d inputs and 2*l*d weights.
 template <typename T, int D> __global__ void __launch_bounds__(D / 2) naive_forward_kernel(const Compress p) {
     int64_t window = blockIdx.x, token = (int64_t)p.kv_heads * D;
-    if (window >= p.plan.cu_windows[p.plan.num_seqs]) return;
+    if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
     int c = threadIdx.x, head = blockIdx.y, which = blockIdx.z;
-    int64_t seq = fsa_find(p.plan.cu_windows, p.plan.num_seqs, window);
-    int64_t start = (window - p.plan.cu_windows[seq]) * p.stride;
-    const T *x = (const T *)p.in[which] + (p.plan.cu_seqlens[seq] + start) * token + head * D;
+    int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
+    int64_t start = (window - p.batch.cu_windows[seq]) * p.stride;
+    const T *x = (const T *)p.in[which] + (p.batch.cu_seqlens[seq] + start) * token + head * D;
     const T *w = (const T *)p.weight[which] + (int64_t)head * p.len * D * D,
             *pe = (const T *)p.pe + (int64_t)head * p.len * D;
     float lo = 0, hi = 0;
@@ -24,7 +24,7 @@ template <typename T, int D> __global__ void __launch_bounds__(D / 2) naive_forw
         hi += xi * to_f32(w[(int64_t)i * D + c + D / 2]);
     }
     if (which == 0 && p.inv_freq) {
-        float2 turn = rope_turn(start, p.inv_freq[c]);
+        float2 turn = rope_cos_sin(start, p.inv_freq[c]);
         float a = lo, b = hi;
         lo = a * turn.x - b * turn.y;
         hi = b * turn.x + a * turn.y;
@@ -37,7 +37,7 @@ static int launch_naive(const Compress &p, int64_t windows, cudaStream_t stream)
     naive_forward_kernel<T, D><<<dim3((unsigned)windows, p.kv_heads, 2), D / 2, 0, stream>>>(p);
     return launch_status();
 }
-static int naive_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, const void *k, const void *v,
+static int naive_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
                          const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
                          void *vc, void *workspace, cudaStream_t stream) {
     Compress s = compress_of(c, p, k, v, wk, pe, wv, inv_freq, workspace);
@@ -65,7 +65,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     c.phi = phi;
     Batch b(c, s.lengths, s.segments);
     const FsaDtype type = Dtype<T>::value;
-    int64_t d = c.head_dim, rows = b.plan.n * c.kv_heads,
+    int64_t d = c.head_dim, rows = b.batch.n * c.kv_heads,
             windows = fsa_batch_windows(&c, &b.ref) * c.kv_heads;
     int64_t weights = c.kv_heads * c.cmp_len * d, linear = phi == FSA_PHI_LINEAR;
     std::string what = std::string(linear ? with_pe ? "linear " : "linear without pe " : "mean ") +
@@ -78,7 +78,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     Buffer<T> k_dev(k.raw), v_dev(v.raw), wk_dev(wk.raw), wv_dev(wv.raw), pe_dev(pe.raw), kc(windows * d),
         vc(windows * d);
     Buffer<double> freq_dev(freq);
-    Buffer<char> workspace((int64_t)fsa_compress_workspace(&c, &b.plan, 1));
+    Buffer<char> workspace((int64_t)fsa_compress_scratch_bytes(&c, &b.batch, 1));
     const T *pe_arg = with_pe && linear ? pe_dev.get() : NULL;
     std::vector<float> zero(weights);
     fsa_ref_Phi_f32 ref_phi = {linear ? wk.f.data() : NULL,
@@ -94,7 +94,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
         for (int again = 0; again < 2; again++) {
             kc.poison();
             vc.poison();
-            FSA_CHECK(version.run(&c, &b.plan, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
+            FSA_CHECK(version.run(&c, &b.batch, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
                                   freq_dev, kc, vc, workspace.get(), 0));
             CUDA_CHECK(cudaDeviceSynchronize());
         }
@@ -123,7 +123,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
             dk.poison(), dv.poison();
             for (int i = 2; i < 5; i++) outs[i]->zero();
         }
-        FSA_CHECK(fsa_compress_backward(&c, &b.plan, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
+        FSA_CHECK(fsa_compress_backward(&c, &b.batch, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
                                         freq_dev, dkc_dev, dvc_dev, dk, dv, run == 2, dwk, dpe, dwv,
                                         workspace.get(), 0));
         CUDA_CHECK(cudaDeviceSynchronize());
@@ -153,22 +153,22 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
     Buffer<double> freq_dev(freq);
     for (int queries = 0; queries < 2; queries++) {
         std::string what = std::string("rope ") + Dtype<T>::name + " " + shape_name(s);
-        int64_t size = (queries ? b.plan.nq * c.q_heads : b.plan.n * c.kv_heads) * c.head_dim;
+        int64_t size = (queries ? b.batch.nq * c.q_heads : b.batch.n * c.kv_heads) * c.head_dim;
         auto ref_rope = queries ? fsa_ref_rope_queries_f32 : fsa_ref_rope_keys_f32;
         Host<T> x(r, size, 1);
         Buffer<T> x_dev(x.raw), out(size);
         std::vector<float> ref = x.f;
         ref_rope(&c, &b.ref, ref.data(), freq.data(), 0);
-        FSA_CHECK((queries ? fsa_rope_queries : fsa_rope_keys)(&c, &b.plan, type, x_dev, freq_dev, out, 0));
+        FSA_CHECK((queries ? fsa_rope_queries : fsa_rope_keys)(&c, &b.batch, type, x_dev, freq_dev, out, 0));
         compare(out.floats(), ref, Dtype<T>::out_tolerance, what, NULL);
         check_that(out.guards_intact(), ("guards " + what).c_str(), 1, 0);
 
         if (!queries) continue;
         std::vector<float> dx(size);
         for (float &y : dx) y = r->normal();
-        Buffer<float> dx_dev(sums_of_dq(c, b.plan.nq, dx));
+        Buffer<float> dx_dev(sums_of_dq(c, b.batch.nq, dx));
         out.poison();
-        FSA_CHECK(fsa_round_dq(&c, &b.plan, type, dx_dev, out, 0));
+        FSA_CHECK(fsa_convert_dq(&c, &b.batch, type, dx_dev, out, 0));
         compare(out.floats(), dx, Dtype<T>::out_tolerance, "rounding of " + what, NULL);
     }
 }
@@ -185,7 +185,7 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
     Buffer<float> dkc(windows * d), dvc(windows * d), dk(rows * d), dv(rows * d), dwk(weights * d),
         dwv(weights * d), dpe(weights);
     Buffer<double> freq(frequencies(d));
-    Buffer<char> workspace((int64_t)fsa_compress_workspace(&c, &b.plan, 1));
+    Buffer<char> workspace((int64_t)fsa_compress_scratch_bytes(&c, &b.batch, 1));
     fill_random(k.get(), k.n, seed, 1.0f);
     fill_random(v.get(), v.n, seed + 1, 1.0f);
     fill_random(wk.get(), wk.n, seed + 2, 0.02f);
@@ -206,7 +206,7 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
         if (naive && (t.n > 8192 || !linear)) continue;
         double ms = time_ms(
             [&] {
-                FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, k, v, wk, pe, wv, freq, kc, vc,
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, k, v, wk, pe, wv, freq, kc, vc,
                                       workspace.get(), 0));
             },
             naive ? 3 : 10);
@@ -214,7 +214,7 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
                (4.0 * rows + 4.0 * windows + 4.0 * weights * linear) * d);
     }
     double ms = time_ms([&] {
-        FSA_CHECK(fsa_compress_backward(&c, &b.plan, Dtype<T>::value, k, v, wk, pe, wv, freq, dkc, dvc, dk,
+        FSA_CHECK(fsa_compress_backward(&c, &b.batch, Dtype<T>::value, k, v, wk, pe, wv, freq, dkc, dvc, dk,
                                         dv, 0, dwk, dpe, dwv, workspace.get(), 0));
     });
     report(result("bwd", "library", ms), 2 * products,
@@ -228,7 +228,7 @@ template <typename T> static void time_rope(const Timing &t) {
     Buffer<T> x(size), out(size);
     Buffer<double> freq(frequencies(128));
     fill_random(x.get(), size, 1, 1.0f);
-    double ms = time_ms([&] { FSA_CHECK(fsa_rope_queries(&c, &b.plan, Dtype<T>::value, x, freq, out, 0)); });
+    double ms = time_ms([&] { FSA_CHECK(fsa_rope_queries(&c, &b.batch, Dtype<T>::value, x, freq, out, 0)); });
     printf("rope   fwd n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", (long long)t.n, t.hq, ms,
            4.0 * size / ms * 1e-9);
 }

@@ -18,21 +18,21 @@ struct Bench {
     int64_t size_q, size_k, size_c, size_w;
     Buffer<T> q, k, v, kc, vc, dout, o, dq, dk, dv, gate, dgate, wk, wv;
     Buffer<float> lse, dwk, dwv;
-    Buffer<int32_t> indices;
+    Buffer<int32_t> block_indices;
     Bench(Random *r, int64_t n, int hq, int hkv, int block, int topk)
         : c(default_config(hq, hkv, 128, block, topk)),
-          batch(c, {n}), b{n, n, 1, 1, n, batch.plan.cu_seqlens, batch.plan.segments}, size_q(n * hq * 128),
+          batch(c, {n}), b{n, n, 1, 1, n, batch.batch.cu_seqlens, batch.batch.segments}, size_q(n * hq * 128),
           size_k(n * hkv * 128), size_c(n / c.cmp_stride * hkv * 128),
           size_w((int64_t)hkv * c.cmp_len * 128 * 128), q(size_q), k(size_k), v(size_k), kc(size_c),
           vc(size_c), dout(size_q), o(size_q), dq(size_q), dk(size_k), dv(size_k), gate(n * hq * 3),
           dgate(n * hq * 3), wk(size_w), wv(size_w), lse(n * hq), dwk(size_w), dwv(size_w),
-          indices(hkv * n * topk) {
+          block_indices(hkv * n * topk) {
         Buffer<T> *inputs[] = {&q, &k, &v, &kc, &vc, &dout, &gate};
         for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
         fill_random(wk.get(), size_w, r->u64(), 1.0f / 64);
         fill_random(wv.get(), size_w, r->u64(), 1.0f / 64);
         dwk.zero(), dwv.zero();
-        random_choice_device(indices, n, c, r->u64());
+        random_choice_device(block_indices, n, c, r->u64());
     }
     // Times f, and records it; flops: of what `part` has to compute, 0 where that isn't said.
     template <typename F>
@@ -61,16 +61,16 @@ struct Bench {
         double flops = 4.0 * size_q * c.topk * c.block;
         Times t;
         t.ms[0] = run("sel", "nsa", 0, flops, [&] {
-            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, indices, o, lse, work, bytes, 0);
+            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, work, bytes, 0);
         });
         t.ms[1] = run("sel", "nsa", 1, 2.5 * flops, [&] {
-            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, indices, o, lse, dout, dq, dk, dv, work,
+            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, dout, dq, dk, dv, work,
                                          bytes, 0);
         });
         return t;
     }
     Times dense(FsaVisibility rule) {
-        size_t bytes = std::max(room(FSA_ATTEND_FORWARD), room(FSA_ATTEND_BACKWARD));
+        size_t bytes = std::max(room(FSA_ATTENTION_FORWARD), room(FSA_ATTENTION_BACKWARD));
         Buffer<char> work((int64_t)bytes);
         const char *part = rule == FSA_CAUSAL ? "full" : rule == FSA_WINDOW ? "win" : "cmp";
         const char *attn = rule == FSA_CAUSAL ? "full" : "nsa";
@@ -81,20 +81,20 @@ struct Bench {
         double flops = 4.0 * size_q * keys;
         Times t;
         t.ms[0] = run(part, attn, 0, flops, [&] {
-            return fsa_attend_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, work, bytes, 0);
+            return fsa_attention_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, work, bytes, 0);
         });
         t.ms[1] = run(part, attn, 1, 2.5 * flops, [&] {
-            return fsa_attend_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv, work, bytes,
+            return fsa_attention_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv, work, bytes,
                                        0);
         });
         return t;
     }
     double choice() { // after dense(FSA_COMPRESSED), whose lse it reads
-        size_t bytes = room(FSA_SELECT);
+        size_t bytes = room(FSA_SELECT_BLOCKS);
         Buffer<char> work((int64_t)bytes);
-        Buffer<int32_t> chosen(indices.n);
+        Buffer<int32_t> chosen(block_indices.n);
         return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride,
-                   [&] { return fsa_select(&c, FSA_BF16, &b, q, kc, lse, chosen, work, bytes, 0); });
+                   [&] { return fsa_select_blocks(&c, FSA_BF16, &b, q, kc, lse, chosen, work, bytes, 0); });
     }
     Times whole(int recompute) {
         const char *version = recompute ? "recompute" : "library";

@@ -3,7 +3,7 @@
 //   version 1: a warp a query row (dq), a warp a key (dk, dv); one pair after another, in fp32
 //   library:   fsa/dense.cu: a kernel for dK and dV (keys outside), one for dQ (queries outside), mma.sync; on
 //              Hopper fsa/dense_sm90.cu: one kernel, keys outside, which adds to dQ in a fixed order
-// Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_grad.
+// Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_bwd.
 // usage: dense_backward [seed=N] [check [small] | time]      both by default
 #include "../../fsa/dense.cuh"
 #include "shapes.h"
@@ -25,11 +25,11 @@ template <int N> __device__ void store_row(float *to, int64_t at, const float (&
 }
 
 // Version 1. Reads K and V once for every query, Q and dO once for every key: bound by L2.
-template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads, seq, pos;
-    if (row >= p.plan.nq) return;
+    if (row >= p.batch.nq) return;
     int kv_head = at % p.q_heads / (p.q_heads / p.kv_heads);
-    fsa_row(p.plan, row, &seq, &pos);
+    query_position(p.batch, row, &seq, &pos);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dq[D / 32] = {};
     load_row<T, D>(q, p.q, at);
     load_row<T, D>(dout, p.dout, at);
@@ -37,36 +37,36 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
         int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
         load_row<T, D>(k, p.k, key);
         load_row<T, D>(v, p.v, key);
-        float probability = expf(p.scale * warp_dot(q, k) - p.lse_grad[at]);
+        float probability = expf(p.scale * warp_dot(q, k) - p.lse_bwd[at]);
         float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[at]);
         for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
     }
-    int64_t sum = dq_sum_row(p.plan.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
+    int64_t sum = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
     for (int i = 0; i < D / 32; i++) {
         int column = i * 32 + threadIdx.x % 32;
-        float &y = p.dq[sum * D + dq_sum_piece(sum, column / 8) * 8 + column % 8];
+        float &y = p.dq[sum * D + dq_accum_chunk(sum, column / 8) * 8 + column % 8];
         y = p.accumulate_q ? y + dq[i] : dq[i];
     }
 }
-template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, key = at / p.kv_heads;
-    if (key >= p.cu_keys[p.plan.num_seqs]) return;
+    if (key >= p.cu_keys[p.batch.num_seqs]) return;
     int kv_head = at % p.kv_heads, group = p.q_heads / p.kv_heads;
-    int64_t seq = fsa_find(p.cu_keys, p.plan.num_seqs, key);
+    int64_t seq = find_in_cu(p.cu_keys, p.batch.num_seqs, key);
     int j = (int)(key - p.cu_keys[seq]);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dk[D / 32] = {}, dv[D / 32] = {};
     load_row<T, D>(k, p.k, at);
     load_row<T, D>(v, p.v, at);
-    for (int64_t s = 0; s < p.plan.num_segments; s++) {
-        FsaSegment segment = p.plan.segments[s];
+    for (int64_t s = 0; s < p.batch.num_segments; s++) {
+        FsaSegment segment = p.batch.segments[s];
         if (segment.seq != seq) continue;
         for (int64_t t = segment.pos; t < segment.pos + segment.len; t++) {
             if (!p.visible((int)t, j)) continue;
             for (int h = 0; h < group; h++) {
-                int64_t row = (p.plan.cu_rows[s] + t - segment.pos) * p.q_heads + kv_head * group + h;
+                int64_t row = (p.batch.cu_queries[s] + t - segment.pos) * p.q_heads + kv_head * group + h;
                 load_row<T, D>(q, p.q, row);
                 load_row<T, D>(dout, p.dout, row);
-                float probability = expf(p.scale * warp_dot(q, k) - p.lse_grad[row]);
+                float probability = expf(p.scale * warp_dot(q, k) - p.lse_bwd[row]);
                 float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[row]);
                 for (int i = 0; i < D / 32; i++) dk[i] += ds * q[i], dv[i] += probability * dout[i];
             }
@@ -75,18 +75,18 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
     store_row(p.dk, at, dk, p.accumulate_kv);
     store_row(p.dv, at, dv, p.accumulate_kv);
 }
-template <typename T, int D> static int launch_naive(const Dense &d, cudaStream_t stream) {
-    naive_dq_kernel<T, D><<<(unsigned)((d.plan.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
+template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
+    naive_dq_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
     if (d.num_keys > 0)
         naive_dkdv_kernel<T, D><<<(unsigned)((d.num_keys * d.kv_heads + 3) / 4), 128, 0, stream>>>(d);
     return launch_status();
 }
-static int naive_backward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+static int naive_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
                           const void *q, const void *k, const void *v, const void *dout,
-                          const float *lse_grad, const float *delta, float *dq, float *dk, float *dv,
+                          const float *lse_bwd, const float *delta, float *dq, float *dk, float *dv,
                           int accumulate_q, int accumulate_kv, void *, cudaStream_t stream) {
-    Dense d = dense_of(c, p, rule);
-    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_grad = lse_grad, d.delta = delta;
+    DenseParams d = make_dense_params(c, p, rule);
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
@@ -101,14 +101,14 @@ static double worst[2][3]; // errors of the library's version: [dtype][rule]
 template <typename T> static void check_shape(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
-    int64_t nq = b.plan.nq, d = c.head_dim, rows = nq * c.q_heads;
+    int64_t nq = b.batch.nq, d = c.head_dim, rows = nq * c.q_heads;
     Host<T> q(r, rows * d, 1.5f), dout(r, rows * d, 1);
     Buffer<T> q_dev(q.raw), dout_dev(dout.raw);
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
-        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.plan.n,
+        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.batch.n,
                 size = keys * c.kv_heads * d;
         Host<T> k(r, size, 1), v(r, size, 1);
-        std::vector<float> o(rows * d), lse(rows), delta(rows), lse_grad(rows), gated(rows * d);
+        std::vector<float> o(rows * d), lse(rows), delta(rows), lse_bwd(rows), gated(rows * d);
         std::vector<float> ref[3] = {std::vector<float>(rows * d), std::vector<float>(size),
                                      std::vector<float>(size)};
         fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
@@ -121,15 +121,15 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
                 gated[x] = (float)gate * dout.f[x];
             }
             delta[i] = (float)sum;
-            lse_grad[i] = isinf(lse[i]) ? INFINITY : (float)(lse[i] - log(gate));
+            lse_bwd[i] = isinf(lse[i]) ? INFINITY : (float)(lse[i] - log(gate));
         }
         fsa_ref_attend_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
                                     o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
                                     ref[2].data());
-        Buffer<T> k_dev(key_room(c, b.plan, (FsaVisibility)rule)), v_dev(k_dev.n);
+        Buffer<T> k_dev(key_room(c, b.batch, (FsaVisibility)rule)), v_dev(k_dev.n);
         k_dev.set(k.raw), v_dev.set(v.raw);
-        Buffer<float> delta_dev(delta), lse_dev(lse_grad), dq(rows * d), dk(size), dv(size);
-        Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&c, &b.plan, (FsaVisibility)rule));
+        Buffer<float> delta_dev(delta), lse_dev(lse_bwd), dq(rows * d), dk(size), dv(size);
+        Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&c, &b.batch, (FsaVisibility)rule));
         Buffer<float> *outs[3] = {&dq, &dk, &dv};
         for (const Version &version : versions) {
             std::string what = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
@@ -137,7 +137,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             std::vector<float> before[3];
             for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
                 for (int i = 0; i < 3 && run < 2; i++) outs[i]->poison();
-                FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
                                       dout_dev, lse_dev, delta_dev, dq, dk, dv, run == 2, run == 2,
                                       workspace.get(), 0));
                 CUDA_CHECK(cudaDeviceSynchronize());
@@ -191,15 +191,15 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
     fill_random(dout.get(), dout.n, seed + 3, 1.0f);
     fill_random(delta.get(), delta.n, seed + 4, 1.0f);
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
-        Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&c, &b.plan, (FsaVisibility)rule));
-        FSA_CHECK(fsa_dense_forward(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+        Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&c, &b.batch, (FsaVisibility)rule));
+        FSA_CHECK(fsa_dense_forward(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
         for (const Version &version : versions) {
             bool naive = &version == versions;
             if (naive ? t.n > 8192 || rule == FSA_CAUSAL : rule == FSA_CAUSAL && t.n > 8192 && t.hkv != 8)
                 continue;
             double ms = time_ms(
                 [&] {
-                    FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, dout,
+                    FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, dout,
                                           lse, delta, dq, dk, dv, 0, 0, workspace.get(), 0));
                 },
                 naive ? 1 : 10);

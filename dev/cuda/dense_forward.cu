@@ -6,12 +6,12 @@
 #include "shapes.h"
 
 // Version 1. A lane holds d/32 channels. Reads K and V once for every query: bound by L2.
-template <typename T, int D> __global__ void __launch_bounds__(128) naive_forward_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads;
-    if (row >= p.plan.nq) return;
+    if (row >= p.batch.nq) return;
     int head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
     int64_t seq, pos;
-    fsa_row(p.plan, row, &seq, &pos);
+    query_position(p.batch, row, &seq, &pos);
     float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
     for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[at * D + i * 32 + lane]);
     for (int j = p.visible.first_key((int)pos); j < p.visible.end_key((int)pos); j++) {
@@ -29,14 +29,14 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_forwar
     for (int i = 0; i < D / 32; i++) ((T *)p.o)[at * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
     if (lane == 0) p.lse[at] = sum > 0 ? max + logf(sum) : -INFINITY;
 }
-template <typename T, int D> static int launch_naive(const Dense &d, cudaStream_t stream) {
-    naive_forward_kernel<T, D><<<(unsigned)((d.plan.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
+template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
+    naive_forward_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
     return launch_status();
 }
-static int naive_forward(const FsaConfig *c, const FsaPlan *p, FsaDtype dtype, FsaVisibility rule,
+static int naive_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
                          const void *q, const void *k, const void *v, void *o, float *lse,
                          cudaStream_t stream) {
-    Dense d = dense_of(c, p, rule);
+    DenseParams d = make_dense_params(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
@@ -51,13 +51,13 @@ static double worst[2][3]; // errors of the library's version: [dtype][rule]
 template <typename T> static void check_shape(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
-    int64_t nq = b.plan.nq, d = c.head_dim;
+    int64_t nq = b.batch.nq, d = c.head_dim;
     Host<T> q(r, nq * c.q_heads * d, 1.5f);
     Buffer<T> dq(q.raw);
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
-        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.plan.n;
+        int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.batch.n;
         Host<T> k(r, keys * c.kv_heads * d, 1), v(r, keys * c.kv_heads * d, 1);
-        Buffer<T> dk(key_room(c, b.plan, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
+        Buffer<T> dk(key_room(c, b.batch, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
         dk.set(k.raw), dv.set(v.raw);
         Buffer<float> lse(nq * c.q_heads);
         std::vector<float> ref_o(o.n), ref_lse(lse.n);
@@ -71,7 +71,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
                 o.poison();
                 lse.poison();
                 FSA_CHECK(
-                    version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, dq, dk, dv, o, lse, 0));
+                    version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, dq, dk, dv, o, lse, 0));
                 CUDA_CHECK(cudaDeviceSynchronize());
                 std::vector<T> bits = o.host();
                 check_that(!again || memcmp(bits.data(), before.data(), bits.size() * sizeof(T)) == 0,
@@ -105,7 +105,7 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
             double ms = time_ms(
                 [&] {
                     FSA_CHECK(
-                        version.run(&c, &b.plan, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+                        version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
                 },
                 naive ? 3 : 10);
             double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 4;

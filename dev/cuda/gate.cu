@@ -9,7 +9,7 @@
 struct Branches {
     const void *o[3];
     const float *lse[3];
-    float *delta[3], *lse_grad[3];
+    float *delta[3], *lse_bwd[3];
 };
 
 // Version 1. Strided accesses: a warp touches 32 rows at once.
@@ -27,7 +27,7 @@ __global__ void gate_v1_kernel(int64_t nq, int d, int hq, int per_token, const T
                 dot += (float)((const T *)b.o[i])[row * d + j] * (float)dout[row * d + j];
             sum += dot * gate * (1 - gate);
             b.delta[i][row] = dot;
-            b.lse_grad[i][row] = b.lse[i][row] == -INFINITY ? INFINITY : b.lse[i][row] + log1pf(expf(-x));
+            b.lse_bwd[i][row] = b.lse[i][row] == -INFINITY ? INFINITY : b.lse[i][row] + log1pf(expf(-x));
             if (!per_token || row == (token + 1) * hq - 1) dlogits[at] = (T)sum, sum = 0;
         }
     }
@@ -44,11 +44,11 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
     Buffer<T> dl(logits.raw), dg(dout.raw), b0(o0.raw), b1(o1.raw), b2(o2.raw), dlogits(gates);
     std::vector<float> lse((size_t)rows), dexpected((size_t)gates, 0), scratch((size_t)size);
     for (float &x : lse) x = r->below(10) ? r->normal() : -INFINITY;
-    Buffer<float> l(lse), delta(3 * rows), lse_grad(3 * rows);
+    Buffer<float> l(lse), delta(3 * rows), lse_bwd(3 * rows);
     Branches b = {{b0.get(), b1.get(), b2.get()},
                   {l, l, l},
                   {delta, delta + rows, delta + 2 * rows},
-                  {lse_grad, lse_grad + rows, lse_grad + 2 * rows}};
+                  {lse_bwd, lse_bwd + rows, lse_bwd + 2 * rows}};
     char what[128];
     snprintf(what, sizeof what, "gate version %s %s hq %d d %d nq %lld per_token %d",
              version_1 ? "1" : "library", Dtype<T>::name, hq, d, (long long)nq, per_token);
@@ -56,10 +56,10 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
         gate_v1_kernel<T><<<(unsigned)((nq + 127) / 128), 128>>>(nq, d, hq, per_token, dl, b, dg, dlogits);
     } else {
         FSA_CHECK(
-            fsa_gate_backward(&c, Dtype<T>::value, nq, dl, b.o, b.lse, dg, b.delta, b.lse_grad, dlogits, 0));
+            fsa_gate_backward(&c, Dtype<T>::value, nq, dl, b.o, b.lse, dg, b.delta, b.lse_bwd, dlogits, 0));
     }
     CUDA_CHECK(cudaDeviceSynchronize());
-    std::vector<float> d_host = delta.host(), l_host = lse_grad.host(), d_ref(3 * rows);
+    std::vector<float> d_host = delta.host(), l_host = lse_bwd.host(), d_ref(3 * rows);
     double worst = 0;
     for (int i = 0; i < 3; i++) {
         fsa_ref_gate_backward_f32(&c, nq, i, logits.f.data(), o[i]->f.data(), dout.f.data(), scratch.data(),
@@ -100,7 +100,7 @@ int main(int argc, char **argv) {
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         int64_t rows = n * 32, size = rows * 128;
         Buffer<T> o0(size), o1(size), o2(size), dout(size), logits(rows * 3), dlogits(rows * 3);
-        Buffer<float> lse(rows), delta(3 * rows), lse_grad(3 * rows);
+        Buffer<float> lse(rows), delta(3 * rows), lse_bwd(3 * rows);
         T *all[4] = {o0, o1, o2, dout};
         for (int i = 0; i < 4; i++) fill_random(all[i], size, r.u64(), 1);
         fill_random(logits.get(), rows * 3, r.u64(), 1);
@@ -108,13 +108,13 @@ int main(int argc, char **argv) {
         Branches b = {{o0.get(), o1.get(), o2.get()},
                       {lse, lse, lse},
                       {delta, delta + rows, delta + 2 * rows},
-                      {lse_grad, lse_grad + rows, lse_grad + 2 * rows}};
+                      {lse_bwd, lse_bwd + rows, lse_bwd + 2 * rows}};
         double bytes = 8.0 * size;
         for (int library = 0; library < 2; library++) {
             double ms = time_ms([&] {
                 if (library)
                     FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta,
-                                                b.lse_grad, dlogits, 0));
+                                                b.lse_bwd, dlogits, 0));
                 else
                     gate_v1_kernel<T>
                         <<<(unsigned)((n + 127) / 128), 128>>>(n, 128, 32, 0, logits, b, dout, dlogits);

@@ -14,7 +14,7 @@ __global__ void sum_of_squares_old_kernel(float *out, const float *x, int64_t co
     __shared__ float shared[32];
     float sum = 0;
     for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) sum += x[i] * x[i];
-    sum = block_sum(sum, shared);
+    sum = block_reduce_sum(sum, shared);
     if (threadIdx.x == 0) atomicAdd(out + 1, sum);
 }
 static void norm_old(int version, float *out, const float *x, int64_t count) {

@@ -6,7 +6,7 @@
 #include "choice.h"
 
 // Version 1. Reads the whole choice once a block.
-__global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, int topk, int block) {
+__global__ void lists_v1_kernel(BatchLayout p, QueryLists l, const int32_t *block_indices, int topk, int block) {
     int64_t at = blockIdx.x * 128ll + threadIdx.x, head = blockIdx.z, slab = blockIdx.y;
     if (at >= l.blocks) return;
     int64_t row0 = slab * l.slab, row1 = min(row0 + l.slab, p.nq);
@@ -14,9 +14,9 @@ __global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, i
     for (int pass = 0; pass < 2; pass++) { // where this block's list starts, then the list
         for (int64_t row = row0; row < row1; row++) {
             int64_t seq, pos;
-            fsa_row(p, row, &seq, &pos);
+            query_position(p, row, &seq, &pos);
             for (int t = 0; t < topk; t++) {
-                int32_t index = indices[(head * p.nq + row) * topk + t];
+                int32_t index = block_indices[(head * p.nq + row) * topk + t];
                 if (index < l.init || ((int64_t)index + l.local) * block > pos) continue;
                 int64_t b = p.cu_blocks[seq] + index;
                 if (pass == 0)
@@ -31,10 +31,10 @@ __global__ void lists_v1_kernel(FsaPlan p, FsaLists l, const int32_t *indices, i
     if (at == l.blocks - 1) offsets[at + 1] = before + count;
 }
 
-static void run_v1(const FsaConfig &c, const FsaPlan &p, const int32_t *indices, const FsaLists &l) {
+static void run_v1(const FsaConfig &c, const BatchLayout &p, const int32_t *block_indices, const QueryLists &l) {
     if (p.nq == 0) return;
     dim3 grid((unsigned)((l.blocks + 127) / 128), (unsigned)l.slabs, c.kv_heads);
-    lists_v1_kernel<<<grid, 128>>>(p, l, indices, c.topk, c.block);
+    lists_v1_kernel<<<grid, 128>>>(p, l, block_indices, c.topk, c.block);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -55,18 +55,18 @@ static void spoil(Random *r, const FsaConfig &c, int64_t nq, std::vector<int32_t
 static void check(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths,
                   int64_t slab, const std::vector<FsaSegment> &segments = {}) {
     Batch b(c, lengths, segments);
-    int64_t nq = b.plan.nq;
+    int64_t nq = b.batch.nq;
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
     if (r->below(2)) spoil(r, c, nq, &choice);
-    Buffer<int32_t> indices(choice);
-    Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
-        workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
-    FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
+    Buffer<int32_t> block_indices(choice);
+    Buffer<char> memory((int64_t)fsa_query_lists_bytes(&c, &b.batch, slab)),
+        workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &b.batch, slab));
+    QueryLists l = fsa_query_lists_at(&c, &b.batch, slab, memory.get());
     if (r->below(2)) l.init = (int)r->below(4), l.local = (int)r->below(5);
     if (version == 1)
-        run_v1(c, b.plan, indices, l);
+        run_v1(c, b.batch, block_indices, l);
     else
-        FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, workspace, 0));
+        FSA_CHECK(fsa_query_lists(&c, &b.batch, block_indices, &l, workspace, 0));
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<uint32_t> entries((size_t)(c.kv_heads * nq * c.topk)),
         offsets((size_t)(c.kv_heads * l.slabs * (l.blocks + 1)));
@@ -146,20 +146,20 @@ int main(int argc, char **argv) {
         if (has_flag(argc, argv, "check")) break;
         FsaConfig c = default_config(32, (int)kv_heads, 128, 64, 16);
         Batch b(c, {n});
-        Buffer<int32_t> indices(c.kv_heads * n * c.topk);
-        random_choice_device(indices, n, c, r.u64());
-        int64_t slab = fsa_sel_slab(&c, &b.plan);
-        Buffer<char> memory((int64_t)fsa_lists_bytes(&c, &b.plan, slab)),
-            workspace((int64_t)fsa_lists_workspace(&c, &b.plan, slab));
-        FsaLists l = fsa_lists_place(&c, &b.plan, slab, memory.get());
+        Buffer<int32_t> block_indices(c.kv_heads * n * c.topk);
+        random_choice_device(block_indices, n, c, r.u64());
+        int64_t slab = fsa_selected_slab(&c, &b.batch);
+        Buffer<char> memory((int64_t)fsa_query_lists_bytes(&c, &b.batch, slab)),
+            workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &b.batch, slab));
+        QueryLists l = fsa_query_lists_at(&c, &b.batch, slab, memory.get());
         double bytes = 8.0 * c.kv_heads * n * c.topk;
         for (int version = 1; version <= 2; version++) {
             if (version == 1 && n > 8192) continue; // quadratic
             double ms = time_ms([&] {
                 if (version == 1)
-                    run_v1(c, b.plan, indices, l);
+                    run_v1(c, b.batch, block_indices, l);
                 else
-                    FSA_CHECK(fsa_lists(&c, &b.plan, indices, &l, workspace, 0));
+                    FSA_CHECK(fsa_query_lists(&c, &b.batch, block_indices, &l, workspace, 0));
             });
             printf("lists %s n %lld, %d kv heads: %.4f ms, %.2f TB/s, floor %.4f ms\n",
                    version == 1 ? "1" : "library", (long long)n, c.kv_heads, ms, bytes / ms * 1e-9,

@@ -130,7 +130,7 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift) {
 
 // More shapes than are remembered, then the first ones again.
 static void check_many_shapes(Random *r) {
-    int64_t c = 2 * PACK, o = PACK, rows = MATMUL_SHAPES + 40;
+    int64_t c = 2 * PACK, o = PACK, rows = MATMUL_CACHE_SIZE + 40;
     HostX x(r, rows * c, 1), weight(r, o * c, 1);
     std::vector<float> expected(rows * o);
     linear_forward(expected.data(), x.f.data(), weight.f.data(), NULL, rows, (int)c, (int)o);
@@ -151,8 +151,8 @@ static void check_many_shapes(Random *r) {
 
 int main(int argc, char **argv) {
     Random r(seed_from(argc, argv));
-    Buffer<char> workspace(MATMUL_WORKSPACE);
-    matmul_init(&mm, workspace, MATMUL_WORKSPACE);
+    Buffer<char> workspace(MATMUL_WORKSPACE_BYTES);
+    matmul_init(&mm, workspace, MATMUL_WORKSPACE_BYTES);
     check(&r, 1, 64, 128, 128, 0);
     check(&r, 65, 128, 64, 64, PACK); // 16 bytes past an aligned address
     check(&r, 33, 72, 18, 18, 0);     // a gate of 6 heads

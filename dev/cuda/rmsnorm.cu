@@ -27,7 +27,7 @@ __global__ void rmsnorm_v2_kernel(floatX *out, float *rstd, const floatX *x, con
     if (row >= n) return;
     float sum = 0;
     for (int j = lane; j < c; j += 32) sum += (float)x[row * c + j] * (float)x[row * c + j];
-    float scale = 1 / sqrtf(warp_sum(sum) / c + eps);
+    float scale = 1 / sqrtf(warp_reduce_sum(sum) / c + eps);
     if (lane == 0) rstd[row] = scale;
     for (int j = lane; j < c; j += 32)
         out[row * c + j] = (floatX)((float)x[row * c + j] * scale * (float)weight[j]);

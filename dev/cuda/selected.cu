@@ -17,21 +17,21 @@
 // Everything that one shape needs on the device, and the reference's answer where it was asked for.
 template <typename T> struct Library {
     const FsaConfig &c;
-    const FsaPlan &p;
+    const BatchLayout &p;
     Buffer<char> memory;
     Buffer<float> delta;
-    Library(const FsaConfig &config, const FsaPlan &plan)
-        : c(config), p(plan), memory((int64_t)std::max(fsa_sel_bytes(&c, &p, Dtype<T>::value, 0),
-                                                       fsa_sel_bytes(&c, &p, Dtype<T>::value, 1))),
+    Library(const FsaConfig &config, const BatchLayout &batch)
+        : c(config), p(batch), memory((int64_t)std::max(fsa_selected_scratch_bytes(&c, &p, Dtype<T>::value, 0),
+                                                       fsa_selected_scratch_bytes(&c, &p, Dtype<T>::value, 1))),
           delta(p.nq * c.q_heads) {}
-    void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse,
-                 const FsaGate *gate = NULL) {
-        FSA_CHECK(fsa_sel_forward(&c, &p, Dtype<T>::value, q, k, v, indices, memory, o, lse, gate, 0));
+    void forward(const T *q, const T *k, const T *v, const int32_t *block_indices, T *o, float *lse,
+                 const GateCombine *gate = NULL) {
+        FSA_CHECK(fsa_selected_branch_forward(&c, &p, Dtype<T>::value, q, k, v, block_indices, memory, o, lse, gate, 0));
     }
-    void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
-                  const T *dout, T *dq, T *dk, T *dv, const FsaSums *others = NULL) {
-        FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, NULL, 0));
-        FSA_CHECK(fsa_sel_backward(&c, &p, Dtype<T>::value, q, k, v, indices, 0, dout, delta, lse, others,
+    void backward(const T *q, const T *k, const T *v, const int32_t *block_indices, const T *o, const float *lse,
+                  const T *dout, T *dq, T *dk, T *dv, const BranchGradients *others = NULL) {
+        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, NULL, 0));
+        FSA_CHECK(fsa_selected_branch_backward(&c, &p, Dtype<T>::value, q, k, v, block_indices, 0, dout, delta, lse, others,
                                    memory, dq, dk, dv, 0));
     }
 };
@@ -48,7 +48,7 @@ template <typename T>
 static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &lengths,
                   const std::vector<FsaSegment> &segments = {}, float v_scale = 1) {
     Batch b(c, lengths, segments);
-    int64_t nq = b.plan.nq, n = b.plan.n, d = c.head_dim, rows = nq * c.q_heads;
+    int64_t nq = b.batch.nq, n = b.batch.n, d = c.head_dim, rows = nq * c.q_heads;
     Host<T> q(r, rows * d, 1), k(r, n * c.kv_heads * d, 1), v(r, n * c.kv_heads * d, v_scale),
         g(r, rows * d, 1);
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
@@ -56,7 +56,7 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
         dv_(k.raw.size());
     Buffer<T> o2(rows * d), dq2(rows * d), dk2(k.raw.size()), dv2(k.raw.size());
     Buffer<float> lse_(rows), lse2(rows);
-    Buffer<int32_t> indices(choice);
+    Buffer<int32_t> block_indices(choice);
     std::vector<float> o(rows * d), lse(rows), dq(rows * d, 0), dk(k.f.size(), 0), dv(k.f.size(), 0);
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                o.data(), lse.data());
@@ -72,9 +72,9 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
                                     choice.data(), zero.data(), lse.data(), g.f.data(), dq_terms.data(),
                                     dk_terms.data(), unused.data());
     }
-    Library<T> library(c, b.plan);
-    library.forward(q_, k_, v_, indices, o_, lse_);
-    library.backward(q_, k_, v_, indices, o_, lse_, g_, dq_, dk_, dv_);
+    Library<T> library(c, b.batch);
+    library.forward(q_, k_, v_, block_indices, o_, lse_);
+    library.backward(q_, k_, v_, block_indices, o_, lse_, g_, dq_, dk_, dv_);
     CUDA_CHECK(cudaDeviceSynchronize());
     char what[160];
     snprintf(what, sizeof what,
@@ -97,13 +97,13 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     int64_t triples = (c.gate_per_token ? nq : rows) * 3;
     Host<T> logits(r, triples, 2), o_cmp(r, rows * d, 1), o_win(r, rows * d, 1);
     Buffer<T> logits_(logits.raw), o_cmp_(o_cmp.raw), o_win_(o_win.raw), sum_(rows * d);
-    FsaGate gate = {logits_, o_cmp_, o_win_, sum_};
+    GateCombine gate = {logits_, o_cmp_, o_win_, sum_};
     float *branches[3] = {o_cmp.f.data(), o.data(), o_win.f.data()};
     std::vector<float> sum(rows * d);
     fsa_ref_gate_forward_f32(&c, nq, logits.f.data(), branches, sum.data());
     for (int kept = 0; kept < 2; kept++) {
         o2.poison(), lse2.poison(), sum_.poison();
-        library.forward(q_, k_, v_, indices, kept ? o2.get() : sum_.get(), lse2, &gate);
+        library.forward(q_, k_, v_, block_indices, kept ? o2.get() : sum_.get(), lse2, &gate);
         CUDA_CHECK(cudaDeviceSynchronize());
         double error = relative_error(sum_.floats(), sum);
         check_that(error <= Dtype<T>::out_tolerance, (std::string("gated sum of ") + what).c_str(), error,
@@ -119,14 +119,14 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
         dk_plain_(dk_plain);
     const std::vector<double> inv_freq = frequencies(c.head_dim);
     Buffer<double> inv_freq_(inv_freq);
-    const FsaSums others = {dq_sums_, dk_sums_, dv_sums_, dk_plain_, inv_freq_};
+    const BranchGradients others = {dq_sums_, dk_sums_, dv_sums_, dk_plain_, inv_freq_};
     for (size_t i = 0; i < dq.size(); i++) dq_sums[i] += dq[i];
     for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk[i], dv_sums[i] += dv[i];
     fsa_ref_rope_queries_f32(&c, &b.ref, dq_sums.data(), inv_freq.data(), 1);
     fsa_ref_rope_keys_f32(&c, &b.ref, dk_sums.data(), inv_freq.data(), 1);
     for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk_plain[i];
     dq2.poison(), dk2.poison(), dv2.poison();
-    library.backward(q_, k_, v_, indices, o_, lse_, g_, dq2, dk2, dv2, &others);
+    library.backward(q_, k_, v_, block_indices, o_, lse_, g_, dq2, dk2, dv2, &others);
     CUDA_CHECK(cudaDeviceSynchronize());
     const double errors[] = {relative_error(dq2.floats(), dq_sums), relative_error(dk2.floats(), dk_sums),
                              relative_error(dv2.floats(), dv_sums)};
@@ -135,8 +135,8 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
                    error, Dtype<T>::grad_tolerance);
     check_that(dq2.guards_intact() && dk2.guards_intact() && dv2.guards_intact(), "guard zones", 0, 0);
     library.memory.poison();
-    library.forward(q_, k_, v_, indices, o2, lse2);
-    library.backward(q_, k_, v_, indices, o2, lse2, g_, dq2, dk2, dv2);
+    library.forward(q_, k_, v_, block_indices, o2, lse2);
+    library.backward(q_, k_, v_, block_indices, o2, lse2, g_, dq2, dk2, dv2);
     CUDA_CHECK(cudaDeviceSynchronize());
     bool same = same_bits(o_, o2) && same_bits(lse_, lse2) && same_bits(dq_, dq2) && same_bits(dk_, dk2) &&
                 same_bits(dv_, dv2);
@@ -168,7 +168,7 @@ template <typename T> __global__ void pieces_kernel(const float *x, char *rows, 
     __syncthreads();
     for (int piece = c; piece < PIECES; piece += 4) {
         float sum[8] = {};
-        Partial<T>::load(at + Partial<T>::offset(piece), piece, true, l2_first()).add_to(sum, 1);
+        Partial<T>::load(at + Partial<T>::offset(piece), piece, true, l2_evict_first()).add_to(sum, 1);
         for (int k = 0; k < 8; k++) y[(row * PIECES + piece) * 8 + k] = sum[k];
     }
 }
@@ -206,20 +206,20 @@ template <typename T> static void check_pieces(Random *r) {
 template <typename T, int D>
 static void check_version(Random *r, int version, const FsaConfig &c, const std::vector<int64_t> &lengths) {
     Batch b(c, lengths);
-    int64_t nq = b.plan.nq, rows = nq * c.q_heads, kv = nq * c.kv_heads * D;
+    int64_t nq = b.batch.nq, rows = nq * c.q_heads, kv = nq * c.kv_heads * D;
     Host<T> q(r, rows * D, 1), k(r, kv, 1), v(r, kv, 1), g(r, rows * D, 1);
     std::vector<int32_t> choice = random_choice(r, c, b.ref);
     Buffer<T> q_(q.raw), k_(k.raw), v_(v.raw), g_(g.raw), o_(rows * D), dq_(rows * D), dk_(kv), dv_(kv);
     Buffer<float> lse_(rows);
-    Buffer<int32_t> indices(choice);
+    Buffer<int32_t> block_indices(choice);
     std::vector<float> o(rows * D), lse(rows), dq(rows * D, 0), dk(kv, 0), dv(kv, 0);
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                o.data(), lse.data());
     fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                 o.data(), lse.data(), g.f.data(), dq.data(), dk.data(), dv.data());
-    Versions<T, D> versions(c, b.plan, version);
-    versions.forward(q_, k_, v_, indices, o_, lse_);
-    versions.backward(q_, k_, v_, indices, o_, lse_, g_, dq_, dk_, dv_);
+    Versions<T, D> versions(c, b.batch, version);
+    versions.forward(q_, k_, v_, block_indices, o_, lse_);
+    versions.backward(q_, k_, v_, block_indices, o_, lse_, g_, dq_, dk_, dv_);
     CUDA_CHECK(cudaDeviceSynchronize());
     char what[160];
     snprintf(what, sizeof what, "selected version %d %s n %lld heads %d/%d d %d block %d topk %d", version,
@@ -247,7 +247,7 @@ static FsaConfig with_forced(FsaConfig c, int init, int local) {
     return c;
 }
 
-// Forced blocks of any number, all that a row chooses among them, and none, where lists may be of any length.
+// InitLocalBlocks blocks of any number, all that a row chooses among them, and none, where lists may be of any length.
 template <typename T> static void check_forced(Random *r, bool small) {
     const int blocks[] = {16, 32, 48, 64, 80, 128};
     for (int i = 0; i < (small ? 6 : 60); i++) {
@@ -317,17 +317,17 @@ template <typename T> struct Bench {
     int64_t rows, kv;
     Buffer<T> q, k, v, g, o, dq, dk, dv;
     Buffer<float> lse;
-    Buffer<int32_t> indices;
+    Buffer<int32_t> block_indices;
     Bench(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths)
-        : c(config), b(c, lengths), rows(b.plan.n * c.q_heads), kv(b.plan.n * c.kv_heads * c.head_dim),
+        : c(config), b(c, lengths), rows(b.batch.n * c.q_heads), kv(b.batch.n * c.kv_heads * c.head_dim),
           q(rows * c.head_dim), k(kv), v(kv), g(q.n), o(q.n), dq(q.n), dk(kv), dv(kv), lse(rows),
-          indices(c.kv_heads * b.plan.n * c.topk) {
+          block_indices(c.kv_heads * b.batch.n * c.topk) {
         Buffer<T> *inputs[] = {&q, &k, &v, &g};
         for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
     }
     Bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered)
         : Bench(r, default_config(hq, hkv, d, block, topk), {n}) {
-        random_choice_device(indices, n, c, r->u64(), clustered);
+        random_choice_device(block_indices, n, c, r->u64(), clustered);
     }
     double flops() const { return 4.0 * rows * c.topk * c.block * c.head_dim; } // forward
 };
@@ -338,23 +338,23 @@ struct Times {
 };
 
 template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
-    Library<T> library(x->c, x->b.plan);
+    Library<T> library(x->c, x->b.batch);
     Times t;
-    t.ms[0] = time_ms([&] { library.forward(x->q, x->k, x->v, x->indices, x->o, x->lse); });
+    t.ms[0] = time_ms([&] { library.forward(x->q, x->k, x->v, x->block_indices, x->o, x->lse); });
     t.ms[1] = time_ms(
-        [&] { library.backward(x->q, x->k, x->v, x->indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); });
+        [&] { library.backward(x->q, x->k, x->v, x->block_indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); });
     int d = x->c.head_dim;
-    int listed = x->c.topk - (fsa_hopper() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
+    int listed = x->c.topk - (fsa_use_sm90() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
     double rows = (double)x->rows, flops[2] = {x->flops(), 2.5 * x->flops()};
     int row = d / 8 * Partial<T>::BYTES; // of dQ, written and read again
     double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (4 * d + 12 + 2 * row)};
-    printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.plan.n, x->c.q_heads,
+    printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.batch.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
     for (int i = 0; i < 2; i++) {
         printf(" %s %.3f ms (%.0f TFLOP/s, %.2f TB/s, floor %.2f ms),", i ? "bwd" : "fwd", t.ms[i],
                flops[i] / t.ms[i] * 1e-9, bytes[i] / t.ms[i] * 1e-9,
                std::max(flops[i] / 790e9, bytes[i] / 4.5e9));
-        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", Dtype<T>::name, x->b.plan.n, x->c, t.ms[i],
+        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", Dtype<T>::name, x->b.batch.n, x->c, t.ms[i],
                 flops[i] / t.ms[i] * 1e-9, worst[Dtype<T>::value][i], kind, "library", 1});
     }
     printf(" workspace %.0f MiB\n", library.memory.n / 1048576.0);
@@ -362,16 +362,16 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
 }
 
 static Times time_version(Bench<Bf16> *x, int version) {
-    Versions<Bf16, 128> versions(x->c, x->b.plan, version);
+    Versions<Bf16, 128> versions(x->c, x->b.batch, version);
     const char *names[] = {"", "1", "2", "3"};
     Times t;
-    t.ms[0] = time_ms([&] { versions.forward(x->q, x->k, x->v, x->indices, x->o, x->lse); }, 5);
+    t.ms[0] = time_ms([&] { versions.forward(x->q, x->k, x->v, x->block_indices, x->o, x->lse); }, 5);
     t.ms[1] = time_ms(
-        [&] { versions.backward(x->q, x->k, x->v, x->indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); }, 5);
+        [&] { versions.backward(x->q, x->k, x->v, x->block_indices, x->o, x->lse, x->g, x->dq, x->dk, x->dv); }, 5);
     printf("selected version %d n %lld (%d, %d) d 128 (%d, %d): fwd %.3f ms, bwd %.3f ms\n", version,
-           (long long)x->b.plan.n, x->c.q_heads, x->c.kv_heads, x->c.block, x->c.topk, t.ms[0], t.ms[1]);
+           (long long)x->b.batch.n, x->c.q_heads, x->c.kv_heads, x->c.block, x->c.topk, t.ms[0], t.ms[1]);
     for (int i = 0; i < 2; i++)
-        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", "bf16", x->b.plan.n, x->c, t.ms[i],
+        record({"selected", "sel", "nsa", i ? "bwd" : "fwd", "bf16", x->b.batch.n, x->c, t.ms[i],
                 (i ? 2.5 : 1) * x->flops() / t.ms[i] * 1e-9, worst_version[version][i], "random",
                 names[version], 1});
     return t;
@@ -379,9 +379,9 @@ static Times time_version(Bench<Bf16> *x, int version) {
 
 // Full causal attention of the same q, k, v.
 static Times time_full(Bench<Bf16> *x) {
-    const FsaPlan &p = x->b.plan;
-    Buffer<float> delta(x->rows), lse_grad(x->rows), dq(x->rows * 128), dk(x->kv), dv(x->kv);
-    Buffer<char> workspace((int64_t)fsa_dense_backward_workspace(&x->c, &p, FSA_CAUSAL));
+    const BatchLayout &p = x->b.batch;
+    Buffer<float> delta(x->rows), lse_bwd(x->rows), dq(x->rows * 128), dk(x->kv), dv(x->kv);
+    Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&x->c, &p, FSA_CAUSAL));
     Times t;
     t.ms[0] = time_ms(
         [&] {
@@ -390,8 +390,8 @@ static Times time_full(Bench<Bf16> *x) {
         3);
     t.ms[1] = time_ms(
         [&] {
-            FSA_CHECK(fsa_row_stats(&x->c, FSA_BF16, p.nq, x->o, x->lse, x->g, delta, lse_grad, 0));
-            FSA_CHECK(fsa_dense_backward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->g, lse_grad,
+            FSA_CHECK(fsa_bwd_preprocess(&x->c, FSA_BF16, p.nq, x->o, x->lse, x->g, delta, lse_bwd, 0));
+            FSA_CHECK(fsa_dense_backward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->g, lse_bwd,
                                          delta, dq, dk, dv, 0, 0, workspace.get(), 0));
         },
         3);
@@ -439,21 +439,21 @@ static void compare(Random *r) {
 static void time_choice(Random *r, const char *path) {
     ChoiceHeader h;
     int64_t *lengths;
-    int32_t *indices;
-    choice_read(path, &h, &lengths, &indices);
+    int32_t *block_indices;
+    choice_read(path, &h, &lengths, &block_indices);
     Bench<Bf16> x(r, default_config((int)h.q_heads, (int)h.kv_heads, 128, (int)h.block, (int)h.topk),
                   std::vector<int64_t>(lengths, lengths + h.num_seqs));
-    if (x.b.plan.n != h.num_queries)
+    if (x.b.batch.n != h.num_queries)
         die("%s: %lld queries, but sequences of %lld tokens", path, (long long)h.num_queries,
-            (long long)x.b.plan.n);
+            (long long)x.b.batch.n);
     const int64_t size = choice_size(&h) / h.layers;
     for (int64_t layer = 0; layer < h.layers; layer++) {
-        x.indices.set(std::vector<int32_t>(indices + layer * size, indices + (layer + 1) * size));
+        x.block_indices.set(std::vector<int32_t>(block_indices + layer * size, block_indices + (layer + 1) * size));
         time_library(&x, "trained");
     }
-    x.indices.set(random_choice(r, x.c, x.b.ref));
+    x.block_indices.set(random_choice(r, x.c, x.b.ref));
     time_library(&x, "random");
-    free(lengths), free(indices);
+    free(lengths), free(block_indices);
 }
 
 int main(int argc, char **argv) {

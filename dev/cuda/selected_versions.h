@@ -6,15 +6,15 @@
 #include "common.h"
 
 struct VersionArgs {
-    FsaPlan plan;
+    BatchLayout batch;
     int q_heads, kv_heads, group, block, topk;
     float scale;
-    const int32_t *indices;
+    const int32_t *block_indices;
     const float *lse, *delta; // backward: of the rows [Nq, Hq]
     float *dk, *dv;           // backward: sums in fp32 [N, Hkv, D]
     // Of the kernels with the KV block outside: the library's lists in one slab, the kv head of this launch,
     // and the parts of at most 64 keys that a block is cut into.
-    FsaLists lists;
+    QueryLists lists;
     int head, parts;
     void *partial; // version 3: partial rows of the output or of dQ [Nq*T, parts, group, D]
     float *stats;  // version 3: lse in base 2, of partials [Nq*T, parts, group] and of rows [Nq, group]
@@ -32,12 +32,12 @@ __device__ __forceinline__ float v1_warp_sum(float x) {
 template <int D, typename F> __device__ void v1_keys(const VersionArgs &a, int64_t row, F f) {
     int64_t token = row / a.q_heads, seq, pos;
     int head = (int)(row % a.q_heads) / a.group;
-    fsa_row(a.plan, token, &seq, &pos);
+    query_position(a.batch, token, &seq, &pos);
     for (int t = 0; t < a.topk; t++) {
-        int64_t index = a.indices[(head * a.plan.nq + token) * a.topk + t];
+        int64_t index = a.block_indices[(head * a.batch.nq + token) * a.topk + t];
         if (index < 0) continue;
         for (int64_t key = index * a.block; key < (index + 1) * a.block && key <= pos; key++)
-            f(((a.plan.cu_seqlens[seq] + key) * a.kv_heads + head) * D + threadIdx.x % 32 * (D / 32));
+            f(((a.batch.cu_seqlens[seq] + key) * a.kv_heads + head) * D + threadIdx.x % 32 * (D / 32));
     }
 }
 
@@ -45,7 +45,7 @@ template <typename T, int D>
 __global__ void selected_v1_kernel(VersionArgs a, const T *q, const T *k, const T *v, T *o, float *lse) {
     constexpr int PER = D / 32;
     int64_t row = blockIdx.x * 4ll + threadIdx.x / 32;
-    if (row >= a.plan.nq * a.q_heads) return;
+    if (row >= a.batch.nq * a.q_heads) return;
     const T *my_q = q + row * D + threadIdx.x % 32 * PER;
     float acc[PER] = {}, most = -INFINITY, sum = 0;
     v1_keys<D>(a, row, [&](int64_t at) {
@@ -66,7 +66,7 @@ __global__ void selected_v1_backward_kernel(VersionArgs a, const T *q, const T *
                                             T *dq) {
     constexpr int PER = D / 32;
     int64_t row = blockIdx.x * 4ll + threadIdx.x / 32, mine = row * D + threadIdx.x % 32 * PER;
-    if (row >= a.plan.nq * a.q_heads) return;
+    if (row >= a.batch.nq * a.q_heads) return;
     float acc[PER] = {};
     v1_keys<D>(a, row, [&](int64_t at) {
         float s = 0, dp = 0;
@@ -94,7 +94,7 @@ __global__ void selected_v1_backward_kernel(VersionArgs a, const T *q, const T *
 template <typename T, int D> struct V2Walk {
     const VersionArgs &a;
     const T *k_head, *v_head;
-    const int32_t *indices;
+    const int32_t *block_indices;
     int64_t pos;
     uint32_t smem; // this warp's: two stages of a K and a V tile of 16 rows
     static constexpr int TILE = 16 * D * 2, WARP = 4 * TILE;
@@ -102,15 +102,15 @@ template <typename T, int D> struct V2Walk {
     __device__ V2Walk(const VersionArgs &args, const T *k, const T *v, uint32_t base)
         : a(args), smem(base + threadIdx.x / 32 * WARP) {
         int64_t token = blockIdx.x, head = blockIdx.y, seq;
-        fsa_row(a.plan, token, &seq, &pos);
-        int64_t at = (a.plan.cu_seqlens[seq] * a.kv_heads + head) * D;
+        query_position(a.batch, token, &seq, &pos);
+        int64_t at = (a.batch.cu_seqlens[seq] * a.kv_heads + head) * D;
         k_head = k + at, v_head = v + at;
-        indices = a.indices + (head * a.plan.nq + token) * a.topk;
+        block_indices = a.block_indices + (head * a.batch.nq + token) * a.topk;
     }
     __device__ int64_t first_key(int slice) const { // of 16 keys; -1: none that this query sees
         int slot = slice / (a.block / 16);
-        int64_t key = (int64_t)indices[slot] * a.block + slice % (a.block / 16) * 16;
-        return indices[slot] >= 0 && key <= pos ? key : -1;
+        int64_t key = (int64_t)block_indices[slot] * a.block + slice % (a.block / 16) * 16;
+        return block_indices[slot] >= 0 && key <= pos ? key : -1;
     }
     __device__ int visible_slice(int slice) const {
         while (slice < a.topk * (a.block / 16) && first_key(slice) < 0) slice += 4;
@@ -310,13 +310,13 @@ __device__ __forceinline__ Share share_of(const VersionArgs &a) {
     int64_t block = blockIdx.x / a.parts;
     s.part = blockIdx.x % a.parts;
     s.begin = s.end = 0;
-    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) return s;
-    int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
-    s.first_key = (block - a.plan.cu_blocks[seq]) * a.block + s.part * 64;
-    s.key_row = a.plan.cu_seqlens[seq] + s.first_key;
-    s.keys = (int)min((int64_t)min(64, a.block - s.part * 64), a.plan.cu_seqlens[seq + 1] - s.key_row);
+    if (block >= a.batch.cu_blocks[a.batch.num_seqs]) return s;
+    int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, block);
+    s.first_key = (block - a.batch.cu_blocks[seq]) * a.block + s.part * 64;
+    s.key_row = a.batch.cu_seqlens[seq] + s.first_key;
+    s.keys = (int)min((int64_t)min(64, a.block - s.part * 64), a.batch.cu_seqlens[seq + 1] - s.key_row);
     if (s.keys <= 0) return s;
-    s.entries = a.lists.entries + a.head * a.plan.nq * a.topk + offsets[block];
+    s.entries = a.lists.entries + a.head * a.batch.nq * a.topk + offsets[block];
     s.begin = blockIdx.y * SHARE_ROWS;
     s.end = min((int)(offsets[block + 1] - offsets[block]) * a.group, s.begin + SHARE_ROWS);
     return s;
@@ -324,7 +324,7 @@ __device__ __forceinline__ Share share_of(const VersionArgs &a) {
 // The last key of the share that a token sees.
 __device__ __forceinline__ int share_limit(const VersionArgs &a, const Share &s, int64_t token) {
     int64_t seq, pos;
-    fsa_row(a.plan, token, &seq, &pos);
+    query_position(a.batch, token, &seq, &pos);
     return (int)min((int64_t)s.keys - 1, max(pos - s.first_key, (int64_t)-1));
 }
 template <int D, typename T>
@@ -462,9 +462,9 @@ __global__ void __launch_bounds__(128) selected_v3_kernel(VersionArgs a, const T
 // Calls f(index of the partial row, without the group) for the parts of the blocks that a token sees.
 template <typename F> __device__ __forceinline__ void v3_parts(const VersionArgs &a, int64_t token, F f) {
     int64_t seq, pos;
-    fsa_row(a.plan, token, &seq, &pos);
+    query_position(a.batch, token, &seq, &pos);
     for (int t = 0; t < a.topk; t++) {
-        int64_t index = a.indices[(a.head * a.plan.nq + token) * a.topk + t];
+        int64_t index = a.block_indices[(a.head * a.batch.nq + token) * a.topk + t];
         for (int part = 0; part < a.parts && index >= 0 && index * a.block + part * 64 <= pos; part++)
             f((token * a.topk + t) * a.parts + part);
     }
@@ -473,7 +473,7 @@ template <typename F> __device__ __forceinline__ void v3_parts(const VersionArgs
 // Version 3's log-sum-exp of each row over its parts. A thread a row.
 static __global__ void selected_v3_row_stats_kernel(VersionArgs a, float *lse) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, token = i / a.group;
-    if (token >= a.plan.nq) return;
+    if (token >= a.batch.nq) return;
     int r = (int)(i % a.group);
     float most = -INFINITY, sum = 0;
     v3_parts(a, token, [&](int64_t part) { most = fmaxf(most, a.stats[part * a.group + r]); });
@@ -485,7 +485,7 @@ static __global__ void selected_v3_row_stats_kernel(VersionArgs a, float *lse) {
 // Version 3's reduction, of the output and of dQ. A thread takes eight channels of a row.
 template <typename T, int D> __global__ void selected_v3_reduce_kernel(VersionArgs a, T *out) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8), token = row / a.group;
-    if (token >= a.plan.nq) return;
+    if (token >= a.batch.nq) return;
     int r = (int)(row % a.group);
     float acc[8] = {};
     v3_parts(a, token, [&](int64_t part) {
@@ -667,17 +667,17 @@ template <typename T, int D> struct Versions {
     VersionArgs a;
     Buffer<char> lists_memory, lists_workspace;
     Buffer<T> partial;
-    Buffer<float> stats, row_stats, delta, lse_grad, dk_sum, dv_sum;
-    Versions(const FsaConfig &config, const FsaPlan &p, int which)
-        : c(config), version(which), lists_memory((int64_t)fsa_lists_bytes(&c, &p, p.nq)),
-          lists_workspace((int64_t)fsa_lists_workspace(&c, &p, p.nq)),
+    Buffer<float> stats, row_stats, delta, lse_bwd, dk_sum, dv_sum;
+    Versions(const FsaConfig &config, const BatchLayout &p, int which)
+        : c(config), version(which), lists_memory((int64_t)fsa_query_lists_bytes(&c, &p, p.nq)),
+          lists_workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &p, p.nq)),
           partial(version == 3 ? partials(p) * D : 0), stats(version == 3 ? partials(p) : 0),
-          row_stats(p.nq * (c.q_heads / c.kv_heads)), delta(p.nq * c.q_heads), lse_grad(p.nq * c.q_heads),
+          row_stats(p.nq * (c.q_heads / c.kv_heads)), delta(p.nq * c.q_heads), lse_bwd(p.nq * c.q_heads),
           dk_sum(p.n * c.kv_heads * D), dv_sum(p.n * c.kv_heads * D) {
         memset(&a, 0, sizeof a);
-        a.plan = p, a.q_heads = c.q_heads, a.kv_heads = c.kv_heads, a.group = c.q_heads / c.kv_heads;
+        a.batch = p, a.q_heads = c.q_heads, a.kv_heads = c.kv_heads, a.group = c.q_heads / c.kv_heads;
         a.block = c.block, a.topk = c.topk, a.scale = softmax_scale_of(&c), a.parts = (c.block + 63) / 64;
-        a.lists = fsa_lists_place(&c, &p, p.nq, lists_memory.get());
+        a.lists = fsa_query_lists_at(&c, &p, p.nq, lists_memory.get());
         a.partial = partial.get(), a.stats = stats, a.row_stats = row_stats;
         a.delta = delta, a.dk = dk_sum, a.dv = dv_sum;
         const int v2 = 4 * V2Walk<T, D>::WARP, kv = (64 + 4 * 2 * 16) * D * 2, backward = kv_smem();
@@ -688,7 +688,7 @@ template <typename T, int D> struct Versions {
         allow(selected_kv_backward_kernel<T, D, true>, backward);
         allow(selected_kv_backward_kernel<T, D, false>, backward);
     }
-    int64_t partials(const FsaPlan &p) const {
+    int64_t partials(const BatchLayout &p) const {
         return p.nq * c.topk * ((c.block + 63) / 64) * (c.q_heads / c.kv_heads);
     }
     template <typename K> static void allow(K kernel, int bytes) {
@@ -696,17 +696,17 @@ template <typename T, int D> struct Versions {
     }
     static int kv_smem() { return (2 * 64 + 4 * 32) * D * 2 + 64 * 64 * 2; }
     dim3 shares() const {
-        int64_t rows = a.plan.nq * a.group;
+        int64_t rows = a.batch.nq * a.group;
         return dim3((unsigned)(a.lists.blocks * a.parts), (unsigned)((rows + SHARE_ROWS - 1) / SHARE_ROWS));
     }
     void reduce(T *out) {
-        int64_t threads = a.plan.nq * a.group * (D / 8);
+        int64_t threads = a.batch.nq * a.group * (D / 8);
         selected_v3_reduce_kernel<T, D><<<(unsigned)((threads + 255) / 256), 256>>>(a, out);
     }
 
-    void forward(const T *q, const T *k, const T *v, const int32_t *indices, T *o, float *lse) {
-        a.indices = indices;
-        int64_t nq = a.plan.nq;
+    void forward(const T *q, const T *k, const T *v, const int32_t *block_indices, T *o, float *lse) {
+        a.block_indices = block_indices;
+        int64_t nq = a.batch.nq;
         if (version == 1)
             selected_v1_kernel<T, D><<<(unsigned)((nq * a.q_heads + 3) / 4), 128>>>(a, q, k, v, o, lse);
         if (version == 2) {
@@ -715,7 +715,7 @@ template <typename T, int D> struct Versions {
         }
         if (version == 3) {
             const int smem = (64 + 4 * 2 * 16) * D * 2;
-            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, lists_workspace, 0));
+            FSA_CHECK(fsa_query_lists(&c, &a.batch, block_indices, &a.lists, lists_workspace, 0));
             for (a.head = 0; a.head < a.kv_heads; a.head++) {
                 selected_v3_kernel<T, D, true><<<shares(), 128, smem>>>(a, q, k, v);
                 selected_v3_row_stats_kernel<<<(unsigned)((nq * a.group + 255) / 256), 256>>>(a, lse);
@@ -726,11 +726,11 @@ template <typename T, int D> struct Versions {
         CUDA_CHECK(cudaGetLastError());
     }
     // After forward; version 3 uses its lists.
-    void backward(const T *q, const T *k, const T *v, const int32_t *indices, const T *o, const float *lse,
+    void backward(const T *q, const T *k, const T *v, const int32_t *block_indices, const T *o, const float *lse,
                   const T *dout, T *dq, T *dk, T *dv) {
-        a.indices = indices, a.lse = lse;
-        int64_t nq = a.plan.nq, size = dk_sum.n;
-        FSA_CHECK(fsa_row_stats(&c, Dtype<T>::value, nq, o, lse, dout, delta, lse_grad, 0));
+        a.block_indices = block_indices, a.lse = lse;
+        int64_t nq = a.batch.nq, size = dk_sum.n;
+        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, nq, o, lse, dout, delta, lse_bwd, 0));
         CUDA_CHECK(cudaMemsetAsync(dk_sum.get(), 0, size * sizeof(float)));
         CUDA_CHECK(cudaMemsetAsync(dv_sum.get(), 0, size * sizeof(float)));
         if (version == 1) {
@@ -740,7 +740,7 @@ template <typename T, int D> struct Versions {
         if (version == 2) {
             dim3 grid((unsigned)nq, a.kv_heads);
             selected_v2_dq_kernel<T, D><<<grid, 128, 4 * V2Walk<T, D>::WARP>>>(a, q, k, v, dout, dq);
-            FSA_CHECK(fsa_lists(&c, &a.plan, indices, &a.lists, lists_workspace, 0));
+            FSA_CHECK(fsa_query_lists(&c, &a.batch, block_indices, &a.lists, lists_workspace, 0));
             for (a.head = 0; a.head < a.kv_heads; a.head++)
                 selected_kv_backward_kernel<T, D, false><<<shares(), 128, kv_smem()>>>(a, q, k, v, dout);
         }

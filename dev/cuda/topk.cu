@@ -11,19 +11,19 @@
 
 // Version 1. `scores` [Hkv, Nq, longest/B + 1]: N*N/B floats for each KV head.
 template <typename T, int D>
-__global__ void __launch_bounds__(128) naive_topk_kernel(const TopK p, float *scores, int64_t most) {
+__global__ void __launch_bounds__(128) naive_topk_kernel(const TopKParams p, float *scores, int64_t most) {
     int64_t row = blockIdx.x / p.kv_heads, seq, pos;
     int kv_head = blockIdx.x % p.kv_heads, group = p.q_heads / p.kv_heads;
-    fsa_row(p.plan, row, &seq, &pos);
+    query_position(p.batch, row, &seq, &pos);
     int blocks = (int)(pos / p.block) + 1;
-    int32_t *to = p.indices + ((int64_t)kv_head * p.plan.nq + row) * p.topk;
-    float *mine = scores + (kv_head * p.plan.nq + row) * most;
+    int32_t *to = p.block_indices + ((int64_t)kv_head * p.batch.nq + row) * p.topk;
+    float *mine = scores + (kv_head * p.batch.nq + row) * most;
     for (int j = threadIdx.x; j < blocks; j += 128) {
         int first = j * p.block - p.cmp_len + p.cmp_stride, last = (j + 1) * p.block - p.cmp_stride;
         float s = 0;
         for (int start = max(first, 0); start <= last && start + p.cmp_len - 1 <= pos;
              start += p.cmp_stride) {
-            int64_t key = ((p.plan.cu_windows[seq] + start / p.cmp_stride) * p.kv_heads + kv_head) * D;
+            int64_t key = ((p.batch.cu_windows[seq] + start / p.cmp_stride) * p.kv_heads + kv_head) * D;
             int cells = (min(start + p.cmp_len, (j + 1) * p.block) - max(start, j * p.block)) / p.cmp_stride;
             for (int h = 0; h < group; h++) {
                 int64_t head = row * p.q_heads + kv_head * group + h;
@@ -50,18 +50,18 @@ __global__ void __launch_bounds__(128) naive_topk_kernel(const TopK p, float *sc
 }
 static float *naive_scores;
 static int64_t naive_most;
-template <typename T, int D> static int launch_naive(const TopK &p, cudaStream_t stream) {
+template <typename T, int D> static int launch_naive(const TopKParams &p, cudaStream_t stream) {
     naive_topk_kernel<T, D>
-        <<<(unsigned)(p.plan.nq * p.kv_heads), 128, 0, stream>>>(p, naive_scores, naive_most);
+        <<<(unsigned)(p.batch.nq * p.kv_heads), 128, 0, stream>>>(p, naive_scores, naive_most);
     return launch_status();
 }
-static int naive_topk(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
-                      const float *lse_c, int32_t *indices, cudaStream_t stream) {
-    TopK p = {*plan,
+static int naive_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+                      const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
+    TopKParams p = {*batch,
               q,
               kc,
               lse_c,
-              indices,
+              block_indices,
               softmax_scale_of(c),
               c->q_heads,
               c->kv_heads,
@@ -111,7 +111,7 @@ static double choice_excess(const FsaConfig &c, const int32_t *chosen, const flo
 template <typename T> static void check_shape(Random *r, const Shape &s, int kinds = 0) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
-    int64_t nq = b.plan.nq, d = c.head_dim, windows = fsa_batch_windows(&c, &b.ref);
+    int64_t nq = b.batch.nq, d = c.head_dim, windows = fsa_batch_windows(&c, &b.ref);
     Host<T> q(r, nq * c.q_heads * d, 1), kc(r, windows * c.kv_heads * d, 1);
     if (kinds) {
         int64_t row = c.kv_heads * d, cells = c.block / c.cmp_stride, kind = 0;
@@ -122,30 +122,30 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
         }
     }
     std::vector<float> o(q.f.size()), lse(nq * c.q_heads);
-    naive_most = b.plan.max_len / c.block + 1;
+    naive_most = b.batch.max_len / c.block + 1;
     std::vector<float> scratch(c.kv_heads * naive_most);
     std::vector<int32_t> ref(c.kv_heads * nq * c.topk);
     fsa_ref_attend_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
                                o.data(), lse.data());
     fsa_ref_select_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
-    Buffer<T> q_dev(q.raw), kc_dev(key_room(c, b.plan, FSA_COMPRESSED));
+    Buffer<T> q_dev(q.raw), kc_dev(key_room(c, b.batch, FSA_COMPRESSED));
     kc_dev.set(kc.raw);
     Buffer<float> lse_dev(lse), scores(c.kv_heads * nq * naive_most);
-    Buffer<int32_t> indices((int64_t)ref.size());
+    Buffer<int32_t> block_indices((int64_t)ref.size());
     naive_scores = scores;
     for (const Version &version : versions) {
         std::string what = std::string(version.name) + " " + Dtype<T>::name + " " + shape_name(s);
         std::vector<int32_t> got, before;
         for (int again = 0; again < 2; again++) {
-            indices.poison();
-            CUDA_CHECK(cudaMemset(indices.get(), 0x55, indices.n * sizeof(int32_t)));
-            FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, q_dev, kc_dev, lse_dev, indices, 0));
+            block_indices.poison();
+            CUDA_CHECK(cudaMemset(block_indices.get(), 0x55, block_indices.n * sizeof(int32_t)));
+            FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, q_dev, kc_dev, lse_dev, block_indices, 0));
             CUDA_CHECK(cudaDeviceSynchronize());
-            got = indices.host();
+            got = block_indices.host();
             check_that(!again || got == before, ("repeat of " + what).c_str(), 1, 0);
             before = got;
         }
-        check_that(indices.guards_intact(), ("guards " + what).c_str(), 1, 0);
+        check_that(block_indices.guards_intact(), ("guards " + what).c_str(), 1, 0);
         double excess = 0;
         for (int h = 0; h < c.kv_heads; h++) {
             for (int64_t row = 0; row < nq; row++) {
@@ -170,7 +170,7 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
     int64_t windows = fsa_num_windows(&c, t.n);
     Buffer<T> q(t.n * t.hq * d), kc(t.n / c.cmp_stride * t.hkv * d);
     Buffer<float> lse(t.n * t.hq);
-    Buffer<int32_t> indices(t.n * t.hkv * topk);
+    Buffer<int32_t> block_indices(t.n * t.hkv * topk);
     fill_random(q.get(), q.n, seed, 1.0f);
     fill_random(kc.get(), kc.n, seed + 1, 1.0f);
     fill_random(lse.get(), lse.n, seed + 2, 0.01f); // any finite values do
@@ -181,7 +181,7 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
         Buffer<float> scores(naive ? t.hkv * t.n * naive_most : 1);
         naive_scores = scores;
         double ms =
-            time_ms([&] { FSA_CHECK(version.run(&c, &b.plan, Dtype<T>::value, q, kc, lse, indices, 0)); },
+            time_ms([&] { FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, q, kc, lse, block_indices, 0)); },
                     naive ? 3 : 10);
         double pairs = visible_pairs(c, FSA_COMPRESSED, t.n) * t.hq, flops = pairs * 2 * d;
         double bytes = 2.0 * d * (t.n * t.hq + windows * t.hkv) + 4.0 * t.n * (t.hq + t.hkv * topk);

@@ -42,8 +42,8 @@ template <typename T> struct Problem {
     Buffer<char> saved, forward_work, backward_work;
 
     static FsaDeviceBatch device_batch(const Batch &x) {
-        return FsaDeviceBatch{x.plan.nq,      x.plan.n,          x.plan.num_seqs, x.plan.num_segments,
-                              x.plan.max_len, x.plan.cu_seqlens, x.plan.segments};
+        return FsaDeviceBatch{x.batch.nq,      x.batch.n,          x.batch.num_seqs, x.batch.num_segments,
+                              x.batch.max_len, x.batch.cu_seqlens, x.batch.segments};
     }
     Problem(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths,
             const std::vector<FsaSegment> &segments, bool with_rope)
@@ -78,7 +78,7 @@ template <typename T> struct Problem {
     }
     std::vector<int32_t> indices() const {
         std::vector<int32_t> x((size_t)(c.kv_heads * nq * c.topk));
-        CUDA_CHECK(cudaMemcpy(x.data(), fsa_saved_indices(&c, Dtype<T>::value, &b, saved.get()), x.size() * 4,
+        CUDA_CHECK(cudaMemcpy(x.data(), fsa_saved_block_indices(&c, Dtype<T>::value, &b, saved.get()), x.size() * 4,
                               cudaMemcpyDeviceToHost));
         return x;
     }
@@ -110,7 +110,7 @@ static bool choice_valid(const FsaConfig &c, const Batch &b, const std::vector<i
         int64_t row = 0;
         for (const FsaSegment &s : b.segments) {
             for (int64_t i = 0; i < s.len; i++, row++) {
-                const int32_t *x = &all[(size_t)((h * b.plan.nq + row) * c.topk)];
+                const int32_t *x = &all[(size_t)((h * b.batch.nq + row) * c.topk)];
                 int64_t blocks = (s.pos + i) / c.block + 1, want = std::min<int64_t>(blocks, c.topk);
                 for (int t = 0; t < c.topk; t++) {
                     if (t < want ? x[t] < 0 || x[t] >= blocks || (t > 0 && x[t] <= x[t - 1]) : x[t] != -1)
@@ -145,7 +145,7 @@ static void rounded_forward(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, con
     int64_t size_c = fsa_batch_windows(c, b) * c->kv_heads * c->head_dim;
     std::copy(p.q.f.begin(), p.q.f.end(), s->q);
     std::copy(p.k.f.begin(), p.k.f.end(), s->k);
-    std::copy(indices.begin(), indices.end(), s->indices);
+    std::copy(indices.begin(), indices.end(), s->block_indices);
     fsa_ref_rope_queries_f32(c, b, s->q, inv_freq, 0);
     fsa_ref_rope_keys_f32(c, b, s->k, inv_freq, 0);
     fsa_ref_compress_forward_f32(c, b, p.k.f.data(), p.v.f.data(), phi, inv_freq, s->kc, s->vc);
@@ -154,7 +154,7 @@ static void rounded_forward(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, con
     const FsaVisibility rules[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
     for (int i = 0; i < 3; i++) {
         fsa_ref_attend_forward_f32(c, b, rules[i], s->q, i == 0 ? s->kc : s->k, i == 0 ? s->vc : p.v.f.data(),
-                                   s->indices, s->o[i], s->lse[i]);
+                                   s->block_indices, s->o[i], s->lse[i]);
         round_to_type<T>(s->o[i], p.size_q);
     }
     fsa_ref_gate_forward_f32(c, p.nq, p.gate.f.data(), s->o, o);
@@ -508,8 +508,8 @@ template <typename T> static void test_branches(Random *r, bool small, bool forc
     for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++) {
         bool selected = rule == FSA_SELECTED;
         if (rule == FSA_COMPRESSED || (!forced && !selected)) continue; // part of the whole; the same
-        FsaOperation ops[2] = {selected ? FSA_SELECTED_FORWARD : FSA_ATTEND_FORWARD,
-                               selected ? FSA_SELECTED_BACKWARD : FSA_ATTEND_BACKWARD};
+        FsaOperation ops[2] = {selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD,
+                               selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD};
         Buffer<char> work((int64_t)std::max(fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[0]),
                                             fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[1])));
         Buffer<T> o(p.size_q), dq(p.size_q), dk(p.size_k), dv(p.size_k);
@@ -518,12 +518,12 @@ template <typename T> static void test_branches(Random *r, bool small, bool forc
         size_t bytes = (size_t)work.n;
         int status =
             selected ? fsa_selected_forward(&c, t, &p.b, p.q_, p.k_, p.v_, indices, o, lse, work, bytes, 0)
-                     : fsa_attend_forward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse, work,
+                     : fsa_attention_forward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse, work,
                                           bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         status = selected ? fsa_selected_backward(&c, t, &p.b, p.q_, p.k_, p.v_, indices, o, lse, p.dout_, dq,
                                                   dk, dv, work, bytes, 0)
-                          : fsa_attend_backward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse,
+                          : fsa_attention_backward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse,
                                                 p.dout_, dq, dk, dv, work, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         CUDA_CHECK(cudaDeviceSynchronize());
@@ -574,7 +574,7 @@ template <typename T> struct Long {
         double q = (double)n * c.q_heads * c.head_dim, k = (double)n * c.kv_heads * c.head_dim;
         FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
         size_t work = 0;
-        for (FsaOperation op : {FSA_SELECTED_FORWARD, FSA_SELECTED_BACKWARD, FSA_ATTEND_BACKWARD})
+        for (FsaOperation op : {FSA_SELECTED_FORWARD, FSA_SELECTED_BACKWARD, FSA_ATTENTION_BACKWARD})
             work = std::max(work, fsa_workspace_size(&c, Dtype<T>::value, &b, op));
         return (8 * q + 10 * k + 4.0 * n * (c.q_heads + c.kv_heads * c.topk) + (double)work) * 1e-9;
     }
@@ -601,25 +601,25 @@ template <typename T> struct Long {
         bool selected = rule == FSA_SELECTED, compressed = rule == FSA_COMPRESSED;
         FsaDtype t = Dtype<T>::value;
         size_t bytes =
-            std::max(fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_FORWARD : FSA_ATTEND_FORWARD),
-                     fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_BACKWARD : FSA_ATTEND_BACKWARD));
+            std::max(fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD),
+                     fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD));
         Buffer<char> work((int64_t)bytes);
         const T *keys = compressed ? kc : k, *values = compressed ? vc : v;
         o.poison(), dq.poison(), dk.poison(), dv.poison(), lse.poison();
         int status = selected
                          ? fsa_selected_forward(&c, t, &b, q, keys, values, indices, o, lse, work, bytes, 0)
-                         : fsa_attend_forward(&c, t, &b, rule, q, keys, values, o, lse, work, bytes, 0);
+                         : fsa_attention_forward(&c, t, &b, rule, q, keys, values, o, lse, work, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         status = selected ? fsa_selected_backward(&c, t, &b, q, keys, values, indices, o, lse, dout, dq, dk,
                                                   dv, work, bytes, 0)
-                          : fsa_attend_backward(&c, t, &b, rule, q, keys, values, o, lse, dout, dq, dk, dv,
+                          : fsa_attention_backward(&c, t, &b, rule, q, keys, values, o, lse, dout, dq, dk, dv,
                                                 work, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         cudaError_t e = cudaDeviceSynchronize();
         CHECK(e == cudaSuccess, "rule %d: %s", rule, cudaGetErrorString(e));
         if (e != cudaSuccess) exit(1);
         if (compressed) {
-            CHECK(fsa_select(&c, t, &b, q, kc, lse, indices, work, bytes, 0) == 0, "%s", fsa_last_error());
+            CHECK(fsa_select_blocks(&c, t, &b, q, kc, lse, indices, work, bytes, 0) == 0, "%s", fsa_last_error());
             CUDA_CHECK(cudaDeviceSynchronize());
         }
     }
@@ -772,7 +772,7 @@ template <typename T> struct Long {
 
     void check(Random *r) {
         for (FsaVisibility rule : {FSA_COMPRESSED, FSA_WINDOW, FSA_SELECTED, FSA_CAUSAL}) {
-            if (rule == FSA_CAUSAL && batch.plan.max_len > 60000) continue; // its work is n * n
+            if (rule == FSA_CAUSAL && batch.batch.max_len > 60000) continue; // its work is n * n
             run(rule);
             std::vector<float> got[4], want[4]; // o, dq, dk, dv
             double lse_worst = 0;
@@ -799,7 +799,7 @@ template <typename T> struct Long {
                                Dtype<T>::grad_tolerance};
             const char *names[4] = {"o", "dq", "dk", "dv"};
             printf("long %s rule %d longest %lld heads %d/%d d %d: lse %.1e", Dtype<T>::name, rule,
-                   (long long)batch.plan.max_len, c.q_heads, c.kv_heads, c.head_dim, lse_worst);
+                   (long long)batch.batch.max_len, c.q_heads, c.kv_heads, c.head_dim, lse_worst);
             CHECK(lse_worst <= 1e-3, "rule %d: lse %.2e", rule, lse_worst);
             for (int i = 0; i < 4; i++) {
                 double error = relative_error(got[i], want[i]);
@@ -863,36 +863,36 @@ static void test_errors(Random *r) {
          }},
         {"selected_forward",
          FSA_SELECTED_FORWARD,
-         {"q", "k", "v", "indices", "o", "lse"},
+         {"q", "k", "v", "block_indices", "o", "lse"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
              return fsa_selected_forward(c, t, b, x[0], x[1], x[2], (int32_t *)x[3], x[4], (float *)x[5],
                                          work, bytes, 0);
          }},
         {"selected_backward",
          FSA_SELECTED_BACKWARD,
-         {"q", "k", "v", "indices", "o", "lse", "dout", "dq", "dk", "dv"},
+         {"q", "k", "v", "block_indices", "o", "lse", "dout", "dq", "dk", "dv"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
              return fsa_selected_backward(c, t, b, x[0], x[1], x[2], (int32_t *)x[3], x[4], (float *)x[5],
                                           x[6], x[7], x[8], x[9], work, bytes, 0);
          }},
         {"select",
-         FSA_SELECT,
-         {"q", "kc", "lse_c", "indices"},
+         FSA_SELECT_BLOCKS,
+         {"q", "kc", "lse_c", "block_indices"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_select(c, t, b, x[0], x[1], (float *)x[2], (int32_t *)x[3], work, bytes, 0);
+             return fsa_select_blocks(c, t, b, x[0], x[1], (float *)x[2], (int32_t *)x[3], work, bytes, 0);
          }},
         {"attend_forward",
-         FSA_ATTEND_FORWARD,
+         FSA_ATTENTION_FORWARD,
          {"q", "k", "v", "o", "lse"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_attend_forward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], work,
+             return fsa_attention_forward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], work,
                                        bytes, 0);
          }},
         {"attend_backward",
-         FSA_ATTEND_BACKWARD,
+         FSA_ATTENTION_BACKWARD,
          {"q", "k", "v", "o", "lse", "dout", "dq", "dk", "dv"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_attend_backward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], x[5],
+             return fsa_attention_backward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], x[5],
                                         x[6], x[7], x[8], work, bytes, 0);
          }},
     };
@@ -1022,10 +1022,10 @@ static void test_errors(Random *r) {
                         p.dk, p.dv, NULL, p.dgate, p.backward_work, (size_t)p.backward_work.n, 0),
            FSA_ERROR_ARGUMENT, "dphi: NULL");
     for (int rule : {(int)FSA_SELECTED, -1}) {
-        expect(fsa_attend_forward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
+        expect(fsa_attention_forward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
                                   p.forward_work, (size_t)n, 0),
                FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
-        expect(fsa_attend_backward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
+        expect(fsa_attention_backward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
                                    p.dout_, p.dq, p.dk, p.dv, p.backward_work, (size_t)n, 0),
                FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
     }
@@ -1033,7 +1033,7 @@ static void test_errors(Random *r) {
     bad.window = 0;
     expect(fsa_saved_size(&bad, FSA_BF16, &b) != 0, 0, "window 0");
     bad.window = -1;
-    expect(fsa_saved_indices(&bad, FSA_BF16, &b, p.saved.get()) != NULL, 0, "window -1");
+    expect(fsa_saved_block_indices(&bad, FSA_BF16, &b, p.saved.get()) != NULL, 0, "window -1");
     expect(p.forward(0), FSA_OK, "");
     expect(p.backward(0), FSA_OK, "");
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -1048,7 +1048,7 @@ static void test_sizes() {
         FsaConfig c = default_config(g * kv_heads, kv_heads, i % 2 ? 128 : 64, block[0], block[1]);
         c.recompute = i / 30;
         for (int growing = 0; growing < 4; growing++) {
-            std::vector<size_t> last(FSA_ATTEND_BACKWARD + 2, 0);
+            std::vector<size_t> last(FSA_ATTENTION_BACKWARD + 2, 0);
             int64_t broken = -1;
             for (int64_t n = 1; n <= most; n += 1 + n / 256) {
                 const FsaDeviceBatch batches[] = {
@@ -1059,7 +1059,7 @@ static void test_sizes() {
                 };
                 const FsaDeviceBatch &b = batches[growing];
                 std::vector<size_t> now;
-                for (int op = FSA_FORWARD; op <= FSA_ATTEND_BACKWARD; op++)
+                for (int op = FSA_FORWARD; op <= FSA_ATTENTION_BACKWARD; op++)
                     now.push_back(fsa_workspace_size(&c, FSA_BF16, &b, (FsaOperation)op));
                 now.push_back(fsa_saved_size(&c, FSA_BF16, &b));
                 for (size_t k = 0; k < now.size(); k++)

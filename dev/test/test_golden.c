@@ -61,7 +61,7 @@ static void test_case(const char *name) {
     memset(memory, 0xff, bytes); // NaN
     fsa_ref_state_place_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, memory);
     fsa_ref_forward_f64(&c, &b, q, k, v, &phi, inv_freq, gate, NULL, &s, o);
-    golden_check_ints(g, "indices", s.indices, Hkv * fsa_batch_queries(&b) * c.topk);
+    golden_check_ints(g, "indices", s.block_indices, Hkv * fsa_batch_queries(&b) * c.topk);
     golden_check(g, "", "o", o, nq, tolerance);
     static const char *branches[3] = {"c", "s", "w"};
     for (int i = 0; i < 3; i++) {

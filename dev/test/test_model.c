@@ -157,7 +157,7 @@ static uint64_t choice_hash(void) {
     const FsaConfig *f = &gpt.config.fsa;
     for (int l = 0; l < gpt.config.layers; l++) {
         for (int64_t i = 0; i < f->kv_heads * gpt.n * f->topk; i++) {
-            h = rng_mix(h ^ (uint64_t)(uint32_t)gpt.acts[l].att_state.indices[i]);
+            h = rng_mix(h ^ (uint64_t)(uint32_t)gpt.acts[l].att_state.block_indices[i]);
         }
     }
     return h;

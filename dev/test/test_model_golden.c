@@ -54,7 +54,7 @@ static void test_case(const char *name) {
     for (int layer = 0; layer < c.layers && c.attn == ATTN_NSA; layer++) {
         char indices[32];
         snprintf(indices, sizeof indices, "layers.%d.indices", layer);
-        golden_check_ints(g, indices, model.acts[layer].att_state.indices, c.fsa.kv_heads * n * c.fsa.topk);
+        golden_check_ints(g, indices, model.acts[layer].att_state.block_indices, c.fsa.kv_heads * n * c.fsa.topk);
     }
 
     gpt_zero_grad(&model);

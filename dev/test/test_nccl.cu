@@ -49,13 +49,13 @@ static void test_units(void) {
         std::vector<int16_t> weights(total, -1); // an owner's are its rank and the place
         for (int64_t u = 0; u < z.num_units; u++) {
             int64_t begin, end;
-            zero_piece(&z, u, gpus.rank, &begin, &end);
+            zero_partition(&z, u, gpus.rank, &begin, &end);
             for (int64_t i = begin; i < end; i++) weights[i] = (int16_t)(i * 5 % 30000);
         }
         int16_t *params = to_gpu(weights);
         for (int64_t u = 0; u < z.num_units; u++) {
             gpus_reduce_unit(&gpus, &z, u, grads + z.units[u].begin);
-            gpus_gather_unit(&gpus, &z, u, params + z.units[u].begin, sizeof(int16_t));
+            gpus_all_gather_unit(&gpus, &z, u, params + z.units[u].begin, sizeof(int16_t));
         }
         mine = from_gpu(grads, total), weights = from_gpu(params, total);
         int64_t wrong = 0, lost = 0;
@@ -71,7 +71,7 @@ static void test_units(void) {
     }
     double parts[3] = {gpus.rank + 1.0, 0.5, gpus.rank == 0 ? 1.0 : 0.0};
     double *sums = to_gpu(std::vector<double>(parts, parts + 3));
-    gpus_sum(&gpus, sums, 3);
+    gpus_all_reduce(&gpus, sums, 3);
     std::vector<double> got = from_gpu(sums, 3);
     int n = gpus.ranks;
     CHECK(got[0] == n * (n + 1) / 2 && got[1] == n * 0.5 && got[2] == 1, "sums %g %g %g", got[0], got[1],
@@ -83,36 +83,36 @@ static void test_units(void) {
 static void test_rows(void) {
     ModelConfig c;
     config_from_preset(&c, preset_find("recall"));
-    const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.context}, width = 8, stride = 3 * width;
-    const int64_t n = cu_seqlens[3], blocks = cp_blocks(n, 3, gpus.context), each = n / gpus.context;
+    const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.cp_size}, width = 8, stride = 3 * width;
+    const int64_t n = cu_seqlens[3], blocks = cp_num_blocks(n, 3, gpus.cp_size), each = n / gpus.cp_size;
     std::vector<int32_t> place(blocks);
-    cp_divide(&c, cu_seqlens, 3, gpus.context, blocks, place.data(), NULL);
+    cp_assign_blocks(&c, cu_seqlens, 3, gpus.cp_size, blocks, place.data(), NULL);
     typedef __nv_bfloat16 T;
     std::vector<T> all(n * width), mine(each * width), wide(each * stride, (T)-1.0f), partial(n * width);
     for (int64_t i = 0; i < n * width; i++) all[i] = (T)(float)(i % 251);
-    cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, mine.data(), all.data(),
+    cp_gather_rows(gpus.cp_size, n, blocks, place.data(), gpus.cp_rank, mine.data(), all.data(),
                  width * sizeof(T));
     for (int64_t i = 0; i < each * width; i++) wide[i / width * stride + width + i % width] = mine[i];
     int32_t *device_place = to_gpu(place);
     T *device_wide = to_gpu(wide), *device_all = to_gpu(partial), *slots = to_gpu(partial);
-    gpus_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, blocks);
+    gpus_all_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, blocks);
     std::vector<T> got = from_gpu(device_all, n * width);
     int64_t wrong = 0;
     for (int64_t i = 0; i < n * width; i++) wrong += (float)got[i] != (float)all[i];
     CHECK(wrong == 0, "rank %d: %lld of %lld gathered numbers", gpus.rank, (long long)wrong,
           (long long)(n * width));
     // sums up to 256 are exact in bf16
-    for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.context_rank) % 61);
+    for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.cp_rank) % 61);
     device_all = to_gpu(partial);
-    gpus_sum_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, blocks);
+    gpus_reduce_scatter_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, blocks);
     got = from_gpu(device_wide, each * stride);
     std::vector<T> sums(n * width), want(each * width);
     for (int64_t i = 0; i < n * width; i++) {
         float sum = 0;
-        for (int r = 0; r < gpus.context; r++) sum += (float)((i + 11 * r) % 61);
+        for (int r = 0; r < gpus.cp_size; r++) sum += (float)((i + 11 * r) % 61);
         sums[i] = (T)sum;
     }
-    cp_take_rows(gpus.context, n, blocks, place.data(), gpus.context_rank, want.data(), sums.data(),
+    cp_gather_rows(gpus.cp_size, n, blocks, place.data(), gpus.cp_rank, want.data(), sums.data(),
                  width * sizeof(T));
     wrong = 0;
     for (int64_t i = 0; i < each * stride; i++) {
@@ -129,22 +129,22 @@ static void test_rows(void) {
 
 // One of several processes, *where of which share a batch. Returns its exit code.
 static int child(void *where) {
-    const int context = *(int *)where;
+    const int cp_size = *(int *)where;
     comm_start(&comm);
     int devices;
     cuda_check(cudaGetDeviceCount(&devices));
     cuda_check(cudaSetDevice(comm.local_rank % devices));
-    gpus_start(&gpus, &comm, context);
+    gpus_init(&gpus, &comm, cp_size);
     test_units();
-    if (context > 1) test_rows();
-    gpus_stop(&gpus);
+    if (cp_size > 1) test_rows();
+    gpus_free(&gpus);
     comm_end(&comm);
     return test_failed != 0;
 }
 
 int main(void) {
     struct {
-        int ranks, context;
+        int ranks, cp_size;
     } runs[] = {{2, 1}, {2, 2}, {3, 3}, {4, 2}};
     alarm(300);
     const int devices = test_gpus();
@@ -153,8 +153,8 @@ int main(void) {
             SKIP("%d ranks: there are %d GPUs", run.ranks, devices);
             continue;
         }
-        int failed = test_ranks(run.ranks, child, &run.context);
-        CHECK(failed == 0, "%d of %d ranks failed, context %d", failed, run.ranks, run.context);
+        int failed = test_ranks(run.ranks, child, &run.cp_size);
+        CHECK(failed == 0, "%d of %d ranks failed, cp_size %d", failed, run.ranks, run.cp_size);
     }
     return test_end("test_nccl");
 }

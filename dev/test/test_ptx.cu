@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     float d[N / 8][4];
     wgmma_fence();
     for (int k = 0; k < K / 16; k++) {
-        uint64_t b = trans_b ? wgmma_matrix(b_at + skip / 64 * B_ROWS * 128 + skip % 64 * 2 + k * 2048, B_ROWS * 128)
-                             : wgmma_matrix(b_at + k / 4 * B_ROWS * 128 + k % 4 * 32);
+        uint64_t b = trans_b ? make_smem_desc(b_at + skip / 64 * B_ROWS * 128 + skip % 64 * 2 + k * 2048, B_ROWS * 128)
+                             : make_smem_desc(b_at + k / 4 * B_ROWS * 128 + k % 4 * 32);
         if (in_registers) {
             uint32_t r[4];
             int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + (lane & 15),
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
             wgmma_commit();
             wgmma_wait<0>();
         } else {
-            uint64_t a = wgmma_matrix(a_at + (trans_a ? k * 2048 : k / 4 * 64 * 128 + k % 4 * 32));
+            uint64_t a = make_smem_desc(a_at + (trans_a ? k * 2048 : k / 4 * 64 * 128 + k % 4 * 32));
             wgmma_ss<T, trans_b, trans_a>(d, a, b, k > 0);
         }
     }
     wgmma_commit();
     wgmma_wait<0>();
-    wgmma_pin(d);
+    fence_operand(d);
     for (int j = 0; j < N / 8; j++) {
         for (int i = 0; i < 4; i++) {
             int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 * 8,
@@ -74,8 +74,8 @@ static void test_product(Random *r) {
     int64_t b_size[] = {B_COLS, 1, B_THERE, 1},
             b_stride[] = {2, B_COLS * 2, 2 * B_COLS * 2, 2 * B_COLS * 2 * B_THERE};
     int a_box[] = {64, trans_a ? K : 64, 1}, b_box[] = {64, 1, B_ROWS, 1};
-    FSA_CHECK(fsa_tensor_map(&a_map, Dtype<T>::value, 3, a_.get(), a_size, a_stride, a_box));
-    FSA_CHECK(fsa_tensor_map(&b_map, Dtype<T>::value, 4, b_.get(), b_size, b_stride, b_box));
+    FSA_CHECK(make_tensor_map(&a_map, Dtype<T>::value, 3, a_.get(), a_size, a_stride, a_box));
+    FSA_CHECK(make_tensor_map(&b_map, Dtype<T>::value, 4, b_.get(), b_size, b_stride, b_box));
     int smem = (64 * K + B_ROWS * B_COLS) * 2 + 8 + 1024;
     const auto kernel = product_kernel<T, N, K, trans_b, trans_a, in_registers, skip>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(128) order_kernel(const float *rows, int count
         fence_proxy_async();
         __syncthreads();
         if (threadIdx.x == 0) {
-            turn_wait(order + 1, mine);
+            semaphore_wait(order + 1, mine);
             if (mine == 0)
                 bulk_store(sums, smem_address(smem), 512);
             else
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(128) order_kernel(const float *rows, int count
             bulk_commit();
             bulk_wait_read();
             bulk_wait();
-            turn_pass(order + 1);
+            semaphore_release(order + 1);
         }
         __syncthreads();
     }

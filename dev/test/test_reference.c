@@ -141,7 +141,7 @@ static void test_gradients(const char *name, FsaConfig c, const int64_t *lengths
     run_forward(&p, NULL);
     int64_t choice = c.kv_heads * p.nq * c.topk;
     frozen_indices = xmalloc(choice * sizeof(int32_t));
-    memcpy(frozen_indices, p.state.indices, choice * sizeof(int32_t));
+    memcpy(frozen_indices, p.state.block_indices, choice * sizeof(int32_t));
     run_backward(&p);
     double *inputs[7] = {p.q, p.k, p.v, p.wk, p.pe, p.wv, p.gate};
     double *grads[7] = {p.dq, p.dk, p.dv, p.dwk, p.dpe, p.dwv, p.dgate};
@@ -177,7 +177,7 @@ static void test_branches(void) {
     run_forward(&p, NULL);
     int64_t choice = p.c.kv_heads * p.nq * p.c.topk, nw = p.m * p.c.kv_heads * p.c.head_dim;
     frozen_indices = xmalloc(choice * sizeof(int32_t));
-    memcpy(frozen_indices, p.state.indices, choice * sizeof(int32_t));
+    memcpy(frozen_indices, p.state.block_indices, choice * sizeof(int32_t));
     for (int rule = 0; rule < 4; rule++) {
         int compressed = rule == FSA_COMPRESSED;
         int64_t nk = compressed ? nw : p.sizes[1];
@@ -215,7 +215,7 @@ static void test_against_plain(void) {
             for (int head = 0; head < c->q_heads; head++) {
                 int h = head / g;
                 const double *q = p.state.q + ((start + t) * c->q_heads + head) * d;
-                const int32_t *chosen = p.state.indices + (h * p.nq + start + t) * c->topk;
+                const int32_t *chosen = p.state.block_indices + (h * p.nq + start + t) * c->topk;
                 for (int branch = 0; branch < 3; branch++) {
                     double sum = 0, out[8] = {0};
                     int64_t keys = branch == 0 ? fsa_num_windows(c, n) : n;
@@ -338,7 +338,7 @@ static void check_choice(const Problem *p, const char *name) {
     for (int64_t s = 0; s < p->b.num_segments; s++) {
         for (int64_t i = 0; i < p->segments[s].len; i++, row++) {
             for (int h = 0; h < c->kv_heads; h++) {
-                const int32_t *chosen = p->state.indices + (h * p->nq + row) * c->topk;
+                const int32_t *chosen = p->state.block_indices + (h * p->nq + row) * c->topk;
                 int64_t blocks = fsa_ref_block_scores_f64(c, &p->b, p->state.q, p->state.kc, p->state.lse[0],
                                                           row, h, scores);
                 int want = blocks < c->topk ? (int)blocks : c->topk;
@@ -383,7 +383,7 @@ static void test_selection(void) {
     memset(p.q, 0, p.sizes[0] * sizeof(double));
     run_forward(&p, NULL);
     check_choice(&p, "ties");
-    const int32_t *last = p.state.indices + 299 * 4;
+    const int32_t *last = p.state.block_indices + 299 * 4;
     CHECK(last[0] == 0 && last[1] == 1 && last[2] == 17 && last[3] == 18,
           "query 299 with ties chose %d %d %d %d", last[0], last[1], last[2], last[3]);
     free_problem(&p);
@@ -520,7 +520,7 @@ static void test_float(void) {
                             xmalloc(fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2, NULL)));
     fsa_ref_Phi_f32 phi = {x[3], x[4], x[5]};
     fsa_ref_PhiGrad_f32 dphi = {y[3], y[4], y[5]};
-    fsa_ref_forward_f32(&c, &p.b, x[0], x[1], x[2], &phi, p.inv_freq, x[6], p.state.indices, &s, y[7]);
+    fsa_ref_forward_f32(&c, &p.b, x[0], x[1], x[2], &phi, p.inv_freq, x[6], p.state.block_indices, &s, y[7]);
     fsa_ref_backward_f32(&c, &p.b, x[1], x[2], &phi, p.inv_freq, x[6], &s, x[7], y[0], y[1], y[2], &dphi,
                          y[6]);
     const char *names[8] = {"dq", "dk", "dv", "dwk", "dpe", "dwv", "dgate", "o"};

@@ -7,7 +7,7 @@
 // A block: dq of 64 queries of one head, four warps of 16 rows. Q and dO live in registers as operands;
 // K and V come in double-buffered tiles of 64 keys.
 // Bytes: q, dO once, dq once in fp32 (read too if it accumulates). Flops: 6*d a visible pair; they bind.
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_k = smem_address(shared), tile_v = tile_k + 2 * K_BYTES;
@@ -15,9 +15,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
 
     int64_t tiles = gridDim.x / p.q_heads, index = tiles - 1 - blockIdx.x / p.q_heads;
     int head = blockIdx.x % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
-    RowTile rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS, index);
+    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, index);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.plan.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.range];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int end = p.visible.end_key(last_pos), begin = p.visible.first_key(first_pos) / KEYS * KEYS;
 
@@ -39,7 +39,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         int64_t at = (rows.row + row) * p.q_heads + head;
-        float x = row < rows.rows ? p.lse_grad[at] : -INFINITY;
+        float x = row < rows.rows ? p.lse_bwd[at] : -INFINITY;
         lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
         delta[half] = row < rows.rows ? p.delta[at] : 0;
     }
@@ -116,12 +116,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows.rows) continue;
-        int64_t sum = dq_sum_row(p.plan.nq, p.q_heads / p.kv_heads, rows.row + row, head);
+        int64_t sum = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, head);
         float *to = p.dq + sum * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float2 x = make_float2(dq[n][half * 2] * unit, dq[n][half * 2 + 1] * unit);
-            float2 *at = (float2 *)(to + dq_sum_piece(sum, n) * 8);
+            float2 *at = (float2 *)(to + dq_accum_chunk(sum, n) * 8);
             if (p.accumulate_q) {
                 float2 old = *at;
                 x.x += old.x, x.y += old.y;
@@ -140,14 +140,14 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
 // and V stay in shared memory, Q and dO come in double-buffered tiles of 64 queries of one head.
 // Bytes: k, v once, dk, dv once in fp32; q and dO from L2, once for every key tile that sees them.
 // Flops: 8*d a visible pair; they bind.
-struct QueryWalk {
+struct QTilePosition {
     int head;        // query head
     int64_t segment; // and segment of the current tile
     int64_t row;     // its first row in q
     int pos, end;    // the position of its first query; the end of the segment's visible queries
 };
 
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_k = smem_address(shared), tile_v = tile_k + BYTES, tile_q = tile_v + BYTES;
@@ -158,7 +158,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
     int split = blockIdx.x % p.splits;
     int kv_head = blockIdx.x / p.splits % p.kv_heads;
     int64_t index = blockIdx.x / p.splits / p.kv_heads;
-    int64_t num_seqs = p.plan.num_seqs;
+    int64_t num_seqs = p.batch.num_seqs;
     RowTile keys = find_row_tile(p.cu_keys, num_seqs, KEYS, index);
     if (keys.rows == 0) return;
     int group = p.q_heads / p.kv_heads;
@@ -171,36 +171,36 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
     load_tile<KEYS, D, 128>(tile_v, (const T *)p.v + k_at, k_stride, keys.rows);
 
     // The sequence's segments, and the positions that see some of the keys.
-    int64_t seg_begin = 0, seg_end = p.plan.num_segments;
+    int64_t seg_begin = 0, seg_end = p.batch.num_segments;
     while (seg_begin < seg_end) {
         int64_t mid = (seg_begin + seg_end) / 2;
-        if (p.plan.segments[mid].seq < keys.range)
+        if (p.batch.segments[mid].seq < keys.range)
             seg_begin = mid + 1;
         else
             seg_end = mid;
     }
-    seg_end = p.plan.num_segments;
+    seg_end = p.batch.num_segments;
     int pos_begin = p.visible.first_query(keys.first);
     int pos_last = p.visible.last_query(keys.first + keys.rows - 1);
 
-    QueryWalk next = {head_begin - 1, seg_end, 0, 0, 0};
+    QTilePosition next = {head_begin - 1, seg_end, 0, 0, 0};
     // Moves `next` on to its next tile of queries; false at the end.
     auto advance = [&]() {
         next.pos += ROWS;
         next.row += ROWS;
         while (next.pos >= next.end) {
             next.segment++;
-            if (next.segment >= seg_end || p.plan.segments[next.segment].seq != keys.range) {
+            if (next.segment >= seg_end || p.batch.segments[next.segment].seq != keys.range) {
                 if (++next.head >= head_end) return false;
                 next.segment = seg_begin;
-                if (seg_begin >= seg_end || p.plan.segments[seg_begin].seq != keys.range) return false;
+                if (seg_begin >= seg_end || p.batch.segments[seg_begin].seq != keys.range) return false;
             }
-            FsaSegment s = p.plan.segments[next.segment];
+            FsaSegment s = p.batch.segments[next.segment];
             int64_t begin = s.pos > pos_begin ? s.pos : pos_begin, end = s.pos + s.len;
             if (end - 1 > pos_last) end = (int64_t)pos_last + 1;
             next.pos = (int)begin;
             next.end = end > begin ? (int)end : (int)begin;
-            next.row = p.plan.cu_rows[next.segment] + begin - s.pos;
+            next.row = p.batch.cu_queries[next.segment] + begin - s.pos;
         }
         return true;
     };
@@ -213,7 +213,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
         int64_t stat = (next.row + row) * p.q_heads + next.head;
         float x;
         if (threadIdx.x < ROWS) {
-            x = row < count ? p.lse_grad[stat] : -INFINITY;
+            x = row < count ? p.lse_bwd[stat] : -INFINITY;
             x = x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
         } else {
             x = row < count ? p.delta[stat] : 0;
@@ -343,17 +343,17 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
     }
 }
 
-template <typename T, int D> static int launch_backward(const Dense &d, cudaStream_t stream) {
+template <typename T, int D> static int launch_backward(const DenseParams &d, cudaStream_t stream) {
     int bytes_q = 4 * 64 * D * 2, bytes_k = 6 * 64 * D * 2 + 4 * 64 * (int)sizeof(float);
     cudaFuncSetAttribute(dense_dq_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_q);
     cudaFuncSetAttribute(dense_dkdv_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_k);
-    int64_t q_blocks = row_tile_bound(d.plan.nq, d.plan.num_segments, 64) * d.q_heads;
-    int64_t k_blocks = row_tile_bound(d.num_keys, d.plan.num_seqs, 64) * d.kv_heads * d.splits;
+    int64_t q_blocks = row_tile_bound(d.batch.nq, d.batch.num_segments, 64) * d.q_heads;
+    int64_t k_blocks = row_tile_bound(d.num_keys, d.batch.num_seqs, 64) * d.kv_heads * d.splits;
     if (q_blocks > 0) dense_dq_kernel<T, D><<<(unsigned)q_blocks, 128, bytes_q, stream>>>(d);
     if (k_blocks > 0) dense_dkdv_kernel<T, D><<<(unsigned)k_blocks, 128, bytes_k, stream>>>(d);
     return launch_status();
 }
 
-int fsa_dense_backward_sm80(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+int fsa_dense_backward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, c->head_dim, launch_backward, d, stream);
 }

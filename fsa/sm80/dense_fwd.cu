@@ -11,7 +11,7 @@
 // Flops: 4*d for each visible pair, whole tiles at the diagonal. The causal and compressed rules are bound
 // by arithmetic (flops/790 TFLOP/s; mma.sync reaches about 60% of that on Hopper); so is the window rule
 // at W = 512, whose bytes take a tenth of its flops' time.
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const Dense p) {
+template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams p) {
     constexpr int ROWS = 128, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_q = smem_address(shared), tile_k = tile_q + ROWS * D * 2, tile_v = tile_k + 2 * K_BYTES;
@@ -19,9 +19,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_for
 
     int64_t tiles = gridDim.x / p.q_heads, index = tiles - 1 - blockIdx.x / p.q_heads;
     int head = blockIdx.x % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
-    RowTile rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS, index);
+    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, index);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.plan.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.range];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int end = p.visible.end_key(last_pos), begin = p.visible.first_key(first_pos) / KEYS * KEYS;
 
@@ -162,14 +162,14 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_for
     }
 }
 
-template <typename T, int D> static int launch_forward(const Dense &d, cudaStream_t stream) {
+template <typename T, int D> static int launch_forward(const DenseParams &d, cudaStream_t stream) {
     int bytes = (128 + 4 * 64) * D * 2;
     cudaFuncSetAttribute(dense_forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int64_t blocks = row_tile_bound(d.plan.nq, d.plan.num_segments, 128) * d.q_heads;
+    int64_t blocks = row_tile_bound(d.batch.nq, d.batch.num_segments, 128) * d.q_heads;
     if (blocks > 0) dense_forward_kernel<T, D><<<(unsigned)blocks, 128, bytes, stream>>>(d);
     return launch_status();
 }
 
-int fsa_dense_forward_sm80(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+int fsa_dense_forward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, c->head_dim, launch_forward, d, stream);
 }

@@ -50,12 +50,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], uint32_t addres
 }
 
 // What the L2 gives up last, and first.
-__device__ __forceinline__ uint64_t l2_last() {
+__device__ __forceinline__ uint64_t l2_evict_last() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ __forceinline__ uint64_t l2_first() {
+__device__ __forceinline__ uint64_t l2_evict_first() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
@@ -118,14 +118,14 @@ template <int left> __device__ __forceinline__ void cp_async_wait() {
 
 // For kernels that start while the one ahead of them in the stream, and only that one, may still run (launch
 // of selected.cuh): waits until that one has ended and what it wrote is there. Nothing before Hopper.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+__device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 // Once all blocks have said so or ended, the next kernel may start where there is room. After the wait, so
 // that no third kernel runs.
-__device__ __forceinline__ void let_next_kernel_start() {
+__device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif

@@ -5,13 +5,13 @@
 
 // A thread block takes a share of one head's list, 64 keys of each KV block at a time: K and V stay
 // in shared memory, dK and dV in registers; 64 gathered rows of q and dO at a time give S, dP = dO V^T, P =
-// exp(S - lse_grad), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
+// exp(S - lse_bwd), dS = P (dP - delta), then dV += P^T dO, dK += dS^T Q, and dQ = dS K goes out as a
 // partial row (partial.cuh; the reduction puts its channels in order). A KV block's sum is added to dkv by
 // the thread block where its list starts; one that goes on with another's list leaves its sum in `crossing`,
 // and sum_crossing adds these in order. A row moves 4*D + 12 bytes in and 1.5*D out (fp16 2*D). 64K tokens,
 // 32 heads, T = 16, d = 128: 17.6 GB in, 6.4 out, 5.3 ms at 4.5 TB/s; 2.75 TFLOP, 3.5 ms at 790; with
 // mma.sync shared memory's 288 KB a tile of 64 rows: 5.7 ms.
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelArgs a) {
+template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_backward_kernel(SelectedParams a) {
     constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
     extern __shared__ __align__(128) char smem[];
     __shared__ int64_t meta_row[2][64]; // row*Hq + head, of the tile's rows
@@ -51,7 +51,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
                 int64_t row = entry / (uint32_t)a.topk;
                 new_row = row * a.q_heads + head * g + in_group;
                 new_partial = ((entry - share.entry0) * a.parts + part) * g + in_group;
-                new_lse = a.lse_grad[new_row] * FSA_LOG2E;
+                new_lse = a.lse_bwd[new_row] * FSA_LOG2E;
                 new_delta = a.delta[new_row];
                 new_limit =
                     r < rows ? last_key(a, run, (int64_t)(begin - run.first) + i, row) - first_key : -1;
@@ -252,7 +252,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
     }
 }
 
-template <typename T, int D> static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+template <typename T, int D> static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (allow_smem(selected_backward_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.shares, heads);
@@ -260,7 +260,7 @@ template <typename T, int D> static int backward(const SelArgs &a, unsigned head
     return FSA_OK;
 }
 
-int fsa_sel_backward_sm80(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+int fsa_selected_backward_sm80(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                           cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, backward, a, heads, stream);
 }

@@ -31,7 +31,7 @@ template <typename T> static __device__ __forceinline__ float max_abs(const uint
 // A row moves 2*D bytes in and 2*D + 8 out. 64K tokens, 32 heads, T = 16, d = 128: 8.6 GB in, 8.8 out, 3.9 ms
 // at 4.5 TB/s; 1.1 TFLOP, 1.4 ms at 790. Memory binds (with mma.sync, shared memory is next: 2.4 ms).
 template <typename T, int D, int TILES>
-__global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
+__global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelectedParams a) {
     constexpr int GROUPS = D / 32, KEYS = 64 * TILES;
     extern __shared__ __align__(128) char smem[];
     __shared__ float warp_max[4];
@@ -217,18 +217,18 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelArgs a) {
 }
 
 template <typename T, int D, int TILES>
-static int launch_forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+static int launch_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = TILES * 64 * D * 2 * 2;
     if (allow_smem(selected_forward_kernel<T, D, TILES>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.shares, heads);
     selected_forward_kernel<T, D, TILES><<<grid, 128, smem, stream>>>(a);
     return FSA_OK;
 }
-template <typename T, int D> static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+template <typename T, int D> static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     return a.keys > 64 ? launch_forward<T, D, 2>(a, heads, stream) : launch_forward<T, D, 1>(a, heads, stream);
 }
 
-int fsa_sel_forward_sm80(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+int fsa_selected_forward_sm80(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                          cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, forward, a, heads, stream);
 }

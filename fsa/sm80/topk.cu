@@ -6,11 +6,11 @@
 #include "../launch.cuh"
 #include "tile.cuh"
 
-struct TopK {
-    FsaPlan plan;
+struct TopKParams {
+    BatchLayout batch;
     const void *q, *kc;
     const float *lse;
-    int32_t *indices;
+    int32_t *block_indices;
     float scale;
     int q_heads, kv_heads, cmp_len, cmp_stride, block, topk, init, local;
     int stages;      // of the buffer for kc: 2, or 1 where Q takes too much room
@@ -63,7 +63,7 @@ __device__ __forceinline__ uint32_t keep_best(uint2 *list, int size, uint32_t ra
 // Bytes: q once, kc once (L2: once for every TOKENS queries), 4*T*Nq*Hkv out. Flops: 2*d for each of the
 // Nq*Hq*M/2 pairs, and as many exponentials; the flops bind, the list work comes on top.
 template <typename T, int D, int TOKENS>
-__global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopK p) {
+__global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p) {
     constexpr int WINDOWS = 64, K_BYTES = WINDOWS * D * 2, Q_BYTES = TOKENS * D * 2, PITCH = WINDOWS + 1;
     constexpr int THREADS = TOKENS * 8, TOKEN_WARPS = TOKENS / 16, SHARE = 16; // windows of a warp
     extern __shared__ __align__(128) char shared[];
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopK p) {
 
     int64_t tiles = gridDim.x / p.kv_heads, index = tiles - 1 - blockIdx.x / p.kv_heads;
     int kv_head = blockIdx.x % p.kv_heads;
-    RowTile rows = find_row_tile(p.plan.cu_rows, p.plan.num_segments, TOKENS, index);
+    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, TOKENS, index);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.plan.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.range];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int window_cells = p.cmp_len / p.cmp_stride, block_cells = p.block / p.cmp_stride;
-    int64_t window0 = p.plan.cu_windows[segment.seq];
-    int windows = (int)(p.plan.cu_windows[segment.seq + 1] - window0);
+    int64_t window0 = p.batch.cu_windows[segment.seq];
+    int windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
 
     // Candidates of the last query are blocks init .. candidates - 1; nobody needs a window past them.
     int last_block = last_pos / p.block, candidates = last_block + 1 - p.local, end = 0;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopK p) {
 
     int token = threadIdx.x, blocks = (first_pos + token) / p.block + 1;
     if (token >= rows.rows) return;
-    int32_t *to = p.indices + ((int64_t)kv_head * p.plan.nq + rows.row + token) * p.topk;
+    int32_t *to = p.block_indices + ((int64_t)kv_head * p.batch.nq + rows.row + token) * p.topk;
     if (blocks <= p.topk) { // all of them
         for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
         return;
@@ -239,22 +239,22 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopK p) {
     for (int i = 0; i < p.local; i++) to[p.init + wanted + i] = blocks - p.local + i;
 }
 
-static size_t topk_bytes(const FsaConfig *c, const TopK *p, int tokens) {
+static size_t topk_bytes(const FsaConfig *c, const TopKParams *p, int tokens) {
     size_t group = c->q_heads / c->kv_heads, wanted = c->topk - c->init_blocks - c->local_blocks;
     return (group * tokens + p->stages * 64) * c->head_dim * 2 + tokens * wanted * sizeof(uint2) +
            (tokens * (65 + 4 + group) + p->block_slots * (tokens + 1)) * sizeof(float);
 }
 
 template <typename T, int D, int TOKENS>
-static int launch_tokens(const TopK &p, size_t bytes, cudaStream_t stream) {
+static int launch_tokens(const TopKParams &p, size_t bytes, cudaStream_t stream) {
     cudaFuncSetAttribute(topk_kernel<T, D, TOKENS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    int64_t blocks = row_tile_bound(p.plan.nq, p.plan.num_segments, TOKENS) * p.kv_heads;
+    int64_t blocks = row_tile_bound(p.batch.nq, p.batch.num_segments, TOKENS) * p.kv_heads;
     if (blocks > 0) topk_kernel<T, D, TOKENS><<<(unsigned)blocks, TOKENS * 8, bytes, stream>>>(p);
     return launch_status();
 }
 
 // The first arrangement that shared memory holds.
-template <typename T, int D> static int launch_topk(const FsaConfig *c, TopK p, cudaStream_t stream) {
+template <typename T, int D> static int launch_topk(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
     const size_t most = 99 * 1024;
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = topk_bytes(c, &p, 32);
@@ -267,11 +267,11 @@ template <typename T, int D> static int launch_topk(const FsaConfig *c, TopK p, 
     return FSA_ERROR_CONFIG;
 }
 
-int fsa_topk_sm80(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q,
-                         const void *kc, const float *lse_c, int32_t *indices, cudaStream_t stream) {
-    TopK p = {};
-    p.plan = *plan;
-    p.q = q, p.kc = kc, p.lse = lse_c, p.indices = indices;
+int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
+                         const void *kc, const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
+    TopKParams p = {};
+    p.batch = *batch;
+    p.q = q, p.kc = kc, p.lse = lse_c, p.block_indices = block_indices;
     p.scale = softmax_scale_of(c);
     p.q_heads = c->q_heads, p.kv_heads = c->kv_heads;
     p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;

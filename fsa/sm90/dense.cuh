@@ -44,19 +44,19 @@ struct Maps {
 // many rows.
 template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
 static __device__ __forceinline__ void product_rows(float (&x)[N8][4], uint32_t a, uint32_t b) {
-    const uint64_t from_a = wgmma_matrix(a), from_b = wgmma_matrix(b);
+    const uint64_t from_a = make_smem_desc(a), from_b = make_smem_desc(b);
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
-        wgmma_ss<T>(x, wgmma_further(from_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
-                    wgmma_further(from_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
+        wgmma_ss<T>(x, advance_desc(from_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
+                    advance_desc(from_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
 }
 // x (64 x D) = (add ? x : 0) + A B: A (64 x 16*K16) in registers, B's rows from address b on.
 template <typename T, int B_ROWS, int N8, int K16>
 static __device__ __forceinline__ void product_columns(float (&x)[N8][4], const uint32_t (&a)[K16][4],
                                                        uint32_t b, bool add) {
-    const uint64_t from = wgmma_matrix(b, B_ROWS * 128);
+    const uint64_t from = make_smem_desc(b, B_ROWS * 128);
 #pragma unroll
-    for (int k = 0; k < K16; k++) wgmma_rs<T, 1>(x, a[k], wgmma_further(from, k * 2048), add || k > 0);
+    for (int k = 0; k < K16; k++) wgmma_rs<T, 1>(x, a[k], advance_desc(from, k * 2048), add || k > 0);
 }
 
 // ---- the ring ---------------------------------------------------------------------------------------------
@@ -91,22 +91,22 @@ static int processors() {
 }
 
 // q and dO in boxes of `tokens` tokens of a group's heads, k and v in boxes of KEYS keys of a head.
-static int make_maps(const Dense &d, FsaDtype dtype, int head_dim, int tokens, Maps *m) {
+static int make_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tokens, Maps *m) {
     int g = d.q_heads / d.kv_heads;
-    int64_t q_size[] = {head_dim, d.q_heads, d.plan.nq},
+    int64_t q_size[] = {head_dim, d.q_heads, d.batch.nq},
             q_stride[] = {2, head_dim * 2, (int64_t)d.q_heads * head_dim * 2};
     int64_t k_size[] = {head_dim, d.kv_heads, d.num_keys},
             k_stride[] = {2, head_dim * 2, (int64_t)d.kv_heads * head_dim * 2};
     int q_box[] = {64, g, tokens}, k_box[] = {64, 1, KEYS};
-    int status = fsa_tensor_map(&m->q, dtype, 3, d.q, q_size, q_stride, q_box);
-    if (!status && d.dout) status = fsa_tensor_map(&m->dout, dtype, 3, d.dout, q_size, q_stride, q_box);
-    if (!status) status = fsa_tensor_map(&m->k, dtype, 3, d.k, k_size, k_stride, k_box);
-    if (!status) status = fsa_tensor_map(&m->v, dtype, 3, d.v, k_size, k_stride, k_box);
+    int status = make_tensor_map(&m->q, dtype, 3, d.q, q_size, q_stride, q_box);
+    if (!status && d.dout) status = make_tensor_map(&m->dout, dtype, 3, d.dout, q_size, q_stride, q_box);
+    if (!status) status = make_tensor_map(&m->k, dtype, 3, d.k, k_size, k_stride, k_box);
+    if (!status) status = make_tensor_map(&m->v, dtype, 3, d.v, k_size, k_stride, k_box);
     return status;
 }
 
 template <typename Kernel>
-static int launch(Kernel kernel, const Dense &d, const Maps &maps, int64_t items, int bytes,
+static int launch(Kernel kernel, const DenseParams &d, const Maps &maps, int64_t items, int bytes,
                   cudaStream_t stream) {
     if (items == 0) return FSA_OK;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)

@@ -40,7 +40,7 @@
 // and 80 KiB more are written and read on the way of dS and dQ, where the products take 2,560. On an H200 a
 // tile takes some 4,600 clocks, 162 to 173 ms: exp and dS lie between dependent products, and both warpgroups
 // are at the same place.
-struct KeyWork {
+struct KvWorkItem {
     RowTile keys; // no rows: no work
     int kv_head, split;
     int step;                   // its rows in ascending or in descending order: 1, -1
@@ -49,8 +49,8 @@ struct KeyWork {
     int share_begin, share_end; // the split's tiles begin here
 };
 
-static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) {
-    KeyWork w;
+static __device__ KvWorkItem kv_work_item(const DenseParams &p, int64_t item, int64_t items) {
+    KvWorkItem w;
     w.keys.rows = 0;
     if (item >= items) return w;
     // Some heads after the others; of those heads one split after the other, the last one first; of a split by
@@ -61,12 +61,12 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     const int turn = (int)(rest / (tiles * heads));
     w.split = p.splits - 1 - turn;
     w.kv_head = head0 + (int)(rest % heads);
-    w.keys = find_row_tile(p.cu_keys, p.plan.num_seqs, KEYS, rest % (tiles * heads) / heads);
+    w.keys = find_row_tile(p.cu_keys, p.batch.num_seqs, KEYS, rest % (tiles * heads) / heads);
     w.step = p.alternate && (round * p.splits + turn) % 2 ? 1 : -1;
-    int64_t lo = 0, hi = p.plan.num_segments, end = hi;
+    int64_t lo = 0, hi = p.batch.num_segments, end = hi;
     while (lo < hi) { // the sequence's first segment
         int64_t mid = (lo + hi) / 2;
-        if (p.plan.segments[mid].seq < w.keys.range)
+        if (p.batch.segments[mid].seq < w.keys.range)
             lo = mid + 1;
         else
             hi = mid;
@@ -74,7 +74,7 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     w.segment = (int)lo;
     for (hi = end; lo < hi;) { // and the next sequence's
         int64_t mid = (lo + hi) / 2;
-        if (p.plan.segments[mid].seq <= w.keys.range)
+        if (p.batch.segments[mid].seq <= w.keys.range)
             lo = mid + 1;
         else
             hi = mid;
@@ -82,7 +82,7 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
     w.segment_end = (int)lo;
     w.pos_begin = p.visible.first_query(w.keys.first);
     w.pos_last = p.visible.last_query(w.keys.first + w.keys.rows - 1);
-    int64_t n = p.plan.cu_seqlens[w.keys.range + 1] - p.plan.cu_seqlens[w.keys.range];
+    int64_t n = p.batch.cu_seqlens[w.keys.range + 1] - p.batch.cu_seqlens[w.keys.range];
     w.share_begin = (int)(n * w.split / p.splits);
     w.share_end = (int)(n * (w.split + 1) / p.splits);
     return w;
@@ -93,18 +93,18 @@ static __device__ KeyWork key_work(const Dense &p, int64_t item, int64_t items) 
 // many tiles as meet the keys, and the tiles beyond come at its end: so thread blocks that began together are
 // at the same rows together. A segment's tiles are the same for all keys: they begin at its first token. Rows
 // count in 32 bits, as TMA's coordinates do.
-struct TokenWalk {
+struct QTileIterator {
     int segment, row, place; // the first token's row in q; the tile's number of all
     int pos, end;            // the first token's position; the end of the segment's tokens
     int tile, lowest, last;  // of the segment's
     int beyond;              // tiles beyond..last are still to come when the lowest was met
-    __device__ __forceinline__ TokenWalk(const KeyWork &w)
+    __device__ __forceinline__ QTileIterator(const KvWorkItem &w)
         : segment(w.step > 0 ? w.segment - 1 : w.segment_end), row(0), place(0), pos(0), end(0), tile(0),
           lowest(0), last(-1), beyond(0) {}
     __device__ __forceinline__ void move(int by, int tokens) {
         tile += by, place += by, pos += by * tokens, row += by * tokens;
     }
-    __device__ __forceinline__ bool next(const Dense &p, const KeyWork &w, int tokens) {
+    __device__ __forceinline__ bool next(const DenseParams &p, const KvWorkItem &w, int tokens) {
         move(w.step, tokens);
         while (w.step > 0 ? tile > last : tile < lowest) {
             if (w.step < 0 && beyond <= last) {
@@ -114,8 +114,8 @@ struct TokenWalk {
             }
             segment += w.step;
             if (segment < w.segment || segment >= w.segment_end) return false;
-            const int first = (int)p.plan.segments[segment].pos, len = (int)p.plan.segments[segment].len;
-            const int last_pos = min(w.pos_last, first + len - 1), row0 = (int)p.plan.cu_rows[segment];
+            const int first = (int)p.batch.segments[segment].pos, len = (int)p.batch.segments[segment].len;
+            const int last_pos = min(w.pos_last, first + len - 1), row0 = (int)p.batch.cu_queries[segment];
             // The tile of the first token that sees a key, but none that begins before the share; the tile of
             // the last, but none that begins past the share.
             lowest = max(w.pos_begin > first ? (w.pos_begin - first) / tokens : 0,
@@ -136,7 +136,7 @@ struct TokenWalk {
     }
 };
 
-template <int D> struct KeyRing {
+template <int D> struct BackwardPipeline {
     static constexpr int STAGES = D == 64 ? 4 : 2;
     static constexpr int STAY_BYTES = KEYS * D * 2, ROW_BYTES = STREAM_ROWS * D * 2;
     static constexpr int DS_BYTES = KEYS * STREAM_ROWS * 2; // [key][row], two of them in turn
@@ -144,9 +144,9 @@ template <int D> struct KeyRing {
     static constexpr int DQ_BYTES = STREAM_ROWS * D * 4;    // also two, each with a thread that adds it to dq
     static constexpr int DS = 2 * STAY_BYTES + 2 * STAGES * ROW_BYTES, DQ = DS + 2 * DS_BYTES;
     static constexpr int STAT = DQ + 2 * DQ_BYTES, WORK = STAT + STAGES * STATS,
-                         BARRIERS = WORK + 2 * (int)sizeof(KeyWork), BYTES = BARRIERS + 8 * (6 + 2 * STAGES);
+                         BARRIERS = WORK + 2 * (int)sizeof(KvWorkItem), BYTES = BARRIERS + 8 * (6 + 2 * STAGES);
     uint32_t k, v, q, dout, ds, dq, stay_full, stay_empty, dq_full, dq_empty, full, empty;
-    __device__ __forceinline__ KeyRing(uint32_t start) {
+    __device__ __forceinline__ BackwardPipeline(uint32_t start) {
         k = start, v = k + STAY_BYTES, q = v + STAY_BYTES, dout = q + STAGES * ROW_BYTES;
         ds = start + DS, dq = start + DQ;
         stay_full = start + BARRIERS, stay_empty = stay_full + 8, dq_full = stay_empty + 8;
@@ -162,26 +162,26 @@ template <int D> struct KeyRing {
     }
     // Work items lie in shared memory, where all warps read them, two in turn: the warps that add to dq lag
     // behind the others, the one that brings lse and delta runs ahead.
-    static __device__ __forceinline__ KeyWork *work(char *tiles, int parity) {
-        return (KeyWork *)(tiles + WORK) + parity;
+    static __device__ __forceinline__ KvWorkItem *work(char *tiles, int parity) {
+        return (KvWorkItem *)(tiles + WORK) + parity;
     }
     // The next one, or NULL.
-    __device__ __forceinline__ const KeyWork *next_work(char *tiles, int *parity) const {
+    __device__ __forceinline__ const KvWorkItem *next_work(char *tiles, int *parity) const {
         mbarrier_wait(stay_full, *parity);
-        const KeyWork *w = work(tiles, *parity);
+        const KvWorkItem *w = work(tiles, *parity);
         *parity ^= 1;
         return w->keys.rows > 0 ? w : NULL;
     }
     // A thread: takes the items and brings their keys and rows.
-    __device__ void produce(const Dense &p, const Maps &maps, char *tiles, int64_t items) const {
+    __device__ void produce(const DenseParams &p, const Maps &maps, char *tiles, int64_t items) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         Turn<STAGES> turn;
         for (int parity = 0;; parity ^= 1) {
-            KeyWork *w = work(tiles, parity), next;
+            KvWorkItem *w = work(tiles, parity), next;
             int item;
             do {
                 item = atomicAdd(p.order, 1);
-                next = key_work(p, item, items);
+                next = kv_work_item(p, item, items);
             } while (item < items && next.keys.rows == 0);
             mbarrier_wait(stay_empty, parity ^ 1); // a fresh barrier's phase before the first counts as over
             *w = next;
@@ -195,7 +195,7 @@ template <int D> struct KeyRing {
                 tma_load_3d(k + at, &maps.k, i * 64, next.kv_head, (int)next.keys.row, stay_full);
                 tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, stay_full);
             }
-            TokenWalk walk(*w);
+            QTileIterator walk(*w);
             for (; walk.next(p, *w, tokens); turn.next()) {
                 const uint32_t is_full = full + 8 * turn.stage;
                 mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
@@ -214,7 +214,7 @@ template <int D> struct KeyRing {
     //     P + P' = e^(S - both), both = -ln(e^-lse + e^-lse')
     //     P (dP - delta) + P' (dP - delta') = (P + P') (dP - (P delta + P' delta') / (P + P'))
     // where P / (P + P') is the same for all keys.
-    __device__ void bring_stats(const Dense &p, char *tiles) const {
+    __device__ void bring_stats(const DenseParams &p, char *tiles) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g, lane = threadIdx.x % 32;
         Turn<STAGES> turn;
         // Of the lane's two rows of a tile: the token, and the place of lse after the tile's first.
@@ -223,10 +223,10 @@ template <int D> struct KeyRing {
             token[i] = (lane + 32 * i) / g;
             place[i] = token[i] * p.q_heads + (lane + 32 * i) % g;
         }
-        while (const KeyWork *w = next_work(tiles, &parity)) {
+        while (const KvWorkItem *w = next_work(tiles, &parity)) {
             __syncwarp();
             if (lane == 0) mbarrier_arrive(stay_empty);
-            TokenWalk walk(*w);
+            QTileIterator walk(*w);
             // Up to here a warpgroup's keys are among the last blocks; no token is before 0.
             int local_end[2] = {};
             if (p.forced.local > 0)
@@ -240,9 +240,9 @@ template <int D> struct KeyRing {
                 for (int i = 0; i < 2; i++) {
                     const int pos = walk.pos + token[i];
                     const bool there = token[i] < tokens && pos < walk.end, both = there && pos < local_end[1];
-                    lse[i] = there ? p.lse_grad[first + place[i]] : INFINITY; // no row: P = 0
+                    lse[i] = there ? p.lse_bwd[first + place[i]] : INFINITY; // no row: P = 0
                     delta[i] = there ? p.delta[first + place[i]] : 0;
-                    other_lse[i] = both ? p.local_lse_grad[first + place[i]] : INFINITY;
+                    other_lse[i] = both ? p.local_lse_bwd[first + place[i]] : INFINITY;
                     other_delta[i] = both ? p.local_delta[first + place[i]] : 0;
                 }
             };
@@ -276,21 +276,21 @@ template <int D> struct KeyRing {
         }
     }
     // A thread of two: adds every second tile of dQ to dq when those of all smaller keys are in.
-    __device__ void add_queries(const Dense &p, char *tiles, int mine) const {
+    __device__ void add_queries(const DenseParams &p, char *tiles, int mine) const {
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         const uint32_t my_dq = dq + mine * DQ_BYTES;
         int work_parity = 0;
         Turn<2> buffer;
-        while (const KeyWork *w = next_work(tiles, &work_parity)) {
+        while (const KvWorkItem *w = next_work(tiles, &work_parity)) {
             mbarrier_arrive(stay_empty);
-            TokenWalk walk(*w);
+            QTileIterator walk(*w);
             for (; walk.next(p, *w, tokens); buffer.next()) {
                 if (buffer.stage != mine) continue;
                 int *turn = p.order + 1 + (int64_t)walk.place * p.kv_heads + w->kv_head;
                 const int before = w->keys.first / KEYS - p.visible.first_key(walk.pos) / KEYS;
                 const int bytes = min(tokens, walk.end - walk.pos) * g * D * 4;
-                float *to = p.dq + dq_sum_group(p.plan.nq, g, walk.row, w->kv_head) * D;
-                turn_wait(turn, before);
+                float *to = p.dq + dq_accum_group_row(p.batch.nq, g, walk.row, w->kv_head) * D;
+                semaphore_wait(turn, before);
                 mbarrier_wait(dq_full + 8 * mine, buffer.parity);
                 if (before > 0 || p.accumulate_q)
                     bulk_add(to, my_dq, bytes);
@@ -300,7 +300,7 @@ template <int D> struct KeyRing {
                 bulk_wait_read();
                 mbarrier_arrive(dq_empty + 8 * mine);
                 bulk_wait();
-                turn_pass(turn);
+                semaphore_release(turn);
             }
         }
     }
@@ -308,9 +308,9 @@ template <int D> struct KeyRing {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
-    backward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int64_t items) {
+    dense_backward_sm90_kernel(const DenseParams p, const __grid_constant__ Maps maps, int64_t items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef KeyRing<D> Ring;
+    typedef BackwardPipeline<D> Ring;
     const uint32_t start = smem_address(shared); // aligned as declared: there is no room to round it up
     char *const tiles = shared;
     const Ring ring(start);
@@ -323,14 +323,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
-        registers_down_to<BACKWARD_PRODUCER_REGISTERS>();
+        warpgroup_reg_dealloc<BACKWARD_PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32 - CONSUMERS / 32;
         if (warp == 0)
             ring.bring_stats(p, tiles);
         else if (threadIdx.x % 32 == 0)
             warp == 1 ? ring.produce(p, maps, tiles, items) : ring.add_queries(p, tiles, warp - 2);
     } else {
-        registers_up_to<BACKWARD_CONSUMER_REGISTERS>();
+        warpgroup_reg_alloc<BACKWARD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
         const int g = p.q_heads / p.kv_heads, tokens = STREAM_ROWS / g;
         const float scale = p.scale * FSA_LOG2E, shift = probability_shift<T>();
@@ -342,15 +342,15 @@ __global__ void __launch_bounds__(THREADS, 1)
         Turn<Ring::STAGES> turn;
         Turn<2> buffer; // of dS and of dQ
         int work_parity = 0;
-        while (const KeyWork *work = ring.next_work(tiles, &work_parity)) {
-            const KeyWork &w = *work;
+        while (const KvWorkItem *work = ring.next_work(tiles, &work_parity)) {
+            const KvWorkItem &w = *work;
             if (w.keys.rows < KEYS) {
                 clear_rows<D, KEYS>(tiles, w.keys.rows);
                 clear_rows<D, KEYS>(tiles + Ring::STAY_BYTES, w.keys.rows);
             }
             float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[STREAM_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
-            TokenWalk walk(w);
+            QTileIterator walk(w);
             bool more = walk.next(p, w, tokens);
             auto start_scores = [&] {
                 if (more) { // past the end the stage's next round may be any
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             start_scores();
             for (; more; buffer.next()) {
                 const int stage = turn.stage, pos = walk.pos, end = walk.end;
-                const int64_t sums = dq_sum_group(p.plan.nq, g, walk.row, w.kv_head);
+                const int64_t sums = dq_accum_group_row(p.batch.nq, g, walk.row, w.kv_head);
                 const uint32_t tile_q = ring.q + stage * Ring::ROW_BYTES;
                 const uint32_t tile_dout = ring.dout + stage * Ring::ROW_BYTES;
                 const uint32_t tile_ds = ring.ds + buffer.stage * Ring::DS_BYTES;
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 const float *delta = lse + STREAM_ROWS;
                 float dp[STREAM_ROWS / 8][4];
                 wgmma_wait<0>();
-                wgmma_pin(s);
+                fence_operand(s);
                 wgmma_fence();
                 product_rows<T, D, KEYS, STREAM_ROWS>(dp, my_v, tile_dout);
                 wgmma_commit();
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 product_columns<T, STREAM_ROWS>(dv, a, tile_dout, true);
                 wgmma_commit();
                 wgmma_wait<1>();
-                wgmma_pin(dp);
+                fence_operand(dp);
                 uint32_t b[STREAM_ROWS / 16][4];
 #pragma unroll
                 for (int n = 0; n < STREAM_ROWS / 8; n++) {
@@ -440,20 +440,20 @@ __global__ void __launch_bounds__(THREADS, 1)
                 named_barrier_sync(1, CONSUMERS);
                 float dq[D / 16][4];
                 wgmma_fence();
-                const uint64_t from_ds = wgmma_matrix(tile_ds), from_k = wgmma_matrix(my_columns);
+                const uint64_t from_ds = make_smem_desc(tile_ds), from_k = make_smem_desc(my_columns);
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++)
-                    wgmma_ss<T, 1, 1>(dq, wgmma_further(from_ds, k * 2048), wgmma_further(from_k, k * 2048),
+                    wgmma_ss<T, 1, 1>(dq, advance_desc(from_ds, k * 2048), advance_desc(from_k, k * 2048),
                                       k > 0);
                 wgmma_commit();
                 turn.next();
                 more = walk.next(p, w, tokens);
                 wgmma_wait<1>();
-                wgmma_pin(dv), wgmma_pin(dk);
+                fence_operand(dv), fence_operand(dk);
                 mbarrier_arrive_warp(ring.empty + 8 * stage);
                 start_scores();
                 wgmma_wait<1>();
-                wgmma_pin(dq);
+                fence_operand(dq);
                 mbarrier_wait(ring.dq_empty + 8 * buffer.stage, buffer.parity ^ 1);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                     char *to = tiles + Ring::DQ + buffer.stage * Ring::DQ_BYTES + row * D * 4 + lane % 4 * 8;
 #pragma unroll
                     for (int n = 0; n < D / 16; n++)
-                        *(float2 *)(to + dq_sum_piece(sums + row, warpgroup * D / 16 + n) * 32) =
+                        *(float2 *)(to + dq_accum_chunk(sums + row, warpgroup * D / 16 + n) * 32) =
                             make_float2(dq[n][half * 2] * unit_k, dq[n][half * 2 + 1] * unit_k);
                 }
                 fence_proxy_async();
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, cudaStream_t stream) {
+template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dtype, cudaStream_t stream) {
     Maps maps = {};
     int tokens = STREAM_ROWS / (d.q_heads / d.kv_heads), status = make_maps(d, dtype, D, tokens, &maps);
     if (status) return status;
@@ -512,14 +512,14 @@ template <typename T, int D> static int backward_sm90(Dense d, FsaDtype dtype, c
         int turns = d.kv_heads > together ? d.kv_heads / together : 1;
         d.together = (d.kv_heads + turns - 1) / turns;
     }
-    int64_t items = row_tile_bound(d.num_keys, d.plan.num_seqs, KEYS) * d.kv_heads * d.splits;
+    int64_t items = row_tile_bound(d.num_keys, d.batch.num_seqs, KEYS) * d.kv_heads * d.splits;
     if (items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // tickets are of 32 bits
-    size_t bytes = fsa_dense_order_bytes(d.plan, d.q_heads, d.kv_heads);
+    size_t bytes = fsa_dense_semaphore_bytes(d.batch, d.q_heads, d.kv_heads);
     if (cudaMemsetAsync(d.order, 0, bytes, stream) != cudaSuccess) return FSA_ERROR_CUDA;
-    return launch(backward_sm90_kernel<T, D>, d, maps, items, KeyRing<D>::BYTES, stream);
+    return launch(dense_backward_sm90_kernel<T, D>, d, maps, items, BackwardPipeline<D>::BYTES, stream);
 }
 
-int fsa_dense_splits_sm90(int64_t num_keys, int kv_heads) {
+int fsa_dense_num_splits_sm90(int64_t num_keys, int kv_heads) {
     int64_t items = (num_keys + KEYS - 1) / KEYS * kv_heads;
     if (items >= UNDIVIDED_ITEMS || items == 0) return 1;
     if (items >= HALVED_ITEMS) return 2;
@@ -531,11 +531,11 @@ int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads) {
     return rows < num_keys * MOST_SHARES ? rows : num_keys * MOST_SHARES;
 }
 
-size_t fsa_dense_order_bytes(const FsaPlan &p, int q_heads, int kv_heads) {
+size_t fsa_dense_semaphore_bytes(const BatchLayout &p, int q_heads, int kv_heads) {
     int64_t tiles = row_tile_bound(p.nq, p.num_segments, STREAM_ROWS / (q_heads / kv_heads));
     return (size_t)(1 + tiles * kv_heads) * sizeof(int);
 }
 
-int fsa_dense_backward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+int fsa_dense_backward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, c->head_dim, backward_sm90, d, dtype, stream);
 }

@@ -3,7 +3,7 @@
 // ---------------------------------------------------------------------------------------------------------
 // Work items of forward: up to 128/g tokens of one KV head, and the tiles of keys that they see: those from
 // `begin` on, or, of forced blocks, the first `init_tiles`, and `begin` is so much less.
-struct QueryWork {
+struct QWorkItem {
     int row, rows; // the first token's place in q, and how many tokens: 0 no such item, -1 no more items
     int kv_head, first_pos, begin, keys; // keys: of the whole sequence
     int tiles, init_tiles;
@@ -15,18 +15,18 @@ struct QueryWork {
 // That of a thread block's `round`: items are taken from both ends of each round in turn. key0: the
 // sequence's first key.
 template <bool FORCED>
-static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round, int items, int *key0) {
+static __device__ __forceinline__ QWorkItem q_work_item(const DenseParams &p, int round, int items, int *key0) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    QueryWork w = {};
+    QWorkItem w = {};
     w.rows = -1;
     if (item >= items) return w;
     const int g = p.q_heads / p.kv_heads, tile = item / p.kv_heads;
     const RowTile rows =
-        find_row_tile(p.plan.cu_rows, p.plan.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
+        find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
     w.row = (int)rows.row, w.rows = rows.rows;
     w.kv_head = item - tile * p.kv_heads;
     if (w.rows == 0) return w;
-    FsaSegment segment = p.plan.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.range];
     w.first_pos = (int)segment.pos + rows.first;
     w.begin = FORCED ? p.forced.local_begin(w.first_pos) : p.visible.first_key(w.first_pos);
     *key0 = (int)p.cu_keys[segment.seq];
@@ -44,19 +44,19 @@ static __device__ __forceinline__ QueryWork query_work(const Dense &p, int round
 }
 
 // The same in uniform registers, as it comes to all lanes from one place.
-static __device__ __forceinline__ QueryWork uniform(QueryWork w) {
+static __device__ __forceinline__ QWorkItem uniform(QWorkItem w) {
     for (int *x = &w.row; x <= &w.init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
     return w;
 }
 
 // Barriers and tiles of forward: Q and what to do with it, of this work item and the next one; the ring of K
 // and V.
-template <int D> struct QueryRing {
+template <int D> struct ForwardPipeline {
     static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
     static constexpr int TILES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
-    static constexpr int BYTES = TILES + Q_STAGES * (int)sizeof(QueryWork);
+    static constexpr int BYTES = TILES + Q_STAGES * (int)sizeof(QWorkItem);
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
-    __device__ __forceinline__ QueryRing(uint32_t start) {
+    __device__ __forceinline__ ForwardPipeline(uint32_t start) {
         q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
         q_full = start + BYTES, q_empty = q_full + 8 * Q_STAGES;
         k_full = q_empty + 8 * Q_STAGES, k_empty = k_full + 8 * KV_STAGES;
@@ -73,14 +73,14 @@ template <int D> struct QueryRing {
     }
     // The producer's thread: all loads of this thread block. work: behind the tiles.
     template <bool FORCED>
-    __device__ void produce(const Dense &p, const Maps &maps, int items, QueryWork *work) const {
+    __device__ void produce(const DenseParams &p, const Maps &maps, int items, QWorkItem *work) const {
         const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
         Turn<KV_STAGES> turn;
         Turn<Q_STAGES> q_turn;
-        QueryWork w = {};
+        QWorkItem w = {};
         for (int round = 0; w.rows >= 0; round++) {
             int key0;
-            w = query_work<FORCED>(p, round, items, &key0);
+            w = q_work_item<FORCED>(p, round, items, &key0);
             if (w.rows == 0) continue;
             const uint32_t q_at = 8 * q_turn.stage;
             mbarrier_wait(q_empty + q_at, q_turn.parity ^ 1);
@@ -110,26 +110,26 @@ template <int D> struct QueryRing {
 
 // Rows that a thread holds of its warpgroup's 64: row[half], the keys begin..end that it sees, and its place
 // in q.
-struct MyRows {
+struct ThreadRows {
     int row[2], begin[2], end[2];
     int64_t at[2]; // row * q_heads + head; -1: none
     template <bool FORCED>
-    __device__ __forceinline__ void place(const Dense &p, const QueryWork &w, int warpgroup) {
+    __device__ __forceinline__ void place(const DenseParams &p, const QWorkItem &w, int warpgroup) {
         const int g = p.q_heads / p.kv_heads;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
-            const int token = divide(row[i], p.by_group);
+            const int token = fast_divide(row[i], p.group_divisor);
             at[i] = token < w.rows ? (int64_t)(w.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
                                    : -1;
             begin[i] = begin_of<FORCED>(p, w.first_pos + token), end[i] = end_of(p, w, w.first_pos + token);
         }
     }
     // Those of the query at a position; of forced blocks the local ones.
-    template <bool FORCED> static __device__ __forceinline__ int begin_of(const Dense &p, int pos) {
+    template <bool FORCED> static __device__ __forceinline__ int begin_of(const DenseParams &p, int pos) {
         return FORCED ? p.forced.local_begin(pos) : p.visible.first_key(pos);
     }
-    static __device__ __forceinline__ int end_of(const Dense &p, const QueryWork &w, int pos) {
+    static __device__ __forceinline__ int end_of(const DenseParams &p, const QWorkItem &w, int pos) {
         return min(p.visible.end_key(pos), w.keys);
     }
 };
@@ -138,7 +138,7 @@ struct MyRows {
 // rule's edge. last_begin, first_end: of the warpgroup's last and first row. init: the tile is one of the
 // first blocks'.
 template <bool FORCED, int N8>
-static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8][4], const MyRows &mine,
+static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (&s)[N8][4], const ThreadRows &mine,
                                                    int last_begin, int first_end, bool init, int j0) {
     const int init_end = p.forced.init_end;
     if (init) last_begin = 0, first_end = min(first_end, init_end);
@@ -178,27 +178,27 @@ static __device__ __forceinline__ void mask_scores(const Dense &p, float (&s)[N8
 // softmax hides behind the other's products. Bytes: q and o once, K and V once for every 128 rows of a group
 // (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
 // that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
-// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of Forced, two ranges of keys;
+// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of InitLocalBlocks, two ranges of keys;
 // of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.68 on an H100.
 template <typename T, int D, bool FORCED>
 __global__ void __launch_bounds__(THREADS, 1)
-    forward_sm90_kernel(const Dense p, const __grid_constant__ Maps maps, int items) {
+    dense_forward_sm90_kernel(const DenseParams p, const __grid_constant__ Maps maps, int items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef QueryRing<D> Ring;
+    typedef ForwardPipeline<D> Ring;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
     const Ring ring(start);
-    QueryWork *const work = (QueryWork *)(tiles + Ring::TILES);
+    QWorkItem *const work = (QWorkItem *)(tiles + Ring::TILES);
     char *const staging = tiles + Ring::BYTES + 128; // o on its way out, 128 x D
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
-        registers_down_to<PRODUCER_REGISTERS>();
+        warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
         if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items, work);
     } else {
-        registers_up_to<CONSUMER_REGISTERS>();
+        warpgroup_reg_alloc<CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
         const float scale = p.scale * FSA_LOG2E;
         Turn<KV_STAGES> turn;
@@ -208,14 +208,14 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
         for (;;) {
             mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
-            const QueryWork w = uniform(work[q_turn.stage]);
+            const QWorkItem w = uniform(work[q_turn.stage]);
             if (w.rows < 0) break;
-            MyRows mine;
+            ThreadRows mine;
             mine.place<FORCED>(p, w, warpgroup);
-            const int first_pos = w.first_pos + divide(warpgroup * 64, p.by_group),
-                      last_pos = w.first_pos + divide(warpgroup * 64 + 63, p.by_group),
-                      first_end = MyRows::end_of(p, w, first_pos),
-                      last_begin = MyRows::begin_of<FORCED>(p, last_pos);
+            const int first_pos = w.first_pos + fast_divide(warpgroup * 64, p.group_divisor),
+                      last_pos = w.first_pos + fast_divide(warpgroup * 64 + 63, p.group_divisor),
+                      first_end = ThreadRows::end_of(p, w, first_pos),
+                      last_begin = ThreadRows::begin_of<FORCED>(p, last_pos);
             float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
             uint32_t probabilities[KEYS / 16][4];
             auto multiply_keys = [&]() { // S = Q K^T, the next tile's
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 multiply_keys();
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                 wgmma_wait<0>();
-                wgmma_pin(s);
+                fence_operand(s);
                 mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
                 softmax(0);
                 pack();
@@ -280,11 +280,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                     multiply_values(before, tile > 1);
                     named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
                     wgmma_wait<1>();
-                    wgmma_pin(s);
+                    fence_operand(s);
                     mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
                     softmax(tile);
                     wgmma_wait<0>();
-                    wgmma_pin(out);
+                    fence_operand(out);
                     mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
                     before = turn;
 #pragma unroll
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
                 multiply_values(before, w.tiles > 1);
                 wgmma_wait<0>();
-                wgmma_pin(out);
+                fence_operand(out);
                 mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
             } else {
                 mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
-                          token = divide(row, p.by_group);
+                          token = fast_divide(row, p.group_divisor);
                 if (token < w.rows)
                     *(uint4 *)(o + (token * p.q_heads + row - token * g) * D) =
                         *(uint4 *)(staging + panel_offset(row, lane % (D / 8), ROWS * 128));
@@ -339,16 +339,16 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-static int query_items(const Dense &d) {
-    return (int)row_tile_bound(d.plan.nq, d.plan.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
+static int num_q_work_items(const DenseParams &d) {
+    return (int)row_tile_bound(d.batch.nq, d.batch.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
 }
 
 template <typename T, int D, bool FORCED>
-static int launch_forward(const Dense &d, const Maps &maps, cudaStream_t stream) {
-    int bytes = 1024 + QueryRing<D>::BYTES + 128 + ROWS * D * 2;
-    return launch(forward_sm90_kernel<T, D, FORCED>, d, maps, query_items(d), bytes, stream);
+static int launch_forward(const DenseParams &d, const Maps &maps, cudaStream_t stream) {
+    int bytes = 1024 + ForwardPipeline<D>::BYTES + 128 + ROWS * D * 2;
+    return launch(dense_forward_sm90_kernel<T, D, FORCED>, d, maps, num_q_work_items(d), bytes, stream);
 }
-template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+template <typename T, int D> static int forward_sm90(const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     Maps maps = {};
     int status = make_maps(d, dtype, D, ROWS / (d.q_heads / d.kv_heads), &maps);
     if (status) return status;
@@ -356,6 +356,6 @@ template <typename T, int D> static int forward_sm90(const Dense &d, FsaDtype dt
                                               : launch_forward<T, D, false>(d, maps, stream);
 }
 
-int fsa_dense_forward_sm90(const FsaConfig *c, const Dense &d, FsaDtype dtype, cudaStream_t stream) {
+int fsa_dense_forward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     return FSA_DISPATCH(dtype, c->head_dim, forward_sm90, d, dtype, stream);
 }

@@ -15,18 +15,18 @@ static __device__ __forceinline__ uint32_t max_abs_bits(uint32_t most, uint32_t 
 // and who read `packed` has ended when a merge lets it.
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int KEYS>
-__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
+__global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedParams a) {
     constexpr int GROUPS = D / 32, ITEMS = KEYS * GROUPS / PACK_THREADS; // an item: 64 bytes of a row
     __shared__ float largest[PACK_THREADS / 32];
     const int64_t block = blockIdx.x / a.parts;
     const int part = (int)(blockIdx.x % a.parts), head = a.head0 + blockIdx.y, thread = threadIdx.x;
-    if (block >= a.plan.cu_blocks[a.plan.num_seqs]) {
-        wait_for_previous_kernel();
+    if (block >= a.batch.cu_blocks[a.batch.num_seqs]) {
+        pdl_wait();
         return;
     }
-    const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, block);
-    const int64_t key0 = a.plan.cu_seqlens[seq] + (block - a.plan.cu_blocks[seq]) * a.block + part * KEYS;
-    const int keys = (int)min((int64_t)min(a.block - part * KEYS, KEYS), a.plan.cu_seqlens[seq + 1] - key0);
+    const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, block);
+    const int64_t key0 = a.batch.cu_seqlens[seq] + (block - a.batch.cu_blocks[seq]) * a.block + part * KEYS;
+    const int keys = (int)min((int64_t)min(a.block - part * KEYS, KEYS), a.batch.cu_seqlens[seq + 1] - key0);
     uint4 v[ITEMS][4];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
         float2 y = unpack2<T>(x);
         return pack2<__half>(y.x * factor, y.y * factor);
     };
-    char *const to = a.packed + blockIdx.y * a.plan.n * (2 * D);
+    char *const to = a.packed + blockIdx.y * a.batch.n * (2 * D);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int item = thread + i * PACK_THREADS, row = item / GROUPS;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
         }
         auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
             const int chunk = item % GROUPS * 4 + j;
-            *(uint4 *)(to + (chunk / 8 * a.plan.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) =
+            *(uint4 *)(to + (chunk / 8 * a.batch.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) =
                 make_uint4(x0, x1, x2, x3);
         };
         store(0, v[i][0].x, v[i][1].x, v[i][2].x, v[i][3].x);
@@ -78,16 +78,16 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const SelArgs a) {
         store(2, v[i][0].z, v[i][1].z, v[i][2].z, v[i][3].z);
         store(3, v[i][0].w, v[i][1].w, v[i][2].w, v[i][3].w);
     }
-    wait_for_previous_kernel(); // so that it has ended when this one has
+    pdl_wait(); // so that it has ended when this one has
 }
 
 template <typename T, int D, int KEYS>
-static int pack(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+static int pack(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     dim3 grid((unsigned)(a.lists.blocks * a.parts), heads);
-    launch(a.head0 > 0, pack_kernel<T, D, KEYS>, grid, PACK_THREADS, 0, stream, a);
+    launch(a.head0 > 0, pack_v_kernel<T, D, KEYS>, grid, PACK_THREADS, 0, stream, a);
     return FSA_OK;
 }
 
-int fsa_sel_pack_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream) {
+int fsa_pack_v_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, cudaStream_t stream) {
     return DISPATCH(pack);
 }

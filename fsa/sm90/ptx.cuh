@@ -15,14 +15,14 @@
 // A matrix in shared memory as wgmma wants to be told of it. K-major: rows are m or n, columns k; 16 more of
 // k are 32 bytes on. Transposed (columns are m or n, rows k): 16 more of k are 2,048 bytes on; panel_bytes is
 // the distance of its panels of 64 columns.
-__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
+__device__ __forceinline__ uint64_t make_smem_desc(uint32_t address, uint32_t panel_bytes = 16) {
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-// wgmma_matrix for a loop that doesn't change the address: the compiler would keep all parts in registers.
-__device__ __forceinline__ uint64_t wgmma_matrix_anew(uint32_t address) {
+// make_smem_desc for a loop that doesn't change the address: the compiler would keep all parts in registers.
+__device__ __forceinline__ uint64_t make_smem_desc_opaque(uint32_t address) {
     asm volatile("" : "+r"(address));
-    return wgmma_matrix(address);
+    return make_smem_desc(address);
 }
 
 // Computed once: ptxas would compute it anew in each round of a loop.
@@ -31,7 +31,7 @@ template <typename T> __device__ __forceinline__ void keep_in_registers(T *&poin
 }
 
 // The same matrix so many bytes further on.
-__device__ __forceinline__ uint64_t wgmma_further(uint64_t matrix, int bytes) {
+__device__ __forceinline__ uint64_t advance_desc(uint64_t matrix, int bytes) {
     return matrix + bytes / 16;
 }
 
@@ -47,7 +47,7 @@ template <int left> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 }
 // Tells the compiler that an accumulator changes here, so that no use of it moves ahead of a wait.
-template <int N> __device__ __forceinline__ void wgmma_pin(float (&d)[N][4]) {
+template <int N> __device__ __forceinline__ void fence_operand(float (&d)[N][4]) {
 #pragma unroll
     for (int j = 0; j < N; j++)
         asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
@@ -152,7 +152,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
                  : "memory");
 }
 // The same where some 100 ns more do no harm: sleeps meanwhile, and leaves other warps the issue slots.
-__device__ __forceinline__ void mbarrier_wait_asleep(uint32_t barrier, int parity) {
+__device__ __forceinline__ void mbarrier_wait_sleeping(uint32_t barrier, int parity) {
     asm volatile("{.reg .pred p;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@p bra over;\n"
@@ -165,7 +165,7 @@ __device__ __forceinline__ void mbarrier_wait_asleep(uint32_t barrier, int parit
 
 // ---- TMA: boxes of a tensor of up to 4 dimensions, the innermost first, into shared memory, swizzled as the
 // tensor's map says. What lies outside the tensor becomes zero. Counts its bytes at `barrier`. policy:
-// l2_first or l2_last (ptx.cuh).
+// l2_evict_first or l2_evict_last (ptx.cuh).
 __device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z,
                                             uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -225,23 +225,23 @@ __device__ __forceinline__ void bulk_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-// An order among thread blocks: turn_wait until `turn` in memory is `mine`; turn_pass when the work is done,
+// An order among thread blocks: semaphore_wait until `turn` in memory is `mine`; semaphore_release when the work is done,
 // bulk copies that were waited for included.
-__device__ __forceinline__ void turn_wait(const int *turn, int mine) {
+__device__ __forceinline__ void semaphore_wait(const int *turn, int mine) {
     int now;
     do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
     } while (now != mine);
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
-__device__ __forceinline__ void turn_pass(int *turn) {
+__device__ __forceinline__ void semaphore_release(int *turn) {
     asm volatile("fence.proxy.async.global;\n"
                  "red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn)
                  : "memory");
 }
 
 // to[0] += x, to[1] += y in memory, without waiting. Reproducible where nobody else adds there meanwhile.
-__device__ __forceinline__ void add_to_memory(float *to, float x, float y) {
+__device__ __forceinline__ void red_add_v2(float *to, float x, float y) {
     asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
 }
 
@@ -259,10 +259,10 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 // A warpgroup gives back registers, or takes some.
-template <int count> __device__ __forceinline__ void registers_down_to() {
+template <int count> __device__ __forceinline__ void warpgroup_reg_dealloc() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
-template <int count> __device__ __forceinline__ void registers_up_to() {
+template <int count> __device__ __forceinline__ void warpgroup_reg_alloc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 #endif

@@ -35,16 +35,16 @@ template <int COUNT, int STEP> struct Steps {
 
 // A producer's way through the runs of its share. Whole warps use it; lane i holds the offset of block
 // first_block + i, so that most steps read nothing.
-struct RunWalk {
+struct KvBlockIterator {
     Run run;
     bool more; // there is such a run
-    __device__ __forceinline__ RunWalk(const SelArgs &a, const Share &s) {
+    __device__ __forceinline__ KvBlockIterator(const SelectedParams &a, const Share &s) {
         run.begin = s.begin, run.count = 0;
         seq_end = 0;
         load(a, s, (int)s.block);
         next(a, s);
     }
-    __device__ __forceinline__ void next(const SelArgs &a, const Share &s) {
+    __device__ __forceinline__ void next(const SelectedParams &a, const Share &s) {
         run.begin += run.count;
         more = run.begin < s.end;
         if (!more) return;
@@ -63,15 +63,15 @@ struct RunWalk {
     int block0, seq_end; // of the run's sequence: its first block, and the first beyond it
     int64_t key0;        // and its keys
     int keys;
-    __device__ __forceinline__ void load(const SelArgs &a, const Share &s, int from) {
+    __device__ __forceinline__ void load(const SelectedParams &a, const Share &s, int from) {
         first_block = from;
         offset = s.offsets[min(from + (int)threadIdx.x % 32, (int)a.lists.blocks)];
     }
-    __device__ __forceinline__ void find_block(const SelArgs &a) {
+    __device__ __forceinline__ void find_block(const SelectedParams &a) {
         if (run.index >= seq_end) {
-            const int64_t seq = fsa_find(a.plan.cu_blocks, a.plan.num_seqs, run.index);
-            block0 = (int)a.plan.cu_blocks[seq], seq_end = (int)a.plan.cu_blocks[seq + 1];
-            key0 = a.plan.cu_seqlens[seq], keys = (int)(a.plan.cu_seqlens[seq + 1] - key0);
+            const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, run.index);
+            block0 = (int)a.batch.cu_blocks[seq], seq_end = (int)a.batch.cu_blocks[seq + 1];
+            key0 = a.batch.cu_seqlens[seq], keys = (int)(a.batch.cu_seqlens[seq + 1] - key0);
         }
         run.block = run.index - block0;
         run.key0 = key0 + (int64_t)run.block * a.block;
@@ -90,25 +90,25 @@ struct TileRows {
 // A gathering warp's way through its tiles, every TILES-th of a share's: 64 rows of a run (g an entry,
 // packed), of which lane i looks after rows i and i + 32. Entries are loaded a tile ahead, those of the next
 // run, too.
-template <int TILES> struct TileWalk {
-    RunWalk runs;
-    __device__ __forceinline__ TileWalk(const SelArgs &a, const Share &s, int first)
+template <int TILES> struct GatherTileIterator {
+    KvBlockIterator runs;
+    __device__ __forceinline__ GatherTileIterator(const SelectedParams &a, const Share &s, int first)
         : runs(a, s), part(0), tile(first), row0(0), rows(0) {
         if (runs.more) find(a, s);
     }
-    __device__ __forceinline__ void next(const SelArgs &a, const Share &s) {
+    __device__ __forceinline__ void next(const SelectedParams &a, const Share &s) {
         tile += TILES;
         find(a, s);
     }
     // entry0: the entry whose partial is the first.
-    __device__ __forceinline__ TileRows take(const SelArgs &a, uint32_t entry0) {
+    __device__ __forceinline__ TileRows take(const SelectedParams &a, uint32_t entry0) {
         TileRows t;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t r = row_of(i), at = divide(r, a.by_group);
+            const uint32_t r = row_of(i), at = fast_divide(r, a.group_divisor);
             const bool valid = at < runs.run.count;
             const uint32_t in_group = valid ? r - at * a.group : a.group - 1;
-            const uint32_t row = divide(entry[i], a.by_topk);
+            const uint32_t row = fast_divide(entry[i], a.topk_divisor);
             t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
             t.partial[i] = valid ? ((entry[i] - entry0) * a.parts + part) * a.group + in_group : NONE;
             t.limit[i] = last_key(a, at, row) - part * a.keys;
@@ -125,7 +125,7 @@ template <int TILES> struct TileWalk {
         return tile * 64 + threadIdx.x % 32 + 32 * i;
     }
     // Finds the run and part that the tile is in.
-    __device__ __forceinline__ void find(const SelArgs &a, const Share &s) {
+    __device__ __forceinline__ void find(const SelectedParams &a, const Share &s) {
         for (;;) {
             const int tiles = ((int)runs.run.count * a.group + 63) / 64;
             if (tile < tiles) break;
@@ -137,18 +137,18 @@ template <int TILES> struct TileWalk {
         }
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            entry[i] = s.entries[runs.run.begin + min(divide(row_of(i), a.by_group), runs.run.count - 1)];
+            entry[i] = s.entries[runs.run.begin + min(fast_divide(row_of(i), a.group_divisor), runs.run.count - 1)];
     }
     // The last key of the block that the query sees. Lists ascend by row, so only the first `block` queries
     // from the list's start can lie in the block itself; the rest see all of it.
-    __device__ __forceinline__ int last_key(const SelArgs &a, uint32_t at, uint32_t row) {
+    __device__ __forceinline__ int last_key(const SelectedParams &a, uint32_t at, uint32_t row) {
         const Run &run = runs.run;
         if (run.begin - run.first + min(at, run.count - 1) >= (uint32_t)a.block) return run.keys - 1;
         if (row - row0 >= rows) {
-            const int64_t segment = fsa_find(a.plan.cu_rows, a.plan.num_segments, row);
-            row0 = (uint32_t)a.plan.cu_rows[segment];
-            rows = (uint32_t)a.plan.cu_rows[segment + 1] - row0;
-            block_pos = (int)(a.plan.segments[segment].pos - row0);
+            const int64_t segment = find_in_cu(a.batch.cu_queries, a.batch.num_segments, row);
+            row0 = (uint32_t)a.batch.cu_queries[segment];
+            rows = (uint32_t)a.batch.cu_queries[segment + 1] - row0;
+            block_pos = (int)(a.batch.segments[segment].pos - row0);
         }
         return min(run.keys - 1, block_pos + (int)row - run.block * a.block);
     }
@@ -184,7 +184,7 @@ static __device__ __forceinline__ void gather(uint32_t tile, const void *rows, c
 
 // Starts the copies of a short block's K and V rows; rows that it lacks become zeros.
 template <typename T, int D, int KEYS>
-static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run, int part, uint32_t k_tile,
+static __device__ __forceinline__ void load_kv(const SelectedParams &a, const Run &run, int part, uint32_t k_tile,
                                                uint32_t v_tile) {
     constexpr int CHUNKS = D / 8;
     const int64_t stride = (int64_t)a.kv_heads * D;
@@ -202,10 +202,10 @@ static __device__ __forceinline__ void load_kv(const SelArgs &a, const Run &run,
 
 // A map of k or v, by a part of a block.
 template <typename T, int D, int KEYS>
-static int key_map(const SelArgs &a, const void *keys, CUtensorMap *map) {
-    int64_t size[] = {D, a.kv_heads, a.plan.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
+static int key_map(const SelectedParams &a, const void *keys, CUtensorMap *map) {
+    int64_t size[] = {D, a.kv_heads, a.batch.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
     int box[] = {64, 1, KEYS};
-    return fsa_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, keys, size, stride,
+    return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, keys, size, stride,
                           box);
 }
 // f for the element type, head size and keys of a part.

@@ -26,7 +26,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
     char ds[KEYS * 64 * 2];                                             // dS^T, [keys][64 rows]
     struct {
         uint32_t partial[64];
-        alignas(8) float lse[64], delta[64]; // lse_grad and delta
+        alignas(8) float lse[64], delta[64]; // lse_bwd and delta
         alignas(8) int limit[64];
         int masked;
     } tile[Q];
@@ -40,7 +40,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 
 // A thread block takes a share or two of one head's list: K and V of each KV block stay in shared memory,
 // and a consumer's dK and dV of 64 keys in registers. For each 64 gathered rows of q and dO a consumer
-// computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_grad), dS^T = P^T (dP^T - delta), and dV += P^T
+// computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_bwd), dS^T = P^T (dP^T - delta), and dV += P^T
 // dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
 // it transposed; a consumer takes 64 of dQ's columns at a time. What comes next runs meanwhile: dP while exp
 // is taken, dV while dS is made, dK while it is stored, the next tile's S while the last of dQ goes out, as a
@@ -63,7 +63,7 @@ template <int D, int KEYS> struct alignas(1024) BackwardSmem {
 // left for producers.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
-    selected_backward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map,
+    selected_backward_sm90_kernel(const SelectedParams a, const __grid_constant__ CUtensorMap k_map,
                                   const __grid_constant__ CUtensorMap v_map) {
     typedef Backward<D, KEYS> B;
     typedef BackwardSmem<D, KEYS> Smem;
@@ -98,13 +98,13 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
     __syncthreads();
 
     if (warp < 4) {
-        registers_down_to<B::PRODUCER_REGISTERS>();
+        warpgroup_reg_dealloc<B::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, index);
         const uint32_t pair = B::SHARES == 1 ? warp % 2 : 0; // takes every GATHERERS-th tile
         if (warp < 2) {
             // Partial rows are counted over all heads of the launch.
             const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab * a.topk);
-            TileWalk<B::GATHERERS> walk(a, share, pair);
+            GatherTileIterator<B::GATHERERS> walk(a, share, pair);
             for (uint32_t n = pair; walk.runs.more; n += B::GATHERERS) {
                 TileRows t = walk.take(a, entry0);
                 // The tile that had this place, 2*Q_STAGES before, has ended: this warp has waited for a
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = lane + 32 * i;
-                    cp_async_4(smem_address(&meta.lse[r]), &a.lse_grad[t.row[i]]);
+                    cp_async_4(smem_address(&meta.lse[r]), &a.lse_bwd[t.row[i]]);
                     cp_async_4(smem_address(&meta.delta[r]), &a.delta[t.row[i]]);
                     if (t.partial[i] == NONE) t.limit[i] = -1;
                     meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
             }
         } else {
             uint32_t n = 0, tile = 0;
-            for (RunWalk runs(a, share); runs.more; runs.next(a, share)) {
+            for (KvBlockIterator runs(a, share); runs.more; runs.next(a, share)) {
                 const Run &run = runs.run;
                 const int tiles = ((int)run.count * g + 63) / 64;
                 for (int part = 0; part < a.parts; part++, n++) {
@@ -191,9 +191,9 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         cp_async_commit();
         cp_async_wait<0>();
     } else {
-        registers_up_to<B::REGISTERS>();
-        wait_for_previous_kernel(); // as in the forward kernel
-        let_next_kernel_start();
+        warpgroup_reg_alloc<B::REGISTERS>();
+        pdl_wait(); // as in the forward kernel
+        pdl_launch_dependents();
         const int half = warp / 4 - 1 - which, quad = lane / 4, c = lane % 4; // half: of 128 keys
         const int key0 = half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
         const float scale_log2 = a.scale * FSA_LOG2E;
@@ -211,12 +211,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
             const uint32_t v_mine = smem_address(m->v[kv.stage]) + half * 64 * 128;
             // x = A B^T over D: 64 keys of this consumer's by 64 or fewer rows
             auto start_product = [&](auto &x, uint32_t keys, uint32_t rows) {
-                const uint64_t left = wgmma_matrix_anew(keys), right = wgmma_matrix(rows);
+                const uint64_t left = make_smem_desc_opaque(keys), right = make_smem_desc(rows);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < D / 16; k++) {
-                    wgmma_ss<T>(x, wgmma_further(left, k / 4 * KEYS * 128 + k % 4 * 32),
-                                wgmma_further(right, k / 4 * 64 * 128 + k % 4 * 32), k > 0);
+                    wgmma_ss<T>(x, advance_desc(left, k / 4 * KEYS * 128 + k % 4 * 32),
+                                advance_desc(right, k / 4 * 64 * 128 + k % 4 * 32), k > 0);
                 }
                 wgmma_commit();
             };
@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 QTurn turn(tile);
                 const auto &meta = m->tile[turn.stage];
                 const uint32_t q_tile = smem_address(m->q[turn.stage][0]), g_tile = q_tile + TILE;
-                const uint64_t q_rows = wgmma_matrix(q_tile, 64 * 128),
-                               g_rows = wgmma_matrix(g_tile, 64 * 128);
+                const uint64_t q_rows = make_smem_desc(q_tile, 64 * 128),
+                               g_rows = make_smem_desc(g_tile, 64 * 128);
                 uint32_t p[4][4], ds[4][4];
                 const int masked = meta.masked;
 #pragma unroll
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         lse[j] = *(const float2 *)&meta.lse[row + j * 8 + 2 * c];
                     if (row == 0) {
                         wgmma_wait<0>();
-                        wgmma_pin(s);
+                        fence_operand(s);
                     }
                     start_product(dp, v_mine, g_tile + row * 128);
 #pragma unroll
@@ -276,13 +276,13 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     wgmma_fence();
 #pragma unroll
                     for (int k = row / 16; k < (row + B::DP_ROWS) / 16; k++)
-                        wgmma_rs<T, 1>(dv, p[k], wgmma_further(g_rows, k * 2048), 1);
+                        wgmma_rs<T, 1>(dv, p[k], advance_desc(g_rows, k * 2048), 1);
                     wgmma_commit();
 #pragma unroll
                     for (int j = 0; j < B::DP_ROWS / 8; j++)
                         delta[j] = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
                     wgmma_wait<1>();
-                    wgmma_pin(dp);
+                    fence_operand(dp);
 #pragma unroll
                     for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
                         const float(&x)[4] = dp[j - row / 8];
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 }
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], wgmma_further(q_rows, k * 2048), 1);
+                for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], advance_desc(q_rows, k * 2048), 1);
                 wgmma_commit();
                 named_barrier_sync(1 + which, 128 * B::SHARERS); // the last tile's dQ has been computed
 #pragma unroll
@@ -312,12 +312,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 // dQ from `column` on; sharers have halves of the columns.
                 const int column0 = half * (D / B::SHARERS);
                 auto start_dq = [&](int column) {
-                    const uint64_t left = wgmma_matrix(smem_address(m->ds));
-                    const uint64_t right = wgmma_matrix(k_tile + column / 64 * KEYS * 128 + column % 64 * 2);
+                    const uint64_t left = make_smem_desc(smem_address(m->ds));
+                    const uint64_t right = make_smem_desc(k_tile + column / 64 * KEYS * 128 + column % 64 * 2);
                     wgmma_fence();
 #pragma unroll
                     for (int k = 0; k < KEYS / 16; k++)
-                        wgmma_ss<T, 1, 1>(dq, wgmma_further(left, k * 2048), wgmma_further(right, k * 2048),
+                        wgmma_ss<T, 1, 1>(dq, advance_desc(left, k * 2048), advance_desc(right, k * 2048),
                                           k > 0);
                     wgmma_commit();
                 };
@@ -351,12 +351,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     } else {
                         wgmma_wait<0>();
                     }
-                    wgmma_pin(dq);
+                    fence_operand(dq);
                     store_dq(column0 + piece * B::DQ_COLUMNS);
                 }
             }
-            wgmma_pin(dk);
-            wgmma_pin(dv);
+            fence_operand(dk);
+            fence_operand(dv);
             float *const out = block.out;
             const int keys = block.keys, added = block.added;
             mbarrier_arrive_warp(kv_empty + 8 * kv.stage); // only the S that nobody uses still reads K
@@ -374,17 +374,17 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 }
             };
             if (added)
-                put_sums([](float *to, float x, float y) { add_to_memory(to, x, y); });
+                put_sums([](float *to, float x, float y) { red_add_v2(to, x, y); });
             else
                 put_sums([](float *to, float x, float y) { *(float2 *)to = make_float2(x, y); });
             wgmma_wait<0>();
-            wgmma_pin(s);
+            fence_operand(s);
         }
     }
 }
 
 template <typename T, int D, int KEYS>
-static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     typedef Backward<D, KEYS> B;
     constexpr int smem = (int)sizeof(BackwardSmem<D, KEYS>) * B::SHARES + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
@@ -397,11 +397,11 @@ static int backward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     return FSA_OK;
 }
 
-int fsa_sel_backward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+int fsa_selected_backward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                           cudaStream_t stream) {
     return DISPATCH(backward);
 }
 
-int fsa_sel_places_sm90(int keys, int backward) {
+int fsa_selected_ranges_per_sm_sm90(int keys, int backward) {
     return backward && keys == 64 ? Backward<128, 64>::SHARES : 1;
 }

@@ -48,7 +48,7 @@ template <int D, int KEYS> struct alignas(1024) ForwardSmem {
 // three 29. K and V, read once, are first to leave the L2, so that 8 MiB of rows wait there for the merge.
 template <typename T, int D, int KEYS>
 __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
-    selected_forward_sm90_kernel(const SelArgs a, const __grid_constant__ CUtensorMap k_map) {
+    selected_forward_sm90_kernel(const SelectedParams a, const __grid_constant__ CUtensorMap k_map) {
     typedef Forward<D, KEYS> F;
     typedef ForwardSmem<D, KEYS> Smem;
     typedef Turn<F::Q_STAGES> QTurn;
@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     __syncthreads();
 
     if (warp < 4) {
-        registers_down_to<F::PRODUCER_REGISTERS>();
+        warpgroup_reg_dealloc<F::PRODUCER_REGISTERS>();
         const Share share = share_of(a, head, blockIdx.x);
         if (warp < F::GATHERERS) {
-            TileWalk<F::GATHERERS> walk(a, share, warp);
+            GatherTileIterator<F::GATHERERS> walk(a, share, warp);
             for (uint32_t n = warp; walk.runs.more; n += F::GATHERERS) {
                 TileRows t = walk.take(a, share.entry0);
                 walk.next(a, share);
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
             }
         } else if (warp == 3) {
             uint32_t n = 0;
-            const char *const packed = a.packed + blockIdx.y * a.plan.n * (2 * D);
-            for (RunWalk runs(a, share); runs.more; runs.next(a, share)) {
+            const char *const packed = a.packed + blockIdx.y * a.batch.n * (2 * D);
+            for (KvBlockIterator runs(a, share); runs.more; runs.next(a, share)) {
                 const Run &run = runs.run;
                 for (int part = 0; part < a.parts; part++, n++) {
                     const int keys = max(0, min(run.keys - part * KEYS, KEYS));
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                         const int64_t key0 = run.key0 + part * KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
                             const uint32_t at = to + panel * KEYS * 128;
-                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full, l2_first());
+                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full, l2_evict_first());
                             if (keys > 0)
-                                bulk_load(at + KEYS * D * 2, packed + (panel * a.plan.n + key0) * 128,
-                                          keys * 128, full, l2_first());
+                                bulk_load(at + KEYS * D * 2, packed + (panel * a.batch.n + key0) * 128,
+                                          keys * 128, full, l2_evict_first());
                         }
                     }
                 }
@@ -142,10 +142,10 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         cp_async_commit();
         cp_async_wait<0>();
     } else {
-        registers_up_to<F::REGISTERS>();
+        warpgroup_reg_alloc<F::REGISTERS>();
         // Producers go ahead: what they read was there before the first slab, which waits for all before it.
-        wait_for_previous_kernel();
-        let_next_kernel_start();
+        pdl_wait();
+        pdl_launch_dependents();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
         const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
@@ -162,17 +162,17 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
             const int tiles = m->block[kv.stage].tiles;
             const float unfactor = m->block[kv.stage].unfactor;
             if (tiles == 0) break;
-            const uint64_t from_k = wgmma_matrix(smem_address(m->kv[kv.stage][0])),
-                           from_v = wgmma_matrix(smem_address(m->kv[kv.stage][1]), KEYS * 128);
+            const uint64_t from_k = make_smem_desc(smem_address(m->kv[kv.stage][0])),
+                           from_v = make_smem_desc(smem_address(m->kv[kv.stage][1]), KEYS * 128);
             auto start_s = [&] {
                 mbarrier_wait(q_full + 8 * q_turn.stage, q_turn.parity);
                 fence_proxy_async(); // cp.async wrote the rows
-                const uint64_t from_q = wgmma_matrix(smem_address(m->q[q_turn.stage]));
+                const uint64_t from_q = make_smem_desc(smem_address(m->q[q_turn.stage]));
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < D / 16; k++)
-                    wgmma_ss<T>(s, wgmma_further(from_q, k / 4 * 64 * 128 + k % 4 * 32),
-                                wgmma_further(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
+                    wgmma_ss<T>(s, advance_desc(from_q, k / 4 * 64 * 128 + k % 4 * 32),
+                                advance_desc(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
                 wgmma_commit();
             };
             int tile = (int)((consumer + F::CONSUMERS - first % F::CONSUMERS) % F::CONSUMERS);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 }
                 const int masked = meta.masked;
                 wgmma_wait<0>();
-                wgmma_pin(s);
+                fence_operand(s);
                 mbarrier_arrive_warp(q_empty + 8 * stage);
                 q_turn.next();
 
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < KEYS / 16; k++)
-                    wgmma_rs<__half, 1>(o, p[k], wgmma_further(from_v, k * 2048), k > 0);
+                    wgmma_rs<__half, 1>(o, p[k], advance_desc(from_v, k * 2048), k > 0);
                 wgmma_commit();
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                             make_float2(base[i] + log2_fast(l), l > 0 ? unfactor * reciprocal_fast(l) : 0);
                 }
                 wgmma_wait<0>();
-                wgmma_pin(o);
+                fence_operand(o);
                 if (tile + F::CONSUMERS < tiles) start_s();
                 Partial<__half> x[2][D / 32];
 #pragma unroll
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 for (int i = 0; i < 2; i++) {
                     if (to[i] == NONE) continue;
                     uint4 *const row = (uint4 *)(out + to[i] * (uint64_t)row_bytes<__half, D>()) + c;
-                    const uint64_t policy = to[i] < kept ? l2_last() : l2_first();
+                    const uint64_t policy = to[i] < kept ? l2_evict_last() : l2_evict_first();
 #pragma unroll
                     for (int j = 0; j < D / 32; j++) store(row + 4 * j, x[i][j].x, policy);
                 }
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
 }
 
 template <typename T, int D, int KEYS>
-static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
+static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
     static_assert(smem <= 232448, "shared memory of a thread block");
     if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
@@ -272,7 +272,7 @@ static int forward(const SelArgs &a, unsigned heads, cudaStream_t stream) {
     return FSA_OK;
 }
 
-int fsa_sel_forward_sm90(const SelArgs &a, FsaDtype dtype, int head_dim, unsigned heads,
+int fsa_selected_forward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                          cudaStream_t stream) {
     return DISPATCH(forward);
 }

@@ -8,7 +8,7 @@
 // The map of a 16-bit tensor: size[i] elements and stride[i] bytes of dimension i, the innermost first
 // (stride[0] is not read), copied in boxes of box[i]. Rows of a box are 64 elements, swizzled as ptx_sm90.cuh
 // says. Returns an FsaStatus.
-static inline int fsa_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, const void *base,
+static inline int make_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, const void *base,
                                  const int64_t *size, const int64_t *stride, const int *box) {
     typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,

@@ -69,11 +69,11 @@ struct Layout {
     int q_bytes, k_bytes, p_bytes;
     int k, p, pending, offsets, works, barriers, end; // tiles of Q come first
 };
-struct TopKHopper {
-    FsaPlan plan;
+struct TopKParamsSm90 {
+    BatchLayout batch;
     const void *q, *kc;
     const float *lse;
-    int32_t *indices;
+    int32_t *block_indices;
     float scale; // times log2(e)
     int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init, local;
     // Bit k: the k-th eight of a scorer's columns is of its queries' first head, or their last one.
@@ -106,7 +106,7 @@ struct Ring {
     __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * (count + at); }
     __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), parity); }
     __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
-    __device__ __forceinline__ void wait_empty_asleep() const { mbarrier_wait_asleep(empty(), parity ^ 1); }
+    __device__ __forceinline__ void wait_empty_asleep() const { mbarrier_wait_sleeping(empty(), parity ^ 1); }
     __device__ __forceinline__ void next() {
         if (++at == count) at = 0, parity ^= 1;
     }
@@ -119,28 +119,28 @@ __host__ __device__ __forceinline__ int box_queries(int group) {
 
 // The next tile of queries of this thread block, from its turn `*turn` on. Turns go up and down the thread
 // blocks, so that each has long ones and short ones.
-__device__ __forceinline__ Work find_work(const TopKHopper &p, int64_t *turn) {
+__device__ __forceinline__ Work find_work(const TopKParamsSm90 &p, int64_t *turn) {
     Work w = {};
     int size = SCORERS * p.queries;
-    int64_t tiles = p.plan.nq / size + p.plan.num_segments, blocks = gridDim.x;
+    int64_t tiles = p.batch.nq / size + p.batch.num_segments, blocks = gridDim.x;
     for (; w.rows == 0 && *turn * blocks < tiles * p.kv_heads; ++*turn) {
         int64_t number = *turn * blocks + (*turn & 1 ? blocks - 1 - blockIdx.x : blockIdx.x);
         if (number >= tiles * p.kv_heads) continue;
         RowTile rows =
-            find_row_tile(p.plan.cu_rows, p.plan.num_segments, size, tiles - 1 - number / p.kv_heads);
+            find_row_tile(p.batch.cu_queries, p.batch.num_segments, size, tiles - 1 - number / p.kv_heads);
         if (rows.rows == 0) continue;
-        FsaSegment segment = p.plan.segments[rows.range];
+        FsaSegment segment = p.batch.segments[rows.range];
         w.kv_head = (int)(number % p.kv_heads);
         w.row = rows.row, w.rows = rows.rows;
         w.first_pos = (int)segment.pos + rows.first;
-        w.window0 = p.plan.cu_windows[segment.seq];
+        w.window0 = p.batch.cu_windows[segment.seq];
         int blocks_seen = (w.first_pos + rows.rows - 1) / p.block + 1;
         if (blocks_seen > p.topk && p.wanted > 0)
             w.steps = ((blocks_seen - p.local) * p.block_cells + WINDOWS - 1) / WINDOWS;
     }
     return w;
 }
-__device__ __forceinline__ void find(const TopKHopper &p, char *shared, Ring works) {
+__device__ __forceinline__ void find(const TopKParamsSm90 &p, char *shared, Ring works) {
     for (int64_t turn = 0;;) {
         const Work w = find_work(p, &turn);
         works.wait_empty_asleep();
@@ -151,7 +151,7 @@ __device__ __forceinline__ void find(const TopKHopper &p, char *shared, Ring wor
     }
 }
 // Waits for the next tile of queries. It may be read until work_done, which a whole warp calls.
-__device__ __forceinline__ const Work &next_work(const TopKHopper &p, const char *shared, const Ring &works) {
+__device__ __forceinline__ const Work &next_work(const TopKParamsSm90 &p, const char *shared, const Ring &works) {
     works.wait_full();
     return ((const Work *)(shared + p.at.works))[works.at];
 }
@@ -163,7 +163,7 @@ __device__ __forceinline__ void work_done(Ring *works) {
 // Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query
 // has one head, of all heads of a group.
 template <typename T, int D>
-__device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
+__device__ __forceinline__ void load(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
                                      uint32_t start, const char *shared, Ring works, Ring q_ring,
                                      Ring k_ring) {
     const int lane = threadIdx.x % 32;
@@ -199,7 +199,7 @@ __device__ __forceinline__ void load(const TopKHopper &p, const CUtensorMap &q_m
 }
 
 // Brings -lse * log2(e) of the columns of Q, -inf for those of no row and of rows that see nothing.
-__device__ __forceinline__ void bring_offsets(const TopKHopper &p, char *shared, Ring works, Ring q_ring) {
+__device__ __forceinline__ void bring_offsets(const TopKParamsSm90 &p, char *shared, Ring works, Ring q_ring) {
     const int lane = threadIdx.x % 32, used = p.queries / 8 * p.group; // eights of columns
     for (;; work_done(&works)) {
         const Work w = next_work(p, shared, works);
@@ -234,7 +234,7 @@ __device__ __forceinline__ int p_place(int query, int window) {
 
 // GROUP: p.group, or 0 for one that is no power of two.
 template <typename T, int D, int GROUP>
-__device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
+__device__ __forceinline__ void score(const TopKParamsSm90 &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries;
@@ -256,20 +256,20 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
             k_ring.wait_full();
             // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
             const uint64_t from_k =
-                wgmma_matrix(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
-            const uint64_t from_q = wgmma_matrix(
+                make_smem_desc(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
+            const uint64_t from_q = make_smem_desc(
                 __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0));
             float s[COLUMNS / 8][4];
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
-                wgmma_ss<T>(s, wgmma_further(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
-                            wgmma_further(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
+                wgmma_ss<T>(s, advance_desc(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
+                            advance_desc(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
             p_ring.wait_empty();
             float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
             wgmma_wait<0>();
-            wgmma_pin(s);
+            fence_operand(s);
             mbarrier_arrive_warp(k_ring.empty());
             if (step == steps - 1) mbarrier_arrive_warp(q_ring.empty());
             k_ring.next();
@@ -298,7 +298,7 @@ __device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_
     }
 }
 template <typename T, int D>
-__device__ __forceinline__ void score(const TopKHopper &p, char *shared, uint32_t start, int scorer,
+__device__ __forceinline__ void score(const TopKParamsSm90 &p, char *shared, uint32_t start, int scorer,
                                       Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
     switch (p.group) {
     case 1:
@@ -399,13 +399,13 @@ struct List {
 // Cells of a block: four; a multiple of four; any number. In the first two a window is at most two cells, so
 // that only a block's last window reaches out of it.
 enum Cells { FOUR, FOURS, ANY };
-__host__ __device__ __forceinline__ Cells cells_of(const TopKHopper &p) {
+__host__ __device__ __forceinline__ Cells cells_of(const TopKParamsSm90 &p) {
     return p.block_cells % 4 || p.window_cells > 2 ? ANY : p.block_cells == 4 ? FOUR : FOURS;
 }
 
 // SHARE windows at a time.
 template <Cells cells, int SHARE>
-__device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
+__device__ __forceinline__ void select(const TopKParamsSm90 &p, char *shared, int scorer, Ring works,
                                        Ring p_ring) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     // A warp has all parts of some queries. Eight lanes that load at once have eight queries' rows, or, of
@@ -526,7 +526,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         for (int i = warp_queries; i < 32; i *= 2) list.put_lane(i);
 
         if (!there || part > 0) continue;
-        int32_t *to = p.indices + ((int64_t)w.kv_head * p.plan.nq + w.row + query) * p.topk;
+        int32_t *to = p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.row + query) * p.topk;
         if (all) {
             for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
             continue;
@@ -546,7 +546,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
         for (int i = 0; i < p.local; i++) to[p.init + p.wanted + i] = blocks - p.local + i;
     }
 }
-__device__ __forceinline__ void select(const TopKHopper &p, char *shared, int scorer, Ring works,
+__device__ __forceinline__ void select(const TopKParamsSm90 &p, char *shared, int scorer, Ring works,
                                        Ring p_ring) {
     Cells cells = cells_of(p);
     if (cells == FOUR && P_WINDOWS / p.parts == 4)
@@ -561,7 +561,7 @@ __device__ __forceinline__ void select(const TopKHopper &p, char *shared, int sc
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
-    topk_hopper_kernel(const __grid_constant__ TopKHopper p, const __grid_constant__ CUtensorMap q_map,
+    topk_sm90_kernel(const __grid_constant__ TopKParamsSm90 p, const __grid_constant__ CUtensorMap q_map,
                        const __grid_constant__ CUtensorMap k_map) {
     extern __shared__ __align__(1024) char shared_memory[];
     const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
@@ -589,12 +589,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     if (warpgroup < SCORERS) {
-        registers_up_to<SCORER_REGISTERS>();
+        warpgroup_reg_alloc<SCORER_REGISTERS>();
         score<T, D>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
     } else if (warpgroup < 2 * SCORERS) {
         if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
     } else {
-        registers_down_to<LOADER_REGISTERS>();
+        warpgroup_reg_dealloc<LOADER_REGISTERS>();
         if (warp % 4 == 0) load<T, D>(p, q_map, k_map, start, shared, works, q_ring, k_ring);
         if (warp % 4 == 1) bring_offsets(p, shared, works, q_ring);
         if (warp % 4 == 2 && threadIdx.x % 32 == 0) find(p, shared, works);
@@ -602,7 +602,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // Where things lie for so many tiles of Q and P.
-Layout layout_of(const TopKHopper &p, int head_dim) {
+Layout layout_of(const TopKParamsSm90 &p, int head_dim) {
     Layout a;
     a.q_bytes = COLUMNS * head_dim * 2, a.k_bytes = WINDOWS * head_dim * 2,
     a.p_bytes = p.queries * P_WINDOWS * 4;
@@ -617,33 +617,33 @@ Layout layout_of(const TopKHopper &p, int head_dim) {
 }
 
 template <typename T, int D>
-int launch_topk(const TopKHopper &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
+int launch_topk(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
     CUtensorMap q_map, k_map;
-    const int64_t q_size[] = {D, p.plan.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
-                  k_size[] = {D, p.kv_heads, p.plan.n / p.cmp_stride},
+    const int64_t q_size[] = {D, p.batch.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
+                  k_size[] = {D, p.kv_heads, p.batch.n / p.cmp_stride},
                   k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
     const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
-    int status = fsa_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
-    if (!status) status = fsa_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
+    int status = make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
+    if (!status) status = make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
     if (status) return status;
     int smem = p.at.end + 1024; // what the alignment may take
-    cudaFuncSetAttribute(topk_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    topk_hopper_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, q_map, k_map);
+    cudaFuncSetAttribute(topk_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    topk_sm90_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, q_map, k_map);
     return launch_status();
 }
 
 } // namespace
 
-bool fsa_topk_suits_sm90(const FsaConfig *c) {
+bool fsa_topk_sm90_supports(const FsaConfig *c) {
     return (c->head_dim == 64 || c->head_dim == 128) && c->topk - c->init_blocks - c->local_blocks <= PLACES;
 }
 
-int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const void *q, const void *kc,
-                  const float *lse_c, int32_t *indices, cudaStream_t stream) {
-    if (plan->nq == 0) return FSA_OK;
-    TopKHopper p = {};
-    p.plan = *plan;
-    p.q = q, p.kc = kc, p.lse = lse_c, p.indices = indices;
+int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
+    if (batch->nq == 0) return FSA_OK;
+    TopKParamsSm90 p = {};
+    p.batch = *batch;
+    p.q = q, p.kc = kc, p.lse = lse_c, p.block_indices = block_indices;
     p.scale = softmax_scale_of(c) * FSA_LOG2E;
     p.q_heads = c->q_heads, p.kv_heads = c->kv_heads, p.group = c->q_heads / c->kv_heads;
     p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;
@@ -680,7 +680,7 @@ int fsa_topk_sm90(const FsaConfig *c, const FsaPlan *plan, FsaDtype dtype, const
     int device = 0, processors = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t tiles = row_tile_bound(plan->nq, plan->num_segments, SCORERS * p.queries) * p.kv_heads;
+    int64_t tiles = row_tile_bound(batch->nq, batch->num_segments, SCORERS * p.queries) * p.kv_heads;
     int blocks = (int)(tiles < processors ? tiles : processors);
     return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, dtype, blocks, stream);
 }

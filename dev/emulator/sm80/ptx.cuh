@@ -114,10 +114,10 @@ inline void ldmatrix_x4_trans(uint32_t r[4], uint32_t address) {
     memcpy(r, m.r, sizeof m.r);
 }
 
-inline uint64_t l2_last() {
+inline uint64_t l2_evict_last() {
     return 1;
 }
-inline uint64_t l2_first() {
+inline uint64_t l2_evict_first() {
     return 0;
 }
 inline uint4 load_if(bool there, const void *from, uint64_t) {
@@ -141,8 +141,8 @@ inline void cp_async_4(uint32_t to, const void *from) {
     emu::AsyncCopies &copies = emu::async_copies();
     copies.list.push_back({to, from, copies.group, 4});
 }
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_start() {}
+inline void pdl_wait() {}
+inline void pdl_launch_dependents() {}
 inline void cp_async_commit() {
     emu::async_copies().group++;
 }

@@ -68,15 +68,15 @@ void bulk_stores_finish(bool written); // the thread's: read, or written too
 
 } // namespace emu
 
-inline uint64_t wgmma_matrix(uint32_t address, uint32_t panel_bytes = 16) {
+inline uint64_t make_smem_desc(uint32_t address, uint32_t panel_bytes = 16) {
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-inline uint64_t wgmma_further(uint64_t matrix, int bytes) {
+inline uint64_t advance_desc(uint64_t matrix, int bytes) {
     return matrix + bytes / 16;
 }
-inline uint64_t wgmma_matrix_anew(uint32_t address) {
-    return wgmma_matrix(address);
+inline uint64_t make_smem_desc_opaque(uint32_t address) {
+    return make_smem_desc(address);
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
@@ -86,7 +86,7 @@ template <int left> inline void wgmma_wait() {
     emu::wgmma_finish(left);
 }
 template <typename T> inline void keep_in_registers(T *&) {}
-template <int N> inline void wgmma_pin(float (&)[N][4]) {}
+template <int N> inline void fence_operand(float (&)[N][4]) {}
 template <typename T, int trans_b = 0, int trans_a = 0, int N8>
 inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
     static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
@@ -126,7 +126,7 @@ inline void mbarrier_wait(uint32_t barrier, int parity) {
         if ((int)emu::mbarrier_at(barrier)->phase == parity) emu::yield();
     }
 }
-inline void mbarrier_wait_asleep(uint32_t barrier, int parity) {
+inline void mbarrier_wait_sleeping(uint32_t barrier, int parity) {
     mbarrier_wait(barrier, parity);
 }
 
@@ -161,16 +161,16 @@ inline void bulk_wait_read() {
 inline void bulk_wait() {
     emu::bulk_stores_finish(true);
 }
-inline void turn_wait(const int *turn, int mine) {
+inline void semaphore_wait(const int *turn, int mine) {
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine) {
         emu::progress(); // another thread block's
         emu::yield();
     }
 }
-inline void turn_pass(int *turn) {
+inline void semaphore_release(int *turn) {
     __atomic_fetch_add(turn, 1, __ATOMIC_RELEASE);
 }
-inline void add_to_memory(float *to, float x, float y) {
+inline void red_add_v2(float *to, float x, float y) {
     to[0] += x, to[1] += y;
 }
 inline void fence_proxy_async() {}
@@ -180,6 +180,6 @@ inline void named_barrier_sync(int id, int threads) {
 inline void named_barrier_arrive(int id, int threads) {
     emu::barrier_arrive(id, threads);
 }
-template <int count> inline void registers_down_to() {}
-template <int count> inline void registers_up_to() {}
+template <int count> inline void warpgroup_reg_dealloc() {}
+template <int count> inline void warpgroup_reg_alloc() {}
 #endif
