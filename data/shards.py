@@ -1,6 +1,6 @@
-"""Shards: from documents to files of tokens, by all cores, in runs that can be broken off at any moment and
-go on to the same bits. A folder holds, for one NAME, NAME_train_*.bin, NAME_val_*.bin, and NAME.json, which
-says what they were made of and how far the work is; and tokenizer.bin. Formats: data/README.md."""
+"""Tokenizes documents on all cores and writes shards. A run can be interrupted at any time; the resumed run
+produces the same bits. For one NAME, a folder holds NAME_train_*.bin, NAME_val_*.bin and NAME.json, which
+records the input and the progress. All names of a folder share tokenizer.bin. Formats: data/README.md."""
 
 import argparse
 import collections
@@ -16,24 +16,24 @@ import threading
 import time
 
 HEADER_BYTES = 1024
-FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes a token: magic, version
-SAVE_EVERY = 0.5  # seconds of work that a kill can lose
-MAX_SHARD = 2**31 - 1
+FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token: (magic, version)
+SAVE_INTERVAL = 0.5  # seconds; a kill loses at most this much work
+MAX_SHARD_TOKENS = 2**31 - 1
 
 
 def die(message):
-    """One line on stderr, exit code 1; also from within a worker, whose main process prints it."""
+    """Ends the program with one line on stderr and exit code 1. In a worker, the main process ends."""
     raise SystemExit(f"error: {message}")
 
 
-def first_line(error):
-    """An exception's message in one line."""
+def one_line(error):
+    """Returns an exception's type and message as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def write_file(path, content):
-    """Puts the file in its place in one step, on the disk."""
+    """Writes a file atomically and syncs it to disk."""
     with open(path + ".tmp", "wb") as f:
         f.write(content)
         f.flush()
@@ -43,14 +43,12 @@ def write_file(path, content):
 
 
 @contextlib.contextmanager
-def writing(folder):
-    """Says, where the disk is full, which file is the last straw."""
+def report_write_errors(folder):
+    """Turns a failed write (a full disk, say) into one line that names the file."""
     try:
         yield
     except OSError as e:
-        die(
-            f"cannot write {e.filename or folder}: {e.strerror}; once that is mended the same command goes on"
-        )
+        die(f"cannot write {e.filename or folder}: {e.strerror}; fix this and run the same command to resume")
 
 
 def sync_folder(folder):
@@ -60,14 +58,14 @@ def sync_folder(folder):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line and exit code 1."""
+    """An argparse parser whose errors are one line and exit code 1."""
 
     def error(self, message):
         die(f"{message}; {os.path.basename(self.prog)} -h lists the flags")
 
 
-def number(low, high, kind=int):
-    """An argparse type: a number from low to high; 1e9 is a whole number too."""
+def number_type(low, high, kind=int):
+    """Returns an argparse type for numbers from low to high. kind=int takes whole numbers, also as 1e9."""
 
     def parse(text):
         try:
@@ -78,67 +76,75 @@ def number(low, high, kind=int):
             value = None
         if value is None or not low <= value <= high:
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"a {what} from {low} to {high} is needed, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a {what} from {low} to {high}, not {text!r}")
         return value
 
     return parse
 
 
-def common_flags(parser, val):
+def add_common_flags(parser, val):
+    """Adds the flags that bpe and hub share; val is the default of --val."""
     parser.add_argument(
-        "-o", metavar="DIR", required=True, dest="folder", help="the folder for shards and tokenizer.bin"
+        "-o", metavar="DIR", required=True, dest="folder", help="folder for the shards and tokenizer.bin"
     )
     parser.add_argument("--name", default="text", help="shards are DIR/NAME_train_000000.bin, ... (text)")
     parser.add_argument(
         "--tokenizer",
         metavar="T",
-        help="a tokenizer.json, a tiktoken file, or tiktoken's name for a "
-        "vocabulary (gpt2, cl100k_base, ...)",
+        help="a tokenizer.json, a tiktoken file, or the name of a tiktoken vocabulary (gpt2, ...)",
     )
     parser.add_argument(
-        "--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, where it is not a usual one"
+        "--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one"
     )
     parser.add_argument(
         "--val",
-        metavar="SHARE",
-        type=number(0, 0.9, float),
+        metavar="X",
+        type=number_type(0, 0.9, float),
         default=val,
-        help=f"held out for validation, 0 to 0.9 ({val})",
+        help=f"fraction held out for validation, 0 to 0.9 ({val})",
     )
     parser.add_argument(
         "--shard",
         metavar="N",
-        type=number(1024, MAX_SHARD),
+        type=number_type(1024, MAX_SHARD_TOKENS),
         default=10**8,
-        help="most tokens in a shard (100000000)",
+        help="maximum number of tokens in a shard (100000000)",
     )
 
 
 def check_name(name):
     if not name or "/" in name or any(c in name for c in "*?[]"):
-        die(f"--name takes a name without / * ? [ ], not {name!r}")
+        die(f"--name {name}: must not be empty or contain / * ? [ ]")
 
 
 # ---- the files ---------------------------------------------------------------------------------------------
 
 
-class Series:
-    """The training or the validation shards. A shard is NAME.tmp until it is full, on the disk, and counted
-    in the saved state; only then it gets its name."""
+class ShardSet:
+    """The training or the validation shards. A shard has the suffix .tmp until it is full, synced to disk and
+    counted in the saved state.
 
-    def __init__(self, folder, name, part, token_type, shard_tokens, tokens, done):
+    Args:
+        part: "train" or "val".
+        dtype: NumPy type of a token.
+        max_shard_tokens: tokens of a full shard.
+        tokens: tokens that the saved state counts; the open shard is cut to them.
+        done: whether the saved state is that of a finished run.
+    """
+
+    def __init__(self, folder, name, part, dtype, max_shard_tokens, tokens, done):
         self.prefix = os.path.join(folder, f"{name}_{part}_")
-        self.width, self.shard_tokens, self.tokens = token_type.itemsize, shard_tokens, tokens
+        self.token_bytes, self.max_shard_tokens, self.tokens = dtype.itemsize, max_shard_tokens, tokens
         self.file = None
-        if tokens % shard_tokens and not done:
+        if tokens % max_shard_tokens and not done:
             path, size = (
-                self.path(tokens // shard_tokens) + ".tmp",
-                HEADER_BYTES + tokens % shard_tokens * self.width,
+                self.path(tokens // max_shard_tokens) + ".tmp",
+                HEADER_BYTES + tokens % max_shard_tokens * self.token_bytes,
             )
             if not os.path.exists(path) or os.path.getsize(path) < size:
                 die(
-                    f"{path}, the unfinished shard of an earlier run, is missing or too short: remove "
-                    f"{name}.json and the shards beside it, and start again"
+                    f"{path}: unfinished shard of an earlier run is missing or too short; remove {name}.json "
+                    f"and its shards, then start again"
                 )
             self.file = open(path, "r+b")
             self.file.truncate(size)
@@ -148,26 +154,27 @@ class Series:
         return f"{self.prefix}{shard:06d}.bin"
 
     def add(self, tokens):
+        """Appends tokens, an array. Starts a new shard when one is full."""
         while len(tokens):
             if self.file is None:
-                self.file = open(self.path(self.tokens // self.shard_tokens) + ".tmp", "wb")
+                self.file = open(self.path(self.tokens // self.max_shard_tokens) + ".tmp", "wb")
                 self.file.write(bytes(HEADER_BYTES))
-            some = tokens[: self.shard_tokens - self.tokens % self.shard_tokens]
-            self.file.write(some.tobytes())
-            self.tokens += len(some)
-            tokens = tokens[len(some) :]
-            if self.tokens % self.shard_tokens == 0:
-                self.complete(self.shard_tokens)
+            chunk = tokens[: self.max_shard_tokens - self.tokens % self.max_shard_tokens]
+            self.file.write(chunk.tobytes())
+            self.tokens += len(chunk)
+            tokens = tokens[len(chunk) :]
+            if self.tokens % self.max_shard_tokens == 0:
+                self.close_shard(self.max_shard_tokens)
 
     def sync(self):
         if self.file is not None:
             self.file.flush()
             os.fsync(self.file.fileno())
 
-    def complete(self, count):
-        """Writes the header of the open shard."""
+    def close_shard(self, count):
+        """Writes the header of the open shard and closes it, still with the suffix .tmp."""
         self.file.seek(0)
-        header = [*FORMATS[self.width], count]
+        header = [*FORMATS[self.token_bytes], count]
         self.file.write(b"".join(v.to_bytes(4, "little") for v in header))
         self.sync()
         self.file.close()
@@ -175,31 +182,36 @@ class Series:
 
     def finish(self):
         if self.file is not None:
-            self.complete(self.tokens % self.shard_tokens)
+            self.close_shard(self.tokens % self.max_shard_tokens)
 
-    def shards(self, done):
-        """How many shards are complete."""
-        return -(-self.tokens // self.shard_tokens) if done else self.tokens // self.shard_tokens
+    def num_complete(self, done):
+        """Returns the number of complete shards; in a finished run the last one may be short."""
+        return -(-self.tokens // self.max_shard_tokens) if done else self.tokens // self.max_shard_tokens
 
-    def settle(self, done):
-        """Gives complete shards their names; the saved state counts them."""
-        waiting = []
-        for shard in range(self.shards(done) - 1, -1, -1):
+    def rename_complete(self, done):
+        """Removes the suffix .tmp of complete shards. The saved state must count them already."""
+        unnamed = []
+        for shard in range(self.num_complete(done) - 1, -1, -1):
             path = self.path(shard)
             if os.path.exists(path + ".tmp"):
-                waiting.append(path)
+                unnamed.append(path)
             elif os.path.exists(path):
-                break  # and so have all before it
+                break  # all earlier shards have their names too
             else:
-                die(f"{path} is missing: remove the .json file beside it to make the shards again")
-        for path in reversed(waiting):
+                die(f"{path} is missing; remove the .json file beside it to make the shards again")
+        for path in reversed(unnamed):
             os.rename(path + ".tmp", path)
-        if waiting:
+        if unnamed:
             sync_folder(os.path.dirname(self.prefix) or ".")
 
 
 class Output:
-    """What one run makes in a folder, and the state in NAME.json that a later run goes on from."""
+    """The shards and the tokenizer that a run writes to a folder, and the state in NAME.json that a later run
+    resumes from.
+
+    Args:
+        settings: dict of whatever determines the shards. A later run must have the same settings.
+    """
 
     def __init__(self, folder, name, settings):
         check_name(name)
@@ -207,12 +219,15 @@ class Output:
         try:
             os.makedirs(folder, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            die(f"cannot make folder {folder}: a file of that name is in the way")
+            die(f"-o {folder}: cannot create the folder, a file has this name or that of a parent folder")
         self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            die(f"another run is making shards in {folder}: wait for it, or choose another folder with -o")
+            die(
+                f"{folder}: another run is writing shards there; wait for it, or choose another folder "
+                f"with -o"
+            )
         self.state_path = os.path.join(folder, name + ".json")
         self.state = {
             "settings": settings,
@@ -227,15 +242,15 @@ class Output:
         if self.resumed:
             self._load()
         else:
-            in_the_way = [
+            existing = [
                 f
                 for f in sorted(os.listdir(folder))
                 if f.startswith((f"{name}_train_", f"{name}_val_")) and f.endswith(".bin")
             ]
-            if in_the_way:
+            if existing:
                 die(
-                    f"{os.path.join(folder, in_the_way[0])} is in the way, and there is no {name}.json that "
-                    f"says what it was made of: remove it, or choose another --name or -o"
+                    f"{os.path.join(folder, existing[0])} exists without {name}.json, which would record its "
+                    f"input; remove the shard, or choose another --name or -o"
                 )
 
     def _load(self):
@@ -245,47 +260,49 @@ class Output:
             old = state["settings"]
             assert state.keys() == self.state.keys() and isinstance(old, dict)
         except (ValueError, KeyError, TypeError, AssertionError):
-            die(f"{self.state_path} is broken: remove it and the shards beside it, and start again")
+            die(f"{self.state_path} is broken; remove it and its shards, then start again")
         for key in [*self.settings, *old]:
             if self.settings.get(key) != old.get(key):
                 die(
-                    f"{self.folder} holds shards '{self.name}' made with other {key} "
-                    f"({short(old.get(key))}; now {short(self.settings.get(key))}): choose another -o, or "
-                    f"remove {self.state_path} and its shards"
+                    f"{self.folder}: shards '{self.name}' were made with another value of '{key}' "
+                    f"({shorten(old.get(key))}, now {shorten(self.settings.get(key))}); choose another -o, "
+                    f"or remove {self.state_path} and its shards"
                 )
         self.state = state
 
-    def tokenizer(self, vocabulary):
-        """Writes tokenizer.bin; a folder has one."""
+    def write_tokenizer(self, vocabulary):
+        """Writes tokenizer.bin. Dies if the folder has another one already."""
         path, content = os.path.join(self.folder, "tokenizer.bin"), vocabulary.tokenizer_bin()
         if os.path.exists(path):
             with open(path, "rb") as f:
                 if f.read() == content:
                     return
-            die(f"{path} belongs to other data: choose another folder with -o, or remove it")
+            die(f"{path} belongs to other data; choose another folder with -o, or remove the file")
         write_file(path, content)
 
-    def open(self, token_type):
+    def open_shards(self, dtype):
+        """Opens both shard sets where the saved state ends."""
         self.train, self.val = (
-            Series(
+            ShardSet(
                 self.folder,
                 self.name,
                 part,
-                token_type,
+                dtype,
                 self.settings["shard"],
                 self.state[part],
                 self.state["done"],
             )
             for part in ("train", "val")
         )
-        self.settle()
+        self.rename_complete()
 
-    def settle(self):
-        self.train.settle(self.state["done"])
-        self.val.settle(self.state["done"])
+    def rename_complete(self):
+        self.train.rename_complete(self.state["done"])
+        self.val.rename_complete(self.state["done"])
 
     def save(self, position, done=False):
-        with writing(self.folder):
+        """Syncs the shards, then saves the state: all input before `position` is tokenized."""
+        with report_write_errors(self.folder):
             if done:
                 self.train.finish()
                 self.val.finish()
@@ -293,22 +310,22 @@ class Output:
             self.val.sync()
             self.state.update(position=position, done=done, train=self.train.tokens, val=self.val.tokens)
             write_file(self.state_path, (json.dumps(self.state, indent=1) + "\n").encode())
-            self.settle()
+            self.rename_complete()
 
     def add(self, part, tokens):
-        with writing(self.folder):
+        with report_write_errors(self.folder):
             (self.train if part == "train" else self.val).add(tokens)
 
 
-# ---- the work ----------------------------------------------------------------------------------------------
+# ---- workers -----------------------------------------------------------------------------------------------
 
-_vocabulary = None  # in a worker
+_vocabulary = None  # of a worker process
 
 
 def _start_worker(vocabulary):
     global _vocabulary
     _vocabulary = vocabulary
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -317,22 +334,22 @@ def _encode(items):
     return [_vocabulary.encode(data, ends) for _, data, ends in items]
 
 
-class Stop:
-    """SIGINT and SIGTERM ask for a stop after the batch in hand; a second one does not wait for it."""
+class StopRequest:
+    """The first SIGINT or SIGTERM requests a stop after the current batch; the second one stops at once."""
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
+        self.requested = False
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
 
-    def ask(self, *_):
-        if self.asked:
+    def handle(self, *_):
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
 
 class Progress:
-    """A line on stdout: rewritten on a terminal, else anew every 10 seconds."""
+    """A progress line on stdout. A terminal rewrites it; elsewhere a new line comes every 10 seconds."""
 
     def __init__(self):
         self.start = self.last = time.monotonic()
@@ -349,45 +366,53 @@ class Progress:
             print("\r\033[K", end="", flush=True)
 
 
-def run(output, vocabulary, batches, total_bytes=None, most_tokens=None):
-    """Tokenizes batches and writes their tokens. `batches(position)` is an iterator, from a saved position on
-    (None: from the start), over (items, position after them), an item being (part, bytes, whether its
-    document ends with it). Ends after the document with which training tokens reach most_tokens."""
+def tokenize(output, vocabulary, batches, total_bytes=None, max_train_tokens=None):
+    """Tokenizes batches on all cores and writes their tokens in order.
+
+    Args:
+        output: an Output.
+        vocabulary: a vocab.Vocabulary.
+        batches: a function. batches(position) returns an iterator over (items, position after the items) that
+            starts at a saved position, or at the beginning for None. An item is (part, bytes, ends), where
+            part is "train" or "val" and `ends` says whether its document ends with it.
+        total_bytes: bytes of the whole input, for the progress line; None if unknown.
+        max_train_tokens: stops after the document with which the training tokens reach this number.
+    """
     state = output.state
-    output.open(vocabulary.token_type)
+    output.open_shards(vocabulary.dtype)
     if state["done"]:
         print(f"nothing to do: {summary(output)}")
         return
     if state["position"] is not None:
-        print(f"going on after {state['bytes'] / 1e6:.1f} MB and {state['train'] + state['val']} tokens")
+        print(f"resuming after {state['bytes'] / 1e6:.1f} MB and {state['train'] + state['val']} tokens")
     workers = len(os.sched_getaffinity(0))
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (vocabulary,)
     )
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the workers, which the first task starts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first task starts the workers, which inherit this
     pool.submit(_encode, [])
-    stop = Stop()
+    stop = StopRequest()
     progress, saved = Progress(), time.monotonic()
     bytes_before, position = state["bytes"], state["position"]
-    source, waiting, full = batches(position), collections.deque(), False
+    source, pending, full = batches(position), collections.deque(), False
     try:
-        while not full and not stop.asked:
-            while len(waiting) < 2 * workers + 2:
+        while not full and not stop.requested:
+            while len(pending) < 2 * workers + 2:
                 batch = next(source, None)
                 if batch is None:
                     break
-                waiting.append((pool.submit(_encode, batch[0]), *batch))
-            if not waiting:
+                pending.append((pool.submit(_encode, batch[0]), *batch))
+            if not pending:
                 break
-            future, items, after = waiting.popleft()
+            future, items, end_position = pending.popleft()
             for (part, data, ends), tokens in zip(items, future.result()):
                 output.add(part, tokens)
                 state["bytes"] += len(data)
                 state["documents"] += ends
-                full = ends and most_tokens is not None and output.train.tokens >= most_tokens
+                full = ends and max_train_tokens is not None and output.train.tokens >= max_train_tokens
                 if full:
                     break
-            position = after
+            position = end_position
             now = time.monotonic()
             progress.show(
                 f"{state['bytes'] / 1e6:.1f} MB"
@@ -395,22 +420,22 @@ def run(output, vocabulary, batches, total_bytes=None, most_tokens=None):
                 + f", {output.train.tokens + output.val.tokens} tokens, "
                 f"{(state['bytes'] - bytes_before) / 1e6 / (now - progress.start):.1f} MB/s"
             )
-            if now - saved >= SAVE_EVERY and not full:
+            if now - saved >= SAVE_INTERVAL and not full:
                 output.save(position)
                 saved = now
     except concurrent.futures.process.BrokenProcessPool:
-        if not stop.asked:
-            die("a worker process died (was memory short?); the same command goes on from the last save")
+        if not stop.requested:
+            die("a worker process died (out of memory?); run the same command to resume from the last save")
     finally:
         progress.clear()
-        for future, *_ in waiting:
+        for future, *_ in pending:
             future.cancel()
         pool.shutdown()
-    if stop.asked:
+    if stop.requested:
         output.save(position)
-        die("interrupted; the same command goes on from here")
+        die("interrupted; run the same command to resume")
     if output.train.tokens + output.val.tokens == 0:
-        die("there is no text in the input")
+        die("the input has no text; name an input with text")
     output.save(position, done=True)
     seconds = time.monotonic() - progress.start
     megabytes = (state["bytes"] - bytes_before) / 1e6
@@ -421,21 +446,24 @@ def run(output, vocabulary, batches, total_bytes=None, most_tokens=None):
 
 
 def summary(output):
+    """Returns one line about a finished run."""
     state = output.state
     return (
         f"{output.folder}: {state['documents']} documents, {state['train']} training tokens in "
-        f"{output.train.shards(True)} shards, {state['val']} validation tokens in {output.val.shards(True)}, "
+        f"{output.train.num_complete(True)} shards, {state['val']} validation tokens in "
+        f"{output.val.num_complete(True)}, "
         f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes a token"
     )
 
 
-def short(value):
+def shorten(value):
+    """Returns a setting's value as JSON of at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def call(main):
-    """Runs a program's main(); whatever its surroundings do to it ends in one line."""
+def run_main(main):
+    """Runs a program's main(). Signals, system errors and missing packages end it with one line on stderr."""
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -444,11 +472,11 @@ def call(main):
     try:
         main()
     except KeyboardInterrupt:
-        die("interrupted; the same command goes on from the last saved place")
+        die("interrupted; run the same command to resume from the last save")
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
         die(f"{where}{e.strerror or e}")
     except ImportError as e:
-        die(f"the Python package {e.name} is missing: pip install -r requirements.txt")
+        die(f"Python package {e.name} is missing; run pip install -r requirements.txt")
     except MemoryError:
         die("out of memory")

@@ -1,7 +1,7 @@
-"""The makers of data in Python, data/bpe, data/hub and data/get, as a user meets them: shards that decode to
-their text, kills and full disks, and every error path. make test runs it, with CPU (the trainer) and BUILD
-(the folder of dev/test/encode.c's program) set. What needs packages of requirements.txt that are not
-installed is skipped."""
+"""Tests data/bpe, data/hub and data/get from the command line: shards decode to their text, killed runs and
+runs on a full disk resume, and every error is reported. `make test` sets CPU (the trainer) and BUILD (the
+folder with the program of dev/test/encode.c). Tests are skipped if packages of requirements.txt are missing.
+"""
 
 import base64
 import concurrent.futures
@@ -38,14 +38,15 @@ passed = failed = skipped = 0
 lock = threading.Lock()
 
 
-def check(condition, what):
+def check(condition, message):
+    """Counts a check. A failed one prints the message."""
     global passed, failed
     with lock:
         if condition:
             passed += 1
         else:
             failed += 1
-            print(f"FAILED test_bpe.py: {what}", flush=True)
+            print(f"FAILED test_bpe.py: {message}", flush=True)
 
 
 def command(program, *args):
@@ -53,7 +54,7 @@ def command(program, *args):
 
 
 def run(program, *args, env=None, limit=None):
-    """Runs a maker; limit: the most bytes that a file may have."""
+    """Runs a program of data/. limit: maximum file size in bytes."""
 
     def set_limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -67,31 +68,32 @@ def run(program, *args, env=None, limit=None):
     )
 
 
-def made(program, *args, **kw):
+def run_ok(program, *args, **kw):
+    """Runs a program that must succeed without warnings. Returns its stdout."""
     r = run(program, *args, **kw)
     check(r.returncode == 0 and r.stderr == "", f"{program} {args}: code {r.returncode}, {r.stderr[-600:]}")
     return r.stdout
 
 
-def contents(folder):
-    """{name: bytes} of all files below."""
+def read_folder(folder):
+    """Returns {relative path: bytes} of all files in a folder."""
     found = {}
-    for place, _, names in os.walk(folder):
+    for subfolder, _, names in os.walk(folder):
         for name in names:
-            path = os.path.join(place, name)
+            path = os.path.join(subfolder, name)
             if os.path.isfile(path):
                 with open(path, "rb") as f:
                     found[os.path.relpath(path, folder)] = f.read()
     return found
 
 
-numbers = itertools.count()
+folder_numbers = itertools.count()
 
 
-def fails(want, program, *args, **kw):
-    """The maker must end with code 1 and one line on stderr that contains `want`. A folder x in `args` is a
-    new one each time, and stays without shards."""
-    number = next(numbers)
+def expect_error(wanted, program, *args, **kw):
+    """Runs a program that must end with code 1, one line on stderr that contains `wanted`, and no shards. A
+    folder ".../x" in `args` is replaced by a new one each time."""
+    number = next(folder_numbers)
     args = [f"{a}{number}" if str(a).endswith("/x") else a for a in args]
     r = run(program, *args, **kw)
     text = f"{program} {' '.join(map(str, args))[-200:]}: code {r.returncode}: {r.stderr[-700:]!r}"
@@ -99,10 +101,10 @@ def fails(want, program, *args, **kw):
         r.returncode == 1
         and r.stderr.count("\n") == 1
         and r.stderr.startswith("error: ")
-        and want in r.stderr,
-        f"{want!r} wanted; {text}",
+        and wanted in r.stderr,
+        f"{wanted!r} is missing; {text}",
     )
-    check(not glob.glob(f"{tempfile.gettempdir()}/*/x{number}/text_*.bin"), f"shards are left; {text}")
+    check(not glob.glob(f"{tempfile.gettempdir()}/*/x{number}/text_*.bin"), f"leaves shards; {text}")
 
 
 def write(path, content):
@@ -112,11 +114,11 @@ def write(path, content):
     return path
 
 
-# ---- what was made, read without the makers' own code ------------------------------------------------------
+# ---- readers of the files, independent of data/*.py -------------------------------------------------------
 
 
 def read_shard(path):
-    """Tokens and bytes a token, after what llmc/shard.h checks."""
+    """Returns (tokens, bytes per token). Checks what llmc/shard.h checks."""
     with open(path, "rb") as f:
         content = f.read()
     magic, version, count = struct.unpack("<3i", content[:12])
@@ -125,32 +127,36 @@ def read_shard(path):
     return list(struct.unpack(f"<{count}{'H' if width == 2 else 'I'}", content[1024:])), width
 
 
-def read_series(folder, name, part, most=None):
+def read_shards(folder, name, part, max_tokens=None):
+    """Returns (tokens of all shards, set of their bytes per token). All but the last must have max_tokens."""
     tokens, widths = [], set()
     paths = sorted(glob.glob(f"{folder}/{name}_{part}_*.bin"))
     for i, path in enumerate(paths):
         assert path.endswith(f"_{part}_{i:06d}.bin"), path
         shard, width = read_shard(path)
-        assert most is None or (len(shard) == most if i < len(paths) - 1 else len(shard) <= most), path
+        assert max_tokens is None or (
+            len(shard) == max_tokens if i < len(paths) - 1 else len(shard) <= max_tokens
+        ), path
         tokens += shard
         widths.add(width)
     return tokens, widths
 
 
 def read_tokenizer(folder):
+    """Returns (bytes of each token, id of end-of-text, split) of a BPE tokenizer.bin."""
     with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
         content = f.read()
-    header, at, pieces = struct.unpack("<256i", content[:1024]), 1024, []
+    header, offset, pieces = struct.unpack("<256i", content[:1024]), 1024, []
     for _ in range(header[2]):
-        (n,) = struct.unpack_from("<H", content, at)
-        pieces.append(content[at + 2 : at + 2 + n])
-        at += 2 + n + 4
-    assert header[0] == 20260801 and header[4] == 2 and at == len(content)
+        (n,) = struct.unpack_from("<H", content, offset)
+        pieces.append(content[offset + 2 : offset + 2 + n])
+        offset += 2 + n + 4
+    assert header[0] == 20260801 and header[4] == 2 and offset == len(content)
     return pieces, header[3], header[5]
 
 
-def documents(tokens, pieces, eot):
-    """The texts that end-of-text tokens end."""
+def decode_documents(tokens, pieces, eot):
+    """Returns the text of each document. Every document ends with end-of-text."""
     texts, text = [], []
     for token in tokens:
         if token == eot:
@@ -158,19 +164,20 @@ def documents(tokens, pieces, eot):
             text = []
         else:
             text.append(pieces[token])
-    assert not text, "the last document has no end"
+    assert not text, "the last document has no end-of-text"
     return texts
 
 
-def c_tokens(folder, text):
+def encode_in_c(folder, text):
+    """Returns the tokens that the C encoder (llmc/tokenizer.h) makes of bytes."""
     r = subprocess.run([ENCODE, os.path.join(folder, "tokenizer.bin")], input=text, capture_output=True)
     check(r.returncode == 0, f"encode: {r.stderr}")
     return [int(x) for x in r.stdout.split()]
 
 
-def held_out_at(text, share=0.1):
-    """Where bpe's validation part begins."""
-    start = len(text) - int(len(text) * share)
+def val_start(text, val_fraction=0.1):
+    """Returns the offset of bpe's validation part."""
+    start = len(text) - int(len(text) * val_fraction)
     line = text[start : start + 4096].find(b"\n") + 1
     if 0 < line < len(text) - start:
         return start + line
@@ -180,7 +187,7 @@ def held_out_at(text, share=0.1):
 
 
 def sentences(rng, size):
-    """Text of made-up words, some with accents, numbers and quotes."""
+    """Text of made-up words, some with accents, digits and quotes."""
     syllables = ["ba", "do", "ki", "lu", "mer", "ton", "sha", "vel", "é", "ü", "str"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3000)]
     words += ["don't", "I'LL", "1984", "3.14", "“so”", "—", "x=y;", "漢字", "🙂"]
@@ -192,10 +199,10 @@ def sentences(rng, size):
     return "".join(out).encode()
 
 
-# ---- get, which needs no packages --------------------------------------------------------------------------
+# ---- get (needs no packages) -------------------------------------------------------------------------------
 
 
-def load_script(name):
+def load_program(name):
     loader = importlib.machinery.SourceFileLoader(name, os.path.join(DATA, name))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
@@ -203,7 +210,7 @@ def load_script(name):
 
 
 def test_get(tmp):
-    get = load_script("get")
+    get = load_program("get")
     novel = (
         "\ufeffThe Project Gutenberg EBook\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n\r\n"
         "Produced by A and B\r\n\r\n\r\n\r\n\r\nTITLE\r\n\r\n\r\n\r\n\r\n\r\nCafé\r\nwords, words.\r\n\r\n"
@@ -212,13 +219,13 @@ def test_get(tmp):
     for encoding in ("utf-8", "latin-1"):
         check(
             get.novel_only(novel.encode(encoding, "ignore")) == "TITLE\n\n\nCafé\nwords, words.\n".encode(),
-            f"a novel's frame, {encoding}: {get.novel_only(novel.encode(encoding, 'ignore'))}",
+            f"header and footer of a novel, {encoding}: {get.novel_only(novel.encode(encoding, 'ignore'))}",
         )
-    fails("is there a network", "get", "-o", f"{tmp}/g", "--from", "http://127.0.0.1:9")
-    fails("is there a network", "get", "-o", f"{tmp}/g", "--from", "nonsense")
-    check(not os.path.exists(f"{tmp}/g"), "get leaves a folder without a network")
+    expect_error("check the network", "get", "-o", f"{tmp}/g", "--from", "http://127.0.0.1:9")
+    expect_error("check the network", "get", "-o", f"{tmp}/g", "--from", "nonsense")
+    check(not os.path.exists(f"{tmp}/g"), "get leaves a folder after a failed download")
 
-    # the whole of it from a server of our own, first with a wrong text in it
+    # a local server, first with a wrong text
     served, wanted = f"{tmp}/served", hashlib.sha256(get.novel_only(novel.encode())).hexdigest()
     get.TEXTS = [
         ("plays.txt", "who/plays", "c0", "a/plays.txt", hashlib.sha256(b"Exeunt.\n").hexdigest()),
@@ -252,18 +259,20 @@ def test_get(tmp):
 
     write(f"{served}/who/x/c1/x-0.txt", novel.replace("words", "wards"))
     check(
-        "is not the text" in fetch() and list(contents(f"{tmp}/g")) == ["plays.txt"], "get keeps a wrong text"
+        "not the expected text" in fetch() and list(read_folder(f"{tmp}/g")) == ["plays.txt"],
+        "get keeps a wrong text",
     )
     write(f"{served}/who/x/c1/x-0.txt", novel)
     check(
-        fetch() == "" and contents(f"{tmp}/g")["books/x.txt"] == "TITLE\n\n\nCafé\nwords, words.\n".encode(),
+        fetch() == ""
+        and read_folder(f"{tmp}/g")["books/x.txt"] == "TITLE\n\n\nCafé\nwords, words.\n".encode(),
         "get's download",
     )
     count = len(Handler.requests)
-    check(fetch() == "" and len(Handler.requests) == count, "get downloads what is there")
+    check(fetch() == "" and len(Handler.requests) == count, "get downloads an existing file again")
     shutil.rmtree(f"{served}/who/x")
     os.remove(f"{tmp}/g/books/x.txt")
-    check("404" in fetch(), "a file that the server has not")
+    check("404" in fetch(), "get does not report a file that the server does not have")
     server.shutdown()
 
 
@@ -271,12 +280,12 @@ def test_get(tmp):
 
 
 def test_text(tmp, rng):
-    """Shards of all kinds of text decode to it, and are the tokens that the trainer's own encoder makes."""
+    """Shards of all kinds of text decode to it, and have the tokens that the trainer's encoder makes."""
     texts = {
         "a.txt": sentences(rng, 1_400_000),
         "b/latin1.txt": "Müller trank süßen Käse à la carte.\n".encode("latin-1") * 300,
         "b/bytes.bin": bytes(rng.randrange(256) for _ in range(40000)),
-        "b/nospace.txt": "漢字".encode() * 150_000,  # no place to cut
+        "b/nospace.txt": "漢字".encode() * 150_000,  # no safe cut
         "b/tiny.txt": b"x",
         "b/special.txt": b"spelled <|endoftext|> out\n" * 50,
         "b/white.txt": b" \n\t \r\n" * 2000,
@@ -286,59 +295,65 @@ def test_text(tmp, rng):
     write(f"{tmp}/texts/b/empty.txt", "")
     write(f"{tmp}/texts/.hidden", "not read")
     os.symlink("..", f"{tmp}/texts/b/loop")
-    out = made("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts")
+    out = run_ok("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts")
     check("training a BPE of 1000 tokens" in out and " 13 documents, " in out, out)
     pieces, eot, _ = read_tokenizer(f"{tmp}/t")
     check(len(pieces) == 1000 and pieces[eot] == b"<|endoftext|>", "the trained vocabulary")
-    train, widths = read_series(f"{tmp}/t", "text", "train", 100_000)
-    val, _ = read_series(f"{tmp}/t", "text", "val", 100_000)
+    train, widths = read_shards(f"{tmp}/t", "text", "train", 100_000)
+    val, _ = read_shards(f"{tmp}/t", "text", "val", 100_000)
     check(widths == {2} and len(glob.glob(f"{tmp}/t/text_train_*.bin")) > 3, "16-bit shards, several")
-    got, held, at = documents(train, pieces, eot), documents(val, pieces, eot), 0
+    train_texts, val_texts = decode_documents(train, pieces, eot), decode_documents(val, pieces, eot)
+    num_val = 0
     for i, name in enumerate(sorted(texts)):
-        cut = held_out_at(texts[name])
-        check(got[i] == texts[name][:cut], f"{name} does not come back")
+        cut = val_start(texts[name])
+        check(train_texts[i] == texts[name][:cut], f"training part of {name} decodes to another text")
         if cut < len(texts[name]):
-            check(held[at] == texts[name][cut:], f"{name}'s held-out part does not come back")
-            at += 1
-    check(len(got) == len(texts) and at == len(held), f"{len(got)} and {len(held)} documents")
-    # bpe cuts a.txt into pieces, the C encoder does not
-    cut = held_out_at(texts["a.txt"])
+            check(
+                val_texts[num_val] == texts[name][cut:], f"validation part of {name} decodes to another text"
+            )
+            num_val += 1
     check(
-        train[: train.index(eot)] == c_tokens(f"{tmp}/t", texts["a.txt"][:cut]),
-        "C makes other tokens of a.txt",
+        len(train_texts) == len(texts) and num_val == len(val_texts),
+        f"{len(train_texts)} training and {len(val_texts)} validation documents",
+    )
+    # bpe cuts a.txt into chunks, the C encoder does not
+    cut = val_start(texts["a.txt"])
+    check(
+        train[: train.index(eot)] == encode_in_c(f"{tmp}/t", texts["a.txt"][:cut]),
+        "the C encoder makes other tokens of a.txt",
     )
     for text in (texts["b/latin1.txt"], texts["b/bytes.bin"]):
-        ids = c_tokens(f"{tmp}/t", text)
-        check(b"".join(pieces[i] for i in ids) == text, "the C encoder loses bytes")
+        ids = encode_in_c(f"{tmp}/t", text)
+        check(b"".join(pieces[i] for i in ids) == text, "the C encoder changes bytes")
     ends = [i for i, token in enumerate(train) if token == eot]
-    cut = held_out_at(texts["b/bytes.bin"])
+    cut = val_start(texts["b/bytes.bin"])
     check(
-        train[ends[0] + 1 : ends[1]] == c_tokens(f"{tmp}/t", texts["b/bytes.bin"][:cut]),
-        "C and Python on bytes",
+        train[ends[0] + 1 : ends[1]] == encode_in_c(f"{tmp}/t", texts["b/bytes.bin"][:cut]),
+        "the C encoder makes other tokens of bytes.bin",
     )
 
-    before = contents(f"{tmp}/t")
+    before = read_folder(f"{tmp}/t")
     check(
         "nothing to do"
-        in made("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"),
-        "a second run works again",
+        in run_ok("bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"),
+        "a second run does the work again",
     )
-    check(contents(f"{tmp}/t") == before, "a second run changes files")
-    # killed after it had saved that it was done, before the last two shards got their names
+    check(read_folder(f"{tmp}/t") == before, "a second run changes files")
+    # a run that was killed after it saved its end and before it renamed the last two shards
     shards = sorted(glob.glob(f"{tmp}/t/text_train_*.bin"))
     for path in shards[-2:]:
         os.rename(path, path + ".tmp")
     args = ["bpe", "-o", f"{tmp}/t", "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"]
-    made(*args)
-    check(contents(f"{tmp}/t") == before, "shards that wait for their names do not get them")
-    os.rename(shards[-1], f"{tmp}/away")
-    fails("is missing", *args)
-    os.rename(f"{tmp}/away", shards[-1])
+    run_ok(*args)
+    check(read_folder(f"{tmp}/t") == before, "finished shards are not renamed")
+    os.rename(shards[-1], f"{tmp}/moved")
+    expect_error("is missing", *args)
+    os.rename(f"{tmp}/moved", shards[-1])
     return before
 
 
 def test_trainer(tmp):
-    """The trainer reads the shards, its tokenizer a prompt, and what it samples is text."""
+    """The trainer trains on the shards, encodes a prompt and prints a sample."""
     flags = ["-e", "recall", "-layers", "1", "-channels", "16", "-t", "32", "-b", "1", "-x", "1", "-g", "8"]
     r = subprocess.run(
         [
@@ -367,11 +382,11 @@ def test_trainer(tmp):
     )
 
 
-def kill_and_go_on(args, folder, wanted):
-    """Kills the maker again and again, each time after it has saved something new, on one core, where the
-    work takes long enough for that. Shards that have their names must be whole, workers must go too, and the
-    files at the end be those of a run never stopped."""
-    rng, went_on = random.Random(SEED), 0
+def kill_and_resume(args, folder, wanted):
+    """Stops a run by different signals, each time after it saved new progress. It runs on one core so that it
+    is slow enough. After each signal, shards without .tmp must be complete and the workers must have ended.
+    The final files must be those of an uninterrupted run, `wanted`."""
+    rng, resumed = random.Random(SEED), 0
     state = os.path.join(folder, "text.json")
 
     def saved():
@@ -393,31 +408,31 @@ def kill_and_go_on(args, folder, wanted):
         p.send_signal(signum)
         p.wait()
         deadline = time.monotonic() + 10
-        while any(map(runs, workers)) and time.monotonic() < deadline:
+        while any(map(is_running, workers)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        alive = [pid for pid in workers if runs(pid)]
-        check(not alive, f"{signum}: workers go on without their run")
+        alive = [pid for pid in workers if is_running(pid)]
+        check(not alive, f"{signum}: workers keep running without the main process")
         for pid in alive:
             os.kill(pid, signal.SIGKILL)
         out, err = p.communicate()
-        went_on += "going on after" in out
+        resumed += "resuming after" in out
         with open(state) as f:
             if json.load(f)["done"]:
                 break
         if signum != signal.SIGKILL:
             check(p.returncode == 1 and err.count("\n") == 1 and "interrupted" in err, f"{signum}: {err!r}")
-        check(len(workers) > 0, "no workers were seen")
+        check(len(workers) > 0, "found no workers")
         for path in glob.glob(f"{folder}/*.bin"):
             with open(path, "rb") as f:
-                check(f.read() == wanted[os.path.basename(path)], f"{path} is not whole after {signum}")
-    out = made(*args)
-    went_on += "going on after" in out
-    check(went_on > 0, "no run went on from where another was killed")
-    check(contents(folder) == wanted, f"{args}: other bits than those of a run never stopped")
+                check(f.read() == wanted[os.path.basename(path)], f"{path} is incomplete after {signum}")
+    out = run_ok(*args)
+    resumed += "resuming after" in out
+    check(resumed > 0, "no run resumed after a kill")
+    check(read_folder(folder) == wanted, f"{args}: other files than those of an uninterrupted run")
 
 
-def runs(pid):
-    """Whether a process is there and more than a zombie."""
+def is_running(pid):
+    """Returns whether a process exists and is not a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             return f.read().rpartition(")")[2].split()[0] != "Z"
@@ -428,11 +443,12 @@ def runs(pid):
 def test_kills(tmp, tokenizer):
     write(f"{tmp}/k_text.txt", sentences(random.Random(SEED), 1_000_000) * 9)
     args = ["--tokenizer", tokenizer, "--shard", 200_000, f"{tmp}/k_text.txt"]
-    made("bpe", "-o", f"{tmp}/k_whole", *args)
-    kill_and_go_on(["bpe", "-o", f"{tmp}/k", *args], f"{tmp}/k", contents(f"{tmp}/k_whole"))
+    run_ok("bpe", "-o", f"{tmp}/k_whole", *args)
+    kill_and_resume(["bpe", "-o", f"{tmp}/k", *args], f"{tmp}/k", read_folder(f"{tmp}/k_whole"))
 
 
 def children(pid):
+    """Returns the ids of all descendants of a process."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as f:
             direct = [int(x) for x in f.read().split()]
@@ -442,31 +458,31 @@ def children(pid):
 
 
 def test_disk(tmp, tokenizer):
-    """A disk that is full, and files that may not grow: one line, no shard; the same command goes on."""
+    """A full disk and a file size limit cause one line on stderr and no shard; the same command resumes."""
     write(f"{tmp}/d.txt", sentences(random.Random(1), 700_000))
     args = ["--tokenizer", tokenizer, f"{tmp}/d.txt"]
-    made("bpe", "-o", f"{tmp}/d_whole", *args)
+    run_ok("bpe", "-o", f"{tmp}/d_whole", *args)
     os.makedirs(f"{tmp}/d")
     os.symlink("/dev/full", f"{tmp}/d/text_train_000000.bin.tmp")
     r = run("bpe", "-o", f"{tmp}/d", *args)
     check(
         r.returncode == 1 and r.stderr.count("\n") == 1 and "No space left on device" in r.stderr,
-        f"full: {r.stderr!r}",
+        f"full disk: {r.stderr!r}",
     )
     check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
     os.remove(f"{tmp}/d/text_train_000000.bin.tmp")
     r = run("bpe", "-o", f"{tmp}/d", *args, limit=200_000)
     check(
         r.returncode == 1 and r.stderr.count("\n") == 1 and "File too large" in r.stderr,
-        f"limit: {r.stderr!r}",
+        f"file size limit: {r.stderr!r}",
     )
     check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
-    made("bpe", "-o", f"{tmp}/d", *args)
-    check(contents(f"{tmp}/d") == contents(f"{tmp}/d_whole"), "after a full disk: other bits")
+    run_ok("bpe", "-o", f"{tmp}/d", *args)
+    check(read_folder(f"{tmp}/d") == read_folder(f"{tmp}/d_whole"), "a full disk leads to other files")
 
 
 def test_vocabularies(tmp, tokenizer):
-    """Tokenizers of all kinds: tokens are those of their own libraries, and the C encoder's."""
+    """Tokens of all kinds of tokenizers equal those of their own libraries, and those of the C encoder."""
     import tiktoken
     import tokenizers
     import vocab
@@ -519,7 +535,7 @@ def test_vocabularies(tmp, tokenizer):
     ]
     texts = ["".join(rng.choices(pool, k=rng.randint(1, 12))) for _ in range(700)]
 
-    def split_by(pattern):
+    def with_pattern(pattern):
         j = json.loads(json.dumps(base))
         j["pre_tokenizer"] = {
             "type": "Sequence",
@@ -530,7 +546,7 @@ def test_vocabularies(tmp, tokenizer):
         }
         return j
 
-    qwen = split_by(vocab.SPLITS[2][0])
+    qwen = with_pattern(vocab.PATTERNS[2][0])
     qwen["normalizer"] = {"type": "NFC"}
     qwen["added_tokens"].append(
         {
@@ -543,9 +559,9 @@ def test_vocabularies(tmp, tokenizer):
             "special": False,
         }
     )
-    other = split_by(r"\p{L}+|\s+|[^\s\p{L}]+")
+    other = with_pattern(r"\p{L}+|\s+|[^\s\p{L}]+")
     other["model"]["dropout"] = 0.5
-    odd = json.loads(json.dumps(base))  # a token that its own merges do not reach
+    odd = json.loads(json.dumps(base))  # the bytes of a token do not merge to that token
     odd["model"]["vocab"]["kilu1"] = 1000
     odd["model"]["merges"] = [m for m in odd["model"]["merges"] if "".join(m) not in ("kilu",)]
     odd["model"]["merges"] += [["k", "ilu1"], ["i", "lu1"], ["lu", "1"]]
@@ -553,17 +569,17 @@ def test_vocabularies(tmp, tokenizer):
     pieces, _, _ = read_tokenizer(f"{tmp}/t")
     ranks = {piece: i for i, piece in enumerate(p for p in pieces if p != b"<|endoftext|>")}
     end = {"<|endoftext|>": len(ranks)}
-    # name, what is loaded, whether the fast engine and the C encoder are the same as it
+    # (name, tokenizer.json or pattern, tiktoken's engine is used, the C encoder is equivalent)
     cases = [
         ("gpt2", base, True, True),
-        ("llama3", split_by(vocab.SPLITS[1][0]), True, True),
+        ("llama3", with_pattern(vocab.PATTERNS[1][0]), True, True),
         ("qwen", qwen, True, False),
         ("other", other, False, False),
         ("odd", odd, False, False),
-        ("cl100k", vocab.SPLITS[3][0], True, True),
-        ("r50k", vocab.SPLITS[0][1], True, True),
+        ("cl100k", vocab.PATTERNS[3][0], True, True),
+        ("r50k", vocab.PATTERNS[0][1], True, True),
     ]
-    for name, source, fast, c_same in cases:
+    for name, source, use_tiktoken, c_equivalent in cases:
         if isinstance(source, dict):
             v = vocab.from_hf(json.dumps(source), name, None)
             source["model"]["dropout"] = None
@@ -577,23 +593,25 @@ def test_vocabularies(tmp, tokenizer):
         bad = [t for t, w in zip(texts, wanted) if v.encode(t.encode(), False).tolist() != w]
         check(
             not bad,
-            f"{name}: {len(bad)} texts have other tokens than the library's (seed {SEED}): {bad[:3]!r}",
+            f"{name}: the library makes other tokens of {len(bad)} texts (seed {SEED}): {bad[:3]!r}",
         )
-        check((v.fast is not None) == fast, f"{name}: fast engine {v.fast is not None}")
-        check((v.note is None) == c_same, f"{name}: note {v.note}")
-        if c_same:  # a byte that is no UTF-8 parts texts
+        check(
+            (v.tiktoken is not None) == use_tiktoken, f"{name}: tiktoken's engine: {v.tiktoken is not None}"
+        )
+        check((v.note is None) == c_equivalent, f"{name}: note {v.note}")
+        if c_equivalent:  # byte 255, which is not valid UTF-8, separates the texts
             write(f"{tmp}/{name}/tokenizer.bin", v.tokenizer_bin())
-            joined, parting = [], [int(v.byte_id[255])]
+            joined, separator = [], [int(v.byte_id[255])]
             for w in wanted:
-                joined += parting + w if joined else w
+                joined += separator + w if joined else w
             check(
-                c_tokens(f"{tmp}/{name}", b"\xff".join(t.encode() for t in texts)) == joined,
+                encode_in_c(f"{tmp}/{name}", b"\xff".join(t.encode() for t in texts)) == joined,
                 f"{name}: the C encoder makes other tokens (seed {SEED})",
             )
 
 
 def test_wide(tmp, tokenizer):
-    """A vocabulary of more than 65,536 tokens: 32-bit shards that the trainer reads."""
+    """A vocabulary of more than 65,536 tokens has 32-bit shards, which the trainer reads."""
     with open(tokenizer) as f:
         j = json.load(f)
     n = len(j["model"]["vocab"])
@@ -602,11 +620,14 @@ def test_wide(tmp, tokenizer):
     write(f"{tmp}/wide.json", json.dumps(j))
     text = b"Many words, few of them long.\n" * 300
     write(f"{tmp}/wide.txt", text)
-    made("bpe", "-o", f"{tmp}/w", "--name", "w", "--tokenizer", f"{tmp}/wide.json", f"{tmp}/wide.txt")
-    tokens, widths = read_series(f"{tmp}/w", "w", "train")
+    run_ok("bpe", "-o", f"{tmp}/w", "--name", "w", "--tokenizer", f"{tmp}/wide.json", f"{tmp}/wide.txt")
+    tokens, widths = read_shards(f"{tmp}/w", "w", "train")
     pieces, eot, _ = read_tokenizer(f"{tmp}/w")
     check(widths == {4} and eot == 69999 and tokens[-1] == eot, f"32-bit shards: {widths}, end {eot}")
-    check(documents(tokens, pieces, eot) == [text[: held_out_at(text)]], "32-bit shards do not decode")
+    check(
+        decode_documents(tokens, pieces, eot) == [text[: val_start(text)]],
+        "32-bit shards decode to another text",
+    )
     r = subprocess.run(
         [
             CPU,
@@ -628,11 +649,14 @@ def test_wide(tmp, tokenizer):
         capture_output=True,
         text=True,
     )
-    check(r.returncode == 0 and "vocabulary 70000" in r.stdout, f"the trainer on 32-bit shards: {r.stderr}")
+    check(
+        r.returncode == 0 and "vocabulary 70000" in r.stdout,
+        f"the trainer fails on 32-bit shards: {r.stderr}",
+    )
 
 
 def test_tiktoken(tmp):
-    """tiktoken's vocabularies: by name (here one of a plug-in, which needs no network), and as a file."""
+    """tiktoken vocabularies by name (of a plug-in, which needs no network) and as a file."""
     letters = [
         a.encode() + b.encode() for a in "abcdefghijklmnopqrstuvwxyz " for b in "abcdefghijklmnopqrstuvwxyz"
     ]
@@ -649,14 +673,19 @@ ENCODING_CONSTRUCTORS = {{"small": small}}
     env = {"PYTHONPATH": f"{tmp}/plug"}
     text = b"some words that are split otherwise 42\n" * 40
     write(f"{tmp}/tik.txt", text)
-    out = made("bpe", "-o", f"{tmp}/tik", "--tokenizer", "small", "--val", 0, f"{tmp}/tik.txt", env=env)
+    out = run_ok("bpe", "-o", f"{tmp}/tik", "--tokenizer", "small", "--val", 0, f"{tmp}/tik.txt", env=env)
     check("note: this tokenizer splits text" in out, out)
     pieces, eot, _ = read_tokenizer(f"{tmp}/tik")
     check(eot == 2000 and len(pieces) == 2002 and pieces[1999] == b"", f"end-of-text {eot} of {len(pieces)}")
-    check(documents(read_series(f"{tmp}/tik", "text", "train")[0], pieces, eot) == [text], "tiktoken by name")
-    made("bpe", "-o", f"{tmp}/tik2", "--tokenizer", "small", "--eot", "<|other|>", f"{tmp}/tik.txt", env=env)
+    check(
+        decode_documents(read_shards(f"{tmp}/tik", "text", "train")[0], pieces, eot) == [text],
+        "tiktoken by name",
+    )
+    run_ok(
+        "bpe", "-o", f"{tmp}/tik2", "--tokenizer", "small", "--eot", "<|other|>", f"{tmp}/tik.txt", env=env
+    )
     check(read_tokenizer(f"{tmp}/tik2")[1] == 2001, "--eot with tiktoken")
-    fails(
+    expect_error(
         "no end-of-text token <|no|>",
         "bpe",
         "-o",
@@ -673,17 +702,19 @@ ENCODING_CONSTRUCTORS = {{"small": small}}
     ]
     lines = [base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)]
     write(f"{tmp}/gpt2.tiktoken", b"".join(lines))
-    made("bpe", "-o", f"{tmp}/tik3", "--tokenizer", f"{tmp}/gpt2.tiktoken", "--val", 0, f"{tmp}/tik.txt")
+    run_ok("bpe", "-o", f"{tmp}/tik3", "--tokenizer", f"{tmp}/gpt2.tiktoken", "--val", 0, f"{tmp}/tik.txt")
     pieces, eot, split = read_tokenizer(f"{tmp}/tik3")
-    tokens = read_series(f"{tmp}/tik3", "text", "train")[0]
+    tokens = read_shards(f"{tmp}/tik3", "text", "train")[0]
     check((len(pieces), eot, split) == (50257, 50256, 0), f"a tiktoken file: {len(pieces)}, {eot}, {split}")
     check(
-        documents(tokens, pieces, eot) == [text] and tokens[:-1] == c_tokens(f"{tmp}/tik3", text),
-        "its tokens",
+        decode_documents(tokens, pieces, eot) == [text] and tokens[:-1] == encode_in_c(f"{tmp}/tik3", text),
+        "a tiktoken file makes other tokens",
     )
     write(f"{tmp}/short.tiktoken", b"".join(lines[:300]))
-    fails("300 tokens", "bpe", "-o", f"{tmp}/x", "--tokenizer", f"{tmp}/short.tiktoken", f"{tmp}/tik.txt")
-    fails(
+    expect_error(
+        "300 tokens", "bpe", "-o", f"{tmp}/x", "--tokenizer", f"{tmp}/short.tiktoken", f"{tmp}/tik.txt"
+    )
+    expect_error(
         "line 2",
         "bpe",
         "-o",
@@ -694,8 +725,8 @@ ENCODING_CONSTRUCTORS = {{"small": small}}
     )
 
 
-def bad_inputs(tmp, tokenizer):
-    """Calls that must end in one line; a list of functions, which run side by side."""
+def bad_input_tests(tmp, tokenizer):
+    """Returns functions that each expect one error. They run in parallel."""
     with open(tokenizer) as f:
         base = json.load(f)
 
@@ -711,7 +742,7 @@ def bad_inputs(tmp, tokenizer):
     plain = write(f"{tmp}/plain", "a file")
     write(f"{tmp}/stray/text_train_000000.bin", "not ours")
     write(f"{tmp}/broken/text.json", "{")
-    lacking = {k: v for k, v in base["model"]["vocab"].items() if k != "Ġ"}
+    missing = {k: v for k, v in base["model"]["vocab"].items() if k != "Ġ"}
     bpe = ["bpe", "-o", f"{tmp}/x", "--tokenizer"]
     cases = [
         (["bpe", "-o", f"{tmp}/x", text], "--tokenizer T"),
@@ -733,19 +764,19 @@ def bad_inputs(tmp, tokenizer):
         ([*bpe, tokenizer, f"{tmp}/nowhere"], "nowhere"),
         ([*bpe, tokenizer, "/dev/null"], "neither a file nor a folder"),
         (["bpe", "-o", f"{plain}/x", "--tokenizer", tokenizer, text], "plain"),
-        (["bpe", "-o", f"{tmp}/stray", "--tokenizer", tokenizer, text], "in the way"),
+        (["bpe", "-o", f"{tmp}/stray", "--tokenizer", tokenizer, text], "exists without text.json"),
         (["bpe", "-o", f"{tmp}/broken", "--tokenizer", tokenizer, text], "broken"),
         (["bpe", "-o", f"{tmp}/t", "--name", "new", "--train-vocab", 300, text], "belongs to other data"),
-        (["bpe", "-o", f"{tmp}/t", "--tokenizer", tokenizer, text], "made with other"),
+        (["bpe", "-o", f"{tmp}/t", "--tokenizer", tokenizer, text], "made with another value of 'shard'"),
         ([*bpe, f"{tmp}/no.json", text], "no.json"),
         ([*bpe, "gpt17", text], "cl100k_base"),
         ([*bpe, write(f"{tmp}/bad/e.json", ""), text], "is empty"),
-        ([*bpe, write(f"{tmp}/bad/b.json", "{]"), text], "no tokenizer.json"),
-        ([*bpe, write(f"{tmp}/bad/k.json", "{}"), text], "no tokenizer.json"),
-        ([*bpe, variant("noend", added_tokens=[]), text], "no end-of-text token"),
-        ([*bpe, tokenizer, "--eot", "<|no|>", text], "no special token '<|no|>'"),
+        ([*bpe, write(f"{tmp}/bad/b.json", "{]"), text], "not a valid tokenizer.json"),
+        ([*bpe, write(f"{tmp}/bad/k.json", "{}"), text], "not a valid tokenizer.json"),
+        ([*bpe, variant("noend", added_tokens=[]), text], "no known end-of-text token"),
+        ([*bpe, tokenizer, "--eot", "<|no|>", text], "--eot <|no|>"),
         ([*bpe, model("unigram", type="Unigram"), text], "Unigram"),
-        ([*bpe, model("nobytes", vocab=lacking), text], "no token for byte 0x20"),
+        ([*bpe, model("nobytes", vocab=missing), text], "no token for byte 0x20"),
         ([*bpe, model("merge", merges=[["q", "qqq"]]), text], "does not have"),
         (
             [*bpe, variant("prefix", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), text],
@@ -754,23 +785,26 @@ def bad_inputs(tmp, tokenizer):
         (["hub", "-o", f"{tmp}/x", text], "--tokenizer T"),
         (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, "--tokens", "0", text], "--tokens"),
         (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, text], "parquet"),
-        (["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, f"{tmp}/emptyfolder"], "none was found"),
+        (
+            ["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer, f"{tmp}/emptyfolder"],
+            "no parquet or json file",
+        ),
     ]
-    return [lambda c=c, w=w: fails(w, *c) for c, w in cases]
+    return [lambda c=c, w=w: expect_error(w, *c) for c, w in cases]
 
 
 # ---- hub ---------------------------------------------------------------------------------------------------
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as streaming the dataset org/name takes, for the files below `root`."""
+    """Serves the files in `root` as the dataset org/name, with the part of the protocol that streaming needs."""
 
     protocol_version, root, commit = "HTTP/1.1", None, "c0ffee" + "0" * 34
 
     def log_message(self, *_):
         pass
 
-    def answer(self, code, body, **headers):
+    def respond(self, code, body, **headers):
         self.send_response(code)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -780,7 +814,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        files = contents(self.root)
+        files = read_folder(self.root)
         if re.fullmatch(r"/api/datasets/org/name(/revision/\w+)?", path):
             answer = {
                 "id": "org/name",
@@ -793,7 +827,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 "tags": [],
                 "siblings": [{"rfilename": name} for name in files],
             }
-            return self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+            return self.respond(200, json.dumps(answer).encode(), Content_Type="application/json")
         tree = re.fullmatch(f"/api/datasets/org/name/tree/{self.commit}/?(.*)", path)
         if tree:
             folder = tree.group(1) + "/" if tree.group(1) else ""
@@ -807,7 +841,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                         "oid": "0" * 40,
                         "size": 0 if below else len(files[name]),
                     }
-            return self.answer(
+            return self.respond(
                 200 if answer else 404,
                 json.dumps([*answer.values()]).encode(),
                 Content_Type="application/json",
@@ -815,14 +849,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             )
         file = re.fullmatch(f"/datasets/org/name/resolve/{self.commit}/(.*)", path)
         if not file or file.group(1) not in files:
-            return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
+            return self.respond(404, b"{}", X_Error_Code="EntryNotFound")
         data = files[file.group(1)]
         wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"ETag": '"0"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
         if not wanted:
-            return self.answer(200, data, **headers)
+            return self.respond(200, data, **headers)
         first, last = int(wanted.group(1)), min(int(wanted.group(2) or len(data) - 1), len(data) - 1)
-        return self.answer(
+        return self.respond(
             206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers
         )
 
@@ -830,7 +864,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_hub(tmp, tokenizer):
-    """A dataset by its name and by its files, of parquet and of json: the same shards; kills; limits."""
+    """A dataset gives the same shards by name, as parquet and as json; kills and --tokens work."""
     import pyarrow
     import pyarrow.parquet
 
@@ -850,50 +884,54 @@ def test_hub(tmp, tokenizer):
     lines = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts))
     write(f"{tmp}/json/all.jsonl.gz", gzip.compress(lines.encode(), 1))
     flags = ["--tokenizer", tokenizer, "--shard", 100_000, "--val", 0.05]
-    out = made("hub", "-o", f"{tmp}/h", *flags, f"{tmp}/hub")
+    out = run_ok("hub", "-o", f"{tmp}/h", *flags, f"{tmp}/hub")
     pieces, eot, _ = read_tokenizer(f"{tmp}/h")
-    train = documents(read_series(f"{tmp}/h", "text", "train", 100_000)[0], pieces, eot)
-    val = documents(read_series(f"{tmp}/h", "text", "val", 100_000)[0], pieces, eot)
-    chosen = [int((i + 1) * 0.05) > int(i * 0.05) for i in range(len(texts))]
-    check(train == [t.encode() for t, c in zip(texts, chosen) if t and not c], "hub's training documents")
-    check(val == [t.encode() for t, c in zip(texts, chosen) if t and c], "hub's held-out documents")
+    train = decode_documents(read_shards(f"{tmp}/h", "text", "train", 100_000)[0], pieces, eot)
+    val = decode_documents(read_shards(f"{tmp}/h", "text", "val", 100_000)[0], pieces, eot)
+    is_val = [int((i + 1) * 0.05) > int(i * 0.05) for i in range(len(texts))]
+    check(train == [t.encode() for t, c in zip(texts, is_val) if t and not c], "other training documents")
+    check(val == [t.encode() for t, c in zip(texts, is_val) if t and c], "other validation documents")
     check(f"{len(train) + len(val)} documents" in out, out)
-    kill_and_go_on(["hub", "-o", f"{tmp}/hk", *flags, f"{tmp}/hub"], f"{tmp}/hk", contents(f"{tmp}/h"))
+    kill_and_resume(["hub", "-o", f"{tmp}/hk", *flags, f"{tmp}/hub"], f"{tmp}/hk", read_folder(f"{tmp}/h"))
 
-    # by name, from a hub of our own
+    # by name, from a local hub
     Hub.root = f"{tmp}/hub"
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": f"{tmp}/hf"}
-    made("hub", "-o", f"{tmp}/hn", *flags, "org/name", env=here)
-    same = [name for name, data in contents(f"{tmp}/h").items() if contents(f"{tmp}/hn").get(name) == data]
-    check(len(same) == len(contents(f"{tmp}/h")) - 1, f"by name: only {same} are the same")
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": f"{tmp}/hf"}
+    run_ok("hub", "-o", f"{tmp}/hn", *flags, "org/name", env=env)
+    same = [
+        name for name, data in read_folder(f"{tmp}/h").items() if read_folder(f"{tmp}/hn").get(name) == data
+    ]
+    check(len(same) == len(read_folder(f"{tmp}/h")) - 1, f"by name: only {same} are the same")
     with open(f"{tmp}/hn/text.json") as f:
-        check(json.load(f)["settings"]["commit"] == Hub.commit, "the dataset's commit is not kept")
-    fails("cannot read dataset other/name", "hub", "-o", f"{tmp}/x", *flags, "other/name", env=here)
+        check(json.load(f)["settings"]["commit"] == Hub.commit, "the dataset's commit is not saved")
+    expect_error("cannot read dataset other/name", "hub", "-o", f"{tmp}/x", *flags, "other/name", env=env)
     server.shutdown()
 
-    # from json; up to a number of tokens
-    made("hub", "-o", f"{tmp}/hj", *flags, "--tokens", 50_000, f"{tmp}/json")
-    tokens = read_series(f"{tmp}/hj", "text", "train")[0]
-    some = documents(tokens, pieces, eot)
+    # from json, up to a number of tokens
+    run_ok("hub", "-o", f"{tmp}/hj", *flags, "--tokens", 50_000, f"{tmp}/json")
+    tokens = read_shards(f"{tmp}/hj", "text", "train")[0]
+    first_texts = decode_documents(tokens, pieces, eot)
     check(
-        some == train[: len(some)]
-        and len(tokens) - len(c_tokens(f"{tmp}/h", some[-1])) - 1 < 50_000 <= len(tokens),
-        f"--tokens: {len(some)} documents, {len(tokens)} tokens",
+        first_texts == train[: len(first_texts)]
+        and len(tokens) - len(encode_in_c(f"{tmp}/h", first_texts[-1])) - 1 < 50_000 <= len(tokens),
+        f"--tokens: {len(first_texts)} documents, {len(tokens)} tokens",
     )
 
 
-def bad_hubs(tmp, tokenizer):
+def bad_hub_tests(tmp, tokenizer):
     flags = ["hub", "-o", f"{tmp}/x", "--tokenizer", tokenizer]
     null = write(f"{tmp}/null/a.jsonl", '{"text": "fine", "n": 1}\n{"text": null, "n": 2}\n')
     broken = write(f"{tmp}/broken/a.parquet", "PAR1 and no more")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     return [
-        lambda: fails("no column 'body': name one of text, n", *flags, "--column", "body", null),
-        lambda: fails("document 1", *flags, null),
-        lambda: fails("a.parquet", *flags, broken),
-        lambda: fails("cannot read dataset some/name", *flags, "some/name", env=nowhere),
+        lambda: expect_error(
+            "--column body: the dataset has no such column; it has text, n", *flags, "--column", "body", null
+        ),
+        lambda: expect_error("document 1", *flags, null),
+        lambda: expect_error("a.parquet", *flags, broken),
+        lambda: expect_error("cannot read dataset some/name", *flags, "some/name", env=nowhere),
     ]
 
 
@@ -902,19 +940,19 @@ def main():
     tmp = tempfile.mkdtemp(prefix="test_bpe.")
     try:
         test_get(tmp)
-        lacking = [
+        missing = [
             name
             for name in ("numpy", "tokenizers", "tiktoken", "datasets", "pyarrow")
             if importlib.util.find_spec(name) is None
         ]
-        if lacking:
+        if missing:
             skipped = 1
             print(
-                f"skipped: data/bpe and data/hub, for want of the Python packages {', '.join(lacking)}: "
+                f"skipped: data/bpe and data/hub need the Python packages {', '.join(missing)}: "
                 f"pip install -r requirements.txt"
             )
         else:
-            whole = test_text(tmp, random.Random(SEED))
+            shards = test_text(tmp, random.Random(SEED))
             tokenizer = f"{tmp}/t/tokenizer.json"
             tests = [
                 lambda: test_kills(tmp, tokenizer),
@@ -924,8 +962,8 @@ def main():
                 lambda: test_vocabularies(tmp, tokenizer),
                 lambda: test_wide(tmp, tokenizer),
                 lambda: test_tiktoken(tmp),
-                *bad_hubs(tmp, tokenizer),
-                *bad_inputs(tmp, tokenizer),
+                *bad_hub_tests(tmp, tokenizer),
+                *bad_input_tests(tmp, tokenizer),
             ]
             with concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count())) as pool:
                 for future in [pool.submit(test) for test in tests]:
@@ -933,7 +971,7 @@ def main():
                         future.result()
                     except Exception as e:
                         check(False, f"{type(e).__name__}: {e}\n{traceback.format_exc()}")
-            check(contents(f"{tmp}/t") == whole, "a failed run changes another's files")
+            check(read_folder(f"{tmp}/t") == shards, "a failed run changes the files of another run")
     finally:
         shutil.rmtree(tmp)
     print(f"bpe: {passed} passed, {failed} failed, {skipped} skipped")
