@@ -13,7 +13,7 @@
 // lot (of 30 seeds one had gradients off by 7e-2 in bf16 and by 4e-3 in fp16, the others by 2e-2 to 3e-2 in
 // bf16).
 #define GPT_NO_MAIN
-#define CP_GROUP_BYTES 1 // several groups of heads even here
+#define CP_HEAD_GROUP_BYTES 1 // several groups of heads even here
 #include "train_gpt_nsa.cu"
 #include "train_gpt_nsa.h"
 #include "dev/test/golden.h"
@@ -95,7 +95,7 @@ struct Documents {
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
         Batch b = batch_whole(n, count, longest);
-        b.blocks = cp_blocks(n, count, gpus ? gpus->context : 1), b.num_segments += b.blocks;
+        b.blocks = cp_num_blocks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.blocks;
         host.resize(batch_bytes(&b));
         b = batch_fill(c, gpus, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
         cuda_check(cudaMalloc((void **)&device, host.size()));
@@ -156,7 +156,7 @@ struct Result {
 static Result run(Model *model, const Documents &d) {
     model_zero_grad(model);
     model_train(model, &d.batch);
-    if (model->gpus) gpus_before(model->gpus, model->stream); // for the gradients' sums
+    if (model->gpus) gpus_join(model->gpus, model->stream); // for the gradients' sums
     return {download(model->losses, d.batch.n), download(model->grads, model->num_params)};
 }
 
@@ -181,7 +181,7 @@ static void share_choices(GPT *gpt, const Model *model, std::vector<std::vector<
     if (c->attn != ATTN_NSA) return;
     choices->resize(c->layers);
     for (int l = 0; l < c->layers; l++) {
-        (*choices)[l] = download(fsa_saved_indices(&c->fsa, att_dtype, &b, model->acts[l].saved),
+        (*choices)[l] = download(fsa_saved_block_indices(&c->fsa, att_dtype, &b, model->acts[l].saved),
                                  (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
         gpt->acts[l].choice = (*choices)[l].data();
     }
@@ -214,7 +214,7 @@ static void test_against_c(const Variant *v) {
         gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
     share_choices(&gpt, model, &choices);
     for (size_t l = 0; l < choices.size(); l++) {
-        const int32_t *own = gpt.acts[l].att_state.indices;
+        const int32_t *own = gpt.acts[l].att_state.block_indices;
         int64_t same = 0;
         for (int64_t i = 0; i < lists; i++)
             same += memcmp(own + i * T, &choices[l][i * T], T * sizeof(int32_t)) == 0;
@@ -536,7 +536,7 @@ static void test_shared(const Variant *v, Gpus *gpus) {
     destroy(alone);
     std::vector<float> losses(mine);
     const Batch placed = batch_place(&part.batch, part.host.data());
-    cp_take_rows(gpus->context, n, placed.blocks, placed.place, gpus->context_rank, losses.data(),
+    cp_gather_rows(gpus->cp_size, n, placed.blocks, placed.place, gpus->cp_rank, losses.data(),
                  want.losses.data(), sizeof(float));
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, n, recompute, gpus);
@@ -573,10 +573,10 @@ static int share(void *) {
     int devices;
     cuda_check(cudaGetDeviceCount(&devices));
     cuda_check(cudaSetDevice(comm.local_rank % devices));
-    gpus_start(&gpus, &comm, comm.ranks);
+    gpus_init(&gpus, &comm, comm.ranks);
     for (const Variant &v : variants) test_shared(&v, &gpus);
     if (comm.rank == 0) printf("shared: largest error of a gradient %.2e\n", worst_grad);
-    gpus_stop(&gpus);
+    gpus_free(&gpus);
     comm_end(&comm);
     return test_failed != 0;
 }

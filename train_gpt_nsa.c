@@ -58,7 +58,7 @@ void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, 
 }
 
 void linear_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o) {
-    matmul(out, (MatmulIn){x, c, 1}, (MatmulIn){weight, 1, c}, n, o, c, 0);
+    matmul(out, (MatmulOperand){x, c, 1}, (MatmulOperand){weight, 1, c}, n, o, c, 0);
     if (!bias) return;
     for (int64_t i = 0; i < n; i++) {
         for (int j = 0; j < o; j++) out[i * o + j] += bias[j];
@@ -67,8 +67,8 @@ void linear_forward(real *out, const real *x, const real *weight, const real *bi
 
 void linear_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
                      const real *weight, int64_t n, int c, int o) {
-    matmul(dx, (MatmulIn){dout, o, 1}, (MatmulIn){weight, c, 1}, n, c, o, add_dx);
-    matmul(dweight, (MatmulIn){dout, 1, o}, (MatmulIn){x, c, 1}, o, c, n, 1);
+    matmul(dx, (MatmulOperand){dout, o, 1}, (MatmulOperand){weight, c, 1}, n, c, o, add_dx);
+    matmul(dweight, (MatmulOperand){dout, 1, o}, (MatmulOperand){x, c, 1}, o, c, n, 1);
     if (!dbias) return;
     for (int64_t i = 0; i < n; i++) {
         for (int j = 0; j < o; j++) dbias[j] += dout[i * o + j];

@@ -163,7 +163,7 @@ typedef struct {
 
     Batch batch;          // the one at hand, on the device
     int last_micro_batch; // of its step
-    FsaPlan plan;         // full, window: of that batch
+    BatchLayout plan;         // full, window: of that batch
     Matmul products;      // matmul.cuh's state
     cudaStream_t stream;
     cudaEvent_t step_done;
@@ -204,11 +204,11 @@ static Batch batch_place(const Batch *counts, char *memory) {
 // Writes into `memory` on the host this GPU's part of a micro-batch: whole sequences, or its blocks of them.
 static Batch batch_fill(const ModelConfig *c, const Gpus *gpus, const int32_t *tokens, const int32_t *targets,
                         const int64_t *cu_seqlens, int64_t num_seqs, char *memory) {
-    const int ranks = gpus ? gpus->context : 1, rank = gpus ? gpus->context_rank : 0;
-    const int64_t keys = cu_seqlens[num_seqs], blocks = cp_blocks(keys, num_seqs, ranks);
+    const int ranks = gpus ? gpus->cp_size : 1, rank = gpus ? gpus->cp_rank : 0;
+    const int64_t keys = cu_seqlens[num_seqs], blocks = cp_num_blocks(keys, num_seqs, ranks);
     std::vector<int32_t> place(blocks);
     std::vector<FsaSegment> segments(num_seqs + blocks / ranks);
-    cp_divide(c, cu_seqlens, num_seqs, ranks, blocks, place.data(), NULL);
+    cp_assign_blocks(c, cu_seqlens, num_seqs, ranks, blocks, place.data(), NULL);
     Batch counts = batch_whole(keys / ranks, num_seqs, 0);
     counts.keys = keys, counts.blocks = blocks;
     counts.num_segments =
@@ -219,8 +219,8 @@ static Batch batch_fill(const ModelConfig *c, const Gpus *gpus, const int32_t *t
     memcpy(b.cu_seqlens, cu_seqlens, (num_seqs + 1) * sizeof(int64_t));
     memcpy(b.segments, segments.data(), b.num_segments * sizeof(FsaSegment));
     memcpy(b.place, place.data(), blocks * sizeof(int32_t));
-    cp_take_rows(ranks, keys, blocks, b.place, rank, b.tokens, tokens, sizeof(int32_t));
-    cp_take_rows(ranks, keys, blocks, b.place, rank, b.targets, targets, sizeof(int32_t));
+    cp_gather_rows(ranks, keys, blocks, b.place, rank, b.tokens, tokens, sizeof(int32_t));
+    cp_gather_rows(ranks, keys, blocks, b.place, rank, b.targets, targets, sizeof(int32_t));
     return b;
 }
 
@@ -229,7 +229,7 @@ static Batch batch_most(const Model *model) {
     Batch b = batch_whole(model->max_tokens, model->max_keys, model->max_keys);
     b.keys = model->max_keys;
     b.num_segments = model->max_tokens;
-    b.blocks = model->gpus ? 32 * model->gpus->context : 1;
+    b.blocks = model->gpus ? 32 * model->gpus->cp_size : 1;
     return b;
 }
 
@@ -307,10 +307,10 @@ static size_t attention_scratch(const Model *model) {
     Batch b = batch_most(model);
     FsaDeviceBatch most = fsa_batch(&b);
     bool nsa = model->config.attn == ATTN_NSA;
-    size_t bytes = fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_FORWARD : FSA_ATTEND_FORWARD);
+    size_t bytes = fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_FORWARD : FSA_ATTENTION_FORWARD);
     if (bytes == 0) die("%s", fsa_last_error());
     if (!model->training) return bytes;
-    return std::max(bytes, fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_BACKWARD : FSA_ATTEND_BACKWARD));
+    return std::max(bytes, fsa_workspace_size(f, att_dtype, &most, nsa ? FSA_BACKWARD : FSA_ATTENTION_BACKWARD));
 }
 
 // With ZeRO stage 2, the buffer that unit u's gradients are made in: layers use two in turn, so that one is
@@ -418,13 +418,13 @@ static void model_place(Model *model) {
         *most = std::max(*most, global_norm_scratch(P));
     }
     take(model, SCRATCH, &model->scratch, (int64_t)model->scratch_bytes);
-    take(model, SCRATCH, &model->products_memory, MATMUL_WORKSPACE);
+    take(model, SCRATCH, &model->products_memory, MATMUL_WORKSPACE_BYTES);
     take(model, SCRATCH, &model->inv_freq, d / 2 * sizeof(double));
     take(model, SCRATCH, &model->inv_freq_back, d / 2 * sizeof(double));
     const Batch most_batch = batch_most(model);
     const int64_t batch_size = (int64_t)batch_bytes(&most_batch);
     take(model, SCRATCH, &model->plan_memory,
-         (int64_t)fsa_plan_bytes(most_batch.num_seqs, most_batch.num_segments));
+         (int64_t)fsa_batch_layout_bytes(most_batch.num_seqs, most_batch.num_segments));
     take(model, SCRATCH, &model->result, sizeof(StepResult));
     take(model, SCRATCH, &model->eval_memory, batch_size);
     if (!model->training) return;
@@ -534,8 +534,8 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     model->config = *config;
     model->gpus = gpus && gpus->ranks > 1 ? gpus : NULL;
     model->max_keys = max_tokens;
-    model->max_tokens = model->gpus ? max_tokens / gpus->context : max_tokens;
-    model->groups = cp_groups(&config->fsa, max_tokens, model->gpus ? gpus->context : 1);
+    model->max_tokens = model->gpus ? max_tokens / gpus->cp_size : max_tokens;
+    model->groups = cp_num_head_groups(&config->fsa, max_tokens, model->gpus ? gpus->cp_size : 1);
     model->training = training;
     model->recompute = recompute;
     if (config->channels % 8 != 0 || config->hidden % 8 != 0)
@@ -564,7 +564,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     cuda_check(cudaMallocHost((void **)&model->logits_host, config->padded_vocab * sizeof(floatX)));
     cuda_check(cudaMallocHost((void **)&model->result_host, sizeof(StepResult)));
     model->sample_logits = (float *)xmalloc(config->vocab_size * sizeof(float));
-    matmul_init(&model->products, model->products_memory, MATMUL_WORKSPACE);
+    matmul_init(&model->products, model->products_memory, MATMUL_WORKSPACE_BYTES);
     cuda_check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking));
     cuda_check(cudaEventCreateWithFlags(&model->step_done, cudaEventDisableTiming));
     model->gathered = (cudaEvent_t *)xcalloc(model->zero.num_units, sizeof *model->gathered);
@@ -599,8 +599,8 @@ static void model_free(Model *model) {
 
 // Every unit's weights from those who own them, while later work waits for what it reads of them (use_unit).
 static void gather_weights(Model *model, int64_t u) {
-    gpus_after(model->gpus, model->stream);
-    gpus_gather_unit(model->gpus, &model->zero, u, model->params + model->zero.units[u].begin,
+    gpus_fork(model->gpus, model->stream);
+    gpus_all_gather_unit(model->gpus, &model->zero, u, model->params + model->zero.units[u].begin,
                      sizeof(floatX));
     cuda_check(cudaEventRecord(model->gathered[u], model->gpus->stream));
 }
@@ -611,7 +611,7 @@ static void set_unit(Model *model, int64_t u, const float *params, const float *
     const ZeroUnit *unit = &model->zero.units[u];
     int64_t begin = unit->begin, end = unit->end;
     if (model->training) zero_owned(&model->zero, u, model->zero.rank, &begin, &end);
-    const int64_t count = end - begin, bytes = count * (int64_t)sizeof(float), shard = unit->shard;
+    const int64_t count = end - begin, bytes = count * (int64_t)sizeof(float), shard = unit->shard_offset;
     if (model->training) {
         cuda_check(cudaMemcpy(model->master + shard, params, bytes, cudaMemcpyHostToDevice));
         cuda_check(cudaMemset(model->m + shard, 0, bytes));
@@ -638,21 +638,21 @@ static const floatX *weight(const Model *model, int64_t offset) {
 }
 static float *gradient(const Model *model, int64_t offset) {
     if (offset < 0) return NULL;
-    int64_t u = zero_unit_of(&model->zero, offset);
+    int64_t u = zero_find_unit(&model->zero, offset);
     return model->unit_grads[u] + (offset - model->zero.units[u].begin);
 }
 
 // Before the first work of a pass that reads the weights from `offset` on, up to where their unit ends.
 static void use_unit(Model *model, int64_t offset) {
     if (model->zero.stage == 0) return;
-    cuda_check(cudaStreamWaitEvent(model->stream, model->gathered[zero_unit_of(&model->zero, offset)], 0));
+    cuda_check(cudaStreamWaitEvent(model->stream, model->gathered[zero_find_unit(&model->zero, offset)], 0));
 }
 
 // Before the first work of a backward pass that adds to the gradients from `offset` on: with ZeRO stage 2
 // their buffer has to be free, and is zeroed.
 static void begin_gradients(Model *model, int64_t offset) {
     if (model->zero.stage < 2) return;
-    const int64_t u = zero_unit_of(&model->zero, offset);
+    const int64_t u = zero_find_unit(&model->zero, offset);
     const ZeroUnit *unit = &model->zero.units[u];
     cuda_check(cudaStreamWaitEvent(model->stream, model->buffer_free[unit_buffer(model, u)], 0));
     cuda_check(
@@ -663,18 +663,18 @@ static void begin_gradients(Model *model, int64_t offset) {
 // follows. Without stage 2 that can wait for the step's last micro-batch.
 static void end_gradients(Model *model, int64_t offset) {
     const Zero *z = &model->zero;
-    const int64_t u = zero_unit_of(z, offset);
+    const int64_t u = zero_find_unit(z, offset);
     if (!model->gpus || (z->stage < 2 && !model->last_micro_batch)) return;
-    gpus_after(model->gpus, model->stream);
+    gpus_fork(model->gpus, model->stream);
     gpus_reduce_unit(model->gpus, z, u, model->unit_grads[u]);
     if (z->stage < 2) return;
     int64_t begin, end;
-    zero_piece(z, u, z->rank, &begin, &end);
-    add_arrays(model->grads + z->units[u].shard, model->unit_grads[u] + (begin - z->units[u].begin),
+    zero_partition(z, u, z->rank, &begin, &end);
+    add_arrays(model->grads + z->units[u].shard_offset, model->unit_grads[u] + (begin - z->units[u].begin),
                end - begin, model->gpus->stream);
     cuda_check(cudaEventRecord(model->buffer_free[unit_buffer(model, u)], model->gpus->stream));
 }
-static void mark(Model *model, Part part) {
+static void mark(Model *model, ProfilePart part) {
     profile_mark(model->profile, part, model->stream);
 }
 
@@ -682,7 +682,7 @@ static void mark(Model *model, Part part) {
 static void model_take_batch(Model *model, const Batch *b) {
     model->batch = *b;
     if (model->config.attn == ATTN_NSA) return; // fsa_forward makes its own plan
-    fsa_check(fsa_plan(&model->plan, &model->config.fsa, b->n, b->keys, b->num_seqs, b->num_segments,
+    fsa_check(fsa_batch_layout(&model->plan, &model->config.fsa, b->n, b->keys, b->num_seqs, b->num_segments,
                        b->max_len, b->cu_seqlens, b->segments, model->plan_memory, model->stream));
 }
 
@@ -718,7 +718,7 @@ static void project(Model *model, const Activations *a, const Projection *p) {
     const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n;
     floatX *result = att_converts ? model->wide : (floatX *)p->out;
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_forward(&model->products, p->norm < 0 ? result : p->raw, p->width, a->ln1,
                    weight(model, p->weight), weight(model, p->bias), n, c->channels, p->width, model->stream);
     if (p->norm >= 0) {
@@ -760,17 +760,17 @@ static int gradients_buffer(int i) {
 }
 
 // Starts to bring the keys and values, before RoPE, of head group i of layer l, if there is one, from all
-// GPUs that share the batch; gpus_before lets the passes wait for them.
+// GPUs that share the batch; gpus_join lets the passes wait for them.
 static void gather_keys(Model *model, int l, int i) {
     const Activations *a = &model->acts[l];
     const Batch *b = &model->batch;
     const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
     const int64_t width = stride / model->groups;
     if (!keys_are_shared(model) || i == model->groups) return;
-    gpus_after(model->gpus, model->stream);
-    gpus_gather_rows(model->gpus, model->keys[keys_buffer(i)], model->slots, a->k + i * width, b->keys, width,
+    gpus_fork(model->gpus, model->stream);
+    gpus_all_gather_rows(model->gpus, model->keys[keys_buffer(i)], model->slots, a->k + i * width, b->keys, width,
                      stride, b->place, b->blocks);
-    gpus_gather_rows(model->gpus, model->values[keys_buffer(i)], model->slots, a->v + i * width, b->keys,
+    gpus_all_gather_rows(model->gpus, model->values[keys_buffer(i)], model->slots, a->v + i * width, b->keys,
                      width, stride, b->place, b->blocks);
 }
 
@@ -811,7 +811,7 @@ static void attention_forward(Model *model, int l) {
         char *saved = a->saved + i * model->saved_bytes;
         attX *k, *v;
         if (keys_are_shared(model)) {
-            gpus_before(model->gpus, model->stream);
+            gpus_join(model->gpus, model->stream);
             gather_keys(model, l, i + 1);
             k = model->keys[keys_buffer(i)], v = model->values[keys_buffer(i)];
         } else {
@@ -825,12 +825,12 @@ static void attention_forward(Model *model, int l) {
             const int64_t chosen = f->kv_heads * model->batch.n * f->topk;
             if (model->choice)
                 cuda_check(cudaMemcpyAsync(model->choice + l * chosen,
-                                           fsa_saved_indices(f, att_dtype, &b, saved),
+                                           fsa_saved_block_indices(f, att_dtype, &b, saved),
                                            chosen * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
             FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
             fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
-            fsa_check(fsa_attend_forward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, model->scratch,
+            fsa_check(fsa_attention_forward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, model->scratch,
                                          model->scratch_bytes, model->stream));
         }
         group_done(model, a->o, o, qd, i);
@@ -859,13 +859,13 @@ static void layer_body(Model *model, int l) {
         project(model, a, &p[i]);
     }
     attention_forward(model, l);
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_forward(&model->products, model->branch, C, a->att, weight(model, w->wo), NULL, n, qd, C,
                    model->stream);
     mark(model, PART_NORMS);
     rmsnorm_residual_forward(a->ln2, a->mid, a->rstd2, a->in, model->branch, weight(model, w->ln2), n, (int)C,
                              (float)c->norm_eps, model->stream);
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_forward(&model->products, a->gate_up, 2 * H, a->ln2, weight(model, w->wgu), NULL, n, C, 2 * H,
                    model->stream);
     mark(model, PART_NORMS);
@@ -885,7 +885,7 @@ static void model_forward(Model *model) {
     for (int l = 0; l < c->layers; l++) {
         const Activations *a = &model->acts[l], *next = l + 1 < c->layers ? a + 1 : NULL;
         layer_body(model, l);
-        mark(model, PART_PRODUCTS);
+        mark(model, PART_MATMUL);
         matmul_forward(&model->products, model->branch, C, a->act, weight(model, model->layers[l].wdown),
                        NULL, n, c->hidden, C, model->stream);
         mark(model, PART_NORMS);
@@ -938,7 +938,7 @@ static void project_backward(Model *model, const Activations *a, const Projectio
                                model->stream);
         dout = model->draw;
     }
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_backward_weight(&model->products, gradient(model, p->weight), gradient(model, p->bias), dout,
                            p->width, a->ln1, n, c->channels, p->width, model->stream);
     matmul_backward_input(&model->products, model->dnorm, add, dout, p->width, weight(model, p->weight), n,
@@ -946,22 +946,22 @@ static void project_backward(Model *model, const Activations *a, const Projectio
 }
 
 // Starts to bring what this GPU's queries add to the gradients of head group i's keys and values to the GPUs
-// that they belong to, which sum it up in dk and dv; gpus_before lets the passes wait for them.
+// that they belong to, which sum it up in dk and dv; gpus_join lets the passes wait for them.
 static void sum_key_gradients(Model *model, int i) {
     const Batch *b = &model->batch;
     const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
     const int64_t width = stride / model->groups;
     if (!keys_are_shared(model) || i < 0) return;
-    gpus_after(model->gpus, model->stream);
-    gpus_sum_rows(model->gpus, model->dk + i * width, model->keys[gradients_buffer(i)], model->slots, b->keys,
+    gpus_fork(model->gpus, model->stream);
+    gpus_reduce_scatter_rows(model->gpus, model->dk + i * width, model->keys[gradients_buffer(i)], model->slots, b->keys,
                   width, stride, b->place, b->blocks);
-    gpus_sum_rows(model->gpus, model->dv + i * width, model->values[gradients_buffer(i)], model->slots,
+    gpus_reduce_scatter_rows(model->gpus, model->dv + i * width, model->values[gradients_buffer(i)], model->slots,
                   b->keys, width, stride, b->place, b->blocks);
 }
 
 // datt -> dq, dk, dv and dgate, before RoPE; adds to the gradients of the compression's weights. What the
 // queries here add to the gradients of other GPUs' keys is on its way to them at the end: wait with
-// gpus_before before dk and dv are read.
+// gpus_join before dk and dv are read.
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig group = group_config(model), *f = &group;
@@ -978,7 +978,7 @@ static void attention_backward(Model *model, int l) {
         attX *dq = model->groups == 1 ? model->dq : model->group_dq;
         char *saved = a->saved + i * model->saved_bytes;
         if (shared) {
-            gpus_before(model->gpus, model->stream);
+            gpus_join(model->gpus, model->stream);
             sum_key_gradients(model, i - 1);
             gather_keys(model, l, i + 1);
             k = model->keys[keys_buffer(i)], v = model->values[keys_buffer(i)];
@@ -1004,7 +1004,7 @@ static void attention_backward(Model *model, int l) {
             attX *o = group_columns(model, a->o, model->group_o, qd, i);
             if (shared)
                 fsa_check(fsa_rope_keys(f, &model->plan, att_dtype, k, model->inv_freq, k, model->stream));
-            fsa_check(fsa_attend_backward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, dout, dq, dk,
+            fsa_check(fsa_attention_backward(f, att_dtype, &b, rule, q, k, v, o, (float *)saved, dout, dq, dk,
                                           dv, model->scratch, model->scratch_bytes, model->stream));
             fsa_check(
                 fsa_rope_queries(f, &model->plan, att_dtype, dq, model->inv_freq_back, dq, model->stream));
@@ -1036,14 +1036,14 @@ static void layer_backward(Model *model, int l) {
         rmsnorm_forward(a->ln2, a->rstd2, a->mid, weight(model, w->ln2), n, (int)C, (float)c->norm_eps,
                         stream);
     }
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_backward_weight(&model->products, gradient(model, w->wdown), NULL, model->dres, C, a->act, n, H, C,
                            stream);
     matmul_backward_input(&model->products, a->act, 0, model->dres, C, weight(model, w->wdown), n, H, C,
                           stream);
     mark(model, PART_NORMS);
     swiglu_backward(a->gate_up, a->act, a->gate_up, n, H, stream);
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_backward_weight(&model->products, gradient(model, w->wgu), NULL, a->gate_up, 2 * H, a->ln2, n, C,
                            2 * H, stream);
     matmul_backward_input(&model->products, model->dnorm, 0, a->gate_up, 2 * H, weight(model, w->wgu), n, C,
@@ -1051,7 +1051,7 @@ static void layer_backward(Model *model, int l) {
     mark(model, PART_NORMS);
     rmsnorm_backward(model->dres, 1, gradient(model, w->ln2), model->dnorm, a->mid, weight(model, w->ln2),
                      a->rstd2, n, (int)C, model->scratch, stream);
-    mark(model, PART_PRODUCTS);
+    mark(model, PART_MATMUL);
     matmul_backward_weight(&model->products, gradient(model, w->wo), NULL, model->dres, C, a->att, n, qd, C,
                            stream);
     matmul_backward_input(&model->products, model->datt, 0, model->dres, C, weight(model, w->wo), n, qd, C,
@@ -1061,7 +1061,7 @@ static void layer_backward(Model *model, int l) {
     Projection p[4];
     int projections = layer_projections(model, l, p);
     for (int i = 0; i < projections; i++) { // keys and values last
-        if (i == projections - 2 && keys_are_shared(model)) gpus_before(model->gpus, stream);
+        if (i == projections - 2 && keys_are_shared(model)) gpus_join(model->gpus, stream);
         project_backward(model, a, &p[(i + 2) % projections], i > 0);
     }
     mark(model, PART_NORMS);
@@ -1113,21 +1113,21 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
     cuda_check(
         cudaMemcpyAsync(&r->stop, model->stop_host, sizeof r->stop, cudaMemcpyHostToDevice, model->stream));
     cuda_check(cudaMemsetAsync(&r->squares, 0, sizeof r->squares, model->stream));
-    if (model->gpus) gpus_before(model->gpus, model->stream); // for the gradients' sums
+    if (model->gpus) gpus_join(model->gpus, model->stream); // for the gradients' sums
     for (int64_t u = 0; u < z->num_units; u++) {
-        zero_piece(z, u, z->rank, &begin, &end);
-        sum_of_squares(&r->squares, model->grads + (z->stage == 2 ? z->units[u].shard : begin), end - begin,
+        zero_partition(z, u, z->rank, &begin, &end);
+        sum_of_squares(&r->squares, model->grads + (z->stage == 2 ? z->units[u].shard_offset : begin), end - begin,
                        model->scratch, model->stream);
     }
     if (model->gpus) {
-        gpus_after(model->gpus, model->stream);
-        gpus_sum(model->gpus, &r->loss_sum, STEP_SUMS);
-        gpus_before(model->gpus, model->stream);
+        gpus_fork(model->gpus, model->stream);
+        gpus_all_reduce(model->gpus, &r->loss_sum, STEP_SUMS);
+        gpus_join(model->gpus, model->stream);
     }
     global_norm(r->norm, &r->squares, (float)(1.0 / (double)tokens), (float)o->clip, model->stream);
     loss_guard(r, model->stream);
     for (int64_t u = 0; u < z->num_units; u++) {
-        const int64_t shard = z->units[u].shard, first = model->first_range[u];
+        const int64_t shard = z->units[u].shard_offset, first = model->first_range[u];
         zero_owned(z, u, z->rank, &begin, &end);
         adamw(model->params + begin, model->master + shard, model->m + shard, model->v + shard,
               model->grads + (z->stage == 2 ? shard : begin), end - begin, model->device_ranges + first,
@@ -1159,9 +1159,9 @@ static void evaluate(void *where, const Run *r, const float **losses, const int3
     model_head(model, 0);
     mark(model, PART_END);
     if (keys_are_shared(model)) {
-        gpus_after(model->gpus, model->stream);
-        for (int i = 0; i < 2; i++) gpus_gather_bytes(model->gpus, gathered[i], results[i], bytes);
-        gpus_before(model->gpus, model->stream);
+        gpus_fork(model->gpus, model->stream);
+        for (int i = 0; i < 2; i++) gpus_all_gather(model->gpus, gathered[i], results[i], bytes);
+        gpus_join(model->gpus, model->stream);
     }
     for (int i = 0; i < 2; i++) {
         const void *from = keys_are_shared(model) ? gathered[i] : results[i];
@@ -1171,7 +1171,7 @@ static void evaluate(void *where, const Run *r, const float **losses, const int3
     cuda_check(cudaStreamSynchronize(model->stream));
     for (int i = 0; i < 2 && keys_are_shared(model); i++) { // in the order of GPUs
         std::vector<int32_t> slots((int32_t *)to[i], (int32_t *)to[i] + b.keys);
-        cp_place_rows(b.keys, b.blocks, host.place, to[i], slots.data(), sizeof(int32_t));
+        cp_scatter_rows(b.keys, b.blocks, host.place, to[i], slots.data(), sizeof(int32_t));
     }
     *losses = model->losses_host;
     *best = model->best_host;
@@ -1399,17 +1399,17 @@ static void gather_array(Model *model, int a, int64_t begin, int64_t end, float 
     float *const arrays[3] = {model->master, model->m, model->v};
     for (int64_t u = 0; u < z->num_units; u++) {
         const ZeroUnit *unit = &z->units[u];
-        float *from = arrays[a] + unit->shard;
+        float *from = arrays[a] + unit->shard_offset;
         if (z->stage > 0) {
             int64_t first, last;
             zero_owned(z, u, z->rank, &first, &last);
             from = model->unit_grads[u];
-            cuda_check(cudaMemcpyAsync(from + (first - unit->begin), arrays[a] + unit->shard,
+            cuda_check(cudaMemcpyAsync(from + (first - unit->begin), arrays[a] + unit->shard_offset,
                                        (last - first) * sizeof(float), cudaMemcpyDeviceToDevice,
                                        model->stream));
-            gpus_after(model->gpus, model->stream);
-            gpus_gather_unit(model->gpus, z, u, from, sizeof(float));
-            gpus_before(model->gpus, model->stream);
+            gpus_fork(model->gpus, model->stream);
+            gpus_all_gather_unit(model->gpus, z, u, from, sizeof(float));
+            gpus_join(model->gpus, model->stream);
         }
         const int64_t first = std::max(begin, unit->begin), last = std::min(end, unit->end);
         if (first < last)
@@ -1423,9 +1423,9 @@ static void gather_array(Model *model, int a, int64_t begin, int64_t end, float 
 // Writes a checkpoint, the same file as the C trainer's whatever the number of processes: each writes a part.
 static void save(Run *r, Model *model) {
     Comm *comm = &r->comm;
-    const int64_t count = model->num_params, chunks = checkpoint_chunks(count);
-    const int64_t begin = chunks * comm->rank / comm->ranks * CHECKPOINT_NUMBERS;
-    const int64_t end = std::min(count, chunks * (comm->rank + 1) / comm->ranks * CHECKPOINT_NUMBERS);
+    const int64_t count = model->num_params, chunks = checkpoint_num_chunks(count);
+    const int64_t begin = chunks * comm->rank / comm->ranks * CHECKPOINT_CHUNK_FLOATS;
+    const int64_t end = std::min(count, chunks * (comm->rank + 1) / comm->ranks * CHECKPOINT_CHUNK_FLOATS);
     AtomicFile file;
     char path[PATH_BYTES + 4] = "";
     if (comm->rank == 0) {
@@ -1456,7 +1456,7 @@ static void save(Run *r, Model *model) {
 static void load(const Run *r, Model *model) {
     const Zero *z = &model->zero;
     TrainState state;
-    char why[CHECKPOINT_WHY];
+    char why[CHECKPOINT_MSG_BYTES];
     FILE *file = r->checkpoint[0] ? checkpoint_open(r->checkpoint, &r->config, &state) : NULL;
     for (int64_t u = 0; u < z->num_units; u++) {
         int64_t begin = z->units[u].begin, end = z->units[u].end;
@@ -1584,14 +1584,14 @@ static void profile_report(const Run *r, const Model *model, const cudaDevicePro
     if (f->cmp_stride != 16) fprintf(file, ",\"s\":%d", f->cmp_stride);
     if (f->window != 512) fprintf(file, ",\"W\":%d", f->window);
     if (r->opt.batch > 1) fprintf(file, ",\"sequences\":%lld", (long long)r->opt.batch);
-    if (model->gpus) fprintf(file, ",\"zero\":%d,\"cp\":%d", model->zero.stage, model->gpus->context);
+    if (model->gpus) fprintf(file, ",\"zero\":%d,\"cp\":%d", model->zero.stage, model->gpus->cp_size);
     fprintf(file,
             ",\"layers\":%d,\"channels\":%d,\"hidden\":%d,\"vocab\":%d,\"micro_batches\":%lld,"
             "\"recompute\":%d,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"memory_bytes\":%zu,\"split\":{",
             c->layers, c->channels, c->hidden, c->vocab_size, (long long)r->micro_batches, model->recompute,
             tokens, mfu, model_bytes(model));
     for (int i = 0; i < PART_END; i++)
-        fprintf(file, "%s\"%s\":%.4f", i ? "," : "", part_names[i], median(parts[i]));
+        fprintf(file, "%s\"%s\":%.4f", i ? "," : "", part_key(i), median(parts[i]));
     fprintf(file, "}}\n");
     fclose(file);
 }
@@ -1642,7 +1642,7 @@ int main(int argc, char **argv) {
     int training = !o->sample_only && !o->val_only;
     double peak = o->peak_tflops;
     if (peak == 0 && !att_converts) peak = peak_tflops(gpu.name); // the table is of 16-bit products
-    gpus_start(&gpus, &run.comm, (int)o->context);
+    gpus_init(&gpus, &run.comm, (int)o->context);
     model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, &gpus, (int)o->zero);
     run.sample_len = std::min(run.sample_len, model.max_tokens); // one process samples
     load(&run, &model);
@@ -1654,8 +1654,8 @@ int main(int argc, char **argv) {
     printf("\n");
     if (comm->ranks > 1)
         printf("processes: %d, a GPU each, in %d groups of %d; ZeRO stage %d; memory is each GPU's\n",
-               comm->ranks, run.groups, gpus.context, model.zero.stage);
-    if (gpus.context > 1)
+               comm->ranks, run.groups, gpus.cp_size, model.zero.stage);
+    if (gpus.cp_size > 1)
         printf("context parallel: keys and values of %d of the %d kv heads are gathered at a time\n",
                group_config(&model).kv_heads, run.config.fsa.kv_heads);
     peak *= comm->ranks;
@@ -1674,7 +1674,7 @@ int main(int argc, char **argv) {
     else if (training)
         train(&run, &model, peak);
     model_free(&model);
-    gpus_stop(&gpus);
+    gpus_free(&gpus);
     run_end(&run);
     return run_signal ? 128 + run_signal : 0;
 }

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <type_traits>
 
-// Parameters from `begin` on, up to where the next range begins, decay (1) or don't (0).
+// Weight decay applies (1) or not (0) to the parameters from `begin` to the next range's begin.
 typedef struct {
     int64_t begin, decay;
 } AdamwRange;
@@ -17,16 +17,17 @@ typedef struct {
     int64_t count;
     const AdamwRange *ranges;
     int num_ranges;
-    float rate, decay, beta1, beta2, eps; // rate: the learning rate over the bias correction of m
-    float root;                           // 1 / sqrt(the bias correction of v)
-    const float *factor;
+    float step_size, decay, beta1, beta2, eps; // step_size: lr / (1 - beta1^step); decay: lr * weight_decay
+    float inv_sqrt_bias_correction2;           // 1 / sqrt(1 - beta2^step)
+    const float *norm;                         // [3] what global_norm writes
 } AdamwArgs;
 
-// A thread: four neighbouring parameters; their range is found in the table, which stays in L1. Reads 16 and
-// writes 14 bytes a parameter of 16 bits. 2 G parameters: 60 GB, 13.5 ms at 4.5 TB/s; memory binds.
+// Each thread updates four neighbouring parameters. It finds their range by binary search in the table, which
+// stays in L1. Reads 16 and writes 14 bytes a parameter of 16 bits: 2 G parameters move 60 GB, 13.5 ms at 4.5
+// TB/s. Memory binds.
 static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
     int64_t i = (blockIdx.x * 256ll + threadIdx.x) * 4;
-    if (i >= a.count || a.factor[2] == 0) return;
+    if (i >= a.count || a.norm[2] == 0) return;
     int range = 0, end = a.num_ranges;
     while (end - range > 1) {
         int mid = (range + end) / 2;
@@ -35,17 +36,17 @@ static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
         else
             end = mid;
     }
-    float decay = a.ranges[range].decay ? a.decay : 0, factor = a.factor[1];
+    float decay = a.ranges[range].decay ? a.decay : 0, grad_scale = a.norm[1];
     float p[4], m[4], v[4], g[4];
     *(float4 *)p = *(const float4 *)(a.master + i), *(float4 *)m = *(const float4 *)(a.m + i);
     *(float4 *)v = *(const float4 *)(a.v + i), *(float4 *)g = *(const float4 *)(a.grads + i);
     floatX weights[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        float grad = g[j] * factor;
+        float grad = g[j] * grad_scale;
         m[j] = a.beta1 * m[j] + (1 - a.beta1) * grad;
         v[j] = a.beta2 * v[j] + (1 - a.beta2) * grad * grad;
-        p[j] -= a.rate * m[j] / (sqrtf(v[j]) * a.root + a.eps) + decay * p[j];
+        p[j] -= a.step_size * m[j] / (sqrtf(v[j]) * a.inv_sqrt_bias_correction2 + a.eps) + decay * p[j];
         weights[j] = (floatX)p[j];
     }
     *(float4 *)(a.master + i) = *(float4 *)p, *(float4 *)(a.m + i) = *(float4 *)m;
@@ -56,22 +57,23 @@ static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
     *(Four *)(a.params + i) = bits;
 }
 
-// One step on `count` parameters: moments and fp32 master weights, and params = master rounded. factor: what
-// global_norm wrote; gradients are multiplied by factor[1], and factor[2] == 0 leaves everything as it is.
-// ranges [num_ranges] on the device, ascending, the first at 0: where weight decay changes. count and all
-// begins are multiples of 4, and pointers aligned to 16 bytes. step counts from 1.
+// One AdamW step on `count` parameters, the step-th from 1 on. Updates the moments m and v and the fp32
+// master weights, all [count], and sets params [count] to the rounded master weights. norm [3] is what
+// global_norm wrote, on the device: gradients are multiplied by norm[1]; norm[2] == 0 leaves everything
+// unchanged. ranges [num_ranges], on the device, say where weight decay changes: they ascend, and the first
+// begins at 0. count and all begins are multiples of 4; all pointers are aligned to 16 bytes.
 static inline void adamw(floatX *params, float *master, float *m, float *v, const float *grads, int64_t count,
                          const AdamwRange *ranges, int num_ranges, double lr, double beta1, double beta2,
-                         double eps, double weight_decay, int64_t step, const float *factor,
+                         double eps, double weight_decay, int64_t step, const float *norm,
                          cudaStream_t stream) {
     if (count == 0) return;
     if (count % 4 != 0 || num_ranges < 1)
-        die("adamw: %lld parameters in %d ranges; wants a multiple of 4 in 1 range or more", (long long)count,
-            num_ranges);
+        die("adamw: %lld parameters in %d ranges: must be a multiple of 4 in at least 1 range",
+            (long long)count, num_ranges);
     AdamwArgs a = {params, master, m, v, grads, count, ranges, num_ranges};
-    a.rate = (float)(lr / (1 - pow(beta1, (double)step))), a.decay = (float)(lr * weight_decay);
+    a.step_size = (float)(lr / (1 - pow(beta1, (double)step))), a.decay = (float)(lr * weight_decay);
     a.beta1 = (float)beta1, a.beta2 = (float)beta2, a.eps = (float)eps;
-    a.root = (float)(1 / sqrt(1 - pow(beta2, (double)step))), a.factor = factor;
+    a.inv_sqrt_bias_correction2 = (float)(1 / sqrt(1 - pow(beta2, (double)step))), a.norm = norm;
     adamw_kernel<<<(unsigned)((count + 1023) / 1024), 256, 0, stream>>>(a);
     cuda_check(cudaGetLastError());
 }

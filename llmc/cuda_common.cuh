@@ -1,5 +1,5 @@
-// cuda_common.cuh: what the CUDA layers share: their number type, checked calls, 16-byte accesses, and
-// reductions whose order is fixed, so that the same input gives the same bits.
+// cuda_common.cuh: shared by all CUDA layers: the type floatX, checked CUDA calls, 16-byte loads and stores,
+// and reductions. All reductions add in a fixed order, so that the same input gives the same bits.
 #ifndef LLMC_CUDA_COMMON_CUH
 #define LLMC_CUDA_COMMON_CUH
 #include "utils.h"
@@ -8,7 +8,8 @@
 #include <cuda_runtime.h>
 #include <limits.h>
 
-// Weights and activations. Statistics, gradients of parameters and the optimizer are fp32 in all builds.
+// The type of weights and activations. Statistics, parameter gradients and the optimizer's state are fp32 in
+// all builds.
 #if defined(ENABLE_FP32)
 typedef float floatX;
 #define FLOATX_NAME "fp32"
@@ -23,6 +24,7 @@ typedef __nv_bfloat16 floatX;
 #define FLOATX_TYPE CUDA_R_16BF
 #endif
 
+// Exits with the file, the line, the call and CUDA's error text unless `call` returns cudaSuccess.
 #define cuda_check(call)                                                                                     \
     do {                                                                                                     \
         cudaError_t error_ = (call);                                                                         \
@@ -30,15 +32,16 @@ typedef __nv_bfloat16 floatX;
             die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(error_));                     \
     } while (0)
 
-// ---- 16 bytes at once --------------------------------------------------------------------------------
-enum { PACK = 16 / sizeof(floatX) }; // numbers in 16 bytes; rows and row strides are multiples of it
+// ---- 16-byte loads and stores
+// --------------------------------------------------------------------------------
+enum { PACK = 16 / sizeof(floatX) }; // elements in 16 bytes; row lengths and row strides are multiples of it
 
-// Intrinsics, since the compiler splits plain accesses where their numbers are used one by one.
-__device__ __forceinline__ uint4 load16(const floatX *from) {
-    return __ldca((const uint4 *)from);
+// Both use intrinsics: the compiler would split a plain 16-byte access whose elements are used one by one.
+__device__ __forceinline__ uint4 load16(const floatX *src) {
+    return __ldca((const uint4 *)src);
 }
-__device__ __forceinline__ void store16(floatX *to, const uint4 &bits) {
-    __stwb((uint4 *)to, bits);
+__device__ __forceinline__ void store16(floatX *dst, const uint4 &bits) {
+    __stwb((uint4 *)dst, bits);
 }
 #if defined(ENABLE_FP32)
 __device__ __forceinline__ void unpack(float (&x)[PACK], const uint4 &bits) {
@@ -77,53 +80,56 @@ __device__ __forceinline__ uint4 pack(const float (&x)[PACK]) {
     return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
 }
 #endif
-__device__ __forceinline__ void load_pack(float (&x)[PACK], const floatX *from) {
-    unpack(x, load16(from));
+__device__ __forceinline__ void load_pack(float (&x)[PACK], const floatX *src) {
+    unpack(x, load16(src));
 }
-__device__ __forceinline__ void store_pack(floatX *to, const float (&x)[PACK]) {
-    store16(to, pack(x));
+__device__ __forceinline__ void store_pack(floatX *dst, const float (&x)[PACK]) {
+    store16(dst, pack(x));
 }
-// to[0..PACK-1] += x, in fp32.
-__device__ __forceinline__ void add_pack(float *to, const float (&x)[PACK]) {
+// dst[0..PACK-1] += x, in fp32.
+__device__ __forceinline__ void add_pack(float *dst, const float (&x)[PACK]) {
 #pragma unroll
     for (int i = 0; i < PACK; i += 4) {
-        float4 sum = *(float4 *)(to + i);
+        float4 sum = *(float4 *)(dst + i);
         sum.x += x[i], sum.y += x[i + 1], sum.z += x[i + 2], sum.w += x[i + 3];
-        *(float4 *)(to + i) = sum;
+        *(float4 *)(dst + i) = sum;
     }
 }
 
-// Every launcher calls it for the widths that its kernel reads in packs.
+// Exits with an error unless width, the elements of a row that the kernel of `layer` accesses in packs, is a
+// positive multiple of PACK. Every launcher calls it.
 static inline void check_packs(const char *layer, int64_t width) {
     if (width <= 0 || width % PACK != 0)
-        die("%s: rows of %lld numbers; %s wants multiples of %d", layer, (long long)width, FLOATX_NAME,
-            (int)PACK);
+        die("%s: rows of %lld elements: must be a multiple of %d in %s", layer, (long long)width, (int)PACK,
+            FLOATX_NAME);
 }
 
-// ---- sums ----------------------------------------------------------------------------------------------
-// Over WIDTH neighbouring lanes; every lane gets the same bits.
-template <int WIDTH> __device__ __forceinline__ float lanes_sum(float x) {
+// ---- reductions
+// ---------------------------------------------------------------------------------------------- Sums x over
+// WIDTH neighbouring lanes of a warp; every lane gets the same bits.
+template <int WIDTH> __device__ __forceinline__ float lanes_reduce_sum(float x) {
 #pragma unroll
     for (int i = WIDTH / 2; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;
 }
-__device__ __forceinline__ float warp_sum(float x) {
-    return lanes_sum<32>(x);
+__device__ __forceinline__ float warp_reduce_sum(float x) {
+    return lanes_reduce_sum<32>(x);
 }
-// Over a block of whole warps; shared has a place for each warp, and may be used again at once.
-__device__ __forceinline__ float block_sum(float x, float *shared) {
+// Sums x over a thread block of whole warps; every thread gets the same bits. shared [warps] may be reused
+// right after the call.
+__device__ __forceinline__ float block_reduce_sum(float x, float *shared) {
     int warps = blockDim.x / 32;
-    x = warp_sum(x);
+    x = warp_reduce_sum(x);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
     __syncthreads();
     x = threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0;
     __syncthreads();
-    return warp_sum(x);
+    return warp_reduce_sum(x);
 }
 
-// out[j] += the sum over p of partial[p*c + j], the second pass of sums over rows. A block takes 32 columns;
-// each of its warps every eighth p, then the warps' sums are added in order. Reads 4 bytes a partial sum, out
-// of L2, where the first pass has just written them.
+// The second pass of column sums: out[j] += the sum over p of partial[p*c + j]. A thread block reduces 32
+// columns. Warp w of 8 sums every eighth p from w on; then the sums of the warps are added in order. Reads 4
+// bytes a partial sum from L2, where the first pass has just written it.
 static __global__ void __launch_bounds__(256)
     add_partial_sums_kernel(float *out, const float *partial, int parts, int64_t c) {
     __shared__ float sums[8][32];
@@ -140,6 +146,7 @@ static __global__ void __launch_bounds__(256)
     for (int i = 1; i < 8; i++) sum += sums[i][lane];
     out[column] += sum;
 }
+// out [c] += the column sums of partial [parts, c].
 static inline void add_partial_sums(float *out, const float *partial, int parts, int64_t c,
                                     cudaStream_t stream) {
     add_partial_sums_kernel<<<(unsigned)((c + 31) / 32), 256, 0, stream>>>(out, partial, parts, c);

@@ -1,13 +1,12 @@
-// global_norm.cuh: the norm of all gradients, and what clipping multiplies them by, without leaving the
-// device.
+// global_norm.cuh: the norm of all gradients and the factor that clips them, computed on the device.
 #ifndef LLMC_GLOBAL_NORM_CUH
 #define LLMC_GLOBAL_NORM_CUH
 #include "cuda_common.cuh"
 
 enum { GLOBAL_NORM_BLOCKS = 1024 };
 
-// Over a block of 256 threads, in a fixed order; thread 0 has the sum.
-__device__ __forceinline__ double block_sum_256(double x) {
+// Sums x over a thread block of 256 threads in a fixed order; only thread 0 gets the sum.
+__device__ __forceinline__ double block_reduce_sum_256(double x) {
     __shared__ double shared[8];
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
@@ -16,9 +15,9 @@ __device__ __forceinline__ double block_sum_256(double x) {
     return x;
 }
 
-// partial[block] = the sum of squares of every GLOBAL_NORM_BLOCKS-th 4 KiB of x. In fp64: no square overflows
-// where the norm itself does not. Reads 4 bytes a number: 2 G: 8 GB, 1.8 ms at 4.5 TB/s; memory binds, also
-// on GPUs with 1/64 of fp64 units.
+// partial [blocks]: each thread block sums the squares of every GLOBAL_NORM_BLOCKS-th 4 KiB of x, in fp64, so
+// that no square overflows unless the norm does. Reads 4 bytes an element: 2 G elements take 8 GB, 1.8 ms
+// at 4.5 TB/s. Memory binds, even on GPUs whose fp64 rate is 1/64 of fp32's.
 static __global__ void __launch_bounds__(256)
     sum_of_squares_kernel(double *partial, const float *x, int64_t count) {
     double sum = 0;
@@ -27,17 +26,17 @@ static __global__ void __launch_bounds__(256)
         float4 v = *(const float4 *)(x + i);
         sum += (double)v.x * v.x + (double)v.y * v.y + (double)v.z * v.z + (double)v.w * v.w;
     }
-    for (; i < count; i++) sum += (double)x[i] * x[i]; // the last one to three, one thread's
-    sum = block_sum_256(sum);
+    for (; i < count; i++) sum += (double)x[i] * x[i]; // the last one to three elements belong to one thread
+    sum = block_reduce_sum_256(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// *sum += all partial sums, in a fixed order. One block; latency binds.
+// *sum += the sum of partial [parts], in a fixed order. One thread block; latency binds.
 static __global__ void __launch_bounds__(256)
     add_squares_kernel(double *sum, const double *partial, int parts) {
     double x = 0;
     for (int i = threadIdx.x; i < parts; i += 256) x += partial[i];
-    x = block_sum_256(x);
+    x = block_reduce_sum_256(x);
     if (threadIdx.x == 0) *sum += x;
 }
 
@@ -51,11 +50,13 @@ static __global__ void global_norm_kernel(float *out, const double *squares, flo
 static inline int64_t global_norm_blocks(int64_t count) {
     return min((count + 1023) / 1024, (int64_t)GLOBAL_NORM_BLOCKS);
 }
+// Returns the bytes of scratch that sum_of_squares needs for `count` elements.
 static inline size_t global_norm_scratch(int64_t count) {
     return (size_t)global_norm_blocks(count) * sizeof(double);
 }
 
-// *squares += the sum of the squares of x [count], aligned to 16 bytes. scratch: global_norm_scratch bytes.
+// *squares += the sum of the squares of x [count]. x is aligned to 16 bytes; scratch has global_norm_scratch
+// bytes.
 static inline void sum_of_squares(double *squares, const float *x, int64_t count, void *scratch,
                                   cudaStream_t stream) {
     unsigned blocks = (unsigned)global_norm_blocks(count);
@@ -66,9 +67,10 @@ static inline void sum_of_squares(double *squares, const float *x, int64_t count
     cuda_check(cudaGetLastError());
 }
 
-// From the sum of squares of all gradients: out[0]: their norm times unscale; out[1]: the factor that AdamW
-// multiplies them by, unscale and, where the norm is above clip > 0, clip/norm; out[2]: 1 if the norm is
-// finite, else 0.
+// Writes out [3], given *squares, the sum of the squares of all gradients:
+//   out[0]  the gradients' norm times unscale
+//   out[1]  the factor that AdamW multiplies the gradients by: unscale, times clip/out[0] where out[0] > clip
+//   > 0 out[2]  1 where the norm is finite, else 0
 static inline void global_norm(float *out, const double *squares, float unscale, float clip,
                                cudaStream_t stream) {
     global_norm_kernel<<<1, 1, 0, stream>>>(out, squares, unscale, clip);

@@ -1,41 +1,43 @@
-// loss.cuh: what the host reads of a training step: the sum of its token losses, and the gradient's norm.
+// loss.cuh: the results of a training step that the host reads: the sum of the token losses and the
+// gradient's norm.
 #ifndef LLMC_LOSS_CUH
 #define LLMC_LOSS_CUH
 #include "cuda_common.cuh"
 
 typedef struct {
-    // of this GPU, and then of all
+    // The doubles are this GPU's first, then sums over all GPUs.
     double loss_sum; // over the tokens of all micro-batches
     double squares;  // sum of the squares of the gradient
-    double stop;     // above 0: a process has been asked to stop
-    float norm[3];   // global_norm's: the norm, the gradient's factor, and 1 where all is finite
+    double stop;     // above 0: a process has received a signal to stop
+    float norm[3]; // what global_norm writes: norm, factor of the gradients, 1 where loss and norm are finite
 } StepResult;
-enum { STEP_SUMS = 3 }; // the doubles of StepResult
+enum { STEP_SUMS = 3 }; // number of doubles in StepResult
 
-// Adds losses [n] to *sum in double and in a fixed order: a thread takes every 1024th loss, then the threads'
-// sums are added pairwise. One block: n * 4 bytes, a few microseconds.
+// *sum += the sum of losses [n], in double and in a fixed order: each thread sums every 1024th loss, then the
+// sums of the threads are added pairwise. One thread block; reads 4 bytes a loss, a few microseconds.
 static __global__ void __launch_bounds__(1024) loss_sum_kernel(double *sum, const float *losses, int64_t n) {
-    __shared__ double part[1024];
-    double mine = 0;
-    for (int64_t i = threadIdx.x; i < n; i += 1024) mine += (double)losses[i];
-    part[threadIdx.x] = mine;
+    __shared__ double partial[1024];
+    double x = 0;
+    for (int64_t i = threadIdx.x; i < n; i += 1024) x += (double)losses[i];
+    partial[threadIdx.x] = x;
     for (int half = 512; half > 0; half /= 2) {
         __syncthreads();
-        if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+        if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) *sum += part[0];
+    if (threadIdx.x == 0) *sum += partial[0];
 }
 
+// *sum += the sum of losses [n]; both on the device.
 static void loss_sum(double *sum, const float *losses, int64_t n, cudaStream_t stream) {
     loss_sum_kernel<<<1, 1024, 0, stream>>>(sum, losses, n);
     cuda_check(cudaGetLastError());
 }
 
-// After global_norm: a loss that is not finite stops the update as a bad norm does.
 static __global__ void loss_guard_kernel(StepResult *r) {
     if (!isfinite(r->loss_sum)) r->norm[2] = 0;
 }
 
+// Called after global_norm: a loss that is not finite prevents the update, as a norm that is not finite does.
 static void loss_guard(StepResult *r, cudaStream_t stream) {
     loss_guard_kernel<<<1, 1, 0, stream>>>(r);
     cuda_check(cudaGetLastError());

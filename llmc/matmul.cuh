@@ -1,20 +1,22 @@
-// matmul.cuh: matrix products with weights on cuBLASLt, forward and backward.
+// matmul.cuh: the matmuls of the linear layers, forward and backward, on cuBLASLt.
 //
-// All matrices are row-major; cuBLASLt counts by columns, so it is told the transposed product: a row-major
-// [n, c] is its column-major [c, n]. Sums are fp32 (in the fp32 build without TF32). The algorithm of a shape
-// is cuBLASLt's own first choice, never the winner of a race, and of those that split the sum over k only the
-// ones whose parts are fp32 and added in order are allowed: the same shapes give the same bits on the same
-// GPU.
+// All matrices are row-major. cuBLASLt is column-major, so it computes the transposed product: a row-major
+// [n, c] is a column-major [c, n]. Accumulation is in fp32; the fp32 build uses no TF32.
+//
+// The same shapes give the same bits on the same GPU. The algorithm of a shape is the first one that
+// cuBLASLt's heuristic returns; algorithms are never timed against each other. Split-k algorithms are allowed
+// only where they reduce fp32 partial sums in a fixed order.
 #ifndef LLMC_MATMUL_CUH
 #define LLMC_MATMUL_CUH
 #include "cuda_common.cuh"
 #include <cublasLt.h>
 
 enum {
-    MATMUL_WORKSPACE = 32 << 20, // bytes that cuBLASLt's fastest algorithms ask for
-    MATMUL_SHAPES = 256          // remembered
+    MATMUL_WORKSPACE_BYTES = 32 << 20, // what cuBLASLt's fastest algorithms ask for
+    MATMUL_CACHE_SIZE = 256            // shapes whose algorithm is cached
 };
 
+// Exits with the file, the line, the call and cuBLASLt's error text unless `call` succeeds.
 #define cublas_check(call)                                                                                   \
     do {                                                                                                     \
         cublasStatus_t status_ = (call);                                                                     \
@@ -22,7 +24,8 @@ enum {
             die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasLtGetStatusString(status_));               \
     } while (0)
 
-// What cuBLASLt's choice depends on: d [m, n] = op(a) op(b), column-major, k long sums.
+// The key of the cache: everything that cuBLASLt's heuristic depends on. d = op(a) op(b), column-major: d
+// [m, n], op(a) [m, k], op(b) [k, n].
 typedef struct {
     int64_t m, n, k, lda, ldb, ldd;
     int32_t trans_a, trans_b, fp32_out, bias;
@@ -34,35 +37,37 @@ typedef struct {
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algo;
-    int64_t used; // when, by Matmul.clock; 0: never
-} MatmulChoice;
+    int64_t last_used; // Matmul.clock at the last use; 0: the entry is empty
+} MatmulCacheEntry;
 
-// For one stream at a time: the workspace is shared by all products.
+// cuBLASLt's state. All matmuls share the workspace, so it serves one stream at a time.
 typedef struct {
     cublasLtHandle_t handle;
     cublasLtMatmulPreference_t preference;
     void *workspace;
     size_t workspace_bytes;
-    int64_t clock;
-    MatmulChoice choices[MATMUL_SHAPES];
+    int64_t clock;                             // counts matmuls
+    MatmulCacheEntry cache[MATMUL_CACHE_SIZE]; // the least recently used entry is evicted
 } Matmul;
 
-// workspace: device memory, MATMUL_WORKSPACE bytes.
+// Initializes mm. workspace: `bytes` bytes of device memory, MATMUL_WORKSPACE_BYTES or more for full speed;
+// the caller keeps it until matmul_free.
 static inline void matmul_init(Matmul *mm, void *workspace, size_t bytes) {
     memset(mm, 0, sizeof *mm);
     mm->workspace = workspace;
     mm->workspace_bytes = bytes;
     cublas_check(cublasLtCreate(&mm->handle));
     cublas_check(cublasLtMatmulPreferenceCreate(&mm->preference));
-    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // besides none at all
+    // split-k with fp32 partial sums; no split-k is always allowed
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublas_check(cublasLtMatmulPreferenceSetAttribute(
         mm->preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
     cublas_check(cublasLtMatmulPreferenceSetAttribute(
         mm->preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions));
 }
 
-static inline void matmul_forget(MatmulChoice *c) {
-    if (!c->used) return;
+static inline void matmul_evict(MatmulCacheEntry *c) {
+    if (!c->last_used) return;
     cublas_check(cublasLtMatrixLayoutDestroy(c->a));
     cublas_check(cublasLtMatrixLayoutDestroy(c->b));
     cublas_check(cublasLtMatrixLayoutDestroy(c->d));
@@ -70,29 +75,31 @@ static inline void matmul_forget(MatmulChoice *c) {
 }
 
 static inline void matmul_free(Matmul *mm) {
-    for (int i = 0; i < MATMUL_SHAPES; i++) matmul_forget(&mm->choices[i]);
+    for (int i = 0; i < MATMUL_CACHE_SIZE; i++) matmul_evict(&mm->cache[i]);
     cublas_check(cublasLtMatmulPreferenceDestroy(mm->preference));
     cublas_check(cublasLtDestroy(mm->handle));
 }
 
-static inline void matmul_describe(MatmulChoice *c, cublasLtMatmulDescAttributes_t attribute,
-                                   const void *value, size_t bytes) {
+static inline void matmul_set_attribute(MatmulCacheEntry *c, cublasLtMatmulDescAttributes_t attribute,
+                                        const void *value, size_t bytes) {
     cublas_check(cublasLtMatmulDescSetAttribute(c->desc, attribute, value, bytes));
 }
 
-// Descriptors and algorithm of a shape met for the first time.
-static inline void matmul_choose(Matmul *mm, MatmulChoice *c, const MatmulShape *s, const floatX *bias) {
+// Fills the cache entry c of a new shape: descriptors and algorithm. Exits with an error where cuBLASLt has
+// no algorithm.
+static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const MatmulShape *s,
+                                      const floatX *bias) {
     cudaDataType_t in = FLOATX_TYPE, out = s->fp32_out ? CUDA_R_32F : FLOATX_TYPE;
     c->shape = *s;
     cublas_check(cublasLtMatmulDescCreate(&c->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     int32_t trans_a = s->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N,
             trans_b = s->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    matmul_describe(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
-    matmul_describe(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
+    matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
+    matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
     if (s->bias) {
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-        matmul_describe(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-        matmul_describe(c, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
     }
     cublas_check(
         cublasLtMatrixLayoutCreate(&c->a, in, s->trans_a ? s->k : s->m, s->trans_a ? s->m : s->k, s->lda));
@@ -114,61 +121,62 @@ static inline void matmul_choose(Matmul *mm, MatmulChoice *c, const MatmulShape 
                                                            mm->preference, 1, &result, &found);
     if (status == CUBLAS_STATUS_SUCCESS && found > 0) status = result.state;
     if (status != CUBLAS_STATUS_SUCCESS || found == 0)
-        die("cuBLASLt has no algorithm for a %s product of %lld x %lld x %lld (m, n, k): %s", FLOATX_NAME,
+        die("cuBLASLt has no algorithm for a %s matmul of m %lld, n %lld, k %lld: %s", FLOATX_NAME,
             (long long)s->m, (long long)s->n, (long long)s->k,
             status == CUBLAS_STATUS_SUCCESS ? "none fits the workspace" : cublasLtGetStatusString(status));
     c->algo = result.algo;
 }
 
+// Returns the alignment of p in bytes, at most 16; 16 for NULL.
 static inline int32_t matmul_align(const void *p) {
     return p == NULL || (uintptr_t)p % 16 == 0 ? 16 : (int32_t)((uintptr_t)p & -(uintptr_t)p);
 }
 
-// d = op(a) op(b) + beta*d (+ bias, one number a row of d), column-major, as `s` says.
+// d = op(a) op(b) + beta*d + bias, column-major, of shape s. bias [m] has one element a row of d; NULL: none.
 static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *a, const floatX *b,
                               float beta, const floatX *bias, cudaStream_t stream) {
     if (s.m == 0 || s.n == 0) return;
     s.bias = bias != NULL;
     s.align_a = matmul_align(a), s.align_b = matmul_align(b);
     s.align_d = matmul_align(d), s.align_bias = matmul_align(bias);
-    MatmulChoice *choice = NULL, *oldest = &mm->choices[0];
-    for (int i = 0; i < MATMUL_SHAPES && !choice; i++) {
-        MatmulChoice *c = &mm->choices[i];
-        if (c->used && memcmp(&c->shape, &s, sizeof s) == 0) choice = c;
-        if (c->used < oldest->used) oldest = c;
-        if (!c->used) break; // the table fills up from its beginning
+    MatmulCacheEntry *entry = NULL, *oldest = &mm->cache[0];
+    for (int i = 0; i < MATMUL_CACHE_SIZE && !entry; i++) {
+        MatmulCacheEntry *c = &mm->cache[i];
+        if (c->last_used && memcmp(&c->shape, &s, sizeof s) == 0) entry = c;
+        if (c->last_used < oldest->last_used) oldest = c;
+        if (!c->last_used) break; // the cache fills up from its beginning
     }
-    if (!choice) {
-        matmul_forget(oldest);
-        matmul_choose(mm, oldest, &s, bias);
-        choice = oldest;
+    if (!entry) {
+        matmul_evict(oldest);
+        matmul_select_algo(mm, oldest, &s, bias);
+        entry = oldest;
     }
-    choice->used = ++mm->clock;
-    if (bias) matmul_describe(choice, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    entry->last_used = ++mm->clock;
+    if (bias) matmul_set_attribute(entry, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
     const float one = 1;
-    cublas_check(cublasLtMatmul(mm->handle, choice->desc, &one, a, choice->a, b, choice->b, &beta, d,
-                                choice->d, d, choice->d, &choice->algo, mm->workspace, mm->workspace_bytes,
-                                stream));
+    cublas_check(cublasLtMatmul(mm->handle, entry->desc, &one, a, entry->a, b, entry->b, &beta, d, entry->d,
+                                d, entry->d, &entry->algo, mm->workspace, mm->workspace_bytes, stream));
 }
 
-// out [n, o], rows ldo apart, = x [n, c] weight [o, c]^T + bias [o] (NULL: none). 2*n*c*o operations: at
-// 64K tokens, c = 4096, o = 14336 7.7 TFLOP, 9.8 ms at 790 TFLOP/s; the tensor cores bind, below about
-// n = 300 the weight's bytes.
+// out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c], weight [o, c], bias [o] or
+// NULL. Takes 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 are 7.7 TFLOP, 9.8 ms at 790 TFLOP/s. The tensor
+// cores bind; below about n = 300 reading the weights binds.
 static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, const floatX *weight,
                                   const floatX *bias, int64_t n, int64_t c, int64_t o, cudaStream_t stream) {
     matmul_run(mm, MatmulShape{o, n, c, c, c, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
 }
 
-// dx [n, c] = dout [n, o], rows ldo apart, times weight; added to dx where `add`. As many operations.
+// dx = dout weight, or dx += dout weight where add != 0: dx [n, c], dout [n, o] with rows ldo elements apart,
+// weight [o, c]. 2*n*c*o FLOPs.
 static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const floatX *dout, int64_t ldo,
                                          const floatX *weight, int64_t n, int64_t c, int64_t o,
                                          cudaStream_t stream) {
     matmul_run(mm, MatmulShape{c, n, o, c, ldo, c, 0, 0, 0}, dx, weight, dout, add ? 1 : 0, NULL, stream);
 }
 
-// The column sums of a part of dout's rows: partial[part] [o]. A block: 32 packs of columns; each of its 8
-// warps every eighth row of the part, then the warps' sums are added in order. Reads 2*o bytes a row; memory
-// binds.
+// partial [gridDim.y, o]: column sums of dout, whose rows are cut into gridDim.y parts. Each thread block
+// sums 32 packs of columns over one part: warp w of 8 sums every eighth row from w on, then the sums of the
+// warps are added in order. Reads 2*o bytes a row in 16 bits; memory binds.
 static __global__ void __launch_bounds__(256)
     column_sums_kernel(float *partial, const floatX *dout, int64_t ldo, int64_t n, int64_t o) {
     __shared__ float sums[8][32 * PACK];
@@ -195,8 +203,9 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-// dweight [o, c] += dout^T x, as many operations again; dbias [o] += the column sums of dout (NULL: none;
-// else o and ldo are multiples of PACK). Both fp32.
+// dweight += dout^T x, and dbias += the column sums of dout: dweight [o, c] and dbias [o] (or NULL) are fp32;
+// dout [n, o] has rows ldo elements apart; x [n, c]. With dbias, o and ldo must be multiples of PACK. 2*n*c*o
+// FLOPs.
 static inline void matmul_backward_weight(Matmul *mm, float *dweight, float *dbias, const floatX *dout,
                                           int64_t ldo, const floatX *x, int64_t n, int64_t c, int64_t o,
                                           cudaStream_t stream) {
@@ -204,12 +213,12 @@ static inline void matmul_backward_weight(Matmul *mm, float *dweight, float *dbi
     matmul_run(mm, MatmulShape{c, o, n, c, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
     if (!dbias) return;
     check_packs("bias gradient", o), check_packs("bias gradient", ldo);
-    int64_t parts = (n + 63) / 64, room = (int64_t)(mm->workspace_bytes / sizeof(float)) / o;
+    int64_t parts = (n + 63) / 64, max_parts = (int64_t)(mm->workspace_bytes / sizeof(float)) / o;
     if (parts > 64) parts = 64;
-    if (parts > room) parts = room;
+    if (parts > max_parts) parts = max_parts;
     if (parts == 0)
-        die("bias gradient: a workspace of %zu bytes holds no row of %lld", mm->workspace_bytes,
-            (long long)o);
+        die("bias gradient: a workspace of %zu bytes is too small for a row of %lld fp32 elements",
+            mm->workspace_bytes, (long long)o);
     dim3 grid((unsigned)((o + 32 * PACK - 1) / (32 * PACK)), (unsigned)parts);
     column_sums_kernel<<<grid, 256, 0, stream>>>((float *)mm->workspace, dout, ldo, n, o);
     cuda_check(cudaGetLastError());

@@ -1,31 +1,35 @@
-// profile.cuh: how long each part of a training step takes on the GPU. The trainer marks where a part
-// begins, an event goes into the stream there, and it lasts until the next mark.
+// profile.cuh: measures how long each part of a training step takes on the GPU. The trainer marks where a
+// part begins: an event is recorded on the stream. The part lasts until the next mark.
 #ifndef LLMC_PROFILE_CUH
 #define LLMC_PROFILE_CUH
 #include "cuda_common.cuh"
 #include <vector>
 
 typedef enum {
-    PART_PRODUCTS,          // with the layers' weights, forward and backward
-    PART_ATTENTION_FORWARD, // what fsa.h and RoPE do
+    PART_MATMUL,            // of the layers, forward and backward
+    PART_ATTENTION_FORWARD, // fsa_forward or the dense attention, and RoPE
     PART_ATTENTION_BACKWARD,
     PART_NORMS, // RMSNorm, residuals, SwiGLU
     PART_EMBEDDING,
     PART_CLASSIFIER, // LM head and cross-entropy
-    PART_OPTIMIZER,  // zeroed gradients, their norm, AdamW
-    PART_END,        // of what is measured
-} Part;
+    PART_OPTIMIZER,  // zeroing the gradients, their norm, AdamW
+    PART_END,        // ends the last part
+} ProfilePart;
 
 static const char *const part_names[PART_END] = {
-    "products", "attention_forward", "attention_backward", "norms", "embedding", "classifier", "optimizer"};
+    "matmul", "attention_forward", "attention_backward", "norms", "embedding", "classifier", "optimizer"};
+// The key of a part in dev/results/*.jsonl, where matmuls are named "products".
+static inline const char *part_key(int part) {
+    return part == PART_MATMUL ? "products" : part_names[part];
+}
 
 struct Profile {
     std::vector<cudaEvent_t> events;
-    std::vector<Part> parts; // of the marks made so far
+    std::vector<ProfilePart> parts; // one a mark
 };
 
-// What follows on the stream belongs to `part`. p NULL: nothing is measured.
-static inline void profile_mark(Profile *p, Part part, cudaStream_t stream) {
+// Work that is launched on the stream after this call belongs to `part`. Does nothing where p is NULL.
+static inline void profile_mark(Profile *p, ProfilePart part, cudaStream_t stream) {
     if (!p) return;
     if (p->parts.size() == p->events.size()) {
         cudaEvent_t event;
@@ -36,7 +40,7 @@ static inline void profile_mark(Profile *p, Part part, cudaStream_t stream) {
     p->parts.push_back(part);
 }
 
-// Adds to ms [PART_END] what the marks say, once the stream is done, and forgets them.
+// Waits for the stream, adds the milliseconds of each part to ms [PART_END], and removes all marks.
 static inline void profile_collect(Profile *p, double *ms, cudaStream_t stream) {
     cuda_check(cudaStreamSynchronize(stream));
     for (size_t i = 0; i + 1 < p->parts.size(); i++) {

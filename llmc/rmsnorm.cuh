@@ -1,92 +1,94 @@
-// rmsnorm.cuh: out = x / sqrt(mean(x^2) + eps) * weight over rows of c channels, alone or of a sum, and over
-// the heads of a row (QK-norm).
+// rmsnorm.cuh: RMSNorm, out = x / sqrt(mean(x^2) + eps) * weight, over rows of c channels: of an array, of
+// the sum of two arrays (residual connection), or of each head of a row (QK-norm).
 //
-// A row belongs to a team of 8 or 32 lanes of a warp, or to a block of 128 or 512 threads, so that a thread
-// holds at most RMSNORM_PACKS packs of it in registers and memory is read once.
+// A team of threads processes a row: 8 or 32 lanes of a warp, or a thread block of 128 or 512. A thread then
+// holds at most RMSNORM_PACKS packs of the row in registers, and memory is read once.
 #ifndef LLMC_RMSNORM_CUH
 #define LLMC_RMSNORM_CUH
 #include "cuda_common.cuh"
 
 enum {
     RMSNORM_PACKS = 4,
-    RMSNORM_BLOCKS = 512, // of the backward pass, at most; each has its own sum of dweight
+    RMSNORM_BLOCKS = 512, // thread blocks of the backward pass, at most; each has a partial sum of dweight
     RMSNORM_MAX_CHANNELS = 512 * RMSNORM_PACKS * PACK // 16,384 in 16 bits
 };
 
-// Threads of a block.
+// Returns the threads of a thread block whose teams have `team` threads.
 static constexpr int rmsnorm_threads(int team) {
     return team > 32 ? team : 256;
 }
 
-// Row r is head r % heads of token r / heads, which starts at token*stride + head*c; heads = 1: rows of a
-// matrix.
+// Row i is head i % heads of token i / heads, and starts at token*stride + head*c. For a plain matrix heads
+// is 1.
 struct RmsnormRows {
     int rows, heads, c;
 };
-__device__ __forceinline__ int64_t rmsnorm_at(const RmsnormRows &r, int row, int64_t stride) {
+__device__ __forceinline__ int64_t rmsnorm_row_offset(const RmsnormRows &r, int row, int64_t stride) {
     int token = row / r.heads;
     return token * stride + (int64_t)(row - token * r.heads) * r.c;
 }
 
-template <int TEAM> __device__ __forceinline__ float team_sum(float x, float *shared) {
-    if (TEAM > 32) return block_sum(x, shared);
-    return lanes_sum<(TEAM < 32 ? TEAM : 32)>(x);
+template <int TEAM> __device__ __forceinline__ float team_reduce_sum(float x, float *shared) {
+    if (TEAM > 32) return block_reduce_sum(x, shared);
+    return lanes_reduce_sum<(TEAM < 32 ? TEAM : 32)>(x);
 }
 
-// A team: a row. Reads 2*c bytes (4*c with y, whose rows and x's are then added first) and writes 2*c (4*c).
-// 64K tokens, c = 4096: 1.07 GB, 0.24 ms at 4.5 TB/s; 2.15 GB, 0.48 ms with y. Memory binds.
+// Each team normalizes one row of x, or of sum = x + y where y is not NULL. A row reads and writes 2*c bytes
+// each in 16 bits, 4*c each with y: 64K tokens of c = 4096 move 1.07 GB, 0.24 ms at 4.5 TB/s, and twice that
+// with y. Memory binds.
 template <int TEAM>
 static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
     rmsnorm_forward_kernel(RmsnormRows r, floatX *out, floatX *sum, float *rstd, const floatX *x,
                            int64_t stride, const floatX *y, const floatX *weight, float eps) {
     __shared__ float shared[32];
     int lane = threadIdx.x % TEAM, row = blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
-    int packs = row < r.rows ? r.c / PACK : 0; // a team past the last row only takes part in the sums
-    int64_t from = rmsnorm_at(r, row, stride), to = (int64_t)row * r.c;
-    uint4 bits[RMSNORM_PACKS], other[RMSNORM_PACKS]; // of x, then of the sum; of y
+    int packs = row < r.rows ? r.c / PACK : 0; // a team past the last row only joins the reductions
+    int64_t src = rmsnorm_row_offset(r, row, stride), dst = (int64_t)row * r.c;
+    uint4 bits[RMSNORM_PACKS], y_bits[RMSNORM_PACKS]; // bits: of x, then of the sum
     float squares = 0, v[PACK], w[PACK];
 #pragma unroll
-    for (int i = 0; i < RMSNORM_PACKS; i++) { // all under way before the first is used
-        int at = (lane + i * TEAM) * PACK;
+    for (int i = 0; i < RMSNORM_PACKS; i++) { // all loads are in flight before the first is used
+        int column = (lane + i * TEAM) * PACK;
         if (lane + i * TEAM >= packs) break;
-        bits[i] = load16(x + from + at);
-        if (y) other[i] = load16(y + from + at);
+        bits[i] = load16(x + src + column);
+        if (y) y_bits[i] = load16(y + src + column);
     }
 #pragma unroll
     for (int i = 0; i < RMSNORM_PACKS; i++) {
-        int at = (lane + i * TEAM) * PACK;
+        int column = (lane + i * TEAM) * PACK;
         if (lane + i * TEAM >= packs) break;
         unpack(v, bits[i]);
         if (y) {
-            unpack(w, other[i]);
+            unpack(w, y_bits[i]);
 #pragma unroll
             for (int j = 0; j < PACK; j++) v[j] += w[j];
             bits[i] = pack(v);
-            store16(sum + to + at, bits[i]);
-            unpack(v, bits[i]); // the norm is that of the sum as it is kept, rounded
+            store16(sum + dst + column, bits[i]);
+            unpack(v, bits[i]); // normalize the rounded sum, which is what is stored
         }
 #pragma unroll
         for (int j = 0; j < PACK; j++) squares += v[j] * v[j];
     }
-    float scale = 1 / sqrtf(team_sum<TEAM>(squares, shared) / r.c + eps);
+    float scale = 1 / sqrtf(team_reduce_sum<TEAM>(squares, shared) / r.c + eps);
     if (packs > 0 && lane == 0) rstd[row] = scale;
 #pragma unroll
     for (int i = 0; i < RMSNORM_PACKS; i++) {
-        int at = (lane + i * TEAM) * PACK;
+        int column = (lane + i * TEAM) * PACK;
         if (lane + i * TEAM >= packs) break;
         unpack(v, bits[i]);
-        load_pack(w, weight + at);
+        load_pack(w, weight + column);
 #pragma unroll
         for (int j = 0; j < PACK; j++) v[j] *= scale * w[j];
-        store_pack(out + to + at, v);
+        store_pack(out + dst + column, v);
     }
 }
 
 // With y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y)), and dweight is the sum over rows of dout*y.
-// A block's teams go through rows a grid apart, each summing dweight in registers; at the end the block adds
-// its teams' sums in order and writes partial[block] [c] fp32. Reads 4*c bytes a row (6*c with add) and
-// writes 2*c. 64K tokens, c = 4096, add: 2.1 GB, 0.48 ms; memory binds. A thread has read its packs of a row
-// before it writes them: dx may be x or dout where it has their stride.
+// Each team processes rows with the grid as stride, and sums dweight in registers. At the end the thread
+// block adds the sums of its teams in order and writes partial[block] [c] in fp32. Reads 4*c bytes a row in
+// 16 bits, 6*c with add, and writes 2*c: 64K tokens of c = 4096 with add move 2.1 GB, 0.48 ms at 4.5 TB/s.
+// Memory binds. A thread reads its packs of a row before it writes them, so dx may be x or dout where the
+// strides are equal.
 template <int TEAM>
 static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
     rmsnorm_backward_kernel(RmsnormRows r, floatX *dx, int64_t dx_stride, int add, float *partial,
@@ -97,39 +99,39 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
     float dweight[RMSNORM_PACKS][PACK] = {};
     for (int64_t first = (int64_t)blockIdx.x * teams; first < r.rows; first += (int64_t)gridDim.x * teams) {
         int row = (int)first + team, packs = row < r.rows ? r.c / PACK : 0;
-        int64_t from = rmsnorm_at(r, row, stride), to = rmsnorm_at(r, row, dx_stride);
+        int64_t src = rmsnorm_row_offset(r, row, stride), dst = rmsnorm_row_offset(r, row, dx_stride);
         float scale = packs > 0 ? rstd[row] : 0, mean = 0;
         uint4 x_bits[RMSNORM_PACKS], d_bits[RMSNORM_PACKS], dx_bits[RMSNORM_PACKS];
         float v[PACK], d[PACK], w[PACK];
 #pragma unroll
-        for (int i = 0; i < RMSNORM_PACKS; i++) { // all under way before the first is used
-            int at = (lane + i * TEAM) * PACK;
+        for (int i = 0; i < RMSNORM_PACKS; i++) { // all loads are in flight before the first is used
+            int column = (lane + i * TEAM) * PACK;
             if (lane + i * TEAM >= packs) break;
-            x_bits[i] = load16(x + from + at);
-            d_bits[i] = load16(dout + (int64_t)row * r.c + at);
-            if (add) dx_bits[i] = load16(dx + to + at);
+            x_bits[i] = load16(x + src + column);
+            d_bits[i] = load16(dout + (int64_t)row * r.c + column);
+            if (add) dx_bits[i] = load16(dx + dst + column);
         }
 #pragma unroll
         for (int i = 0; i < RMSNORM_PACKS; i++) {
-            int at = (lane + i * TEAM) * PACK;
+            int column = (lane + i * TEAM) * PACK;
             if (lane + i * TEAM >= packs) break;
             unpack(v, x_bits[i]);
             unpack(d, d_bits[i]);
-            load_pack(w, weight + at);
+            load_pack(w, weight + column);
 #pragma unroll
             for (int j = 0; j < PACK; j++) {
                 mean += w[j] * d[j] * v[j];
                 dweight[i][j] += d[j] * v[j] * scale;
             }
         }
-        mean = team_sum<TEAM>(mean, shared) * scale / r.c;
+        mean = team_reduce_sum<TEAM>(mean, shared) * scale / r.c;
 #pragma unroll
         for (int i = 0; i < RMSNORM_PACKS; i++) {
-            int at = (lane + i * TEAM) * PACK;
+            int column = (lane + i * TEAM) * PACK;
             if (lane + i * TEAM >= packs) break;
             unpack(v, x_bits[i]);
             unpack(d, d_bits[i]);
-            load_pack(w, weight + at);
+            load_pack(w, weight + column);
 #pragma unroll
             for (int j = 0; j < PACK; j++) v[j] = scale * (w[j] * d[j] - v[j] * scale * mean);
             if (add) {
@@ -137,15 +139,15 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
 #pragma unroll
                 for (int j = 0; j < PACK; j++) v[j] += d[j];
             }
-            store_pack(dx + to + at, v);
+            store_pack(dx + dst + column, v);
         }
     }
-    float *mine = TEAM > 32 ? partial + (int64_t)blockIdx.x * r.c : shared + team * r.c;
+    float *team_partial = TEAM > 32 ? partial + (int64_t)blockIdx.x * r.c : shared + team * r.c;
 #pragma unroll
     for (int i = 0; i < RMSNORM_PACKS; i++) {
         if (lane + i * TEAM >= r.c / PACK) break;
 #pragma unroll
-        for (int j = 0; j < PACK; j++) mine[(lane + i * TEAM) * PACK + j] = dweight[i][j];
+        for (int j = 0; j < PACK; j++) team_partial[(lane + i * TEAM) * PACK + j] = dweight[i][j];
     }
     if (TEAM > 32) return;
     __syncthreads();
@@ -156,20 +158,25 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
     }
 }
 
+// Returns the threads of the team that c channels need: 8, 32, 128 or 512.
 static inline int rmsnorm_team(int c) {
     check_packs("rmsnorm", c);
-    if (c > RMSNORM_MAX_CHANNELS) die("rmsnorm: %d channels, at most %d", c, (int)RMSNORM_MAX_CHANNELS);
+    if (c > RMSNORM_MAX_CHANNELS)
+        die("rmsnorm: rows of %d channels: must be at most %d; lower -channels", c,
+            (int)RMSNORM_MAX_CHANNELS);
     int lanes = (c / PACK + RMSNORM_PACKS - 1) / RMSNORM_PACKS;
     return lanes <= 8 ? 8 : lanes <= 32 ? 32 : lanes <= 128 ? 128 : 512;
 }
-// Blocks that `rows` rows of c channels fill.
+// Returns the thread blocks that `rows` rows of c channels fill.
 static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
     int team = rmsnorm_team(c), teams = rmsnorm_threads(team) / team;
-    if (rows > INT_MAX - teams) die("rmsnorm: %lld rows, at most %d", (long long)rows, INT_MAX - teams);
+    if (rows > INT_MAX - teams)
+        die("rmsnorm: %lld rows (tokens times heads): must be at most %d; lower -b or -t", (long long)rows,
+            INT_MAX - teams);
     return (rows + teams - 1) / teams;
 }
 
-// Launches kernel<TEAM><<<grid, ...>>>(arguments) for the team that c channels take.
+// Launches kernel<TEAM><<<grid, ...>>>(arguments) for the team that c channels need.
 #define RMSNORM_LAUNCH(kernel, grid, c, stream, ...)                                                         \
     do {                                                                                                     \
         unsigned grid_ = (unsigned)(grid);                                                                   \
@@ -189,9 +196,10 @@ static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
         cuda_check(cudaGetLastError());                                                                      \
     } while (0)
 
-// ---- rows of heads: token t's head h lies at t*stride + h*d ----------------------------------------------
+// ---- rows of heads: head h of token t starts at t*stride + h*d --------------------------------------------
 
-// out [n, heads, d] dense, rstd [n, heads].
+// Normalizes each head: out [n, heads, d] is contiguous, rstd [n, heads], weight [d]. Tokens of x are
+// `stride` elements apart. d and stride are multiples of PACK.
 static inline void rmsnorm_heads_forward(floatX *out, float *rstd, const floatX *x, int64_t stride,
                                          const floatX *weight, int64_t n, int heads, int d, float eps,
                                          cudaStream_t stream) {
@@ -203,7 +211,8 @@ static inline void rmsnorm_heads_forward(floatX *out, float *rstd, const floatX 
                    (const floatX *)NULL, weight, eps);
 }
 
-// Bytes that the backward pass of `rows` rows (tokens times heads) needs for a while.
+// Returns the bytes of scratch that the backward pass of `rows` rows (tokens times heads) of c channels
+// needs.
 static inline size_t rmsnorm_backward_scratch(int64_t rows, int c) {
     int64_t blocks = rmsnorm_blocks(rows, c);
     return (size_t)min(blocks, (int64_t)RMSNORM_BLOCKS) * c * sizeof(float);
@@ -220,7 +229,9 @@ static inline void rmsnorm_launch_backward(floatX *dx, int64_t dx_stride, int ad
                    dout, x, stride, weight, rstd);
     add_partial_sums(dweight, (const float *)scratch, blocks, d, stream);
 }
-// dout [n, heads, d] dense. dx, its tokens dx_stride apart, is overwritten; dweight [d] is added to.
+// The gradient of rmsnorm_heads_forward: overwrites dx, whose tokens are dx_stride elements apart, and adds
+// to dweight [d]. dout [n, heads, d] is contiguous; rstd is what forward wrote; scratch has
+// rmsnorm_backward_scratch(n * heads, d) bytes.
 static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *dweight, const floatX *dout,
                                           const floatX *x, int64_t stride, const floatX *weight,
                                           const float *rstd, int64_t n, int heads, int d, void *scratch,
@@ -231,12 +242,13 @@ static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *
 
 // ---- rows of a matrix [n, c] ---------------------------------------------------------------------------
 
+// Normalizes the rows of x: out, x [n, c], rstd [n], weight [c].
 static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *weight, int64_t n,
                                    int c, float eps, cudaStream_t stream) {
     rmsnorm_heads_forward(out, rstd, x, c, weight, n, 1, c, eps, stream);
 }
 
-// sum = x + y, out = the norm of sum. sum may be x or y.
+// sum = x + y, and out = the normalized rows of sum: all [n, c], rstd [n], weight [c]. sum may be x or y.
 static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
                                             const floatX *y, const floatX *weight, int64_t n, int c,
                                             float eps, cudaStream_t stream) {
@@ -246,7 +258,8 @@ static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rst
     RMSNORM_LAUNCH(rmsnorm_forward_kernel, blocks, c, stream, rows, out, sum, rstd, x, c, y, weight, eps);
 }
 
-// dx = gradient, plus dx where add; dweight [c] is added to. scratch: rmsnorm_backward_scratch bytes.
+// The gradient of rmsnorm_forward, given dout [n, c]: overwrites dx [n, c], or adds to it where add != 0, and
+// adds to dweight [c]. rstd is what forward wrote; scratch has rmsnorm_backward_scratch(n, c) bytes.
 static inline void rmsnorm_backward(floatX *dx, int add, float *dweight, const floatX *dout, const floatX *x,
                                     const floatX *weight, const float *rstd, int64_t n, int c, void *scratch,
                                     cudaStream_t stream) {

@@ -1,43 +1,46 @@
-// zero.h: ZeRO's division of a model over ranks: which of them owns which part of the flat parameter buffer,
-// that is, keeps its fp32 weights and AdamW's moments and updates it.
-//   stage 0: every rank everything; gradients are summed on all ranks
-//   stage 1: fp32 weights and moments divided; a sum of gradients arrives at its owner alone
-//   stage 2: the same, and between micro-batches only the owner's part of the gradients is kept
-// The buffer is cut into units that are reduced and gathered one after another: the embedding, each layer,
-// and what follows them. Each unit is divided anew, so that all ranks take part in each transfer.
+// zero.h: ZeRO's partition of a model over ranks. The owner of a parameter keeps its fp32 weight and AdamW's
+// moments, and updates it.
+//   stage 0: every rank owns everything; gradients are all-reduced
+//   stage 1: fp32 weights and moments are partitioned; gradients are reduce-scattered to their owners
+//   stage 2: as stage 1, and between micro-batches a rank keeps the gradients of its own partition only
+// The flat parameter buffer is cut into units: the embedding, each layer, and the tensors after the last
+// layer. Units are reduced and gathered one after another. Each unit is partitioned over all ranks, so that
+// all ranks take part in each transfer.
 #ifndef LLMC_ZERO_H
 #define LLMC_ZERO_H
 #include "config.h"
 
-enum { ZERO_ALIGN = 8 }; // numbers; 16 bytes in 16 bits. All units begin and end at multiples of it
+enum { ZERO_ALIGN = 8 }; // elements, 16 bytes in a 16-bit type; all units begin and end at multiples of it
 
 typedef struct {
-    int64_t begin, end; // in the parameters
-    int64_t piece; // what each rank owns of it; the last one also the rest, fewer than ranks * ZERO_ALIGN
-    int64_t shard; // where this rank's part begins in its shard
+    int64_t begin, end;     // the unit's elements in the parameter buffer
+    int64_t partition_size; // elements of each rank; the last rank also has the remainder
+    int64_t shard_offset;   // where this rank's part of the unit begins in its shard
 } ZeroUnit;
 
 typedef struct {
     int stage, rank, ranks;
-    int64_t num_units, shard_size; // numbers that this rank owns
-    int64_t largest;               // unit
-    ZeroUnit *units;
+    int64_t num_units, shard_size; // shard_size: elements that this rank owns
+    ZeroUnit *units;               // [num_units]
 } Zero;
 
-// The piece [*begin, *end) of unit u that falls to `rank`, in the parameters.
-static inline void zero_piece(const Zero *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
+// Sets [*begin, *end) to the partition of unit u that belongs to `rank`, in the parameter buffer.
+static inline void zero_partition(const Zero *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
     const ZeroUnit *unit = &z->units[u];
-    *begin = unit->begin + rank * unit->piece;
-    *end = rank < z->ranks - 1 ? *begin + unit->piece : unit->end;
+    *begin = unit->begin + rank * unit->partition_size;
+    *end = rank < z->ranks - 1 ? *begin + unit->partition_size : unit->end;
 }
 
-// What `rank` owns and updates of unit u: its piece, or with stage 0 all.
+// Sets [*begin, *end) to the elements of unit u that `rank` owns and updates: its partition, with stage 0 the
+// whole unit.
 static inline void zero_owned(const Zero *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
-    zero_piece(z, u, rank, begin, end);
+    zero_partition(z, u, rank, begin, end);
     if (z->stage == 0) *begin = z->units[u].begin, *end = z->units[u].end;
 }
 
-// Cuts the parameters of `tensors` where the layer changes. Dies where a unit is not aligned.
+// Cuts the parameters of tensors [num_tensors] into units where the layer changes, and partitions each unit
+// over `ranks` ranks. One rank alone has stage 0 and one unit. Exits with an error where a unit is not
+// aligned.
 static inline void zero_build(Zero *z, int stage, int rank, int ranks, const ParamTensor *tensors,
                               int64_t num_tensors) {
     memset(z, 0, sizeof *z);
@@ -52,13 +55,14 @@ static inline void zero_build(Zero *z, int stage, int rank, int ranks, const Par
         ZeroUnit *unit = &z->units[u];
         int64_t begin, end, size = unit->end - unit->begin;
         if (unit->begin % ZERO_ALIGN || size % ZERO_ALIGN)
-            die("parameters %lld to %lld: not aligned to %d", (long long)unit->begin, (long long)unit->end,
-                ZERO_ALIGN);
-        unit->piece = size / ranks / ZERO_ALIGN * ZERO_ALIGN;
+            die("ZeRO unit of parameters %lld to %lld: must begin and end at multiples of %d; choose "
+                "-channels "
+                "and -hidden as multiples of %d",
+                (long long)unit->begin, (long long)unit->end, ZERO_ALIGN, ZERO_ALIGN);
+        unit->partition_size = size / ranks / ZERO_ALIGN * ZERO_ALIGN;
         zero_owned(z, u, rank, &begin, &end);
-        unit->shard = z->shard_size;
+        unit->shard_offset = z->shard_size;
         z->shard_size += end - begin;
-        if (size > z->largest) z->largest = size;
     }
 }
 
@@ -67,8 +71,8 @@ static inline void zero_free(Zero *z) {
     memset(z, 0, sizeof *z);
 }
 
-// The unit that parameter `offset` belongs to.
-static inline int64_t zero_unit_of(const Zero *z, int64_t offset) {
+// Returns the index of the unit that contains parameter `offset`.
+static inline int64_t zero_find_unit(const Zero *z, int64_t offset) {
     int64_t lo = 0, hi = z->num_units;
     while (hi - lo > 1) {
         int64_t mid = (lo + hi) / 2;

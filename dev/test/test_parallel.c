@@ -26,17 +26,17 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
             zero_owned(&z[r], u, r, &begin, &end);
             if (z[r].stage == 0) {
                 good &=
-                    begin == z[r].units[u].begin && end == z[r].units[u].end && z[r].units[u].shard == begin;
+                    begin == z[r].units[u].begin && end == z[r].units[u].end && z[r].units[u].shard_offset == begin;
                 continue;
             }
             good &= begin == next && end >= begin && begin % ZERO_ALIGN == 0;
-            good &= r == ranks - 1 || end - begin == z[r].units[u].piece;
-            good &= end - begin - z[r].units[u].piece < ranks * ZERO_ALIGN;
+            good &= r == ranks - 1 || end - begin == z[r].units[u].partition_size;
+            good &= end - begin - z[r].units[u].partition_size < ranks * ZERO_ALIGN;
             next = end;
             // the shard is what this rank has owned so far
             int64_t before = 0, b, e;
             for (int64_t i = 0; i < u; i++) zero_owned(&z[r], i, r, &b, &e), before += e - b;
-            good &= z[r].units[u].shard == before;
+            good &= z[r].units[u].shard_offset == before;
         }
         if (z[0].stage) good &= next == z[0].units[u].end;
     }
@@ -53,7 +53,7 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
               (long long)most);
     for (int64_t i = 0; i < count; i++) {
         const ParamTensor *t = &tensors[i];
-        int64_t u = zero_unit_of(&z[0], t->offset), last = zero_unit_of(&z[0], t->offset + t->size - 1);
+        int64_t u = zero_find_unit(&z[0], t->offset), last = zero_find_unit(&z[0], t->offset + t->size - 1);
         int64_t want = ranks == 1 ? 0 : t->layer >= 0 ? t->layer + 1 : i == 0 ? 0 : c->layers + 1;
         good &= u == want && last == want;
     }
@@ -81,7 +81,7 @@ static void test_zero(void) {
 
 // Every row of the batch is a query of one rank, at its own place; returns the greatest work over the mean.
 static double check_division(const ModelConfig *c, const int64_t *cu, int64_t num_seqs, int ranks) {
-    int64_t n = cu[num_seqs], blocks = cp_blocks(n, num_seqs, ranks), row = 0;
+    int64_t n = cu[num_seqs], blocks = cp_num_blocks(n, num_seqs, ranks), row = 0;
     int32_t *place = (int32_t *)xcalloc((size_t)blocks, sizeof *place);
     FsaSegment *segments = (FsaSegment *)xcalloc((size_t)(num_seqs + blocks), sizeof *segments);
     int64_t *rows = (int64_t *)xcalloc((size_t)n, sizeof *rows),
@@ -90,12 +90,12 @@ static double check_division(const ModelConfig *c, const int64_t *cu, int64_t nu
     double work[RANKS], most = 0, sum = 0;
     int good = blocks % ranks == 0 && n % blocks == 0;
     CHECK(good, "%lld tokens, %d ranks: %lld blocks", (long long)n, ranks, (long long)blocks);
-    cp_divide(c, cu, num_seqs, ranks, blocks, place, work);
+    cp_assign_blocks(c, cu, num_seqs, ranks, blocks, place, work);
     for (int64_t i = 0; i < n; i++) rows[i] = i;
     for (int r = 0; r < ranks; r++) {
         int64_t count = cp_segments(cu, num_seqs, ranks, blocks, place, r, segments), at = 0;
         good &= count <= num_seqs + blocks / ranks;
-        cp_take_rows(ranks, n, blocks, place, r, mine, rows, sizeof *rows);
+        cp_gather_rows(ranks, n, blocks, place, r, mine, rows, sizeof *rows);
         for (int64_t i = 0; i < count; i++) {
             const FsaSegment *g = &segments[i], *before = g - 1;
             good &= g->len > 0 && g->pos >= 0 && g->pos + g->len <= cu[g->seq + 1] - cu[g->seq];
@@ -115,8 +115,8 @@ static double check_division(const ModelConfig *c, const int64_t *cu, int64_t nu
     int64_t *gathered = (int64_t *)xcalloc((size_t)n, sizeof *gathered);
     int64_t *back = (int64_t *)xcalloc((size_t)n, sizeof *back);
     for (int r = 0; r < ranks; r++, row += n / ranks)
-        cp_take_rows(ranks, n, blocks, place, r, gathered + row, rows, sizeof *rows);
-    cp_place_rows(n, blocks, place, back, gathered, sizeof *rows);
+        cp_gather_rows(ranks, n, blocks, place, r, gathered + row, rows, sizeof *rows);
+    cp_scatter_rows(n, blocks, place, back, gathered, sizeof *rows);
     for (int64_t i = 0; i < n; i++) good &= back[i] == i;
     CHECK(good, "%lld tokens in %lld sequences, %d ranks: rows are missing, doubled or misplaced",
           (long long)n, (long long)num_seqs, ranks);
@@ -135,7 +135,7 @@ static void test_context_parallel(void) {
         for (int ranks = 1; ranks <= RANKS; ranks++) {
             // one long sequence: 2 blocks a rank, as even as it gets
             int64_t cu[400] = {0, 65536 / (2 * ranks) * 2 * ranks};
-            CHECK(cp_blocks(cu[1], 1, ranks) == (ranks > 1 ? 2 * ranks : 1), "%d ranks", ranks);
+            CHECK(cp_num_blocks(cu[1], 1, ranks) == (ranks > 1 ? 2 * ranks : 1), "%d ranks", ranks);
             double even = check_division(&c, cu, 1, ranks);
             if (even > worst) worst = even;
             // documents of any length, empty ones too, one of them half of all
@@ -160,18 +160,18 @@ static void test_context_parallel(void) {
     }
     // groups of heads: equal ones, as small as a transfer should be
     FsaConfig *f = &c.fsa; // (32, 8) heads of 128: 16 MiB are 65,536 tokens of one
-    CHECK(cp_groups(f, 65536, 2) == 8 && cp_groups(f, 65536, 1) == 1, "llama3-8b: groups of 64K tokens");
-    CHECK(cp_groups(f, 65535, 2) == 4 && cp_groups(f, 16384, 2) == 2 && cp_groups(f, 4096, 2) == 1,
+    CHECK(cp_num_head_groups(f, 65536, 2) == 8 && cp_num_head_groups(f, 65536, 1) == 1, "llama3-8b: groups of 64K tokens");
+    CHECK(cp_num_head_groups(f, 65535, 2) == 4 && cp_num_head_groups(f, 16384, 2) == 2 && cp_num_head_groups(f, 4096, 2) == 1,
           "llama3-8b: groups of fewer tokens");
-    CHECK(cp_groups(f, (int64_t)1 << 32, 16) == 8, "llama3-8b: groups of 4G tokens");
+    CHECK(cp_num_head_groups(f, (int64_t)1 << 32, 16) == 8, "llama3-8b: groups of 4G tokens");
     f->kv_heads = 6;
-    CHECK(cp_groups(f, 16384, 2) == 1 && cp_groups(f, 24576, 2) == 2 && cp_groups(f, 40000, 2) == 3,
+    CHECK(cp_num_head_groups(f, 16384, 2) == 1 && cp_num_head_groups(f, 24576, 2) == 2 && cp_num_head_groups(f, 40000, 2) == 3,
           "6 kv heads");
     // of one sequence, rank r has blocks r and 2*ranks - 1 - r
     int64_t cu[2] = {0, 8192};
     int32_t place[8];
     c.attn = ATTN_FULL;
-    cp_divide(&c, cu, 1, 4, 8, place, NULL);
+    cp_assign_blocks(&c, cu, 1, 4, 8, place, NULL);
     for (int r = 0; r < 4; r++) {
         int32_t low = place[2 * r], high = place[2 * r + 1];
         CHECK(low + high == 7 && low < 4, "rank %d has blocks %d and %d", r, low, high);
