@@ -1,9 +1,11 @@
-// bench_reference.c: times the C reference, forward and backward, on one sequence. Run by
-// `make bench` where there is no GPU.   bench_reference [tokens [q_heads [kv_heads [head_dim]]]]
+// bench_reference.c: times the C reference, forward and backward, on one sequence. `make bench` runs it on a
+// machine without a GPU.
+// usage: bench_reference [tokens [q_heads [kv_heads [head_dim]]]]
 #include "../llmc/utils.h"
 #include "../llmc/rand.h"
 #include "../fsa/reference.h"
 
+// Allocates n normally distributed values.
 static float *random_array(int64_t n, uint64_t stream, double scale) {
     float *x = xmalloc(n * sizeof(float));
     for (int64_t i = 0; i < n; i++) x[i] = (float)(scale * rng_normal_at(1, stream, i));
@@ -24,8 +26,8 @@ int main(int argc, char **argv) {
                    .window = 512,
                    .phi = FSA_PHI_LINEAR};
     char msg[256];
-    if (n < 1 || fsa_config_check(&c, msg, sizeof msg))
-        die("tokens %lld: %s", (long long)n, n < 1 ? "at least 1" : msg);
+    if (n < 1) die("tokens %lld: must be at least 1", (long long)n);
+    if (fsa_config_check(&c, msg, sizeof msg)) die("%s", msg);
     int64_t d = c.head_dim, nq = n * c.q_heads * d, nk = n * c.kv_heads * d,
             nw = c.kv_heads * c.cmp_len * d * d;
     int64_t cu_seqlens[2] = {0, n};

@@ -1,5 +1,5 @@
-// golden.h: reads a file of golden values, and makes the inputs that such a file does not hold. How
-// both are defined stands at the top of golden.py.
+// golden.h: reads a file of golden values, and generates the inputs that the file does not store. golden.py
+// defines the file format and the generator.
 #ifndef GOLDEN_H
 #define GOLDEN_H
 #include "test.h"
@@ -9,7 +9,7 @@
 #define GOLDEN_DIR "dev/test/golden"
 #endif
 
-// Element `index` of the generator's tensor: a multiple of 2^-19 in [-1, 1).
+// Returns element `index` of the random tensor with this seed, a multiple of 2^-19 in [-1, 1).
 static inline double golden_uniform(uint64_t seed, int64_t index) {
     uint64_t z = seed + ((uint64_t)index + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -18,7 +18,7 @@ static inline double golden_uniform(uint64_t seed, int64_t index) {
     return (double)(z >> 44) / 524288.0 - 1.0;
 }
 
-// The seed of a tensor: FNV-1a of "file.tensor", or of "file" alone where tensor is NULL.
+// Returns the seed of a tensor: FNV-1a of "file.tensor", or of "file" if tensor is NULL.
 static inline uint64_t golden_seed(const char *file, const char *tensor) {
     uint64_t h = 0xCBF29CE484222325u;
     for (const char *p = file; *p; p++) h = (h ^ (unsigned char)*p) * 0x100000001B3u;
@@ -31,28 +31,29 @@ static inline uint64_t golden_seed(const char *file, const char *tensor) {
 typedef struct {
     char name[64];
     int64_t size; // elements
-    int64_t *i;   // of type i, else NULL
-    double *f;    // of type f, else NULL
+    int64_t *i;   // [size] values of type i, else NULL
+    double *f;    // [size] values of type f, else NULL
 } GoldenTensor;
 
 typedef struct {
-    const char *name; // of the file, without folder and ending
+    const char *name; // of the file, without folder and suffix
     int count;
     GoldenTensor tensors[128];
 } Golden;
 
-static inline void golden_fail(const Golden *g, const char *what) {
-    printf("error: %s/%s.txt: %s\n", GOLDEN_DIR, g->name, what);
+// Prints an error about the file and ends the test.
+static inline void golden_fail(const Golden *g, const char *problem) {
+    printf("error: %s/%s.txt: %s\n", GOLDEN_DIR, g->name, problem);
     exit(1);
 }
 
-// Reads GOLDEN_DIR/name.txt; a missing or broken file ends the test.
+// Reads GOLDEN_DIR/name.txt. A missing or broken file ends the test. golden_free frees the tensors.
 static inline void golden_load(Golden *g, const char *name) {
     char path[512], dim[64];
     g->name = name, g->count = 0;
     snprintf(path, sizeof path, "%s/%s.txt", GOLDEN_DIR, name);
     FILE *file = fopen(path, "r");
-    if (!file) golden_fail(g, "can't be read; run from the repository's root");
+    if (!file) golden_fail(g, "cannot be read; run the test in the repository's root");
     int c;
     while ((c = fgetc(file)) != EOF) {
         if (c == '#') {
@@ -60,11 +61,12 @@ static inline void golden_load(Golden *g, const char *name) {
             continue;
         }
         ungetc(c, file);
-        if (g->count == (int)(sizeof g->tensors / sizeof g->tensors[0])) golden_fail(g, "too many tensors");
+        if (g->count == (int)(sizeof g->tensors / sizeof g->tensors[0]))
+            golden_fail(g, "too many tensors; enlarge Golden.tensors");
         GoldenTensor *t = &g->tensors[g->count++];
         char type;
         if (fscanf(file, "%63s %c", t->name, &type) != 2 || (type != 'i' && type != 'f'))
-            golden_fail(g, "broken line");
+            golden_fail(g, "a line has no name and type; run golden.py again");
         t->size = 1;
         while (fscanf(file, "%63s", dim) == 1 && strcmp(dim, "=") != 0) t->size *= atoll(dim);
         t->i = type == 'i' ? (int64_t *)malloc((size_t)t->size * sizeof(int64_t)) : NULL;
@@ -73,13 +75,13 @@ static inline void golden_load(Golden *g, const char *name) {
             long long value;
             unsigned long long bits;
             if (t->i ? fscanf(file, "%lld", &value) != 1 : fscanf(file, "%16llx", &bits) != 1)
-                golden_fail(g, "a line is cut short");
+                golden_fail(g, "a line has too few values; run golden.py again");
             if (t->i)
                 t->i[n] = value;
             else
                 memcpy(&t->f[n], &bits, sizeof bits);
         }
-        if (fgetc(file) != '\n') golden_fail(g, "a line is longer than its shape");
+        if (fgetc(file) != '\n') golden_fail(g, "a line has too many values; run golden.py again");
     }
     fclose(file);
 }
@@ -89,7 +91,7 @@ static inline void golden_free(Golden *g) {
     g->count = 0;
 }
 
-// The tensor "prefix" + "name", or NULL.
+// Returns the tensor named prefix + name, or NULL.
 static inline const GoldenTensor *golden_find(const Golden *g, const char *prefix, const char *name) {
     size_t length = strlen(prefix);
     for (int n = 0; n < g->count; n++) {
@@ -99,7 +101,7 @@ static inline const GoldenTensor *golden_find(const Golden *g, const char *prefi
     return NULL;
 }
 
-// The same; a tensor that is missing or of the other type ends the test.
+// Returns the tensor named prefix + name, of type 'i' or 'f'. The test ends if there is none.
 static inline const GoldenTensor *golden_get(const Golden *g, char type, const char *prefix,
                                              const char *name) {
     const GoldenTensor *t = golden_find(g, prefix, name);
@@ -113,15 +115,16 @@ static inline const int64_t *golden_ints(const Golden *g, const char *name) {
     return golden_get(g, 'i', "", name)->i;
 }
 
-// Makes element `index` of an input: offset + amplitude * the generator's value.
+// Generates an input tensor out [size]: offset + amplitude * golden_uniform. The file stores offset and
+// amplitude.
 static inline void golden_fill(const Golden *g, const char *name, double *out, int64_t size) {
     const double *fill = golden_get(g, 'f', "fill.", name)->f;
     uint64_t seed = golden_seed(g->name, name);
     for (int64_t i = 0; i < size; i++) out[i] = fill[0] + fill[1] * golden_uniform(seed, i);
 }
 
-// Checks values [size], folded as the file's tensor is: largest difference over the largest golden
-// value. Infinities must stand in the same places.
+// Folds values [size] to the file's tensor and checks that the largest difference, relative to the largest
+// golden value, is below the tolerance. Infinities must be at the same indices.
 static inline void golden_check(const Golden *g, const char *prefix, const char *name, const double *values,
                                 int64_t size, double tolerance) {
     const GoldenTensor *t = golden_get(g, 'f', prefix, name);
@@ -130,27 +133,27 @@ static inline void golden_check(const Golden *g, const char *prefix, const char 
           name, (long long)size, (long long)t->size);
     if (row < 1 || row * t->size != size) return;
     uint64_t seed = golden_seed("fold", NULL);
-    double worst = 0, largest = 0;
-    int64_t where = 0;
+    double max_difference = 0, max_value = 0;
+    int64_t max_index = 0;
     for (int64_t n = 0; n < t->size; n++) {
         double x = row == 1 ? values[n] : 0;
         for (int64_t j = 0; row > 1 && j < row; j++) x += values[n * row + j] * golden_uniform(seed, j);
         double difference = x == t->f[n] ? 0 : fabs(x - t->f[n]);
         if (isnan(difference)) difference = INFINITY;
-        if (isfinite(t->f[n])) largest = fmax(largest, fabs(t->f[n]));
-        if (difference > worst) worst = difference, where = n;
+        if (isfinite(t->f[n])) max_value = fmax(max_value, fabs(t->f[n]));
+        if (difference > max_difference) max_difference = difference, max_index = n;
     }
-    double error = worst == 0 ? 0 : worst / (largest > 0 ? largest : 1);
-    CHECK(error < tolerance, "%s: %s%s: error %.2e, largest at element %lld of the file's %lld", g->name,
-          prefix, name, error, (long long)where, (long long)t->size);
+    double error = max_difference == 0 ? 0 : max_difference / (max_value > 0 ? max_value : 1);
+    CHECK(error < tolerance, "%s: %s%s: error %.2e at element %lld of %lld in the file", g->name, prefix,
+          name, error, (long long)max_index, (long long)t->size);
 }
 
-// Checks that whole numbers are equal.
+// Checks that integers are equal.
 static inline void golden_check_ints(const Golden *g, const char *name, const int32_t *values, int64_t size) {
     const GoldenTensor *t = golden_get(g, 'i', "", name);
     int64_t same = 0;
     while (same < size && same < t->size && values[same] == t->i[same]) same++;
-    CHECK(size == t->size && same == size, "%s: %s: %lld values, the file has %lld; they differ at %lld",
+    CHECK(size == t->size && same == size, "%s: %s: %lld values, the file has %lld; first difference at %lld",
           g->name, name, (long long)size, (long long)t->size, (long long)same);
 }
 #endif

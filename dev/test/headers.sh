@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every header that plain C can use compiles alone, as C11 and, where there is a C++ compiler, as C++17.
+# headers.sh: checks that every header for plain C compiles on its own, as C11 and, if there is a C++ compiler,
+# as C++17.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 passed=0 failed=0 skipped=0
@@ -9,7 +10,8 @@ for header in llmc/*.h fsa/fsa.h fsa/reference.h train_gpt_nsa.h; do
             skipped=$((skipped + 1))
         elif printf 'typedef float real;\n#include "%s"\n' "$header" |
             { [ "$header" = train_gpt_nsa.h ] && tail -n 1 || cat; } |
-            $language -Wall -Wextra -Werror -Wno-unused-function -Wno-unknown-pragmas -fsyntax-only -I. -; then
+            $language -Wall -Wextra -Werror -Wno-unused-function -Wno-unknown-pragmas -fsyntax-only -I. -
+        then
             passed=$((passed + 1))
         else
             failed=$((failed + 1)) && echo "FAILED $header: $language"
