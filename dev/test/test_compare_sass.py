@@ -209,6 +209,9 @@ def test_params(tmp: str, tool: list[str]) -> None:
     register = moved.replace("0x0000880000057ab9", "0x0000880000067ab9").replace("ULDC UR5", "ULDC UR6")
     new = write(f"{tmp}/new.o", cubin(kernel("_Z4turnPfi", register)))
     expect("another register too", compare(old, new, *tool, "--ignore-params"), 1, summary(0, 1))
+    encoding = moved.replace("0x0000880000057ab9", "0x0000880002057ab9")
+    new = write(f"{tmp}/new.o", cubin(kernel("_Z4turnPfi", encoding)))
+    expect("another encoding too", compare(old, new, *tool, "--ignore-params"), 1, summary(0, 1))
     stack = CODE.replace("c[0x0][0x28]", "c[0x0][0x20]").replace("0x00000a00ff017b82", "0x00000800ff017b82")
     new = write(f"{tmp}/new.o", cubin(kernel("_Z4turnPfi", stack)))
     expect(
