@@ -149,8 +149,8 @@ static void *take(GPT *model, size_t count, size_t size) {
 static void place_attention(GPT *model, LayerActs *a, int64_t n) {
     const FsaConfig *f = &model->config.fsa;
     if (model->config.attn == ATTN_NSA) {
-        size_t bytes = GPT_REF(state_place)(&a->att_state, f, n, n, n, NULL);
-        GPT_REF(state_place)(&a->att_state, f, n, n, n, take(model, bytes, 1));
+        size_t bytes = GPT_REF(state_layout)(&a->att_state, f, n, n, n, NULL);
+        GPT_REF(state_layout)(&a->att_state, f, n, n, n, take(model, bytes, 1));
         return;
     }
     a->att_state.q = take(model, n * f->q_heads * f->head_dim, sizeof(real));
@@ -248,9 +248,9 @@ void gpt_free(GPT *model) {
     memset(model, 0, sizeof *model);
 }
 
-static GPT_REF(Phi) layer_phi(const GPT *model, int l) {
+static GPT_REF(PhiWeights) layer_phi(const GPT *model, int l) {
     const LayerOffsets *o = &model->layers[l];
-    return (GPT_REF(Phi)){at(model->params, o->phi_wk), at(model->params, o->phi_pe),
+    return (GPT_REF(PhiWeights)){at(model->params, o->phi_wk), at(model->params, o->phi_pe),
                           at(model->params, o->phi_wv)};
 }
 
@@ -260,7 +260,7 @@ static void attention_forward(GPT *model, int l) {
     LayerActs *a = &model->acts[l];
     GPT_REF(State) *s = &a->att_state;
     if (c->attn == ATTN_NSA) {
-        GPT_REF(Phi) phi = layer_phi(model, l);
+        GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(forward)
         (f, &model->batch, a->q, a->k, a->v, &phi, model->inv_freq, a->gate, a->choice, s, a->att);
         return;
@@ -269,7 +269,7 @@ static void attention_forward(GPT *model, int l) {
     memcpy(s->k, a->k, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     GPT_REF(rope_queries)(f, &model->batch, s->q, model->inv_freq, 0);
     GPT_REF(rope_keys)(f, &model->batch, s->k, model->inv_freq, 0);
-    GPT_REF(attend_forward)
+    GPT_REF(attention_forward)
     (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->att,
      s->lse[0]);
 }
@@ -282,8 +282,8 @@ static void attention_backward(GPT *model, int l) {
     LayerActs *a = &model->acts[l];
     GPT_REF(State) *s = &a->att_state;
     if (c->attn == ATTN_NSA) {
-        GPT_REF(Phi) phi = layer_phi(model, l);
-        GPT_REF(PhiGrad)
+        GPT_REF(PhiWeights) phi = layer_phi(model, l);
+        GPT_REF(PhiGradients)
         dphi = {at(model->grads, o->phi_wk), at(model->grads, o->phi_pe), at(model->grads, o->phi_wv)};
         memset(model->dgate, 0, sizeof(real) * model->n * (f->gate_per_token ? 3 : 3 * f->q_heads));
         GPT_REF(backward)
@@ -294,7 +294,7 @@ static void attention_backward(GPT *model, int l) {
     memset(model->dq, 0, sizeof(real) * model->n * f->q_heads * f->head_dim);
     memset(model->dk, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     memset(model->dv, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
-    GPT_REF(attend_backward)
+    GPT_REF(attention_backward)
     (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->att,
      s->lse[0], model->datt, model->dq, model->dk, model->dv);
     GPT_REF(rope_queries)(f, &model->batch, model->dq, model->inv_freq, 1);

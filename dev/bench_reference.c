@@ -37,15 +37,15 @@ int main(int argc, char **argv) {
     float *gate = random_array(n * c.q_heads * 3, 4, 1), *dout = random_array(nq, 5, 1);
     float *wk = random_array(nw, 6, 0.02), *wv = random_array(nw, 7, 0.02),
           *pe = random_array(nw / d, 8, 0.1);
-    fsa_ref_Phi_f32 phi = {wk, pe, wv};
+    fsa_ref_PhiWeights_f32 phi = {wk, pe, wv};
     double inv_freq[256];
     for (int i = 0; i < d / 2; i++) inv_freq[i] = pow(10000, -2.0 * i / d);
     fsa_ref_State_f32 state;
-    size_t bytes = fsa_ref_state_place_f32(&state, &c, n, n, 1, NULL);
-    fsa_ref_state_place_f32(&state, &c, n, n, 1, xmalloc(bytes));
+    size_t bytes = fsa_ref_state_layout_f32(&state, &c, n, n, 1, NULL);
+    fsa_ref_state_layout_f32(&state, &c, n, n, 1, xmalloc(bytes));
     float *o = xmalloc(nq * 4), *dq = xmalloc(nq * 4), *dk = xmalloc(nk * 4), *dv = xmalloc(nk * 4);
     float *dgate = xcalloc(n * c.q_heads * 3, 4);
-    fsa_ref_PhiGrad_f32 dphi = {xcalloc(nw, 4), xcalloc(nw / d, 4), xcalloc(nw, 4)};
+    fsa_ref_PhiGradients_f32 dphi = {xcalloc(nw, 4), xcalloc(nw / d, 4), xcalloc(nw, 4)};
 
     double t0 = now_seconds();
     fsa_ref_forward_f32(&c, &batch, q, k, v, &phi, inv_freq, gate, NULL, &state, o);

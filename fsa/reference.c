@@ -186,7 +186,7 @@ static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, cons
 #define HEAD(pointer, h, size) ((pointer) ? (pointer) + (int64_t)(h) * (size) : NULL)
 
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                               const FSA_REF(Phi) * phi, const double *inv_freq, real *kc, real *vc) {
+                               const FSA_REF(PhiWeights) * phi, const double *inv_freq, real *kc, real *vc) {
     int hkv = c->kv_heads, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
     FOR_EACH_TASK(c, b) {
@@ -203,8 +203,8 @@ void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real
 }
 
 void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                                const FSA_REF(Phi) * phi, const double *inv_freq, real *dkc, const real *dvc,
-                                real *dk, real *dv, const FSA_REF(PhiGrad) * dphi) {
+                                const FSA_REF(PhiWeights) * phi, const double *inv_freq, real *dkc, const real *dvc,
+                                real *dk, real *dv, const FSA_REF(PhiGradients) * dphi) {
     int hkv = c->kv_heads, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
     rope_windows(c, b, dkc, inv_freq, 1);
@@ -269,7 +269,7 @@ static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const in
     return count;
 }
 
-void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
+void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
                              const real *k, const real *v, const int32_t *block_indices, real *o, real *lse) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
@@ -316,7 +316,7 @@ void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibilit
     }
 }
 
-void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
+void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
                               const real *k, const real *v, const int32_t *block_indices, const real *o,
                               const real *lse, const real *dout, real *dq, real *dk, real *dv) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
@@ -383,7 +383,7 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const real 
     return pos / c->block + 1;
 }
 
-void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc, const real *lse_c,
+void FSA_REF(select_blocks)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc, const real *lse_c,
                      real *scratch, int32_t *block_indices) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b), most = 0;
@@ -467,7 +467,7 @@ void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const rea
 // ---------------------------------------------------------------------------------------------
 // The whole
 
-size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
+size_t FSA_REF(state_layout)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
                             void *memory) {
     int64_t q = nq * c->q_heads * c->head_dim, k = n * c->kv_heads * c->head_dim, lse = nq * c->q_heads;
     int64_t windows = n / c->cmp_stride * c->kv_heads * c->head_dim; // a sequence has at most n/s
@@ -496,7 +496,7 @@ size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, 
 static const FsaVisibility branch_rule[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
 
 void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *k, const real *v,
-                      const FSA_REF(Phi) * phi, const double *inv_freq, const real *gate_logits,
+                      const FSA_REF(PhiWeights) * phi, const double *inv_freq, const real *gate_logits,
                       const int32_t *frozen, FSA_REF(State) * s, real *o) {
     int64_t nq = fsa_batch_queries(b), n = fsa_batch_keys(b);
     memcpy(s->q, q, sizeof(real) * nq * c->q_heads * c->head_dim);
@@ -504,21 +504,21 @@ void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, cons
     FSA_REF(rope_queries)(c, b, s->q, inv_freq, 0);
     FSA_REF(rope_keys)(c, b, s->k, inv_freq, 0);
     FSA_REF(compress_forward)(c, b, k, v, phi, inv_freq, s->kc, s->vc);
-    FSA_REF(attend_forward)(c, b, FSA_COMPRESSED, s->q, s->kc, s->vc, NULL, s->o[0], s->lse[0]);
+    FSA_REF(attention_forward)(c, b, FSA_COMPRESSED, s->q, s->kc, s->vc, NULL, s->o[0], s->lse[0]);
     if (frozen) {
         memcpy(s->block_indices, frozen, sizeof(int32_t) * c->kv_heads * nq * c->topk);
     } else {
-        FSA_REF(select)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->block_indices);
+        FSA_REF(select_blocks)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->block_indices);
     }
-    FSA_REF(attend_forward)(c, b, FSA_SELECTED, s->q, s->k, v, s->block_indices, s->o[1], s->lse[1]);
-    FSA_REF(attend_forward)(c, b, FSA_WINDOW, s->q, s->k, v, NULL, s->o[2], s->lse[2]);
+    FSA_REF(attention_forward)(c, b, FSA_SELECTED, s->q, s->k, v, s->block_indices, s->o[1], s->lse[1]);
+    FSA_REF(attention_forward)(c, b, FSA_WINDOW, s->q, s->k, v, NULL, s->o[2], s->lse[2]);
     FSA_REF(gate_forward)(c, nq, gate_logits, s->o, o);
 }
 
 void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                       const FSA_REF(Phi) * phi, const double *inv_freq, const real *gate_logits,
+                       const FSA_REF(PhiWeights) * phi, const double *inv_freq, const real *gate_logits,
                        FSA_REF(State) * s, const real *dout, real *dq, real *dk, real *dv,
-                       const FSA_REF(PhiGrad) * dphi, real *dgate_logits) {
+                       const FSA_REF(PhiGradients) * dphi, real *dgate_logits) {
     int64_t nq = fsa_batch_queries(b), m = fsa_batch_windows(c, b);
     int64_t n = fsa_batch_keys(b), row = (int64_t)c->kv_heads * c->head_dim;
     if (nq > 0) memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
@@ -531,7 +531,7 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
     for (int i = 0; i < 3; i++) {
         FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->dbranch, dgate_logits);
         int compressed = branch_rule[i] == FSA_COMPRESSED;
-        FSA_REF(attend_backward)
+        FSA_REF(attention_backward)
         (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->block_indices, s->o[i],
          s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
     }

@@ -50,10 +50,10 @@ typedef struct {
     const FSA_REF_REAL *wk; // [Hkv, l*d, d], row r*d + c belongs to the window's token r, channel c
     const FSA_REF_REAL *pe; // [Hkv, l, d], added to K's window before the product
     const FSA_REF_REAL *wv; // [Hkv, l*d, d]
-} FSA_REF(Phi);
+} FSA_REF(PhiWeights);
 typedef struct {
     FSA_REF_REAL *wk, *pe, *wv;
-} FSA_REF(PhiGrad);
+} FSA_REF(PhiGradients);
 
 // Rotates x [rows, heads, d] in place: row r stands at position first + r*stride. Half-rotation:
 // channels c and c + d/2 turn by position * inv_freq[c], the angle in double. inverse != 0 turns
@@ -69,21 +69,21 @@ void FSA_REF(rope_keys)(const FsaConfig *c, const FsaBatch *b, FSA_REF_REAL *k, 
 // Compression: k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d]; kc is rotated, window i of a
 // sequence as position s*i.
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k,
-                               const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
+                               const FSA_REF_REAL *v, const FSA_REF(PhiWeights) * phi, const double *inv_freq,
                                FSA_REF_REAL *kc, FSA_REF_REAL *vc);
 // Adds to dk, dv and dphi (fields NULL for phi = mean). dkc is turned back in place.
 void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k,
-                                const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
+                                const FSA_REF_REAL *v, const FSA_REF(PhiWeights) * phi, const double *inv_freq,
                                 FSA_REF_REAL *dkc, const FSA_REF_REAL *dvc, FSA_REF_REAL *dk,
-                                FSA_REF_REAL *dv, const FSA_REF(PhiGrad) * dphi);
+                                FSA_REF_REAL *dv, const FSA_REF(PhiGradients) * dphi);
 
 // Softmax attention under one of the four visibility rules. For FSA_COMPRESSED k and v are kc and
 // vc. indices is read for FSA_SELECTED alone. Every array is already rotated.
-void FSA_REF(attend_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const FSA_REF_REAL *q,
+void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const FSA_REF_REAL *q,
                              const FSA_REF_REAL *k, const FSA_REF_REAL *v, const int32_t *block_indices,
                              FSA_REF_REAL *o, FSA_REF_REAL *lse);
 // Adds to dq, dk, dv.
-void FSA_REF(attend_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule,
+void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule,
                               const FSA_REF_REAL *q, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
                               const int32_t *block_indices, const FSA_REF_REAL *o, const FSA_REF_REAL *lse,
                               const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk, FSA_REF_REAL *dv);
@@ -94,7 +94,7 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const FSA_R
                               const FSA_REF_REAL *kc, const FSA_REF_REAL *lse_c, int64_t query, int h,
                               FSA_REF_REAL *scores);
 // The choice of blocks -> indices [Hkv, Nq, T]. scratch: [Hkv, longest sequence/B + 1] reals.
-void FSA_REF(select)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *kc,
+void FSA_REF(select_blocks)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *kc,
                      const FSA_REF_REAL *lse_c, FSA_REF_REAL *scratch, int32_t *block_indices);
 
 // Gate: logits [Nq, Hq, 3] (or [Nq, 3] with gate_per_token), in the order compressed, selected,
@@ -118,18 +118,18 @@ typedef struct {
 
 // Places a State for at most nq queries, n keys and num_seqs sequences in `memory` and returns the
 // bytes that it takes; with memory NULL it only counts. memory is aligned to 64 bytes.
-size_t FSA_REF(state_place)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
+size_t FSA_REF(state_layout)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
                             void *memory);
 
 // The whole of native sparse attention: q, k before RoPE -> o. frozen: indices to use instead of
 // choosing (NULL: choose), [Hkv, Nq, T].
 void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *q, const FSA_REF_REAL *k,
-                      const FSA_REF_REAL *v, const FSA_REF(Phi) * phi, const double *inv_freq,
+                      const FSA_REF_REAL *v, const FSA_REF(PhiWeights) * phi, const double *inv_freq,
                       const FSA_REF_REAL *gate_logits, const int32_t *frozen, FSA_REF(State) * s,
                       FSA_REF_REAL *o);
 // dout [Nq, Hq, d] -> dq, dk, dv (before RoPE), which it overwrites; adds to dphi and dgate_logits.
 void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const FSA_REF_REAL *k, const FSA_REF_REAL *v,
-                       const FSA_REF(Phi) * phi, const double *inv_freq, const FSA_REF_REAL *gate_logits,
+                       const FSA_REF(PhiWeights) * phi, const double *inv_freq, const FSA_REF_REAL *gate_logits,
                        FSA_REF(State) * s, const FSA_REF_REAL *dout, FSA_REF_REAL *dq, FSA_REF_REAL *dk,
-                       FSA_REF_REAL *dv, const FSA_REF(PhiGrad) * dphi, FSA_REF_REAL *dgate_logits);
+                       FSA_REF_REAL *dv, const FSA_REF(PhiGradients) * dphi, FSA_REF_REAL *dgate_logits);
 #endif

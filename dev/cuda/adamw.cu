@@ -89,7 +89,7 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     check(&r, {4});
     check(&r, {64, 8, 128, 16, 1200});
     if (!has_flag(argc, argv, "small")) {

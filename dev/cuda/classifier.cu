@@ -104,7 +104,7 @@ static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss)
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     check(&r, 1, 1, 128, 1, 1);
     check(&r, 33, 68, 128, 2, 1);
     check(&r, 5, 257, 384, 300, 0.25f); // one logit has all of the probability

@@ -56,7 +56,7 @@ struct Random {
 };
 
 // The seed is the clock's unless the first argument of the form seed=N gives it.
-static inline uint64_t seed_from(int argc, char **argv) {
+static inline uint64_t seed_from_args(int argc, char **argv) {
     uint64_t seed = (uint64_t)time(NULL);
     for (int i = 1; i < argc; i++) {
         if (strncmp(argv[i], "seed=", 5) == 0) seed = strtoull(argv[i] + 5, NULL, 10);
@@ -223,35 +223,35 @@ static inline FsaConfig default_config(int hq, int hkv, int d, int block, int to
 }
 
 // RoPE's, with base 10,000.
-static inline std::vector<double> frequencies(int d) {
+static inline std::vector<double> rope_frequencies(int d) {
     std::vector<double> f;
     for (int i = 0; i < d / 2; i++) f.push_back(pow(10000, -2.0 * i / d));
     return f;
 }
 
 // The sums for dq (kernels.h) as dq [Nq, Hq, d], and back.
-static inline int64_t dq_sum_at(const FsaConfig &c, int64_t nq, int64_t i) {
+static inline int64_t dq_accum_index(const FsaConfig &c, int64_t nq, int64_t i) {
     int64_t d = c.head_dim, head = i / d % c.q_heads,
             row = dq_accum_row(nq, c.q_heads / c.kv_heads, i / d / c.q_heads, (int)head);
     return row * d + dq_accum_chunk(row, (int)(i % d / 8)) * 8 + i % 8;
 }
-static inline std::vector<float> dq_of_sums(const FsaConfig &c, int64_t nq, const std::vector<float> &sums) {
+static inline std::vector<float> dq_from_accum(const FsaConfig &c, int64_t nq, const std::vector<float> &sums) {
     std::vector<float> dq(sums.size());
-    for (size_t i = 0; i < dq.size(); i++) dq[i] = sums[(size_t)dq_sum_at(c, nq, (int64_t)i)];
+    for (size_t i = 0; i < dq.size(); i++) dq[i] = sums[(size_t)dq_accum_index(c, nq, (int64_t)i)];
     return dq;
 }
-static inline std::vector<float> sums_of_dq(const FsaConfig &c, int64_t nq, const std::vector<float> &dq) {
+static inline std::vector<float> dq_to_accum(const FsaConfig &c, int64_t nq, const std::vector<float> &dq) {
     std::vector<float> sums(dq.size());
-    for (size_t i = 0; i < dq.size(); i++) sums[(size_t)dq_sum_at(c, nq, (int64_t)i)] = dq[i];
+    for (size_t i = 0; i < dq.size(); i++) sums[(size_t)dq_accum_index(c, nq, (int64_t)i)] = dq[i];
     return sums;
 }
 // Elements of a k or v of `rule` as the library reads it: of windows N/s rows, however many there are (fsa.h).
-static inline int64_t key_room(const FsaConfig &c, const BatchLayout &p, FsaVisibility rule) {
+static inline int64_t kv_elements(const FsaConfig &c, const BatchLayout &p, FsaVisibility rule) {
     return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;
 }
 
 // A random choice of blocks that obeys the rules -> [Hkv, Nq, T] of the batch's queries.
-static inline std::vector<int32_t> random_choice(Random *r, const FsaConfig &c, const FsaBatch &b) {
+static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConfig &c, const FsaBatch &b) {
     int64_t nq = fsa_batch_queries(&b);
     std::vector<int32_t> out((size_t)(c.kv_heads * nq * c.topk), -1);
     std::vector<int32_t> chosen;

@@ -74,14 +74,14 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     Host<T> k(r, rows * d, 1), v(r, rows * d, 1);
     Host<T> wk(r, linear ? weights * d : 0, spread), wv(r, linear ? weights * d : 0, spread),
         pe(r, linear ? weights : 0, 0.5f);
-    std::vector<double> freq = frequencies((int)d);
+    std::vector<double> freq = rope_frequencies((int)d);
     Buffer<T> k_dev(k.raw), v_dev(v.raw), wk_dev(wk.raw), wv_dev(wv.raw), pe_dev(pe.raw), kc(windows * d),
         vc(windows * d);
     Buffer<double> freq_dev(freq);
     Buffer<char> workspace((int64_t)fsa_compress_scratch_bytes(&c, &b.batch, 1));
     const T *pe_arg = with_pe && linear ? pe_dev.get() : NULL;
     std::vector<float> zero(weights);
-    fsa_ref_Phi_f32 ref_phi = {linear ? wk.f.data() : NULL,
+    fsa_ref_PhiWeights_f32 ref_phi = {linear ? wk.f.data() : NULL,
                                !linear   ? NULL
                                : with_pe ? pe.f.data()
                                          : zero.data(),
@@ -110,7 +110,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     Buffer<float> dkc_dev(dkc), dvc_dev(dvc), dk(rows * d), dv(rows * d), dwk(wk.f.size()), dwv(wk.f.size()),
         dpe(pe.f.size());
     std::vector<float> ref_dk(dk.n), ref_dv(dv.n), ref_dwk(dwk.n), ref_dwv(dwv.n), ref_dpe(weights);
-    fsa_ref_PhiGrad_f32 ref_grad = {linear ? ref_dwk.data() : NULL, linear ? ref_dpe.data() : NULL,
+    fsa_ref_PhiGradients_f32 ref_grad = {linear ? ref_dwk.data() : NULL, linear ? ref_dpe.data() : NULL,
                                     linear ? ref_dwv.data() : NULL};
     fsa_ref_compress_backward_f32(&c, &b.ref, k.f.data(), v.f.data(), &ref_phi, freq.data(), dkc.data(),
                                   dvc.data(), ref_dk.data(), ref_dv.data(), &ref_grad);
@@ -149,7 +149,7 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
     const FsaDtype type = Dtype<T>::value;
-    std::vector<double> freq = frequencies(c.head_dim);
+    std::vector<double> freq = rope_frequencies(c.head_dim);
     Buffer<double> freq_dev(freq);
     for (int queries = 0; queries < 2; queries++) {
         std::string what = std::string("rope ") + Dtype<T>::name + " " + shape_name(s);
@@ -166,7 +166,7 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
         if (!queries) continue;
         std::vector<float> dx(size);
         for (float &y : dx) y = r->normal();
-        Buffer<float> dx_dev(sums_of_dq(c, b.batch.nq, dx));
+        Buffer<float> dx_dev(dq_to_accum(c, b.batch.nq, dx));
         out.poison();
         FSA_CHECK(fsa_convert_dq(&c, &b.batch, type, dx_dev, out, 0));
         compare(out.floats(), dx, Dtype<T>::out_tolerance, "rounding of " + what, NULL);
@@ -184,7 +184,7 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
         vc(windows * d);
     Buffer<float> dkc(windows * d), dvc(windows * d), dk(rows * d), dv(rows * d), dwk(weights * d),
         dwv(weights * d), dpe(weights);
-    Buffer<double> freq(frequencies(d));
+    Buffer<double> freq(rope_frequencies(d));
     Buffer<char> workspace((int64_t)fsa_compress_scratch_bytes(&c, &b.batch, 1));
     fill_random(k.get(), k.n, seed, 1.0f);
     fill_random(v.get(), v.n, seed + 1, 1.0f);
@@ -226,7 +226,7 @@ template <typename T> static void time_rope(const Timing &t) {
     Batch b(c, {t.n});
     int64_t size = t.n * t.hq * 128;
     Buffer<T> x(size), out(size);
-    Buffer<double> freq(frequencies(128));
+    Buffer<double> freq(rope_frequencies(128));
     fill_random(x.get(), size, 1, 1.0f);
     double ms = time_ms([&] { FSA_CHECK(fsa_rope_queries(&c, &b.batch, Dtype<T>::value, x, freq, out, 0)); });
     printf("rope   fwd n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", (long long)t.n, t.hq, ms,
@@ -235,7 +235,7 @@ template <typename T> static void time_rope(const Timing &t) {
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    uint64_t seed = seed_from(argc, argv);
+    uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
     // Timings carry the error of a check in the same run, if a short one.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");

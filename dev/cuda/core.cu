@@ -1,7 +1,7 @@
 // dev/cuda/core.cu: times the whole attention, its parts and full causal attention through the public API,
 // and prints them as two tables: the selected branch alone, and everything beside it. usage: core [seed=N]
 // (correctness: dev/test/test_fsa.cu)
-#include "choice.h"
+#include "block_indices.h"
 
 typedef __nv_bfloat16 T;
 
@@ -32,7 +32,7 @@ struct Bench {
         fill_random(wk.get(), size_w, r->u64(), 1.0f / 64);
         fill_random(wv.get(), size_w, r->u64(), 1.0f / 64);
         dwk.zero(), dwv.zero();
-        random_choice_device(block_indices, n, c, r->u64());
+        random_block_indices_device(block_indices, n, c, r->u64());
     }
     // Times f, and records it; flops: of what `part` has to compute, 0 where that isn't said.
     template <typename F>
@@ -101,7 +101,7 @@ struct Bench {
         c.recompute = recompute;
         size_t bytes = std::max(room(FSA_FORWARD), room(FSA_BACKWARD));
         Buffer<char> work((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
-        Buffer<double> inv_freq(frequencies(128));
+        Buffer<double> inv_freq(rope_frequencies(128));
         FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
         FsaPhiGradients dphi = {dwk, NULL, dwv};
         Times t;
@@ -129,7 +129,7 @@ struct Bench {
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     const struct {
         int64_t n;
         int hq, hkv, block, topk;

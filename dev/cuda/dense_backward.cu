@@ -33,7 +33,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dq[D / 32] = {};
     load_row<T, D>(q, p.q, at);
     load_row<T, D>(dout, p.dout, at);
-    for (int j = p.visible.first_key((int)pos); j < p.visible.end_key((int)pos); j++) {
+    for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
         load_row<T, D>(k, p.k, key);
         load_row<T, D>(v, p.v, key);
@@ -44,8 +44,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
     int64_t sum = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
     for (int i = 0; i < D / 32; i++) {
         int column = i * 32 + threadIdx.x % 32;
-        float &y = p.dq[sum * D + dq_accum_chunk(sum, column / 8) * 8 + column % 8];
-        y = p.accumulate_q ? y + dq[i] : dq[i];
+        float &y = p.dq_accum[sum * D + dq_accum_chunk(sum, column / 8) * 8 + column % 8];
+        y = p.accumulate_dq ? y + dq[i] : dq[i];
     }
 }
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const DenseParams p) {
@@ -61,7 +61,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
         FsaSegment segment = p.batch.segments[s];
         if (segment.seq != seq) continue;
         for (int64_t t = segment.pos; t < segment.pos + segment.len; t++) {
-            if (!p.visible((int)t, j)) continue;
+            if (!p.mask.visible((int)t, j)) continue;
             for (int h = 0; h < group; h++) {
                 int64_t row = (p.batch.cu_queries[s] + t - segment.pos) * p.q_heads + kv_head * group + h;
                 load_row<T, D>(q, p.q, row);
@@ -72,8 +72,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
             }
         }
     }
-    store_row(p.dk, at, dk, p.accumulate_kv);
-    store_row(p.dv, at, dv, p.accumulate_kv);
+    store_row(p.dk_accum, at, dk, p.accumulate_dkv);
+    store_row(p.dv_accum, at, dv, p.accumulate_dkv);
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
     naive_dq_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
@@ -84,10 +84,10 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
 static int naive_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
                           const void *q, const void *k, const void *v, const void *dout,
                           const float *lse_bwd, const float *delta, float *dq, float *dk, float *dv,
-                          int accumulate_q, int accumulate_kv, void *, cudaStream_t stream) {
+                          int accumulate_dq, int accumulate_dkv, void *, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
-    d.dq = dq, d.dk = dk, d.dv = dv, d.accumulate_q = accumulate_q, d.accumulate_kv = accumulate_kv;
+    d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv, d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
 
@@ -111,7 +111,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
         std::vector<float> o(rows * d), lse(rows), delta(rows), lse_bwd(rows), gated(rows * d);
         std::vector<float> ref[3] = {std::vector<float>(rows * d), std::vector<float>(size),
                                      std::vector<float>(size)};
-        fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
                                    o.data(), lse.data());
         for (int64_t i = 0; i < rows; i++) {
             double gate = r->uniform(), sum = 0;
@@ -123,10 +123,10 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             delta[i] = (float)sum;
             lse_bwd[i] = isinf(lse[i]) ? INFINITY : (float)(lse[i] - log(gate));
         }
-        fsa_ref_attend_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+        fsa_ref_attention_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
                                     o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
                                     ref[2].data());
-        Buffer<T> k_dev(key_room(c, b.batch, (FsaVisibility)rule)), v_dev(k_dev.n);
+        Buffer<T> k_dev(kv_elements(c, b.batch, (FsaVisibility)rule)), v_dev(k_dev.n);
         k_dev.set(k.raw), v_dev.set(v.raw);
         Buffer<float> delta_dev(delta), lse_dev(lse_bwd), dq(rows * d), dk(size), dv(size);
         Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&c, &b.batch, (FsaVisibility)rule));
@@ -143,7 +143,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
                 CUDA_CHECK(cudaDeviceSynchronize());
                 for (int i = 0; i < 3; i++) {
                     std::vector<float> bits = outs[i]->host();
-                    if (i == 0) bits = dq_of_sums(c, nq, bits);
+                    if (i == 0) bits = dq_from_accum(c, nq, bits);
                     if (run == 1) {
                         bool same = memcmp(bits.data(), before[i].data(), bits.size() * sizeof(float)) == 0;
                         check_that(same, ("repeat of " + what).c_str(), 1, 0);
@@ -216,7 +216,7 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    uint64_t seed = seed_from(argc, argv);
+    uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
     // Timings carry the error of a check in the same run, if a short one.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");

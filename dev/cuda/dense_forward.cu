@@ -14,7 +14,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_forwar
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
     for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[at * D + i * 32 + lane]);
-    for (int j = p.visible.first_key((int)pos); j < p.visible.end_key((int)pos); j++) {
+    for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = ((p.cu_keys[seq] + j) * p.kv_heads + kv_head) * D;
         float s = 0;
         for (int i = 0; i < D / 32; i++) s += q[i] * to_f32(((const T *)p.k)[key + i * 32 + lane]);
@@ -57,11 +57,11 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
         int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.batch.n;
         Host<T> k(r, keys * c.kv_heads * d, 1), v(r, keys * c.kv_heads * d, 1);
-        Buffer<T> dk(key_room(c, b.batch, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
+        Buffer<T> dk(kv_elements(c, b.batch, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
         dk.set(k.raw), dv.set(v.raw);
         Buffer<float> lse(nq * c.q_heads);
         std::vector<float> ref_o(o.n), ref_lse(lse.n);
-        fsa_ref_attend_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
+        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
                                    ref_o.data(), ref_lse.data());
         std::vector<T> before;
         for (const Version &version : versions) {
@@ -120,7 +120,7 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    uint64_t seed = seed_from(argc, argv);
+    uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
     // Timings carry the error of a check in the same run, if a short one.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");

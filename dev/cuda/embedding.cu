@@ -71,7 +71,7 @@ static void check(Random *r, const char *name, const std::vector<int32_t> &token
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     auto drawn = [&](int64_t n, int64_t vocab, int common) { return random_tokens(&r, n, vocab, common); };
     check(&r, "one token", {0}, PACK, 1);
     check(&r, "one span, two parts of channels", drawn(128, 5, 3), 33 * PACK, 5);

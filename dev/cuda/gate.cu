@@ -85,7 +85,7 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     for (int v1 = 0; v1 < 2; v1++) {
         check<__nv_bfloat16>(&r, 32, 128, 65, 0, v1);
         check<__nv_bfloat16>(&r, 7, 64, 507, 1, v1);

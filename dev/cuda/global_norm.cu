@@ -75,7 +75,7 @@ static void check(Random *r, int64_t count, float scale, float unscale, float cl
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     check(&r, 1, 1, 1, 0);
     check(&r, 3, 1, 0.5f, 1e-3f); // clipped
     check(&r, 1023, 1, 0.01f, 1); // not

@@ -150,7 +150,7 @@ static void check_many_shapes(Random *r) {
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     Buffer<char> workspace(MATMUL_WORKSPACE_BYTES);
     matmul_init(&mm, workspace, MATMUL_WORKSPACE_BYTES);
     check(&r, 1, 64, 128, 128, 0);

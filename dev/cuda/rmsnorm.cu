@@ -171,7 +171,7 @@ static void check_heads(Random *r, int64_t n, int heads, int d, int64_t stride, 
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     bool small = has_flag(argc, argv, "small");
     // every size of team, full and not, and rows that leave teams without one
     check(&r, 1, PACK);

@@ -4,14 +4,14 @@
 //   version 3: FSA as in its paper, KV block outside: statistics, main and reduction kernel
 //   library:   KV block outside, normalized partials merged by a reduction (fsa/lists.cu, fsa/selected.cu)
 // Versions 1 to 3 are in selected_versions.h.
-// usage: selected [seed=N] [check [small] | time | compare | shape=N,HQ,HKV,BLOCK,TOPK | choice=FILE]
+// usage: selected [seed=N] [check [small] | time | compare | shape=N,HQ,HKV,BLOCK,TOPK | indices=FILE]
 //        the first three by default; compare: versions 2 and 3, the library and full attention over groups
-//        and lengths; shape: times one alone, for a profiler; choice: times what a trained model chose, layer
-//        by layer (train_gpt_nsa -val 1 -choice FILE), beside random choices of the same shape
+//        and lengths; shape: times one alone, for a profiler; indices: times the block indices of a trained
+//        model, layer by layer (train_gpt_nsa -val 1 -block-indices FILE), and random ones of the same shape
 #include "../../fsa/kernels.h"
 #include "../../fsa/partial.cuh"
-#include "../../llmc/choice.h"
-#include "choice.h"
+#include "../../llmc/block_indices.h"
+#include "block_indices.h"
 #include "selected_versions.h"
 
 // Everything that one shape needs on the device, and the reference's answer where it was asked for.
@@ -51,16 +51,16 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     int64_t nq = b.batch.nq, n = b.batch.n, d = c.head_dim, rows = nq * c.q_heads;
     Host<T> q(r, rows * d, 1), k(r, n * c.kv_heads * d, 1), v(r, n * c.kv_heads * d, v_scale),
         g(r, rows * d, 1);
-    std::vector<int32_t> choice = random_choice(r, c, b.ref);
+    std::vector<int32_t> choice = random_block_indices(r, c, b.ref);
     Buffer<T> dq_(rows * d), q_(q.raw), k_(k.raw), v_(v.raw), g_(g.raw), o_(rows * d), dk_(k.raw.size()),
         dv_(k.raw.size());
     Buffer<T> o2(rows * d), dq2(rows * d), dk2(k.raw.size()), dv2(k.raw.size());
     Buffer<float> lse_(rows), lse2(rows);
     Buffer<int32_t> block_indices(choice);
     std::vector<float> o(rows * d), lse(rows), dq(rows * d, 0), dk(k.f.size(), 0), dv(k.f.size(), 0);
-    fsa_ref_attend_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
+    fsa_ref_attention_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                o.data(), lse.data());
-    fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
+    fsa_ref_attention_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                 o.data(), lse.data(), g.f.data(), dq.data(), dk.data(), dv.data());
     // P (dP - delta) of few queries may cancel, and does where each sees one key: the errors of their dq and
     // dk are relative to the sums without delta, which o = 0 gives, where these are larger.
@@ -68,7 +68,7 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     if (nq <= 16) { // no shape here has more that all cancel, and the reference would take twice as long
         std::vector<float> zero(o.size()), unused(dv.size());
         dq_terms.resize(dq.size()), dk_terms.resize(dk.size());
-        fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(),
+        fsa_ref_attention_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(),
                                     choice.data(), zero.data(), lse.data(), g.f.data(), dq_terms.data(),
                                     dk_terms.data(), unused.data());
     }
@@ -115,9 +115,9 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     std::vector<float> dq_sums(dq.size()), dk_sums(dk.size()), dv_sums(dv.size()), dk_plain(dk.size());
     for (std::vector<float> *x : {&dq_sums, &dk_sums, &dv_sums, &dk_plain})
         for (float &y : *x) y = r->normal();
-    Buffer<float> dq_sums_(sums_of_dq(c, nq, dq_sums)), dk_sums_(dk_sums), dv_sums_(dv_sums),
+    Buffer<float> dq_sums_(dq_to_accum(c, nq, dq_sums)), dk_sums_(dk_sums), dv_sums_(dv_sums),
         dk_plain_(dk_plain);
-    const std::vector<double> inv_freq = frequencies(c.head_dim);
+    const std::vector<double> inv_freq = rope_frequencies(c.head_dim);
     Buffer<double> inv_freq_(inv_freq);
     const BranchGradients others = {dq_sums_, dk_sums_, dv_sums_, dk_plain_, inv_freq_};
     for (size_t i = 0; i < dq.size(); i++) dq_sums[i] += dq[i];
@@ -208,14 +208,14 @@ static void check_version(Random *r, int version, const FsaConfig &c, const std:
     Batch b(c, lengths);
     int64_t nq = b.batch.nq, rows = nq * c.q_heads, kv = nq * c.kv_heads * D;
     Host<T> q(r, rows * D, 1), k(r, kv, 1), v(r, kv, 1), g(r, rows * D, 1);
-    std::vector<int32_t> choice = random_choice(r, c, b.ref);
+    std::vector<int32_t> choice = random_block_indices(r, c, b.ref);
     Buffer<T> q_(q.raw), k_(k.raw), v_(v.raw), g_(g.raw), o_(rows * D), dq_(rows * D), dk_(kv), dv_(kv);
     Buffer<float> lse_(rows);
     Buffer<int32_t> block_indices(choice);
     std::vector<float> o(rows * D), lse(rows), dq(rows * D, 0), dk(kv, 0), dv(kv, 0);
-    fsa_ref_attend_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
+    fsa_ref_attention_forward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                o.data(), lse.data());
-    fsa_ref_attend_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
+    fsa_ref_attention_backward_f32(&c, &b.ref, FSA_SELECTED, q.f.data(), k.f.data(), v.f.data(), choice.data(),
                                 o.data(), lse.data(), g.f.data(), dq.data(), dk.data(), dv.data());
     Versions<T, D> versions(c, b.batch, version);
     versions.forward(q_, k_, v_, block_indices, o_, lse_);
@@ -327,7 +327,7 @@ template <typename T> struct Bench {
     }
     Bench(Random *r, int64_t n, int hq, int hkv, int d, int block, int topk, bool clustered)
         : Bench(r, default_config(hq, hkv, d, block, topk), {n}) {
-        random_choice_device(block_indices, n, c, r->u64(), clustered);
+        random_block_indices_device(block_indices, n, c, r->u64(), clustered);
     }
     double flops() const { return 4.0 * rows * c.topk * c.block * c.head_dim; } // forward
 };
@@ -436,32 +436,33 @@ static void compare(Random *r) {
     }
 }
 
-static void time_choice(Random *r, const char *path) {
-    ChoiceHeader h;
+static void time_block_indices(Random *r, const char *path) {
+    BlockIndicesHeader h;
     int64_t *lengths;
     int32_t *block_indices;
-    choice_read(path, &h, &lengths, &block_indices);
+    block_indices_read(path, &h, &lengths, &block_indices);
     Bench<Bf16> x(r, default_config((int)h.q_heads, (int)h.kv_heads, 128, (int)h.block, (int)h.topk),
                   std::vector<int64_t>(lengths, lengths + h.num_seqs));
     if (x.b.batch.n != h.num_queries)
         die("%s: %lld queries, but sequences of %lld tokens", path, (long long)h.num_queries,
             (long long)x.b.batch.n);
-    const int64_t size = choice_size(&h) / h.layers;
+    const int64_t size = block_indices_count(&h) / h.layers;
     for (int64_t layer = 0; layer < h.layers; layer++) {
         x.block_indices.set(std::vector<int32_t>(block_indices + layer * size, block_indices + (layer + 1) * size));
         time_library(&x, "trained");
     }
-    x.block_indices.set(random_choice(r, x.c, x.b.ref));
+    x.block_indices.set(random_block_indices(r, x.c, x.b.ref));
     time_library(&x, "random");
     free(lengths), free(block_indices);
 }
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     for (int i = 1; i < argc; i++) {
-        if (strncmp(argv[i], "choice=", 7) != 0) continue;
-        time_choice(&r, argv[i] + 7);
+        const bool is_indices = strncmp(argv[i], "indices=", 8) == 0;
+        if (!is_indices && strncmp(argv[i], "choice=", 7) != 0) continue; // choice=FILE: the former name
+        time_block_indices(&r, strchr(argv[i], '=') + 1);
         return 0;
     }
     for (int i = 1; i < argc; i++) {

@@ -196,7 +196,7 @@ template <typename T, int D>
 __device__ __forceinline__ void v2_add_product(float (&acc)[D / 8][4], const float (&x)[2][4],
                                                uint32_t tile) {
     uint32_t left[4];
-    result_as_a<T>(left, x[0], x[1]);
+    accum_as_a<T>(left, x[0], x[1]);
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
         uint32_t b[4];
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(128)
             x = i / 4 * 8 + 2 * c + i % 2 < keys ? x * scale_log2 : -INFINITY;
             most[i % 4 / 2] = fmaxf(most[i % 4 / 2], x);
         }
-        for (int i = 0; i < 2; i++) most[i] = quad_max(most[i]);
+        for (int i = 0; i < 2; i++) most[i] = quad_reduce_max(most[i]);
         if (__any_sync(0xffffffffu, most[0] > old[0] || most[1] > old[1])) {
             float shrink[2] = {exp2_fast(old[0] - most[0]), exp2_fast(old[1] - most[1])};
             for (int i = 0; i < 2; i++) sum[i] *= shrink[i];
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(128)
         v2_add_product<T, D>(acc, s, v_tile);
     });
     for (int i = 0; i < 2; i++) {
-        sum[i] = quad_sum(sum[i]);
+        sum[i] = quad_reduce_sum(sum[i]);
         if (c == 0) warp_max[warp][quad + 8 * i] = most[i], warp_sum[warp][quad + 8 * i] = sum[i];
     }
     __syncthreads();
@@ -306,7 +306,7 @@ struct Share {
 };
 __device__ __forceinline__ Share share_of(const VersionArgs &a) {
     Share s;
-    const uint32_t *offsets = a.lists.offsets + a.head * (a.lists.blocks + 1);
+    const uint32_t *offsets = a.lists.offsets + a.head * (a.lists.max_blocks + 1);
     int64_t block = blockIdx.x / a.parts;
     s.part = blockIdx.x % a.parts;
     s.begin = s.end = 0;
@@ -408,12 +408,12 @@ __global__ void __launch_bounds__(128) selected_v3_kernel(VersionArgs a, const T
         }
         if constexpr (STATS) {
             for (int i = 0; i < 2; i++) {
-                base[i] = quad_max(base[i]);
+                base[i] = quad_reduce_max(base[i]);
                 float sum = 0;
 #pragma unroll
                 for (int n = 0; n < 8; n++)
                     sum += exp2_fast(s[n][2 * i] - base[i]) + exp2_fast(s[n][2 * i + 1] - base[i]);
-                sum = quad_sum(sum);
+                sum = quad_reduce_sum(sum);
                 if (c == 0 && at[i] >= 0) a.stats[at[i]] = base[i] + log2f(sum);
             }
         } else {
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(128) selected_v3_kernel(VersionArgs a, const T
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
                 uint32_t p[4];
-                result_as_a<T>(p, s[2 * kk], s[2 * kk + 1]);
+                accum_as_a<T>(p, s[2 * kk], s[2 * kk + 1]);
 #pragma unroll
                 for (int n = 0; n < D / 8; n += 2) {
                     uint32_t b[4];
@@ -599,8 +599,8 @@ __global__ void __launch_bounds__(128, 2)
 #pragma unroll
         for (int kk = 0; kk < 2; kk++) {
             uint32_t p[4], ds[4], b[4];
-            result_as_a<T>(p, s[2 * kk], s[2 * kk + 1]);
-            result_as_a<T>(ds, dp[2 * kk], dp[2 * kk + 1]);
+            accum_as_a<T>(p, s[2 * kk], s[2 * kk + 1]);
+            accum_as_a<T>(ds, dp[2 * kk], dp[2 * kk + 1]);
 #pragma unroll
             for (int n = 0; n < D / 8; n += 2) {
                 load_b_trans<D>(b, sg, kk * 16, n / 2);
@@ -697,7 +697,7 @@ template <typename T, int D> struct Versions {
     static int kv_smem() { return (2 * 64 + 4 * 32) * D * 2 + 64 * 64 * 2; }
     dim3 shares() const {
         int64_t rows = a.batch.nq * a.group;
-        return dim3((unsigned)(a.lists.blocks * a.parts), (unsigned)((rows + SHARE_ROWS - 1) / SHARE_ROWS));
+        return dim3((unsigned)(a.lists.max_blocks * a.parts), (unsigned)((rows + SHARE_ROWS - 1) / SHARE_ROWS));
     }
     void reduce(T *out) {
         int64_t threads = a.batch.nq * a.group * (D / 8);

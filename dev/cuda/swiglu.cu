@@ -37,7 +37,7 @@ static void check(Random *r, int64_t n, int h) {
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     check(&r, 1, PACK);
     check(&r, 3, 257 * PACK); // the second block of a row has one thread at work
     check(&r, 65, 64);

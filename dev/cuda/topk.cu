@@ -125,10 +125,10 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
     naive_most = b.batch.max_len / c.block + 1;
     std::vector<float> scratch(c.kv_heads * naive_most);
     std::vector<int32_t> ref(c.kv_heads * nq * c.topk);
-    fsa_ref_attend_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
+    fsa_ref_attention_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,
                                o.data(), lse.data());
-    fsa_ref_select_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
-    Buffer<T> q_dev(q.raw), kc_dev(key_room(c, b.batch, FSA_COMPRESSED));
+    fsa_ref_select_blocks_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(), scratch.data(), ref.data());
+    Buffer<T> q_dev(q.raw), kc_dev(kv_elements(c, b.batch, FSA_COMPRESSED));
     kc_dev.set(kc.raw);
     Buffer<float> lse_dev(lse), scores(c.kv_heads * nq * naive_most);
     Buffer<int32_t> block_indices((int64_t)ref.size());
@@ -192,7 +192,7 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
 
 int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
-    uint64_t seed = seed_from(argc, argv);
+    uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
     // Timings carry the error of a check in the same run, if a short one.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");

@@ -56,7 +56,7 @@ template <typename T> struct Problem {
           wv(r, size_w, 1 / sqrtf((float)c.cmp_len * c.head_dim)), pe(r, size_w / c.head_dim, 0.3f),
           q_(q.raw), k_(k.raw), v_(v.raw), dout_(dout.raw), gate_(gate.raw), wk_(wk.raw), wv_(wv.raw),
           pe_(pe.raw), o(size_q), dq(size_q), dk(size_k), dv(size_k), dgate(gates), dwk(size_w), dwv(size_w),
-          dpe(size_w / c.head_dim), inv_freq(frequencies(c.head_dim)), inv_freq_(inv_freq),
+          dpe(size_w / c.head_dim), inv_freq(rope_frequencies(c.head_dim)), inv_freq_(inv_freq),
           saved((int64_t)fsa_saved_size(&c, Dtype<T>::value, &b)),
           forward_work((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_FORWARD)),
           backward_work((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_BACKWARD)) {
@@ -138,7 +138,7 @@ template <typename T> static void round_to_type(float *x, int64_t n) {
 // compressed keys and values, the branches' outputs), which is rounded at the same places. What is left are
 // the errors of the kernels, so that their own tolerances hold for the whole, forward and backward.
 template <typename T>
-static void rounded_forward(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, const double *inv_freq,
+static void rounded_forward(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi, const double *inv_freq,
                             const std::vector<int32_t> &indices, fsa_ref_State_f32 *s, float *o) {
     const FsaConfig *c = &p.c;
     const FsaBatch *b = &p.batch.ref;
@@ -153,7 +153,7 @@ static void rounded_forward(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, con
     round_to_type<T>(s->kc, size_c), round_to_type<T>(s->vc, size_c);
     const FsaVisibility rules[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
     for (int i = 0; i < 3; i++) {
-        fsa_ref_attend_forward_f32(c, b, rules[i], s->q, i == 0 ? s->kc : s->k, i == 0 ? s->vc : p.v.f.data(),
+        fsa_ref_attention_forward_f32(c, b, rules[i], s->q, i == 0 ? s->kc : s->k, i == 0 ? s->vc : p.v.f.data(),
                                    s->block_indices, s->o[i], s->lse[i]);
         round_to_type<T>(s->o[i], p.size_q);
     }
@@ -170,7 +170,7 @@ struct PhiTerms {
 };
 
 template <typename T>
-static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, const double *inv_freq,
+static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi, const double *inv_freq,
                           fsa_ref_State_f32 *s) {
     const FsaConfig *c = &p.c;
     const FsaBatch *b = &p.batch.ref;
@@ -182,11 +182,11 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_Phi_f32 *phi, const
                               dgate.data());
     for (bool delta : {false, true}) {
         std::fill(s->dkc, s->dkc + keys * d, 0.f);
-        fsa_ref_attend_backward_f32(c, b, FSA_COMPRESSED, s->q, s->kc, delta ? none.data() : s->vc, NULL,
+        fsa_ref_attention_backward_f32(c, b, FSA_COMPRESSED, s->q, s->kc, delta ? none.data() : s->vc, NULL,
                                     delta ? s->o[0] : none.data(), s->lse[0], s->dbranch, dq.data(), s->dkc,
                                     s->dvc);
         std::vector<float> dwk(p.size_w, 0);
-        fsa_ref_PhiGrad_f32 dphi = {dwk.data(), dpe.data(), dwv.data()};
+        fsa_ref_PhiGradients_f32 dphi = {dwk.data(), dpe.data(), dwv.data()};
         fsa_ref_compress_backward_f32(c, b, p.k.f.data(), p.v.f.data(), phi, inv_freq, s->dkc, s->dvc,
                                       dk.data(), dv.data(), &dphi);
         for (float x : dwk) dwk_terms += (double)x * x;
@@ -239,14 +239,14 @@ static void test_draw(Random *r, const FsaConfig &c, const std::vector<int64_t> 
     if (!valid) return;
 
     fsa_ref_State_f32 state;
-    std::vector<char> memory(fsa_ref_state_place_f32(&state, &c, p.nq, p.n, (int64_t)lengths.size(), NULL) +
+    std::vector<char> memory(fsa_ref_state_layout_f32(&state, &c, p.nq, p.n, (int64_t)lengths.size(), NULL) +
                              64);
     char *aligned = memory.data() + (64 - (uintptr_t)memory.data() % 64);
-    fsa_ref_state_place_f32(&state, &c, p.nq, p.n, (int64_t)lengths.size(), aligned);
-    fsa_ref_Phi_f32 phi = {NULL, NULL, NULL};
+    fsa_ref_state_layout_f32(&state, &c, p.nq, p.n, (int64_t)lengths.size(), aligned);
+    fsa_ref_PhiWeights_f32 phi = {NULL, NULL, NULL};
     if (p.linear) phi = {p.wk.f.data(), p.pe.f.data(), p.wv.f.data()};
     std::vector<float> dwk(p.size_w, 0), dwv(p.size_w, 0), dpe(p.size_w / c.head_dim, 0);
-    fsa_ref_PhiGrad_f32 dphi = {NULL, NULL, NULL};
+    fsa_ref_PhiGradients_f32 dphi = {NULL, NULL, NULL};
     if (p.linear) dphi = {dwk.data(), dpe.data(), dwv.data()};
     std::vector<float> o(p.size_q), dq(p.size_q), dk(p.size_k), dv(p.size_k), dgate(p.gates, 0);
     const double *inv_freq = rope ? p.inv_freq.data() : NULL;
@@ -502,7 +502,7 @@ template <typename T> static void test_branches(Random *r, bool small, bool forc
     if (!forced) c.init_blocks = c.local_blocks = 0;
     Problem<T> p(r, c, {small ? 95 : 700, 0, 30}, {}, false);
     CHECK(p.forward(0) == 0, "%s", fsa_last_error());
-    std::vector<int32_t> choice = random_choice(r, c, p.batch.ref);
+    std::vector<int32_t> choice = random_block_indices(r, c, p.batch.ref);
     Buffer<int32_t> indices(choice), chosen((int64_t)choice.size());
     int64_t rows = p.nq * c.q_heads;
     for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++) {
@@ -528,9 +528,9 @@ template <typename T> static void test_branches(Random *r, bool small, bool forc
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         CUDA_CHECK(cudaDeviceSynchronize());
         std::vector<float> ro(p.size_q), rl(rows), rq(p.size_q, 0), rk(p.size_k, 0), rv(p.size_k, 0);
-        fsa_ref_attend_forward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
+        fsa_ref_attention_forward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
                                    p.v.f.data(), choice.data(), ro.data(), rl.data());
-        fsa_ref_attend_backward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
+        fsa_ref_attention_backward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
                                     p.v.f.data(), choice.data(), ro.data(), rl.data(), p.dout.f.data(),
                                     rq.data(), rk.data(), rv.data());
         double eo = error_of(o.floats(), ro), eq = error_of(dq.floats(), rq), ek = error_of(dk.floats(), rk);
@@ -1100,7 +1100,7 @@ int main(int argc, char **argv) {
         return test_end("test_fsa");
     }
     typedef __nv_bfloat16 T;
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     test_errors(&r);
     test_sizes();
     for (bool forced : {true, false}) {

@@ -50,16 +50,16 @@ static void test_case(const char *name) {
         wk = input(g, "wk", nw), pe = input(g, "pe", npe), wv = input(g, "wv", nw);
         dwk = zeros(nw), dpe = zeros(npe), dwv = zeros(nw);
     }
-    fsa_ref_Phi_f64 phi = {wk, pe, wv};
-    fsa_ref_PhiGrad_f64 dphi = {dwk, dpe, dwv};
+    fsa_ref_PhiWeights_f64 phi = {wk, pe, wv};
+    fsa_ref_PhiGradients_f64 dphi = {dwk, dpe, dwv};
 
     // native sparse attention
     fsa_ref_State_f64 s;
     size_t bytes =
-        fsa_ref_state_place_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, NULL);
+        fsa_ref_state_layout_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, NULL);
     void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
     memset(memory, 0xff, bytes); // NaN
-    fsa_ref_state_place_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, memory);
+    fsa_ref_state_layout_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, memory);
     fsa_ref_forward_f64(&c, &b, q, k, v, &phi, inv_freq, gate, NULL, &s, o);
     golden_check_ints(g, "indices", s.block_indices, Hkv * fsa_batch_queries(&b) * c.topk);
     golden_check(g, "", "o", o, nq, tolerance);
@@ -86,8 +86,8 @@ static void test_case(const char *name) {
     memset(dv, 0, (size_t)nk * sizeof *dv);
     fsa_ref_rope_queries_f64(&c, &b, q, inv_freq, 0);
     fsa_ref_rope_keys_f64(&c, &b, k, inv_freq, 0);
-    fsa_ref_attend_forward_f64(&c, &b, FSA_CAUSAL, q, k, v, NULL, o, lse);
-    fsa_ref_attend_backward_f64(&c, &b, FSA_CAUSAL, q, k, v, NULL, o, lse, dout, dq, dk, dv);
+    fsa_ref_attention_forward_f64(&c, &b, FSA_CAUSAL, q, k, v, NULL, o, lse);
+    fsa_ref_attention_backward_f64(&c, &b, FSA_CAUSAL, q, k, v, NULL, o, lse, dout, dq, dk, dv);
     fsa_ref_rope_queries_f64(&c, &b, dq, inv_freq, 1);
     fsa_ref_rope_keys_f64(&c, &b, dk, inv_freq, 1);
     golden_check(g, "full_", "o", o, nq, tolerance);

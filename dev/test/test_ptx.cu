@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ CU
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        mbarrier_arrive_expect(barrier, 64 * K * 2 + B_ROWS * B_COLS * 2);
+        mbarrier_arrive_expect_tx(barrier, 64 * K * 2 + B_ROWS * B_COLS * 2);
         for (int p = 0; p < (trans_a ? 1 : K / 64); p++)
             tma_load_3d(a_at + p * 64 * 128, &a_map, p * 64, 0, 0, barrier);
         for (int p = 0; p < B_PANELS; p++)
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(160) ring_kernel(const float *rows, int count,
     } else if (threadIdx.x == 128) {
         for (int i = 0; i < count; i++) {
             if (i >= 2) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
-            mbarrier_arrive_expect(full + 8 * (i % 2), 512);
+            mbarrier_arrive_expect_tx(full + 8 * (i % 2), 512);
             bulk_load(start + i % 2 * 512, rows + i * 128, 512, full + 8 * (i % 2));
         }
     }
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(128) order_kernel(const float *rows, int count
             if (mine == 0)
                 bulk_store(sums, smem_address(smem), 512);
             else
-                bulk_add(sums, smem_address(smem), 512);
+                bulk_reduce_add(sums, smem_address(smem), 512);
             bulk_commit();
             bulk_wait_read();
             bulk_wait();
@@ -201,7 +201,7 @@ int main(int argc, char **argv) {
         SKIP("no GPU of compute capability 9.0");
         return test_end("test_ptx");
     }
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     test_products<__nv_bfloat16>(&r);
     test_products<__half>(&r);
     test_ring(&r);

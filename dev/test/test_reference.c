@@ -70,10 +70,10 @@ static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const 
     double **grads[7] = {&p->dq, &p->dk, &p->dv, &p->dwk, &p->dpe, &p->dwv, &p->dgate};
     for (int i = 0; i < 7; i++) *grads[i] = xcalloc(sizes[i], sizeof(double));
     for (int i = 0; i < d / 2; i++) p->inv_freq[i] = pow(100, -2.0 * i / d);
-    size_t bytes = fsa_ref_state_place_f64(&p->state, &c, p->nq, p->n, s, NULL);
+    size_t bytes = fsa_ref_state_layout_f64(&p->state, &c, p->nq, p->n, s, NULL);
     p->memory = xmalloc(bytes);
     memset(p->memory, 0xff, bytes); // NaN: whatever is read must have been written
-    fsa_ref_state_place_f64(&p->state, &c, p->nq, p->n, s, p->memory);
+    fsa_ref_state_layout_f64(&p->state, &c, p->nq, p->n, s, p->memory);
 }
 
 static void free_problem(Problem *p) {
@@ -83,19 +83,19 @@ static void free_problem(Problem *p) {
     free(p->memory);
 }
 
-static fsa_ref_Phi_f64 phi_of(const Problem *p) {
-    fsa_ref_Phi_f64 phi = {p->wk, p->pe, p->wv}, none = {NULL, NULL, NULL};
+static fsa_ref_PhiWeights_f64 phi_of(const Problem *p) {
+    fsa_ref_PhiWeights_f64 phi = {p->wk, p->pe, p->wv}, none = {NULL, NULL, NULL};
     return p->c.phi == FSA_PHI_MEAN ? none : phi;
 }
 
 static void run_forward(Problem *p, const int32_t *frozen) {
-    fsa_ref_Phi_f64 phi = phi_of(p);
+    fsa_ref_PhiWeights_f64 phi = phi_of(p);
     fsa_ref_forward_f64(&p->c, &p->b, p->q, p->k, p->v, &phi, p->inv_freq, p->gate, frozen, &p->state, p->o);
 }
 
 static void run_backward(Problem *p) {
-    fsa_ref_Phi_f64 phi = phi_of(p);
-    fsa_ref_PhiGrad_f64 dphi = {p->dwk, p->dpe, p->dwv}, none = {NULL, NULL, NULL};
+    fsa_ref_PhiWeights_f64 phi = phi_of(p);
+    fsa_ref_PhiGradients_f64 dphi = {p->dwk, p->dpe, p->dwv}, none = {NULL, NULL, NULL};
     fsa_ref_backward_f64(&p->c, &p->b, p->k, p->v, &phi, p->inv_freq, p->gate, &p->state, p->dout, p->dq,
                          p->dk, p->dv, p->c.phi == FSA_PHI_MEAN ? &none : &dphi, p->dgate);
 }
@@ -164,7 +164,7 @@ typedef struct {
 
 static double branch_loss(void *context) {
     BranchRun *r = context;
-    fsa_ref_attend_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, frozen_indices, r->o,
+    fsa_ref_attention_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, frozen_indices, r->o,
                                r->lse);
     return inner(r->p->dout, r->o, r->p->sizes[7]);
 }
@@ -186,7 +186,7 @@ static void test_branches(void) {
         BranchRun r = {
             &p, (FsaVisibility)rule, compressed ? p.state.kc : p.k, compressed ? p.state.vc : p.v, o, lse};
         branch_loss(&r);
-        fsa_ref_attend_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, frozen_indices, o, lse, p.dout, dq, dk,
+        fsa_ref_attention_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, frozen_indices, o, lse, p.dout, dq, dk,
                                     dv);
         double eq = difference_error(p.q, dq, p.sizes[0], 60, branch_loss, &r);
         double ek = difference_error(r.k, dk, nk, 60, branch_loss, &r);
@@ -426,9 +426,9 @@ static void test_empty_sequences(void) {
     make_problem(&among, small_config(2, 2, 8), lengths, NULL, 23);
     among.b = (FsaBatch){4, cu_seqlens, 1, &segment};
     run_forward(&alone, NULL), run_backward(&alone);
-    size_t bytes = fsa_ref_state_place_f64(&among.state, &among.c, 60, 60, 4, NULL);
+    size_t bytes = fsa_ref_state_layout_f64(&among.state, &among.c, 60, 60, 4, NULL);
     free(among.memory);
-    fsa_ref_state_place_f64(&among.state, &among.c, 60, 60, 4, among.memory = xmalloc(bytes));
+    fsa_ref_state_layout_f64(&among.state, &among.c, 60, 60, 4, among.memory = xmalloc(bytes));
     run_forward(&among, NULL), run_backward(&among);
     int same = memcmp(alone.o, among.o, alone.sizes[7] * 8) == 0 &&
                memcmp(alone.dq, among.dq, alone.sizes[0] * 8) == 0 &&
@@ -516,10 +516,10 @@ static void test_float(void) {
         for (int64_t j = 0; j < p.sizes[i]; j++) x[i][j] = (float)in[i][j];
     }
     fsa_ref_State_f32 s;
-    fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2,
-                            xmalloc(fsa_ref_state_place_f32(&s, &c, p.nq, p.n, 2, NULL)));
-    fsa_ref_Phi_f32 phi = {x[3], x[4], x[5]};
-    fsa_ref_PhiGrad_f32 dphi = {y[3], y[4], y[5]};
+    fsa_ref_state_layout_f32(&s, &c, p.nq, p.n, 2,
+                            xmalloc(fsa_ref_state_layout_f32(&s, &c, p.nq, p.n, 2, NULL)));
+    fsa_ref_PhiWeights_f32 phi = {x[3], x[4], x[5]};
+    fsa_ref_PhiGradients_f32 dphi = {y[3], y[4], y[5]};
     fsa_ref_forward_f32(&c, &p.b, x[0], x[1], x[2], &phi, p.inv_freq, x[6], p.state.block_indices, &s, y[7]);
     fsa_ref_backward_f32(&c, &p.b, x[1], x[2], &phi, p.inv_freq, x[6], &s, x[7], y[0], y[1], y[2], &dphi,
                          y[6]);

@@ -1,12 +1,13 @@
-// choice.h: a random choice of blocks made on the device, for timings of one long sequence.
-#ifndef DEV_CUDA_CHOICE_H
-#define DEV_CUDA_CHOICE_H
+// block_indices.h: generates random block indices on the GPU, for timings of one long sequence.
+#ifndef DEV_CUDA_BLOCK_INDICES_H
+#define DEV_CUDA_BLOCK_INDICES_H
 #include "common.h"
 
-// A thread chooses for one (kv head, query) of a single sequence: the forced blocks, then distinct others.
-// clustered: the others come from 4*topk neighbours of a place that 64 neighbouring queries share.
-__global__ void random_choice_kernel(int32_t *block_indices, int64_t nq, FsaConfig c, uint64_t seed,
-                                     int clustered) {
+// Writes block_indices [Hkv, nq, T] of one sequence of nq tokens. One thread handles one (kv head, query): it
+// selects the initial and local blocks and then distinct random blocks, ascending, -1 behind the last one.
+// clustered 1: the random blocks of 64 neighbouring queries come from the same 4*T neighbouring blocks.
+__global__ void random_block_indices_kernel(int32_t *block_indices, int64_t nq, FsaConfig c, uint64_t seed,
+                                            int clustered) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i >= nq * c.kv_heads) return;
     int64_t pos = i % nq;
@@ -37,9 +38,11 @@ __global__ void random_choice_kernel(int32_t *block_indices, int64_t nq, FsaConf
     }
     for (int j = count; j < c.topk; j++) out[j] = -1;
 }
-static inline void random_choice_device(int32_t *block_indices, int64_t nq, const FsaConfig &c, uint64_t seed,
-                                        bool clustered = false) {
-    random_choice_kernel<<<(unsigned)((nq * c.kv_heads + 255) / 256), 256>>>(block_indices, nq, c, seed, clustered);
+// Launches random_block_indices_kernel on the default stream.
+static inline void random_block_indices_device(int32_t *block_indices, int64_t nq, const FsaConfig &c,
+                                               uint64_t seed, bool clustered = false) {
+    random_block_indices_kernel<<<(unsigned)((nq * c.kv_heads + 255) / 256), 256>>>(block_indices, nq, c,
+                                                                                    seed, clustered);
     CUDA_CHECK(cudaGetLastError());
 }
 #endif

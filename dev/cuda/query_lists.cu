@@ -3,13 +3,13 @@
 //   library  : counts, and a counting sort of chunks in shared memory (fsa/lists.cu)
 //   ./lists [check] [seed=N]    (check: no timing)
 #include "../../fsa/kernels.h"
-#include "choice.h"
+#include "block_indices.h"
 
 // Version 1. Reads the whole choice once a block.
 __global__ void lists_v1_kernel(BatchLayout p, QueryLists l, const int32_t *block_indices, int topk, int block) {
     int64_t at = blockIdx.x * 128ll + threadIdx.x, head = blockIdx.z, slab = blockIdx.y;
-    if (at >= l.blocks) return;
-    int64_t row0 = slab * l.slab, row1 = min(row0 + l.slab, p.nq);
+    if (at >= l.max_blocks) return;
+    int64_t row0 = slab * l.slab_rows, row1 = min(row0 + l.slab_rows, p.nq);
     uint32_t before = 0, count = 0, *entries = l.entries + (head * p.nq + row0) * topk;
     for (int pass = 0; pass < 2; pass++) { // where this block's list starts, then the list
         for (int64_t row = row0; row < row1; row++) {
@@ -17,7 +17,7 @@ __global__ void lists_v1_kernel(BatchLayout p, QueryLists l, const int32_t *bloc
             query_position(p, row, &seq, &pos);
             for (int t = 0; t < topk; t++) {
                 int32_t index = block_indices[(head * p.nq + row) * topk + t];
-                if (index < l.init || ((int64_t)index + l.local) * block > pos) continue;
+                if (index < l.init_blocks || ((int64_t)index + l.local_blocks) * block > pos) continue;
                 int64_t b = p.cu_blocks[seq] + index;
                 if (pass == 0)
                     before += b < at;
@@ -26,14 +26,14 @@ __global__ void lists_v1_kernel(BatchLayout p, QueryLists l, const int32_t *bloc
             }
         }
     }
-    uint32_t *offsets = l.offsets + (head * l.slabs + slab) * (l.blocks + 1);
+    uint32_t *offsets = l.offsets + (head * l.num_slabs + slab) * (l.max_blocks + 1);
     offsets[at] = before;
-    if (at == l.blocks - 1) offsets[at + 1] = before + count;
+    if (at == l.max_blocks - 1) offsets[at + 1] = before + count;
 }
 
 static void run_v1(const FsaConfig &c, const BatchLayout &p, const int32_t *block_indices, const QueryLists &l) {
     if (p.nq == 0) return;
-    dim3 grid((unsigned)((l.blocks + 127) / 128), (unsigned)l.slabs, c.kv_heads);
+    dim3 grid((unsigned)((l.max_blocks + 127) / 128), (unsigned)l.num_slabs, c.kv_heads);
     lists_v1_kernel<<<grid, 128>>>(p, l, block_indices, c.topk, c.block);
     CUDA_CHECK(cudaGetLastError());
 }
@@ -56,20 +56,20 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
                   int64_t slab, const std::vector<FsaSegment> &segments = {}) {
     Batch b(c, lengths, segments);
     int64_t nq = b.batch.nq;
-    std::vector<int32_t> choice = random_choice(r, c, b.ref);
+    std::vector<int32_t> choice = random_block_indices(r, c, b.ref);
     if (r->below(2)) spoil(r, c, nq, &choice);
     Buffer<int32_t> block_indices(choice);
     Buffer<char> memory((int64_t)fsa_query_lists_bytes(&c, &b.batch, slab)),
         workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &b.batch, slab));
     QueryLists l = fsa_query_lists_at(&c, &b.batch, slab, memory.get());
-    if (r->below(2)) l.init = (int)r->below(4), l.local = (int)r->below(5);
+    if (r->below(2)) l.init_blocks = (int)r->below(4), l.local_blocks = (int)r->below(5);
     if (version == 1)
         run_v1(c, b.batch, block_indices, l);
     else
         FSA_CHECK(fsa_query_lists(&c, &b.batch, block_indices, &l, workspace, 0));
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<uint32_t> entries((size_t)(c.kv_heads * nq * c.topk)),
-        offsets((size_t)(c.kv_heads * l.slabs * (l.blocks + 1)));
+        offsets((size_t)(c.kv_heads * l.num_slabs * (l.max_blocks + 1)));
     CUDA_CHECK(cudaMemcpy(entries.data(), l.entries, entries.size() * 4, cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaMemcpy(offsets.data(), l.offsets, offsets.size() * 4, cudaMemcpyDeviceToHost));
     std::vector<int64_t> block0(1, 0);
@@ -77,33 +77,33 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
     bool same = memory.guards_intact() && workspace.guards_intact();
     for (int h = 0; h < c.kv_heads; h++) {
         std::vector<std::vector<std::vector<uint32_t>>> expected(
-            (size_t)l.slabs, std::vector<std::vector<uint32_t>>((size_t)l.blocks));
+            (size_t)l.num_slabs, std::vector<std::vector<uint32_t>>((size_t)l.max_blocks));
         int64_t row = 0;
         for (const FsaSegment &segment : b.segments) {
             for (int64_t i = 0; i < segment.len; i++, row++) {
                 for (int t = 0; t < c.topk; t++) {
                     int64_t index = choice[(size_t)((h * nq + row) * c.topk + t)];
-                    if (index >= l.init && (index + l.local) * c.block <= segment.pos + i)
+                    if (index >= l.init_blocks && (index + l.local_blocks) * c.block <= segment.pos + i)
                         expected[(size_t)(row / slab)][(size_t)(block0[(size_t)segment.seq] + index)]
                             .push_back((uint32_t)(row * c.topk + t));
                 }
             }
         }
-        for (int64_t s = 0; s < l.slabs; s++) {
+        for (int64_t s = 0; s < l.num_slabs; s++) {
             uint32_t at = 0;
-            const uint32_t *o = &offsets[(size_t)((h * l.slabs + s) * (l.blocks + 1))];
-            for (int64_t k = 0; k < l.blocks; k++) {
+            const uint32_t *o = &offsets[(size_t)((h * l.num_slabs + s) * (l.max_blocks + 1))];
+            for (int64_t k = 0; k < l.max_blocks; k++) {
                 same = same && o[k] == at;
                 for (uint32_t e : expected[(size_t)s][(size_t)k])
                     same = same && entries[(size_t)((h * nq + s * slab) * c.topk + at++)] == e;
             }
-            same = same && o[l.blocks] == at;
+            same = same && o[l.max_blocks] == at;
         }
     }
     char what[160];
     snprintf(what, sizeof what,
              "lists version %d, nq %lld, %d heads, block %d, topk %d, slab %lld, without %d + %d", version,
-             (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab, l.init, l.local);
+             (long long)nq, c.kv_heads, c.block, c.topk, (long long)slab, l.init_blocks, l.local_blocks);
     check_that(same, what, 1, 0);
 }
 
@@ -129,7 +129,7 @@ static void check_random(Random *r, int version) {
 }
 
 int main(int argc, char **argv) {
-    Random r(seed_from(argc, argv));
+    Random r(seed_from_args(argc, argv));
     for (int version = 1; version <= 2; version++) {
         check(&r, version, default_config(4, 2, 64, 16, 8), {507}, 128);
         check(&r, version, default_config(4, 4, 64, 64, 16), {1, 31, 2300, 0, 64, 65}, 512);
@@ -147,7 +147,7 @@ int main(int argc, char **argv) {
         FsaConfig c = default_config(32, (int)kv_heads, 128, 64, 16);
         Batch b(c, {n});
         Buffer<int32_t> block_indices(c.kv_heads * n * c.topk);
-        random_choice_device(block_indices, n, c, r.u64());
+        random_block_indices_device(block_indices, n, c, r.u64());
         int64_t slab = fsa_selected_slab(&c, &b.batch);
         Buffer<char> memory((int64_t)fsa_query_lists_bytes(&c, &b.batch, slab)),
             workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &b.batch, slab));
