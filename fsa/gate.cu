@@ -1,46 +1,53 @@
-// gate.cu: the gradient of the gate over the three branches, and the row statistics that their backward
-// passes read. (The gated sum itself: selected_combine_kernel.)
+// gate.cu: the backward pass of the gate, and the preprocessing of the branches' backward passes. The forward
+// pass of the gate, the gated sum, is in selected_combine.cu.
 #include "kernels.h"
 #include "launch.cuh"
 #include "mma.cuh"
 
-struct GateArgs {
+struct BwdPreprocessParams {
     int64_t rows;           // Nq * Hq
-    int q_heads, per_token; // per_token: one gate triple for all heads
-    const void *logits, *o[3], *dout;
-    const float *lse[3];
-    float *delta[3], *lse_bwd[3];
-    void *out; // dlogits
+    int q_heads, per_token; // per_token: 1 if all heads of a token share three gates
+    const void *logits;     // [Nq, Hq, 3], or [Nq, 3] if per_token; NULL: no gate
+    const void *o[3];       // [Nq, Hq, D] of each branch
+    const void *dout;       // [Nq, Hq, D]
+    const float *lse[3];    // [Nq, Hq] of each branch
+    float *delta[3];        // [Nq, Hq] of each branch
+    float *lse_bwd[3];      // [Nq, Hq] of each branch; NULL: not written
+    void *dlogits;          // as logits
 };
 
-template <typename T> static __device__ __forceinline__ float load1(const void *p, int64_t i) {
-    return (float)((const T *)p)[i];
+template <typename T> static __device__ __forceinline__ float load1(const void *x, int64_t i) {
+    return (float)((const T *)x)[i];
 }
 
-// A warp takes one token: D/8 lanes a head, the heads in turn; what follows for a head from its sums is then
-// one lane's work, 32 heads at once. Reads BRANCHES + 1 rows of d a (token, head); writes a few words. 64K
-// tokens, 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s; memory binds, closely followed by
-// instructions, some 130 for two heads.
+// For each row (token, head) and branch i, with gate_i = sigmoid(logit_i):
+//   delta_i = <dout, o_i>       lse_bwd_i = lse_i - ln(gate_i), or +inf if lse_i = -inf
+//   dlogit_i = delta_i * gate_i * (1 - gate_i), summed over the heads if per_token
+// lse_bwd makes exp(s - lse_bwd) the gated probability, so the branches read the same, ungated dout.
+// A warp handles one token. D/8 lanes compute the dot products of one head; then each lane finishes one of 32
+// heads. The order of the sums is fixed.
+// Floor at 64K tokens, 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s. Memory bandwidth
+// binds, closely followed by instruction issue: about 130 instructions per two heads.
 template <typename T, int D, int BRANCHES>
-__global__ void __launch_bounds__(256) bwd_preprocess_kernel(GateArgs a) {
-    constexpr int LANES = D / 8, HEADS = 32 / LANES;
+__global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams p) {
+    constexpr int LANES = D / 8, HEADS = 32 / LANES; // lanes per head, heads at once
     int64_t token = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
-    if (token * a.q_heads >= a.rows) return;
-    float shared_sum[BRANCHES] = {}; // of the gate's gradient, where a token has one triple
-    for (int head0 = 0; head0 < a.q_heads; head0 += 32) {
-        const int64_t row0 = token * a.q_heads + head0;
-        const int heads = min(32, a.q_heads - head0);
-        float dots[BRANCHES] = {}; // of head head0 + lane
+    if (token * p.q_heads >= p.rows) return;
+    float token_sum[BRANCHES] = {}; // dlogits of the token, if per_token
+    for (int head0 = 0; head0 < p.q_heads; head0 += 32) {
+        const int64_t row0 = token * p.q_heads + head0;
+        const int heads = min(32, p.q_heads - head0);
+        float dots[BRANCHES] = {}; // delta of head head0 + lane
 #pragma unroll 2
         for (int first = 0; first < heads; first += HEADS) {
             const bool valid = first + lane / LANES < heads;
             const int64_t at = (row0 + first) * LANES + lane;
-            uint4 g = valid ? ((const uint4 *)a.dout)[at] : make_uint4(0, 0, 0, 0);
+            uint4 g = valid ? ((const uint4 *)p.dout)[at] : make_uint4(0, 0, 0, 0);
             const uint32_t gw[4] = {g.x, g.y, g.z, g.w};
 #pragma unroll
             for (int i = 0; i < BRANCHES; i++) {
-                uint4 x = valid ? ((const uint4 *)a.o[i])[at] : make_uint4(0, 0, 0, 0);
+                uint4 x = valid ? ((const uint4 *)p.o[i])[at] : make_uint4(0, 0, 0, 0);
                 const uint32_t xw[4] = {x.x, x.y, x.z, x.w};
                 float sum = 0;
 #pragma unroll
@@ -56,26 +63,26 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(GateArgs a) {
         const int64_t row = row0 + lane;
 #pragma unroll
         for (int i = 0; i < BRANCHES; i++) {
-            float gradient = 0;
+            float dlogit = 0;
             if (lane < heads) {
-                float lse = a.lse[i][row], shift = 0;
-                if (a.logits) {
-                    float x = load1<T>(a.logits, (a.per_token ? token : row) * 3 + i), gate = sigmoid(x);
+                float lse = p.lse[i][row], shift = 0;
+                if (p.logits) {
+                    float x = load1<T>(p.logits, (p.per_token ? token : row) * 3 + i), gate = sigmoid(x);
                     shift = x > 0 ? log1pf(__expf(-x)) : log1pf(__expf(x)) - x; // -ln(gate)
-                    gradient = dots[i] * gate * (1 - gate);
-                    if (!a.per_token) ((T *)a.out)[row * 3 + i] = (T)gradient;
+                    dlogit = dots[i] * gate * (1 - gate);
+                    if (!p.per_token) ((T *)p.dlogits)[row * 3 + i] = (T)dlogit;
                 }
-                a.delta[i][row] = dots[i];
-                if (a.lse_bwd[i]) a.lse_bwd[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
+                p.delta[i][row] = dots[i];
+                if (p.lse_bwd[i]) p.lse_bwd[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
             }
-            if (a.per_token) {
-                for (int j = 16; j > 0; j /= 2) gradient += __shfl_xor_sync(0xffffffffu, gradient, j);
-                shared_sum[i] += gradient;
+            if (p.per_token) {
+                for (int j = 16; j > 0; j /= 2) dlogit += __shfl_xor_sync(0xffffffffu, dlogit, j);
+                token_sum[i] += dlogit;
             }
         }
     }
-    if (a.per_token && lane == 0) {
-        for (int i = 0; i < BRANCHES; i++) ((T *)a.out)[token * 3 + i] = (T)shared_sum[i];
+    if (p.per_token && lane == 0) {
+        for (int i = 0; i < BRANCHES; i++) ((T *)p.dlogits)[token * 3 + i] = (T)token_sum[i];
     }
 }
 
@@ -95,23 +102,24 @@ int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void 
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
-    GateArgs a = {
+    BwdPreprocessParams p = {
         nq * c->q_heads, c->q_heads, c->gate_per_token, logits, {o_branch[0], o_branch[1], o_branch[2]}};
-    a.dout = dout, a.out = dlogits;
-    for (int i = 0; i < 3; i++) a.lse[i] = lse[i], a.delta[i] = delta[i], a.lse_bwd[i] = lse_bwd[i];
+    p.dout = dout, p.dlogits = dlogits;
+    for (int i = 0; i < 3; i++) p.lse[i] = lse[i], p.delta[i] = delta[i], p.lse_bwd[i] = lse_bwd[i];
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(a)
+#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(p)
     FOR_TYPE_AND_DIM(LAUNCH);
 #undef LAUNCH
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
 int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
-                  const void *dout, float *delta, float *lse_bwd, cudaStream_t stream) {
+                       const void *dout, float *delta, float *lse_bwd, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
-    GateArgs a = {nq * c->q_heads, c->q_heads, 0, NULL, {o}, dout, {lse}, {delta}, {lse_bwd}, NULL};
+    BwdPreprocessParams p = {nq * c->q_heads, c->q_heads, 0,         NULL, {o}, dout,
+                             {lse},           {delta},    {lse_bwd}, NULL};
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(a)
+#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(p)
     FOR_TYPE_AND_DIM(LAUNCH);
 #undef LAUNCH
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;

@@ -1,4 +1,5 @@
-// topk.cu: the choice of blocks, by the kernel that suits the GPU and the configuration.
+// topk.cu: block selection: runs the kernel that fits the GPU and the configuration. On Hopper blocks are
+// selected in sm90/topk.cu. sm80/topk.cu serves all other GPUs, and more than 16 freely selected blocks.
 #include "kernels.h"
 
 int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
