@@ -8,16 +8,16 @@ static inline float softmax_scale_of(const FsaConfig *c) {
     return c->scale != 0 ? c->scale : (float)(1 / __builtin_sqrt((double)c->head_dim));
 }
 
-// ---- lists.cu ---------------------------------------------------------------------------------------
-// For every (kv head, slab of query rows) the list of its (row, slot) pairs, ordered by the block that
-// the slot names and within a block by row. Blocks are counted over all sequences (plan.cu_blocks).
+// ---- query_lists.cu ---------------------------------------------------------------------------------
+// Query lists: for every (KV head, slab of query rows) the entries (row, slot) in CSR form, ordered by the
+// block that the slot names, within a block by row. Blocks are counted over all sequences (cu_blocks).
 struct QueryLists {
-    int64_t slab, slabs; // query rows in a slab, and how many slabs
-    int64_t blocks;      // bound on the blocks of all sequences
-    int parts;           // that a slab's rows are cut into, a thread block for each
-    int init, local;     // a row's first and last blocks that are left out, as init_blocks and local_blocks count
-    uint32_t *entries;   // [Hkv, Nq*T]; an entry is row*T + slot; slab i's start at i*slab*T
-    uint32_t *offsets;   // [Hkv, slabs, blocks + 1]: where each block's part starts in its slab's entries
+    int64_t slab_rows, num_slabs;  // query rows of a slab; slabs
+    int64_t max_blocks;            // bound on the blocks of all sequences
+    int num_splits;                // thread blocks that sort one slab's rows, each a contiguous part of them
+    int init_blocks, local_blocks; // a row's first and last blocks that the lists leave out
+    uint32_t *entries; // [Hkv, Nq*T]; an entry is row*T + slot; slab i's begin at i*slab_rows*T
+    uint32_t *offsets; // [Hkv, num_slabs, max_blocks + 1] where a block's list begins in its slab's entries
 };
 enum { FSA_MAX_SLAB = 65536 };
 // As all sizes below: at least as much for a plan that is greater in some counts and smaller in none, here
@@ -80,7 +80,7 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *p, FsaDt
                      const void *v, void *o, float *lse, cudaStream_t stream);
 // Gradients in fp32, so that branches sum up without rounding: dk, dv [N or M, Hkv, d], and dq as dq_accum_row
 // has it.
-// accumulate_q, accumulate_kv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_bwd come
+// accumulate_dq, accumulate_dkv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_bwd come
 // from fsa_bwd_preprocess or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_scratch_bytes bytes,
 // aligned to 16. fsa_rope_gradient makes 16-bit gradients of the sums. The sums for dq lie in rows [Hkv, Nq,
 // g] of d, so that the rows of any tile of tokens are one piece of memory; in a row the pieces of 8 numbers
@@ -98,8 +98,8 @@ __host__ __device__ static inline int dq_accum_chunk(int64_t row, int piece) {
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
-                       const float *delta, float *dq, float *dk, float *dv, int accumulate_q,
-                       int accumulate_kv, void *workspace, cudaStream_t stream);
+                       const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
+                       int accumulate_dkv, void *workspace, cudaStream_t stream);
 
 // The window's gradients and, in the same sums, those of the selected branch's last fsa_window_backward_local_blocks blocks.
 // lse_bwd and delta of the selected branch and of the window.

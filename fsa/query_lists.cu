@@ -55,10 +55,10 @@ struct Part {
 };
 static __device__ __forceinline__ Part part_of(const BatchLayout &p, const QueryLists &lists,
                                                const Choice &choice) {
-    const int64_t slab = blockIdx.y, head = blockIdx.z, row0 = slab * lists.slab;
-    const int rows = (int)(p.nq - row0 < lists.slab ? p.nq - row0 : lists.slab);
-    return {head * lists.slabs + slab, row0, choice.block_indices + (head * p.nq + row0) * choice.topk,
-            cut({0, rows}, lists.parts, (int)blockIdx.x)};
+    const int64_t slab = blockIdx.y, head = blockIdx.z, row0 = slab * lists.slab_rows;
+    const int rows = (int)(p.nq - row0 < lists.slab_rows ? p.nq - row0 : lists.slab_rows);
+    return {head * lists.num_slabs + slab, row0, choice.block_indices + (head * p.nq + row0) * choice.topk,
+            cut({0, rows}, lists.num_splits, (int)blockIdx.x)};
 }
 
 // The same for all lanes, as the compiler then knows: it needn't be ready for lanes that go apart.
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS)
     const Part part = part_of(p, lists, choice);
     const Rows mine = cut(part.rows, WARPS, this_warp());
     const int64_t blocks = p.cu_blocks[p.num_seqs]; // those that there are; lists.blocks is a bound
-    uint32_t *to = part_counts + (part.list * lists.parts + blockIdx.x) * lists.blocks;
+    uint32_t *to = part_counts + (part.list * lists.num_splits + blockIdx.x) * lists.max_blocks;
     for (int64_t first = 0; first < blocks; first += COUNTED) {
         const unsigned used = (unsigned)(blocks - first < COUNTED ? blocks - first : COUNTED);
         for (unsigned i = threadIdx.x; i < used; i += THREADS) counts[i] = 0;
@@ -171,20 +171,20 @@ __global__ void __launch_bounds__(THREADS, 2)
     const Part part = part_of(p, lists, choice);
     const int64_t blocks = p.cu_blocks[p.num_seqs];
     const int most = CHUNK / topk, chunks = (part.rows.end - part.rows.begin + most - 1) / most;
-    const uint32_t *counts = part_counts + part.list * lists.parts * lists.blocks;
-    uint32_t *offsets = lists.offsets + part.list * (lists.blocks + 1);
+    const uint32_t *counts = part_counts + part.list * lists.num_splits * lists.max_blocks;
+    uint32_t *offsets = lists.offsets + part.list * (lists.max_blocks + 1);
     uint32_t *entries = lists.entries + (blockIdx.z * p.nq + part.row0) * topk;
     uint32_t below = 0; // entries that name blocks below the range
 
     for (int64_t first = 0; first < blocks; first += RANGE) {
         // Where the part's entries of the thread's two blocks go: behind lower blocks', and earlier parts'.
         uint32_t to[2] = {0, 0}, before[2] = {0, 0};
-        for (int i0 = 0; i0 < lists.parts; i0 += SUMMED) {
+        for (int i0 = 0; i0 < lists.num_splits; i0 += SUMMED) {
 #pragma unroll
             for (int k = 0; k < 2 * SUMMED; k++) {
                 const int i = i0 + k / 2, h = k % 2;
                 const int64_t b = first + h * THREADS + thread;
-                const uint32_t n = i < lists.parts && b < blocks ? counts[i * lists.blocks + b] : 0;
+                const uint32_t n = i < lists.num_splits && b < blocks ? counts[i * lists.max_blocks + b] : 0;
                 to[h] += n;
                 if (i < (int)blockIdx.x) before[h] += n;
             }
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         }
     }
     if (blockIdx.x == 0) {
-        for (int64_t i = blocks + thread; i <= lists.blocks; i += THREADS) offsets[i] = below;
+        for (int64_t i = blocks + thread; i <= lists.max_blocks; i += THREADS) offsets[i] = below;
     }
 }
 
@@ -288,8 +288,8 @@ static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
 // All but the pointers.
 static QueryLists shape_of(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
     QueryLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, 0, 0, NULL, NULL};
-    const int64_t lists = c->kv_heads * l.slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
-    while (l.parts < MAX_PARTS && l.parts * lists < WANTED && l.parts * (CHUNK / 4) < entries) l.parts++;
+    const int64_t lists = c->kv_heads * l.num_slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
+    while (l.num_splits < MAX_PARTS && l.num_splits * lists < WANTED && l.num_splits * (CHUNK / 4) < entries) l.num_splits++;
     return l;
 }
 
@@ -301,9 +301,9 @@ size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *p, int64_t s
 // For as many parts as shape_of may make of so many lists: all but one of each are fewer than WANTED.
 size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
     QueryLists l = shape_of(c, p, slab);
-    const int64_t lists = c->kv_heads * l.slabs;
+    const int64_t lists = c->kv_heads * l.num_slabs;
     const int64_t counted = lists * MAX_PARTS < WANTED + lists ? lists * MAX_PARTS : WANTED + lists;
-    return round_up((size_t)counted * l.blocks * sizeof(uint32_t));
+    return round_up((size_t)counted * l.max_blocks * sizeof(uint32_t));
 }
 
 QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *p, int64_t slab, void *memory) {
@@ -315,26 +315,26 @@ QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *p, int64_t 
 
 int fsa_query_lists(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, const QueryLists *lists,
               void *workspace, cudaStream_t stream) {
-    if (lists->slab > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->blocks > INT32_MAX / 2 ||
-        lists->slabs > 65535) {
+    if (lists->slab_rows > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->max_blocks > INT32_MAX / 2 ||
+        lists->num_slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
     }
     if (p->nq == 0) return FSA_OK;
-    const int most = (1 << 30) / c->block + 1 - lists->init - lists->local;
+    const int most = (1 << 30) / c->block + 1 - lists->init_blocks - lists->local_blocks;
     Choice choice = {block_indices,
                      c->topk,
                      c->block,
                      make_fast_divisor(c->topk),
-                     (unsigned)lists->init,
+                     (unsigned)lists->init_blocks,
                      most > 0 ? (unsigned)most : 0,
-                     (int64_t)lists->local * c->block,
+                     (int64_t)lists->local_blocks * c->block,
                      0};
     choice.width = c->topk < 32 ? c->topk : 32;
     while (c->topk % choice.width) choice.width--;
     const int smem = WARPS * TABLE * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);
     if (cudaFuncSetAttribute(fill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess)
         return FSA_ERROR_CUDA;
-    dim3 grid((unsigned)lists->parts, (unsigned)lists->slabs, (unsigned)c->kv_heads);
+    dim3 grid((unsigned)lists->num_splits, (unsigned)lists->num_slabs, (unsigned)c->kv_heads);
     count_kernel<<<grid, THREADS, 0, stream>>>(*p, *lists, choice, (uint32_t *)workspace);
     fill_kernel<<<grid, THREADS, smem, stream>>>(*p, *lists, choice, (const uint32_t *)workspace);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;

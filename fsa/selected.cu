@@ -33,8 +33,8 @@ static __global__ void __launch_bounds__(CUT_THREADS) work_ranges_kernel(Selecte
     a.slab = blockIdx.x;
     const int head = blockIdx.y, lane = threadIdx.x % 32;
     Share all = {};
-    all.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
-    all.end = all.offsets[a.lists.blocks];
+    all.offsets = a.lists.offsets + (head * a.lists.num_slabs + a.slab) * (a.lists.max_blocks + 1);
+    all.end = all.offsets[a.lists.max_blocks];
     const int64_t at = first_cut(a, head);
     const int each = (a.shares + CUT_THREADS / 32) / (CUT_THREADS / 32), from = threadIdx.x / 32 * each;
     int last = 0, block = 0;               // of the sequence: the block beyond; of the lanes: theirs
@@ -160,7 +160,7 @@ size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaD
 static SelectedParams args_of(const FsaConfig *c, const BatchLayout *p, const SelectedSchedule &s, void *memory) {
     SelectedParams a = {};
     a.batch = *p, a.lists = fsa_query_lists_at(c, p, s.slab, memory);
-    a.lists.init = s.init, a.lists.local = s.local;
+    a.lists.init_blocks = s.init, a.lists.local_blocks = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
@@ -184,8 +184,8 @@ static int prepare(const FsaConfig *c, const BatchLayout *p, const int32_t *bloc
                    cudaStream_t stream) {
     // The sort's workspace lies where partials will.
     int status = fsa_query_lists(c, p, block_indices, &a->lists, a->partial, stream);
-    if (status || a->lists.slabs == 0) return status;
-    work_ranges_kernel<<<dim3((unsigned)a->lists.slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
+    if (status || a->lists.num_slabs == 0) return status;
+    work_ranges_kernel<<<dim3((unsigned)a->lists.num_slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
     a->block_indices = block_indices;
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
@@ -194,7 +194,7 @@ static int forward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, 
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
         if (s.hopper && fsa_pack_v_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
-        for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
+        for (a.slab = 0; a.slab < a.lists.num_slabs; a.slab++) {
             a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
             int status = s.hopper ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
                                   : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream);
@@ -208,7 +208,7 @@ static int forward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, 
 static int backward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
-        for (a.slab = 0; a.slab < a.lists.slabs; a.slab++) {
+        for (a.slab = 0; a.slab < a.lists.num_slabs; a.slab++) {
             a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
             int status = s.hopper ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
                                   : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream);

@@ -56,13 +56,13 @@ struct Share {
     uint32_t block;                    // of cut_blocks
 };
 static __device__ __forceinline__ int64_t first_cut(const SelectedParams &a, int head) {
-    return (head * a.lists.slabs + a.slab) * (a.shares + 1);
+    return (head * a.lists.num_slabs + a.slab) * (a.shares + 1);
 }
 static __device__ __forceinline__ Share share_of(const SelectedParams &a, int head, unsigned index) {
     Share s;
-    int64_t row0 = a.slab * a.lists.slab;
+    int64_t row0 = a.slab * a.lists.slab_rows;
     s.entries = a.lists.entries + (head * a.batch.nq + row0) * a.topk;
-    s.offsets = a.lists.offsets + (head * a.lists.slabs + a.slab) * (a.lists.blocks + 1);
+    s.offsets = a.lists.offsets + (head * a.lists.num_slabs + a.slab) * (a.lists.max_blocks + 1);
     s.entry0 = (uint32_t)(row0 * a.topk);
     const bool there = index < (unsigned)a.shares;
     const int64_t at = first_cut(a, head) + (there ? index : 0);
@@ -83,7 +83,7 @@ struct Run {
 // Whole warps call it: the lanes look at 32 blocks' offsets at a time.
 static __device__ __forceinline__ Run run_at(const SelectedParams &a, const Share &s, uint32_t begin) {
     const int lane = threadIdx.x % 32;
-    int64_t lo = 0, hi = a.lists.blocks; // offsets[lo] <= begin < offsets[hi]
+    int64_t lo = 0, hi = a.lists.max_blocks; // offsets[lo] <= begin < offsets[hi]
     while (hi - lo > 1) {
         int64_t step = (hi - lo + 31) / 32, at = lo + lane * step;
         unsigned below = __ballot_sync(0xffffffffu, at < hi && s.offsets[at] <= begin);
@@ -114,7 +114,7 @@ static __device__ __forceinline__ int last_key(const SelectedParams &a, const Ru
 static __device__ __forceinline__ bool listed(const SelectedParams &a, int head, int64_t block, int64_t slabs) {
     for (int64_t s0 = 0; s0 < slabs; s0 += 32) {
         int64_t s = s0 + threadIdx.x % 32;
-        const uint32_t *offsets = a.lists.offsets + (head * a.lists.slabs + s) * (a.lists.blocks + 1) + block;
+        const uint32_t *offsets = a.lists.offsets + (head * a.lists.num_slabs + s) * (a.lists.max_blocks + 1) + block;
         if (__any_sync(0xffffffffu, s < slabs && offsets[0] != offsets[1])) return true;
     }
     return false;

@@ -17,11 +17,11 @@ template <typename P, int D> struct PartialRow {
         const uint32_t rows = (uint32_t)a.tokens * a.group;
         there = index < rows, index = min(index, rows - 1), piece = threadIdx.x % LANES;
         const uint32_t token = fast_divide(index, a.group_divisor), in_group = index - token * a.group;
-        row = (uint32_t)a.slab * (uint32_t)a.lists.slab + token;
+        row = (uint32_t)a.slab * (uint32_t)a.lists.slab_rows + token;
         int64_t seq;
         query_position(a.batch, row, &seq, &pos);
         to = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
-        first = (blockIdx.y * (uint32_t)a.lists.slab + token) * (a.topk * a.parts * a.group) + in_group;
+        first = (blockIdx.y * (uint32_t)a.lists.slab_rows + token) * (a.topk * a.parts * a.group) + in_group;
         from = a.partial + first * (uint64_t)row_bytes<P, D>() + Partial<P>::offset(piece);
         policy = first < a.kept ? l2_evict_last() : l2_evict_first();
     }
@@ -36,7 +36,7 @@ template <typename P, int D> struct PartialRow {
             int index = -1;
             if (slot < a.topk * a.parts) index = block_indices[a.parts == 1 ? slot : slot / a.parts];
             const unsigned all = __ballot_sync(
-                0xffffffffu, index >= a.lists.init && ((int64_t)index + a.lists.local) * a.block <= pos);
+                0xffffffffu, index >= a.lists.init_blocks && ((int64_t)index + a.lists.local_blocks) * a.block <= pos);
             valid |= (all >> (threadIdx.x % 32 / LANES * LANES) & ((1ull << LANES) - 1)) << k * LANES;
         }
     }
@@ -81,7 +81,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if ((blockIdx.x * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
     Row r(a, (blockIdx.x * 256 + threadIdx.x) / Row::LANES);
     // All this was written before the main kernel began, which a merge never overtakes.
-    const bool left_out = a.lists.init + a.lists.local > 0, gated = a.gate.sum;
+    const bool left_out = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.sum;
     // Rows of left out blocks, of the compressed and of the sliding branch; each lane reads what it brought.
     __shared__ uint4 others[3][256];
     auto bring = [&](int i, const void *from) {
@@ -271,7 +271,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
     const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, block), seq0 = a.batch.cu_seqlens[seq];
     const int64_t key0 = seq0 + (block - a.batch.cu_blocks[seq]) * a.block;
     const int keys = (int)min((int64_t)a.block, a.batch.cu_seqlens[seq + 1] - key0);
-    const bool chosen = listed(a, head, block, a.lists.slabs);
+    const bool chosen = listed(a, head, block, a.lists.num_slabs);
     const float *own = a.dkv + ((int64_t)blockIdx.y * a.batch.n + key0) * 2 * D;
     // Four channels of dK or dV of a token, and the four that RoPE turns them with.
     for (int i = threadIdx.x; i < keys * 2 * D / 8; i += 256) {
@@ -312,7 +312,7 @@ template <typename T, int D> static int combine_backward(const SelectedParams &a
     return FSA_OK;
 }
 template <typename T, int D> static int store_dkv(const SelectedParams &a, unsigned heads, bool early, cudaStream_t stream) {
-    dim3 grid((unsigned)a.lists.blocks, heads);
+    dim3 grid((unsigned)a.lists.max_blocks, heads);
     launch(early && supports_pdl(dkv_store_kernel<T, D>), dkv_store_kernel<T, D>, grid, 256, 0, stream, a);
     return FSA_OK;
 }

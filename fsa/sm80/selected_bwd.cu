@@ -26,7 +26,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) selected_
     const int head = a.head0 + blockIdx.y, g = a.group;
     const Share share = share_of(a, head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
-    char *partial = a.partial + (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g * row_bytes<T, D>();
+    char *partial = a.partial + (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.parts * g * row_bytes<T, D>();
 
     for (uint32_t begin = share.begin; begin < share.end;) {
         Run run = run_at(a, share, begin);

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelectedParams
                     float base[2];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        new_max[i] = quad_max(new_max[i]);
+                        new_max[i] = quad_reduce_max(new_max[i]);
                         base[i] = new_max[i] == -INFINITY ? 0 : new_max[i];
                         if (half > 0) sum[i] *= exp2_fast(max_row[i] - base[i]);
                     }
@@ -194,10 +194,10 @@ __global__ void __launch_bounds__(128, 3) selected_forward_kernel(SelectedParams
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = tile * 16 + quad + 8 * i;
-                    float l = quad_sum(sum[i]), inverse = l > 0 ? 1 / l : 0;
+                    float l = quad_reduce_sum(sum[i]), inverse = l > 0 ? 1 / l : 0;
                     if (r >= rows) continue;
                     int64_t at =
-                        (((int64_t)blockIdx.y * a.lists.slab * a.topk + (entry[i] - share.entry0)) * a.parts +
+                        (((int64_t)blockIdx.y * a.lists.slab_rows * a.topk + (entry[i] - share.entry0)) * a.parts +
                          part) *
                             g +
                         r % g;

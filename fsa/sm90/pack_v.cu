@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
     constexpr int LARGEST = KEYS == 64 ? 8 : 7; // below 2^(LARGEST + 1)
     const int exponent = min(max(LARGEST - ilogbf(mine), -100), 100);
     const float factor = mine > 0 ? ldexpf(1, exponent) : 1;
-    if (thread == 0) a.factors[(blockIdx.y * a.lists.blocks + block) * a.parts + part] = 1 / factor;
+    if (thread == 0) a.factors[(blockIdx.y * a.lists.max_blocks + block) * a.parts + part] = 1 / factor;
     auto convert = [&](uint32_t x) {
         float2 y = unpack2<T>(x);
         return pack2<__half>(y.x * factor, y.y * factor);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
 
 template <typename T, int D, int KEYS>
 static int pack(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
-    dim3 grid((unsigned)(a.lists.blocks * a.parts), heads);
+    dim3 grid((unsigned)(a.lists.max_blocks * a.parts), heads);
     launch(a.head0 > 0, pack_v_kernel<T, D, KEYS>, grid, PACK_THREADS, 0, stream, a);
     return FSA_OK;
 }

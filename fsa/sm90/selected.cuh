@@ -65,7 +65,7 @@ struct KvBlockIterator {
     int keys;
     __device__ __forceinline__ void load(const SelectedParams &a, const Share &s, int from) {
         first_block = from;
-        offset = s.offsets[min(from + (int)threadIdx.x % 32, (int)a.lists.blocks)];
+        offset = s.offsets[min(from + (int)threadIdx.x % 32, (int)a.lists.max_blocks)];
     }
     __device__ __forceinline__ void find_block(const SelectedParams &a) {
         if (run.index >= seq_end) {

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
         const uint32_t pair = B::SHARES == 1 ? warp % 2 : 0; // takes every GATHERERS-th tile
         if (warp < 2) {
             // Partial rows are counted over all heads of the launch.
-            const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab * a.topk);
+            const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_rows * a.topk);
             GatherTileIterator<B::GATHERERS> walk(a, share, pair);
             for (uint32_t n = pair; walk.runs.more; n += B::GATHERERS) {
                 TileRows t = walk.take(a, entry0);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                 int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
                 if (lane == 0) meta.masked = masked;
                 gather<T, D, 4>(smem_address(m->q[turn.stage][0]), a.q, t.row);
-                cp_async_arrive(q_full + 8 * turn.stage);
+                cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
                 mbarrier_arrive_warp(q_full + 8 * turn.stage);
             }
         } else {
@@ -148,12 +148,12 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         turn.wait_empty(kv_empty);
                         // What a short block lacks are zeros, which the copy engine doesn't write.
                         if (keys < KEYS) load_kv<T, D, KEYS>(a, run, part, k_tile, v_tile);
-                        cp_async_arrive(full);
+                        cp_async_mbarrier_arrive(full);
                         if (lane == 0) {
                             auto &meta = m->block[turn.stage];
                             meta.out = out, meta.added = added;
                             meta.tiles = tiles, meta.keys = keys;
-                            mbarrier_arrive_expect(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
+                            mbarrier_arrive_expect_tx(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
                             for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
                                 const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
                                 tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                             const uint32_t row[2] = {m->rows[rows.stage][lane],
                                                      m->rows[rows.stage][lane + 32]};
                             gather<T, D, 4>(smem_address(m->q[turn.stage][1]), a.dout, row);
-                            cp_async_arrive(q_full + 8 * turn.stage);
+                            cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
                         }
                         // Not before the part's first rows are under way: this waits until the part before
                         // is done with.
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
             if (pair == 0) {
                 KvTurn turn(n);
                 turn.wait_empty(kv_empty);
-                cp_async_arrive(kv_full + 8 * turn.stage);
+                cp_async_mbarrier_arrive(kv_full + 8 * turn.stage);
                 if (lane == 0) {
                     m->block[turn.stage].tiles = 0;
                     mbarrier_arrive(kv_full + 8 * turn.stage);

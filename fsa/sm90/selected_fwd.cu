@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 QTurn turn(n);
                 turn.wait_empty(q_empty);
                 gather<T, D, 8>(smem_address(m->q[turn.stage]), a.q, t.row);
-                cp_async_arrive(q_full + 8 * turn.stage);
+                cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
                 auto &meta = m->tile[turn.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 for (int part = 0; part < a.parts; part++, n++) {
                     const int keys = max(0, min(run.keys - part * KEYS, KEYS));
                     const float unfactor =
-                        a.factors[(blockIdx.y * a.lists.blocks + run.index) * a.parts + part];
+                        a.factors[(blockIdx.y * a.lists.max_blocks + run.index) * a.parts + part];
                     KvTurn turn(n);
                     turn.wait_empty(kv_empty);
                     // Keys that the block lacks: V's become zeros, since what lies there may be no number,
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                                        to = smem_address(m->kv[turn.stage][0]);
                         m->block[turn.stage].tiles = ((int)run.count * g + 63) / 64;
                         m->block[turn.stage].unfactor = unfactor;
-                        mbarrier_arrive_expect(full, (KEYS + keys) * D * 2);
+                        mbarrier_arrive_expect_tx(full, (KEYS + keys) * D * 2);
                         const int64_t key0 = run.key0 + part * KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
                             const uint32_t at = to + panel * KEYS * 128;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
         pdl_launch_dependents();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
-        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab * a.topk * a.parts * g;
+        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.parts * g;
         char *out = a.partial + partial0 * row_bytes<__half, D>();
         float2 *stats = a.stats + partial0;
         keep_in_registers(out), keep_in_registers(stats);
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
 #pragma unroll
                     for (int j = 1; j < KEYS / 8; j++)
                         most = fmaxf(most, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-                    most = quad_max(most);
+                    most = quad_reduce_max(most);
                     base[i] = most == -INFINITY ? 0 : most * scale_log2;
                 }
                 uint32_t p[KEYS / 16][4];
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
                 wgmma_commit();
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float l = quad_sum(sum[i]);
+                    float l = quad_reduce_sum(sum[i]);
                     if (c == 0 && to[i] != NONE) // no sum, no logarithm: -inf
                         stats[to[i]] =
                             make_float2(base[i] + log2_fast(l), l > 0 ? unfactor * reciprocal_fast(l) : 0);
