@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# books_124m.sh: 200 steps of a 124M-parameter model on eight novels, context 16,384, 131,072 tokens a step, for the three
-# attention modes: losses, tokens/s and MFU.
-#   data/get && make && scripts/books_124m.sh      with data/books_bpe (data/bpe, see data/README.md), or bytes without it
+# books_124m.sh: trains a 124M-parameter model on eight novels for 200 steps with each of the three attention
+# modes. Context 16,384; 131,072 tokens per step. log/books_124m_MODE/stdout.txt has losses, tokens/s and MFU.
+#   data/get && make && scripts/books_124m.sh
+# Uses the BPE shards of data/books_bpe if they exist (data/README.md, data/bpe), else byte shards.
+# Environment: TRAINER (./train_gpt_nsa), STEPS (200), TOKENS of a step (131072), CONTEXT (16384).
 set -eu
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} STEPS=${STEPS:-200} TOKENS=${TOKENS:-131072} CONTEXT=${CONTEXT:-16384}
-[ -x "$TRAINER" ] || { echo "books_124m.sh: no $TRAINER: make builds it" >&2; exit 1; }
+[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 if ls data/books_bpe/books_train_*.bin >/dev/null 2>&1; then
     data=data/books_bpe
 else
-    [ -d data/corpora/books ] || { echo "books_124m.sh: no data/corpora/books: data/get downloads it" >&2; exit 1; }
+    [ -d data/corpora/books ] || { echo "error: no data/corpora/books; run data/get" >&2; exit 1; }
     build/text -o data/books -name books data/corpora/books
     data=data/books
 fi
 for attn in nsa full window; do
     out=log/books_124m_$attn
     rm -rf "$out" && mkdir -p "$out"
-    "$TRAINER" -e gpt-124m -attn "$attn" -t "$CONTEXT" -b 1 -d "$TOKENS" -x "$STEPS" -l 6e-4 -u $((STEPS / 10)) -q 0.1 -v $(((STEPS + 3) / 4)) -m 8 -n 0 -s 0 \
+    "$TRAINER" -e gpt-124m -attn "$attn" -t "$CONTEXT" -b 1 -d "$TOKENS" -x "$STEPS" -l 6e-4 \
+        -u $((STEPS / 10)) -q 0.1 -v $(((STEPS + 3) / 4)) -m 8 -n 0 -s 0 \
         -i "$data/books_train_*.bin" -j "$data/books_val_*.bin" -o "$out" | tee "$out/stdout.txt"
 done

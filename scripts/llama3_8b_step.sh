@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# llama3_8b_step.sh: a training step of the shape of Llama 3 8B, 4 layers, vocabulary 32,768, one sequence of 8K to 64K
-# tokens: milliseconds, split by part, and memory, native sparse against full attention. Appends to dev/results.
-#   make && scripts/llama3_8b_step.sh       LENGTHS="8192 16384", MODES=nsa, STEPS=5: other choices
+# llama3_8b_step.sh: profiles a training step of Llama 3 8B's shape with 4 layers, vocabulary 32,768 and one
+# sequence of 8K to 64K tokens, with native sparse and with full attention. Prints the time of each part and
+# the memory, and appends them to dev/results.
+#   make && scripts/llama3_8b_step.sh
+# Environment: LENGTHS ("8192 16384 32768 65536"), MODES ("nsa full"), STEPS (5), TRAINER (./train_gpt_nsa).
 set -eu
 cd "$(dirname "$0")/.."
-TRAINER=${TRAINER:-./train_gpt_nsa} LENGTHS=${LENGTHS:-"8192 16384 32768 65536"} MODES=${MODES:-"nsa full"} STEPS=${STEPS:-5}
-[ -x "$TRAINER" ] || { echo "llama3_8b_step.sh: no $TRAINER: make builds it" >&2; exit 1; }
+TRAINER=${TRAINER:-./train_gpt_nsa} LENGTHS=${LENGTHS:-"8192 16384 32768 65536"} MODES=${MODES:-"nsa full"}
+STEPS=${STEPS:-5}
+[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 for t in $LENGTHS; do
     for attn in $MODES; do
         COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)} \

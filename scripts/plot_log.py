@@ -1,9 +1,10 @@
-"""Plots runs from their log.jsonl: training and validation loss, recall by distance where it was measured.
+"""Plots training runs from their log.jsonl: training and validation loss, and recall by distance if logged.
 
     python3 scripts/plot_log.py log/nsa log/full log/window -o runs.png     (needs Matplotlib)
 
-A run is a trainer's output folder (-o) or its log.jsonl, named in the plot by its folder or as NAME=FOLDER says.
---tokens puts tokens along the axis instead of steps, --smooth N averages the training loss over N steps.
+A run is an output folder of the trainer (-o) or its log.jsonl. The legend shows the name of the folder, or
+NAME for an argument NAME=FOLDER. --tokens plots over tokens instead of steps. --smooth N averages the
+training loss over N steps.
 """
 import argparse
 import json
@@ -17,7 +18,7 @@ def die(message):
 
 
 def read_run(argument):
-    """(name, training lines, validation lines, the last recall line or None), each line a dict."""
+    """Returns (name, training rows, validation rows, last recall row or None). A row is a dict."""
     name, _, path = argument.rpartition("=")
     file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
     name = name or os.path.basename(os.path.dirname(os.path.abspath(file)))
@@ -28,7 +29,7 @@ def read_run(argument):
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    die(f"{file}: line {number} is not JSON")
+                    die(f"{file}: line {number} is not JSON; remove it")
                 if row.get("loss") is not None:
                     train.append(row)
                 elif row.get("val_loss") is not None:
@@ -38,20 +39,21 @@ def read_run(argument):
     except OSError as e:
         die(f"{file}: {e.strerror}")
     if not train and not val:
-        die(f"{file}: no step has been logged")
+        die(f"{file}: has no losses; name the folder of a run that has trained")
     return name, train, val, recall
 
 
 def tokens_at(train):
-    """Tokens trained on after each logged step: those of a step are its rate times its time."""
-    done, at = 0.0, {0: 0.0}
+    """Returns {step: tokens trained on so far}. The tokens of a step are its tokens/s times its time."""
+    total, tokens = 0.0, {0: 0.0}
     for row in train:
-        done += row["tokens_per_second"] * row["ms"] / 1000
-        at[row["step"]] = done
-    return at
+        total += row["tokens_per_second"] * row["ms"] / 1000
+        tokens[row["step"]] = total
+    return tokens
 
 
 def smoothed(values, width):
+    """Returns the moving average over the last `width` values."""
     out, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0)
@@ -63,22 +65,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
-    parser.add_argument("-o", default="runs.png", metavar="FILE", help="picture to write (default: runs.png)")
+    parser.add_argument("-o", default="runs.png", metavar="FILE", help="output picture (default: runs.png)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average the loss over N steps")
-    parser.add_argument("--tokens", action="store_true", help="tokens along the axis instead of steps")
+    parser.add_argument("--tokens", action="store_true", help="plot over tokens instead of steps")
     args = parser.parse_args()
     if args.smooth < 1:
-        die(f"--smooth {args.smooth}: at least 1")
+        die(f"--smooth {args.smooth}: must be at least 1")
     runs = [read_run(argument) for argument in args.runs]
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        die("Matplotlib is missing: pip install matplotlib")
+        die("Matplotlib is missing; run pip install matplotlib")
 
-    recalls = any(recall for _, _, _, recall in runs)
-    figure, axes = plt.subplots(1, 1 + recalls, figsize=(6.5 * (1 + recalls), 4.5), squeeze=False)
+    has_recall = any(recall for _, _, _, recall in runs)
+    figure, axes = plt.subplots(1, 1 + has_recall, figsize=(6.5 * (1 + has_recall), 4.5), squeeze=False)
     loss_axis = axes[0][0]
     for i, (name, train, val, recall) in enumerate(runs):
         color = f"C{i % 10}"
@@ -96,9 +98,9 @@ def main():
             axes[0][1].plot([b["from"] * math.sqrt(2) for b in buckets],
                             [100 * b["right"] / b["asked"] for b in buckets], color=color, marker="o",
                             label=name)
-    loss_axis.set(xlabel="tokens" if args.tokens else "step", ylabel="loss, nats a token",
-                  title="training (pale) and validation (marked)")
-    if recalls:
+    loss_axis.set(xlabel="tokens" if args.tokens else "step", ylabel="loss, nats per token",
+                  title="training (pale) and validation (dots)")
+    if has_recall:
         chance = max(100 * recall["chance"] for _, _, _, recall in runs if recall)
         axes[0][1].axhline(chance, color="grey", linestyle=":", label="chance")
         axes[0][1].set_xscale("log", base=2)

@@ -1,9 +1,9 @@
-"""Plots how recall holds as the context grows: one picture, a panel a context, a line an attention mode.
+"""Plots recall accuracy by distance. Each context has a panel; each attention mode has a line.
 
     python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 
-Reads the log.jsonl of each run folder: accuracy by distance at its last validation. The context and the mode
-are taken from the folder's name, ..._CONTEXT_MODE, as scripts/recall.sh names its runs. Needs Matplotlib.
+The accuracy is that of the last validation in the log.jsonl of each run. Folder names must end in
+_CONTEXT_MODE, like those of scripts/recall.sh. Needs Matplotlib.
 """
 import argparse
 import math
@@ -13,25 +13,27 @@ from plot_log import die, read_run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="FOLDER")
-    parser.add_argument("-o", default="recall.png", metavar="FILE", help="picture to write (default: recall.png)")
+    parser.add_argument("-o", default="recall.png", metavar="FILE",
+                        help="output picture (default: recall.png)")
     args = parser.parse_args()
     panels = {}
     for folder in args.runs:
         name, _, _, recall = read_run(folder)
         found = re.search(r"_(\d+)_(nsa|full|window)$", name)
         if not found:
-            die(f"{folder}: the name does not end in _CONTEXT_MODE")
+            die(f"{folder}: must end in _CONTEXT_MODE, such as recall_1024_nsa")
         if not recall:
-            die(f"{folder}: no recall was measured there")
+            die(f"{folder}: its log has no recall; validate on recall shards (-j)")
         panels.setdefault(int(found[1]), {})[found[2]] = recall
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        die("Matplotlib is missing: pip install matplotlib")
+        die("Matplotlib is missing; run pip install matplotlib")
 
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# Recall as the context grows: each attention mode learns the task at the shortest context and goes on from its
-# checkpoint at twice the length, and so on. Run again, it goes on where it was stopped.
+# recall.sh: trains each attention mode on the recall task with growing context. Training at a context starts
+# from the checkpoint of the context before. Run again, the script resumes where it stopped.
 #
 #   scripts/recall.sh [CONTEXT...]        (256 512 ... 16384)
 #   python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 #
-# RoPE's base is 1e6: at 1e4 no channel turns slowly enough to match a name 8,000 tokens back as it does nearby. A
-# sequence asks some 16 names from half its length back, whatever that is: a step of long sequences has at least 8 of
-# them, so that it learns as much of long distances as one of short ones. TRAINER, STEPS at each context and TOKENS of
-# a step (more, where 8 sequences are) can be set.
+# The base of RoPE is 1e6. With 1e4 no channel rotates slowly enough to match a name 8,000 tokens back as well
+# as a near one. A sequence of any length has about 16 recalls from half its length back. So a step has at
+# least 8 sequences, to learn as much about long distances at long contexts as at short ones.
+# Environment: TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more if needed for
+# 8 sequences).
 set -eu
 cd "$(dirname "$0")/.."
 trainer=${TRAINER:-./train_gpt_nsa} steps=${STEPS:-1000} tokens=${TOKENS:-16384}
 [ $# -gt 0 ] || set -- 256 512 1024 2048 4096 8192 16384
 make build/recall "$(basename "$trainer")" >/dev/null
 for mode in nsa full window; do
-    from=recall-1k theta='-theta 1e6' rate=1e-3
+    start=recall-1k theta='-theta 1e6' rate=1e-3
     for context in "$@"; do
         batch=$((tokens / context))
         [ $batch -ge 8 ] || batch=8
         data=data/recall_$context out=log/recall_${context}_$mode
         build/recall -o "$data" -t "$context" -n $((steps * batch)) >/dev/null
         echo "== context $context, $mode"
-        "$trainer" -e "$from" $theta -attn $mode -t "$context" -b $batch -x "$steps" -l $rate -u $((steps / 10)) -q 0 \
-            -beta2 0.98 -v $((steps / 4)) -m 0 -n "$steps" -o "$out" -y 1 \
+        "$trainer" -e "$start" $theta -attn $mode -t "$context" -b $batch -x "$steps" -l $rate \
+            -u $((steps / 10)) -q 0 -beta2 0.98 -v $((steps / 4)) -m 0 -n "$steps" -o "$out" -y 1 \
             -i "$data/recall_train_*.bin" -j "$data/recall_val_*.bin"
-        from=$(ls "$out"/ckpt_*.bin | tail -n 1) theta= rate=5e-4
+        start=$(ls "$out"/ckpt_*.bin | tail -n 1) theta= rate=5e-4
     done
 done

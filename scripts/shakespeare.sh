@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# shakespeare.sh: tinyshakespeare, bytes, 6 layers of 384 channels, context 1,024, for the three attention modes with
-# three seeds each; then the best validation loss of each run, and their mean and spread a mode. nsa compresses by the
-# mean: a megabyte of text is too little for the 1.6M weights of linear compression, which only overfit.
-#   data/get && make && scripts/shakespeare.sh        TRAINER=./train_gpt_nsa_cpu STEPS=10 SEEDS=1 JOBS=1: other choices
+# shakespeare.sh: trains on tinyshakespeare (bytes) with the three attention modes and three seeds each: 6
+# layers, 384 channels, context 1,024. Then prints the best validation loss of each run, and their mean and
+# standard deviation for each mode. nsa uses mean compression: linear compression has 1.6M weights, which
+# overfit a megabyte of text.
+#   data/get && make && scripts/shakespeare.sh
+# Environment: TRAINER (./train_gpt_nsa), STEPS (1500), SEEDS ("1 2 3"), JOBS (parallel runs; 3), TEXT (input
+# file).
 set -eu
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} STEPS=${STEPS:-1500} SEEDS=${SEEDS:-"1 2 3"} JOBS=${JOBS:-3}
 TEXT=${TEXT:-data/corpora/tinyshakespeare.txt}
-[ -x "$TRAINER" ] || { echo "shakespeare.sh: no $TRAINER: make builds it" >&2; exit 1; }
-[ -f "$TEXT" ] || { echo "shakespeare.sh: no $TEXT: data/get downloads it" >&2; exit 1; }
+[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
+[ -f "$TEXT" ] || { echo "error: $TEXT: no such file; download it with data/get" >&2; exit 1; }
 build/text -o data/shakespeare -name shakespeare "$TEXT"
 mkdir -p log
 for seed in $SEEDS; do
@@ -16,13 +19,16 @@ for seed in $SEEDS; do
 done | xargs -P "$JOBS" -L 1 bash -c '
     out=log/shakespeare_$2_$1
     rm -rf "$out" && mkdir -p "$out"
-    '"$TRAINER"' -e shakespeare -attn "$2" -phi mean -seed "$1" -b 16 -x '"$STEPS"' -l 1e-3 -u '$((STEPS / 15))' -q 0.1 -c 0.1 -beta2 0.99 -v 50 \
-        -m 0 -n 0 -i "data/shakespeare/shakespeare_train_*.bin" -j "data/shakespeare/shakespeare_val_*.bin" -o "$out" \
+    '"$TRAINER"' -e shakespeare -attn "$2" -phi mean -seed "$1" -b 16 -x '"$STEPS"' -l 1e-3 \
+        -u '$((STEPS / 15))' -q 0.1 -c 0.1 -beta2 0.99 -v 50 -m 0 -n 0 -o "$out" \
+        -i "data/shakespeare/shakespeare_train_*.bin" -j "data/shakespeare/shakespeare_val_*.bin" \
         >"$out/stdout.txt"' _
 for attn in nsa full window; do
     for seed in $SEEDS; do
-        grep -o '"val_loss": *[0-9.]*' "log/shakespeare_${attn}_$seed/log.jsonl" | grep -o '[0-9.]*$' | sort -g | head -n 1
+        grep -o '"val_loss": *[0-9.]*' "log/shakespeare_${attn}_$seed/log.jsonl" | grep -o '[0-9.]*$' |
+            sort -g | head -n 1
     done | awk -v attn="$attn" '{ s += $1; q += $1 * $1; n++; all = all " " $1 }
         END { m = s / n; v = n > 1 ? (q - n * m * m) / (n - 1) : 0
-              printf "%-7s best validation losses%s, mean %.4f, standard deviation %.4f\n", attn, all, m, sqrt(v > 0 ? v : 0) }'
+              printf "%-7s best validation losses%s, mean %.4f, standard deviation %.4f\n",
+                     attn, all, m, sqrt(v > 0 ? v : 0) }'
 done
