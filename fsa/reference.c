@@ -1,8 +1,8 @@
-// reference.c: native sparse attention as fsa/README.md defines it, step by step. Compiled twice:
-// plain for float, with -DFSA_REF_DOUBLE for double.
+// reference.c: native sparse attention step by step, as fsa/README.md defines it. It is compiled twice: as it
+// is for float, and with -DFSA_REF_DOUBLE for double.
 //
-// Work is spread over (sequence, KV head) pairs. A pair's queries are taken in order by one thread,
-// and it alone writes its rows of every gradient, so the bits do not depend on the threads.
+// A task is one (sequence, KV head) pair. One thread processes the queries of a task in order, and no other
+// thread writes the task's rows of any gradient. So the bits do not depend on the number of threads.
 #include "reference.h"
 #include <math.h>
 #include <string.h>
@@ -19,9 +19,9 @@ typedef float real;
 #define LOG logf
 #endif
 
-enum { TILE = 64 }; // keys taken together
+enum { TILE = 64 }; // keys of one step of the online softmax
 
-#ifndef FSA_REF_DOUBLE // shared by both precisions, so compiled once
+#ifndef FSA_REF_DOUBLE // these serve both precisions and are compiled once
 int64_t fsa_batch_keys(const FsaBatch *b) {
     return b->cu_seqlens[b->num_seqs];
 }
@@ -44,7 +44,7 @@ static real softmax_scale(const FsaConfig *c) {
     return c->scale ? (real)c->scale : (real)(1 / sqrt(c->head_dim));
 }
 
-// sum_i a_i b_i. The pragma lets the compiler add in vector lanes; the order is fixed when compiled.
+// sum_i a_i b_i. The pragma allows a sum in vector lanes; the compiler fixes the order of additions.
 static inline real dot(const real *a, const real *b, int n) {
     real sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -58,14 +58,14 @@ static inline void axpy(real *restrict y, real a, const real *restrict x, int n)
 }
 
 // ---------------------------------------------------------------------------------------------
-// The walk over a batch: one task for a (sequence, KV head), and in it the queries in order.
+// Tasks: one (sequence, KV head) pair each
 
 typedef struct {
     int64_t seq;
-    int64_t key0, n; // first row of the sequence in k and v, and its tokens
+    int64_t key0, n; // first row of the sequence in k and v, and its number of tokens
     int64_t window0; // first row of the sequence in kc and vc
-    int64_t segment; // its first segment, num_segments where it has none
-    int64_t row;     // that segment's first query row
+    int64_t segment; // first segment of the sequence; num_segments if it has none
+    int64_t row;     // first query row of that segment
     int h;           // KV head
 } Task;
 
@@ -86,7 +86,7 @@ static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
     _Pragma("omp parallel for schedule(dynamic, 1)") for (int64_t task_ = 0;                                 \
                                                           task_ < (b)->num_seqs * (c)->kv_heads; task_++)
 
-// Runs the statement for every query of task t of a batch: its row in q and its position pos.
+// Runs the statement that follows for every query of task t, with its row in q and its position `pos`.
 #define FOR_EACH_QUERY(b, t)                                                                                 \
     for (int64_t seg_ = (t).segment, row = (t).row;                                                          \
          seg_ < (b)->num_segments && (b)->segments[seg_].seq == (t).seq; seg_++)                             \
@@ -146,7 +146,7 @@ static void rope_windows(const FsaConfig *c, const FsaBatch *b, real *kc, const 
 // ---------------------------------------------------------------------------------------------
 // Compression
 
-// out[d] = phi of the window that starts at x, whose tokens lie `stride` reals apart.
+// out [d] = phi of the window whose l tokens are at x, `stride` elements apart. w NULL: mean.
 static void phi_forward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w,
                         real *out) {
     int l = c->cmp_len, d = c->head_dim;
@@ -163,7 +163,7 @@ static void phi_forward(const FsaConfig *c, const real *x, int64_t stride, const
     }
 }
 
-// Adds to dx, dpe and dw what dout [d] gives.
+// Adds the gradients of dout [d] to dx, dpe and dw.
 static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, const real *pe, const real *w,
                          const real *dout, real *dx, real *dpe, real *dw) {
     int l = c->cmp_len, d = c->head_dim;
@@ -173,16 +173,16 @@ static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, cons
             continue;
         }
         for (int i = 0; i < d; i++) {
-            int64_t line = (int64_t)(r * d + i) * d;
-            real dxi = dot(w + line, dout, d);
+            int64_t row = (int64_t)(r * d + i) * d;
+            real dxi = dot(w + row, dout, d);
             dx[r * stride + i] += dxi;
             if (dpe) dpe[r * d + i] += dxi;
-            axpy(dw + line, x[r * stride + i] + (pe ? pe[r * d + i] : 0), dout, d);
+            axpy(dw + row, x[r * stride + i] + (pe ? pe[r * d + i] : 0), dout, d);
         }
     }
 }
 
-// A KV head's parameter inside an array with `size` reals a head; NULL stays NULL.
+// The parameter of KV head h in an array with `size` elements a head; NULL stays NULL.
 #define HEAD(pointer, h, size) ((pointer) ? (pointer) + (int64_t)(h) * (size) : NULL)
 
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
@@ -203,12 +203,12 @@ void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real
 }
 
 void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
-                                const FSA_REF(PhiWeights) * phi, const double *inv_freq, real *dkc, const real *dvc,
-                                real *dk, real *dv, const FSA_REF(PhiGradients) * dphi) {
+                                const FSA_REF(PhiWeights) * phi, const double *inv_freq, real *dkc,
+                                const real *dvc, real *dk, real *dv, const FSA_REF(PhiGradients) * dphi) {
     int hkv = c->kv_heads, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, ld = (int64_t)c->cmp_len * d;
     rope_windows(c, b, dkc, inv_freq, 1);
-    // The weights of a head sum over all sequences, so here a task is a head alone.
+    // The weight gradients of a head sum over all sequences, so one thread processes all sequences of a head.
 #pragma omp parallel for schedule(dynamic, 1)
     for (int h = 0; h < hkv; h++) {
         for (int64_t s = 0; s < b->num_seqs; s++) {
@@ -218,28 +218,29 @@ void FSA_REF(compress_backward)(const FsaConfig *c, const FsaBatch *b, const rea
                 int64_t in = (t.key0 + i * c->cmp_stride) * token + h * d,
                         out = (t.window0 + i) * token + h * d;
                 phi_backward(c, k + in, token, HEAD(phi->pe, h, ld), HEAD(phi->wk, h, ld * d), dkc + out,
-                             dk + in, HEAD(dphi->pe, h, ld), HEAD(dphi->wk, h, ld * d));
+                             dk + in, HEAD(dphi->dpe, h, ld), HEAD(dphi->dwk, h, ld * d));
                 phi_backward(c, v + in, token, NULL, HEAD(phi->wv, h, ld * d), dvc + out, dv + in, NULL,
-                             HEAD(dphi->wv, h, ld * d));
+                             HEAD(dphi->dwv, h, ld * d));
             }
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention over a set of keys. Every rule is a list of ranges of visible keys.
+// Attention. A visibility rule gives each query a list of ranges of keys.
 
 typedef struct {
-    int64_t begin, end; // keys begin..end-1, counted from the sequence's first (window)
+    int64_t begin, end; // keys (or windows) begin..end-1, counted from the first of the sequence
 } Range;
 
-static int64_t windows_seen(const FsaConfig *c, int64_t pos) {
+static int64_t visible_windows(const FsaConfig *c, int64_t pos) {
     return fsa_num_windows(c, pos + 1);
 }
 
-// The keys that the query at position pos sees; `chosen` are its T block indices. Returns how many
-// ranges it wrote, at most max(1, T).
-static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const int32_t *chosen, Range *r) {
+// Writes the ranges of keys that the query at position pos sees, and returns their number, at most max(1, T).
+// indices [T]: the query's block indices, for FSA_SELECTED.
+static int visible_ranges(const FsaConfig *c, FsaVisibility rule, int64_t pos, const int32_t *indices,
+                          Range *r) {
     r[0].begin = 0;
     switch (rule) {
     case FSA_CAUSAL:
@@ -250,17 +251,17 @@ static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const in
         r[0].end = pos + 1;
         return 1;
     case FSA_COMPRESSED:
-        r[0].end = windows_seen(c, pos);
+        r[0].end = visible_windows(c, pos);
         return 1;
     case FSA_SELECTED:
         break;
     }
     int count = 0;
-    for (int i = 0; i < c->topk && chosen[i] >= 0; i++) {
-        int64_t begin = (int64_t)chosen[i] * c->block, end = begin + c->block;
-        if (end > pos + 1) end = pos + 1; // causal within the query's own block
+    for (int i = 0; i < c->topk && indices[i] >= 0; i++) {
+        int64_t begin = (int64_t)indices[i] * c->block, end = begin + c->block;
+        if (end > pos + 1) end = pos + 1; // causal in the query's own block
         if (count && r[count - 1].end == begin) {
-            r[count - 1].end = end; // neighbours join
+            r[count - 1].end = end; // join adjacent blocks
         } else {
             r[count].begin = begin;
             r[count++].end = end;
@@ -270,7 +271,8 @@ static int visible(const FsaConfig *c, FsaVisibility rule, int64_t pos, const in
 }
 
 void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
-                             const real *k, const real *v, const int32_t *block_indices, real *o, real *lse) {
+                                const real *k, const real *v, const int32_t *block_indices, real *o,
+                                real *lse) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
     real scale = softmax_scale(c);
@@ -280,10 +282,11 @@ void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibi
         const real *kh = k + key0 * token + t.h * d, *vh = v + key0 * token + t.h * d;
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
-            int count = visible(c, rule, pos,
-                                rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            int count = visible_ranges(
+                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL,
+                ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
-                // Softmax of the keys seen so far: their maximum, sum of exponentials, and output.
+                // Online softmax: maximum and sum of exponentials so far; out is normalized at the end.
                 const real *qr = q + (row * hq + head) * d;
                 real *out = o + (row * hq + head) * d;
                 real max = -INFINITY, sum = 0, s[TILE];
@@ -296,10 +299,10 @@ void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibi
                             s[j] = scale * dot(qr, kh + (j0 + j) * token, d);
                             if (s[j] > tile_max) tile_max = s[j];
                         }
-                        real shrink = EXP(max - tile_max); // 0 for the first tile
+                        real rescale = EXP(max - tile_max); // 0 for the first tile
                         max = tile_max;
-                        sum *= shrink;
-                        for (int i = 0; i < d; i++) out[i] *= shrink;
+                        sum *= rescale;
+                        for (int i = 0; i < d; i++) out[i] *= rescale;
                         for (int j = 0; j < nj; j++) {
                             real p = EXP(s[j] - max);
                             sum += p;
@@ -317,26 +320,27 @@ void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibi
 }
 
 void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisibility rule, const real *q,
-                              const real *k, const real *v, const int32_t *block_indices, const real *o,
-                              const real *lse, const real *dout, real *dq, real *dk, real *dv) {
+                                 const real *k, const real *v, const int32_t *block_indices, const real *o,
+                                 const real *lse, const real *dout, real *dq, real *dk, real *dv) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
     int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b);
     real scale = softmax_scale(c);
     FOR_EACH_TASK(c, b) {
         Task t = make_task(c, b, task_);
-        int64_t at = (rule == FSA_COMPRESSED ? t.window0 : t.key0) * token + t.h * d;
-        const real *kh = k + at, *vh = v + at;
-        real *dkh = dk + at, *dvh = dv + at;
+        int64_t kv_offset = (rule == FSA_COMPRESSED ? t.window0 : t.key0) * token + t.h * d;
+        const real *kh = k + kv_offset, *vh = v + kv_offset;
+        real *dkh = dk + kv_offset, *dvh = dv + kv_offset;
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
-            int count = visible(c, rule, pos,
-                                rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL, ranges);
+            int count = visible_ranges(
+                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL,
+                ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
-                int64_t at_row = (row * hq + head) * d;
-                const real *qr = q + at_row, *dor = dout + at_row;
-                real *dqr = dq + at_row;
-                // dS = P * (dP - delta), delta = sum_j P_j dP_j = <dO, O>
-                real delta = dot(dor, o + at_row, d);
+                int64_t offset = (row * hq + head) * d;
+                const real *qr = q + offset, *dor = dout + offset;
+                real *dqr = dq + offset;
+                // dS = P (dP - delta), delta = sum_j P_j dP_j = <dO, O>
+                real delta = dot(dor, o + offset, d);
                 for (int r = 0; r < count; r++) {
                     for (int64_t j = ranges[r].begin; j < ranges[r].end; j++) {
                         real p = EXP(scale * dot(qr, kh + j * token, d) - lse[row * hq + head]);
@@ -352,19 +356,20 @@ void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisib
 }
 
 // ---------------------------------------------------------------------------------------------
-// Block scores and the choice of blocks
+// Block scores and block selection
 
-// P_i = sum over the group's heads of exp(scale*q.kc_i - lse), spread over the blocks by w_ij.
-static void scores_of_query(const FsaConfig *c, const real *q, const real *kc, const real *lse, int64_t token,
-                            int64_t pos, real *scores) {
+// scores [floor(pos/B) + 1]: S_j = sum_i w_ij P_i, where P_i is the sum of exp(scale q.kc_i - lse) over the
+// heads of the group.
+static void query_scores(const FsaConfig *c, const real *q, const real *kc, const real *lse, int64_t token,
+                         int64_t pos, real *scores) {
     int g = c->q_heads / c->kv_heads, d = c->head_dim, s = c->cmp_stride;
-    int64_t blocks = pos / c->block + 1, seen = windows_seen(c, pos);
+    int64_t blocks = pos / c->block + 1, seen = visible_windows(c, pos);
     real scale = softmax_scale(c);
     for (int64_t j = 0; j < blocks; j++) scores[j] = 0;
     for (int64_t i = 0; i < seen; i++) {
         real p = 0;
         for (int r = 0; r < g; r++) p += EXP(scale * dot(q + r * d, kc + i * token, d) - lse[r]);
-        // w_ij counts the stride cells of window i that lie in block j.
+        // w_ij is the number of stride cells of window i that lie in block j.
         for (int cell = 0; cell < c->cmp_len / s; cell++) scores[(i * s + cell * s) / c->block] += p;
     }
 }
@@ -378,46 +383,46 @@ int64_t FSA_REF(block_scores)(const FsaConfig *c, const FsaBatch *b, const real 
         window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
     }
     int64_t pos = b->segments[seg].pos + query - row0, row = query * c->q_heads + h * g;
-    scores_of_query(c, q + row * c->head_dim, kc + window0 * token + h * c->head_dim, lse_c + row, token, pos,
-                    scores);
+    query_scores(c, q + row * c->head_dim, kc + window0 * token + h * c->head_dim, lse_c + row, token, pos,
+                 scores);
     return pos / c->block + 1;
 }
 
-void FSA_REF(select_blocks)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc, const real *lse_c,
-                     real *scratch, int32_t *block_indices) {
+void FSA_REF(select_blocks)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *kc,
+                            const real *lse_c, real *scratch, int32_t *block_indices) {
     int hq = c->q_heads, hkv = c->kv_heads, g = hq / hkv, d = c->head_dim;
-    int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b), most = 0;
+    int64_t token = (int64_t)hkv * d, nq = fsa_batch_queries(b), max_blocks = 0;
     for (int64_t s = 0; s < b->num_seqs; s++) {
         int64_t blocks = (b->cu_seqlens[s + 1] - b->cu_seqlens[s]) / c->block + 1;
-        if (blocks > most) most = blocks;
+        if (blocks > max_blocks) max_blocks = blocks;
     }
 #pragma omp parallel for schedule(dynamic, 1)
     for (int h = 0; h < hkv; h++) {
-        real *scores = scratch + h * most;
+        real *scores = scratch + h * max_blocks;
         for (int64_t s = 0; s < b->num_seqs; s++) {
             Task t = make_task(c, b, s * hkv + h);
             FOR_EACH_QUERY(b, t) {
-                int32_t *chosen = block_indices + (h * nq + row) * c->topk;
+                int32_t *indices = block_indices + (h * nq + row) * c->topk;
                 int64_t blocks = pos / c->block + 1;
-                int want = (int)(blocks < c->topk ? blocks : c->topk);
-                for (int i = 0; i < c->topk; i++) chosen[i] = i < want ? i : -1;
-                if (blocks <= c->topk) continue; // all of them
-                int64_t at = row * hq + h * g;
-                scores_of_query(c, q + at * d, kc + t.window0 * token + h * d, lse_c + at, token, pos,
-                                scores);
-                for (int64_t j = 0; j < c->init_blocks; j++) scores[j] = INFINITY; // forced
+                int count = (int)(blocks < c->topk ? blocks : c->topk);
+                for (int i = 0; i < c->topk; i++) indices[i] = i < count ? i : -1;
+                if (blocks <= c->topk) continue;  // all are selected
+                int64_t q_row = row * hq + h * g; // of the group's first head
+                query_scores(c, q + q_row * d, kc + t.window0 * token + h * d, lse_c + q_row, token, pos,
+                             scores);
+                for (int64_t j = 0; j < c->init_blocks; j++) scores[j] = INFINITY; // always selected
                 for (int64_t j = blocks - c->local_blocks; j < blocks; j++) scores[j] = INFINITY;
-                // The T greatest, the smaller index first among equals; taken ones are marked below
-                // every score, so that the ascending list can be read off afterwards.
-                for (int i = 0; i < want; i++) {
-                    int64_t best = 0;
+                // Select the T greatest scores; among equal scores the smaller block index wins. A selected
+                // block gets the score -1, below every other, so the loop below reads off the ascending list.
+                for (int i = 0; i < count; i++) {
+                    int64_t argmax = 0;
                     for (int64_t j = 1; j < blocks; j++) {
-                        if (scores[j] > scores[best]) best = j;
+                        if (scores[j] > scores[argmax]) argmax = j;
                     }
-                    scores[best] = -1;
+                    scores[argmax] = -1;
                 }
                 for (int64_t j = 0, i = 0; j < blocks; j++) {
-                    if (scores[j] < 0) chosen[i++] = (int32_t)j;
+                    if (scores[j] < 0) indices[i++] = (int32_t)j;
                 }
             }
         }
@@ -431,8 +436,8 @@ static real sigmoid(real x) {
     return 1 / (1 + EXP(-x));
 }
 
-// Where the logit of (token, head, branch) stands.
-static int64_t gate_at(const FsaConfig *c, int64_t t, int head, int branch) {
+// Index of the logit of (token, head, branch).
+static int64_t gate_index(const FsaConfig *c, int64_t t, int head, int branch) {
     return (c->gate_per_token ? t : t * c->q_heads + head) * 3 + branch;
 }
 
@@ -442,54 +447,54 @@ void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const real *logits, r
 #pragma omp parallel for
     for (int64_t t = 0; t < nq; t++) {
         for (int head = 0; head < hq; head++) {
-            int64_t at = (t * hq + head) * d;
-            memset(o + at, 0, sizeof(real) * d);
+            int64_t offset = (t * hq + head) * d;
+            memset(o + offset, 0, sizeof(real) * d);
             for (int i = 0; i < 3; i++)
-                axpy(o + at, sigmoid(logits[gate_at(c, t, head, i)]), o_branch[i] + at, d);
+                axpy(o + offset, sigmoid(logits[gate_index(c, t, head, i)]), o_branch[i] + offset, d);
         }
     }
 }
 
-void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int which, const real *logits,
+void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int branch, const real *logits,
                             const real *o_branch, const real *dout, real *do_branch, real *dlogits) {
     int hq = c->q_heads, d = c->head_dim;
 #pragma omp parallel for
     for (int64_t t = 0; t < nq; t++) {
         for (int head = 0; head < hq; head++) {
-            int64_t at = (t * hq + head) * d, at_gate = gate_at(c, t, head, which);
-            real gate = sigmoid(logits[at_gate]);
-            dlogits[at_gate] += dot(dout + at, o_branch + at, d) * gate * (1 - gate);
-            for (int i = 0; i < d; i++) do_branch[at + i] = gate * dout[at + i];
+            int64_t offset = (t * hq + head) * d, logit = gate_index(c, t, head, branch);
+            real gate = sigmoid(logits[logit]);
+            dlogits[logit] += dot(dout + offset, o_branch + offset, d) * gate * (1 - gate);
+            for (int i = 0; i < d; i++) do_branch[offset + i] = gate * dout[offset + i];
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------
-// The whole
+// The whole attention
 
 size_t FSA_REF(state_layout)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
-                            void *memory) {
+                             void *memory) {
     int64_t q = nq * c->q_heads * c->head_dim, k = n * c->kv_heads * c->head_dim, lse = nq * c->q_heads;
-    int64_t windows = n / c->cmp_stride * c->kv_heads * c->head_dim; // a sequence has at most n/s
-    int64_t blocks = (n / c->block + num_seqs) * c->kv_heads, choice = c->kv_heads * nq * c->topk;
+    int64_t windows = n / c->cmp_stride * c->kv_heads * c->head_dim; // a sequence of n tokens has at most n/s
+    int64_t blocks = (n / c->block + num_seqs) * c->kv_heads, indices = c->kv_heads * nq * c->topk;
     size_t used = 0;
-#define PLACE(field, type, count)                                                                            \
+#define ARRAY(field, type, count)                                                                            \
     do {                                                                                                     \
         if (memory) s->field = (type *)((char *)memory + used);                                              \
         used += ((size_t)(count) * sizeof(type) + 63) / 64 * 64;                                             \
     } while (0)
-    PLACE(q, real, q);
-    PLACE(k, real, k);
-    PLACE(kc, real, windows);
-    PLACE(vc, real, windows);
-    for (int i = 0; i < 3; i++) PLACE(o[i], real, q);
-    for (int i = 0; i < 3; i++) PLACE(lse[i], real, lse);
-    PLACE(block_indices, int32_t, choice);
-    PLACE(dbranch, real, q);
-    PLACE(dkc, real, windows);
-    PLACE(dvc, real, windows);
-    PLACE(scratch, real, blocks);
-#undef PLACE
+    ARRAY(q, real, q);
+    ARRAY(k, real, k);
+    ARRAY(kc, real, windows);
+    ARRAY(vc, real, windows);
+    for (int i = 0; i < 3; i++) ARRAY(o[i], real, q);
+    for (int i = 0; i < 3; i++) ARRAY(lse[i], real, lse);
+    ARRAY(block_indices, int32_t, indices);
+    ARRAY(do_branch, real, q);
+    ARRAY(dkc, real, windows);
+    ARRAY(dvc, real, windows);
+    ARRAY(scratch, real, blocks);
+#undef ARRAY
     return used;
 }
 
@@ -497,7 +502,7 @@ static const FsaVisibility branch_rule[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_W
 
 void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, const real *k, const real *v,
                       const FSA_REF(PhiWeights) * phi, const double *inv_freq, const real *gate_logits,
-                      const int32_t *frozen, FSA_REF(State) * s, real *o) {
+                      const int32_t *block_indices, FSA_REF(State) * s, real *o) {
     int64_t nq = fsa_batch_queries(b), n = fsa_batch_keys(b);
     memcpy(s->q, q, sizeof(real) * nq * c->q_heads * c->head_dim);
     memcpy(s->k, k, sizeof(real) * n * c->kv_heads * c->head_dim);
@@ -505,8 +510,8 @@ void FSA_REF(forward)(const FsaConfig *c, const FsaBatch *b, const real *q, cons
     FSA_REF(rope_keys)(c, b, s->k, inv_freq, 0);
     FSA_REF(compress_forward)(c, b, k, v, phi, inv_freq, s->kc, s->vc);
     FSA_REF(attention_forward)(c, b, FSA_COMPRESSED, s->q, s->kc, s->vc, NULL, s->o[0], s->lse[0]);
-    if (frozen) {
-        memcpy(s->block_indices, frozen, sizeof(int32_t) * c->kv_heads * nq * c->topk);
+    if (block_indices) {
+        memcpy(s->block_indices, block_indices, sizeof(int32_t) * c->kv_heads * nq * c->topk);
     } else {
         FSA_REF(select_blocks)(c, b, s->q, s->kc, s->lse[0], s->scratch, s->block_indices);
     }
@@ -521,7 +526,7 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
                        const FSA_REF(PhiGradients) * dphi, real *dgate_logits) {
     int64_t nq = fsa_batch_queries(b), m = fsa_batch_windows(c, b);
     int64_t n = fsa_batch_keys(b), row = (int64_t)c->kv_heads * c->head_dim;
-    if (nq > 0) memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim); // of the rotated q until the end
+    if (nq > 0) memset(dq, 0, sizeof(real) * nq * c->q_heads * c->head_dim);
     if (n > 0) {
         memset(dk, 0, sizeof(real) * n * row);
         memset(dv, 0, sizeof(real) * n * row);
@@ -529,12 +534,13 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
     memset(s->dkc, 0, sizeof(real) * m * row);
     memset(s->dvc, 0, sizeof(real) * m * row);
     for (int i = 0; i < 3; i++) {
-        FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->dbranch, dgate_logits);
+        FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->do_branch, dgate_logits);
         int compressed = branch_rule[i] == FSA_COMPRESSED;
         FSA_REF(attention_backward)
-        (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->block_indices, s->o[i],
-         s->lse[i], s->dbranch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
+        (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->block_indices,
+         s->o[i], s->lse[i], s->do_branch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
     }
+    // dq and dk of the rotated q and k become those of q and k before RoPE.
     FSA_REF(rope_queries)(c, b, dq, inv_freq, 1);
     FSA_REF(rope_keys)(c, b, dk, inv_freq, 1);
     FSA_REF(compress_backward)(c, b, k, v, phi, inv_freq, s->dkc, s->dvc, dk, dv, dphi);

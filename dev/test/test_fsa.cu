@@ -178,12 +178,12 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi
     std::vector<float> none(std::max(p.size_q, keys * d), 0), dq(p.size_q), dk(p.size_k), dv(p.size_k);
     std::vector<float> dgate(p.gates), dwv(p.size_w), dpe(p.size_w / d);
     double dwk_terms = 0, dpe_terms = 0;
-    fsa_ref_gate_backward_f32(c, p.nq, 0, p.gate.f.data(), s->o[0], p.dout.f.data(), s->dbranch,
+    fsa_ref_gate_backward_f32(c, p.nq, 0, p.gate.f.data(), s->o[0], p.dout.f.data(), s->do_branch,
                               dgate.data());
     for (bool delta : {false, true}) {
         std::fill(s->dkc, s->dkc + keys * d, 0.f);
         fsa_ref_attention_backward_f32(c, b, FSA_COMPRESSED, s->q, s->kc, delta ? none.data() : s->vc, NULL,
-                                    delta ? s->o[0] : none.data(), s->lse[0], s->dbranch, dq.data(), s->dkc,
+                                    delta ? s->o[0] : none.data(), s->lse[0], s->do_branch, dq.data(), s->dkc,
                                     s->dvc);
         std::vector<float> dwk(p.size_w, 0);
         fsa_ref_PhiGradients_f32 dphi = {dwk.data(), dpe.data(), dwv.data()};
