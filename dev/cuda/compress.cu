@@ -1,48 +1,49 @@
-// compress.cu: windows of tokens to compressed keys and values (phi = mean and linear), and RoPE.
-//   version 1: a thread a channel of the result, in fp32
-//   library:   fsa/compress.cu: linear as matrix products over windows as they lie in memory, mma.sync
-// usage: compress [seed=N] [check [small] | time]      both by default
+// compress.cu: checks and times the compression of keys and values (phi = mean and linear), and RoPE.
+//   version 1: one thread per channel pair of the output, fp32 (forward, phi = linear)
+//   library:   fsa/compress.cu: phi = linear as a GEMM (mma.sync) that reads the windows in place
+// usage: compress [seed=N] [check [small] | time]      default: check and time
 #include "../../fsa/compress.cu"
 #include "../../fsa/rope.cu"
 #include "shapes.h"
 
-// Version 1. A thread: channels c and c + d/2 of a window. Each reads l*d inputs and 2*l*d weights.
-template <typename T, int D> __global__ void __launch_bounds__(D / 2) naive_forward_kernel(const Compress p) {
-    int64_t window = blockIdx.x, token = (int64_t)p.kv_heads * D;
+// Version 1. A thread computes channels c and c + d/2 of one window; it reads l*d inputs and 2*l*d weights.
+template <typename T, int D>
+__global__ void __launch_bounds__(D / 2) naive_forward_kernel(const CompressParams p) {
+    int64_t window = blockIdx.x, token_stride = (int64_t)p.kv_heads * D;
     if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
-    int c = threadIdx.x, head = blockIdx.y, which = blockIdx.z;
+    int c = threadIdx.x, head = blockIdx.y, kv = blockIdx.z;
     int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
     int64_t start = (window - p.batch.cu_windows[seq]) * p.stride;
-    const T *x = (const T *)p.in[which] + (p.batch.cu_seqlens[seq] + start) * token + head * D;
-    const T *w = (const T *)p.weight[which] + (int64_t)head * p.len * D * D,
+    const T *x = (const T *)p.in[kv] + (p.batch.cu_seqlens[seq] + start) * token_stride + head * D;
+    const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D,
             *pe = (const T *)p.pe + (int64_t)head * p.len * D;
     float lo = 0, hi = 0;
     for (int i = 0; i < p.len * D; i++) {
-        float xi = to_f32(x[i / D * token + i % D]);
-        if (which == 0 && p.pe) xi += to_f32(pe[i]);
+        float xi = to_f32(x[i / D * token_stride + i % D]);
+        if (kv == 0 && p.pe) xi += to_f32(pe[i]);
         lo += xi * to_f32(w[(int64_t)i * D + c]);
         hi += xi * to_f32(w[(int64_t)i * D + c + D / 2]);
     }
-    if (which == 0 && p.inv_freq) {
-        float2 turn = rope_cos_sin(start, p.inv_freq[c]);
+    if (kv == 0 && p.inv_freq) {
+        float2 cs = rope_cos_sin(start, p.inv_freq[c]);
         float a = lo, b = hi;
-        lo = a * turn.x - b * turn.y;
-        hi = b * turn.x + a * turn.y;
+        lo = a * cs.x - b * cs.y;
+        hi = b * cs.x + a * cs.y;
     }
-    ((T *)p.out[which])[window * token + head * D + c] = (T)lo;
-    ((T *)p.out[which])[window * token + head * D + c + D / 2] = (T)hi;
+    ((T *)p.out[kv])[window * token_stride + head * D + c] = (T)lo;
+    ((T *)p.out[kv])[window * token_stride + head * D + c + D / 2] = (T)hi;
 }
 template <typename T, int D>
-static int launch_naive(const Compress &p, int64_t windows, cudaStream_t stream) {
+static int launch_naive(const CompressParams &p, int64_t windows, cudaStream_t stream) {
     naive_forward_kernel<T, D><<<dim3((unsigned)windows, p.kv_heads, 2), D / 2, 0, stream>>>(p);
     return launch_status();
 }
-static int naive_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
-                         const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
-                         void *vc, void *workspace, cudaStream_t stream) {
-    Compress s = compress_of(c, p, k, v, wk, pe, wv, inv_freq, workspace);
+static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
+                         const void *v, const void *wk, const void *pe, const void *wv,
+                         const double *inv_freq, void *kc, void *vc, void *workspace, cudaStream_t stream) {
+    CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, workspace);
     s.out[0] = kc, s.out[1] = vc;
-    int64_t windows = fsa_max_windows(c, p);
+    int64_t windows = fsa_max_windows(c, batch);
     return windows ? FSA_DISPATCH(dtype, c->head_dim, launch_naive, s, windows, stream) : FSA_OK;
 }
 
@@ -51,13 +52,13 @@ static const struct Version {
     decltype(&fsa_compress_forward) run;
 } versions[] = {{"1", naive_forward}, {"library", fsa_compress_forward}};
 
-static double worst[2][2]; // [dtype][forward, backward], library
+static double worst[2][2]; // largest relative error of the library: [dtype][forward, backward]
 
 static void compare(const std::vector<float> &got, const std::vector<float> &ref, double limit,
-                    const std::string &what, double *worst_of) {
+                    const std::string &what, double *max_error) {
     double err = relative_error(got, ref);
     check_that(err <= limit, what.c_str(), err, limit);
-    if (worst_of) *worst_of = std::max(*worst_of, err);
+    if (max_error) *max_error = std::max(*max_error, err);
 }
 
 template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi phi, bool with_pe) {
@@ -70,9 +71,9 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     int64_t weights = c.kv_heads * c.cmp_len * d, linear = phi == FSA_PHI_LINEAR;
     std::string what = std::string(linear ? with_pe ? "linear " : "linear without pe " : "mean ") +
                        Dtype<T>::name + " " + shape_name(s);
-    float spread = 1 / sqrtf((float)(c.cmp_len * d));
+    float weight_std = 1 / sqrtf((float)(c.cmp_len * d));
     Host<T> k(r, rows * d, 1), v(r, rows * d, 1);
-    Host<T> wk(r, linear ? weights * d : 0, spread), wv(r, linear ? weights * d : 0, spread),
+    Host<T> wk(r, linear ? weights * d : 0, weight_std), wv(r, linear ? weights * d : 0, weight_std),
         pe(r, linear ? weights : 0, 0.5f);
     std::vector<double> freq = rope_frequencies((int)d);
     Buffer<T> k_dev(k.raw), v_dev(v.raw), wk_dev(wk.raw), wv_dev(wv.raw), pe_dev(pe.raw), kc(windows * d),
@@ -82,10 +83,10 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     const T *pe_arg = with_pe && linear ? pe_dev.get() : NULL;
     std::vector<float> zero(weights);
     fsa_ref_PhiWeights_f32 ref_phi = {linear ? wk.f.data() : NULL,
-                               !linear   ? NULL
-                               : with_pe ? pe.f.data()
-                                         : zero.data(),
-                               linear ? wv.f.data() : NULL};
+                                      !linear   ? NULL
+                                      : with_pe ? pe.f.data()
+                                                : zero.data(),
+                                      linear ? wv.f.data() : NULL};
     std::vector<float> ref_kc(kc.n), ref_vc(vc.n);
     fsa_ref_compress_forward_f32(&c, &b.ref, k.f.data(), v.f.data(), &ref_phi, freq.data(), ref_kc.data(),
                                  ref_vc.data());
@@ -111,14 +112,14 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
         dpe(pe.f.size());
     std::vector<float> ref_dk(dk.n), ref_dv(dv.n), ref_dwk(dwk.n), ref_dwv(dwv.n), ref_dpe(weights);
     fsa_ref_PhiGradients_f32 ref_grad = {linear ? ref_dwk.data() : NULL, linear ? ref_dpe.data() : NULL,
-                                    linear ? ref_dwv.data() : NULL};
+                                         linear ? ref_dwv.data() : NULL};
     fsa_ref_compress_backward_f32(&c, &b.ref, k.f.data(), v.f.data(), &ref_phi, freq.data(), dkc.data(),
                                   dvc.data(), ref_dk.data(), ref_dv.data(), &ref_grad);
     std::vector<float> before[5];
     Buffer<float> *outs[5] = {&dk, &dv, &dwk, &dwv, &dpe};
     std::vector<float> *refs[5] = {&ref_dk, &ref_dv, &ref_dwk, &ref_dwv, &ref_dpe};
     static const char *const names[5] = {" dk ", " dv ", " dwk ", " dwv ", " dpe "};
-    for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
+    for (int run = 0; run < 3; run++) { // runs 0 and 1 overwrite, run 2 accumulates
         if (run < 2) {
             dk.poison(), dv.poison();
             for (int i = 2; i < 5; i++) outs[i]->zero();
@@ -135,7 +136,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
                         &worst[type][1]);
             if (run == 1) check_that(got == before[i], ("repeat of" + (names[i] + what)).c_str(), 1, 0);
             if (run == 2) {
-                for (float &x : got) x /= i == 0 ? 1 : 2; // dk is overwritten
+                for (float &x : got) x /= i == 0 ? 1 : 2; // dk is always overwritten
                 compare(got, before[i], 1e-6, "sum of" + (names[i] + what), NULL);
             }
             if (run < 2) before[i] = got;
@@ -144,7 +145,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     }
 }
 
-// RoPE of queries and keys, and the rounding of dq's sums.
+// RoPE of queries and keys, and the conversion of dq_accum to 16 bits.
 template <typename T> static void check_rope(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
@@ -169,7 +170,7 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
         Buffer<float> dx_dev(dq_to_accum(c, b.batch.nq, dx));
         out.poison();
         FSA_CHECK(fsa_convert_dq(&c, &b.batch, type, dx_dev, out, 0));
-        compare(out.floats(), dx, Dtype<T>::out_tolerance, "rounding of " + what, NULL);
+        compare(out.floats(), dx, Dtype<T>::out_tolerance, "convert_dq of " + what, NULL);
     }
 }
 
@@ -195,7 +196,7 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
     fill_random(dvc.get(), dvc.n, seed + 6, 1.0f);
     dwk.zero(), dwv.zero(), dpe.zero();
     bool linear = phi == FSA_PHI_LINEAR;
-    double products = linear ? 2.0 * c.cmp_len * d * d * windows * 2 : 0;
+    double flops = linear ? 2.0 * c.cmp_len * d * d * windows * 2 : 0;
     auto result = [&](const char *dir, const char *version, double ms) {
         return Result{
             linear ? "compress" : "compress mean", "compress", "nsa",   dir, Dtype<T>::name, t.n, c, ms, 0,
@@ -210,14 +211,14 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
                                       workspace.get(), 0));
             },
             naive ? 3 : 10);
-        report(result("fwd", version.name, ms), products,
+        report(result("fwd", version.name, ms), flops,
                (4.0 * rows + 4.0 * windows + 4.0 * weights * linear) * d);
     }
     double ms = time_ms([&] {
         FSA_CHECK(fsa_compress_backward(&c, &b.batch, Dtype<T>::value, k, v, wk, pe, wv, freq, dkc, dvc, dk,
                                         dv, 0, dwk, dpe, dwv, workspace.get(), 0));
     });
-    report(result("bwd", "library", ms), 2 * products,
+    report(result("bwd", "library", ms), 2 * flops,
            (12.0 * rows + 8.0 * windows + 20.0 * weights * linear) * d);
 }
 
@@ -237,12 +238,12 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
-    // Timings carry the error of a check in the same run, if a short one.
+    // Timings are recorded with the error of a check in the same run, so `time` runs the small check.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
     {
         std::vector<Shape> shapes = small ? small_shapes(&r) : test_shapes(&r, 24);
         for (size_t i = 0; i < shapes.size(); i++) {
-            if (!small || i % 2) { // small: each shape with one of the types
+            if (!small || i % 2) { // small: each shape in one of the two dtypes
                 check_shape<__nv_bfloat16>(&r, shapes[i], FSA_PHI_LINEAR, i % 4 != 3);
                 check_shape<__half>(&r, shapes[i], FSA_PHI_MEAN, false);
             }
