@@ -282,7 +282,7 @@ static size_t entries_bytes(const FsaConfig *c, const BatchLayout *p) {
     return round_up((size_t)c->kv_heads * p->nq * c->topk * sizeof(uint32_t));
 }
 static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
-    return round_up((size_t)c->kv_heads * l->slabs * (l->blocks + 1) * sizeof(uint32_t));
+    return round_up((size_t)c->kv_heads * l->num_slabs * (l->max_blocks + 1) * sizeof(uint32_t));
 }
 
 // All but the pointers.
