@@ -1,136 +1,147 @@
-// lists.cu: from the choice [Hkv, Nq, T] to the list of queries of every block: a stable counting sort.
+// query_lists.cu: block_indices [Hkv, Nq, T] to the query list of every block, in CSR form (QueryLists,
+// kernels.h): a stable counting sort of the entries row*T + slot by the block that they name.
 //
-// The rows of each (kv head, slab) are cut into parts, a thread block each. One kernel counts how often a
-// part names each block. The other finds in these counts where a part's entries belong, sorts them by block
-// in shared memory, a chunk at a time, and writes them: those of one block lie side by side, 16 on average
-// where 16K entries name 1,024 blocks, so sectors leave whole, also where the lists exceed the L2.
+// The rows of each (KV head, slab) are split among num_splits thread blocks:
+//   count_kernel  histogram of each split over the blocks -> split_counts
+//   fill_kernel   offsets of the lists, and of each split within a list, from split_counts. Then per chunk of
+//                 16K entries: histogram per warp -> exclusive scan -> sort in shared memory -> write.
+// The sort makes entries of one block adjacent before they are written: 16 on average where 16K entries name
+// 1,024 blocks. So the writes fill whole sectors, even if the lists exceed the L2. Ranks follow from the
+// order of splits, warps and rows, so the lists are the same in every run.
 //
-// 64K tokens, T = 16, 8 (32) kv heads: 12 bytes an entry, 0.1 (0.4) GB, 0.025 (0.1) ms at 4 TB/s.
-// Instructions for 32 entries, as compiled for Hopper: 16 to count, then 26 to find and count the block, 31
-// to rank, 15 to write, 9 for the tables: 25 (102) million, 0.05 (0.21) ms at 2.2 a clock and multiprocessor.
-// Shared memory is as busy: atomics and scattered accesses of random banks take some 45 clocks for 32
-// entries. These two bind.
+// Floor at 64K tokens, T = 16, 8 (32) KV heads: 12 bytes per entry, 0.1 (0.4) GB, 0.025 (0.1) ms at 4 TB/s.
+// Instructions per 32 entries (SASS, sm_90): 16 in count_kernel; in fill_kernel 26 to find and count the
+// block, 31 to rank, 15 to write, 9 for the tables. That is 25 (102) million, 0.05 (0.21) ms at 2.2 per clock
+// and SM. Shared memory takes as long: atomics and scattered accesses to random banks, 45 clocks per 32
+// entries. Instruction issue and shared memory bind.
 #include "kernels.h"
 #include <limits.h>
 
 enum {
     WARPS = 16, // of a thread block
     THREADS = WARPS * 32,
-    COUNTED = 8192,      // selection blocks that are counted at once
-    RANGE = 2 * THREADS, // and that are sorted at once, two a thread
-    CHUNK = 16384,       // entries that are sorted at once
-    AHEAD = 8,           // that a lane loads at once
-    RANKED = 8,          // and ranks at once
-    SUMMED = 8,          // parts whose counts a thread loads at once
-    NONE = 0xffff,       // the key of an entry that is in none of the lists at hand
-    WANTED = 512,        // thread blocks: two waves of two a multiprocessor
-    MAX_PARTS = 64       // of a slab: each of its thread blocks reads the counts of all
+    COUNT_BLOCKS = 8192,        // selection blocks counted per pass over the entries
+    SORT_BLOCKS = 2 * THREADS,  // selection blocks sorted per pass, two per thread
+    CHUNK = 16384,              // entries sorted at once in shared memory
+    LOAD_BATCH = 8,             // entries a lane loads ahead
+    RANK_BATCH = 8,             // entries a lane ranks at once
+    SUM_BATCH = 8,              // splits whose counts a thread loads at once
+    NOT_LISTED = 0xffff,        // sort key of an entry that is in none of the current SORT_BLOCKS lists
+    TARGET_THREAD_BLOCKS = 512, // two waves of two thread blocks per SM
+    MAX_SPLITS = 64             // bound, since each thread block reads the counts of all splits
 };
 
-struct Choice {
-    const int32_t *block_indices;
-    int topk, block;
+struct ListParams {
+    const int32_t *block_indices; // [Hkv, Nq, T]
+    int topk, block;              // T, B
     FastDivisor topk_divisor;
-    unsigned init; // the first block that is listed,
-    unsigned most; // and how many: one further on is for no position; one below, times block, is an int
-    int64_t ahead; // a block is listed for rows from so many tokens after its start on
-    int width;     // lanes that rank together: a row's entries, or an equal part of them
+    // Block b of the row at position pos is listed if first_block <= b < first_block + num_listed and
+    // b*B + local_tokens <= pos. num_listed keeps b*B in an int.
+    unsigned first_block, num_listed;
+    int64_t local_tokens; // local_blocks * B
+    int rank_width;       // lanes that rank one row's entries: the largest divisor of T up to 32
 };
 
-// Rows of a slab, and the i-th of `parts` equal parts of them.
-struct Rows {
+// Rows of a slab. split_rows returns the i-th of `count` equal parts of them.
+struct RowRange {
     int begin, end;
 };
-static __device__ __forceinline__ Rows cut(Rows rows, int parts, int i) {
-    const int share = (rows.end - rows.begin + parts - 1) / parts;
-    const int begin = min(rows.begin + i * share, rows.end);
-    return {begin, min(begin + share, rows.end)};
+static __device__ __forceinline__ RowRange split_rows(RowRange rows, int count, int i) {
+    const int size = (rows.end - rows.begin + count - 1) / count;
+    const int begin = min(rows.begin + i * size, rows.end);
+    return {begin, min(begin + size, rows.end)};
 }
 
-// A thread block's part of the rows of one (kv head, slab).
-struct Part {
-    int64_t list, row0;     // which (head, slab); the slab's first row
-    const int32_t *block_indices; // the slab's
-    Rows rows;
+// A thread block's split of the rows of one (KV head, slab).
+struct Split {
+    int64_t list, row0;           // head * num_slabs + slab; the slab's first query row
+    const int32_t *block_indices; // of the slab
+    RowRange rows;                // of the split
 };
-static __device__ __forceinline__ Part part_of(const BatchLayout &p, const QueryLists &lists,
-                                               const Choice &choice) {
+static __device__ __forceinline__ Split get_split(const BatchLayout &batch, const QueryLists &lists,
+                                                  const ListParams &params) {
     const int64_t slab = blockIdx.y, head = blockIdx.z, row0 = slab * lists.slab_rows;
-    const int rows = (int)(p.nq - row0 < lists.slab_rows ? p.nq - row0 : lists.slab_rows);
-    return {head * lists.num_slabs + slab, row0, choice.block_indices + (head * p.nq + row0) * choice.topk,
-            cut({0, rows}, lists.num_splits, (int)blockIdx.x)};
+    const int rows = (int)(batch.nq - row0 < lists.slab_rows ? batch.nq - row0 : lists.slab_rows);
+    return {head * lists.num_slabs + slab, row0,
+            params.block_indices + (head * batch.nq + row0) * params.topk,
+            split_rows({0, rows}, lists.num_splits, (int)blockIdx.x)};
 }
 
-// The same for all lanes, as the compiler then knows: it needn't be ready for lanes that go apart.
-static __device__ __forceinline__ int this_warp() {
+// The shuffle tells the compiler that the index is warp-uniform, so it emits no code for divergent lanes.
+static __device__ __forceinline__ int warp_index() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
 }
 
-// A warp calls visit(i, end, b, seen) for entries of some rows of the slab, 32 at a time, and so beyond their
-// end. b: the block that entry i names, counted from first_block; what it names counts only where `seen`.
+// A warp calls visit(i, end, b, listed) for the entries of `rows` of the slab, 32 consecutive entries at a
+// time. b is the block that entry i names, counted from first_block; it is valid only if `listed`. Entries i
+// >= end are visited too, with listed = false.
 template <typename Visit>
-static __device__ __forceinline__ void walk(const BatchLayout &p, const Part &part, const Choice &choice,
-                                            Rows rows, int64_t first_block, Visit visit) {
+static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, const Split &split,
+                                                      const ListParams &params, RowRange rows,
+                                                      int64_t first_block, Visit visit) {
     const int lane = threadIdx.x % 32;
     if (rows.begin >= rows.end) return;
-    int64_t segment = find_in_cu(p.cu_queries, p.num_segments, part.row0 + rows.begin);
+    int64_t segment = find_in_cu(batch.cu_queries, batch.num_segments, split.row0 + rows.begin);
     for (int row = rows.begin; row < rows.end; segment++) {
-        const int begin = row * choice.topk;
-        const int64_t stop = p.cu_queries[segment + 1] - part.row0;
-        row = (int)(stop < rows.end ? stop : rows.end);
-        const int end = row * choice.topk;
-        const int pos0 = (int)(p.segments[segment].pos + part.row0 - p.cu_queries[segment] -
-                               choice.ahead); // of the slab's row 0, less `ahead`
-        const int block0 = (int)(p.cu_blocks[p.segments[segment].seq] - first_block);
-        int next[AHEAD];
+        const int begin = row * params.topk;
+        const int64_t segment_end = batch.cu_queries[segment + 1] - split.row0;
+        row = (int)(segment_end < rows.end ? segment_end : rows.end);
+        const int end = row * params.topk;
+        const int pos0 = (int)(batch.segments[segment].pos + split.row0 - batch.cu_queries[segment] -
+                               params.local_tokens); // position of the slab's row 0 - local_tokens
+        const int block0 = (int)(batch.cu_blocks[batch.segments[segment].seq] - first_block);
+        int next[LOAD_BATCH];
         auto load = [&](int i) {
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) next[k] = i + 32 * k < end ? part.block_indices[i + 32 * k] : -1;
+            for (int k = 0; k < LOAD_BATCH; k++)
+                next[k] = i + 32 * k < end ? split.block_indices[i + 32 * k] : -1;
         };
         load(begin + lane);
 #pragma unroll 1
-        for (int i = begin + lane; i < end; i += 32 * AHEAD) {
-            int now[AHEAD];
+        for (int i = begin + lane; i < end; i += 32 * LOAD_BATCH) {
+            int current[LOAD_BATCH];
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) now[k] = next[k];
-            load(i + 32 * AHEAD);
+            for (int k = 0; k < LOAD_BATCH; k++) current[k] = next[k];
+            load(i + 32 * LOAD_BATCH);
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) {
-                const int slab_row = (int)fast_divide(i + 32 * k, choice.topk_divisor);
-                const bool seen =
-                    (unsigned)now[k] - choice.init < choice.most && now[k] * choice.block - pos0 <= slab_row;
-                visit(i + 32 * k, end, block0 + now[k], seen);
+            for (int k = 0; k < LOAD_BATCH; k++) {
+                const int slab_row = (int)fast_divide(i + 32 * k, params.topk_divisor);
+                const bool listed = (unsigned)current[k] - params.first_block < params.num_listed &&
+                                    current[k] * params.block - pos0 <= slab_row;
+                visit(i + 32 * k, end, block0 + current[k], listed);
             }
         }
     }
 }
 
-// Counts how often a part names each block, in any order. part_counts [Hkv, slabs, parts, blocks].
+// split_counts [Hkv, num_slabs, num_splits, max_blocks] = how often a split names each block. Integer
+// atomics, so their order does not matter.
 __global__ void __launch_bounds__(THREADS)
-    count_kernel(BatchLayout p, QueryLists lists, Choice choice, uint32_t *part_counts) {
-    __shared__ uint32_t counts[COUNTED + 32]; // the last are the lanes' own, for what isn't counted
-    const Part part = part_of(p, lists, choice);
-    const Rows mine = cut(part.rows, WARPS, this_warp());
-    const int64_t blocks = p.cu_blocks[p.num_seqs]; // those that there are; lists.blocks is a bound
-    uint32_t *to = part_counts + (part.list * lists.num_splits + blockIdx.x) * lists.max_blocks;
-    for (int64_t first = 0; first < blocks; first += COUNTED) {
-        const unsigned used = (unsigned)(blocks - first < COUNTED ? blocks - first : COUNTED);
-        for (unsigned i = threadIdx.x; i < used; i += THREADS) counts[i] = 0;
+    count_kernel(BatchLayout batch, QueryLists lists, ListParams params, uint32_t *split_counts) {
+    __shared__ uint32_t counts[COUNT_BLOCKS + 32]; // the last 32, one per lane, count unlisted entries
+    const Split split = get_split(batch, lists, params);
+    const RowRange warp_rows = split_rows(split.rows, WARPS, warp_index());
+    const int64_t blocks = batch.cu_blocks[batch.num_seqs]; // actual blocks; max_blocks is a bound
+    uint32_t *out = split_counts + (split.list * lists.num_splits + blockIdx.x) * lists.max_blocks;
+    for (int64_t first = 0; first < blocks; first += COUNT_BLOCKS) {
+        const unsigned num_blocks = (unsigned)(blocks - first < COUNT_BLOCKS ? blocks - first : COUNT_BLOCKS);
+        for (unsigned i = threadIdx.x; i < num_blocks; i += THREADS) counts[i] = 0;
         __syncthreads();
-        walk(p, part, choice, mine, first, [&](int, int, int b, bool seen) {
-            atomicAdd(&counts[seen && (unsigned)b < used ? b : COUNTED + threadIdx.x % 32], 1);
+        for_each_entry(batch, split, params, warp_rows, first, [&](int, int, int b, bool listed) {
+            atomicAdd(&counts[listed && (unsigned)b < num_blocks ? b : COUNT_BLOCKS + threadIdx.x % 32], 1);
         });
         __syncthreads();
-        for (unsigned i = threadIdx.x; i < used; i += THREADS) to[first + i] = counts[i];
+        for (unsigned i = threadIdx.x; i < num_blocks; i += THREADS) out[first + i] = counts[i];
     }
 }
 
-// A thread has the counts of two blocks of a range, its own number and THREADS beyond. Turns each into the
-// sum over the blocks before, and returns the sum over all. Between two calls there is a barrier.
-static __device__ __forceinline__ uint32_t prefix(uint32_t counts[2]) {
+// Exclusive scan over SORT_BLOCKS counts of a thread block. A thread passes the counts of blocks threadIdx.x
+// and threadIdx.x + THREADS, and gets their prefix sums. Returns the total. Two calls need a barrier in
+// between.
+static __device__ __forceinline__ uint32_t exclusive_scan(uint32_t counts[2]) {
     __shared__ uint64_t warp_sums[WARPS];
-    const int warp = this_warp(), lane = threadIdx.x % 32;
-    auto over_lanes = [&](uint64_t x) {
+    const int warp = warp_index(), lane = threadIdx.x % 32;
+    auto inclusive_scan = [&](uint64_t x) {
         for (int i = 1; i < 32; i *= 2) {
             const uint64_t other = __shfl_up_sync(0xffffffffu, x, i);
             if (lane >= i) x += other;
@@ -138,128 +149,137 @@ static __device__ __forceinline__ uint32_t prefix(uint32_t counts[2]) {
         return x;
     };
     const uint64_t own = counts[0] | (uint64_t)counts[1] << 32;
-    uint64_t sum = over_lanes(own);
+    uint64_t sum = inclusive_scan(own);
     if (lane == 31) warp_sums[warp] = sum;
     __syncthreads();
-    const uint64_t sums = over_lanes(lane < WARPS ? warp_sums[lane] : 0);
-    const uint64_t all = __shfl_sync(0xffffffffu, sums, 31);
+    const uint64_t scanned_warp_sums = inclusive_scan(lane < WARPS ? warp_sums[lane] : 0);
+    const uint64_t total = __shfl_sync(0xffffffffu, scanned_warp_sums, 31);
     sum -= own;
-    if (warp > 0) sum += __shfl_sync(0xffffffffu, sums, warp - 1);
+    if (warp > 0) sum += __shfl_sync(0xffffffffu, scanned_warp_sums, warp - 1);
     counts[0] = (uint32_t)sum;
-    counts[1] = (uint32_t)all + (uint32_t)(sum >> 32);
-    return (uint32_t)all + (uint32_t)(all >> 32);
+    counts[1] = (uint32_t)total + (uint32_t)(sum >> 32);
+    return (uint32_t)total + (uint32_t)(total >> 32);
 }
 
-// A warp's 16-bit numbers, one for each block of a range: words of two, THREADS blocks apart. Then the lanes'
-// own words, for what is in none of these blocks: a branch around an atomic takes longer than the atomic.
-enum { TABLE = THREADS + 32 };
-static __device__ __forceinline__ uint32_t add_one(uint32_t *table, uint32_t b, bool here) {
-    return atomicAdd(&table[here ? b % THREADS : THREADS + threadIdx.x % 32], b < THREADS ? 1 : 1 << 16);
+// A warp's table: 16-bit counters, one per block of the current SORT_BLOCKS. A word holds the counters of
+// blocks w and w + THREADS. 32 more words, one per lane, count entries that are in no list: a branch around
+// the atomic costs more than the atomic.
+enum { TABLE_WORDS = THREADS + 32 };
+static __device__ __forceinline__ uint32_t table_add(uint32_t *table, uint32_t b, bool listed) {
+    return atomicAdd(&table[listed ? b % THREADS : THREADS + threadIdx.x % 32], b < THREADS ? 1 : 1 << 16);
 }
-static __device__ __forceinline__ uint32_t number_of(uint32_t word, uint32_t b) {
+static __device__ __forceinline__ uint32_t counter_of(uint32_t word, uint32_t b) {
     return b < THREADS ? word & 0xffff : word >> 16;
 }
 
-// Sorts a part in chunks and writes their entries to their lists.
+// Sorts the entries of a split in chunks and writes them to their lists; writes the offsets of the lists.
 __global__ void __launch_bounds__(THREADS, 2)
-    fill_kernel(BatchLayout p, QueryLists lists, Choice choice, const uint32_t *part_counts) {
-    extern __shared__ uint32_t tables[];                         // [WARPS][TABLE]
-    uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE); // of the chunk's entries: their blocks
-    uint16_t *const sorted = keys + CHUNK;                       // the entries in order
-    const int thread = threadIdx.x, warp = this_warp(), lane = thread % 32, topk = choice.topk;
-    uint32_t *const table = tables + warp * TABLE;
-    const Part part = part_of(p, lists, choice);
-    const int64_t blocks = p.cu_blocks[p.num_seqs];
-    const int most = CHUNK / topk, chunks = (part.rows.end - part.rows.begin + most - 1) / most;
-    const uint32_t *counts = part_counts + part.list * lists.num_splits * lists.max_blocks;
-    uint32_t *offsets = lists.offsets + part.list * (lists.max_blocks + 1);
-    uint32_t *entries = lists.entries + (blockIdx.z * p.nq + part.row0) * topk;
-    uint32_t below = 0; // entries that name blocks below the range
+    fill_kernel(BatchLayout batch, QueryLists lists, ListParams params, const uint32_t *split_counts) {
+    extern __shared__ uint32_t tables[];                               // [WARPS][TABLE_WORDS]
+    uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE_WORDS); // [CHUNK] the block of each entry
+    uint16_t *const sorted = keys + CHUNK; // [CHUNK] the entries in order of block
+    const int thread = threadIdx.x, warp = warp_index(), lane = thread % 32, topk = params.topk;
+    uint32_t *const table = tables + warp * TABLE_WORDS;
+    const Split split = get_split(batch, lists, params);
+    const int64_t blocks = batch.cu_blocks[batch.num_seqs];
+    const int chunk_rows = CHUNK / topk,
+              num_chunks = (split.rows.end - split.rows.begin + chunk_rows - 1) / chunk_rows;
+    const uint32_t *counts = split_counts + split.list * lists.num_splits * lists.max_blocks;
+    uint32_t *offsets = lists.offsets + split.list * (lists.max_blocks + 1);
+    uint32_t *entries = lists.entries + (blockIdx.z * batch.nq + split.row0) * topk;
+    uint32_t base = 0; // entries of the blocks before `first`
 
-    for (int64_t first = 0; first < blocks; first += RANGE) {
-        // Where the part's entries of the thread's two blocks go: behind lower blocks', and earlier parts'.
-        uint32_t to[2] = {0, 0}, before[2] = {0, 0};
-        for (int i0 = 0; i0 < lists.num_splits; i0 += SUMMED) {
+    for (int64_t first = 0; first < blocks; first += SORT_BLOCKS) {
+        // dest: where this split's entries of the thread's two blocks go, after the entries of lower blocks
+        // and of earlier splits.
+        uint32_t dest[2] = {0, 0}, before[2] = {0, 0};
+        for (int i0 = 0; i0 < lists.num_splits; i0 += SUM_BATCH) {
 #pragma unroll
-            for (int k = 0; k < 2 * SUMMED; k++) {
+            for (int k = 0; k < 2 * SUM_BATCH; k++) {
                 const int i = i0 + k / 2, h = k % 2;
                 const int64_t b = first + h * THREADS + thread;
                 const uint32_t n = i < lists.num_splits && b < blocks ? counts[i * lists.max_blocks + b] : 0;
-                to[h] += n;
+                dest[h] += n;
                 if (i < (int)blockIdx.x) before[h] += n;
             }
         }
         __syncthreads();
-        const uint32_t all = prefix(to);
+        const uint32_t pass_total = exclusive_scan(dest); // entries of this pass
         for (int h = 0; h < 2; h++) {
             const int64_t b = first + h * THREADS + thread;
-            to[h] += below;
-            if (blockIdx.x == 0 && b < blocks) offsets[b] = to[h];
-            to[h] += before[h];
+            dest[h] += base;
+            if (blockIdx.x == 0 && b < blocks) offsets[b] = dest[h];
+            dest[h] += before[h];
         }
-        below += all;
-        if (all == 0) continue;
+        base += pass_total;
+        if (pass_total == 0) continue;
 
-        const int used = (int)(blocks - first < THREADS ? blocks - first : THREADS); // words of a table
-        for (int c = 0; c < chunks; c++) {
-            const Rows chunk = cut(part.rows, chunks, c), mine = cut(chunk, WARPS, warp);
+        const int table_words = (int)(blocks - first < THREADS ? blocks - first : THREADS); // in use
+        for (int c = 0; c < num_chunks; c++) {
+            // Find the block of each entry, and count the blocks per warp.
+            const RowRange chunk = split_rows(split.rows, num_chunks, c),
+                           warp_rows = split_rows(chunk, WARPS, warp);
             const int entry0 = chunk.begin * topk;
-            for (int i = lane; i < used; i += 32) table[i] = 0;
+            for (int i = lane; i < table_words; i += 32) table[i] = 0;
             __syncwarp();
-            walk(p, part, choice, mine, first, [&](int i, int end, int b, bool seen) {
-                const bool here = seen && (unsigned)b < RANGE;
-                if (i < end) keys[i - entry0] = (uint16_t)(here ? b : NONE);
-                add_one(table, b, here);
+            for_each_entry(batch, split, params, warp_rows, first, [&](int i, int end, int b, bool listed) {
+                const bool listed_here = listed && (unsigned)b < SORT_BLOCKS;
+                if (i < end) keys[i - entry0] = (uint16_t)(listed_here ? b : NOT_LISTED);
+                table_add(table, b, listed_here);
             });
             __syncthreads();
 
-            // From how often each warp names a block to where its entries of the block start in `sorted`.
+            // Scan: from each warp's count of a block to the start of its entries of that block in `sorted`.
             uint32_t sum = 0;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += thread < used ? tables[w * TABLE + thread] : 0;
+            for (int w = 0; w < WARPS; w++)
+                sum += thread < table_words ? tables[w * TABLE_WORDS + thread] : 0;
             const uint32_t size[2] = {sum & 0xffff, sum >> 16};
             uint32_t start[2] = {size[0], size[1]};
-            const uint32_t total = prefix(start);
+            const uint32_t total = exclusive_scan(start);
             if (total == 0) continue;
-            uint32_t at = start[0] | start[1] << 16;
+            uint32_t next_start = start[0] | start[1] << 16;
 #pragma unroll
-            for (int w = 0; w < WARPS && thread < used; w++) {
-                const uint32_t count = tables[w * TABLE + thread];
-                tables[w * TABLE + thread] = at;
-                at += count;
+            for (int w = 0; w < WARPS && thread < table_words; w++) {
+                const uint32_t count = tables[w * TABLE_WORDS + thread];
+                tables[w * TABLE_WORDS + thread] = next_start;
+                next_start += count;
             }
             __syncthreads();
 
-            // A row's blocks are distinct: lanes of one row never meet at a number, and rows take turns.
-            const int width = choice.width, turns = 32 / width, turn = lane / width;
-            const int end = (mine.end - chunk.begin) * topk;
-            for (int i = (mine.begin - chunk.begin) * topk; i < end; i += turns * RANKED * width) {
-                const int e = i + turn * RANKED * width + lane % width;
-                uint32_t key[RANKED], word[RANKED];
+            // Rank: the atomic's result is the entry's place in `sorted`. The blocks of a row are distinct,
+            // so lanes of one row never share a counter. Rows add one after the other, so the order is fixed.
+            const int width = params.rank_width, rows_at_once = 32 / width, row_index = lane / width;
+            const int end = (warp_rows.end - chunk.begin) * topk;
+            for (int i = (warp_rows.begin - chunk.begin) * topk; i < end;
+                 i += rows_at_once * RANK_BATCH * width) {
+                const int e = i + row_index * RANK_BATCH * width + lane % width;
+                uint32_t key[RANK_BATCH], word[RANK_BATCH];
 #pragma unroll
-                for (int k = 0; k < RANKED; k++)
-                    key[k] = turn < turns && e + k * width < end ? keys[e + k * width] : NONE;
-                for (int t = 0; t < turns; t++) {
+                for (int k = 0; k < RANK_BATCH; k++)
+                    key[k] =
+                        row_index < rows_at_once && e + k * width < end ? keys[e + k * width] : NOT_LISTED;
+                for (int t = 0; t < rows_at_once; t++) {
 #pragma unroll
-                    for (int k = 0; k < RANKED; k++) {
-                        if (t == turn) word[k] = add_one(table, key[k], key[k] != NONE);
+                    for (int k = 0; k < RANK_BATCH; k++) {
+                        if (t == row_index) word[k] = table_add(table, key[k], key[k] != NOT_LISTED);
                         __syncwarp();
                     }
                 }
 #pragma unroll
-                for (int k = 0; k < RANKED; k++) {
-                    if (key[k] != NONE) sorted[number_of(word[k], key[k])] = (uint16_t)(e + k * width);
+                for (int k = 0; k < RANK_BATCH; k++) {
+                    if (key[k] != NOT_LISTED) sorted[counter_of(word[k], key[k])] = (uint16_t)(e + k * width);
                 }
             }
             __syncthreads();
 
-            // The tables have done. In their place: how far a block's entries move from `sorted` to its list.
+            // Write. The tables are reused: tables[b] = distance from `sorted` to the list of block b.
             for (int h = 0; h < 2; h++) {
-                tables[h * THREADS + thread] = to[h] - start[h];
-                to[h] += size[h];
+                tables[h * THREADS + thread] = dest[h] - start[h];
+                dest[h] += size[h];
             }
             __syncthreads();
-            const uint32_t first_entry = (uint32_t)((part.row0 + chunk.begin) * topk);
+            const uint32_t first_entry = (uint32_t)((split.row0 + chunk.begin) * topk);
 #pragma unroll 4
             for (uint32_t i = thread; i < total; i += THREADS) {
                 const uint32_t e = sorted[i];
@@ -269,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         }
     }
     if (blockIdx.x == 0) {
-        for (int64_t i = blocks + thread; i <= lists.max_blocks; i += THREADS) offsets[i] = below;
+        for (int64_t i = blocks + thread; i <= lists.max_blocks; i += THREADS) offsets[i] = base;
     }
 }
 
@@ -277,65 +297,70 @@ static size_t round_up(size_t x) {
     return (x + 255) / 256 * 256;
 }
 
-// Bytes of the arrays.
-static size_t entries_bytes(const FsaConfig *c, const BatchLayout *p) {
-    return round_up((size_t)c->kv_heads * p->nq * c->topk * sizeof(uint32_t));
+static size_t entries_bytes(const FsaConfig *c, const BatchLayout *batch) {
+    return round_up((size_t)c->kv_heads * batch->nq * c->topk * sizeof(uint32_t));
 }
 static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
     return round_up((size_t)c->kv_heads * l->num_slabs * (l->max_blocks + 1) * sizeof(uint32_t));
 }
 
-// All but the pointers.
-static QueryLists shape_of(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
-    QueryLists l = {slab, (p->nq + slab - 1) / slab, fsa_max_blocks(c, p), 1, 0, 0, NULL, NULL};
-    const int64_t lists = c->kv_heads * l.num_slabs, entries = (p->nq < slab ? p->nq : slab) * c->topk;
-    while (l.num_splits < MAX_PARTS && l.num_splits * lists < WANTED && l.num_splits * (CHUNK / 4) < entries) l.num_splits++;
+// Everything but the pointers.
+static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
+    QueryLists l = {slab, (batch->nq + slab - 1) / slab, fsa_max_blocks(c, batch), 1, 0, 0, NULL, NULL};
+    const int64_t num_lists = c->kv_heads * l.num_slabs,
+                  entries = (batch->nq < slab ? batch->nq : slab) * c->topk;
+    while (l.num_splits < MAX_SPLITS && l.num_splits * num_lists < TARGET_THREAD_BLOCKS &&
+           l.num_splits * (CHUNK / 4) < entries)
+        l.num_splits++;
     return l;
 }
 
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
-    QueryLists l = shape_of(c, p, slab);
-    return entries_bytes(c, p) + offsets_bytes(c, &l);
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
+    QueryLists l = list_shape(c, batch, slab);
+    return entries_bytes(c, batch) + offsets_bytes(c, &l);
 }
 
-// For as many parts as shape_of may make of so many lists: all but one of each are fewer than WANTED.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab) {
-    QueryLists l = shape_of(c, p, slab);
-    const int64_t lists = c->kv_heads * l.num_slabs;
-    const int64_t counted = lists * MAX_PARTS < WANTED + lists ? lists * MAX_PARTS : WANTED + lists;
-    return round_up((size_t)counted * l.max_blocks * sizeof(uint32_t));
+// The counts of all splits. They are enough for every num_splits that list_shape may choose for num_lists
+// lists: (num_splits - 1) * num_lists < TARGET_THREAD_BLOCKS.
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
+    QueryLists l = list_shape(c, batch, slab);
+    const int64_t num_lists = c->kv_heads * l.num_slabs;
+    const int64_t total_splits = num_lists * MAX_SPLITS < TARGET_THREAD_BLOCKS + num_lists
+                                     ? num_lists * MAX_SPLITS
+                                     : TARGET_THREAD_BLOCKS + num_lists;
+    return round_up((size_t)total_splits * l.max_blocks * sizeof(uint32_t));
 }
 
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *p, int64_t slab, void *memory) {
-    QueryLists l = shape_of(c, p, slab);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab, void *memory) {
+    QueryLists l = list_shape(c, batch, slab);
     l.entries = (uint32_t *)memory;
-    l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, p));
+    l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, batch));
     return l;
 }
 
-int fsa_query_lists(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, const QueryLists *lists,
-              void *workspace, cudaStream_t stream) {
-    if (lists->slab_rows > FSA_MAX_SLAB || p->nq * c->topk > INT32_MAX || lists->max_blocks > INT32_MAX / 2 ||
-        lists->num_slabs > 65535) {
+int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
+                    const QueryLists *lists, void *workspace, cudaStream_t stream) {
+    if (lists->slab_rows > FSA_MAX_SLAB || batch->nq * c->topk > INT32_MAX ||
+        lists->max_blocks > INT32_MAX / 2 || lists->num_slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
     }
-    if (p->nq == 0) return FSA_OK;
-    const int most = (1 << 30) / c->block + 1 - lists->init_blocks - lists->local_blocks;
-    Choice choice = {block_indices,
-                     c->topk,
-                     c->block,
-                     make_fast_divisor(c->topk),
-                     (unsigned)lists->init_blocks,
-                     most > 0 ? (unsigned)most : 0,
-                     (int64_t)lists->local_blocks * c->block,
-                     0};
-    choice.width = c->topk < 32 ? c->topk : 32;
-    while (c->topk % choice.width) choice.width--;
-    const int smem = WARPS * TABLE * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);
+    if (batch->nq == 0) return FSA_OK;
+    const int num_listed = (1 << 30) / c->block + 1 - lists->init_blocks - lists->local_blocks;
+    ListParams params = {block_indices,
+                         c->topk,
+                         c->block,
+                         make_fast_divisor(c->topk),
+                         (unsigned)lists->init_blocks,
+                         num_listed > 0 ? (unsigned)num_listed : 0,
+                         (int64_t)lists->local_blocks * c->block,
+                         0};
+    params.rank_width = c->topk < 32 ? c->topk : 32;
+    while (c->topk % params.rank_width) params.rank_width--;
+    const int smem = WARPS * TABLE_WORDS * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);
     if (cudaFuncSetAttribute(fill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess)
         return FSA_ERROR_CUDA;
     dim3 grid((unsigned)lists->num_splits, (unsigned)lists->num_slabs, (unsigned)c->kv_heads);
-    count_kernel<<<grid, THREADS, 0, stream>>>(*p, *lists, choice, (uint32_t *)workspace);
-    fill_kernel<<<grid, THREADS, smem, stream>>>(*p, *lists, choice, (const uint32_t *)workspace);
+    count_kernel<<<grid, THREADS, 0, stream>>>(*batch, *lists, params, (uint32_t *)workspace);
+    fill_kernel<<<grid, THREADS, smem, stream>>>(*batch, *lists, params, (const uint32_t *)workspace);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
