@@ -1,21 +1,20 @@
-// test_gpt_nsa.cu: the GPU trainer's model against the C model, which is its definition, and against values
-// of PyTorch's autograd: losses, logits, the gradient of every tensor, twenty steps of training; and that the
-// same input gives the same bits, whatever is recomputed, and after a checkpoint too.
+// test_gpt_nsa.cu: tests the GPU trainer's model against the C model, which defines it, and against PyTorch's
+// autograd: losses, logits, the gradient of every tensor, and twenty training steps. It also tests that the
+// same input gives the same bits, with every kind of recomputation and after a checkpoint.
 //
-//   test_gpt_nsa [small] [seed=N]      small: tokens and channels for the emulator, in seconds
+//   test_gpt_nsa [small] [seed=N]      small: few tokens and channels, for the emulator; takes seconds
 //
-// What errors may be: a rounding to bf16 is off by 1.1e-3 (rms, relative), to fp16 by an eighth of that. Some
-// ten roundings a layer lie between a weight and the loss, twice as many on the way back, and each is passed
-// on; sums of independent errors grow as the root of their number, 2 layers of 20: about 7e-3. The limits
-// below are some three times the largest that was measured. A wrong kernel is off by 0.1 or more.
+// Error limits. A rounding to bf16 has a relative error of 1.1e-3 (rms), one to fp16 an eighth of that. About
+// 10 roundings a layer lie between a weight and the loss, and 20 on the way back. Independent errors grow
+// with the square root of their number: 2 layers of 20 roundings give about 7e-3. The limits are about three
+// times the largest measured errors. A wrong kernel has an error of 0.1 or more.
 //
-// The seed is the same each time: random models differ in how much they amplify a rounding, and a few do it a
-// lot (of 30 seeds one had gradients off by 7e-2 in bf16 and by 4e-3 in fp16, the others by 2e-2 to 3e-2 in
-// bf16).
+// The seed is fixed, because random models differ in how much they amplify a rounding. Of 30 seeds one gave
+// gradient errors of 7e-2 in bf16 and 4e-3 in fp16; the others gave 2e-2 to 3e-2 in bf16.
 #define GPT_NO_MAIN
-#define CP_HEAD_GROUP_BYTES 1 // several groups of heads even here
+#define CP_HEAD_GROUP_BYTES 1 // several head groups even in these small models
 #include "train_gpt_nsa.cu"
-#include "train_gpt_nsa.h"
+#include "train_gpt_nsa.h" // the C model, in namespace cpu
 #include "dev/test/golden.h"
 #include "dev/test/ranks.h"
 
@@ -57,8 +56,8 @@ static ModelConfig make_config(const Variant *v) {
     return c;
 }
 
-// Random parameters, larger than those of a new model so that attention is uneven and gates differ; exact in
-// floatX.
+// Returns random parameters that are exact in floatX. They are larger than those of a new model, so that
+// attention weights and gates vary.
 static std::vector<float> random_params(const ModelConfig *c, uint64_t stream) {
     int64_t total, count = param_table(c, NULL, &total);
     std::vector<ParamTensor> table(count);
@@ -75,7 +74,7 @@ static std::vector<float> random_params(const ModelConfig *c, uint64_t stream) {
     return params;
 }
 
-// Random tokens in sequences of these lengths, on the host, and this GPU's part of them on the device.
+// Random tokens in sequences of the given lengths, on the host, and this GPU's part of them on the device.
 struct Documents {
     std::vector<int32_t> tokens, targets;
     std::vector<int64_t> cu_seqlens;
@@ -94,28 +93,28 @@ struct Documents {
             tokens.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i) % c->vocab_size));
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
-        Batch b = batch_whole(n, count, longest);
-        b.blocks = cp_num_blocks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.blocks;
+        Batch b = batch_unsharded(n, count, longest);
+        b.num_blocks = cp_num_blocks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.num_blocks;
         host.resize(batch_bytes(&b));
         b = batch_fill(c, gpus, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
         cuda_check(cudaMalloc((void **)&device, host.size()));
         cuda_check(cudaMemcpy(device, host.data(), host.size(), cudaMemcpyHostToDevice));
-        cuda_check(cudaDeviceSynchronize()); // a model's stream does not wait for copies
-        batch = batch_place(&b, device);
+        cuda_check(cudaDeviceSynchronize()); // a model's stream does not wait for this copy
+        batch = batch_bind(&b, device);
     }
     ~Documents() { cudaFree(device); }
 };
 
-static std::vector<int64_t> lengths_of_test() {
+static std::vector<int64_t> test_lengths() {
     return small ? std::vector<int64_t>{70, 1, 25} : std::vector<int64_t>{700, 1, 33, 507, 64, 7};
 }
 
-// Parameters [num_params] from the host; m and v too, or NULL: zeros.
+// Sets all parameters [num_params] from the host, and AdamW's moments m and v; NULL sets them to zero.
 static void model_set(Model *model, const float *params, const float *m, const float *v) {
     for (int64_t u = 0; u < model->zero.num_units; u++) {
         int64_t begin = model->zero.units[u].begin, end;
         if (model->training) zero_owned(&model->zero, u, model->zero.rank, &begin, &end);
-        set_unit(model, u, params + begin, m ? m + begin : NULL, v ? v + begin : NULL);
+        set_unit_params(model, u, params + begin, m ? m + begin : NULL, v ? v + begin : NULL);
     }
 }
 
@@ -124,7 +123,7 @@ static Model *build(const ModelConfig *c, const std::vector<float> &params, int6
     Model *model = new Model;
     model_build(model, c, tokens, 1, recompute, gpus, 0);
     model->last_micro_batch = 1;
-    // what is not written must not matter: all bits set are NaN
+    // poison memory with NaN (all bits set): unwritten values must not matter
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
     cuda_check(cudaMemset(model->scratch, 0xff, model->scratch_bytes));
     cuda_check(cudaDeviceSynchronize());
@@ -137,14 +136,14 @@ static void destroy(Model *model) {
     delete model;
 }
 
-template <typename T> static std::vector<T> download(const T *from, int64_t count) {
-    std::vector<T> to(count);
+template <typename T> static std::vector<T> download(const T *src, int64_t count) {
+    std::vector<T> dst(count);
     cuda_check(cudaDeviceSynchronize());
-    cuda_check(cudaMemcpy(to.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost));
-    return to;
+    cuda_check(cudaMemcpy(dst.data(), src, count * sizeof(T), cudaMemcpyDeviceToHost));
+    return dst;
 }
 
-// What a pass over a batch gives, as bits.
+// The results of a forward and backward pass; == compares bits.
 struct Result {
     std::vector<float> losses, grads;
     bool operator==(const Result &other) const {
@@ -155,8 +154,8 @@ struct Result {
 
 static Result run(Model *model, const Documents &d) {
     model_zero_grad(model);
-    model_train(model, &d.batch);
-    if (model->gpus) gpus_join(model->gpus, model->stream); // for the gradients' sums
+    model_forward_backward(model, &d.batch);
+    if (model->gpus) gpus_join(model->gpus, model->stream); // waits for the reductions of gradients
     return {download(model->losses, d.batch.n), download(model->grads, model->num_params)};
 }
 
@@ -173,72 +172,76 @@ static double relative_error(const float *x, const float *reference, int64_t cou
 // ---------------------------------------------------------------------------------------------------------
 // Tests
 
-// The C model makes the choices of blocks that the GPU made in its last forward pass: scores that differ by a
-// rounding may choose differently, which is no error, but no rounding bounds what follows.
-static void share_choices(GPT *gpt, const Model *model, std::vector<std::vector<int32_t>> *choices) {
+// Makes the C model attend to the blocks that the GPU selected in its last forward pass. Scores that differ
+// by a rounding may select other blocks; that is no error, but would make all later values incomparable.
+static void copy_block_indices(cpu::Model *cpu_model, const Model *model,
+                               std::vector<std::vector<int32_t>> *block_indices) {
     const ModelConfig *c = &model->config;
-    FsaDeviceBatch b = fsa_batch(&model->batch);
+    FsaDeviceBatch b = fsa_device_batch(&model->batch);
     if (c->attn != ATTN_NSA) return;
-    choices->resize(c->layers);
+    block_indices->resize(c->layers);
     for (int l = 0; l < c->layers; l++) {
-        (*choices)[l] = download(fsa_saved_block_indices(&c->fsa, att_dtype, &b, model->acts[l].saved),
-                                 (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
-        gpt->acts[l].choice = (*choices)[l].data();
+        (*block_indices)[l] = download(fsa_saved_block_indices(&c->fsa, attn_dtype, &b, model->acts[l].saved),
+                                       (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
+        cpu_model->acts[l].block_indices = (*block_indices)[l].data();
     }
 }
 
-// Losses, logits and gradients against the C model with the same weights. The C model makes the GPU's choice
-// of blocks its own, after it has made one itself: they agree but where two scores are nearly equal.
+// Tests losses, logits and gradients against the C model with the same weights. The C model first selects
+// blocks itself: most must agree with the GPU's. Then it uses the GPU's block indices.
 static void test_against_c(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
-    Documents d(&c, lengths_of_test(), 2);
+    Documents d(&c, test_lengths(), 2);
     const int64_t n = d.batch.n, C = c.channels, Vp = c.padded_vocab, V = c.vocab_size;
     Model *model = build(&c, params, n, 0);
-    CHECK(model->head_rows == n, "%s: the logits of all tokens are wanted below", v->name);
+    CHECK(model->lm_head_rows == n, "%s: the test needs the logits of all tokens in one chunk", v->name);
 
-    model_take_batch(model, &d.batch);
+    model_set_batch(model, &d.batch);
     model_forward(model);
-    matmul_forward(&model->products, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL,
-                   n, C, Vp, model->stream);
+    matmul_forward(&model->matmul, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL, n,
+                   C, Vp, model->stream);
     std::vector<floatX> logits = download(model->logits, n * Vp);
     Result result = run(model, d);
     double sum = download(&model->result->loss_sum, 1)[0];
 
-    GPT gpt;
-    gpt_build(&gpt, &c, n, 1);
-    std::copy(params.begin(), params.end(), gpt.params);
-    std::vector<std::vector<int32_t>> choices;
-    const int64_t lists = (int64_t)c.fsa.kv_heads * n, T = c.fsa.topk;
+    cpu::Model cpu_model;
+    cpu::model_build(&cpu_model, &c, n, 1);
+    std::copy(params.begin(), params.end(), cpu_model.params);
+    std::vector<std::vector<int32_t>> block_indices;
+    const int64_t num_queries = (int64_t)c.fsa.kv_heads * n, T = c.fsa.topk;
     if (c.attn == ATTN_NSA)
-        gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
-    share_choices(&gpt, model, &choices);
-    for (size_t l = 0; l < choices.size(); l++) {
-        const int32_t *own = gpt.acts[l].att_state.block_indices;
+        cpu::model_forward(&cpu_model, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(),
+                           d.batch.num_seqs);
+    copy_block_indices(&cpu_model, model, &block_indices);
+    for (size_t l = 0; l < block_indices.size(); l++) {
+        const int32_t *selected = cpu_model.acts[l].attn_state.block_indices;
         int64_t same = 0;
-        for (int64_t i = 0; i < lists; i++)
-            same += memcmp(own + i * T, &choices[l][i * T], T * sizeof(int32_t)) == 0;
-        CHECK((double)same >= 0.9 * (double)lists, "%s: layer %d: %lld of %lld choices of blocks agree",
-              v->name, (int)l, (long long)same, (long long)lists);
+        for (int64_t i = 0; i < num_queries; i++)
+            same += memcmp(selected + i * T, &block_indices[l][i * T], T * sizeof(int32_t)) == 0;
+        CHECK((double)same >= 0.9 * (double)num_queries,
+              "%s: layer %d: only %lld of %lld queries select the same blocks", v->name, (int)l,
+              (long long)same, (long long)num_queries);
     }
-    double loss = gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
-    std::vector<float> mine, theirs;
+    double loss = cpu::model_forward(&cpu_model, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(),
+                                     d.batch.num_seqs);
+    std::vector<float> gpu_logits, cpu_logits;
     for (int64_t i = 0; i < n * Vp; i++)
-        if (i % Vp < V) mine.push_back((float)logits[i]), theirs.push_back(gpt.logits[i]);
-    double error = relative_error(mine.data(), theirs.data(), n * V);
+        if (i % Vp < V) gpu_logits.push_back((float)logits[i]), cpu_logits.push_back(cpu_model.logits[i]);
+    double error = relative_error(gpu_logits.data(), cpu_logits.data(), n * V);
     worst_logit = std::max(worst_logit, error);
     CHECK(error < logit_limit, "%s: logits: error %.2e", v->name, error);
-    error = relative_error(result.losses.data(), gpt.losses, n);
+    error = relative_error(result.losses.data(), cpu_model.losses, n);
     worst_loss = std::max(worst_loss, error);
     CHECK(error < loss_limit, "%s: losses: error %.2e", v->name, error);
     CHECK(fabs(sum / (double)n - loss) < loss_limit * loss, "%s: mean loss %.6f, the C model's %.6f", v->name,
           sum / (double)n, loss);
 
-    gpt_zero_grad(&gpt);
-    gpt_backward(&gpt, (double)n); // of the sum, as the GPU's
-    for (int64_t i = 0; i < gpt.num_tensors; i++) {
-        const ParamTensor *t = &gpt.tensors[i];
-        error = relative_error(&result.grads[t->offset], gpt.grads + t->offset, t->size);
+    cpu::model_zero_grad(&cpu_model);
+    cpu::model_backward(&cpu_model, (double)n); // of the sum of the losses, as on the GPU
+    for (int64_t i = 0; i < cpu_model.num_tensors; i++) {
+        const ParamTensor *t = &cpu_model.tensors[i];
+        error = relative_error(&result.grads[t->offset], cpu_model.grads + t->offset, t->size);
         worst_grad = std::max(worst_grad, error);
         CHECK(error < grad_limit, "%s: gradient of %s: error %.2e", v->name, t->name, error);
         int64_t padding = strcmp(t->name, "wte") == 0 || strcmp(t->name, "lm_head") == 0 ? (Vp - V) * C : 0;
@@ -246,26 +249,27 @@ static void test_against_c(const Variant *v) {
         for (int64_t j = t->size - padding; j < t->size; j++) nonzero += result.grads[t->offset + j] != 0;
         CHECK(nonzero == 0, "%s: %s: the vocabulary's padding has a gradient", v->name, t->name);
     }
-    gpt_free(&gpt);
+    cpu::model_free(&cpu_model);
     destroy(model);
 }
 
-// The same bits twice, and with each kind of recomputation. Another chunking of the LM head may make cuBLASLt
-// add in another order: that changes losses by fp32 rounding, and what the attention's 16-bit type makes of
-// that changes gradients by much less than its own rounding does.
+// Tests that the same input gives the same bits, twice and with each kind of recomputation. With other chunks
+// of the LM head cuBLASLt may add in another order. That changes losses by fp32 rounding. Gradients then
+// change by much less than the rounding error of the attention's 16-bit type.
 static void test_same_bits(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
-    Documents d(&c, lengths_of_test(), 2), other(&c, {40, 9}, 3);
+    Documents d(&c, test_lengths(), 2), other(&c, {40, 9}, 3);
     Result first;
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, d.batch.n, recompute);
         if (recompute == 0) {
             first = run(model, d);
-            run(model, other); // leaves other values everywhere
+            run(model, other); // leaves other values in all buffers
         }
-        CHECK(run(model, d) == first, "%s: recomputation %d: other bits", v->name, recompute);
-        model->head_rows = 40;
+        CHECK(run(model, d) == first, "%s: recomputation %d: other bits than the first run", v->name,
+              recompute);
+        model->lm_head_rows = 40;
         Result chunked = run(model, d);
         double error =
             relative_error(chunked.losses.data(), first.losses.data(), (int64_t)first.losses.size());
@@ -277,7 +281,8 @@ static void test_same_bits(const Variant *v) {
     }
 }
 
-// Gradients of two micro-batches add up, and the norm and the update are those of the mean over all tokens.
+// Tests that the gradients of two micro-batches are added, and that norm and update are those of the mean
+// over all tokens.
 static void test_accumulation(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
@@ -285,8 +290,8 @@ static void test_accumulation(const Variant *v) {
     Model *model = build(&c, params, 64, 1);
     Result one = run(model, a), two = run(model, b);
     model_zero_grad(model);
-    model_train(model, &a.batch);
-    model_train(model, &b.batch);
+    model_forward_backward(model, &a.batch);
+    model_forward_backward(model, &b.batch);
     std::vector<float> both = download(model->grads, model->num_params), sum(one.grads);
     double norm = 0;
     for (size_t i = 0; i < sum.size(); i++) sum[i] += two.grads[i];
@@ -312,14 +317,14 @@ static void test_accumulation(const Variant *v) {
     double error = relative_error(m.data(), both.data(), model->num_params);
     CHECK(error < 1e-4, "clipping: error %.2e", error);
 
-    // a loss that is not finite changes nothing
+    // a step with a loss that is not finite changes nothing
     std::vector<float> master = download(model->master, model->num_params);
     double bad = INFINITY;
     cuda_check(cudaMemcpy(&model->result->loss_sum, &bad, sizeof bad, cudaMemcpyHostToDevice));
     cuda_check(cudaDeviceSynchronize());
     model_update(model, &o, 2, 1e-3, 128);
     CHECK(download(model->master, model->num_params) == master && download(model->m, model->num_params) == m,
-          "a step with an infinite loss has changed something");
+          "a step with an infinite loss changed parameters or moments");
     float nan = NAN;
     model_zero_grad(model);
     cuda_check(cudaDeviceSynchronize());
@@ -327,32 +332,32 @@ static void test_accumulation(const Variant *v) {
     cuda_check(cudaDeviceSynchronize());
     model_update(model, &o, 2, 1e-3, 128);
     CHECK(download(model->master, model->num_params) == master,
-          "a NaN in the gradient has changed something");
+          "a step with a NaN in the gradient changed parameters");
     destroy(model);
 }
 
 static void gpu_step(Model *model, const Options *o, const Documents &d, int64_t step, double *loss) {
     model_zero_grad(model);
-    model_train(model, &d.batch);
+    model_forward_backward(model, &d.batch);
     model_update(model, o, step, o->lr, d.batch.n);
     cuda_check(cudaEventSynchronize(model->step_done));
     *loss = model->result_host->loss_sum / (double)d.batch.n;
 }
 
-// Twenty steps on three batches in turn from the start of a run, in step with the C trainer; and the same
-// bits where the run is cut in the middle, written to a checkpoint and read again.
+// Tests twenty steps of a new run, on three alternating batches, against the C trainer. Also tests that a run
+// which is interrupted, written to a checkpoint and resumed has the same bits.
 static void test_training(const Variant *v) {
     ModelConfig c = make_config(v);
-    std::vector<int64_t> lengths = small ? std::vector<int64_t>{36, 12} : lengths_of_test();
+    std::vector<int64_t> lengths = small ? std::vector<int64_t>{36, 12} : test_lengths();
     Documents d[3] = {{&c, lengths, 6}, {&c, lengths, 7}, {&c, lengths, 8}};
     const int64_t n = d[0].batch.n;
     Options o;
     options_defaults(&o);
     o.lr = 1e-3;
-    GPT gpt;
-    gpt_build(&gpt, &c, n, 1);
-    params_init(&c, gpt.params, seed);
-    std::vector<float> start(gpt.params, gpt.params + gpt.num_params);
+    cpu::Model cpu_model;
+    cpu::model_build(&cpu_model, &c, n, 1);
+    params_init(&c, cpu_model.params, seed);
+    std::vector<float> start(cpu_model.params, cpu_model.params + cpu_model.num_params);
     Model *model = build(&c, start, n, 0);
     char folder[] = "/tmp/test_gpt_nsa.XXXXXX";
     if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
@@ -360,18 +365,18 @@ static void test_training(const Variant *v) {
     memset(&state, 0, sizeof state);
 
     double first = 0, loss = 0, reference, losses[20];
-    std::vector<std::vector<int32_t>> choices;
+    std::vector<std::vector<int32_t>> block_indices;
     for (int step = 0; step < 20; step++) {
         const Documents &batch = d[step % 3];
         gpu_step(model, &o, batch, step + 1, &loss);
-        share_choices(&gpt, model, &choices);
-        gpt_zero_grad(&gpt);
-        reference = gpt_forward(&gpt, batch.tokens.data(), batch.targets.data(), batch.cu_seqlens.data(),
-                                batch.batch.num_seqs);
-        gpt_backward(&gpt, 1);
-        double norm = gpt_grad_norm(&gpt);
-        gpt_update(&gpt, step + 1, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay,
-                   norm > o.clip ? o.clip / norm : 1);
+        copy_block_indices(&cpu_model, model, &block_indices);
+        cpu::model_zero_grad(&cpu_model);
+        reference = cpu::model_forward(&cpu_model, batch.tokens.data(), batch.targets.data(),
+                                       batch.cu_seqlens.data(), batch.batch.num_seqs);
+        cpu::model_backward(&cpu_model, 1);
+        double norm = cpu::model_grad_norm(&cpu_model);
+        cpu::model_update(&cpu_model, step + 1, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay,
+                          norm > o.clip ? o.clip / norm : 1);
         worst_step = std::max(worst_step, fabs(loss - reference) / reference);
         CHECK(fabs(loss - reference) < step_limit * reference, "%s: step %d: loss %.5f, the C trainer's %.5f",
               v->name, step + 1, loss, reference);
@@ -380,8 +385,8 @@ static void test_training(const Variant *v) {
         if (step == 14) { // the checkpoint
             state.step = 15;
             std::vector<float> arrays[3];
-            const float *from[3] = {model->master, model->m, model->v};
-            for (int i = 0; i < 3; i++) arrays[i] = download(from[i], model->num_params);
+            const float *device[3] = {model->master, model->m, model->v};
+            for (int i = 0; i < 3; i++) arrays[i] = download(device[i], model->num_params);
             checkpoint_save(folder, &c, &state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
                             model->num_params);
         }
@@ -408,14 +413,14 @@ static void test_training(const Variant *v) {
     rmdir(folder);
     destroy(resumed);
     destroy(model);
-    gpt_free(&gpt);
+    cpu::model_free(&cpu_model);
 }
 
-// Validation, and logits of the next token, of a model without training's memory.
+// Tests validation, and the logits of the next token, of a model that is built without training's memory.
 static void test_inference(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
-    Documents d(&c, lengths_of_test(), 2);
+    Documents d(&c, test_lengths(), 2);
     const int64_t n = d.batch.n;
     Model *model = build(&c, params, n, 0);
     Result trained = run(model, d);
@@ -428,43 +433,43 @@ static void test_inference(const Variant *v) {
     r.inputs = d.tokens.data(), r.targets = d.targets.data();
     r.cu_seqlens = d.cu_seqlens.data(), r.num_seqs = d.batch.num_seqs;
     const float *losses;
-    const int32_t *best;
-    evaluate(model, &r, &losses, &best);
+    const int32_t *argmax;
+    evaluate(model, &r, &losses, &argmax);
     CHECK(memcmp(losses, trained.losses.data(), n * sizeof(float)) == 0, "%s: validation has other losses",
           v->name);
 
-    GPT gpt;
-    gpt_build(&gpt, &c, n, 0);
-    std::copy(params.begin(), params.end(), gpt.params);
-    gpt_forward(&gpt, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
+    cpu::Model cpu_model;
+    cpu::model_build(&cpu_model, &c, n, 0);
+    std::copy(params.begin(), params.end(), cpu_model.params);
+    cpu::model_forward(&cpu_model, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
     int64_t same = 0;
-    for (int64_t i = 0; i < n; i++) same += best[i] == gpt.best[i];
+    for (int64_t i = 0; i < n; i++) same += argmax[i] == cpu_model.argmax[i];
     CHECK((double)same >= 0.9 * (double)n, "%s: %lld of %lld arg maxes agree", v->name, (long long)same,
           (long long)n);
     const int64_t row = c.fsa.kv_heads * c.fsa.topk;
-    std::vector<int32_t> choice(c.layers * n * row);
+    std::vector<int32_t> block_indices(c.layers * n * row);
     for (int64_t length : {(int64_t)1, (int64_t)29, n}) {
-        model->choice = choice.data();
+        model->block_indices_host = block_indices.data();
         const float *logits = next_logits(model, d.tokens.data(), length);
-        model->choice = NULL;
-        // The C model takes the sequence as the GPU has filled it up, and its choice of blocks.
-        const int64_t filled = model->batch.n, cu_seqlens[2] = {0, filled};
+        model->block_indices_host = NULL;
+        // the C model gets the sequence with the GPU's padding, and the GPU's block indices
+        const int64_t padded = model->batch.n, cu_seqlens[2] = {0, padded};
         std::vector<int32_t> tokens(d.tokens.begin(), d.tokens.begin() + length);
-        tokens.resize(filled);
+        tokens.resize(padded);
         for (int l = 0; l < c.layers && c.attn == ATTN_NSA; l++)
-            gpt.acts[l].choice = choice.data() + l * filled * row;
-        gpt_forward(&gpt, tokens.data(), tokens.data(), cu_seqlens, 1);
-        double error = relative_error(logits, gpt.logits + (length - 1) * c.padded_vocab, c.vocab_size);
+            cpu_model.acts[l].block_indices = block_indices.data() + l * padded * row;
+        cpu::model_forward(&cpu_model, tokens.data(), tokens.data(), cu_seqlens, 1);
+        double error = relative_error(logits, cpu_model.logits + (length - 1) * c.padded_vocab, c.vocab_size);
         worst_next = std::max(worst_next, error);
         CHECK(error < 2 * logit_limit, "%s: logits after %lld tokens: error %.2e", v->name, (long long)length,
-              error); // of one row: a larger spread than over all
+              error); // one row has a larger spread than all rows
     }
-    gpt_free(&gpt);
+    cpu::model_free(&cpu_model);
     destroy(model);
 }
 
-// Against PyTorch: losses, logits and gradients, folded as dev/test/golden.py says. The weights are not exact
-// in 16 bits here, which adds an error of its own.
+// Tests losses, logits and gradients against PyTorch, folded as in dev/test/golden.py. These weights are not
+// exact in 16 bits, so the limits are twice as large.
 static void test_golden(const char *name) {
     Golden file, *g = &file;
     golden_load(g, name);
@@ -501,10 +506,10 @@ static void test_golden(const char *name) {
         for (int64_t i = 0; i < real_size(t); i++) params[t.offset + i] = (float)values[i];
     }
     Model *model = build(&c, params, n, 0);
-    model_take_batch(model, &d.batch);
+    model_set_batch(model, &d.batch);
     model_forward(model);
-    matmul_forward(&model->products, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL,
-                   n, c.channels, Vp, model->stream);
+    matmul_forward(&model->matmul, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL, n,
+                   c.channels, Vp, model->stream);
     std::vector<floatX> logits = download(model->logits, n * Vp);
     values.clear();
     for (int64_t i = 0; i < n * Vp; i++)
@@ -523,32 +528,33 @@ static void test_golden(const char *name) {
     golden_free(g);
 }
 
-// Two GPUs that share a batch, group of heads by group of heads, against one that has it alone: what another
-// order of rounding changes. The same bits twice and under recomputation.
+// Tests two GPUs that share a batch, one head group after another, against one GPU. Only the order of
+// rounding differs. The same input must give the same bits, twice and with recomputation.
 static void test_shared(const Variant *v, Gpus *gpus) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
-    Documents whole(&c, lengths_of_test(), 2), part(&c, lengths_of_test(), 2, gpus),
-        other(&c, {40, 8}, 3, gpus);
-    const int64_t n = whole.batch.n, mine = part.batch.n;
+    Documents whole(&c, test_lengths(), 2), part(&c, test_lengths(), 2, gpus), other(&c, {40, 8}, 3, gpus);
+    const int64_t n = whole.batch.n, local_n = part.batch.n;
     Model *alone = build(&c, params, n, 0);
     Result want = run(alone, whole), first;
     destroy(alone);
-    std::vector<float> losses(mine);
-    const Batch placed = batch_place(&part.batch, part.host.data());
-    cp_gather_rows(gpus->cp_size, n, placed.blocks, placed.place, gpus->cp_rank, losses.data(),
-                 want.losses.data(), sizeof(float));
+    std::vector<float> losses(local_n);
+    const Batch host_batch = batch_bind(&part.batch, part.host.data());
+    cp_gather_rows(gpus->cp_size, n, host_batch.num_blocks, host_batch.block_perm, gpus->cp_rank,
+                   losses.data(), want.losses.data(), sizeof(float));
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, n, recompute, gpus);
-        CHECK(model->groups == c.fsa.kv_heads, "%s: %d groups of heads", v->name, model->groups);
+        CHECK(model->num_head_groups == c.fsa.kv_heads, "%s: %d head groups", v->name,
+              model->num_head_groups);
         if (recompute == 0) {
             first = run(model, part);
-            run(model, other); // leaves other values everywhere
+            run(model, other); // leaves other values in all buffers
         }
-        CHECK(run(model, part) == first, "%s, shared: recomputation %d: other bits", v->name, recompute);
+        CHECK(run(model, part) == first, "%s, shared: recomputation %d: other bits than the first run",
+              v->name, recompute);
         destroy(model);
     }
-    double error = relative_error(first.losses.data(), losses.data(), mine);
+    double error = relative_error(first.losses.data(), losses.data(), local_n);
     CHECK(error < loss_limit, "%s, shared: losses: error %.2e", v->name, error);
     int64_t total, count = param_table(&c, NULL, &total);
     std::vector<ParamTensor> table(count);
@@ -560,8 +566,8 @@ static void test_shared(const Variant *v, Gpus *gpus) {
     }
 }
 
-// One of the processes.
-static int share(void *) {
+// Runs in each of the two processes. Returns the exit code.
+static int test_rank(void *) {
     static const Variant variants[] = {
         {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 6, 3, 0, FSA_PHI_LINEAR, 0},
         {"nsa, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 0},
@@ -594,9 +600,9 @@ int main(int argc, char **argv) {
     const int gpus = 1;
 #endif
     if (gpus < 2) {
-        SKIP("a batch shared by two GPUs: there are %d, or no NCCL", gpus);
+        SKIP("a batch shared by two GPUs: %d GPUs found, or built without NCCL", gpus);
     } else {
-        int failed = test_ranks(2, share, NULL);
+        int failed = test_ranks(2, test_rank, NULL);
         CHECK(failed == 0, "%d of 2 GPUs that share a batch failed", failed);
     }
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {

@@ -1,6 +1,9 @@
-// train_gpt_nsa.h: the model of train_gpt_nsa.c for other programs: tests, and the GPU trainer's
-// comparison. Compile train_gpt_nsa.c with -DGPT_NO_MAIN and link it; with -DGPT_DOUBLE as well, all
-// of it is in double.
+// train_gpt_nsa.h: the layers and the model of train_gpt_nsa.c, for tests. Compile train_gpt_nsa.c with
+// -DGPT_NO_MAIN and link it. With -DGPT_DOUBLE for both, everything is computed in double.
+//
+// train_gpt_nsa.cu uses the same names for the same tensors, types and steps. In C++ the model below is in
+// namespace cpu, so that a test can have both: cpu::model_forward is the C trainer's, model_forward the GPU
+// trainer's. The layers are overloads: those of the GPU take floatX and a stream.
 #ifndef TRAIN_GPT_NSA_H
 #define TRAIN_GPT_NSA_H
 #include "llmc/utils.h"
@@ -19,94 +22,111 @@ typedef float real;
 #define GPT_REF(name) fsa_ref_##name##_f32
 #endif
 
-// Layers. x, out [n, c] are rows of c channels; a backward function adds to the gradients of inputs
-// and weights, the embedding's and the norm's as well.
+// Layers. x and out are matrices of n rows. A backward function gets dout, the gradient of out, and adds the
+// gradients of inputs and weights to their arrays unless its comment says that it overwrites one.
 
-// out[i] = table[tokens[i]]
+// out[i] = table[tokens[i]]: out [n, c], tokens [n], table [vocabulary, c].
 void embedding_forward(real *out, const int32_t *tokens, const real *table, int64_t n, int c);
 void embedding_backward(real *dtable, const int32_t *tokens, const real *dout, int64_t n, int c);
-// out = x / sqrt(mean(x^2) + eps) * weight [c]; rstd [n] is kept for the backward pass.
+// out = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of a row: out, x [n, c], weight [c]. rstd [n]
+// is kept for the backward pass.
 void rmsnorm_forward(real *out, real *rstd, const real *x, const real *weight, int64_t n, int c, double eps);
 void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight,
                       const real *rstd, int64_t n, int c);
-// out [n, o] = x [n, c] weight^T + bias, weight [o, c], bias [o] or NULL.
+// out = x weight^T + bias: out [n, o], x [n, c], weight [o, c], bias [o] or NULL.
 void linear_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o);
-// dx is overwritten, or added to with add_dx != 0; dweight and dbias are added to.
+// Overwrites dx, or adds to it where add_dx != 0; adds to dweight and dbias. dbias may be NULL.
 void linear_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
                      const real *weight, int64_t n, int c, int o);
-// out [n, h] = silu(gate) * up, gate_up [n, 2h]: h gates, then h ups. dgate_up is overwritten.
+// out = silu(gate) * up: out [n, h]; gate_up [n, 2h], each row h gates, then h ups.
 void swiglu_forward(real *out, const real *gate_up, int64_t n, int h);
+// Overwrites dgate_up.
 void swiglu_backward(real *dgate_up, const real *dout, const real *gate_up, int64_t n, int h);
-// losses[i] = -log softmax(logits[i])[targets[i]] over the first v of vp columns; lse [n] is kept;
-// best[i] is the arg max.
-void crossentropy_forward(real *losses, real *lse, int32_t *best, const real *logits, const int32_t *targets,
-                          int64_t n, int v, int vp);
-// logits become their gradient, scaled by dloss; columns past v become 0.
+// losses[i] = -log softmax(logits[i])[targets[i]] over the first v of vp columns; argmax[i] is the first
+// index of the greatest of them. logits [n, vp]; losses, argmax, targets [n]. lse [n] is kept for the
+// backward pass.
+void crossentropy_forward(real *losses, real *lse, int32_t *argmax, const real *logits,
+                          const int32_t *targets, int64_t n, int v, int vp);
+// Overwrites logits by their gradient times dloss, with 0 in the columns from v on.
 void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n,
                            int v, int vp);
 
-// Offsets of one layer's tensors into params and grads; -1 where the model has none.
+// The model.
+#ifdef __cplusplus
+namespace cpu {
+#endif
+
+// Offsets of a layer's tensors in params and grads; -1 where the model has no such tensor. param_table
+// (config.h) has their shapes.
 typedef struct {
     int64_t ln1, wqkv, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wgate, wo, ln2, wgu, wdown;
-} LayerOffsets;
+} LayerParams;
 
-// What a layer keeps for its backward pass; n tokens.
+// The activations that a layer keeps for its backward pass; n tokens.
 typedef struct {
-    real *in;                 // [n, C] the residual stream before the layer
-    real *ln1, *rstd1;        // [n, C], [n]
-    real *q_raw, *k_raw;      // before QK-norm (q and k themselves without it)
-    real *rstd_q, *rstd_k;    // [n, Hq], [n, Hkv]
-    real *q, *k, *v;          // [n, Hq|Hkv, d] before RoPE
-    real *gate;               // [n, 3*Hq] or [n, 3] logits
-    GPT_REF(State) att_state; // of the attention
-    const int32_t *choice;    // of blocks, [Hkv, n, T], to use instead of choosing; NULL: the layer chooses
-    real *att;                // [n, Hq*d]
-    real *mid;                // [n, C] the residual stream after attention
-    real *ln2, *rstd2;        // [n, C], [n]
-    real *gate_up, *act;      // [n, 2*hidden], [n, hidden]
-} LayerActs;
+    real *residual_in;            // [n, C] the residual stream before the layer
+    real *ln1, *ln1_rstd;         // [n, C], [n]
+    real *q_raw, *k_raw;          // [n, Hq, d], [n, Hkv, d] before QK-norm; without it the same as q and k
+    real *q_rstd, *k_rstd;        // [n, Hq], [n, Hkv]
+    real *q, *k, *v;              // [n, Hq, d], [n, Hkv, d] twice; q and k before RoPE
+    real *gate_logits;            // [n, Hq, 3], or [n, 3] with gate_per_token
+    GPT_REF(State) attn_state;    // the attention's own activations
+    const int32_t *block_indices; // [Hkv, n, T] to attend to; NULL: the layer selects the blocks
+    real *attn_out;               // [n, Hq, d]
+    real *residual_mid;           // [n, C] the residual stream after the attention
+    real *ln2, *ln2_rstd;         // [n, C], [n]
+    real *gate_up, *swiglu;       // [n, 2*hidden], [n, hidden]
+} LayerActivations;
 
 typedef struct {
     ModelConfig config;
     double *inv_freq; // [d/2]
     int64_t num_tensors, num_params, max_tokens;
-    ParamTensor *tensors;
-    int64_t wte, lnf, lm_head; // offsets; lm_head = wte where tied
-    LayerOffsets *layers;
-    real *params, *grads, *m, *v; // [num_params]; the last three NULL without training
-    LayerActs *acts;
-    real *out, *lnf_out, *rstdf; // the residual stream after the last layer, its norm
-    real *logits;                // [n, Vp]
-    real *losses, *lse;          // [n]
-    int32_t *best;               // [n] arg max of the logits
-    real *dout, *dnorm, *dq, *dk, *dv, *datt, *dgate, *dgate_up, *dact; // backward scratch
-    FsaSegment *segments;                                               // [max_tokens]
-    const int32_t *tokens, *targets;                                    // of the last forward pass
-    FsaBatch batch;
-    int64_t n;
-    size_t bytes; // of everything allocated
-} GPT;
+    ParamTensor *tensors;         // [num_tensors]
+    int64_t wte, lnf, lm_head;    // offsets in params; lm_head = wte where tied
+    LayerParams *layers;          // [layers]
+    real *params, *grads, *m, *v; // [num_params]; without training the last three are NULL
+    LayerActivations *acts;       // [layers]
+    real *residual_out;           // [n, C] the residual stream after the last layer
+    real *lnf_out, *lnf_rstd;     // [n, C], [n]
+    real *logits;                 // [n, Vp]
+    real *losses, *lse;           // [n]
+    int32_t *argmax;              // [n] of the logits
+    size_t bytes;                 // of all arrays
 
-// Allocates a model for at most max_tokens tokens in a pass; training: with gradients and AdamW's
-// state. Parameters are not set: params_init, or a checkpoint.
-void gpt_build(GPT *model, const ModelConfig *config, int64_t max_tokens, int training);
-void gpt_free(GPT *model);
-// tokens [n], n = cu_seqlens[num_seqs], packed sequences; all three arrays must last until the
-// backward pass. With targets [n]: fills losses, best, logits and returns the mean loss. Without
-// (NULL): logits row 0 is that of the last token, and 0 is returned.
-double gpt_forward(GPT *model, const int32_t *tokens, const int32_t *targets, const int64_t *cu_seqlens,
-                   int64_t num_seqs);
+    // Scratch of the backward pass: gradients of one layer, with the shapes of its activations.
+    real *dresidual, *dnorm; // [n, C] of the residual stream, and of a norm's output
+    real *dq, *dk, *dv, *dattn_out, *dgate_logits, *dgate_up, *dswiglu;
+
+    // The batch of the last forward pass.
+    int64_t n;
+    const int32_t *tokens, *targets; // [n]
+    FsaSegment *segments;            // [max_tokens]
+    FsaBatch batch;
+} Model;
+
+// Allocates a model for at most max_tokens tokens in a pass. With training != 0 it has gradients and AdamW's
+// moments. The caller sets the parameters, with params_init or from a checkpoint. Exits with an error where
+// memory is short.
+void model_build(Model *model, const ModelConfig *config, int64_t max_tokens, int training);
+void model_free(Model *model);
+// Runs packed sequences: tokens [n], cu_seqlens [num_seqs + 1], n = cu_seqlens[num_seqs] <= max_tokens. With
+// targets [n] it fills losses, argmax and logits, and returns the mean loss. With targets NULL it writes the
+// last token's logits to row 0 of logits, and returns 0. The three arrays must stay until the backward pass.
+double model_forward(Model *model, const int32_t *tokens, const int32_t *targets, const int64_t *cu_seqlens,
+                     int64_t num_seqs);
 // Adds to grads the gradient of loss_scale times the mean loss of the last forward pass.
-void gpt_backward(GPT *model, double loss_scale);
-void gpt_zero_grad(GPT *model);
-// The gradient's Euclidean norm over all parameters.
-double gpt_grad_norm(const GPT *model);
-// AdamW, decoupled weight decay on matrices only. step counts from 1; gradients are multiplied by
-// grad_scale first (clipping).
-void gpt_update(GPT *model, int64_t step, double lr, double beta1, double beta2, double eps,
-                double weight_decay, double grad_scale);
+void model_backward(Model *model, double loss_scale);
+void model_zero_grad(Model *model);
+// Returns the Euclidean norm of grads.
+double model_grad_norm(const Model *model);
+// One step of AdamW, the step-th from 1 on. Gradients are multiplied by grad_scale first, which clips them.
+// Weight decay is decoupled and applies to matrices only.
+void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps,
+                  double weight_decay, double grad_scale);
 
 #ifdef __cplusplus
+} // namespace cpu
 }
 #endif
 #endif

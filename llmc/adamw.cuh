@@ -19,7 +19,7 @@ typedef struct {
     int num_ranges;
     float step_size, decay, beta1, beta2, eps; // step_size: lr / (1 - beta1^step); decay: lr * weight_decay
     float inv_sqrt_bias_correction2;           // 1 / sqrt(1 - beta2^step)
-    const float *norm;                         // [3] what global_norm writes
+    const float *norm;                         // [3] output of global_norm
 } AdamwArgs;
 
 // Each thread updates four neighbouring parameters. It finds their range by binary search in the table, which
@@ -58,8 +58,8 @@ static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
 }
 
 // One AdamW step on `count` parameters, the step-th from 1 on. Updates the moments m and v and the fp32
-// master weights, all [count], and sets params [count] to the rounded master weights. norm [3] is what
-// global_norm wrote, on the device: gradients are multiplied by norm[1]; norm[2] == 0 leaves everything
+// master weights, all [count], and sets params [count] to the rounded master weights. norm [3], on the
+// device, is the output of global_norm: gradients are multiplied by norm[1]; norm[2] == 0 leaves everything
 // unchanged. ranges [num_ranges], on the device, say where weight decay changes: they ascend, and the first
 // begins at 0. count and all begins are multiples of 4; all pointers are aligned to 16 bytes.
 static inline void adamw(floatX *params, float *master, float *m, float *v, const float *grads, int64_t count,

@@ -9,7 +9,7 @@ typedef struct {
     double loss_sum; // over the tokens of all micro-batches
     double squares;  // sum of the squares of the gradient
     double stop;     // above 0: a process has received a signal to stop
-    float norm[3]; // what global_norm writes: norm, factor of the gradients, 1 where loss and norm are finite
+    float norm[3];   // output of global_norm: norm, gradient factor, 1 where loss and norm are finite
 } StepResult;
 enum { STEP_SUMS = 3 }; // number of doubles in StepResult
 

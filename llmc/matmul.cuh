@@ -12,7 +12,7 @@
 #include <cublasLt.h>
 
 enum {
-    MATMUL_WORKSPACE_BYTES = 32 << 20, // what cuBLASLt's fastest algorithms ask for
+    MATMUL_WORKSPACE_BYTES = 32 << 20, // cuBLASLt's fastest algorithms need this much
     MATMUL_CACHE_SIZE = 256            // shapes whose algorithm is cached
 };
 

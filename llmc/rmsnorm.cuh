@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
             for (int j = 0; j < PACK; j++) v[j] += w[j];
             bits[i] = pack(v);
             store16(sum + dst + column, bits[i]);
-            unpack(v, bits[i]); // normalize the rounded sum, which is what is stored
+            unpack(v, bits[i]); // normalize the rounded sum, as it is stored
         }
 #pragma unroll
         for (int j = 0; j < PACK; j++) squares += v[j] * v[j];
@@ -230,7 +230,7 @@ static inline void rmsnorm_launch_backward(floatX *dx, int64_t dx_stride, int ad
     add_partial_sums(dweight, (const float *)scratch, blocks, d, stream);
 }
 // The gradient of rmsnorm_heads_forward: overwrites dx, whose tokens are dx_stride elements apart, and adds
-// to dweight [d]. dout [n, heads, d] is contiguous; rstd is what forward wrote; scratch has
+// to dweight [d]. dout [n, heads, d] is contiguous; rstd is the output of forward; scratch has
 // rmsnorm_backward_scratch(n * heads, d) bytes.
 static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *dweight, const floatX *dout,
                                           const floatX *x, int64_t stride, const floatX *weight,
@@ -259,7 +259,7 @@ static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rst
 }
 
 // The gradient of rmsnorm_forward, given dout [n, c]: overwrites dx [n, c], or adds to it where add != 0, and
-// adds to dweight [c]. rstd is what forward wrote; scratch has rmsnorm_backward_scratch(n, c) bytes.
+// adds to dweight [c]. rstd is the output of forward; scratch has rmsnorm_backward_scratch(n, c) bytes.
 static inline void rmsnorm_backward(floatX *dx, int add, float *dweight, const floatX *dout, const floatX *x,
                                     const floatX *weight, const float *rstd, int64_t n, int c, void *scratch,
                                     cudaStream_t stream) {

@@ -33,7 +33,7 @@ static void adamw_v1(floatX *params, float *master, float *m, float *v, const fl
     }
 }
 
-// Three steps of both versions against the C trainer's gpt_update.
+// Three steps of both versions against the C trainer's cpu::model_update.
 static void check(Random *r, const std::vector<int64_t> &sizes) {
     std::vector<AdamwRange> ranges;
     std::vector<ParamTensor> tensors;
@@ -52,10 +52,10 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
     for (int version = 1; version <= 2; version++) {
         const char *name = version == 1 ? "1" : "library";
         std::vector<float> p_ref = p, m_ref = m0, v_ref = m0;
-        GPT gpt;
-        memset(&gpt, 0, sizeof gpt);
-        gpt.num_tensors = (int64_t)tensors.size(), gpt.tensors = tensors.data();
-        gpt.params = p_ref.data(), gpt.grads = g.data(), gpt.m = m_ref.data(), gpt.v = v_ref.data();
+        cpu::Model cpu_model;
+        memset(&cpu_model, 0, sizeof cpu_model);
+        cpu_model.num_tensors = (int64_t)tensors.size(), cpu_model.tensors = tensors.data();
+        cpu_model.params = p_ref.data(), cpu_model.grads = g.data(), cpu_model.m = m_ref.data(), cpu_model.v = v_ref.data();
         Buffer<float> master(p), m(m0), v(m0), grads(count), factor(3);
         BufferX params(count);
         for (int64_t step = 1; step <= 4; step++) {
@@ -68,7 +68,7 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
             else
                 adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
                       weight_decay, step, factor, 0);
-            if (step != 3) gpt_update(&gpt, step, lr, beta1, beta2, eps, weight_decay, scale);
+            if (step != 3) cpu::model_update(&cpu_model, step, lr, beta1, beta2, eps, weight_decay, scale);
             char shape[64];
             snprintf(shape, sizeof shape, "count %lld step %lld", (long long)count, (long long)step);
             check_close("m", name, shape, m, m_ref, 1e-6);

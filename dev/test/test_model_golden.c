@@ -1,11 +1,11 @@
-// test_model_golden.c: the model of train_gpt_nsa.c, compiled in double, against values of PyTorch's
-// autograd. Built with -DGPT_DOUBLE and linked with train_gpt_nsa.c -DGPT_NO_MAIN -DGPT_DOUBLE.
+// test_model_golden.c: tests the C model, in double, against PyTorch's autograd. Built with -DGPT_DOUBLE;
+// train_gpt_nsa.c is built with -DGPT_NO_MAIN -DGPT_DOUBLE.
 #include "golden.h"
 #include "../../train_gpt_nsa.h"
 
 static const double tolerance = 1e-10;
 
-// Rows of a tensor without the vocabulary's padding.
+// Returns the rows of a tensor without the vocabulary's padding.
 static int64_t real_rows(const ModelConfig *c, const ParamTensor *t) {
     int padded = strcmp(t->name, "wte") == 0 || strcmp(t->name, "lm_head") == 0;
     return padded ? c->vocab_size : t->rows;
@@ -32,10 +32,10 @@ static void test_case(const char *name) {
         tokens[i] = (int32_t)golden_ints(g, "tokens")[i];
         targets[i] = (int32_t)golden_ints(g, "targets")[i];
     }
-    GPT model;
-    gpt_build(&model, &c, n, 1);
+    Model model;
+    model_build(&model, &c, n, 1);
     golden_check(g, "", "inv_freq", model.inv_freq, c.fsa.head_dim / 2, tolerance);
-    // the padding's rows hold something, which must not matter
+    // the padding must not matter, so its rows are not 0
     for (int64_t i = 0; i < model.num_params; i++) model.params[i] = 0.5;
     for (int64_t i = 0; i < model.num_tensors; i++) {
         const ParamTensor *t = &model.tensors[i];
@@ -43,7 +43,7 @@ static void test_case(const char *name) {
         golden_fill(g, t->name, model.params + t->offset, rows * t->cols);
     }
 
-    double loss = gpt_forward(&model, tokens, targets, cu_seqlens, num_seqs);
+    double loss = model_forward(&model, tokens, targets, cu_seqlens, num_seqs);
     golden_check(g, "", "loss", &loss, 1, tolerance);
     golden_check(g, "", "losses", model.losses, n, tolerance);
     double *logits = (double *)xmalloc((size_t)(n * c.vocab_size) * sizeof *logits);
@@ -54,11 +54,12 @@ static void test_case(const char *name) {
     for (int layer = 0; layer < c.layers && c.attn == ATTN_NSA; layer++) {
         char indices[32];
         snprintf(indices, sizeof indices, "layers.%d.indices", layer);
-        golden_check_ints(g, indices, model.acts[layer].att_state.block_indices, c.fsa.kv_heads * n * c.fsa.topk);
+        golden_check_ints(g, indices, model.acts[layer].attn_state.block_indices,
+                          c.fsa.kv_heads * n * c.fsa.topk);
     }
 
-    gpt_zero_grad(&model);
-    gpt_backward(&model, 1.0);
+    model_zero_grad(&model);
+    model_backward(&model, 1.0);
     for (int64_t i = 0; i < model.num_tensors; i++) {
         const ParamTensor *t = &model.tensors[i];
         int64_t rows = real_rows(&c, t);
@@ -69,7 +70,7 @@ static void test_case(const char *name) {
     }
     free(logits);
     free(tokens);
-    gpt_free(&model);
+    model_free(&model);
     golden_free(g);
 }
 
