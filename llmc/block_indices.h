@@ -1,43 +1,48 @@
-// choice.h: a file of the blocks that a model's queries chose, which the GPU trainer writes (-choice) and
-// dev/cuda/selected times. All numbers are little-endian, in this order:
+// block_indices.h: a file with the block indices of a model's queries. The GPU trainer writes it
+// (-block-indices FILE) and dev/cuda/selected reads it (indices=FILE). The format, little-endian:
 //   char magic[8]; int64 layers, q_heads, kv_heads, num_queries, topk, block, num_seqs
 //   int64 lengths[num_seqs]                               tokens of each sequence
-//   int32 indices[layers][kv_heads][num_queries][topk]    as fsa.h has them: ascending, -1 where there is none
-#ifndef LLMC_CHOICE_H
-#define LLMC_CHOICE_H
+//   int32 indices[layers][kv_heads][num_queries][topk]    ascending, -1 behind the last one, as in fsa.h
+#ifndef LLMC_BLOCK_INDICES_H
+#define LLMC_BLOCK_INDICES_H
 #include "utils.h"
 
 typedef struct {
-    char magic[8]; // choice_magic
+    char magic[8]; // block_indices_magic
     int64_t layers, q_heads, kv_heads, num_queries, topk, block, num_seqs;
-} ChoiceHeader;
-static const char choice_magic[8] = {'n', 's', 'a', 'c', 'h', 'o', 's', 'e'};
+} BlockIndicesHeader;
+static const char block_indices_magic[8] = {'n', 's', 'a', 'c', 'h', 'o', 's', 'e'};
 
-static inline int64_t choice_size(const ChoiceHeader *h) {
+// Returns the number of indices in the file.
+static inline int64_t block_indices_count(const BlockIndicesHeader *h) {
     return h->layers * h->kv_heads * h->num_queries * h->topk;
 }
 
-static inline void choice_write(const char *path, const ChoiceHeader *h, const int64_t *lengths,
-                                const int32_t *indices) {
+// Writes the file atomically; dies if it cannot. lengths [num_seqs], indices [layers, kv_heads, num_queries,
+// topk].
+static inline void block_indices_write(const char *path, const BlockIndicesHeader *h, const int64_t *lengths,
+                                       const int32_t *indices) {
     AtomicFile file;
     atomic_open(&file, path);
     atomic_write(&file, h, sizeof *h);
     atomic_write(&file, lengths, (size_t)h->num_seqs * sizeof *lengths);
-    atomic_write(&file, indices, (size_t)choice_size(h) * sizeof *indices);
+    atomic_write(&file, indices, (size_t)block_indices_count(h) * sizeof *indices);
     atomic_commit(&file);
 }
 
-// The caller frees both arrays.
-static inline void choice_read(const char *path, ChoiceHeader *h, int64_t **lengths, int32_t **indices) {
+// Reads a file into *h and two new arrays, which the caller frees; dies if the file is invalid.
+static inline void block_indices_read(const char *path, BlockIndicesHeader *h, int64_t **lengths,
+                                      int32_t **indices) {
     FILE *f = fopen(path, "rb");
-    if (f == NULL) die("cannot read %s: %s", path, strerror(errno));
-    if (fread(h, sizeof *h, 1, f) != 1 || memcmp(h->magic, choice_magic, sizeof h->magic) != 0)
-        die("%s: not a file of chosen blocks, which -choice of the trainer writes", path);
+    if (f == NULL) die("cannot read %s: %s; check the path", path, strerror(errno));
+    if (fread(h, sizeof *h, 1, f) != 1 || memcmp(h->magic, block_indices_magic, sizeof h->magic) != 0)
+        die("%s: not a file of block indices; write one with train_gpt_nsa -val 1 -block-indices FILE", path);
     *lengths = (int64_t *)xmalloc((size_t)h->num_seqs * sizeof **lengths);
-    *indices = (int32_t *)xmalloc((size_t)choice_size(h) * sizeof **indices);
+    *indices = (int32_t *)xmalloc((size_t)block_indices_count(h) * sizeof **indices);
     if (fread(*lengths, sizeof **lengths, (size_t)h->num_seqs, f) != (size_t)h->num_seqs ||
-        fread(*indices, sizeof **indices, (size_t)choice_size(h), f) != (size_t)choice_size(h))
-        die("%s: ends early, write it again", path);
+        fread(*indices, sizeof **indices, (size_t)block_indices_count(h), f) !=
+            (size_t)block_indices_count(h))
+        die("%s: truncated; write it again", path);
     fclose(f);
 }
 #endif

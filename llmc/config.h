@@ -1,5 +1,5 @@
-// config.h: the shape of a model: its fields, presets and rules; its parameter table and initial
-// values; RoPE's frequencies; the arithmetic of a training step. Shared by both trainers.
+// config.h: the configuration of a model, shared by both trainers: its fields, presets and checks; the
+// parameter table and initial values; RoPE's frequencies; the FLOPs of a training step.
 #ifndef LLMC_CONFIG_H
 #define LLMC_CONFIG_H
 #include "utils.h"
@@ -11,75 +11,89 @@
 typedef enum { ATTN_NSA = 0, ATTN_FULL = 1, ATTN_WINDOW = 2 } AttnMode;
 
 typedef struct {
-    int32_t vocab_size;   // V, tokens that exist
-    int32_t padded_vocab; // Vp, V rounded up to a multiple of 128: rows of wte and lm_head
+    int32_t vocab_size;   // V
+    int32_t padded_vocab; // Vp, V rounded up to a multiple of 128: the rows of wte and lm_head
     int32_t layers;       // L
     int32_t channels;     // C
-    int32_t hidden;       // of the SwiGLU
+    int32_t hidden;       // hidden width of the SwiGLU
     int32_t attn;         // an AttnMode
-    int32_t tied;         // 1: the LM head is wte
+    int32_t tied;         // 1: the LM head shares the weights of wte
     int32_t qkv_bias;     // 1: bias on q, k and v (Qwen2.5)
-    int32_t qk_norm;      // 1: RMSNorm of each q and k head (Qwen3)
+    int32_t qk_norm;      // 1: RMSNorm on each q and k head (Qwen3)
     double rope_theta, norm_eps;
-    double rope_factor; // Llama-3 frequency scaling; 0: none
+    double rope_factor; // of Llama 3.1's RoPE scaling; 0: no scaling
     double rope_low_freq, rope_high_freq;
-    int64_t rope_original_len; // context before the scaling
-    FsaConfig fsa;             // heads, head size, and the numbers of the sparse attention
+    int64_t rope_original_len; // context length before the scaling
+    FsaConfig fsa;             // heads, head size and the parameters of the sparse attention
 } ModelConfig;
 
 // ----------------------------------------------------------------------------
-// Fields, as flags, files and messages name them
+// The table of fields, which flags, checkpoints and messages use
 
 typedef enum { FIELD_INT32, FIELD_INT64, FIELD_FLOAT, FIELD_DOUBLE } FieldType;
 typedef struct {
-    const char *name; // as flag: -name
+    const char *name; // the flag is -name
     FieldType type;
     size_t offset; // in ModelConfig
     double min, max;
-    const char *choices; // words for 0, 1, ... separated by '|', or NULL
-    const char *help;    // NULL: no flag sets it
+    const char *enum_names; // names of the values 0, 1, ..., separated by '|', or NULL
+    const char *help;       // NULL: there is no flag
 } ModelField;
 
-// All fields; the order is that of the checkpoint's header. *count: how many.
+// Returns the table of all fields, in the order of the checkpoint's header, and its length in *count.
 static inline const ModelField *model_fields(int *count) {
-#define AT(member) offsetof(ModelConfig, member)
+#define OFFSET(member) offsetof(ModelConfig, member)
     static const ModelField fields[] = {
-        {"vocab", FIELD_INT32, AT(vocab_size), 1, 1 << 30, NULL,
-         "vocabulary, where no tokenizer.bin tells it"},
-        {"padded-vocab", FIELD_INT32, AT(padded_vocab), 1, 1 << 30, NULL, NULL},
-        {"layers", FIELD_INT32, AT(layers), 1, 10000, NULL, "layers"},
-        {"channels", FIELD_INT32, AT(channels), 1, 1 << 20, NULL, "channels, C"},
-        {"hidden", FIELD_INT32, AT(hidden), 1, 1 << 24, NULL, "width of the SwiGLU"},
-        {"attn", FIELD_INT32, AT(attn), 0, 2, "nsa|full|window", "attention"},
-        {"heads", FIELD_INT32, AT(fsa.q_heads), 1, 65536, NULL, "query heads, a multiple of -kv-heads"},
-        {"kv-heads", FIELD_INT32, AT(fsa.kv_heads), 1, 65536, NULL, "key-value heads"},
-        {"head-dim", FIELD_INT32, AT(fsa.head_dim), 2, 65536, NULL, "channels of a head, even"},
-        {"tied", FIELD_INT32, AT(tied), 0, 1, NULL, "1: the LM head is the token embedding"},
-        {"qkv-bias", FIELD_INT32, AT(qkv_bias), 0, 1, NULL, "1: bias on q, k and v"},
-        {"qk-norm", FIELD_INT32, AT(qk_norm), 0, 1, NULL, "1: RMSNorm of each q and k head"},
-        {"norm-eps", FIELD_DOUBLE, AT(norm_eps), 1e-20, 1, NULL, "epsilon of RMSNorm"},
-        {"theta", FIELD_DOUBLE, AT(rope_theta), 1, 1e15, NULL, "base of RoPE's frequencies"},
-        {"rope-factor", FIELD_DOUBLE, AT(rope_factor), 0, 1e6, NULL, "Llama-3 frequency scaling, 0: none"},
-        {"rope-low-freq", FIELD_DOUBLE, AT(rope_low_freq), 0, 1e6, NULL, "its low_freq_factor"},
-        {"rope-high-freq", FIELD_DOUBLE, AT(rope_high_freq), 0, 1e6, NULL, "its high_freq_factor"},
-        {"rope-original-len", FIELD_INT64, AT(rope_original_len), 1, 1e12, NULL,
-         "context before the scaling"},
-        {"cmp-len", FIELD_INT32, AT(fsa.cmp_len), 1, 65536, NULL, "l, tokens in a compression window"},
-        {"cmp-stride", FIELD_INT32, AT(fsa.cmp_stride), 1, 65536, NULL, "s, stride of the windows"},
-        {"block", FIELD_INT32, AT(fsa.block), 16, 1 << 20, NULL, "B, tokens in a selection block"},
-        {"topk", FIELD_INT32, AT(fsa.topk), 1, 1 << 20, NULL, "T, blocks that a query selects"},
-        {"init-blocks", FIELD_INT32, AT(fsa.init_blocks), 0, 1 << 20, NULL, "first blocks, always selected"},
-        {"local-blocks", FIELD_INT32, AT(fsa.local_blocks), 0, 1 << 20, NULL, "last blocks, always selected"},
-        {"window", FIELD_INT32, AT(fsa.window), 1, 1 << 30, NULL, "W, tokens that the sliding window sees"},
-        {"phi", FIELD_INT32, AT(fsa.phi), 0, 1, "mean|linear", "compression"},
-        {"gate-per-token", FIELD_INT32, AT(fsa.gate_per_token), 0, 1, NULL, "1: one gate for all heads"},
-        {"scale", FIELD_FLOAT, AT(fsa.scale), 0, 1e6, NULL, "of q.k before softmax, 0: 1/sqrt(head-dim)"},
+        {"vocab", FIELD_INT32, OFFSET(vocab_size), 1, 1 << 30, NULL,
+         "vocabulary size in tokens, needed if the shards have no tokenizer.bin"},
+        {"padded-vocab", FIELD_INT32, OFFSET(padded_vocab), 1, 1 << 30, NULL, NULL},
+        {"layers", FIELD_INT32, OFFSET(layers), 1, 10000, NULL, "number of layers"},
+        {"channels", FIELD_INT32, OFFSET(channels), 1, 1 << 20, NULL, "C, width of the model in channels"},
+        {"hidden", FIELD_INT32, OFFSET(hidden), 1, 1 << 24, NULL, "hidden width of the SwiGLU in channels"},
+        {"attn", FIELD_INT32, OFFSET(attn), 0, 2, "nsa|full|window", "attention mode"},
+        {"heads", FIELD_INT32, OFFSET(fsa.q_heads), 1, 65536, NULL,
+         "number of query heads, a multiple of -kv-heads"},
+        {"kv-heads", FIELD_INT32, OFFSET(fsa.kv_heads), 1, 65536, NULL, "number of key-value heads"},
+        {"head-dim", FIELD_INT32, OFFSET(fsa.head_dim), 2, 65536, NULL, "head size in channels, even"},
+        {"tied", FIELD_INT32, OFFSET(tied), 0, 1, NULL,
+         "1: the LM head shares the weights of the token embedding"},
+        {"qkv-bias", FIELD_INT32, OFFSET(qkv_bias), 0, 1, NULL, "1: bias on q, k and v (Qwen2.5)"},
+        {"qk-norm", FIELD_INT32, OFFSET(qk_norm), 0, 1, NULL, "1: RMSNorm on each q and k head (Qwen3)"},
+        {"norm-eps", FIELD_DOUBLE, OFFSET(norm_eps), 1e-20, 1, NULL, "epsilon of RMSNorm"},
+        {"theta", FIELD_DOUBLE, OFFSET(rope_theta), 1, 1e15, NULL, "base of RoPE's frequencies"},
+        {"rope-factor", FIELD_DOUBLE, OFFSET(rope_factor), 0, 1e6, NULL,
+         "factor of Llama 3.1's RoPE scaling; 0: no scaling"},
+        {"rope-low-freq", FIELD_DOUBLE, OFFSET(rope_low_freq), 0, 1e6, NULL,
+         "low_freq_factor of the RoPE scaling"},
+        {"rope-high-freq", FIELD_DOUBLE, OFFSET(rope_high_freq), 0, 1e6, NULL,
+         "high_freq_factor of the RoPE scaling"},
+        {"rope-original-len", FIELD_INT64, OFFSET(rope_original_len), 1, 1e12, NULL,
+         "context length before the RoPE scaling, in tokens"},
+        {"cmp-len", FIELD_INT32, OFFSET(fsa.cmp_len), 1, 65536, NULL,
+         "l, length of a compression window in tokens"},
+        {"cmp-stride", FIELD_INT32, OFFSET(fsa.cmp_stride), 1, 65536, NULL,
+         "s, stride of the compression windows in tokens"},
+        {"block", FIELD_INT32, OFFSET(fsa.block), 16, 1 << 20, NULL,
+         "B, size of a selection block in tokens"},
+        {"topk", FIELD_INT32, OFFSET(fsa.topk), 1, 1 << 20, NULL, "T, number of blocks that a query selects"},
+        {"init-blocks", FIELD_INT32, OFFSET(fsa.init_blocks), 0, 1 << 20, NULL,
+         "number of initial blocks, always selected"},
+        {"local-blocks", FIELD_INT32, OFFSET(fsa.local_blocks), 0, 1 << 20, NULL,
+         "number of local blocks, always selected"},
+        {"window", FIELD_INT32, OFFSET(fsa.window), 1, 1 << 30, NULL,
+         "W, size of the sliding window in tokens"},
+        {"phi", FIELD_INT32, OFFSET(fsa.phi), 0, 1, "mean|linear", "compression of a window"},
+        {"gate-per-token", FIELD_INT32, OFFSET(fsa.gate_per_token), 0, 1, NULL,
+         "1: all heads of a token share one gate"},
+        {"scale", FIELD_FLOAT, OFFSET(fsa.scale), 0, 1e6, NULL,
+         "softmax scale, the factor of q.k; 0: 1/sqrt(head-dim)"},
     };
-#undef AT
+#undef OFFSET
     *count = (int)(sizeof fields / sizeof fields[0]);
     return fields;
 }
 
+// Returns the value of a field.
 static inline double model_field_get(const ModelConfig *c, const ModelField *f) {
     const char *p = (const char *)c + f->offset;
     int32_t i32;
@@ -102,7 +116,7 @@ static inline double model_field_get(const ModelConfig *c, const ModelField *f) 
     }
 }
 
-// value must lie within [f->min, f->max].
+// Sets a field to a value in [f->min, f->max].
 static inline void model_field_set(ModelConfig *c, const ModelField *f, double value) {
     char *p = (char *)c + f->offset;
     int32_t i32 = f->type == FIELD_INT32 ? (int32_t)value : 0;
@@ -124,9 +138,9 @@ static inline void model_field_set(ModelConfig *c, const ModelField *f, double v
     }
 }
 
-// Writes the value as a user would: a number, or a word of f->choices.
+// Writes a field's value as text: a number, or one of f->enum_names.
 static inline void model_field_print(const ModelField *f, double value, char *out, size_t size) {
-    const char *word = f->choices;
+    const char *word = f->enum_names;
     for (int i = 0; word && i < (int)value; i++) {
         word = strchr(word, '|');
         if (word) word++;
@@ -139,30 +153,30 @@ static inline void model_field_print(const ModelField *f, double value, char *ou
         snprintf(out, size, "%.12g", value);
 }
 
-// Whether the field only turns RoPE's frequencies: training may go on with another value.
+// Returns whether the field only affects RoPE's frequencies. Training can continue with another value of it.
 static inline int model_field_is_rope(const ModelField *f) {
     return strcmp(f->name, "theta") == 0 || strncmp(f->name, "rope-", 5) == 0;
 }
 
 // ----------------------------------------------------------------------------
-// Presets and rules
+// Presets and checks
 
 typedef struct {
     const char *name;
     const char *help;
-    int seq_len; // what -t is unless given
-    int vocab;   // 0: the tokenizer or -vocab tells
+    int seq_len; // default of -t
+    int vocab;   // 0: from the tokenizer or -vocab
     int layers, channels, hidden, tied, qkv_bias, qk_norm;
     double theta, eps;
     int q_heads, kv_heads, head_dim;
     int cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window;
 } Preset;
 
-// All presets. *count: how many.
+// Returns the table of all presets, and its length in *count.
 static inline const Preset *presets(int *count) {
     // clang-format off
     static const Preset table[] = {
-        // name, what for, seq_len, vocab,
+        // name, help, seq_len, vocab,
         //     L, C, hidden, tied, bias, qk-norm, theta, eps, Hq, Hkv, d,  l, s, B, T, init, local, W
         {"recall", "the synthetic recall task", 256, 0,
             2, 64, 128, 0, 0, 0, 1e4, 1e-5, 4, 2, 32,  8, 4, 16, 4, 1, 2, 16},
@@ -172,7 +186,7 @@ static inline const Preset *presets(int *count) {
             4, 256, 512, 0, 0, 0, 1e4, 1e-5, 4, 2, 64,  8, 4, 16, 8, 1, 2, 32},
         {"shakespeare", "bytes of text, minutes on a GPU", 1024, 0,
             6, 384, 1024, 0, 0, 0, 1e4, 1e-5, 6, 2, 64,  16, 8, 32, 8, 1, 2, 128},
-        {"gpt-124m", "about GPT-2's size; 4 query heads a kv head", 8192, 50257,
+        {"gpt-124m", "about GPT-2's size; 4 query heads per kv head", 8192, 50257,
             12, 768, 2048, 1, 0, 0, 1e4, 1e-5, 12, 3, 64,  32, 16, 64, 16, 1, 2, 512},
         {"llama3-8b", "Llama 3 8B", 8192, 128256,
             32, 4096, 14336, 0, 0, 0, 5e5, 1e-5, 32, 8, 128,  32, 16, 64, 16, 1, 2, 512},
@@ -186,7 +200,7 @@ static inline const Preset *presets(int *count) {
     return table;
 }
 
-// The preset of that name, or NULL.
+// Returns the preset with this name, or NULL.
 static inline const Preset *preset_find(const char *name) {
     int count;
     const Preset *p = presets(&count);
@@ -195,12 +209,13 @@ static inline const Preset *preset_find(const char *name) {
     return NULL;
 }
 
-// Sets the vocabulary and its padding to a multiple of 128.
+// Sets vocab_size, and padded_vocab to the next multiple of 128.
 static inline void config_set_vocab(ModelConfig *c, int32_t vocab_size) {
     c->vocab_size = vocab_size;
     c->padded_vocab = (vocab_size + 127) / 128 * 128;
 }
 
+// Fills *c from a preset, with attention mode nsa and linear compression.
 static inline void config_from_preset(ModelConfig *c, const Preset *p) {
     memset(c, 0, sizeof *c);
     config_set_vocab(c, p->vocab);
@@ -208,7 +223,7 @@ static inline void config_from_preset(ModelConfig *c, const Preset *p) {
     c->attn = ATTN_NSA;
     c->tied = p->tied, c->qkv_bias = p->qkv_bias, c->qk_norm = p->qk_norm;
     c->rope_theta = p->theta, c->norm_eps = p->eps;
-    c->rope_low_freq = 1, c->rope_high_freq = 4; // Llama 3.1's; rope_factor 0 leaves them unused
+    c->rope_low_freq = 1, c->rope_high_freq = 4; // Llama 3.1's values; unused while rope_factor is 0
     c->rope_original_len = p->seq_len;
     c->fsa.q_heads = p->q_heads, c->fsa.kv_heads = p->kv_heads, c->fsa.head_dim = p->head_dim;
     c->fsa.cmp_len = p->cmp_len, c->fsa.cmp_stride = p->cmp_stride;
@@ -217,19 +232,19 @@ static inline void config_from_preset(ModelConfig *c, const Preset *p) {
     c->fsa.window = p->window, c->fsa.phi = FSA_PHI_LINEAR;
 }
 
-// Returns 0, or -1 with one line in msg that names the field, its value and the rule.
+// Checks a configuration. Returns 0, or -1 with one line in msg that names the field, its value and the rule.
 static inline int config_check(const ModelConfig *c, char *msg, size_t msg_size) {
     int count;
     const ModelField *f = model_fields(&count);
     if (c->vocab_size == 0) {
         snprintf(msg, msg_size,
-                 "the vocabulary is unknown: give -vocab, or a tokenizer.bin beside the shards");
+                 "the vocabulary size is unknown: give -vocab, or put tokenizer.bin beside the shards");
         return -1;
     }
     for (int i = 0; i < count; i++) {
         double value = model_field_get(c, &f[i]);
         if (!(value >= f[i].min && value <= f[i].max)) {
-            snprintf(msg, msg_size, "%s %.12g: must be within %.12g and %.12g", f[i].name, value, f[i].min,
+            snprintf(msg, msg_size, "%s %.12g: must be from %.12g to %.12g", f[i].name, value, f[i].min,
                      f[i].max);
             return -1;
         }
@@ -251,9 +266,9 @@ static inline int config_check(const ModelConfig *c, char *msg, size_t msg_size)
     return fsa_config_check(&c->fsa, msg, msg_size);
 }
 
-// inv_freq [d/2]: channels i and i + d/2 turn by position * inv_freq[i]. With rope_factor, Llama
-// 3.1's scaling: wavelengths above original/low are stretched by the factor, those below
-// original/high stay, and between them the two are blended.
+// Writes RoPE's inv_freq [d/2]: RoPE rotates channels i and i + d/2 by position * inv_freq[i]. If rope_factor
+// is not 0, applies Llama 3.1's scaling: divides the frequencies of wavelengths above original/low by the
+// factor, keeps those of wavelengths below original/high, and interpolates between.
 static inline void rope_inv_freq(const ModelConfig *c, double *inv_freq) {
     int d = c->fsa.head_dim;
     for (int i = 0; i < d / 2; i++) {
@@ -275,23 +290,24 @@ static inline void rope_inv_freq(const ModelConfig *c, double *inv_freq) {
 // Parameters
 
 typedef enum {
-    INIT_NORMAL, // normal of the tensor's std
+    INIT_NORMAL, // normal distribution with the tensor's std
     INIT_ONES,
     INIT_ZEROS,
-    INIT_MEAN, // phi's weights: the average over the window, plus normal noise of the tensor's std
+    INIT_MEAN, // weights of phi: the mean over the window, plus normal noise with the tensor's std
 } InitKind;
 
-// A tensor of the model inside the one array of all parameters. Weights are [out, in].
+// A tensor of the model. All parameters are in one array. Weight matrices are [out, in].
 typedef struct {
     char name[48];
-    int64_t offset, size; // in elements
-    int64_t rows, cols;   // as a matrix; a vector has 1 row
-    int decay;            // 1: weight decay applies (matrices, embeddings; no norms, biases, phi_pe)
-    int layer;            // -1: none
+    int64_t offset, size; // in elements of the array
+    int64_t rows, cols;   // a vector has 1 row
+    int decay;            // 1: has weight decay (matrices and embeddings; not norms, biases and phi_pe)
+    int layer;            // -1: in no layer
     int init;             // an InitKind
     double std;
 } ParamTensor;
 
+// Appends a tensor to the table (NULL: only counts).
 static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total, int layer, const char *name,
                              int64_t rows, int64_t cols, int decay, InitKind init, double std) {
     if (table) {
@@ -307,17 +323,22 @@ static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total,
     *total += rows * cols;
 }
 
-// Fills `table` (NULL: only counts) with the tensors in the order of memory, which also is that of
-// checkpoints; *total: elements of all. Returns the number of tensors. Absent ones do not appear:
-//   wte [Vp, C]; for each layer: ln1 [C], wqkv [(Hq+2Hkv)*d, C] (rows q heads, k heads, v heads),
-//   bqkv [(Hq+2Hkv)*d] (qkv_bias), qnorm [d], knorm [d] (qk_norm); with attn nsa: phi_wk
-//   [Hkv, l*d, d], phi_pe [Hkv, l, d], phi_wv [Hkv, l*d, d] (phi linear), wgate [3*Hq, C]
-//   (gate_per_token: [3, C]); wo [C, Hq*d], ln2 [C], wgu [2*hidden, C] (gate rows, then up rows),
-//   wdown [C, hidden]; then lnf [C], and lm_head [Vp, C] if not tied.
+// Fills `table` (NULL: only counts) with the model's tensors, in the order of the parameter array and of
+// checkpoints. Returns the number of tensors, and the number of all elements in *total. The tensors:
+//   wte [Vp, C]
+//   for each layer:
+//     ln1 [C], wqkv [(Hq+2Hkv)*d, C] (rows: q heads, k heads, v heads)
+//     with qkv_bias: bqkv [(Hq+2Hkv)*d]
+//     with qk_norm: qnorm [d], knorm [d]
+//     with attn nsa and phi linear: phi_wk [Hkv, l*d, d], phi_pe [Hkv, l, d], phi_wv [Hkv, l*d, d]
+//     with attn nsa: wgate [3*Hq, C], or [3, C] with gate_per_token
+//     wo [C, Hq*d], ln2 [C], wgu [2*hidden, C] (rows: gate, then up), wdown [C, hidden]
+//   lnf [C]
+//   unless tied: lm_head [Vp, C]
 static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int64_t *total) {
     const int64_t C = c->channels, d = c->fsa.head_dim, Hq = c->fsa.q_heads, Hkv = c->fsa.kv_heads;
     const int64_t len = c->fsa.cmp_len, qkv = (Hq + 2 * Hkv) * d;
-    // PyTorch's default for a linear layer has this std too; it is GPT-2's 0.02 at C = 833
+    // the std of PyTorch's default for linear layers; equals GPT-2's 0.02 at C = 833
     const double std = 1 / sqrt(3.0 * (double)C), std_residual = std / sqrt(2.0 * c->layers);
     const double noise = 0.02 / sqrt((double)len);
     int64_t n = 0;
@@ -349,8 +370,8 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
     return n;
 }
 
-// Writes the initial values [begin, end) of tensor number `index` of the table: element i depends on (seed,
-// index, i) alone.
+// Writes the initial values of elements [begin, end) of a tensor to values [end - begin]. `index` is the
+// tensor's index in the table. Element i depends only on (seed, index, i).
 static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_t index, int64_t begin,
                               int64_t end, float *values, uint64_t seed) {
     int64_t i;
@@ -361,13 +382,13 @@ static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_
         double x = p->init == INIT_ONES ? 1 : 0;
         if (p->init == INIT_NORMAL || p->init == INIT_MEAN)
             x = p->std * rng_normal_at(seed, (uint64_t)index, i);
-        // row r*d + channel of a kv head's weight belongs to the window's token r
+        // row r*d + i of a kv head's weight belongs to token r of the window and channel i
         if (p->init == INIT_MEAN && i / p->cols % p->cols == i % p->cols) x += 1.0 / c->fsa.cmp_len;
         values[i - begin] = (float)x;
     }
 }
 
-// Writes the initial values of parameters [begin, end) of all.
+// Writes the initial values of elements [begin, end) of the parameter array to params [end - begin].
 static inline void params_init_part(const ModelConfig *c, float *params, int64_t begin, int64_t end,
                                     uint64_t seed) {
     int64_t total, count = param_table(c, NULL, &total);
@@ -375,14 +396,15 @@ static inline void params_init_part(const ModelConfig *c, float *params, int64_t
     param_table(c, table, &total);
     for (int64_t t = 0; t < count; t++) {
         const ParamTensor *p = &table[t];
-        int64_t from = begin > p->offset ? begin : p->offset;
-        int64_t to = end < p->offset + p->size ? end : p->offset + p->size;
-        if (from < to) param_init(c, p, t, from - p->offset, to - p->offset, params + from - begin, seed);
+        int64_t first = begin > p->offset ? begin : p->offset;
+        int64_t last = end < p->offset + p->size ? end : p->offset + p->size;
+        if (first < last)
+            param_init(c, p, t, first - p->offset, last - p->offset, params + first - begin, seed);
     }
     free(table);
 }
 
-// Writes the initial values of all parameters, `total` elements as param_table counts them.
+// Writes the initial values of all parameters to params [total], where `total` is from param_table.
 static inline void params_init(const ModelConfig *c, float *params, uint64_t seed) {
     int64_t total;
     param_table(c, NULL, &total);
@@ -390,40 +412,45 @@ static inline void params_init(const ModelConfig *c, float *params, uint64_t see
 }
 
 // ----------------------------------------------------------------------------
-// Arithmetic
+// FLOPs
 
-// Pairs (query, key) that one head sees in a sequence of n tokens.
+// Returns the number of visible (query, key) pairs of one head in a sequence of n tokens.
 static inline double visible_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
-    double all = 0.5 * (double)n * (double)(n + 1);
+    double causal_pairs = 0.5 * (double)n * (double)(n + 1);
     if (rule == FSA_WINDOW && n > c->window) {
-        double rest = (double)(n - c->window); // the queries before these see a triangle
-        return 0.5 * (double)c->window * ((double)c->window + 1) + rest * (double)c->window;
+        double num_queries =
+            (double)(n - c->window); // with a full window; the first W queries see a triangle
+        return 0.5 * (double)c->window * ((double)c->window + 1) + num_queries * (double)c->window;
     }
     if (rule == FSA_COMPRESSED) { // query t sees floor((t - l + 1)/s) + 1 windows
         int64_t queries = n - c->cmp_len + 1;
         if (queries <= 0) return 0;
-        double full = (double)(queries / c->cmp_stride), part = (double)(queries % c->cmp_stride);
-        return c->cmp_stride * full * (full + 1) / 2 + part * (full + 1);
+        double full_groups = (double)(queries / c->cmp_stride), rest = (double)(queries % c->cmp_stride);
+        return c->cmp_stride * full_groups * (full_groups + 1) / 2 + rest * (full_groups + 1);
     }
-    int64_t reach = (int64_t)c->block * c->topk; // queries before it see all tokens up to theirs
-    if (rule == FSA_SELECTED && n > reach) {     // T-1 blocks, and its own up to the query
-        double rest = (double)(n - reach), blocks = (double)((n - reach) / c->block);
-        double part = (double)((n - reach) % c->block), own = 0.5 * c->block * (c->block + 1.0);
-        return 0.5 * (double)reach * ((double)reach + 1) + rest * (double)(reach - c->block) + blocks * own +
-               0.5 * part * (part + 1);
+    int64_t selected_tokens = (int64_t)c->block * c->topk; // the first B*T queries see all earlier tokens
+    if (rule == FSA_SELECTED &&
+        n > selected_tokens) { // the others see T-1 blocks, and their own block causally
+        double num_queries = (double)(n - selected_tokens),
+               whole_blocks = (double)((n - selected_tokens) / c->block);
+        double rest = (double)((n - selected_tokens) % c->block),
+               own_block_pairs = 0.5 * c->block * (c->block + 1.0);
+        return 0.5 * (double)selected_tokens * ((double)selected_tokens + 1) +
+               num_queries * (double)(selected_tokens - c->block) + whole_blocks * own_block_pairs +
+               0.5 * rest * (rest + 1);
     }
-    return all;
+    return causal_pairs;
 }
 
-// Floating-point operations of a training step, forward and backward, on one sequence of n tokens:
-// products with weights, and the attention that the mode really does over the keys that each query
-// sees. Nothing recomputed counts. For MFU.
+// Returns the FLOPs of a training step, forward and backward, on one sequence of n tokens, for MFU. Counts
+// the matmuls with weights, and the attention mode's FLOPs over the keys that are visible to each query. Does
+// not count recomputation.
 static inline double model_flops(const ModelConfig *c, int64_t n) {
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
-    double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // of a layer
+    double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // per layer
     double attention = 0;
-    // q.k and p.v are 2d each; twice that backward
+    // q.k and p.v have 2d FLOPs each per pair, and the backward pass twice as many
     if (c->attn == ATTN_FULL) attention = 12 * d * Hq * visible_pairs(f, FSA_CAUSAL, n);
     if (c->attn == ATTN_WINDOW) attention = 12 * d * Hq * visible_pairs(f, FSA_WINDOW, n);
     if (c->attn == ATTN_NSA) {

@@ -112,19 +112,19 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
         check_that(sum_.guards_intact() && o2.guards_intact(), "guard zones", 0, 0);
     }
     // With the other branches' sums and rotated rows; its own gradients alone were compared above.
-    std::vector<float> dq_sums(dq.size()), dk_sums(dk.size()), dv_sums(dv.size()), dk_plain(dk.size());
-    for (std::vector<float> *x : {&dq_sums, &dk_sums, &dv_sums, &dk_plain})
+    std::vector<float> dq_sums(dq.size()), dk_sums(dk.size()), dv_sums(dv.size()), dk_unrotated(dk.size());
+    for (std::vector<float> *x : {&dq_sums, &dk_sums, &dv_sums, &dk_unrotated})
         for (float &y : *x) y = r->normal();
     Buffer<float> dq_sums_(dq_to_accum(c, nq, dq_sums)), dk_sums_(dk_sums), dv_sums_(dv_sums),
-        dk_plain_(dk_plain);
+        dk_unrotated_(dk_unrotated);
     const std::vector<double> inv_freq = rope_frequencies(c.head_dim);
     Buffer<double> inv_freq_(inv_freq);
-    const BranchGradients others = {dq_sums_, dk_sums_, dv_sums_, dk_plain_, inv_freq_};
+    const BranchGradients others = {dq_sums_, dk_sums_, dv_sums_, dk_unrotated_, inv_freq_};
     for (size_t i = 0; i < dq.size(); i++) dq_sums[i] += dq[i];
     for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk[i], dv_sums[i] += dv[i];
     fsa_ref_rope_queries_f32(&c, &b.ref, dq_sums.data(), inv_freq.data(), 1);
     fsa_ref_rope_keys_f32(&c, &b.ref, dk_sums.data(), inv_freq.data(), 1);
-    for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk_plain[i];
+    for (size_t i = 0; i < dk.size(); i++) dk_sums[i] += dk_unrotated[i];
     dq2.poison(), dk2.poison(), dv2.poison();
     library.backward(q_, k_, v_, block_indices, o_, lse_, g_, dq2, dk2, dv2, &others);
     CUDA_CHECK(cudaDeviceSynchronize());

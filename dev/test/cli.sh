@@ -34,7 +34,7 @@ for attn in full window; do
     check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
 done
 run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean
-check '[ $code -eq 0 ] && grep -q "512 tokens a step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
+check '[ $code -eq 0 ] && grep -q "512 tokens per step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
 
 # one step of 4 micro-batches is one step of a batch of 4, but for rounding
 run -e recall -t 64 -b 4 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >one
@@ -100,10 +100,10 @@ expect_error "nothing_*.bin" $BARE -i 'nothing_*.bin' -vocab 20
 expect_error "4097" $BARE -i 'small/*.bin' -vocab 68 -t 4096
 
 # ---- bad flags
-expect_error "-atn" $TINY $DATA -atn full
-expect_error "-x" $DATA -x
-expect_error "12x" $TINY $DATA -b 12x
-expect_error "-1" $TINY $DATA -l -1
+expect_error "-atn: unknown flag" $TINY $DATA -atn full
+expect_error "-x: its value is missing" $DATA -x
+expect_error "-b 12x: must be a whole number" $TINY $DATA -b 12x
+expect_error "-l -1: must be from 0" $TINY $DATA -l -1
 expect_error "3" $TINY $DATA -heads 4 -kv-heads 3
 expect_error "topk" $TINY $DATA -topk 2
 expect_error "topk 5000" $TINY $DATA -topk 5000
@@ -111,40 +111,41 @@ expect_error "head_dim 1024" $TINY $DATA -head-dim 1024
 expect_error "cmp" $TINY $DATA -cmp-len 10
 expect_error "block" $TINY $DATA -block 24
 expect_error "at most 16" $TINY $DATA -heads 34 -kv-heads 2
-expect_error "multiple" $TINY $DATA -d 300
-expect_error "warm-up" $TINY $DATA -u 100
-expect_error "-o" $TINY $DATA -y 1
-expect_error "nowhere" -e nowhere $DATA
-expect_error "-i" -e recall
-expect_error "-sample 1" -e recall -sample 1
-expect_error "-val 1" -e a/ckpt_00000006.bin -val 1 -sample 1
-expect_error "word" -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Nobody'
-expect_error "-prompt" -e a/ckpt_00000006.bin -sample 1 -prompt "$(yes 'Recall Mara : lamp .' | head -40 | tr '\n' ' ')"
-expect_error "-y 1" $TINY $DATA -o a
-expect_error "layers" $TINY $DATA -o a -y 1 -layers 3
-expect_error "window" $TINY $DATA -o a -y 1 -attn window
-expect_error "-vocab says 100" $TINY $DATA -vocab 100
-expect_error "-r" $TINY $DATA -r 1 # of the GPU trainer
-OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "8 times" $TINY $DATA -o many
-SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 expect_error "4 times" $TINY $DATA -o many
+expect_error "-d 300: must be a multiple of b*t = 128; try -d 384" $TINY $DATA -d 300
+expect_error "-u 100: warm-up is longer" $TINY $DATA -u 100
+expect_error "-y 1: needs the folder" $TINY $DATA -y 1
+expect_error "-e nowhere: neither a preset" -e nowhere $DATA
+expect_error "no training data: give shards with -i" -e recall
+expect_error "-sample 1: needs a trained model" -e recall -sample 1
+expect_error "-sample 1 -val 1: cannot be combined" -e a/ckpt_00000006.bin -val 1 -sample 1
+expect_error "no word 'Nobody'" -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Nobody'
+expect_error "-prompt: 160 tokens, but the context of 64 has space for 62" -e a/ckpt_00000006.bin -sample 1 -prompt "$(yes 'Recall Mara : lamp .' | head -40 | tr '\n' ' ')"
+expect_error "-o a: holds checkpoints up to step 6; resume with -y 1" $TINY $DATA -o a
+expect_error "-layers 3: the checkpoint's model has 2" $TINY $DATA -o a -y 1 -layers 3
+expect_error "-attn window: the checkpoint's model has nsa" $TINY $DATA -o a -y 1 -attn window
+expect_error "-vocab 100: tokenizer.bin has 68 tokens" $TINY $DATA -vocab 100
+expect_error "-r: unknown flag" $TINY $DATA -r 1 # a flag of the GPU trainer
+expect_error "-choice: unknown flag" $TINY $DATA -choice f # likewise
+OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "OMPI_COMM_WORLD_SIZE 8: mpirun started several processes" $TINY $DATA -o many
+SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 expect_error "SLURM_STEP_NUM_TASKS 4: srun started several processes" $TINY $DATA -o many
 touch plain
-expect_error "plain" $TINY $DATA -o plain/x
+expect_error "cannot create folder plain: a file has that name" $TINY $DATA -o plain/x
 
 # ---- bad checkpoints
 head -c 100000 a/ckpt_00000006.bin >cut.bin
 expect_error "truncated" -e cut.bin -sample 1
 cp a/ckpt_00000006.bin flip.bin && printf '\x5a' | dd of=flip.bin bs=1 seek=70001 conv=notrunc 2>/dev/null
-expect_error "flip.bin" -e flip.bin -sample 1
-expect_error "checkpoint" -e data/tokenizer.bin -sample 1
+expect_error "flip.bin: damaged: wrong checksum of the parameters" -e flip.bin -sample 1
+expect_error "data/tokenizer.bin: not a checkpoint" -e data/tokenizer.bin -sample 1
 cp flip.bin b/ckpt_00000006.bin # resume takes the one before
 run $TINY $DATA -o b -n 3 -y 1
 check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a bad newest checkpoint: $(cat out err)"
-expect_error "step" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
+expect_error "training stopped; try a lower -l" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
 run $TINY $DATA -l 1e6 -c 1e6 -clip 0 -u 0 -x 20 -v 0 -skip 1
 check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 20/20" out' "-skip 1: $(tail -2 out) $(head -3 err)"
 if [ "$(id -u)" -ne 0 ]; then
     mkdir locked && chmod 500 locked
-    expect_error "locked" $TINY $DATA -o locked/x
+    expect_error "cannot create folder locked/x: Permission denied" $TINY $DATA -o locked/x
 else
     skipped=$((skipped + 1)) && echo "skipped: a folder that root may not write"
 fi

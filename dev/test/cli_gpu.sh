@@ -44,8 +44,12 @@ check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), th
 # ---- validation only, samples, signals
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
 check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
-run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice chosen.bin
-check '[ $code -eq 0 ] && [ "$(head -c 8 chosen.bin)" = nsachose ]' "-choice: $(cat err)"
+run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -block-indices indices.bin
+check '[ $code -eq 0 ] && [ "$(head -c 8 indices.bin)" = nsachose ]' "-block-indices: $(cat err)"
+run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice former.bin # the former name
+check '[ $code -eq 0 ] && cmp -s indices.bin former.bin' "-choice: $(cat err)"
+run -h
+check 'grep -q -- "-block-indices" out && ! grep -q -- "-choice" out' "-h lists -choice or not -block-indices"
 run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
 cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
@@ -71,13 +75,14 @@ check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 
 # ---- errors
 expect_error "head_dim 32" -e recall -t 32 -b 1 $DATA
 expect_error "-channels 60" $MODEL $DATA -channels 60
-expect_error "-r 3" $MODEL $DATA -r 3
+expect_error "-r 3: must be from 0 to 2" $MODEL $DATA -r 3
 expect_error "out of GPU memory" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
 expect_error "-r 2" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
-expect_error "-profile 2" $MODEL $DATA -profile 2 -o p
-expect_error "-choice c" $MODEL $DATA -choice c
-expect_error "-cp 2: 1 processes" $MODEL $DATA -o p -cp 2
-expect_error "-layers 2" -e a/ckpt_00000004.bin -sample 1 -layers 2
+expect_error "-profile 2: does not train; drop -o" $MODEL $DATA -profile 2 -o p
+expect_error "-block-indices f: only validation" $MODEL $DATA -block-indices f
+expect_error "-block-indices f: only validation" $MODEL $DATA -choice f
+expect_error "-cp 2: must divide the number of processes, 1" $MODEL $DATA -o p -cp 2
+expect_error "-layers 2: the checkpoint's model has 1" -e a/ckpt_00000004.bin -sample 1 -layers 2
 flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
 cp a/ckpt_00000004.bin flip.bin && printf '\x5a\xa5' | dd of=flip.bin bs=1 seek=$flip conv=notrunc 2>/dev/null
 expect_error "flip.bin" -e flip.bin -sample 1

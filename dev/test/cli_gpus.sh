@@ -159,11 +159,11 @@ each_says() { # TEXT WHAT
     check '[ "$(echo $codes | tr -d " 1")" = "" ]' "$what: $codes"
 }
 many 2 -b 1 -cp 3 -o bad
-each_says "cp 3: 2 processes are no multiple of it" "-cp 3"
+each_says "cp 3: must divide the number of processes, 2" "-cp 3"
 many 2 -b 1 -t 30 -cp 4 -o bad
-each_says "cp 4: 2 processes" "-cp 4"
+each_says "cp 4: must divide the number of processes, 2" "-cp 4"
 many 2 -b 1 -t 31 -cp 2 -o bad
-each_says "31 tokens of a micro-batch are no multiple of twice as many" "-cp 2 -t 31"
+each_says "cp 2: b\*t = 31 must be a multiple of 2\*cp = 4" "-cp 2 -t 31"
 many 2 -b 1 -d 96 -o bad
 each_says "d 96: must be a multiple of" "-d 96"
 many 2 -b 1 -o one

@@ -90,7 +90,7 @@ static void test_fsa_config(void) {
     BAD(head_dim, 63, "head_dim 63");
     GOOD(head_dim, 2);
     BAD(cmp_len, 0, "cmp_len 0");
-    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not fast_divide it
+    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not divide it
     BAD(cmp_len, 80, "cmp_len 80"); // > B
     GOOD(cmp_len, 64);
     GOOD(cmp_len, 16);
@@ -379,13 +379,13 @@ static void test_options(void) {
     Options o;
     ModelConfig c;
     parse(&o, "-i a*.bin");
-    CHECK(!strcmp(o.train, "a*.bin") && !o.val && !o.output && !strcmp(o.start, "recall") && o.preset,
+    CHECK(!strcmp(o.train, "a*.bin") && !o.val && !o.output && !strcmp(o.init_from, "recall") && o.preset,
           "defaults");
     CHECK(o.batch == 4 && o.beta1 == 0.9 && o.doc_mask == 1 && o.eps == 1e-8 && o.resume == 0, "defaults");
     CHECK(options_given(&o, "i") && !options_given(&o, "j") && !options_given(&o, "topk"), "given");
     parse(&o, "-i a -j b -e tiny -o d -n 7 -nk 2 -y 1 -b 3 -t 64 -d 384 -x 50 -l 2e-3 -u 5 -q 0.25 -c 0.2 "
               "-v 9 -m 8 -s 11 -g 12");
-    CHECK(!strcmp(o.val, "b") && !strcmp(o.start, "tiny") && !strcmp(o.output, "d") && o.save_every == 7 &&
+    CHECK(!strcmp(o.val, "b") && !strcmp(o.init_from, "tiny") && !strcmp(o.output, "d") && o.save_every == 7 &&
               o.keep == 2 && o.resume == 1 && o.batch == 3 && o.seq_len == 64 && o.total_batch == 384,
           "values");
     CHECK(o.max_steps == 50 && o.lr == 2e-3 && o.warmup == 5 && o.final_frac == 0.25 &&
@@ -430,38 +430,39 @@ static void test_options(void) {
 
     static const char *const bad[][3] = {
         // command line, two texts of the message
-        {"", "nothing to train on", "-i"},
+        {"", "no training data", "-i"},
         {"-i a -overfitt 1", "-overfitt", "did you mean -overfit?"},
         {"-i a -lyaers 1", "-lyaers", "-layers?"},
         {"-i a -kvheads 1", "-kvheads", "-kv-heads?"},
         {"-i a -topc 1", "-topc", "-top"},
-        {"-i a -padded-vocab 256", "unknown flag -padded-vocab", "-h"},
-        {"-i a -zzzzz 1", "unknown flag -zzzzz", "-h lists all"},
-        {"-i a - 1", "unknown flag -", "-h"},
+        {"-i a -padded-vocab 256", "-padded-vocab: unknown flag", "-h"},
+        {"-i a -zzzzz 1", "-zzzzz: unknown flag", "-h lists all"},
+        {"-i a - 1", "-: unknown flag", "-h"},
+        {"-i a -choice f", "-choice: unknown flag", "-h"}, // a flag of the GPU trainer
         {"-i a extra", "extra", "not a flag"},
         {"-i a -b", "-b", "missing"},
         {"-i -j b", "-i", "missing"},
         {"-i ''", "-i", "empty"},
         {"-i a -b ''", "-b", "empty"},
-        {"-i a -b 4x", "-b 4x", "not a whole number"},
-        {"-i a -b 1.5", "-b 1.5", "not a whole number"},
-        {"-i a -l 1e-3f", "-l 1e-3f", "not a number"},
-        {"-i a -l nan", "-l nan", "not a number"},
-        {"-i a -l inf", "-l inf", "not a number"},
-        {"-i a -l -1", "-l -1", "out of range"},
-        {"-i a -l 1e999", "-l 1e999", "not a number"},
-        {"-i a -b 0", "-b 0", "out of range, must be within 1 and"},
-        {"-i a -b -3", "-b -3", "out of range"},
-        {"-i a -x 99999999999999999999", "-x 99999999999999999999", "out of range"},
-        {"-i a -q 1.5", "-q 1.5", "within 0 and 1"},
-        {"-i a -beta2 1", "-beta2 1", "out of range"},
-        {"-i a -topp 0", "-topp 0", "out of range"},
-        {"-i a -y 2", "-y 2", "out of range"},
+        {"-i a -b 4x", "-b 4x", "must be a whole number"},
+        {"-i a -b 1.5", "-b 1.5", "must be a whole number"},
+        {"-i a -l 1e-3f", "-l 1e-3f", "must be a number"},
+        {"-i a -l nan", "-l nan", "must be a number"},
+        {"-i a -l inf", "-l inf", "must be a number"},
+        {"-i a -l -1", "-l -1", "must be from 0 to"},
+        {"-i a -l 1e999", "-l 1e999", "must be a number"},
+        {"-i a -b 0", "-b 0", "must be from 1 to"},
+        {"-i a -b -3", "-b -3", "must be from 1 to"},
+        {"-i a -x 99999999999999999999", "-x 99999999999999999999", "must be from 1 to"},
+        {"-i a -q 1.5", "-q 1.5", "from 0 to 1"},
+        {"-i a -beta2 1", "-beta2 1", "must be from 0 to"},
+        {"-i a -topp 0", "-topp 0", "must be from"},
+        {"-i a -y 2", "-y 2", "must be from 0 to 1"},
         {"-i a -attn sparse", "-attn sparse", "nsa|full|window"},
         {"-i a -attn 1", "-attn 1", "nsa|full|window"},
         {"-i a -phi avg", "-phi avg", "mean|linear"},
-        {"-i a -layers 0", "-layers 0", "out of range"},
-        {"-i a -window 1e3", "-window 1e3", "not a whole number"},
+        {"-i a -layers 0", "-layers 0", "must be from 1 to"},
+        {"-i a -window 1e3", "-window 1e3", "must be a whole number"},
         {"-i a -e nosuch", "-e nosuch", "recall tiny"},
         {"-i a -e /", "-e /", "folder"},
         {"-i a -y 1", "-y 1", "-o"},
@@ -473,9 +474,9 @@ static void test_options(void) {
         {"-sample 1 -e tiny", "-sample 1", "checkpoint file"},
         {"-val 1 -j b", "-val 1", "-e"},
         {"-val 1 -e /dev/null", "-val 1", "-j"},
-        {"-sample 1 -val 1 -e /dev/null", "-sample 1 -val 1", "contradict"},
-        {"-sample 1 -a 1 -e /dev/null", "-sample 1 -a 1", "contradict"},
-        {"-val 1 -y 1 -o x -e /dev/null -j b", "-val 1 -y 1", "contradict"},
+        {"-sample 1 -val 1 -e /dev/null", "-sample 1 -val 1", "cannot be combined"},
+        {"-sample 1 -a 1 -e /dev/null", "-sample 1 -a 1", "cannot be combined"},
+        {"-val 1 -y 1 -o x -e /dev/null -j b", "-val 1 -y 1", "cannot be combined"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         Child r = child(run_parse, (void *)bad[i][0]);
@@ -574,7 +575,7 @@ static void test_options_checkpoint(void) {
     Child r = child(run_against, &a);
     CHECK(r.code == 0, "a preset says nothing about RoPE: %s", r.err);
     r = child(run_micro_batches, (void *)"-i a -t 64 -b 2 -d 128");
-    check_died(&r, "-d", "-d 128", "256");
+    check_died(&r, "-d", "-d 128: must be a multiple of b*t*processes = 256", "try -d 256");
 }
 
 // ----------------------------------------------------------------------------
@@ -1002,7 +1003,7 @@ static void run_log(void *where) {
     const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
     logger_val(&l, 0, 4.5);
     for (int64_t step = 1; step <= 4; step++) {
-        TrainLine t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
+        StepLog t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
         logger_train(&l, &t, 10, 65);
     }
     logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
