@@ -449,11 +449,12 @@ static void test_loader_errors(void) {
     raw_shard(in_root("bad/negative.bin"), 20240520, 1, -5, 0);
     DIES("holds -5 tokens", open_plain(in_root("bad/negative.bin"), SEQ));
     make_dirs(in_root("bad/folder.bin"));
-    DIES("not a file", open_plain(in_root("bad/folder.bin"), SEQ));
+    DIES("it is not a file", open_plain(in_root("bad/folder.bin"), SEQ));
 
     make_dirs(in_root("small"));
     make_shard(in_root("small/a.bin"), 0, SEQ, VOCAB);
-    DIES("too short: a sample needs 9 tokens, the longest shard has 8", open_plain(in_root("small/*.bin"), SEQ));
+    DIES("too short: a sample needs 9 tokens, the longest shard has 8",
+         open_plain(in_root("small/*.bin"), SEQ));
     make_shard(in_root("small/b.bin"), 100, SEQ + 1, VOCAB);
     IN_CHILD(code, open_plain(in_root("small/*.bin"), SEQ));
     CHECK(code == 0 && strncmp(child_err, "warning: ", 9) == 0 &&
@@ -688,9 +689,9 @@ static void test_tokens_of_several_words(void) {
     DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "new san"));
     DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "san jose city"));
     DIES("no word 'york' (did you mean 'york city hall'?)\n", encode_dying(&t, "old\nyork\ncity"));
-    DIES("no word 'ne'; words", encode_dying(&t, "ne york"));
-    DIES("no word 'jose'; words", encode_dying(&t, "jose :"));
-    DIES("no word 'newyork'; words", encode_dying(&t, "newyork"));
+    DIES("no word 'ne'; separate", encode_dying(&t, "ne york"));
+    DIES("no word 'jose'; separate", encode_dying(&t, "jose :"));
+    DIES("no word 'newyork'; separate", encode_dying(&t, "newyork"));
     tokenizer_free(&t);
 }
 
@@ -716,7 +717,7 @@ static void test_word_tokenizer(void) {
     DIES("no word 'dog'", encode_dying(&t, "the dog sat"));
     DIES("no word 'cat.'", encode_dying(&t, "the cat."));
     DIES("no word '<|end|>'", encode_dying(&t, "<|end|>"));
-    DIES("no word 'sa'; words and punctuation are separated by spaces", encode_dying(&t, "sa"));
+    DIES("no word 'sa'; separate words and punctuation by spaces", encode_dying(&t, "sa"));
     tokenizer_free(&t);
     test_tokens_of_several_words();
 
@@ -732,9 +733,9 @@ static void test_word_tokenizer(void) {
     write_file(in_root("cut.bin"), raw, size + 1);
     DIES("too long", load_tokenizer(in_root("cut.bin")));
     for (int field = 0; field < 7; field++) { // each field of the header, spoiled
-        static const char *const expected[] = {"is no tokenizer", "has version 77", "it has 77 tokens",
-                                               "end-of-text 77",  "kind 77",        "split 77",
-                                               "whole 77"};
+        static const char *const expected[] = {
+            "is not a tokenizer", "has version 77",  "vocabulary of 77 tokens", "end-of-text 77", "kind 77",
+            "pretokenizer 77",    "ignore_merges 77"};
         char bad[4096];
         int32_t value = 77;
         memcpy(bad, raw, (size_t)size);
@@ -742,7 +743,7 @@ static void test_word_tokenizer(void) {
         write_file(in_root("cut.bin"), bad, size);
         DIES(expected[field], load_tokenizer(in_root("cut.bin")));
     }
-    DIES("not a file", load_tokenizer(root));
+    DIES("it is not a file", load_tokenizer(root));
 }
 
 // A small BPE: the 256 bytes, some merges out of order of id, and a special token that text can't make.
@@ -790,10 +791,10 @@ static void test_bpe_tokenizer(void) {
         CHECK(strcmp(printed(&t, out, n), whole[i]) == 0, "'%s' does not come back", whole[i]);
     }
     check_tokens(&t, "xyzz", "[x][yz][z]"); // merges do not reach it
-    t.whole = 1;
+    t.ignore_merges = 1;
     check_tokens(&t, "xyzz", "[xyzz]");
     check_tokens(&t, "xyzz? xyzzx", "[xyzz][?][ ][x][yz][z][x]");
-    t.whole = 0;
+    t.ignore_merges = 0;
     const char *text = "hello world 12's  \n\n hello\tllo!?";
     int64_t n = encode(&t, text, out);
     CHECK(n > 0 && n < 64 && strcmp(printed(&t, out, n), text) == 0, "'%s'", printed(&t, out, n));
@@ -801,37 +802,37 @@ static void test_bpe_tokenizer(void) {
 }
 
 // The ways of splitting text, before merges. test_bpe.py compares them with the libraries of tokenizers.
-static void test_stretches(void) {
+static void test_pretokens(void) {
     static const struct {
         int split;
         const char *expected; // the text, with a bar between stretches
     } cases[] = {
-        {SPLIT_GPT2, "Hello| world"},
-        {SPLIT_GPT2, " a|1|b"},
-        {SPLIT_GPT2, "don|'t| we|'ll| '|x"},
-        {SPLIT_GPT2, "DON|'|T"},
-        {SPLIT_GPT2, "a| | b"},
-        {SPLIT_GPT2, "a| \n| b"},
-        {SPLIT_GPT2, "x|   "},
-        {SPLIT_GPT2, "?!| ..|a"},
-        {SPLIT_GPT2, " \xe2\x82\xac"}, // a currency sign is no letter
-        {SPLIT_GPT2, "a|\xe2\x82\xac|b"},
-        {SPLIT_GPT2, "caf\xc3\xa9| \xe6\xbc\xa2\xe5\xad\x97|1"},
-        {SPLIT_GPT2, "1\xd9\xa3\xc2\xbd"}, // numbers of other scripts, fractions
-        {SPLIT_GPT2, "a|\xc2\xa0| b"},     // a no-break space is white space
-        {SPLIT_GPT2, "a| |\xe3\x80\x80|b"},
-        {SPLIT_GPT2, "a|\xff|b|\xc3| c"}, // not UTF-8
-        {SPLIT_GPT2, "a|  |\xff| |\xe2|\x82|x"},
-        {SPLIT_GPT2, "\xc0|\x80|\xed|\xa0|\x80|\xf4|\x90|\x80|\x80"},
-        {SPLIT_LLAMA3, "DON|'T| we|'Ll|'\xc5\xbf"},
-        {SPLIT_LLAMA3, "x|(a| \xe2\x80\x9c|so"},
-        {SPLIT_LLAMA3, "\tx| |123|456|7"},
-        {SPLIT_LLAMA3, "a|;\n\n|b|\n|c"},
-        {SPLIT_LLAMA3, "a| \r\n| | b|  \n|  "},
-        {SPLIT_LLAMA3, "x|   "},
-        {SPLIT_QWEN, "a| |1|2|3|a"},
-        {SPLIT_CL100K, "a| \n|b|  \n  "},
-        {SPLIT_CL100K, "123|4"},
+        {PRETOKENIZER_GPT2, "Hello| world"},
+        {PRETOKENIZER_GPT2, " a|1|b"},
+        {PRETOKENIZER_GPT2, "don|'t| we|'ll| '|x"},
+        {PRETOKENIZER_GPT2, "DON|'|T"},
+        {PRETOKENIZER_GPT2, "a| | b"},
+        {PRETOKENIZER_GPT2, "a| \n| b"},
+        {PRETOKENIZER_GPT2, "x|   "},
+        {PRETOKENIZER_GPT2, "?!| ..|a"},
+        {PRETOKENIZER_GPT2, " \xe2\x82\xac"}, // a currency sign is no letter
+        {PRETOKENIZER_GPT2, "a|\xe2\x82\xac|b"},
+        {PRETOKENIZER_GPT2, "caf\xc3\xa9| \xe6\xbc\xa2\xe5\xad\x97|1"},
+        {PRETOKENIZER_GPT2, "1\xd9\xa3\xc2\xbd"}, // numbers of other scripts, fractions
+        {PRETOKENIZER_GPT2, "a|\xc2\xa0| b"},     // a no-break space is white space
+        {PRETOKENIZER_GPT2, "a| |\xe3\x80\x80|b"},
+        {PRETOKENIZER_GPT2, "a|\xff|b|\xc3| c"}, // not UTF-8
+        {PRETOKENIZER_GPT2, "a|  |\xff| |\xe2|\x82|x"},
+        {PRETOKENIZER_GPT2, "\xc0|\x80|\xed|\xa0|\x80|\xf4|\x90|\x80|\x80"},
+        {PRETOKENIZER_LLAMA3, "DON|'T| we|'Ll|'\xc5\xbf"},
+        {PRETOKENIZER_LLAMA3, "x|(a| \xe2\x80\x9c|so"},
+        {PRETOKENIZER_LLAMA3, "\tx| |123|456|7"},
+        {PRETOKENIZER_LLAMA3, "a|;\n\n|b|\n|c"},
+        {PRETOKENIZER_LLAMA3, "a| \r\n| | b|  \n|  "},
+        {PRETOKENIZER_LLAMA3, "x|   "},
+        {PRETOKENIZER_QWEN, "a| |1|2|3|a"},
+        {PRETOKENIZER_CL100K, "a| \n|b|  \n  "},
+        {PRETOKENIZER_CL100K, "123|4"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         char text[64], got[128] = "";
@@ -840,7 +841,7 @@ static void test_stretches(void) {
             if (*c != '|') text[length++] = *c;
         }
         for (int64_t at = 0; at < length; at += n) {
-            n = tokenizer_stretch(cases[i].split, text + at, length - at);
+            n = tokenizer_pretoken_length(cases[i].split, text + at, length - at);
             if (n < 1 || n > length - at) break;
             snprintf(got + strlen(got), sizeof(got) - strlen(got), "%s%.*s", at > 0 ? "|" : "", (int)n,
                      text + at);
@@ -1058,7 +1059,7 @@ static void test_recall(void) {
     CHECK(strcmp(printed(&t, tokens, 5), "Remember Mara : lamp . Recall") == 0, "'%s'",
           printed(&t, tokens, 5));
     DIES("no word 'Mara' (did you mean 'Mara :'?)", encode_dying(&t, "Recall Mara"));
-    DIES("no word ':'; words", encode_dying(&t, "Recall : Mara"));
+    DIES("no word ':'; separate", encode_dying(&t, "Recall : Mara"));
     for (int i = 0; i < 68; i++) { // no word stands for two tokens
         int length;
         const char *piece = tokenizer_piece(&t, i, &length);
@@ -1155,7 +1156,8 @@ static void test_recall(void) {
           "%s", child_err);
     CHECK(run_maker(recall_main, line_of("-o %s/rec2 -x 31", root)) == 1 && strstr(child_err, "'-x'"), "%s",
           child_err);
-    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 && strstr(child_err, "-things (no value)"),
+    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 &&
+              strstr(child_err, "-things (no value)"),
           "%s", child_err);
     CHECK(run_maker(recall_main, "-t 64") == 1 && strstr(child_err, "-o DIR is missing"), "%s", child_err);
     CHECK(read_file(in_root("rec2/recall.txt"), after, sizeof(after)) == n &&
@@ -1309,7 +1311,7 @@ int main(int argc, char **argv) {
     test_boundaries();
     test_word_tokenizer();
     test_bpe_tokenizer();
-    test_stretches();
+    test_pretokens();
     test_llmc_tokenizer();
     test_sampler();
     test_schedule();
