@@ -31,8 +31,8 @@ struct CompressParams {
     float *din[2], *dweight[2], *dpe; // gradients of in, weight and pe, fp32
     int accumulate;                   // 1: add to dv; 0: overwrite dv
     // Workspace.
-    float *bias;            // [Hkv, d] forward: pe W; backward: sum of dkc (before RoPE) over all windows
-    void *dout_pre_rope[2]; // backward: dout with the inverse RoPE on dkc; 16-bit (linear) or fp32 (mean)
+    float *bias;             // [Hkv, d] forward: pe W; backward: sum of dkc (before RoPE) over all windows
+    void *dout_unrotated[2]; // backward: dout with the inverse RoPE on dkc; 16-bit (linear) or fp32 (mean)
 };
 
 // -------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(256) compress_mean_kernel(const CompressParams
 // -------------------------------------------------------------------------------------------------
 // Backward
 
-// dout_pre_rope = dout, with the inverse RoPE applied to dkc. A thread handles channels c and c + D/2 of one
+// dout_unrotated = dout, with the inverse RoPE applied to dkc. A thread handles channels c and c + D/2 of one
 // window, for K and for V; memory bandwidth binds.
 template <typename Out, int D>
 __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const CompressParams p) {
@@ -199,13 +199,13 @@ __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const Compre
             lo = a * cs.x + b * cs.y;
             hi = b * cs.x - a * cs.y;
         }
-        ((Out *)p.dout_pre_rope[kv])[offset] = (Out)lo;
-        ((Out *)p.dout_pre_rope[kv])[offset + D / 2] = (Out)hi;
+        ((Out *)p.dout_unrotated[kv])[offset] = (Out)lo;
+        ((Out *)p.dout_unrotated[kv])[offset + D / 2] = (Out)hi;
     }
 }
 
-// dk and dv for phi = mean: the sum of dout_pre_rope / l over the windows that contain the token. A thread
-// handles four channels of one token, for K and for V. dk and dv are written in fp32, and dout_pre_rope is
+// dk and dv for phi = mean: the sum of dout_unrotated / l over the windows that contain the token. A thread
+// handles four channels of one token, for K and for V. dk and dv are written in fp32, and dout_unrotated is
 // read l/s times from L2; memory bandwidth binds.
 template <int D>
 __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const CompressParams p) {
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const Compr
     for (int kv = 0; kv < 2; kv++) {
         float4 sum = make_float4(0, 0, 0, 0), *out = (float4 *)(p.din[kv] + offset);
         for (int i = first; i <= last; i++) {
-            float4 x = *(const float4 *)((const float *)p.dout_pre_rope[kv] + (window0 + i) * row_size +
+            float4 x = *(const float4 *)((const float *)p.dout_unrotated[kv] + (window0 + i) * row_size +
                                          offset - row * row_size);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
         }
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
     int stride0 = tokens.first / p.stride;
     int64_t token_stride = (int64_t)p.kv_heads * D, window0 = p.batch.cu_windows[tokens.range];
     int windows = (int)(p.batch.cu_windows[tokens.range + 1] - window0);
-    const T *dy = (const T *)p.dout_pre_rope[kv] + window0 * token_stride + head * D;
+    const T *dy = (const T *)p.dout_unrotated[kv] + window0 * token_stride + head * D;
     const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D;
 
     auto load_tiles = [&](int k0, int stage) { // k0 = a*D + channel
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(1024) compress_sum_dkc_kernel(const CompressPa
     float sum = 0;
 #pragma unroll 8
     for (int64_t i = group; i < windows; i += GROUPS) {
-        sum += to_f32(((const T *)p.dout_pre_rope[0])[(i * p.kv_heads + head) * D + column]);
+        sum += to_f32(((const T *)p.dout_unrotated[0])[(i * p.kv_heads + head) * D + column]);
     }
     sums[group][column] = sum;
     __syncthreads();
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
                                   (const T *)p.in[kv] + first * token_stride + head * D,
                                   p.stride * token_stride, windows - i0);
         load_tile<TILE_K, D, 128>(tile_dy + stage * TILE_BYTES,
-                                  (const T *)p.dout_pre_rope[kv] + (window0 + i0) * token_stride + head * D,
+                                  (const T *)p.dout_unrotated[kv] + (window0 + i0) * token_stride + head * D,
                                   token_stride, windows - i0);
     };
     float acc[M][D / 8][4] = {};
@@ -437,13 +437,13 @@ static size_t round_up(size_t bytes) {
 static size_t bias_bytes(const FsaConfig *c) {
     return round_up(sizeof(float) * c->kv_heads * c->head_dim);
 }
-static size_t dout_pre_rope_bytes(const FsaConfig *c, const BatchLayout *batch) {
+static size_t dout_unrotated_bytes(const FsaConfig *c, const BatchLayout *batch) {
     size_t element = c->phi == FSA_PHI_MEAN ? sizeof(float) : 2;
     return round_up((size_t)fsa_max_windows(c, batch) * c->kv_heads * c->head_dim * element);
 }
 
 size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward) {
-    return bias_bytes(c) + (backward ? 2 * dout_pre_rope_bytes(c, batch) : 0);
+    return bias_bytes(c) + (backward ? 2 * dout_unrotated_bytes(c, batch) : 0);
 }
 
 static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout *batch, const void *k,
@@ -519,7 +519,7 @@ int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, workspace);
     s.dout[0] = dkc, s.dout[1] = dvc, s.din[0] = dk, s.din[1] = dv, s.accumulate = accumulate;
     s.dweight[0] = dwk, s.dweight[1] = dwv, s.dpe = dpe;
-    s.dout_pre_rope[0] = (char *)workspace + bias_bytes(c);
-    s.dout_pre_rope[1] = (char *)s.dout_pre_rope[0] + dout_pre_rope_bytes(c, batch);
+    s.dout_unrotated[0] = (char *)workspace + bias_bytes(c);
+    s.dout_unrotated[1] = (char *)s.dout_unrotated[0] + dout_unrotated_bytes(c, batch);
     return FSA_DISPATCH(dtype, c->head_dim, launch_backward, c, s, stream);
 }

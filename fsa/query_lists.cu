@@ -305,25 +305,26 @@ static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
 }
 
 // Everything but the pointers.
-static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
-    QueryLists l = {slab, (batch->nq + slab - 1) / slab, fsa_max_blocks(c, batch), 1, 0, 0, NULL, NULL};
+static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
+    QueryLists l = {
+        slab_rows, (batch->nq + slab_rows - 1) / slab_rows, fsa_max_blocks(c, batch), 1, 0, 0, NULL, NULL};
     const int64_t num_lists = c->kv_heads * l.num_slabs,
-                  entries = (batch->nq < slab ? batch->nq : slab) * c->topk;
+                  entries = (batch->nq < slab_rows ? batch->nq : slab_rows) * c->topk;
     while (l.num_splits < MAX_SPLITS && l.num_splits * num_lists < TARGET_THREAD_BLOCKS &&
            l.num_splits * (CHUNK / 4) < entries)
         l.num_splits++;
     return l;
 }
 
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
-    QueryLists l = list_shape(c, batch, slab);
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
+    QueryLists l = list_shape(c, batch, slab_rows);
     return entries_bytes(c, batch) + offsets_bytes(c, &l);
 }
 
 // The counts of all splits. They are enough for every num_splits that list_shape may choose for num_lists
 // lists: (num_splits - 1) * num_lists < TARGET_THREAD_BLOCKS.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab) {
-    QueryLists l = list_shape(c, batch, slab);
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
+    QueryLists l = list_shape(c, batch, slab_rows);
     const int64_t num_lists = c->kv_heads * l.num_slabs;
     const int64_t total_splits = num_lists * MAX_SPLITS < TARGET_THREAD_BLOCKS + num_lists
                                      ? num_lists * MAX_SPLITS
@@ -331,8 +332,8 @@ size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batc
     return round_up((size_t)total_splits * l.max_blocks * sizeof(uint32_t));
 }
 
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab, void *memory) {
-    QueryLists l = list_shape(c, batch, slab);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows, void *memory) {
+    QueryLists l = list_shape(c, batch, slab_rows);
     l.entries = (uint32_t *)memory;
     l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, batch));
     return l;
