@@ -1,7 +1,7 @@
-# Makefile: builds what this machine can. `make help` says what it found.
-#   CC, CFLAGS, NVCC can be set; SAN=1 builds with address and undefined-behaviour sanitizers.
+# Makefile: builds what this machine can build. `make help` says what it found.
+#   CC, CFLAGS and NVCC can be set. SAN=1 builds with the address and undefined-behaviour sanitizers.
 
-# All cores, unless -j says otherwise: nvcc alone would take minutes.
+# Uses all cores unless -j is given: nvcc takes minutes on one.
 ifeq ($(filter -j%,$(MAKEFLAGS)),)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 endif
@@ -13,18 +13,18 @@ ifeq ($(SAN),1)
 BUILD := build/san
 endif
 
-# ---- what there is -----------------------------------------------------------------------------
+# ---- what this machine has -----------------------------------------------------------------------------
 comma := ,
 try = $(shell printf '$(2)\n' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo yes)
 HAS_OPENMP := $(call try,-fopenmp,int omp_get_max_threads(void); int main(void){return omp_get_max_threads() < 1;})
 HAS_NATIVE := $(call try,-march=native,int main(void){return 0;})
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 
-# GPU= (none) makes a machine with a GPU behave like one without. PRECISION is of the GPU trainer's weights.
+# GPU is the compute capability (90 for 9.0). `make GPU=` ignores the GPU.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 
-# NCCL makes the GPU trainer one of many processes, and MPI lets mpirun start it on many hosts without more ado;
-# NCCL= and MPI= leave them out. MPI leaks on purpose, which the sanitizers would report.
+# With NCCL the GPU trainer runs as several processes; with MPI, mpirun starts them on several hosts. NCCL= and MPI=
+# leave them out. SAN=1 leaves out MPI, whose deliberate leaks the sanitizers would report.
 CUDA_HOME := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..),/usr/local/cuda)
 NCCL_LIBS := $(patsubst %,-L%,$(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib))
 NCCL := $(if $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include))),$(call try,-Wl$(comma)--no-as-needed $(NCCL_LIBS) -lnccl,int ncclGetVersion(int *); int main(void){int v; return ncclGetVersion(&v);}))
@@ -32,7 +32,7 @@ MPI := $(if $(filter 1,$(SAN)),,$(if $(shell command -v mpicc 2>/dev/null),yes))
 MPI_FLAGS := $(if $(MPI),-DUSE_MPI $(filter -I%,$(shell mpicc -show 2>/dev/null)))
 MPI_LIBS := $(if $(MPI),$(filter -L% -l%,$(shell mpicc -show 2>/dev/null)))
 
-# No -ffast-math: it would defeat the checks for NaN. -fno-math-errno only lets sqrt be one instruction.
+# No -ffast-math: it would break the checks for NaN. -fno-math-errno lets sqrt be one instruction.
 CFLAGS ?= -O3
 CFLAGS_ALL := -std=gnu11 -Wall -Wextra -fno-math-errno $(CFLAGS)
 CFLAGS_ALL += $(if $(HAS_NATIVE),-march=native) $(if $(HAS_OPENMP),-fopenmp,-Wno-unknown-pragmas)
@@ -62,7 +62,7 @@ help:
 	@echo "make bench     time the kernels of this machine"
 	@echo "make cuda      compile all CUDA code for all architectures (needs nvcc, no GPU)"
 	@echo "make sanitize  compute-sanitizer over the GPU library's tests (needs a GPU)"
-	@echo "make faults    plant faults in the reference, one at a time, and see a test fail for each"
+	@echo "make faults    plant faults in the reference, one at a time, and check that a test fails for each"
 	@echo "make clean     remove what was built; data and checkpoints stay"
 	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none); NCCL: $(or $(NCCL),no); MPI: $(or $(MPI),no)"
 
@@ -85,8 +85,8 @@ $(BUILD)/bench_reference: dev/bench_reference.c $(REFERENCE) $(HEADERS)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null)
 
 # ---- train -------------------------------------------------------------------------------------
-# The default task: recall of what was told long ago, up to 256 tokens on the CPU, 1,024 on a GPU. A second run
-# goes on from the newest checkpoint; once all steps are done it says so and shows what was reached.
+# The default task: recall facts from up to 256 tokens ago on the CPU, 1,024 on a GPU. A second run resumes from
+# the newest checkpoint; once all steps are done, it says so and shows the result.
 PROMPT := "Remember Mara : lamp . Remember Ruth : key . Recall Mara :"
 ifneq ($(and $(NVCC),$(GPU)),)
 TRAINER := $(GPU_TRAINER)
@@ -131,20 +131,20 @@ $(BUILD)/test_parallel: dev/test/test_parallel.c $(BUILD)/config.o $(HEADERS)
 $(BUILD)/encode: dev/test/encode.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) $< $(LDLIBS) -o $@
 
-# With a GPU: the library, and every kernel's own check, against the C reference; the trainer's model against
-# the C trainer's, in its three precisions.
+# With a GPU: the library and every kernel's own program against the C reference; the GPU trainer's model in its
+# three precisions against the C trainer's.
 GPU_MODEL_TESTS := $(addprefix build/test_gpt_nsa_,bf16 fp16 fp32)
 GPU_TESTS := $(if $(and $(NVCC),$(GPU)),build/test_ptx build/test_fsa build/example $(filter-out build/core,$(KERNELS)) $(LAYERS) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl))
-# The GPU trainer that cli_gpu.sh runs: this GPU's, or the emulator's where there is none.
+# The GPU trainer that cli_gpu.sh runs: this GPU's, or the emulator's if there is none.
 GPU_CLI = $(if $(GPU_TESTS),$(GPU_TRAINER),$(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out))
-# Processes that it may be started as, a GPU each.
+# The number of processes that cli_gpus.sh may start, one a GPU.
 GPUS = $(if $(EMU_TESTS),$(if $(EMU_NCCL),4,0),$(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0))
-# Every CUDA test, at small sizes on the emulator; what has kernels of its own for Hopper, with each kind.
+# Every CUDA test, at small sizes on the emulator. Programs whose step has kernels for Hopper run once with each kind.
 KINDS = portable$(if $(filter 90,$(GPU))$(EMU_TESTS), sm90)
 FLAGS = check $(if $(EMU_TESTS),small,$(if $(filter test_fsa,$1),large))
 CUDA_TESTS = $(foreach t,$(GPU_TESTS) $(EMU_TESTS),$(call cuda_test,$(t),$(notdir $(basename $(t)))))
 cuda_test = $(if $(filter test_fsa dense_forward dense_backward selected,$2),$(foreach k,$(KINDS),"env FSA_KERNELS=$(k) $1 $(call FLAGS,$2)"),"$1 $(call FLAGS,$2)")
-NO_CUDA := kernels, for want of a GPU or the CUDA toolkit: 0 passed, 0 failed, 1 skipped
+NO_CUDA := CUDA tests, which need a GPU or the CUDA Toolkit: 0 passed, 0 failed, 1 skipped
 test: $(TESTS) $(BUILD)/encode $(CPU) $(MAKERS) $(GPU_TESTS) $(if $(GPU_TESTS),$(GPU_TRAINER))
 	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) GPUS=$(GPUS) bash dev/test/run.sh $(TESTS) \
 	    $(or $(CUDA_TESTS),"echo $(NO_CUDA)") \
@@ -157,14 +157,14 @@ bench: $(if $(and $(NVCC),$(GPU)),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)
 	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done
 
 # ---- CUDA --------------------------------------------------------------------------------------
-# libfsa, its programs and its tests are built for this machine's GPU; without one, for all that they
-# support: sm_80 up, and PTX for GPUs to come.
+# libfsa, its programs and its tests are built for this machine's GPU. Without one, they are built for all that
+# they support: sm_80, sm_90, and PTX for later GPUs.
 ifneq ($(GPU),)
 GENCODE := -gencode arch=compute_$(GPU),code=sm_$(GPU)
 else
 GENCODE := $(foreach a,80 90,-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
 endif
-# Hopper's own instructions exist for it alone.
+# wgmma, TMA with setmaxnreg and the like exist for sm_90a only.
 SM90A := -gencode arch=compute_90a,code=sm_90a
 build/fsa/sm90/%.o build/racecheck/%.o build/test_ptx: GENCODE = $(SM90A)
 NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
@@ -184,7 +184,7 @@ libfsa.a: $(FSA)
 	rm -f $@ && ar qcs $@ $^
 libfsa.so: $(FSA)
 	$(NVCC) $(GENCODE) -shared $^ -o $@
-# A program includes the library's kernel that it times or links it; either way it is the library's own.
+# A program links the library's kernel that it times, or includes its source.
 $(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(FSA_SOURCES) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
 build/test_ptx build/test_fsa: build/%: dev/test/%.cu libfsa.a $(CUDA_HEADERS) $(BUILD)/reference_f32.o
@@ -195,8 +195,8 @@ build/example: fsa/example.c libfsa.a
 
 cuda: libfsa.a libfsa.so build/example $(KERNELS) $(LAYERS) build/test_ptx build/test_fsa $(GPU_TRAINER) $(GPU_MODEL_TESTS) $(if $(NCCL),build/test_nccl)
 
-# compute-sanitizer over the library's test and the layers' own checks at few shapes; needs a GPU. racecheck has a
-# build of its own (FSA_RACECHECK in fsa/sm90/ptx.cuh).
+# compute-sanitizer over the library's test and the layers' checks at few shapes; needs a GPU. racecheck needs its
+# own build (FSA_RACECHECK in fsa/sm90/ptx.cuh).
 SANITIZED := $(filter-out build/matmul,$(LAYERS))
 sanitize: build/test_fsa build/test_fsa_racecheck $(SANITIZED)
 	for tool in memcheck racecheck initcheck; do \
@@ -225,13 +225,13 @@ build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/t
 build/test_nccl: dev/test/test_nccl.cu $(TRAINER_HEADERS) build/fsa/config.o
 	$(NVCC) $(NVCCFLAGS) -DMULTI_GPU $< build/fsa/config.o $(NCCL_LIBS) -lnccl $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS))) -o $@
 
-# A program a layer of llmc, checked against the C trainer's.
+# One program for each layer of llmc, which compares it with the C trainer's.
 $(LAYERS): build/%: dev/cuda/%.cu $(TRAINER_HEADERS) $(wildcard dev/cuda/*.h) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(BUILD)/config.o
 	$(NVCC) $(NVCCFLAGS) $< $(filter %.o,$^) -lcublasLt $(if $(HAS_OPENMP),-lgomp) -o $@
 
 # ---- the emulator ------------------------------------------------------------------------------
-# Without a GPU, dev/emulator runs the kernels on the CPU, for the tests alone: CUDA sources translated to C++
-# under build/emulator, with the types of the toolkit's headers.
+# Without a GPU, dev/emulator runs the kernels on the CPU, for tests only: CUDA sources translated to C++ under
+# build/emulator. It needs the toolkit's headers for their types.
 EMU := $(BUILD)/emulator
 CUDA_INCLUDE := $(firstword $(wildcard $(if $(NVCC),$(dir $(realpath $(NVCC)))../include/cuda_runtime.h) /usr/local/cuda/include/cuda_runtime.h))
 EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(dir $(CUDA_INCLUDE))
@@ -239,8 +239,8 @@ ifeq ($(SAN),1)
 EMUFLAGS += -O1 -g -fsanitize=address
 endif
 EMU_NCCL := $(firstword $(wildcard $(dir $(CUDA_INCLUDE))nccl.h /usr/include/nccl.h /usr/local/include/nccl.h))
-# What is small enough for the emulator still has several groups of heads with -cp (llmc/context_parallel.h).
-EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_GROUP_BYTES=1)
+# CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
+EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(FSA_HEADERS)) dev/emulator/emulator.h
 EMU_HEADERS := $(EMU_FSA_HEADERS) $(patsubst %,$(EMU)/%,$(wildcard llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
 EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(FSA_SOURCES)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o
