@@ -11,7 +11,7 @@
 // divide it by the tokens of the step, in fp32. So the gradients of activations do not shrink as batches
 // grow, and fp16 needs no loss scaling.
 //
-// With several processes there is one GPU a process. Groups of -cp processes share the tokens of a
+// With several processes, each has one GPU. Groups of -cp processes share the tokens of a
 // micro-batch (context_parallel.h): they gather its keys and values one head group after another. The groups
 // process different micro-batches (data parallel). Gradients are sums over all processes; zero.h says which
 // process keeps which weights, moments and gradients. Transfers run on a stream of their own, beside the
@@ -88,11 +88,11 @@ typedef struct {
     float *ln1_rstd;        // [n]
     floatX *q_raw, *k_raw;  // [n, Hq, d], [n, Hkv, d] before QK-norm; NULL without it
     float *q_rstd, *k_rstd; // [n, Hq], [n, Hkv]
-    // [n, Hq, d], [n, Hkv, d] twice, before RoPE. full and window rotate q in place, without context parallel
-    // k too.
+    // [n, Hq, d], [n, Hkv, d] twice, before RoPE. full and window rotate q in place; without
+    // context parallel they also rotate k.
     attnX *q, *k, *v;
     attnX *gate_logits; // [n, Hq, 3], or [n, 3] with gate_per_token
-    char *saved;        // [num_head_groups, saved_bytes] nsa: fsa_forward's; full, window: lse [n, heads]
+    char *saved;        // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
     attnX *o;           // [n, Hq, d] the attention's output
     floatX *attn_out;   // [n, Hq, d] o as floatX; the same array where the types are equal
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
@@ -100,7 +100,7 @@ typedef struct {
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
 } LayerActivations;
 
-// Device memory is allocated in arenas, one a kind.
+// Device memory is allocated in arenas, one per kind.
 typedef enum { WEIGHTS, MASTER, MOMENTS, GRADIENTS, ACTIVATIONS, SCRATCH, ARENAS } ArenaKind;
 static const char *const arena_names[ARENAS] = {"weights",   "fp32 weights", "AdamW",
                                                 "gradients", "activations",  "scratch"};
@@ -133,10 +133,10 @@ typedef struct {
     // Context parallel: the attention processes one head group after another. Each array holds one head
     // group.
     int num_head_groups;
-    size_t saved_bytes; // of a head group's part of LayerActivations.saved
-    attnX *k_buffers[3],
-        *v_buffers[3];     // [max_keys, Hkv/groups, d] gathered k and v, or dk and dv (kv_buffer)
-    attnX *gather_scratch; // [max_keys, Hkv/groups, d] rows in rank order
+    size_t saved_bytes;                           // of a head group's part of LayerActivations.saved
+    attnX *k_buffers[3];                          // [max_keys, Hkv/groups, d] gathered k, or dk (kv_buffer)
+    attnX *v_buffers[3];                          // the same for v and dv
+    attnX *gather_scratch;                        // [max_keys, Hkv/groups, d] rows in rank order
     attnX *group_q, *group_o, *group_gate_logits; // [max_tokens, ...] where there are several head groups
     attnX *group_dout, *group_dq;                 // the same
     attnX *group_dgate_logits; // the same; with gate_per_token [groups, dgate_group_stride]
@@ -157,7 +157,7 @@ typedef struct {
     floatX *dq_raw;                     // [n, Hq, d] with QK-norm: the gradient of q_raw, then of k_raw
     double *inv_freq, *neg_inv_freq;    // [d/2], and its negative for the inverse RoPE
     void *batch_layout_memory, *scratch, *matmul_workspace;
-    size_t scratch_bytes; // of scratch, which all kernels share
+    size_t scratch_bytes; // of scratch, the workspace of the attention and of the layers
     StepResult *result;
     AdamwRange *ranges_device;
     char *eval_memory, *feed_memory[2]; // arrays of a Batch: for validation and sampling; for training
@@ -190,7 +190,7 @@ template <typename T> static void arena_alloc(Model *model, ArenaKind kind, T **
     a->bytes += (size_t)((bytes + 255) / 256 * 256);
 }
 
-// Returns the counts of n tokens in whole sequences on one GPU: a segment a sequence, one block.
+// Returns the counts of n tokens in whole sequences on one GPU: one segment per sequence, one block.
 static Batch batch_unsharded(int64_t n, int64_t num_seqs, int64_t max_len) {
     Batch b = {n, n, num_seqs, num_seqs, 1, max_len, NULL, NULL, NULL, NULL, NULL};
     return b;
@@ -387,8 +387,8 @@ static void model_memory_layout(Model *model) {
     arena_alloc(model, ACTIVATIONS, &model->losses, n * sizeof(float));
     arena_alloc(model, ACTIVATIONS, &model->argmax, n * sizeof(int32_t));
 
-    // Each chunk reads and writes the LM head's gradient, 4 bytes a weight. With 4,096 tokens a chunk that
-    // takes at most 6% of the time of the chunk's matmuls, which do 6 FLOPs a weight and token.
+    // Each chunk reads and writes the LM head's gradient, 4 bytes per weight. With 4,096 tokens per chunk
+    // that takes at most 6% of the time of the chunk's matmuls, which do 6 FLOPs per weight and token.
     model->lm_head_rows = std::min<int64_t>(n, 4096);
     arena_alloc(model, SCRATCH, &model->logits, model->lm_head_rows * c->padded_vocab * x);
     arena_alloc(model, SCRATCH, &model->proj_out, n * C * x);
@@ -1115,8 +1115,8 @@ static void layer_backward(Model *model, int l) {
     if (model->recompute == 1) layer_ln1(model, l);
     Projection p[4];
     int num_projections = layer_projections(model, l, p);
-    for (int i = 0; i < num_projections;
-         i++) { // k and v come last, to wait for their gradients as late as possible
+    // k and v come last, to wait for their gradients as late as possible
+    for (int i = 0; i < num_projections; i++) {
         if (i == num_projections - 2 && kv_is_sharded(model)) gpus_join(model->gpus, stream);
         projection_backward(model, a, &p[(i + 2) % num_projections], i > 0);
     }
@@ -1349,8 +1349,7 @@ static void *feed_thread(void *arg) {
         int stop = feed->stop;
         pthread_mutex_unlock(&feed->lock);
         if (stop) break;
-        cuda_check(
-            cudaEventSynchronize(slot->copied)); // the copy of the slot's last batch has ended long ago
+        cuda_check(cudaEventSynchronize(slot->copied)); // the slot's last copy, which ended long ago
         feed_fill(feed, slot, batch_index, tokens, cu_seqlens);
         cuda_check(cudaStreamWaitEvent(feed->stream, slot->trained, 0));
         cuda_check(cudaMemcpyAsync(slot->device, slot->host, batch_bytes(&slot->batch),
@@ -1397,7 +1396,7 @@ static FeedSlot *feed_next(Feed *feed, cudaStream_t stream) {
     return slot;
 }
 
-// Gives the slot back; the feed refills it when the work that is on `stream` now is done.
+// Gives the slot back. The feed overwrites its device memory after the work that is on `stream` now.
 static void feed_release(Feed *feed, FeedSlot *slot, cudaStream_t stream) {
     cuda_check(cudaEventRecord(slot->trained, stream));
     pthread_mutex_lock(&feed->lock);
@@ -1438,8 +1437,7 @@ static cudaDeviceProp gpu_init(int local_rank) {
         cuda_check(cudaRuntimeGetVersion(&runtime));
         if (driver == 0) die("no NVIDIA driver found; use train_gpt_nsa_cpu to train without a GPU");
         die("the NVIDIA driver supports CUDA %d.%d, this program needs CUDA %d.%d: update the driver, or "
-            "build with "
-            "the older toolkit",
+            "build with the older toolkit",
             driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     }
     if (error != cudaSuccess || count == 0)
@@ -1448,7 +1446,7 @@ static cudaDeviceProp gpu_init(int local_rank) {
     // some launchers make only its own GPU visible to each process
     int device = count > 1 ? local_rank : 0;
     if (device >= count)
-        die("process %d of this host: it has %d GPUs; start at most one process a GPU", local_rank + 1,
+        die("process %d of this host: it has %d GPUs; start at most one process per GPU", local_rank + 1,
             count);
     cuda_check(cudaSetDevice(device));
     cudaDeviceProp gpu;

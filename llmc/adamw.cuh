@@ -23,8 +23,8 @@ typedef struct {
 } AdamwArgs;
 
 // Each thread updates four neighbouring parameters. It finds their range by binary search in the table, which
-// stays in L1. Reads 16 and writes 14 bytes a parameter of 16 bits: 2 G parameters move 60 GB, 13.5 ms at 4.5
-// TB/s. Memory binds.
+// stays in L1. Reads 16 and writes 14 bytes per parameter of 16 bits: 2 G parameters move 60 GB, 13.5 ms
+// at 4.5 TB/s. Memory binds.
 static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
     int64_t i = (blockIdx.x * 256ll + threadIdx.x) * 4;
     if (i >= a.count || a.norm[2] == 0) return;

@@ -30,15 +30,15 @@ __device__ __forceinline__ Softmax softmax_warp_reduce(Softmax s) {
 
 // Each thread block processes one row. The first pass computes the maximum and the sum of each thread's
 // packs, then combines them over the block. The second pass writes the gradient. It runs backwards through
-// the row, to start with the logits that the caches read last. Reads 2*vp bytes a row from HBM and again from
-// L2, and writes 2*vp: 8K rows of 32,768 logits move 1.07 GB, 0.24 ms at 4.5 TB/s. Memory binds; two exps a
-// logit take 0.14 ms.
+// the row, to start with the logits that the caches read last. Reads 2*vp bytes per row from HBM and again
+// from L2, and writes 2*vp: 8K rows of 32,768 logits move 1.07 GB, 0.24 ms at 4.5 TB/s. Memory binds; two
+// exps per logit take 0.14 ms.
 static __global__ void __launch_bounds__(1024)
     classifier_kernel(floatX *all_logits, float *losses, int32_t *argmax, const int32_t *targets, float dloss,
                       int v, int vp) {
     __shared__ Softmax parts[32];
     floatX *logits = all_logits + (int64_t)blockIdx.x * vp;
-    int target = targets[blockIdx.x], packs = (v + PACK - 1) / PACK; // packs: those with a logit below v
+    int target = targets[blockIdx.x], packs = (v + PACK - 1) / PACK; // packs with a column below v
     Softmax s = {-INFINITY, 0, INT_MAX};
     for (int i = threadIdx.x; i < packs; i += blockDim.x) {
         float x[PACK];

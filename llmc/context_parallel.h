@@ -2,8 +2,8 @@
 // of its own tokens, and sees all keys.
 //
 // The batch is cut into blocks of equally many tokens. Each rank gets equally many blocks, chosen so that the
-// attention's work is balanced: with one sequence there are 2 blocks a rank, and block r is paired with block
-// 2*ranks - 1 - r.
+// attention's work is balanced: with one sequence there are 2 blocks per rank, and block r is paired with
+// block 2*ranks - 1 - r.
 //
 // Rows have two orders. Sequence order is that of the packed batch. Rank order is what an all-gather returns:
 // the blocks of rank 0, ascending, then those of rank 1, and so on. block_perm [blocks] maps one to the

@@ -3,8 +3,8 @@
 #define LLMC_EMBEDDING_CUH
 #include "cuda_common.cuh"
 
-// Each thread block copies one token's row of c elements. Reads and writes 2*c bytes a token: 64K tokens of c
-// = 4096 move 1.07 GB, 0.24 ms at 4.5 TB/s. Memory binds; rows of frequent tokens come from L2.
+// Each thread block copies one token's row of c elements. Reads and writes 2*c bytes per token: 64K tokens of
+// c = 4096 move 1.07 GB, 0.24 ms at 4.5 TB/s. Memory binds; rows of frequent tokens come from L2.
 static __global__ void __launch_bounds__(256)
     embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *table, int c) {
     const floatX *src = table + (int64_t)tokens[blockIdx.x] * c;
@@ -23,7 +23,7 @@ static inline void embedding_forward(floatX *out, const int32_t *tokens, const f
 }
 
 // ---- backward --------------------------------------------------------------------------------------------
-// A stable radix sort orders the positions 0..n-1 by token, 8 bits a pass. Then the rows of dout are summed
+// A stable radix sort orders the positions 0..n-1 by token, 8 bits per pass. Then the rows of dout are summed
 // in the sorted order. All orders are fixed, so the same input gives the same bits.
 enum {
     EMBEDDING_TILE = 2048, // positions that a thread block sorts
@@ -84,8 +84,8 @@ static __global__ void __launch_bounds__(256)
 // Each warp sums 32 packs of channels over a span of EMBEDDING_SPAN sorted positions, so that frequent and
 // rare tokens cost the same. The sum of a token whose positions all lie in the span is added to dtable. The
 // sum of a token that also occurs in the span before goes to head[span] [c]; else, the sum of a token that
-// also occurs in the span after goes to tail[span] [c]. Reads 2*c bytes a position; reads and writes 8*c
-// bytes a distinct token: 64K tokens, 15K of them distinct, of c = 4096 move 1.03 GB, 0.23 ms at 4.5 TB/s.
+// also occurs in the span after goes to tail[span] [c]. Reads 2*c bytes per position; reads and writes 8*c
+// bytes per distinct token: 64K tokens, 15K of them distinct, of c = 4096 move 1.03 GB, 0.23 ms at 4.5 TB/s.
 // Memory binds.
 static __global__ void __launch_bounds__(256)
     embedding_sum_kernel(float *dtable, float *head, float *tail, const int32_t *sorted,
@@ -140,7 +140,7 @@ static __global__ void __launch_bounds__(256)
 
 // Adds to dtable the tokens that occur in several spans. Each thread block takes 256 channels of the last
 // token of span blockIdx.x, if the token begins in that span and continues after it. It adds the span's tail
-// and the heads of the following spans in order. Reads 4*c bytes a span; latency binds.
+// and the heads of the following spans in order. Reads 4*c bytes per span; latency binds.
 static __global__ void __launch_bounds__(256)
     embedding_combine_kernel(float *dtable, const float *head, const float *tail, const int32_t *sorted,
                              const int32_t *tokens, int n, int c) {

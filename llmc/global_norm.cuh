@@ -16,7 +16,7 @@ __device__ __forceinline__ double block_reduce_sum_256(double x) {
 }
 
 // partial [blocks]: each thread block sums the squares of every GLOBAL_NORM_BLOCKS-th 4 KiB of x, in fp64, so
-// that no square overflows unless the norm does. Reads 4 bytes an element: 2 G elements take 8 GB, 1.8 ms
+// that no square overflows unless the norm does. Reads 4 bytes per element: 2 G elements take 8 GB, 1.8 ms
 // at 4.5 TB/s. Memory binds, even on GPUs whose fp64 rate is 1/64 of fp32's.
 static __global__ void __launch_bounds__(256)
     sum_of_squares_kernel(double *partial, const float *x, int64_t count) {

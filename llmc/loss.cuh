@@ -14,7 +14,7 @@ typedef struct {
 enum { STEP_SUMS = 3 }; // number of doubles in StepResult
 
 // *sum += the sum of losses [n], in double and in a fixed order: each thread sums every 1024th loss, then the
-// sums of the threads are added pairwise. One thread block; reads 4 bytes a loss, a few microseconds.
+// sums of the threads are added pairwise. One thread block; reads 4 bytes per loss, a few microseconds.
 static __global__ void __launch_bounds__(1024) loss_sum_kernel(double *sum, const float *losses, int64_t n) {
     __shared__ double partial[1024];
     double x = 0;

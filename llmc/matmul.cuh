@@ -132,7 +132,8 @@ static inline int32_t matmul_align(const void *p) {
     return p == NULL || (uintptr_t)p % 16 == 0 ? 16 : (int32_t)((uintptr_t)p & -(uintptr_t)p);
 }
 
-// d = op(a) op(b) + beta*d + bias, column-major, of shape s. bias [m] has one element a row of d; NULL: none.
+// d = op(a) op(b) + beta*d + bias, column-major, of shape s. bias [m] has one element per row of d; NULL:
+// none.
 static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *a, const floatX *b,
                               float beta, const floatX *bias, cudaStream_t stream) {
     if (s.m == 0 || s.n == 0) return;
@@ -176,7 +177,7 @@ static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const 
 
 // partial [gridDim.y, o]: column sums of dout, whose rows are cut into gridDim.y parts. Each thread block
 // sums 32 packs of columns over one part: warp w of 8 sums every eighth row from w on, then the sums of the
-// warps are added in order. Reads 2*o bytes a row in 16 bits; memory binds.
+// warps are added in order. Reads 2*o bytes per row in 16 bits; memory binds.
 static __global__ void __launch_bounds__(256)
     column_sums_kernel(float *partial, const floatX *dout, int64_t ldo, int64_t n, int64_t o) {
     __shared__ float sums[8][32 * PACK];

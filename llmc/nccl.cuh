@@ -127,7 +127,7 @@ static void gpus_all_reduce(Gpus *g, double *x, int64_t count) {
 }
 
 // Sums the gradients of unit u, which begin at `grads`, over all ranks in place. With stage 0 every rank gets
-// all sums (all-reduce, 8 bytes of traffic an element); else each rank gets those of its partition
+// all sums (all-reduce, 8 bytes of traffic per element); else each rank gets those of its partition
 // (reduce-scatter, 4 bytes).
 static void gpus_reduce_unit(Gpus *g, const Zero *z, int64_t u, float *grads) {
     const ZeroUnit *unit = &z->units[u];
@@ -162,7 +162,7 @@ static void gpus_all_gather_unit(Gpus *g, const Zero *z, int64_t u, void *data, 
     (void)g, (void)begin;
 }
 
-// sum[i] += x[i]. Moves 12 bytes an element; memory binds.
+// sum[i] += x[i]. Moves 12 bytes per element; memory binds.
 static __global__ void __launch_bounds__(256) add_arrays_kernel(float *sum, const float *x, int64_t count) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i < count) sum[i] += x[i];
@@ -208,7 +208,7 @@ static void permute_blocks(void *out, const void *in, const int32_t *block_perm,
 
 // out[row, column] = the sum over r of parts[r, row, column]: parts [num_parts, rows, width] are contiguous,
 // rows of out are `stride` elements apart, count = rows * width. Sums in fp32 in the order of r and rounds
-// once. Reads 2 bytes an element of parts and writes 2 an element of out; memory binds.
+// once. Reads 2 bytes per element of parts and writes 2 per element of out; memory binds.
 template <typename T>
 static __global__ void __launch_bounds__(256)
     sum_parts_kernel(T *out, const T *parts, int num_parts, int64_t count, int64_t width, int64_t stride) {

@@ -25,7 +25,7 @@ static inline const char *part_key(int part) {
 
 struct Profile {
     std::vector<cudaEvent_t> events;
-    std::vector<ProfilePart> parts; // one a mark
+    std::vector<ProfilePart> parts; // one per mark
 };
 
 // Work that is launched on the stream after this call belongs to `part`. Does nothing where p is NULL.

@@ -85,7 +85,7 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
 
 // With y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y)), and dweight is the sum over rows of dout*y.
 // Each team processes rows with the grid as stride, and sums dweight in registers. At the end the thread
-// block adds the sums of its teams in order and writes partial[block] [c] in fp32. Reads 4*c bytes a row in
+// block adds the sums of its teams in order and writes partial[block] [c] in fp32. Reads 4*c bytes per row in
 // 16 bits, 6*c with add, and writes 2*c: 64K tokens of c = 4096 with add move 2.1 GB, 0.48 ms at 4.5 TB/s.
 // Memory binds. A thread reads its packs of a row before it writes them, so dx may be x or dout where the
 // strides are equal.
