@@ -1,5 +1,5 @@
-# checks.sh: what the tests of the programs share. Sourced with PROGRAM set to what is tested; goes to an empty
-# folder, $T, which ends with the script.
+# checks.sh: functions of the command line tests. Source it with PROGRAM set to the tested program. It changes to a new
+# empty folder, $T, which is removed when the script exits.
 BUILD=$(realpath "${BUILD:-build}") PROGRAM=$(realpath "$PROGRAM")
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
@@ -8,12 +8,13 @@ passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); }
 bad() { failed=$((failed + 1)); echo "FAILED $(basename "$0"): $*"; }
 check() { if eval "$1"; then ok; else bad "$2"; fi; }
-ends() { echo "$(basename "$0" .sh): $passed passed, $failed failed, $skipped skipped"; [ $failed -eq 0 ]; }
+finish_test() { echo "$(basename "$0" .sh): $passed passed, $failed failed, $skipped skipped"; [ $failed -eq 0 ]; }
 
-# What it prints is in out and err, its code in $code.
+# Runs the program; its output is in the files out and err, its exit code in $code.
 run() { "$PROGRAM" "$@" >out 2>err; code=$?; return $code; }
 
-# The program must end with code 1 and one line on stderr that contains $1, and leave no new file.
+# expect_error TEXT FLAG...: the program must exit with code 1 and one line on stderr that contains TEXT, and change no
+# file.
 expect_error() {
     local want=$1 before after
     shift
@@ -29,5 +30,5 @@ expect_error() {
     rm -f "$T.out" "$T.err"
 }
 
-# Whether two numbers differ by less than $3 of the first.
+# near A B LIMIT: returns whether |A - B| < LIMIT * A.
 near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The trainer as a user meets it: runs, exact resume, signals, samples, and every error path. Needs
-# CPU (the trainer) and BUILD (the folder of the data makers), as make test sets them.
+# Tests the C trainer from the command line: runs, exact resume, signals, text generation, and every error path.
+# Needs CPU (the trainer) and BUILD (the folder of recall and text), which make test sets.
 set -u
 PROGRAM=${CPU:-./train_gpt_nsa_cpu}
 . dev/test/checks.sh
@@ -9,18 +9,18 @@ PROGRAM=${CPU:-./train_gpt_nsa_cpu}
 TINY="-e recall -t 64 -b 2 -l 1e-3 -u 2 -x 6 -v 3 -m 2"
 BARE="-e recall -t 64 -b 2 -x 6" # for runs without validation shards
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
-set -f # patterns reach the program unexpanded
+set -f # the shell does not expand glob patterns
 
 # ---- runs, and exact resume
 run $TINY $DATA -o a -n 3
 check '[ $code -eq 0 ]' "a short run: $(cat err)"
 check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
 check 'grep -q "^recall by distance" out' "no recall accuracy"
-check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl has not 6 steps"
+check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl does not have 6 steps"
 check '[ -f a/ckpt_00000003.bin ] && [ -f a/ckpt_00000006.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
 mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && head -4 a/log.jsonl >b/log.jsonl
 run $TINY $DATA -o b -n 3 -y 1
-check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run has other bits"
+check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run gives other bits"
 run $TINY $DATA -o b -n 3 -y 1
 check '[ $code -eq 0 ] && grep -q "all 6 steps are done" out' "a finished run does not say so"
 OMP_NUM_THREADS=1 run $TINY $DATA -o c -n 6
@@ -36,12 +36,12 @@ done
 run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean
 check '[ $code -eq 0 ] && grep -q "512 tokens per step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
 
-# one step of 4 micro-batches is one step of a batch of 4, but for rounding
+# one step of 4 micro-batches equals one step of a batch of 4, up to rounding
 run -e recall -t 64 -b 4 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >one
 run -e recall -t 64 -b 1 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >four
 check '[ -s one ] && cmp -s one four' "accumulation differs: $(cat one four)"
 
-# -a 1: the loss on one batch falls far
+# -a 1: the loss on one batch becomes much smaller
 run -e recall -t 64 -b 2 -l 5e-3 -x 60 -a 1 -v 0 $DATA
 check 'awk "/^step 1\//{a=\$5} /^step 60\//{b=\$5} END{exit !(b > 0 && b < a / 3)}" out' "-a 1 does not overfit"
 
@@ -51,13 +51,13 @@ check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1
 run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
-check 'cmp -s out first' "the same seed samples other words"
-run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # beyond the context
+check 'cmp -s out first' "the same seed generates another text"
+run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # more tokens than the context
 check '[ $code -eq 0 ]' "a sample longer than the context: $(cat err)"
 run $TINY $DATA -s 3 -g 5
 check '[ "$(grep -c "^sample: " out)" -eq 2 ]' "-s 3: $(grep sample out)"
 
-# ---- a checkpoint at a longer context, as a start and as a resume
+# ---- start and resume from a checkpoint at a longer context
 "$BUILD/recall" -o long -t 128 -n 20 -m 10 >/dev/null
 run -e a/ckpt_00000006.bin -t 128 -b 1 -x 2 -i 'long/recall_train_*.bin' -o l -theta 20000
 check '[ $code -eq 0 ]' "a longer context: $(cat err)"
@@ -84,7 +84,7 @@ for i in 1 2 3 4 5; do
     run $TINY $DATA -x 1 -u 0 -v 0 -y 1 -o killed || good=0
 done
 check '[ $good -eq 1 ]' "no good checkpoint after a kill: $(cat err)"
-set +f; check '[ -z "$(ls killed | grep tmp)" ]' "unfinished files stay: $(ls killed)"; set -f
+set +f; check '[ -z "$(ls killed | grep tmp)" ]' "unfinished files are left: $(ls killed)"; set -f
 
 # ---- bad shards
 head -c 2000 data/recall_train_000000.bin >cut_000.bin
@@ -137,7 +137,7 @@ expect_error "truncated" -e cut.bin -sample 1
 cp a/ckpt_00000006.bin flip.bin && printf '\x5a' | dd of=flip.bin bs=1 seek=70001 conv=notrunc 2>/dev/null
 expect_error "flip.bin: damaged: wrong checksum of the parameters" -e flip.bin -sample 1
 expect_error "data/tokenizer.bin: not a checkpoint" -e data/tokenizer.bin -sample 1
-cp flip.bin b/ckpt_00000006.bin # resume takes the one before
+cp flip.bin b/ckpt_00000006.bin # resume falls back to the checkpoint before
 run $TINY $DATA -o b -n 3 -y 1
 check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a bad newest checkpoint: $(cat out err)"
 expect_error "training stopped; try a lower -l" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
@@ -152,7 +152,7 @@ fi
 run -h
 check '[ $code -eq 0 ] && grep -q -- "-attn" out' "-h"
 
-# ---- text, and shards as llm.c makes them
+# ---- byte shards, and shards in llm.c's format
 printf 'The quick brown fox jumps over the lazy dog. %.0s' $(seq 60) >fox.txt
 "$BUILD/text" -o fox -name fox fox.txt >/dev/null
 run -e tiny -layers 1 -t 32 -b 2 -x 3 -v 3 -s 3 -g 5 -i 'fox/fox_train_*.bin' -j 'fox/fox_val_*.bin'
@@ -163,4 +163,4 @@ mkdir gpt2 && {
 run -e recall -vocab 50257 -layers 1 -channels 16 -t 32 -b 1 -x 1 -i 'gpt2/fineweb_train_*.bin'
 check '[ $code -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
 
-ends
+finish_test

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The GPU trainer as a user meets it: exact resume, checkpoints exchanged with the C trainer, recomputation,
-# samples, -profile, and the errors that are its own. Needs TRAINER (it, or its build for the emulator), CPU
-# (the C trainer) and BUILD (the folder of the data makers).
+# Tests the GPU trainer from the command line: exact resume, checkpoints exchanged with the C trainer, recomputation,
+# text generation, -profile, and its own errors. Needs TRAINER (the trainer, or its build for the emulator), CPU (the
+# C trainer) and BUILD (the folder of recall and text), which make test sets.
 set -u
 PROGRAM=${TRAINER:-./train_gpt_nsa} CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}")
 . dev/test/checks.sh
@@ -10,18 +10,18 @@ PROGRAM=${TRAINER:-./train_gpt_nsa} CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}"
 MODEL="-e recall -layers 1 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -b 1"
 RUN="-l 1e-3 -u 2 -x 4 -v 4 -m 2"
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
-set -f # patterns reach the program unexpanded
+set -f # the shell does not expand glob patterns
 loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-9.]*\).*/\1/'; }
 
 # ---- runs, exact resume, recomputation
 run $MODEL $RUN $DATA -o a -n 2
 check '[ $code -eq 0 ] && grep -q "^gpu: " out && grep -q "^  activations " out' "a short run: $(cat err)"
 check 'grep -q "^val loss [0-9]*\.[0-9]*$" out && grep -q "^recall by distance" out' "no validation: $(cat out)"
-check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl has not 4 steps"
+check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl does not have 4 steps"
 check '[ -f a/ckpt_00000002.bin ] && [ -f a/ckpt_00000004.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
 mkdir b && cp a/ckpt_00000002.bin a/tokenizer.bin b/ && head -3 a/log.jsonl >b/log.jsonl
 run $MODEL $RUN $DATA -o b -y 1
-check 'cmp -s a/ckpt_00000004.bin b/ckpt_00000004.bin' "a resumed run has other bits: $(cat err)"
+check 'cmp -s a/ckpt_00000004.bin b/ckpt_00000004.bin' "a resumed run gives other bits: $(cat err)"
 for r in 1 2; do
     run $MODEL $RUN $DATA -v 0 -o r$r -r $r
     check 'cmp -s a/ckpt_00000004.bin r$r/ckpt_00000004.bin' "-r $r gives other bits: $(cat err)"
@@ -33,7 +33,7 @@ for attn in full window; do
     check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
 done
 
-# ---- the C trainer goes on from the GPU's checkpoint, and the other way round
+# ---- the C trainer resumes from the GPU trainer's checkpoint, and the GPU trainer from the C trainer's
 mkdir c && cp a/ckpt_00000002.bin a/tokenizer.bin c/
 "$CPU" $MODEL $RUN $DATA -v 0 -o c -y 1 >out 2>err; code=$?
 check '[ $code -eq 0 ] && near "$(loss a 4)" "$(loss c 4)" 0.02' "the C trainer's step 4: $(loss c 4), the GPU's $(loss a 4) $(cat err)"
@@ -41,7 +41,7 @@ mkdir g && cp c/ckpt_00000004.bin c/tokenizer.bin g/
 run $MODEL $RUN $DATA -v 0 -x 5 -o g -y 1 && "$CPU" $MODEL $RUN $DATA -v 0 -x 5 -o c -y 1 >out 2>err
 check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), the C trainer's $(loss c 5) $(cat err)"
 
-# ---- validation only, samples, signals
+# ---- validation only, text generation, signals
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
 check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -block-indices indices.bin
@@ -53,21 +53,21 @@ check 'grep -q -- "-block-indices" out && ! grep -q -- "-choice" out' "-h lists 
 run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
 cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
-check 'cmp -s out first' "the same seed samples other words"
+check 'cmp -s out first' "the same seed generates another text"
 "$PROGRAM" $MODEL $DATA -x 100000 -v 0 -o s >out 2>err &
 pid=$!
 for _ in $(seq 600); do grep -q '"step":2,' s/log.jsonl 2>/dev/null && break; sleep 0.1; done
 kill -TERM $pid; wait $pid; code=$?
 check '[ $code -eq 143 ] && ls s | grep -q "^ckpt_"' "SIGTERM: $(cat err)"
 
-# ---- steps that are not finite
+# ---- steps whose loss is NaN or Inf
 BLOW="$MODEL $DATA -v 0 -l 1e6 -c 1e6 -clip 0 -u 0 -x 6"
 run $BLOW -o x -n 1
 check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: step" err && [ -f x/ckpt_00000001.bin ]' "a loss that is not finite: $(cat err)"
 run $BLOW -skip 1
 check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 6/6" out' "-skip 1: $(tail -3 out) $(cat err)"
 
-# ---- where the time goes
+# ---- -profile
 RESULTS=$T/results.jsonl "$PROGRAM" $MODEL -vocab 100 -profile 1 >out 2>err; code=$?
 check '[ $code -eq 0 ] && grep -q "^training step" out && grep -q "attention_backward" out' "-profile: $(cat out err)"
 check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 ]' "-profile records nothing: $(cat results.jsonl)"
@@ -87,4 +87,4 @@ flip=$(($(stat -c %s a/ckpt_00000004.bin) / 4))
 cp a/ckpt_00000004.bin flip.bin && printf '\x5a\xa5' | dd of=flip.bin bs=1 seek=$flip conv=notrunc 2>/dev/null
 expect_error "flip.bin" -e flip.bin -sample 1
 
-ends
+finish_test

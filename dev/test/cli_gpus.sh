@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The GPU trainer as several processes, a GPU each, or up to four on the emulator: data parallel with every stage of
-# ZeRO and context parallel against one process on the same samples, resume on other numbers of processes,
-# signals, and ends. Needs TRAINER, BUILD (the folder of the data makers) and GPUS (processes that may run).
+# Tests the GPU trainer as several processes, one per GPU, or up to four on the emulator: data parallel with every ZeRO
+# stage and context parallel against one process on the same samples, resume with other numbers of processes, signals,
+# failures. Needs TRAINER, BUILD (the folder of recall and text) and GPUS (the number of GPUs), which make test sets.
 set -u
 HOST=$(realpath scripts/gpus_host.sh) PROGRAM=${TRAINER:-./train_gpt_nsa}
 . dev/test/checks.sh
@@ -10,16 +10,17 @@ export OMP_NUM_THREADS=1 # of each process on the emulator
 if [ "${GPUS:-0}" -lt 2 ]; then
     echo "skipped: several GPUs: there are ${GPUS:-0}, or no NCCL"
     skipped=1
-    ends
+    finish_test
     exit
 fi
 "$BUILD/recall" -o data -t 32 -n 40 -m 5 >/dev/null || bad "recall"
-set -f # patterns reach the program unexpanded
+set -f # the shell does not expand glob patterns
 FLAGS="-e recall -layers 2 -hidden 64 -heads 2 -kv-heads 1 -head-dim 64 -t 32 -l 1e-3 -u 0 -v 3 -m 0 -x 3
     -i data/recall_train_*.bin -j data/recall_val_*.bin"
 port=$((20000 + $$ % 20000))
 
-# start N FLAG...: N processes, their ids in pids; finish: waits; codes, and what each wrote in R.out and R.err
+# start N FLAG...: starts N processes, whose ids are in pids; rank R writes to R.out and R.err
+# finish: waits for them; their exit codes are in codes
 start() {
     local n=$1 r
     shift
@@ -34,9 +35,10 @@ finish() {
     for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null; codes="$codes$? "; done
 }
 many() { start "$@"; finish; }
-# value FOLDER NAME STEP: of log.jsonl
+# value FOLDER KEY STEP: prints a value from log.jsonl
 value() { grep -h "^{\"step\":$3,.*\"$2\":" "$1/log.jsonl" | sed "s/.*\"$2\":\([0-9.e+-]*\).*/\1/"; }
-# same A B LIMIT: losses of three steps, the gradient's norm in the first, and the validation
+# same A B LIMIT: returns whether two runs agree in the losses of three steps, the first gradient norm, and the
+# validation loss
 same() {
     local step
     for step in 1 2 3; do near "$(value $1 loss $step)" "$(value $2 loss $step)" $3 || return 1; done
@@ -44,11 +46,11 @@ same() {
 }
 differ() { grep -h '"loss"\|val_loss' $1/log.jsonl $2/log.jsonl | cut -c1-60 | tr '\n' ' '; }
 
-# What another shape of the same products may change: on the emulator nothing, and cuBLASLt takes another order.
+# Relative tolerance for matmuls of another shape: cuBLASLt may sum in another order, the emulator does not.
 shape=2e-3
 [[ $PROGRAM == *emulator* ]] && shape=1e-6
 
-# ---- data parallel, by stage: fp32 sums in another order, and what that makes of 16-bit weights
+# ---- data parallel with each ZeRO stage: differs by the order of fp32 sums, and by 16-bit weights that round differently
 many 1 -b 2 -d 128 -o one
 check '[ "$codes" = "0 " ]' "one process: $codes $(cat 0.err)"
 for z in 0 1 2; do
@@ -73,7 +75,7 @@ else
     skipped=$((skipped + 1)) && echo "skipped: four processes on $GPUS GPUs"
 fi
 
-# ---- context parallel: gradients of keys are rounded to 16 bits in parts
+# ---- context parallel: each rank rounds its part of the key gradients to 16 bits
 for attn in nsa full window; do
     many 1 -b 1 -attn $attn -o whole_$attn
     many 2 -b 1 -attn $attn -cp 2 -o shared_$attn
@@ -81,7 +83,7 @@ for attn in nsa full window; do
     check 'same whole_$attn shared_$attn 3e-3' "-cp 2 -attn $attn: $(differ whole_$attn shared_$attn)"
     check 'near "$(value whole_$attn loss 1)" "$(value shared_$attn loss 1)" $shape' "-cp 2 -attn $attn: another first loss"
 done
-# several groups of heads: on the emulator alone, whose groups may be smaller
+# several head groups: only on the emulator, which is built with a smaller minimum group size
 for attn in nsa full window; do
     heads="-b 1 -attn $attn -heads 6 -kv-heads 3"
     many 1 $heads -o whole3_$attn
@@ -96,7 +98,7 @@ for attn in nsa full window; do
     many 1 $heads -o shared3_$attn -y 1
     check '[ "$codes" = "0 " ] && same whole3_$attn shared3_$attn 3e-3' "-cp 2, then one: $codes $(differ whole3_$attn shared3_$attn)"
 done
-for n in 1 2; do # one process samples, without the others' keys
+for n in 1 2; do # only rank 0 generates text, without the other ranks' keys
     many $n -b 1 -heads 6 -kv-heads 3 -cp $n -sample 1 -e whole3_nsa/ckpt_00000003.bin -temp 1 -seed 5 -g 8
     sed -n 's/^sample: //p' 0.out >sample$n
 done
@@ -107,7 +109,7 @@ if [ "$GPUS" -ge 4 ]; then
     check 'same two both 3e-3' "-cp 2 in two groups: $(differ two both)"
 fi
 
-# ---- checkpoints do not tell how many processes wrote them
+# ---- checkpoints do not depend on the number of processes
 for n in 1 2; do
     many $n -b 2 -d 128 -n 2 -z $n -o begun$n
     rm begun$n/ckpt_00000003.bin || bad "begun$n has no second checkpoint"
@@ -118,7 +120,7 @@ check '[ "$codes" = "0 0 " ] && same one begun1 1e-4' "1, then 2: $codes $(cat 0
 many 1 -b 2 -d 128 -o begun2 -y 1
 check '[ "$codes" = "0 " ] && same one begun2 1e-4' "2, then 1: $codes $(cat 0.err) $(differ one begun2)"
 many 1 -b 3 -val 1 -e one/ckpt_00000003.bin && cp 0.out want
-for cp in 1 2; do # the same losses, in their places: there are 5 samples, so that the last row does not count
+for cp in 1 2; do # there are 5 samples, so the last row of the second batch must not count
     many 2 -b 3 -cp $cp -val 1 -e one/ckpt_00000003.bin
     check '[ "$codes" = "0 0 " ] && [ "$(grep -c "^val loss\|^recall" 0.out)" -eq 2 ]' "-val 1 -cp $cp: $codes $(cat 0.err)"
     check 'near "$(sed -n "s/^val loss //p" 0.out)" "$(sed -n "s/^val loss //p" want)" $shape' "-val 1 -cp $cp: $(cat 0.out want)"
@@ -132,7 +134,7 @@ GPUS=2 TRAINER=$PROGRAM bash "$HOST" $FLAGS -i none -b 2 >0.out 2>0.err
 code=$?
 check '[ $code -ne 0 ] && grep -q "no shard matches" 0.err' "gpus_host.sh hides an error: $(cat 0.err)"
 
-# ---- signals and ends
+# ---- signals and killed processes
 running() { for i in $(seq 100); do grep -q '"step":1,"loss"' "$1/log.jsonl" 2>/dev/null && return; sleep 0.1; done; bad "$1 has not begun"; }
 start 2 -b 1 -x 100000 -v 0 -o term -z 1
 running term
@@ -150,8 +152,8 @@ for who in 0 1; do
         "rank $who was killed: $codes $(cat $other.err)"
 done
 
-# ---- errors: every process ends with code 1 and one line
-each_says() { # TEXT WHAT
+# ---- errors: every process exits with code 1 and one line
+each_says() { # TEXT WHAT: every process has printed one line with TEXT
     local text=$1 what=$2 r
     for r in $(seq 0 $((${#pids[@]} - 1))); do
         check '[ "$(wc -l <$r.err)" -eq 1 ] && grep -qe "$text" $r.err' "$what, rank $r: $(cat $r.err)"
@@ -175,4 +177,4 @@ finish
 each_says "rank 1 was started with other flags than rank 0" "other flags"
 check '[ ! -e bad ]' "a run that could not start left $(ls bad 2>/dev/null)"
 
-ends
+finish_test

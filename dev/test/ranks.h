@@ -1,4 +1,4 @@
-// ranks.h: a test's own processes, a GPU each.
+// ranks.h: starts the processes of a multi-GPU test, one per GPU.
 #ifndef RANKS_H
 #define RANKS_H
 #include "../../llmc/comm.h"
@@ -7,9 +7,9 @@
 #include <omp.h>
 #endif
 
-// GPUs that there are, without CUDA, which must not be used before a fork.
+// Returns the number of GPUs. Does not call CUDA, which must not be initialized before a fork.
 static inline int test_gpus(void) {
-    int gpus = 4; // of the emulator
+    int gpus = 4; // the emulator's
 #ifndef EMULATOR_H
     FILE *f = popen("nvidia-smi -L 2>/dev/null | wc -l", "r");
     if (!f || fscanf(f, "%d", &gpus) != 1) gpus = 0;
@@ -18,24 +18,25 @@ static inline int test_gpus(void) {
     return gpus;
 }
 
-// Runs f(where), which returns an exit code, as `ranks` processes that comm_start brings together. Returns
-// how many of them failed.
-static inline int test_ranks(int ranks, int (*f)(void *), void *where) {
-    CommAddress a;
+// Runs run_rank(argument), which returns an exit code, in `ranks` processes, which comm_start connects by
+// environment variables. Returns the number of failed processes.
+static inline int test_ranks(int ranks, int (*run_rank)(void *), void *argument) {
+    CommAddress address;
     int listener = comm_listen(0, "none"), failed = 0, status;
-    comm_local_address(&a, listener);
+    comm_local_address(&address, listener);
     close(listener);
     fflush(stdout);
     for (int r = 0; r < ranks; r++) {
         if (fork() > 0) continue;
-        char text[4][32];
-        snprintf(text[0], 32, "RANK=%d", r), snprintf(text[1], 32, "WORLD_SIZE=%d", ranks);
-        snprintf(text[2], 32, "MASTER_ADDR=127.0.0.1"), snprintf(text[3], 32, "MASTER_PORT=%d", a.port);
-        for (int i = 0; i < 4; i++) putenv(text[i]);
+        char variables[4][32];
+        snprintf(variables[0], 32, "RANK=%d", r), snprintf(variables[1], 32, "WORLD_SIZE=%d", ranks);
+        snprintf(variables[2], 32, "MASTER_ADDR=127.0.0.1"),
+            snprintf(variables[3], 32, "MASTER_PORT=%d", address.port);
+        for (int i = 0; i < 4; i++) putenv(variables[i]);
 #ifdef EMULATOR_H
-        omp_set_num_threads(1); // the cores are shared by the processes
+        omp_set_num_threads(1); // the processes share the cores
 #endif
-        int code = f(where);
+        int code = run_rank(argument);
         fflush(stdout);
         _exit(code);
     }

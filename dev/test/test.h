@@ -1,5 +1,5 @@
-// test.h: counts checks. A test program includes it once, calls CHECK and CHECK_CLOSE inside test
-// functions, and ends main with `return test_end("name");`, whose last line dev/test/run.sh sums up.
+// test.h: counts checks. A test program includes it once, calls CHECK and SKIP, and ends main with
+// `return test_end("name");`. dev/test/run.sh adds up the counts that test_end prints in the last line.
 #ifndef TEST_H
 #define TEST_H
 #include <math.h>
@@ -9,7 +9,7 @@
 
 static int test_passed, test_failed, test_skipped;
 
-// A check with a message in printf's form; only failures are printed.
+// Counts a check as passed or failed. A failed check prints the message, in printf's format.
 #define CHECK(condition, ...)                                                       \
     do {                                                                            \
         if (condition) {                                                            \
@@ -22,7 +22,7 @@ static int test_passed, test_failed, test_skipped;
         }                                                                           \
     } while (0)
 
-// Skips with the reason in printf's form.
+// Counts a skipped check and prints the reason, in printf's format.
 #define SKIP(...)                \
     do {                         \
         test_skipped++;          \
@@ -31,6 +31,7 @@ static int test_passed, test_failed, test_skipped;
         printf("\n");            \
     } while (0)
 
+// Prints the counts in one line. Returns the exit code: 1 if a check failed, else 0.
 static inline int test_end(const char *name) {
     printf("%s: %d passed, %d failed, %d skipped\n", name, test_passed, test_failed, test_skipped);
     return test_failed != 0;

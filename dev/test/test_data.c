@@ -1,5 +1,5 @@
-// test_data.c: files, random numbers, shards and their loader, tokenizers, sampler, schedule, and the makers
-// of data. Needs a folder to write in: the first argument, else a new one below /tmp.
+// test_data.c: tests files, random numbers, shards and their loader, tokenizers, sampler, schedule, and the
+// programs of data/. usage: test_data [FOLDER], the folder to write to; by default a new one in /tmp.
 #include "../../llmc/dataloader.h"
 #include "../../llmc/sampler.h"
 #include "../../llmc/schedule.h"
@@ -18,7 +18,7 @@
 #endif
 #endif
 
-// The two makers, as functions; what both name is kept apart.
+// Includes the two programs of data/ as functions, and renames the names that both define.
 #define main recall_main
 #define EOT RECALL_EOT
 #define USAGE RECALL_USAGE
@@ -38,15 +38,15 @@
 // ---------------------------------------------------------------------------------------------------------
 // Helpers
 
-static char root[1024];       // everything is written below it
-static char child_err[65536]; // what the last child wrote on stderr
-static char child_out[65536]; // and on stdout
+static char root[1024];       // folder of all files
+static char child_err[65536]; // stderr of the last child process
+static char child_out[65536]; // stdout of the last child process
 
-// The path of `name` below root, in one of a few buffers that take turns.
+// Returns the path of `name` in root, in one of 8 buffers that are reused in turn.
 static const char *in_root(const char *name) {
     static char paths[8][PATH_BYTES];
-    static int turn;
-    char *path = paths[turn++ % 8];
+    static int next;
+    char *path = paths[next++ % 8];
     snprintf(path, PATH_BYTES, "%s/%s", root, name);
     return path;
 }
@@ -98,7 +98,7 @@ static int child_end(pid_t pid) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-// Runs the statement in a child; `code` becomes its exit code.
+// Runs the statements in a child process, and sets `code` to its exit code.
 #define IN_CHILD(code, ...)                                                                                  \
     do {                                                                                                     \
         pid_t pid_ = child_begin();                                                                          \
@@ -110,7 +110,7 @@ static int child_end(pid_t pid) {
         code = child_end(pid_);                                                                              \
     } while (0)
 
-// The statement must end the process with code 1 and one line "error: ..." that contains `text`.
+// Checks that the statements exit with code 1 and one line "error: ..." on stderr that contains `text`.
 #define DIES(text, ...)                                                                                      \
     do {                                                                                                     \
         int code_;                                                                                           \
@@ -122,14 +122,14 @@ static int child_end(pid_t pid) {
               "'%s' is not one line with '%s'", child_err, text);                                            \
     } while (0)
 
-// Runs a maker of data with a command line of words; returns its exit code.
-static int run_maker(int (*maker)(int, char **), const char *line) {
+// Runs a program of data/ with a command line of words; returns its exit code.
+static int run_program(int (*program_main)(int, char **), const char *line) {
     char copy[PATH_BYTES * 2], *argv[64];
     int argc = 0, code;
-    snprintf(copy, sizeof(copy), "maker %s", line);
+    snprintf(copy, sizeof(copy), "program %s", line);
     for (char *word = strtok(copy, " "); word != NULL; word = strtok(NULL, " ")) argv[argc++] = word;
     argv[argc] = NULL;
-    IN_CHILD(code, exit(maker(argc, argv)));
+    IN_CHILD(code, exit(program_main(argc, argv)));
     return code;
 }
 
@@ -142,7 +142,7 @@ static const char *line_of(const char *format, ...) {
     return line;
 }
 
-// A shard of tokens first, first + 1, ...
+// Writes a shard of n tokens first, first + 1, ...
 static void make_shard(const char *path, int64_t first, int64_t n, int64_t vocab_size) {
     ShardWriter w;
     shard_writer_open(&w, path, vocab_size);
@@ -153,7 +153,7 @@ static void make_shard(const char *path, int64_t first, int64_t n, int64_t vocab
     shard_writer_commit(&w);
 }
 
-// A raw shard file: three words of header and `bytes` bytes of zeros behind the header.
+// Writes a file with a shard's header of three words and `bytes` zero bytes behind the header.
 static void raw_shard(const char *path, int32_t magic, int32_t version, int32_t count, int64_t bytes) {
     int64_t size = SHARD_HEADER_BYTES + bytes;
     char *data = (char *)xcalloc((size_t)size, 1);
@@ -332,7 +332,7 @@ static void test_shards(void) {
         DIES("has become shorter", shard_read(&s, 1230, 5, out));
         shard_close(&s);
     }
-    // a shard written by hand, as llm.c's Python does
+    // a shard in the format of llm.c's Python script
     uint16_t hand[512 + 3] = {0};
     int32_t header[3] = {20240520, 1, 3};
     memcpy(hand, header, sizeof(header));
@@ -407,7 +407,7 @@ static void read_all(const char *pattern, int64_t vocab_size) {
     loader_close(&l);
 }
 
-static void shrink_while_open(const char *path) {
+static void truncate_open_shard(const char *path) {
     DataLoader l;
     int32_t x[SEQ], y[SEQ];
     loader_open(&l, path, 1, SEQ, VOCAB, 0, 1, 0, 1);
@@ -416,7 +416,7 @@ static void shrink_while_open(const char *path) {
     loader_next(&l, x, y);
 }
 
-static void change_before_first_read(const char *path) {
+static void change_unread_shard(const char *path) {
     DataLoader l;
     int32_t x[SEQ], y[SEQ];
     loader_open(&l, path, 1, SEQ, VOCAB, 0, 1, 0, 1);
@@ -469,24 +469,23 @@ static void test_loader_errors(void) {
     DIES("no sample 1 in epoch 0: 1 samples found", seek_to(in_root("small/b.bin"), 0, 1));
     DIES("no sample -1", seek_to(in_root("small/b.bin"), 0, -1));
     DIES("in epoch -1", seek_to(in_root("small/b.bin"), -1, 0));
-    // 32-bit tokens beyond the reach of int32
+    // a 32-bit token above INT32_MAX
     uint32_t huge[256 + SEQ + 1] = {20240801, 7, SEQ + 1};
     huge[256 + 4] = 3000000000u;
     write_file(in_root("bad/huge.bin"), huge, sizeof(huge));
     DIES("token 4 is 3000000000, outside", read_all(in_root("bad/huge.bin"), VOCAB));
     make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
-    DIES("has become shorter while in use", shrink_while_open(in_root("small/c.bin")));
+    DIES("has become shorter while in use", truncate_open_shard(in_root("small/c.bin")));
     make_shard(in_root("small/c.bin"), 0, 40, VOCAB);
-    DIES("has changed while in use: 40 tokens before, 50 now",
-         change_before_first_read(in_root("small/c.bin")));
+    DIES("has changed while in use: 40 tokens before, 50 now", change_unread_shard(in_root("small/c.bin")));
 }
 
-// Three shards of 7, 5 and 11 samples (and a few tokens left over), whose tokens tell where they come from:
-// token = 1000 * shard + place.
+// Three shards of 7, 5 and 11 samples and a few more tokens. Token i of shard s is 1000 * s + i.
 enum { SAMPLES = 23, SHARDS = 3, DRAWN = 240 };
 static const int shard_samples[SHARDS] = {7, 5, 11};
 
-// The first DRAWN samples in order, as loaded by `ranks` ranks of `batch`: the first token of each.
+// Loads the first DRAWN samples with `ranks` ranks of `batch` samples; writes each sample's first token to
+// out [DRAWN].
 static void draw(int64_t *out, int shuffle, uint64_t seed, int ranks, int64_t batch) {
     int32_t *x = (int32_t *)xmalloc((size_t)(batch * SEQ) * 4),
             *y = (int32_t *)xmalloc((size_t)(batch * SEQ) * 4);
@@ -518,7 +517,7 @@ static void test_loader_order(void) {
     static int64_t order[DRAWN], other[DRAWN];
     make_dirs(in_root("three"));
     for (int s = 0; s < SHARDS; s++) {
-        // the middle one has 16-bit tokens: widths may mix
+        // the middle shard has 16-bit tokens, the others 32-bit tokens
         make_shard(in_root(line_of("three/s_%d.bin", s)), 1000 * s, shard_samples[s] * (SEQ + 1) + 3 * s,
                    s == 1 ? 65536 : VOCAB);
     }
@@ -551,7 +550,7 @@ static void test_loader_order(void) {
     CHECK(memcmp(order, other, SAMPLES * 8) != 0, "two seeds have one order");
 
     static const int ranks[] = {1, 2, 3, 4, 8};
-    static const int64_t batches[] = {1, 2, 5, 60}; // 60: several epochs a batch
+    static const int64_t batches[] = {1, 2, 5, 60}; // 60: several epochs per batch
     for (int r = 0; r < 5; r++) {
         for (int b = 0; b < 4; b++) {
             draw(other, 1, 7, ranks[r], batches[b]);
@@ -561,7 +560,7 @@ static void test_loader_order(void) {
     }
 }
 
-// Shards of equal size are shuffled in different orders.
+// Two shards of equal size are shuffled in different orders.
 static void test_loader_shards_differ(void) {
     DataLoader l;
     int32_t x[SEQ], y[SEQ], order[2][16];
@@ -592,7 +591,7 @@ static void test_loader_resume(void) {
         CHECK(memcmp(x, u, sizeof(x)) == 0 && memcmp(y, v, sizeof(y)) == 0, "resumed at step %d", step);
         CHECK(fresh.epoch == a.epoch && fresh.position == a.position, "position after step %d", step);
         loader_close(&fresh);
-        loader_seek(&b, 40 - step, 3); // somewhere else, then back
+        loader_seek(&b, 40 - step, 3); // seek to another position, then back
         loader_next(&b, u, v);
         loader_seek(&b, epoch, position);
         loader_next(&b, u, v);
@@ -602,8 +601,8 @@ static void test_loader_resume(void) {
     loader_close(&b);
 }
 
-static void check_boundaries(const int32_t *tokens, int eot, int mask, int64_t expected,
-                             const int64_t *starts) {
+static void check_doc_boundaries(const int32_t *tokens, int eot, int mask, int64_t expected,
+                                 const int64_t *starts) {
     int64_t cu[13];
     memset(cu, 0xff, sizeof(cu));
     int64_t n = doc_boundaries(tokens, 3, 4, eot, mask, cu);
@@ -611,16 +610,16 @@ static void check_boundaries(const int32_t *tokens, int eot, int mask, int64_t e
           "eot %d, mask %d: %lld sequences", eot, mask, (long long)n);
 }
 
-static void test_boundaries(void) {
+static void test_doc_boundaries(void) {
     const int32_t tokens[12] = {5, 9, 1, 2, 9, 1, 2, 3, 1, 2, 9, 9};
     const int64_t rows[] = {0, 4, 8, 12}, docs[] = {0, 1, 4, 8, 10, 11, 12};
     const int64_t all[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
     const int32_t ends[12] = {9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9};
-    check_boundaries(tokens, 9, 1, 6, docs);
-    check_boundaries(tokens, 9, 0, 3, rows);
-    check_boundaries(tokens, -1, 1, 3, rows);
-    check_boundaries(tokens, 77, 1, 3, rows);
-    check_boundaries(ends, 9, 1, 12, all);
+    check_doc_boundaries(tokens, 9, 1, 6, docs);
+    check_doc_boundaries(tokens, 9, 0, 3, rows);
+    check_doc_boundaries(tokens, -1, 1, 3, rows);
+    check_doc_boundaries(tokens, 77, 1, 3, rows);
+    check_doc_boundaries(ends, 9, 1, 12, all);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -657,12 +656,12 @@ static void load_tokenizer(const char *path) {
     tokenizer_load(&t, path);
 }
 
-static void encode_dying(const Tokenizer *t, const char *text) {
+static void encode_or_die(const Tokenizer *t, const char *text) {
     int32_t out[64];
     encode(t, text, out);
 }
 
-static void test_tokens_of_several_words(void) {
+static void test_multiword_tokens(void) {
     const char *pieces[10] = {"new york :", "new",      "new york", "city", "york city hall",
                               "san jose :", "new york", ":",        "old",  "new york city park"};
     const int32_t ids[] = {2, 3, 1};
@@ -679,19 +678,19 @@ static void test_tokens_of_several_words(void) {
     check_tokens(&t, "city york city hall :", "[city][york city hall][:]");
     check_tokens(&t, " \n new \t\r\n york\n\ncity\v\f", "[new york][city]");
     check_tokens(&t, "san  jose\t:", "[san jose :]");
-    check_tokens(&t, "new york :", "[new york][:]"); // end-of-text never arises
-    CHECK(encode(&t, "new york", out) == 1 && out[0] == 2, "of the same text the first token counts");
+    check_tokens(&t, "new york :", "[new york][:]"); // text never encodes to the end-of-text token
+    CHECK(encode(&t, "new york", out) == 1 && out[0] == 2, "of tokens with the same text the first one wins");
     out[1] = -7;
     CHECK(tokenizer_encode(&t, "new york city", 13, out, 1) == 2 && out[0] == 2 && out[1] == -7,
           "more tokens than room");
     CHECK(tokenizer_encode(&t, "new york city", 8, out, 64) == 1 && out[0] == 2, "text that ends early");
     CHECK(strcmp(printed(&t, ids, 3), "new york city new") == 0, "'%s'", printed(&t, ids, 3));
-    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "new san"));
-    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_dying(&t, "san jose city"));
-    DIES("no word 'york' (did you mean 'york city hall'?)\n", encode_dying(&t, "old\nyork\ncity"));
-    DIES("no word 'ne'; separate", encode_dying(&t, "ne york"));
-    DIES("no word 'jose'; separate", encode_dying(&t, "jose :"));
-    DIES("no word 'newyork'; separate", encode_dying(&t, "newyork"));
+    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_or_die(&t, "new san"));
+    DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_or_die(&t, "san jose city"));
+    DIES("no word 'york' (did you mean 'york city hall'?)\n", encode_or_die(&t, "old\nyork\ncity"));
+    DIES("no word 'ne'; separate", encode_or_die(&t, "ne york"));
+    DIES("no word 'jose'; separate", encode_or_die(&t, "jose :"));
+    DIES("no word 'newyork'; separate", encode_or_die(&t, "newyork"));
     tokenizer_free(&t);
 }
 
@@ -714,12 +713,12 @@ static void test_word_tokenizer(void) {
     CHECK(strcmp(printed(&t, ids, 6), "the cat sat .") == 0, "'%s'", printed(&t, ids, 6));
     out[2] = -7;
     CHECK(tokenizer_encode(&t, "the cat sat", 11, out, 2) == 3 && out[2] == -7, "more tokens than room");
-    DIES("no word 'dog'", encode_dying(&t, "the dog sat"));
-    DIES("no word 'cat.'", encode_dying(&t, "the cat."));
-    DIES("no word '<|end|>'", encode_dying(&t, "<|end|>"));
-    DIES("no word 'sa'; separate words and punctuation by spaces", encode_dying(&t, "sa"));
+    DIES("no word 'dog'", encode_or_die(&t, "the dog sat"));
+    DIES("no word 'cat.'", encode_or_die(&t, "the cat."));
+    DIES("no word '<|end|>'", encode_or_die(&t, "<|end|>"));
+    DIES("no word 'sa'; separate words and punctuation by spaces", encode_or_die(&t, "sa"));
     tokenizer_free(&t);
-    test_tokens_of_several_words();
+    test_multiword_tokens();
 
     static char raw[4096];
     int64_t size = read_file(path, raw, sizeof(raw));
@@ -732,7 +731,7 @@ static void test_word_tokenizer(void) {
     }
     write_file(in_root("cut.bin"), raw, size + 1);
     DIES("too long", load_tokenizer(in_root("cut.bin")));
-    for (int field = 0; field < 7; field++) { // each field of the header, spoiled
+    for (int field = 0; field < 7; field++) { // an invalid value in each field of the header
         static const char *const expected[] = {
             "is not a tokenizer", "has version 77",  "vocabulary of 77 tokens", "end-of-text 77", "kind 77",
             "pretokenizer 77",    "ignore_merges 77"};
@@ -746,7 +745,7 @@ static void test_word_tokenizer(void) {
     DIES("it is not a file", load_tokenizer(root));
 }
 
-// A small BPE: the 256 bytes, some merges out of order of id, and a special token that text can't make.
+// A small BPE: the 256 bytes, merges whose ranks are not in the order of ids, and a special token.
 static void test_bpe_tokenizer(void) {
     enum { MERGES = 17, N = 256 + MERGES };
     static const char *const merged[MERGES] = {"he",       "ll",   "hell",   "hello", " w",     "or",
@@ -759,7 +758,7 @@ static void test_bpe_tokenizer(void) {
     int lengths[N];
     int32_t ranks[N], out[64];
     for (int i = 0; i < 256; i++) {
-        bytes[i] = (char)(255 - i); // GPT-2's bytes are not in order either
+        bytes[i] = (char)(255 - i); // not in order, like GPT-2's
         pieces[i] = &bytes[i];
         lengths[i] = 1;
         ranks[i] = -1;
@@ -774,7 +773,7 @@ static void test_bpe_tokenizer(void) {
     CHECK(tokenizer_load(&t, in_root("bpe.bin")) == 0 && t.kind == TOKENIZER_BPE && t.vocab_size == N &&
               t.eot == N - 1 && t.rank[256 + 3] == 11 && t.rank[0] == -1,
           "load");
-    check_tokens(&t, "hello", "[hello]"); // he, lo, llo, then "he" + "llo" spells a token
+    check_tokens(&t, "hello", "[hello]"); // he, lo, llo, then he + llo
     check_tokens(&t, "xyz", "[x][yz]");   // the lowest rank first, not the leftmost
     check_tokens(&t, "xyxyz", "[xy][x][yz]");
     check_tokens(&t, "hell", "[hell]");
@@ -790,7 +789,7 @@ static void test_bpe_tokenizer(void) {
         int64_t n = encode(&t, whole[i], out);
         CHECK(strcmp(printed(&t, out, n), whole[i]) == 0, "'%s' does not come back", whole[i]);
     }
-    check_tokens(&t, "xyzz", "[x][yz][z]"); // merges do not reach it
+    check_tokens(&t, "xyzz", "[x][yz][z]"); // no merges lead to xyzz
     t.ignore_merges = 1;
     check_tokens(&t, "xyzz", "[xyzz]");
     check_tokens(&t, "xyzz? xyzzx", "[xyzz][?][ ][x][yz][z][x]");
@@ -801,11 +800,11 @@ static void test_bpe_tokenizer(void) {
     tokenizer_free(&t);
 }
 
-// The ways of splitting text, before merges. test_bpe.py compares them with the libraries of tokenizers.
+// Pre-tokenizers. test_bpe.py compares whole encodings with the tokenizer libraries.
 static void test_pretokens(void) {
     static const struct {
         int split;
-        const char *expected; // the text, with a bar between stretches
+        const char *expected; // the text, with a bar between pre-tokens
     } cases[] = {
         {PRETOKENIZER_GPT2, "Hello| world"},
         {PRETOKENIZER_GPT2, " a|1|b"},
@@ -815,7 +814,7 @@ static void test_pretokens(void) {
         {PRETOKENIZER_GPT2, "a| \n| b"},
         {PRETOKENIZER_GPT2, "x|   "},
         {PRETOKENIZER_GPT2, "?!| ..|a"},
-        {PRETOKENIZER_GPT2, " \xe2\x82\xac"}, // a currency sign is no letter
+        {PRETOKENIZER_GPT2, " \xe2\x82\xac"}, // a currency sign is not a letter
         {PRETOKENIZER_GPT2, "a|\xe2\x82\xac|b"},
         {PRETOKENIZER_GPT2, "caf\xc3\xa9| \xe6\xbc\xa2\xe5\xad\x97|1"},
         {PRETOKENIZER_GPT2, "1\xd9\xa3\xc2\xbd"}, // numbers of other scripts, fractions
@@ -846,12 +845,12 @@ static void test_pretokens(void) {
             snprintf(got + strlen(got), sizeof(got) - strlen(got), "%s%.*s", at > 0 ? "|" : "", (int)n,
                      text + at);
         }
-        CHECK(strcmp(got, cases[i].expected) == 0, "way %d: '%s' where '%s' is expected", cases[i].split, got,
-              cases[i].expected);
+        CHECK(strcmp(got, cases[i].expected) == 0, "pre-tokenizer %d: '%s', expected '%s'", cases[i].split,
+              got, cases[i].expected);
     }
 }
 
-// llm.c's own file, versions 1 and 2.
+// llm.c's tokenizer.bin, versions 1 and 2.
 static void test_llmc_tokenizer(void) {
     for (uint32_t version = 1; version <= 2; version++) {
         int n = version == 1 ? 50257 : 259;
@@ -923,7 +922,7 @@ static void test_sampler(void) {
     DIES("logit of token 1 is", sample_token(nan, 2, 0, 1, 0, order, probs));
     DIES("logit of token 0 is inf", sample_token(inf, 2, 1, 1, 0, order, probs));
 
-    // a large vocabulary, against sorting by hand
+    // a large vocabulary: the sampled token's cumulative probability contains the coin
     enum { BIG = 5000 };
     static float many[BIG], many_probs[BIG];
     static int32_t many_order[BIG];
@@ -961,52 +960,57 @@ static void test_schedule(void) {
 // data/recall.c
 
 typedef struct {
-    int64_t statements, recalls, fillers, filler_turns, held, replaced;
-    int64_t buckets[BUCKETS];
-} Census;
+    int64_t statements, recalls, filler_sentences;
+    int64_t delayed;          // recalls of delayed names
+    int64_t replaced;         // Remember statements that replace a thing
+    int64_t buckets[BUCKETS]; // answers by distance
+} RecallStats;
 
-// Reads a part's only shard by the rules, from its tokens alone, and compares with its answers file.
-static void census(const char *path, int64_t seq_len, int names, int things, int fillers, Census *c) {
+// Checks the grammar and the answers of a recall shard from its tokens, compares them with its answer file,
+// and fills *stats.
+static void check_recall_shard(const char *path, int64_t seq_len, int names, int things, int fillers,
+                               RecallStats *stats) {
     Shard s;
     Answers a;
     uint32_t *doc = (uint32_t *)xmalloc((size_t)(seq_len + 1) * 4);
-    int64_t *place = (int64_t *)xmalloc((size_t)names * 8), *thing = (int64_t *)xmalloc((size_t)names * 8);
+    int64_t *thing_pos = (int64_t *)xmalloc((size_t)names * 8),
+            *thing = (int64_t *)xmalloc((size_t)names * 8);
     int64_t answer = 0, wrong = 0, misplaced = 0, grammar = 0;
-    memset(c, 0, sizeof(*c));
+    memset(stats, 0, sizeof(*stats));
     shard_open(&s, path);
     CHECK(answers_load(&a, path) == 0 && a.seq_len == seq_len, "answers of %s", path);
-    CHECK(s.count % (seq_len + 1) == 0, "%lld tokens are no whole documents", (long long)s.count);
+    CHECK(s.count % (seq_len + 1) == 0, "%lld tokens are not whole documents", (long long)s.count);
     uint32_t name0 = 4, thing0 = 4 + (uint32_t)names, filler0 = thing0 + (uint32_t)things;
     for (int64_t first = 0; first < s.count; first += seq_len + 1) {
-        int64_t held = 0, quarter = (seq_len + 1) / 4;
+        int64_t delayed = 0, quarter = (seq_len + 1) / 4;
         shard_read(&s, first, seq_len + 1, doc);
-        for (int i = 0; i < names; i++) place[i] = thing[i] = -1;
+        for (int i = 0; i < names; i++) thing_pos[i] = thing[i] = -1;
         grammar += doc[0] != 0;
         for (int64_t t = 1; t <= seq_len;) {
             uint32_t verb = doc[t];
             if (verb == 1 || verb == 2) {
-                if (t + 3 > seq_len) break; // cut
-                uint32_t name = doc[t + 1] - name0, told = doc[t + 2] - thing0;
-                if (name >= (uint32_t)names || told >= (uint32_t)things || doc[t + 3] != 3) {
+                if (t + 3 > seq_len) break; // the document ends within the sentence
+                uint32_t name = doc[t + 1] - name0, new_thing = doc[t + 2] - thing0;
+                if (name >= (uint32_t)names || new_thing >= (uint32_t)things || doc[t + 3] != 3) {
                     grammar++;
                     break;
                 }
-                c->statements++;
+                stats->statements++;
                 if (verb == 2) {
-                    c->recalls++;
-                    wrong += thing[name] != (int64_t)told; // the newest thing told
-                    int64_t distance = t + 2 - place[name];
+                    stats->recalls++;
+                    wrong += thing[name] != (int64_t)new_thing; // the answer is the newest thing
+                    int64_t distance = t + 2 - thing_pos[name];
                     if (answer >= a.count || a.answers[answer].index != first + t + 2 ||
-                        a.answers[answer].distance != distance || place[name] < 0) {
+                        a.answers[answer].distance != distance || thing_pos[name] < 0) {
                         misplaced++;
                     }
                     answer++;
-                    c->buckets[bucket_of(distance)]++;
-                    held += place[name] < quarter && t >= seq_len + 1 - quarter;
+                    stats->buckets[bucket_of(distance)]++;
+                    delayed += thing_pos[name] < quarter && t >= seq_len + 1 - quarter;
                 }
-                if (verb == 1) c->replaced += thing[name] >= 0 && thing[name] != (int64_t)told;
-                thing[name] = told;
-                place[name] = t + 2;
+                if (verb == 1) stats->replaced += thing[name] >= 0 && thing[name] != (int64_t)new_thing;
+                thing[name] = new_thing;
+                thing_pos[name] = t + 2;
                 t += 4;
             } else {
                 int64_t words = 0;
@@ -1014,40 +1018,39 @@ static void census(const char *path, int64_t seq_len, int names, int things, int
                     grammar += doc[t + words] >= filler0 + (uint32_t)fillers;
                     words++;
                 }
-                if (t + words > seq_len) break; // cut
+                if (t + words > seq_len) break; // the document ends within the sentence
                 grammar += doc[t + words] != 3 || words != 3;
-                c->filler_turns++;
+                stats->filler_sentences++;
                 t += words + 1;
             }
         }
-        // an answer in a statement whose period was cut off
+        // an answer in the document's last token, without the period of its sentence
         if (answer < a.count && a.answers[answer].index == first + seq_len) {
             uint32_t name = doc[seq_len - 1] - name0;
             wrong += thing[name] != (int64_t)(doc[seq_len] - thing0);
-            misplaced += a.answers[answer].distance != seq_len - place[name];
-            c->buckets[bucket_of(a.answers[answer].distance)]++;
-            held += place[name] < quarter;
+            misplaced += a.answers[answer].distance != seq_len - thing_pos[name];
+            stats->buckets[bucket_of(a.answers[answer].distance)]++;
+            delayed += thing_pos[name] < quarter;
             answer++;
         }
-        c->held += held;
+        stats->delayed += delayed;
     }
-    CHECK(grammar == 0, "%lld sentences against the grammar", (long long)grammar);
-    CHECK(wrong == 0, "%lld of %lld answers are not the newest thing told", (long long)wrong,
-          (long long)answer);
+    CHECK(grammar == 0, "%lld sentences violate the grammar", (long long)grammar);
+    CHECK(wrong == 0, "%lld of %lld answers are not the newest thing", (long long)wrong, (long long)answer);
     CHECK(misplaced == 0 && answer == a.count,
-          "%lld answers at a wrong place or distance, %lld of %lld found", (long long)misplaced,
+          "%lld answers with a wrong index or distance, %lld of %lld found", (long long)misplaced,
           (long long)answer, (long long)a.count);
     shard_close(&s);
     answers_free(&a);
     free(doc);
-    free(place);
+    free(thing_pos);
     free(thing);
 }
 
 static void test_recall(void) {
-    Census c;
+    RecallStats c;
     char before[64], after[64];
-    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0, "recall fails: %s", child_err);
+    CHECK(run_program(recall_main, line_of("-o %s/rec -n 500", root)) == 0, "recall fails: %s", child_err);
     Tokenizer t;
     int32_t tokens[8];
     CHECK(tokenizer_load(&t, in_root("rec/tokenizer.bin")) == 0 && t.kind == TOKENIZER_WORDS &&
@@ -1058,9 +1061,9 @@ static void test_recall(void) {
           "the words of the task");
     CHECK(strcmp(printed(&t, tokens, 5), "Remember Mara : lamp . Recall") == 0, "'%s'",
           printed(&t, tokens, 5));
-    DIES("no word 'Mara' (did you mean 'Mara :'?)", encode_dying(&t, "Recall Mara"));
-    DIES("no word ':'; separate", encode_dying(&t, "Recall : Mara"));
-    for (int i = 0; i < 68; i++) { // no word stands for two tokens
+    DIES("no word 'Mara' (did you mean 'Mara :'?)", encode_or_die(&t, "Recall Mara"));
+    DIES("no word ':'; separate", encode_or_die(&t, "Recall : Mara"));
+    for (int i = 0; i < 68; i++) { // every token encodes to itself
         int length;
         const char *piece = tokenizer_piece(&t, i, &length);
         CHECK(i == 0 || (tokenizer_encode(&t, piece, length, tokens, 8) == 1 && tokens[0] == i), "token %d",
@@ -1068,32 +1071,33 @@ static void test_recall(void) {
     }
     tokenizer_free(&t);
 
-    census(in_root("rec/recall_val_000000.bin"), 256, 16, 16, 32, &c);
+    check_recall_shard(in_root("rec/recall_val_000000.bin"), 256, 16, 16, 32, &c);
     for (int k = 5; k < 8; k++)
         CHECK(c.buckets[k] >= 400, "val bucket %d has %lld", 1 << k, (long long)c.buckets[k]);
-    census(in_root("rec/recall_train_000000.bin"), 256, 16, 16, 32, &c);
+    check_recall_shard(in_root("rec/recall_train_000000.bin"), 256, 16, 16, 32, &c);
     double recalls = (double)c.recalls / (double)c.statements;
-    double fillers = (double)c.filler_turns / (double)(c.filler_turns + c.statements);
+    double fillers = (double)c.filler_sentences / (double)(c.filler_sentences + c.statements);
     CHECK(recalls > 0.74 && recalls < 0.84, "%.3f of the statements are recalls", recalls);
-    CHECK(fillers > 0.085 && fillers < 0.115, "%.3f of the turns are fillers", fillers);
-    CHECK(c.held >= 4 * 500, "%lld held names asked in 500 documents", (long long)c.held);
+    CHECK(fillers > 0.085 && fillers < 0.115, "%.3f of the sentences are fillers", fillers);
+    CHECK(c.delayed >= 4 * 500, "%lld delayed names recalled in 500 documents", (long long)c.delayed);
     CHECK(c.replaced > 50, "things replaced only %lld times", (long long)c.replaced);
 
-    // the same again: nothing is done; other parameters, or a lost file: made anew
+    // with the same parameters nothing is done; with other parameters or a missing file the data is made
+    // again
     struct stat st, again;
     stat(in_root("rec/recall_train_000000.bin"), &st);
-    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
+    CHECK(run_program(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
               strstr(child_out, "nothing to do"),
           "%s", child_out);
     stat(in_root("rec/recall_train_000000.bin"), &again);
     CHECK(st.st_ino == again.st_ino && st.st_mtime == again.st_mtime, "files were made again");
     unlink(in_root("rec/recall_val_000000.answers"));
-    CHECK(run_maker(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
+    CHECK(run_program(recall_main, line_of("-o %s/rec -n 500", root)) == 0 &&
               !strstr(child_out, "nothing to do") && exists(in_root("rec/recall_val_000000.answers")),
           "a lost file was not made again");
     write_file(in_root("rec/recall_val_000001.bin"), "old", 3);
     write_file(in_root("rec/recall_val_000001.answers"), "old", 3);
-    CHECK(run_maker(recall_main,
+    CHECK(run_program(recall_main,
                     line_of("-o %s/rec -n 300 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
               0,
           "%s", child_err);
@@ -1104,15 +1108,15 @@ static void test_recall(void) {
               tokens[2] == 4 + 40,
           "names beyond the built-in ones");
     tokenizer_free(&t);
-    census(in_root("rec/recall_train_000000.bin"), 1000, 40, 7, 3, &c);
-    CHECK(c.held >= 10 * 300 && c.buckets[9] > 0 && c.buckets[8] > 0, "held %lld", (long long)c.held);
+    check_recall_shard(in_root("rec/recall_train_000000.bin"), 1000, 40, 7, 3, &c);
+    CHECK(c.delayed >= 10 * 300 && c.buckets[9] > 0 && c.buckets[8] > 0, "held %lld", (long long)c.delayed);
     Shard s;
     shard_open(&s, in_root("rec/recall_val_000000.bin"));
     CHECK(s.count == 20 * 1001, "%lld tokens", (long long)s.count);
     shard_close(&s);
 
-    // same seed, same bytes; the number of documents does not change a document; another seed does
-    CHECK(run_maker(recall_main,
+    // the same seed gives the same documents, whatever their number; training and validation documents differ
+    CHECK(run_program(recall_main,
                     line_of("-o %s/rec2 -n 5 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
               0,
           "%s", child_err);
@@ -1130,7 +1134,7 @@ static void test_recall(void) {
     shard_close(&s);
     shard_close(&s2);
 
-    // contexts and sizes at the edges
+    // extreme contexts and sizes
     static const struct {
         int64_t seq_len;
         int names, things, fillers;
@@ -1138,40 +1142,40 @@ static void test_recall(void) {
                  {127, 4, 16, 32},   {126, 7, 4, 2},      {128, 5, 3, 3},  {257, 64, 9, 9},
                  {4096, 16, 16, 32}, {65536, 16, 16, 32}, {300, 300, 2, 1}};
     for (size_t i = 0; i < sizeof(edges) / sizeof(edges[0]); i++) {
-        CHECK(run_maker(recall_main, line_of("-o %s/edge -t %d -n 3 -m 2 -names %d -things %d -fillers %d",
+        CHECK(run_program(recall_main, line_of("-o %s/edge -t %d -n 3 -m 2 -names %d -things %d -fillers %d",
                                              root, (int)edges[i].seq_len, edges[i].names, edges[i].things,
                                              edges[i].fillers)) == 0,
               "%s", child_err);
-        census(in_root("edge/recall_train_000000.bin"), edges[i].seq_len, edges[i].names, edges[i].things,
-               edges[i].fillers, &c);
+        check_recall_shard(in_root("edge/recall_train_000000.bin"), edges[i].seq_len, edges[i].names,
+                           edges[i].things, edges[i].fillers, &c);
         if (edges[i].seq_len == 65536) {
             for (int k = 2; k < 16; k++) CHECK(c.buckets[k] > 0, "no distance from %d at 65536", 1 << k);
         }
     }
 
-    // errors: one line, nothing touched
+    // errors: one line, no file changed
     int64_t n = read_file(in_root("rec2/recall.txt"), before, sizeof(before));
-    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -t 31", root)) == 1 &&
+    CHECK(run_program(recall_main, line_of("-o %s/rec2 -t 31", root)) == 1 &&
               strstr(child_err, "-t 31: must be a whole number from 32 to 65536"),
           "%s", child_err);
-    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -x 31", root)) == 1 && strstr(child_err, "'-x'"), "%s",
+    CHECK(run_program(recall_main, line_of("-o %s/rec2 -x 31", root)) == 1 && strstr(child_err, "'-x'"), "%s",
           child_err);
-    CHECK(run_maker(recall_main, line_of("-o %s/rec2 -things", root)) == 1 &&
+    CHECK(run_program(recall_main, line_of("-o %s/rec2 -things", root)) == 1 &&
               strstr(child_err, "-things (no value)"),
           "%s", child_err);
-    CHECK(run_maker(recall_main, "-t 64") == 1 && strstr(child_err, "-o DIR is missing"), "%s", child_err);
+    CHECK(run_program(recall_main, "-t 64") == 1 && strstr(child_err, "-o DIR is missing"), "%s", child_err);
     CHECK(read_file(in_root("rec2/recall.txt"), after, sizeof(after)) == n &&
               memcmp(before, after, (size_t)n) == 0,
           "an error touched the data");
     write_file(in_root("plain_file"), "x", 1);
-    CHECK(run_maker(recall_main, line_of("-o %s/plain_file/sub", root)) == 1 &&
+    CHECK(run_program(recall_main, line_of("-o %s/plain_file/sub", root)) == 1 &&
               strstr(child_err, "a file has that name"),
           "%s", child_err);
     const char *bytes[1] = {"b"};
     const int one[1] = {1};
     make_dirs(in_root("taken"));
     tokenizer_write(in_root("taken/tokenizer.bin"), TOKENIZER_BYTES, 1, -1, bytes, one, NULL);
-    CHECK(run_maker(recall_main, line_of("-o %s/taken", root)) == 1 &&
+    CHECK(run_program(recall_main, line_of("-o %s/taken", root)) == 1 &&
               strstr(child_err, "belongs to other data") && count_files("taken/*") == 1,
           "%s", child_err);
 }
@@ -1188,13 +1192,14 @@ static void test_text(void) {
     write_file(in_root("in/sub/a.txt"), a, 5000);
     write_file(in_root("in/empty.txt"), "", 0);
     write_file(in_root("in/.hidden"), "hidden", 6);
-    CHECK(run_maker(text_main, line_of("-o %s/out -name my -shard 1024 %s/in", root, root)) == 0, "%s",
+    CHECK(run_program(text_main, line_of("-o %s/out -name my -shard 1024 %s/in", root, root)) == 0, "%s",
           child_err);
     CHECK(count_files("out/my_train_*.bin") == 7 && count_files("out/my_val_*.bin") == 1 &&
               count_files("out/*.tmp") == 0,
           "%d and %d shards", count_files("out/my_train_*.bin"), count_files("out/my_val_*.bin"));
 
-    // sub/a.txt comes before z.txt; each loses its last tenth to val; each part begins with end-of-text
+    // sub/a.txt comes before z.txt; the last tenth of each file is for validation, the rest for training;
+    // each part begins with end-of-text
     static uint32_t train[6302], val[702], expected[6302];
     int64_t at = 0, n = 0;
     for (int i = 0; i < 7; i++) {
@@ -1240,13 +1245,13 @@ static void test_text(void) {
     CHECK(strcmp(printed(&t, tokens, 4), "x<|endoftext|>") == 0, "'%s'", printed(&t, tokens, 4));
     tokenizer_free(&t);
 
-    // fewer shards than before: the rest of the old ones goes
-    CHECK(run_maker(text_main, line_of("-o %s/out -name my -val 0 -shard 5000 %s/in", root, root)) == 0, "%s",
+    // fewer shards than before: the remaining old shards are removed
+    CHECK(run_program(text_main, line_of("-o %s/out -name my -val 0 -shard 5000 %s/in", root, root)) == 0, "%s",
           child_err);
     CHECK(count_files("out/my_train_*.bin") == 2 && count_files("out/my_val_*.bin") == 0,
           "old shards are left");
 
-    // errors leave everything as it was
+    // errors change no file
     static const struct {
         const char *arguments, *message;
     } bad[] = {{"-o %s/out -name my %s/nowhere.txt", "No such file"},
@@ -1259,19 +1264,19 @@ static void test_text(void) {
                {"-o %s/plain_file/x %s/in", "a file has that name"},
                {"-o %s/rec %s/in", "belongs to other data"}};
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
-        int code = run_maker(text_main, line_of(bad[i].arguments, root, root));
+        int code = run_program(text_main, line_of(bad[i].arguments, root, root));
         CHECK(code == 1 && strncmp(child_err, "error: ", 7) == 0 && strstr(child_err, bad[i].message) != NULL,
               "%s: %d, '%s'", bad[i].arguments, code, child_err);
     }
     make_dirs(in_root("nothing/here"));
-    CHECK(run_maker(text_main, line_of("-o %s/out -name my %s/nothing", root, root)) == 1 &&
+    CHECK(run_program(text_main, line_of("-o %s/out -name my %s/nothing", root, root)) == 1 &&
               strstr(child_err, "nothing to tokenize"),
           "%s", child_err);
-    CHECK(run_maker(text_main, line_of("%s/in", root)) == 1 && strstr(child_err, "-o DIR is missing"), "%s",
+    CHECK(run_program(text_main, line_of("%s/in", root)) == 1 && strstr(child_err, "-o DIR is missing"), "%s",
           child_err);
     CHECK(count_files("out/*") == 3 && count_files("out/*.tmp") == 0, "%d files", count_files("out/*"));
 
-    // a disk that fills up on the way: no new shard, the old ones stand
+    // the disk becomes full: no new shard is left, the old shards stay
     struct stat before, after;
     int code;
     stat(in_root("out/my_train_000000.bin"), &before);
@@ -1308,7 +1313,7 @@ int main(int argc, char **argv) {
     test_loader_order();
     test_loader_shards_differ();
     test_loader_resume();
-    test_boundaries();
+    test_doc_boundaries();
     test_word_tokenizer();
     test_bpe_tokenizer();
     test_pretokens();

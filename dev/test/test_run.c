@@ -1,6 +1,6 @@
-// test_run.c: what a run is made of besides the model and the data: fsa_config_check, config.h,
-// options.h, checkpoint.h, logger.h. Each error path runs in a child process, whose exit code and
-// stderr are checked; a child that saves checkpoints is killed at random moments.
+// test_run.c: tests fsa_config_check, config.h, options.h, checkpoint.h and logger.h. Each error path runs in
+// a child process, and its exit code and stderr are checked. A child that writes checkpoints is killed at
+// random times.
 #include "../../llmc/utils.h"
 #include "../../llmc/checkpoint.h"
 #include "../../llmc/config.h"
@@ -10,23 +10,24 @@
 #include <signal.h>
 #include <sys/wait.h>
 
-static char dir[256]; // of this test, removed at its end
+static char dir[256]; // temporary folder of this test
 
 // ----------------------------------------------------------------------------
-// Children
+// Child processes
 
 typedef struct {
-    int code; // exit code, -1: a signal
+    int code; // exit code, -1: killed by a signal
     char out[32768], err[4096];
 } Child;
 
-static void slurp(const char *path, char *text, size_t size) {
+static void read_text(const char *path, char *text, size_t size) {
     FILE *f = fopen(path, "rb");
     size_t n = f ? fread(text, 1, size - 1, f) : 0;
     text[n] = '\0';
     if (f) fclose(f);
 }
 
+// Runs run(argument) in a child process, and returns its exit code and output.
 static Child child(void (*run)(void *), void *argument) {
     Child c;
     char out[300], err[300];
@@ -42,21 +43,21 @@ static Child child(void (*run)(void *), void *argument) {
     int status = 0;
     if (pid < 0 || waitpid(pid, &status, 0) != pid) die("fork: %s", strerror(errno));
     c.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    slurp(out, c.out, sizeof c.out);
-    slurp(err, c.err, sizeof c.err);
+    read_text(out, c.out, sizeof c.out);
+    read_text(err, c.err, sizeof c.err);
     return c;
 }
 
-static int lines(const char *text) {
+static int count_lines(const char *text) {
     int n = 0;
     for (; *text; text++) n += *text == '\n';
     return n;
 }
 
-// One line "error: ..." that holds each of two texts, and exit code 1.
+// Checks that the child exited with code 1 and one line "error: ..." on stderr that contains texts a and b.
 static void check_died(const Child *c, const char *what, const char *a, const char *b) {
     CHECK(c->code == 1, "%s: exit code %d, stderr: %s", what, c->code, c->err);
-    CHECK(lines(c->err) == 1 && strncmp(c->err, "error: ", 7) == 0, "%s: stderr: %s", what, c->err);
+    CHECK(count_lines(c->err) == 1 && strncmp(c->err, "error: ", 7) == 0, "%s: stderr: %s", what, c->err);
     CHECK(strstr(c->err, a) && strstr(c->err, b), "%s: '%s' and '%s' expected in: %s", what, a, b, c->err);
 }
 
@@ -70,7 +71,7 @@ static void test_fsa_config(void) {
     FsaConfig c;
 #define BAD(field, value, named)                                                                             \
     c = good, c.field = (value);                                                                             \
-    CHECK(fsa_config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !lines(msg),                  \
+    CHECK(fsa_config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !count_lines(msg),            \
           #field " " #value ": '%s'", msg)
 #define GOOD(field, value)                                                                                   \
     c = good, c.field = (value);                                                                             \
@@ -90,7 +91,7 @@ static void test_fsa_config(void) {
     BAD(head_dim, 63, "head_dim 63");
     GOOD(head_dim, 2);
     BAD(cmp_len, 0, "cmp_len 0");
-    BAD(cmp_len, 40, "cmp_len 40"); // s = 16 does not divide it
+    BAD(cmp_len, 40, "cmp_len 40"); // not a multiple of s = 16
     BAD(cmp_len, 80, "cmp_len 80"); // > B
     GOOD(cmp_len, 64);
     GOOD(cmp_len, 16);
@@ -103,7 +104,7 @@ static void test_fsa_config(void) {
     BAD(block, 8, "block 8");
     BAD(block, 16, "block 16"); // < l
     GOOD(block, 48);
-    c = good, c.cmp_len = c.cmp_stride = 24; // divides l and not B
+    c = good, c.cmp_len = c.cmp_stride = 24; // s divides l, but not B
     CHECK(fsa_config_check(&c, msg, sizeof msg) == -1 && strstr(msg, "cmp_stride 24"), "%s", msg);
     BAD(topk, 0, "topk 0");
     BAD(topk, 2, "topk 2");
@@ -158,7 +159,8 @@ static void test_model_config(void) {
     CHECK(good.padded_vocab == 256, "%d", good.padded_vocab);
 #define BAD(field, value, named)                                                                             \
     c = good, c.field = (value);                                                                             \
-    CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !lines(msg), #field ": '%s'", msg)
+    CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, named) && !count_lines(msg),                \
+          #field ": '%s'", msg)
     BAD(vocab_size, 0, "-vocab");
     BAD(vocab_size, -5, "vocab -5");
     BAD(vocab_size, 257, "padded-vocab 256");
@@ -180,7 +182,7 @@ static void test_model_config(void) {
     c = good, c.rope_factor = 8, c.rope_low_freq = 4;
     CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, "rope-low-freq 4"), "%s", msg);
 
-    // every field stands in the table once, and survives set, get and print
+    // every field is in the table once, and set and get agree
     const ModelField *f = model_fields(&count);
     for (int i = 0; i < count; i++) {
         memset(&c, 0, sizeof c);
@@ -201,7 +203,7 @@ static void test_rope(void) {
     rope_inv_freq(&c, f);
     for (int i = 0; i < 64; i++)
         CHECK(fabs(f[i] / exp(-i / 64.0 * log(5e5)) - 1) < 1e-14, "channel %d: %.17g", i, f[i]);
-    // Llama 3.1's scaling, by Hugging Face's formula in float64
+    // Llama 3.1's scaling; expected values from Hugging Face's formula in float64
     c.rope_factor = 8, c.rope_original_len = 8192;
     rope_inv_freq(&c, f);
     static const struct {
@@ -220,7 +222,7 @@ static void test_rope(void) {
 static void test_param_table(void) {
     static const struct {
         const char *preset;
-        long long total; // of the published model
+        long long total; // parameters of the published model
     } known[] = {{"llama3-8b", 8030261248}, {"qwen3-14b", 14768307200}, {"qwen2.5-7b", 7615616512}};
     int64_t total;
     for (int i = 0; i < 3; i++) {
@@ -229,7 +231,7 @@ static void test_param_table(void) {
         param_table(&c, NULL, &total);
         CHECK(total == known[i].total, "%s: %lld", known[i].preset, (long long)total);
     }
-    // a small model with everything; every number different
+    // a small model with all optional tensors and distinct sizes
     ModelConfig c = preset_config("tiny", 200);
     c.layers = 2, c.channels = 24, c.hidden = 40, c.qkv_bias = c.qk_norm = 1;
     c.fsa.q_heads = 6, c.fsa.kv_heads = 2, c.fsa.head_dim = 10, c.fsa.cmp_len = 32, c.fsa.cmp_stride = 16;
@@ -293,7 +295,7 @@ static void test_params_init(void) {
         for (int64_t i = 0; i < t[k].size; i++) {
             double mean = 0;
             if (t[k].init == INIT_ONES) mean = 1;
-            // the place in [Hkv, l, d, d] of window token and channels
+            // the diagonal of each [d, d] matrix in [Hkv, l, d, d]
             if (strstr(t[k].name, "phi_w") && i % 32 == (i / 32) % 32) mean = 1.0 / 16;
             sum += x[i] - mean;
             squares += (x[i] - mean) * (x[i] - mean);
@@ -309,11 +311,12 @@ static void test_params_init(void) {
               "%s: mean off by %g, std %g, expected %g", t[k].name, sum / size, std, want);
         CHECK(want == 0 ? same == t[k].size : same < t[k].size / 100, "%s: another seed", t[k].name);
     }
-    CHECK(a[t[2].offset] != a[t[0].offset], "tensors draw from different streams");
+    CHECK(a[t[2].offset] != a[t[0].offset], "two tensors use one random stream");
     free(a);
     free(b);
 }
 
+// Counts the visible pairs query by query.
 static double brute_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
     double pairs = 0;
     for (int64_t t = 0; t < n; t++) {
@@ -339,12 +342,12 @@ static void test_flops(void) {
     int64_t total, n = 100;
     c.attn = ATTN_FULL;
     param_table(&c, NULL, &total);
-    // all weights but wte and the norms take part in products
+    // all weights except wte and the norms are operands of matmuls
     double weights = (double)total - (double)c.padded_vocab * c.channels - 65.0 * c.channels;
     double want = 6 * weights * (double)n + 32.0 * 32 * 12 * 128 * 5050;
     CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
     c.attn = ATTN_NSA;
-    double compressed = 16 * (1 + 2 + 3 + 4) + 5 * 5; // 69 queries see windows, each 16 one more
+    double compressed = 16 * (1 + 2 + 3 + 4) + 5 * 5; // 69 queries see windows, one more every 16 queries
     want = 6 * weights * (double)n + 6.0 * 32 * 3 * 32 * 4096 * (double)n +
            32.0 * 32 * 12 * 128 * (5050 + 5050 + compressed) + 32.0 * 32 * 2 * 128 * compressed +
            32.0 * 8 * 12 * 32 * 128 * 128 * 5;
@@ -357,9 +360,9 @@ static void test_flops(void) {
 // ----------------------------------------------------------------------------
 // Options
 
-// Splits at spaces; '' is an empty word.
+// Parses a command line whose words are separated by spaces; '' is an empty word.
 static void parse(Options *o, const char *line) {
-    static char text[16][1024]; // Options points into them
+    static char text[16][1024]; // Options points into the text
     static int next;
     static char *argv[16][40];
     int k = next++ % 16, argc = 1;
@@ -385,8 +388,9 @@ static void test_options(void) {
     CHECK(options_given(&o, "i") && !options_given(&o, "j") && !options_given(&o, "topk"), "given");
     parse(&o, "-i a -j b -e tiny -o d -n 7 -nk 2 -y 1 -b 3 -t 64 -d 384 -x 50 -l 2e-3 -u 5 -q 0.25 -c 0.2 "
               "-v 9 -m 8 -s 11 -g 12");
-    CHECK(!strcmp(o.val, "b") && !strcmp(o.init_from, "tiny") && !strcmp(o.output, "d") && o.save_every == 7 &&
-              o.keep == 2 && o.resume == 1 && o.batch == 3 && o.seq_len == 64 && o.total_batch == 384,
+    CHECK(!strcmp(o.val, "b") && !strcmp(o.init_from, "tiny") && !strcmp(o.output, "d") &&
+              o.save_every == 7 && o.keep == 2 && o.resume == 1 && o.batch == 3 && o.seq_len == 64 &&
+              o.total_batch == 384,
           "values");
     CHECK(o.max_steps == 50 && o.lr == 2e-3 && o.warmup == 5 && o.final_frac == 0.25 &&
               o.weight_decay == 0.2 && o.val_every == 9 && o.val_batches == 8 && o.sample_every == 11 &&
@@ -429,7 +433,7 @@ static void test_options(void) {
           "model flags");
 
     static const char *const bad[][3] = {
-        // command line, two texts of the message
+        // command line, two texts that the message must contain
         {"", "no training data", "-i"},
         {"-i a -overfitt 1", "-overfitt", "did you mean -overfit?"},
         {"-i a -lyaers 1", "-lyaers", "-layers?"},
@@ -516,10 +520,10 @@ static void test_options(void) {
 typedef struct {
     const char *line;
     ModelConfig model;
-} Against;
+} ModelCheck;
 
-static void run_against(void *argument) {
-    Against *a = (Against *)argument;
+static void run_check_model(void *argument) {
+    ModelCheck *a = (ModelCheck *)argument;
     Options o;
     parse(&o, a->line);
     options_check_model(&o, &a->model, 256);
@@ -534,7 +538,7 @@ static void run_micro_batches(void *argument) {
 static void test_options_checkpoint(void) {
     ModelConfig trained = preset_config("recall", 70), c;
     Options o;
-    Against a;
+    ModelCheck a;
     static const char *const bad[][3] = {
         {"-i a -layers 3", "-layers 3", "has 2"},
         {"-i a -attn full", "-attn full", "has nsa"},
@@ -548,14 +552,14 @@ static void test_options_checkpoint(void) {
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         a.line = bad[i][0], a.model = trained;
-        Child r = child(run_against, &a);
+        Child r = child(run_check_model, &a);
         check_died(&r, bad[i][0], bad[i][1], bad[i][2]);
     }
     static const char *const good[] = {"-i a", "-i a -e recall", "-i a -layers 2 -attn nsa -vocab 70",
                                        "-i a -t 64", "-i a -theta 1e4"};
     for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
         a.line = good[i], a.model = trained;
-        Child r = child(run_against, &a);
+        Child r = child(run_check_model, &a);
         CHECK(r.code == 0 && r.err[0] == '\0', "%s: %s", good[i], r.err);
     }
     c = trained;
@@ -571,9 +575,9 @@ static void test_options_checkpoint(void) {
     options_check_model(&o, &c, 512);
     CHECK(o.seq_len == 512 && c.rope_theta == 1e6 && c.rope_factor == 4, "resumed at the longer context");
     a.line = "-i a -e recall", a.model = trained,
-    a.model.rope_theta = 1e6; // changed by a longer continuation
-    Child r = child(run_against, &a);
-    CHECK(r.code == 0, "a preset says nothing about RoPE: %s", r.err);
+    a.model.rope_theta = 1e6; // changed by an earlier run at a longer context
+    Child r = child(run_check_model, &a);
+    CHECK(r.code == 0, "a preset must not override RoPE's fields: %s", r.err);
     r = child(run_micro_batches, (void *)"-i a -t 64 -b 2 -d 128");
     check_died(&r, "-d", "-d 128: must be a multiple of b*t*processes = 256", "try -d 256");
 }
@@ -594,11 +598,11 @@ static TrainState make_state(int64_t step) {
     return s;
 }
 
-static void save(const char *where, int64_t step) {
+static void save(const char *folder, int64_t step) {
     TrainState s = make_state(step);
     for (int a = 0; a < 3; a++)
         for (int64_t i = 0; i < model_size; i++) arrays[a][i] = pattern(a, i, step);
-    checkpoint_save(where, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
+    checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
 }
 
 static void load(const char *path, TrainState *s, int all) {
@@ -607,15 +611,15 @@ static void load(const char *path, TrainState *s, int all) {
     checkpoint_load(path, &model, s, loaded[0], all ? loaded[1] : NULL, all ? loaded[2] : NULL, model_size);
 }
 
-// How many elements of array a are not what save(step) wrote.
-static int64_t wrong(int a, int64_t step) {
+// Returns the number of elements of array a that differ from what save(step) wrote.
+static int64_t num_wrong(int a, int64_t step) {
     int64_t n = 0;
     for (int64_t i = 0; i < model_size; i++) n += loaded[a][i] != pattern(a, i, step);
     return n;
 }
 
-static void run_save(void *where) {
-    save((const char *)where, 1);
+static void run_save(void *folder) {
+    save((const char *)folder, 1);
 }
 
 static void run_load(void *path) {
@@ -628,18 +632,18 @@ static void run_load_weights(void *path) {
     load((const char *)path, &s, 0);
 }
 
-static void run_newest(void *where) {
+static void run_newest(void *folder) {
     char path[PATH_BYTES];
-    if (!checkpoint_newest((const char *)where, path)) path[0] = '\0';
+    if (!checkpoint_newest((const char *)folder, path)) path[0] = '\0';
     printf("%s", path);
 }
 
-static void run_dir_check_new(void *where) {
-    checkpoint_dir_check((const char *)where, 0);
+static void run_dir_check_new(void *folder) {
+    checkpoint_dir_check((const char *)folder, 0);
 }
 
-static void run_dir_check_resume(void *where) {
-    checkpoint_dir_check((const char *)where, 1);
+static void run_dir_check_resume(void *folder) {
+    checkpoint_dir_check((const char *)folder, 1);
 }
 
 static void flip(const char *path, int64_t at, int bit) {
@@ -651,15 +655,15 @@ static void flip(const char *path, int64_t at, int bit) {
     if (!ok || fclose(f) != 0) die("cannot change %s", path);
 }
 
-static int exists(const char *where, const char *name) {
+static int exists(const char *folder, const char *name) {
     char path[PATH_BYTES];
-    snprintf(path, sizeof path, "%s/%s", where, name);
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     return access(path, F_OK) == 0;
 }
 
-static void make_file(const char *where, const char *name, const char *text) {
+static void make_file(const char *folder, const char *name, const char *text) {
     char path[PATH_BYTES];
-    snprintf(path, sizeof path, "%s/%s", where, name);
+    snprintf(path, sizeof path, "%s/%s", folder, name);
     FILE *f = fopen(path, "wb");
     if (!f || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write %s", path);
 }
@@ -682,35 +686,38 @@ static void test_checksum(void) {
 }
 
 static void test_checkpoint_file(void) {
-    char where[300], path[PATH_BYTES], why[CHECKPOINT_MSG_BYTES];
-    snprintf(where, sizeof where, "%s/a/b", dir);
-    checkpoint_dir_check(where, 0);
-    save(where, 12);
-    checkpoint_path(path, sizeof path, where, 12);
+    char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES];
+    snprintf(folder, sizeof folder, "%s/a/b", dir);
+    checkpoint_dir_check(folder, 0);
+    save(folder, 12);
+    checkpoint_path(path, sizeof path, folder, 12);
     CHECK(strstr(path, "/a/b/ckpt_00000012.bin") != NULL, "%s", path);
-    CHECK(!exists(where, "ckpt_00000012.bin.tmp"), "temporary file left");
+    CHECK(!exists(folder, "ckpt_00000012.bin.tmp"), "temporary file left");
     ModelConfig c;
     TrainState s, want = make_state(12);
-    CHECK(checkpoint_read_header(path, &c, &s, why) == 0, "%s", why);
+    CHECK(checkpoint_read_header(path, &c, &s, msg) == 0, "%s", msg);
     CHECK(memcmp(&s, &want, sizeof s) == 0, "state");
     int count;
     const ModelField *f = model_fields(&count);
     for (int i = 0; i < count; i++)
         CHECK(model_field_get(&c, &f[i]) == model_field_get(&model, &f[i]), "%s", f[i].name);
     load(path, &s, 1);
-    for (int a = 0; a < 3; a++) CHECK(wrong(a, 12) == 0, "array %d: %lld differ", a, (long long)wrong(a, 12));
+    for (int a = 0; a < 3; a++)
+        CHECK(num_wrong(a, 12) == 0, "array %d: %lld differ", a, (long long)num_wrong(a, 12));
     CHECK(memcmp(&s, &want, sizeof s) == 0, "state");
     load(path, &s, 0);
-    CHECK(wrong(0, 12) == 0 && isnan(loaded[1][0]), "weights alone");
-    CHECK(checkpoint_verify(path, why) == 0, "%s", why);
+    CHECK(num_wrong(0, 12) == 0 && isnan(loaded[1][0]), "weights alone");
+    CHECK(checkpoint_verify(path, msg) == 0, "%s", msg);
 
-    // every bit of the header, and of the rest the ends of every chunk, random bytes, all checksums
-    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_num_chunks(model_size), table = 24 * chunks;
+    // flip one bit of: each header byte, the ends of each chunk, random bytes of the arrays, each checksum
+    // byte
+    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_num_chunks(model_size),
+            table = 24 * chunks;
     int missed = 0;
     CHECK(chunks == 3, "%lld chunks", (long long)chunks);
     for (int64_t at = 0; at < CHECKPOINT_HEADER_BYTES; at++) {
         flip(path, at, (int)(at % 8));
-        missed += checkpoint_read_header(path, &c, &s, why) == 0 || lines(why);
+        missed += checkpoint_read_header(path, &c, &s, msg) == 0 || count_lines(msg);
         flip(path, at, (int)(at % 8));
     }
     CHECK(missed == 0, "%d flips in the header missed", missed);
@@ -718,38 +725,39 @@ static void test_checkpoint_file(void) {
     rng_seed(&rng, (uint64_t)getpid(), 1);
     for (int64_t i = 0; i < 18 + 30 + table; i++) {
         int64_t a = i / 6, end = CHECKPOINT_HEADER_BYTES + 4 * model_size * (a + 1);
-        int64_t from = CHECKPOINT_HEADER_BYTES + 4 * model_size * a + i / 2 % 3 * CHECKPOINT_CHUNK_BYTES, at = from;
+        int64_t from = CHECKPOINT_HEADER_BYTES + 4 * model_size * a + i / 2 % 3 * CHECKPOINT_CHUNK_BYTES,
+                at = from;
         if (i % 2) at = (from + CHECKPOINT_CHUNK_BYTES < end ? from + CHECKPOINT_CHUNK_BYTES : end) - 1;
         if (i >= 18) at = CHECKPOINT_HEADER_BYTES + rng_below(&rng, 12 * model_size);
         if (i >= 48) at = size - table + i - 48;
         int bit = (int)rng_below(&rng, 8);
         flip(path, at, bit);
-        if (checkpoint_verify(path, why) == 0 || !strstr(why, "damaged") || !strstr(why, path)) {
+        if (checkpoint_verify(path, msg) == 0 || !strstr(msg, "damaged") || !strstr(msg, path)) {
             missed++;
             printf("missed: bit %d of byte %lld\n", bit, (long long)at);
         }
         flip(path, at, bit);
     }
-    CHECK(checkpoint_verify(path, why) == 0, "all flipped back: %s", why);
+    CHECK(checkpoint_verify(path, msg) == 0, "all flipped back: %s", msg);
     CHECK(missed == 0, "%d flips missed", missed);
     flip(path, CHECKPOINT_HEADER_BYTES + 5, 3);
     Child r = child(run_load, path);
     check_died(&r, "params flipped", path, "parameters");
     r = child(run_load_weights, path);
     check_died(&r, "params flipped", path, "damaged");
-    save(where, 12);
+    save(folder, 12);
     flip(path, CHECKPOINT_HEADER_BYTES + 4 * model_size, 7);
     r = child(run_load, path);
     check_died(&r, "m flipped", path, "AdamW m");
     r = child(run_load_weights, path);
     CHECK(r.code == 0, "weights are good: %s", r.err);
-    save(where, 12);
+    save(folder, 12);
     flip(path, CHECKPOINT_HEADER_BYTES + 12 * model_size - 1, 0);
     r = child(run_load, path);
     check_died(&r, "v flipped", path, "AdamW v");
 
-    // two chunks swapped
-    save(where, 12);
+    // swap two chunks and their checksums
+    save(folder, 12);
     {
         FILE *file = fopen(path, "r+b");
         char *one = (char *)xmalloc(CHECKPOINT_CHUNK_BYTES), *two = (char *)xmalloc(CHECKPOINT_CHUNK_BYTES);
@@ -767,31 +775,31 @@ static void test_checkpoint_file(void) {
         free(one);
         free(two);
     }
-    CHECK(checkpoint_verify(path, why) != 0, "swapped chunks");
+    CHECK(checkpoint_verify(path, msg) != 0, "swapped chunks");
 
-    // cuts, and something appended
+    // truncated files, and a file with an appended byte
     const int64_t cuts[] = {0, 1, 15, 16, 4095, 4096, 4097, size / 2, size - 8, size - 1};
     for (int i = (int)(sizeof cuts / sizeof cuts[0]) - 1; i >= 0; i--) {
-        if (i == (int)(sizeof cuts / sizeof cuts[0]) - 1) save(where, 12);
+        if (i == (int)(sizeof cuts / sizeof cuts[0]) - 1) save(folder, 12);
         if (truncate(path, (off_t)cuts[i]) != 0) die("truncate %s", path);
         r = child(i % 2 ? run_load : run_load_weights, path);
         check_died(&r, "cut", path, cuts[i] < 16 ? "not a checkpoint" : "truncated");
     }
-    save(where, 12);
+    save(folder, 12);
     FILE *file = fopen(path, "ab");
     if (!file || fputc(0, file) == EOF || fclose(file) != 0) die("cannot append");
     r = child(run_load, path);
     check_died(&r, "appended", path, "too long");
 
     // other files
-    make_file(where, "ckpt_00000012.bin", "This is a text, and it is not a checkpoint at all.\n");
+    make_file(folder, "ckpt_00000012.bin", "This is a text, and it is not a checkpoint at all.\n");
     r = child(run_load, path);
     check_died(&r, "text", path, "not a checkpoint");
     r = child(run_load, (void *)"/no/such/file.bin");
     check_died(&r, "missing", "/no/such/file.bin", "No such file");
-    r = child(run_load, where);
-    check_died(&r, "folder", where, "directory");
-    save(where, 12);
+    r = child(run_load, folder);
+    check_died(&r, "folder", folder, "directory");
+    save(folder, 12);
     unsigned char header[CHECKPOINT_HEADER_BYTES];
     file = fopen(path, "r+b");
     if (!file || fread(header, 1, sizeof header, file) != sizeof header) die("cannot read");
@@ -802,8 +810,8 @@ static void test_checkpoint_file(void) {
     r = child(run_load, path);
     check_died(&r, "version", "version 9", "version 1");
 
-    // another model: the same size, but another topk; then another vocabulary
-    save(where, 12);
+    // another model: the same size, but another topk; then another attention mode
+    save(folder, 12);
     model.fsa.topk = 5;
     r = child(run_load, path);
     check_died(&r, "topk", "topk is 4, not 5", path);
@@ -820,11 +828,11 @@ static void test_checkpoint_file(void) {
     check_died(&r, "unwritable", "/dev/null/x/ckpt_00000001.bin", "cannot write");
     if (access("/dev/full", W_OK) == 0) {
         char full[400];
-        snprintf(full, sizeof full, "%s/ckpt_00000001.bin.tmp", where);
+        snprintf(full, sizeof full, "%s/ckpt_00000001.bin.tmp", folder);
         if (symlink("/dev/full", full) != 0) die("symlink");
-        r = child(run_save, where);
+        r = child(run_save, folder);
         check_died(&r, "full disk", "cannot write", "disk");
-        CHECK(!exists(where, "ckpt_00000001.bin") && !exists(where, "ckpt_00000001.bin.tmp"),
+        CHECK(!exists(folder, "ckpt_00000001.bin") && !exists(folder, "ckpt_00000001.bin.tmp"),
               "a file was left");
     } else {
         SKIP("full disk: no /dev/full");
@@ -832,95 +840,95 @@ static void test_checkpoint_file(void) {
 }
 
 static void test_checkpoint_folder(void) {
-    char where[300], path[PATH_BYTES], expected[PATH_BYTES];
-    snprintf(where, sizeof where, "%s/folder", dir);
-    CHECK(checkpoint_newest(where, path) == 0, "no folder");
-    checkpoint_dir_check(where, 1);
-    CHECK(checkpoint_newest(where, path) == 0, "empty");
-    make_file(where, "ckpt_00000099.bin.tmp", "x");
-    make_file(where, "ckpt_1.bin", "x");
-    make_file(where, "ckpt_00000001.binx", "x");
-    make_file(where, "ckpt_0000001a.bin", "x");
-    make_file(where, "other.tmp", "x");
-    CHECK(checkpoint_newest(where, path) == 0, "other files");
-    checkpoint_dir_check(where, 0);
-    CHECK(!exists(where, "ckpt_00000099.bin.tmp"), "what a killed run left is removed");
-    CHECK(exists(where, "other.tmp") && exists(where, "ckpt_1.bin"), "files of others are not");
+    char folder[300], path[PATH_BYTES], expected[PATH_BYTES];
+    snprintf(folder, sizeof folder, "%s/folder", dir);
+    CHECK(checkpoint_newest(folder, path) == 0, "no folder");
+    checkpoint_dir_check(folder, 1);
+    CHECK(checkpoint_newest(folder, path) == 0, "empty");
+    make_file(folder, "ckpt_00000099.bin.tmp", "x");
+    make_file(folder, "ckpt_1.bin", "x");
+    make_file(folder, "ckpt_00000001.binx", "x");
+    make_file(folder, "ckpt_0000001a.bin", "x");
+    make_file(folder, "other.tmp", "x");
+    CHECK(checkpoint_newest(folder, path) == 0, "other files");
+    checkpoint_dir_check(folder, 0);
+    CHECK(!exists(folder, "ckpt_00000099.bin.tmp"), "an unfinished checkpoint stays");
+    CHECK(exists(folder, "other.tmp") && exists(folder, "ckpt_1.bin"), "other files are removed");
     const int64_t steps[] = {30, 10, 123456789, 20, 40};
-    for (int i = 0; i < 5; i++) save(where, steps[i]);
-    CHECK(checkpoint_newest(where, path) == 1, "newest");
-    checkpoint_path(expected, sizeof expected, where, 123456789);
+    for (int i = 0; i < 5; i++) save(folder, steps[i]);
+    CHECK(checkpoint_newest(folder, path) == 1, "newest");
+    checkpoint_path(expected, sizeof expected, folder, 123456789);
     CHECK(strcmp(path, expected) == 0, "%s", path);
-    Child r = child(run_dir_check_new, where);
+    Child r = child(run_dir_check_new, folder);
     check_died(&r, "a new run beside an old one", "123456789", "-y 1");
-    r = child(run_dir_check_resume, where);
+    r = child(run_dir_check_resume, folder);
     CHECK(r.code == 0, "%s", r.err);
 
-    // the newest two are bad: a flipped byte, a cut
+    // the newest two are damaged: a flipped bit, a truncated file
     flip(path, CHECKPOINT_HEADER_BYTES + 8 * model_size, 1);
-    checkpoint_path(path, sizeof path, where, 40);
+    checkpoint_path(path, sizeof path, folder, 40);
     if (truncate(path, 5000) != 0) die("truncate");
-    checkpoint_path(expected, sizeof expected, where, 30);
-    r = child(run_newest, where);
+    checkpoint_path(expected, sizeof expected, folder, 30);
+    r = child(run_newest, folder);
     CHECK(r.code == 0 && strcmp(r.out, expected) == 0, "%d %s %s", r.code, r.out, r.err);
-    CHECK(lines(r.err) == 2 && strstr(r.err, "warning: ") && strstr(r.err, "ckpt_00000040.bin: truncated") &&
-              strstr(r.err, "ckpt_123456789.bin: damaged"),
+    CHECK(count_lines(r.err) == 2 && strstr(r.err, "warning: ") &&
+              strstr(r.err, "ckpt_00000040.bin: truncated") && strstr(r.err, "ckpt_123456789.bin: damaged"),
           "%s", r.err);
 
-    // the later bad ones are not counted among the last two
-    checkpoint_prune(where, 2, 30);
-    CHECK(!exists(where, "ckpt_00000010.bin") && exists(where, "ckpt_00000020.bin") &&
-              exists(where, "ckpt_00000030.bin") && exists(where, "ckpt_00000040.bin"),
+    // checkpoints of later steps do not count
+    checkpoint_prune(folder, 2, 30);
+    CHECK(!exists(folder, "ckpt_00000010.bin") && exists(folder, "ckpt_00000020.bin") &&
+              exists(folder, "ckpt_00000030.bin") && exists(folder, "ckpt_00000040.bin"),
           "prune");
-    checkpoint_prune(where, 1, 123456789);
-    CHECK(!exists(where, "ckpt_00000020.bin") && !exists(where, "ckpt_00000040.bin") &&
-              exists(where, "ckpt_123456789.bin") && exists(where, "ckpt_1.bin"),
+    checkpoint_prune(folder, 1, 123456789);
+    CHECK(!exists(folder, "ckpt_00000020.bin") && !exists(folder, "ckpt_00000040.bin") &&
+              exists(folder, "ckpt_123456789.bin") && exists(folder, "ckpt_1.bin"),
           "prune");
-    r = child(run_newest, where);
-    CHECK(r.code == 1 && strstr(r.err, "error: ") && strstr(r.err, where) && strstr(r.err, "none of its 1"),
+    r = child(run_newest, folder);
+    CHECK(r.code == 1 && strstr(r.err, "error: ") && strstr(r.err, folder) && strstr(r.err, "none of its 1"),
           "%s", r.err);
 
-    // many
+    // more checkpoints than the initial capacity of the list
     for (int i = 0; i < 40; i++) {
         char name[64];
         snprintf(name, sizeof name, "ckpt_%08d.bin", i * 7 % 40);
-        make_file(where, name, "x");
+        make_file(folder, name, "x");
     }
-    checkpoint_prune(where, 3, 39);
-    CHECK(exists(where, "ckpt_00000037.bin") && !exists(where, "ckpt_00000036.bin") &&
-              !exists(where, "ckpt_00000000.bin"),
+    checkpoint_prune(folder, 3, 39);
+    CHECK(exists(folder, "ckpt_00000037.bin") && !exists(folder, "ckpt_00000036.bin") &&
+              !exists(folder, "ckpt_00000000.bin"),
           "prune many");
 
     r = child(run_dir_check_new, (void *)"/dev/null/x");
-    check_died(&r, "a file in the way", "/dev/null", "folder");
+    check_died(&r, "a file with the folder's name", "/dev/null", "folder");
     r = child(run_dir_check_new, (void *)"/proc/self");
     check_died(&r, "unwritable", "-o /proc/self", "cannot write to the folder");
 }
 
-// Saves until killed, keeping two.
-static void run_saves(void *where) {
+// Writes checkpoints until killed, and keeps two.
+static void run_saves(void *folder) {
     for (int64_t step = 1;; step++) {
-        save((const char *)where, step);
-        checkpoint_prune((const char *)where, 2, step);
+        save((const char *)folder, step);
+        checkpoint_prune((const char *)folder, 2, step);
     }
 }
 
 static void test_kill(void) {
-    char where[300], path[PATH_BYTES], why[CHECKPOINT_MSG_BYTES], tmp[64];
+    char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES], tmp[64];
     Rng rng;
     rng_seed(&rng, (uint64_t)getpid(), 2);
     int unfinished = 0;
     for (int i = 0; i < 20; i++) {
-        snprintf(where, sizeof where, "%s/kill%d", dir, i);
-        checkpoint_dir_check(where, 0);
+        snprintf(folder, sizeof folder, "%s/kill%d", dir, i);
+        checkpoint_dir_check(folder, 0);
         fflush(stdout);
         pid_t pid = fork();
         if (pid == 0) {
-            run_saves(where);
+            run_saves(folder);
             _exit(0);
         }
         for (int wait = 0;
-             wait < 5000 && !exists(where, "ckpt_00000001.bin") && !exists(where, "ckpt_00000002.bin");
+             wait < 5000 && !exists(folder, "ckpt_00000001.bin") && !exists(folder, "ckpt_00000002.bin");
              wait++)
             usleep(1000);
         usleep((useconds_t)rng_below(&rng, 60000));
@@ -929,27 +937,28 @@ static void test_kill(void) {
         ModelConfig c;
         TrainState s;
         memset(&s, 0, sizeof s);
-        CHECK(checkpoint_newest(where, path) == 1, "kill %d: no checkpoint", i);
-        CHECK(checkpoint_read_header(path, &c, &s, why) == 0, "%s", why);
+        CHECK(checkpoint_newest(folder, path) == 1, "kill %d: no checkpoint", i);
+        CHECK(checkpoint_read_header(path, &c, &s, msg) == 0, "%s", msg);
         load(path, &s, 1);
-        for (int a = 0; a < 3; a++) CHECK(wrong(a, s.step) == 0, "kill %d: step %lld", i, (long long)s.step);
-        int64_t *steps, count = checkpoint_list(where, &steps);
+        for (int a = 0; a < 3; a++)
+            CHECK(num_wrong(a, s.step) == 0, "kill %d: step %lld", i, (long long)s.step);
+        int64_t *steps, count = checkpoint_list(folder, &steps);
         for (int64_t k = 0; k < count; k++) {
-            checkpoint_path(path, sizeof path, where, steps[k]);
-            CHECK(checkpoint_verify(path, why) == 0, "%s", why);
+            checkpoint_path(path, sizeof path, folder, steps[k]);
+            CHECK(checkpoint_verify(path, msg) == 0, "%s", msg);
         }
         free(steps);
         CHECK(count >= 1 && count <= 3, "%lld checkpoints", (long long)count);
         snprintf(tmp, sizeof tmp, "ckpt_%08lld.bin.tmp", (long long)s.step + 1);
-        unfinished += exists(where, tmp);
-        checkpoint_dir_check(where, 1);
-        CHECK(!exists(where, tmp), "kill %d: %s stays", i, tmp);
+        unfinished += exists(folder, tmp);
+        checkpoint_dir_check(folder, 1);
+        CHECK(!exists(folder, tmp), "kill %d: %s stays", i, tmp);
         for (int64_t step = 0; step <= s.step; step++) {
-            checkpoint_path(path, sizeof path, where, step);
+            checkpoint_path(path, sizeof path, folder, step);
             unlink(path);
         }
     }
-    CHECK(unfinished > 0, "no kill fell into a save");
+    CHECK(unfinished > 0, "no kill interrupted a write");
 }
 
 // ----------------------------------------------------------------------------
@@ -996,10 +1005,10 @@ static void run_log_full(void *unused) {
     logger_val(&l, 1, 1);
 }
 
-// What the console shows; the file is looked at by the parent.
-static void run_log(void *where) {
+// Logs some steps. The parent checks the console output and the file.
+static void run_log(void *folder) {
     Logger l;
-    logger_open(&l, (const char *)where, -1);
+    logger_open(&l, (const char *)folder, -1);
     const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
     logger_val(&l, 0, 4.5);
     for (int64_t step = 1; step <= 4; step++) {
@@ -1009,27 +1018,27 @@ static void run_log(void *where) {
     logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
     logger_val(&l, 4, 1.25);
     fflush(stdout);
-    _exit(0); // nothing closed: every line is on the file already
+    _exit(0); // without closing: every line is already in the file
 }
 
 static void test_logger(void) {
-    char where[300], path[400], text[8192];
-    snprintf(where, sizeof where, "%s/log", dir);
-    snprintf(path, sizeof path, "%s/log.jsonl", where);
-    make_dirs(where);
-    make_file(where, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
-    Child r = child(run_log, where);
+    char folder[300], path[400], text[8192];
+    snprintf(folder, sizeof folder, "%s/log", dir);
+    snprintf(path, sizeof path, "%s/log.jsonl", folder);
+    make_dirs(folder);
+    make_file(folder, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
+    Child r = child(run_log, folder);
     CHECK(r.code == 0, "%d %s", r.code, r.err);
     CHECK(strstr(r.out, "val loss 4.5000\n") && strstr(r.out, "val loss 1.2500\n"), "%s", r.out);
     CHECK(strstr(r.out,
                  "step 1/10 | loss 1.0000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
                  "| 1m05s left\n"),
           "%s", r.out);
-    CHECK(!strstr(r.out, "step 2/10"), "more than a line a second: %s", r.out);
+    CHECK(!strstr(r.out, "step 2/10"), "more than one line per second: %s", r.out);
     CHECK(strstr(r.out, "chance 6.2%") && strstr(r.out, "4+: 95.0% of 400") && strstr(r.out, "1+: none"),
           "%s", r.out);
-    slurp(path, text, sizeof text);
-    CHECK(lines(text) == 7 && !strstr(text, "older"), "%s", text);
+    read_text(path, text, sizeof text);
+    CHECK(count_lines(text) == 7 && !strstr(text, "older"), "%s", text);
     CHECK(
         strstr(
             text,
@@ -1043,24 +1052,24 @@ static void test_logger(void) {
                  "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
           "%s", text);
 
-    // resumed after step 2, the last line cut by a kill
+    // resume after step 2; a kill has truncated the last line
     FILE *f = fopen(path, "ab");
     if (!f || fputs("{\"step\":2,\"recall\":[{\"from\":1}", f) < 0 || fclose(f) != 0) die("cannot append");
     Logger l;
-    logger_open(&l, where, 2);
+    logger_open(&l, folder, 2);
     logger_write(&l, "{\"step\":3,\"loss\":9}\n");
     logger_close(&l);
-    slurp(path, text, sizeof text);
-    CHECK(lines(text) == 4, "%s", text);
+    read_text(path, text, sizeof text);
+    CHECK(count_lines(text) == 4, "%s", text);
     CHECK(strncmp(text, "{\"step\":0,\"val_loss\":4.5}\n{\"step\":1,", 35) == 0 &&
               strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
               !strstr(text, "\"step\":4") && !strstr(text, "null"),
           "%s", text);
-    CHECK(!exists(where, "log.jsonl.tmp"), "temporary file left");
+    CHECK(!exists(folder, "log.jsonl.tmp"), "temporary file left");
     unlink(path);
-    logger_open(&l, where, 5); // a checkpoint, but no log
+    logger_open(&l, folder, 5); // a checkpoint, but no log
     logger_close(&l);
-    CHECK(exists(where, "log.jsonl"), "made anew");
+    CHECK(exists(folder, "log.jsonl"), "no new log");
     logger_open(&l, NULL, -1);
     logger_write(&l, "nowhere");
     logger_close(&l);
@@ -1076,7 +1085,7 @@ int main(void) {
     const char *base = getenv("TMPDIR");
     snprintf(dir, sizeof dir, "%.200s/test_run_XXXXXX", base && base[0] ? base : "/tmp");
     if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
-    model = preset_config("recall", 3000); // three chunks an array
+    model = preset_config("recall", 3000); // three chunks per array
     param_table(&model, NULL, &model_size);
     for (int a = 0; a < 3; a++) {
         arrays[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
@@ -1095,7 +1104,7 @@ int main(void) {
     test_kill();
     test_cadence();
     test_logger();
-    test_params_init(); // last: its threads must not be alive in a fork
+    test_params_init(); // last, because a fork must not happen while its OpenMP threads run
     for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
     char command[400];
     snprintf(command, sizeof command, "rm -rf '%s'", dir);
