@@ -1,81 +1,88 @@
-// topk.cu: the choice of blocks. Scores of the compressed windows are computed again from q and kc with
-// the branch's lse known, summed over the group's heads and over each block's windows, and a running list
-// of the best T blocks is kept for every query. Scores are never written to global memory. On Hopper
-// topk_sm90.cu does the same where it suits the configuration.
+// sm80/topk.cu: block selection for every GPU (sm_80 and up); fsa/topk.cu says when it runs. It computes
+//   P[t, i] = sum over the g heads of exp(scale q.kc_i - lse), 0 if query t does not see window i
+//   S[t, j] = sum over i of w_ij P[t, i],  w_ij = strides (s tokens) that window i and block j share
+// and writes per query the indices of the initial blocks, of the num_free other blocks with the highest S (of
+// equal scores the lower index first), and of the local blocks. The lse of the compressed branch is given, so
+// P needs no online softmax. Neither P nor S goes to global memory.
+//
+// A thread block selects for TOKENS (32 or 16) queries of one KV head. Q of the g heads stays in shared
+// memory; kc is streamed in tiles of 64 windows by cp.async, with two stages or one. Per tile:
+//   1. MMA: a warp computes 16 tokens x 16 windows, and sums P over the heads in registers, in order of head.
+//   2. P goes to shared memory. Each thread sums the scores of some blocks for one token, over the windows in
+//      order. The carry hands the at most two unfinished blocks to the next tile.
+//   3. A warp keeps the lists of WARP_LISTS tokens. Its lanes compare 32 finished blocks at once with the
+//   lowest
+//      rank of a list; only a block that beats it costs an insertion.
+// Every sum has a fixed order, and ties go to the lower block, so the result repeats.
+//
+// Bytes: q read once; kc once per TOKENS queries, mostly from L2; block indices written, 4*T*Nq*Hkv bytes.
+// FLOPs: 2*d for each of the Nq*Hq*M/2 (query, window) pairs, and one exp: 1.1 TFLOP and 4.3e9 exps at 64K
+// tokens, (32, 8) heads, d = 128. The FLOPs bind; step 3 does not overlap with them.
 #include "../kernels.h"
 #include "../launch.cuh"
 #include "tile.cuh"
 
 struct TopKParams {
     BatchLayout batch;
-    const void *q, *kc;
-    const float *lse;
-    int32_t *block_indices;
+    const void *q, *kc;     // [Nq, Hq, d], [M, Hkv, d], both rotated
+    const float *lse;       // [Nq, Hq] of the compressed branch
+    int32_t *block_indices; // [Hkv, Nq, T]
     float scale;
-    int q_heads, kv_heads, cmp_len, cmp_stride, block, topk, init, local;
-    int stages;      // of the buffer for kc: 2, or 1 where Q takes too much room
-    int block_slots; // most blocks that one tile of windows touches
+    int q_heads, kv_heads, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks;
+    int stages;          // shared-memory stages for kc: 2, or 1 if Q leaves no space for two
+    int max_tile_blocks; // bound on the blocks that a tile of windows overlaps
 };
 
-// A list's entry: a block and its rank, the bits of its score (which order as the scores do, none being
-// negative) plus 1; an empty place has rank 0. Puts the candidates of 32 lanes (rank 0: none), blocks
-// ascending with the lanes, that outrank `lowest` into a list of `size` entries, each in the place of the
-// lowest, and of equals in that of the greatest block. Returns the lowest rank then. A whole warp calls it.
-__device__ __forceinline__ uint32_t keep_best(uint2 *list, int size, uint32_t rank, uint32_t block,
-                                              uint32_t lowest) {
+// An entry of a list is (rank, block). rank is the bits of the score plus 1: scores are not negative, so
+// their bits order as they do. An empty entry has rank 0. Inserts the candidates of the 32 lanes of a warp
+// (rank 0: none; blocks ascend with the lanes) that outrank min_rank, the lowest rank of the list. Each
+// replaces the entry of the lowest rank, and of equal ranks the one of the highest block. Returns the new
+// min_rank.
+__device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t rank, uint32_t block,
+                                                uint32_t min_rank) {
     const uint32_t all = 0xffffffffu;
     int lane = threadIdx.x % 32;
-    uint32_t waiting = __ballot_sync(all, rank > lowest);
-    while (waiting != 0) {
-        int first = __ffs(waiting) - 1;
-        waiting &= waiting - 1;
+    uint32_t pending = __ballot_sync(all, rank > min_rank);
+    while (pending != 0) {
+        int first = __ffs(pending) - 1;
+        pending &= pending - 1;
         uint2 candidate = make_uint2(__shfl_sync(all, rank, first), __shfl_sync(all, block, first));
-        if (candidate.x <= lowest) continue; // it has risen since
-        uint2 mine = make_uint2(all, 0);     // the lowest of the places that this lane looks after
-        int place = 0;
+        if (candidate.x <= min_rank) continue; // min_rank has risen
+        uint2 lane_min = make_uint2(all, 0);   // lowest of the entries lane, lane + 32, ...
+        int lane_slot = 0;
         for (int i = lane; i < size; i += 32) {
             uint2 x = list[i];
-            if (x.x < mine.x || (x.x == mine.x && x.y > mine.y)) mine = x, place = i;
+            if (x.x < lane_min.x || (x.x == lane_min.x && x.y > lane_min.y)) lane_min = x, lane_slot = i;
         }
-        uint32_t holders = __ballot_sync(all, mine.x == lowest);
+        uint32_t holders = __ballot_sync(all, lane_min.x == min_rank);
         if (holders & (holders - 1)) {
-            uint32_t last = __reduce_max_sync(all, mine.x == lowest ? mine.y : 0);
-            holders = __ballot_sync(all, mine.x == lowest && mine.y == last);
+            uint32_t last_block = __reduce_max_sync(all, lane_min.x == min_rank ? lane_min.y : 0);
+            holders = __ballot_sync(all, lane_min.x == min_rank && lane_min.y == last_block);
         }
         if (lane == __ffs(holders) - 1) {
-            list[place] = candidate;
-            mine.x = candidate.x;
-            for (int i = lane; i < size; i += 32) mine.x = min(mine.x, list[i].x);
+            list[lane_slot] = candidate;
+            lane_min.x = candidate.x;
+            for (int i = lane; i < size; i += 32) lane_min.x = min(lane_min.x, list[i].x);
         }
-        lowest = __reduce_min_sync(all, mine.x);
+        min_rank = __reduce_min_sync(all, lane_min.x);
     }
-    return lowest;
+    return min_rank;
 }
 
-// A block: the choice of TOKENS queries for one KV head. Q of the group's heads stays in shared memory; kc
-// comes in tiles of 64 windows. A warp takes 16 tokens and 16 of the windows, and adds up P over the heads in
-// registers, in order of head.
-// A window is r = l/s stride cells wide, a block R = B/s. S_j of a block is the sum over the windows that
-// touch it, times the cells they share, in order of window; what a tile leaves unfinished (at most two
-// blocks) is carried on to the next. A warp keeps the lists of
-// four tokens: its lanes compare 32 finished blocks with the list's lowest rank at once, and only what beats
-// it costs a replacement.
-// Bytes: q once, kc once (L2: once for every TOKENS queries), 4*T*Nq*Hkv out. Flops: 2*d for each of the
-// Nq*Hq*M/2 pairs, and as many exponentials; the flops bind, the list work comes on top.
 template <typename T, int D, int TOKENS>
 __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p) {
     constexpr int WINDOWS = 64, K_BYTES = WINDOWS * D * 2, Q_BYTES = TOKENS * D * 2, PITCH = WINDOWS + 1;
-    constexpr int THREADS = TOKENS * 8, TOKEN_WARPS = TOKENS / 16, SHARE = 16; // windows of a warp
+    constexpr int THREADS = TOKENS * 8, TOKEN_WARPS = TOKENS / 16, WARP_WINDOWS = 16;
     extern __shared__ __align__(128) char shared[];
-    int group = p.q_heads / p.kv_heads, wanted = p.topk - p.init - p.local;
+    int group = p.q_heads / p.kv_heads, num_free = p.topk - p.init_blocks - p.local_blocks;
     uint32_t tile_q = smem_address(shared), tile_k = tile_q + group * Q_BYTES;
-    uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [TOKENS][wanted]
-    float *sums = (float *)(lists + TOKENS * wanted);                        // [TOKENS][PITCH] P of a tile
-    float *scores = sums + TOKENS * PITCH;                // [block_slots][TOKENS + 1] finished blocks
-    float *carry = scores + p.block_slots * (TOKENS + 1); // [2][2][TOKENS] unfinished ones
-    float *lse = carry + 4 * TOKENS;                      // [group][TOKENS], times log2(e)
+    uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [TOKENS][num_free]
+    float *p_tile = (float *)(lists + TOKENS * num_free);                    // [TOKENS][PITCH] P
+    float *block_scores = p_tile + TOKENS * PITCH;                           // [max_tile_blocks][TOKENS + 1]
+    float *carry = block_scores + p.max_tile_blocks * (TOKENS + 1); // [2][2][TOKENS] unfinished scores
+    float *lse_log2 = carry + 4 * TOKENS;                           // [group][TOKENS] lse * log2(e)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int warp_token = warp % TOKEN_WARPS * 16, warp_window = warp / TOKEN_WARPS * SHARE;
+    int warp_token0 = warp % TOKEN_WARPS * 16, warp_window0 = warp / TOKEN_WARPS * WARP_WINDOWS;
 
     int64_t tiles = gridDim.x / p.kv_heads, index = tiles - 1 - blockIdx.x / p.kv_heads;
     int kv_head = blockIdx.x % p.kv_heads;
@@ -83,22 +90,23 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
     if (rows.rows == 0) return;
     FsaSegment segment = p.batch.segments[rows.range];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
-    int window_cells = p.cmp_len / p.cmp_stride, block_cells = p.block / p.cmp_stride;
+    int window_strides = p.cmp_len / p.cmp_stride, block_strides = p.block / p.cmp_stride;
     int64_t window0 = p.batch.cu_windows[segment.seq];
-    int windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
+    int num_windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
 
-    // Candidates of the last query are blocks init .. candidates - 1; nobody needs a window past them.
-    int last_block = last_pos / p.block, candidates = last_block + 1 - p.local, end = 0;
-    if (last_block + 1 > p.topk && wanted > 0) end = candidates * block_cells;
+    // The candidates of the last query are blocks init_blocks .. candidates_end - 1. No query needs a window
+    // after them.
+    int last_block = last_pos / p.block, candidates_end = last_block + 1 - p.local_blocks, windows_end = 0;
+    if (last_block + 1 > p.topk && num_free > 0) windows_end = candidates_end * block_strides;
 
     int64_t k_stride = (int64_t)p.kv_heads * D;
     const T *kc = (const T *)p.kc + window0 * k_stride + kv_head * D;
     auto load_windows = [&](int i, int stage) {
         load_tile<WINDOWS, D, THREADS>(tile_k + stage * K_BYTES,
-                                       i < windows ? kc + i * k_stride : (const T *)p.kc, k_stride,
-                                       windows - i);
+                                       i < num_windows ? kc + i * k_stride : (const T *)p.kc, k_stride,
+                                       num_windows - i);
     };
-    if (end > 0) {
+    if (windows_end > 0) {
         for (int h = 0; h < group; h++) {
             int head = kv_head * group + h;
             load_tile<TOKENS, D, THREADS>(tile_q + h * Q_BYTES,
@@ -107,23 +115,22 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
             if (threadIdx.x < TOKENS) {
                 float x = -INFINITY;
                 if (threadIdx.x < rows.rows) x = p.lse[(rows.row + threadIdx.x) * p.q_heads + head];
-                lse[h * TOKENS + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
+                lse_log2[h * TOKENS + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
             }
         }
         load_windows(0, 0);
     }
     cp_async_commit();
 
-    // The lowest rank in the list of each token that this warp keeps.
-    constexpr int WARPS = THREADS / 32, MINE = TOKENS / WARPS;
-    uint32_t lowest[MINE] = {};
-    for (int i = threadIdx.x; i < TOKENS * wanted; i += THREADS) lists[i] = make_uint2(0, 0);
+    constexpr int WARPS = THREADS / 32, WARP_LISTS = TOKENS / WARPS;
+    uint32_t min_rank[WARP_LISTS] = {}; // of each list that this warp keeps
+    for (int i = threadIdx.x; i < TOKENS * num_free; i += THREADS) lists[i] = make_uint2(0, 0);
     float scale = p.scale * FSA_LOG2E;
 
-    int turn = 0;
-    for (int i0 = 0; i0 < end; i0 += WINDOWS, turn ^= 1) {
-        int i1 = i0 + WINDOWS, stage = p.stages == 2 ? turn : 0;
-        if (p.stages == 2 && i1 < end) load_windows(i1, stage ^ 1);
+    int parity = 0;
+    for (int i0 = 0; i0 < windows_end; i0 += WINDOWS, parity ^= 1) {
+        int i1 = i0 + WINDOWS, stage = p.stages == 2 ? parity : 0;
+        if (p.stages == 2 && i1 < windows_end) load_windows(i1, stage ^ 1);
         if (p.stages == 2) cp_async_commit();
         if (p.stages == 2)
             cp_async_wait<1>();
@@ -131,24 +138,25 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
             cp_async_wait<0>();
         __syncthreads();
 
-        float sum[SHARE / 8][4] = {};
-        constexpr int HEADS = 4; // that share the operands of kc
+        // P of 16 tokens x 16 windows, summed over the heads.
+        float p_acc[WARP_WINDOWS / 8][4] = {};
+        constexpr int HEADS = 4; // heads that share a B fragment of kc
         for (int h0 = 0; h0 < group; h0 += HEADS) {
-            float s[HEADS][SHARE / 8][4] = {};
+            float s[HEADS][WARP_WINDOWS / 8][4] = {};
 #pragma unroll
             for (int kk = 0; kk < D / 16; kk++) {
-                uint32_t b[SHARE / 16][4];
+                uint32_t b[WARP_WINDOWS / 16][4];
 #pragma unroll
-                for (int n = 0; n < SHARE / 16; n++) {
-                    load_b<D>(b[n], tile_k + stage * K_BYTES, warp_window + n * 16, kk);
+                for (int n = 0; n < WARP_WINDOWS / 16; n++) {
+                    load_b<D>(b[n], tile_k + stage * K_BYTES, warp_window0 + n * 16, kk);
                 }
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) {
                     if (h0 + h >= group) break;
                     uint32_t a[4];
-                    load_a<D>(a, tile_q + (h0 + h) * Q_BYTES, warp_token, kk);
+                    load_a<D>(a, tile_q + (h0 + h) * Q_BYTES, warp_token0, kk);
 #pragma unroll
-                    for (int n = 0; n < SHARE / 16; n++) {
+                    for (int n = 0; n < WARP_WINDOWS / 16; n++) {
                         mma_16816<T>(s[h][2 * n], a, b[n][0], b[n][1]);
                         mma_16816<T>(s[h][2 * n + 1], a, b[n][2], b[n][3]);
                     }
@@ -157,63 +165,66 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 if (h0 + h >= group) break;
-                float l0 = lse[(h0 + h) * TOKENS + warp_token + lane / 4];
-                float l1 = lse[(h0 + h) * TOKENS + warp_token + lane / 4 + 8];
+                float l0 = lse_log2[(h0 + h) * TOKENS + warp_token0 + lane / 4];
+                float l1 = lse_log2[(h0 + h) * TOKENS + warp_token0 + lane / 4 + 8];
 #pragma unroll
-                for (int n = 0; n < SHARE / 8; n++) {
+                for (int n = 0; n < WARP_WINDOWS / 8; n++) {
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        sum[n][e] += exp2_fast(s[h][n][e] * scale - (e < 2 ? l0 : l1));
+                        p_acc[n][e] += exp2_fast(s[h][n][e] * scale - (e < 2 ? l0 : l1));
                 }
             }
         }
 #pragma unroll
-        for (int n = 0; n < SHARE / 8; n++) {
+        for (int n = 0; n < WARP_WINDOWS / 8; n++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int row = warp_token + lane / 4 + e / 2 * 8,
-                    column = warp_window + n * 8 + lane % 4 * 2 + e % 2;
-                bool seen = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + row;
-                sums[row * PITCH + column] = seen ? sum[n][e] : 0;
+                int row = warp_token0 + lane / 4 + e / 2 * 8,
+                    column = warp_window0 + n * 8 + lane % 4 * 2 + e % 2;
+                bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + row;
+                p_tile[row * PITCH + column] = visible ? p_acc[n][e] : 0;
             }
         }
         __syncthreads();
-        if (p.stages == 1 && i1 < end) {
+        if (p.stages == 1 && i1 < windows_end) {
             load_windows(i1, 0);
             cp_async_commit();
         }
 
-        // Block scores; of the blocks that the tile touches, those before `done` are finished.
-        int block0 = i0 / block_cells, done = i1 / block_cells,
-            touched = (i1 + window_cells - 2) / block_cells + 1;
-        int carried = i0 > 0 ? (i0 + window_cells - 2) / block_cells + 1 : 0;
-        const float *carry_in = carry + turn * 2 * TOKENS;
-        float *carry_out = carry + (turn ^ 1) * 2 * TOKENS;
+        // Block scores. The tile overlaps blocks first_block .. overlapped_end - 1, and finishes those before
+        // finished_end. Blocks before carried_end began in the previous tile.
+        int first_block = i0 / block_strides, finished_end = i1 / block_strides,
+            overlapped_end = (i1 + window_strides - 2) / block_strides + 1;
+        int carried_end = i0 > 0 ? (i0 + window_strides - 2) / block_strides + 1 : 0;
+        const float *carry_in = carry + parity * 2 * TOKENS;
+        float *carry_out = carry + (parity ^ 1) * 2 * TOKENS;
         int row = threadIdx.x % TOKENS;
-        for (int j = block0 + threadIdx.x / TOKENS; j < touched; j += THREADS / TOKENS) {
-            int begin_cell = j * block_cells, end_cell = begin_cell + block_cells;
-            float s = j < carried ? carry_in[(j - block0) * TOKENS + row] : 0;
-            for (int i = max(i0, begin_cell - window_cells + 1); i < min(i1, end_cell); i++) {
-                int shared_cells = min(i + window_cells, end_cell) - max(i, begin_cell);
-                s += (float)shared_cells * sums[row * PITCH + i - i0];
+        for (int j = first_block + threadIdx.x / TOKENS; j < overlapped_end; j += THREADS / TOKENS) {
+            int block_begin = j * block_strides, block_end = block_begin + block_strides;
+            float s = j < carried_end ? carry_in[(j - first_block) * TOKENS + row] : 0;
+            for (int i = max(i0, block_begin - window_strides + 1); i < min(i1, block_end); i++) {
+                int overlap = min(i + window_strides, block_end) - max(i, block_begin);
+                s += (float)overlap * p_tile[row * PITCH + i - i0];
             }
-            if (j < done)
-                scores[(j - block0) * (TOKENS + 1) + row] = s;
+            if (j < finished_end)
+                block_scores[(j - first_block) * (TOKENS + 1) + row] = s;
             else
-                carry_out[(j - done) * TOKENS + row] = s;
+                carry_out[(j - finished_end) * TOKENS + row] = s;
         }
         __syncthreads();
 
+        // Update the lists with the finished blocks.
 #pragma unroll
-        for (int m = 0; m < MINE; m++) {
-            int token = warp + m * WARPS,
-                candidates_end = min(done, (first_pos + token) / p.block + 1 - p.local);
-            for (int j0 = max(block0, p.init); j0 < candidates_end; j0 += 32) {
+        for (int list_index = 0; list_index < WARP_LISTS; list_index++) {
+            int token = warp + list_index * WARPS,
+                query_candidates_end = min(finished_end, (first_pos + token) / p.block + 1 - p.local_blocks);
+            for (int j0 = max(first_block, p.init_blocks); j0 < query_candidates_end; j0 += 32) {
                 int j = j0 + lane;
                 uint32_t rank = 0;
-                if (j < candidates_end)
-                    rank = __float_as_uint(scores[(j - block0) * (TOKENS + 1) + token]) + 1;
-                lowest[m] = keep_best(lists + token * wanted, wanted, rank, j, lowest[m]);
+                if (j < query_candidates_end)
+                    rank = __float_as_uint(block_scores[(j - first_block) * (TOKENS + 1) + token]) + 1;
+                min_rank[list_index] =
+                    insert_topk(lists + token * num_free, num_free, rank, j, min_rank[list_index]);
             }
         }
     }
@@ -222,61 +233,61 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
 
     int token = threadIdx.x, blocks = (first_pos + token) / p.block + 1;
     if (token >= rows.rows) return;
-    int32_t *to = p.block_indices + ((int64_t)kv_head * p.batch.nq + rows.row + token) * p.topk;
-    if (blocks <= p.topk) { // all of them
-        for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
+    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + rows.row + token) * p.topk;
+    if (blocks <= p.topk) { // all blocks are selected
+        for (int i = 0; i < p.topk; i++) out[i] = i < blocks ? i : -1;
         return;
     }
-    uint2 *list = lists + token * wanted;
-    for (int i = 1; i < wanted; i++) { // in order of block
+    uint2 *list = lists + token * num_free;
+    for (int i = 1; i < num_free; i++) { // insertion sort by block
         uint2 x = list[i];
-        int at = i;
-        for (; at > 0 && list[at - 1].y > x.y; at--) list[at] = list[at - 1];
-        list[at] = x;
+        int slot = i;
+        for (; slot > 0 && list[slot - 1].y > x.y; slot--) list[slot] = list[slot - 1];
+        list[slot] = x;
     }
-    for (int i = 0; i < p.init; i++) to[i] = i;
-    for (int i = 0; i < wanted; i++) to[p.init + i] = (int32_t)list[i].y;
-    for (int i = 0; i < p.local; i++) to[p.init + wanted + i] = blocks - p.local + i;
+    for (int i = 0; i < p.init_blocks; i++) out[i] = i;
+    for (int i = 0; i < num_free; i++) out[p.init_blocks + i] = (int32_t)list[i].y;
+    for (int i = 0; i < p.local_blocks; i++) out[p.init_blocks + num_free + i] = blocks - p.local_blocks + i;
 }
 
-static size_t topk_bytes(const FsaConfig *c, const TopKParams *p, int tokens) {
-    size_t group = c->q_heads / c->kv_heads, wanted = c->topk - c->init_blocks - c->local_blocks;
-    return (group * tokens + p->stages * 64) * c->head_dim * 2 + tokens * wanted * sizeof(uint2) +
-           (tokens * (65 + 4 + group) + p->block_slots * (tokens + 1)) * sizeof(float);
+static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int tokens) {
+    size_t group = c->q_heads / c->kv_heads, num_free = c->topk - c->init_blocks - c->local_blocks;
+    return (group * tokens + p->stages * 64) * c->head_dim * 2 + tokens * num_free * sizeof(uint2) +
+           (tokens * (65 + 4 + group) + p->max_tile_blocks * (tokens + 1)) * sizeof(float);
 }
 
 template <typename T, int D, int TOKENS>
 static int launch_tokens(const TopKParams &p, size_t bytes, cudaStream_t stream) {
     cudaFuncSetAttribute(topk_kernel<T, D, TOKENS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    int64_t blocks = row_tile_bound(p.batch.nq, p.batch.num_segments, TOKENS) * p.kv_heads;
+    int64_t blocks = max_row_tiles(p.batch.nq, p.batch.num_segments, TOKENS) * p.kv_heads;
     if (blocks > 0) topk_kernel<T, D, TOKENS><<<(unsigned)blocks, TOKENS * 8, bytes, stream>>>(p);
     return launch_status();
 }
 
-// The first arrangement that shared memory holds.
+// Takes the first configuration that fits in shared memory: 32 queries or 16; for each, two stages or one.
 template <typename T, int D> static int launch_topk(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
-    const size_t most = 99 * 1024;
+    const size_t max_smem = 99 * 1024; // of every GPU since sm_80
     for (p.stages = 2; p.stages >= 1; p.stages--) {
-        size_t bytes = topk_bytes(c, &p, 32);
-        if (bytes <= most) return launch_tokens<T, D, 32>(p, bytes, stream);
+        size_t bytes = smem_bytes(c, &p, 32);
+        if (bytes <= max_smem) return launch_tokens<T, D, 32>(p, bytes, stream);
     }
     for (p.stages = 2; p.stages >= 1; p.stages--) {
-        size_t bytes = topk_bytes(c, &p, 16);
-        if (bytes <= most) return launch_tokens<T, D, 16>(p, bytes, stream);
+        size_t bytes = smem_bytes(c, &p, 16);
+        if (bytes <= max_smem) return launch_tokens<T, D, 16>(p, bytes, stream);
     }
     return FSA_ERROR_CONFIG;
 }
 
-int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                         const void *kc, const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
+int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
     TopKParams p = {};
     p.batch = *batch;
     p.q = q, p.kc = kc, p.lse = lse_c, p.block_indices = block_indices;
-    p.scale = softmax_scale_of(c);
+    p.scale = softmax_scale(c);
     p.q_heads = c->q_heads, p.kv_heads = c->kv_heads;
     p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;
-    p.topk = c->topk, p.init = c->init_blocks, p.local = c->local_blocks;
-    int window_cells = c->cmp_len / c->cmp_stride, block_cells = c->block / c->cmp_stride;
-    p.block_slots = (64 + window_cells + block_cells) / block_cells + 1;
+    p.topk = c->topk, p.init_blocks = c->init_blocks, p.local_blocks = c->local_blocks;
+    int window_strides = c->cmp_len / c->cmp_stride, block_strides = c->block / c->cmp_stride;
+    p.max_tile_blocks = (64 + window_strides + block_strides) / block_strides + 1;
     return FSA_DISPATCH(dtype, c->head_dim, launch_topk, c, p, stream);
 }
