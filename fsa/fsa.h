@@ -1,5 +1,6 @@
-// fsa.h: Native Sparse Attention (arXiv 2502.11089) with Flash Sparse Attention's loop order
-// (arXiv 2508.18224). The mathematics, with the names used here, is in fsa/README.md.
+// fsa.h: the public C API of libfsa, native sparse attention on NVIDIA GPUs (sm_80 and up). Papers: NSA,
+// arXiv 2502.11089 (the method); FSA, arXiv 2508.18224 (the loop order of the selected branch: KV blocks
+// outside). The equations, with the names used here, are in README.md; example.c is a complete program.
 #ifndef FSA_H
 #define FSA_H
 
@@ -10,168 +11,204 @@
 extern "C" {
 #endif
 
-// How a window of cmp_len tokens becomes one compressed token.
+// Compression phi: how a window of cmp_len tokens becomes one compressed token (NSA, equation 7).
 typedef enum {
-    FSA_PHI_MEAN = 0,   // the average
+    FSA_PHI_MEAN = 0,   // average of the window
     FSA_PHI_LINEAR = 1, // (window + position embedding) times a weight [cmp_len*head_dim, head_dim]
 } FsaPhi;
 
-// Which keys a query at position t of its sequence sees.
+// Visibility rule: the keys that a query at position t of its sequence sees.
 typedef enum {
     FSA_CAUSAL = 0,     // tokens 0..t
-    FSA_WINDOW = 1,     // the last `window` tokens up to t, t among them
-    FSA_COMPRESSED = 2, // windows i with cmp_stride*i + cmp_len - 1 <= t
-    FSA_SELECTED = 3,   // tokens up to t of the chosen blocks
+    FSA_WINDOW = 1,     // tokens t - window + 1 .. t
+    FSA_COMPRESSED = 2, // compression windows i with cmp_stride*i + cmp_len - 1 <= t
+    FSA_SELECTED = 3,   // tokens 0..t of the selected blocks
 } FsaVisibility;
 
-// The 16-bit type of q, k, v, o and their gradients on the GPU.
+// The 16-bit type of all GPU arrays that are not said to be fp32.
 typedef enum {
     FSA_BF16 = 0,
     FSA_FP16 = 1,
 } FsaDtype;
 
-// What every GPU entry returns; fsa_last_error tells more in words.
+// Status that every GPU function returns. fsa_last_error describes the error in one line.
 typedef enum {
     FSA_OK = 0,
-    FSA_ERROR_CONFIG = 1,    // the FsaConfig breaks a rule or isn't supported on the GPU
-    FSA_ERROR_ARGUMENT = 2,  // a pointer, size or enum argument is wrong
-    FSA_ERROR_WORKSPACE = 3, // the workspace is too small or misaligned
-    FSA_ERROR_CUDA = 4,      // a launch failed
+    FSA_ERROR_CONFIG = 1,    // the FsaConfig breaks a rule or is not supported on the GPU
+    FSA_ERROR_ARGUMENT = 2,  // a pointer is NULL or misaligned; a count or an enum value is out of range
+    FSA_ERROR_WORKSPACE = 3, // the workspace is NULL, misaligned or too small
+    FSA_ERROR_CUDA = 4,      // a kernel launch failed
 } FsaStatus;
 
 enum { FSA_MAX_HEAD_DIM = 512, FSA_MAX_TOPK = 4096 };
 
+// Shape of the attention. fsa_config_check checks the rules stated here.
 typedef struct {
-    int q_heads;        // Hq, a multiple of kv_heads; Hq/Hkv = g, the GQA group, is 1 to 16
-    int kv_heads;       // Hkv
-    int head_dim;       // d, even, at most FSA_MAX_HEAD_DIM
-    int cmp_len;        // l, tokens in a compression window; at most block
-    int cmp_stride;     // s, tokens between window starts; divides cmp_len and block
-    int block;          // B, tokens in a selection block; a multiple of 16
-    int topk;           // T, blocks that a query selects, forced ones included; at most FSA_MAX_TOPK
-    int init_blocks;    // the first blocks of a sequence, always selected
-    int local_blocks;   // the last blocks up to the query's own, always selected
-    int window;         // W, tokens that the sliding branch sees
+    int q_heads;        // Hq, query heads: a multiple of Hkv; g = Hq/Hkv, the GQA group size, is 1 to 16
+    int kv_heads;       // Hkv, key-value heads
+    int head_dim;       // d, channels of a head: even, at most FSA_MAX_HEAD_DIM; on the GPU 64 or 128
+    int cmp_len;        // l, tokens of a compression window; at most block
+    int cmp_stride;     // s, tokens between the starts of windows; divides cmp_len and block
+    int block;          // B, tokens of a selection block; a multiple of 16
+    int topk;           // T, blocks of a query, initial and local blocks included; at most FSA_MAX_TOPK
+    int init_blocks;    // initial blocks: the first of a sequence, always selected
+    int local_blocks;   // local blocks: the last ones up to the query's own, always selected
+    int window;         // W, tokens that the sliding branch sees; at least 1
     FsaPhi phi;         // compression
-    int gate_per_token; // 0: a gate triple for each query head; 1: one for all heads of a token
-    float scale;        // of q.k before softmax; 0 means 1/sqrt(head_dim)
-    int recompute;      // 1: forward doesn't keep the branches' outputs, backward computes them again (GPU)
+    int gate_per_token; // 0: three gates for each query head; 1: three gates for each token
+    float scale;        // factor of q.k before softmax; 0: 1/sqrt(head_dim)
+    int recompute;      // 1: forward does not save the branches' outputs, backward recomputes them (GPU)
 } FsaConfig;
 
-// Queries `pos` to `pos + len - 1` of sequence `seq`. Query arrays hold the rows of the segments one
-// after another. Segments ascend by (seq, pos) and do not overlap; they and sequences may be empty. Plain
-// training has one segment for each sequence, (seq, 0, length).
+// A segment: the queries at positions pos .. pos + len - 1 of sequence seq. The query arrays hold the rows of
+// the segments one after another. Segments ascend by (seq, pos) and do not overlap. Segments and sequences
+// may be empty. Training on whole sequences has one segment for each: (seq, 0, length).
 typedef struct {
     int64_t seq, pos, len;
 } FsaSegment;
 
-// Checks `c` against the rules above. Returns 0, or -1 with one line in msg (at most msg_size bytes,
-// always terminated) that names the field and its value.
+// Checks a configuration against the rules of FsaConfig. Returns 0; or -1 and one line in msg that names the
+// field, its value, the rule and, where there is one, a value to try. Writes at most msg_size bytes, the
+// terminating NUL included. msg may be NULL if msg_size is 0.
 int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size);
 
-// Windows of a sequence of n tokens: floor((n - l)/s) + 1 where n >= l, else 0.
+// Returns the number of compression windows of a sequence of n tokens: floor((n - l)/s) + 1, or 0 if n < l.
 int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 
 // ---------------------------------------------------------------------------------------------
-// The GPU library (libfsa). Every pointer below is a device pointer, 16-byte aligned, unless said
-// otherwise. q, k, v, o, gate logits and their gradients are 16-bit, of the type `dtype`. head_dim is
-// 64 or 128. Layouts are those of reference.h: q, o [Nq, Hq, d]; k, v [N, Hkv, d]; lse [Nq, Hq] fp32;
-// indices [Hkv, Nq, T]. An entry launches kernels on `stream` and returns; it allocates nothing and
-// never synchronizes, and may be called from several threads with separate workspaces. Same input,
-// same GPU: same bits. What is no number in a sequence (NaN, infinity) stays in it and in the parameters'
-// gradients.
+// The GPU library
+//
+// N is the number of keys (tokens) of a batch, Nq of queries, M of compression windows. Arrays are row-major:
+//   q, o, dout, dq     [Nq, Hq, d]    16-bit (dtype)
+//   k, v, dk, dv       [N, Hkv, d]    16-bit
+//   kc, vc             [M, Hkv, d]    16-bit; compressed keys and values, sequence after sequence
+//   gate_logits        [Nq, Hq, 3]    16-bit; compressed, selected, sliding; gate_per_token: [Nq, 3]
+//   lse                [Nq, Hq]       fp32; natural log-sum-exp of a branch; -inf: the row sees no key
+//   block_indices      [Hkv, Nq, T]   int32; ascending, counted from the sequence's first block; then -1
+//
+// Pointers are device pointers, aligned to 16 bytes, unless said otherwise; c, b, phi and dphi are on the
+// host. A function launches kernels on `stream` and returns. It allocates nothing, never synchronizes, and
+// may be called from several threads that have separate workspaces. The same input on the same GPU gives the
+// same bits. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of phi's
+// weights.
+//
+// Errors common to all functions that launch kernels:
+//   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535
+//   FSA_ERROR_ARGUMENT    c or b is NULL; dtype is unknown; a count of b breaks its rule; Nq*T >= 2^32; or a
+//                         pointer that is needed is NULL or misaligned
+//   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
+//   FSA_ERROR_CUDA        a launch failed
+// A function finds these before its first step, and the following ones only at the step that they concern:
+//   FSA_ERROR_ARGUMENT    the selected branch has Nq*T >= 2^31 or Nq*Hq >= 2^32
+//   FSA_ERROR_CONFIG      block selection: the lists of best blocks exceed shared memory. With d = 128,
+//                         T - init_blocks - local_blocks can be about 490 for g = 4, and 99 for g = 16
 
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
 
-// Packed sequences and the queries asked of them. The counts are known to the host, the arrays lie on
-// the device.
+// Packed sequences and their queries. The counts are on the host; the arrays are on the device. Counts are at
+// least 0; num_queries and num_keys are below 2^31. Keys need a sequence, and queries need a segment.
 typedef struct {
     int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
-    int64_t max_len;            // tokens of the longest sequence, or more
-    const int64_t *cu_seqlens;  // [num_seqs + 1]
+    int64_t max_len;            // tokens of the longest sequence, or more; at most num_keys, below 2^30
+    const int64_t *cu_seqlens;  // [num_seqs + 1] first key row of each sequence; cu_seqlens[num_seqs] = N
     const FsaSegment *segments; // [num_segments]
 } FsaDeviceBatch;
 
-// The compression's parameters for phi = linear, 16-bit, as in reference.h; NULL for phi = mean. pe may
-// be NULL.
+// Parameters of the compression for phi = linear: wk, wv [Hkv, l*d, d], whose row r*d + c multiplies channel
+// c of the window's token r; pe [Hkv, l, d], NULL: no position embedding.
 typedef struct {
     const void *wk, *pe, *wv;
 } FsaPhiWeights;
+// Their gradients, fp32, of the same shapes. Backward adds to them. dpe is ignored if pe is NULL.
 typedef struct {
-    float *dwk, *dpe, *dwv; // fp32; backward adds to them
+    float *dwk, *dpe, *dwv;
 } FsaPhiGradients;
 
-// What a workspace is for.
+// The operation that a workspace is for.
 typedef enum {
-    FSA_FORWARD = 0,
-    FSA_BACKWARD = 1,
-    FSA_SELECTED_FORWARD = 2,
-    FSA_SELECTED_BACKWARD = 3,
-    FSA_SELECT_BLOCKS = 4,
-    FSA_ATTENTION_FORWARD = 5,
-    FSA_ATTENTION_BACKWARD = 6,
+    FSA_FORWARD = 0,            // fsa_forward
+    FSA_BACKWARD = 1,           // fsa_backward
+    FSA_SELECTED_FORWARD = 2,   // fsa_selected_forward
+    FSA_SELECTED_BACKWARD = 3,  // fsa_selected_backward
+    FSA_SELECT_BLOCKS = 4,      // fsa_select_blocks
+    FSA_ATTENTION_FORWARD = 5,  // fsa_attention_forward
+    FSA_ATTENTION_BACKWARD = 6, // fsa_attention_backward
 } FsaOperation;
 
-// One line about the last error on the calling thread.
+// Returns one line that describes the last error of a GPU function on the calling thread; "" before the first
+// error.
 const char *fsa_last_error(void);
 
-// Bytes of workspace (aligned to 256) that an operation needs; 0 with an error set where it can't run.
-// Only the counts of `b` are read; a batch that is greater in some and smaller in none needs at least as
-// much.
+// Returns the bytes of workspace that an operation needs (the workspace itself is aligned to 256 bytes); 0
+// after an error, which fsa_last_error describes. Of b only the counts are read. A batch whose counts are all
+// at least as large needs at least as much, so one workspace for the largest batch serves all.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
-// Bytes that forward keeps for backward: q and k rotated, the compressed keys and values, output (unless
-// c->recompute) and lse of the three branches, and the choice of blocks. The outputs are 3*Nq*Hq*d*2 bytes,
-// some two thirds of it; without them backward takes a forward pass of the branches longer. Grows with the
-// counts as the workspace does.
+// Returns the bytes that fsa_forward saves for fsa_backward; 0 after an error. They hold the rotated q and k,
+// kc and vc, the outputs of the three branches (3*Nq*Hq*d*2 bytes, about two thirds of all; not with
+// c->recompute), their lse, and the block indices. With c->recompute backward takes longer by a forward pass
+// of the branches. Grows with the counts as the workspace does.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
-// Where in `saved` the choice of blocks lies.
+// Returns the block indices [Hkv, Nq, T] inside `saved`, a device pointer; NULL after an error.
 const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
-                                 const void *saved);
+                                       const void *saved);
 
-// The whole attention: q, k before RoPE -> o. inv_freq: [d/2] doubles, NULL rotates nothing. gate_logits
-// [Nq, Hq, 3], or [Nq, 3] with gate_per_token. indices: a choice to use instead of choosing, as
-// fsa_selected_forward takes it, or NULL.
+// Native sparse attention, all steps: q, k before RoPE, v -> o, the gated sum of the three branches (NSA,
+// equations 5 and 7 to 12), and saved (fsa_saved_size bytes) for fsa_backward. inv_freq [d/2] double, radians
+// per token; NULL: no RoPE. block_indices: blocks to attend to, as fsa_selected_forward takes them; NULL:
+// select them by their scores. phi is ignored for phi = mean. Errors: those common to all.
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
                 const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
                 FsaStream stream);
-// Gradients of q and k before RoPE; overwrites dq, dk, dv and dgate_logits, adds to dphi's arrays.
+// Its backward pass, from dout and what forward saved -> dq, dk (of q and k before RoPE), dv, dgate_logits
+// (as gate_logits), which it overwrites. Adds to the arrays of dphi, which is ignored for phi = mean. c,
+// dtype, b, k, v, phi, inv_freq and gate_logits are those of forward. No gradient flows through the block
+// selection. Equations: README.md, "Backward". Errors: those common to all.
 int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
                  const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
                  const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
 
-// The selected branch alone, with the caller's choice: distinct blocks, ascending, none after the query's
-// own, then -1. Every row has the forced blocks among them, the first init_blocks and the last local_blocks,
-// as far as there are so many, as fsa_select_blocks's rows have: forward may take them for chosen without looking.
-// Methods that force no block set both counts to 0; rows may then be of any length. Nothing is rotated here
-// and below.
+// The selected branch alone (NSA, equation 12, in FSA's loop order): attention of the rotated q, k and v over
+// the tokens up to its own of a query's blocks -> o, lse. In block_indices the blocks of a row are distinct,
+// ascending, and not after the query's own block; -1 fills the rest. Every row must contain its initial
+// blocks (the first init_blocks) and its local blocks (the last local_blocks), as far as they exist, as rows
+// of fsa_select_blocks do: on Hopper forward attends to them without reading the row. A caller whose rows do
+// not contain them sets both counts to 0; rows may then be of any length from 0 to T. Errors: those common to
+// all.
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                          const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream);
+// Its backward pass, from dout and the o and lse of forward -> dq, dk, dv, which it overwrites. Errors: those
+// common to all.
 int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                           const void *k, const void *v, const int32_t *block_indices, const void *o,
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream);
 
-// The choice of blocks alone, from rotated q, compressed keys kc [M, Hkv, d] (see below) and the compressed
-// branch's lse.
-int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *kc,
-               const float *lse_c, int32_t *block_indices, void *workspace, size_t workspace_bytes,
-               FsaStream stream);
+// Block selection alone (NSA, equations 8 to 11): rotated q, rotated kc, and lse_c, the compressed branch's
+// lse from fsa_attention_forward -> block_indices. A row has min(T, blocks up to the query's own) blocks: its
+// initial and local blocks, then those with the greatest scores; of equal scores the smaller block. kc must
+// have floor(N/s) rows, as below. Errors: those common to all.
+int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
+                      const void *kc, const float *lse_c, int32_t *block_indices, void *workspace,
+                      size_t workspace_bytes, FsaStream stream);
 
-// Attention over all tokens, the last `window` tokens, or the compressed windows: k and v are then kc and vc,
-// and dk and dv their gradients, [M, Hkv, d], M windows in all. The host knows only that M <= N/s; copies may
-// therefore touch, and never use, kc and vc up to row floor(N/s), which must be the caller's memory.
+// Attention under the rule FSA_CAUSAL, FSA_WINDOW or FSA_COMPRESSED: rotated q, k, v -> o, lse. For
+// FSA_COMPRESSED, k and v are kc and vc, and dk and dv below are their gradients, [M, Hkv, d]. The host knows
+// only that M <= N/s, so kernels may load all floor(N/s) rows of kc and vc: these rows must exist, but need
+// no value beyond row M - 1. Errors: those common to all; FSA_ERROR_ARGUMENT for another rule.
 int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
-                       size_t workspace_bytes, FsaStream stream);
+                          const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
+                          size_t workspace_bytes, FsaStream stream);
+// Its backward pass, from dout and the o and lse of forward -> dq, dk, dv, which it overwrites. Errors: those
+// of forward.
 int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                        const void *q, const void *k, const void *v, const void *o, const float *lse,
-                        const void *dout, void *dq, void *dk, void *dv, void *workspace,
-                        size_t workspace_bytes, FsaStream stream);
+                           const void *q, const void *k, const void *v, const void *o, const float *lse,
+                           const void *dout, void *dq, void *dk, void *dv, void *workspace,
+                           size_t workspace_bytes, FsaStream stream);
 
 #ifdef __cplusplus
 }

@@ -1,12 +1,117 @@
-// kernels.h: the launchers of all steps. A launcher takes device pointers, sizes and a stream,
-// allocates nothing, never synchronizes, and returns an FsaStatus.
+// kernels.h: the launchers of all steps, a section a file. README.md shows which step reads and writes what.
+//
+// Conventions. c and batch are on the host and checked by the caller (api.cu); every other pointer is a
+// device pointer. A void array has the 16-bit type `dtype`. Nq, N, M, T, Hq, Hkv, g, d are those of fsa.h. A
+// launcher launches kernels on `stream`, allocates nothing and never synchronizes. It returns FSA_OK,
+// FSA_ERROR_CUDA if a launch fails, or what its comment lists. An empty batch is no error.
+//
+// Every *_bytes function returns at least as much for a batch whose counts are all at least as large.
 #ifndef FSA_KERNELS_H
 #define FSA_KERNELS_H
 #include "batch.cuh"
 
-static inline float softmax_scale_of(const FsaConfig *c) {
+// Returns the factor of q.k before softmax.
+static inline float softmax_scale(const FsaConfig *c) {
     return c->scale != 0 ? c->scale : (float)(1 / __builtin_sqrt((double)c->head_dim));
 }
+
+// ---- rope.cu ----------------------------------------------------------------------------------------
+// RoPE: out = x rotated by position * inv_freq, in 16 bits. fsa_rope_queries: x, out [Nq, Hq, d], positions
+// from the segments. fsa_rope_keys: x, out [N, Hkv, d], positions within the sequences. inv_freq [d/2]
+// double, radians per token; NULL copies x. out may be x. Return FSA_ERROR_CONFIG unless d is 64 or 128.
+int fsa_rope_queries(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
+                     const double *inv_freq, void *out, cudaStream_t stream);
+int fsa_rope_keys(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
+                  const double *inv_freq, void *out, cudaStream_t stream);
+
+// dq_accum is the fp32 accumulator of dQ, rows [Hkv, Nq, g] of d. So the rows of consecutive tokens of a KV
+// head are one contiguous piece of memory, which a bulk copy can add. Chunk i of a row, 8 floats, is stored
+// as chunk i ^ (row % 4): kernels hold tiles in shared memory in this layout, where threads that write the
+// same chunk of neighbouring rows then use different banks.
+//
+// Return the row of a (token, KV head)'s first query head, the row of a (token, query head), and where a row
+// stores chunk `chunk`.
+__host__ __device__ static inline int64_t dq_accum_group_row(int64_t nq, int g, int64_t token, int kv_head) {
+    return (kv_head * nq + token) * g;
+}
+__host__ __device__ static inline int64_t dq_accum_row(int64_t nq, int g, int64_t token, int head) {
+    return dq_accum_group_row(nq, g, token, head / g) + head % g;
+}
+__host__ __device__ static inline int dq_accum_chunk(int64_t row, int chunk) {
+    return chunk ^ (int)(row & 3);
+}
+// dq [Nq, Hq, d] = dq_accum, rounded to 16 bits. Returns FSA_ERROR_CONFIG unless d is 64 or 128.
+int fsa_convert_dq(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const float *dq_accum,
+                   void *dq, cudaStream_t stream);
+
+// ---- compress.cu ------------------------------------------------------------------------------------
+// Compression phi: k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated to position s*i of window
+// i. phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l, d] or NULL. phi = mean: all NULL. inv_freq [d/2] double;
+// NULL rotates nothing. workspace: fsa_compress_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_CONFIG
+// unless d is 64 or 128.
+size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward);
+int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
+                         const void *v, const void *wk, const void *pe, const void *wv,
+                         const double *inv_freq, void *kc, void *vc, void *workspace, cudaStream_t stream);
+// Its backward pass, from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d]. Overwrites dk, fp32 [N, Hkv, d],
+// the gradient of k before RoPE. dv, fp32 [N, Hkv, d]: overwritten (accumulate = 0) or added to (1). phi =
+// linear: adds to dwk, dpe, dwv, fp32 of the shapes of wk, pe, wv; phi = mean: these are NULL. Errors as in
+// forward.
+int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
+                          const void *v, const void *wk, const void *pe, const void *wv,
+                          const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
+                          int accumulate, float *dwk, float *dpe, float *dwv, void *workspace,
+                          cudaStream_t stream);
+
+// ---- dense.cu ---------------------------------------------------------------------------------------
+// Dense attention: every key that the rule shows a query. rule: FSA_CAUSAL, FSA_WINDOW, or FSA_COMPRESSED,
+// whose k and v are kc and vc. o = softmax(scale q k^T) v, lse = ln sum exp(scale q k^T). q, o [Nq, Hq, d];
+// k, v [N or M, Hkv, d]; q and k rotated; lse fp32 [Nq, Hq], -inf for a row without keys, whose o is 0.
+// Returns FSA_ERROR_CONFIG for FSA_SELECTED, or unless d is 64 or 128.
+int fsa_dense_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
+                      const void *q, const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+// The same over the keys of a query's initial and local blocks (Hopper only): a partial result of the
+// selected branch, normalized over these keys.
+int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
+                                 const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+
+// Backward pass of fsa_dense_forward. With P = exp(scale q k^T - lse_bwd), dS = P (dout v^T - delta):
+//   dq += scale dS k      dk += scale dS^T q      dv += P^T dout
+// The gradients are fp32, so that branches add up without rounding: dq in the layout of dq_accum; dk, dv
+// [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0: overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq,
+// Hq], come from fsa_gate_backward or fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient
+// of the gated sum. workspace: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
+// FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if workspace is NULL, FSA_ERROR_ARGUMENT if there are too
+// many work items (2^30).
+size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
+int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
+                       const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
+                       const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
+                       int accumulate_dkv, void *workspace, cudaStream_t stream);
+
+// Backward pass of the window, which overwrites dq, dk and dv. It also adds the selected branch's gradients
+// of a query's last fsa_window_backward_local_blocks(c) blocks: local_blocks on Hopper, if they lie inside
+// the window and B is a multiple of 64; otherwise 0. lse_bwd, delta: [0] of the selected branch, [1] of the
+// window. Arrays, workspace and errors as in fsa_dense_backward.
+int fsa_window_backward_local_blocks(const FsaConfig *c);
+int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
+                        const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
+                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
+                        cudaStream_t stream);
+
+// ---- topk.cu ----------------------------------------------------------------------------------------
+// Block selection: block scores from q [Nq, Hq, d], kc [M, Hkv, d] (both rotated) and lse_c fp32 [Nq, Hq],
+// the compressed branch's -> block_indices [Hkv, Nq, T] of the T best blocks. fsa_topk calls one of the other
+// two: sm90/topk.cu on Hopper if fsa_topk_sm90_supports(c), which is T - init_blocks - local_blocks <= 16;
+// else sm80/topk.cu. Return FSA_ERROR_CONFIG unless d is 64 or 128; sm80 also if the lists of the best blocks
+// exceed its shared memory.
+int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+             const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+bool fsa_topk_sm90_supports(const FsaConfig *c);
+int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+                  const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 
 // ---- query_lists.cu ---------------------------------------------------------------------------------
 // Query lists: for every (KV head, slab of query rows) the entries (row, slot) in CSR form, ordered by the
@@ -16,135 +121,77 @@ struct QueryLists {
     int64_t max_blocks;            // bound on the blocks of all sequences
     int num_splits;                // thread blocks that sort one slab's rows, each a contiguous part of them
     int init_blocks, local_blocks; // a row's first and last blocks that the lists leave out
-    uint32_t *entries; // [Hkv, Nq*T]; an entry is row*T + slot; slab i's begin at i*slab_rows*T
+    uint32_t *entries;             // [Hkv, Nq*T]; an entry is row*T + slot; slab i's begin at i*slab_rows*T
     uint32_t *offsets; // [Hkv, num_slabs, max_blocks + 1] where a block's list begins in its slab's entries
 };
 enum { FSA_MAX_SLAB = 65536 };
-// As all sizes below: at least as much for a plan that is greater in some counts and smaller in none, here
-// with fsa_selected_slab's slab. place leaves no block out.
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab);
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *p, int64_t slab, void *memory);
-// indices [Hkv, Nq, T]; entries that are negative or not causal are left out, too. workspace:
-// fsa_query_lists_scratch_bytes bytes, aligned to 16.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int64_t slab);
-int fsa_query_lists(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, const QueryLists *lists,
-              void *workspace, cudaStream_t stream);
+// fsa_query_lists_at returns lists whose arrays are in `memory`, fsa_query_lists_bytes bytes, aligned to 256.
+// slab: query rows of a slab, at most FSA_MAX_SLAB. The lists leave out no block until the caller sets
+// init_blocks and local_blocks. The sizes grow with the batch if slab is fsa_selected_slab_rows.
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab, void *memory);
+// Fills the entries and offsets from block_indices [Hkv, Nq, T]. Entries that are negative or not causal are
+// left out. workspace: fsa_query_lists_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_ARGUMENT if
+// slab_rows > FSA_MAX_SLAB, Nq*T >= 2^31, max_blocks >= 2^30, or num_slabs > 65,535.
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab);
+int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
+                    const QueryLists *lists, void *workspace, cudaStream_t stream);
 
-// ---- selected.cu --------------------------------------------------------------------------------------
-// The selected branch. `memory` is fsa_selected_scratch_bytes, index lists among them, aligned to 256. On Hopper forward
-// takes the forced blocks for chosen, and indices must have them.
-int64_t fsa_selected_slab(const FsaConfig *c, const BatchLayout *p);
-size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward);
-// With a gate the merge of partials goes on to the gated sum of the three branches; o may then be its `sum`.
-struct GateCombine {
-    const void *logits;        // [Nq, Hq, 3] or [Nq, 3], 16-bit like the rest
-    const void *o_cmp, *o_win; // the other branches' outputs, [Nq, Hq, d]
-    void *sum;                 // sigmoid(logits[0]) o_cmp + sigmoid(logits[1]) o + sigmoid(logits[2]) o_win
-};
-int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
-                    const void *v, const int32_t *block_indices, void *memory, void *o, float *lse,
-                    const GateCombine *gate, cudaStream_t stream);
-// Gradients of the other branches, fp32, that the selected branch's are added to. dq and dk are of rotated
-// rows, and their sums are turned back by inv_freq; dk_plain is of keys before RoPE.
-struct BranchGradients {
-    const float *dq;                 // as dq_accum_row says
-    const float *dk, *dv, *dk_plain; // [N, Hkv, d]
-    const double *inv_freq;          // [d/2]; NULL turns nothing
-};
-// delta and lse_bwd [Nq, Hq] come from fsa_bwd_preprocess; rows that no list has aren't read. Overwrites dq, dk,
-// dv with the selected branch's gradients and `others` (NULL: nothing, not turned back). A row's last `local`
-// blocks are left out: fsa_window_backward takes them.
-int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *block_indices, int local, const void *dout, const float *delta,
-                     const float *lse_bwd, const BranchGradients *others, void *memory, void *dq, void *dk, void *dv,
-                     cudaStream_t stream);
-
-// ---- gate.cu --------------------------------------------------------------------------------------------
-// What the branches' backward passes read: delta = <dout, o_branch> and lse_bwd = lse - ln(gate), so that
-// each of them takes the raw dout; +inf for a row that sees nothing. Overwrites dlogits. (Forward is
-// GateCombine's.)
-int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
+// ---- gate.cu ----------------------------------------------------------------------------------------
+// Backward pass of o = sum over the branches of gate * o_branch, gate = sigmoid(logits), without the
+// branches' attention. The three branches are in the order compressed, selected, sliding. For each of them:
+//   delta = <dout, o_branch>      lse_bwd = lse - ln(gate)      dlogits = delta gate (1 - gate)
+// exp(s - lse_bwd) = gate * P, so the branches' backward passes read dout as it is, not gate * dout. A row
+// without keys (lse = -inf) has lse_bwd = +inf, so its probabilities are 0. logits, dlogits [Nq, Hq, 3], or
+// [Nq, 3] with gate_per_token (dlogits then sums over the heads); o_branch[i], dout [Nq, Hq, d]; lse[i],
+// delta[i], lse_bwd[i] fp32 [Nq, Hq]. Overwrites delta, lse_bwd and dlogits. Returns FSA_ERROR_CONFIG unless
+// d is 64 or 128.
+int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream);
-// The same for one branch without a gate. lse_bwd may be NULL: it is lse where all rows see something.
-int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
-                  const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
+// delta and lse_bwd of one branch without a gate: lse_bwd = lse, +inf for a row without keys. lse_bwd may be
+// NULL: lse serves if every row has a key.
+int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
+                       const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
 
-// ---- dense.cu ---------------------------------------------------------------------------------------
-// Attention over tokens (rule = FSA_CAUSAL, FSA_WINDOW) or over windows (FSA_COMPRESSED, where k and v
-// are kc and vc). q, o [Nq, Hq, d], k, v [N or M, Hkv, d], all rotated; lse [Nq, Hq] fp32.
-int fsa_dense_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule, const void *q,
-                      const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
-// The forced blocks' part of the selected branch, normalized by itself. Hopper alone.
-int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *k,
-                     const void *v, void *o, float *lse, cudaStream_t stream);
-// Gradients in fp32, so that branches sum up without rounding: dk, dv [N or M, Hkv, d], and dq as dq_accum_row
-// has it.
-// accumulate_dq, accumulate_dkv: 0 overwrites dq, and dk and dv; 1 adds to them. delta and lse_bwd come
-// from fsa_bwd_preprocess or fsa_gate_backward; dout is raw. workspace: fsa_dense_backward_scratch_bytes bytes,
-// aligned to 16. fsa_rope_gradient makes 16-bit gradients of the sums. The sums for dq lie in rows [Hkv, Nq,
-// g] of d, so that the rows of any tile of tokens are one piece of memory; in a row the pieces of 8 numbers
-// are exchanged by row % 4, so that threads that write the same columns of neighbouring rows to shared
-// memory, where sums have the same layout, meet different banks.
-__host__ __device__ static inline int64_t dq_accum_group_row(int64_t nq, int g, int64_t token, int kv_head) {
-    return (kv_head * nq + token) * g; // the first of the g rows
-}
-__host__ __device__ static inline int64_t dq_accum_row(int64_t nq, int g, int64_t token, int head) {
-    return dq_accum_group_row(nq, g, token, head / g) + head % g;
-}
-__host__ __device__ static inline int dq_accum_chunk(int64_t row, int piece) {
-    return piece ^ (int)(row & 3);
-}
-size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaVisibility rule);
-int fsa_dense_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
-                       const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
-                       int accumulate_dkv, void *workspace, cudaStream_t stream);
+// ---- selected.cu, selected_combine.cu ---------------------------------------------------------------
+// Returns the query rows of one slab of the selected branch's forward pass.
+int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *batch);
+// Returns the bytes of `memory` below, which holds the query lists and the partial results.
+size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, int backward);
 
-// The window's gradients and, in the same sums, those of the selected branch's last fsa_window_backward_local_blocks blocks.
-// lse_bwd and delta of the selected branch and of the window.
-int fsa_window_backward_local_blocks(const FsaConfig *c);
-int fsa_window_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *k,
-                        const void *v, const void *dout, const float *const lse_bwd[2],
-                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
-                        cudaStream_t stream);
+// The gate's forward pass, which the combine kernel of the selected branch applies to its result:
+//   o_gated = sigmoid(logits[0]) o_cmp + sigmoid(logits[1]) o + sigmoid(logits[2]) o_win
+struct GateCombine {
+    const void *logits;        // [Nq, Hq, 3], or [Nq, 3] with gate_per_token
+    const void *o_cmp, *o_win; // outputs of the compressed and the sliding branch, [Nq, Hq, d]
+    void *o_gated;             // [Nq, Hq, d]
+};
+// Selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in block_indices [Hkv,
+// Nq, T]. gate: NULL, or the gated sum to compute as well; gate->o_gated == o: o itself is not stored.
+// memory: fsa_selected_scratch_bytes bytes, aligned to 256. On Hopper block_indices must contain the initial
+// and local blocks, which fsa_dense_init_local_forward computes. Returns FSA_ERROR_ARGUMENT if Nq*Hq >= 2^32,
+// and the errors of fsa_query_lists.
+int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
+                                const void *k, const void *v, const int32_t *block_indices, void *memory,
+                                void *o, float *lse, const GateCombine *gate, cudaStream_t stream);
 
-// ---- topk.cu ----------------------------------------------------------------------------------------
-// The choice of blocks: indices [Hkv, Nq, T] from the rotated q, kc and the compressed branch's lse.
-int fsa_topk(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *kc,
-             const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *kc,
-                  const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-// topk_sm90.cu: the same on Hopper, for configurations that suit it.
-bool fsa_topk_sm90_supports(const FsaConfig *c);
-int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q, const void *kc,
-                  const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-
-// ---- compress.cu ------------------------------------------------------------------------------------
-// k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated. Weights for phi = linear: wk, wv
-// [Hkv, l*d, d] and pe [Hkv, l, d], all of the 16-bit type (pe may be NULL: none); NULL for phi = mean.
-// inv_freq [d/2] doubles on the device; NULL rotates nothing. workspace: fsa_compress_scratch_bytes bytes.
-size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *p, int backward);
-int fsa_compress_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
-                         const void *wk, const void *pe, const void *wv, const double *inv_freq, void *kc,
-                         void *vc, void *workspace, cudaStream_t stream);
-// dkc (of the rotated kc) and dvc in fp32, as fsa_dense_backward writes them. Overwrites dk, fp32 [N, Hkv,
-// d], of k before RoPE; dv is overwritten (accumulate = 0) or added to (1). dwk, dpe, dwv in fp32 are added
-// to (NULL for phi = mean).
-int fsa_compress_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *k, const void *v,
-                          const void *wk, const void *pe, const void *wv, const double *inv_freq,
-                          const float *dkc, const float *dvc, float *dk, float *dv, int accumulate,
-                          float *dwk, float *dpe, float *dwv, void *workspace, cudaStream_t stream);
-
-// ---- rope.cu ----------------------------------------------------------------------------------------
-// Rotates 16-bit rows: queries [Nq, Hq, d] at their segments' positions, keys [N, Hkv, d] at theirs in
-// their sequence. out may be x. inv_freq as above; NULL copies.
-int fsa_rope_queries(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *x,
-                     const double *inv_freq, void *out, cudaStream_t stream);
-int fsa_rope_keys(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *x, const double *inv_freq,
-                  void *out, cudaStream_t stream);
-// dq (16-bit) of its sums, which lie as dq_accum_row says.
-int fsa_convert_dq(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const float *sums, void *dq,
-                 cudaStream_t stream);
+// Gradients of the other branches, fp32. The selected branch adds them to its own before it rounds to 16
+// bits.
+struct BranchGradients {
+    const float *dq_accum;            // of the rotated q, in the layout of dq_accum
+    const float *dk_accum, *dv_accum; // [N, Hkv, d]; dk_accum of the rotated k
+    const float *dk_unrotated;        // [N, Hkv, d] of k before RoPE
+    const double *inv_freq;           // [d/2]: the sums of dq and dk are rotated back; NULL: they are not
+};
+// Backward pass of the selected branch: the equations of fsa_dense_backward over the tokens of its blocks.
+// Overwrites dq [Nq, Hq, d], dk, dv [N, Hkv, d] with its gradients plus `others` (NULL: nothing to add, no
+// inverse RoPE). A row's last local_blocks blocks are left out; fsa_window_backward has added them to
+// `others`. Rows without listed blocks read neither delta nor lse_bwd. memory and errors as in forward.
+int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
+                                 const void *k, const void *v, const int32_t *block_indices, int local_blocks,
+                                 const void *dout, const float *delta, const float *lse_bwd,
+                                 const BranchGradients *others, void *memory, void *dq, void *dk, void *dv,
+                                 cudaStream_t stream);
 
 #endif

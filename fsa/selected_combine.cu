@@ -81,7 +81,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     if ((blockIdx.x * 8 + threadIdx.x / 32) * Row::ROWS >= a.tokens * a.group) return;
     Row r(a, (blockIdx.x * 256 + threadIdx.x) / Row::LANES);
     // All this was written before the main kernel began, which a merge never overtakes.
-    const bool left_out = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.sum;
+    const bool left_out = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.o_gated;
     // Rows of left out blocks, of the compressed and of the sliding branch; each lane reads what it brought.
     __shared__ uint4 others[3][256];
     auto bring = [&](int i, const void *from) {
@@ -151,7 +151,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
     const float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
-    if (a.o != a.gate.sum) r.template store<T>(a.o, acc);
+    if (a.o != a.gate.o_gated) r.template store<T>(a.o, acc);
     if (gated) {
         const float gate = sigmoid((float)logit);
         const float own = __shfl_sync(0xffffffffu, gate, 1, Row::LANES);
@@ -160,7 +160,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_
         for (int i = 1; i < 3; i++)
             add_row<T>(acc, others[i][threadIdx.x],
                        __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2, Row::LANES));
-        r.template store<T>(a.gate.sum, acc);
+        r.template store<T>(a.gate.o_gated, acc);
     }
     if (r.piece == 0 && r.there) a.lse[r.to] = sum > 0 ? (most + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
@@ -229,9 +229,9 @@ template <typename T, int D> static __device__ void sum_dq(const SelectedParams 
     };
     exchange(0, 1, 1), exchange(2, 3, 1);
     exchange(0, 2, 2), exchange(1, 3, 2);
-    if (a.others.dq) {
+    if (a.others.dq_accum) {
         const int64_t sum = dq_accum_row(a.batch.nq, a.group, r.row, (int)(r.to - r.row * a.q_heads));
-        const float4 *from = (const float4 *)(a.others.dq + sum * D + dq_accum_chunk(sum, r.piece) * 8);
+        const float4 *from = (const float4 *)(a.others.dq_accum + sum * D + dq_accum_chunk(sum, r.piece) * 8);
         const float4 x = from[0], y = from[1];
         acc[0] += x.x, acc[1] += x.y, acc[2] += x.z, acc[3] += x.w;
         acc[4] += y.x, acc[5] += y.y, acc[6] += y.z, acc[7] += y.w;
@@ -250,7 +250,7 @@ template <typename T, int D> static __device__ void sum_dq(const SelectedParams 
 }
 
 // What a main kernel leaves to be summed, dkv's pieces first: beside dQ their latency is hidden. Reads
-// T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of others.dq, and writes one: 7.5 GB in
+// T*parts rows of 1.5*D bytes a (token, head), of fp16 2*D, and 4*D of others.dq_accum, and writes one: 7.5 GB in
 // and 0.5 out for the case of selected_combine_kernel, 1.8 ms.
 template <typename T, int D> __global__ void __launch_bounds__(256, 4) selected_combine_bwd_kernel(SelectedParams a) {
     const unsigned crossing = a.shares * 4;
@@ -284,7 +284,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
             hi[0] += y.x * factor, hi[1] += y.y * factor, hi[2] += y.z * factor, hi[3] += y.w * factor;
         };
         if (chosen) add(own + (token * 2 + is_v) * D + channel, is_v ? 1 : a.scale);
-        const float *const sums = is_v ? a.others.dv : a.others.dk;
+        const float *const sums = is_v ? a.others.dv_accum : a.others.dk_accum;
         if (sums) add(sums + at, 1);
         if (!is_v && a.others.inv_freq) {
 #pragma unroll
@@ -294,7 +294,7 @@ template <typename T, int D> __global__ void __launch_bounds__(256) dkv_store_ke
                 lo[j] = x * turn.x + y * turn.y, hi[j] = y * turn.x - x * turn.y;
             }
         }
-        if (!is_v && a.others.dk_plain) add(a.others.dk_plain + at, 1);
+        if (!is_v && a.others.dk_unrotated) add(a.others.dk_unrotated + at, 1);
         T *const to = (T *)(is_v ? a.dv : a.dk) + at;
         *(uint2 *)to = make_uint2(pack2<T>(lo[0], lo[1]), pack2<T>(lo[2], lo[3]));
         *(uint2 *)(to + D / 2) = make_uint2(pack2<T>(hi[0], hi[1]), pack2<T>(hi[2], hi[3]));
