@@ -1,7 +1,7 @@
-// cublaslt.cpp: the part of cuBLASLt that llmc/matmul.cuh calls, on the CPU, for the emulator: real
-// descriptors, layouts with leading dimensions, transposes, beta and the bias epilogue. What it doesn't know
-// it refuses; it holds the caller to the alignments promised for the choice of an algorithm, and spoils the
-// workspace as the library may.
+// cublaslt.cpp: the part of cuBLASLt that llmc/matmul.cuh calls, on the CPU, for the emulator: descriptors,
+// layouts with leading dimensions, transposes, beta and the bias epilogue. It rejects anything else as not
+// supported. It rejects pointers with less than the alignment that the caller gave for the algorithm's
+// heuristic. It overwrites the workspace, as the library may.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -24,24 +24,24 @@ struct Layout {
 };
 struct Preference {
     uint64_t workspace;
-    uint32_t reductions, align[4]; // of a, b, c, d
+    uint32_t reduction_schemes, align[4]; // bytes: a, b, c, d
 };
-// What an algorithm was chosen for; it lies in cublasLtMatmulAlgo_t.
+// The matmul that an algorithm was chosen for; stored in a cublasLtMatmulAlgo_t.
 struct Algo {
-    uint32_t align[3]; // a, b, c and d
+    uint32_t align[3]; // bytes: a; b; the smaller one of c and d
     uint32_t m, n, k;  // modulo 2^32
 };
-static_assert(sizeof(Algo) <= sizeof(cublasLtMatmulAlgo_t), "room");
+static_assert(sizeof(Algo) <= sizeof(cublasLtMatmulAlgo_t), "an Algo must fit into a cublasLtMatmulAlgo_t");
 
 size_t type_bytes(cudaDataType type) {
     return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF || type == CUDA_R_16F ? 2 : 0;
 }
-float read(const void *p, cudaDataType type, int64_t i) {
+float load(const void *p, cudaDataType type, int64_t i) {
     return type == CUDA_R_32F    ? ((const float *)p)[i]
            : type == CUDA_R_16BF ? __bfloat162float(((const __nv_bfloat16 *)p)[i])
                                  : __half2float(((const __half *)p)[i]);
 }
-void write(void *p, cudaDataType type, int64_t i, float x) {
+void store(void *p, cudaDataType type, int64_t i, float x) {
     if (type == CUDA_R_32F)
         ((float *)p)[i] = x;
     else if (type == CUDA_R_16BF)
@@ -53,9 +53,9 @@ bool same(const Layout &a, const Layout &b) {
     return a.type == b.type && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld;
 }
 
-// Whether the product is one that is known here and consistent; m, n, k of it.
-cublasStatus_t understand(const Desc &e, const Layout &a, const Layout &b, const Layout &c, const Layout &d,
-                          uint64_t *m, uint64_t *n, uint64_t *k) {
+// Checks that the matmul's layouts are consistent and supported. Returns its shape in m, n and k.
+cublasStatus_t check_matmul(const Desc &e, const Layout &a, const Layout &b, const Layout &c, const Layout &d,
+                            uint64_t *m, uint64_t *n, uint64_t *k) {
     *m = d.rows, *n = d.cols, *k = e.trans_a ? a.rows : a.cols;
     if (!same(c, d)) return CUBLAS_STATUS_NOT_SUPPORTED;
     if ((e.trans_a ? a.cols : a.rows) != *m || (e.trans_b ? b.rows : b.cols) != *n ||
@@ -93,7 +93,7 @@ const char *cublasLtGetStatusString(cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS         ? "success"
            : status == CUBLAS_STATUS_NOT_SUPPORTED ? "not supported by the emulator's cuBLASLt"
            : status == CUBLAS_STATUS_INVALID_VALUE ? "an unsupported value or parameter"
-                                                   : "an error of the emulator's cuBLASLt";
+                                                   : "unknown error of the emulator's cuBLASLt";
 }
 
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute,
@@ -154,7 +154,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
         return set(&p->workspace, value, bytes);
     case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
-        return set(&p->reductions, value, bytes);
+        return set(&p->reduction_schemes, value, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
         return set(&p->align[0], value, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
@@ -177,7 +177,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     if (requested < 1) return CUBLAS_STATUS_INVALID_VALUE;
     uint64_t m, n, k;
     cublasStatus_t status =
-        understand(*(Desc *)desc, *(Layout *)a, *(Layout *)b, *(Layout *)c, *(Layout *)d, &m, &n, &k);
+        check_matmul(*(Desc *)desc, *(Layout *)a, *(Layout *)b, *(Layout *)c, *(Layout *)d, &m, &n, &k);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     const Preference *p = (const Preference *)preference;
     memset((void *)results, 0, sizeof *results);
@@ -191,22 +191,22 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha_at,
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha_ptr,
                               const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
-                              cublasLtMatrixLayout_t b_layout, const void *beta_at, const void *c,
+                              cublasLtMatrixLayout_t b_layout, const void *beta_ptr, const void *c,
                               cublasLtMatrixLayout_t c_layout, void *d, cublasLtMatrixLayout_t d_layout,
-                              const cublasLtMatmulAlgo_t *algo_at, void *workspace, size_t workspace_bytes,
+                              const cublasLtMatmulAlgo_t *algo_ptr, void *workspace, size_t workspace_bytes,
                               cudaStream_t) {
     const Desc &e = *(Desc *)desc;
     const Layout &la = *(Layout *)a_layout, &lb = *(Layout *)b_layout, &ld = *(Layout *)d_layout;
-    float alpha = *(const float *)alpha_at, beta = *(const float *)beta_at;
+    float alpha = *(const float *)alpha_ptr, beta = *(const float *)beta_ptr;
     uint64_t m, n, k;
-    cublasStatus_t status = understand(e, la, lb, *(Layout *)c_layout, ld, &m, &n, &k);
+    cublasStatus_t status = check_matmul(e, la, lb, *(Layout *)c_layout, ld, &m, &n, &k);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     Algo algo;
-    memcpy((void *)&algo, (const void *)algo_at, sizeof algo);
+    memcpy((void *)&algo, (const void *)algo_ptr, sizeof algo);
     if (algo.m != (uint32_t)m || algo.n != (uint32_t)n || algo.k != (uint32_t)k)
-        return CUBLAS_STATUS_INVALID_VALUE; // another product's
+        return CUBLAS_STATUS_INVALID_VALUE; // an algorithm for another matmul
     if ((uintptr_t)a % algo.align[0] || (uintptr_t)b % algo.align[1] || (uintptr_t)c % algo.align[2] ||
         (uintptr_t)d % algo.align[2])
         return CUBLAS_STATUS_INVALID_VALUE;
@@ -214,25 +214,25 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     if (bias && !e.bias) return CUBLAS_STATUS_INVALID_VALUE;
     if (workspace) memset(workspace, 0xff, workspace_bytes < 4096 ? workspace_bytes : 4096);
 
-    std::vector<float> left(k * m); // op(a) as [k, m]
+    std::vector<float> op_a(k * m); // [k, m]
 #pragma omp parallel for
     for (uint64_t p = 0; p < k; p++) {
         for (uint64_t i = 0; i < m; i++)
-            left[p * m + i] = read(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
+            op_a[p * m + i] = load(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
     }
 #pragma omp parallel for
     for (uint64_t j = 0; j < n; j++) {
         std::vector<float> sum(m, 0.0f);
         for (uint64_t p = 0; p < k; p++) {
-            float x = read(b, lb.type, e.trans_b ? (int64_t)p * lb.ld + j : (int64_t)j * lb.ld + p);
-            for (uint64_t i = 0; i < m; i++) sum[i] += left[p * m + i] * x;
+            float x = load(b, lb.type, e.trans_b ? (int64_t)p * lb.ld + j : (int64_t)j * lb.ld + p);
+            for (uint64_t i = 0; i < m; i++) sum[i] += op_a[p * m + i] * x;
         }
         for (uint64_t i = 0; i < m; i++) {
-            int64_t at = (int64_t)j * ld.ld + i;
+            int64_t index = (int64_t)j * ld.ld + i;
             float x = alpha * sum[i];
-            if (beta != 0) x += beta * read(c, ld.type, at);
-            if (bias) x += read(e.bias, ld.type, (int64_t)i);
-            write(d, ld.type, at, x);
+            if (beta != 0) x += beta * load(c, ld.type, index);
+            if (bias) x += load(e.bias, ld.type, (int64_t)i);
+            store(d, ld.type, index, x);
         }
     }
     return CUBLAS_STATUS_SUCCESS;

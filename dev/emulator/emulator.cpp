@@ -20,20 +20,21 @@
 
 namespace emu {
 
-// Stacks are a few cache lines more than a power of two apart, lest all of them meet in the same cache sets.
+// The distance of two stacks is not a power of two, so that they do not all map to the same cache sets.
 enum {
     MAX_THREADS = 1024,
     MAX_SMEM = 232448,
-    MULTIPROCESSORS = 132, // an H200's, so that work is cut as it is there
+    SM_COUNT = 132, // as on an H200, so that persistent kernels divide their work in the same way
     DEFAULT_SMEM = 49152,
-    STACK = (256 << 10) + 832,
-    BARRIERS = 16
+    STACK_BYTES = (256 << 10) + 832,
+    BARRIERS = 16 // named barriers of a thread block
 };
 
 // ---- switching stacks -------------------------------------------------------------------------------
 #if defined(__x86_64__)
-// Pushes what a function must preserve, keeps the stack pointer in *from, and goes on where `to` was kept.
-extern "C" void emu_switch(void **from, void *to);
+// Saves the callee-saved registers on the stack and the stack pointer in *save_sp. Then restores the
+// registers that were saved at load_sp and returns there.
+extern "C" void emu_switch(void **save_sp, void *load_sp);
 asm(R"(
 .text
 .globl emu_switch
@@ -56,12 +57,12 @@ emu_switch:
     ret
 )");
 static void *new_stack(char *stack, void (*entry)()) {
-    void **top = (void **)(stack + STACK) - 3; // a called function finds its stack 8 bytes off 16
-    *--top = (void *)entry;                    // ret pops it: the stack is then as after a call
+    void **top = (void **)(stack + STACK_BYTES) - 3; // at entry of a function, sp is 8 modulo 16
+    *--top = (void *)entry;                          // ret pops it, and leaves the stack as after a call
     return top - 6;
 }
 #elif defined(__aarch64__)
-extern "C" void emu_switch(void **from, void *to);
+extern "C" void emu_switch(void **save_sp, void *load_sp);
 asm(R"(
 .text
 .globl emu_switch
@@ -95,76 +96,76 @@ emu_switch:
     ret
 )");
 static void *new_stack(char *stack, void (*entry)()) {
-    void **top = (void **)(stack + STACK) - 20;
+    void **top = (void **)(stack + STACK_BYTES) - 20;
     top[11] = (void *)entry; // x30
     return top;
 }
 #else
-#error "the emulator switches stacks on x86-64 and aarch64"
+#error "the emulator supports x86-64 and aarch64 only"
 #endif
 
-// ---- blocks, warps, threads ---------------------------------------------------------------------------
+// ---- thread blocks, warps, threads -------------------------------------------------------------------
 struct Warp {
-    uint32_t exited;
-    Meeting meetings[32]; // by the lowest lane of the mask
+    uint32_t exited;                // bit i: lane i
+    WarpCollective collectives[32]; // index: the lowest lane of the mask
 };
 struct Barrier {
     int arrived, threads;
     uint64_t generation;
 };
-// A bulk copy out of shared memory; data: what it read, once it has.
+// A bulk copy from shared into global memory.
 struct BulkStore {
-    char *to;
-    uint32_t from;
+    char *dst;
+    uint32_t src;
     int bytes;
-    bool add;
-    std::vector<char> data;
+    bool add;               // fp32 values are added to dst
+    std::vector<char> data; // contents of src; empty until the copy has read them
 };
 struct Thread {
-    Indices at;
+    Indices indices;
     int lane;
     Warp *warp;
-    void *sp;
+    void *sp; // while the thread does not run
     bool done;
-    Thread *next; // of the block's threads that are not done; NULL: the scheduler
+    Thread *next; // next thread that may run (skips threads that are done); NULL: the scheduler
     const char *waits_for;
     AsyncCopies copies;
-    int64_t wgmma_issued;               // operations of its warpgroup that it took part in
-    std::vector<int64_t> wgmma_commits; // how many of them each batch ended with
-    std::vector<BulkStore> bulk_stores; // under way
+    int64_t wgmma_issued;                  // wgmma instructions of its warpgroup that this thread issued
+    std::vector<int64_t> wgmma_group_ends; // wgmma_issued at each commit
+    std::vector<BulkStore> bulk_stores;    // pending
 };
-// An operation of a warpgroup, and how many of its threads have handed in their parts.
+// A wgmma instruction of a warpgroup.
 struct WgmmaOp {
-    WgmmaShape shape;
-    int parts;
-    bool now, done;
-    WgmmaPart part[128];
+    WgmmaInstruction instruction;
+    int threads;      // that have issued it
+    bool eager, done; // eager: runs as soon as all threads have issued it, not when a thread waits for it
+    WgmmaOperands operands[128];
 };
 struct Warpgroup {
-    int64_t first; // number of ops[0]
+    int64_t first; // number of ops[0], counted from the start of the thread block
     std::deque<WgmmaOp> ops;
 };
-// A copy into shared memory under way.
-struct BulkCopy {
-    uint32_t to, barrier;
-    TensorMap map; // not valid: plain
-    const void *from;
-    int64_t at[4];
+// A pending copy from global into shared memory.
+struct BulkLoad {
+    uint32_t dst, barrier;
+    TensorMap map; // valid: a TMA load of the box at coord; not valid: a bulk copy from src
+    const void *src;
+    int64_t coord[4];
     int bytes;
 };
-// What one CPU thread needs to run a block.
+// The state that one CPU thread needs to run a thread block.
 struct Worker {
-    void *sp; // the scheduler's
-    char *stacks;
+    void *sp;     // of the scheduler
+    char *stacks; // [MAX_THREADS][STACK_BYTES]
     Thread threads[MAX_THREADS];
     Warp warps[MAX_THREADS / 32];
     Barrier barriers[BARRIERS];
     Warpgroup warpgroups[MAX_THREADS / 128];
-    std::vector<BulkCopy> bulk_copies;
-    uint64_t coin;
-    int count, left;
-    uint64_t events;
-    const std::function<void()> *body;
+    std::vector<BulkLoad> bulk_loads;
+    uint64_t random_state;
+    int count, running;                // threads of the block, those that have not exited
+    uint64_t events;                   // counts progress
+    const std::function<void()> *body; // of a thread
     alignas(1024) char smem[MAX_SMEM];
 };
 
@@ -173,7 +174,8 @@ static thread_local Worker *worker;
 
 static Worker *this_worker() {
     static std::mutex lock;
-    static auto *all = new std::vector<Worker *>; // for the leak checker, also of host threads that are gone
+    // Keeps the workers of host threads that have exited reachable for the leak checker.
+    static auto *all = new std::vector<Worker *>;
     if (!worker) {
         worker = (Worker *)aligned_alloc(1024, (sizeof(Worker) + 1023) / 1024 * 1024);
         {
@@ -182,19 +184,20 @@ static Worker *this_worker() {
         }
         memset((void *)worker, 0, sizeof *worker);
         for (Thread &t : worker->threads)
-            new (&t.copies) AsyncCopies(), new (&t.wgmma_commits) std::vector<int64_t>(),
+            new (&t.copies) AsyncCopies(), new (&t.wgmma_group_ends) std::vector<int64_t>(),
                 new (&t.bulk_stores) std::vector<BulkStore>();
         for (Warpgroup &g : worker->warpgroups) new (&g.ops) std::deque<WgmmaOp>();
-        new (&worker->bulk_copies) std::vector<BulkCopy>();
-        worker->stacks = (char *)mmap(NULL, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
+        new (&worker->bulk_loads) std::vector<BulkLoad>();
+        worker->stacks = (char *)mmap(NULL, (size_t)MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (worker->stacks == MAP_FAILED) fail("no memory for stacks");
+        if (worker->stacks == MAP_FAILED)
+            fail("cannot allocate %d stacks of %d bytes", (int)MAX_THREADS, (int)STACK_BYTES);
     }
     return worker;
 }
 
 const Indices &indices() {
-    return self->at;
+    return self->indices;
 }
 int lane() {
     return self->lane;
@@ -213,8 +216,9 @@ void fail(const char *format, ...) {
     vfprintf(stderr, format, args);
     va_end(args);
     if (self)
-        fprintf(stderr, " (block %u %u %u, thread %u %u %u)", self->at.block.x, self->at.block.y,
-                self->at.block.z, self->at.thread.x, self->at.thread.y, self->at.thread.z);
+        fprintf(stderr, " (block %u %u %u, thread %u %u %u)", self->indices.block.x, self->indices.block.y,
+                self->indices.block.z, self->indices.thread.x, self->indices.thread.y,
+                self->indices.thread.z);
     fprintf(stderr, "\n");
     abort();
 }
@@ -223,66 +227,70 @@ void progress() {
     worker->events++;
 }
 void yield() {
-    Thread *from = self;
-    while (from->next && from->next->done) from->next = from->next->next;
-    self = from->next;
-    emu_switch(&from->sp, self ? self->sp : worker->sp);
+    Thread *thread = self;
+    while (thread->next && thread->next->done) thread->next = thread->next->next;
+    self = thread->next;
+    emu_switch(&thread->sp, self ? self->sp : worker->sp);
 }
 
 static void thread_main() {
     (*worker->body)();
-    if (self->copies.list.size() || self->bulk_stores.size()) fail("ends with asynchronous copies under way");
+    if (self->copies.list.size() || self->bulk_stores.size())
+        fail("thread exits with pending asynchronous copies; wait for them first");
     self->done = true;
     self->warp->exited |= 1u << self->lane;
-    worker->left--;
+    worker->running--;
     progress();
     yield();
     __builtin_unreachable();
 }
 
-static bool complete(Meeting *m, const Warp *w) {
-    uint32_t here = m->mask & ~w->exited;
-    if (!m->arrived || (m->arrived & here) != here) return false;
-    m->finish(m->arrived, m->in[m->generation & 1], m->out[m->generation & 1]);
-    m->arrived = 0;
-    m->generation++;
+// Completes a collective if all lanes of its mask that have not exited have arrived. Returns whether it did.
+static bool try_complete(WarpCollective *c, const Warp *w) {
+    uint32_t expected = c->mask & ~w->exited;
+    if (!c->arrived || (c->arrived & expected) != expected) return false;
+    c->compute(c->arrived, c->in[c->generation & 1], c->out[c->generation & 1]);
+    c->arrived = 0;
+    c->generation++;
     progress();
     return true;
 }
 
-Meeting *join(const char *what, uint32_t mask, void (*finish)(uint32_t, const void *, void *)) {
+WarpCollective *find_collective(const char *name, uint32_t mask,
+                                void (*compute)(uint32_t, const void *, void *)) {
     Thread *t = self;
-    if (!(mask >> t->lane & 1)) fail("%s: lane %d is not in its own mask %08x", what, t->lane, mask);
-    Meeting *m = &t->warp->meetings[__builtin_ctz(mask)];
-    if (!m->arrived) {
-        m->mask = mask, m->what = what, m->finish = finish;
-    } else if (m->mask != mask || m->finish != finish) {
-        fail("lanes of a warp disagree: %s with mask %08x meets %s with %08x", what, mask, m->what, m->mask);
+    if (!(mask >> t->lane & 1)) fail("%s: lane %d is not in its own mask %08x", name, t->lane, mask);
+    WarpCollective *c = &t->warp->collectives[__builtin_ctz(mask)];
+    if (!c->arrived) {
+        c->mask = mask, c->name = name, c->compute = compute;
+    } else if (c->mask != mask || c->compute != compute) {
+        fail("lanes of a warp diverge: %s with mask %08x, while others wait at %s with mask %08x", name, mask,
+             c->name, c->mask);
     }
-    return m;
+    return c;
 }
-void await(Meeting *m) {
-    uint64_t generation = m->generation;
-    m->arrived |= 1u << self->lane;
+void arrive_and_wait(WarpCollective *c) {
+    uint64_t generation = c->generation;
+    c->arrived |= 1u << self->lane;
     progress();
-    self->waits_for = m->what;
-    while (m->generation == generation && !complete(m, self->warp)) yield();
+    self->waits_for = c->name;
+    while (c->generation == generation && !try_complete(c, self->warp)) yield();
 }
 
-static bool complete(Barrier *b) {
-    int threads = b->threads ? b->threads : worker->left;
+static bool try_complete(Barrier *b) {
+    int threads = b->threads ? b->threads : worker->running;
     if (b->arrived < threads) return false;
-    if (b->arrived > threads) fail("a barrier of %d threads met %d", threads, b->arrived);
+    if (b->arrived > threads) fail("%d threads arrive at a barrier of %d threads", b->arrived, threads);
     b->arrived = 0;
     b->generation++;
     progress();
     return true;
 }
 static Barrier *arrive(int id, int threads) {
-    if (id < 0 || id >= BARRIERS) fail("barrier %d of %d", id, BARRIERS);
+    if (id < 0 || id >= BARRIERS) fail("barrier %d: must be from 0 to %d", id, BARRIERS - 1);
     Barrier *b = &worker->barriers[id];
     if (b->arrived && b->threads != threads)
-        fail("barrier %d: %d threads were expected, now %d", id, b->threads, threads);
+        fail("barrier %d: %d threads were expected before, now %d", id, b->threads, threads);
     b->threads = threads;
     b->arrived++;
     progress();
@@ -292,15 +300,15 @@ void barrier_sync(int id, int threads) {
     Barrier *b = arrive(id, threads);
     uint64_t generation = b->generation;
     self->waits_for = "a barrier";
-    while (b->generation == generation && !complete(b)) yield();
+    while (b->generation == generation && !try_complete(b)) yield();
 }
 void barrier_arrive(int id, int threads) {
-    complete(arrive(id, threads));
+    try_complete(arrive(id, threads));
 }
 
-static void run_block(const Config &c, uint3 block, const std::function<void()> &body) {
+static void run_block(const LaunchConfig &c, uint3 block, const std::function<void()> &body) {
     Worker *w = this_worker();
-    w->count = w->left = (int)(c.block.x * c.block.y * c.block.z);
+    w->count = w->running = (int)(c.block.x * c.block.y * c.block.z);
     w->body = &body;
     memset((void *)w->warps, 0, sizeof(Warp) * ((size_t)(w->count + 31) / 32));
     memset(w->barriers, 0, sizeof w->barriers);
@@ -312,7 +320,7 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
     for (int i = 0; i < w->count; i++) {
         Thread *t = &w->threads[i];
         unsigned x = (unsigned)i % c.block.x, y = (unsigned)i / c.block.x;
-        t->at = {{x, y % c.block.y, y / c.block.y}, block, c.block, c.grid};
+        t->indices = {{x, y % c.block.y, y / c.block.y}, block, c.block, c.grid};
         t->lane = i % 32;
         t->warp = &w->warps[i / 32];
         t->done = false;
@@ -320,14 +328,14 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
         t->copies.list.clear();
         t->copies.group = 0;
         t->wgmma_issued = 0;
-        t->wgmma_commits.clear();
-        t->sp = new_stack(w->stacks + (size_t)i * STACK, thread_main);
+        t->wgmma_group_ends.clear();
+        t->sp = new_stack(w->stacks + (size_t)i * STACK_BYTES, thread_main);
     }
     for (Warpgroup &g : w->warpgroups) g.first = 0, g.ops.clear();
-    w->bulk_copies.clear();
+    w->bulk_loads.clear();
     for (int i = w->count; i % 32; i++) w->warps[i / 32].exited |= 1u << i % 32;
     Thread *first = &w->threads[0];
-    while (w->left) {
+    while (w->running) {
         uint64_t before = w->events;
         while (first->done) first = first->next;
         self = first;
@@ -336,60 +344,64 @@ static void run_block(const Config &c, uint3 block, const std::function<void()> 
             for (int i = 0; i < w->count; i++) {
                 self = &w->threads[i];
                 if (!self->done)
-                    fail("deadlock: %d threads wait, one of them for %s", w->left, self->waits_for);
+                    fail("deadlock: %d threads wait, the first of them for %s", w->running, self->waits_for);
             }
         }
     }
     for (Warpgroup &g : w->warpgroups) {
         for (WgmmaOp &op : g.ops) {
-            if (!op.done) fail("a block ends with wgmma under way");
+            if (!op.done) fail("thread block exits with pending wgmma instructions; wait for them first");
         }
     }
-    if (w->bulk_copies.size()) fail("a block ends with bulk copies under way");
+    if (w->bulk_loads.size()) fail("thread block exits with pending bulk copies; wait for them first");
     self = NULL;
 }
 
 // ---- wgmma ------------------------------------------------------------------------------------------
-bool toss() {
-    return (worker->coin = worker->coin * 6364136223846793005ull + 1442695040888963407ull) >> 63;
+bool flip_coin() {
+    return (worker->random_state = worker->random_state * 6364136223846793005ull + 1442695040888963407ull) >>
+           63;
 }
 
-// Element (row, column) of a K-major matrix in panels of 64 columns, or of a transposed one; `at` is the
-// matrix's start, which lies within a panel's first row where 16 columns steps were added to it.
-static const uint16_t *element(uint32_t at, int64_t offset) {
-    uint32_t address = at + (uint32_t)offset;
+// Returns the element at a byte offset of a matrix in shared memory, whose rows of 128 bytes are swizzled.
+// `matrix` is the address in the matrix descriptor. It is not at the start of a row if the descriptor was
+// advanced along k.
+static const uint16_t *element(uint32_t matrix, int64_t offset) {
+    uint32_t address = matrix + (uint32_t)offset;
     address ^= (address >> 7 & 7) << 4;
-    if (address >= MAX_SMEM) fail("wgmma reads shared memory at %u", address);
-    return (const uint16_t *)from_shared(address);
+    if (address >= MAX_SMEM)
+        fail("wgmma: shared memory address %u: must be below %d", address, (int)MAX_SMEM);
+    return (const uint16_t *)smem_pointer(address);
 }
 
-static void wgmma_run(const WgmmaOp &op) {
-    const WgmmaShape &s = op.shape;
+static void run_wgmma(const WgmmaOp &op) {
+    const WgmmaInstruction &s = op.instruction;
     static thread_local float a[64][16], b[16][128], c[64][128];
-    auto number = [&](uint16_t bits) {
+    auto to_float = [&](uint16_t bits) {
         return s.is_half ? half_to_float<__half>(bits) : half_to_float<__nv_bfloat16>(bits);
     };
     for (uint64_t d : {s.a, s.b}) {
         if (s.a_in_registers && d == s.a) continue;
         if (d >> 62 != 1 || (d >> 32 & 0x3fff) != 64)
-            fail("wgmma: a matrix descriptor %llx", (unsigned long long)d);
+            fail("wgmma: matrix descriptor %llx: must have 128-byte swizzle and a stride of 1024 bytes",
+                 (unsigned long long)d);
     }
-    uint32_t at_a = (uint32_t)(s.a & 0x3fff) << 4, at_b = (uint32_t)(s.b & 0x3fff) << 4;
+    uint32_t a_address = (uint32_t)(s.a & 0x3fff) << 4, b_address = (uint32_t)(s.b & 0x3fff) << 4;
     int64_t panel = (int64_t)(s.b >> 16 & 0x3fff) << 4;
     for (int row = 0; row < 64; row++) {
         for (int k = 0; k < 16; k++) {
             if (s.a_in_registers) {
-                const WgmmaPart &p = op.part[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
-                a[row][k] = number((uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16));
+                const WgmmaOperands &p = op.operands[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
+                a[row][k] = to_float((uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16));
             } else {
-                a[row][k] = number(*element(at_a, s.trans_a ? k * 128 + row * 2 : row * 128 + k * 2));
+                a[row][k] = to_float(*element(a_address, s.trans_a ? k * 128 + row * 2 : row * 128 + k * 2));
             }
         }
     }
     for (int k = 0; k < 16; k++) {
         for (int n = 0; n < s.n; n++) {
-            b[k][n] = number(s.trans_b ? *element(at_b, n / 64 * panel + k * 128 + n % 64 * 2)
-                                       : *element(at_b, n * 128 + k * 2));
+            b[k][n] = to_float(s.trans_b ? *element(b_address, n / 64 * panel + k * 128 + n % 64 * 2)
+                                         : *element(b_address, n * 128 + k * 2));
         }
     }
     for (int row = 0; row < 64; row++) {
@@ -402,7 +414,7 @@ static void wgmma_run(const WgmmaOp &op) {
         for (int j = 0; j < s.n / 8; j++) {
             for (int i = 0; i < 4; i++) {
                 float x = c[t / 32 * 16 + t % 32 / 4 + i / 2 * 8][j * 8 + t % 4 * 2 + i % 2];
-                float *d = op.part[t].d + j * 4 + i;
+                float *d = op.operands[t].d + j * 4 + i;
                 *d = s.add ? *d + x : x;
             }
         }
@@ -413,31 +425,33 @@ static Warpgroup *warpgroup() {
     return &worker->warpgroups[(self - worker->threads) / 128];
 }
 
-void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part) {
+void issue_wgmma(const WgmmaInstruction &instruction, const WgmmaOperands &operands) {
     Warpgroup *g = warpgroup();
     int64_t number = self->wgmma_issued++;
-    if (number == g->first + (int64_t)g->ops.size()) g->ops.push_back({shape, 0, toss(), false, {}});
+    if (number == g->first + (int64_t)g->ops.size())
+        g->ops.push_back({instruction, 0, flip_coin(), false, {}});
     WgmmaOp &op = g->ops[(size_t)(number - g->first)];
-    if (op.shape.n != shape.n || op.shape.b != shape.b || op.shape.a != shape.a ||
-        op.shape.add != shape.add || op.shape.trans_a != shape.trans_a || op.shape.trans_b != shape.trans_b ||
-        op.shape.a_in_registers != shape.a_in_registers)
-        fail("wgmma: the threads of a warpgroup disagree");
-    op.part[(self - worker->threads) % 128] = part;
-    op.parts++;
+    const WgmmaInstruction &i = op.instruction;
+    if (i.n != instruction.n || i.b != instruction.b || i.a != instruction.a || i.add != instruction.add ||
+        i.trans_a != instruction.trans_a || i.trans_b != instruction.trans_b ||
+        i.a_in_registers != instruction.a_in_registers)
+        fail("wgmma: the threads of a warpgroup issue different instructions");
+    op.operands[(self - worker->threads) % 128] = operands;
+    op.threads++;
     progress();
-    // In order: an operation adds to what the one before it left.
+    // Instructions run in order, since one may add to the accumulators of the one before.
     for (WgmmaOp &o : g->ops) {
-        if (o.parts < 128 || (!o.done && !o.now)) break;
-        if (!o.done) wgmma_run(o), o.done = true;
+        if (o.threads < 128 || (!o.done && !o.eager)) break;
+        if (!o.done) run_wgmma(o), o.done = true;
     }
 }
-void wgmma_group() {
-    self->wgmma_commits.push_back(self->wgmma_issued);
+void commit_wgmma_group() {
+    self->wgmma_group_ends.push_back(self->wgmma_issued);
 }
-void wgmma_finish(int left) {
+void wait_wgmma_groups(int pending) {
     Warpgroup *g = warpgroup();
-    int64_t groups = (int64_t)self->wgmma_commits.size() - left;
-    int64_t until = groups > 0 ? self->wgmma_commits[(size_t)groups - 1] : 0;
+    int64_t groups = (int64_t)self->wgmma_group_ends.size() - pending;
+    int64_t until = groups > 0 ? self->wgmma_group_ends[(size_t)groups - 1] : 0;
     self->waits_for = "wgmma";
     for (int64_t i = g->first; i < until;) {
         if (i < g->first) {
@@ -445,96 +459,100 @@ void wgmma_finish(int left) {
             continue;
         }
         WgmmaOp &op = g->ops[(size_t)(i - g->first)];
-        if (op.parts < 128) {
+        if (op.threads < 128) {
             yield();
             continue;
         }
-        if (!op.done) wgmma_run(op), op.done = true, progress();
+        if (!op.done) run_wgmma(op), op.done = true, progress();
         i++;
     }
-    // Forget what everybody has behind them.
-    int64_t base = (self - worker->threads) / 128 * 128, least = INT64_MAX;
+    // Removes the instructions that have run and that all threads of the warpgroup have issued.
+    int64_t base = (self - worker->threads) / 128 * 128, issued_by_all = INT64_MAX;
     for (int64_t t = base; t < base + 128 && t < worker->count; t++) {
-        if (worker->threads[t].wgmma_issued < least) least = worker->threads[t].wgmma_issued;
+        if (worker->threads[t].wgmma_issued < issued_by_all) issued_by_all = worker->threads[t].wgmma_issued;
     }
-    while (g->first < least && g->ops.front().done) g->ops.pop_front(), g->first++;
+    while (g->first < issued_by_all && g->ops.front().done) g->ops.pop_front(), g->first++;
 }
 
-// ---- copies in the background -------------------------------------------------------------------------
-static void copy_now(const BulkCopy &c) {
+// ---- TMA and bulk copies -------------------------------------------------------------------------
+static void run_bulk_load(const BulkLoad &c) {
     if (!c.map.valid) {
-        memcpy(from_shared(c.to), c.from, (size_t)c.bytes);
+        memcpy(smem_pointer(c.dst), c.src, (size_t)c.bytes);
     } else {
         const TensorMap &m = c.map;
-        int row = m.box[0] * m.element, bytes = 0;
+        int row_bytes = m.box[0] * m.element_bytes, bytes = 0;
         for (int w = 0; w < m.box[3]; w++) {
             for (int z = 0; z < m.box[2]; z++) {
                 for (int y = 0; y < m.box[1]; y++) {
-                    for (int x = 0; x < row; x += 2, bytes += 2) {
-                        int64_t at[4] = {c.at[0] + x / m.element, c.at[1] + y, c.at[2] + z, c.at[3] + w},
-                                from = x % m.element;
+                    for (int x = 0; x < row_bytes; x += 2, bytes += 2) {
+                        int64_t coord[4] = {c.coord[0] + x / m.element_bytes, c.coord[1] + y, c.coord[2] + z,
+                                            c.coord[3] + w},
+                                src = x % m.element_bytes;
                         bool inside = true;
                         for (int i = 0; i < 4; i++) {
-                            inside = inside && at[i] >= 0 && at[i] < m.size[i];
-                            from += at[i] * m.stride[i];
+                            inside = inside && coord[i] >= 0 && coord[i] < m.size[i];
+                            src += coord[i] * m.stride[i];
                         }
-                        uint32_t to = c.to + (uint32_t)bytes;
-                        if (m.swizzled) to ^= (to >> 7 & 7) << 4;
-                        *(uint16_t *)from_shared(to) =
-                            inside ? *(const uint16_t *)(m.base + from) : (uint16_t)0;
+                        uint32_t dst = c.dst + (uint32_t)bytes;
+                        if (m.swizzled) dst ^= (dst >> 7 & 7) << 4;
+                        *(uint16_t *)smem_pointer(dst) =
+                            inside ? *(const uint16_t *)(m.base + src) : (uint16_t)0;
                     }
                 }
             }
         }
     }
-    mbarrier_bytes(c.barrier, c.bytes);
+    complete_tx(c.barrier, c.bytes);
     progress();
 }
-void copies_finish() {
-    std::vector<BulkCopy> list;
-    list.swap(worker->bulk_copies);
-    for (size_t i = list.size(); i-- > 0;) copy_now(list[i]); // in no particular order: from the last
+void complete_bulk_loads() {
+    std::vector<BulkLoad> list;
+    list.swap(worker->bulk_loads);
+    for (size_t i = list.size(); i-- > 0;) run_bulk_load(list[i]); // from the last: the order is undefined
 }
-static void issue(const BulkCopy &c) {
-    if (toss())
-        copy_now(c);
+static void issue(const BulkLoad &c) {
+    if (flip_coin())
+        run_bulk_load(c);
     else
-        worker->bulk_copies.push_back(c);
+        worker->bulk_loads.push_back(c);
 }
-void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier) {
-    if (!map->valid || map->rank != rank) fail("TMA: no map of a tensor of %d dimensions", rank);
-    if (to % (map->swizzled ? 1024 : 128)) fail("TMA: the box at %u is not aligned", to);
-    BulkCopy c = {to, barrier, *map, NULL, {at[0], at[1], at[2], at[3]}, 0};
-    c.bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element;
+void issue_tma_load(uint32_t dst, const TensorMap *map, const int64_t coord[4], int rank, uint32_t barrier) {
+    if (!map->valid || map->rank != rank) fail("TMA: the argument is no tensor map of %d dimensions", rank);
+    const uint32_t alignment = map->swizzled ? 1024 : 128;
+    if (dst % alignment) fail("TMA: shared memory address %u: must be a multiple of %u", dst, alignment);
+    BulkLoad c = {dst, barrier, *map, NULL, {coord[0], coord[1], coord[2], coord[3]}, 0};
+    c.bytes = map->box[0] * map->box[1] * map->box[2] * map->box[3] * map->element_bytes;
     issue(c);
 }
-void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier) {
-    if (to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
-    issue({to, barrier, {}, from, {}, bytes});
+void issue_bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier) {
+    if (dst % 16 || (uintptr_t)src % 16 || bytes % 16)
+        fail("bulk copy to %u from %p, %d bytes: must be multiples of 16", dst, src, bytes);
+    issue({dst, barrier, {}, src, {}, bytes});
 }
 
-static void bulk_read(BulkStore &s) {
+static void read_bulk_store(BulkStore &s) {
     if (s.data.empty())
-        s.data.assign((char *)from_shared(s.from), (char *)from_shared(s.from) + s.bytes), progress();
+        s.data.assign((char *)smem_pointer(s.src), (char *)smem_pointer(s.src) + s.bytes), progress();
 }
-static void bulk_write(const BulkStore &s) {
+static void write_bulk_store(const BulkStore &s) {
     for (int i = 0; i < s.bytes; i += 4) {
         if (s.add)
-            *(float *)(s.to + i) += *(const float *)(s.data.data() + i);
+            *(float *)(s.dst + i) += *(const float *)(s.data.data() + i);
         else
-            memcpy(s.to + i, s.data.data() + i, 4);
+            memcpy(s.dst + i, s.data.data() + i, 4);
     }
     progress();
 }
-void bulk_store_issue(void *to, uint32_t from, int bytes, bool add) {
-    if (from % 16 || (uintptr_t)to % 16 || bytes % 16) fail("a bulk copy is not aligned to 16 bytes");
-    self->bulk_stores.push_back({(char *)to, from, bytes, add, {}});
-    if (toss()) bulk_read(self->bulk_stores.back());
+void issue_bulk_store(void *dst, uint32_t src, int bytes, bool add) {
+    if (src % 16 || (uintptr_t)dst % 16 || bytes % 16)
+        fail("bulk copy to %p from %u, %d bytes: must be multiples of 16", dst, src, bytes);
+    self->bulk_stores.push_back({(char *)dst, src, bytes, add, {}});
+    if (flip_coin()) read_bulk_store(self->bulk_stores.back());
 }
-void bulk_stores_finish(bool written) {
-    for (BulkStore &s : self->bulk_stores) bulk_read(s);
-    if (!written) return;
-    for (const BulkStore &s : self->bulk_stores) bulk_write(s);
+void complete_bulk_stores(bool write) {
+    for (BulkStore &s : self->bulk_stores) read_bulk_store(s);
+    if (!write) return;
+    for (const BulkStore &s : self->bulk_stores) write_bulk_store(s);
     self->bulk_stores.clear();
 }
 
@@ -543,7 +561,7 @@ static cudaError_t last_error;
 static std::mutex smem_mutex;
 static std::map<const void *, size_t> max_smem;
 
-cudaError_t set_max_smem(const void *kernel, cudaFuncAttribute attribute, int value) {
+cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute, int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > MAX_SMEM) return last_error = cudaErrorInvalidValue;
     std::lock_guard<std::mutex> lock(smem_mutex);
@@ -551,17 +569,17 @@ cudaError_t set_max_smem(const void *kernel, cudaFuncAttribute attribute, int va
     return cudaSuccess;
 }
 
-void run(const Config &c, const void *kernel, const std::function<void()> &body) {
+void run_grid(const LaunchConfig &c, const void *kernel, const std::function<void()> &body) {
     int64_t blocks = (int64_t)c.grid.x * c.grid.y * c.grid.z,
             threads = (int64_t)c.block.x * c.block.y * c.block.z;
-    size_t room = DEFAULT_SMEM;
+    size_t smem_limit = DEFAULT_SMEM;
     {
         std::lock_guard<std::mutex> lock(smem_mutex);
         auto found = max_smem.find(kernel);
-        if (found != max_smem.end() && found->second > room) room = found->second;
+        if (found != max_smem.end() && found->second > smem_limit) smem_limit = found->second;
     }
     if (blocks < 1 || threads < 1 || threads > MAX_THREADS || c.grid.x > 0x7fffffffu || c.grid.y > 65535 ||
-        c.grid.z > 65535 || c.smem > room) {
+        c.grid.z > 65535 || c.smem > smem_limit) {
         last_error = cudaErrorInvalidConfiguration;
         return;
     }
@@ -575,7 +593,7 @@ void run(const Config &c, const void *kernel, const std::function<void()> &body)
 
 } // namespace emu
 
-// ---- the runtime: one device, whose memory is the host's and whose streams finish at once ----------------
+// ---- the CUDA runtime: one device that shares the host's memory; calls complete before they return --
 extern "C" {
 cudaError_t cudaGetLastError() {
     cudaError_t e = emu::last_error;
@@ -590,7 +608,7 @@ const char *cudaGetErrorString(cudaError_t e) {
            : e == cudaErrorMemoryAllocation     ? "out of memory"
            : e == cudaErrorInvalidValue         ? "invalid argument"
            : e == cudaErrorInvalidConfiguration ? "invalid configuration argument"
-                                                : "an error of the emulator";
+                                                : "unknown error of the emulator";
 }
 const char *cudaGetErrorName(cudaError_t e) {
     return cudaGetErrorString(e);
@@ -612,18 +630,18 @@ cudaError_t cudaMallocHost(void **p, size_t bytes) {
 cudaError_t cudaFreeHost(void *p) {
     return cudaFree(p);
 }
-cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
-    memcpy(to, from, bytes);
+cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind) {
+    memcpy(dst, src, bytes);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-    return cudaMemcpy(to, from, bytes, kind);
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(dst, src, bytes, kind);
 }
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+cudaError_t cudaMemcpy2DAsync(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t width,
                               size_t height, cudaMemcpyKind, cudaStream_t) {
-    if (width > to_pitch || width > from_pitch) return cudaErrorInvalidPitchValue;
+    if (width > dst_pitch || width > src_pitch) return cudaErrorInvalidPitchValue;
     for (size_t i = 0; i < height; i++)
-        memcpy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+        memcpy((char *)dst + i * dst_pitch, (const char *)src + i * src_pitch, width);
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *p, int x, size_t bytes) {
@@ -663,7 +681,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "emulator");
     p->major = 9;
-    p->multiProcessorCount = emu::MULTIPROCESSORS;
+    p->multiProcessorCount = emu::SM_COUNT;
     p->totalGlobalMem = (size_t)8 << 30;
     p->l2CacheSize = 1 << 20;
     p->sharedMemPerBlockOptin = emu::MAX_SMEM;
@@ -682,7 +700,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
         *value = 0;
         return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-        *value = emu::MULTIPROCESSORS;
+        *value = emu::SM_COUNT;
         return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = emu::MAX_SMEM;
@@ -698,17 +716,18 @@ static CUresult tensor_map(CUtensorMap *map, CUtensorMapDataType type, cuuint32_
     emu::TensorMap m = {};
     m.base = (char *)base;
     m.rank = (int16_t)rank;
-    m.element = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    m.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
     m.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-    if (rank < 1 || rank > 4 || (uintptr_t)base % 16 || (m.swizzled && box[0] * (unsigned)m.element > 128))
+    if (rank < 1 || rank > 4 || (uintptr_t)base % 16 ||
+        (m.swizzled && box[0] * (unsigned)m.element_bytes > 128))
         return CUDA_ERROR_INVALID_VALUE;
     for (int i = 0; i < 4; i++) {
-        bool there = i < (int)rank;
-        m.size[i] = there ? (int64_t)size[i] : 1;
-        m.stride[i] = !there ? 0 : i == 0 ? m.element : (int64_t)stride[i - 1];
-        m.box[i] = there ? (int)box[i] : 1;
+        bool used = i < (int)rank;
+        m.size[i] = used ? (int64_t)size[i] : 1;
+        m.stride[i] = !used ? 0 : i == 0 ? m.element_bytes : (int64_t)stride[i - 1];
+        m.box[i] = used ? (int)box[i] : 1;
         if (m.size[i] < 1 || m.size[i] > (int64_t)1 << 32 || m.box[i] < 1 || m.box[i] > 256 ||
-            (there && i > 0 && m.stride[i] % 16) || (there && element_stride[i] != 1))
+            (used && i > 0 && m.stride[i] % 16) || (used && element_stride[i] != 1))
             return CUDA_ERROR_INVALID_VALUE;
     }
     m.valid = 1;

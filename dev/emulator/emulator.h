@@ -1,11 +1,12 @@
-// emulator.h: CUDA on the CPU, so that the kernels' tests run where there is no GPU. Every thread of a block
-// is a fiber with its own stack; a fiber runs until it waits for others (a barrier, a shuffle, a matrix
-// instruction), then the next one goes on. Blocks run one after another on each CPU thread, in the order of
-// their numbers. It shows wrong indices, missing barriers' deadlocks and wrong arithmetic; it says nothing of
-// speed, and of races only those that its order of threads brings out.
+// emulator.h: CUDA on the CPU, so that the kernels' tests run without a GPU. Every thread of a thread block
+// is a fiber with its own stack. A fiber runs until it waits for other threads (at a barrier, a shuffle, a
+// matrix instruction); then the next fiber runs. Each CPU thread runs one thread block at a time, in the
+// order of block indices. The emulator finds wrong indices, wrong arithmetic and deadlocks. It shows nothing
+// about speed, and only the races that its order of threads exposes.
 //
-// Included ahead of every translated source (dev/emulator/translate.sh). The CUDA toolkit's headers give the
-// types; emulator.cpp has the runtime calls that the project makes.
+// The Makefile includes this header ahead of every translated source (dev/emulator/translate.sh). The headers
+// of the CUDA Toolkit provide the types. emulator.cpp implements the runtime functions that the project
+// calls.
 #ifndef EMULATOR_H
 #define EMULATOR_H
 #include <cuda_bf16.h>
@@ -19,10 +20,10 @@
 #include <type_traits>
 
 #ifndef __CUDACC__
-#define __CUDACC__ // sources keep device code behind it
+#define __CUDACC__ // sources guard device code with it
 #endif
 #undef __shared__
-#define __shared__ thread_local // a block runs on one CPU thread
+#define __shared__ thread_local // a thread block runs on one CPU thread
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __constant__
@@ -31,7 +32,7 @@
 namespace emu {
 
 struct Thread;
-extern thread_local Thread *self; // the fiber that runs
+extern thread_local Thread *self; // the running fiber
 
 struct Indices {
     uint3 thread, block;
@@ -42,100 +43,110 @@ int lane();
 char *dynamic_smem();
 
 [[noreturn]] void fail(const char *format, ...);
-void yield();    // lets the other threads of the block run
-void progress(); // tells the search for deadlocks that something happened
+void yield();    // runs the other threads of the thread block
+void progress(); // reports progress to the deadlock detection
 
-// Lanes that meet under one mask. Each hands in a value; the last one computes everybody's result. Slots
-// alternate between generations: a lane is at most one ahead of another.
-struct Meeting {
-    enum { SLOT = 64 };
-    uint32_t mask, arrived;
+// A warp-synchronous instruction of the lanes in `mask`. Each lane passes an input; the last lane to arrive
+// computes the outputs of all lanes. The buffers alternate between generations, since a lane is at most one
+// generation ahead of another.
+struct WarpCollective {
+    enum { SLOT = 64 };     // bytes of a lane's input or output
+    uint32_t mask, arrived; // bit i: lane i
     uint64_t generation;
-    const char *what;
-    void (*finish)(uint32_t, const void *, void *);
-    alignas(16) char in[2][32 * SLOT], out[2][32 * SLOT];
+    const char *name; // of the instruction, for messages
+    void (*compute)(uint32_t mask, const void *in, void *out);
+    alignas(16) char in[2][32 * SLOT], out[2][32 * SLOT]; // [generation % 2][lane]
 };
-Meeting *join(const char *what, uint32_t mask, void (*finish)(uint32_t, const void *, void *));
-void await(Meeting *m); // counts the lane in, and waits for the others
-template <typename In, typename Out, void (*finish)(uint32_t mask, const In *in, Out *out)>
-Out warp_join(const char *what, uint32_t mask, const In &in) {
-    static_assert(sizeof(In) <= Meeting::SLOT && sizeof(Out) <= Meeting::SLOT, "room in a lane's slot");
-    Meeting *m = join(what, mask,
-                      [](uint32_t lanes, const void *i, void *o) { finish(lanes, (const In *)i, (Out *)o); });
-    uint64_t parity = m->generation & 1;
-    ((In *)m->in[parity])[lane()] = in;
-    await(m);
-    return ((Out *)m->out[parity])[lane()];
+// Returns the collective of the lanes in mask. Fails if other lanes of the mask wait at a different
+// instruction.
+WarpCollective *find_collective(const char *name, uint32_t mask,
+                                void (*compute)(uint32_t, const void *, void *));
+void arrive_and_wait(WarpCollective *c);
+// Runs a warp-synchronous instruction. in: the calling lane's input. compute(mask, in[32], out[32]) computes
+// the outputs of the lanes in mask. Returns the calling lane's output.
+template <typename In, typename Out, void (*compute)(uint32_t mask, const In *in, Out *out)>
+Out warp_collective(const char *name, uint32_t mask, const In &in) {
+    static_assert(sizeof(In) <= WarpCollective::SLOT && sizeof(Out) <= WarpCollective::SLOT,
+                  "a lane's value must fit into its slot");
+    WarpCollective *c = find_collective(
+        name, mask, [](uint32_t lanes, const void *i, void *o) { compute(lanes, (const In *)i, (Out *)o); });
+    uint64_t parity = c->generation & 1;
+    ((In *)c->in[parity])[lane()] = in;
+    arrive_and_wait(c);
+    return ((Out *)c->out[parity])[lane()];
 }
 
-// Barrier `id` of the block: waits until `threads` threads have come (0: all that are left); or only counts.
+// Barrier `id` of the thread block, as bar.sync and bar.arrive: completes when `threads` threads have arrived
+// (0: all threads that have not exited). barrier_sync waits for its completion, barrier_arrive does not.
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
 
-// ---- launches: kernel<<<grid, block, smem, stream>>>(args) is translated to
+// ---- launches: translate.sh turns kernel<<<grid, block, smem, stream>>>(args) into
 // emu::launch(grid, block, smem, stream)(kernel)(args)
-struct Config {
+struct LaunchConfig {
     dim3 grid, block;
     size_t smem;
 };
-void run(const Config &config, const void *kernel, const std::function<void()> &thread);
-template <typename... P> struct Launcher {
-    Config config;
+// Runs `thread` for every thread of the grid. `kernel` identifies the kernel's attributes.
+void run_grid(const LaunchConfig &config, const void *kernel, const std::function<void()> &thread);
+template <typename... P> struct KernelLaunch {
+    LaunchConfig config;
     void (*kernel)(P...);
     template <typename... A> void operator()(A &&...args) const {
         std::tuple<P...> params(static_cast<P>(args)...);
         auto f = kernel;
-        run(config, (const void *)kernel, [&params, f] { std::apply(f, params); });
+        run_grid(config, (const void *)kernel, [&params, f] { std::apply(f, params); });
     }
 };
-struct Pending {
-    Config config;
-    template <typename... P> Launcher<P...> operator()(void (*kernel)(P...)) const {
+struct ConfiguredLaunch {
+    LaunchConfig config;
+    template <typename... P> KernelLaunch<P...> operator()(void (*kernel)(P...)) const {
         return {config, kernel};
     }
 };
-inline Pending launch(dim3 grid, dim3 block, size_t smem = 0, cudaStream_t = nullptr) {
+inline ConfiguredLaunch launch(dim3 grid, dim3 block, size_t smem = 0, cudaStream_t = nullptr) {
     return {{grid, block, smem}};
 }
-// Attributes are about what runs at the same time; here a kernel ends before the next begins.
+// Ignores launch attributes: they concern kernels that overlap, and here kernels run one after another.
 template <typename... P, typename... A>
 cudaError_t launch_with_attributes(const cudaLaunchConfig_t *c, void (*kernel)(P...), A &&...args) {
     launch(c->gridDim, c->blockDim, c->dynamicSmemBytes)(kernel)(args...);
     return cudaSuccess;
 }
 #define cudaLaunchKernelEx emu::launch_with_attributes
-cudaError_t set_max_smem(const void *kernel, cudaFuncAttribute attribute, int value);
+cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute, int value);
 
 // ---- shuffles, votes and reductions
 struct Shuffle {
     uint64_t bits;
-    int from;
+    int src_lane;
 };
-inline void shuffle_finish(uint32_t mask, const Shuffle *in, uint64_t *out) {
+inline void shuffle_lanes(uint32_t mask, const Shuffle *in, uint64_t *out) {
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
-        if (!(mask >> in[i].from & 1))
-            fail("lane %d shuffles from lane %d, which is not there", i, in[i].from);
-        out[i] = in[in[i].from].bits;
+        if (!(mask >> in[i].src_lane & 1))
+            fail("shfl: lane %d reads lane %d, which is not in mask %08x", i, in[i].src_lane, mask);
+        out[i] = in[in[i].src_lane].bits;
     }
 }
-template <typename T> T shuffle(uint32_t mask, T x, int from) {
-    static_assert(sizeof(T) <= 8, "a register or two");
-    Shuffle in = {0, from};
+template <typename T> T shuffle(uint32_t mask, T x, int src_lane) {
+    static_assert(sizeof(T) <= 8, "a value of one or two registers");
+    Shuffle in = {0, src_lane};
     memcpy(&in.bits, &x, sizeof x);
-    uint64_t bits = warp_join<Shuffle, uint64_t, shuffle_finish>("shfl", mask, in);
+    uint64_t bits = warp_collective<Shuffle, uint64_t, shuffle_lanes>("shfl", mask, in);
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-inline void ballot_finish(uint32_t mask, const int *in, uint32_t *out) {
+inline void ballot_lanes(uint32_t mask, const int *in, uint32_t *out) {
     uint32_t bits = 0;
     for (int i = 0; i < 32; i++) bits |= (uint32_t)((mask >> i & 1) && in[i]) << i;
     for (int i = 0; i < 32; i++) out[i] = bits;
 }
 inline uint32_t ballot(uint32_t mask, int x) {
-    return warp_join<int, uint32_t, ballot_finish>("vote", mask, x);
+    return warp_collective<int, uint32_t, ballot_lanes>("vote", mask, x);
 }
-template <typename T, int op> void reduce_finish(uint32_t mask, const T *in, T *out) {
+// op 0: sum, 1: minimum, 2: maximum.
+template <typename T, int op> void reduce_lanes(uint32_t mask, const T *in, T *out) {
     bool first = true;
     T x = 0;
     for (int i = 0; i < 32; i++) {
@@ -146,7 +157,7 @@ template <typename T, int op> void reduce_finish(uint32_t mask, const T *in, T *
     for (int i = 0; i < 32; i++) out[i] = x;
 }
 template <int op, typename T> T reduce(uint32_t mask, T x) {
-    return warp_join<T, T, reduce_finish<T, op>>("redux", mask, x);
+    return warp_collective<T, T, reduce_lanes<T, op>>("redux", mask, x);
 }
 
 } // namespace emu
@@ -163,21 +174,21 @@ static inline void __syncthreads() {
 static inline void __syncwarp(uint32_t mask = 0xffffffffu) {
     emu::ballot(mask, 0);
 }
-template <typename T> static inline T __shfl_sync(uint32_t mask, T x, int from, int width = 32) {
+template <typename T> static inline T __shfl_sync(uint32_t mask, T x, int src_lane, int width = 32) {
     int base = emu::lane() / width * width;
-    return emu::shuffle(mask, x, base + from % width);
+    return emu::shuffle(mask, x, base + src_lane % width);
 }
-template <typename T> static inline T __shfl_xor_sync(uint32_t mask, T x, int with, int width = 32) {
-    int lane = emu::lane(), from = lane ^ with;
-    return emu::shuffle(mask, x, from / width > lane / width ? lane : from);
+template <typename T> static inline T __shfl_xor_sync(uint32_t mask, T x, int lane_mask, int width = 32) {
+    int lane = emu::lane(), src_lane = lane ^ lane_mask;
+    return emu::shuffle(mask, x, src_lane / width > lane / width ? lane : src_lane);
 }
-template <typename T> static inline T __shfl_up_sync(uint32_t mask, T x, unsigned by, int width = 32) {
+template <typename T> static inline T __shfl_up_sync(uint32_t mask, T x, unsigned delta, int width = 32) {
     int lane = emu::lane();
-    return emu::shuffle(mask, x, lane % width < (int)by ? lane : lane - (int)by);
+    return emu::shuffle(mask, x, lane % width < (int)delta ? lane : lane - (int)delta);
 }
-template <typename T> static inline T __shfl_down_sync(uint32_t mask, T x, unsigned by, int width = 32) {
+template <typename T> static inline T __shfl_down_sync(uint32_t mask, T x, unsigned delta, int width = 32) {
     int lane = emu::lane();
-    return emu::shuffle(mask, x, lane % width + (int)by >= width ? lane : lane + (int)by);
+    return emu::shuffle(mask, x, lane % width + (int)delta >= width ? lane : lane + (int)delta);
 }
 static inline uint32_t __ballot_sync(uint32_t mask, int x) {
     return emu::ballot(mask, x);
@@ -204,28 +215,29 @@ template <typename T> static inline T __reduce_max_sync(uint32_t mask, T x) {
     return emu::reduce<2>(mask, x);
 }
 
-template <typename T, typename U> static inline T atomicAdd(T *to, U x) {
+template <typename T, typename U> static inline T atomicAdd(T *address, U x) {
     if constexpr (std::is_integral<T>::value) {
-        return __atomic_fetch_add(to, (T)x, __ATOMIC_SEQ_CST);
+        return __atomic_fetch_add(address, (T)x, __ATOMIC_SEQ_CST);
     } else {
         T old, sum;
-        __atomic_load(to, &old, __ATOMIC_SEQ_CST);
+        __atomic_load(address, &old, __ATOMIC_SEQ_CST);
         do sum = old + (T)x;
-        while (!__atomic_compare_exchange(to, &old, &sum, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+        while (!__atomic_compare_exchange(address, &old, &sum, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
         return old;
     }
 }
-template <typename T> static inline T atomicExch(T *to, T x) {
-    return __atomic_exchange_n(to, x, __ATOMIC_SEQ_CST);
+template <typename T> static inline T atomicExch(T *address, T x) {
+    return __atomic_exchange_n(address, x, __ATOMIC_SEQ_CST);
 }
-template <typename T> static inline T atomicMax(T *to, T x) {
-    T old = __atomic_load_n(to, __ATOMIC_SEQ_CST);
-    while (old < x && !__atomic_compare_exchange_n(to, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+template <typename T> static inline T atomicMax(T *address, T x) {
+    T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+    while (old < x &&
+           !__atomic_compare_exchange_n(address, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     }
     return old;
 }
-template <typename T> static inline T atomicOr(T *to, T x) {
-    return __atomic_fetch_or(to, x, __ATOMIC_SEQ_CST);
+template <typename T> static inline T atomicOr(T *address, T x) {
+    return __atomic_fetch_or(address, x, __ATOMIC_SEQ_CST);
 }
 static inline void __threadfence() {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -259,7 +271,7 @@ template <typename A, typename B> static inline typename std::common_type<A, B>:
 template <typename A, typename B> static inline typename std::common_type<A, B>::type max(A a, B b) {
     return b > a ? b : a;
 }
-#define __expf expf // glibc declares functions of these names
+#define __expf expf // glibc declares functions with these names
 #define __logf logf
 static inline float __fdividef(float a, float b) {
     return a / b;
@@ -285,36 +297,36 @@ static inline int __popc(unsigned x) {
 static inline int __clz(int x) {
     return x == 0 ? 32 : __builtin_clz((unsigned)x);
 }
-template <typename To, typename From> static inline To emu_bits(From x) {
-    static_assert(sizeof(To) == sizeof(From), "the same size");
+template <typename To, typename From> static inline To bit_cast_to(From x) {
+    static_assert(sizeof(To) == sizeof(From), "types of the same size");
     To y;
     memcpy(&y, &x, sizeof y);
     return y;
 }
 static inline unsigned __float_as_uint(float x) {
-    return emu_bits<unsigned>(x);
+    return bit_cast_to<unsigned>(x);
 }
 static inline int __float_as_int(float x) {
-    return emu_bits<int>(x);
+    return bit_cast_to<int>(x);
 }
 static inline float __uint_as_float(unsigned x) {
-    return emu_bits<float>(x);
+    return bit_cast_to<float>(x);
 }
 static inline float __int_as_float(int x) {
-    return emu_bits<float>(x);
+    return bit_cast_to<float>(x);
 }
 static inline double __hiloint2double(int high, int low) {
-    return emu_bits<double>((uint64_t)(uint32_t)high << 32 | (uint32_t)low);
+    return bit_cast_to<double>((uint64_t)(uint32_t)high << 32 | (uint32_t)low);
 }
 static inline int __double2hiint(double x) {
-    return (int)(emu_bits<uint64_t>(x) >> 32);
+    return (int)(bit_cast_to<uint64_t>(x) >> 32);
 }
 static inline int __double2loint(double x) {
-    return (int)emu_bits<uint64_t>(x);
+    return (int)bit_cast_to<uint64_t>(x);
 }
 
 template <typename... P>
 static inline cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
-    return emu::set_max_smem((const void *)kernel, attribute, value);
+    return emu::set_kernel_attribute((const void *)kernel, attribute, value);
 }
 #endif

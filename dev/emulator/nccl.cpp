@@ -1,7 +1,7 @@
-// nccl.cpp: the NCCL calls that the project makes, between processes of this machine over shared memory, for
-// the trainer's build on the emulator. Sums are added in the order of ranks. A call returns when its work is
-// done, as all of the emulator does. Every collective call is compared over the ranks: different calls, which
-// would hang or corrupt on GPUs, are reported. A peer that has died is waited for, as NCCL does.
+// nccl.cpp: the NCCL functions that the project calls, between processes of one machine over shared memory,
+// for the trainer's emulator build. Reductions add in the order of ranks. A call completes before it returns.
+// Every collective call is compared across the ranks: different calls, which would hang or corrupt data on
+// GPUs, are an error. As in NCCL, a call waits forever for a peer that has died.
 #include <atomic>
 #include <cuda_runtime.h>
 #include <errno.h>
@@ -19,34 +19,35 @@
 
 namespace {
 
-constexpr size_t SLOT = 1 << 18, MAIL = 1 << 16, NAME = 64;
+// Bytes of a rank's slot for collectives, of a mailbox, and of the name of the shared memory.
+constexpr size_t SLOT = 1 << 18, MAILBOX_BYTES = 1 << 16, NAME = 64;
 
-// What a rank is about to do; the same on all ranks.
-struct Call {
+// The arguments of a collective call that must be the same on all ranks.
+struct Collective {
     int kind, type, root;
     uint64_t count;
 };
 
-struct Mailbox { // of one sender to one receiver
+struct Mailbox { // from one sender to one receiver
     std::atomic<int> full;
     size_t bytes;
-    char data[MAIL];
+    char data[MAILBOX_BYTES];
 };
 
-struct Shared {
+struct ControlBlock {
     std::atomic<int> attached, arrived;
     std::atomic<unsigned> generation;
 };
 
-struct Operation {
-    int send, peer;
+struct SendRecv {
+    int send, peer; // send: 1 for a send, 0 for a receive
     char *data;
     size_t bytes, done;
     ncclComm_t comm;
 };
 
 thread_local int group_depth;
-thread_local std::vector<Operation> group;
+thread_local std::vector<SendRecv> group;
 thread_local char last_error[256];
 
 } // namespace
@@ -54,10 +55,10 @@ thread_local char last_error[256];
 struct ncclComm {
     int rank, ranks;
     size_t bytes;
-    Shared *shared;
-    Call *calls;    // [ranks]
-    char *slots;    // [ranks][SLOT]
-    Mailbox *mails; // [sender][receiver]
+    ControlBlock *shared;
+    Collective *calls;  // [ranks]
+    char *slots;        // [ranks][SLOT]: a chunk of each rank's data
+    Mailbox *mailboxes; // [sender][receiver]
     std::atomic<int> aborted;
 };
 
@@ -69,9 +70,10 @@ ncclResult_t fail(ncclResult_t result, const char *format, long a = 0, long b = 
     return result;
 }
 
-void nap(int turn) {
+// Yields the CPU in the first 50 attempts of a wait, then sleeps 20 us.
+void back_off(int attempt) {
     struct timespec t = {0, 20000};
-    if (turn < 50)
+    if (attempt < 50)
         sched_yield();
     else
         nanosleep(&t, NULL);
@@ -102,9 +104,9 @@ ncclResult_t barrier(ncclComm_t c) {
         c->shared->generation.fetch_add(1);
         return ncclSuccess;
     }
-    for (int turn = 0; c->shared->generation.load() == generation; turn++) {
+    for (int attempt = 0; c->shared->generation.load() == generation; attempt++) {
         if (c->aborted.load()) return ncclInternalError;
-        nap(turn);
+        back_off(attempt);
     }
     return ncclSuccess;
 }
@@ -115,25 +117,27 @@ ncclResult_t barrier(ncclComm_t c) {
         if (result_ != ncclSuccess) return result_;                                                          \
     } while (0)
 
-// All ranks begin the same call. In a group it is not put off: nobody looks before the group's end.
-ncclResult_t meet(ncclComm_t c, Call call) {
+// Waits until all ranks begin a collective call, and checks that it is the same. In a group the call runs at
+// once: the caller cannot tell before the group ends.
+ncclResult_t check_same_call(ncclComm_t c, Collective call) {
     if (!c) return fail(ncclInvalidArgument, "the communicator is NULL");
     c->calls[c->rank] = call;
     TRY(barrier(c));
     for (int r = 0; r < c->ranks; r++)
         if (memcmp(&c->calls[r], &call, sizeof call))
-            return fail(ncclInvalidUsage, "rank %ld makes another call than rank %ld", c->rank, r);
+            return fail(ncclInvalidUsage, "rank %ld and rank %ld make different collective calls", c->rank,
+                        r);
     return barrier(c);
 }
 
-Call describe(int kind, ncclDataType_t type, int root, size_t count) {
-    Call call;
+Collective make_collective(int kind, ncclDataType_t type, int root, size_t count) {
+    Collective call;
     memset(&call, 0, sizeof call);
     call.kind = kind, call.type = (int)type, call.root = root, call.count = count;
     return call;
 }
 
-template <typename T> void add_slots(ncclComm_t c, char *out, size_t bytes) {
+template <typename T> void sum_slots(ncclComm_t c, char *out, size_t bytes) {
     for (size_t i = 0; i < bytes / sizeof(T); i++) {
         T sum = ((const T *)c->slots)[i];
         for (int r = 1; r < c->ranks; r++) sum += ((const T *)(c->slots + (size_t)r * SLOT))[i];
@@ -141,82 +145,83 @@ template <typename T> void add_slots(ncclComm_t c, char *out, size_t bytes) {
     }
 }
 
-// to = the sum of the ranks' `from` [bytes]; to is NULL on ranks that want none.
-ncclResult_t sum(ncclComm_t c, const char *from, char *to, size_t bytes, ncclDataType_t type) {
-    for (size_t at = 0; at < bytes; at += SLOT) {
-        size_t n = bytes - at < SLOT ? bytes - at : SLOT;
-        memcpy(c->slots + (size_t)c->rank * SLOT, from + at, n);
+// recvbuff = the sum of the ranks' sendbuff. recvbuff is NULL on ranks that do not receive the result.
+ncclResult_t reduce(ncclComm_t c, const char *sendbuff, char *recvbuff, size_t bytes, ncclDataType_t type) {
+    for (size_t offset = 0; offset < bytes; offset += SLOT) {
+        size_t n = bytes - offset < SLOT ? bytes - offset : SLOT;
+        memcpy(c->slots + (size_t)c->rank * SLOT, sendbuff + offset, n);
         TRY(barrier(c));
-        if (to && type == ncclFloat32) add_slots<float>(c, to + at, n);
-        if (to && type == ncclFloat64) add_slots<double>(c, to + at, n);
+        if (recvbuff && type == ncclFloat32) sum_slots<float>(c, recvbuff + offset, n);
+        if (recvbuff && type == ncclFloat64) sum_slots<double>(c, recvbuff + offset, n);
         TRY(barrier(c));
     }
     return ncclSuccess;
 }
 
-ncclResult_t check_sum(ncclDataType_t type, ncclRedOp_t op) {
+ncclResult_t check_reduction(ncclDataType_t type, ncclRedOp_t op) {
     if (op == ncclSum && (type == ncclFloat32 || type == ncclFloat64)) return ncclSuccess;
-    return fail(ncclInvalidArgument, "type %ld, operation %ld: only sums of fp32 and fp64 are emulated", type,
-                op);
+    return fail(ncclInvalidArgument, "reduction of type %ld, operation %ld: must be a sum of fp32 or fp64",
+                type, op);
 }
 
-// root's `from` goes to everybody's `to`.
-ncclResult_t spread(ncclComm_t c, const char *from, char *to, size_t bytes, int root) {
-    for (size_t at = 0; at < bytes; at += SLOT) {
-        size_t n = bytes - at < SLOT ? bytes - at : SLOT;
-        if (c->rank == root) memcpy(c->slots, from + at, n);
+// recvbuff of every rank = sendbuff of root.
+ncclResult_t broadcast(ncclComm_t c, const char *sendbuff, char *recvbuff, size_t bytes, int root) {
+    for (size_t offset = 0; offset < bytes; offset += SLOT) {
+        size_t n = bytes - offset < SLOT ? bytes - offset : SLOT;
+        if (c->rank == root) memcpy(c->slots, sendbuff + offset, n);
         TRY(barrier(c));
-        memcpy(to + at, c->slots, n);
+        memcpy(recvbuff + offset, c->slots, n);
         TRY(barrier(c));
     }
     return ncclSuccess;
 }
 
-// All sends and receives of a group go on together, in the order in which they were called for each pair.
+// Runs all sends and receives of a group concurrently. Those with the same peer and direction run in the
+// order of their calls.
 ncclResult_t run_group() {
-    std::vector<Operation> all;
-    all.swap(group);
-    size_t left = all.size();
-    for (Operation &o : all) left -= o.bytes == 0;
-    for (int turn = 0; left > 0; turn++) {
-        bool moved = false;
-        for (size_t i = 0; i < all.size(); i++) {
-            Operation &o = all[i];
+    std::vector<SendRecv> operations;
+    operations.swap(group);
+    size_t pending = operations.size();
+    for (SendRecv &o : operations) pending -= o.bytes == 0;
+    for (int attempt = 0; pending > 0; attempt++) {
+        bool progress = false;
+        for (size_t i = 0; i < operations.size(); i++) {
+            SendRecv &o = operations[i];
             if (o.done == o.bytes) continue;
-            bool behind = false; // an earlier one of this pair is not done
+            bool blocked = false; // by an earlier one with the same peer and direction
             for (size_t j = 0; j < i; j++)
-                behind |= all[j].comm == o.comm && all[j].send == o.send && all[j].peer == o.peer &&
-                          all[j].done < all[j].bytes;
-            if (behind) continue;
+                blocked |= operations[j].comm == o.comm && operations[j].send == o.send &&
+                           operations[j].peer == o.peer && operations[j].done < operations[j].bytes;
+            if (blocked) continue;
             ncclComm_t c = o.comm;
             if (c->aborted.load()) return ncclInternalError;
-            Mailbox *box = &c->mails[o.send ? c->rank * c->ranks + o.peer : o.peer * c->ranks + c->rank];
+            Mailbox *box = &c->mailboxes[o.send ? c->rank * c->ranks + o.peer : o.peer * c->ranks + c->rank];
             if (o.send != !box->full.load()) continue;
             if (o.send) {
-                box->bytes = o.bytes - o.done < MAIL ? o.bytes - o.done : MAIL;
+                box->bytes = o.bytes - o.done < MAILBOX_BYTES ? o.bytes - o.done : MAILBOX_BYTES;
                 memcpy(box->data, o.data + o.done, box->bytes);
             } else if (box->bytes > o.bytes - o.done) {
-                return fail(ncclInvalidUsage, "%ld bytes arrive where %ld are expected", box->bytes,
+                return fail(ncclInvalidUsage, "receive: %ld bytes arrive, %ld were expected", box->bytes,
                             o.bytes - o.done);
             } else {
                 memcpy(o.data + o.done, box->data, box->bytes);
             }
             o.done += box->bytes;
             box->full.store(o.send);
-            left -= o.done == o.bytes;
-            moved = true;
+            pending -= o.done == o.bytes;
+            progress = true;
         }
-        if (moved)
-            turn = 0;
+        if (progress)
+            attempt = 0;
         else
-            nap(turn);
+            back_off(attempt);
     }
     return ncclSuccess;
 }
 
 ncclResult_t enqueue(int send, void *data, size_t count, ncclDataType_t type, int peer, ncclComm_t c) {
     if (!c || peer < 0 || peer >= c->ranks || size_of(type) == 0)
-        return fail(ncclInvalidArgument, "send or receive: peer %ld, type %ld", peer, type);
+        return fail(ncclInvalidArgument, "send or receive: invalid peer %ld or type %ld", peer, type);
     group.push_back({send, peer, (char *)data, count * size_of(type), 0, c});
     return group_depth ? ncclSuccess : run_group();
 }
@@ -228,34 +233,36 @@ const char *ncclGetErrorString(ncclResult_t result) {
 }
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
-    static int made;
+    static int ids;
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
     memset(id, 0, sizeof *id);
-    snprintf(id->internal, NAME, "/emulated_nccl_%d_%d_%ld", (int)getpid(), made++, (long)t.tv_nsec);
+    snprintf(id->internal, NAME, "/emulated_nccl_%d_%d_%ld", (int)getpid(), ids++, (long)t.tv_nsec);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int rank) {
-    if (rank < 0 || rank >= ranks) return fail(ncclInvalidArgument, "rank %ld of %ld", rank, ranks);
+    if (rank < 0 || rank >= ranks)
+        return fail(ncclInvalidArgument, "rank %ld: must be from 0 to %ld", rank, ranks - 1);
     ncclComm_t c = new ncclComm();
     c->rank = rank, c->ranks = ranks;
-    size_t slots = 4096 + (ranks * sizeof(Call) + 4095) / 4096 * 4096, mails = slots + (size_t)ranks * SLOT;
-    c->bytes = mails + (size_t)ranks * ranks * sizeof(Mailbox);
+    size_t slots = 4096 + (ranks * sizeof(Collective) + 4095) / 4096 * 4096, // offsets in the shared memory
+        mailboxes = slots + (size_t)ranks * SLOT;
+    c->bytes = mailboxes + (size_t)ranks * ranks * sizeof(Mailbox);
     int fd = shm_open(id.internal, O_RDWR | O_CREAT, 0600);
     if (fd < 0 || ftruncate(fd, (off_t)c->bytes) != 0)
-        return fail(ncclSystemError, "shared memory: errno %ld", errno);
+        return fail(ncclSystemError, "cannot create shared memory: errno %ld", errno);
     char *base = (char *)mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
-    if (base == MAP_FAILED) return fail(ncclSystemError, "shared memory: errno %ld", errno);
-    c->shared = (Shared *)base;
-    c->calls = (Call *)(base + 4096);
+    if (base == MAP_FAILED) return fail(ncclSystemError, "cannot map shared memory: errno %ld", errno);
+    c->shared = (ControlBlock *)base;
+    c->calls = (Collective *)(base + 4096);
     c->slots = base + slots;
-    c->mails = (Mailbox *)(base + mails);
+    c->mailboxes = (Mailbox *)(base + mailboxes);
     c->shared->attached.fetch_add(1);
     *comm = c;
-    for (int turn = 0; c->shared->attached.load() < ranks; turn++) nap(turn);
-    shm_unlink(id.internal); // of all ranks one succeeds; it lives on while it is mapped
+    for (int attempt = 0; c->shared->attached.load() < ranks; attempt++) back_off(attempt);
+    shm_unlink(id.internal); // succeeds on one rank; the memory exists as long as it is mapped
     return ncclSuccess;
 }
 
@@ -266,7 +273,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t c) {
 }
 
 ncclResult_t ncclCommAbort(ncclComm_t c) {
-    c->aborted.store(1); // who waits in it returns; the memory goes with the process
+    c->aborted.store(1); // threads that wait in a call return; the memory is freed when the process exits
     return ncclSuccess;
 }
 
@@ -281,63 +288,68 @@ ncclResult_t ncclGroupStart() {
 }
 
 ncclResult_t ncclGroupEnd() {
-    if (group_depth == 0) return fail(ncclInvalidUsage, "a group ends that has not begun");
+    if (group_depth == 0) return fail(ncclInvalidUsage, "ncclGroupEnd without ncclGroupStart");
     return --group_depth ? ncclSuccess : run_group();
 }
 
-ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                           ncclComm_t c, cudaStream_t) {
-    TRY(check_sum(type, op));
-    TRY(meet(c, describe(1, type, 0, count)));
-    return sum(c, (const char *)from, (char *)to, count * size_of(type), type);
+ncclResult_t ncclAllReduce(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t type,
+                           ncclRedOp_t op, ncclComm_t c, cudaStream_t) {
+    TRY(check_reduction(type, op));
+    TRY(check_same_call(c, make_collective(1, type, 0, count)));
+    return reduce(c, (const char *)sendbuff, (char *)recvbuff, count * size_of(type), type);
 }
 
-ncclResult_t ncclReduce(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                        int root, ncclComm_t c, cudaStream_t) {
-    TRY(check_sum(type, op));
-    TRY(meet(c, describe(2, type, root, count)));
-    return sum(c, (const char *)from, c->rank == root ? (char *)to : NULL, count * size_of(type), type);
+ncclResult_t ncclReduce(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t type,
+                        ncclRedOp_t op, int root, ncclComm_t c, cudaStream_t) {
+    TRY(check_reduction(type, op));
+    TRY(check_same_call(c, make_collective(2, type, root, count)));
+    return reduce(c, (const char *)sendbuff, c->rank == root ? (char *)recvbuff : NULL, count * size_of(type),
+                  type);
 }
 
-ncclResult_t ncclReduceScatter(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                               ncclComm_t c, cudaStream_t) {
+ncclResult_t ncclReduceScatter(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t type,
+                               ncclRedOp_t op, ncclComm_t c, cudaStream_t) {
     size_t bytes = count * size_of(type);
-    TRY(check_sum(type, op));
-    TRY(meet(c, describe(3, type, 0, count)));
-    if (to != (const char *)from + c->rank * bytes && (char *)to + bytes > from &&
-        to < (const char *)from + c->ranks * bytes)
-        return fail(ncclInvalidUsage,
-                    "reduceScatter: the result overlaps the input, but not at this rank's place");
+    TRY(check_reduction(type, op));
+    TRY(check_same_call(c, make_collective(3, type, 0, count)));
+    if (recvbuff != (const char *)sendbuff + c->rank * bytes && (char *)recvbuff + bytes > sendbuff &&
+        recvbuff < (const char *)sendbuff + c->ranks * bytes)
+        return fail(
+            ncclInvalidUsage,
+            "reduceScatter: the receive buffer overlaps the send buffer, but not at this rank's offset");
     for (int r = 0; r < c->ranks; r++)
-        TRY(sum(c, (const char *)from + r * bytes, c->rank == r ? (char *)to : NULL, bytes, type));
+        TRY(reduce(c, (const char *)sendbuff + r * bytes, c->rank == r ? (char *)recvbuff : NULL, bytes,
+                   type));
     return ncclSuccess;
 }
 
-ncclResult_t ncclAllGather(const void *from, void *to, size_t count, ncclDataType_t type, ncclComm_t c,
-                           cudaStream_t) {
-    size_t bytes = count * size_of(type);
-    if (bytes == 0 && count) return fail(ncclInvalidArgument, "type %ld is not emulated", type);
-    TRY(meet(c, describe(4, type, 0, count)));
-    if (from != (char *)to + c->rank * bytes && (const char *)from + bytes > to &&
-        from < (char *)to + c->ranks * bytes)
-        return fail(ncclInvalidUsage,
-                    "allGather: the input overlaps the result, but not at this rank's place");
-    for (int r = 0; r < c->ranks; r++) TRY(spread(c, (const char *)from, (char *)to + r * bytes, bytes, r));
-    return ncclSuccess;
-}
-
-ncclResult_t ncclBroadcast(const void *from, void *to, size_t count, ncclDataType_t type, int root,
+ncclResult_t ncclAllGather(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t type,
                            ncclComm_t c, cudaStream_t) {
-    if (size_of(type) == 0) return fail(ncclInvalidArgument, "type %ld is not emulated", type);
-    TRY(meet(c, describe(5, type, root, count)));
-    return spread(c, (const char *)from, (char *)to, count * size_of(type), root);
+    size_t bytes = count * size_of(type);
+    if (bytes == 0 && count) return fail(ncclInvalidArgument, "type %ld is not supported", type);
+    TRY(check_same_call(c, make_collective(4, type, 0, count)));
+    if (sendbuff != (char *)recvbuff + c->rank * bytes && (const char *)sendbuff + bytes > recvbuff &&
+        sendbuff < (char *)recvbuff + c->ranks * bytes)
+        return fail(ncclInvalidUsage,
+                    "allGather: the send buffer overlaps the receive buffer, but not at this rank's offset");
+    for (int r = 0; r < c->ranks; r++)
+        TRY(broadcast(c, (const char *)sendbuff, (char *)recvbuff + r * bytes, bytes, r));
+    return ncclSuccess;
 }
 
-ncclResult_t ncclSend(const void *from, size_t count, ncclDataType_t type, int peer, ncclComm_t c,
+ncclResult_t ncclBroadcast(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t type, int root,
+                           ncclComm_t c, cudaStream_t) {
+    if (size_of(type) == 0) return fail(ncclInvalidArgument, "type %ld is not supported", type);
+    TRY(check_same_call(c, make_collective(5, type, root, count)));
+    return broadcast(c, (const char *)sendbuff, (char *)recvbuff, count * size_of(type), root);
+}
+
+ncclResult_t ncclSend(const void *sendbuff, size_t count, ncclDataType_t type, int peer, ncclComm_t c,
                       cudaStream_t) {
-    return enqueue(1, (void *)from, count, type, peer, c);
+    return enqueue(1, (void *)sendbuff, count, type, peer, c);
 }
 
-ncclResult_t ncclRecv(void *to, size_t count, ncclDataType_t type, int peer, ncclComm_t c, cudaStream_t) {
-    return enqueue(0, to, count, type, peer, c);
+ncclResult_t ncclRecv(void *recvbuff, size_t count, ncclDataType_t type, int peer, ncclComm_t c,
+                      cudaStream_t) {
+    return enqueue(0, recvbuff, count, type, peer, c);
 }

@@ -1,5 +1,5 @@
-// ptx.cuh: fsa/ptx.cuh's instructions in C++, for the emulator. Asynchronous copies happen as late as the
-// program allows, when it waits for them, so that a missing wait reads what was there before.
+// sm80/ptx.cuh: the functions of fsa/sm80/ptx.cuh in C++, for the emulator. A cp.async copy runs only when
+// the thread waits for it, so that a missing wait reads the old contents of shared memory.
 #ifndef FSA_PTX_CUH
 #define FSA_PTX_CUH
 #include <math.h>
@@ -9,31 +9,31 @@
 
 namespace emu {
 
-// Addresses of shared memory are 32-bit distances from the start of the block's dynamic shared memory.
-inline uint32_t to_shared(const void *p) {
+// A 32-bit shared memory address is the offset from the start of the thread block's dynamic shared memory.
+inline uint32_t smem_offset(const void *p) {
     return (uint32_t)((const char *)p - dynamic_smem());
 }
-inline char *from_shared(uint32_t address) {
+inline char *smem_pointer(uint32_t address) {
     return dynamic_smem() + (int32_t)address;
 }
 
 template <typename T> float half_to_float(uint16_t bits);
 template <> inline float half_to_float<__nv_bfloat16>(uint16_t bits) {
-    return emu_bits<float>((uint32_t)bits << 16);
+    return bit_cast_to<float>((uint32_t)bits << 16);
 }
 template <> inline float half_to_float<__half>(uint16_t bits) {
-    return __half2float(emu_bits<__half>(bits));
+    return __half2float(bit_cast_to<__half>(bits));
 }
 
-// The products of a warp; the sums go on in each lane's own registers.
-struct MmaIn {
+// mma.m16n8k16 of a warp. Each lane adds the result to its accumulators.
+struct MmaOperands {
     uint32_t a[4], b[2];
 };
-struct MmaOut {
+struct MmaResult {
     float c[4];
 };
-template <typename T> void mma_finish(uint32_t mask, const MmaIn *in, MmaOut *out) {
-    if (mask != 0xffffffffu) fail("mma: only lanes %08x came", mask);
+template <typename T> void mma_warp(uint32_t mask, const MmaOperands *in, MmaResult *out) {
+    if (mask != 0xffffffffu) fail("mma: mask %08x: all lanes of the warp must take part", mask);
     float a[16][16], b[16][8], c[16][8] = {};
     for (int lane = 0; lane < 32; lane++) {
         int row = lane / 4, col = lane % 4 * 2;
@@ -58,17 +58,17 @@ template <typename T> void mma_finish(uint32_t mask, const MmaIn *in, MmaOut *ou
     }
 }
 
-struct Matrices {
+struct LdmatrixResult {
     uint32_t r[4];
 };
-template <bool trans> void ldmatrix_finish(uint32_t mask, const uint32_t *address, Matrices *out) {
-    if (mask != 0xffffffffu) fail("ldmatrix: only lanes %08x came", mask);
+template <bool trans> void ldmatrix_warp(uint32_t mask, const uint32_t *address, LdmatrixResult *out) {
+    if (mask != 0xffffffffu) fail("ldmatrix: mask %08x: all lanes of the warp must take part", mask);
     for (int m = 0; m < 4; m++) {
         uint16_t rows[8][8];
         for (int i = 0; i < 8; i++) {
-            uint32_t at = address[m * 8 + i];
-            if (at % 16) fail("ldmatrix: the row at %u is not aligned to 16 bytes", at);
-            memcpy(rows[i], from_shared(at), 16);
+            uint32_t row = address[m * 8 + i];
+            if (row % 16) fail("ldmatrix: shared memory address %u: must be a multiple of 16", row);
+            memcpy(rows[i], smem_pointer(row), 16);
         }
         for (int lane = 0; lane < 32; lane++) {
             int row = lane / 4, col = lane % 4 * 2;
@@ -79,38 +79,40 @@ template <bool trans> void ldmatrix_finish(uint32_t mask, const uint32_t *addres
     }
 }
 
-// A thread's copies under way, oldest first.
+// A pending cp.async copy.
 struct AsyncCopy {
-    uint32_t to;
-    const void *from; // NULL: zeros
+    uint32_t dst;
+    const void *src; // NULL: zero fill
     int group, bytes;
 };
+// The pending copies of a thread, oldest first.
 struct AsyncCopies {
     std::vector<AsyncCopy> list;
-    int group; // the one being filled
+    int group; // of the copies since the last commit
 };
 AsyncCopies &async_copies();
 
 } // namespace emu
 
 template <typename T> inline void mma_16816(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    emu::MmaIn in = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
-    emu::MmaOut out = emu::warp_join<emu::MmaIn, emu::MmaOut, emu::mma_finish<T>>("mma", 0xffffffffu, in);
+    emu::MmaOperands in = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    emu::MmaResult out =
+        emu::warp_collective<emu::MmaOperands, emu::MmaResult, emu::mma_warp<T>>("mma", 0xffffffffu, in);
     for (int i = 0; i < 4; i++) c[i] += out.c[i];
 }
 
 inline uint32_t smem_address(const void *p) {
-    return emu::to_shared(p);
+    return emu::smem_offset(p);
 }
 
 inline void ldmatrix_x4(uint32_t r[4], uint32_t address) {
-    emu::Matrices m = emu::warp_join<uint32_t, emu::Matrices, emu::ldmatrix_finish<false>>(
+    emu::LdmatrixResult m = emu::warp_collective<uint32_t, emu::LdmatrixResult, emu::ldmatrix_warp<false>>(
         "ldmatrix", 0xffffffffu, address);
     memcpy(r, m.r, sizeof m.r);
 }
 inline void ldmatrix_x4_trans(uint32_t r[4], uint32_t address) {
-    emu::Matrices m =
-        emu::warp_join<uint32_t, emu::Matrices, emu::ldmatrix_finish<true>>("ldmatrix", 0xffffffffu, address);
+    emu::LdmatrixResult m = emu::warp_collective<uint32_t, emu::LdmatrixResult, emu::ldmatrix_warp<true>>(
+        "ldmatrix", 0xffffffffu, address);
     memcpy(r, m.r, sizeof m.r);
 }
 
@@ -120,26 +122,28 @@ inline uint64_t l2_evict_last() {
 inline uint64_t l2_evict_first() {
     return 0;
 }
-inline uint4 load_if(bool there, const void *from, uint64_t) {
-    return there ? *(const uint4 *)from : uint4{0, 0, 0, 0};
+inline uint4 load_or_zero(bool valid, const void *src, uint64_t) {
+    return valid ? *(const uint4 *)src : uint4{0, 0, 0, 0};
 }
-inline void load_if(bool there, const void *two, const void *one, uint32_t (&x)[3]) {
-    if ((uintptr_t)two % 8 || (uintptr_t)one % 4) emu::fail("ld: not aligned");
+inline void load_or_zero(bool valid, const void *src_8, const void *src_4, uint32_t (&x)[3]) {
+    if ((uintptr_t)src_8 % 8 || (uintptr_t)src_4 % 4)
+        emu::fail("ld from %p and %p: must be multiples of 8 and 4", src_8, src_4);
     memset(x, 0, sizeof x);
-    if (there) memcpy(x, two, 8), memcpy(x + 2, one, 4);
+    if (valid) memcpy(x, src_8, 8), memcpy(x + 2, src_4, 4);
 }
-inline void store(void *to, uint4 x, uint64_t) {
-    *(uint4 *)to = x;
+inline void store(void *dst, uint4 x, uint64_t) {
+    *(uint4 *)dst = x;
 }
-inline void cp_async_16(uint32_t to, const void *from, bool valid = true) {
-    if (to % 16 || (uintptr_t)from % 16) emu::fail("cp.async: not aligned to 16 bytes");
+inline void cp_async_16(uint32_t dst, const void *src, bool valid = true) {
+    if (dst % 16 || (uintptr_t)src % 16)
+        emu::fail("cp.async from %p to %u: must be multiples of 16", src, dst);
     emu::AsyncCopies &copies = emu::async_copies();
-    copies.list.push_back({to, valid ? from : NULL, copies.group, 16});
+    copies.list.push_back({dst, valid ? src : NULL, copies.group, 16});
 }
-inline void cp_async_4(uint32_t to, const void *from) {
-    if (to % 4 || (uintptr_t)from % 4) emu::fail("cp.async: not aligned to 4 bytes");
+inline void cp_async_4(uint32_t dst, const void *src) {
+    if (dst % 4 || (uintptr_t)src % 4) emu::fail("cp.async from %p to %u: must be multiples of 4", src, dst);
     emu::AsyncCopies &copies = emu::async_copies();
-    copies.list.push_back({to, from, copies.group, 4});
+    copies.list.push_back({dst, src, copies.group, 4});
 }
 inline void pdl_wait() {}
 inline void pdl_launch_dependents() {}
@@ -151,10 +155,10 @@ template <int left> inline void cp_async_wait() {
     size_t i = 0;
     for (; i < copies.list.size() && copies.list[i].group < copies.group - left; i++) {
         const emu::AsyncCopy &c = copies.list[i];
-        if (c.from)
-            memcpy(emu::from_shared(c.to), c.from, c.bytes);
+        if (c.src)
+            memcpy(emu::smem_pointer(c.dst), c.src, c.bytes);
         else
-            memset(emu::from_shared(c.to), 0, c.bytes);
+            memset(emu::smem_pointer(c.dst), 0, c.bytes);
     }
     copies.list.erase(copies.list.begin(), copies.list.begin() + (long)i);
 }

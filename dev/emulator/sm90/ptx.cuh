@@ -1,6 +1,6 @@
-// sm90/ptx.cuh: fsa/sm90/ptx.cuh's instructions in C++, for the emulator. Work in the background (wgmma, TMA)
-// is done at once or as late as the program allows, by the toss of a coin, so that a missing wait and a
-// buffer that is overwritten too early both show.
+// sm90/ptx.cuh: the functions of fsa/sm90/ptx.cuh in C++, for the emulator. An asynchronous operation (wgmma,
+// TMA) runs either at once or as late as the program allows, by a random bit. Late operations reveal a
+// missing wait, early ones a buffer that is overwritten while it is in use.
 #ifndef FSA_PTX_SM90_CUH
 #define FSA_PTX_SM90_CUH
 #include "../sm80/ptx.cuh"
@@ -8,63 +8,64 @@
 
 namespace emu {
 
-bool toss(); // whether work in the background is done now
+bool flip_coin(); // returns whether an asynchronous operation runs at once
 
-// ---- wgmma: threads hand in their parts of an operation; it is done once all 128 have.
-struct WgmmaPart {
-    float *d;
-    uint32_t a[4];
+// ---- wgmma: an instruction runs at the earliest when all 128 threads of the warpgroup have issued it
+struct WgmmaOperands { // of one thread
+    float *d;          // accumulators
+    uint32_t a[4];     // fragment of A, if A is in registers
 };
-struct WgmmaShape {
+struct WgmmaInstruction {
     int n, trans_a, trans_b, add, a_in_registers, is_half;
-    uint64_t a, b;
+    uint64_t a, b; // matrix descriptors
 };
-void wgmma_issue(const WgmmaShape &shape, const WgmmaPart &part);
-void wgmma_group();
-void wgmma_finish(int left);
+void issue_wgmma(const WgmmaInstruction &instruction, const WgmmaOperands &operands);
+void commit_wgmma_group();
+void wait_wgmma_groups(int pending); // until at most `pending` groups are pending
 
 // ---- mbarrier
 struct Mbarrier {
-    uint64_t phase : 1, count : 20, pending : 20;
-    int64_t bytes : 23;
+    uint64_t phase : 1, count : 20, pending : 20; // parity; arrivals of a phase; those still missing
+    int64_t tx_bytes : 23;                        // expected minus copied bytes
 };
 inline Mbarrier *mbarrier_at(uint32_t address) {
-    if (address % 8) fail("mbarrier at %u is not aligned to 8 bytes", address);
-    return (Mbarrier *)from_shared(address);
+    if (address % 8) fail("mbarrier at %u: must be a multiple of 8", address);
+    return (Mbarrier *)smem_pointer(address);
 }
-inline void mbarrier_check(Mbarrier *b) {
-    if (b->pending || b->bytes) return;
+inline void try_complete_phase(Mbarrier *b) {
+    if (b->pending || b->tx_bytes) return;
     b->phase ^= 1;
     b->pending = b->count;
     progress();
 }
-inline void mbarrier_count(uint32_t address, int expect) {
+inline void arrive_expect_tx(uint32_t address, int bytes) {
     Mbarrier *b = mbarrier_at(address);
-    if (b->pending == 0) fail("mbarrier: more arrivals than it was made for (%d)", (int)b->count);
-    b->bytes += expect;
+    if (b->pending == 0) fail("mbarrier at %u: more than %d arrivals in a phase", address, (int)b->count);
+    b->tx_bytes += bytes;
     b->pending--;
     progress();
-    mbarrier_check(b);
+    try_complete_phase(b);
 }
-inline void mbarrier_bytes(uint32_t address, int bytes) {
+inline void complete_tx(uint32_t address, int bytes) {
     Mbarrier *b = mbarrier_at(address);
-    b->bytes -= bytes;
-    mbarrier_check(b);
+    b->tx_bytes -= bytes;
+    try_complete_phase(b);
 }
 
-// ---- TMA: what cuTensorMapEncodeTiled was told
+// ---- TMA: the arguments of cuTensorMapEncodeTiled; dimension 0 is the innermost
 struct TensorMap {
     char *base;
-    int64_t size[4], stride[4]; // bytes
-    int box[4];
-    int16_t rank, element, swizzled, valid;
+    int64_t size[4], stride[4]; // elements, bytes
+    int box[4];                 // elements
+    int16_t rank, element_bytes, swizzled, valid;
 };
-static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "fits");
-void tma_issue(uint32_t to, const TensorMap *map, const int64_t at[4], int rank, uint32_t barrier);
-void bulk_issue(uint32_t to, const void *from, int bytes, uint32_t barrier);
-void copies_finish(); // those under way
-void bulk_store_issue(void *to, uint32_t from, int bytes, bool add);
-void bulk_stores_finish(bool written); // the thread's: read, or written too
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "a TensorMap must fit into a CUtensorMap");
+void issue_tma_load(uint32_t dst, const TensorMap *map, const int64_t coord[4], int rank, uint32_t barrier);
+void issue_bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier);
+void complete_bulk_loads(); // runs all pending loads of the thread block
+void issue_bulk_store(void *dst, uint32_t src, int bytes, bool add);
+// Reads the sources of the thread's pending stores. write: writes their destinations too.
+void complete_bulk_stores(bool write);
 
 } // namespace emu
 
@@ -80,23 +81,23 @@ inline uint64_t make_smem_desc_opaque(uint32_t address) {
 }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
-    emu::wgmma_group();
+    emu::commit_wgmma_group();
 }
 template <int left> inline void wgmma_wait() {
-    emu::wgmma_finish(left);
+    emu::wait_wgmma_groups(left);
 }
 template <typename T> inline void keep_in_registers(T *&) {}
 template <int N> inline void fence_operand(float (&)[N][4]) {}
 template <typename T, int trans_b = 0, int trans_a = 0, int N8>
-inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
-    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
-    emu::wgmma_issue({N8 * 8, trans_a, trans_b, add, 0, std::is_same<T, __half>::value, a, b},
+inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int accumulate) {
+    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/sm90/ptx.cuh");
+    emu::issue_wgmma({N8 * 8, trans_a, trans_b, accumulate, 0, std::is_same<T, __half>::value, a, b},
                      {&d[0][0], {}});
 }
 template <typename T, int trans_b = 0, int N8>
-inline void wgmma_rs(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {
-    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/ptx_sm90.cuh");
-    emu::wgmma_issue({N8 * 8, 0, trans_b, add, 1, std::is_same<T, __half>::value, 0, b},
+inline void wgmma_rs(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    static_assert(N8 == 4 || N8 == 8 || N8 == 16, "the shapes of fsa/sm90/ptx.cuh");
+    emu::issue_wgmma({N8 * 8, 0, trans_b, accumulate, 1, std::is_same<T, __half>::value, 0, b},
                      {&d[0][0], {a[0], a[1], a[2], a[3]}});
 }
 
@@ -105,24 +106,24 @@ inline void mbarrier_init(uint32_t barrier, int count) {
 }
 inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint32_t barrier) {
-    emu::mbarrier_count(barrier, 0);
+    emu::arrive_expect_tx(barrier, 0);
 }
 enum { WARP_ARRIVALS = 1 };
 inline void mbarrier_arrive_warp(uint32_t barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
-inline void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
-    emu::mbarrier_count(barrier, bytes);
+inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
+    emu::arrive_expect_tx(barrier, bytes);
 }
-inline void cp_async_arrive(uint32_t barrier) {
+inline void cp_async_mbarrier_arrive(uint32_t barrier) {
     cp_async_commit();
     cp_async_wait<0>();
-    emu::mbarrier_count(barrier, 0);
+    emu::arrive_expect_tx(barrier, 0);
 }
 inline void mbarrier_wait(uint32_t barrier, int parity) {
     while ((int)emu::mbarrier_at(barrier)->phase == parity) {
-        emu::copies_finish();
+        emu::complete_bulk_loads();
         if ((int)emu::mbarrier_at(barrier)->phase == parity) emu::yield();
     }
 }
@@ -130,48 +131,44 @@ inline void mbarrier_wait_sleeping(uint32_t barrier, int parity) {
     mbarrier_wait(barrier, parity);
 }
 
-inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
-    int64_t at[4] = {x, y, z, 0};
-    emu::tma_issue(to, (const emu::TensorMap *)map, at, 3, barrier);
+inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier) {
+    int64_t coord[4] = {x, y, z, 0};
+    emu::issue_tma_load(dst, (const emu::TensorMap *)map, coord, 3, barrier);
 }
-inline void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z, uint32_t barrier,
+inline void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z, uint32_t barrier,
                         uint64_t) {
-    tma_load_3d(to, map, x, y, z, barrier);
+    tma_load_3d(dst, map, x, y, z, barrier);
 }
-inline void tma_load_4d(uint32_t to, const CUtensorMap *map, int x, int y, int z, int w, uint32_t barrier) {
-    int64_t at[4] = {x, y, z, w};
-    emu::tma_issue(to, (const emu::TensorMap *)map, at, 4, barrier);
+inline void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier) {
+    emu::issue_bulk_load(dst, src, bytes, barrier);
 }
-inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
-    emu::bulk_issue(to, from, bytes, barrier);
+inline void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier, uint64_t) {
+    bulk_load(dst, src, bytes, barrier);
 }
-inline void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier, uint64_t) {
-    bulk_load(to, from, bytes, barrier);
+inline void bulk_store(void *dst, uint32_t src, int bytes) {
+    emu::issue_bulk_store(dst, src, bytes, false);
 }
-inline void bulk_store(void *to, uint32_t from, int bytes) {
-    emu::bulk_store_issue(to, from, bytes, false);
-}
-inline void bulk_add(float *to, uint32_t from, int bytes) {
-    emu::bulk_store_issue(to, from, bytes, true);
+inline void bulk_reduce_add(float *dst, uint32_t src, int bytes) {
+    emu::issue_bulk_store(dst, src, bytes, true);
 }
 inline void bulk_commit() {}
 inline void bulk_wait_read() {
-    emu::bulk_stores_finish(false);
+    emu::complete_bulk_stores(false);
 }
 inline void bulk_wait() {
-    emu::bulk_stores_finish(true);
+    emu::complete_bulk_stores(true);
 }
-inline void semaphore_wait(const int *turn, int mine) {
-    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine) {
-        emu::progress(); // another thread block's
+inline void semaphore_wait(const int *semaphore, int value) {
+    while (__atomic_load_n(semaphore, __ATOMIC_ACQUIRE) != value) {
+        emu::progress(); // no deadlock: another thread block releases the semaphore
         emu::yield();
     }
 }
-inline void semaphore_release(int *turn) {
-    __atomic_fetch_add(turn, 1, __ATOMIC_RELEASE);
+inline void semaphore_release(int *semaphore) {
+    __atomic_fetch_add(semaphore, 1, __ATOMIC_RELEASE);
 }
-inline void red_add_v2(float *to, float x, float y) {
-    to[0] += x, to[1] += y;
+inline void red_add_v2(float *address, float x, float y) {
+    address[0] += x, address[1] += y;
 }
 inline void fence_proxy_async() {}
 inline void named_barrier_sync(int id, int threads) {
