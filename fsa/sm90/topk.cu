@@ -1,42 +1,26 @@
-// topk_sm90.cu: the choice of blocks on Hopper (topk.cu says what is computed). One thread block on each
-// multiprocessor takes tile after tile of queries of one KV head, the longest first. Its warpgroups:
-//   0, 1: scorers. S^T = kc Q^T by wgmma, 64 windows by 128 columns, each for its own 8*floor(16/g)
-//         queries; exp, and the sum over the g heads, in registers; P goes to shared memory.
-//   2, 3: selectors, 2 for scorer 0's queries, 3 for scorer 1's: block scores out of P, and the running
-//         lists of the best blocks. A query has 1, 2, 4 or 8 selectors, each for its part of the windows.
-//   4:    a warp that loads Q and kc by TMA, into rings of tiles that both scorers read; one that brings the
-//         lse of Q's rows; a thread that finds the tiles of queries.
-// So the tensor cores, exp and the lists can be busy at once: one scorer's exps beside the other's products,
-// and the lists beside both.
+// sm90/topk.cu: block selection on Hopper. sm80/topk.cu states what P and the block scores are.
 //
-// A scorer's columns are 8 queries of head 0, the same 8 of head 1, ..., then the next 8 queries: a thread
-// holds all heads of its queries, whatever g is, and 8*g*floor(16/g) of the 128 columns are used: all for
-// g = 1, 2, 4, 8, 16, and 72 at worst, for g = 9.
+// A persistent kernel, one thread block of five warpgroups per SM. A work item is the queries of two scorers,
+// 2 * 8*floor(16/g) consecutive queries of one KV head. Each thread block processes its longest items first.
 //
-// Selectors: a scorer has 128/g queries or fewer and 128 selectors. So of every 32 windows, a tile of P, a
-// selector has 32, 16, 8 or 4 in a row, as few as make whole blocks and find a selector. It walks through
-// them in order. A block's score is compared with the lowest of the selector's list; what beats it goes to a
-// short buffer, and when some lane's may be full, all 32 lanes sort theirs and merge them into their sorted
-// lists, in registers, together, by networks: an exchange is 5 instructions. A query's selectors are lanes of
-// one warp. What is below so many of each one's list is not among the best either, so that four lists of a
-// query take in little more than one would. In the end they are merged, lane with lane.
+//   warpgroup 4     warp 0: Q and kc by TMA     warp 1: lse of Q     warp 2: scheduler of work items
+//                     |  k_pipe: 3 stages           |                    |
+//                     |  q_pipe: 1 or 2 stages <----+                    |  work_pipe: 4 stages, to all warps
+//                     v                                                  v
+//   warpgroups 0, 1 scorers: S^T = kc Q^T by wgmma, 64 windows x 128 columns each; exp, and the sum over the
+//                   heads, in registers
+//                     |  p_pipe of each scorer: 2 to 8 stages of 32 windows of P
+//                     v
+//   warpgroups 2, 3 selectors of scorer 0 and of scorer 1: block scores from P; running top-k lists in
+//                   registers; block indices to memory
 //
-// What binds at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s, and 4.3e9 exps, 1.2 ms,
-// which may overlap. kc passes through L2 once for every 256/g queries: 64K*8/64 times 512 KiB on
-// average, 4.3 GB, 0.8 ms at 5.5 TB/s; q comes once from HBM, 0.5 GB. Shared memory, in clocks of a scorer's
-// tile: wgmma 384 of the 512 that its products take, kc in 64, P out and in 512/g: at g = 1 960
-// clocks, 2.2 ms at 64K (32, 32), where there is room for three halves of tiles of P a scorer: selectors
-// read one while scorers write others. Selectors issue, a tile of 64 windows and warp, 172 instructions for
-// scores at g = 4 and 378 at g = 1, and for each merge 380 or 355, for random scores one in 5 tiles at g = 4
-// and one in 2 at g = 1. On an H100 2.4 ms, 2,090 clocks a tile of both scorers, of which products are 1,024
-// and exps as many: they hardly overlap. No unit is busy for more than 57% of the time (shared memory; tensor
-// cores 47, exp 47, issue 52); scorers wait for products a fifth of their time and for room for P a tenth,
-// selectors for P a seventh of theirs, and merges are a third of it. At (32, 32) 3.7 ms: selectors bind,
-// scorers wait for room for 40% of the time.
+// So one scorer's exp overlaps the other's MMA, and the selectors work beside both. Every sum has a fixed
+// order, and of equal scores the lower block is selected, so the bits repeat.
 //
-// A tile of kc may go on past its sequence's windows, into another's or into what the caller's array has
-// beyond them: no candidate of the queries has such a window, unless fewer than two local blocks are forced,
-// and then selectors take its P for zero.
+// Floors at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s; 4.3e9 exps, 1.2 ms at 3.7
+// T/s; kc from L2 once per 256/g queries, 4.3 GB, 0.8 ms at 5.5 TB/s; q once from HBM, 0.5 GB. Shared memory
+// is busy for 448 + 512/g clocks per scorer tile (wgmma operands 384, kc in 64, P out and in 512/g); the MMA
+// takes 512. MMA and exp bind at g = 4, since they overlap little. At g = 1 the selectors bind.
 #include "../kernels.h"
 #include "../launch.cuh"
 #include "../mma.cuh"
@@ -46,574 +30,617 @@
 
 namespace {
 
-constexpr int WINDOWS = 64, COLUMNS = 128; // of a scorer's tile
+constexpr int WINDOWS = 64, COLUMNS = 128; // M and N of a scorer's MMA tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
-constexpr int P_WINDOWS = WINDOWS / 2; // of a tile of P: two scorer warps'; the other two write the next one
+constexpr int P_WINDOWS = WINDOWS / 2; // of a stage of P; two warps of a scorer write it, two the next one
 constexpr int MAX_SMEM = 227 * 1024;
-// To be tuned.
-constexpr int STAGES = 3;     // tiles of kc
-constexpr int PLACES = 16;    // of a selector's list
-constexpr int PENDING = 8;    // places of its buffer
-constexpr int SHARE = 8;      // windows that it loads at once, or all of its part where they are fewer
-constexpr int MOST_SLOTS = 8; // tiles of P of a scorer
-constexpr int WORKS = 4;      // tiles of queries that the finder may be ahead
-// Selectors keep what they start with.
+// Tuned values.
+constexpr int K_STAGES = 3;     // tiles of kc
+constexpr int LIST_SIZE = 16;   // entries of a selector's list; bounds num_free
+constexpr int BUFFER_SIZE = 8;  // entries of a selector's candidate buffer
+constexpr int LOAD_WINDOWS = 8; // windows of P that a selector loads at once, or all of its windows if fewer
+constexpr int MAX_P_STAGES = 8; // of a scorer
+constexpr int WORK_STAGES = 4;  // work items that the scheduler may be ahead
+// Selectors keep the registers of the launch.
 constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 96, LOADER_REGISTERS = 32;
-static_assert(PENDING >= SHARE, "room for the blocks of a share");
+static_assert(BUFFER_SIZE >= LOAD_WINDOWS, "the buffer holds the blocks that end within one load");
 static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
                   SCORERS * (SCORER_REGISTERS - SELECTOR_REGISTERS) <= SELECTOR_REGISTERS - LOADER_REGISTERS,
               "registers");
 
-// Where things lie in shared memory, from a multiple of 1,024 on, and the sizes of tiles.
-struct Layout {
-    int q_bytes, k_bytes, p_bytes;
-    int k, p, pending, offsets, works, barriers, end; // tiles of Q come first
+// Shared memory: sizes of tiles, and byte offsets from an address that is a multiple of 1,024.
+struct SmemLayout {
+    int q_bytes, k_bytes, p_bytes; // of a scorer's tile of Q, a tile of kc, a stage of P
+    // [q_stages][SCORERS] tiles of Q begin at 0. Then [K_STAGES] tiles of kc, [SCORERS][p_stages] stages of
+    // P, [SCORERS][BUFFER_SIZE][128] candidate entries, [q_stages][SCORERS][COLUMNS] floats -lse * log2(e),
+    // [WORK_STAGES] work items, and the barriers of all pipelines.
+    int k, p, buffers, neg_lse, work_items, barriers, end;
 };
 struct TopKParamsSm90 {
     BatchLayout batch;
-    const void *q, *kc;
-    const float *lse;
-    int32_t *block_indices;
-    float scale; // times log2(e)
-    int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init, local;
-    // Bit k: the k-th eight of a scorer's columns is of its queries' first head, or their last one.
-    uint32_t first_heads, last_heads;
-    int wanted, part_wanted;       // blocks that are chosen freely; so many of each part are as many
-    int window_cells, block_cells; // in stride cells
-    int queries;                   // of a scorer
-    int parts;                     // of a query's windows, a selector each
-    int q_tiles, slots;            // how many tiles of Q a scorer has room for, and of P
-    int selector_warps;            // of a scorer
-    int most_pending;              // blocks, so that those that end within a share still have room
-    Layout at;
+    const void *q, *kc;     // [Nq, Hq, d], [M, Hkv, d], both rotated
+    const float *lse;       // [Nq, Hq] of the compressed branch
+    int32_t *block_indices; // [Hkv, Nq, T]
+    float scale;            // times log2(e)
+    int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks;
+    // Bit k: the k-th n8 tile of a scorer's columns belongs to the first head, or to the last head.
+    uint32_t first_head_mask, last_head_mask;
+    int num_free, free_per_selector;   // freely selected blocks; divided by selectors_per_query, rounded up
+    int window_strides, block_strides; // l/s, B/s
+    int queries_per_scorer;            // 8*floor(16/g)
+    int selectors_per_query;           // 1, 2, 4 or 8
+    int q_stages, p_stages;            // stages of Q; stages of P of each scorer
+    int selector_warps;                // of each scorer
+    int max_buffered;                  // a buffer with more entries may overflow in the next load
+    SmemLayout smem;
 };
 
-// A tile of queries that a thread block takes. The finder tells the others.
-struct Work {
-    int64_t row, window0;         // first row of q, first window of its sequence
-    int rows, first_pos, kv_head; // rows = 0: there is no more work
-    int steps;                    // tiles of windows that the last query's candidates need
+// Up to 2 * queries_per_scorer consecutive queries of one segment, and a KV head.
+struct WorkItem {
+    int64_t row, window0;         // first query row, first window of its sequence
+    int rows, first_pos, kv_head; // number of queries (0: no more work), position of the first
+    int k_tiles;                  // tiles of kc that the candidates of the last query need
 };
 
-// Buffers that one role fills and another empties: for each a barrier that it is full, then for each one that
-// it is empty.
-struct Ring {
+// A pipeline of shared-memory stages between producers and consumers: one full barrier per stage, then one
+// empty barrier per stage.
+struct PipelineState {
     uint32_t barriers;
-    int count, at, parity;
-    __device__ __forceinline__ Ring(uint32_t barriers, int count)
-        : barriers(barriers), count(count), at(0), parity(0) {}
-    __device__ __forceinline__ uint32_t full() const { return barriers + 8 * at; }
-    __device__ __forceinline__ uint32_t empty() const { return barriers + 8 * (count + at); }
-    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), parity); }
-    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty(), parity ^ 1); }
-    __device__ __forceinline__ void wait_empty_asleep() const { mbarrier_wait_sleeping(empty(), parity ^ 1); }
-    __device__ __forceinline__ void next() {
-        if (++at == count) at = 0, parity ^= 1;
+    int stages, stage, phase;
+    __device__ __forceinline__ PipelineState(uint32_t barriers, int stages)
+        : barriers(barriers), stages(stages), stage(0), phase(0) {}
+    __device__ __forceinline__ uint32_t full_barrier() const { return barriers + 8 * stage; }
+    __device__ __forceinline__ uint32_t empty_barrier() const { return barriers + 8 * (stages + stage); }
+    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full_barrier(), phase); }
+    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty_barrier(), phase ^ 1); }
+    __device__ __forceinline__ void wait_empty_sleeping() const {
+        mbarrier_wait_sleeping(empty_barrier(), phase ^ 1);
+    }
+    __device__ __forceinline__ void advance() {
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 };
 
-// Queries of a box of Q.
+// Queries of a TMA box of Q.
 __host__ __device__ __forceinline__ int box_queries(int group) {
     return group == 1 ? COLUMNS : 8;
 }
 
-// The next tile of queries of this thread block, from its turn `*turn` on. Turns go up and down the thread
-// blocks, so that each has long ones and short ones.
-__device__ __forceinline__ Work find_work(const TopKParamsSm90 &p, int64_t *turn) {
-    Work w = {};
-    int size = SCORERS * p.queries;
-    int64_t tiles = p.batch.nq / size + p.batch.num_segments, blocks = gridDim.x;
-    for (; w.rows == 0 && *turn * blocks < tiles * p.kv_heads; ++*turn) {
-        int64_t number = *turn * blocks + (*turn & 1 ? blocks - 1 - blockIdx.x : blockIdx.x);
-        if (number >= tiles * p.kv_heads) continue;
-        RowTile rows =
-            find_row_tile(p.batch.cu_queries, p.batch.num_segments, size, tiles - 1 - number / p.kv_heads);
+// Returns the next work item of this thread block, from wave *wave on. Items go by descending row, the
+// longest of a sequence first. A wave gives one item to each thread block; even waves go up the thread blocks
+// and odd ones down, so that every thread block gets long and short items.
+__device__ __forceinline__ WorkItem next_work_item(const TopKParamsSm90 &p, int64_t *wave) {
+    WorkItem w = {};
+    int item_queries = SCORERS * p.queries_per_scorer;
+    int64_t q_tiles = p.batch.nq / item_queries + p.batch.num_segments, grid = gridDim.x;
+    for (; w.rows == 0 && *wave * grid < q_tiles * p.kv_heads; ++*wave) {
+        int64_t index = *wave * grid + (*wave & 1 ? grid - 1 - blockIdx.x : blockIdx.x);
+        if (index >= q_tiles * p.kv_heads) continue;
+        RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, item_queries,
+                                     q_tiles - 1 - index / p.kv_heads);
         if (rows.rows == 0) continue;
         FsaSegment segment = p.batch.segments[rows.range];
-        w.kv_head = (int)(number % p.kv_heads);
+        w.kv_head = (int)(index % p.kv_heads);
         w.row = rows.row, w.rows = rows.rows;
         w.first_pos = (int)segment.pos + rows.first;
         w.window0 = p.batch.cu_windows[segment.seq];
-        int blocks_seen = (w.first_pos + rows.rows - 1) / p.block + 1;
-        if (blocks_seen > p.topk && p.wanted > 0)
-            w.steps = ((blocks_seen - p.local) * p.block_cells + WINDOWS - 1) / WINDOWS;
+        int num_blocks = (w.first_pos + rows.rows - 1) / p.block + 1;
+        if (num_blocks > p.topk && p.num_free > 0)
+            w.k_tiles = ((num_blocks - p.local_blocks) * p.block_strides + WINDOWS - 1) / WINDOWS;
     }
     return w;
 }
-__device__ __forceinline__ void find(const TopKParamsSm90 &p, char *shared, Ring works) {
-    for (int64_t turn = 0;;) {
-        const Work w = find_work(p, &turn);
-        works.wait_empty_asleep();
-        ((Work *)(shared + p.at.works))[works.at] = w;
-        mbarrier_arrive(works.full());
-        works.next();
+__device__ __forceinline__ void schedule_work(const TopKParamsSm90 &p, char *shared,
+                                              PipelineState work_pipe) {
+    for (int64_t wave = 0;;) {
+        const WorkItem w = next_work_item(p, &wave);
+        work_pipe.wait_empty_sleeping();
+        ((WorkItem *)(shared + p.smem.work_items))[work_pipe.stage] = w;
+        mbarrier_arrive(work_pipe.full_barrier());
+        work_pipe.advance();
         if (w.rows == 0) break;
     }
 }
-// Waits for the next tile of queries. It may be read until work_done, which a whole warp calls.
-__device__ __forceinline__ const Work &next_work(const TopKParamsSm90 &p, const char *shared, const Ring &works) {
-    works.wait_full();
-    return ((const Work *)(shared + p.at.works))[works.at];
+// Waits for the next work item. It may be read until the warp calls release_work_item.
+__device__ __forceinline__ const WorkItem &wait_work_item(const TopKParamsSm90 &p, const char *shared,
+                                                          const PipelineState &work_pipe) {
+    work_pipe.wait_full();
+    return ((const WorkItem *)(shared + p.smem.work_items))[work_pipe.stage];
 }
-__device__ __forceinline__ void work_done(Ring *works) {
-    mbarrier_arrive_warp(works->empty());
-    works->next();
+__device__ __forceinline__ void release_work_item(PipelineState *work_pipe) {
+    mbarrier_arrive_warp(work_pipe->empty_barrier());
+    work_pipe->advance();
 }
 
-// Brings Q and kc as K-major operands of wgmma. A box of Q is 8 queries, or all of a scorer's where a query
-// has one head, of all heads of a group.
+// Loads Q and kc by TMA as K-major operands of wgmma.
+//
+// A box of Q has 8 queries (all of a scorer's if g = 1) of the g heads. So a scorer's columns are 8 queries
+// of head 0, the same 8 of head 1, ..., then the next 8 queries. A thread of a scorer holds all heads of its
+// queries, whatever g is. 8*g*floor(16/g) of the 128 columns are used: all for g = 1, 2, 4, 8, 16; at
+// least 72.
+//
+// A tile of kc may extend past the windows of its sequence, into the next sequence or past the windows that
+// exist. No candidate block overlaps such a window if at least two local blocks are selected; otherwise
+// selectors take its P for zero.
 template <typename T, int D>
-__device__ __forceinline__ void load(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map,
-                                     uint32_t start, const char *shared, Ring works, Ring q_ring,
-                                     Ring k_ring) {
+__device__ __forceinline__ void
+load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map, uint32_t smem_base,
+           const char *shared, PipelineState work_pipe, PipelineState q_pipe, PipelineState k_pipe) {
     const int lane = threadIdx.x % 32;
-    for (;; work_done(&works)) {
-        const Work w = next_work(p, shared, works);
+    for (;; release_work_item(&work_pipe)) {
+        const WorkItem w = wait_work_item(p, shared, work_pipe);
         if (w.rows == 0) break;
-        if (w.steps == 0) continue;
+        if (w.k_tiles == 0) continue;
 
-        q_ring.wait_empty_asleep();
+        q_pipe.wait_empty_sleeping();
         if (lane == 0) {
             const int box = box_queries(p.group), rows = (w.rows + box - 1) / box * box;
-            mbarrier_arrive_expect(q_ring.full(), min(rows, SCORERS * p.queries) * p.group * D * 2);
-            for (int query = 0; query < min(rows, SCORERS * p.queries); query += box) {
-                const int scorer = query >= p.queries;
-                const uint32_t tile = start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes +
-                                      (query - scorer * p.queries) * p.group * 128;
+            mbarrier_arrive_expect_tx(q_pipe.full_barrier(),
+                                      min(rows, SCORERS * p.queries_per_scorer) * p.group * D * 2);
+            for (int query = 0; query < min(rows, SCORERS * p.queries_per_scorer); query += box) {
+                const int scorer = query >= p.queries_per_scorer;
+                const uint32_t tile = smem_base + (q_pipe.stage * SCORERS + scorer) * p.smem.q_bytes +
+                                      (query - scorer * p.queries_per_scorer) * p.group * 128;
                 for (int i = 0; i < D / 64; i++)
                     tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.row + query,
-                                w.kv_head * p.group, q_ring.full());
+                                w.kv_head * p.group, q_pipe.full_barrier());
             }
         }
-        q_ring.next();
+        q_pipe.advance();
 
-        for (int step = 0; step < w.steps; step++, k_ring.next()) {
-            k_ring.wait_empty_asleep();
+        for (int tile = 0; tile < w.k_tiles; tile++, k_pipe.advance()) {
+            k_pipe.wait_empty_sleeping();
             if (lane > 0) continue;
-            mbarrier_arrive_expect(k_ring.full(), WINDOWS * D * 2);
+            mbarrier_arrive_expect_tx(k_pipe.full_barrier(), WINDOWS * D * 2);
             for (int i = 0; i < D / 64; i++)
-                tma_load_3d(start + p.at.k + k_ring.at * p.at.k_bytes + i * WINDOWS * 128, &k_map, i * 64,
-                            w.kv_head, (int)w.window0 + step * WINDOWS, k_ring.full());
+                tma_load_3d(smem_base + p.smem.k + k_pipe.stage * p.smem.k_bytes + i * WINDOWS * 128, &k_map,
+                            i * 64, w.kv_head, (int)w.window0 + tile * WINDOWS, k_pipe.full_barrier());
         }
     }
 }
 
-// Brings -lse * log2(e) of the columns of Q, -inf for those of no row and of rows that see nothing.
-__device__ __forceinline__ void bring_offsets(const TopKParamsSm90 &p, char *shared, Ring works, Ring q_ring) {
-    const int lane = threadIdx.x % 32, used = p.queries / 8 * p.group; // eights of columns
-    for (;; work_done(&works)) {
-        const Work w = next_work(p, shared, works);
+// Loads -lse * log2(e) of the columns of Q; -inf for columns without a row, and for rows that see no window.
+__device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, PipelineState work_pipe,
+                                         PipelineState q_pipe) {
+    const int lane = threadIdx.x % 32,
+              used_n8 = p.queries_per_scorer / 8 * p.group; // n8 tiles of columns in use
+    for (;; release_work_item(&work_pipe)) {
+        const WorkItem w = wait_work_item(p, shared, work_pipe);
         if (w.rows == 0) break;
-        if (w.steps == 0) continue;
+        if (w.k_tiles == 0) continue;
         float x[SCORERS * COLUMNS / 32];
 #pragma unroll
         for (int i = 0; i < SCORERS * COLUMNS / 32; i++) {
-            const int column = (i * 32 + lane) % COLUMNS, eight = column / 8, of_queries = eight / p.group;
-            const int query = i * 32 / COLUMNS * p.queries + of_queries * 8 + column % 8;
+            const int column = (i * 32 + lane) % COLUMNS, n8 = column / 8, query_group = n8 / p.group;
+            const int query = i * 32 / COLUMNS * p.queries_per_scorer + query_group * 8 + column % 8;
             x[i] = -INFINITY;
-            if (eight < used && query < w.rows)
-                x[i] =
-                    p.lse[(w.row + query) * p.q_heads + w.kv_head * p.group + eight - of_queries * p.group];
+            if (n8 < used_n8 && query < w.rows)
+                x[i] = p.lse[(w.row + query) * p.q_heads + w.kv_head * p.group + n8 - query_group * p.group];
         }
-        q_ring.wait_empty_asleep();
-        float *to = (float *)(shared + p.at.offsets) + q_ring.at * SCORERS * COLUMNS + lane;
+        q_pipe.wait_empty_sleeping();
+        float *out = (float *)(shared + p.smem.neg_lse) + q_pipe.stage * SCORERS * COLUMNS + lane;
 #pragma unroll
         for (int i = 0; i < SCORERS * COLUMNS / 32; i++)
-            to[i * 32] = x[i] == -INFINITY ? -INFINITY : -x[i] * FSA_LOG2E;
-        mbarrier_arrive_warp(q_ring.full());
-        q_ring.next();
+            out[i * 32] = x[i] == -INFINITY ? -INFINITY : -x[i] * FSA_LOG2E;
+        mbarrier_arrive_warp(q_pipe.full_barrier());
+        q_pipe.advance();
     }
 }
 
-// A tile of P: [queries][32 windows], the eight pieces of 4 windows of a row exchanged by query % 8, so that
-// neither its writers nor its readers meet in a bank. Of the next query, where this one is even, the place is
-// ^ 4 + 32, and of the windows 8 on, where these are the first 8 of 16, ^ 8.
-__device__ __forceinline__ int p_place(int query, int window) {
+// Element offset in a stage of P: [queries_per_scorer][32 windows], where the eight chunks of 4 windows of a
+// row are swizzled by query % 8, so that writers and readers have no bank conflicts. For an even query, the
+// next query is at ^ 4 + 32. For a window w with w % 16 < 8, window w + 8 is at ^ 8.
+__device__ __forceinline__ int p_offset(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-// GROUP: p.group, or 0 for one that is no power of two.
+// A scorer: P of its queries, for all tiles of kc. GROUP is p.group, or 0 if that is not a power of two.
 template <typename T, int D, int GROUP>
-__device__ __forceinline__ void score(const TopKParamsSm90 &p, char *shared, uint32_t start, int scorer,
-                                      Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
+__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *shared, uint32_t smem_base,
+                                               int scorer, PipelineState work_pipe, PipelineState q_pipe,
+                                               PipelineState k_pipe, PipelineState p_pipe) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries;
-    const int used = queries / 8 * group; // eights of columns
-    const int mine = p_place(lane % 4 * 2, warp % 2 * 16 + lane / 4);
-    if (warp >= 2) p_ring.next(); // a tile's second half is another's
-    for (;; work_done(&works)) {
-        const Work &w = next_work(p, shared, works);
-        const int steps = w.steps;
+    const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries_per_scorer;
+    const int used_n8 = queries / 8 * group; // n8 tiles of columns in use
+    const int thread_offset = p_offset(lane % 4 * 2, warp % 2 * 16 + lane / 4);
+    if (warp >= 2) p_pipe.advance(); // warps 2 and 3 write the second half of a tile, the next stage
+    for (;; release_work_item(&work_pipe)) {
+        const WorkItem &w = wait_work_item(p, shared, work_pipe);
+        const int k_tiles = w.k_tiles;
         if (w.rows == 0) break;
-        if (steps == 0) continue;
-        q_ring.wait_full();
-        float2 offset[COLUMNS / 8]; // of the thread's columns
-        const float2 *offsets = (const float2 *)(shared + p.at.offsets) +
-                                ((q_ring.at * SCORERS + scorer) * COLUMNS + lane % 4 * 2) / 2;
+        if (k_tiles == 0) continue;
+        q_pipe.wait_full();
+        float2 neg_lse[COLUMNS / 8]; // of this thread's columns
+        const float2 *neg_lse_smem = (const float2 *)(shared + p.smem.neg_lse) +
+                                     ((q_pipe.stage * SCORERS + scorer) * COLUMNS + lane % 4 * 2) / 2;
 #pragma unroll
-        for (int k = 0; k < COLUMNS / 8; k++) offset[k] = offsets[k * 4];
-        for (int step = 0; step < steps; step++) {
-            k_ring.wait_full();
-            // In uniform registers, where wgmma wants them: ptxas doesn't see that all lanes have the same.
-            const uint64_t from_k =
-                make_smem_desc(__shfl_sync(0xffffffffu, start + p.at.k + k_ring.at * p.at.k_bytes, 0));
-            const uint64_t from_q = make_smem_desc(
-                __shfl_sync(0xffffffffu, start + (q_ring.at * SCORERS + scorer) * p.at.q_bytes, 0));
+        for (int k = 0; k < COLUMNS / 8; k++) neg_lse[k] = neg_lse_smem[k * 4];
+        for (int tile = 0; tile < k_tiles; tile++) {
+            k_pipe.wait_full();
+            // The shuffle puts the descriptors into uniform registers, where wgmma needs them.
+            const uint64_t k_desc = make_smem_desc(
+                __shfl_sync(0xffffffffu, smem_base + p.smem.k + k_pipe.stage * p.smem.k_bytes, 0));
+            const uint64_t q_desc = make_smem_desc(
+                __shfl_sync(0xffffffffu, smem_base + (q_pipe.stage * SCORERS + scorer) * p.smem.q_bytes, 0));
             float s[COLUMNS / 8][4];
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < D / 16; k++)
-                wgmma_ss<T>(s, advance_desc(from_k, k / 4 * WINDOWS * 128 + k % 4 * 32),
-                            advance_desc(from_q, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
+                wgmma_ss<T>(s, advance_desc(k_desc, k / 4 * WINDOWS * 128 + k % 4 * 32),
+                            advance_desc(q_desc, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
             wgmma_commit();
-            p_ring.wait_empty();
-            float *to = (float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
+            p_pipe.wait_empty();
+            float *p_tile =
+                (float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
             wgmma_wait<0>();
             fence_operand(s);
-            mbarrier_arrive_warp(k_ring.empty());
-            if (step == steps - 1) mbarrier_arrive_warp(q_ring.empty());
-            k_ring.next();
+            mbarrier_arrive_warp(k_pipe.empty_barrier());
+            if (tile == k_tiles - 1) mbarrier_arrive_warp(q_pipe.empty_barrier());
+            k_pipe.advance();
             float sum[4];
 #pragma unroll
             for (int k = 0; k < COLUMNS / 8; k++) {
-                if (GROUP == 0 && k % 4 == 0 && k >= used) break;
-                // Masks, not counts: no chain of conditions.
-                const bool first_head = GROUP ? k % group == 0 : p.first_heads >> k & 1;
-                const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_heads >> k & 1;
+                if (GROUP == 0 && k % 4 == 0 && k >= used_n8) break;
+                // Masks instead of counters avoid a chain of dependent conditions.
+                const bool first_head = GROUP ? k % group == 0 : p.first_head_mask >> k & 1;
+                const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_head_mask >> k & 1;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float x = exp2_fast(fmaf(s[k][i], p.scale, i % 2 ? offset[k].y : offset[k].x));
+                    const float x = exp2_fast(fmaf(s[k][i], p.scale, i % 2 ? neg_lse[k].y : neg_lse[k].x));
                     sum[i] = first_head ? x : sum[i] + x;
                 }
                 if (last_head) {
-                    to[mine] = sum[0], to[(mine ^ 4) + P_WINDOWS] = sum[1];
-                    to[mine ^ 8] = sum[2], to[(mine ^ 12) + P_WINDOWS] = sum[3];
-                    to += 8 * P_WINDOWS;
+                    p_tile[thread_offset] = sum[0], p_tile[(thread_offset ^ 4) + P_WINDOWS] = sum[1];
+                    p_tile[thread_offset ^ 8] = sum[2], p_tile[(thread_offset ^ 12) + P_WINDOWS] = sum[3];
+                    p_tile += 8 * P_WINDOWS;
                 }
             }
-            mbarrier_arrive_warp(p_ring.full());
-            p_ring.next(), p_ring.next();
+            mbarrier_arrive_warp(p_pipe.full_barrier());
+            p_pipe.advance(), p_pipe.advance();
         }
-        q_ring.next();
+        q_pipe.advance();
     }
 }
 template <typename T, int D>
-__device__ __forceinline__ void score(const TopKParamsSm90 &p, char *shared, uint32_t start, int scorer,
-                                      Ring works, Ring q_ring, Ring k_ring, Ring p_ring) {
+__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *shared, uint32_t smem_base,
+                                               int scorer, PipelineState work_pipe, PipelineState q_pipe,
+                                               PipelineState k_pipe, PipelineState p_pipe) {
     switch (p.group) {
     case 1:
-        return score<T, D, 1>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 1>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     case 2:
-        return score<T, D, 2>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 2>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     case 4:
-        return score<T, D, 4>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 4>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     case 8:
-        return score<T, D, 8>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 8>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     case 16:
-        return score<T, D, 16>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 16>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     default:
-        return score<T, D, 0>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        return compute_scores<T, D, 0>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     }
 }
 
-// A block and its score as one number, which takes one instruction to compare: a double, its upper half the
-// score's bits, which order as scores do, none being negative, the lower one INT32_MAX - block. So the higher
-// score is the greater entry, and of equals the smaller block.
+// An entry of a list is a block and its score in one double, which one instruction compares. The upper half
+// is the bits of the score, which order as scores do, since none is negative. The lower half is the key
+// INT32_MAX - block. So the higher score is the greater entry, and of equal scores the lower block.
 using Entry = double;
-constexpr Entry NO_ENTRY = -1; // less than every other
+constexpr Entry NO_ENTRY = -1; // less than every entry
 
-__device__ __forceinline__ void sort_two(Entry &first, Entry &second) { // the greater one comes first
+__device__ __forceinline__ void compare_exchange(Entry &first, Entry &second) { // greater entry first
     bool swap = second > first;
     Entry greater = swap ? second : first;
     second = swap ? first : second, first = greater;
 }
-// Batcher's network for N numbers from FIRST on: calls what compares, and exchanges, those at two places.
-template <int FIRST, int N, int STEP, typename F> __device__ __forceinline__ void merge_all(F sort_places) {
+// Batcher's odd-even merge sort of N elements from FIRST on: calls exchange(i, j) for each comparator.
+template <int FIRST, int N, int STEP, typename F> __device__ __forceinline__ void odd_even_merge(F exchange) {
     if constexpr (2 * STEP < N) {
-        merge_all<FIRST, N, 2 * STEP>(sort_places);
-        merge_all<FIRST + STEP, N, 2 * STEP>(sort_places);
+        odd_even_merge<FIRST, N, 2 * STEP>(exchange);
+        odd_even_merge<FIRST + STEP, N, 2 * STEP>(exchange);
 #pragma unroll
-        for (int i = FIRST + STEP; i + STEP < FIRST + N; i += 2 * STEP) sort_places(i, i + STEP);
+        for (int i = FIRST + STEP; i + STEP < FIRST + N; i += 2 * STEP) exchange(i, i + STEP);
     } else {
-        sort_places(FIRST, FIRST + STEP);
+        exchange(FIRST, FIRST + STEP);
     }
 }
-template <int FIRST, int N, typename F> __device__ __forceinline__ void sort_all(F sort_places) {
+template <int FIRST, int N, typename F> __device__ __forceinline__ void odd_even_merge_sort(F exchange) {
     if constexpr (N > 1) {
-        sort_all<FIRST, N / 2>(sort_places);
-        sort_all<FIRST + N / 2, N / 2>(sort_places);
-        merge_all<FIRST, N, 1>(sort_places);
+        odd_even_merge_sort<FIRST, N / 2>(exchange);
+        odd_even_merge_sort<FIRST + N / 2, N / 2>(exchange);
+        odd_even_merge<FIRST, N, 1>(exchange);
     }
 }
 
-// The best that a selector has seen, the best one first.
-struct List {
-    Entry entry[PLACES];
+// The highest entries that a selector has seen, in descending order, in registers.
+struct TopKList {
+    Entry entry[LIST_SIZE];
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < PLACES; i++) entry[i] = NO_ENTRY;
+        for (int i = 0; i < LIST_SIZE; i++) entry[i] = NO_ENTRY;
     }
-    // Entries that first rise and then fall, or the other way.
-    __device__ __forceinline__ void sort() {
+    // Sorts a bitonic list.
+    __device__ __forceinline__ void bitonic_merge() {
 #pragma unroll
-        for (int step = PLACES / 2; step > 0; step /= 2) {
+        for (int step = LIST_SIZE / 2; step > 0; step /= 2) {
 #pragma unroll
-            for (int i = 0; i < PLACES; i++)
-                if (!(i & step)) sort_two(entry[i], entry[i + step]);
+            for (int i = 0; i < LIST_SIZE; i++)
+                if (!(i & step)) compare_exchange(entry[i], entry[i + step]);
         }
     }
-    __device__ __forceinline__ void put(Entry (&more)[PENDING]) {
-        sort_all<0, PENDING>([&](int i, int j) { sort_two(more[i], more[j]); });
+    __device__ __forceinline__ void merge(Entry (&candidates)[BUFFER_SIZE]) {
+        odd_even_merge_sort<0, BUFFER_SIZE>(
+            [&](int i, int j) { compare_exchange(candidates[i], candidates[j]); });
 #pragma unroll
-        for (int i = 0; i < PENDING; i++)
-            if (more[i] > entry[PLACES - 1 - i]) entry[PLACES - 1 - i] = more[i];
-        sort();
+        for (int i = 0; i < BUFFER_SIZE; i++)
+            if (candidates[i] > entry[LIST_SIZE - 1 - i]) entry[LIST_SIZE - 1 - i] = candidates[i];
+        bitonic_merge();
     }
-    // Puts the list of lane ^ `other` in, which does the same.
-    __device__ __forceinline__ void put_lane(int other) {
+    // Merges the list of lane ^ lane_mask, which does the same.
+    __device__ __forceinline__ void merge_lane(int lane_mask) {
 #pragma unroll
-        for (int i = 0; i < PLACES / 2; i++) {
-            Entry &a = entry[i], &b = entry[PLACES - 1 - i];
-            Entry other_a = __shfl_xor_sync(0xffffffffu, a, other);
-            Entry other_b = __shfl_xor_sync(0xffffffffu, b, other);
+        for (int i = 0; i < LIST_SIZE / 2; i++) {
+            Entry &a = entry[i], &b = entry[LIST_SIZE - 1 - i];
+            Entry other_a = __shfl_xor_sync(0xffffffffu, a, lane_mask);
+            Entry other_b = __shfl_xor_sync(0xffffffffu, b, lane_mask);
             if (other_b > a) a = other_b;
             if (other_a > b) b = other_a;
         }
-        sort();
+        bitonic_merge();
     }
-    // The bits of the score at a place; less than all scores' if it is empty.
-    __device__ __forceinline__ int score_at(int place) const {
-        int x[PLACES];
+    // Returns the bits of entry[index]'s score; less than those of every score if the entry is empty.
+    __device__ __forceinline__ int score_at(int index) const {
+        int x[LIST_SIZE];
 #pragma unroll
-        for (int i = 0; i < PLACES; i++) x[i] = __double2hiint(entry[i]);
+        for (int i = 0; i < LIST_SIZE; i++) x[i] = __double2hiint(entry[i]);
 #pragma unroll
-        for (int step = PLACES / 2; step > 0; step /= 2) {
+        for (int step = LIST_SIZE / 2; step > 0; step /= 2) {
 #pragma unroll
-            for (int i = 0; i < PLACES / 2; i++)
-                if (i < step) x[i] = place & step ? x[i + step] : x[i];
+            for (int i = 0; i < LIST_SIZE / 2; i++)
+                if (i < step) x[i] = index & step ? x[i + step] : x[i];
         }
         return x[0];
     }
 };
 
-// Cells of a block: four; a multiple of four; any number. In the first two a window is at most two cells, so
-// that only a block's last window reaches out of it.
-enum Cells { FOUR, FOURS, ANY };
-__host__ __device__ __forceinline__ Cells cells_of(const TopKParamsSm90 &p) {
-    return p.block_cells % 4 || p.window_cells > 2 ? ANY : p.block_cells == 4 ? FOUR : FOURS;
+// Strides per block: four; a multiple of four; any number. For the first two a window is at most two strides,
+// so only a block's last window extends into the next block.
+enum BlockKind { FOUR, MULTIPLE_OF_FOUR, ANY };
+__host__ __device__ __forceinline__ BlockKind block_kind(const TopKParamsSm90 &p) {
+    return p.block_strides % 4 || p.window_strides > 2 ? ANY : p.block_strides == 4 ? FOUR : MULTIPLE_OF_FOUR;
 }
 
-// SHARE windows at a time.
-template <Cells cells, int SHARE>
-__device__ __forceinline__ void select(const TopKParamsSm90 &p, char *shared, int scorer, Ring works,
-                                       Ring p_ring) {
+// A selector: the block scores of one query over its windows, and the query's top-k list.
+//
+// A scorer has at most 128/g queries and its warpgroup of selectors 128 threads. So a query has 1, 2, 4 or 8
+// selectors, lanes of one warp. Of the 32 windows of a stage of P a selector processes 32, 16, 8 or 4 in
+// order, which are whole blocks. It compares a block's score with the lowest entry of its list. A higher
+// score goes to the selector's candidate buffer in shared memory. When the buffer of a lane may overflow, all
+// 32 lanes sort theirs and merge them into their sorted lists, in registers, by comparator networks: 5
+// instructions per comparator. A score below entry ceil(num_free / selectors) of the list of every selector
+// of a query cannot be selected. Sharing that bound prunes several lists nearly as well as one. At the end
+// the lists are merged.
+//
+// LOADED: windows that a selector loads at once.
+template <BlockKind KIND, int LOADED>
+__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *shared, int scorer,
+                                              PipelineState work_pipe, PipelineState p_pipe) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    // A warp has all parts of some queries. Eight lanes that load at once have eight queries' rows, or, of
-    // eight parts, four queries' and parts 4 apart: no bank conflicts.
-    const int warp_queries = 32 / p.parts, group = lane / warp_queries;
-    const int mine = warp * warp_queries + lane % warp_queries;
-    const int part = group / 2 + group % 2 * (p.parts / 2);
-    const int place = min(mine, p.queries - 1); // lanes too many read what another lane does
-    const int part_windows = P_WINDOWS / p.parts, part_first = part * part_windows;
-    const int part_place = p_place(place, part_first);           // of the part's window i: ^ i
-    const int before = (part_first + P_WINDOWS - 1) % P_WINDOWS; // the window before the part's, cyclically
-    const int skipped_blocks = p.parts > 1 ? (P_WINDOWS - part_windows) / p.block_cells : 0;
-    const float whole = p.window_cells, out = p.window_cells - 1;
-    // The buffer: a selector's places lie ROW bytes apart, a row for all 128 of them.
-    constexpr int ROW = 128 * sizeof(Entry);
-    char *const pending =
-        shared + p.at.pending + scorer * PENDING * ROW + threadIdx.x % 128 * (int)sizeof(Entry);
-    for (;; work_done(&works)) {
-        const Work &w = next_work(p, shared, works);
-        const int steps = w.steps;
+    // A warp has all selectors of 32 / selectors_per_query queries. The 8 lanes of one 128-byte load read the
+    // rows of 8 queries, or, with 8 selectors, of 4 queries and of selectors 4 apart: no bank conflicts.
+    const int warp_queries = 32 / p.selectors_per_query, lane_group = lane / warp_queries;
+    const int query = warp * warp_queries + lane % warp_queries;
+    const int selector = lane_group / 2 + lane_group % 2 * (p.selectors_per_query / 2);
+    const int p_row = min(query, p.queries_per_scorer - 1); // lanes without a query read the last row
+    const int selector_windows = P_WINDOWS / p.selectors_per_query,
+              first_window = selector * selector_windows;
+    const int selector_base = p_offset(p_row, first_window);            // selector's window i is at ^ i
+    const int prev_window = (first_window + P_WINDOWS - 1) % P_WINDOWS; // before first_window, cyclic
+    const int skipped_blocks =
+        p.selectors_per_query > 1 ? (P_WINDOWS - selector_windows) / p.block_strides : 0;
+    const float window_weight = p.window_strides, spill_weight = p.window_strides - 1;
+    // Candidate buffers: rows of 128 entries, one of each selector. `buffered` is a selector's fill in bytes.
+    constexpr int ROW_BYTES = 128 * sizeof(Entry);
+    char *const buffer =
+        shared + p.smem.buffers + scorer * BUFFER_SIZE * ROW_BYTES + threadIdx.x % 128 * (int)sizeof(Entry);
+    for (;; release_work_item(&work_pipe)) {
+        const WorkItem &w = wait_work_item(p, shared, work_pipe);
+        const int k_tiles = w.k_tiles;
         if (w.rows == 0) break;
-        const int query = scorer * p.queries + mine;
-        const bool there = mine < p.queries && query < w.rows;
-        const int pos = w.first_pos + query, blocks = there ? pos / p.block + 1 : 0;
-        const bool all = blocks <= p.topk;
-        // Blocks are counted from the first that is not forced; a query's candidates are 0 .. candidates - 1,
-        // whose `block`, as entries have them, are above `last`.
-        const int last = all ? INT32_MAX : INT32_MAX - (blocks - p.local - p.init);
-        // Windows from here on aren't seen, and their P is taken for zero. With two local blocks candidates
-        // have none of these.
-        int unseen = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
-        if (p.local >= 2) unseen = INT32_MAX;
-        List list;
+        const int item_query = scorer * p.queries_per_scorer + query;
+        const bool valid = query < p.queries_per_scorer && item_query < w.rows;
+        const int pos = w.first_pos + item_query, num_blocks = valid ? pos / p.block + 1 : 0;
+        const bool all_selected = num_blocks <= p.topk;
+        // The key of block j is INT32_MAX - (j - init_blocks). Candidates are the blocks between the initial
+        // and the local ones: their keys are above key_bound, those of initial blocks are negative as int.
+        const int key_bound =
+            all_selected ? INT32_MAX : INT32_MAX - (num_blocks - p.local_blocks - p.init_blocks);
+        // P of windows from windows_end on, which the query does not see, counts as zero. With two local
+        // blocks no candidate overlaps such a window.
+        int windows_end = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        if (p.local_blocks >= 2) windows_end = INT32_MAX;
+        TopKList list;
         list.clear();
-        int lowest = -1, used = 0, cell = 0; // used: bytes down the buffer
-        uint32_t block = (uint32_t)INT32_MAX + p.init - (p.parts > 1 ? part_first / p.block_cells : 0);
-        float sum = 0, next = 0, carried = 0;
-        auto put_pending = [&] {
-            Entry more[PENDING];
+        int threshold = -1, buffered = 0, stride = 0; // stride: within the block
+        uint32_t key = (uint32_t)INT32_MAX + p.init_blocks -
+                       (p.selectors_per_query > 1 ? first_window / p.block_strides : 0);
+        float sum = 0, next_sum = 0, carried_p = 0;
+        auto flush_buffer = [&] {
+            Entry candidates[BUFFER_SIZE];
 #pragma unroll
-            for (int i = 0; i < PENDING; i++) {
-                more[i] = NO_ENTRY;
-                if (used > i * ROW) more[i] = *(const Entry *)(pending + i * ROW);
-                // A score that is no number counts as infinite.
-                more[i] = __hiloint2double(min(__double2hiint(more[i]), 0x7f800000), __double2loint(more[i]));
+            for (int i = 0; i < BUFFER_SIZE; i++) {
+                candidates[i] = NO_ENTRY;
+                if (buffered > i * ROW_BYTES) candidates[i] = *(const Entry *)(buffer + i * ROW_BYTES);
+                // NaN counts as +Inf.
+                candidates[i] = __hiloint2double(min(__double2hiint(candidates[i]), 0x7f800000),
+                                                 __double2loint(candidates[i]));
             }
-            list.put(more);
-            used = 0, lowest = list.score_at(p.wanted - 1);
-            if (p.parts > 1) { // if all parts have so many, what is below them all is not among the best
-                int shared_lowest = list.score_at(p.part_wanted - 1);
+            list.merge(candidates);
+            buffered = 0, threshold = list.score_at(p.num_free - 1);
+            if (p.selectors_per_query > 1) { // the bound that all selectors of the query share
+                int shared_threshold = list.score_at(p.free_per_selector - 1);
                 for (int i = warp_queries; i < 32; i *= 2)
-                    shared_lowest = min(shared_lowest, __shfl_xor_sync(0xffffffffu, shared_lowest, i));
-                lowest = max(lowest, shared_lowest - 1); // of equals a smaller block may be still to come
+                    shared_threshold =
+                        min(shared_threshold, __shfl_xor_sync(0xffffffffu, shared_threshold, i));
+                threshold = max(threshold, shared_threshold - 1); // a lower block of equal score may follow
             }
         };
-        auto end_block = [&](float score) {
+        auto finish_block = [&](float score) {
             int bits = __float_as_int(score);
-            if (bits > lowest && (int)block > last) {
-                *(Entry *)(pending + used) = __hiloint2double(bits, block);
-                used += ROW;
+            if (bits > threshold && (int)key > key_bound) {
+                *(Entry *)(buffer + buffered) = __hiloint2double(bits, key);
+                buffered += ROW_BYTES;
             }
-            block--;
+            key--;
         };
-        for (int first = 0; first < steps * WINDOWS; first += P_WINDOWS) {
-            p_ring.wait_full();
-            const float *from =
-                (const float *)(shared + p.at.p + (scorer * p.slots + p_ring.at) * p.at.p_bytes);
-            if (p.parts > 1) {
-                float x = from[p_place(place, before)];
-                if (first + before >= unseen) x = 0;
-                sum = out * (part == 0 ? carried : x), carried = x;
+        for (int tile_window = 0; tile_window < k_tiles * WINDOWS; tile_window += P_WINDOWS) {
+            p_pipe.wait_full();
+            const float *p_tile =
+                (const float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
+            if (p.selectors_per_query > 1) { // prev_window may extend into the selector's first block
+                float x = p_tile[p_offset(p_row, prev_window)];
+                if (tile_window + prev_window >= windows_end) x = 0;
+                sum = spill_weight * (selector == 0 ? carried_p : x), carried_p = x;
             }
-            for (int i0 = 0; i0 < part_windows; i0 += SHARE) {
-                float x[SHARE];
+            for (int i0 = 0; i0 < selector_windows; i0 += LOADED) {
+                float x[LOADED];
 #pragma unroll
-                for (int i = 0; i < SHARE; i += 4) {
-                    float4 four = *(const float4 *)(from + (part_place ^ i0 ^ i));
+                for (int i = 0; i < LOADED; i += 4) {
+                    float4 four = *(const float4 *)(p_tile + (selector_base ^ i0 ^ i));
                     x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
                 }
-                const bool full = used > p.most_pending * ROW;
-                if (__any_sync(0xffffffffu, full || first + part_first + i0 + SHARE > unseen)) {
-                    if (__any_sync(0xffffffffu, full)) put_pending();
+                const bool buffer_full = buffered > p.max_buffered * ROW_BYTES;
+                if (__any_sync(0xffffffffu,
+                               buffer_full || tile_window + first_window + i0 + LOADED > windows_end)) {
+                    if (__any_sync(0xffffffffu, buffer_full)) flush_buffer();
 #pragma unroll
-                    for (int i = 0; i < SHARE; i++)
-                        if (first + part_first + i0 + i >= unseen) x[i] = 0;
+                    for (int i = 0; i < LOADED; i++)
+                        if (tile_window + first_window + i0 + i >= windows_end) x[i] = 0;
                 }
-                // Window i of a block shares min(r, R - i) of its r cells with the block, the others with the
-                // next one (a block has R).
-                if (cells == ANY) {
+                // Window i of a block shares min(window_strides, block_strides - i) strides with the block,
+                // and its other strides with the next block.
+                if (KIND == ANY) {
 #pragma unroll
-                    for (int i = 0; i < SHARE; i++) {
-                        int inside = min(p.window_cells, p.block_cells - cell);
-                        sum = fmaf(inside, x[i], sum);
-                        next = fmaf(p.window_cells - inside, x[i], next);
-                        if (++cell == p.block_cells) {
-                            end_block(sum);
-                            sum = next, next = 0, cell = 0;
+                    for (int i = 0; i < LOADED; i++) {
+                        int overlap = min(p.window_strides, p.block_strides - stride);
+                        sum = fmaf(overlap, x[i], sum);
+                        next_sum = fmaf(p.window_strides - overlap, x[i], next_sum);
+                        if (++stride == p.block_strides) {
+                            finish_block(sum);
+                            sum = next_sum, next_sum = 0, stride = 0;
                         }
                     }
                 } else {
 #pragma unroll
-                    for (int i = 0; i < SHARE; i += 4) {
-                        sum += whole * (x[i] + x[i + 1] + x[i + 2]);
-                        if (cells == FOUR || (cell += 4) == p.block_cells) {
-                            end_block(sum + x[i + 3]);
-                            sum = out * x[i + 3], cell = 0;
+                    for (int i = 0; i < LOADED; i += 4) {
+                        sum += window_weight * (x[i] + x[i + 1] + x[i + 2]);
+                        if (KIND == FOUR || (stride += 4) == p.block_strides) {
+                            finish_block(sum + x[i + 3]);
+                            sum = spill_weight * x[i + 3], stride = 0;
                         } else {
-                            sum = fmaf(whole, x[i + 3], sum);
+                            sum = fmaf(window_weight, x[i + 3], sum);
                         }
                     }
                 }
             }
-            mbarrier_arrive_warp(p_ring.empty());
-            p_ring.next();
-            block -= skipped_blocks;
+            mbarrier_arrive_warp(p_pipe.empty_barrier());
+            p_pipe.advance();
+            key -= skipped_blocks;
         }
-        put_pending();
-        for (int i = warp_queries; i < 32; i *= 2) list.put_lane(i);
+        // Merge the lists of the query's selectors; then one of them writes the block indices in order.
+        flush_buffer();
+        for (int i = warp_queries; i < 32; i *= 2) list.merge_lane(i);
 
-        if (!there || part > 0) continue;
-        int32_t *to = p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.row + query) * p.topk;
-        if (all) {
-            for (int i = 0; i < p.topk; i++) to[i] = i < blocks ? i : -1;
+        if (!valid || selector > 0) continue;
+        int32_t *out = p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.row + item_query) * p.topk;
+        if (all_selected) {
+            for (int i = 0; i < p.topk; i++) out[i] = i < num_blocks ? i : -1;
             continue;
         }
-        for (int i = 0; i < p.init; i++) to[i] = i;
-        int chosen[PLACES];
+        for (int i = 0; i < p.init_blocks; i++) out[i] = i;
+        int selected[LIST_SIZE];
 #pragma unroll
-        for (int i = 0; i < PLACES; i++)
-            chosen[i] = i < p.wanted ? INT32_MAX - __double2loint(list.entry[i]) : INT32_MAX;
-        sort_all<0, PLACES>([&](int i, int j) {
-            int low = min(chosen[i], chosen[j]);
-            chosen[j] = max(chosen[i], chosen[j]), chosen[i] = low;
+        for (int i = 0; i < LIST_SIZE; i++)
+            selected[i] = i < p.num_free ? INT32_MAX - __double2loint(list.entry[i]) : INT32_MAX;
+        odd_even_merge_sort<0, LIST_SIZE>([&](int i, int j) {
+            int low = min(selected[i], selected[j]);
+            selected[j] = max(selected[i], selected[j]), selected[i] = low;
         });
 #pragma unroll
-        for (int i = 0; i < PLACES; i++)
-            if (i < p.wanted) to[p.init + i] = p.init + chosen[i];
-        for (int i = 0; i < p.local; i++) to[p.init + p.wanted + i] = blocks - p.local + i;
+        for (int i = 0; i < LIST_SIZE; i++)
+            if (i < p.num_free) out[p.init_blocks + i] = p.init_blocks + selected[i];
+        for (int i = 0; i < p.local_blocks; i++)
+            out[p.init_blocks + p.num_free + i] = num_blocks - p.local_blocks + i;
     }
 }
-__device__ __forceinline__ void select(const TopKParamsSm90 &p, char *shared, int scorer, Ring works,
-                                       Ring p_ring) {
-    Cells cells = cells_of(p);
-    if (cells == FOUR && P_WINDOWS / p.parts == 4)
-        select<FOUR, 4>(p, shared, scorer, works, p_ring);
-    else if (cells == FOUR)
-        select<FOUR, SHARE>(p, shared, scorer, works, p_ring);
-    else if (cells == FOURS)
-        select<FOURS, SHARE>(p, shared, scorer, works, p_ring);
+__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *shared, int scorer,
+                                              PipelineState work_pipe, PipelineState p_pipe) {
+    BlockKind kind = block_kind(p);
+    if (kind == FOUR && P_WINDOWS / p.selectors_per_query == 4)
+        select_blocks<FOUR, 4>(p, shared, scorer, work_pipe, p_pipe);
+    else if (kind == FOUR)
+        select_blocks<FOUR, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
+    else if (kind == MULTIPLE_OF_FOUR)
+        select_blocks<MULTIPLE_OF_FOUR, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
     else
-        select<ANY, SHARE>(p, shared, scorer, works, p_ring);
+        select_blocks<ANY, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
 }
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
     topk_sm90_kernel(const __grid_constant__ TopKParamsSm90 p, const __grid_constant__ CUtensorMap q_map,
-                       const __grid_constant__ CUtensorMap k_map) {
+                     const __grid_constant__ CUtensorMap k_map) {
     extern __shared__ __align__(1024) char shared_memory[];
-    const uint32_t start = (smem_address(shared_memory) + 1023) & ~1023u;
-    char *shared = shared_memory + (start - smem_address(shared_memory));
+    const uint32_t smem_base = (smem_address(shared_memory) + 1023) & ~1023u;
+    char *shared = shared_memory + (smem_base - smem_address(shared_memory));
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warpgroup = warp / 4; // uniform registers
     const int scorer = warpgroup % SCORERS;
-    const Ring works(start + p.at.barriers, WORKS), q_ring(works.barriers + 16 * WORKS, p.q_tiles),
-        k_ring(q_ring.barriers + 16 * p.q_tiles, STAGES);
-    const uint32_t p_barriers = k_ring.barriers + 16 * STAGES;
-    const Ring p_ring(p_barriers + scorer * 16 * p.slots, p.slots);
+    const PipelineState work_pipe(smem_base + p.smem.barriers, WORK_STAGES),
+        q_pipe(work_pipe.barriers + 16 * WORK_STAGES, p.q_stages),
+        k_pipe(q_pipe.barriers + 16 * p.q_stages, K_STAGES);
+    const uint32_t p_barriers = k_pipe.barriers + 16 * K_STAGES;
+    const PipelineState p_pipe(p_barriers + scorer * 16 * p.p_stages, p.p_stages);
     if (threadIdx.x == 0) {
-        auto init = [](const Ring &ring, int filling, int emptying) {
-            for (int i = 0; i < ring.count; i++) {
-                mbarrier_init(ring.barriers + 8 * i, filling);
-                mbarrier_init(ring.barriers + 8 * (ring.count + i), emptying);
+        auto init = [](const PipelineState &pipe, int full_arrivals, int empty_arrivals) {
+            for (int i = 0; i < pipe.stages; i++) {
+                mbarrier_init(pipe.barriers + 8 * i, full_arrivals);
+                mbarrier_init(pipe.barriers + 8 * (pipe.stages + i), empty_arrivals);
             }
         };
-        init(works, 1, (SCORERS * (4 + p.selector_warps) + 2) * WARP_ARRIVALS);
-        init(q_ring, 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
-        init(k_ring, 1, SCORERS * 4 * WARP_ARRIVALS);
+        init(work_pipe, 1, (SCORERS * (4 + p.selector_warps) + 2) * WARP_ARRIVALS);
+        init(q_pipe, 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
+        init(k_pipe, 1, SCORERS * 4 * WARP_ARRIVALS);
         for (int s = 0; s < SCORERS; s++)
-            init(Ring(p_barriers + s * 16 * p.slots, p.slots), 2 * WARP_ARRIVALS,
+            init(PipelineState(p_barriers + s * 16 * p.p_stages, p.p_stages), 2 * WARP_ARRIVALS,
                  p.selector_warps * WARP_ARRIVALS);
         mbarrier_init_fence();
     }
     __syncthreads();
     if (warpgroup < SCORERS) {
         warpgroup_reg_alloc<SCORER_REGISTERS>();
-        score<T, D>(p, shared, start, scorer, works, q_ring, k_ring, p_ring);
+        compute_scores<T, D>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
     } else if (warpgroup < 2 * SCORERS) {
-        if (warp % 4 < p.selector_warps) select(p, shared, scorer, works, p_ring);
+        if (warp % 4 < p.selector_warps) select_blocks(p, shared, scorer, work_pipe, p_pipe);
     } else {
         warpgroup_reg_dealloc<LOADER_REGISTERS>();
-        if (warp % 4 == 0) load<T, D>(p, q_map, k_map, start, shared, works, q_ring, k_ring);
-        if (warp % 4 == 1) bring_offsets(p, shared, works, q_ring);
-        if (warp % 4 == 2 && threadIdx.x % 32 == 0) find(p, shared, works);
+        if (warp % 4 == 0) load_tiles<T, D>(p, q_map, k_map, smem_base, shared, work_pipe, q_pipe, k_pipe);
+        if (warp % 4 == 1) load_lse(p, shared, work_pipe, q_pipe);
+        if (warp % 4 == 2 && threadIdx.x % 32 == 0) schedule_work(p, shared, work_pipe);
     }
 }
 
-// Where things lie for so many tiles of Q and P.
-Layout layout_of(const TopKParamsSm90 &p, int head_dim) {
-    Layout a;
-    a.q_bytes = COLUMNS * head_dim * 2, a.k_bytes = WINDOWS * head_dim * 2,
-    a.p_bytes = p.queries * P_WINDOWS * 4;
-    a.k = p.q_tiles * SCORERS * a.q_bytes;
-    a.p = a.k + STAGES * a.k_bytes;
-    a.pending = a.p + SCORERS * p.slots * a.p_bytes;
-    a.offsets = a.pending + SCORERS * PENDING * 128 * (int)sizeof(Entry);
-    a.works = a.offsets + p.q_tiles * SCORERS * COLUMNS * (int)sizeof(float);
-    a.barriers = a.works + WORKS * (int)sizeof(Work);
-    a.end = a.barriers + 16 * (WORKS + p.q_tiles + STAGES + SCORERS * p.slots);
-    return a;
+// Returns the layout for p.q_stages and p.p_stages.
+SmemLayout smem_layout(const TopKParamsSm90 &p, int head_dim) {
+    SmemLayout s;
+    s.q_bytes = COLUMNS * head_dim * 2, s.k_bytes = WINDOWS * head_dim * 2,
+    s.p_bytes = p.queries_per_scorer * P_WINDOWS * 4;
+    s.k = p.q_stages * SCORERS * s.q_bytes;
+    s.p = s.k + K_STAGES * s.k_bytes;
+    s.buffers = s.p + SCORERS * p.p_stages * s.p_bytes;
+    s.neg_lse = s.buffers + SCORERS * BUFFER_SIZE * 128 * (int)sizeof(Entry);
+    s.work_items = s.neg_lse + p.q_stages * SCORERS * COLUMNS * (int)sizeof(float);
+    s.barriers = s.work_items + WORK_STAGES * (int)sizeof(WorkItem);
+    s.end = s.barriers + 16 * (WORK_STAGES + p.q_stages + K_STAGES + SCORERS * p.p_stages);
+    return s;
 }
 
 template <typename T, int D>
@@ -626,16 +653,17 @@ int launch_topk(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaStream_
     int status = make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
     if (!status) status = make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
     if (status) return status;
-    int smem = p.at.end + 1024; // what the alignment may take
-    cudaFuncSetAttribute(topk_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    topk_sm90_kernel<T, D><<<(unsigned)blocks, THREADS, smem, stream>>>(p, q_map, k_map);
+    int smem_bytes = p.smem.end + 1024; // 1,024 for the alignment
+    cudaFuncSetAttribute(topk_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
+    topk_sm90_kernel<T, D><<<(unsigned)blocks, THREADS, smem_bytes, stream>>>(p, q_map, k_map);
     return launch_status();
 }
 
 } // namespace
 
 bool fsa_topk_sm90_supports(const FsaConfig *c) {
-    return (c->head_dim == 64 || c->head_dim == 128) && c->topk - c->init_blocks - c->local_blocks <= PLACES;
+    return (c->head_dim == 64 || c->head_dim == 128) &&
+           c->topk - c->init_blocks - c->local_blocks <= LIST_SIZE;
 }
 
 int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
@@ -644,43 +672,46 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
     TopKParamsSm90 p = {};
     p.batch = *batch;
     p.q = q, p.kc = kc, p.lse = lse_c, p.block_indices = block_indices;
-    p.scale = softmax_scale_of(c) * FSA_LOG2E;
+    p.scale = softmax_scale(c) * FSA_LOG2E;
     p.q_heads = c->q_heads, p.kv_heads = c->kv_heads, p.group = c->q_heads / c->kv_heads;
     p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;
-    p.topk = c->topk, p.init = c->init_blocks, p.local = c->local_blocks;
-    p.wanted = p.topk - p.init - p.local;
-    p.window_cells = p.cmp_len / p.cmp_stride, p.block_cells = p.block / p.cmp_stride;
-    p.queries = COLUMNS / 8 / p.group * 8;
-    for (int k = 0; k < p.queries / 8 * p.group; k++) {
-        p.first_heads |= (uint32_t)(k % p.group == 0) << k;
-        p.last_heads |= (uint32_t)(k % p.group == p.group - 1) << k;
+    p.topk = c->topk, p.init_blocks = c->init_blocks, p.local_blocks = c->local_blocks;
+    p.num_free = p.topk - p.init_blocks - p.local_blocks;
+    p.window_strides = p.cmp_len / p.cmp_stride, p.block_strides = p.block / p.cmp_stride;
+    p.queries_per_scorer = COLUMNS / 8 / p.group * 8;
+    for (int k = 0; k < p.queries_per_scorer / 8 * p.group; k++) {
+        p.first_head_mask |= (uint32_t)(k % p.group == 0) << k;
+        p.last_head_mask |= (uint32_t)(k % p.group == p.group - 1) << k;
     }
-    p.parts = 1; // whole blocks each
-    while (cells_of(p) != ANY && 2 * p.parts * p.queries <= 128 &&
-           P_WINDOWS / (2 * p.parts) % p.block_cells == 0)
-        p.parts *= 2;
-    p.part_wanted = (p.wanted + p.parts - 1) / p.parts;
-    p.selector_warps = (p.parts * p.queries + 31) / 32;
-    p.most_pending = PENDING - (std::min(SHARE, P_WINDOWS / p.parts) + p.block_cells - 1) / p.block_cells;
+    p.selectors_per_query = 1; // as many as have whole blocks
+    while (block_kind(p) != ANY && 2 * p.selectors_per_query * p.queries_per_scorer <= 128 &&
+           P_WINDOWS / (2 * p.selectors_per_query) % p.block_strides == 0)
+        p.selectors_per_query *= 2;
+    p.free_per_selector = (p.num_free + p.selectors_per_query - 1) / p.selectors_per_query;
+    p.selector_warps = (p.selectors_per_query * p.queries_per_scorer + 31) / 32;
+    p.max_buffered =
+        BUFFER_SIZE -
+        (std::min(LOAD_WINDOWS, P_WINDOWS / p.selectors_per_query) + p.block_strides - 1) / p.block_strides;
 
-    // Room goes to a second pair of tiles of P, then to one of Q, then to more of P.
-    p.q_tiles = 1, p.slots = 2;
-    p.at = layout_of(p, c->head_dim);
-    auto grow = [&](int *what, int more) {
-        *what += more;
-        Layout larger = layout_of(p, c->head_dim);
+    // Shared memory goes to two more stages of P per scorer, then to a second of Q, then to more of P.
+    p.q_stages = 1, p.p_stages = 2;
+    p.smem = smem_layout(p, c->head_dim);
+    auto grow = [&](int *stages, int more) {
+        *stages += more;
+        SmemLayout larger = smem_layout(p, c->head_dim);
         if (larger.end + 1024 <= MAX_SMEM)
-            p.at = larger;
+            p.smem = larger;
         else
-            *what -= more;
+            *stages -= more;
     };
-    grow(&p.slots, 2), grow(&p.q_tiles, 1);
-    for (int i = p.slots; i < MOST_SLOTS; i++) grow(&p.slots, 1);
+    grow(&p.p_stages, 2), grow(&p.q_stages, 1);
+    for (int i = p.p_stages; i < MAX_P_STAGES; i++) grow(&p.p_stages, 1);
 
-    int device = 0, processors = 0;
+    int device = 0, num_sms = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t tiles = row_tile_bound(batch->nq, batch->num_segments, SCORERS * p.queries) * p.kv_heads;
-    int blocks = (int)(tiles < processors ? tiles : processors);
+    cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    int64_t tiles =
+        max_row_tiles(batch->nq, batch->num_segments, SCORERS * p.queries_per_scorer) * p.kv_heads;
+    int blocks = (int)(tiles < num_sms ? tiles : num_sms);
     return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, dtype, blocks, stream);
 }
