@@ -18,8 +18,8 @@ from shards import die, one_line
 # Usual end-of-text tokens.
 EOT_TOKENS = ["<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|im_end|>"]
 
-# Pre-tokenization splits text into pretokens, which merges do not cross. PATTERNS[split] has the equivalent
-# regular expressions for one value of `split` in llmc/tokenizer.h.
+# A pre-tokenizer splits text into pre-tokens, which merges do not cross. PATTERNS[pretokenizer] has the
+# equivalent regular expressions of one value of `pretokenizer` in llmc/tokenizer.h.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +68,7 @@ _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # how Python's decoder escapes sin
 
 
 def _merge(piece, rank):
-    """Applies BPE merges to the bytes of one pretoken and returns the resulting pieces. `rank` maps pairs of
+    """Applies BPE merges to the bytes of one pre-token and returns the resulting pieces. `rank` maps pairs of
     pieces to ranks; the adjacent pair with the lowest rank is merged first, until no pair has a rank."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 1:
@@ -88,15 +88,15 @@ class Vocabulary:
         pieces: pieces[id] has the bytes of a token; b"" for an unused id.
         ranks: ranks[id] is the merge priority of a token, lowest first; -1 for a token that no merge makes.
         eot: id of the end-of-text token.
-        pattern: regular expression of the pre-tokenization; None if it is not a single known one.
-        ignore_merges: a pretoken that is itself a token is that token, whatever the merges give.
+        pattern: regular expression of the pre-tokenizer; None if it is not a single known one.
+        ignore_merges: a pre-token that is itself a token is that token, whatever the merges give.
         hf_json: text of the tokenizer.json, if the vocabulary comes from one.
         added: texts of the added tokens that are not special.
         nfc: normalize text to NFC first.
         use_tiktoken: tiktoken's engine gives the same tokens as the tokenizer's own library.
 
     Attributes:
-        split: index of `pattern` in PATTERNS, or None.
+        pretokenizer: index of `pattern` in PATTERNS, or None.
         dtype: NumPy type of a token in a shard.
         byte_id: [256] the token of each single byte.
         note: how the trainer's tokens of -prompt can differ from this tokenizer's; None if they do not.
@@ -108,7 +108,7 @@ class Vocabulary:
         self.pieces, self.ranks, self.eot, self.pattern = pieces, ranks, eot, pattern
         self.ignore_merges = ignore_merges
         self.hf_json, self.added, self.nfc = hf_json, list(added), nfc
-        self.split = next((i for i, s in enumerate(PATTERNS) if pattern in s), None)
+        self.pretokenizer = next((i for i, s in enumerate(PATTERNS) if pattern in s), None)
         self.dtype = np.dtype("<u2") if len(pieces) <= 65536 else np.dtype("<u4")
         self.byte_id = np.full(256, -1, np.int64)
         for i in range(len(pieces) - 1, -1, -1):  # the first of equal pieces counts
@@ -118,7 +118,7 @@ class Vocabulary:
             missing = int(np.argmin(self.byte_id))
             die(f"not a byte-level BPE: no token for byte 0x{missing:02x}; choose another tokenizer")
         self.note = None
-        if self.split is None:
+        if self.pretokenizer is None:
             self.note = (
                 "splits text in a way that the trainer does not implement; -prompt is split as by Llama 3"
             )
@@ -189,8 +189,8 @@ class Vocabulary:
     def tokenizer_bin(self):
         """Returns the content of tokenizer.bin, of kind 2 (llmc/tokenizer.h)."""
         header = np.zeros(256, "<i4")
-        split = 1 if self.split is None else self.split
-        header[:7] = [20260801, 1, len(self.pieces), self.eot, 2, split, int(self.ignore_merges)]
+        pretokenizer = 1 if self.pretokenizer is None else self.pretokenizer
+        header[:7] = [20260801, 1, len(self.pieces), self.eot, 2, pretokenizer, int(self.ignore_merges)]
         out = [header.tobytes()]
         for piece, rank in zip(self.pieces, self.ranks):
             if len(piece) > 65535:
@@ -238,14 +238,14 @@ def from_hf(source, name, eot_text):
         vocab, added = model["vocab"], {t["content"]: t for t in j.get("added_tokens", [])}
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         ids = {**vocab, **{t["content"]: t["id"] for t in j.get("added_tokens", [])}}
-        pre_tokenizer = j.get("pre_tokenizer") or {}
+        pre_tokenizer_json = j.get("pre_tokenizer") or {}
         normalizer = (j.get("normalizer") or {}).get("type")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         die(f"{name} is not a valid tokenizer.json: {type(e).__name__}: {e}")
     if any(c not in vocab for c in BYTE_OF):
         missing = next(b for c, b in BYTE_OF.items() if c not in vocab)
         die(f"{name} is not a byte-level BPE: no token for byte 0x{missing:02x}; choose another tokenizer")
-    if _adds_prefix_space(pre_tokenizer):
+    if _adds_prefix_space(pre_tokenizer_json):
         die(f"{name} puts a space before every text; set add_prefix_space to false in the file")
     special = [text for text, t in added.items() if t.get("special")]
     if eot_text is None:
@@ -289,7 +289,7 @@ def from_hf(source, name, eot_text):
     ]
     # The list of merges is equivalent to "merge the pair that spells the token of lowest rank" if the bytes
     # of each token merge to that token. Only then do tiktoken's engine and the trainer give the same tokens.
-    patterns = _patterns(pre_tokenizer)
+    patterns = _patterns(pre_tokenizer_json)
     pattern = patterns[0] if len(patterns) == 1 and patterns[0] in HF_PATTERNS else None
     use_tiktoken = (
         pattern is not None
@@ -320,7 +320,7 @@ def from_tiktoken(pattern, mergeable, special, eot_text, vocab_size):
     """Returns the Vocabulary of a tiktoken encoding.
 
     Args:
-        pattern: regular expression of the pre-tokenization.
+        pattern: regular expression of the pre-tokenizer.
         mergeable: {bytes: rank}; a rank is also the id.
         special: {text: id} of the special tokens.
         eot_text: the end-of-text token, one of `special`.

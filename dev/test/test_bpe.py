@@ -143,7 +143,7 @@ def read_shards(folder, name, part, max_tokens=None):
 
 
 def read_tokenizer(folder):
-    """Returns (bytes of each token, id of end-of-text, split) of a BPE tokenizer.bin."""
+    """Returns (bytes of each token, id of end-of-text, pretokenizer) of a BPE tokenizer.bin."""
     with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
         content = f.read()
     header, offset, pieces = struct.unpack("<256i", content[:1024]), 1024, []
@@ -703,9 +703,12 @@ ENCODING_CONSTRUCTORS = {{"small": small}}
     lines = [base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)]
     write(f"{tmp}/gpt2.tiktoken", b"".join(lines))
     run_ok("bpe", "-o", f"{tmp}/tik3", "--tokenizer", f"{tmp}/gpt2.tiktoken", "--val", 0, f"{tmp}/tik.txt")
-    pieces, eot, split = read_tokenizer(f"{tmp}/tik3")
+    pieces, eot, pretokenizer = read_tokenizer(f"{tmp}/tik3")
     tokens = read_shards(f"{tmp}/tik3", "text", "train")[0]
-    check((len(pieces), eot, split) == (50257, 50256, 0), f"a tiktoken file: {len(pieces)}, {eot}, {split}")
+    check(
+        (len(pieces), eot, pretokenizer) == (50257, 50256, 0),
+        f"a tiktoken file: {len(pieces)}, {eot}, {pretokenizer}",
+    )
     check(
         decode_documents(tokens, pieces, eot) == [text] and tokens[:-1] == encode_in_c(f"{tmp}/tik3", text),
         "a tiktoken file makes other tokens",
@@ -797,7 +800,7 @@ def bad_input_tests(tmp, tokenizer):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves the files in `root` as the dataset org/name, with the part of the protocol that streaming needs."""
+    """Serves the files in `root` as the dataset org/name, with as much of the protocol as streaming needs."""
 
     protocol_version, root, commit = "HTTP/1.1", None, "c0ffee" + "0" * 34
 
