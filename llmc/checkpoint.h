@@ -1,14 +1,12 @@
 // checkpoint.h: reads and writes checkpoints, one file DIR/ckpt_00001234.bin each. Both trainers use the same
 // format, little-endian:
 //   header, 4096 bytes: magic, version, counts, all model fields, all of TrainState, and in the last 8 bytes
-//   a
-//     checksum of the bytes before
+//     a checksum of the bytes before
 //   params, then AdamW's m, then v: n fp32 each
 //   3 tables of 64-bit checksums, for params, m and v: one for each 1 MiB chunk of the array (the last chunk
-//   may
-//     be shorter)
+//     may be shorter)
 // No chunk spans two arrays. So several processes can write chunks in any order, and a reader of the weights
-// verifies only their chunks. The checksums detect every flipped byte, the header's counts every truncation.
+// verifies only their chunks. The checksums detect every flipped byte, and the counts every truncation.
 #ifndef LLMC_CHECKPOINT_H
 #define LLMC_CHECKPOINT_H
 #include "utils.h"

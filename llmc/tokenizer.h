@@ -5,11 +5,11 @@
 // token or -1, kind, pretokenizer, ignore_merges, 0, ...}. Then follow for each token its length (uint16),
 // its bytes, and for kind 2 its merge rank (int32).
 //   kind 0, bytes: each token is one byte. Text is the concatenation of the tokens.
-//   kind 1, words: a token is a word, or several words with one space between them. Text is the tokens joined
-//   by one space. The encoder takes the longest matching token. kind 2, BPE: text is the concatenation of the
-//   tokens. The pre-tokenizer splits text into pre-tokens. Within a pre-token the encoder merges adjacent
-//   tokens, lowest rank first. Rank -1: no merge makes this token. ignore_merges 1: a pre-token that is in
-//   the vocabulary becomes that token without merges.
+//   kind 1, words: a token is a word, or several words with one space between them. Text is the tokens
+//     joined by one space. The encoder takes the longest matching token.
+//   kind 2, BPE: text is the concatenation of the tokens. The pre-tokenizer splits text into pre-tokens.
+//     Within a pre-token the encoder merges adjacent tokens, lowest rank first. Rank -1: no merge makes this
+//     token. ignore_merges 1: a pre-token that is in the vocabulary becomes that token without merges.
 // llm.c's file has a header of 256 uint32, {magic 20240328, version 1 or 2, vocab_size, end-of-text}. Version
 // 1 has end-of-text 50256. Then follow for each token its length (uint8) and bytes. It is a BPE whose ranks
 // are its ids.
