@@ -630,8 +630,8 @@ static inline void comm_mpi_rendezvous(Comm *c, CommAddress *a) {
 // ----------------------------------------------------------------------------
 // Start, collectives, end
 
-// Fills *c and connects all ranks; dies when a rank is missing or wrong. A process that runs alone gets rank 0
-// and world size 1. Starts the monitor thread; from then on, die() on any rank ends all ranks.
+// Fills *c and connects all ranks; dies when a rank is missing or wrong. A process that runs alone gets rank
+// 0 and world size 1. Starts the monitor thread; from then on, die() on any rank ends all ranks.
 static inline void comm_start(Comm *c) {
     const CommLauncher *l = comm_find_launcher();
     CommAddress address;

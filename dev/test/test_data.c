@@ -1097,9 +1097,9 @@ static void test_recall(void) {
           "a lost file was not made again");
     write_file(in_root("rec/recall_val_000001.bin"), "old", 3);
     write_file(in_root("rec/recall_val_000001.answers"), "old", 3);
-    CHECK(run_program(recall_main,
-                    line_of("-o %s/rec -n 300 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
-              0,
+    CHECK(run_program(
+              recall_main,
+              line_of("-o %s/rec -n 300 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) == 0,
           "%s", child_err);
     CHECK(!exists(in_root("rec/recall_val_000001.bin")) && !exists(in_root("rec/recall_val_000001.answers")),
           "a shard of an earlier run is left");
@@ -1116,9 +1116,9 @@ static void test_recall(void) {
     shard_close(&s);
 
     // the same seed gives the same documents, whatever their number; training and validation documents differ
-    CHECK(run_program(recall_main,
-                    line_of("-o %s/rec2 -n 5 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) ==
-              0,
+    CHECK(run_program(
+              recall_main,
+              line_of("-o %s/rec2 -n 5 -m 20 -seed 2 -t 1000 -names 40 -things 7 -fillers 3", root)) == 0,
           "%s", child_err);
     static uint32_t x[5005], y[5005];
     Shard s2;
@@ -1143,8 +1143,8 @@ static void test_recall(void) {
                  {4096, 16, 16, 32}, {65536, 16, 16, 32}, {300, 300, 2, 1}};
     for (size_t i = 0; i < sizeof(edges) / sizeof(edges[0]); i++) {
         CHECK(run_program(recall_main, line_of("-o %s/edge -t %d -n 3 -m 2 -names %d -things %d -fillers %d",
-                                             root, (int)edges[i].seq_len, edges[i].names, edges[i].things,
-                                             edges[i].fillers)) == 0,
+                                               root, (int)edges[i].seq_len, edges[i].names, edges[i].things,
+                                               edges[i].fillers)) == 0,
               "%s", child_err);
         check_recall_shard(in_root("edge/recall_train_000000.bin"), edges[i].seq_len, edges[i].names,
                            edges[i].things, edges[i].fillers, &c);
@@ -1246,8 +1246,8 @@ static void test_text(void) {
     tokenizer_free(&t);
 
     // fewer shards than before: the remaining old shards are removed
-    CHECK(run_program(text_main, line_of("-o %s/out -name my -val 0 -shard 5000 %s/in", root, root)) == 0, "%s",
-          child_err);
+    CHECK(run_program(text_main, line_of("-o %s/out -name my -val 0 -shard 5000 %s/in", root, root)) == 0,
+          "%s", child_err);
     CHECK(count_files("out/my_train_*.bin") == 2 && count_files("out/my_val_*.bin") == 0,
           "old shards are left");
 
