@@ -1,5 +1,5 @@
-// common.h: what the programs in dev/cuda share: checked CUDA calls, random inputs, guarded device
-// buffers, timing, errors against the reference, and the lines in dev/results.
+// common.h: shared code of the programs in dev/cuda and dev/test: checked CUDA calls, random inputs, device
+// buffers with guard zones, timing, errors against the reference, and records in dev/results.
 #ifndef DEV_CUDA_COMMON_H
 #define DEV_CUDA_COMMON_H
 #include "../../llmc/results.h"
@@ -24,7 +24,7 @@
             exit(1);                                                                                         \
         }                                                                                                    \
     } while (0)
-// For launchers.
+// The same for launchers.
 #define FSA_CHECK(call)                                                                                      \
     do {                                                                                                     \
         int e_ = (call);                                                                                     \
@@ -47,7 +47,7 @@ struct Random {
     }
     double uniform() { return (u64() >> 11) * 0x1p-53; }
     int64_t below(int64_t n) { return (int64_t)(u64() % (uint64_t)n); }
-    // Close to normal, with unit variance: cheap, and tails don't matter here.
+    // Approximately normal with unit variance: the sum of four uniform numbers, which is cheap.
     float normal() {
         uint64_t x = u64();
         int sum = (int)(x & 0xffff) + (int)(x >> 16 & 0xffff) + (int)(x >> 32 & 0xffff) + (int)(x >> 48);
@@ -55,7 +55,7 @@ struct Random {
     }
 };
 
-// The seed is the clock's unless the first argument of the form seed=N gives it.
+// Returns and prints the seed: N of the last argument seed=N, otherwise the clock.
 static inline uint64_t seed_from_args(int argc, char **argv) {
     uint64_t seed = (uint64_t)time(NULL);
     for (int i = 1; i < argc; i++) {
@@ -64,6 +64,7 @@ static inline uint64_t seed_from_args(int argc, char **argv) {
     printf("seed=%llu\n", (unsigned long long)seed);
     return seed;
 }
+// Returns whether `flag` is among the arguments.
 static inline bool has_flag(int argc, char **argv, const char *flag) {
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], flag) == 0) return true;
@@ -92,6 +93,7 @@ template <> inline __half from_float(float x) {
 template <> inline float from_float(float x) {
     return x;
 }
+// The FsaDtype of a type, its name, and the largest relative errors of outputs and gradients.
 template <typename T> struct Dtype;
 template <> struct Dtype<__nv_bfloat16> {
     static constexpr FsaDtype value = FSA_BF16;
@@ -104,7 +106,7 @@ template <> struct Dtype<__half> {
     static constexpr double out_tolerance = 5e-4, grad_tolerance = 8e-4;
 };
 
-// Random values rounded to T, kept as T and as the floats that the reference reads.
+// n random values of standard deviation `scale`, rounded to T: as T, and as float for the reference.
 template <typename T> struct Host {
     std::vector<T> raw;
     std::vector<float> f;
@@ -117,10 +119,10 @@ template <typename T> struct Host {
 };
 
 // ---- device buffers -------------------------------------------------------------------------------
-// n elements between two guard zones; poisoned (all bits set: NaN, -1) until written.
+// n elements in device memory between two guard zones. poison() sets all bits: NaN, or -1.
 template <typename T> struct Buffer {
 #ifdef __SANITIZE_ADDRESS__
-    enum { GUARD = 0 }; // the sanitizer has guard zones of its own, which notice reads too
+    enum { GUARD = 0 }; // the sanitizer's guard zones also detect reads
 #else
     enum { GUARD = 1024 };
 #endif
@@ -151,7 +153,7 @@ template <typename T> struct Buffer {
         for (int64_t i = 0; i < n; i++) f[i] = to_float<T>(v[i]);
         return f;
     }
-    // Whether both guard zones still hold the poison.
+    // Returns whether both guard zones still hold the poison.
     bool guards_intact() const {
         std::vector<unsigned char> g(2 * GUARD);
         CUDA_CHECK(cudaMemcpy(g.data(), base, GUARD, cudaMemcpyDeviceToHost));
@@ -163,7 +165,7 @@ template <typename T> struct Buffer {
     }
 };
 
-// Fills device memory with close to normal values, for timings (the host would take too long).
+// Fills x [n] on the device with the values of Random::normal times scale, for timings.
 template <typename T> __global__ void fill_random_kernel(T *x, int64_t n, uint64_t seed, float scale) {
     for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < n; i += gridDim.x * 256ll) {
         uint64_t z = seed + 0x9e3779b97f4a7c15ull * (uint64_t)(i + 1);
@@ -180,40 +182,42 @@ template <typename T> static inline void fill_random(T *x, int64_t n, uint64_t s
 }
 
 // ---- batches --------------------------------------------------------------------------------------
-// Sequences of the given lengths, one segment each unless `segments` says otherwise, host and device.
+// A batch of sequences of the given lengths, on the host and the device. seg: its segments; empty: one for
+// each whole sequence.
 struct Batch {
-    std::vector<int64_t> cu;
+    std::vector<int64_t> cu_seqlens;
     std::vector<FsaSegment> segments;
-    FsaBatch ref;
-    BatchLayout batch;
-    Buffer<int64_t> *cu_device;
+    FsaBatch ref;      // for the reference
+    BatchLayout batch; // for the launchers
+    Buffer<int64_t> *cu_seqlens_device;
     Buffer<FsaSegment> *segments_device;
-    Buffer<char> *memory;
+    Buffer<char> *memory; // of the BatchLayout
     Batch(const FsaConfig &c, const std::vector<int64_t> &lengths, std::vector<FsaSegment> seg = {})
         : segments(seg) {
-        cu.push_back(0);
+        cu_seqlens.push_back(0);
         int64_t longest = 0;
         for (size_t i = 0; i < lengths.size(); i++) {
-            cu.push_back(cu[i] + lengths[i]);
+            cu_seqlens.push_back(cu_seqlens[i] + lengths[i]);
             longest = std::max(longest, lengths[i]);
             if (seg.empty()) segments.push_back(FsaSegment{(int64_t)i, 0, lengths[i]});
         }
-        ref = FsaBatch{(int64_t)lengths.size(), cu.data(), (int64_t)segments.size(), segments.data()};
-        cu_device = new Buffer<int64_t>(cu);
+        ref = FsaBatch{(int64_t)lengths.size(), cu_seqlens.data(), (int64_t)segments.size(), segments.data()};
+        cu_seqlens_device = new Buffer<int64_t>(cu_seqlens);
         segments_device = new Buffer<FsaSegment>(segments);
         memory = new Buffer<char>((int64_t)fsa_batch_layout_bytes(ref.num_seqs, ref.num_segments));
         FSA_CHECK(fsa_batch_layout(&batch, &c, fsa_batch_queries(&ref), fsa_batch_keys(&ref), ref.num_seqs,
-                           ref.num_segments, longest, cu_device->get(), segments_device->get(), memory->get(),
-                           0));
+                                   ref.num_segments, longest, cu_seqlens_device->get(),
+                                   segments_device->get(), memory->get(), 0));
     }
     Batch(const Batch &) = delete;
     ~Batch() {
-        delete cu_device;
+        delete cu_seqlens_device;
         delete segments_device;
         delete memory;
     }
 };
 
+// l = 32, s = 16, one initial and two local blocks, W = 512, phi = linear.
 static inline FsaConfig default_config(int hq, int hkv, int d, int block, int topk) {
     FsaConfig c;
     memset(&c, 0, sizeof c);
@@ -222,35 +226,37 @@ static inline FsaConfig default_config(int hq, int hkv, int d, int block, int to
     return c;
 }
 
-// RoPE's, with base 10,000.
+// Returns inv_freq [d/2] of RoPE with base 10,000.
 static inline std::vector<double> rope_frequencies(int d) {
     std::vector<double> f;
     for (int i = 0; i < d / 2; i++) f.push_back(pow(10000, -2.0 * i / d));
     return f;
 }
 
-// The sums for dq (kernels.h) as dq [Nq, Hq, d], and back.
+// Returns the index in dq_accum (kernels.h) of element i of dq [Nq, Hq, d].
 static inline int64_t dq_accum_index(const FsaConfig &c, int64_t nq, int64_t i) {
     int64_t d = c.head_dim, head = i / d % c.q_heads,
             row = dq_accum_row(nq, c.q_heads / c.kv_heads, i / d / c.q_heads, (int)head);
     return row * d + dq_accum_chunk(row, (int)(i % d / 8)) * 8 + i % 8;
 }
-static inline std::vector<float> dq_from_accum(const FsaConfig &c, int64_t nq, const std::vector<float> &sums) {
-    std::vector<float> dq(sums.size());
-    for (size_t i = 0; i < dq.size(); i++) dq[i] = sums[(size_t)dq_accum_index(c, nq, (int64_t)i)];
+// Convert dq_accum to dq [Nq, Hq, d], and back.
+static inline std::vector<float> dq_from_accum(const FsaConfig &c, int64_t nq,
+                                               const std::vector<float> &accum) {
+    std::vector<float> dq(accum.size());
+    for (size_t i = 0; i < dq.size(); i++) dq[i] = accum[(size_t)dq_accum_index(c, nq, (int64_t)i)];
     return dq;
 }
 static inline std::vector<float> dq_to_accum(const FsaConfig &c, int64_t nq, const std::vector<float> &dq) {
-    std::vector<float> sums(dq.size());
-    for (size_t i = 0; i < dq.size(); i++) sums[(size_t)dq_accum_index(c, nq, (int64_t)i)] = dq[i];
-    return sums;
+    std::vector<float> accum(dq.size());
+    for (size_t i = 0; i < dq.size(); i++) accum[(size_t)dq_accum_index(c, nq, (int64_t)i)] = dq[i];
+    return accum;
 }
-// Elements of a k or v of `rule` as the library reads it: of windows N/s rows, however many there are (fsa.h).
+// Returns the elements that k or v must have under a rule: for windows floor(N/s) rows (fsa.h).
 static inline int64_t kv_elements(const FsaConfig &c, const BatchLayout &p, FsaVisibility rule) {
     return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;
 }
 
-// A random choice of blocks that obeys the rules -> [Hkv, Nq, T] of the batch's queries.
+// Returns random block indices [Hkv, Nq, T] that obey the rules of fsa_selected_forward.
 static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConfig &c, const FsaBatch &b) {
     int64_t nq = fsa_batch_queries(&b);
     std::vector<int32_t> out((size_t)(c.kv_heads * nq * c.topk), -1);
@@ -281,17 +287,17 @@ static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConf
 }
 
 // ---- timing -----------------------------------------------------------------------------------------
-// Median milliseconds of `reps` runs after two of warm-up; the L2 is flushed before each where `flush`.
+// Returns the median milliseconds of `reps` runs after two warm-up runs. flush: each run starts with a cold L2.
 template <typename F> static inline double time_ms(F run, int reps = 10, bool flush = true) {
-    static char *junk = NULL;
-    const size_t junk_bytes = 256u << 20;
-    if (!junk) CUDA_CHECK(cudaMalloc((void **)&junk, junk_bytes));
+    static char *flush_buffer = NULL;
+    const size_t flush_bytes = 256u << 20;
+    if (!flush_buffer) CUDA_CHECK(cudaMalloc((void **)&flush_buffer, flush_bytes));
     cudaEvent_t a, b;
     CUDA_CHECK(cudaEventCreate(&a));
     CUDA_CHECK(cudaEventCreate(&b));
     std::vector<float> t;
     for (int i = 0; i < reps + 2; i++) {
-        if (flush) CUDA_CHECK(cudaMemsetAsync(junk, i, junk_bytes));
+        if (flush) CUDA_CHECK(cudaMemsetAsync(flush_buffer, i, flush_bytes));
         CUDA_CHECK(cudaEventRecord(a));
         run();
         CUDA_CHECK(cudaEventRecord(b));
@@ -307,8 +313,8 @@ template <typename F> static inline double time_ms(F run, int reps = 10, bool fl
 }
 
 // ---- errors -------------------------------------------------------------------------------------------
-// |x - ref| / max(|ref|, |terms|) in Frobenius norm; infinite where x isn't finite. terms: what ref was
-// summed from, for a ref that may cancel.
+// Returns |x - ref| / max(|ref|, |terms|) in the Frobenius norm; infinity if x is not finite. terms: the
+// terms whose sum is ref, if they may cancel.
 static inline double relative_error(const std::vector<float> &x, const std::vector<float> &ref,
                                     const std::vector<float> &terms = {}) {
     double diff = 0, norm = 0, norm_of_terms = 0;
@@ -323,7 +329,7 @@ static inline double relative_error(const std::vector<float> &x, const std::vect
     if (norm == 0) return diff == 0 ? 0 : INFINITY;
     return sqrt(diff / norm);
 }
-// The largest difference of log-sum-exps; -inf must meet -inf.
+// Returns the largest difference of log-sum-exps; infinity if only one of two is -inf.
 static inline double lse_error(const std::vector<float> &x, const std::vector<float> &ref) {
     double worst = 0;
     for (size_t i = 0; i < ref.size(); i++) {
@@ -333,33 +339,36 @@ static inline double lse_error(const std::vector<float> &x, const std::vector<fl
     return worst;
 }
 static int checks_failed = 0, checks_passed = 0;
+// Counts a check, and prints a failed one with the value and its limit.
 static inline void check_that(bool ok, const char *what, double value, double limit) {
     if (ok) {
         checks_passed++;
     } else {
         checks_failed++;
-        printf("FAILED %s: %g, at most %g\n", what, value, limit);
+        printf("FAILED %s: %g, must be at most %g\n", what, value, limit);
     }
 }
 
 // ---- results ------------------------------------------------------------------------------------------
+// One timing.
 struct Result {
     const char *program, *part, *attn, *dir, *dtype;
-    int64_t n;
+    int64_t n; // tokens
     FsaConfig c;
-    double ms, tflops, err; // err: the worst of this run's checks; -1 where it made none
-    const char *block_indices;    // NULL: none
-    const char *version;    // "library", "1", ...
+    double ms, tflops, err;    // err: largest error of this run's checks; -1: none
+    const char *block_indices; // their distribution; NULL: none
+    const char *version;       // "library", "1", ...
     int64_t sequences;
 };
 
-// Opens the file of this GPU's results for one more line, and begins it (llmc/results.h).
+// Opens the results file of this GPU and starts a new line (llmc/results.h). Returns NULL on failure.
 static inline FILE *record_start(const char *program) {
     cudaDeviceProp prop;
     CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
     return results_open(prop.name, 1, program);
 }
 
+// Appends a result as one line.
 static inline void record(const Result &r) {
     FILE *f = record_start(r.program);
     if (!f) return;
@@ -373,7 +382,7 @@ static inline void record(const Result &r) {
     if (r.c.cmp_stride != 16) fprintf(f, ",\"s\":%d", r.c.cmp_stride);
     if (r.c.window != 512) fprintf(f, ",\"W\":%d", r.c.window);
     if (r.sequences > 1) fprintf(f, ",\"sequences\":%lld", (long long)r.sequences);
-    if (r.block_indices) fprintf(f, ",\"block_indices\":\"%s\"", r.block_indices);
+    if (r.block_indices) fprintf(f, ",\"indices\":\"%s\"", r.block_indices);
     fprintf(f, ",\"version\":\"%s\"}\n", r.version);
     fclose(f);
 }

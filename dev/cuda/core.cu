@@ -1,16 +1,15 @@
-// dev/cuda/core.cu: times the whole attention, its parts and full causal attention through the public API,
-// and prints them as two tables: the selected branch alone, and everything beside it. usage: core [seed=N]
-// (correctness: dev/test/test_fsa.cu)
+// core.cu: times native sparse attention, its parts, and full causal attention through the public API. Prints
+// two tables: the selected branch alone, and all parts. dev/test/test_fsa.cu checks the results.
+//   usage: core [seed=N]
 #include "block_indices.h"
 
 typedef __nv_bfloat16 T;
 
-// Milliseconds forward and backward.
 struct Times {
-    double ms[2];
+    double ms[2]; // forward, backward
 };
 
-// One sequence of n tokens, d = 128, and everything that an entry takes.
+// The arguments of all API functions for one sequence of n tokens, d = 128, bf16.
 struct Bench {
     FsaConfig c;
     Batch batch;
@@ -34,44 +33,49 @@ struct Bench {
         dwk.zero(), dwv.zero();
         random_block_indices_device(block_indices, n, c, r->u64());
     }
-    // Times f, and records it; flops: of what `part` has to compute, 0 where that isn't said.
+    // Times f, records the time, and returns milliseconds. dir: 0 forward, 1 backward. flops: necessary FLOPs
+    // of the part; 0: not counted.
     template <typename F>
     double run(const char *part, const char *attn, int dir, double flops, F f,
                const char *version = "library") {
-        auto checked = [&] {
+        auto run_checked = [&] {
             int status = f();
             if (status) {
-                printf("%s: status %d: %s\n", part, status, fsa_last_error());
+                printf("error: %s: status %d: %s\n", part, status, fsa_last_error());
                 exit(1);
             }
         };
-        double ms = time_ms(checked, flops > 1e15 ? 3 : 10, b.num_keys < 32768); // longer inputs fill the L2
+        double ms =
+            time_ms(run_checked, flops > 1e15 ? 3 : 10, b.num_keys < 32768); // longer inputs exceed the L2
         record({"core", part, attn, dir ? "bwd" : "fwd", "bf16", b.num_keys, c, ms, flops / ms * 1e-9, -1,
                 strcmp(part, "sel") ? NULL : "random", version, 1});
         return ms;
     }
-    size_t room(FsaOperation op) const {
+    size_t workspace_bytes(FsaOperation op) const {
         size_t bytes = fsa_workspace_size(&c, FSA_BF16, &b, op);
-        if (!bytes) printf("%s\n", fsa_last_error()), exit(1);
+        if (!bytes) printf("error: %s\n", fsa_last_error()), exit(1);
         return bytes;
     }
     Times selected() {
-        size_t bytes = std::max(room(FSA_SELECTED_FORWARD), room(FSA_SELECTED_BACKWARD));
-        Buffer<char> work((int64_t)bytes);
+        size_t bytes =
+            std::max(workspace_bytes(FSA_SELECTED_FORWARD), workspace_bytes(FSA_SELECTED_BACKWARD));
+        Buffer<char> workspace((int64_t)bytes);
         double flops = 4.0 * size_q * c.topk * c.block;
         Times t;
         t.ms[0] = run("sel", "nsa", 0, flops, [&] {
-            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, work, bytes, 0);
+            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, workspace, bytes,
+                                        0);
         });
         t.ms[1] = run("sel", "nsa", 1, 2.5 * flops, [&] {
-            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, dout, dq, dk, dv, work,
-                                         bytes, 0);
+            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, dout, dq, dk, dv,
+                                         workspace, bytes, 0);
         });
         return t;
     }
     Times dense(FsaVisibility rule) {
-        size_t bytes = std::max(room(FSA_ATTENTION_FORWARD), room(FSA_ATTENTION_BACKWARD));
-        Buffer<char> work((int64_t)bytes);
+        size_t bytes =
+            std::max(workspace_bytes(FSA_ATTENTION_FORWARD), workspace_bytes(FSA_ATTENTION_BACKWARD));
+        Buffer<char> workspace((int64_t)bytes);
         const char *part = rule == FSA_CAUSAL ? "full" : rule == FSA_WINDOW ? "win" : "cmp";
         const char *attn = rule == FSA_CAUSAL ? "full" : "nsa";
         const T *x = rule == FSA_COMPRESSED ? kc : k, *y = rule == FSA_COMPRESSED ? vc : v;
@@ -81,26 +85,29 @@ struct Bench {
         double flops = 4.0 * size_q * keys;
         Times t;
         t.ms[0] = run(part, attn, 0, flops, [&] {
-            return fsa_attention_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, work, bytes, 0);
+            return fsa_attention_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, workspace, bytes, 0);
         });
         t.ms[1] = run(part, attn, 1, 2.5 * flops, [&] {
-            return fsa_attention_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv, work, bytes,
-                                       0);
+            return fsa_attention_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv,
+                                          workspace, bytes, 0);
         });
         return t;
     }
-    double choice() { // after dense(FSA_COMPRESSED), whose lse it reads
-        size_t bytes = room(FSA_SELECT_BLOCKS);
-        Buffer<char> work((int64_t)bytes);
-        Buffer<int32_t> chosen(block_indices.n);
-        return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride,
-                   [&] { return fsa_select_blocks(&c, FSA_BF16, &b, q, kc, lse, chosen, work, bytes, 0); });
+    // Block selection. Reads the lse that dense(FSA_COMPRESSED) wrote.
+    double select_blocks() {
+        size_t bytes = workspace_bytes(FSA_SELECT_BLOCKS);
+        Buffer<char> workspace((int64_t)bytes);
+        Buffer<int32_t> selected(block_indices.n);
+        return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride, [&] {
+            return fsa_select_blocks(&c, FSA_BF16, &b, q, kc, lse, selected, workspace, bytes, 0);
+        });
     }
-    Times whole(int recompute) {
+    // All steps.
+    Times attention(int recompute) {
         const char *version = recompute ? "recompute" : "library";
         c.recompute = recompute;
-        size_t bytes = std::max(room(FSA_FORWARD), room(FSA_BACKWARD));
-        Buffer<char> work((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
+        size_t bytes = std::max(workspace_bytes(FSA_FORWARD), workspace_bytes(FSA_BACKWARD));
+        Buffer<char> workspace((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
         Buffer<double> inv_freq(rope_frequencies(128));
         FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
         FsaPhiGradients dphi = {dwk, NULL, dwv};
@@ -108,7 +115,7 @@ struct Bench {
         t.ms[0] = run(
             "core", "nsa", 0, 0,
             [&] {
-                return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, work,
+                return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, workspace,
                                    bytes, 0);
             },
             version);
@@ -116,13 +123,12 @@ struct Bench {
             "core", "nsa", 1, 0,
             [&] {
                 return fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv,
-                                    &dphi, dgate, work, bytes, 0);
+                                    &dphi, dgate, workspace, bytes, 0);
             },
             version);
         c.recompute = 0;
-        printf("n %lld (%d, %d)%s: workspace %.0f MiB, kept for backward %.0f MiB\n", (long long)b.num_keys,
-               c.q_heads, c.kv_heads, recompute ? " recomputing" : "", bytes / 1048576.0,
-               saved.n / 1048576.0);
+        printf("n %lld (%d, %d)%s: workspace %.0f MiB, saved for backward %.0f MiB\n", (long long)b.num_keys,
+               c.q_heads, c.kv_heads, recompute ? ", recompute" : "", bytes / 1048576.0, saved.n / 1048576.0);
         return t;
     }
 };
@@ -140,8 +146,8 @@ int main(int argc, char **argv) {
     const struct {
         int64_t n;
         int hq, hkv;
-    } whole[] = {{8192, 32, 8},   {16384, 32, 8},  {32768, 32, 8}, {65536, 32, 8},
-                 {131072, 32, 8}, {65536, 32, 32}, {65536, 40, 8}, {65536, 64, 4}};
+    } shapes[] = {{8192, 32, 8},   {16384, 32, 8},  {32768, 32, 8}, {65536, 32, 8},
+                  {131072, 32, 8}, {65536, 32, 32}, {65536, 40, 8}, {65536, 64, 4}};
     printf("Selected branch, d = 128, bf16: milliseconds forward / backward\n");
     printf("%6s %10s %10s %18s\n", "n", "(Hq, Hkv)", "(B, T)", "fwd / bwd");
     for (auto s : selected) {
@@ -150,31 +156,31 @@ int main(int argc, char **argv) {
                t.ms[0], t.ms[1]);
     }
     struct Row {
-        Times cmp, win, sel, core, again, full;
+        Times cmp, win, sel, core, recompute, full;
         double topk;
     };
     std::vector<Row> rows;
-    for (auto s : whole) {
+    for (auto s : shapes) {
         Bench x(&r, s.n, s.hq, s.hkv, 64, 16);
         Row row;
         row.cmp = x.dense(FSA_COMPRESSED);
-        row.topk = x.choice();
+        row.topk = x.select_blocks();
         row.win = x.dense(FSA_WINDOW);
         row.sel = x.selected();
-        row.core = x.whole(0);
-        row.again = x.whole(1);
+        row.core = x.attention(0);
+        row.recompute = x.attention(1);
         row.full = x.dense(FSA_CAUSAL);
         rows.push_back(row);
     }
-    printf("\nThe whole attention (core) and its parts, (B, T) = (64, 16), W = 512, d = 128, bf16: "
+    printf("\nNative sparse attention (core) and its parts, (B, T) = (64, 16), W = 512, d = 128, bf16: "
            "milliseconds forward / backward\n");
     printf("%6s %10s %17s %7s %17s %17s %17s %17s %17s\n", "n", "(Hq, Hkv)", "compressed", "top-k",
-           "selected", "sliding", "core", "core, recomputing", "full");
+           "selected", "sliding", "core", "core, recompute", "full");
     for (size_t i = 0; i < rows.size(); i++) {
         const Row &x = rows[i];
-        printf("%6lld   (%2d, %2d) %8.2f / %6.2f %7.2f", (long long)whole[i].n, whole[i].hq, whole[i].hkv,
+        printf("%6lld   (%2d, %2d) %8.2f / %6.2f %7.2f", (long long)shapes[i].n, shapes[i].hq, shapes[i].hkv,
                x.cmp.ms[0], x.cmp.ms[1], x.topk);
-        for (const Times *t : {&x.sel, &x.win, &x.core, &x.again, &x.full})
+        for (const Times *t : {&x.sel, &x.win, &x.core, &x.recompute, &x.full})
             printf(" %8.2f / %6.2f", t->ms[0], t->ms[1]);
         printf("\n");
     }

@@ -1,5 +1,6 @@
-// shapes.h: the batches that the programs of the dense, top-k and compression kernels are checked on:
-// sizes that fit no tile, every kind of group, queries that are only part of their sequences.
+// shapes.h: batches on which the programs of the dense, top-k and compression kernels check them, and shapes
+// that they time. The batches have lengths that are no multiple of a tile, all GQA group sizes, and queries
+// that are parts of their sequences.
 #ifndef DEV_CUDA_SHAPES_H
 #define DEV_CUDA_SHAPES_H
 #include "common.h"
@@ -7,14 +8,14 @@
 struct Shape {
     FsaConfig c;
     std::vector<int64_t> lengths;
-    std::vector<FsaSegment> segments; // empty: every sequence whole
+    std::vector<FsaSegment> segments; // empty: one for each whole sequence
 };
 
 static inline Shape plain_shape(int hq, int hkv, int d, std::vector<int64_t> lengths) {
     return Shape{default_config(hq, hkv, d, 64, 16), lengths, {}};
 }
 
-// The lengths and groups that implementations fell over, then `count` random ones.
+// Returns lengths and group sizes at the edges of the kernels' tiles, then `count` random shapes.
 static inline std::vector<Shape> test_shapes(Random *r, int count) {
     std::vector<Shape> shapes;
     shapes.push_back(plain_shape(4, 1, 128, {1}));
@@ -59,7 +60,7 @@ static inline std::vector<Shape> test_shapes(Random *r, int count) {
     return shapes;
 }
 
-// For the emulator and the slow tools: tiny shapes, of every kind that test_shapes has, and a random one.
+// Returns tiny shapes of the same kinds, for the emulator and compute-sanitizer.
 static inline std::vector<Shape> small_shapes(Random *r) {
     std::vector<Shape> shapes;
     shapes.push_back(plain_shape(4, 1, 128, {1}));
@@ -73,7 +74,7 @@ static inline std::vector<Shape> small_shapes(Random *r) {
         s.c.block = 16, s.c.topk = 4, s.c.cmp_len = 16;
         s.c.cmp_stride = r->below(2) ? 8 : 16;
     }
-    // Several tiles of 128 keys, of windows too.
+    // Several tiles of 128 keys, and of 128 windows.
     shapes.push_back(plain_shape(2, 1, r->below(2) ? 64 : 128, {5, 530 + r->below(60)}));
     FsaConfig &c = shapes.back().c;
     c.block = 16, c.topk = 4, c.cmp_len = 8, c.cmp_stride = 4, c.window = 20 + (int)r->below(200);
@@ -91,7 +92,7 @@ static inline std::string shape_name(const Shape &s) {
     return name;
 }
 
-// Pairs (query, key) of one head that a rule lets through in one whole sequence of n tokens.
+// Returns the (query, key) pairs of one head that are visible under a rule in one sequence of n tokens.
 static inline double visible_pairs(const FsaConfig &c, FsaVisibility rule, int64_t n) {
     double pairs = 0;
     for (int64_t t = 0; t < n; t++) {
@@ -101,23 +102,23 @@ static inline double visible_pairs(const FsaConfig &c, FsaVisibility rule, int64
     return pairs;
 }
 
-// In order of FsaVisibility.
+// Names in the results, indexed by FsaVisibility.
 static const char *const rule_names[] = {"full", "win", "cmp"}, *const rule_attn[] = {"full", "window",
                                                                                       "nsa"};
 
-// Prints a timing beside the floor that an H200's rates set it (more_floor: another one, in milliseconds),
-// and records it. flops, bytes: what has to be computed and moved at least.
-static inline void report(Result r, double flops, double bytes, double more_floor = 0) {
+// Prints a timing with its floor on an H200 (790 TFLOP/s, 4.5 TB/s), and records it. flops, bytes: the FLOPs
+// and the bytes of HBM traffic that are necessary. other_floor: another floor in milliseconds.
+static inline void report(Result r, double flops, double bytes, double other_floor = 0) {
     r.tflops = flops / r.ms * 1e-9;
     printf("%s %s %s n=%-6lld %2d/%-2d d=%-3d B=%-3d T=%-2d %s %-8s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor "
            "%.3f ms\n",
            r.program, r.part, r.dir, (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block,
            r.c.topk, r.dtype, r.version, r.ms, r.tflops, bytes / r.ms * 1e-9,
-           std::max(std::max(flops / 790e9, bytes / 4.5e9), more_floor));
+           std::max(std::max(flops / 790e9, bytes / 4.5e9), other_floor));
     record(r);
 }
 
-// The models' shapes that are timed.
+// Shapes that are timed: tokens of one sequence, and heads as models have them.
 struct Timing {
     int64_t n;
     int hq, hkv;

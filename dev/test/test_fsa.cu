@@ -1,16 +1,17 @@
-// test_fsa.cu: the library's whole attention against the C reference over random shapes, the single-branch
-// entries, long sequences on samples, the same bits twice, on two streams and from two threads at once, guard
-// zones, sizes that never shrink, and every error of every entry.
-//   test_fsa [small | large] [shapes=N] [seed=N]     small: for the emulator and the slow tools; large: also
-//                                                    300,000 and 1,000,000 tokens
+// test_fsa.cu: tests libfsa against the C reference: all steps together over random shapes, single branches,
+// and samples of long sequences. It also tests that results have the same bits twice, on two streams and from
+// two threads at once; guard zones; that sizes never shrink when a batch grows; and every error of every
+// function.
+//   test_fsa [small | large] [shapes=N] [seed=N]     small: for the emulator and compute-sanitizer
+//                                                    large: also 300,000 and 1,000,000 tokens
 #include "../cuda/common.h"
 #include "test.h"
 #include <functional>
 #include <thread>
 
-// Relative error, of one array or of several together, with a floor: 1e-2 an entry is added to the norm, so
-// that gradients that vanish (one visible key) don't divide by nothing. terms: the norm of what was summed,
-// where that is more than the sum's.
+// Relative error of one array or of several arrays together. The norm has a floor of 1e-2 an element, because
+// gradients may vanish (a query with one visible key). norm_of_terms: the norm of the terms whose sums are
+// ref, used if it is larger than the norm of ref.
 struct Tally {
     double diff = 0, norm = 0, terms = 0, size = 0;
     void add(const std::vector<float> &x, const std::vector<float> &ref, double norm_of_terms = 0) {
@@ -39,7 +40,7 @@ template <typename T> struct Problem {
     Buffer<float> dwk, dwv, dpe;
     std::vector<double> inv_freq;
     Buffer<double> inv_freq_;
-    Buffer<char> saved, forward_work, backward_work;
+    Buffer<char> saved, forward_workspace, backward_workspace;
 
     static FsaDeviceBatch device_batch(const Batch &x) {
         return FsaDeviceBatch{x.batch.nq,      x.batch.n,          x.batch.num_seqs, x.batch.num_segments,
@@ -58,42 +59,44 @@ template <typename T> struct Problem {
           pe_(pe.raw), o(size_q), dq(size_q), dk(size_k), dv(size_k), dgate(gates), dwk(size_w), dwv(size_w),
           dpe(size_w / c.head_dim), inv_freq(rope_frequencies(c.head_dim)), inv_freq_(inv_freq),
           saved((int64_t)fsa_saved_size(&c, Dtype<T>::value, &b)),
-          forward_work((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_FORWARD)),
-          backward_work((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_BACKWARD)) {
+          forward_workspace((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_FORWARD)),
+          backward_workspace((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_BACKWARD)) {
         dwk.zero(), dwv.zero(), dpe.zero();
     }
     FsaPhiWeights weights() const { return FsaPhiWeights{wk_.get(), pe_.get(), wv_.get()}; }
     int forward(cudaStream_t stream) {
         FsaPhiWeights w = weights();
         return fsa_forward(&c, Dtype<T>::value, &b, q_, k_, v_, linear ? &w : NULL,
-                           rope ? inv_freq_.get() : NULL, gate_, NULL, o, saved, forward_work,
-                           (size_t)forward_work.n, stream);
+                           rope ? inv_freq_.get() : NULL, gate_, NULL, o, saved, forward_workspace,
+                           (size_t)forward_workspace.n, stream);
     }
     int backward(cudaStream_t stream) {
         FsaPhiWeights w = weights();
         FsaPhiGradients g = {dwk, dpe, dwv};
         return fsa_backward(&c, Dtype<T>::value, &b, k_, v_, linear ? &w : NULL,
                             rope ? inv_freq_.get() : NULL, gate_, dout_, saved, dq, dk, dv,
-                            linear ? &g : NULL, dgate, backward_work, (size_t)backward_work.n, stream);
+                            linear ? &g : NULL, dgate, backward_workspace, (size_t)backward_workspace.n,
+                            stream);
     }
-    std::vector<int32_t> indices() const {
+    std::vector<int32_t> block_indices() const {
         std::vector<int32_t> x((size_t)(c.kv_heads * nq * c.topk));
-        CUDA_CHECK(cudaMemcpy(x.data(), fsa_saved_block_indices(&c, Dtype<T>::value, &b, saved.get()), x.size() * 4,
-                              cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(x.data(), fsa_saved_block_indices(&c, Dtype<T>::value, &b, saved.get()),
+                              x.size() * 4, cudaMemcpyDeviceToHost));
         return x;
     }
     bool guards_intact() const {
         return o.guards_intact() && dq.guards_intact() && dk.guards_intact() && dv.guards_intact() &&
                dgate.guards_intact() && dwk.guards_intact() && dwv.guards_intact() && dpe.guards_intact() &&
-               saved.guards_intact() && forward_work.guards_intact() && backward_work.guards_intact();
+               saved.guards_intact() && forward_workspace.guards_intact() &&
+               backward_workspace.guards_intact();
     }
-    // All results, one after another, to compare bit by bit.
+    // Returns all results, one after another, to compare their bits.
     std::vector<char> bits() const {
         std::vector<char> all;
         auto add = [&](const void *p, size_t bytes) {
-            size_t at = all.size();
-            all.resize(at + bytes);
-            CUDA_CHECK(cudaMemcpy(all.data() + at, p, bytes, cudaMemcpyDeviceToHost));
+            size_t size = all.size();
+            all.resize(size + bytes);
+            CUDA_CHECK(cudaMemcpy(all.data() + size, p, bytes, cudaMemcpyDeviceToHost));
         };
         add(o.get(), size_q * 2), add(dq.get(), size_q * 2), add(dk.get(), size_k * 2),
             add(dv.get(), size_k * 2);
@@ -104,8 +107,9 @@ template <typename T> struct Problem {
     }
 };
 
-// Whether the choice obeys the rules: min(T, blocks) of them, ascending, causal, the forced ones in.
-static bool choice_valid(const FsaConfig &c, const Batch &b, const std::vector<int32_t> &all) {
+// Returns whether every row has min(T, blocks) blocks that ascend and are causal, among them the initial and
+// local blocks.
+static bool block_indices_valid(const FsaConfig &c, const Batch &b, const std::vector<int32_t> &all) {
     for (int h = 0; h < c.kv_heads; h++) {
         int64_t row = 0;
         for (const FsaSegment &s : b.segments) {
@@ -128,24 +132,24 @@ static bool choice_valid(const FsaConfig &c, const Batch &b, const std::vector<i
     return true;
 }
 
-static double worst_error[2][2]; // by type, output and gradients
+static double max_error[2][2]; // [type][0: output, 1: gradients]
 
 template <typename T> static void round_to_type(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = to_float<T>(from_float<T>(x[i]));
 }
 
-// fsa_ref_forward, but for what the library keeps in 16 bits between its steps (q and k rotated, the
-// compressed keys and values, the branches' outputs), which is rounded at the same places. What is left are
-// the errors of the kernels, so that their own tolerances hold for the whole, forward and backward.
+// fsa_ref_forward with the library's block indices and its 16-bit rounding between the steps: the rotated q
+// and k, kc, vc, and the branches' outputs. The remaining errors are those of the kernels, so the kernels'
+// tolerances hold for all steps together, forward and backward.
 template <typename T>
 static void rounded_forward(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi, const double *inv_freq,
-                            const std::vector<int32_t> &indices, fsa_ref_State_f32 *s, float *o) {
+                            const std::vector<int32_t> &block_indices, fsa_ref_State_f32 *s, float *o) {
     const FsaConfig *c = &p.c;
     const FsaBatch *b = &p.batch.ref;
     int64_t size_c = fsa_batch_windows(c, b) * c->kv_heads * c->head_dim;
     std::copy(p.q.f.begin(), p.q.f.end(), s->q);
     std::copy(p.k.f.begin(), p.k.f.end(), s->k);
-    std::copy(indices.begin(), indices.end(), s->block_indices);
+    std::copy(block_indices.begin(), block_indices.end(), s->block_indices);
     fsa_ref_rope_queries_f32(c, b, s->q, inv_freq, 0);
     fsa_ref_rope_keys_f32(c, b, s->k, inv_freq, 0);
     fsa_ref_compress_forward_f32(c, b, p.k.f.data(), p.v.f.data(), phi, inv_freq, s->kc, s->vc);
@@ -153,18 +157,17 @@ static void rounded_forward(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *p
     round_to_type<T>(s->kc, size_c), round_to_type<T>(s->vc, size_c);
     const FsaVisibility rules[3] = {FSA_COMPRESSED, FSA_SELECTED, FSA_WINDOW};
     for (int i = 0; i < 3; i++) {
-        fsa_ref_attention_forward_f32(c, b, rules[i], s->q, i == 0 ? s->kc : s->k, i == 0 ? s->vc : p.v.f.data(),
-                                   s->block_indices, s->o[i], s->lse[i]);
+        fsa_ref_attention_forward_f32(c, b, rules[i], s->q, i == 0 ? s->kc : s->k,
+                                      i == 0 ? s->vc : p.v.f.data(), s->block_indices, s->o[i], s->lse[i]);
         round_to_type<T>(s->o[i], p.size_q);
     }
     fsa_ref_gate_forward_f32(c, p.nq, p.gate.f.data(), s->o, o);
 }
 
-// The norms of what dwk and dpe sum. Both come from dS = P (dP - delta), whose parts cancel where a query
-// sees few windows, and can leave any fraction of themselves; so each part is taken through the backward pass
-// alone (without o delta vanishes, without kc's values dP does). dpe sums W_k dk~ over windows besides, and
-// without RoPE to nothing, since pe moves all compressed keys alike, which softmax ignores. Overwrites s's
-// gradients.
+// The norms of the terms whose sums are dwk and dpe. Both come from dS = P (dP - delta), whose two parts
+// cancel to any fraction if a query sees few windows. So each part goes through the backward pass alone: with
+// o = 0 delta is 0, with vc = 0 dP is 0. dpe also sums W_k dk~ over the windows. Without RoPE that sum is 0,
+// because pe shifts all compressed keys alike and softmax ignores the shift. Overwrites the gradients in *s.
 struct PhiTerms {
     double dwk, dpe;
 };
@@ -183,8 +186,8 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi
     for (bool delta : {false, true}) {
         std::fill(s->dkc, s->dkc + keys * d, 0.f);
         fsa_ref_attention_backward_f32(c, b, FSA_COMPRESSED, s->q, s->kc, delta ? none.data() : s->vc, NULL,
-                                    delta ? s->o[0] : none.data(), s->lse[0], s->do_branch, dq.data(), s->dkc,
-                                    s->dvc);
+                                       delta ? s->o[0] : none.data(), s->lse[0], s->do_branch, dq.data(),
+                                       s->dkc, s->dvc);
         std::vector<float> dwk(p.size_w, 0);
         fsa_ref_PhiGradients_f32 dphi = {dwk.data(), dpe.data(), dwv.data()};
         fsa_ref_compress_backward_f32(c, b, p.k.f.data(), p.v.f.data(), phi, inv_freq, s->dkc, s->dvc,
@@ -202,9 +205,9 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi
     return PhiTerms{sqrt(dwk_terms), sqrt(dpe_terms)};
 }
 
-// The norm of what dgate sums: its numbers are sums over a branch's d channels, and with gate_per_token over
-// all heads: sigmoid'(logit) dout o. Of a few tokens' few numbers chance can leave a third of what their
-// terms promise.
+// Returns the norm of the terms whose sums are dgate: sigmoid'(logit) dout o over the d channels of a branch,
+// and with gate_per_token over all heads. Few sums of few tokens can by chance be a third of what their terms
+// suggest.
 template <typename T> static double dgate_terms(const Problem<T> &p, float *const o[3]) {
     double norm = 0;
     const FsaConfig &c = p.c;
@@ -221,21 +224,21 @@ template <typename T> static double dgate_terms(const Problem<T> &p, float *cons
     return sqrt(norm);
 }
 
-// One draw of inputs: errors go to the tallies.
+// Tests one draw of inputs, and adds the errors to the tallies.
 enum { O, DQ, DK, DV, DGATE, DWK, DWV, DPE, TALLIES };
 template <typename T>
 static void test_draw(Random *r, const FsaConfig &c, const std::vector<int64_t> &lengths,
-                      const std::vector<FsaSegment> &segments, bool rope, const char *what, Tally *tallies) {
+                      const std::vector<FsaSegment> &segments, bool rope, const char *shape, Tally *tallies) {
     Problem<T> p(r, c, lengths, segments, rope);
     int status = p.forward(0);
     if (!status) status = p.backward(0);
     cudaError_t e = cudaDeviceSynchronize();
-    CHECK(status == 0 && e == cudaSuccess, "%s: status %d, %s, %s", what, status, fsa_last_error(),
+    CHECK(status == 0 && e == cudaSuccess, "%s: status %d, %s, %s", shape, status, fsa_last_error(),
           cudaGetErrorString(e));
     if (status || e != cudaSuccess) exit(1);
-    std::vector<int32_t> indices = p.indices();
-    bool valid = choice_valid(c, p.batch, indices);
-    CHECK(valid, "%s: choice of blocks", what);
+    std::vector<int32_t> block_indices = p.block_indices();
+    bool valid = block_indices_valid(c, p.batch, block_indices);
+    CHECK(valid, "%s: block indices break their rules", shape);
     if (!valid) return;
 
     fsa_ref_State_f32 state;
@@ -250,7 +253,7 @@ static void test_draw(Random *r, const FsaConfig &c, const std::vector<int64_t> 
     if (p.linear) dphi = {dwk.data(), dpe.data(), dwv.data()};
     std::vector<float> o(p.size_q), dq(p.size_q), dk(p.size_k), dv(p.size_k), dgate(p.gates, 0);
     const double *inv_freq = rope ? p.inv_freq.data() : NULL;
-    rounded_forward(p, &phi, inv_freq, indices, &state, o.data());
+    rounded_forward(p, &phi, inv_freq, block_indices, &state, o.data());
     fsa_ref_backward_f32(&c, &p.batch.ref, p.k.f.data(), p.v.f.data(), &phi, inv_freq, p.gate.f.data(),
                          &state, p.dout.f.data(), dq.data(), dk.data(), dv.data(), &dphi, dgate.data());
     tallies[O].add(p.o.floats(), o);
@@ -264,15 +267,16 @@ static void test_draw(Random *r, const FsaConfig &c, const std::vector<int64_t> 
         tallies[DWV].add(p.dwv.host(), dwv);
         tallies[DPE].add(p.dpe.host(), dpe, terms.dpe);
     }
-    CHECK(p.guards_intact(), "%s: guard zones", what);
+    CHECK(p.guards_intact(), "%s: a guard zone was written", shape);
 
-    // Again, from other garbage in the workspaces: the same bits.
+    // Again, with poisoned workspaces: the same bits.
     std::vector<char> first = p.bits();
-    p.forward_work.poison(), p.backward_work.poison(), p.saved.poison(), p.o.poison(), p.dq.poison();
+    p.forward_workspace.poison(), p.backward_workspace.poison(), p.saved.poison(), p.o.poison(),
+        p.dq.poison();
     p.dk.poison(), p.dv.poison(), p.dwk.zero(), p.dwv.zero(), p.dpe.zero();
     p.forward(0), p.backward(0);
     CUDA_CHECK(cudaDeviceSynchronize());
-    CHECK(p.bits() == first, "%s: the same bits twice", what);
+    CHECK(p.bits() == first, "%s: bits differ between two runs", shape);
 }
 
 template <typename T>
@@ -282,27 +286,27 @@ static void test_shape(Random *r, const FsaConfig &c, const std::vector<int64_t>
     for (int64_t length : lengths) n += length;
     for (const FsaSegment &s : segments) nq += s.len;
     if (segments.empty()) nq = n;
-    char what[200];
-    snprintf(what, sizeof what,
+    char shape[200];
+    snprintf(shape, sizeof shape,
              "%s nq %lld n %lld seqs %zu heads %d/%d d %d l %d s %d block %d topk %d init %d local %d W %d "
              "phi %d per_token %d recompute %d rope %d",
              Dtype<T>::name, (long long)nq, (long long)n, lengths.size(), c.q_heads, c.kv_heads, c.head_dim,
              c.cmp_len, c.cmp_stride, c.block, c.topk, c.init_blocks, c.local_blocks, c.window, (int)c.phi,
              c.gate_per_token, c.recompute, rope);
-    // Limits are for norms of many numbers; of a few tokens' several draws count together.
+    // The limits are for norms of many numbers, so several draws of few tokens count together.
     Tally tallies[TALLIES];
     for (int draw = 0; draw < (std::min(n, nq) < 32 ? 8 : 1); draw++)
-        test_draw<T>(r, c, lengths, segments, rope, what, tallies);
-    // The compression's parameters get their gradients from two kernels, one after the other, each with its
-    // own independent error: the squares add up.
+        test_draw<T>(r, c, lengths, segments, rope, shape, tallies);
+    // The gradients of phi's weights come from two kernels in turn. Their errors are independent, so the
+    // squares add up.
     static const char *const names[TALLIES] = {"o", "dq", "dk", "dv", "dgate", "dwk", "dwv", "dpe"};
     for (int i = 0; i < TALLIES; i++) {
         const double limit =
             i == O ? Dtype<T>::out_tolerance : (i >= DWK ? sqrt(2) : 1) * Dtype<T>::grad_tolerance;
         const double error = tallies[i].error();
-        CHECK(error <= limit, "%s: %s %.2e, at most %.2e", what, names[i], error, limit);
-        double &worst = worst_error[Dtype<T>::value][i > O];
-        worst = std::max(worst, error);
+        CHECK(error <= limit, "%s: %s %.2e, must be at most %.2e", shape, names[i], error, limit);
+        double &max = max_error[Dtype<T>::value][i > O];
+        max = std::max(max, error);
     }
 }
 
@@ -333,7 +337,7 @@ static void test_random_shapes(Random *r, int shapes, bool small) {
         for (int64_t s = 1 + r->below(3); s > 0; s--)
             lengths.push_back(r->below(8) ? 1 + r->below(r->below(3) && !small ? 400 : 40) : 0);
         std::vector<FsaSegment> segments;
-        if (r->below(4) == 0) { // a part of each sequence, now and then nothing of it
+        if (r->below(4) == 0) { // a part of each sequence, which may be empty
             for (size_t s = 0; s < lengths.size(); s++) {
                 int64_t pos = r->below(lengths[s] + 1);
                 segments.push_back(FsaSegment{(int64_t)s, pos, r->below(lengths[s] - pos + 1)});
@@ -347,7 +351,7 @@ static void test_random_shapes(Random *r, int shapes, bool small) {
     }
 }
 
-static void test_chosen_shapes(Random *r, bool small) {
+static void test_edge_shapes(Random *r, bool small) {
     typedef __nv_bfloat16 T;
     for (int64_t n : {1, 31, 32, 63, 65, 507}) {
         if (small && n != 32 && n != 65) continue;
@@ -355,7 +359,7 @@ static void test_chosen_shapes(Random *r, bool small) {
         if (small) c.cmp_len = 16;
         test_shape<T>(r, c, {n}, {}, n % 2);
     }
-    // Empty sequences and segments at the beginning, in the middle, at the end; no query at all; nothing.
+    // Empty sequences and segments at the beginning, in the middle, at the end; no query at all; no token.
     FsaConfig c = default_config(4, 2, 64, 16, 4);
     c.cmp_len = 16;
     test_shape<__half>(r, c, {0, 0, 50, 0, 1, 33, 0}, {}, true);
@@ -363,7 +367,7 @@ static void test_chosen_shapes(Random *r, bool small) {
                   true);
     test_shape<T>(r, c, {40}, {{0, 5, 0}}, true);
     test_shape<T>(r, c, {0, 0}, {}, true);
-    // A window that goes beyond the last blocks, but not to the sequence's begin, and one just as far.
+    // A window that exceeds the local blocks but not the sequence, and one as long as the local blocks.
     c = default_config(3, 1, 64, 64, 4);
     c.local_blocks = 1, c.window = 100;
     test_shape<T>(r, c, {230}, {}, true);
@@ -374,14 +378,14 @@ static void test_chosen_shapes(Random *r, bool small) {
     test_shape<T>(r, default_config(16, 1, 64, 64, 16), {1, 3000, 1, 31}, {}, true);
 }
 
-// Outputs that are not kept but computed again: less is kept, by just them, and every bit is the same.
+// recompute: saved memory shrinks by the branches' outputs, and every bit is the same.
 static void test_recompute(Random *r, bool small) {
     typedef __nv_bfloat16 T;
     FsaConfig c = default_config(small ? 3 : 12, small ? 1 : 4, 64, small ? 16 : 64, small ? 4 : 8);
     c.cmp_len = 16;
     const uint64_t seed = r->u64();
     std::vector<char> bits[2];
-    int64_t kept[2];
+    int64_t saved_bytes[2];
     for (int recompute = 0; recompute < 2; recompute++) {
         c.recompute = recompute;
         Random same(seed);
@@ -391,23 +395,25 @@ static void test_recompute(Random *r, bool small) {
         if (!status) status = p.backward(0);
         CHECK(status == 0 && cudaDeviceSynchronize() == cudaSuccess, "status %d: %s", status,
               fsa_last_error());
-        bits[recompute] = p.bits(), kept[recompute] = p.saved.n;
+        bits[recompute] = p.bits(), saved_bytes[recompute] = p.saved.n;
         if (recompute)
-            CHECK(kept[0] - kept[1] >= 3 * p.size_q * 2 && kept[0] - kept[1] < 3 * p.size_q * 2 + 3 * 256,
-                  "%lld bytes kept, %lld without outputs", (long long)kept[0], (long long)kept[1]);
+            CHECK(saved_bytes[0] - saved_bytes[1] >= 3 * p.size_q * 2 &&
+                      saved_bytes[0] - saved_bytes[1] < 3 * p.size_q * 2 + 3 * 256,
+                  "saved %lld bytes, with recompute %lld", (long long)saved_bytes[0],
+                  (long long)saved_bytes[1]);
     }
-    CHECK(bits[0] == bits[1], "other bits where outputs are computed again");
+    CHECK(bits[0] == bits[1], "bits differ with recompute");
 }
 
-// What is no number in a sequence stays there: its neighbours' results have the same bits as without it, and
-// the choice of blocks obeys the rules even for such queries.
-template <typename T> static void test_no_numbers(Random *r, bool small) {
+// NaN and Inf in one sequence: the other sequences' results keep their bits, and the block indices of all
+// queries obey their rules.
+template <typename T> static void test_nonfinite_sequence(Random *r, bool small) {
     FsaConfig c = default_config(small ? 3 : 12, small ? 1 : 4, small ? 64 : 128, small ? 16 : 64, 4);
     c.cmp_len = 16, c.window = 20;
     const int64_t one = small ? 21 : 421, begin = small ? 41 : 541, end = begin + one;
     Problem<T> p(r, c, {begin, one, small ? 30 : 330}, {}, true);
-    // The rows of the first and the last sequence of all results.
-    auto neighbours = [&] {
+    // Returns the rows of the first and the last sequence of all results.
+    auto other_sequences = [&] {
         std::vector<T> all;
         auto add = [&](const T *from, int64_t rows, int64_t row) {
             std::vector<T> x((size_t)(rows * row));
@@ -420,7 +426,7 @@ template <typename T> static void test_no_numbers(Random *r, bool small) {
         add(p.dgate, p.nq, p.gates / p.nq);
         return all;
     };
-    auto spoil = [&](const Host<T> &x, Buffer<T> &to) {
+    auto inject_nonfinite = [&](const Host<T> &x, Buffer<T> &to) {
         std::vector<T> y(x.raw);
         int64_t row = (int64_t)y.size() / p.n;
         for (int64_t i = begin * row; i < end * row; i++)
@@ -431,23 +437,26 @@ template <typename T> static void test_no_numbers(Random *r, bool small) {
     std::vector<T> clean;
     for (int round = 0; round < 2; round++) {
         if (round) {
-            spoil(p.q, p.q_), spoil(p.k, p.k_), spoil(p.v, p.v_), spoil(p.dout, p.dout_);
-            spoil(p.gate, p.gate_);
+            inject_nonfinite(p.q, p.q_), inject_nonfinite(p.k, p.k_), inject_nonfinite(p.v, p.v_),
+                inject_nonfinite(p.dout, p.dout_);
+            inject_nonfinite(p.gate, p.gate_);
         }
         p.dwk.zero(), p.dwv.zero(), p.dpe.zero();
         int status = p.forward(0);
         if (!status) status = p.backward(0);
         CHECK(status == 0 && cudaDeviceSynchronize() == cudaSuccess, "status %d: %s", status,
               fsa_last_error());
-        CHECK(p.guards_intact(), "round %d: written beside the results", round);
-        CHECK(choice_valid(c, p.batch, p.indices()), "round %d: the choice breaks its rules", round);
-        if (round == 0) clean = neighbours();
+        CHECK(p.guards_intact(), "round %d: a guard zone was written", round);
+        CHECK(block_indices_valid(c, p.batch, p.block_indices()), "round %d: block indices break their rules",
+              round);
+        if (round == 0) clean = other_sequences();
     }
-    std::vector<T> now = neighbours();
-    CHECK(memcmp(now.data(), clean.data(), now.size() * sizeof(T)) == 0, "other bits in the neighbours");
+    std::vector<T> now = other_sequences();
+    CHECK(memcmp(now.data(), clean.data(), now.size() * sizeof(T)) == 0,
+          "bits differ in the other sequences");
 }
 
-// Two problems on two streams at once, and from two threads, give what each gives alone.
+// Two problems on two streams at once, and from two threads, give the bits that each gives alone.
 static void test_two_streams(Random *r, bool small) {
     typedef __nv_bfloat16 T;
     FsaConfig c = default_config(small ? 2 : 8, small ? 1 : 2, 64, small ? 16 : 64, small ? 4 : 8);
@@ -473,7 +482,7 @@ static void test_two_streams(Random *r, bool small) {
         else
             CHECK(a.bits() == alone[0] && b.bits() == alone[1], "round %d", round);
     }
-    // From two host threads, each with a stream and workspaces of its own; errors are a thread's own too.
+    // From two host threads, each with its own stream and workspaces. Each thread has its own last error.
     std::thread threads[2];
     for (int i = 0; i < 2; i++) {
         threads[i] = std::thread([&, i] {
@@ -490,49 +499,52 @@ static void test_two_streams(Random *r, bool small) {
     }
     fsa_workspace_size(&c, FSA_BF16, NULL, FSA_FORWARD);
     for (std::thread &t : threads) t.join();
-    CHECK(a.bits() == alone[0] && b.bits() == alone[1], "two threads");
-    CHECK(strstr(fsa_last_error(), "batch"), "another thread's error is seen: %s", fsa_last_error());
+    CHECK(a.bits() == alone[0] && b.bits() == alone[1], "bits differ from two threads");
+    CHECK(strstr(fsa_last_error(), "batch"), "fsa_last_error returns another thread's error: %s",
+          fsa_last_error());
     for (cudaStream_t &x : s) CUDA_CHECK(cudaStreamDestroy(x));
 }
 
-// The single-branch entries against the reference. forced 0: no block is, and lists may be of any length.
-template <typename T> static void test_branches(Random *r, bool small, bool forced) {
+// The single-branch functions against the reference. init_local false: rows contain no initial and local
+// blocks by rule, and may have any length.
+template <typename T> static void test_branches(Random *r, bool small, bool init_local) {
     FsaConfig c = default_config(10, 2, 64, small ? 16 : 64, 4);
     c.cmp_len = 16, c.window = 60;
-    if (!forced) c.init_blocks = c.local_blocks = 0;
+    if (!init_local) c.init_blocks = c.local_blocks = 0;
     Problem<T> p(r, c, {small ? 95 : 700, 0, 30}, {}, false);
     CHECK(p.forward(0) == 0, "%s", fsa_last_error());
-    std::vector<int32_t> choice = random_block_indices(r, c, p.batch.ref);
-    Buffer<int32_t> indices(choice), chosen((int64_t)choice.size());
+    std::vector<int32_t> block_indices = random_block_indices(r, c, p.batch.ref);
+    Buffer<int32_t> block_indices_(block_indices);
     int64_t rows = p.nq * c.q_heads;
     for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++) {
         bool selected = rule == FSA_SELECTED;
-        if (rule == FSA_COMPRESSED || (!forced && !selected)) continue; // part of the whole; the same
+        if (rule == FSA_COMPRESSED || (!init_local && !selected))
+            continue; // tested with all steps; unchanged
         FsaOperation ops[2] = {selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD,
                                selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD};
-        Buffer<char> work((int64_t)std::max(fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[0]),
-                                            fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[1])));
+        Buffer<char> workspace((int64_t)std::max(fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[0]),
+                                                 fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[1])));
         Buffer<T> o(p.size_q), dq(p.size_q), dk(p.size_k), dv(p.size_k);
         Buffer<float> lse(rows);
         FsaDtype t = Dtype<T>::value;
-        size_t bytes = (size_t)work.n;
-        int status =
-            selected ? fsa_selected_forward(&c, t, &p.b, p.q_, p.k_, p.v_, indices, o, lse, work, bytes, 0)
-                     : fsa_attention_forward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse, work,
-                                          bytes, 0);
+        size_t bytes = (size_t)workspace.n;
+        int status = selected ? fsa_selected_forward(&c, t, &p.b, p.q_, p.k_, p.v_, block_indices_, o, lse,
+                                                     workspace, bytes, 0)
+                              : fsa_attention_forward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o,
+                                                      lse, workspace, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
-        status = selected ? fsa_selected_backward(&c, t, &p.b, p.q_, p.k_, p.v_, indices, o, lse, p.dout_, dq,
-                                                  dk, dv, work, bytes, 0)
+        status = selected ? fsa_selected_backward(&c, t, &p.b, p.q_, p.k_, p.v_, block_indices_, o, lse,
+                                                  p.dout_, dq, dk, dv, workspace, bytes, 0)
                           : fsa_attention_backward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse,
-                                                p.dout_, dq, dk, dv, work, bytes, 0);
+                                                   p.dout_, dq, dk, dv, workspace, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         CUDA_CHECK(cudaDeviceSynchronize());
         std::vector<float> ro(p.size_q), rl(rows), rq(p.size_q, 0), rk(p.size_k, 0), rv(p.size_k, 0);
         fsa_ref_attention_forward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
-                                   p.v.f.data(), choice.data(), ro.data(), rl.data());
+                                      p.v.f.data(), block_indices.data(), ro.data(), rl.data());
         fsa_ref_attention_backward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
-                                    p.v.f.data(), choice.data(), ro.data(), rl.data(), p.dout.f.data(),
-                                    rq.data(), rk.data(), rv.data());
+                                       p.v.f.data(), block_indices.data(), ro.data(), rl.data(),
+                                       p.dout.f.data(), rq.data(), rk.data(), rv.data());
         double eo = error_of(o.floats(), ro), eq = error_of(dq.floats(), rq), ek = error_of(dk.floats(), rk);
         double ev = error_of(dv.floats(), rv), el = lse_error(lse.host(), rl),
                limit = Dtype<T>::grad_tolerance;
@@ -543,10 +555,9 @@ template <typename T> static void test_branches(Random *r, bool small, bool forc
 }
 
 // ---- long sequences -----------------------------------------------------------------------------------
-// The branches on sequences too long for the whole reference: some queries' outputs and dq against all keys
-// that they see, some keys' dk and dv against all queries that see them (with o and lse, which the samples
-// before have checked, from the GPU).
-template <typename T> struct Long {
+// The branches on sequences that are too long for the reference. Sampled queries: o and dq against all keys
+// that they see. Sampled keys: dk and dv against all queries that see them, with the GPU's o and lse.
+template <typename T> struct LongProblem {
     FsaConfig c;
     Batch batch;
     FsaDeviceBatch b;
@@ -555,28 +566,28 @@ template <typename T> struct Long {
     float scale;
     Buffer<T> q, dout, k, v, kc, vc, o, dq, dk, dv;
     Buffer<float> lse;
-    Buffer<int32_t> indices;
+    Buffer<int32_t> block_indices;
     std::vector<int64_t> cu_windows;
 
-    Long(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths)
+    LongProblem(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths)
         : c(config), batch(c, lengths), b(Problem<T>::device_batch(batch)), d(c.head_dim),
           size_q(b.num_queries * c.q_heads * d), size_k(b.num_keys * c.kv_heads * d),
           size_c(b.num_keys / c.cmp_stride * c.kv_heads * d), group(c.q_heads / c.kv_heads),
           scale(1 / sqrtf((float)d)), q(size_q), dout(size_q), k(size_k), v(size_k), kc(size_c), vc(size_c),
           o(size_q), dq(size_q), dk(size_k), dv(size_k), lse(b.num_queries * c.q_heads),
-          indices(c.kv_heads * b.num_queries * c.topk), cu_windows(1, 0) {
+          block_indices(c.kv_heads * b.num_queries * c.topk), cu_windows(1, 0) {
         Buffer<T> *inputs[] = {&q, &dout, &k, &v, &kc, &vc};
         for (Buffer<T> *x : inputs) fill_random(x->get(), x->n, r->u64(), 1);
         for (int64_t n : lengths) cu_windows.push_back(cu_windows.back() + fsa_num_windows(&c, n));
     }
-    // Device memory that a run takes at most, all rules' workspaces among it.
+    // Returns an upper bound of the device memory of a run, the workspaces of all rules included.
     static double gigabytes(const FsaConfig &c, int64_t n) {
         double q = (double)n * c.q_heads * c.head_dim, k = (double)n * c.kv_heads * c.head_dim;
         FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
-        size_t work = 0;
+        size_t workspace = 0;
         for (FsaOperation op : {FSA_SELECTED_FORWARD, FSA_SELECTED_BACKWARD, FSA_ATTENTION_BACKWARD})
-            work = std::max(work, fsa_workspace_size(&c, Dtype<T>::value, &b, op));
-        return (8 * q + 10 * k + 4.0 * n * (c.q_heads + c.kv_heads * c.topk) + (double)work) * 1e-9;
+            workspace = std::max(workspace, fsa_workspace_size(&c, Dtype<T>::value, &b, op));
+        return (8 * q + 10 * k + 4.0 * n * (c.q_heads + c.kv_heads * c.topk) + (double)workspace) * 1e-9;
     }
     template <typename X> static std::vector<X> rows(const Buffer<X> &x, int64_t first, int64_t count) {
         std::vector<X> y((size_t)count);
@@ -589,92 +600,95 @@ template <typename T> struct Long {
         return f;
     }
 
-    // Whether the query at position t sees key (window) j; chosen: its list of blocks.
-    bool sees(FsaVisibility rule, int64_t t, int64_t j, const int32_t *chosen) const {
+    // Returns whether the query at position t, with the blocks row_indices [T], sees key (window) j.
+    bool sees(FsaVisibility rule, int64_t t, int64_t j, const int32_t *row_indices) const {
         if (rule == FSA_COMPRESSED) return c.cmp_stride * j + c.cmp_len - 1 <= t;
         if (j > t || (rule == FSA_WINDOW && j <= t - c.window)) return false;
         return rule != FSA_SELECTED ||
-               std::find(chosen, chosen + c.topk, (int32_t)(j / c.block)) != chosen + c.topk;
+               std::find(row_indices, row_indices + c.topk, (int32_t)(j / c.block)) != row_indices + c.topk;
     }
 
     void run(FsaVisibility rule) {
         bool selected = rule == FSA_SELECTED, compressed = rule == FSA_COMPRESSED;
         FsaDtype t = Dtype<T>::value;
-        size_t bytes =
-            std::max(fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD),
-                     fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD));
-        Buffer<char> work((int64_t)bytes);
+        size_t bytes = std::max(
+            fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD),
+            fsa_workspace_size(&c, t, &b, selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD));
+        Buffer<char> workspace((int64_t)bytes);
         const T *keys = compressed ? kc : k, *values = compressed ? vc : v;
         o.poison(), dq.poison(), dk.poison(), dv.poison(), lse.poison();
-        int status = selected
-                         ? fsa_selected_forward(&c, t, &b, q, keys, values, indices, o, lse, work, bytes, 0)
-                         : fsa_attention_forward(&c, t, &b, rule, q, keys, values, o, lse, work, bytes, 0);
+        int status =
+            selected
+                ? fsa_selected_forward(&c, t, &b, q, keys, values, block_indices, o, lse, workspace, bytes, 0)
+                : fsa_attention_forward(&c, t, &b, rule, q, keys, values, o, lse, workspace, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
-        status = selected ? fsa_selected_backward(&c, t, &b, q, keys, values, indices, o, lse, dout, dq, dk,
-                                                  dv, work, bytes, 0)
+        status = selected ? fsa_selected_backward(&c, t, &b, q, keys, values, block_indices, o, lse, dout, dq,
+                                                  dk, dv, workspace, bytes, 0)
                           : fsa_attention_backward(&c, t, &b, rule, q, keys, values, o, lse, dout, dq, dk, dv,
-                                                work, bytes, 0);
+                                                   workspace, bytes, 0);
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         cudaError_t e = cudaDeviceSynchronize();
         CHECK(e == cudaSuccess, "rule %d: %s", rule, cudaGetErrorString(e));
         if (e != cudaSuccess) exit(1);
         if (compressed) {
-            CHECK(fsa_select_blocks(&c, t, &b, q, kc, lse, indices, work, bytes, 0) == 0, "%s", fsa_last_error());
+            CHECK(fsa_select_blocks(&c, t, &b, q, kc, lse, block_indices, workspace, bytes, 0) == 0, "%s",
+                  fsa_last_error());
             CUDA_CHECK(cudaDeviceSynchronize());
         }
     }
 
-    // Query `row`, at position t of a sequence whose keys (windows) begin at key0.
+    // Checks query `row`, at position t of a sequence whose keys (windows) begin at row key0.
     void check_query(FsaVisibility rule, int64_t row, int64_t t, int64_t key0, std::vector<float> *got,
-                     std::vector<float> *want, double *lse_worst) {
+                     std::vector<float> *want, double *max_lse_error) {
         bool compressed = rule == FSA_COMPRESSED;
         int64_t all = compressed ? fsa_num_windows(&c, t + 1) : t + 1, width = c.kv_heads * d;
-        std::vector<float> my_q = floats(q, row * c.q_heads * d, c.q_heads * d),
-                           my_g = floats(dout, row * c.q_heads * d, c.q_heads * d), my_k, my_v;
-        std::vector<float> my_lse = rows(lse, row * c.q_heads, c.q_heads);
+        std::vector<float> q_row = floats(q, row * c.q_heads * d, c.q_heads * d),
+                           dout_row = floats(dout, row * c.q_heads * d, c.q_heads * d), k_rows, v_rows;
+        std::vector<float> lse_row = rows(lse, row * c.q_heads, c.q_heads);
         for (int h = 0; h < c.kv_heads; h++) {
-            std::vector<int32_t> chosen = rows(indices, (h * b.num_queries + row) * c.topk, c.topk);
+            std::vector<int32_t> row_indices =
+                rows(block_indices, (h * b.num_queries + row) * c.topk, c.topk);
             std::vector<int64_t> seen;
             for (int64_t j = 0; j < all; j++) {
-                if (sees(rule, t, j, chosen.data())) seen.push_back(j);
+                if (sees(rule, t, j, row_indices.data())) seen.push_back(j);
             }
-            my_k.clear(), my_v.clear();
-            for (size_t i = 0; i < seen.size();) { // runs of neighbours at once
+            k_rows.clear(), v_rows.clear();
+            for (size_t i = 0; i < seen.size();) { // copy consecutive keys at once
                 size_t end = i + 1;
                 while (end < seen.size() && seen[end] == seen[end - 1] + 1) end++;
                 int64_t first = (key0 + seen[i]) * width, count = (int64_t)(end - i) * width;
                 std::vector<float> x = floats(compressed ? kc : k, first, count),
                                    y = floats(compressed ? vc : v, first, count);
                 for (size_t j = 0; j < end - i; j++) {
-                    my_k.insert(my_k.end(), &x[j * width + h * d], &x[j * width + h * d] + d);
-                    my_v.insert(my_v.end(), &y[j * width + h * d], &y[j * width + h * d] + d);
+                    k_rows.insert(k_rows.end(), &x[j * width + h * d], &x[j * width + h * d] + d);
+                    v_rows.insert(v_rows.end(), &y[j * width + h * d], &y[j * width + h * d] + d);
                 }
                 i = end;
             }
             for (int head = h * group; head < (h + 1) * group; head++) {
-                const float *qh = &my_q[head * d], *gh = &my_g[head * d];
+                const float *qh = &q_row[head * d], *gh = &dout_row[head * d];
                 std::vector<double> s(seen.size()), dp(seen.size()), out(d, 0), grad(d, 0);
-                double most = -INFINITY, sum = 0, delta = 0;
+                double max = -INFINITY, sum = 0, delta = 0;
                 for (size_t i = 0; i < seen.size(); i++) {
                     for (int64_t x = 0; x < d; x++) {
-                        s[i] += (double)scale * qh[x] * my_k[i * d + x];
-                        dp[i] += (double)gh[x] * my_v[i * d + x];
+                        s[i] += (double)scale * qh[x] * k_rows[i * d + x];
+                        dp[i] += (double)gh[x] * v_rows[i * d + x];
                     }
-                    most = std::max(most, s[i]);
+                    max = std::max(max, s[i]);
                 }
-                for (double &x : s) x = exp(x - most), sum += x;
+                for (double &x : s) x = exp(x - max), sum += x;
                 for (size_t i = 0; i < seen.size(); i++) {
                     delta += s[i] / sum * dp[i];
-                    for (int64_t x = 0; x < d; x++) out[x] += s[i] / sum * my_v[i * d + x];
+                    for (int64_t x = 0; x < d; x++) out[x] += s[i] / sum * v_rows[i * d + x];
                 }
                 for (size_t i = 0; i < seen.size(); i++) {
                     for (int64_t x = 0; x < d; x++)
-                        grad[x] += scale * s[i] / sum * (dp[i] - delta) * my_k[i * d + x];
+                        grad[x] += scale * s[i] / sum * (dp[i] - delta) * k_rows[i * d + x];
                 }
-                double lse_want = most + log(sum);
-                if (seen.empty() ? !(std::isinf(my_lse[head]) && my_lse[head] < 0)
-                                 : !(fabs(my_lse[head] - lse_want) < *lse_worst))
-                    *lse_worst = seen.empty() ? INFINITY : fabs(my_lse[head] - lse_want);
+                double lse_want = max + log(sum);
+                if (seen.empty() ? !(std::isinf(lse_row[head]) && lse_row[head] < 0)
+                                 : !(fabs(lse_row[head] - lse_want) < *max_lse_error))
+                    *max_lse_error = seen.empty() ? INFINITY : fabs(lse_row[head] - lse_want);
                 want[0].insert(want[0].end(), out.begin(), out.end());
                 want[1].insert(want[1].end(), grad.begin(), grad.end());
             }
@@ -686,40 +700,41 @@ template <typename T> struct Long {
         }
     }
 
-    // Key (window) j of sequence s for a random kv head.
+    // Checks key (window) j of sequence s for a random KV head.
     void check_key(Random *r, FsaVisibility rule, int64_t s, int64_t j, std::vector<float> *got,
                    std::vector<float> *want) {
         bool compressed = rule == FSA_COMPRESSED;
-        int64_t h = r->below(c.kv_heads), first = batch.cu[s], n = batch.cu[s + 1] - first;
+        int64_t h = r->below(c.kv_heads), first = batch.cu_seqlens[s], n = batch.cu_seqlens[s + 1] - first;
         int64_t key = ((compressed ? cu_windows[s] : first) + j) * c.kv_heads + h, width = c.q_heads * d;
-        std::vector<float> my_k = floats(compressed ? kc : k, key * d, d),
-                           my_v = floats(compressed ? vc : v, key * d, d);
+        std::vector<float> k_rows = floats(compressed ? kc : k, key * d, d),
+                           v_rows = floats(compressed ? vc : v, key * d, d);
         std::vector<double> grad_k(d, 0), grad_v(d, 0);
-        int64_t from = compressed ? c.cmp_stride * j + c.cmp_len - 1 : j, step = 4096;
-        int64_t to = rule == FSA_WINDOW ? std::min(n, j + c.window) : n;
-        for (int64_t t0 = from; t0 < to; t0 += step) {
-            int64_t count = std::min(step, to - t0), row = first + t0;
+        int64_t pos_begin = compressed ? c.cmp_stride * j + c.cmp_len - 1 : j, step = 4096;
+        int64_t pos_end = rule == FSA_WINDOW ? std::min(n, j + c.window) : n;
+        for (int64_t t0 = pos_begin; t0 < pos_end; t0 += step) {
+            int64_t count = std::min(step, pos_end - t0), row = first + t0;
             std::vector<T> x = rows(q, row * width, count * width),
                            y = rows(dout, row * width, count * width),
                            z = rows(o, row * width, count * width);
             std::vector<float> l = rows(lse, row * c.q_heads, count * c.q_heads);
-            std::vector<int32_t> chosen = rows(indices, (h * b.num_queries + row) * c.topk, count * c.topk);
+            std::vector<int32_t> row_indices =
+                rows(block_indices, (h * b.num_queries + row) * c.topk, count * c.topk);
             for (int64_t t = 0; t < count; t++) {
-                if (!sees(rule, t0 + t, j, &chosen[t * c.topk])) continue;
+                if (!sees(rule, t0 + t, j, &row_indices[t * c.topk])) continue;
                 for (int64_t head = h * group; head < (h + 1) * group; head++) {
-                    const size_t at = (size_t)(t * width + head * d);
+                    const size_t offset = (size_t)(t * width + head * d);
                     float dot = 0, dp = 0, delta = 0;
                     for (int64_t i = 0; i < d; i++) {
-                        float g = to_float<T>(y[at + i]);
-                        dot += to_float<T>(x[at + i]) * my_k[i];
-                        dp += g * my_v[i];
-                        delta += g * to_float<T>(z[at + i]);
+                        float g = to_float<T>(y[offset + i]);
+                        dot += to_float<T>(x[offset + i]) * k_rows[i];
+                        dp += g * v_rows[i];
+                        delta += g * to_float<T>(z[offset + i]);
                     }
                     double p = exp((double)scale * dot - l[t * c.q_heads + head]),
                            ds = scale * p * (dp - delta);
                     for (int64_t i = 0; i < d; i++) {
-                        grad_k[i] += ds * to_float<T>(x[at + i]);
-                        grad_v[i] += p * to_float<T>(y[at + i]);
+                        grad_k[i] += ds * to_float<T>(x[offset + i]);
+                        grad_v[i] += p * to_float<T>(y[offset + i]);
                     }
                 }
             }
@@ -732,17 +747,18 @@ template <typename T> struct Long {
         }
     }
 
-    // The choice of one query: its rules, and the scores of what was left out.
-    bool choice_right(int64_t s, int64_t t, int h) {
-        int64_t row = batch.cu[s] + t, windows = fsa_num_windows(&c, t + 1), blocks = t / c.block + 1;
+    // Returns whether the block indices of one query obey their rules, and no block that is left out has a
+    // greater score than a selected one.
+    bool block_indices_right(int64_t s, int64_t t, int h) {
+        int64_t row = batch.cu_seqlens[s] + t, windows = fsa_num_windows(&c, t + 1), blocks = t / c.block + 1;
         int64_t want = std::min<int64_t>(blocks, c.topk);
-        std::vector<int32_t> x = rows(indices, (h * b.num_queries + row) * c.topk, c.topk);
+        std::vector<int32_t> x = rows(block_indices, (h * b.num_queries + row) * c.topk, c.topk);
         std::vector<char> in((size_t)blocks, 0);
         for (int64_t i = 0; i < c.topk; i++) {
             if (i >= want ? x[i] != -1 : x[i] < 0 || x[i] >= blocks || (i && x[i] <= x[i - 1])) return false;
             if (i < want) in[x[i]] = 1;
         }
-        std::vector<float> my_q = floats(q, (row * c.q_heads + h * group) * d, group * d),
+        std::vector<float> q_row = floats(q, (row * c.q_heads + h * group) * d, group * d),
                            keys = floats(kc, cu_windows[s] * c.kv_heads * d, windows * c.kv_heads * d);
         std::vector<double> score((size_t)blocks, 0), p((size_t)windows);
         for (int head = 0; head < group; head++) {
@@ -750,7 +766,7 @@ template <typename T> struct Long {
             for (int64_t i = 0; i < windows; i++) {
                 double dot = 0;
                 for (int64_t y = 0; y < d; y++)
-                    dot += my_q[head * d + y] * keys[(i * c.kv_heads + h) * d + y];
+                    dot += q_row[head * d + y] * keys[(i * c.kv_heads + h) * d + y];
                 p[i] = exp(scale * dot), sum += p[i];
             }
             for (int64_t i = 0; i < windows; i++) {
@@ -762,9 +778,9 @@ template <typename T> struct Long {
         }
         double lowest = INFINITY, highest = 0;
         for (int64_t j = 0; j < blocks; j++) {
-            bool forced = j < c.init_blocks || j >= blocks - c.local_blocks;
-            if (forced && !in[j]) return false;
-            if (!forced && in[j]) lowest = std::min(lowest, score[j]);
+            bool init_local = j < c.init_blocks || j >= blocks - c.local_blocks;
+            if (init_local && !in[j]) return false;
+            if (!init_local && in[j]) lowest = std::min(lowest, score[j]);
             if (!in[j]) highest = std::max(highest, score[j]);
         }
         return highest <= lowest * (1 + 1e-3);
@@ -772,24 +788,25 @@ template <typename T> struct Long {
 
     void check(Random *r) {
         for (FsaVisibility rule : {FSA_COMPRESSED, FSA_WINDOW, FSA_SELECTED, FSA_CAUSAL}) {
-            if (rule == FSA_CAUSAL && batch.batch.max_len > 60000) continue; // its work is n * n
+            if (rule == FSA_CAUSAL && batch.batch.max_len > 60000) continue; // takes n * n operations
             run(rule);
             std::vector<float> got[4], want[4]; // o, dq, dk, dv
-            double lse_worst = 0;
-            for (size_t s = 0; s + 1 < batch.cu.size(); s++) {
-                int64_t n = batch.cu[s + 1] - batch.cu[s], windows = fsa_num_windows(&c, n);
+            double max_lse_error = 0;
+            for (size_t s = 0; s + 1 < batch.cu_seqlens.size(); s++) {
+                int64_t n = batch.cu_seqlens[s + 1] - batch.cu_seqlens[s], windows = fsa_num_windows(&c, n);
                 bool compressed = rule == FSA_COMPRESSED;
-                int64_t keys = compressed ? windows : n, key0 = compressed ? cu_windows[s] : batch.cu[s];
-                // The first, the last, and others: of queries so many that the errors of single rows average
+                int64_t keys = compressed ? windows : n,
+                        key0 = compressed ? cu_windows[s] : batch.cu_seqlens[s];
+                // The first query, the last one and others: so many that the errors of single rows average
                 // out.
                 for (int i = 0; i < 32; i++) {
                     int64_t t = i == 0 ? 0 : i == 1 ? n - 1 : r->below(n);
-                    check_query(rule, batch.cu[s] + t, t, key0, got, want, &lse_worst);
+                    check_query(rule, batch.cu_seqlens[s] + t, t, key0, got, want, &max_lse_error);
                     if (compressed)
-                        CHECK(choice_right(s, t, (int)r->below(c.kv_heads)), "choice of query %lld of %lld",
-                              (long long)t, (long long)n);
+                        CHECK(block_indices_right(s, t, (int)r->below(c.kv_heads)),
+                              "block indices of query %lld of %lld", (long long)t, (long long)n);
                 }
-                // Of keys, too, where that takes no time: a key's work is n queries.
+                // Keys, fewer in long sequences: a key takes n queries.
                 for (int i = 0; i < (n <= 1000 ? 32 : 4) && keys > 0; i++) {
                     int64_t j = i == 0 ? 0 : i == 1 ? keys - 1 : r->below(keys);
                     check_key(r, rule, s, j, got + 2, want + 2);
@@ -799,18 +816,19 @@ template <typename T> struct Long {
                                Dtype<T>::grad_tolerance};
             const char *names[4] = {"o", "dq", "dk", "dv"};
             printf("long %s rule %d longest %lld heads %d/%d d %d: lse %.1e", Dtype<T>::name, rule,
-                   (long long)batch.batch.max_len, c.q_heads, c.kv_heads, c.head_dim, lse_worst);
-            CHECK(lse_worst <= 1e-3, "rule %d: lse %.2e", rule, lse_worst);
+                   (long long)batch.batch.max_len, c.q_heads, c.kv_heads, c.head_dim, max_lse_error);
+            CHECK(max_lse_error <= 1e-3, "rule %d: lse %.2e", rule, max_lse_error);
             for (int i = 0; i < 4; i++) {
                 double error = relative_error(got[i], want[i]);
                 printf(" %s %.2e", names[i], error);
-                CHECK(error <= limit[i], "rule %d: %s %.2e, at most %.2e", rule, names[i], error, limit[i]);
+                CHECK(error <= limit[i], "rule %d: %s %.2e, must be at most %.2e", rule, names[i], error,
+                      limit[i]);
             }
             printf("\n");
         }
         CHECK(o.guards_intact() && dq.guards_intact() && dk.guards_intact() && dv.guards_intact() &&
-                  indices.guards_intact(),
-              "guard zones");
+                  block_indices.guards_intact(),
+              "a guard zone was written");
     }
 };
 
@@ -823,17 +841,17 @@ static void test_long(Random *r, int hq, int hkv, int d, int block, int topk,
     for (int64_t x : lengths) n += x;
     size_t free_bytes, total;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
-    double need = Long<T>::gigabytes(c, n);
+    double need = LongProblem<T>::gigabytes(c, n);
     if (need * 1e9 > (double)free_bytes) {
-        SKIP("%lld tokens of %d heads need %.0f GB of GPU memory, %.0f are free", (long long)n, hq, need,
+        SKIP("%lld tokens of %d heads need %.0f GB of GPU memory; %.0f GB are free", (long long)n, hq, need,
              (double)free_bytes * 1e-9);
         return;
     }
-    Long<T>(r, c, lengths).check(r);
+    LongProblem<T>(r, c, lengths).check(r);
 }
 
-// One entry of the API, its pointer arguments by name.
-struct Entry {
+// One function of the API, with the names of its pointer arguments.
+struct Function {
     const char *name;
     FsaOperation op;
     std::vector<const char *> names;
@@ -843,10 +861,10 @@ struct Entry {
 static void test_errors(Random *r) {
     typedef __nv_bfloat16 T;
     Problem<T> p(r, default_config(4, 2, 64, 64, 8), {100}, {}, true);
-    Buffer<T> room(p.size_q), rest(p.size_w); // for any argument: no entry gets as far as using it
+    Buffer<T> any(p.size_q), any_phi(p.size_w); // for any argument: no function uses it
     FsaPhiWeights weights = p.weights();
     FsaPhiGradients gradients = {p.dwk, p.dpe, p.dwv};
-    const Entry entries[] = {
+    const Function functions[] = {
         {"forward",
          FSA_FORWARD,
          {"q", "k", "v", "gate_logits", "o", "saved"},
@@ -875,31 +893,37 @@ static void test_errors(Random *r) {
              return fsa_selected_backward(c, t, b, x[0], x[1], x[2], (int32_t *)x[3], x[4], (float *)x[5],
                                           x[6], x[7], x[8], x[9], work, bytes, 0);
          }},
-        {"select",
+        {"select_blocks",
          FSA_SELECT_BLOCKS,
          {"q", "kc", "lse_c", "block_indices"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
              return fsa_select_blocks(c, t, b, x[0], x[1], (float *)x[2], (int32_t *)x[3], work, bytes, 0);
          }},
-        {"attend_forward",
+        {"attention_forward",
          FSA_ATTENTION_FORWARD,
          {"q", "k", "v", "o", "lse"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
              return fsa_attention_forward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], work,
-                                       bytes, 0);
+                                          bytes, 0);
          }},
-        {"attend_backward",
+        {"attention_backward",
          FSA_ATTENTION_BACKWARD,
          {"q", "k", "v", "o", "lse", "dout", "dq", "dk", "dv"},
          [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
              return fsa_attention_backward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], x[5],
-                                        x[6], x[7], x[8], work, bytes, 0);
+                                           x[6], x[7], x[8], work, bytes, 0);
          }},
     };
-    const char *entry = "";
+    const char *function = "";
     auto expect = [&](int status, int wanted, const char *words) {
         CHECK(status == wanted && strstr(fsa_last_error(), words),
-              "%s: wanted status %d and '%s', got %d: %s", entry, wanted, words, status, fsa_last_error());
+              "%s: status %d and '%s' expected, got %d: %s", function, wanted, words, status,
+              fsa_last_error());
+    };
+    auto misaligned = [](const std::string &name, const void *pointer) {
+        char words[100];
+        snprintf(words, sizeof words, "%s %p: must be aligned to 16 bytes", name.c_str(), pointer);
+        return std::string(words);
     };
     const FsaConfig good = p.c;
     FsaConfig bad = good;
@@ -933,24 +957,24 @@ static void test_errors(Random *r) {
     struct {
         int64_t *field, value;
         const char *words;
-    } batches[] = {{&b.num_queries, -1, "negative"},
-                   {&b.num_keys, -1, "negative"},
-                   {&b.num_seqs, -1, "negative"},
-                   {&b.num_segments, -1, "negative"},
-                   {&b.num_seqs, 0, "need a sequence"},
-                   {&b.num_segments, 0, "need a sequence"},
+    } batches[] = {{&b.num_queries, -1, "num_queries -1"},
+                   {&b.num_keys, -1, "num_keys -1"},
+                   {&b.num_seqs, -1, "num_seqs -1"},
+                   {&b.num_segments, -1, "num_segments -1"},
+                   {&b.num_seqs, 0, "num_seqs 0"},
+                   {&b.num_segments, 0, "num_segments 0"},
                    {&b.max_len, 300, "max_len 300"},
                    {&b.max_len, -1, "max_len -1"},
                    {&b.num_queries, 1ll << 30, "num_queries 1073741824"},
-                   {&b.num_queries, 1ll << 31, "2147483648 queries"},
-                   {&b.num_keys, 1ll << 31, "2147483648 keys"}};
-    for (const Entry &e : entries) {
-        entry = e.name;
-        Buffer<char> work((int64_t)fsa_workspace_size(&good, FSA_BF16, &good_batch, e.op));
+                   {&b.num_queries, 1ll << 31, "num_queries 2147483648"},
+                   {&b.num_keys, 1ll << 31, "num_keys 2147483648"}};
+    for (const Function &f : functions) {
+        function = f.name;
+        Buffer<char> work((int64_t)fsa_workspace_size(&good, FSA_BF16, &good_batch, f.op));
         size_t bytes = (size_t)work.n;
-        std::vector<void *> args(e.names.size(), room.get());
+        std::vector<void *> args(f.names.size(), any.get());
         auto run = [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *batch) {
-            return e.run(c, t, batch, args.data(), work, bytes);
+            return f.run(c, t, batch, args.data(), work, bytes);
         };
         expect(run(NULL, FSA_BF16, &good_batch), FSA_ERROR_ARGUMENT, "config: NULL");
         expect(run(&good, FSA_BF16, NULL), FSA_ERROR_ARGUMENT, "batch: NULL");
@@ -958,7 +982,7 @@ static void test_errors(Random *r) {
         for (auto &x : configs) {
             *x.field = x.value;
             expect(run(&bad, FSA_BF16, &good_batch), FSA_ERROR_CONFIG, x.words);
-            expect(fsa_workspace_size(&bad, FSA_BF16, &good_batch, e.op) != 0, 0, x.words);
+            expect(fsa_workspace_size(&bad, FSA_BF16, &good_batch, f.op) != 0, 0, x.words);
             bad = good;
         }
         bad.scale = NAN;
@@ -967,7 +991,7 @@ static void test_errors(Random *r) {
         for (auto &x : batches) {
             *x.field = x.value;
             expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, x.words);
-            expect(fsa_workspace_size(&good, FSA_BF16, &b, e.op) != 0, 0, x.words);
+            expect(fsa_workspace_size(&good, FSA_BF16, &b, f.op) != 0, 0, x.words);
             b = good_batch;
         }
         b.cu_seqlens = NULL;
@@ -975,20 +999,20 @@ static void test_errors(Random *r) {
         b = good_batch, b.segments = NULL;
         expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, "segments: NULL");
         b = good_batch;
-        expect(e.run(&good, FSA_BF16, &b, args.data(), NULL, bytes), FSA_ERROR_WORKSPACE, "workspace: NULL");
-        expect(e.run(&good, FSA_BF16, &b, args.data(), work + 16, bytes), FSA_ERROR_WORKSPACE,
-               "workspace: not aligned to 256");
-        std::string needs = "needs " + std::to_string(bytes);
-        expect(e.run(&good, FSA_BF16, &b, args.data(), work, bytes - 1), FSA_ERROR_WORKSPACE, needs.c_str());
+        expect(f.run(&good, FSA_BF16, &b, args.data(), NULL, bytes), FSA_ERROR_WORKSPACE, "workspace: NULL");
+        expect(f.run(&good, FSA_BF16, &b, args.data(), work + 16, bytes), FSA_ERROR_WORKSPACE,
+               "must be aligned to 256 bytes");
+        std::string needs = "must be at least " + std::to_string(bytes);
+        expect(f.run(&good, FSA_BF16, &b, args.data(), work, bytes - 1), FSA_ERROR_WORKSPACE, needs.c_str());
         for (size_t i = 0; i < args.size(); i++) {
-            std::string name = e.names[i];
+            std::string name = f.names[i];
             args[i] = NULL;
             expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, (name + ": NULL").c_str());
-            args[i] = room + 1;
-            expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, (name + ": not aligned").c_str());
-            args[i] = room;
+            args[i] = any + 1;
+            expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, misaligned(name, any + 1).c_str());
+            args[i] = any;
         }
-        if (e.op == FSA_FORWARD || e.op == FSA_BACKWARD) {
+        if (f.op == FSA_FORWARD || f.op == FSA_BACKWARD) {
             struct {
                 const void **pointer;
                 const char *name;
@@ -1000,10 +1024,10 @@ static void test_errors(Random *r) {
                        {(const void **)&gradients.dwv, "dphi->dwv", false},
                        {(const void **)&gradients.dpe, "dphi->dpe", false}};
             for (auto &x : phi) {
-                if (x.name[0] == 'd' && e.op == FSA_FORWARD) continue;
+                if (x.name[0] == 'd' && f.op == FSA_FORWARD) continue;
                 const void *before = *x.pointer;
-                *x.pointer = rest + 1;
-                expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, (std::string(x.name) + ": not").c_str());
+                *x.pointer = any_phi + 1;
+                expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, misaligned(x.name, any_phi + 1).c_str());
                 *x.pointer = NULL;
                 if (!x.optional)
                     expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT,
@@ -1012,21 +1036,21 @@ static void test_errors(Random *r) {
             }
         }
     }
-    // What the loop doesn't reach.
-    entry = "";
-    int64_t n = p.forward_work.n;
+    // Errors beyond the loop.
+    function = "";
+    int64_t n = p.forward_workspace.n;
     expect(fsa_forward(&good, FSA_BF16, &b, p.q_, p.k_, p.v_, NULL, NULL, p.gate_, NULL, p.o, p.saved,
-                       p.forward_work, (size_t)n, 0),
+                       p.forward_workspace, (size_t)n, 0),
            FSA_ERROR_ARGUMENT, "phi: NULL");
     expect(fsa_backward(&good, FSA_BF16, &b, p.k_, p.v_, &weights, NULL, p.gate_, p.dout_, p.saved, p.dq,
-                        p.dk, p.dv, NULL, p.dgate, p.backward_work, (size_t)p.backward_work.n, 0),
+                        p.dk, p.dv, NULL, p.dgate, p.backward_workspace, (size_t)p.backward_workspace.n, 0),
            FSA_ERROR_ARGUMENT, "dphi: NULL");
     for (int rule : {(int)FSA_SELECTED, -1}) {
         expect(fsa_attention_forward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
-                                  p.forward_work, (size_t)n, 0),
+                                     p.forward_workspace, (size_t)n, 0),
                FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
         expect(fsa_attention_backward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
-                                   p.dout_, p.dq, p.dk, p.dv, p.backward_work, (size_t)n, 0),
+                                      p.dout_, p.dq, p.dk, p.dv, p.backward_workspace, (size_t)n, 0),
                FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
     }
     expect(fsa_workspace_size(&good, FSA_BF16, &b, (FsaOperation)9) != 0, 0, "operation 9");
@@ -1039,9 +1063,9 @@ static void test_errors(Random *r) {
     CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-// Sizes never shrink while a count of the batch grows: what suits the largest batch suits them all.
+// Sizes never shrink when a count of the batch grows, so a workspace for the largest batch serves all.
 static void test_sizes() {
-    const int64_t most = 65536;
+    const int64_t max_tokens = 65536;
     for (int i = 0; i < 2 * 3 * 5 * 2; i++) {
         const int groups[] = {1, 3, 4, 8, 16}, blocks[][2] = {{64, 16}, {128, 8}, {32, 8}};
         const int g = groups[i / 2 % 5], kv_heads = g == 1 ? 32 : 8, *block = blocks[i / 10 % 3];
@@ -1050,12 +1074,12 @@ static void test_sizes() {
         for (int growing = 0; growing < 4; growing++) {
             std::vector<size_t> last(FSA_ATTENTION_BACKWARD + 2, 0);
             int64_t broken = -1;
-            for (int64_t n = 1; n <= most; n += 1 + n / 256) {
+            for (int64_t n = 1; n <= max_tokens; n += 1 + n / 256) {
                 const FsaDeviceBatch batches[] = {
-                    {n, n, 1, 1, n, NULL, NULL},          // one sequence
-                    {n, n, n, n, n, NULL, NULL},          // tokens that may be sequences
-                    {n, most, 1, 1, most, NULL, NULL},    // queries of one sequence
-                    {100, most, n, 100, most, NULL, NULL} // sequences
+                    {n, n, 1, 1, n, NULL, NULL},                      // one sequence
+                    {n, n, n, n, n, NULL, NULL},                      // as many sequences as tokens
+                    {n, max_tokens, 1, 1, max_tokens, NULL, NULL},    // queries
+                    {100, max_tokens, n, 100, max_tokens, NULL, NULL} // sequences
                 };
                 const FsaDeviceBatch &b = batches[growing];
                 std::vector<size_t> now;
@@ -1067,20 +1091,20 @@ static void test_sizes() {
                 last = now;
             }
             CHECK(broken < 0,
-                  "sizes, heads %d/%d d %d block %d topk %d recompute %d, batches %d: less for %lld",
+                  "sizes, heads %d/%d d %d block %d topk %d recompute %d, batches %d: a size shrinks at %lld",
                   c.q_heads, c.kv_heads, c.head_dim, c.block, c.topk, c.recompute, growing,
                   (long long)broken);
         }
     }
-    // 64K tokens.
+    // The selected branch: at most 320 MiB for 64K tokens, and at most twice as much for 128K.
     for (int backward = 0; backward < 2; backward++) {
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         size_t bytes[2];
         for (int64_t i = 0; i < 2; i++) {
-            const int64_t n = most << i;
+            const int64_t n = max_tokens << i;
             FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
-            bytes[i] = fsa_workspace_size(&c, FSA_BF16, &b,
-                                          backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD);
+            bytes[i] =
+                fsa_workspace_size(&c, FSA_BF16, &b, backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD);
         }
         CHECK(bytes[0] <= 320u << 20 && bytes[1] <= 2 * bytes[0],
               "selected branch, backward %d: %zu bytes for 64K tokens, %zu for 128K", backward, bytes[0],
@@ -1103,18 +1127,18 @@ int main(int argc, char **argv) {
     Random r(seed_from_args(argc, argv));
     test_errors(&r);
     test_sizes();
-    for (bool forced : {true, false}) {
-        test_branches<T>(&r, small, forced);
-        test_branches<__half>(&r, small, forced);
+    for (bool init_local : {true, false}) {
+        test_branches<T>(&r, small, init_local);
+        test_branches<__half>(&r, small, init_local);
     }
-    test_chosen_shapes(&r, small);
+    test_edge_shapes(&r, small);
     test_random_shapes(&r, shapes, small);
     test_recompute(&r, small);
-    test_no_numbers<T>(&r, small);
-    test_no_numbers<__half>(&r, small);
+    test_nonfinite_sequence<T>(&r, small);
+    test_nonfinite_sequence<__half>(&r, small);
     test_two_streams(&r, small);
-    printf("worst relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
-           worst_error[0][0], worst_error[0][1], worst_error[1][0], worst_error[1][1]);
+    printf("largest relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
+           max_error[0][0], max_error[0][1], max_error[1][0], max_error[1][1]);
     if (small)
         test_long<T>(&r, 2, 1, 64, 64, 4, {1, 330});
     else
