@@ -1,4 +1,5 @@
-// test_golden.c: the double reference of the attention against values of PyTorch's autograd.
+// test_golden.c: tests the double reference of the attention against golden values: PyTorch autograd in
+// float64, written by golden.py.
 #include "golden.h"
 #include "../../fsa/reference.h"
 
@@ -30,13 +31,13 @@ static void test_case(const char *name) {
     FsaSegment segments[16];
     FsaBatch b = {golden_get(g, 'i', "", "cu_seqlens")->size - 1, golden_ints(g, "cu_seqlens"),
                   golden_get(g, 'i', "", "segments")->size / 3, segments};
-    const int64_t *places = golden_ints(g, "segments");
+    const int64_t *triples = golden_ints(g, "segments"); // seq, pos, len
     for (int64_t i = 0; i < b.num_segments; i++) {
-        FsaSegment s = {places[3 * i], places[3 * i + 1], places[3 * i + 2]};
+        FsaSegment s = {triples[3 * i], triples[3 * i + 1], triples[3 * i + 2]};
         segments[i] = s;
     }
-    const GoldenTensor *rotation = golden_find(g, "", "inv_freq");
-    const double *inv_freq = rotation ? rotation->f : NULL;
+    const GoldenTensor *rope = golden_find(g, "", "inv_freq");
+    const double *inv_freq = rope ? rope->f : NULL;
 
     const int64_t Hkv = c.kv_heads, d = c.head_dim, rows = fsa_batch_queries(&b) * c.q_heads;
     const int64_t nq = rows * d, nk = fsa_batch_keys(&b) * Hkv * d;
@@ -53,12 +54,12 @@ static void test_case(const char *name) {
     fsa_ref_PhiWeights_f64 phi = {wk, pe, wv};
     fsa_ref_PhiGradients_f64 dphi = {dwk, dpe, dwv};
 
-    // native sparse attention
+    // Native sparse attention.
     fsa_ref_State_f64 s;
     size_t bytes =
         fsa_ref_state_layout_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, NULL);
     void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    memset(memory, 0xff, bytes); // NaN
+    memset(memory, 0xff, bytes); // NaN, so that a read of unwritten memory shows
     fsa_ref_state_layout_f64(&s, &c, fsa_batch_queries(&b), fsa_batch_keys(&b), b.num_seqs, memory);
     fsa_ref_forward_f64(&c, &b, q, k, v, &phi, inv_freq, gate, NULL, &s, o);
     golden_check_ints(g, "indices", s.block_indices, Hkv * fsa_batch_queries(&b) * c.topk);
@@ -79,7 +80,7 @@ static void test_case(const char *name) {
         golden_check(g, "d", "wv", dwv, nw, tolerance);
     }
 
-    // causal full attention of the same queries and keys
+    // Full causal attention of the same queries and keys.
     double *lse = zeros(rows);
     memset(dq, 0, (size_t)nq * sizeof *dq);
     memset(dk, 0, (size_t)nk * sizeof *dk);

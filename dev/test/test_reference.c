@@ -1,5 +1,5 @@
-// test_reference.c: the attention reference. Gradients against central differences in double; the
-// choice of blocks against a plain restatement of its rules; shapes that fit no tile; segments;
+// test_reference.c: tests the C reference of the attention: gradients against central differences in double;
+// branches and block selection against direct definitions; shapes that are no multiple of a tile; segments;
 // the same bits for any number of threads; float against double.
 #include "../../llmc/utils.h"
 #include "../../llmc/rand.h"
@@ -11,13 +11,13 @@
 
 enum { MAX_SEQS = 8 };
 
-// A problem: sequences, queries, and every input in double, drawn anew from (seed, stream).
+// Sequences, queries, and all inputs in double, drawn from a seed.
 typedef struct {
     FsaConfig c;
     FsaBatch b;
     int64_t cu_seqlens[MAX_SEQS + 1];
     FsaSegment segments[MAX_SEQS];
-    int64_t n, nq, m, sizes[8]; // of q, k, v, wk, pe, wv, gate, o
+    int64_t n, nq, m, sizes[8]; // N, Nq, M; elements of q, k, v, wk, pe, wv, gate, o
     double *q, *k, *v, *wk, *pe, *wv, *gate, *dout, *o;
     double *dq, *dk, *dv, *dwk, *dpe, *dwv, *dgate;
     double inv_freq[64];
@@ -25,6 +25,7 @@ typedef struct {
     void *memory;
 } Problem;
 
+// Returns n normal random values of standard deviation `scale`.
 static double *draw(int64_t n, uint64_t seed, uint64_t stream, double scale) {
     double *x = xmalloc(n * sizeof(double));
     for (int64_t i = 0; i < n; i++) x[i] = scale * rng_normal_at(seed, stream, i);
@@ -46,8 +47,8 @@ static FsaConfig small_config(int g, int kv_heads, int d) {
     return c;
 }
 
-// lengths: of the sequences, ended by 0. queries NULL: all of them; else one segment (first, count)
-// a sequence.
+// lengths: of the sequences; 0 ends the list. queries: one segment (first position, count) for each sequence;
+// NULL: whole sequences.
 static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const int64_t (*queries)[2],
                          uint64_t seed) {
     memset(p, 0, sizeof *p);
@@ -72,7 +73,7 @@ static void make_problem(Problem *p, FsaConfig c, const int64_t *lengths, const 
     for (int i = 0; i < d / 2; i++) p->inv_freq[i] = pow(100, -2.0 * i / d);
     size_t bytes = fsa_ref_state_layout_f64(&p->state, &c, p->nq, p->n, s, NULL);
     p->memory = xmalloc(bytes);
-    memset(p->memory, 0xff, bytes); // NaN: whatever is read must have been written
+    memset(p->memory, 0xff, bytes); // NaN, so that a read of unwritten memory shows
     fsa_ref_state_layout_f64(&p->state, &c, p->nq, p->n, s, p->memory);
 }
 
@@ -83,18 +84,19 @@ static void free_problem(Problem *p) {
     free(p->memory);
 }
 
-static fsa_ref_PhiWeights_f64 phi_of(const Problem *p) {
+static fsa_ref_PhiWeights_f64 phi_weights(const Problem *p) {
     fsa_ref_PhiWeights_f64 phi = {p->wk, p->pe, p->wv}, none = {NULL, NULL, NULL};
     return p->c.phi == FSA_PHI_MEAN ? none : phi;
 }
 
-static void run_forward(Problem *p, const int32_t *frozen) {
-    fsa_ref_PhiWeights_f64 phi = phi_of(p);
-    fsa_ref_forward_f64(&p->c, &p->b, p->q, p->k, p->v, &phi, p->inv_freq, p->gate, frozen, &p->state, p->o);
+static void run_forward(Problem *p, const int32_t *block_indices) {
+    fsa_ref_PhiWeights_f64 phi = phi_weights(p);
+    fsa_ref_forward_f64(&p->c, &p->b, p->q, p->k, p->v, &phi, p->inv_freq, p->gate, block_indices, &p->state,
+                        p->o);
 }
 
 static void run_backward(Problem *p) {
-    fsa_ref_PhiWeights_f64 phi = phi_of(p);
+    fsa_ref_PhiWeights_f64 phi = phi_weights(p);
     fsa_ref_PhiGradients_f64 dphi = {p->dwk, p->dpe, p->dwv}, none = {NULL, NULL, NULL};
     fsa_ref_backward_f64(&p->c, &p->b, p->k, p->v, &phi, p->inv_freq, p->gate, &p->state, p->dout, p->dq,
                          p->dk, p->dv, p->c.phi == FSA_PHI_MEAN ? &none : &dphi, p->dgate);
@@ -106,31 +108,32 @@ static double inner(const double *a, const double *b, int64_t n) {
     return sum;
 }
 
-// Central differences of loss(context) in `count` entries of x (spread over n) against grad:
-// relative Frobenius error, whose bar is 1e-6.
+// Returns the relative Frobenius error of grad against central differences of loss(context) in `count`
+// elements of x [n].
 static double difference_error(double *x, const double *grad, int64_t n, int count, double (*loss)(void *),
                                void *context) {
     const double h = 1e-5;
     double error = 0, norm = 0;
     for (int i = 0; i < count && i < n; i++) {
-        int64_t at = n <= count ? i : (int64_t)((i + 0.5) * n / count);
-        double keep = x[at];
-        x[at] = keep + h;
+        int64_t j = n <= count ? i : (int64_t)((i + 0.5) * n / count);
+        double x_j = x[j];
+        x[j] = x_j + h;
         double up = loss(context);
-        x[at] = keep - h;
+        x[j] = x_j - h;
         double down = loss(context);
-        x[at] = keep;
+        x[j] = x_j;
         double numeric = (up - down) / (2 * h);
-        error += (numeric - grad[at]) * (numeric - grad[at]);
-        norm += grad[at] * grad[at];
+        error += (numeric - grad[j]) * (numeric - grad[j]);
+        norm += grad[j] * grad[j];
     }
     return sqrt(error / (norm + 1e-30));
 }
 
-static int32_t *frozen_indices;
-static double whole_loss(void *context) {
+// Block indices during the differences, because selection is not differentiable.
+static int32_t *fixed_indices;
+static double attention_loss(void *context) {
     Problem *p = context;
-    run_forward(p, frozen_indices);
+    run_forward(p, fixed_indices);
     return inner(p->dout, p->o, p->sizes[7]);
 }
 
@@ -139,23 +142,23 @@ static void test_gradients(const char *name, FsaConfig c, const int64_t *lengths
     Problem p;
     make_problem(&p, c, lengths, queries, 11);
     run_forward(&p, NULL);
-    int64_t choice = c.kv_heads * p.nq * c.topk;
-    frozen_indices = xmalloc(choice * sizeof(int32_t));
-    memcpy(frozen_indices, p.state.block_indices, choice * sizeof(int32_t));
+    int64_t num_indices = c.kv_heads * p.nq * c.topk;
+    fixed_indices = xmalloc(num_indices * sizeof(int32_t));
+    memcpy(fixed_indices, p.state.block_indices, num_indices * sizeof(int32_t));
     run_backward(&p);
     double *inputs[7] = {p.q, p.k, p.v, p.wk, p.pe, p.wv, p.gate};
     double *grads[7] = {p.dq, p.dk, p.dv, p.dwk, p.dpe, p.dwv, p.dgate};
     const char *names[7] = {"q", "k", "v", "wk", "pe", "wv", "gate"};
     for (int i = 0; i < 7; i++) {
         if (c.phi == FSA_PHI_MEAN && i >= 3 && i <= 5) continue;
-        double error = difference_error(inputs[i], grads[i], p.sizes[i], 60, whole_loss, &p);
-        CHECK(error < 1e-6, "%s: gradient of %s is off by %.2e", name, names[i], error);
+        double error = difference_error(inputs[i], grads[i], p.sizes[i], 60, attention_loss, &p);
+        CHECK(error < 1e-6, "%s: gradient of %s: error %.2e, must be below 1e-6", name, names[i], error);
     }
-    free(frozen_indices);
+    free(fixed_indices);
     free_problem(&p);
 }
 
-// Each branch alone, so that a fault is named by its branch.
+// Each branch alone, so that a failure names its branch.
 typedef struct {
     Problem *p;
     FsaVisibility rule;
@@ -164,8 +167,8 @@ typedef struct {
 
 static double branch_loss(void *context) {
     BranchRun *r = context;
-    fsa_ref_attention_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, frozen_indices, r->o,
-                               r->lse);
+    fsa_ref_attention_forward_f64(&r->p->c, &r->p->b, r->rule, r->p->q, r->k, r->v, fixed_indices, r->o,
+                                  r->lse);
     return inner(r->p->dout, r->o, r->p->sizes[7]);
 }
 
@@ -175,9 +178,9 @@ static void test_branches(void) {
     Problem p;
     make_problem(&p, small_config(3, 2, 6), lengths, NULL, 12);
     run_forward(&p, NULL);
-    int64_t choice = p.c.kv_heads * p.nq * p.c.topk, nw = p.m * p.c.kv_heads * p.c.head_dim;
-    frozen_indices = xmalloc(choice * sizeof(int32_t));
-    memcpy(frozen_indices, p.state.block_indices, choice * sizeof(int32_t));
+    int64_t num_indices = p.c.kv_heads * p.nq * p.c.topk, nw = p.m * p.c.kv_heads * p.c.head_dim;
+    fixed_indices = xmalloc(num_indices * sizeof(int32_t));
+    memcpy(fixed_indices, p.state.block_indices, num_indices * sizeof(int32_t));
     for (int rule = 0; rule < 4; rule++) {
         int compressed = rule == FSA_COMPRESSED;
         int64_t nk = compressed ? nw : p.sizes[1];
@@ -186,28 +189,28 @@ static void test_branches(void) {
         BranchRun r = {
             &p, (FsaVisibility)rule, compressed ? p.state.kc : p.k, compressed ? p.state.vc : p.v, o, lse};
         branch_loss(&r);
-        fsa_ref_attention_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, frozen_indices, o, lse, p.dout, dq, dk,
-                                    dv);
+        fsa_ref_attention_backward_f64(&p.c, &p.b, r.rule, p.q, r.k, r.v, fixed_indices, o, lse, p.dout, dq,
+                                       dk, dv);
         double eq = difference_error(p.q, dq, p.sizes[0], 60, branch_loss, &r);
         double ek = difference_error(r.k, dk, nk, 60, branch_loss, &r);
         double ev = difference_error(r.v, dv, nk, 60, branch_loss, &r);
-        CHECK(eq < 1e-6 && ek < 1e-6 && ev < 1e-6, "%s branch: dq %.2e dk %.2e dv %.2e", names[rule], eq, ek,
-              ev);
+        CHECK(eq < 1e-6 && ek < 1e-6 && ev < 1e-6,
+              "%s branch: errors dq %.2e dk %.2e dv %.2e, must be below 1e-6", names[rule], eq, ek, ev);
         free(o), free(lse), free(dq), free(dk), free(dv);
     }
-    free(frozen_indices);
+    free(fixed_indices);
     free_problem(&p);
 }
 
-// The branches against the definition spelled out key by key, without ranges or online softmax.
-static void test_against_plain(void) {
+// The branches against their definition, key by key, without ranges and online softmax.
+static void test_definition(void) {
     const int64_t lengths[] = {90, 1, 33, 0};
     Problem p;
     make_problem(&p, small_config(2, 2, 8), lengths, NULL, 13);
     FsaConfig *c = &p.c;
     run_forward(&p, NULL);
     int d = c->head_dim, g = c->q_heads / c->kv_heads;
-    double worst = 0, worst_lse = 0;
+    double max_error = 0, max_lse_error = 0;
     int64_t window0 = 0;
     for (int64_t s = 0; s < p.b.num_seqs; s++) {
         int64_t start = p.cu_seqlens[s], n = p.cu_seqlens[s + 1] - start;
@@ -215,20 +218,20 @@ static void test_against_plain(void) {
             for (int head = 0; head < c->q_heads; head++) {
                 int h = head / g;
                 const double *q = p.state.q + ((start + t) * c->q_heads + head) * d;
-                const int32_t *chosen = p.state.block_indices + (h * p.nq + start + t) * c->topk;
+                const int32_t *indices = p.state.block_indices + (h * p.nq + start + t) * c->topk;
                 for (int branch = 0; branch < 3; branch++) {
                     double sum = 0, out[8] = {0};
                     int64_t keys = branch == 0 ? fsa_num_windows(c, n) : n;
                     for (int64_t j = 0; j < keys; j++) {
-                        int see = 0;
-                        if (branch == 0) see = c->cmp_stride * j + c->cmp_len - 1 <= t;
-                        if (branch == 2) see = j <= t && j > t - c->window;
+                        int visible = 0;
+                        if (branch == 0) visible = c->cmp_stride * j + c->cmp_len - 1 <= t;
+                        if (branch == 2) visible = j <= t && j > t - c->window;
                         for (int i = 0; branch == 1 && i < c->topk; i++)
-                            see |= chosen[i] == j / c->block && j <= t;
-                        if (!see) continue;
-                        int64_t at = ((branch == 0 ? window0 : start) + j) * c->kv_heads * d + h * d;
-                        const double *k = (branch == 0 ? p.state.kc : p.state.k) + at;
-                        const double *v = (branch == 0 ? p.state.vc : p.v) + at;
+                            visible |= indices[i] == j / c->block && j <= t;
+                        if (!visible) continue;
+                        int64_t offset = ((branch == 0 ? window0 : start) + j) * c->kv_heads * d + h * d;
+                        const double *k = (branch == 0 ? p.state.kc : p.state.k) + offset;
+                        const double *v = (branch == 0 ? p.state.vc : p.v) + offset;
                         double e = exp(inner(q, k, d) / sqrt(d));
                         sum += e;
                         for (int i = 0; i < d; i++) out[i] += e * v[i];
@@ -236,22 +239,23 @@ static void test_against_plain(void) {
                     int64_t row = (start + t) * c->q_heads + head;
                     for (int i = 0; i < d; i++) {
                         double want = sum > 0 ? out[i] / sum : 0;
-                        worst = fmax(worst, fabs(want - p.state.o[branch][row * d + i]));
+                        max_error = fmax(max_error, fabs(want - p.state.o[branch][row * d + i]));
                     }
                     double lse = p.state.lse[branch][row];
-                    if (sum > 0) worst_lse = fmax(worst_lse, fabs(log(sum) - lse));
-                    CHECK(sum > 0 || lse == -INFINITY, "branch %d sees nothing, lse %g", branch, lse);
+                    if (sum > 0) max_lse_error = fmax(max_lse_error, fabs(log(sum) - lse));
+                    CHECK(sum > 0 || lse == -INFINITY,
+                          "branch %d: lse %g of a row without keys, must be -inf", branch, lse);
                 }
             }
         }
         window0 += fsa_num_windows(c, n);
     }
-    CHECK(worst < 1e-12, "outputs differ by %.2e", worst);
-    CHECK(worst_lse < 1e-12, "lse differs by %.2e", worst_lse);
+    CHECK(max_error < 1e-12, "outputs differ by %.2e", max_error);
+    CHECK(max_lse_error < 1e-12, "lse differs by %.2e", max_lse_error);
     free_problem(&p);
 }
 
-// Compression: a window's output from its own tokens, by the formula; rotated as position s*i.
+// Compression: kc and vc of each window by the equation; kc rotated to position s*i.
 static void test_compression(void) {
     const int64_t lengths[] = {29, 7, 8, 0};
     Problem p;
@@ -260,7 +264,7 @@ static void test_compression(void) {
     FsaConfig *c = &p.c;
     int d = c->head_dim, l = c->cmp_len;
     CHECK(p.m == 6 + 0 + 1, "windows of 29, 7 and 8 tokens: %lld", (long long)p.m);
-    double worst = 0;
+    double max_error = 0;
     int64_t row = 0;
     for (int64_t s = 0; s < p.b.num_seqs; s++) {
         int64_t m = fsa_num_windows(c, p.cu_seqlens[s + 1] - p.cu_seqlens[s]);
@@ -282,18 +286,19 @@ static void test_compression(void) {
                 for (int o = 0; o < d; o++) {
                     double angle = (double)(c->cmp_stride * i) * p.inv_freq[o % (d / 2)];
                     double other = o < d / 2 ? -kc[o + d / 2] : kc[o - d / 2];
-                    int64_t at = (row * c->kv_heads + h) * d + o;
-                    worst = fmax(worst, fabs(kc[o] * cos(angle) + other * sin(angle) - p.state.kc[at]));
-                    worst = fmax(worst, fabs(vc[o] - p.state.vc[at]));
+                    int64_t offset = (row * c->kv_heads + h) * d + o;
+                    max_error =
+                        fmax(max_error, fabs(kc[o] * cos(angle) + other * sin(angle) - p.state.kc[offset]));
+                    max_error = fmax(max_error, fabs(vc[o] - p.state.vc[offset]));
                 }
             }
         }
     }
-    CHECK(worst < 1e-12, "compressed keys and values differ by %.2e", worst);
+    CHECK(max_error < 1e-12, "compressed keys and values differ by %.2e", max_error);
     free_problem(&p);
 }
 
-// w_ij by counting, for the defaults: 1, 2, 2, 2, 1 over windows 4j-1 .. 4j+3.
+// Block scores with the default l, s, B: w_ij = 1, 2, 2, 2, 1 for windows 4j-1 .. 4j+3.
 static void test_scores(void) {
     const int64_t lengths[] = {400, 0};
     Problem p;
@@ -305,7 +310,7 @@ static void test_scores(void) {
     const double weights[] = {1, 2, 2, 2, 1};
     for (int i = 0; i < 5; i++) {
         int64_t t = queries[i], seen = fsa_num_windows(&c, t + 1);
-        double scores[16], P[32] = {0}, worst = 0;
+        double scores[16], P[32] = {0}, max_error = 0;
         int64_t blocks =
             fsa_ref_block_scores_f64(&c, &p.b, p.state.q, p.state.kc, p.state.lse[0], t, 0, scores);
         CHECK(blocks == t / 64 + 1, "query %lld has %lld blocks", (long long)t, (long long)blocks);
@@ -321,52 +326,53 @@ static void test_scores(void) {
                 int64_t w = 4 * j - 1 + k;
                 if (w >= 0 && w < seen) want += weights[k] * P[w];
             }
-            worst = fmax(worst, fabs(want - scores[j]));
+            max_error = fmax(max_error, fabs(want - scores[j]));
         }
-        CHECK(worst < 1e-12, "scores of query %lld differ by %.2e", (long long)t, worst);
+        CHECK(max_error < 1e-12, "scores of query %lld differ by %.2e", (long long)t, max_error);
     }
     free_problem(&p);
 }
 
-// Exactly T distinct blocks (or all), ascending, causal, forced ones in, and none left out that
-// scores more than the lowest chosen one; among equals the smaller index.
-static void check_choice(const Problem *p, const char *name) {
+// Checks the block indices of all rows: min(T, blocks) distinct ones, ascending and causal, among them the
+// initial and local blocks; no block that is left out has a greater score than a selected one, or an equal
+// score and a smaller index.
+static void check_block_indices(const Problem *p, const char *name) {
     const FsaConfig *c = &p->c;
     double scores[512];
-    int bad_order = 0, bad_forced = 0, bad_best = 0;
+    int bad_order = 0, bad_init_local = 0, bad_top = 0;
     int64_t row = 0;
     for (int64_t s = 0; s < p->b.num_segments; s++) {
         for (int64_t i = 0; i < p->segments[s].len; i++, row++) {
             for (int h = 0; h < c->kv_heads; h++) {
-                const int32_t *chosen = p->state.block_indices + (h * p->nq + row) * c->topk;
+                const int32_t *indices = p->state.block_indices + (h * p->nq + row) * c->topk;
                 int64_t blocks = fsa_ref_block_scores_f64(c, &p->b, p->state.q, p->state.kc, p->state.lse[0],
                                                           row, h, scores);
                 int want = blocks < c->topk ? (int)blocks : c->topk;
                 char in[512] = {0};
                 for (int k = 0; k < c->topk; k++) {
-                    int ok = k >= want ? chosen[k] == -1
-                                       : chosen[k] >= 0 && chosen[k] < blocks &&
-                                             (k == 0 || chosen[k] > chosen[k - 1]);
+                    int ok = k >= want ? indices[k] == -1
+                                       : indices[k] >= 0 && indices[k] < blocks &&
+                                             (k == 0 || indices[k] > indices[k - 1]);
                     if (!ok)
                         bad_order++;
                     else if (k < want)
-                        in[chosen[k]] = 1;
+                        in[indices[k]] = 1;
                 }
                 for (int64_t j = 0; j < blocks; j++) {
-                    int forced = j < c->init_blocks || j >= blocks - c->local_blocks;
-                    if (forced && !in[j]) bad_forced++;
-                    if (forced || in[j]) continue;
-                    for (int64_t k = c->init_blocks; k < blocks - c->local_blocks;
-                         k++) { // left-out j against chosen k
-                        if (in[k] && (scores[j] > scores[k] || (scores[j] == scores[k] && j < k))) bad_best++;
+                    int init_local = j < c->init_blocks || j >= blocks - c->local_blocks;
+                    if (init_local && !in[j]) bad_init_local++;
+                    if (init_local || in[j]) continue;
+                    // left-out block j against selected block k
+                    for (int64_t k = c->init_blocks; k < blocks - c->local_blocks; k++) {
+                        if (in[k] && (scores[j] > scores[k] || (scores[j] == scores[k] && j < k))) bad_top++;
                     }
                 }
             }
         }
     }
-    CHECK(bad_order == 0, "%s: %d entries out of order or range", name, bad_order);
-    CHECK(bad_forced == 0, "%s: %d forced blocks missing", name, bad_forced);
-    CHECK(bad_best == 0, "%s: %d better blocks left out", name, bad_best);
+    CHECK(bad_order == 0, "%s: %d block indices out of order or range", name, bad_order);
+    CHECK(bad_init_local == 0, "%s: %d initial or local blocks missing", name, bad_init_local);
+    CHECK(bad_top == 0, "%s: %d blocks with greater scores left out", name, bad_top);
 }
 
 static void test_selection(void) {
@@ -374,40 +380,40 @@ static void test_selection(void) {
     Problem p;
     make_problem(&p, small_config(4, 2, 8), lengths, NULL, 16);
     run_forward(&p, NULL);
-    check_choice(&p, "random");
+    check_block_indices(&p, "random");
     free_problem(&p);
 
-    // Ties: with q = 0 every window scores alike, so the inner blocks that all their windows give
-    // the same weight tie, and the smaller must win.
+    // Ties: with q = 0 all windows have the same probability, so all inner blocks have the same score. The
+    // smaller block index must win.
     make_problem(&p, small_config(2, 1, 8), lengths, NULL, 17);
     memset(p.q, 0, p.sizes[0] * sizeof(double));
     run_forward(&p, NULL);
-    check_choice(&p, "ties");
+    check_block_indices(&p, "ties");
     const int32_t *last = p.state.block_indices + 299 * 4;
     CHECK(last[0] == 0 && last[1] == 1 && last[2] == 17 && last[3] == 18,
-          "query 299 with ties chose %d %d %d %d", last[0], last[1], last[2], last[3]);
+          "query 299 with ties: blocks %d %d %d %d, must be 0 1 17 18", last[0], last[1], last[2], last[3]);
     free_problem(&p);
 
-    FsaConfig c = small_config(1, 1, 8); // nothing forced
+    FsaConfig c = small_config(1, 1, 8); // no initial and local blocks
     c.init_blocks = c.local_blocks = 0;
     make_problem(&p, c, lengths, NULL, 18);
     run_forward(&p, NULL);
-    check_choice(&p, "nothing forced");
+    check_block_indices(&p, "no initial and local blocks");
     free_problem(&p);
 }
 
-// A slice of the queries gives the rows that all queries give.
+// Segments that are slices of the queries give the same rows as whole sequences.
 static void test_segments(void) {
     const int64_t lengths[] = {100, 40, 0}, slices[][2] = {{37, 50}, {0, 40}};
     Problem all, part;
     make_problem(&all, small_config(2, 2, 8), lengths, NULL, 19);
     make_problem(&part, small_config(2, 2, 8), lengths, slices, 19);
     int64_t row = all.c.q_heads * all.c.head_dim;
-    for (int s = 0, to = 0; s < 2; s++) {
-        int64_t from = all.cu_seqlens[s] + slices[s][0];
-        memcpy(part.q + to * row, all.q + from * row, slices[s][1] * row * 8);
-        memcpy(part.gate + to * 3 * 4, all.gate + from * 3 * 4, slices[s][1] * 3 * 4 * 8);
-        to += slices[s][1];
+    for (int s = 0, dst = 0; s < 2; s++) {
+        int64_t src = all.cu_seqlens[s] + slices[s][0];
+        memcpy(part.q + dst * row, all.q + src * row, slices[s][1] * row * 8);
+        memcpy(part.gate + dst * 3 * 4, all.gate + src * 3 * 4, slices[s][1] * 3 * 4 * 8);
+        dst += slices[s][1];
     }
     run_forward(&all, NULL);
     run_forward(&part, NULL);
@@ -417,7 +423,7 @@ static void test_segments(void) {
     free_problem(&all), free_problem(&part);
 }
 
-// Sequences without tokens or without queries change nothing for the others.
+// Sequences without tokens or queries change no bit of the other sequences.
 static void test_empty_sequences(void) {
     const int64_t lengths[] = {60, 0}, cu_seqlens[] = {0, 0, 60, 60, 60};
     const FsaSegment segment = {1, 0, 60};
@@ -435,11 +441,11 @@ static void test_empty_sequences(void) {
                memcmp(alone.dk, among.dk, alone.sizes[1] * 8) == 0 &&
                memcmp(alone.dv, among.dv, alone.sizes[2] * 8) == 0 &&
                memcmp(alone.dwk, among.dwk, alone.sizes[3] * 8) == 0;
-    CHECK(same, "empty sequences change the others");
+    CHECK(same, "empty sequences change the results of the others");
     free_problem(&alone), free_problem(&among);
 }
 
-// Runs one shape forward and backward: finite everywhere, and the same bits with 1, 2 and 5 threads.
+// Runs one shape forward and backward: results are finite, and have the same bits with 1, 2 and 5 threads.
 static void test_shape(const char *name, FsaConfig c, const int64_t *lengths) {
     double *first_o = NULL, *first_dk = NULL;
     const int threads[] = {1, 2, 5};
@@ -458,12 +464,12 @@ static void test_shape(const char *name, FsaConfig c, const int64_t *lengths) {
         for (int64_t j = 0; j < p.sizes[3]; j++) finite &= isfinite(p.dwk[j]) && isfinite(p.dwv[j]);
         CHECK(finite, "%s: a value is not finite", name);
         if (i == 0) {
-            check_choice(&p, name);
+            check_block_indices(&p, name);
             first_o = p.o, first_dk = p.dk;
             p.o = p.dk = NULL;
         } else {
             CHECK(memcmp(first_o, p.o, p.sizes[7] * 8) == 0 && memcmp(first_dk, p.dk, p.sizes[1] * 8) == 0,
-                  "%s: other bits with %d threads", name, threads[i]);
+                  "%s: bits differ with %d threads", name, threads[i]);
         }
         free_problem(&p);
     }
@@ -498,7 +504,7 @@ static void test_shapes(void) {
     test_shape("l = B = 48, W beyond the sequence", c, mixed);
 }
 
-// One sequence of a token beside a long one, in float against double, the double's choice frozen.
+// Float against double, with the block indices of double: a sequence of one token beside a long one.
 static void test_float(void) {
     const int64_t lengths[] = {1, 1500, 0};
     Problem p;
@@ -517,7 +523,7 @@ static void test_float(void) {
     }
     fsa_ref_State_f32 s;
     fsa_ref_state_layout_f32(&s, &c, p.nq, p.n, 2,
-                            xmalloc(fsa_ref_state_layout_f32(&s, &c, p.nq, p.n, 2, NULL)));
+                             xmalloc(fsa_ref_state_layout_f32(&s, &c, p.nq, p.n, 2, NULL)));
     fsa_ref_PhiWeights_f32 phi = {x[3], x[4], x[5]};
     fsa_ref_PhiGradients_f32 dphi = {y[3], y[4], y[5]};
     fsa_ref_forward_f32(&c, &p.b, x[0], x[1], x[2], &phi, p.inv_freq, x[6], p.state.block_indices, &s, y[7]);
@@ -530,14 +536,15 @@ static void test_float(void) {
             error += (y[i][j] - want[i][j]) * (y[i][j] - want[i][j]);
             norm += want[i][j] * want[i][j];
         }
-        CHECK(sqrt(error / norm) < 2e-5, "%s in float is off by %.2e", names[i], sqrt(error / norm));
+        CHECK(sqrt(error / norm) < 2e-5, "%s in float: error %.2e, must be below 2e-5", names[i],
+              sqrt(error / norm));
         free(x[i]), free(y[i]);
     }
     free(s.q);
     free_problem(&p);
 }
 
-// RoPE at position 1M: the angle in double.
+// RoPE at position 1,000,000, which needs the angle in double.
 static void test_rope(void) {
     float x[4] = {1, 2, 3, 4};
     double inv_freq[2] = {0.9, 0.001};
@@ -548,7 +555,8 @@ static void test_rope(void) {
     for (int i = 0; i < 4; i++)
         CHECK(fabs(x[i] - want[i]) < 1e-6, "channel %d: %g, not %g", i, x[i], want[i]);
     fsa_ref_rope_f32(x, 1, 1, 4, 1000000, 1, inv_freq, 1);
-    for (int i = 0; i < 4; i++) CHECK(fabs(x[i] - (i + 1)) < 1e-6, "turned back, channel %d is %g", i, x[i]);
+    for (int i = 0; i < 4; i++)
+        CHECK(fabs(x[i] - (i + 1)) < 1e-6, "after the inverse rotation channel %d is %g", i, x[i]);
 }
 
 int main(void) {
@@ -559,7 +567,7 @@ int main(void) {
     c.phi = FSA_PHI_MEAN, c.gate_per_token = 1, c.scale = 0.7f;
     test_gradients("mean, a gate per token, own scale", c, packed, NULL);
     test_branches();
-    test_against_plain();
+    test_definition();
     test_compression();
     test_scores();
     test_selection();
