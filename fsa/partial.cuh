@@ -48,7 +48,7 @@ template <> struct Partial<__half> {
         return piece * BYTES;
     }
     static __device__ __forceinline__ Partial load(const char *at, int, bool there, uint64_t policy) {
-        return {load_if(there, at, policy)};
+        return {load_or_zero(there, at, policy)};
     }
 };
 
@@ -104,7 +104,7 @@ template <> struct Partial<__nv_bfloat16> {
     }
     static __device__ __forceinline__ Partial load(const char *at, int piece, bool there, uint64_t) {
         Partial p;
-        load_if(there, at, at + (64 - piece % 4 * 8 - piece / 4 % 2 * 4), p.w);
+        load_or_zero(there, at, at + (64 - piece % 4 * 8 - piece / 4 % 2 * 4), p.w);
         return p;
     }
 };

@@ -1,15 +1,14 @@
-// dense_backward.cu: the backward pass of attention over all tokens, a window of them, or compressed
-// windows.
-//   version 1: a warp a query row (dq), a warp a key (dk, dv); one pair after another, in fp32
-//   library:   fsa/dense.cu: a kernel for dK and dV (keys outside), one for dQ (queries outside), mma.sync; on
-//              Hopper fsa/dense_sm90.cu: one kernel, keys outside, which adds to dQ in a fixed order
-// Gradients are checked under a gate: the kernels read the raw dout, with the gate in lse_bwd.
+// dense_backward.cu: backward pass of dense attention: causal, sliding window, compressed.
+//   version 1: one warp per query and head (dq), one warp per key and KV head (dk, dv), in fp32
+//   library:   fsa_dense_backward: fsa/sm90/dense_bwd.cu on Hopper (one kernel that adds to dQ in a fixed
+//              order), fsa/sm80/dense_bwd.cu elsewhere (one kernel for dQ, one for dK and dV)
+// Gradients are checked with a gate: the kernels read the ungated dout, and lse_bwd = lse - ln(gate).
 // usage: dense_backward [seed=N] [check [small] | time]      both by default
 #include "../../fsa/dense.cuh"
 #include "shapes.h"
 
-template <typename T, int D> __device__ void load_row(float (&x)[D / 32], const void *from, int64_t at) {
-    for (int i = 0; i < D / 32; i++) x[i] = to_f32(((const T *)from)[at * D + i * 32 + threadIdx.x % 32]);
+template <typename T, int D> __device__ void load_row(float (&x)[D / 32], const void *in, int64_t row) {
+    for (int i = 0; i < D / 32; i++) x[i] = to_f32(((const T *)in)[row * D + i * 32 + threadIdx.x % 32]);
 }
 template <int N> __device__ float warp_dot(const float (&x)[N], const float (&y)[N]) {
     float s = 0;
@@ -17,14 +16,14 @@ template <int N> __device__ float warp_dot(const float (&x)[N], const float (&y)
     for (int step = 16; step > 0; step /= 2) s += __shfl_xor_sync(~0u, s, step);
     return s;
 }
-template <int N> __device__ void store_row(float *to, int64_t at, const float (&x)[N], bool accumulate) {
+template <int N> __device__ void store_row(float *out, int64_t row, const float (&x)[N], bool accumulate) {
     for (int i = 0; i < N; i++) {
-        float &y = to[at * N * 32 + i * 32 + threadIdx.x % 32];
+        float &y = out[row * N * 32 + i * 32 + threadIdx.x % 32];
         y = accumulate ? y + x[i] : x[i];
     }
 }
 
-// Version 1. Reads K and V once for every query, Q and dO once for every key: bound by L2.
+// Version 1. Each query reads its K and V again, each key its Q and dO: L2 bandwidth binds.
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads, seq, pos;
     if (row >= p.batch.nq) return;
@@ -37,21 +36,21 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
         int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
         load_row<T, D>(k, p.k, key);
         load_row<T, D>(v, p.v, key);
-        float probability = expf(p.scale * warp_dot(q, k) - p.lse_bwd[at]);
-        float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[at]);
+        float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[at]);
+        float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[at]);
         for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
     }
-    int64_t sum = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
+    int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
     for (int i = 0; i < D / 32; i++) {
         int column = i * 32 + threadIdx.x % 32;
-        float &y = p.dq_accum[sum * D + dq_accum_chunk(sum, column / 8) * 8 + column % 8];
+        float &y = p.dq_accum[dq_row * D + dq_accum_chunk(dq_row, column / 8) * 8 + column % 8];
         y = p.accumulate_dq ? y + dq[i] : dq[i];
     }
 }
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, key = at / p.kv_heads;
     if (key >= p.cu_keys[p.batch.num_seqs]) return;
-    int kv_head = at % p.kv_heads, group = p.q_heads / p.kv_heads;
+    int kv_head = at % p.kv_heads, g = p.q_heads / p.kv_heads;
     int64_t seq = find_in_cu(p.cu_keys, p.batch.num_seqs, key);
     int j = (int)(key - p.cu_keys[seq]);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dk[D / 32] = {}, dv[D / 32] = {};
@@ -62,13 +61,13 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
         if (segment.seq != seq) continue;
         for (int64_t t = segment.pos; t < segment.pos + segment.len; t++) {
             if (!p.mask.visible((int)t, j)) continue;
-            for (int h = 0; h < group; h++) {
-                int64_t row = (p.batch.cu_queries[s] + t - segment.pos) * p.q_heads + kv_head * group + h;
+            for (int h = 0; h < g; h++) {
+                int64_t row = (p.batch.cu_queries[s] + t - segment.pos) * p.q_heads + kv_head * g + h;
                 load_row<T, D>(q, p.q, row);
                 load_row<T, D>(dout, p.dout, row);
-                float probability = expf(p.scale * warp_dot(q, k) - p.lse_bwd[row]);
-                float ds = p.scale * probability * (warp_dot(dout, v) - p.delta[row]);
-                for (int i = 0; i < D / 32; i++) dk[i] += ds * q[i], dv[i] += probability * dout[i];
+                float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[row]);
+                float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[row]);
+                for (int i = 0; i < D / 32; i++) dk[i] += ds * q[i], dv[i] += prob * dout[i];
             }
         }
     }
@@ -82,12 +81,13 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
     return launch_status();
 }
 static int naive_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
-                          const void *q, const void *k, const void *v, const void *dout,
-                          const float *lse_bwd, const float *delta, float *dq, float *dk, float *dv,
-                          int accumulate_dq, int accumulate_dkv, void *, cudaStream_t stream) {
+                          const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
+                          const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
+                          int accumulate_dkv, void *, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
-    d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv, d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
+    d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
+    d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
 
@@ -96,7 +96,7 @@ static const struct Version {
     decltype(&fsa_dense_backward) run;
 } versions[] = {{"1", naive_backward}, {"library", fsa_dense_backward}};
 
-static double worst[2][3]; // errors of the library's version: [dtype][rule]
+static double worst[2][3]; // largest relative error of the library: [dtype][rule]
 
 template <typename T> static void check_shape(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
@@ -111,8 +111,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
         std::vector<float> o(rows * d), lse(rows), delta(rows), lse_bwd(rows), gated(rows * d);
         std::vector<float> ref[3] = {std::vector<float>(rows * d), std::vector<float>(size),
                                      std::vector<float>(size)};
-        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
-                                   o.data(), lse.data());
+        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(),
+                                      NULL, o.data(), lse.data());
         for (int64_t i = 0; i < rows; i++) {
             double gate = r->uniform(), sum = 0;
             if (r->below(50) == 0) gate = 0;
@@ -123,18 +123,18 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             delta[i] = (float)sum;
             lse_bwd[i] = isinf(lse[i]) ? INFINITY : (float)(lse[i] - log(gate));
         }
-        fsa_ref_attention_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
-                                    o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
-                                    ref[2].data());
+        fsa_ref_attention_backward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(),
+                                       NULL, o.data(), lse.data(), gated.data(), ref[0].data(), ref[1].data(),
+                                       ref[2].data());
         Buffer<T> k_dev(kv_elements(c, b.batch, (FsaVisibility)rule)), v_dev(k_dev.n);
         k_dev.set(k.raw), v_dev.set(v.raw);
         Buffer<float> delta_dev(delta), lse_dev(lse_bwd), dq(rows * d), dk(size), dv(size);
         Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&c, &b.batch, (FsaVisibility)rule));
         Buffer<float> *outs[3] = {&dq, &dk, &dv};
         for (const Version &version : versions) {
-            std::string what = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
+            std::string name = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
                                " " + shape_name(s);
-            std::vector<float> before[3];
+            std::vector<float> first[3];
             for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
                 for (int i = 0; i < 3 && run < 2; i++) outs[i]->poison();
                 FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
@@ -145,30 +145,29 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
                     std::vector<float> bits = outs[i]->host();
                     if (i == 0) bits = dq_from_accum(c, nq, bits);
                     if (run == 1) {
-                        bool same = memcmp(bits.data(), before[i].data(), bits.size() * sizeof(float)) == 0;
-                        check_that(same, ("repeat of " + what).c_str(), 1, 0);
+                        bool same = memcmp(bits.data(), first[i].data(), bits.size() * sizeof(float)) == 0;
+                        check_that(same, ("repeat of " + name).c_str(), 1, 0);
                     } else if (run == 2) {
                         for (float &x : bits) x /= 2;
-                        double err = relative_error(bits, before[i]);
-                        check_that(err <= 1e-6, ("sum of " + what).c_str(), err, 1e-6);
+                        double err = relative_error(bits, first[i]);
+                        check_that(err <= 1e-6, ("sum of " + name).c_str(), err, 1e-6);
                     }
-                    if (run < 2) before[i] = bits;
+                    if (run < 2) first[i] = bits;
                 }
             }
             for (int i = 0; i < 3; i++) {
                 static const char *const names[] = {"dq ", "dk ", "dv "};
-                double most = 0, err = relative_error(before[i], ref[i]);
-                // Where every query sees one key, dq = dk = 0 but for rounding: nothing for err to be
-                // relative to.
-                for (float x : ref[i]) most = std::max(most, fabs((double)x));
-                if (most < 1e-4) {
+                double max_grad = 0, err = relative_error(first[i], ref[i]);
+                // If every query sees one key, dq = dk = 0 up to rounding. Then err is absolute.
+                for (float x : ref[i]) max_grad = std::max(max_grad, fabs((double)x));
+                if (max_grad < 1e-4) {
                     err = 0;
-                    for (float x : before[i])
+                    for (float x : first[i])
                         err = std::isfinite(x) ? std::max(err, fabs((double)x)) : INFINITY;
                 }
-                check_that(err <= Dtype<T>::grad_tolerance, (names[i] + what).c_str(), err,
+                check_that(err <= Dtype<T>::grad_tolerance, (names[i] + name).c_str(), err,
                            Dtype<T>::grad_tolerance);
-                check_that(outs[i]->guards_intact(), ("guards " + what).c_str(), 1, 0);
+                check_that(outs[i]->guards_intact(), ("guards " + name).c_str(), 1, 0);
                 if (&version != versions) {
                     double &w = worst[Dtype<T>::value][rule];
                     w = std::max(w, err);
@@ -203,7 +202,7 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
                                           lse, delta, dq, dk, dv, 0, 0, workspace.get(), 0));
                 },
                 naive ? 1 : 10);
-            // Counted as one backward pass counts: 5 products; two kernels do 7.
+            // FLOPs of a backward pass, 5 matmuls. The sm80 kernels compute 7.
             double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 10;
             int64_t keys = rule == FSA_COMPRESSED ? fsa_num_windows(&c, t.n) : t.n;
             double bytes = 8.0 * d * t.n * t.hq + 12.0 * d * keys * t.hkv + 8.0 * t.n * t.hq;
@@ -218,7 +217,7 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
-    // Timings carry the error of a check in the same run, if a short one.
+    // Timings report the error of a check in the same run; `time` runs the small check.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
     {
         for (const Shape &s : small ? small_shapes(&r) : test_shapes(&r, 24)) {

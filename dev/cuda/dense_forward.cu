@@ -1,12 +1,13 @@
-// dense_forward.cu: attention over all tokens, a window of them, or compressed windows: the forward pass.
-//   version 1: a warp a query row and head, keys one after another, in fp32
-//   library:   fsa/dense.cu: 128 queries a block, mma.sync, online softmax over double-buffered key tiles
+// dense_forward.cu: forward pass of dense attention: causal, sliding window, compressed.
+//   version 1: one warp per query and head, one key after another, in fp32
+//   library:   fsa_dense_forward: fsa/sm90/dense_fwd.cu on Hopper, fsa/sm80/dense_fwd.cu elsewhere
 // usage: dense_forward [seed=N] [check [small] | time]      both by default
 #include "../../fsa/dense.cuh"
 #include "shapes.h"
 
-// Version 1. A lane holds d/32 channels. Reads K and V once for every query: bound by L2.
-template <typename T, int D> __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p) {
+// Version 1. A lane holds d/32 channels. Each query reads its K and V again: L2 bandwidth binds.
+template <typename T, int D>
+__global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p) {
     int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads;
     if (row >= p.batch.nq) return;
     int head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
@@ -20,11 +21,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_forwar
         for (int i = 0; i < D / 32; i++) s += q[i] * to_f32(((const T *)p.k)[key + i * 32 + lane]);
         for (int step = 16; step > 0; step /= 2) s += __shfl_xor_sync(~0u, s, step);
         s *= p.scale;
-        float higher = fmaxf(max, s), shrink = expf(max - higher), e = expf(s - higher);
-        max = higher;
-        sum = sum * shrink + e;
+        float new_max = fmaxf(max, s), rescale = expf(max - new_max), e = expf(s - new_max);
+        max = new_max;
+        sum = sum * rescale + e;
         for (int i = 0; i < D / 32; i++)
-            out[i] = out[i] * shrink + e * to_f32(((const T *)p.v)[key + i * 32 + lane]);
+            out[i] = out[i] * rescale + e * to_f32(((const T *)p.v)[key + i * 32 + lane]);
     }
     for (int i = 0; i < D / 32; i++) ((T *)p.o)[at * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
     if (lane == 0) p.lse[at] = sum > 0 ? max + logf(sum) : -INFINITY;
@@ -46,42 +47,42 @@ static const struct Version {
     decltype(&fsa_dense_forward) run;
 } versions[] = {{"1", naive_forward}, {"library", fsa_dense_forward}};
 
-static double worst[2][3]; // errors of the library's version: [dtype][rule]
+static double worst[2][3]; // largest relative error of the library: [dtype][rule]
 
 template <typename T> static void check_shape(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
     int64_t nq = b.batch.nq, d = c.head_dim;
     Host<T> q(r, nq * c.q_heads * d, 1.5f);
-    Buffer<T> dq(q.raw);
+    Buffer<T> q_dev(q.raw);
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
         int64_t keys = rule == FSA_COMPRESSED ? fsa_batch_windows(&c, &b.ref) : b.batch.n;
         Host<T> k(r, keys * c.kv_heads * d, 1), v(r, keys * c.kv_heads * d, 1);
-        Buffer<T> dk(kv_elements(c, b.batch, (FsaVisibility)rule)), dv(dk.n), o(nq * c.q_heads * d);
-        dk.set(k.raw), dv.set(v.raw);
+        Buffer<T> k_dev(kv_elements(c, b.batch, (FsaVisibility)rule)), v_dev(k_dev.n), o(nq * c.q_heads * d);
+        k_dev.set(k.raw), v_dev.set(v.raw);
         Buffer<float> lse(nq * c.q_heads);
         std::vector<float> ref_o(o.n), ref_lse(lse.n);
-        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(), NULL,
-                                   ref_o.data(), ref_lse.data());
-        std::vector<T> before;
+        fsa_ref_attention_forward_f32(&c, &b.ref, (FsaVisibility)rule, q.f.data(), k.f.data(), v.f.data(),
+                                      NULL, ref_o.data(), ref_lse.data());
+        std::vector<T> first_bits;
         for (const Version &version : versions) {
-            std::string what = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
+            std::string name = std::string(version.name) + " " + rule_names[rule] + " " + Dtype<T>::name +
                                " " + shape_name(s);
-            for (int again = 0; again < 2; again++) {
+            for (int repeat = 0; repeat < 2; repeat++) {
                 o.poison();
                 lse.poison();
-                FSA_CHECK(
-                    version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, dq, dk, dv, o, lse, 0));
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
+                                      o, lse, 0));
                 CUDA_CHECK(cudaDeviceSynchronize());
                 std::vector<T> bits = o.host();
-                check_that(!again || memcmp(bits.data(), before.data(), bits.size() * sizeof(T)) == 0,
-                           ("repeat of " + what).c_str(), 1, 0);
-                before = bits;
+                check_that(!repeat || memcmp(bits.data(), first_bits.data(), bits.size() * sizeof(T)) == 0,
+                           ("repeat of " + name).c_str(), 1, 0);
+                first_bits = bits;
             }
             double err = relative_error(o.floats(), ref_o), lse_err = lse_error(lse.host(), ref_lse);
-            check_that(err <= Dtype<T>::out_tolerance, ("o " + what).c_str(), err, Dtype<T>::out_tolerance);
-            check_that(lse_err <= 1e-3, ("lse " + what).c_str(), lse_err, 1e-3);
-            check_that(o.guards_intact() && lse.guards_intact(), ("guards " + what).c_str(), 1, 0);
+            check_that(err <= Dtype<T>::out_tolerance, ("o " + name).c_str(), err, Dtype<T>::out_tolerance);
+            check_that(lse_err <= 1e-3, ("lse " + name).c_str(), lse_err, 1e-3);
+            check_that(o.guards_intact() && lse.guards_intact(), ("guards " + name).c_str(), 1, 0);
             if (&version != versions) {
                 double &w = worst[Dtype<T>::value][rule];
                 w = std::max(w, err);
@@ -122,7 +123,7 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     uint64_t seed = seed_from_args(argc, argv);
     Random r(seed);
-    // Timings carry the error of a check in the same run, if a short one.
+    // Timings report the error of a check in the same run; `time` runs the small check.
     bool small = has_flag(argc, argv, "small") || has_flag(argc, argv, "time");
     {
         for (const Shape &s : small ? small_shapes(&r) : test_shapes(&r, 24)) {

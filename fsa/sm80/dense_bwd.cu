@@ -1,36 +1,49 @@
+// dense_bwd.cu: backward pass of dense attention, portable: mma.sync, cp.async. ../dense.cuh lists the rules.
+//
+//     S = scale Q K^T    P = exp(S - lse)     dP = dO V^T      dS = P (dP - delta)
+//     dV = P^T dO        dK = scale dS^T Q    dQ = scale dS K
+//
+// Two kernels, each of which computes S and dP. That makes 7 matmuls instead of 5, but needs no atomics: one
+// thread block computes each sum, in a fixed order, so gradients are reproducible.
+//
+//     dense_dq_kernel      dQ of 64 queries of a head       4 warps x 16 queries, streams K and V     64 KiB
+//     dense_dkdv_kernel    dK, dV of 64 keys of a KV head   4 warps x 16 keys, streams Q and dO       97 KiB
+//
+// Streamed tiles have 64 rows and are double buffered by cp.async. Shared memory is for d = 128.
+//
+// Floors: 6*d FLOPs per visible pair for dQ, 8*d for dK and dV. At 64K tokens, (32, 8) heads, d = 128,
+// causal: 123 TFLOP, 156 ms at 790 TFLOP/s. HBM: q, k, v, dO, fp32 dq, dk, dv once per kernel that uses them;
+// L2: K and V once per 64 queries of a head, Q and dO once per 64 keys. The matmuls bind; mma.sync reaches
+// about 60% of Hopper's matmul rate.
 #include "../dense.cuh"
 #include "tile.cuh"
 
-// -------------------------------------------------------------------------------------------------
-// dQ
-//
-// A block: dq of 64 queries of one head, four warps of 16 rows. Q and dO live in registers as operands;
-// K and V come in double-buffered tiles of 64 keys.
-// Bytes: q, dO once, dq once in fp32 (read too if it accumulates). Flops: 6*d a visible pair; they bind.
+// A thread block: dQ of 64 queries of one head, 16 per warp. Q and dO stay in registers as A operands.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_k = smem_address(shared), tile_v = tile_k + 2 * K_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    int64_t tiles = gridDim.x / p.q_heads, index = tiles - 1 - blockIdx.x / p.q_heads;
+    int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
     int head = blockIdx.x % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
-    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, index);
+    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, tile);
     if (rows.rows == 0) return;
     FsaSegment segment = p.batch.segments[rows.range];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
-    int end = p.visible.end_key(last_pos), begin = p.visible.first_key(first_pos) / KEYS * KEYS;
+    int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
 
-    int64_t q_stride = (int64_t)p.q_heads * D, k_stride = (int64_t)p.kv_heads * D;
-    int64_t q_at = rows.row * q_stride + head * D, key0 = p.cu_keys[segment.seq] * k_stride + kv_head * D;
-    const T *k = (const T *)p.k + key0, *v = (const T *)p.v + key0;
+    int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
+    int64_t q_offset = rows.row * q_stride + head * D,
+            kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
+    const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
 
-    // Q and dO pass through the second stage of K and V.
-    load_tile<ROWS, D, 128>(tile_k + K_BYTES, (const T *)p.q + q_at, q_stride, rows.rows);
-    load_tile<ROWS, D, 128>(tile_v + K_BYTES, (const T *)p.dout + q_at, q_stride, rows.rows);
+    // Q and dO go through the second stage of K and V into registers.
+    load_tile<ROWS, D, 128>(tile_k + K_BYTES, (const T *)p.q + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(tile_v + K_BYTES, (const T *)p.dout + q_offset, q_stride, rows.rows);
     auto load_keys = [&](int j, int stage) {
-        load_tile<KEYS, D, 128>(tile_k + stage * K_BYTES, k + j * k_stride, k_stride, end - j);
-        load_tile<KEYS, D, 128>(tile_v + stage * K_BYTES, v + j * k_stride, k_stride, end - j);
+        load_tile<KEYS, D, 128>(tile_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
+        load_tile<KEYS, D, 128>(tile_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
     };
     if (begin < end) load_keys(begin, 0);
     cp_async_commit();
@@ -40,7 +53,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
         int row = warp * 16 + half * 8 + lane / 4;
         int64_t at = (rows.row + row) * p.q_heads + head;
         float x = row < rows.rows ? p.lse_bwd[at] : -INFINITY;
-        lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
+        lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
         delta[half] = row < rows.rows ? p.delta[at] : 0;
     }
     cp_async_wait<0>();
@@ -61,33 +74,35 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t tk = tile_k + stage * K_BYTES, tv = tile_v + stage * K_BYTES;
+        uint32_t smem_k = tile_k + stage * K_BYTES, smem_v = tile_v + stage * K_BYTES;
 
+        // S = Q K^T, dP = dO V^T
         float s[KEYS / 8][4] = {}, dp[KEYS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, tk, n * 16, kk);
+                load_b<D>(b, smem_k, n * 16, kk);
                 mma_16816<T>(s[2 * n], q[kk], b[0], b[1]);
                 mma_16816<T>(s[2 * n + 1], q[kk], b[2], b[3]);
-                load_b<D>(b, tv, n * 16, kk);
+                load_b<D>(b, smem_v, n * 16, kk);
                 mma_16816<T>(dp[2 * n], dout[kk], b[0], b[1]);
                 mma_16816<T>(dp[2 * n + 1], dout[kk], b[2], b[3]);
             }
         }
         int t0 = first_pos + warp * 16;
-        if (!p.visible(t0, j0 + KEYS - 1) || j0 < p.visible.first_key(t0 + 15)) {
+        if (!p.mask.visible(t0, j0 + KEYS - 1) || j0 < p.mask.first_key(t0 + 15)) {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     int t = t0 + e / 2 * 8 + lane / 4, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
-                    if (!p.visible(t, j)) s[n][e] = -INFINITY;
+                    if (!p.mask.visible(t, j)) s[n][e] = -INFINITY;
                 }
             }
         }
+        // dS = P (dP - delta)
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
@@ -95,14 +110,15 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
                 s[n][e] = exp2_fast(s[n][e] * scale - lse[e / 2]) * (dp[n][e] - delta[e / 2]);
             }
         }
+        // dQ += dS K
 #pragma unroll
         for (int kk = 0; kk < KEYS / 16; kk++) {
             uint32_t a[4];
-            result_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
+            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, tk, kk * 16, n);
+                load_b_trans<D>(b, smem_k, kk * 16, n);
                 mma_16816<T>(dq[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dq[2 * n + 1], a, b[2], b[3]);
             }
@@ -111,66 +127,62 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     }
     cp_async_wait<0>();
 
-    float unit = p.scale * probability_unit<T>();
+    float dq_unscale = p.scale * p_unscale<T>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows.rows) continue;
-        int64_t sum = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, head);
-        float *to = p.dq + sum * D + (lane % 4) * 2;
+        int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, head);
+        float *out = p.dq_accum + dq_row * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            float2 x = make_float2(dq[n][half * 2] * unit, dq[n][half * 2 + 1] * unit);
-            float2 *at = (float2 *)(to + dq_accum_chunk(sum, n) * 8);
-            if (p.accumulate_q) {
-                float2 old = *at;
+            float2 x = make_float2(dq[n][half * 2] * dq_unscale, dq[n][half * 2 + 1] * dq_unscale);
+            float2 *out2 = (float2 *)(out + dq_accum_chunk(dq_row, n) * 8);
+            if (p.accumulate_dq) {
+                float2 old = *out2;
                 x.x += old.x, x.y += old.y;
             }
-            *at = x;
+            *out2 = x;
         }
     }
 }
 
-// -------------------------------------------------------------------------------------------------
-// dK and dV
-//
-// A block: dk and dv of 64 keys of a KV head, summed over the heads of its group (or, with `splits`, over
-// its share of them) and over the queries that see the keys, in that order. Four warps of 16 keys; scores
-// are computed transposed, so that P^T and dS^T are at once operands of the products with dO and Q. K
-// and V stay in shared memory, Q and dO come in double-buffered tiles of 64 queries of one head.
-// Bytes: k, v once, dk, dv once in fp32; q and dO from L2, once for every key tile that sees them.
-// Flops: 8*d a visible pair; they bind.
+// The current tile of ROWS queries of dense_dkdv_kernel.
 struct QTilePosition {
     int head;        // query head
-    int64_t segment; // and segment of the current tile
-    int64_t row;     // its first row in q
-    int pos, end;    // the position of its first query; the end of the segment's visible queries
+    int64_t segment; // segment of the batch
+    int64_t row;     // first row in q
+    int pos, end;    // position of the first query; end of the segment's positions that see the keys
 };
 
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p) {
+// A thread block: dK and dV of 64 keys of a KV head, 16 per warp, summed over the heads of its group (or the
+// heads of one split) and over the queries that see the keys. K and V stay in shared memory. Scores are
+// transposed (keys x queries), so that P^T and dS^T are A operands in registers.
+template <typename T, int D>
+__global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_k = smem_address(shared), tile_v = tile_k + BYTES, tile_q = tile_v + BYTES;
     uint32_t tile_do = tile_q + 2 * BYTES;
-    float *stats = (float *)(shared + 6 * BYTES); // [2 stages][lse, delta][ROWS]
+    float *lse_delta = (float *)(shared + 6 * BYTES); // [2 stages][lse, delta][ROWS]
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    int split = blockIdx.x % p.splits;
-    int kv_head = blockIdx.x / p.splits % p.kv_heads;
-    int64_t index = blockIdx.x / p.splits / p.kv_heads;
+    int split = blockIdx.x % p.num_splits;
+    int kv_head = blockIdx.x / p.num_splits % p.kv_heads;
+    int64_t tile = blockIdx.x / p.num_splits / p.kv_heads;
     int64_t num_seqs = p.batch.num_seqs;
-    RowTile keys = find_row_tile(p.cu_keys, num_seqs, KEYS, index);
+    RowTile keys = find_row_tile(p.cu_keys, num_seqs, KEYS, tile);
     if (keys.rows == 0) return;
-    int group = p.q_heads / p.kv_heads;
-    int head_begin = kv_head * group + group * split / p.splits;
-    int head_end = kv_head * group + group * (split + 1) / p.splits;
+    int g = p.q_heads / p.kv_heads;
+    int head_begin = kv_head * g + g * split / p.num_splits;
+    int head_end = kv_head * g + g * (split + 1) / p.num_splits;
 
-    int64_t q_stride = (int64_t)p.q_heads * D, k_stride = (int64_t)p.kv_heads * D;
-    int64_t k_at = keys.row * k_stride + kv_head * D;
-    load_tile<KEYS, D, 128>(tile_k, (const T *)p.k + k_at, k_stride, keys.rows);
-    load_tile<KEYS, D, 128>(tile_v, (const T *)p.v + k_at, k_stride, keys.rows);
+    int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
+    int64_t k_offset = keys.row * kv_stride + kv_head * D;
+    load_tile<KEYS, D, 128>(tile_k, (const T *)p.k + k_offset, kv_stride, keys.rows);
+    load_tile<KEYS, D, 128>(tile_v, (const T *)p.v + k_offset, kv_stride, keys.rows);
 
-    // The sequence's segments, and the positions that see some of the keys.
+    // First segment of the sequence; first and last position that see some of the keys.
     int64_t seg_begin = 0, seg_end = p.batch.num_segments;
     while (seg_begin < seg_end) {
         int64_t mid = (seg_begin + seg_end) / 2;
@@ -180,11 +192,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
             seg_end = mid;
     }
     seg_end = p.batch.num_segments;
-    int pos_begin = p.visible.first_query(keys.first);
-    int pos_last = p.visible.last_query(keys.first + keys.rows - 1);
+    int pos_begin = p.mask.first_query(keys.first);
+    int pos_last = p.mask.last_query(keys.first + keys.rows - 1);
 
     QTilePosition next = {head_begin - 1, seg_end, 0, 0, 0};
-    // Moves `next` on to its next tile of queries; false at the end.
+    // Moves `next` to the next tile of queries. Returns false at the end.
     auto advance = [&]() {
         next.pos += ROWS;
         next.row += ROWS;
@@ -210,15 +222,15 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
         load_tile<ROWS, D, 128>(tile_q + stage * BYTES, (const T *)p.q + at, q_stride, count);
         load_tile<ROWS, D, 128>(tile_do + stage * BYTES, (const T *)p.dout + at, q_stride, count);
         int row = threadIdx.x % ROWS;
-        int64_t stat = (next.row + row) * p.q_heads + next.head;
+        int64_t lse_index = (next.row + row) * p.q_heads + next.head;
         float x;
         if (threadIdx.x < ROWS) {
-            x = row < count ? p.lse_bwd[stat] : -INFINITY;
-            x = x == -INFINITY ? INFINITY : x * FSA_LOG2E - probability_shift<T>(); // nothing seen: P = 0
+            x = row < count ? p.lse_bwd[lse_index] : -INFINITY;
+            x = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
         } else {
-            x = row < count ? p.delta[stat] : 0;
+            x = row < count ? p.delta[lse_index] : 0;
         }
-        stats[stage * 2 * ROWS + threadIdx.x] = x;
+        lse_delta[stage * 2 * ROWS + threadIdx.x] = x;
     };
 
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
@@ -233,12 +245,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t tq = tile_q + stage * BYTES, tdo = tile_do + stage * BYTES;
-        const float *lse = stats + stage * 2 * ROWS, *delta = lse + ROWS;
+        uint32_t smem_q = tile_q + stage * BYTES, smem_do = tile_do + stage * BYTES;
+        const float *lse = lse_delta + stage * 2 * ROWS, *delta = lse + ROWS;
         int j0 = keys.first + warp * 16;
         int last = pos + ROWS < end_pos ? pos + ROWS - 1 : end_pos - 1;
 
-        // P^T, 16 keys x 64 queries.
+        // P^T = exp(K Q^T - lse), 16 keys x 64 queries
         float s[ROWS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
@@ -247,18 +259,18 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
 #pragma unroll
             for (int n = 0; n < ROWS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, tq, n * 16, kk);
+                load_b<D>(b, smem_q, n * 16, kk);
                 mma_16816<T>(s[2 * n], a, b[0], b[1]);
                 mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
             }
         }
-        if (!p.visible(pos, j0 + 15) || j0 < p.visible.first_key(last)) {
+        if (!p.mask.visible(pos, j0 + 15) || j0 < p.mask.first_key(last)) {
 #pragma unroll
             for (int n = 0; n < ROWS / 8; n++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     int t = pos + n * 8 + lane % 4 * 2 + e % 2, j = j0 + e / 2 * 8 + lane / 4;
-                    if (!p.visible(t, j)) s[n][e] = -INFINITY;
+                    if (!p.mask.visible(t, j)) s[n][e] = -INFINITY;
                 }
             }
         }
@@ -272,16 +284,16 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
 #pragma unroll
         for (int kk = 0; kk < ROWS / 16; kk++) {
             uint32_t a[4];
-            result_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
+            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, tdo, kk * 16, n);
+                load_b_trans<D>(b, smem_do, kk * 16, n);
                 mma_16816<T>(dv[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dv[2 * n + 1], a, b[2], b[3]);
             }
         }
-        // dS^T = P^T * (V dO^T - delta)
+        // dS^T = P^T (V dO^T - delta)
         float dp[ROWS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
@@ -290,7 +302,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
 #pragma unroll
             for (int n = 0; n < ROWS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, tdo, n * 16, kk);
+                load_b<D>(b, smem_do, n * 16, kk);
                 mma_16816<T>(dp[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dp[2 * n + 1], a, b[2], b[3]);
             }
@@ -305,11 +317,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
 #pragma unroll
         for (int kk = 0; kk < ROWS / 16; kk++) {
             uint32_t a[4];
-            result_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
+            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, tq, kk * 16, n);
+                load_b_trans<D>(b, smem_q, kk * 16, n);
                 mma_16816<T>(dk[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dk[2 * n + 1], a, b[2], b[3]);
             }
@@ -318,39 +330,39 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dkd
     }
     cp_async_wait<0>();
 
-    int64_t all = p.num_keys * k_stride; // elements of dk
-    float *to_k = p.splits > 1 ? p.partial + split * 2 * all : p.dk;
-    float *to_v = p.splits > 1 ? p.partial + (split * 2 + 1) * all : p.dv;
-    bool accumulate = p.accumulate_kv && p.splits == 1;
-    float unit = probability_unit<T>(), unit_k = unit * p.scale;
+    int64_t dkv_size = p.num_keys * kv_stride; // elements of dk
+    float *dk_out = p.num_splits > 1 ? p.dkv_partial + split * 2 * dkv_size : p.dk_accum;
+    float *dv_out = p.num_splits > 1 ? p.dkv_partial + (split * 2 + 1) * dkv_size : p.dv_accum;
+    bool accumulate = p.accumulate_dkv && p.num_splits == 1;
+    float dv_unscale = p_unscale<T>(), dk_unscale = dv_unscale * p.scale;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= keys.rows) continue;
-        int64_t at = k_at + row * k_stride + (lane % 4) * 2;
+        int64_t at = k_offset + row * kv_stride + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            float2 x = make_float2(dk[n][half * 2] * unit_k, dk[n][half * 2 + 1] * unit_k);
-            float2 y = make_float2(dv[n][half * 2] * unit, dv[n][half * 2 + 1] * unit);
-            float2 *at_k = (float2 *)(to_k + at + n * 8), *at_v = (float2 *)(to_v + at + n * 8);
+            float2 x = make_float2(dk[n][half * 2] * dk_unscale, dk[n][half * 2 + 1] * dk_unscale);
+            float2 y = make_float2(dv[n][half * 2] * dv_unscale, dv[n][half * 2 + 1] * dv_unscale);
+            float2 *dk_ptr = (float2 *)(dk_out + at + n * 8), *dv_ptr = (float2 *)(dv_out + at + n * 8);
             if (accumulate) {
-                float2 u = *at_k, w = *at_v;
+                float2 u = *dk_ptr, w = *dv_ptr;
                 x.x += u.x, x.y += u.y, y.x += w.x, y.y += w.y;
             }
-            *at_k = x;
-            *at_v = y;
+            *dk_ptr = x;
+            *dv_ptr = y;
         }
     }
 }
 
 template <typename T, int D> static int launch_backward(const DenseParams &d, cudaStream_t stream) {
-    int bytes_q = 4 * 64 * D * 2, bytes_k = 6 * 64 * D * 2 + 4 * 64 * (int)sizeof(float);
-    cudaFuncSetAttribute(dense_dq_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_q);
-    cudaFuncSetAttribute(dense_dkdv_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_k);
-    int64_t q_blocks = row_tile_bound(d.batch.nq, d.batch.num_segments, 64) * d.q_heads;
-    int64_t k_blocks = row_tile_bound(d.num_keys, d.batch.num_seqs, 64) * d.kv_heads * d.splits;
-    if (q_blocks > 0) dense_dq_kernel<T, D><<<(unsigned)q_blocks, 128, bytes_q, stream>>>(d);
-    if (k_blocks > 0) dense_dkdv_kernel<T, D><<<(unsigned)k_blocks, 128, bytes_k, stream>>>(d);
+    int dq_smem = 4 * 64 * D * 2, dkdv_smem = 6 * 64 * D * 2 + 4 * 64 * (int)sizeof(float);
+    cudaFuncSetAttribute(dense_dq_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, dq_smem);
+    cudaFuncSetAttribute(dense_dkdv_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, dkdv_smem);
+    int64_t dq_blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, 64) * d.q_heads;
+    int64_t dkdv_blocks = max_row_tiles(d.num_keys, d.batch.num_seqs, 64) * d.kv_heads * d.num_splits;
+    if (dq_blocks > 0) dense_dq_kernel<T, D><<<(unsigned)dq_blocks, 128, dq_smem, stream>>>(d);
+    if (dkdv_blocks > 0) dense_dkdv_kernel<T, D><<<(unsigned)dkdv_blocks, 128, dkdv_smem, stream>>>(d);
     return launch_status();
 }
 

@@ -1,10 +1,11 @@
-// ptx.cuh: all inline PTX of the library, one function an instruction, sm_80 and up. dev/emulator/ptx.cuh
-// has the same functions in C++.
+// ptx.cuh: the inline PTX for sm_80 and up, one function per instruction. dev/emulator/sm80/ptx.cuh has the
+// same functions in C++.
 //
 // Fragments of mma.m16n8k16, lane = 4*r + c (r = lane / 4, c = lane % 4):
-//   A 16x16: a[0] row r, columns 2c 2c+1; a[1] row r+8; a[2] row r, columns 2c+8 2c+9; a[3] row r+8 of those
-//   B 16x8 : b[0] rows 2c 2c+1 of column r; b[1] rows 2c+8 2c+9
-//   C 16x8 : c[0] c[1] row r, columns 2c 2c+1; c[2] c[3] row r+8
+//   A 16x16: a[0] row r, columns 2c 2c+1; a[1] row r+8, columns 2c 2c+1;
+//            a[2] row r, columns 2c+8 2c+9; a[3] row r+8, columns 2c+8 2c+9
+//   B 16x8 : b[0] rows 2c 2c+1 of column r; b[1] rows 2c+8 2c+9 of column r
+//   C 16x8 : c[0] c[1] row r, columns 2c 2c+1; c[2] c[3] row r+8, columns 2c 2c+1
 #ifndef FSA_PTX_CUH
 #define FSA_PTX_CUH
 #include <cuda_bf16.h>
@@ -31,11 +32,12 @@ __device__ __forceinline__ void mma_16816<__half>(float c[4], const uint32_t a[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Returns the 32-bit address of p in shared memory.
 __device__ __forceinline__ uint32_t smem_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-// Four 8x8 matrices of 16-bit; lane i gives the address of row i%8 of matrix i/8.
+// Loads four 8x8 matrices of 16-bit elements. Lane i passes the address of row i%8 of matrix i/8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t r[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -49,7 +51,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t r[4], uint32_t addres
                  : "memory");
 }
 
-// What the L2 gives up last, and first.
+// L2 cache policies: lines that L2 evicts last, or first.
 __device__ __forceinline__ uint64_t l2_evict_last() {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
@@ -61,46 +63,47 @@ __device__ __forceinline__ uint64_t l2_evict_first() {
     return policy;
 }
 
-// 16 bytes that L1 need not keep, or zeros: a predicate instead of the branch that C++ would become.
-__device__ __forceinline__ uint4 load_if(bool there, const void *from, uint64_t policy) {
+// Returns 16 bytes (not cached in L1), or zeros if !valid. A predicate, where the compiler would branch.
+__device__ __forceinline__ uint4 load_or_zero(bool valid, const void *from, uint64_t policy) {
     uint4 x;
     asm volatile("{\n"
-                 ".reg .pred there;\n"
-                 "setp.ne.b32 there, %5, 0;\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
                  "mov.b32 %0, 0;\n"
                  "mov.b32 %1, 0;\n"
                  "mov.b32 %2, 0;\n"
                  "mov.b32 %3, 0;\n"
-                 "@there ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6;\n"
+                 "@valid ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6;\n"
                  "}"
                  : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(from), "r"((int)there), "l"(policy)
+                 : "l"(from), "r"((int)valid), "l"(policy)
                  : "memory");
     return x;
 }
-// The same of 8 bytes and 4 elsewhere that are read once.
-__device__ __forceinline__ void load_if(bool there, const void *two, const void *one, uint32_t (&x)[3]) {
+// The same for 8 bytes at `two` and 4 bytes at `one`, read once (streaming).
+__device__ __forceinline__ void load_or_zero(bool valid, const void *two, const void *one, uint32_t (&x)[3]) {
     asm volatile("{\n"
-                 ".reg .pred there;\n"
-                 "setp.ne.b32 there, %5, 0;\n"
+                 ".reg .pred valid;\n"
+                 "setp.ne.b32 valid, %5, 0;\n"
                  "mov.b32 %0, 0;\n"
                  "mov.b32 %1, 0;\n"
                  "mov.b32 %2, 0;\n"
-                 "@there ld.global.cs.v2.b32 {%0, %1}, [%3];\n"
-                 "@there ld.global.cs.b32 %2, [%4];\n"
+                 "@valid ld.global.cs.v2.b32 {%0, %1}, [%3];\n"
+                 "@valid ld.global.cs.b32 %2, [%4];\n"
                  "}"
                  : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2])
-                 : "l"(two), "l"(one), "r"((int)there)
+                 : "l"(two), "l"(one), "r"((int)valid)
                  : "memory");
 }
+// Stores 16 bytes with an L2 policy.
 __device__ __forceinline__ void store(void *to, uint4 x, uint64_t policy) {
     asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w), "l"(policy)
                  : "memory");
 }
 
-// Copies 16 bytes to shared memory without passing registers; writes zeros where !valid (the source
-// address must still be one that may be formed; it isn't read).
+// Starts an asynchronous copy of 16 bytes to shared memory, or writes zeros if !valid. `from` isn't read
+// then, but must be a pointer that C++ allows.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid = true) {
     int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -111,26 +114,27 @@ __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from) {
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most `left` of this thread's groups are under way.
-template <int left> __device__ __forceinline__ void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+// Waits until at most `pending` of this thread's groups are incomplete.
+template <int pending> __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// For kernels that start while the one ahead of them in the stream, and only that one, may still run (launch
-// of selected.cuh): waits until that one has ended and what it wrote is there. Nothing before Hopper.
+// Programmatic dependent launch (launch.cuh): waits until the previous kernel in the stream has ended and its
+// writes are visible. Before Hopper it is empty.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Once all blocks have said so or ended, the next kernel may start where there is room. After the wait, so
-// that no third kernel runs.
+// Allows the next kernel to start, once all thread blocks have called this or ended. Call it after pdl_wait,
+// so that at most two kernels overlap.
 __device__ __forceinline__ void pdl_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
+// Approximate 2^x, log2(x), 1/x.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -146,7 +150,7 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// max(|x|, |y|); NaN where one is.
+// Returns max(|x|, |y|), or NaN if x or y is NaN.
 __device__ __forceinline__ float max_magnitude(float x, float y) {
     float z;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(fabsf(x)), "f"(fabsf(y)));

@@ -1,9 +1,12 @@
-// dense_sm90.cu: the dense kernels (dense.cu) for Hopper: TMA brings tiles into a ring of stages in shared
-// memory, two warpgroups of consumers multiply with wgmma. A group's heads are packed into a tile's rows: row
-// r is head r % g of token r / g, so that g heads share each tile of K and V and the masks stay tight.
+// dense.cuh: code shared by the dense attention kernels for Hopper (dense_fwd.cu, dense_bwd.cu): tile sizes,
+// matmuls on tiles in shared memory, the pipeline state, and the launcher.
 //
-// Both kernels are persistent: a thread block takes work items, long ones first, so that all end together;
-// the loads of the next item travel while this one's results are written.
+// In both kernels a producer warpgroup loads tiles by TMA into a pipeline in shared memory, and two consumer
+// warpgroups run wgmma on them. Both are persistent: longer work items come first, so that all thread blocks
+// end together, and the loads of the next work item overlap the epilogue of the current one.
+//
+// The g query heads of a KV head are packed into the rows of a tile: row r is head r % g of token r / g. So g
+// heads share each tile of K and V, and a tile spans few positions, which keeps the masked part small.
 #ifndef FSA_SM90_DENSE_CUH
 #define FSA_SM90_DENSE_CUH
 #include "../dense.cuh"
@@ -11,87 +14,89 @@
 #include "tma.cuh"
 
 enum {
-    ROWS = 128,       // rows of a work item of forward, 64 a warpgroup
-    KEYS = 128,       // keys of a tile that forward streams; of a work item of backward, 64 a warpgroup
-    STREAM_ROWS = 64, // rows of a tile that backward streams
-    // Backward takes some heads together, few, so that several tiles of keys of each are under way and share
-    // what their rows bring into the L2, but so many that the last of them still fill all multiprocessors.
-    FEW_HEADS = 8,
-    ENOUGH_ITEMS = 256,
-    // The compressed rule's longest work item is twice the average, so where a wave or two of thread blocks
-    // would take all items, these are divided: in two, and where there are few so that they make some 192. 192,
-    // 256, 384 and 512 were tried, at 4K to 96K tokens.
-    UNDIVIDED_ITEMS = 256,
-    HALVED_ITEMS = 128,
-    SHARED_ITEMS = 192,
-    MOST_SHARES = 16,
-    KV_STAGES = 2,
-    CONSUMERS = 256, // threads; a third warpgroup produces
-    THREADS = CONSUMERS + 128,
-    // Of a thread of forward and of backward, whose producers keep books.
-    PRODUCER_REGISTERS = 24,
-    CONSUMER_REGISTERS = 240,
-    BACKWARD_PRODUCER_REGISTERS = 40,
-    BACKWARD_CONSUMER_REGISTERS = 232,
+    FWD_ROWS = 128, // forward: rows of a work item, 64 per warpgroup
+    KEYS = 128,     // forward: keys of a K or V tile; backward: keys of a work item, 64 per warpgroup
+    BWD_ROWS = 64,  // backward: rows of a Q or dO tile
+    KV_STAGES = 2,  // forward: stages of K and of V
+    // Backward processes head groups one after another. A small group keeps several key tiles of each head in
+    // flight, which share Q and dO in L2. A group has at least MIN_HEAD_GROUP / num_splits heads and
+    // MIN_GROUP_ITEMS work items, so that the last group still fills all SMs.
+    MIN_HEAD_GROUP = 8,
+    MIN_GROUP_ITEMS = 256,
+    // Splits of backward under the compressed rule, where the longest work item is twice the average. With
+    // few work items (one or two per SM) that leaves SMs idle, so the rows of each are split.
+    NO_SPLIT_ITEMS = 256,     // from so many work items on: no split
+    TWO_SPLIT_ITEMS = 128,    // from so many on: two splits
+    SPLIT_TARGET_ITEMS = 192, // below: as many splits as make about this many work items
+    MAX_SPLITS = 16,
+    CONSUMER_THREADS = 256, // two warpgroups; a third one is the producer
+    THREADS = CONSUMER_THREADS + 128,
+    // Registers per thread. The producers of backward need more: they iterate over row tiles themselves.
+    FWD_PRODUCER_REGISTERS = 24,
+    FWD_CONSUMER_REGISTERS = 240,
+    BWD_PRODUCER_REGISTERS = 40,
+    BWD_CONSUMER_REGISTERS = 232,
 };
 
-struct Maps {
+// TMA tensor maps, passed to kernels by value. Forward leaves dout unset.
+struct TensorMaps {
     CUtensorMap q, dout, k, v;
 };
 
-// ---- tiles in shared memory: D/64 panels of 64 columns ---------------------------------------------------
-// x (64 x N) = A B^T: 64 rows of A from address a on, N rows of B from address b on, both in panels of so
-// many rows.
+// ---- matmuls of a warpgroup on tiles in shared memory, D/64 panels of 64 columns (ptx.cuh) ----------------
+// x (64 x N) = A B^T, asynchronous. A: 64 rows from address a on, in panels of A_ROWS rows. B: N rows from
+// address b on, in panels of B_ROWS rows.
 template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
-static __device__ __forceinline__ void product_rows(float (&x)[N8][4], uint32_t a, uint32_t b) {
-    const uint64_t from_a = make_smem_desc(a), from_b = make_smem_desc(b);
+static __device__ __forceinline__ void gemm_ss(float (&x)[N8][4], uint32_t a, uint32_t b) {
+    const uint64_t desc_a = make_smem_desc(a), desc_b = make_smem_desc(b);
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
-        wgmma_ss<T>(x, advance_desc(from_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
-                    advance_desc(from_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
+        wgmma_ss<T>(x, advance_desc(desc_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
+                    advance_desc(desc_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
 }
-// x (64 x D) = (add ? x : 0) + A B: A (64 x 16*K16) in registers, B's rows from address b on.
+// x (64 x D) = (accumulate ? x : 0) + A B, asynchronous. A (64 x 16*K16) in registers, B (16*K16 x D) from
+// address b on, in panels of B_ROWS rows.
 template <typename T, int B_ROWS, int N8, int K16>
-static __device__ __forceinline__ void product_columns(float (&x)[N8][4], const uint32_t (&a)[K16][4],
-                                                       uint32_t b, bool add) {
-    const uint64_t from = make_smem_desc(b, B_ROWS * 128);
+static __device__ __forceinline__ void gemm_rs(float (&x)[N8][4], const uint32_t (&a)[K16][4], uint32_t b,
+                                               bool accumulate) {
+    const uint64_t desc_b = make_smem_desc(b, B_ROWS * 128);
 #pragma unroll
-    for (int k = 0; k < K16; k++) wgmma_rs<T, 1>(x, a[k], advance_desc(from, k * 2048), add || k > 0);
+    for (int k = 0; k < K16; k++)
+        wgmma_rs<T, 1>(x, a[k], advance_desc(desc_b, k * 2048), accumulate || k > 0);
 }
 
-// ---- the ring ---------------------------------------------------------------------------------------------
-// A stage of the ring and the parity of its current round.
-template <int STAGES> struct Turn {
-    int stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+// ---- pipeline ---------------------------------------------------------------------------------------------
+// The current stage of a pipeline, and the phase of its barriers, which flips after the last stage.
+template <int STAGES> struct PipelineState {
+    int stage = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
     }
 };
-// Arrivals of the consumers' warps, each of which is done with what a barrier guards.
-enum { RELEASES = CONSUMERS / 32 * WARP_ARRIVALS };
+// Arrivals of all consumer warps at an empty barrier: one per warp that has finished reading the stage.
+enum { CONSUMER_ARRIVALS = CONSUMER_THREADS / 32 * WARP_ARRIVALS };
 
-// A tile of TILE_ROWS rows that goes on past its sequence's: rows `from` on become zeros, since what lies
-// there may be no number, which no probability of 0 makes harmless. All consumers call it.
-template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_rows(char *tile, int from) {
-    for (int i = threadIdx.x; i < (TILE_ROWS - from) * (D / 8); i += CONSUMERS)
-        *(uint4 *)(tile + panel_offset(from + i / (D / 8), i % (D / 8), TILE_ROWS * 128)) =
+// Sets the rows of a tile from `first` on to zero: they belong to another sequence. A NaN or Inf there would
+// spread even where P is 0. All consumer threads call it. TILE_ROWS: rows of the tile.
+template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_rows(char *tile, int first) {
+    for (int i = threadIdx.x; i < (TILE_ROWS - first) * (D / 8); i += CONSUMER_THREADS)
+        *(uint4 *)(tile + panel_offset(first + i / (D / 8), i % (D / 8), TILE_ROWS * 128)) =
             make_uint4(0, 0, 0, 0);
     fence_proxy_async();
-    named_barrier_sync(3, CONSUMERS);
+    named_barrier_sync(3, CONSUMER_THREADS);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Launches
-
-static int processors() {
+// ---- launch -----------------------------------------------------------------------------------------------
+static int num_sms() {
     int device = 0, count = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     return count;
 }
 
-// q and dO in boxes of `tokens` tokens of a group's heads, k and v in boxes of KEYS keys of a head.
-static int make_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tokens, Maps *m) {
+// Makes the tensor maps: q and dO in boxes of `tokens` tokens x g heads x 64 channels, k and v in boxes of
+// KEYS keys of one head x 64 channels. Returns an FsaStatus.
+static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tokens, TensorMaps *m) {
     int g = d.q_heads / d.kv_heads;
     int64_t q_size[] = {head_dim, d.q_heads, d.batch.nq},
             q_stride[] = {2, head_dim * 2, (int64_t)d.q_heads * head_dim * 2};
@@ -105,15 +110,17 @@ static int make_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tok
     return status;
 }
 
+// Launches a persistent kernel: a thread block per SM, at most one per work item. bytes: shared memory of a
+// thread block. Returns an FsaStatus.
 template <typename Kernel>
-static int launch(Kernel kernel, const DenseParams &d, const Maps &maps, int64_t items, int bytes,
-                  cudaStream_t stream) {
-    if (items == 0) return FSA_OK;
+static int launch_persistent(Kernel kernel, const DenseParams &d, const TensorMaps &maps, int64_t num_items,
+                             int bytes, cudaStream_t stream) {
+    if (num_items == 0) return FSA_OK;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
         return FSA_ERROR_CUDA;
-    int64_t blocks = processors();
-    if (blocks > items) blocks = items;
-    kernel<<<(unsigned)blocks, THREADS, bytes, stream>>>(d, maps, items);
+    int64_t blocks = num_sms();
+    if (blocks > num_items) blocks = num_items;
+    kernel<<<(unsigned)blocks, THREADS, bytes, stream>>>(d, maps, num_items);
     return launch_status();
 }
 

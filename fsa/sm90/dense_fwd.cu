@@ -1,156 +1,194 @@
+// dense_fwd.cu: forward pass of dense attention on Hopper. ../dense.cuh lists the rules.
+//
+//     S = scale Q K^T, masked    P = exp(S - max)    O = P V / sum(P)    lse = max + ln sum(P)
+//
+// A work item is O and lse of 128 rows of one KV head: 128/g tokens times the g heads of its group.
+// Persistent thread blocks, one per SM, process work items in a static order:
+//
+//     warpgroups 0 and 1           64 rows each: matmuls, online softmax, O and lse to memory
+//     warpgroup 2, one thread      loads by TMA: Q of the next work item, then its K and V tiles of 128 keys
+//
+// A consumer issues S of key tile j and P V of tile j - 1 together. Two named barriers make the consumers
+// alternate, so that the softmax of one overlaps the matmuls of the other:
+//
+//     warpgroup 0    S(j), PV(j-1) | softmax(j)    | S(j+1), PV(j) | softmax(j+1)  | ...
+//     warpgroup 1    softmax(j-1)  | S(j), PV(j-1) | softmax(j)    | S(j+1), PV(j) | ...
+//
+// Shared memory, d = 128: Q 2 x 32 KiB, K 2 x 32 KiB, V 2 x 32 KiB, O 32 KiB. One warpgroup sums over the
+// keys of a row in a fixed order, so O and lse are reproducible.
+//
+// Floors at 64K tokens, (32, 8) heads, d = 128: 4*d FLOPs per visible pair at 790 TFLOP/s; HBM: q, k, v, o
+// once at 4.3 TB/s. L2: K and V once per 128 rows. exp, 16 per clock and SM, takes a third of the time of
+// the matmuls. The matmuls bind for every rule:
+//
+//     causal                             35 TFLOP    44.5 ms     1.3 GB    0.3 ms
+//     compressed                        2.2 TFLOP     2.8 ms     1.1 GB    0.3 ms
+//     window 512                       0.55 TFLOP     0.7 ms     1.3 GB    0.3 ms
+//     1 initial and 2 local blocks     0.27 TFLOP    0.35 ms     1.3 GB    0.3 ms    (two whole key tiles)
 #include "dense.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// Work items of forward: up to 128/g tokens of one KV head, and the tiles of keys that they see: those from
-// `begin` on, or, of forced blocks, the first `init_tiles`, and `begin` is so much less.
+// Up to 128/g tokens of one KV head, and the tiles of KEYS keys that they see. Tiles cover one range of keys,
+// or with INIT_LOCAL two: the initial blocks and the local blocks.
 struct QWorkItem {
-    int row, rows; // the first token's place in q, and how many tokens: 0 no such item, -1 no more items
-    int kv_head, first_pos, begin, keys; // keys: of the whole sequence
-    int tiles, init_tiles;
-    template <bool FORCED> __device__ __forceinline__ int first_key(int tile) const {
-        return FORCED && tile < init_tiles ? tile * KEYS : begin + tile * KEYS;
+    int first_token, num_tokens;   // row of the first token in q; num_tokens 0: empty item, -1: no more items
+    int kv_head, first_pos;        // position of the first token in its sequence
+    int key_begin, seq_keys;       // offset of the tiles, see first_key; keys of the whole sequence
+    int num_tiles, num_init_tiles; // all tiles; tiles of the initial blocks, which come first
+
+    // Returns the first key of a tile, counted within the sequence.
+    template <bool INIT_LOCAL> __device__ __forceinline__ int first_key(int tile) const {
+        return INIT_LOCAL && tile < num_init_tiles ? tile * KEYS : key_begin + tile * KEYS;
     }
 };
 
-// That of a thread block's `round`: items are taken from both ends of each round in turn. key0: the
-// sequence's first key.
-template <bool FORCED>
-static __device__ __forceinline__ QWorkItem q_work_item(const DenseParams &p, int round, int items, int *key0) {
+// Returns the thread block's work item of a round and, in *seq_key0, the row of its sequence's first key in
+// k. Items begin with the last tokens of the batch, so that the longest rows of a sequence come first. Odd
+// rounds assign items to thread blocks in reverse order, which balances the load.
+template <bool INIT_LOCAL>
+static __device__ __forceinline__ QWorkItem find_q_work_item(const DenseParams &p, int round, int num_items,
+                                                             int *seq_key0) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     QWorkItem w = {};
-    w.rows = -1;
-    if (item >= items) return w;
+    w.num_tokens = -1;
+    if (item >= num_items) return w;
     const int g = p.q_heads / p.kv_heads, tile = item / p.kv_heads;
-    const RowTile rows =
-        find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS / g, items / p.kv_heads - 1 - tile);
-    w.row = (int)rows.row, w.rows = rows.rows;
+    const RowTile tokens = find_row_tile(p.batch.cu_queries, p.batch.num_segments, FWD_ROWS / g,
+                                         num_items / p.kv_heads - 1 - tile);
+    w.first_token = (int)tokens.row, w.num_tokens = tokens.rows;
     w.kv_head = item - tile * p.kv_heads;
-    if (w.rows == 0) return w;
-    FsaSegment segment = p.batch.segments[rows.range];
-    w.first_pos = (int)segment.pos + rows.first;
-    w.begin = FORCED ? p.forced.local_begin(w.first_pos) : p.visible.first_key(w.first_pos);
-    *key0 = (int)p.cu_keys[segment.seq];
-    w.keys = (int)p.cu_keys[segment.seq + 1] - *key0;
-    int end = min(p.visible.end_key(w.first_pos + w.rows - 1), w.keys);
-    if (FORCED) {
-        const int init_end = min(p.forced.init_end, end);
-        if (p.forced.local == 0) end = init_end;
-        w.init_tiles = (init_end + KEYS - 1) / KEYS;
-        if (w.init_tiles * KEYS >= w.begin) w.init_tiles = w.begin = 0; // one range
+    if (w.num_tokens == 0) return w;
+    FsaSegment segment = p.batch.segments[tokens.range];
+    w.first_pos = (int)segment.pos + tokens.first;
+    w.key_begin = INIT_LOCAL ? p.init_local.local_begin(w.first_pos) : p.mask.first_key(w.first_pos);
+    *seq_key0 = (int)p.cu_keys[segment.seq];
+    w.seq_keys = (int)p.cu_keys[segment.seq + 1] - *seq_key0;
+    int end = min(p.mask.end_key(w.first_pos + w.num_tokens - 1), w.seq_keys);
+    if (INIT_LOCAL) {
+        const int init_end = min(p.init_local.init_end, end);
+        if (p.init_local.local_blocks == 0) end = init_end;
+        w.num_init_tiles = (init_end + KEYS - 1) / KEYS;
+        if (w.num_init_tiles * KEYS >= w.key_begin) w.num_init_tiles = w.key_begin = 0; // the ranges meet
     }
-    w.tiles = end > w.begin ? (end - w.begin + KEYS - 1) / KEYS : 0;
-    if (FORCED) w.tiles += w.init_tiles, w.begin -= w.init_tiles * KEYS;
+    w.num_tiles = end > w.key_begin ? (end - w.key_begin + KEYS - 1) / KEYS : 0;
+    if (INIT_LOCAL) w.num_tiles += w.num_init_tiles, w.key_begin -= w.num_init_tiles * KEYS;
     return w;
 }
 
-// The same in uniform registers, as it comes to all lanes from one place.
-static __device__ __forceinline__ QWorkItem uniform(QWorkItem w) {
-    for (int *x = &w.row; x <= &w.init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
+// Broadcasts lane 0's copy, so that the compiler keeps the fields in uniform registers.
+static __device__ __forceinline__ QWorkItem to_uniform_registers(QWorkItem w) {
+    for (int *x = &w.first_token; x <= &w.num_init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
     return w;
 }
 
-// Barriers and tiles of forward: Q and what to do with it, of this work item and the next one; the ring of K
-// and V.
+// Shared memory: two stages of Q with its work item, KV_STAGES stages of K and of V, a full and an empty
+// barrier per stage. Addresses are 32-bit shared-memory addresses.
+//
+//     0: Q tiles | K tiles | V tiles | WORK_OFFSET: work items | BARRIER_OFFSET: barriers, 128 bytes | O
 template <int D> struct ForwardPipeline {
-    static constexpr int Q_STAGES = 2, Q_BYTES = ROWS * D * 2, KV_BYTES = KEYS * D * 2;
-    static constexpr int TILES = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
-    static constexpr int BYTES = TILES + Q_STAGES * (int)sizeof(QWorkItem);
+    static constexpr int Q_STAGES = 2, Q_BYTES = FWD_ROWS * D * 2, KV_BYTES = KEYS * D * 2;
+    static constexpr int WORK_OFFSET = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
+    static constexpr int BARRIER_OFFSET = WORK_OFFSET + Q_STAGES * (int)sizeof(QWorkItem);
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
     __device__ __forceinline__ ForwardPipeline(uint32_t start) {
         q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
-        q_full = start + BYTES, q_empty = q_full + 8 * Q_STAGES;
+        q_full = start + BARRIER_OFFSET, q_empty = q_full + 8 * Q_STAGES;
         k_full = q_empty + 8 * Q_STAGES, k_empty = k_full + 8 * KV_STAGES;
         v_full = k_empty + 8 * KV_STAGES, v_empty = v_full + 8 * KV_STAGES;
     }
-    __device__ __forceinline__ void init() const {
+    __device__ __forceinline__ void init_barriers() const {
         for (int i = 0; i < Q_STAGES; i++)
-            mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, RELEASES);
+            mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, CONSUMER_ARRIVALS);
         for (int i = 0; i < KV_STAGES; i++) {
-            mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, RELEASES);
-            mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, RELEASES);
+            mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, CONSUMER_ARRIVALS);
+            mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, CONSUMER_ARRIVALS);
         }
         mbarrier_init_fence();
     }
-    // The producer's thread: all loads of this thread block. work: behind the tiles.
-    template <bool FORCED>
-    __device__ void produce(const DenseParams &p, const Maps &maps, int items, QWorkItem *work) const {
-        const int g = p.q_heads / p.kv_heads, q_bytes = ROWS / g * g * D * 2;
-        Turn<KV_STAGES> turn;
-        Turn<Q_STAGES> q_turn;
+    // The producer thread: finds the thread block's work items, writes them to `work` and loads their tiles.
+    template <bool INIT_LOCAL>
+    __device__ void load_tiles(const DenseParams &p, const TensorMaps &maps, int num_items,
+                               QWorkItem *work) const {
+        const int g = p.q_heads / p.kv_heads, q_bytes = FWD_ROWS / g * g * D * 2;
+        PipelineState<KV_STAGES> kv_state;
+        PipelineState<Q_STAGES> q_state;
         QWorkItem w = {};
-        for (int round = 0; w.rows >= 0; round++) {
-            int key0;
-            w = q_work_item<FORCED>(p, round, items, &key0);
-            if (w.rows == 0) continue;
-            const uint32_t q_at = 8 * q_turn.stage;
-            mbarrier_wait(q_empty + q_at, q_turn.parity ^ 1);
-            work[q_turn.stage] = w;
-            mbarrier_arrive_expect(q_full + q_at, w.tiles > 0 ? q_bytes : 0);
-            for (int i = 0; i < D / 64 && w.tiles > 0; i++)
-                tma_load_3d(q + q_turn.stage * Q_BYTES + i * ROWS * 128, &maps.q, i * 64, w.kv_head * g,
-                            w.row, q_full + q_at);
-            q_turn.next();
-            for (int tile = 0; tile < w.tiles; tile++, turn.next()) {
-                int key = key0 + w.first_key<FORCED>(tile);
-                uint32_t at = 8 * turn.stage;
-                mbarrier_wait(k_empty + at, turn.parity ^ 1);
-                mbarrier_arrive_expect(k_full + at, KV_BYTES);
+        for (int round = 0; w.num_tokens >= 0; round++) {
+            int seq_key0;
+            w = find_q_work_item<INIT_LOCAL>(p, round, num_items, &seq_key0);
+            if (w.num_tokens == 0) continue;
+            const uint32_t q_at = 8 * q_state.stage;
+            mbarrier_wait(q_empty + q_at, q_state.phase ^ 1);
+            work[q_state.stage] = w;
+            mbarrier_arrive_expect_tx(q_full + q_at, w.num_tiles > 0 ? q_bytes : 0);
+            for (int i = 0; i < D / 64 && w.num_tiles > 0; i++)
+                tma_load_3d(q + q_state.stage * Q_BYTES + i * FWD_ROWS * 128, &maps.q, i * 64, w.kv_head * g,
+                            w.first_token, q_full + q_at);
+            q_state.advance();
+            for (int tile = 0; tile < w.num_tiles; tile++, kv_state.advance()) {
+                int key = seq_key0 + w.first_key<INIT_LOCAL>(tile);
+                uint32_t at = 8 * kv_state.stage;
+                mbarrier_wait(k_empty + at, kv_state.phase ^ 1);
+                mbarrier_arrive_expect_tx(k_full + at, KV_BYTES);
                 for (int i = 0; i < D / 64; i++)
-                    tma_load_3d(k + turn.stage * KV_BYTES + i * KEYS * 128, &maps.k, i * 64, w.kv_head, key,
-                                k_full + at);
-                mbarrier_wait(v_empty + at, turn.parity ^ 1);
-                mbarrier_arrive_expect(v_full + at, KV_BYTES);
+                    tma_load_3d(k + kv_state.stage * KV_BYTES + i * KEYS * 128, &maps.k, i * 64, w.kv_head,
+                                key, k_full + at);
+                mbarrier_wait(v_empty + at, kv_state.phase ^ 1);
+                mbarrier_arrive_expect_tx(v_full + at, KV_BYTES);
                 for (int i = 0; i < D / 64; i++)
-                    tma_load_3d(v + turn.stage * KV_BYTES + i * KEYS * 128, &maps.v, i * 64, w.kv_head, key,
-                                v_full + at);
+                    tma_load_3d(v + kv_state.stage * KV_BYTES + i * KEYS * 128, &maps.v, i * 64, w.kv_head,
+                                key, v_full + at);
             }
         }
     }
 };
 
-// Rows that a thread holds of its warpgroup's 64: row[half], the keys begin..end that it sees, and its place
-// in q.
+// The two rows of the tile whose scores a thread holds.
 struct ThreadRows {
-    int row[2], begin[2], end[2];
-    int64_t at[2]; // row * q_heads + head; -1: none
-    template <bool FORCED>
-    __device__ __forceinline__ void place(const DenseParams &p, const QWorkItem &w, int warpgroup) {
+    int row[2];                   // in the tile, 0 .. 127
+    int key_begin[2], key_end[2]; // keys that the row sees; with INIT_LOCAL those of its local blocks
+    int64_t lse_index[2];         // token * q_heads + head, or -1 past the work item's tokens
+    template <bool INIT_LOCAL>
+    __device__ __forceinline__ void init(const DenseParams &p, const QWorkItem &w, int warpgroup) {
         const int g = p.q_heads / p.kv_heads;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
             const int token = fast_divide(row[i], p.group_divisor);
-            at[i] = token < w.rows ? (int64_t)(w.row + token) * p.q_heads + w.kv_head * g + row[i] - token * g
-                                   : -1;
-            begin[i] = begin_of<FORCED>(p, w.first_pos + token), end[i] = end_of(p, w, w.first_pos + token);
+            lse_index[i] = token < w.num_tokens ? (int64_t)(w.first_token + token) * p.q_heads +
+                                                      w.kv_head * g + row[i] - token * g
+                                                : -1;
+            key_begin[i] = first_key_at<INIT_LOCAL>(p, w.first_pos + token);
+            key_end[i] = end_key_at(p, w, w.first_pos + token);
         }
     }
-    // Those of the query at a position; of forced blocks the local ones.
-    template <bool FORCED> static __device__ __forceinline__ int begin_of(const DenseParams &p, int pos) {
-        return FORCED ? p.forced.local_begin(pos) : p.visible.first_key(pos);
+    // The range of keys that the query at position pos sees; with INIT_LOCAL the range of its local blocks.
+    template <bool INIT_LOCAL>
+    static __device__ __forceinline__ int first_key_at(const DenseParams &p, int pos) {
+        return INIT_LOCAL ? p.init_local.local_begin(pos) : p.mask.first_key(pos);
     }
-    static __device__ __forceinline__ int end_of(const DenseParams &p, const QWorkItem &w, int pos) {
-        return min(p.visible.end_key(pos), w.keys);
+    static __device__ __forceinline__ int end_key_at(const DenseParams &p, const QWorkItem &w, int pos) {
+        return min(p.mask.end_key(pos), w.seq_keys);
     }
 };
 
-// Scores that a row doesn't see become -inf, where a warpgroup's rows and the tile of keys j0.. meet the
-// rule's edge. last_begin, first_end: of the warpgroup's last and first row. init: the tile is one of the
-// first blocks'.
-template <bool FORCED, int N8>
-static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (&s)[N8][4], const ThreadRows &mine,
-                                                   int last_begin, int first_end, bool init, int j0) {
-    const int init_end = p.forced.init_end;
-    if (init) last_begin = 0, first_end = min(first_end, init_end);
-    if (j0 >= last_begin && j0 + N8 * 8 <= first_end) return;
-    const int mine0 = j0 + threadIdx.x % 4 * 2; // the thread's first key
+// Sets the scores of invisible keys to -inf, in a tile of keys from j0 on. max_key_begin and min_key_end are
+// the tightest bounds of the warpgroup's rows: a tile within them needs no mask. init: the tile belongs to
+// the initial blocks.
+template <bool INIT_LOCAL, int N8>
+static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (&s)[N8][4],
+                                                   const ThreadRows &rows, int max_key_begin, int min_key_end,
+                                                   bool init, int j0) {
+    const int init_end = p.init_local.init_end;
+    if (init) max_key_begin = 0, min_key_end = min(min_key_end, init_end);
+    if (j0 >= max_key_begin && j0 + N8 * 8 <= min_key_end) return;
+    const int thread_key0 = j0 + threadIdx.x % 4 * 2; // the first key of the thread
     int begin[2], end[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        begin[i] = mine.begin[i] - mine0;
-        end[i] = (FORCED && init ? min(mine.end[i], init_end) : mine.end[i]) - mine0;
+        begin[i] = rows.key_begin[i] - thread_key0;
+        end[i] = (INIT_LOCAL && init ? min(rows.key_end[i], init_end) : rows.key_end[i]) - thread_key0;
     }
-    if (FORCED && j0 >= last_begin) {
+    if (INIT_LOCAL && j0 >= max_key_begin) {
 #pragma unroll
         for (int n = 0; n < N8; n++) {
 #pragma unroll
@@ -164,196 +202,199 @@ static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int j = n * 8 + e % 2;
-            if (j >= end[e / 2] || (j < begin[e / 2] && !(FORCED && j < init_end - mine0)))
+            if (j >= end[e / 2] || (j < begin[e / 2] && !(INIT_LOCAL && j < init_end - thread_key0)))
                 s[n][e] = -INFINITY;
         }
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Forward
-//
-// A work item: o and lse of 128 rows. Each warpgroup computes S = Q K^T for one tile of keys while P V of the
-// tile before is under way, and the two warpgroups take turns at issuing their products, so that one's
-// softmax hides behind the other's products. Bytes: q and o once, K and V once for every 128 rows of a group
-// (from L2). Floors: 4*d flops a visible pair at 790 TFLOP/s; exp 16 a clock and multiprocessor, a third of
-// that time at d = 128. At 64K tokens, 32 heads, d = 128: causal 35 TFLOP, 44.5 ms; compressed 2.2 TFLOP, 2.8
-// ms; window 512: 0.55 TFLOP, 0.7 ms, against 1.3 GB, 0.3 ms. FORCED: the rule of InitLocalBlocks, two ranges of keys;
-// of 1 + 2 blocks of 64 two tiles an item, 0.27 TFLOP, 0.35 ms, against 1.1 GB, 0.24 ms: 0.68 on an H100.
-template <typename T, int D, bool FORCED>
+// INIT_LOCAL: queries see the initial and local blocks (p.init_local) instead of what p.mask says.
+template <typename T, int D, bool INIT_LOCAL>
 __global__ void __launch_bounds__(THREADS, 1)
-    dense_forward_sm90_kernel(const DenseParams p, const __grid_constant__ Maps maps, int items) {
+    dense_forward_sm90_kernel(const DenseParams p, const __grid_constant__ TensorMaps maps, int num_items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef ForwardPipeline<D> Ring;
+    typedef ForwardPipeline<D> Pipeline;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
-    const Ring ring(start);
-    QWorkItem *const work = (QWorkItem *)(tiles + Ring::TILES);
-    char *const staging = tiles + Ring::BYTES + 128; // o on its way out, 128 x D
-    if (threadIdx.x == 0) ring.init();
+    const Pipeline pipe(start);
+    QWorkItem *const work = (QWorkItem *)(tiles + Pipeline::WORK_OFFSET);
+    char *const smem_o = tiles + Pipeline::BARRIER_OFFSET + 128; // [128, D], staging of O
+    if (threadIdx.x == 0) pipe.init_barriers();
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
-        warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMERS) ring.template produce<FORCED>(p, maps, items, work);
+        warpgroup_reg_dealloc<FWD_PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMER_THREADS) pipe.template load_tiles<INIT_LOCAL>(p, maps, num_items, work);
     } else {
-        warpgroup_reg_alloc<CONSUMER_REGISTERS>();
+        warpgroup_reg_alloc<FWD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
         const float scale = p.scale * FSA_LOG2E;
-        Turn<KV_STAGES> turn;
-        Turn<Ring::Q_STAGES> q_turn;
-        // Whose turn it is to issue products: barrier 1 + warpgroup opens when the other one has issued its
-        // own.
-        if (warpgroup == 1) named_barrier_arrive(1, CONSUMERS);
+        PipelineState<KV_STAGES> kv_state;
+        PipelineState<Pipeline::Q_STAGES> q_state;
+        // Named barrier 1 + w admits warpgroup w once the other warpgroup has issued its matmuls.
+        if (warpgroup == 1) named_barrier_arrive(1, CONSUMER_THREADS);
         for (;;) {
-            mbarrier_wait(ring.q_full + 8 * q_turn.stage, q_turn.parity);
-            const QWorkItem w = uniform(work[q_turn.stage]);
-            if (w.rows < 0) break;
-            ThreadRows mine;
-            mine.place<FORCED>(p, w, warpgroup);
+            mbarrier_wait(pipe.q_full + 8 * q_state.stage, q_state.phase);
+            const QWorkItem w = to_uniform_registers(work[q_state.stage]);
+            if (w.num_tokens < 0) break;
+            ThreadRows rows;
+            rows.init<INIT_LOCAL>(p, w, warpgroup);
             const int first_pos = w.first_pos + fast_divide(warpgroup * 64, p.group_divisor),
                       last_pos = w.first_pos + fast_divide(warpgroup * 64 + 63, p.group_divisor),
-                      first_end = ThreadRows::end_of(p, w, first_pos),
-                      last_begin = ThreadRows::begin_of<FORCED>(p, last_pos);
-            float out[D / 8][4], s[KEYS / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-            uint32_t probabilities[KEYS / 16][4];
-            auto multiply_keys = [&]() { // S = Q K^T, the next tile's
-                mbarrier_wait(ring.k_full + 8 * turn.stage, turn.parity);
-                named_barrier_sync(1 + warpgroup, CONSUMERS);
+                      min_key_end = ThreadRows::end_key_at(p, w, first_pos),
+                      max_key_begin = ThreadRows::first_key_at<INIT_LOCAL>(p, last_pos);
+            float out[D / 8][4], s[KEYS / 8][4], row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
+            uint32_t p_frag[KEYS / 16][4];
+            // S = Q K^T of the tile at kv_state
+            auto gemm_qk = [&]() {
+                mbarrier_wait(pipe.k_full + 8 * kv_state.stage, kv_state.phase);
+                named_barrier_sync(1 + warpgroup, CONSUMER_THREADS);
                 wgmma_fence();
-                product_rows<T, D, ROWS, KEYS>(s,
-                                               ring.q + q_turn.stage * Ring::Q_BYTES + warpgroup * 64 * 128,
-                                               ring.k + turn.stage * Ring::KV_BYTES);
+                gemm_ss<T, D, FWD_ROWS, KEYS>(
+                    s, pipe.q + q_state.stage * Pipeline::Q_BYTES + warpgroup * 64 * 128,
+                    pipe.k + kv_state.stage * Pipeline::KV_BYTES);
                 wgmma_commit();
             };
-            auto multiply_values = [&](const Turn<KV_STAGES> &at, bool add) { // out (+)= P V
-                mbarrier_wait(ring.v_full + 8 * at.stage, at.parity);
+            // O (+)= P V of the tile at state
+            auto gemm_pv = [&](const PipelineState<KV_STAGES> &state, bool accumulate) {
+                mbarrier_wait(pipe.v_full + 8 * state.stage, state.phase);
                 wgmma_fence();
-                product_columns<T, KEYS>(out, probabilities, ring.v + at.stage * Ring::KV_BYTES, add);
+                gemm_rs<T, KEYS>(out, p_frag, pipe.v + state.stage * Pipeline::KV_BYTES, accumulate);
                 wgmma_commit();
             };
-            float shrink[2];
-            auto softmax = [&](int tile) { // S becomes exp(S - max), and the sums so far are to shrink
-                mask_scores<FORCED>(p, s, mine, last_begin, first_end, FORCED && tile < w.init_tiles,
-                                    w.first_key<FORCED>(tile));
+            float rescale[2];
+            // S = exp(S - max). Updates the rows' max and sum; rescale is the factor for the earlier O.
+            auto softmax = [&](int tile) {
+                mask_scores<INIT_LOCAL>(p, s, rows, max_key_begin, min_key_end,
+                                        INIT_LOCAL && tile < w.num_init_tiles, w.first_key<INIT_LOCAL>(tile));
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float most = max[half];
+                    float new_max = row_max[half];
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n++)
-                        most = fmaxf(most, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
-                    most = quad_max(most);
-                    // A row that has seen nothing yet has no maximum; 0 keeps its differences defined.
-                    float base = most == -INFINITY ? 0 : most * scale, added = 0;
-                    shrink[half] = exp2_fast(max[half] * scale - base);
-                    max[half] = most;
+                        new_max = fmaxf(new_max, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+                    new_max = quad_reduce_max(new_max);
+                    // While a row has seen no key, its maximum is -inf. 0 instead avoids inf - inf.
+                    float scaled_max = new_max == -INFINITY ? 0 : new_max * scale, tile_sum = 0;
+                    rescale[half] = exp2_fast(row_max[half] * scale - scaled_max);
+                    row_max[half] = new_max;
 #pragma unroll
                     for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
                         for (int e = 0; e < 2; e++) {
                             float &x = s[n][half * 2 + e];
-                            x = exp2_fast(x * scale - base);
-                            added += x;
+                            x = exp2_fast(x * scale - scaled_max);
+                            tile_sum += x;
                         }
                     }
-                    sum[half] = sum[half] * shrink[half] + added;
+                    row_sum[half] = row_sum[half] * rescale[half] + tile_sum;
                 }
             };
-            auto pack = [&]() {
+            auto pack_p = [&]() {
 #pragma unroll
-                for (int k = 0; k < KEYS / 16; k++) result_as_a<T>(probabilities[k], s[2 * k], s[2 * k + 1]);
+                for (int k = 0; k < KEYS / 16; k++) accum_as_a<T>(p_frag[k], s[2 * k], s[2 * k + 1]);
             };
 
-            if (w.tiles > 0) {
-                multiply_keys();
-                named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
+            // Main loop: S of this tile and P V of the previous one are in flight together.
+            if (w.num_tiles > 0) {
+                gemm_qk();
+                named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMER_THREADS);
                 wgmma_wait<0>();
                 fence_operand(s);
-                mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
+                mbarrier_arrive_warp(pipe.k_empty + 8 * kv_state.stage);
                 softmax(0);
-                pack();
-                Turn<KV_STAGES> before = turn; // the tile whose P V is still to be done
-                turn.next();
-                for (int tile = 1; tile < w.tiles; tile++, turn.next()) {
-                    multiply_keys();
-                    multiply_values(before, tile > 1);
-                    named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMERS);
+                pack_p();
+                PipelineState<KV_STAGES> prev = kv_state; // the tile whose P V is pending
+                kv_state.advance();
+                for (int tile = 1; tile < w.num_tiles; tile++, kv_state.advance()) {
+                    gemm_qk();
+                    gemm_pv(prev, tile > 1);
+                    named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMER_THREADS);
                     wgmma_wait<1>();
                     fence_operand(s);
-                    mbarrier_arrive_warp(ring.k_empty + 8 * turn.stage);
+                    mbarrier_arrive_warp(pipe.k_empty + 8 * kv_state.stage);
                     softmax(tile);
                     wgmma_wait<0>();
                     fence_operand(out);
-                    mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
-                    before = turn;
+                    mbarrier_arrive_warp(pipe.v_empty + 8 * prev.stage);
+                    prev = kv_state;
 #pragma unroll
                     for (int n = 0; n < D / 8; n++) {
 #pragma unroll
-                        for (int e = 0; e < 4; e++) out[n][e] *= shrink[e / 2];
+                        for (int e = 0; e < 4; e++) out[n][e] *= rescale[e / 2];
                     }
-                    pack();
+                    pack_p();
                 }
-                mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
-                int left = w.keys - w.first_key<FORCED>(w.tiles - 1);
-                if (left < KEYS) {
-                    mbarrier_wait(ring.v_full + 8 * before.stage, before.parity);
-                    clear_rows<D, KEYS>(tiles + (ring.v - start) + before.stage * Ring::KV_BYTES, left);
+                mbarrier_arrive_warp(pipe.q_empty + 8 * q_state.stage);
+                int valid_keys = w.seq_keys - w.first_key<INIT_LOCAL>(w.num_tiles - 1);
+                if (valid_keys < KEYS) {
+                    mbarrier_wait(pipe.v_full + 8 * prev.stage, prev.phase);
+                    clear_rows<D, KEYS>(tiles + (pipe.v - start) + prev.stage * Pipeline::KV_BYTES,
+                                        valid_keys);
                 }
-                multiply_values(before, w.tiles > 1);
+                gemm_pv(prev, w.num_tiles > 1);
                 wgmma_wait<0>();
                 fence_operand(out);
-                mbarrier_arrive_warp(ring.v_empty + 8 * before.stage);
+                mbarrier_arrive_warp(pipe.v_empty + 8 * prev.stage);
             } else {
-                mbarrier_arrive_warp(ring.q_empty + 8 * q_turn.stage);
+                mbarrier_arrive_warp(pipe.q_empty + 8 * q_state.stage);
             }
-            q_turn.next();
+            q_state.advance();
 
-            // Through shared memory, so that rows are written in 16-byte pieces; each warp its own rows.
+            // Epilogue: each warp stages its own rows in shared memory and writes them in 16-byte chunks.
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float total = quad_sum(sum[half]), inverse = total > 0 ? 1 / total : 0;
-                if (lane % 4 == 0 && mine.at[half] >= 0)
-                    p.lse[mine.at[half]] = total > 0 ? max[half] * p.scale + logf(total) : -INFINITY;
+                float total = quad_reduce_sum(row_sum[half]), inverse = total > 0 ? 1 / total : 0;
+                if (lane % 4 == 0 && rows.lse_index[half] >= 0)
+                    p.lse[rows.lse_index[half]] =
+                        total > 0 ? row_max[half] * p.scale + logf(total) : -INFINITY;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
-                    uint32_t x = w.tiles > 0
+                    uint32_t x = w.num_tiles > 0
                                      ? pack2<T>(out[n][half * 2] * inverse, out[n][half * 2 + 1] * inverse)
                                      : 0;
-                    *(uint32_t *)(staging + panel_offset(mine.row[half], n, ROWS * 128) + lane % 4 * 4) = x;
+                    *(uint32_t *)(smem_o + panel_offset(rows.row[half], n, FWD_ROWS * 128) + lane % 4 * 4) =
+                        x;
                 }
             }
             __syncwarp();
-            T *const o = (T *)p.o + ((int64_t)w.row * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
+            T *const o =
+                (T *)p.o + ((int64_t)w.first_token * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
                           token = fast_divide(row, p.group_divisor);
-                if (token < w.rows)
+                if (token < w.num_tokens)
                     *(uint4 *)(o + (token * p.q_heads + row - token * g) * D) =
-                        *(uint4 *)(staging + panel_offset(row, lane % (D / 8), ROWS * 128));
+                        *(uint4 *)(smem_o + panel_offset(row, lane % (D / 8), FWD_ROWS * 128));
             }
             __syncwarp();
         }
-        if (warpgroup == 0) named_barrier_sync(1, CONSUMERS); // the turn that nobody took
+        if (warpgroup == 0) named_barrier_sync(1, CONSUMER_THREADS); // balances the last arrive
     }
 }
 
+// An upper bound: some work items may be empty.
 static int num_q_work_items(const DenseParams &d) {
-    return (int)row_tile_bound(d.batch.nq, d.batch.num_segments, ROWS / (d.q_heads / d.kv_heads)) * d.kv_heads;
+    return (int)max_row_tiles(d.batch.nq, d.batch.num_segments, FWD_ROWS / (d.q_heads / d.kv_heads)) *
+           d.kv_heads;
 }
 
-template <typename T, int D, bool FORCED>
-static int launch_forward(const DenseParams &d, const Maps &maps, cudaStream_t stream) {
-    int bytes = 1024 + ForwardPipeline<D>::BYTES + 128 + ROWS * D * 2;
-    return launch(dense_forward_sm90_kernel<T, D, FORCED>, d, maps, num_q_work_items(d), bytes, stream);
+template <typename T, int D, bool INIT_LOCAL>
+static int launch_forward(const DenseParams &d, const TensorMaps &maps, cudaStream_t stream) {
+    int bytes = 1024 + ForwardPipeline<D>::BARRIER_OFFSET + 128 + FWD_ROWS * D * 2;
+    return launch_persistent(dense_forward_sm90_kernel<T, D, INIT_LOCAL>, d, maps, num_q_work_items(d), bytes,
+                             stream);
 }
-template <typename T, int D> static int forward_sm90(const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
-    Maps maps = {};
-    int status = make_maps(d, dtype, D, ROWS / (d.q_heads / d.kv_heads), &maps);
+template <typename T, int D>
+static int forward_sm90(const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
+    TensorMaps maps = {};
+    int status = make_tensor_maps(d, dtype, D, FWD_ROWS / (d.q_heads / d.kv_heads), &maps);
     if (status) return status;
-    return d.forced.init + d.forced.local > 0 ? launch_forward<T, D, true>(d, maps, stream)
-                                              : launch_forward<T, D, false>(d, maps, stream);
+    return d.init_local.init_blocks + d.init_local.local_blocks > 0
+               ? launch_forward<T, D, true>(d, maps, stream)
+               : launch_forward<T, D, false>(d, maps, stream);
 }
 
 int fsa_dense_forward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {

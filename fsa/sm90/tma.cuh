@@ -1,20 +1,20 @@
-// tma.cuh: maps of tensors for the copy engine (TMA), made on the host and passed to kernels by value.
+// tma.cuh: tensor maps for TMA, made on the host and passed to kernels by value.
 #ifndef FSA_TMA_CUH
 #define FSA_TMA_CUH
 #include "../fsa.h"
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-// The map of a 16-bit tensor: size[i] elements and stride[i] bytes of dimension i, the innermost first
-// (stride[0] is not read), copied in boxes of box[i]. Rows of a box are 64 elements, swizzled as ptx_sm90.cuh
-// says. Returns an FsaStatus.
+// Makes the tensor map of a 16-bit tensor with `rank` (at most 4) dimensions, innermost first: dimension i
+// has size[i] elements, stride[i] bytes apart (stride[0] is not read). A copy takes a box of box[i] elements;
+// box[0] is 64. Boxes have the 128-byte swizzle that ptx.cuh describes. Returns an FsaStatus.
 static inline int make_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, const void *base,
-                                 const int64_t *size, const int64_t *stride, const int *box) {
+                                  const int64_t *size, const int64_t *stride, const int *box) {
     typedef CUresult (*Encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                CUtensorMapFloatOOBfill);
-    // The driver's function, found once; the library doesn't link the driver.
+    // Looked up once at run time, since the library doesn't link the driver.
     static const Encode encode = [] {
         void *f = NULL;
         cudaDriverEntryPointQueryResult found;
