@@ -157,7 +157,7 @@ int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const voi
 // ---- selected.cu, selected_combine.cu ---------------------------------------------------------------
 // Returns the query rows of one slab of the selected branch's forward pass.
 int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *batch);
-// Returns the bytes of `memory` below, which holds the query lists and the partial results.
+// Returns the bytes of `scratch` below, which holds the query lists and the partial rows.
 size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, int backward);
 
 // The gate's forward pass, which the combine kernel of the selected branch applies to its result:
@@ -169,11 +169,11 @@ struct GateCombine {
 };
 // Selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in block_indices [Hkv,
 // Nq, T]. gate: NULL, or the gated sum to compute as well; gate->o_gated == o: o itself is not stored.
-// memory: fsa_selected_scratch_bytes bytes, aligned to 256. On Hopper block_indices must contain the initial
+// scratch: fsa_selected_scratch_bytes bytes, aligned to 256. On Hopper block_indices must contain the initial
 // and local blocks, which fsa_dense_init_local_forward computes. Returns FSA_ERROR_ARGUMENT if Nq*Hq >= 2^32,
 // and the errors of fsa_query_lists.
 int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                const void *k, const void *v, const int32_t *block_indices, void *memory,
+                                const void *k, const void *v, const int32_t *block_indices, void *scratch,
                                 void *o, float *lse, const GateCombine *gate, cudaStream_t stream);
 
 // Gradients of the other branches, fp32. The selected branch adds them to its own before it rounds to 16
@@ -185,13 +185,13 @@ struct BranchGradients {
     const double *inv_freq;           // [d/2]: the sums of dq and dk are rotated back; NULL: they are not
 };
 // Backward pass of the selected branch: the equations of fsa_dense_backward over the tokens of its blocks.
-// Overwrites dq [Nq, Hq, d], dk, dv [N, Hkv, d] with its gradients plus `others` (NULL: nothing to add, no
-// inverse RoPE). A row's last local_blocks blocks are left out; fsa_window_backward has added them to
-// `others`. Rows without listed blocks read neither delta nor lse_bwd. memory and errors as in forward.
+// Overwrites dq [Nq, Hq, d], dk, dv [N, Hkv, d] with its gradients plus branch_grads (NULL: nothing to add,
+// no inverse RoPE). A row's last local_blocks blocks are left out; fsa_window_backward has added them to
+// branch_grads. Rows without listed blocks read neither delta nor lse_bwd. scratch and errors as in forward.
 int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                                  const void *k, const void *v, const int32_t *block_indices, int local_blocks,
                                  const void *dout, const float *delta, const float *lse_bwd,
-                                 const BranchGradients *others, void *memory, void *dq, void *dk, void *dv,
-                                 cudaStream_t stream);
+                                 const BranchGradients *branch_grads, void *scratch, void *dq, void *dk,
+                                 void *dv, cudaStream_t stream);
 
 #endif

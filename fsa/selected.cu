@@ -1,19 +1,29 @@
-// selected.cu: the selected branch, KV block outside (see selected.cuh): portable main kernels, the
-// reductions, and the launchers, which on Hopper start selected_sm90.cu's main kernels instead.
+// selected.cu: the selected branch: sizes of slabs and work ranges, scratch memory, order of the launches,
+// and the kernel that divides the query lists into work ranges. selected.cuh defines the terms.
+//
+// Launches, in one stream:
+//     forward:   [initial and local blocks: dense kernel], query lists, work ranges
+//                for each head group:
+//                    [pack V]
+//                    for each slab: main kernel, combine
+//     backward:  query lists, work ranges
+//                for each head group:
+//                    for each slab: main kernel, combine
+//                    store dK, dV
+// [...] is for Hopper only. On Hopper, most kernels start while the preceding one still runs (programmatic
+// dependent launch).
 #include "selected.cuh"
 
 enum {
-    // Bytes of partial rows of a launch aimed at: forward's the best of those tried; backward gains a little
-    // more with more, but 64K tokens are to do with 320 MiB of workspace.
-    BUDGET = 96 << 20,
-    BACKWARD_BUDGET = 193 << 20,
-    KEY_BUDGET = 64 << 20, // and of dkv or packed, if a head's are not more
-    KEPT = 8 << 20,        // of forward's partial rows, to stay in the L2 until the merge: with more fewer do
-    MIN_SHARE = 64,        // list entries of a share on average, where there are so few
+    FORWARD_PARTIAL_BYTES = 96 << 20,   // target size of a launch's partial rows
+    BACKWARD_PARTIAL_BYTES = 193 << 20, // larger is a little faster; bounded to keep the workspace at 320 MiB
+    KV_SCRATCH_BYTES = 64 << 20,        // limit of dkv_accum and v_packed, unless one head needs more
+    L2_PARTIAL_BYTES = 8 << 20,         // forward: partial rows that stay in L2 for the combine kernel
+    MIN_RANGE_ENTRIES = 64,             // least entries per work range on average
 };
 
-// The inclusive sum of x over the warp's lanes up to this one.
-static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
+// Inclusive prefix sum of x over the lanes of a warp.
+static __device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t x) {
     for (int i = 1; i < 32; i *= 2) {
         const uint32_t below = __shfl_up_sync(0xffffffffu, x, i);
         if (threadIdx.x % 32 >= i) x += below;
@@ -21,236 +31,278 @@ static __device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
     return x;
 }
 
-// A thread block cuts a slab's list of one head into shares. A KV block's part of it counts as its tiles of
-// 64 rows and one more, for the block's K and V and for the tile that isn't full: shares equal in entries
-// alone would have those with many short lists take twice as long as the rest. But where a sequence's shares
-// begin and end is a matter of its entries, whose number no choice changes: so a sequence's sums have the
-// same order whatever its neighbours chose. Two shares may be cut at the same place. A warp makes cuts that
-// follow each other, and goes through a sequence's offsets once for their sum and once for the cuts; latency
-// binds, 15 us on an H100 for all slabs and heads of 64K tokens.
-enum { CUT_THREADS = 1024 };
-static __global__ void __launch_bounds__(CUT_THREADS) work_ranges_kernel(SelectedParams a) {
-    a.slab = blockIdx.x;
+// Writes range_offsets and range_blocks: a thread block divides the entries of one (slab, KV head) into
+// num_ranges work ranges.
+//
+// The cost of a query list is its number of 64-row tiles plus one. The extra tile stands for loading K and V
+// of the block and for the partly filled last tile. With the number of entries as the cost, ranges of many
+// short lists would take twice as long as the others.
+//
+// Range i nominally starts at entry i / num_ranges of the slab. Within the sequence that holds this entry,
+// the start moves to the same fraction of the sequence's cost. The number of entries of a sequence does not
+// depend on its block indices. So the ranges of a sequence, and with them the order of its sums, do not
+// depend on the block indices of other sequences. A range may be empty.
+//
+// Each warp computes consecutive ranges: a first pass over the offsets of a sequence sums the costs, a second
+// pass finds the starts. Latency binds.
+enum { RANGE_THREADS = 1024 };
+static __global__ void __launch_bounds__(RANGE_THREADS) work_ranges_kernel(SelectedParams a) {
+    a.slab_index = blockIdx.x;
     const int head = blockIdx.y, lane = threadIdx.x % 32;
-    Share all = {};
-    all.offsets = a.lists.offsets + (head * a.lists.num_slabs + a.slab) * (a.lists.max_blocks + 1);
-    all.end = all.offsets[a.lists.max_blocks];
-    const int64_t at = first_cut(a, head);
-    const int each = (a.shares + CUT_THREADS / 32) / (CUT_THREADS / 32), from = threadIdx.x / 32 * each;
-    int last = 0, block = 0;               // of the sequence: the block beyond; of the lanes: theirs
-    uint32_t first_entry = 0, entries = 0; // the sequence's
-    uint32_t sum = 0, before = 0, mine = 0,
-             upto = 0; // tiles: the sequence's, before the 32 blocks, a block's, up to it
+    WorkRange slab = {};
+    slab.offsets = a.lists.offsets + (head * a.lists.num_slabs + a.slab_index) * (a.lists.max_blocks + 1);
+    slab.end = slab.offsets[a.lists.max_blocks];
+    const int64_t out = range_offset_index(a, head);
+    const int per_warp = (a.num_ranges + RANGE_THREADS / 32) / (RANGE_THREADS / 32),
+              first_range = threadIdx.x / 32 * per_warp;
+    int seq_end = 0, block = 0;              // end of the sequence's blocks; this lane's block
+    uint32_t seq_begin = 0, seq_entries = 0; // the sequence's first entry and number of entries
+    uint32_t seq_cost = 0, before = 0;      // cost of the sequence; of its blocks before the warp's 32 blocks
+    uint32_t block_cost = 0, inclusive = 0; // cost of this lane's block; of all blocks up to and with it
     auto cost = [&](int block) {
-        const uint32_t count = block < last ? all.offsets[block + 1] - all.offsets[block] : 0;
+        const uint32_t count = block < seq_end ? slab.offsets[block + 1] - slab.offsets[block] : 0;
         return count ? (count * a.group + 63) / 64 + 1 : 0;
     };
-    for (int i = from; i <= min(from + each - 1, a.shares); i++) {
-        const uint32_t entry = (uint32_t)((uint64_t)i * all.end / a.shares);
-        uint32_t cut = entry, of_block = 0;
-        if (entry > 0 && entry < all.end) {
-            if (entry - first_entry >= entries) { // the first of its sequence
-                const Run run = run_at(a, all, entry);
-                const int first = run.index - run.block;
-                last = (int)a.batch.cu_blocks[find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, run.index) + 1];
-                first_entry = all.offsets[first], entries = all.offsets[last] - first_entry;
-                sum = 0, before = 0, block = first + lane;
-                for (int other = block; other < last; other += 32) sum += cost(other);
-                sum = __shfl_sync(0xffffffffu, warp_scan(sum), 31);
-                mine = cost(block), upto = warp_scan(mine);
+    for (int i = first_range; i <= min(first_range + per_warp - 1, a.num_ranges); i++) {
+        const uint32_t entry = (uint32_t)((uint64_t)i * slab.end / a.num_ranges);
+        uint32_t range_offset = entry, range_block = 0;
+        if (entry > 0 && entry < slab.end) {
+            if (entry - seq_begin >= seq_entries) { // first range start in a new sequence: sum its costs
+                const KvBlockEntries kv_block = find_kv_block(a, slab, entry);
+                const int first_block = kv_block.index - kv_block.index_in_seq;
+                const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, kv_block.index);
+                seq_end = (int)a.batch.cu_blocks[seq + 1];
+                seq_begin = slab.offsets[first_block], seq_entries = slab.offsets[seq_end] - seq_begin;
+                seq_cost = 0, before = 0, block = first_block + lane;
+                for (int other = block; other < seq_end; other += 32) seq_cost += cost(other);
+                seq_cost = __shfl_sync(0xffffffffu, warp_inclusive_scan(seq_cost), 31);
+                block_cost = cost(block), inclusive = warp_inclusive_scan(block_cost);
             }
-            const uint32_t target = (uint32_t)((uint64_t)(entry - first_entry) * sum / entries);
-            unsigned beyond;
-            while (!(beyond = __ballot_sync(0xffffffffu, upto > target))) {
-                before = __shfl_sync(0xffffffffu, upto, 31);
-                block += 32, mine = cost(block), upto = before + warp_scan(mine);
+            // Advance by 32 blocks until the cost prefix passes the target.
+            const uint32_t target = (uint32_t)((uint64_t)(entry - seq_begin) * seq_cost / seq_entries);
+            unsigned above;
+            while (!(above = __ballot_sync(0xffffffffu, inclusive > target))) {
+                before = __shfl_sync(0xffffffffu, inclusive, 31);
+                block += 32, block_cost = cost(block), inclusive = before + warp_inclusive_scan(block_cost);
             }
-            const int found = __ffs((int)beyond) - 1;
-            const uint32_t tiles = target - __shfl_sync(0xffffffffu, upto - mine, found);
-            // The first of a block's tiles is K's and V's.
-            of_block = __shfl_sync(0xffffffffu, block, found);
-            cut = all.offsets[of_block] + (tiles ? tiles - 1 : 0) * 64 / a.group;
+            const int source_lane = __ffs((int)above) - 1;
+            const uint32_t tiles = target - __shfl_sync(0xffffffffu, inclusive - block_cost, source_lane);
+            // The first tile of a block's cost is the extra one.
+            range_block = __shfl_sync(0xffffffffu, block, source_lane);
+            range_offset = slab.offsets[range_block] + (tiles ? tiles - 1 : 0) * 64 / a.group;
         }
-        if (lane == 0) a.cuts[at + i] = cut, a.cut_blocks[at + i] = of_block;
+        if (lane == 0) a.range_offsets[out + i] = range_offset, a.range_blocks[out + i] = range_block;
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Launchers
+// ---- schedule and scratch memory --------------------------------------------------------------------
 
 static size_t round_up(size_t x) {
     return (x + 255) / 256 * 256;
 }
-static int64_t least(int64_t a, int64_t b) {
+static int64_t min_i64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
-static int64_t most(int64_t a, int64_t b) {
+static int64_t max_i64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-// How the work is cut and where the workspace's parts lie. With more tokens a launch may take fewer rows or
-// heads, but no part of the workspace is smaller: each has a bound for all batches that are smaller in every
-// count.
+// The sizes of a forward or backward pass and of each array in scratch memory. A larger batch can have fewer
+// queries or heads per launch, but never smaller arrays: each *_bytes bounds those of all batches that are
+// smaller in every count.
 struct SelectedSchedule {
-    int group, keys, parts, heads, shares; // heads: kv heads a launch takes; shares: of a slab and head
-    int init, local;                       // blocks of a row that lists leave out
-    int64_t slab, kept;                    // kept: rows of partials, see SelectedParams
-    size_t lists, cuts, sort, partial, stats, packed, factors, dkv, crossing; // bytes; bounds, see above
-    bool hopper;
-    size_t bytes() const { // lists are sorted before the rest begins
-        return lists + cuts + most(sort, partial + stats + packed + factors + dkv + crossing);
+    int group, tile_keys, key_tiles;
+    int heads;         // KV heads per launch
+    int num_ranges;    // work ranges per (KV head, slab)
+    int init, local;   // initial and local blocks that the query lists leave out
+    int64_t slab_rows; // queries per slab
+    int64_t l2_rows;   // see SelectedParams
+    size_t list_bytes, range_bytes, sort_bytes, partial_bytes, lse_bytes, v_packed_bytes, v_scale_bytes,
+        dkv_accum_bytes, dkv_partial_bytes;
+    bool sm90;
+    size_t scratch_bytes() const { // the scratch memory of the sort overlaps the arrays of the main kernels
+        return list_bytes + range_bytes +
+               max_i64(sort_bytes, partial_bytes + lse_bytes + v_packed_bytes + v_scale_bytes +
+                                       dkv_accum_bytes + dkv_partial_bytes);
     }
 };
 
-static SelectedSchedule shape_of(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
+static SelectedSchedule make_schedule(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
     SelectedSchedule s;
     const bool packed_dq = backward && type == FSA_BF16;
-    const int row = packed_dq ? c->head_dim / 8 * Partial<__nv_bfloat16>::BYTES : c->head_dim * 2;
-    s.hopper = fsa_use_sm90();
+    const int row_bytes = packed_dq ? c->head_dim / 8 * PartialChunk<__nv_bfloat16>::BYTES : c->head_dim * 2;
+    s.sm90 = fsa_use_sm90();
     s.group = c->q_heads / c->kv_heads;
-    const int wide = c->block > 64 ? 128 : 64, back_keys = s.hopper ? wide : 64;
-    s.keys = backward ? back_keys : wide;
-    s.parts = (int)ceil_div(c->block, s.keys);
-    const bool forced = s.hopper && !backward; // these blocks are fsa_dense_init_local_forward's
-    s.init = forced ? c->init_blocks : 0, s.local = forced ? c->local_blocks : 0;
-    const int64_t budget = backward ? BACKWARD_BUDGET : BUDGET;
-    int64_t slots = (int64_t)c->topk * ceil_div(c->block, back_keys),
-            token = slots * s.group * row;          // bytes
-    const int64_t room = most(budget / token, 512); // most rows times heads of a launch
-    s.slab = least(room / 64 * 64, FSA_MAX_SLAB);
+    const int max_tile_keys = c->block > 64 ? 128 : 64, backward_tile_keys = s.sm90 ? max_tile_keys : 64;
+    s.tile_keys = backward ? backward_tile_keys : max_tile_keys;
+    s.key_tiles = (int)ceil_div(c->block, s.tile_keys);
+    const bool skip_init_local = s.sm90 && !backward; // fsa_dense_init_local_forward computes these blocks
+    s.init = skip_init_local ? c->init_blocks : 0, s.local = skip_init_local ? c->local_blocks : 0;
+    // Queries per slab and heads per launch from the target size of the partial rows.
+    const int64_t target_bytes = backward ? BACKWARD_PARTIAL_BYTES : FORWARD_PARTIAL_BYTES;
+    int64_t token_slots = (int64_t)c->topk * ceil_div(c->block, backward_tile_keys),
+            token_bytes = token_slots * s.group * row_bytes; // partial rows of one query and KV head
+    const int64_t max_tokens =
+        max_i64(target_bytes / token_bytes, 512); // most queries times heads of a launch
+    s.slab_rows = min_i64(max_tokens / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
-    s.slab = ceil_div(nq, ceil_div(nq, s.slab)); // equal slabs
-    const bool pack = s.hopper && !backward;
-    const int64_t key_bytes = p->n * c->head_dim * (backward ? 2 * (int64_t)sizeof(float) : pack ? 2 : 0);
-    int64_t heads = least(c->kv_heads, budget / token / s.slab);
-    if (key_bytes > 0) heads = least(heads, KEY_BUDGET / key_bytes);
-    s.heads = (int)most(heads, 1);
-    // One wave: as many thread blocks as the GPU holds at once, each with a share of the lists.
-    int device = 0, processors = 1;
+    s.slab_rows = ceil_div(nq, ceil_div(nq, s.slab_rows)); // equal slabs
+    const bool pack_v = s.sm90 && !backward;
+    const int64_t head_kv_bytes = p->n * c->head_dim *
+                                  (backward ? 2 * (int64_t)sizeof(float)
+                                   : pack_v ? 2
+                                            : 0);
+    int64_t heads = min_i64(c->kv_heads, target_bytes / token_bytes / s.slab_rows);
+    if (head_kv_bytes > 0) heads = min_i64(heads, KV_SCRATCH_BYTES / head_kv_bytes);
+    s.heads = (int)max_i64(heads, 1);
+    // One wave: a work range for each thread block that is resident on the GPU.
+    int device = 0, num_sms = 1;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    int64_t places = s.hopper ? fsa_selected_ranges_per_sm_sm90(s.keys, backward) : backward ? 2 : 3;
-    places *= processors;
-    s.shares = (int)least(most(places / s.heads, 1), ceil_div(s.slab * c->topk, MIN_SHARE));
-    const int64_t rows = least(c->kv_heads * nq, room) * c->topk * s.parts * s.group;
-    const int64_t key_room = least(c->kv_heads * key_bytes, most(KEY_BUDGET, key_bytes));
-    const int64_t shares = least(c->kv_heads * ceil_div(nq * c->topk, MIN_SHARE), most(places, c->kv_heads));
-    s.lists = fsa_query_lists_bytes(c, p, s.slab);
-    const int64_t slabs = ceil_div(nq, least(room / 64 * 64, FSA_MAX_SLAB));
-    s.cuts = round_up(c->kv_heads * slabs * (most(places, 1) + 1) * 2 * sizeof(uint32_t));
-    s.sort = fsa_query_lists_scratch_bytes(c, p, s.slab);
-    s.partial = round_up(rows * row);
-    s.kept = forced ? KEPT / token * slots * s.group : 0; // of whole tokens
-    s.stats = backward ? 0 : round_up(rows * sizeof(float2));
-    s.packed = pack ? round_up(key_room) : 0;
-    s.factors = pack ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.parts * sizeof(float)) : 0;
-    s.dkv = backward ? round_up(key_room) : 0;
-    s.crossing = backward ? round_up((size_t)shares * s.parts * s.keys * 2 * c->head_dim * sizeof(float)) : 0;
+    cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    int64_t resident_ranges = s.sm90     ? fsa_selected_ranges_per_sm_sm90(s.tile_keys, backward)
+                              : backward ? 2
+                                         : 3;
+    resident_ranges *= num_sms;
+    s.num_ranges = (int)min_i64(max_i64(resident_ranges / s.heads, 1),
+                                ceil_div(s.slab_rows * c->topk, MIN_RANGE_ENTRIES));
+    // Bounds for all smaller batches.
+    const int64_t max_rows = min_i64(c->kv_heads * nq, max_tokens) * c->topk * s.key_tiles * s.group;
+    const int64_t max_kv_bytes =
+        min_i64(c->kv_heads * head_kv_bytes, max_i64(KV_SCRATCH_BYTES, head_kv_bytes));
+    const int64_t max_ranges = min_i64(c->kv_heads * ceil_div(nq * c->topk, MIN_RANGE_ENTRIES),
+                                       max_i64(resident_ranges, c->kv_heads));
+    s.list_bytes = fsa_query_lists_bytes(c, p, s.slab_rows);
+    const int64_t max_slabs = ceil_div(nq, min_i64(max_tokens / 64 * 64, FSA_MAX_SLAB));
+    s.range_bytes =
+        round_up(c->kv_heads * max_slabs * (max_i64(resident_ranges, 1) + 1) * 2 * sizeof(uint32_t));
+    s.sort_bytes = fsa_query_lists_scratch_bytes(c, p, s.slab_rows);
+    s.partial_bytes = round_up(max_rows * row_bytes);
+    s.l2_rows =
+        skip_init_local ? L2_PARTIAL_BYTES / token_bytes * token_slots * s.group : 0; // of whole queries
+    s.lse_bytes = backward ? 0 : round_up(max_rows * sizeof(float2));
+    s.v_packed_bytes = pack_v ? round_up(max_kv_bytes) : 0;
+    s.v_scale_bytes =
+        pack_v ? round_up((size_t)c->kv_heads * fsa_max_blocks(c, p) * s.key_tiles * sizeof(float)) : 0;
+    s.dkv_accum_bytes = backward ? round_up(max_kv_bytes) : 0;
+    s.dkv_partial_bytes =
+        backward ? round_up((size_t)max_ranges * s.key_tiles * s.tile_keys * 2 * c->head_dim * sizeof(float))
+                 : 0;
     return s;
 }
 
-int64_t fsa_selected_slab(const FsaConfig *c, const BatchLayout *p) {
-    return shape_of(c, p, FSA_BF16, 0).slab;
+int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *p) {
+    return make_schedule(c, p, FSA_BF16, 0).slab;
 }
 
 size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
-    return shape_of(c, p, type, backward).bytes();
+    return make_schedule(c, p, type, backward).scratch_bytes();
 }
 
-static SelectedParams args_of(const FsaConfig *c, const BatchLayout *p, const SelectedSchedule &s, void *memory) {
+static SelectedParams make_params(const FsaConfig *c, const BatchLayout *p, const SelectedSchedule &s,
+                                  void *scratch) {
     SelectedParams a = {};
-    a.batch = *p, a.lists = fsa_query_lists_at(c, p, s.slab, memory);
+    a.batch = *p, a.lists = fsa_query_lists_at(c, p, s.slab_rows, scratch);
     a.lists.init_blocks = s.init, a.lists.local_blocks = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
-    a.parts = s.parts, a.keys = s.keys, a.shares = s.shares;
+    a.key_tiles = s.key_tiles, a.tile_keys = s.tile_keys, a.num_ranges = s.num_ranges;
     a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
     a.topk_divisor = make_fast_divisor(a.topk), a.group_divisor = make_fast_divisor(a.group);
-    a.kept = (uint32_t)s.kept;
-    char *at = (char *)memory + s.lists;
-    auto take = [&at](size_t bytes) { return (at += bytes) - bytes; };
-    a.cuts = (uint32_t *)take(s.cuts);
-    a.cut_blocks = a.cuts + s.cuts / sizeof(uint32_t) / 2;
-    a.partial = take(s.partial);
-    a.stats = (float2 *)take(s.stats);
-    a.packed = take(s.packed);
-    a.factors = (float *)take(s.factors);
-    a.dkv = (float *)take(s.dkv);
-    a.crossing = (float *)take(s.crossing);
+    a.l2_rows = (uint32_t)s.l2_rows;
+    char *next = (char *)scratch + s.list_bytes;
+    auto allocate = [&next](size_t bytes) { return (next += bytes) - bytes; };
+    a.range_offsets = (uint32_t *)allocate(s.range_bytes);
+    a.range_blocks = a.range_offsets + s.range_bytes / sizeof(uint32_t) / 2;
+    a.partial = allocate(s.partial_bytes);
+    a.lse_partial = (float2 *)allocate(s.lse_bytes);
+    a.v_packed = allocate(s.v_packed_bytes);
+    a.v_scale = (float *)allocate(s.v_scale_bytes);
+    a.dkv_accum = (float *)allocate(s.dkv_accum_bytes);
+    a.dkv_partial = (float *)allocate(s.dkv_partial_bytes);
     return a;
 }
 
-// All index lists, and their shares.
-static int prepare(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices, SelectedParams *a,
-                   cudaStream_t stream) {
-    // The sort's workspace lies where partials will.
+// ---- launches ---------------------------------------------------------------------------------------
+
+// Builds the query lists and their work ranges for all slabs and KV heads.
+static int build_work_ranges(const FsaConfig *c, const BatchLayout *p, const int32_t *block_indices,
+                             SelectedParams *a, cudaStream_t stream) {
+    // The scratch memory of the sort is that of the partial rows.
     int status = fsa_query_lists(c, p, block_indices, &a->lists, a->partial, stream);
     if (status || a->lists.num_slabs == 0) return status;
-    work_ranges_kernel<<<dim3((unsigned)a->lists.num_slabs, (unsigned)c->kv_heads), CUT_THREADS, 0, stream>>>(*a);
+    work_ranges_kernel<<<dim3((unsigned)a->lists.num_slabs, (unsigned)c->kv_heads), RANGE_THREADS, 0,
+                         stream>>>(*a);
     a->block_indices = block_indices;
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-static int forward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
+static int forward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim,
+                   cudaStream_t stream) {
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
-        if (s.hopper && fsa_pack_v_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
-        for (a.slab = 0; a.slab < a.lists.num_slabs; a.slab++) {
-            a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
-            int status = s.hopper ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
-                                  : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream);
+        if (s.sm90 && fsa_pack_v_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
+        for (a.slab_index = 0; a.slab_index < a.lists.num_slabs; a.slab_index++) {
+            a.slab_queries = a.batch.nq - a.slab_index * s.slab_rows < s.slab_rows
+                                 ? a.batch.nq - a.slab_index * s.slab_rows
+                                 : s.slab_rows;
+            int status = s.sm90 ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
+                                : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream);
             if (status) return status;
-            fsa_selected_combine(a, dtype, head_dim, heads, s.hopper, stream);
+            fsa_selected_combine(a, dtype, head_dim, heads, s.sm90, stream);
         }
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-static int backward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim, cudaStream_t stream) {
+static int backward(SelectedParams a, const SelectedSchedule &s, FsaDtype dtype, int head_dim,
+                    cudaStream_t stream) {
     for (a.head0 = 0; a.head0 < a.kv_heads; a.head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.head0 < s.heads ? a.kv_heads - a.head0 : s.heads);
-        for (a.slab = 0; a.slab < a.lists.num_slabs; a.slab++) {
-            a.tokens = a.batch.nq - a.slab * s.slab < s.slab ? a.batch.nq - a.slab * s.slab : s.slab;
-            int status = s.hopper ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
-                                  : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream);
+        for (a.slab_index = 0; a.slab_index < a.lists.num_slabs; a.slab_index++) {
+            a.slab_queries = a.batch.nq - a.slab_index * s.slab_rows < s.slab_rows
+                                 ? a.batch.nq - a.slab_index * s.slab_rows
+                                 : s.slab_rows;
+            int status = s.sm90 ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
+                                : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream);
             if (status) return status;
-            fsa_selected_combine_backward(a, dtype, head_dim, heads, s.hopper, stream);
+            fsa_selected_combine_backward(a, dtype, head_dim, heads, s.sm90, stream);
         }
-        fsa_selected_store_dkv(a, dtype, head_dim, heads, s.hopper, stream);
+        fsa_selected_store_dkv(a, dtype, head_dim, heads, s.sm90, stream);
     }
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
 
-int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
-                    const void *v, const int32_t *block_indices, void *memory, void *o, float *lse,
-                    const GateCombine *gate, cudaStream_t stream) {
-    SelectedSchedule s = shape_of(c, p, type, 0);
+int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q,
+                                const void *k, const void *v, const int32_t *block_indices, void *scratch,
+                                void *o, float *lse, const GateCombine *gate, cudaStream_t stream) {
+    SelectedSchedule s = make_schedule(c, p, type, 0);
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->nq == 0) return FSA_OK;
     if (s.init + s.local > 0) {
         int status = fsa_dense_init_local_forward(c, p, type, q, k, v, o, lse, stream);
         if (status) return status;
     }
-    SelectedParams a = args_of(c, p, s, memory);
-    int status = prepare(c, p, block_indices, &a, stream);
+    SelectedParams a = make_params(c, p, s, scratch);
+    int status = build_work_ranges(c, p, block_indices, &a, stream);
     if (status) return status;
     a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
-    if (gate) a.gate = *gate, a.per_token = c->gate_per_token;
+    if (gate) a.gate = *gate, a.gate_per_token = c->gate_per_token;
     return forward(a, s, type, c->head_dim, stream);
 }
 
-int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q, const void *k,
-                     const void *v, const int32_t *block_indices, int local, const void *dout, const float *delta,
-                     const float *lse_bwd, const BranchGradients *others, void *memory, void *dq, void *dk, void *dv,
-                     cudaStream_t stream) {
-    SelectedSchedule s = shape_of(c, p, type, 1);
+int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype type, const void *q,
+                                 const void *k, const void *v, const int32_t *block_indices, int local,
+                                 const void *dout, const float *delta, const float *lse_bwd,
+                                 const BranchGradients *branch_grads, void *scratch, void *dq, void *dk,
+                                 void *dv, cudaStream_t stream) {
+    SelectedSchedule s = make_schedule(c, p, type, 1);
     s.local = local;
     if (p->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (p->n == 0) return FSA_OK;
-    SelectedParams a = args_of(c, p, s, memory);
-    int status = prepare(c, p, block_indices, &a, stream);
+    SelectedParams a = make_params(c, p, s, scratch);
+    int status = build_work_ranges(c, p, block_indices, &a, stream);
     if (status) return status;
     a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_bwd = lse_bwd;
     a.dq = dq, a.dk = dk, a.dv = dv;
-    if (others) a.others = *others;
+    if (branch_grads) a.branch_grads = *branch_grads;
     return backward(a, s, type, c->head_dim, stream);
 }

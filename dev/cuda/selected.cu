@@ -150,25 +150,25 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
 enum { PIECES = 8 }; // of a row
 template <typename T> __global__ void pieces_kernel(const float *x, char *rows, float *y) {
     const int row = threadIdx.x / 4, c = threadIdx.x % 4;
-    char *const at = rows + row * row_bytes<T, 64>();
-    Partial<T> p[2];
+    char *const at = rows + row * partial_row_bytes<T, 64>();
+    PartialChunk<T> p[2];
     for (int group = 0; group < 2; group++) {
         float v[8];
         for (int k = 0; k < 8; k++) v[k] = x[(row * PIECES + 4 * group + c) * 8 + k];
-        p[group] = Partial<T>::of(v, 1);
+        p[group] = PartialChunk<T>::pack(v, 1);
     }
     if (row % 2 == 0) {
-        Partial<T>::store(at, 0, c, p);
+        PartialChunk<T>::store(at, 0, c, p);
     } else {
         for (int group = 0; group < 2; group++) {
-            const Partial<T> one[1] = {p[group]};
-            Partial<T>::store(at, group, c, one);
+            const PartialChunk<T> one[1] = {p[group]};
+            PartialChunk<T>::store(at, group, c, one);
         }
     }
     __syncthreads();
     for (int piece = c; piece < PIECES; piece += 4) {
         float sum[8] = {};
-        Partial<T>::load(at + Partial<T>::offset(piece), piece, true, l2_evict_first()).add_to(sum, 1);
+        PartialChunk<T>::load(at + PartialChunk<T>::offset(piece), piece, true, l2_evict_first()).add_to(sum, 1);
         for (int k = 0; k < 8; k++) y[(row * PIECES + piece) * 8 + k] = sum[k];
     }
 }
@@ -184,7 +184,7 @@ template <typename T> static void check_pieces(Random *r) {
     }
     x[384] = NAN, x[448 + 63] = -INFINITY, x[448] = 1e34f; // the last is too large
     Buffer<float> x_(x), y_((int64_t)x.size());
-    Buffer<char> rows(8 * row_bytes<T, 64>());
+    Buffer<char> rows(8 * partial_row_bytes<T, 64>());
     rows.poison(), y_.poison();
     pieces_kernel<T><<<1, 32>>>(x_, rows, y_);
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -346,7 +346,7 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
     int d = x->c.head_dim;
     int listed = x->c.topk - (fsa_use_sm90() ? x->c.init_blocks + x->c.local_blocks : 0); // forward's partials
     double rows = (double)x->rows, flops[2] = {x->flops(), 2.5 * x->flops()};
-    int row = d / 8 * Partial<T>::BYTES; // of dQ, written and read again
+    int row = d / 8 * PartialChunk<T>::BYTES; // of dQ, written and read again
     double bytes[2] = {rows * listed * 3 * (2 * d + 4), rows * x->c.topk * (4 * d + 12 + 2 * row)};
     printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.batch.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);

@@ -1,6 +1,6 @@
-// selected_sm90.cu: the selected branch's main kernels for Hopper: gathered rows by cp.async into a ring of
-// stages, products by wgmma, a warpgroup of producers beside those that compute. selected.cuh says how the
-// work is cut; selected.cu has the reductions and launches these.
+// sm90/selected.cuh: what the selected branch's forward and backward kernels for Hopper share: pipeline
+// states, the producer warps' iterators over a work range (../selected.cuh), and their loads of gathered rows
+// and of K and V.
 #ifndef FSA_SM90_SELECTED_CUH
 #define FSA_SM90_SELECTED_CUH
 #include "../selected.cuh"
@@ -8,215 +8,229 @@
 #include "tma.cuh"
 #include <type_traits>
 
-// Number `index` of what passes through a ring of COUNT stages: its stage, and the parity of its round.
-template <int COUNT> struct Turn {
-    uint32_t stage, round;
-    __device__ __forceinline__ Turn(uint32_t index) : stage(index % COUNT), round(index / COUNT) {}
-    __device__ __forceinline__ int parity() const { return (int)(round & 1); }
-    // Before the stage is filled: all are done with what it held a round ago.
-    __device__ __forceinline__ void wait_empty(uint32_t barriers) const {
-        if (round > 0) mbarrier_wait(barriers + 8 * stage, (int)(round - 1 & 1));
+// Stage and phase of item `index` in a pipeline of STAGES stages. `full` and `empty` are arrays of one
+// mbarrier per stage.
+template <int STAGES> struct PipelineState {
+    uint32_t stage, phase;
+    __device__ __forceinline__ PipelineState(uint32_t index) : stage(index % STAGES), phase(index / STAGES) {}
+    __device__ __forceinline__ int parity() const { return (int)(phase & 1); }
+    // Producer: waits until the consumers have released the stage's previous item.
+    __device__ __forceinline__ void wait_empty(uint32_t empty) const {
+        if (phase > 0) mbarrier_wait(empty + 8 * stage, (int)(phase - 1 & 1));
     }
-    __device__ __forceinline__ void wait_full(uint32_t barriers) const {
-        mbarrier_wait(barriers + 8 * stage, parity());
+    // Consumer: waits until the item has arrived.
+    __device__ __forceinline__ void wait_full(uint32_t full) const {
+        mbarrier_wait(full + 8 * stage, parity());
     }
 };
 
-// The same of who takes every STEP-th.
-template <int COUNT, int STEP> struct Steps {
-    static_assert(COUNT % STEP == 0, "a stage is one's own");
+// Stage and parity of a consumer that processes every STRIDE-th item, from item `first` < STRIDE on.
+template <int STAGES, int STRIDE> struct StridedPipelineState {
+    static_assert(STAGES % STRIDE == 0, "each stage must belong to one consumer");
     uint32_t stage;
     int parity = 0;
-    __device__ __forceinline__ Steps(uint32_t first) : stage(first) {}
-    __device__ __forceinline__ void next() {
-        if ((stage += STEP) >= COUNT) stage -= COUNT, parity ^= 1;
+    __device__ __forceinline__ StridedPipelineState(uint32_t first) : stage(first) {}
+    __device__ __forceinline__ void advance() {
+        if ((stage += STRIDE) >= STAGES) stage -= STAGES, parity ^= 1;
     }
 };
 
-// A producer's way through the runs of its share. Whole warps use it; lane i holds the offset of block
-// first_block + i, so that most steps read nothing.
+// Iterates over the KV blocks of a work range; skips blocks with an empty query list. All lanes of a warp
+// must call its functions: lane i holds the offset of block first_block + i, so most steps read no memory.
 struct KvBlockIterator {
-    Run run;
-    bool more; // there is such a run
-    __device__ __forceinline__ KvBlockIterator(const SelectedParams &a, const Share &s) {
-        run.begin = s.begin, run.count = 0;
-        seq_end = 0;
-        load(a, s, (int)s.block);
-        next(a, s);
+    KvBlockEntries kv_block;
+    bool valid; // false past the last block
+    __device__ __forceinline__ KvBlockIterator(const SelectedParams &a, const WorkRange &range) {
+        kv_block.entry_begin = range.begin, kv_block.num_entries = 0;
+        seq_end_block = 0;
+        load_offsets(a, range, (int)range.first_block);
+        next(a, range);
     }
-    __device__ __forceinline__ void next(const SelectedParams &a, const Share &s) {
-        run.begin += run.count;
-        more = run.begin < s.end;
-        if (!more) return;
-        unsigned beyond; // blocks that nobody chose are passed over
-        while (!(beyond = __ballot_sync(0xffffffffu, offset > run.begin))) load(a, s, first_block + 31);
-        const int i = __ffs((int)beyond) - 1;
-        run.index = first_block + i - 1;
-        run.first = __shfl_sync(0xffffffffu, offset, i - 1), run.last = __shfl_sync(0xffffffffu, offset, i);
-        run.count = min(s.end, run.last) - run.begin;
-        find_block(a);
+    __device__ __forceinline__ void next(const SelectedParams &a, const WorkRange &range) {
+        kv_block.entry_begin += kv_block.num_entries;
+        valid = kv_block.entry_begin < range.end;
+        if (!valid) return;
+        unsigned above;
+        while (!(above = __ballot_sync(0xffffffffu, offset > kv_block.entry_begin)))
+            load_offsets(a, range, first_block + 31);
+        const int i = __ffs((int)above) - 1;
+        kv_block.index = first_block + i - 1;
+        kv_block.list_begin = __shfl_sync(0xffffffffu, offset, i - 1);
+        kv_block.list_end = __shfl_sync(0xffffffffu, offset, i);
+        kv_block.num_entries = min(range.end, kv_block.list_end) - kv_block.entry_begin;
+        find_keys(a);
     }
 
   private:
     int first_block;
-    uint32_t offset;
-    int block0, seq_end; // of the run's sequence: its first block, and the first beyond it
-    int64_t key0;        // and its keys
-    int keys;
-    __device__ __forceinline__ void load(const SelectedParams &a, const Share &s, int from) {
-        first_block = from;
-        offset = s.offsets[min(from + (int)threadIdx.x % 32, (int)a.lists.max_blocks)];
+    uint32_t offset;                    // of block first_block + lane
+    int seq_first_block, seq_end_block; // of the current sequence
+    int64_t seq_key0;                   // its first row in k and v
+    int seq_keys;                       // its length
+    __device__ __forceinline__ void load_offsets(const SelectedParams &a, const WorkRange &range, int block) {
+        first_block = block;
+        offset = range.offsets[min(block + (int)threadIdx.x % 32, (int)a.lists.max_blocks)];
     }
-    __device__ __forceinline__ void find_block(const SelectedParams &a) {
-        if (run.index >= seq_end) {
-            const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, run.index);
-            block0 = (int)a.batch.cu_blocks[seq], seq_end = (int)a.batch.cu_blocks[seq + 1];
-            key0 = a.batch.cu_seqlens[seq], keys = (int)(a.batch.cu_seqlens[seq + 1] - key0);
+    __device__ __forceinline__ void find_keys(const SelectedParams &a) {
+        if (kv_block.index >= seq_end_block) {
+            const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, kv_block.index);
+            seq_first_block = (int)a.batch.cu_blocks[seq], seq_end_block = (int)a.batch.cu_blocks[seq + 1];
+            seq_key0 = a.batch.cu_seqlens[seq], seq_keys = (int)(a.batch.cu_seqlens[seq + 1] - seq_key0);
         }
-        run.block = run.index - block0;
-        run.key0 = key0 + (int64_t)run.block * a.block;
-        run.keys = min(a.block, keys - run.block * a.block);
+        kv_block.index_in_seq = kv_block.index - seq_first_block;
+        kv_block.key0 = seq_key0 + (int64_t)kv_block.index_in_seq * a.block;
+        kv_block.num_keys = min(a.block, seq_keys - kv_block.index_in_seq * a.block);
     }
 };
 
-// Rows past the run's end repeat its last one, with partial = NONE.
-enum : uint32_t { NONE = 0xffffffffu };
-struct TileRows {
-    uint32_t row[2];     // of q, [Nq*Hq]
-    uint32_t partial[2]; // row of the partials
-    int limit[2];        // last visible key of the part
+// What lane i knows of rows i and i + 32 of a tile of 64 gathered rows. Rows past the end of the list repeat
+// the last row, with partial_row = NO_ROW.
+enum : uint32_t { NO_ROW = 0xffffffff };
+struct GatherRows {
+    uint32_t row[2];         // query * q_heads + head
+    uint32_t partial_row[2]; // counted from the partial row of entry0
+    int limit[2];            // last visible key, within the key tile
 };
 
-// A gathering warp's way through its tiles, every TILES-th of a share's: 64 rows of a run (g an entry,
-// packed), of which lane i looks after rows i and i + 32. Entries are loaded a tile ahead, those of the next
-// run, too.
-template <int TILES> struct GatherTileIterator {
-    KvBlockIterator runs;
-    __device__ __forceinline__ GatherTileIterator(const SelectedParams &a, const Share &s, int first)
-        : runs(a, s), part(0), tile(first), row0(0), rows(0) {
-        if (runs.more) find(a, s);
+// A gathering warp's iteration over the tiles of a work range: every STRIDE-th tile from `first` on. For each
+// key tile of each KV block, a tile is 64 rows of the block's list (g rows per entry). The entries of a tile
+// are loaded one tile ahead, across KV blocks.
+template <int STRIDE> struct GatherTileIterator {
+    KvBlockIterator blocks;
+    __device__ __forceinline__ GatherTileIterator(const SelectedParams &a, const WorkRange &range, int first)
+        : blocks(a, range), key_tile(0), tile(first), segment_row0(0), segment_rows(0) {
+        if (blocks.valid) load_entries(a, range);
     }
-    __device__ __forceinline__ void next(const SelectedParams &a, const Share &s) {
-        tile += TILES;
-        find(a, s);
+    __device__ __forceinline__ void next(const SelectedParams &a, const WorkRange &range) {
+        tile += STRIDE;
+        load_entries(a, range);
     }
-    // entry0: the entry whose partial is the first.
-    __device__ __forceinline__ TileRows take(const SelectedParams &a, uint32_t entry0) {
-        TileRows t;
+    // The rows of the current tile. entry0: the entry that partial rows are counted from.
+    __device__ __forceinline__ GatherRows rows(const SelectedParams &a, uint32_t entry0) {
+        GatherRows t;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t r = row_of(i), at = fast_divide(r, a.group_divisor);
-            const bool valid = at < runs.run.count;
-            const uint32_t in_group = valid ? r - at * a.group : a.group - 1;
-            const uint32_t row = fast_divide(entry[i], a.topk_divisor);
-            t.row[i] = row * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
-            t.partial[i] = valid ? ((entry[i] - entry0) * a.parts + part) * a.group + in_group : NONE;
-            t.limit[i] = last_key(a, at, row) - part * a.keys;
+            const uint32_t r = list_row(i), list_index = fast_divide(r, a.group_divisor);
+            const bool valid = list_index < blocks.kv_block.num_entries;
+            const uint32_t in_group = valid ? r - list_index * a.group : a.group - 1;
+            const uint32_t query = fast_divide(entry[i], a.topk_divisor);
+            t.row[i] = query * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+            t.partial_row[i] =
+                valid ? ((entry[i] - entry0) * a.key_tiles + key_tile) * a.group + in_group : NO_ROW;
+            t.limit[i] = last_visible_key(a, list_index, query) - key_tile * a.tile_keys;
         }
         return t;
     }
 
   private:
-    int part, tile;      // of the run: its part, and the part's tile
-    uint32_t entry[2];   // what the list has there
-    uint32_t row0, rows; // of the segment of the last row that was looked up
-    int block_pos;       // row0's position in it, less its own number
-    __device__ __forceinline__ uint32_t row_of(int i) const {
+    int key_tile, tile;                  // of the KV block; of the key tile
+    uint32_t entry[2];                   // of rows lane and lane + 32
+    uint32_t segment_row0, segment_rows; // query rows of the segment of the query that was looked up last
+    int segment_pos;                     // position of its first query, minus segment_row0
+    __device__ __forceinline__ uint32_t list_row(int i) const {
         return tile * 64 + threadIdx.x % 32 + 32 * i;
     }
-    // Finds the run and part that the tile is in.
-    __device__ __forceinline__ void find(const SelectedParams &a, const Share &s) {
+    // Finds the KV block and key tile of tile number `tile`, and loads the tile's entries.
+    __device__ __forceinline__ void load_entries(const SelectedParams &a, const WorkRange &range) {
         for (;;) {
-            const int tiles = ((int)runs.run.count * a.group + 63) / 64;
-            if (tile < tiles) break;
-            tile -= tiles;
-            if (++part < a.parts) continue;
-            part = 0;
-            runs.next(a, s);
-            if (!runs.more) return;
+            const int num_tiles = ((int)blocks.kv_block.num_entries * a.group + 63) / 64;
+            if (tile < num_tiles) break;
+            tile -= num_tiles;
+            if (++key_tile < a.key_tiles) continue;
+            key_tile = 0;
+            blocks.next(a, range);
+            if (!blocks.valid) return;
         }
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            entry[i] = s.entries[runs.run.begin + min(fast_divide(row_of(i), a.group_divisor), runs.run.count - 1)];
+            entry[i] =
+                range.entries[blocks.kv_block.entry_begin + min(fast_divide(list_row(i), a.group_divisor),
+                                                                blocks.kv_block.num_entries - 1)];
     }
-    // The last key of the block that the query sees. Lists ascend by row, so only the first `block` queries
-    // from the list's start can lie in the block itself; the rest see all of it.
-    __device__ __forceinline__ int last_key(const SelectedParams &a, uint32_t at, uint32_t row) {
-        const Run &run = runs.run;
-        if (run.begin - run.first + min(at, run.count - 1) >= (uint32_t)a.block) return run.keys - 1;
-        if (row - row0 >= rows) {
-            const int64_t segment = find_in_cu(a.batch.cu_queries, a.batch.num_segments, row);
-            row0 = (uint32_t)a.batch.cu_queries[segment];
-            rows = (uint32_t)a.batch.cu_queries[segment + 1] - row0;
-            block_pos = (int)(a.batch.segments[segment].pos - row0);
+    // As ::last_visible_key, with the last segment cached.
+    __device__ __forceinline__ int last_visible_key(const SelectedParams &a, uint32_t list_index,
+                                                    uint32_t query) {
+        const KvBlockEntries &kv_block = blocks.kv_block;
+        if (kv_block.entry_begin - kv_block.list_begin + min(list_index, kv_block.num_entries - 1) >=
+            (uint32_t)a.block)
+            return kv_block.num_keys - 1;
+        if (query - segment_row0 >= segment_rows) {
+            const int64_t segment = find_in_cu(a.batch.cu_queries, a.batch.num_segments, query);
+            segment_row0 = (uint32_t)a.batch.cu_queries[segment];
+            segment_rows = (uint32_t)a.batch.cu_queries[segment + 1] - segment_row0;
+            segment_pos = (int)(a.batch.segments[segment].pos - segment_row0);
         }
-        return min(run.keys - 1, block_pos + (int)row - run.block * a.block);
+        return min(kv_block.num_keys - 1, segment_pos + (int)query - kv_block.index_in_seq * a.block);
     }
 };
 
-// Starts the copies of a tile's 64 rows. An address made in the register of the one before waits until that
-// one's copy has read it, and for a shuffle: so there are to be BATCH addresses before the first is used. (At
-// d = 128 ptxas makes them one after the other all the same; with registers for several it was no faster.)
+// A warp starts the copies (cp.async) of 64 rows of x [rows, D] to a tile [64][D] in panels of 64 columns
+// (ptx.cuh). row: of the lane's two rows. BATCH addresses are computed before the first is used: an address
+// register can be reused only when its copy has been issued.
 template <typename T, int D, int BATCH>
-static __device__ __forceinline__ void gather(uint32_t tile, const void *rows, const uint32_t (&row)[2]) {
-    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS;
-    constexpr int PERIOD = 8 / ROWS; // of the swizzle, in steps of ROWS rows
+static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x, const uint32_t (&row)[2]) {
+    constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS; // 16-byte chunks of a row; rows per copy of the warp
+    constexpr int PERIOD = 8 / ROWS;                  // of the swizzle, in steps of ROWS rows
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
-    const char *from = (const char *)rows + chunk * 16;
-    keep_in_registers(from);
-    uint32_t to[PERIOD];
+    const char *source = (const char *)x + chunk * 16;
+    keep_in_registers(source);
+    uint32_t dest[PERIOD];
 #pragma unroll
-    for (int i = 0; i < PERIOD; i++) to[i] = tile + panel_offset(i * ROWS + sub, chunk, 64 * 128);
+    for (int i = 0; i < PERIOD; i++) dest[i] = tile + panel_offset(i * ROWS + sub, chunk, 64 * 128);
 #pragma unroll
     for (int i0 = 0; i0 < 64 / ROWS; i0 += BATCH) {
-        const char *at[BATCH];
+        const char *address[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int r = (i0 + i) * ROWS;
-            at[i] = from + __shfl_sync(0xffffffffu, row[r / 32], r % 32 + sub) * (uint64_t)(D * 2);
+            address[i] = source + __shfl_sync(0xffffffffu, row[r / 32], r % 32 + sub) * (uint64_t)(D * 2);
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) keep_in_registers(at[i]);
+        for (int i = 0; i < BATCH; i++) keep_in_registers(address[i]);
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) cp_async_16(to[(i0 + i) % PERIOD] + (i0 + i) / PERIOD * 1024, at[i]);
+        for (int i = 0; i < BATCH; i++)
+            cp_async_16(dest[(i0 + i) % PERIOD] + (i0 + i) / PERIOD * 1024, address[i]);
     }
 }
 
-// Starts the copies of a short block's K and V rows; rows that it lacks become zeros.
-template <typename T, int D, int KEYS>
-static __device__ __forceinline__ void load_kv(const SelectedParams &a, const Run &run, int part, uint32_t k_tile,
-                                               uint32_t v_tile) {
+// A warp starts the copies (cp.async) of K and V of a key tile with fewer than TILE_KEYS keys; the other rows
+// become zeros.
+template <typename T, int D, int TILE_KEYS>
+static __device__ __forceinline__ void load_short_kv_tile(const SelectedParams &a,
+                                                          const KvBlockEntries &kv_block, int key_tile,
+                                                          uint32_t k_tile, uint32_t v_tile) {
     constexpr int CHUNKS = D / 8;
     const int64_t stride = (int64_t)a.kv_heads * D;
-    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, keys = run.keys - part * KEYS;
-    const int64_t head = (a.head0 + blockIdx.y) * D + chunk * 8;
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS,
+              num_keys = kv_block.num_keys - key_tile * TILE_KEYS;
+    const int64_t head_offset = (a.head0 + blockIdx.y) * D + chunk * 8;
 #pragma unroll 2
-    for (int r = lane / CHUNKS; r < KEYS; r += 32 / CHUNKS) {
-        bool valid = r < keys;
-        int64_t from = (run.key0 + (valid ? part * KEYS + r : 0)) * stride + head;
-        uint32_t to = panel_offset(r, chunk, KEYS * 128);
-        cp_async_16(k_tile + to, (const T *)a.k + from, valid);
-        cp_async_16(v_tile + to, (const T *)a.v + from, valid);
+    for (int r = lane / CHUNKS; r < TILE_KEYS; r += 32 / CHUNKS) {
+        bool valid = r < num_keys;
+        int64_t source = (kv_block.key0 + (valid ? key_tile * TILE_KEYS + r : 0)) * stride + head_offset;
+        uint32_t dest = panel_offset(r, chunk, TILE_KEYS * 128);
+        cp_async_16(k_tile + dest, (const T *)a.k + source, valid);
+        cp_async_16(v_tile + dest, (const T *)a.v + source, valid);
     }
 }
 
-// A map of k or v, by a part of a block.
-template <typename T, int D, int KEYS>
-static int key_map(const SelectedParams &a, const void *keys, CUtensorMap *map) {
+// The tensor map of kv = k or v [N, Hkv, D] with boxes of a key tile: [TILE_KEYS keys][1 head][64 channels].
+template <typename T, int D, int TILE_KEYS>
+static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorMap *map) {
     int64_t size[] = {D, a.kv_heads, a.batch.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
-    int box[] = {64, 1, KEYS};
-    return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, keys, size, stride,
-                          box);
+    int box[] = {64, 1, TILE_KEYS};
+    return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, kv, size, stride,
+                           box);
 }
-// f for the element type, head size and keys of a part.
-#define DISPATCH(f)                                                                                          \
-    (dtype == FSA_BF16 ? head_dim == 64 ? a.keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)          \
-                                                       : f<__nv_bfloat16, 64, 128>(a, heads, stream)         \
-                         : a.keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                        \
-                                        : f<__nv_bfloat16, 128, 128>(a, heads, stream)                       \
-     : head_dim == 64                                                                                        \
-         ? a.keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)         \
-     : a.keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                                   \
-                    : f<__half, 128, 128>(a, heads, stream))
+// f<type, head size, keys of a key tile>(a, heads, stream)
+#define DISPATCH_TILE_KEYS(f)                                                                                  \
+    (dtype == FSA_BF16 ? head_dim == 64      ? a.tile_keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)  \
+                                                                 : f<__nv_bfloat16, 64, 128>(a, heads, stream) \
+                              : a.tile_keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                \
+                                             : f<__nv_bfloat16, 128, 128>(a, heads, stream)                    \
+     : head_dim == 64                                                                                          \
+         ? a.tile_keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)      \
+     : a.tile_keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                                \
+                         : f<__half, 128, 128>(a, heads, stream))
 
 #endif

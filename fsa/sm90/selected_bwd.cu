@@ -1,258 +1,273 @@
+// sm90/selected_bwd.cu: main kernel of the selected branch's backward pass for Hopper.
+//
+// A thread block (one per SM, one wave) processes work ranges of one KV head (../selected.cuh): two if key
+// tiles have 64 keys, one if they have 128. For each key tile, K and V stay in shared memory, dK and dV in
+// registers. For each tile i of 64 gathered rows of q and dO, the thread block computes
+//     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse_bwd),  dS^T = P^T (dP^T - delta)
+//     dV += P^T dO,  dK += dS^T Q,  dQ = dS K, stored as dq_partial rows (partial.cuh)
+//
+// Producer warpgroup, for each work range:
+//     q warps    find the rows of a tile, gather q by cp.async, and load lse_bwd and delta
+//     dO warps   gather dO by cp.async; one of them also loads K and V by TMA
+// Two consumer warpgroups with 64 keys each: each has its own work range, or half of a 128-key tile and half
+// of dQ's columns. Schedule at d = 128 and 64 keys (0 and 1 are halves of the rows, or of dQ's columns):
+//     wgmma   S(i)  dP0    dV0    dP1    dV1    dK          dQ0           dQ1    S(i+1)
+//     other         P0     dS0    P1     dS1    dS to smem         store dQ0     store dQ1
+// P^T and dS^T are A operands from registers. dQ reads dS^T from shared memory, transposed. The stage of q
+// and dO is free after dK, so the next rows arrive during dQ.
+//
+// Shared memory at d = 128, 208 KiB:    K, V      q, dO           dS
+//     2 work ranges of 64-key tiles     32 KiB    2 x 32 KiB      8 KiB     each
+//     1 work range of 128-key tiles     64 KiB    4 x 32 KiB     16 KiB
+//
+// Results are reproducible: each dq_partial row is written once. The work range that holds the start of a
+// query list adds dK and dV to dkv_accum. A range that continues the list writes dkv_partial, which the
+// combine kernel adds in order.
+//
+// Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16):
+//     17.2 GB of q, dO in, 6.4 GB of dq_partial out, 4.5 TB/s       5.2 ms (from L2: 4.1)
+//     2.75 TFLOP, 790 TFLOP/s                                       3.5 ms
+//     shared memory, 184 KiB per tile, 128 bytes per clock and SM   3.3 ms
+//     2.1 GB of dkv_accum in and out                                1.0 ms
+// The dependent chain of a tile's matmuls and the work between them binds: the consumers keep the tensor
+// cores busy for less than half of the time. Memory bandwidth follows closely.
 #include "selected.cuh"
 
-template <int D, int KEYS> struct Backward {
+template <int D, int TILE_KEYS> struct BackwardTraits {
     static constexpr int CONSUMERS = 2; // warpgroups, each with 64 keys
-    // A thread block's shares of the lists: consumers of blocks of 64 keys have one each, two of 128 keys are
-    // two halves of one.
-    static constexpr int SHARES = KEYS == 64 ? 2 : 1, SHARERS = CONSUMERS / SHARES;
-    static constexpr int Q_STAGES = D == 128 && KEYS == 64 ? 2 : 4,
-                         KV_STAGES = D == 128 || KEYS == 64 ? 1 : 2;
-    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, REGISTERS = D == 64 ? 208 : 232;
-    static constexpr int DP_ROWS = D == 64 ? 64 : 32; // of dP at a time: all 64 would spill registers
-    static constexpr int DQ_COLUMNS = D / SHARERS < 64 ? D / SHARERS : 64; // of dQ at a time
-    // Pairs of producer warps that a share has: one warp of a pair finds a tile's rows and gathers q, the
-    // other gathers dO; the first pair's other one brings K and V, too.
-    static constexpr int GATHERERS = 2 / SHARES;
-    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one pair");
+    // Work ranges of a thread block, and consumers of each.
+    static constexpr int RANGES = TILE_KEYS == 64 ? 2 : 1, CONSUMERS_PER_RANGE = CONSUMERS / RANGES;
+    static constexpr int Q_STAGES = D == 128 && TILE_KEYS == 64 ? 2 : 4,
+                         KV_STAGES = D == 128 || TILE_KEYS == 64 ? 1 : 2;
+    // At d = 128 and with 224 consumer registers ptxas serializes the wgmma (warning C7512). 232 leave 40 for
+    // producers.
+    static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, CONSUMER_REGISTERS = D == 64 ? 208 : 232;
+    static constexpr int DP_ROWS = D == 64 ? 64 : 32; // rows of dP at a time; at d = 128, 64 would spill
+    // Columns of dQ at a time.
+    static constexpr int DQ_COLUMNS = D / CONSUMERS_PER_RANGE < 64 ? D / CONSUMERS_PER_RANGE : 64;
+    // Pairs of a q warp and a dO warp per work range. Each loads every GATHER_PAIRS-th tile.
+    static constexpr int GATHER_PAIRS = 2 / RANGES;
+    static_assert(Q_STAGES % GATHER_PAIRS == 0, "each stage must belong to one pair");
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// Backward
-
-// One share's.
-template <int D, int KEYS> struct alignas(1024) BackwardSmem {
-    static constexpr int Q = Backward<D, KEYS>::Q_STAGES, KV = Backward<D, KEYS>::KV_STAGES;
-    char k[KV][KEYS * D * 2], v[KV][KEYS * D * 2], q[Q][2][64 * D * 2]; // q and dO
-    char ds[KEYS * 64 * 2];                                             // dS^T, [keys][64 rows]
+// Of one work range.
+template <int D, int TILE_KEYS> struct alignas(1024) BackwardSmem {
+    static constexpr int Q = BackwardTraits<D, TILE_KEYS>::Q_STAGES,
+                         KV = BackwardTraits<D, TILE_KEYS>::KV_STAGES;
+    char k[KV][TILE_KEYS * D * 2], v[KV][TILE_KEYS * D * 2], q[Q][2][64 * D * 2]; // q[stage]: q and dO
+    char ds[TILE_KEYS * 64 * 2];                                                  // dS^T, [keys][64 rows]
     struct {
-        uint32_t partial[64];
-        alignas(8) float lse[64], delta[64]; // lse_bwd and delta
-        alignas(8) int limit[64];
-        int masked;
+        uint32_t partial_row[64];
+        alignas(8) float lse[64], delta[64]; // lse is lse_bwd
+        alignas(8) int limit[64];            // last visible key of each row, -1 for a row that pads the tile
+        int masked;                          // whether a row sees fewer than TILE_KEYS keys
     } tile[Q];
     struct {
-        float *out;             // where the sums [keys, 2, D] go
-        int tiles, keys, added; // added: they are added there
+        float *dkv;                          // destination of dK and dV, [keys, 2, D]
+        int num_tiles, num_keys, accumulate; // num_tiles 0: end of the work range; accumulate: add to dkv
     } block[KV];
-    uint32_t rows[2 * Q][64]; // of dO, from the warp that gathers q
-    uint64_t rows_full[2 * Q], q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
+    uint32_t do_rows[2 * Q][64]; // rows of dO to gather, from the warp that gathers q
+    uint64_t do_rows_full[2 * Q], q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
-// A thread block takes a share or two of one head's list: K and V of each KV block stay in shared memory,
-// and a consumer's dK and dV of 64 keys in registers. For each 64 gathered rows of q and dO a consumer
-// computes S^T = K Q^T, dP^T = V dO^T, P^T = exp(S^T - lse_bwd), dS^T = P^T (dP^T - delta), and dV += P^T
-// dO, dK += dS^T Q with P^T and dS^T as A fragments. dS^T also goes to shared memory, where dQ = dS K reads
-// it transposed; a consumer takes 64 of dQ's columns at a time. What comes next runs meanwhile: dP while exp
-// is taken, dV while dS is made, dK while it is stored, the next tile's S while the last of dQ goes out, as a
-// partial row (partial.cuh; the reduction puts its channels in order). dQ needs the rows no longer, so the
-// next ones come while it is computed and packed. After a block's last tile S is computed of whatever lies
-// there, and not used: ptxas serializes the products here if one is started under a condition, or two are
-// under way where the loop begins. A KV block's sum is added to dkv by the thread block where its list
-// starts; one that goes on with another's list leaves its sum in `crossing`, and sum_crossing adds these in
-// order.
-//
-// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128: 17.2 GB of q and dO rows in, 6.4 GB out: 5.2 ms
-// at 4.5 TB/s, about 4.1 with the gathers out of L2 (a slab has 32 MiB of rows); dK and dV of each slab to
-// and from dkv, 2.1 GB each way, 1 ms; 2.75 TFLOP, 3.5 ms at 790; shared memory 184 KiB a tile (gather 32, S
-// 32, dP 48, dV and dK 32, dQ 32, dS 8), 3.3 ms at 128 bytes a clock. On an H100 32 launches of 250 us by ncu
-// with 620 MB of HBM traffic each, 2.5 TB/s of some 3.0, and as many reductions of 104 us and 282 MB. A tile
-// takes a consumer 6,200 clocks and 900 instructions, while both consumers' products are 2,600: the chain of
-// products and what lies between them binds, closely followed by memory, for which consumers wait a tenth of
-// the time. Blocks of 128 keys move half of the rows for the same products: 350 us, 783 MB. At d = 128 and
-// with 224 registers ptxas serializes the products (C7512), which costs 5%; of 232 for both consumers 40 are
-// left for producers.
-template <typename T, int D, int KEYS>
-__global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
+template <typename T, int D, int TILE_KEYS>
+__global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONSUMERS, 1)
     selected_backward_sm90_kernel(const SelectedParams a, const __grid_constant__ CUtensorMap k_map,
                                   const __grid_constant__ CUtensorMap v_map) {
-    typedef Backward<D, KEYS> B;
-    typedef BackwardSmem<D, KEYS> Smem;
-    typedef Turn<B::Q_STAGES> QTurn;
-    typedef Turn<2 * B::Q_STAGES> RowsTurn;
-    typedef Turn<B::KV_STAGES> KvTurn;
+    typedef BackwardTraits<D, TILE_KEYS> Traits;
+    typedef BackwardSmem<D, TILE_KEYS> Smem;
+    typedef PipelineState<Traits::Q_STAGES> QState;
+    typedef PipelineState<2 * Traits::Q_STAGES> RowsState;
+    typedef PipelineState<Traits::KV_STAGES> KvState;
     constexpr int TILE = 64 * D * 2;
     extern __shared__ __align__(1024) char raw[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
-    // Which of the thread block's shares is this warp's: even producer warps work for the first, odd ones for
-    // the second.
-    const int which = B::SHARES == 1 ? 0 : warp < 4 ? warp % 2 : warp / 4 - 1;
-    const unsigned index = blockIdx.x * B::SHARES + which;
-    Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024) + which;
-    const uint32_t rows_full = smem_address(m->rows_full), q_full = smem_address(m->q_full),
+    // This warp's work range among the thread block's: with two ranges, even producer warps serve the first
+    // and odd ones the second.
+    const int range_in_block = Traits::RANGES == 1 ? 0 : warp < 4 ? warp % 2 : warp / 4 - 1;
+    const unsigned range_index = blockIdx.x * Traits::RANGES + range_in_block;
+    Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024) + range_in_block;
+    const uint32_t do_rows_full = smem_address(m->do_rows_full), q_full = smem_address(m->q_full),
                    q_empty = smem_address(m->q_empty);
     const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
     const int head = a.head0 + blockIdx.y, g = a.group;
-    if (warp < B::SHARES && lane == 0) {
-        for (int i = 0; i < 2 * B::Q_STAGES; i++) mbarrier_init(rows_full + 8 * i, WARP_ARRIVALS);
-        for (int i = 0; i < B::Q_STAGES; i++) {
-            // The lanes' copies of both warps, and one's word that what goes with them is there.
+    if (warp < Traits::RANGES && lane == 0) {
+        for (int i = 0; i < 2 * Traits::Q_STAGES; i++) mbarrier_init(do_rows_full + 8 * i, WARP_ARRIVALS);
+        for (int i = 0; i < Traits::Q_STAGES; i++) {
+            // The copies of a pair's 64 lanes, and the q warp itself for the stage's `tile`.
             mbarrier_init(q_full + 8 * i, 64 + WARP_ARRIVALS);
-            mbarrier_init(q_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
+            mbarrier_init(q_empty + 8 * i, 4 * Traits::CONSUMERS_PER_RANGE * WARP_ARRIVALS);
         }
-        for (int i = 0; i < B::KV_STAGES; i++) {
-            mbarrier_init(kv_full + 8 * i, 32 + 1);
-            mbarrier_init(kv_empty + 8 * i, 4 * B::SHARERS * WARP_ARRIVALS);
+        for (int i = 0; i < Traits::KV_STAGES; i++) {
+            mbarrier_init(kv_full + 8 * i, 32 + 1); // the lanes' copies; lane 0 with the bytes of TMA
+            mbarrier_init(kv_empty + 8 * i, 4 * Traits::CONSUMERS_PER_RANGE * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
     }
     __syncthreads();
 
     if (warp < 4) {
-        warpgroup_reg_dealloc<B::PRODUCER_REGISTERS>();
-        const Share share = share_of(a, head, index);
-        const uint32_t pair = B::SHARES == 1 ? warp % 2 : 0; // takes every GATHERERS-th tile
-        if (warp < 2) {
+        warpgroup_reg_dealloc<Traits::PRODUCER_REGISTERS>();
+        const WorkRange range = work_range_of(a, head, range_index);
+        const uint32_t pair = Traits::RANGES == 1 ? warp % 2 : 0; // loads every GATHER_PAIRS-th tile
+        if (warp < 2) {                                           // q, lse_bwd, delta
             // Partial rows are counted over all heads of the launch.
-            const uint32_t entry0 = share.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_rows * a.topk);
-            GatherTileIterator<B::GATHERERS> walk(a, share, pair);
-            for (uint32_t n = pair; walk.runs.more; n += B::GATHERERS) {
-                TileRows t = walk.take(a, entry0);
-                // The tile that had this place, 2*Q_STAGES before, has ended: this warp has waited for a
-                // later.
-                const RowsTurn rows(n);
+            const uint32_t entry0 = range.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_rows * a.topk);
+            GatherTileIterator<Traits::GATHER_PAIRS> tiles(a, range, pair);
+            for (uint32_t n = pair; tiles.blocks.valid; n += Traits::GATHER_PAIRS) {
+                GatherRows t = tiles.rows(a, entry0);
+                // Pass the rows to the dO warp. This entry of do_rows is free: it held tile n - 2 * Q_STAGES,
+                // and this warp has already waited for the consumers' release of a later tile.
+                const RowsState rows_state(n);
 #pragma unroll
-                for (int i = 0; i < 2; i++) m->rows[rows.stage][lane + 32 * i] = t.row[i];
-                mbarrier_arrive_warp(rows_full + 8 * rows.stage);
-                walk.next(a, share);
-                QTurn turn(n);
-                turn.wait_empty(q_empty);
-                auto &meta = m->tile[turn.stage];
+                for (int i = 0; i < 2; i++) m->do_rows[rows_state.stage][lane + 32 * i] = t.row[i];
+                mbarrier_arrive_warp(do_rows_full + 8 * rows_state.stage);
+                tiles.next(a, range);
+                QState state(n);
+                state.wait_empty(q_empty);
+                auto &meta = m->tile[state.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = lane + 32 * i;
                     cp_async_4(smem_address(&meta.lse[r]), &a.lse_bwd[t.row[i]]);
                     cp_async_4(smem_address(&meta.delta[r]), &a.delta[t.row[i]]);
-                    if (t.partial[i] == NONE) t.limit[i] = -1;
-                    meta.partial[r] = t.partial[i], meta.limit[r] = t.limit[i];
+                    if (t.partial_row[i] == NO_ROW) t.limit[i] = -1;
+                    meta.partial_row[r] = t.partial_row[i], meta.limit[r] = t.limit[i];
                 }
-                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
                 if (lane == 0) meta.masked = masked;
-                gather<T, D, 4>(smem_address(m->q[turn.stage][0]), a.q, t.row);
-                cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
-                mbarrier_arrive_warp(q_full + 8 * turn.stage);
+                gather_tile<T, D, 4>(smem_address(m->q[state.stage][0]), a.q, t.row);
+                cp_async_mbarrier_arrive(q_full + 8 * state.stage);
+                mbarrier_arrive_warp(q_full + 8 * state.stage);
             }
-        } else {
-            uint32_t n = 0, tile = 0;
-            for (KvBlockIterator runs(a, share); runs.more; runs.next(a, share)) {
-                const Run &run = runs.run;
-                const int tiles = ((int)run.count * g + 63) / 64;
-                for (int part = 0; part < a.parts; part++, n++) {
-                    auto load_keys = [&] {
-                        bool added;
-                        float *out = sum_of<D>(a, share, index, run, part, &added);
-                        KvTurn turn(n);
-                        const uint32_t k_tile = smem_address(m->k[turn.stage]);
-                        const uint32_t v_tile = smem_address(m->v[turn.stage]),
-                                       full = kv_full + 8 * turn.stage;
-                        const int keys = run.keys - part * KEYS;
-                        turn.wait_empty(kv_empty);
-                        // What a short block lacks are zeros, which the copy engine doesn't write.
-                        if (keys < KEYS) load_kv<T, D, KEYS>(a, run, part, k_tile, v_tile);
+        } else {                      // dO, K, V
+            uint32_t n = 0, tile = 0; // key tiles and tiles so far
+            for (KvBlockIterator blocks(a, range); blocks.valid; blocks.next(a, range)) {
+                const KvBlockEntries &kv_block = blocks.kv_block;
+                const int num_tiles = ((int)kv_block.num_entries * g + 63) / 64;
+                for (int key_tile = 0; key_tile < a.key_tiles; key_tile++, n++) {
+                    auto load_kv = [&] {
+                        bool accumulate;
+                        float *dkv =
+                            dkv_destination<D>(a, range, range_index, kv_block, key_tile, &accumulate);
+                        KvState state(n);
+                        const uint32_t k_tile = smem_address(m->k[state.stage]);
+                        const uint32_t v_tile = smem_address(m->v[state.stage]),
+                                       full = kv_full + 8 * state.stage;
+                        const int num_keys = kv_block.num_keys - key_tile * TILE_KEYS;
+                        state.wait_empty(kv_empty);
+                        // TMA would load the next sequence's keys into a short tile instead of zeros.
+                        if (num_keys < TILE_KEYS)
+                            load_short_kv_tile<T, D, TILE_KEYS>(a, kv_block, key_tile, k_tile, v_tile);
                         cp_async_mbarrier_arrive(full);
                         if (lane == 0) {
-                            auto &meta = m->block[turn.stage];
-                            meta.out = out, meta.added = added;
-                            meta.tiles = tiles, meta.keys = keys;
-                            mbarrier_arrive_expect_tx(full, keys < KEYS ? 0 : 2 * KEYS * D * 2);
-                            for (int panel = 0; panel < D / 64 && keys >= KEYS; panel++) {
-                                const int key0 = (int)run.key0 + part * KEYS, at = panel * KEYS * 128;
-                                tma_load_3d(k_tile + at, &k_map, panel * 64, head, key0, full);
-                                tma_load_3d(v_tile + at, &v_map, panel * 64, head, key0, full);
+                            auto &meta = m->block[state.stage];
+                            meta.dkv = dkv, meta.accumulate = accumulate;
+                            meta.num_tiles = num_tiles, meta.num_keys = num_keys;
+                            mbarrier_arrive_expect_tx(full, num_keys < TILE_KEYS ? 0 : 2 * TILE_KEYS * D * 2);
+                            for (int panel = 0; panel < D / 64 && num_keys >= TILE_KEYS; panel++) {
+                                const int key0 = (int)kv_block.key0 + key_tile * TILE_KEYS,
+                                          offset = panel * TILE_KEYS * 128;
+                                tma_load_3d(k_tile + offset, &k_map, panel * 64, head, key0, full);
+                                tma_load_3d(v_tile + offset, &v_map, panel * 64, head, key0, full);
                             }
                         }
                     };
-                    for (int i = 0; i < tiles; i++, tile++) {
-                        if (tile % B::GATHERERS == pair) {
-                            const RowsTurn rows(tile);
-                            rows.wait_full(rows_full);
-                            QTurn turn(tile);
-                            turn.wait_empty(q_empty);
-                            const uint32_t row[2] = {m->rows[rows.stage][lane],
-                                                     m->rows[rows.stage][lane + 32]};
-                            gather<T, D, 4>(smem_address(m->q[turn.stage][1]), a.dout, row);
-                            cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
+                    for (int i = 0; i < num_tiles; i++, tile++) {
+                        if (tile % Traits::GATHER_PAIRS == pair) {
+                            const RowsState rows_state(tile);
+                            rows_state.wait_full(do_rows_full);
+                            QState state(tile);
+                            state.wait_empty(q_empty);
+                            const uint32_t row[2] = {m->do_rows[rows_state.stage][lane],
+                                                     m->do_rows[rows_state.stage][lane + 32]};
+                            gather_tile<T, D, 4>(smem_address(m->q[state.stage][1]), a.dout, row);
+                            cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                         }
-                        // Not before the part's first rows are under way: this waits until the part before
-                        // is done with.
-                        if (pair == 0 && i == min(tiles, B::GATHERERS) - 1) load_keys();
+                        // Load K and V only after the first rows of the key tile are in flight: the load
+                        // waits until the consumers have finished the previous key tile.
+                        if (pair == 0 && i == min(num_tiles, Traits::GATHER_PAIRS) - 1) load_kv();
                     }
                 }
             }
             if (pair == 0) {
-                KvTurn turn(n);
-                turn.wait_empty(kv_empty);
-                cp_async_mbarrier_arrive(kv_full + 8 * turn.stage);
+                KvState state(n);
+                state.wait_empty(kv_empty);
+                cp_async_mbarrier_arrive(kv_full + 8 * state.stage);
                 if (lane == 0) {
-                    m->block[turn.stage].tiles = 0;
-                    mbarrier_arrive(kv_full + 8 * turn.stage);
+                    m->block[state.stage].num_tiles = 0;
+                    mbarrier_arrive(kv_full + 8 * state.stage);
                 }
             }
         }
         cp_async_commit();
         cp_async_wait<0>();
     } else {
-        warpgroup_reg_alloc<B::REGISTERS>();
-        pdl_wait(); // as in the forward kernel
+        warpgroup_reg_alloc<Traits::CONSUMER_REGISTERS>();
+        pdl_wait(); // only the consumers wait, as in the forward kernel
         pdl_launch_dependents();
-        const int half = warp / 4 - 1 - which, quad = lane / 4, c = lane % 4; // half: of 128 keys
-        const int key0 = half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
+        const int key_half = warp / 4 - 1 - range_in_block; // this consumer's 64 keys of a 128-key tile
+        const int quad = lane / 4, c = lane % 4;
+        const int key0 = key_half * 64 + warp % 4 * 16 + quad; // this thread's keys: key0 and key0 + 8
         const float scale_log2 = a.scale * FSA_LOG2E;
-        float s[8][4], dp[B::DP_ROWS / 8][4], dq[B::DQ_COLUMNS / 8][4], dk[D / 8][4], dv[D / 8][4];
-        uint32_t tile = 0, n = 0; // tiles so far, and parts
+        float s[8][4], dp[Traits::DP_ROWS / 8][4], dq[Traits::DQ_COLUMNS / 8][4], dk[D / 8][4], dv[D / 8][4];
+        uint32_t tile = 0, n = 0; // tiles and key tiles so far
         for (;; n++) {
-            KvTurn kv(n);
-            kv.wait_full(kv_full);
-            const auto &block = m->block[kv.stage];
-            const int tiles = block.tiles;
-            if (tiles == 0) break;
+            KvState kv_state(n);
+            kv_state.wait_full(kv_full);
+            const auto &block = m->block[kv_state.stage];
+            const int num_tiles = block.num_tiles;
+            if (num_tiles == 0) break;
             fence_proxy_async(); // cp.async may have written K and V
-            const uint32_t k_tile = smem_address(m->k[kv.stage]);
-            const uint32_t k_mine = k_tile + half * 64 * 128;
-            const uint32_t v_mine = smem_address(m->v[kv.stage]) + half * 64 * 128;
-            // x = A B^T over D: 64 keys of this consumer's by 64 or fewer rows
-            auto start_product = [&](auto &x, uint32_t keys, uint32_t rows) {
-                const uint64_t left = make_smem_desc_opaque(keys), right = make_smem_desc(rows);
+            const uint32_t k_tile = smem_address(m->k[kv_state.stage]);
+            const uint32_t k_own = k_tile + key_half * 64 * 128;
+            const uint32_t v_own = smem_address(m->v[kv_state.stage]) + key_half * 64 * 128;
+            // x = A B^T: A this consumer's 64 rows of K or V, B 64 or DP_ROWS rows of q or dO
+            auto start_matmul = [&](auto &x, uint32_t a_tile, uint32_t b_tile) {
+                const uint64_t a_desc = make_smem_desc_opaque(a_tile), b_desc = make_smem_desc(b_tile);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < D / 16; k++) {
-                    wgmma_ss<T>(x, advance_desc(left, k / 4 * KEYS * 128 + k % 4 * 32),
-                                advance_desc(right, k / 4 * 64 * 128 + k % 4 * 32), k > 0);
+                    wgmma_ss<T>(x, advance_desc(a_desc, k / 4 * TILE_KEYS * 128 + k % 4 * 32),
+                                advance_desc(b_desc, k / 4 * 64 * 128 + k % 4 * 32), k > 0);
                 }
                 wgmma_commit();
             };
-            auto wait_rows = [&](QTurn turn) {
-                turn.wait_full(q_full);
+            auto wait_q = [&](QState state) {
+                state.wait_full(q_full);
                 fence_proxy_async(); // cp.async wrote the rows
             };
-            auto start_s = [&](QTurn turn) { start_product(s, k_mine, smem_address(m->q[turn.stage][0])); };
-            wait_rows(tile);
+            auto start_s = [&](QState state) { start_matmul(s, k_own, smem_address(m->q[state.stage][0])); };
+            wait_q(tile);
             start_s(tile);
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) dk[j][i] = dv[j][i] = 0;
             }
-            for (const uint32_t end = tile + tiles; tile < end; tile++) {
-                QTurn turn(tile);
-                const auto &meta = m->tile[turn.stage];
-                const uint32_t q_tile = smem_address(m->q[turn.stage][0]), g_tile = q_tile + TILE;
-                const uint64_t q_rows = make_smem_desc(q_tile, 64 * 128),
-                               g_rows = make_smem_desc(g_tile, 64 * 128);
+            for (const uint32_t end = tile + num_tiles; tile < end; tile++) {
+                QState state(tile);
+                const auto &meta = m->tile[state.stage];
+                const uint32_t q_tile = smem_address(m->q[state.stage][0]), do_tile = q_tile + TILE;
+                const uint64_t q_desc = make_smem_desc(q_tile, 64 * 128),
+                               do_desc = make_smem_desc(do_tile, 64 * 128);
                 uint32_t p[4][4], ds[4][4];
                 const int masked = meta.masked;
+                // P^T and dS^T, DP_ROWS rows at a time
 #pragma unroll
-                for (int row = 0; row < 64; row += B::DP_ROWS) {
-                    float2 lse[B::DP_ROWS / 8], delta[B::DP_ROWS / 8];
+                for (int row = 0; row < 64; row += Traits::DP_ROWS) {
+                    float2 lse[Traits::DP_ROWS / 8], delta[Traits::DP_ROWS / 8];
 #pragma unroll
-                    for (int j = 0; j < B::DP_ROWS / 8; j++)
+                    for (int j = 0; j < Traits::DP_ROWS / 8; j++)
                         lse[j] = *(const float2 *)&meta.lse[row + j * 8 + 2 * c];
                     if (row == 0) {
-                        wgmma_wait<0>();
+                        wgmma_wait<0>(); // S^T
                         fence_operand(s);
                     }
-                    start_product(dp, v_mine, g_tile + row * 128);
+                    // dP^T = V dO^T; P^T = exp(S^T - lse_bwd) meanwhile
+                    start_matmul(dp, v_own, do_tile + row * 128);
 #pragma unroll
-                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                    for (int j = row / 8; j < (row + Traits::DP_ROWS) / 8; j++) {
                         const float base[2] = {lse[j - row / 8].x * -FSA_LOG2E,
                                                lse[j - row / 8].y * -FSA_LOG2E};
 #pragma unroll
@@ -260,7 +275,7 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                     }
                     if (masked) {
 #pragma unroll
-                        for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                        for (int j = row / 8; j < (row + Traits::DP_ROWS) / 8; j++) {
                             int2 limit = *(const int2 *)&meta.limit[j * 8 + 2 * c];
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
@@ -269,22 +284,23 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         }
                     }
 #pragma unroll
-                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                    for (int j = row / 8; j < (row + Traits::DP_ROWS) / 8; j++) {
                         p[j / 2][j % 2 * 2] = pack2<T>(s[j][0], s[j][1]);
                         p[j / 2][j % 2 * 2 + 1] = pack2<T>(s[j][2], s[j][3]);
                     }
+                    // dV += P^T dO; dS^T = P^T (dP^T - delta) meanwhile
                     wgmma_fence();
 #pragma unroll
-                    for (int k = row / 16; k < (row + B::DP_ROWS) / 16; k++)
-                        wgmma_rs<T, 1>(dv, p[k], advance_desc(g_rows, k * 2048), 1);
+                    for (int k = row / 16; k < (row + Traits::DP_ROWS) / 16; k++)
+                        wgmma_rs<T, 1>(dv, p[k], advance_desc(do_desc, k * 2048), 1);
                     wgmma_commit();
 #pragma unroll
-                    for (int j = 0; j < B::DP_ROWS / 8; j++)
+                    for (int j = 0; j < Traits::DP_ROWS / 8; j++)
                         delta[j] = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
-                    wgmma_wait<1>();
+                    wgmma_wait<1>(); // dP^T
                     fence_operand(dp);
 #pragma unroll
-                    for (int j = row / 8; j < (row + B::DP_ROWS) / 8; j++) {
+                    for (int j = row / 8; j < (row + Traits::DP_ROWS) / 8; j++) {
                         const float(&x)[4] = dp[j - row / 8];
                         const float2 d = delta[j - row / 8];
 #pragma unroll
@@ -294,114 +310,126 @@ __global__ void __launch_bounds__(128 + 128 * Backward<D, KEYS>::CONSUMERS, 1)
                         }
                     }
                 }
+                // dK += dS^T Q; dS^T to shared memory meanwhile
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], advance_desc(q_rows, k * 2048), 1);
+                for (int k = 0; k < 4; k++) wgmma_rs<T, 1>(dk, ds[k], advance_desc(q_desc, k * 2048), 1);
                 wgmma_commit();
-                named_barrier_sync(1 + which, 128 * B::SHARERS); // the last tile's dQ has been computed
+                // All consumers of the range have finished dQ of the previous tile, which reads m->ds.
+                named_barrier_sync(1 + range_in_block, 128 * Traits::CONSUMERS_PER_RANGE);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        *(uint32_t *)(m->ds + panel_offset(key0 + 8 * i, j, KEYS * 128) + 4 * c) =
+                        *(uint32_t *)(m->ds + panel_offset(key0 + 8 * i, j, TILE_KEYS * 128) + 4 * c) =
                             ds[j / 2][j % 2 * 2 + i];
                 }
                 fence_proxy_async();
-                named_barrier_sync(1 + which, 128 * B::SHARERS);
+                named_barrier_sync(1 + range_in_block, 128 * Traits::CONSUMERS_PER_RANGE);
 
-                // dQ from `column` on; sharers have halves of the columns.
-                const int column0 = half * (D / B::SHARERS);
+                // dQ = dS K: this consumer's columns, DQ_COLUMNS at a time
+                const int column0 = key_half * (D / Traits::CONSUMERS_PER_RANGE);
                 auto start_dq = [&](int column) {
-                    const uint64_t left = make_smem_desc(smem_address(m->ds));
-                    const uint64_t right = make_smem_desc(k_tile + column / 64 * KEYS * 128 + column % 64 * 2);
+                    const uint64_t a_desc = make_smem_desc(smem_address(m->ds));
+                    const uint64_t b_desc =
+                        make_smem_desc(k_tile + column / 64 * TILE_KEYS * 128 + column % 64 * 2);
                     wgmma_fence();
 #pragma unroll
-                    for (int k = 0; k < KEYS / 16; k++)
-                        wgmma_ss<T, 1, 1>(dq, advance_desc(left, k * 2048), advance_desc(right, k * 2048),
+                    for (int k = 0; k < TILE_KEYS / 16; k++)
+                        wgmma_ss<T, 1, 1>(dq, advance_desc(a_desc, k * 2048), advance_desc(b_desc, k * 2048),
                                           k > 0);
                     wgmma_commit();
                 };
-                uint32_t to[2];
+                uint32_t partial_row[2];
 #pragma unroll
-                for (int i = 0; i < 2; i++) to[i] = meta.partial[warp % 4 * 16 + quad + 8 * i];
+                for (int i = 0; i < 2; i++) partial_row[i] = meta.partial_row[warp % 4 * 16 + quad + 8 * i];
                 auto store_dq = [&](int column) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        if (to[i] == NONE) continue;
-                        Partial<T> x[B::DQ_COLUMNS / 32];
+                        if (partial_row[i] == NO_ROW) continue;
+                        PartialChunk<T> x[Traits::DQ_COLUMNS / 32];
 #pragma unroll
-                        for (int j = 0; j < B::DQ_COLUMNS / 32; j++)
-                            x[j] = piece_of<T>(dq, 4 * j, i, a.scale);
-                        Partial<T>::store(a.partial + to[i] * (uint64_t)row_bytes<T, D>(), column / 32, c, x);
+                        for (int j = 0; j < Traits::DQ_COLUMNS / 32; j++)
+                            x[j] = make_partial_chunk<T>(dq, 4 * j, i, a.scale);
+                        PartialChunk<T>::store(a.partial +
+                                                   partial_row[i] * (uint64_t)partial_row_bytes<T, D>(),
+                                               column / 32, c, x);
                     }
                 };
-                constexpr int PIECES = D / B::SHARERS / B::DQ_COLUMNS;
+                constexpr int DQ_STEPS = D / Traits::CONSUMERS_PER_RANGE / Traits::DQ_COLUMNS;
 #pragma unroll
-                for (int piece = 0; piece < PIECES; piece++) {
-                    start_dq(column0 + piece * B::DQ_COLUMNS);
-                    if (piece == 0) {
-                        wgmma_wait<1>(); // dV and dK are there
-                        mbarrier_arrive_warp(q_empty + 8 * turn.stage);
+                for (int step = 0; step < DQ_STEPS; step++) {
+                    start_dq(column0 + step * Traits::DQ_COLUMNS);
+                    if (step == 0) {
+                        wgmma_wait<1>(); // dV and dK: the stage of q and dO is free
+                        mbarrier_arrive_warp(q_empty + 8 * state.stage);
                     }
-                    if (piece + 1 == PIECES) {
-                        // No waiting past the part's end: the stage's next round may be any, the parity lies.
-                        if (tile + 1 < end) wait_rows(tile + 1);
+                    if (step + 1 == DQ_STEPS) {
+                        // S of the next tile; store the last columns of dQ meanwhile. After the last tile of
+                        // the key tile, S is computed from whatever the stage holds, and discarded: ptxas
+                        // serializes the wgmma if one starts under a condition or if two are in flight at the
+                        // start of the loop. There it must not wait for the stage, which never fills at the
+                        // end of the work range.
+                        if (tile + 1 < end) wait_q(tile + 1);
                         start_s(tile + 1);
-                        wgmma_wait<1>();
+                        wgmma_wait<1>(); // dQ
                     } else {
                         wgmma_wait<0>();
                     }
                     fence_operand(dq);
-                    store_dq(column0 + piece * B::DQ_COLUMNS);
+                    store_dq(column0 + step * Traits::DQ_COLUMNS);
                 }
             }
+            // Epilogue: store dK and dV of the key tile.
             fence_operand(dk);
             fence_operand(dv);
-            float *const out = block.out;
-            const int keys = block.keys, added = block.added;
-            mbarrier_arrive_warp(kv_empty + 8 * kv.stage); // only the S that nobody uses still reads K
-            auto put_sums = [&](auto put) {
+            float *const dkv = block.dkv;
+            const int num_keys = block.num_keys, accumulate = block.accumulate;
+            mbarrier_arrive_warp(kv_empty + 8 * kv_state.stage); // only the discarded S still reads K
+            auto store_dkv = [&](auto store_pair) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int key = key0 + 8 * i;
-                    if (key >= keys) continue;
-                    float *const to = out + (int64_t)key * 2 * D + 2 * c;
+                    if (key >= num_keys) continue;
+                    float *const dest = dkv + (int64_t)key * 2 * D + 2 * c;
 #pragma unroll
                     for (int j = 0; j < D / 8; j++) {
-                        put(to + 8 * j, dk[j][2 * i], dk[j][2 * i + 1]);
-                        put(to + D + 8 * j, dv[j][2 * i], dv[j][2 * i + 1]);
+                        store_pair(dest + 8 * j, dk[j][2 * i], dk[j][2 * i + 1]);
+                        store_pair(dest + D + 8 * j, dv[j][2 * i], dv[j][2 * i + 1]);
                     }
                 }
             };
-            if (added)
-                put_sums([](float *to, float x, float y) { red_add_v2(to, x, y); });
+            if (accumulate)
+                store_dkv([](float *dest, float x, float y) { red_add_v2(dest, x, y); });
             else
-                put_sums([](float *to, float x, float y) { *(float2 *)to = make_float2(x, y); });
-            wgmma_wait<0>();
+                store_dkv([](float *dest, float x, float y) { *(float2 *)dest = make_float2(x, y); });
+            wgmma_wait<0>(); // the discarded S
             fence_operand(s);
         }
     }
 }
 
-template <typename T, int D, int KEYS>
+template <typename T, int D, int TILE_KEYS>
 static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
-    typedef Backward<D, KEYS> B;
-    constexpr int smem = (int)sizeof(BackwardSmem<D, KEYS>) * B::SHARES + 1024;
-    static_assert(smem <= 232448, "shared memory of a thread block");
-    if (allow_smem(selected_backward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    typedef BackwardTraits<D, TILE_KEYS> Traits;
+    constexpr int smem = (int)sizeof(BackwardSmem<D, TILE_KEYS>) * Traits::RANGES + 1024;
+    static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
+    if (allow_smem(selected_backward_sm90_kernel<T, D, TILE_KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map, v_map;
-    if (key_map<T, D, KEYS>(a, a.k, &k_map) || key_map<T, D, KEYS>(a, a.v, &v_map)) return FSA_ERROR_CUDA;
-    dim3 grid((unsigned)ceil_div(a.shares, B::SHARES), heads);
-    launch(a.slab > 0, selected_backward_sm90_kernel<T, D, KEYS>, grid, 128 + 128 * B::CONSUMERS, smem,
-           stream, a, k_map, v_map);
+    if (make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map) ||
+        make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v, &v_map))
+        return FSA_ERROR_CUDA;
+    dim3 grid((unsigned)ceil_div(a.num_ranges, Traits::RANGES), heads);
+    launch(a.slab_index > 0, selected_backward_sm90_kernel<T, D, TILE_KEYS>, grid,
+           128 + 128 * Traits::CONSUMERS, smem, stream, a, k_map, v_map);
     return FSA_OK;
 }
 
 int fsa_selected_backward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
-                          cudaStream_t stream) {
-    return DISPATCH(backward);
+                               cudaStream_t stream) {
+    return DISPATCH_TILE_KEYS(backward);
 }
 
-int fsa_selected_ranges_per_sm_sm90(int keys, int backward) {
-    return backward && keys == 64 ? Backward<128, 64>::SHARES : 1;
+int fsa_selected_ranges_per_sm_sm90(int tile_keys, int backward) {
+    return backward && tile_keys == 64 ? BackwardTraits<128, 64>::RANGES : 1;
 }

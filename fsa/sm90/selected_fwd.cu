@@ -1,58 +1,68 @@
+// sm90/selected_fwd.cu: main kernel of the selected branch's forward pass for Hopper.
+//
+// A thread block (one per SM, one wave) processes one work range of one KV head (../selected.cuh). For each
+// tile of 64 gathered q rows of each key tile it computes S = Q K^T, P = exp(S - row max), O = P V. It stores
+// the unnormalized O as an o_partial row, and {lse, scale of the row} to lse_partial.
+//
+// Producer warpgroup:
+//     GATHER_WARPS warps   gather the q rows of every GATHER_WARPS-th tile by cp.async
+//     the last warp        loads K by TMA and packed V (pack_v.cu) by bulk copies
+// CONSUMERS consumer warpgroups compute every CONSUMERS-th tile. Schedule of one, i + 1 being its next tile:
+//     wgmma   S(i)            P V (i)            S(i+1)
+//     other            P(i)   lse_partial(i)     store O(i)     P(i+1)
+// P and V are fp16; P is the A operand from registers.
+//
+// Shared memory at d = 128: 96 KiB of K and V and 96 KiB of q with key tiles of 64 keys, 128 and 64 KiB with
+// key tiles of 128 keys.
+//
+// Results are reproducible: each partial row is written once. K and V are read once and leave L2 first, so
+// that the first l2_rows partial rows stay in L2 until the combine kernel reads them.
+//
+// Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16), 3 blocks per query left out of the lists:
+//     7.0 GB of q rows in, 7.2 GB of partial rows out, 4.5 TB/s    3.2 ms (q from L2: 2.3)
+//     0.9 TFLOP, 790 TFLOP/s                                       1.1 ms
+//     shared memory, 64 KiB per tile, 128 bytes per clock and SM   1.0 ms
+//     exp                                                          0.5 ms
+// HBM and the link between the two L2 partitions bind. Consumers wait for q rows; gather warps never wait for
+// a free stage.
 #include "selected.cuh"
 
-// What to tune. Registers are setmaxnreg's: together no more than a thread block starts with, 65,536 with 512
-// threads and 64,512 with 384.
-template <int D, int KEYS> struct Forward {
-    static constexpr bool LARGE = D == 128 && KEYS == 128; // tiles of 128 KiB of K and V
-    static constexpr int CONSUMERS = KEYS == 64 ? 3 : 2;   // warpgroups, each with every CONSUMERS-th tile
-    static constexpr int Q_STAGES = LARGE ? 4 : KEYS == 64 ? 6 : 8, KV_STAGES = KEYS == 64 ? 3 : 2;
-    static constexpr int PRODUCER_REGISTERS = 56, REGISTERS = KEYS == 64 ? 152 : 224;
-    // Of the producers' four warps, the first gather a tile's rows in turn, the last fetches K and V. A stage
-    // is always the same gatherer's, which therefore is never two rounds ahead of it, where parities would
-    // lie.
-    static constexpr int GATHERERS = KEYS == 64 ? 3 : 2;
-    static_assert(Q_STAGES % GATHERERS == 0, "a stage has one gatherer");
+// The registers of all warpgroups (setmaxnreg) must not exceed those that the thread block starts with:
+// 65,536 with 512 threads, 64,512 with 384.
+template <int D, int TILE_KEYS> struct ForwardTraits {
+    static constexpr bool LARGE_TILES = D == 128 && TILE_KEYS == 128; // 128 KiB of K and V in two stages
+    static constexpr int CONSUMERS = TILE_KEYS == 64 ? 3 : 2;         // warpgroups
+    static constexpr int Q_STAGES = LARGE_TILES ? 4 : TILE_KEYS == 64 ? 6 : 8;
+    static constexpr int KV_STAGES = TILE_KEYS == 64 ? 3 : 2;
+    static constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TILE_KEYS == 64 ? 152 : 224;
+    // A stage belongs to one gather warp, which then cannot be two phases ahead of it. A wait by parity could
+    // not tell these phases apart.
+    static constexpr int GATHER_WARPS = TILE_KEYS == 64 ? 3 : 2;
+    static_assert(Q_STAGES % GATHER_WARPS == 0, "each stage must belong to one gather warp");
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// Forward
-
-template <int D, int KEYS> struct alignas(1024) ForwardSmem {
-    static constexpr int Q = Forward<D, KEYS>::Q_STAGES, KV = Forward<D, KEYS>::KV_STAGES;
-    char kv[KV][2][KEYS * D * 2], q[Q][64 * D * 2];
+template <int D, int TILE_KEYS> struct alignas(1024) ForwardSmem {
+    static constexpr int Q = ForwardTraits<D, TILE_KEYS>::Q_STAGES,
+                         KV = ForwardTraits<D, TILE_KEYS>::KV_STAGES;
+    char kv[KV][2][TILE_KEYS * D * 2], q[Q][64 * D * 2];
     struct {
-        uint32_t partial[64];
-        int limit[64], masked; // masked: a row doesn't see all KEYS keys
+        uint32_t partial_row[64];
+        int limit[64], masked; // last visible key of each row; whether a row sees fewer than TILE_KEYS keys
     } tile[Q];
     struct {
-        int tiles; // 0: there are no more blocks
-        float unfactor;
+        int num_tiles; // of 64 rows; 0: end of the work range
+        float v_scale;
     } block[KV];
     alignas(8) uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
-// A thread block takes a share of one head's list. Producers bring K and packed V of each KV block, KV_STAGES
-// blocks at most, and the gathered q rows, 64 a stage. Each consumer takes every CONSUMERS-th tile: S =
-// QK^T, P = exp(S - the row's maximum) to fp16 A fragments, O = PV, and out go the row, as it is, its
-// log-sum-exp and what the row is to be multiplied by; the next tile's S runs while this one's rows are
-// written.
-//
-// Floors at 64K tokens, 32 heads, (B, T) = (64, 16), d = 128, 3 forced blocks not among them: 27.3 million
-// rows, 3,230 tiles a multiprocessor. 7.0 GB of q rows in and 7.2 GB out: 3.2 ms at 4.5 TB/s, 2.3 where q
-// comes from L2 (a slab has 6 MiB of it); 0.9 TFLOP, 1.1 ms at 790; exp 0.5 ms; shared memory 64 KiB a tile
-// (gather 16, S 32, PV 16), 1 ms at 128 bytes a clock. On an H100 (3.35 TB/s, of which a copy gets 3.0) 88
-// launches of 45 us by ncu with 97 MB of HBM traffic each, and as many merges of 32 us and 78 MB. Busiest are
-// the way between the two halves of the L2, for 73% of a launch, and HBM, 66%, its begin and end counted,
-// when the first rows have not come and nothing goes out. Consumers wait for rows; gatherers never wait for
-// room. Without the rows out 33 us, without K and V 41, with the same queries again and again 42, without all
-// three 29. K and V, read once, are first to leave the L2, so that 8 MiB of rows wait there for the merge.
-template <typename T, int D, int KEYS>
-__global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
+template <typename T, int D, int TILE_KEYS>
+__global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS, 1)
     selected_forward_sm90_kernel(const SelectedParams a, const __grid_constant__ CUtensorMap k_map) {
-    typedef Forward<D, KEYS> F;
-    typedef ForwardSmem<D, KEYS> Smem;
-    typedef Turn<F::Q_STAGES> QTurn;
-    typedef Turn<F::KV_STAGES> KvTurn;
+    typedef ForwardTraits<D, TILE_KEYS> Traits;
+    typedef ForwardSmem<D, TILE_KEYS> Smem;
+    typedef PipelineState<Traits::Q_STAGES> QState;
+    typedef PipelineState<Traits::KV_STAGES> KvState;
     extern __shared__ __align__(1024) char raw[];
     Smem *m = (Smem *)(raw + (1024 - (smem_address(raw) & 1023)) % 1024);
     const uint32_t q_full = smem_address(m->q_full), q_empty = smem_address(m->q_empty);
@@ -60,219 +70,228 @@ __global__ void __launch_bounds__(128 + 128 * Forward<D, KEYS>::CONSUMERS, 1)
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
     const int head = a.head0 + blockIdx.y, g = a.group;
     if (threadIdx.x == 0) {
-        // A gathering warp's 32 lanes' copies, and its word that the rows' numbers are there.
-        for (int i = 0; i < F::Q_STAGES; i++)
+        // q_full: the copies of the gather warp's 32 lanes, and the warp itself for the stage's `tile`.
+        for (int i = 0; i < Traits::Q_STAGES; i++)
             mbarrier_init(q_full + 8 * i, 32 + WARP_ARRIVALS),
                 mbarrier_init(q_empty + 8 * i, 4 * WARP_ARRIVALS);
-        for (int i = 0; i < F::KV_STAGES; i++) {
+        for (int i = 0; i < Traits::KV_STAGES; i++) {
             mbarrier_init(kv_full + 8 * i, 1);
-            mbarrier_init(kv_empty + 8 * i, 4 * F::CONSUMERS * WARP_ARRIVALS);
+            mbarrier_init(kv_empty + 8 * i, 4 * Traits::CONSUMERS * WARP_ARRIVALS);
         }
         mbarrier_init_fence();
     }
     __syncthreads();
 
     if (warp < 4) {
-        warpgroup_reg_dealloc<F::PRODUCER_REGISTERS>();
-        const Share share = share_of(a, head, blockIdx.x);
-        if (warp < F::GATHERERS) {
-            GatherTileIterator<F::GATHERERS> walk(a, share, warp);
-            for (uint32_t n = warp; walk.runs.more; n += F::GATHERERS) {
-                TileRows t = walk.take(a, share.entry0);
-                walk.next(a, share);
-                QTurn turn(n);
-                turn.wait_empty(q_empty);
-                gather<T, D, 8>(smem_address(m->q[turn.stage]), a.q, t.row);
-                cp_async_mbarrier_arrive(q_full + 8 * turn.stage);
-                auto &meta = m->tile[turn.stage];
+        warpgroup_reg_dealloc<Traits::PRODUCER_REGISTERS>();
+        const WorkRange range = work_range_of(a, head, blockIdx.x);
+        if (warp < Traits::GATHER_WARPS) { // q rows
+            GatherTileIterator<Traits::GATHER_WARPS> tiles(a, range, warp);
+            for (uint32_t n = warp; tiles.blocks.valid; n += Traits::GATHER_WARPS) {
+                GatherRows t = tiles.rows(a, range.entry0);
+                tiles.next(a, range);
+                QState state(n);
+                state.wait_empty(q_empty);
+                gather_tile<T, D, 8>(smem_address(m->q[state.stage]), a.q, t.row);
+                cp_async_mbarrier_arrive(q_full + 8 * state.stage);
+                auto &meta = m->tile[state.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    meta.partial[lane + 32 * i] = t.partial[i];
+                    meta.partial_row[lane + 32 * i] = t.partial_row[i];
                     meta.limit[lane + 32 * i] = t.limit[i];
                 }
-                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < KEYS - 1);
+                int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
                 if (lane == 0) meta.masked = masked;
-                mbarrier_arrive_warp(q_full + 8 * turn.stage);
+                mbarrier_arrive_warp(q_full + 8 * state.stage);
             }
-        } else if (warp == 3) {
-            uint32_t n = 0;
-            const char *const packed = a.packed + blockIdx.y * a.batch.n * (2 * D);
-            for (KvBlockIterator runs(a, share); runs.more; runs.next(a, share)) {
-                const Run &run = runs.run;
-                for (int part = 0; part < a.parts; part++, n++) {
-                    const int keys = max(0, min(run.keys - part * KEYS, KEYS));
-                    const float unfactor =
-                        a.factors[(blockIdx.y * a.lists.max_blocks + run.index) * a.parts + part];
-                    KvTurn turn(n);
-                    turn.wait_empty(kv_empty);
-                    // Keys that the block lacks: V's become zeros, since what lies there may be no number,
-                    // K's are masked.
-                    if (keys < KEYS) {
-                        char *const v = m->kv[turn.stage][1];
-                        for (int i = keys * (D / 8) + lane; i < KEYS * (D / 8); i += 32)
-                            *(uint4 *)(v + panel_offset(i / (D / 8), i % (D / 8), KEYS * 128)) =
+        } else if (warp == 3) { // K and V
+            uint32_t n = 0;     // key tiles so far
+            const char *const v_packed = a.v_packed + blockIdx.y * a.batch.n * (2 * D);
+            for (KvBlockIterator blocks(a, range); blocks.valid; blocks.next(a, range)) {
+                const KvBlockEntries &kv_block = blocks.kv_block;
+                for (int key_tile = 0; key_tile < a.key_tiles; key_tile++, n++) {
+                    const int num_keys = max(0, min(kv_block.num_keys - key_tile * TILE_KEYS, TILE_KEYS));
+                    const float v_scale =
+                        a.v_scale[(blockIdx.y * a.lists.max_blocks + kv_block.index) * a.key_tiles +
+                                  key_tile];
+                    KvState state(n);
+                    state.wait_empty(kv_empty);
+                    // Rows of a short tile past its last key: zero those of V, where old data may be NaN. The
+                    // rows of K are masked.
+                    if (num_keys < TILE_KEYS) {
+                        char *const v = m->kv[state.stage][1];
+                        for (int i = num_keys * (D / 8) + lane; i < TILE_KEYS * (D / 8); i += 32)
+                            *(uint4 *)(v + panel_offset(i / (D / 8), i % (D / 8), TILE_KEYS * 128)) =
                                 make_uint4(0, 0, 0, 0);
                         fence_proxy_async();
                         __syncwarp();
                     }
                     if (lane == 0) {
-                        const uint32_t full = kv_full + 8 * turn.stage,
-                                       to = smem_address(m->kv[turn.stage][0]);
-                        m->block[turn.stage].tiles = ((int)run.count * g + 63) / 64;
-                        m->block[turn.stage].unfactor = unfactor;
-                        mbarrier_arrive_expect_tx(full, (KEYS + keys) * D * 2);
-                        const int64_t key0 = run.key0 + part * KEYS;
+                        const uint32_t full = kv_full + 8 * state.stage,
+                                       kv_tile = smem_address(m->kv[state.stage][0]);
+                        m->block[state.stage].num_tiles = ((int)kv_block.num_entries * g + 63) / 64;
+                        m->block[state.stage].v_scale = v_scale;
+                        mbarrier_arrive_expect_tx(full, (TILE_KEYS + num_keys) * D * 2);
+                        const int64_t key0 = kv_block.key0 + key_tile * TILE_KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
-                            const uint32_t at = to + panel * KEYS * 128;
-                            tma_load_3d(at, &k_map, panel * 64, head, (int)key0, full, l2_evict_first());
-                            if (keys > 0)
-                                bulk_load(at + KEYS * D * 2, packed + (panel * a.batch.n + key0) * 128,
-                                          keys * 128, full, l2_evict_first());
+                            const uint32_t k_panel = kv_tile + panel * TILE_KEYS * 128;
+                            tma_load_3d(k_panel, &k_map, panel * 64, head, (int)key0, full, l2_evict_first());
+                            if (num_keys > 0)
+                                bulk_load(k_panel + TILE_KEYS * D * 2,
+                                          v_packed + (panel * a.batch.n + key0) * 128, num_keys * 128, full,
+                                          l2_evict_first());
                         }
                     }
                 }
             }
-            KvTurn turn(n);
-            turn.wait_empty(kv_empty);
+            KvState state(n);
+            state.wait_empty(kv_empty);
             if (lane == 0) {
-                m->block[turn.stage].tiles = 0;
-                mbarrier_arrive(kv_full + 8 * turn.stage);
+                m->block[state.stage].num_tiles = 0;
+                mbarrier_arrive(kv_full + 8 * state.stage);
             }
         }
         cp_async_commit();
         cp_async_wait<0>();
     } else {
-        warpgroup_reg_alloc<F::REGISTERS>();
-        // Producers go ahead: what they read was there before the first slab, which waits for all before it.
+        warpgroup_reg_alloc<Traits::CONSUMER_REGISTERS>();
+        // Only the consumers wait for the preceding kernel, which still reads the partial rows. The inputs of
+        // the producers were complete before the first slab's launch.
         pdl_wait();
         pdl_launch_dependents();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
-        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.parts * g;
-        char *out = a.partial + partial0 * row_bytes<__half, D>();
-        float2 *stats = a.stats + partial0;
-        keep_in_registers(out), keep_in_registers(stats);
-        const uint32_t kept = a.kept > partial0 ? a.kept - (uint32_t)partial0 : 0;
-        float s[KEYS / 8][4], o[D / 8][4];
-        uint32_t first = 0, n = 0;                         // tiles before this part's, and parts
-        Steps<F::Q_STAGES, F::CONSUMERS> q_turn(consumer); // of the consumer's next tile
+        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.key_tiles * g;
+        char *o_partial = a.partial + partial0 * partial_row_bytes<__half, D>();
+        float2 *lse_partial = a.lse_partial + partial0;
+        keep_in_registers(o_partial), keep_in_registers(lse_partial);
+        const uint32_t l2_rows = a.l2_rows > partial0 ? a.l2_rows - (uint32_t)partial0 : 0;
+        float s[TILE_KEYS / 8][4], o[D / 8][4];
+        uint32_t tiles_before = 0, n = 0; // tiles before this key tile, and key tiles so far
+        StridedPipelineState<Traits::Q_STAGES, Traits::CONSUMERS> q_state(
+            consumer); // of this consumer's next tile
         for (;; n++) {
-            KvTurn kv(n);
-            kv.wait_full(kv_full);
-            const int tiles = m->block[kv.stage].tiles;
-            const float unfactor = m->block[kv.stage].unfactor;
-            if (tiles == 0) break;
-            const uint64_t from_k = make_smem_desc(smem_address(m->kv[kv.stage][0])),
-                           from_v = make_smem_desc(smem_address(m->kv[kv.stage][1]), KEYS * 128);
+            KvState kv_state(n);
+            kv_state.wait_full(kv_full);
+            const int num_tiles = m->block[kv_state.stage].num_tiles;
+            const float v_scale = m->block[kv_state.stage].v_scale;
+            if (num_tiles == 0) break;
+            const uint64_t k_desc = make_smem_desc(smem_address(m->kv[kv_state.stage][0])),
+                           v_desc = make_smem_desc(smem_address(m->kv[kv_state.stage][1]), TILE_KEYS * 128);
             auto start_s = [&] {
-                mbarrier_wait(q_full + 8 * q_turn.stage, q_turn.parity);
+                mbarrier_wait(q_full + 8 * q_state.stage, q_state.parity);
                 fence_proxy_async(); // cp.async wrote the rows
-                const uint64_t from_q = make_smem_desc(smem_address(m->q[q_turn.stage]));
+                const uint64_t q_desc = make_smem_desc(smem_address(m->q[q_state.stage]));
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < D / 16; k++)
-                    wgmma_ss<T>(s, advance_desc(from_q, k / 4 * 64 * 128 + k % 4 * 32),
-                                advance_desc(from_k, k / 4 * KEYS * 128 + k % 4 * 32), k > 0);
+                    wgmma_ss<T>(s, advance_desc(q_desc, k / 4 * 64 * 128 + k % 4 * 32),
+                                advance_desc(k_desc, k / 4 * TILE_KEYS * 128 + k % 4 * 32), k > 0);
                 wgmma_commit();
             };
-            int tile = (int)((consumer + F::CONSUMERS - first % F::CONSUMERS) % F::CONSUMERS);
-            if (tile < tiles) start_s();
-            for (; tile < tiles; tile += F::CONSUMERS) {
-                const uint32_t stage = q_turn.stage;
+            int tile =
+                (int)((consumer + Traits::CONSUMERS - tiles_before % Traits::CONSUMERS) % Traits::CONSUMERS);
+            if (tile < num_tiles) start_s();
+            for (; tile < num_tiles; tile += Traits::CONSUMERS) {
+                const uint32_t stage = q_state.stage;
                 const auto &meta = m->tile[stage];
-                uint32_t to[2];
+                uint32_t partial_row[2];
                 int limit[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = warp % 4 * 16 + quad + 8 * i;
-                    to[i] = meta.partial[r], limit[i] = meta.limit[r];
+                    partial_row[i] = meta.partial_row[r], limit[i] = meta.limit[r];
                 }
                 const int masked = meta.masked;
-                wgmma_wait<0>();
+                wgmma_wait<0>(); // S
                 fence_operand(s);
                 mbarrier_arrive_warp(q_empty + 8 * stage);
-                q_turn.next();
+                q_state.advance();
 
                 if (masked) {
 #pragma unroll
-                    for (int j = 0; j < KEYS / 8; j++) {
+                    for (int j = 0; j < TILE_KEYS / 8; j++) {
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             if (j * 8 + 2 * c + (i & 1) > limit[i / 2]) s[j][i] = -INFINITY;
                         }
                     }
                 }
-                float base[2], sum[2] = {0, 0};
+                // P = exp(S - row max), as A fragments
+                float base[2], row_sum[2] = {0, 0};
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float most = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
+                    float row_max = fmaxf(s[0][2 * i], s[0][2 * i + 1]);
 #pragma unroll
-                    for (int j = 1; j < KEYS / 8; j++)
-                        most = fmaxf(most, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-                    most = quad_reduce_max(most);
-                    base[i] = most == -INFINITY ? 0 : most * scale_log2;
+                    for (int j = 1; j < TILE_KEYS / 8; j++)
+                        row_max = fmaxf(row_max, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+                    row_max = quad_reduce_max(row_max);
+                    base[i] = row_max == -INFINITY ? 0 : row_max * scale_log2;
                 }
-                uint32_t p[KEYS / 16][4];
+                uint32_t p[TILE_KEYS / 16][4];
 #pragma unroll
-                for (int j = 0; j < KEYS / 8; j++) {
+                for (int j = 0; j < TILE_KEYS / 8; j++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         s[j][i] = exp2_fast(s[j][i] * scale_log2 - base[i / 2]);
-                        sum[i / 2] += s[j][i];
+                        row_sum[i / 2] += s[j][i];
                     }
                     p[j / 2][j % 2 * 2] = pack2<__half>(s[j][0], s[j][1]);
                     p[j / 2][j % 2 * 2 + 1] = pack2<__half>(s[j][2], s[j][3]);
                 }
+                // O = P V; lse_partial meanwhile
                 wgmma_fence();
 #pragma unroll
-                for (int k = 0; k < KEYS / 16; k++)
-                    wgmma_rs<__half, 1>(o, p[k], advance_desc(from_v, k * 2048), k > 0);
+                for (int k = 0; k < TILE_KEYS / 16; k++)
+                    wgmma_rs<__half, 1>(o, p[k], advance_desc(v_desc, k * 2048), k > 0);
                 wgmma_commit();
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    float l = quad_reduce_sum(sum[i]);
-                    if (c == 0 && to[i] != NONE) // no sum, no logarithm: -inf
-                        stats[to[i]] =
-                            make_float2(base[i] + log2_fast(l), l > 0 ? unfactor * reciprocal_fast(l) : 0);
+                    float sum = quad_reduce_sum(row_sum[i]);
+                    if (c == 0 && partial_row[i] != NO_ROW) // log2(0) = -inf
+                        lse_partial[partial_row[i]] = make_float2(
+                            base[i] + log2_fast(sum), sum > 0 ? v_scale * reciprocal_fast(sum) : 0);
                 }
                 wgmma_wait<0>();
                 fence_operand(o);
-                if (tile + F::CONSUMERS < tiles) start_s();
-                Partial<__half> x[2][D / 32];
+                // S of the next tile; store O meanwhile
+                if (tile + Traits::CONSUMERS < num_tiles) start_s();
+                PartialChunk<__half> x[2][D / 32];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
 #pragma unroll
-                    for (int j = 0; j < D / 32; j++) x[i][j] = piece_of<__half>(o, 4 * j, i, 1);
+                    for (int j = 0; j < D / 32; j++) x[i][j] = make_partial_chunk<__half>(o, 4 * j, i, 1);
                 }
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    if (to[i] == NONE) continue;
-                    uint4 *const row = (uint4 *)(out + to[i] * (uint64_t)row_bytes<__half, D>()) + c;
-                    const uint64_t policy = to[i] < kept ? l2_evict_last() : l2_evict_first();
+                    if (partial_row[i] == NO_ROW) continue;
+                    uint4 *const row =
+                        (uint4 *)(o_partial + partial_row[i] * (uint64_t)partial_row_bytes<__half, D>()) + c;
+                    const uint64_t policy = partial_row[i] < l2_rows ? l2_evict_last() : l2_evict_first();
 #pragma unroll
                     for (int j = 0; j < D / 32; j++) store(row + 4 * j, x[i][j].x, policy);
                 }
             }
-            first += tiles;
-            mbarrier_arrive_warp(kv_empty + 8 * kv.stage);
+            tiles_before += num_tiles;
+            mbarrier_arrive_warp(kv_empty + 8 * kv_state.stage);
         }
     }
 }
 
-template <typename T, int D, int KEYS>
+template <typename T, int D, int TILE_KEYS>
 static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
-    constexpr int smem = (int)sizeof(ForwardSmem<D, KEYS>) + 1024;
-    static_assert(smem <= 232448, "shared memory of a thread block");
-    if (allow_smem(selected_forward_sm90_kernel<T, D, KEYS>, smem)) return FSA_ERROR_CUDA;
+    constexpr int smem = (int)sizeof(ForwardSmem<D, TILE_KEYS>) + 1024;
+    static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
+    if (allow_smem(selected_forward_sm90_kernel<T, D, TILE_KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map;
-    if (key_map<T, D, KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
-    dim3 grid((unsigned)a.shares, heads);
-    launch(a.slab > 0, selected_forward_sm90_kernel<T, D, KEYS>, grid,
-           128 + 128 * Forward<D, KEYS>::CONSUMERS, smem, stream, a, k_map);
+    if (make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
+    dim3 grid((unsigned)a.num_ranges, heads);
+    launch(a.slab_index > 0, selected_forward_sm90_kernel<T, D, TILE_KEYS>, grid,
+           128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS, smem, stream, a, k_map);
     return FSA_OK;
 }
 
 int fsa_selected_forward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
-                         cudaStream_t stream) {
-    return DISPATCH(forward);
+                              cudaStream_t stream) {
+    return DISPATCH_TILE_KEYS(forward);
 }
