@@ -452,7 +452,7 @@ def summary(output):
         f"{output.folder}: {state['documents']} documents, {state['train']} training tokens in "
         f"{output.train.num_complete(True)} shards, {state['val']} validation tokens in "
         f"{output.val.num_complete(True)}, "
-        f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes a token"
+        f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes per token"
     )
 
 

@@ -55,7 +55,7 @@ fault "weight decay on norms too" train_gpt_nsa.c 's/tensor->decay \? lr \* weig
 fault "AdamW without bias correction" train_gpt_nsa.c 's/lr \/ bias_correction1/lr/' "test_model"
 fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
 fault "checksums of checkpoint chunks are not compared" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
-fault "a pretoken of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
+fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
 fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank < z->ranks - 1 \? \*begin \+ unit->partition_size : unit->end/*begin + unit->partition_size/' "test_parallel"
 fault "context-parallel blocks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
 fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
