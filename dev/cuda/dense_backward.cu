@@ -25,22 +25,22 @@ template <int N> __device__ void store_row(float *out, int64_t row, const float 
 
 // Version 1. Each query reads its K and V again, each key its Q and dO: L2 bandwidth binds.
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const DenseParams p) {
-    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads, seq, pos;
+    int64_t index = blockIdx.x * 4ll + threadIdx.x / 32, row = index / p.q_heads, seq, pos;
     if (row >= p.batch.nq) return;
-    int kv_head = at % p.q_heads / (p.q_heads / p.kv_heads);
+    int kv_head = index % p.q_heads / (p.q_heads / p.kv_heads);
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dq[D / 32] = {};
-    load_row<T, D>(q, p.q, at);
-    load_row<T, D>(dout, p.dout, at);
+    load_row<T, D>(q, p.q, index);
+    load_row<T, D>(dout, p.dout, index);
     for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
         load_row<T, D>(k, p.k, key);
         load_row<T, D>(v, p.v, key);
-        float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[at]);
-        float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[at]);
+        float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[index]);
+        float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[index]);
         for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
     }
-    int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(at % p.q_heads));
+    int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, row, (int)(index % p.q_heads));
     for (int i = 0; i < D / 32; i++) {
         int column = i * 32 + threadIdx.x % 32;
         float &y = p.dq_accum[dq_row * D + dq_accum_chunk(dq_row, column / 8) * 8 + column % 8];
@@ -48,14 +48,14 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
     }
 }
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_kernel(const DenseParams p) {
-    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, key = at / p.kv_heads;
+    int64_t index = blockIdx.x * 4ll + threadIdx.x / 32, key = index / p.kv_heads;
     if (key >= p.cu_keys[p.batch.num_seqs]) return;
-    int kv_head = at % p.kv_heads, g = p.q_heads / p.kv_heads;
+    int kv_head = index % p.kv_heads, g = p.q_heads / p.kv_heads;
     int64_t seq = find_in_cu(p.cu_keys, p.batch.num_seqs, key);
     int j = (int)(key - p.cu_keys[seq]);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dk[D / 32] = {}, dv[D / 32] = {};
-    load_row<T, D>(k, p.k, at);
-    load_row<T, D>(v, p.v, at);
+    load_row<T, D>(k, p.k, index);
+    load_row<T, D>(v, p.v, index);
     for (int64_t s = 0; s < p.batch.num_segments; s++) {
         FsaSegment segment = p.batch.segments[s];
         if (segment.seq != seq) continue;
@@ -71,8 +71,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
             }
         }
     }
-    store_row(p.dk_accum, at, dk, p.accumulate_dkv);
-    store_row(p.dv_accum, at, dv, p.accumulate_dkv);
+    store_row(p.dk_accum, index, dk, p.accumulate_dkv);
+    store_row(p.dv_accum, index, dv, p.accumulate_dkv);
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
     naive_dq_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);

@@ -8,13 +8,13 @@
 // Version 1. A lane holds d/32 channels. Each query reads its K and V again: L2 bandwidth binds.
 template <typename T, int D>
 __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p) {
-    int64_t at = blockIdx.x * 4ll + threadIdx.x / 32, row = at / p.q_heads;
+    int64_t index = blockIdx.x * 4ll + threadIdx.x / 32, row = index / p.q_heads;
     if (row >= p.batch.nq) return;
-    int head = at % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
+    int head = index % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
     int64_t seq, pos;
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
-    for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[at * D + i * 32 + lane]);
+    for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[index * D + i * 32 + lane]);
     for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = ((p.cu_keys[seq] + j) * p.kv_heads + kv_head) * D;
         float s = 0;
@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p)
         for (int i = 0; i < D / 32; i++)
             out[i] = out[i] * rescale + e * to_f32(((const T *)p.v)[key + i * 32 + lane]);
     }
-    for (int i = 0; i < D / 32; i++) ((T *)p.o)[at * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
-    if (lane == 0) p.lse[at] = sum > 0 ? max + logf(sum) : -INFINITY;
+    for (int i = 0; i < D / 32; i++) ((T *)p.o)[index * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
+    if (lane == 0) p.lse[index] = sum > 0 ? max + logf(sum) : -INFINITY;
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
     naive_forward_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);

@@ -22,7 +22,7 @@
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
-    uint32_t tile_k = smem_address(shared), tile_v = tile_k + 2 * K_BYTES;
+    uint32_t smem_k = smem_address(shared), smem_v = smem_k + 2 * K_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
@@ -39,11 +39,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
 
     // Q and dO go through the second stage of K and V into registers.
-    load_tile<ROWS, D, 128>(tile_k + K_BYTES, (const T *)p.q + q_offset, q_stride, rows.rows);
-    load_tile<ROWS, D, 128>(tile_v + K_BYTES, (const T *)p.dout + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(smem_k + K_BYTES, (const T *)p.q + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(smem_v + K_BYTES, (const T *)p.dout + q_offset, q_stride, rows.rows);
     auto load_keys = [&](int j, int stage) {
-        load_tile<KEYS, D, 128>(tile_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
-        load_tile<KEYS, D, 128>(tile_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
+        load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
+        load_tile<KEYS, D, 128>(smem_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
     };
     if (begin < end) load_keys(begin, 0);
     cp_async_commit();
@@ -51,18 +51,18 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     float lse[2], delta[2];
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
-        int64_t at = (rows.row + row) * p.q_heads + head;
-        float x = row < rows.rows ? p.lse_bwd[at] : -INFINITY;
+        int64_t lse_index = (rows.row + row) * p.q_heads + head;
+        float x = row < rows.rows ? p.lse_bwd[lse_index] : -INFINITY;
         lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
-        delta[half] = row < rows.rows ? p.delta[at] : 0;
+        delta[half] = row < rows.rows ? p.delta[lse_index] : 0;
     }
     cp_async_wait<0>();
     __syncthreads();
     uint32_t q[D / 16][4], dout[D / 16][4];
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
-        load_a<D>(q[kk], tile_k + K_BYTES, warp * 16, kk);
-        load_a<D>(dout[kk], tile_v + K_BYTES, warp * 16, kk);
+        load_a<D>(q[kk], smem_k + K_BYTES, warp * 16, kk);
+        load_a<D>(dout[kk], smem_v + K_BYTES, warp * 16, kk);
     }
     __syncthreads();
 
@@ -74,7 +74,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t smem_k = tile_k + stage * K_BYTES, smem_v = tile_v + stage * K_BYTES;
+        uint32_t tile_k = smem_k + stage * K_BYTES, tile_v = smem_v + stage * K_BYTES;
 
         // S = Q K^T, dP = dO V^T
         float s[KEYS / 8][4] = {}, dp[KEYS / 8][4] = {};
@@ -83,10 +83,10 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, smem_k, n * 16, kk);
+                load_b<D>(b, tile_k, n * 16, kk);
                 mma_16816<T>(s[2 * n], q[kk], b[0], b[1]);
                 mma_16816<T>(s[2 * n + 1], q[kk], b[2], b[3]);
-                load_b<D>(b, smem_v, n * 16, kk);
+                load_b<D>(b, tile_v, n * 16, kk);
                 mma_16816<T>(dp[2 * n], dout[kk], b[0], b[1]);
                 mma_16816<T>(dp[2 * n + 1], dout[kk], b[2], b[3]);
             }
@@ -118,7 +118,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, smem_k, kk * 16, n);
+                load_b_trans<D>(b, tile_k, kk * 16, n);
                 mma_16816<T>(dq[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dq[2 * n + 1], a, b[2], b[3]);
             }
@@ -133,16 +133,16 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows.rows) continue;
         int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, head);
-        float *out = p.dq_accum + dq_row * D + (lane % 4) * 2;
+        float *dq_out = p.dq_accum + dq_row * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float2 x = make_float2(dq[n][half * 2] * dq_unscale, dq[n][half * 2 + 1] * dq_unscale);
-            float2 *out2 = (float2 *)(out + dq_accum_chunk(dq_row, n) * 8);
+            float2 *dq_ptr = (float2 *)(dq_out + dq_accum_chunk(dq_row, n) * 8);
             if (p.accumulate_dq) {
-                float2 old = *out2;
+                float2 old = *dq_ptr;
                 x.x += old.x, x.y += old.y;
             }
-            *out2 = x;
+            *dq_ptr = x;
         }
     }
 }
@@ -162,8 +162,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
-    uint32_t tile_k = smem_address(shared), tile_v = tile_k + BYTES, tile_q = tile_v + BYTES;
-    uint32_t tile_do = tile_q + 2 * BYTES;
+    uint32_t smem_k = smem_address(shared), smem_v = smem_k + BYTES, smem_q = smem_v + BYTES;
+    uint32_t smem_do = smem_q + 2 * BYTES;
     float *lse_delta = (float *)(shared + 6 * BYTES); // [2 stages][lse, delta][ROWS]
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
     int64_t k_offset = keys.row * kv_stride + kv_head * D;
-    load_tile<KEYS, D, 128>(tile_k, (const T *)p.k + k_offset, kv_stride, keys.rows);
-    load_tile<KEYS, D, 128>(tile_v, (const T *)p.v + k_offset, kv_stride, keys.rows);
+    load_tile<KEYS, D, 128>(smem_k, (const T *)p.k + k_offset, kv_stride, keys.rows);
+    load_tile<KEYS, D, 128>(smem_v, (const T *)p.v + k_offset, kv_stride, keys.rows);
 
     // First segment of the sequence; first and last position that see some of the keys.
     int64_t seg_begin = 0, seg_end = p.batch.num_segments;
@@ -218,9 +218,9 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     };
     auto load_queries = [&](int stage) {
         int count = next.end - next.pos;
-        int64_t at = next.row * q_stride + next.head * D;
-        load_tile<ROWS, D, 128>(tile_q + stage * BYTES, (const T *)p.q + at, q_stride, count);
-        load_tile<ROWS, D, 128>(tile_do + stage * BYTES, (const T *)p.dout + at, q_stride, count);
+        int64_t offset = next.row * q_stride + next.head * D;
+        load_tile<ROWS, D, 128>(smem_q + stage * BYTES, (const T *)p.q + offset, q_stride, count);
+        load_tile<ROWS, D, 128>(smem_do + stage * BYTES, (const T *)p.dout + offset, q_stride, count);
         int row = threadIdx.x % ROWS;
         int64_t lse_index = (next.row + row) * p.q_heads + next.head;
         float x;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t smem_q = tile_q + stage * BYTES, smem_do = tile_do + stage * BYTES;
+        uint32_t tile_q = smem_q + stage * BYTES, tile_do = smem_do + stage * BYTES;
         const float *lse = lse_delta + stage * 2 * ROWS, *delta = lse + ROWS;
         int j0 = keys.first + warp * 16;
         int last = pos + ROWS < end_pos ? pos + ROWS - 1 : end_pos - 1;
@@ -255,11 +255,11 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
             uint32_t a[4];
-            load_a<D>(a, tile_k, warp * 16, kk);
+            load_a<D>(a, smem_k, warp * 16, kk);
 #pragma unroll
             for (int n = 0; n < ROWS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, smem_q, n * 16, kk);
+                load_b<D>(b, tile_q, n * 16, kk);
                 mma_16816<T>(s[2 * n], a, b[0], b[1]);
                 mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
             }
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, smem_do, kk * 16, n);
+                load_b_trans<D>(b, tile_do, kk * 16, n);
                 mma_16816<T>(dv[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dv[2 * n + 1], a, b[2], b[3]);
             }
@@ -298,11 +298,11 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
             uint32_t a[4];
-            load_a<D>(a, tile_v, warp * 16, kk);
+            load_a<D>(a, smem_v, warp * 16, kk);
 #pragma unroll
             for (int n = 0; n < ROWS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, smem_do, n * 16, kk);
+                load_b<D>(b, tile_do, n * 16, kk);
                 mma_16816<T>(dp[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dp[2 * n + 1], a, b[2], b[3]);
             }
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, smem_q, kk * 16, n);
+                load_b_trans<D>(b, tile_q, kk * 16, n);
                 mma_16816<T>(dk[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dk[2 * n + 1], a, b[2], b[3]);
             }
@@ -339,12 +339,12 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= keys.rows) continue;
-        int64_t at = k_offset + row * kv_stride + (lane % 4) * 2;
+        int64_t index = k_offset + row * kv_stride + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float2 x = make_float2(dk[n][half * 2] * dk_unscale, dk[n][half * 2 + 1] * dk_unscale);
             float2 y = make_float2(dv[n][half * 2] * dv_unscale, dv[n][half * 2 + 1] * dv_unscale);
-            float2 *dk_ptr = (float2 *)(dk_out + at + n * 8), *dv_ptr = (float2 *)(dv_out + at + n * 8);
+            float2 *dk_ptr = (float2 *)(dk_out + index + n * 8), *dv_ptr = (float2 *)(dv_out + index + n * 8);
             if (accumulate) {
                 float2 u = *dk_ptr, w = *dv_ptr;
                 x.x += u.x, x.y += u.y, y.x += w.x, y.y += w.y;

@@ -23,7 +23,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams p) {
     constexpr int ROWS = 128, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
-    uint32_t tile_q = smem_address(shared), tile_k = tile_q + ROWS * D * 2, tile_v = tile_k + 2 * K_BYTES;
+    uint32_t smem_q = smem_address(shared), smem_k = smem_q + ROWS * D * 2, smem_v = smem_k + 2 * K_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
     const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
 
     auto load_keys = [&](int j, int stage) {
-        load_tile<KEYS, D, 128>(tile_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
-        load_tile<KEYS, D, 128>(tile_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
+        load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
+        load_tile<KEYS, D, 128>(smem_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
     };
-    load_tile<ROWS, D, 128>(tile_q, q, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(smem_q, q, q_stride, rows.rows);
     if (begin < end) load_keys(begin, 0);
     cp_async_commit();
 
@@ -56,19 +56,19 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t smem_k = tile_k + stage * K_BYTES, smem_v = tile_v + stage * K_BYTES;
+        uint32_t tile_k = smem_k + stage * K_BYTES, tile_v = smem_v + stage * K_BYTES;
 
         // S = Q K^T
         float s[2][KEYS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
             uint32_t a[2][4];
-            load_a<D>(a[0], tile_q, warp * 32, kk);
-            load_a<D>(a[1], tile_q, warp * 32 + 16, kk);
+            load_a<D>(a[0], smem_q, warp * 32, kk);
+            load_a<D>(a[1], smem_q, warp * 32 + 16, kk);
 #pragma unroll
             for (int n = 0; n < KEYS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, smem_k, n * 16, kk);
+                load_b<D>(b, tile_k, n * 16, kk);
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma_16816<T>(s[m][2 * n], a[m], b[0], b[1]);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, smem_v, kk * 16, n);
+                load_b_trans<D>(b, tile_v, kk * 16, n);
 #pragma unroll
                 for (int m = 0; m < 2; m++) {
                     mma_16816<T>(out[m][2 * n], a[m], b[0], b[1]);

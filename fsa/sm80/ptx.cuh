@@ -6,8 +6,8 @@
 //            a[2] row r, columns 2c+8 2c+9; a[3] row r+8, columns 2c+8 2c+9
 //   B 16x8 : b[0] rows 2c 2c+1 of column r; b[1] rows 2c+8 2c+9 of column r
 //   C 16x8 : c[0] c[1] row r, columns 2c 2c+1; c[2] c[3] row r+8, columns 2c 2c+1
-#ifndef FSA_PTX_CUH
-#define FSA_PTX_CUH
+#ifndef FSA_SM80_PTX_CUH
+#define FSA_SM80_PTX_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -64,7 +64,7 @@ __device__ __forceinline__ uint64_t l2_evict_first() {
 }
 
 // Returns 16 bytes (not cached in L1), or zeros if !valid. A predicate, where the compiler would branch.
-__device__ __forceinline__ uint4 load_or_zero(bool valid, const void *from, uint64_t policy) {
+__device__ __forceinline__ uint4 load_or_zero(bool valid, const void *src, uint64_t policy) {
     uint4 x;
     asm volatile("{\n"
                  ".reg .pred valid;\n"
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint4 load_or_zero(bool valid, const void *from, uint
                  "@valid ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6;\n"
                  "}"
                  : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-                 : "l"(from), "r"((int)valid), "l"(policy)
+                 : "l"(src), "r"((int)valid), "l"(policy)
                  : "memory");
     return x;
 }
@@ -96,20 +96,20 @@ __device__ __forceinline__ void load_or_zero(bool valid, const void *two, const 
                  : "memory");
 }
 // Stores 16 bytes with an L2 policy.
-__device__ __forceinline__ void store(void *to, uint4 x, uint64_t policy) {
-    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y),
+__device__ __forceinline__ void store(void *dst, uint4 x, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(dst), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w), "l"(policy)
                  : "memory");
 }
 
-// Starts an asynchronous copy of 16 bytes to shared memory, or writes zeros if !valid. `from` isn't read
+// Starts an asynchronous copy of 16 bytes to shared memory, or writes zeros if !valid. `src` isn't read
 // then, but must be a pointer that C++ allows.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid = true) {
+__device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src, bool valid = true) {
     int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void cp_async_4(uint32_t to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ void cp_async_4(uint32_t dst, const void *src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

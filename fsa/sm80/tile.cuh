@@ -5,16 +5,16 @@
 #include "../mma.cuh"
 
 // Starts an asynchronous copy (cp.async) of `rows` rows into a tile of ROWS rows. The other rows become zero.
-// Source rows begin at `from`, `stride` elements apart. All THREADS threads of the thread block call it.
+// Source rows begin at `src`, `stride` elements apart. All THREADS threads of the thread block call it.
 template <int ROWS, int D, int THREADS, typename T>
-__device__ __forceinline__ void load_tile(uint32_t tile, const T *from, int64_t stride, int rows) {
+__device__ __forceinline__ void load_tile(uint32_t tile, const T *src, int64_t stride, int rows) {
     constexpr int CHUNKS = D / 8;
     static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
 #pragma unroll
     for (int i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         int index = i * THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
         bool valid = row < rows;
-        cp_async_16(tile + swizzled<D>(row, chunk), valid ? from + row * stride + chunk * 8 : from, valid);
+        cp_async_16(tile + swizzled<D>(row, chunk), valid ? src + row * stride + chunk * 8 : src, valid);
     }
 }
 

@@ -27,6 +27,7 @@
 // move 80 KiB more. exp and dS add to that: they lie between dependent matmuls, in both warpgroups at once.
 #include "dense.cuh"
 
+// 128 keys of a KV head, and the rows that see them.
 struct KvWorkItem {
     RowTile keys; // keys.rows 0: no more work
     int kv_head, split;
@@ -36,8 +37,8 @@ struct KvWorkItem {
     int split_begin, split_end;     // positions where the row tiles of the split begin
 };
 
-// Returns work item number `item` of num_items; it may be empty (keys.rows 0). The order, slowest first: head
-// groups, splits from the last to the first, key tiles ascending, heads of the group.
+// Returns work item number `item` of num_items; it may be empty (keys.rows 0). The order, outermost first:
+// head groups, splits from the last to the first, key tiles ascending, heads of the group.
 static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t item, int64_t num_items) {
     KvWorkItem w;
     w.keys.rows = 0;
@@ -79,11 +80,12 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
 }
 
 // Iterates over the row tiles that see a key tile, from the last tile of the last segment to the first one,
-// or the other way round. Descending order keeps the semaphore waits short: under the causal rule thread
-// blocks that start together stay one row tile apart, under a window later keys see later rows. Under a
-// window, iteration starts at the last tile that ends a period; the tiles after it come at the end. A period
-// is as many tiles as see a key tile, so thread blocks that start together process the same rows at the same
-// time. The tiles of a segment are the same for all keys: the first begins at its first token.
+// or in ascending order (direction 1). The tiles of a segment are the same for all keys.
+//
+// Descending order keeps the semaphore waits short. Under the causal rule, thread blocks that start together
+// stay one row tile apart. Under a window, later keys see later rows. There the iteration starts at the last
+// tile that ends a period of tiles, and the tiles after it come at the end. A period has as many tiles as see
+// a key tile, so thread blocks that start together process the same rows at the same time.
 struct QTileIterator {
     int segment, first_token;        // first_token: row in q, 32 bits as TMA's coordinates
     int global_tile;                 // index of the tile's semaphores
@@ -194,9 +196,9 @@ template <int D> struct BackwardPipeline {
             }
             mbarrier_arrive_expect_tx(kv_full, 2 * KV_BYTES);
             for (int i = 0; i < D / 64; i++) {
-                uint32_t at = i * KEYS * 128;
-                tma_load_3d(k + at, &maps.k, i * 64, next.kv_head, (int)next.keys.row, kv_full);
-                tma_load_3d(v + at, &maps.v, i * 64, next.kv_head, (int)next.keys.row, kv_full);
+                uint32_t offset = i * KEYS * 128;
+                tma_load_3d(k + offset, &maps.k, i * 64, next.kv_head, (int)next.keys.row, kv_full);
+                tma_load_3d(v + offset, &maps.v, i * 64, next.kv_head, (int)next.keys.row, kv_full);
             }
             QTileIterator q_tile(*w);
             for (; q_tile.next(p, *w, tokens); q_state.advance()) {
@@ -204,9 +206,10 @@ template <int D> struct BackwardPipeline {
                 mbarrier_wait(q_empty + 8 * q_state.stage, q_state.phase ^ 1);
                 mbarrier_arrive_expect_tx(full_barrier, 2 * tokens * g * D * 2);
                 for (int i = 0; i < D / 64; i++) {
-                    uint32_t at = q_state.stage * Q_BYTES + i * BWD_ROWS * 128;
-                    tma_load_3d(q + at, &maps.q, i * 64, w->kv_head * g, q_tile.first_token, full_barrier);
-                    tma_load_3d(dout + at, &maps.dout, i * 64, w->kv_head * g, q_tile.first_token,
+                    uint32_t offset = q_state.stage * Q_BYTES + i * BWD_ROWS * 128;
+                    tma_load_3d(q + offset, &maps.q, i * 64, w->kv_head * g, q_tile.first_token,
+                                full_barrier);
+                    tma_load_3d(dout + offset, &maps.dout, i * 64, w->kv_head * g, q_tile.first_token,
                                 full_barrier);
                 }
             }
@@ -283,9 +286,8 @@ template <int D> struct BackwardPipeline {
             }
         }
     }
-    // One of two threads: adds every second dQ tile to dq_accum, once the tiles of all smaller keys are
-    // added. Two threads, since the three L2 round trips (semaphore, addition, release) can take longer than
-    // a row tile.
+    // One of two threads: adds every second dQ tile to dq_accum, after the tiles of all smaller keys. Two
+    // threads overlap the three L2 round trips of an addition: semaphore, addition, release.
     __device__ void accumulate_dq(const DenseParams &p, char *tiles, int buffer) const {
         const int g = p.q_heads / p.kv_heads, tokens = BWD_ROWS / g;
         const uint32_t smem_dq = dq + buffer * DQ_BYTES;
@@ -502,13 +504,13 @@ __global__ void __launch_bounds__(THREADS, 1)
             for (int half = 0; half < 2; half++) {
                 int row = thread_key + half * 8;
                 if (row >= w.keys.rows) continue;
-                int64_t at = (w.keys.row + row) * row_size + w.kv_head * D + lane % 4 * 2;
+                int64_t index = (w.keys.row + row) * row_size + w.kv_head * D + lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
                     float2 x = make_float2(dk[n][half * 2] * dk_unscale, dk[n][half * 2 + 1] * dk_unscale);
                     float2 y = make_float2(dv[n][half * 2] * dv_unscale, dv[n][half * 2 + 1] * dv_unscale);
-                    float2 *dk_ptr = (float2 *)(dk_out + at + n * 8),
-                           *dv_ptr = (float2 *)(dv_out + at + n * 8);
+                    float2 *dk_ptr = (float2 *)(dk_out + index + n * 8),
+                           *dv_ptr = (float2 *)(dv_out + index + n * 8);
                     if (accumulate) {
                         float2 u = *dk_ptr, z = *dv_ptr;
                         x.x += u.x, x.y += u.y, y.x += z.x, y.y += z.y;

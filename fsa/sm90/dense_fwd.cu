@@ -116,27 +116,27 @@ template <int D> struct ForwardPipeline {
             int seq_key0;
             w = find_q_work_item<INIT_LOCAL>(p, round, num_items, &seq_key0);
             if (w.num_tokens == 0) continue;
-            const uint32_t q_at = 8 * q_state.stage;
-            mbarrier_wait(q_empty + q_at, q_state.phase ^ 1);
+            const uint32_t q_barrier = 8 * q_state.stage;
+            mbarrier_wait(q_empty + q_barrier, q_state.phase ^ 1);
             work[q_state.stage] = w;
-            mbarrier_arrive_expect_tx(q_full + q_at, w.num_tiles > 0 ? q_bytes : 0);
+            mbarrier_arrive_expect_tx(q_full + q_barrier, w.num_tiles > 0 ? q_bytes : 0);
             for (int i = 0; i < D / 64 && w.num_tiles > 0; i++)
                 tma_load_3d(q + q_state.stage * Q_BYTES + i * FWD_ROWS * 128, &maps.q, i * 64, w.kv_head * g,
-                            w.first_token, q_full + q_at);
+                            w.first_token, q_full + q_barrier);
             q_state.advance();
             for (int tile = 0; tile < w.num_tiles; tile++, kv_state.advance()) {
                 int key = seq_key0 + w.first_key<INIT_LOCAL>(tile);
-                uint32_t at = 8 * kv_state.stage;
-                mbarrier_wait(k_empty + at, kv_state.phase ^ 1);
-                mbarrier_arrive_expect_tx(k_full + at, KV_BYTES);
+                uint32_t kv_barrier = 8 * kv_state.stage;
+                mbarrier_wait(k_empty + kv_barrier, kv_state.phase ^ 1);
+                mbarrier_arrive_expect_tx(k_full + kv_barrier, KV_BYTES);
                 for (int i = 0; i < D / 64; i++)
                     tma_load_3d(k + kv_state.stage * KV_BYTES + i * KEYS * 128, &maps.k, i * 64, w.kv_head,
-                                key, k_full + at);
-                mbarrier_wait(v_empty + at, kv_state.phase ^ 1);
-                mbarrier_arrive_expect_tx(v_full + at, KV_BYTES);
+                                key, k_full + kv_barrier);
+                mbarrier_wait(v_empty + kv_barrier, kv_state.phase ^ 1);
+                mbarrier_arrive_expect_tx(v_full + kv_barrier, KV_BYTES);
                 for (int i = 0; i < D / 64; i++)
                     tma_load_3d(v + kv_state.stage * KV_BYTES + i * KEYS * 128, &maps.v, i * 64, w.kv_head,
-                                key, v_full + at);
+                                key, v_full + kv_barrier);
             }
         }
     }

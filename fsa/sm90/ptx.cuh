@@ -7,8 +7,8 @@
 //
 // Accumulators of a warpgroup: d[j][i], j = 0 .. N/8 - 1, is row 16*warp + lane/4 + 8*(i/2) of 64, column
 // 8*j + 2*(lane%4) + i%2. A operands in registers are those of mma.m16n8k16 (sm80/ptx.cuh), 16 rows per warp.
-#ifndef FSA_PTX_SM90_CUH
-#define FSA_PTX_SM90_CUH
+#ifndef FSA_SM90_PTX_CUH
+#define FSA_SM90_PTX_CUH
 #include "../sm80/ptx.cuh"
 #include <cuda.h>
 
@@ -173,47 +173,47 @@ __device__ __forceinline__ void mbarrier_wait_sleeping(uint32_t barrier, int par
 // ---- TMA: copies a box of a tensor (tma.cuh) from coordinates x, y, z on, innermost first, to shared
 // memory. Elements outside the tensor become zero. Completes its bytes at `barrier`. policy: l2_evict_first()
 // or l2_evict_last().
-__device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z,
+__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z,
                                             uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
                  : "memory");
 }
-__device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap *map, int x, int y, int z,
+__device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z,
                                             uint32_t barrier, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+        "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
         : "memory");
 }
 // Copies `bytes` contiguous bytes (a multiple of 16) to shared memory. Completes them at `barrier`.
-__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+        "l"(src), "r"(bytes), "r"(barrier)
         : "memory");
 }
-__device__ __forceinline__ void bulk_load(uint32_t to, const void *from, int bytes, uint32_t barrier,
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int bytes, uint32_t barrier,
                                           uint64_t policy) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
                  : "memory");
 }
 
 // Copies `bytes` (a multiple of 16) from shared to global memory, or adds them there as fp32 numbers.
 // bulk_commit makes a group of the thread's copies since the last one. bulk_wait_read: shared memory may be
 // overwritten. bulk_wait: the results are in global memory.
-__device__ __forceinline__ void bulk_store(void *to, uint32_t from, int bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+__device__ __forceinline__ void bulk_store(void *dst, uint32_t src, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src),
                  "r"(bytes)
                  : "memory");
 }
-__device__ __forceinline__ void bulk_reduce_add(float *to, uint32_t from, int bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-                 "r"(from), "r"(bytes)
+__device__ __forceinline__ void bulk_reduce_add(float *dst, uint32_t src, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+                 "r"(src), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void bulk_commit() {
@@ -241,10 +241,10 @@ __device__ __forceinline__ void semaphore_release(int *semaphore) {
                  : "memory");
 }
 
-// to[0] += x, to[1] += y in global memory, without waiting. Reproducible if no other thread adds to them at
+// dst[0] += x, dst[1] += y in global memory, without waiting. Reproducible if no other thread adds to them at
 // the same time.
-__device__ __forceinline__ void red_add_v2(float *to, float x, float y) {
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+__device__ __forceinline__ void red_add_v2(float *dst, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(dst), "f"(x), "f"(y) : "memory");
 }
 
 // Makes the thread's writes to shared memory visible to wgmma and TMA. Call it before the barrier that

@@ -1,6 +1,6 @@
 // tma.cuh: tensor maps for TMA, made on the host and passed to kernels by value.
-#ifndef FSA_TMA_CUH
-#define FSA_TMA_CUH
+#ifndef FSA_SM90_TMA_CUH
+#define FSA_SM90_TMA_CUH
 #include "../fsa.h"
 #include <cuda.h>
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // sm80/ptx.cuh: the functions of fsa/sm80/ptx.cuh in C++, for the emulator. A cp.async copy runs only when
 // the thread waits for it, so that a missing wait reads the old contents of shared memory.
-#ifndef FSA_PTX_CUH
-#define FSA_PTX_CUH
+#ifndef FSA_SM80_PTX_CUH
+#define FSA_SM80_PTX_CUH
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

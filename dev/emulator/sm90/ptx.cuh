@@ -1,8 +1,8 @@
 // sm90/ptx.cuh: the functions of fsa/sm90/ptx.cuh in C++, for the emulator. An asynchronous operation (wgmma,
 // TMA) runs either at once or as late as the program allows, by a random bit. Late operations reveal a
 // missing wait, early ones a buffer that is overwritten while it is in use.
-#ifndef FSA_PTX_SM90_CUH
-#define FSA_PTX_SM90_CUH
+#ifndef FSA_SM90_PTX_CUH
+#define FSA_SM90_PTX_CUH
 #include "../sm80/ptx.cuh"
 #include <cuda.h>
 
