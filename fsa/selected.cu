@@ -191,7 +191,7 @@ static SelectedSchedule make_schedule(const FsaConfig *c, const BatchLayout *p, 
 }
 
 int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *p) {
-    return make_schedule(c, p, FSA_BF16, 0).slab;
+    return make_schedule(c, p, FSA_BF16, 0).slab_rows;
 }
 
 size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *p, FsaDtype type, int backward) {
