@@ -22,9 +22,9 @@ typedef enum {
     KILLED_AT_STARTUP
 } Action;
 typedef struct {
-    int code, signal; // exit code or -1; signal or 0
-    char text[4096];  // stderr
-    double seconds;   // until the process ended
+    int code;        // exit code, -1: killed by a signal
+    char text[4096]; // stderr
+    double seconds;  // until the process ended
 } Result;
 
 static const char *nccl_error(void *message) {
@@ -118,7 +118,6 @@ static void run(int count, char *variables[MAX_PROCESSES][8], const Action *acti
             }
             result[i].seconds = now_seconds() - begin;
             result[i].code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-            result[i].signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
             pid[i] = 0;
             ssize_t n = read(stderr_pipe[i], result[i].text, sizeof result[i].text - 1);
             result[i].text[n > 0 ? n : 0] = 0;
