@@ -535,13 +535,13 @@ static void test_shared(const Variant *v, Gpus *gpus) {
     std::vector<float> params = random_params(&c, 1);
     Documents whole(&c, test_lengths(), 2), part(&c, test_lengths(), 2, gpus), other(&c, {40, 8}, 3, gpus);
     const int64_t n = whole.batch.n, local_n = part.batch.n;
-    Model *alone = build(&c, params, n, 0);
-    Result want = run(alone, whole), first;
-    destroy(alone);
+    Model *single = build(&c, params, n, 0);
+    Result expected = run(single, whole), first;
+    destroy(single);
     std::vector<float> losses(local_n);
     const Batch host_batch = batch_bind(&part.batch, part.host.data());
     cp_gather_rows(gpus->cp_size, n, host_batch.num_blocks, host_batch.block_perm, gpus->cp_rank,
-                   losses.data(), want.losses.data(), sizeof(float));
+                   losses.data(), expected.losses.data(), sizeof(float));
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, n, recompute, gpus);
         CHECK(model->num_head_groups == c.fsa.kv_heads, "%s: %d head groups", v->name,
@@ -560,7 +560,7 @@ static void test_shared(const Variant *v, Gpus *gpus) {
     std::vector<ParamTensor> table(count);
     param_table(&c, table.data(), &total);
     for (const ParamTensor &t : table) {
-        error = relative_error(&first.grads[t.offset], &want.grads[t.offset], t.size);
+        error = relative_error(&first.grads[t.offset], &expected.grads[t.offset], t.size);
         worst_grad = std::max(worst_grad, error);
         CHECK(error < grad_limit, "%s, shared: gradient of %s: error %.2e", v->name, t.name, error);
     }

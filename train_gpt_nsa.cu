@@ -1258,9 +1258,9 @@ static void validate_block_indices(Run *r, Model *model, const char *path) {
     model->block_indices_host = NULL;
 }
 
-// run_sample's callback: the logits [vocab_size] of the token after tokens [n]. The sequence is padded to a
-// multiple of 128 tokens, which the tokens before do not see. So there are few shapes, and the matmuls need
-// few algorithms.
+// run_sample's callback: the logits [vocab_size] of the token after tokens [n]. Pads the sequence to a
+// multiple of 128 tokens; earlier tokens do not see the padding. So there are few shapes, and the matmuls
+// need few algorithms.
 static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     Model *model = (Model *)arg;
     const ModelConfig *c = &model->config;

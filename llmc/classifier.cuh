@@ -3,8 +3,8 @@
 #define LLMC_CLASSIFIER_CUH
 #include "cuda_common.cuh"
 
-// The online softmax of some of a row's logits: their maximum, the sum of exp(logit - max), and the first
-// index at which the maximum occurs.
+// The online-softmax state of a subset of a row's logits: the maximum, the sum of exp(logit - max), and the
+// first index of the maximum.
 struct Softmax {
     float max, sum;
     int argmax;
