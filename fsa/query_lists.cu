@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(THREADS, 2)
             }
             __syncthreads();
 
-            // Rank: the atomic's result is the entry's place in `sorted`. The blocks of a row are distinct,
+            // Rank: the atomic returns the entry's index in `sorted`. The blocks of a row are distinct,
             // so lanes of one row never share a counter. Rows add one after the other, so the order is fixed.
             const int width = params.rank_width, rows_at_once = 32 / width, row_index = lane / width;
             const int end = (warp_rows.end - chunk.begin) * topk;

@@ -156,12 +156,12 @@ __device__ __forceinline__ void release_work_item(PipelineState *work_pipe) {
 //
 // A box of Q has 8 queries (all of a scorer's if g = 1) of the g heads. So a scorer's columns are 8 queries
 // of head 0, the same 8 of head 1, ..., then the next 8 queries. A thread of a scorer holds all heads of its
-// queries, whatever g is. 8*g*floor(16/g) of the 128 columns are used: all for g = 1, 2, 4, 8, 16; at
-// least 72.
+// queries, whatever g is. 8*g*floor(16/g) of the 128 columns are used: all for g = 1, 2, 4, 8, 16; 72 or more
+// for other g.
 //
 // A tile of kc may extend past the windows of its sequence, into the next sequence or past the windows that
 // exist. No candidate block overlaps such a window if at least two local blocks are selected; otherwise
-// selectors take its P for zero.
+// selectors count its P as zero.
 template <typename T, int D>
 __device__ __forceinline__ void
 load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map, uint32_t smem_base,
@@ -683,7 +683,7 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
         p.first_head_mask |= (uint32_t)(k % p.group == 0) << k;
         p.last_head_mask |= (uint32_t)(k % p.group == p.group - 1) << k;
     }
-    p.selectors_per_query = 1; // as many as have whole blocks
+    p.selectors_per_query = 1; // as many as 128 threads allow, with whole blocks each
     while (block_kind(p) != ANY && 2 * p.selectors_per_query * p.queries_per_scorer <= 128 &&
            P_WINDOWS / (2 * p.selectors_per_query) % p.block_strides == 0)
         p.selectors_per_query *= 2;
