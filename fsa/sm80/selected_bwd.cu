@@ -71,8 +71,10 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                 new_partial = ((entry - range.entry0) * a.key_tiles + key_tile) * g + in_group;
                 new_lse = a.lse_bwd[new_row] * FSA_LOG2E;
                 new_delta = a.delta[new_row];
-                const int64_t list_position = (int64_t)(begin - kv_block.list_begin) + i;
-                new_limit = r < num_rows ? last_visible_key(a, kv_block, list_position, row) - first_key : -1;
+                new_limit = r < num_rows ? last_visible_key(a, kv_block,
+                                                            (int64_t)(begin - kv_block.list_begin) + i, row) -
+                                               first_key
+                                         : -1;
             };
             auto store_meta = [&](int tile) {
                 int stage = tile & 1;
