@@ -331,10 +331,10 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
     RUN(fsa_compress_backward(c, &batch, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
                               w.dk_unrotated, w.dv_accum, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch,
                               stream));
-    BranchGradients others = {w.dq_accum, w.dk_accum, w.dv_accum, w.dk_unrotated, inv_freq};
+    BranchGradients branch_grads = {w.dq_accum, w.dk_accum, w.dv_accum, w.dk_unrotated, inv_freq};
     RUN(fsa_selected_branch_backward(c, &batch, dtype, s.q, s.k, v, s.block_indices,
                                      fsa_window_backward_local_blocks(c), dout, w.delta[1], w.lse_bwd[1],
-                                     &others, w.scratch, dq, dk, dv, stream));
+                                     &branch_grads, w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
 

@@ -448,12 +448,12 @@ size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, 
 
 static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout *batch, const void *k,
                                            const void *v, const void *wk, const void *pe, const void *wv,
-                                           const double *inv_freq, void *workspace) {
+                                           const double *inv_freq, void *scratch) {
     CompressParams s = {};
     s.batch = *batch;
     s.in[0] = k, s.in[1] = v, s.weight[0] = wk, s.weight[1] = wv, s.pe = pe, s.inv_freq = inv_freq;
     s.kv_heads = c->kv_heads, s.len = c->cmp_len, s.stride = c->cmp_stride;
-    s.bias = (float *)workspace;
+    s.bias = (float *)scratch;
     return s;
 }
 
@@ -476,9 +476,9 @@ static int launch_forward(const FsaConfig *c, const CompressParams &p, cudaStrea
 
 int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                          const void *v, const void *wk, const void *pe, const void *wv,
-                         const double *inv_freq, void *kc, void *vc, void *workspace, cudaStream_t stream) {
+                         const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, workspace);
+    CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.out[0] = kc, s.out[1] = vc;
     return FSA_DISPATCH(dtype, c->head_dim, launch_forward, c, s, stream);
 }
@@ -513,13 +513,13 @@ static int launch_backward(const FsaConfig *c, const CompressParams &p, cudaStre
 int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                           const void *v, const void *wk, const void *pe, const void *wv,
                           const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
-                          int accumulate, float *dwk, float *dpe, float *dwv, void *workspace,
+                          int accumulate, float *dwk, float *dpe, float *dwv, void *scratch,
                           cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, workspace);
+    CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.dout[0] = dkc, s.dout[1] = dvc, s.din[0] = dk, s.din[1] = dv, s.accumulate = accumulate;
     s.dweight[0] = dwk, s.dweight[1] = dwv, s.dpe = dpe;
-    s.dout_unrotated[0] = (char *)workspace + bias_bytes(c);
+    s.dout_unrotated[0] = (char *)scratch + bias_bytes(c);
     s.dout_unrotated[1] = (char *)s.dout_unrotated[0] + dout_unrotated_bytes(c, batch);
     return FSA_DISPATCH(dtype, c->head_dim, launch_backward, c, s, stream);
 }

@@ -62,14 +62,14 @@ size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *p
     return dkv_partial_bytes(c, p, rule) + fsa_dense_semaphore_bytes(*p, c->q_heads, c->kv_heads);
 }
 
-static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, DenseParams d,
-                        void *workspace, cudaStream_t stream) {
+static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, DenseParams d, void *scratch,
+                        cudaStream_t stream) {
     const BatchLayout *p = &d.batch;
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
     d.num_splits = dense_num_splits(c, rule, d.num_keys);
-    d.dkv_partial = (float *)workspace;
-    d.semaphores = (int *)((char *)workspace + dkv_partial_bytes(c, p, rule));
-    if (!workspace) return FSA_ERROR_WORKSPACE;
+    d.dkv_partial = (float *)scratch;
+    d.semaphores = (int *)((char *)scratch + dkv_partial_bytes(c, p, rule));
+    if (!scratch) return FSA_ERROR_WORKSPACE;
     // The sm90 kernel doesn't write the dq rows that see no key.
     if (fsa_use_sm90() && rule == FSA_COMPRESSED && !d.accumulate_dq) {
         cudaMemsetAsync(d.dq_accum, 0, (size_t)p->nq * c->q_heads * c->head_dim * sizeof(float), stream);
@@ -88,12 +88,12 @@ static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, 
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
-                       int accumulate_dkv, void *workspace, cudaStream_t stream) {
+                       int accumulate_dkv, void *scratch, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, p, rule);
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
-    return run_backward(c, dtype, rule, d, workspace, stream);
+    return run_backward(c, dtype, rule, d, scratch, stream);
 }
 
 // Not 0 if the local blocks of a query lie inside its window, and the 64 keys of a warpgroup in one block.
@@ -104,11 +104,11 @@ int fsa_window_backward_local_blocks(const FsaConfig *c) {
 
 int fsa_window_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, const void *q,
                         const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
-                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
+                        const float *const delta[2], float *dq, float *dk, float *dv, void *scratch,
                         cudaStream_t stream) {
     DenseParams d = make_dense_params(c, p, FSA_WINDOW);
     d.init_local.local_blocks = fsa_window_backward_local_blocks(c), d.init_local.block = c->block;
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.local_lse_bwd = lse_bwd[0], d.local_delta = delta[0], d.lse_bwd = lse_bwd[1], d.delta = delta[1];
-    return run_backward(c, dtype, FSA_WINDOW, d, workspace, stream);
+    return run_backward(c, dtype, FSA_WINDOW, d, scratch, stream);
 }

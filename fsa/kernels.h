@@ -47,12 +47,12 @@ int fsa_convert_dq(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype,
 // ---- compress.cu ------------------------------------------------------------------------------------
 // Compression phi: k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated to position s*i of window
 // i. phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l, d] or NULL. phi = mean: all NULL. inv_freq [d/2] double;
-// NULL rotates nothing. workspace: fsa_compress_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_CONFIG
+// NULL rotates nothing. scratch: fsa_compress_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_CONFIG
 // unless d is 64 or 128.
 size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward);
 int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                          const void *v, const void *wk, const void *pe, const void *wv,
-                         const double *inv_freq, void *kc, void *vc, void *workspace, cudaStream_t stream);
+                         const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream);
 // Its backward pass, from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d]. Overwrites dk, fp32 [N, Hkv, d],
 // the gradient of k before RoPE. dv, fp32 [N, Hkv, d]: overwritten (accumulate = 0) or added to (1). phi =
 // linear: adds to dwk, dpe, dwv, fp32 of the shapes of wk, pe, wv; phi = mean: these are NULL. Errors as in
@@ -60,7 +60,7 @@ int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype 
 int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                           const void *v, const void *wk, const void *pe, const void *wv,
                           const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
-                          int accumulate, float *dwk, float *dpe, float *dwv, void *workspace,
+                          int accumulate, float *dwk, float *dpe, float *dwv, void *scratch,
                           cudaStream_t stream);
 
 // ---- dense.cu ---------------------------------------------------------------------------------------
@@ -80,23 +80,23 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, F
 // The gradients are fp32, so that branches add up without rounding: dq in the layout of dq_accum; dk, dv
 // [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0: overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq,
 // Hq], come from fsa_gate_backward or fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient
-// of the gated sum. workspace: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
-// FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if workspace is NULL, FSA_ERROR_ARGUMENT if there are too
+// of the gated sum. scratch: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
+// FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if scratch is NULL, FSA_ERROR_ARGUMENT if there are too
 // many work items (2^30).
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
-                       int accumulate_dkv, void *workspace, cudaStream_t stream);
+                       int accumulate_dkv, void *scratch, cudaStream_t stream);
 
 // Backward pass of the window, which overwrites dq, dk and dv. It also adds the selected branch's gradients
 // of a query's last fsa_window_backward_local_blocks(c) blocks: local_blocks on Hopper, if they lie inside
 // the window and B is a multiple of 64; otherwise 0. lse_bwd, delta: [0] of the selected branch, [1] of the
-// window. Arrays, workspace and errors as in fsa_dense_backward.
+// window. Arrays, scratch and errors as in fsa_dense_backward.
 int fsa_window_backward_local_blocks(const FsaConfig *c);
 int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                         const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
-                        const float *const delta[2], float *dq, float *dk, float *dv, void *workspace,
+                        const float *const delta[2], float *dq, float *dk, float *dv, void *scratch,
                         cudaStream_t stream);
 
 // ---- topk.cu ----------------------------------------------------------------------------------------
@@ -114,28 +114,28 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 
 // ---- query_lists.cu ---------------------------------------------------------------------------------
-// Query lists: for every (KV head, slab of query rows) the entries (row, slot) in CSR form, ordered by the
-// block that the slot names, within a block by row. Blocks are counted over all sequences (cu_blocks).
+// Query lists: for every (KV head, slab of queries) the entries query*T + slot in CSR form, ordered by the
+// block that the slot names, within a block by query. Blocks are counted over all sequences (cu_blocks).
 struct QueryLists {
-    int64_t slab_rows, num_slabs;  // query rows of a slab; slabs
+    int64_t slab_rows, num_slabs;  // queries of a slab; slabs
     int64_t max_blocks;            // bound on the blocks of all sequences
     int num_splits;                // thread blocks that sort one slab's rows, each a contiguous part of them
-    int init_blocks, local_blocks; // a row's first and last blocks that the lists leave out
-    uint32_t *entries;             // [Hkv, Nq*T]; an entry is row*T + slot; slab i's begin at i*slab_rows*T
+    int init_blocks, local_blocks; // a query's first and last blocks that the lists leave out
+    uint32_t *entries;             // [Hkv, Nq*T]; an entry is query*T + slot; slab i begins at i*slab_rows*T
     uint32_t *offsets; // [Hkv, num_slabs, max_blocks + 1] where a block's list begins in its slab's entries
 };
 enum { FSA_MAX_SLAB = 65536 };
 // fsa_query_lists_at returns lists whose arrays are in `memory`, fsa_query_lists_bytes bytes, aligned to 256.
-// slab: query rows of a slab, at most FSA_MAX_SLAB. The lists leave out no block until the caller sets
-// init_blocks and local_blocks. The sizes grow with the batch if slab is fsa_selected_slab_rows.
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab);
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab, void *memory);
+// slab_rows: queries of a slab, at most FSA_MAX_SLAB. The lists leave out no block until the caller sets
+// init_blocks and local_blocks. The sizes grow with the batch if slab_rows is fsa_selected_slab_rows.
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows, void *memory);
 // Fills the entries and offsets from block_indices [Hkv, Nq, T]. Entries that are negative or not causal are
-// left out. workspace: fsa_query_lists_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_ARGUMENT if
+// left out. scratch: fsa_query_lists_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_ARGUMENT if
 // slab_rows > FSA_MAX_SLAB, Nq*T >= 2^31, max_blocks >= 2^30, or num_slabs > 65,535.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab);
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows);
 int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
-                    const QueryLists *lists, void *workspace, cudaStream_t stream);
+                    const QueryLists *lists, void *scratch, cudaStream_t stream);
 
 // ---- gate.cu ----------------------------------------------------------------------------------------
 // Backward pass of o = sum over the branches of gate * o_branch, gate = sigmoid(logits), without the
@@ -155,7 +155,7 @@ int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const voi
                        const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
 
 // ---- selected.cu, selected_combine.cu ---------------------------------------------------------------
-// Returns the query rows of one slab of the selected branch's forward pass.
+// Returns the queries of one slab of the selected branch's forward pass.
 int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *batch);
 // Returns the bytes of `scratch` below, which holds the query lists and the partial rows.
 size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, int backward);
@@ -186,7 +186,7 @@ struct BranchGradients {
 };
 // Backward pass of the selected branch: the equations of fsa_dense_backward over the tokens of its blocks.
 // Overwrites dq [Nq, Hq, d], dk, dv [N, Hkv, d] with its gradients plus branch_grads (NULL: nothing to add,
-// no inverse RoPE). A row's last local_blocks blocks are left out; fsa_window_backward has added them to
+// no inverse RoPE). A query's last local_blocks blocks are left out; fsa_window_backward has added them to
 // branch_grads. Rows without listed blocks read neither delta nor lse_bwd. scratch and errors as in forward.
 int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                                  const void *k, const void *v, const int32_t *block_indices, int local_blocks,

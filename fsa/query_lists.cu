@@ -340,7 +340,7 @@ QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int6
 }
 
 int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
-                    const QueryLists *lists, void *workspace, cudaStream_t stream) {
+                    const QueryLists *lists, void *scratch, cudaStream_t stream) {
     if (lists->slab_rows > FSA_MAX_SLAB || batch->nq * c->topk > INT32_MAX ||
         lists->max_blocks > INT32_MAX / 2 || lists->num_slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
@@ -361,7 +361,7 @@ int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t 
     if (cudaFuncSetAttribute(fill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess)
         return FSA_ERROR_CUDA;
     dim3 grid((unsigned)lists->num_splits, (unsigned)lists->num_slabs, (unsigned)c->kv_heads);
-    count_kernel<<<grid, THREADS, 0, stream>>>(*batch, *lists, params, (uint32_t *)workspace);
-    fill_kernel<<<grid, THREADS, smem, stream>>>(*batch, *lists, params, (const uint32_t *)workspace);
+    count_kernel<<<grid, THREADS, 0, stream>>>(*batch, *lists, params, (uint32_t *)scratch);
+    fill_kernel<<<grid, THREADS, smem, stream>>>(*batch, *lists, params, (const uint32_t *)scratch);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }
