@@ -19,7 +19,7 @@ enum {
     BACKWARD_PARTIAL_BYTES = 193 << 20, // larger is a little faster; bounded to keep the workspace at 320 MiB
     KV_SCRATCH_BYTES = 64 << 20,        // limit of dkv_accum and v_packed, unless one head needs more
     L2_PARTIAL_BYTES = 8 << 20,         // forward: partial rows that stay in L2 for the combine kernel
-    MIN_RANGE_ENTRIES = 64,             // least entries per work range on average
+    MIN_RANGE_ENTRIES = 64,             // minimum of the average entries per work range
 };
 
 // Inclusive prefix sum of x over the lanes of a warp.
@@ -35,8 +35,8 @@ static __device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t x) {
 // num_ranges work ranges.
 //
 // The cost of a query list is its number of 64-row tiles plus one. The extra tile stands for loading K and V
-// of the block and for the partly filled last tile. With the number of entries as the cost, ranges of many
-// short lists would take twice as long as the others.
+// of the block and for the partly filled last tile. With the number of entries as the cost, a range of many
+// short lists would need twice the time of the others.
 //
 // Range i nominally starts at entry i / num_ranges of the slab. Within the sequence that holds this entry,
 // the start moves to the same fraction of the sequence's cost. The number of entries of a sequence does not
@@ -143,7 +143,7 @@ static SelectedSchedule make_schedule(const FsaConfig *c, const BatchLayout *p, 
     int64_t token_slots = (int64_t)c->topk * ceil_div(c->block, backward_tile_keys),
             token_bytes = token_slots * s.group * row_bytes; // partial rows of one query and KV head
     const int64_t max_tokens =
-        max_i64(target_bytes / token_bytes, 512); // most queries times heads of a launch
+        max_i64(target_bytes / token_bytes, 512); // maximum of queries * heads per launch
     s.slab_rows = min_i64(max_tokens / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = p->nq > 0 ? p->nq : 1;
     s.slab_rows = ceil_div(nq, ceil_div(nq, s.slab_rows)); // equal slabs

@@ -9,8 +9,8 @@
 //         start the gather of the next tile's q and dO
 //         dQ = dS K; store it as a dq_partial row (partial.cuh)
 //     store dK and dV (dkv_destination)
-// The four warps divide the rows and columns of every matmul in halves. The block indices of the tile's rows,
-// lse_bwd and delta are loaded one tile ahead into registers, and lie in shared memory in two stages.
+// The four warps divide the rows and columns of every matmul in halves. The row indices, lse_bwd and delta of a
+// tile are loaded into registers one tile ahead, and lie in shared memory in two stages.
 //
 // Shared memory: K, V, q, dO tiles of 64 rows and P, dS [64 rows, 64 keys]: 80 KiB at d = 128, two thread
 // blocks per SM.
@@ -28,12 +28,12 @@ template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(SelectedParams a) {
     constexpr int CHUNKS = D / 8, ROW_STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
     extern __shared__ __align__(128) char smem[];
-    // Of the rows of two tiles: query * q_heads + head, partial row, lse_bwd in base 2, delta.
+    // Of the rows of two tiles: query * q_heads + head, partial row, lse_bwd in base 2, delta, last visible key
+    // within the key tile (-1 for a row that pads the tile).
     __shared__ int64_t tile_row[2][64];
     __shared__ uint32_t tile_partial[2][64];
     __shared__ float tile_lse[2][64], tile_delta[2][64];
-    __shared__ int tile_limit[2]
-                             [64]; // last visible key, within the key tile; -1 for a row that pads the tile
+    __shared__ int tile_limit[2][64];
     const uint32_t k_tile = smem_address(smem), v_tile = k_tile + TILE, q_tile = v_tile + TILE,
                    do_tile = q_tile + TILE, p_base = do_tile + TILE;
     char *p_tile = smem + 4 * TILE, *ds_tile = p_tile + 64 * 64 * 2;

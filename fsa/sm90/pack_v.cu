@@ -1,17 +1,13 @@
-// sm90/pack_v.cu: V of the selected branch's forward pass as scaled fp16, in the layout of the main kernel's
-// tile.
+// sm90/pack_v.cu: converts V of the selected branch's forward pass to scaled fp16, in the layout of the main
+// kernel's tile. A thread block converts one key tile (TILE_KEYS keys of a KV block) of one head.
 //
-// A thread block converts one key tile (TILE_KEYS keys of a KV block) of one head:
-//   - V becomes fp16 with a power-of-two scale that brings the largest magnitude of the tile below 2^15 /
-//   TILE_KEYS
-//     (v_scale is the inverse). Sums of TILE_KEYS values weighted by probabilities of at most 1 then cannot
-//     overflow, and the rounding error of a partial row is an eighth of bf16's.
-//   - Layout [D/64 panels][N keys][64 channels], the 16-byte chunks of a row swizzled as wgmma expects
-//   (ptx.cuh), so that
-//     plain bulk copies load a tile.
-//   - The 4-byte units of each 64-byte group are transposed: unit 4c+i lies at i*4+c. A lane's accumulators
-//   of four n8
-//     columns are then 16 contiguous bytes of o.
+// Scale: a power of two that makes the largest magnitude of the tile less than 2^15 / TILE_KEYS; v_scale is
+// its inverse. So sums of TILE_KEYS values, weighted by probabilities of at most 1, cannot overflow, and the
+// rounding error of a partial row is an eighth of bf16's.
+//
+// Layout: [D/64 panels][N keys][64 channels]. The 16-byte chunks of a row are swizzled as wgmma expects
+// (ptx.cuh), so plain bulk copies load a tile. The 4-byte units of each 64-byte group are transposed (unit
+// 4c+i lies at i*4+c). So a lane's accumulators of four n8 columns are 16 contiguous bytes of o.
 //
 // Floor: 2 bytes in and out per channel, 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s. Latency binds, so the
 // kernel starts while the combine kernel of the previous heads runs (programmatic dependent launch). It may

@@ -1,4 +1,4 @@
-// sm90/selected.cuh: what the selected branch's forward and backward kernels for Hopper share: pipeline
+// sm90/selected.cuh: shared by the selected branch's forward and backward kernels for Hopper: pipeline
 // states, the producer warps' iterators over a work range (../selected.cuh), and their loads of gathered rows
 // and of K and V.
 #ifndef FSA_SM90_SELECTED_CUH
@@ -83,7 +83,7 @@ struct KvBlockIterator {
     }
 };
 
-// What lane i knows of rows i and i + 32 of a tile of 64 gathered rows. Rows past the end of the list repeat
+// Rows i and i + 32 of a tile of 64 gathered rows, in lane i. Rows past the end of the list repeat
 // the last row, with partial_row = NO_ROW.
 enum : uint32_t { NO_ROW = 0xffffffff };
 struct GatherRows {
@@ -222,15 +222,18 @@ static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorM
     return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, kv, size, stride,
                            box);
 }
+// clang-format off
 // f<type, head size, keys of a key tile>(a, heads, stream)
-#define DISPATCH_TILE_KEYS(f)                                                                                  \
-    (dtype == FSA_BF16 ? head_dim == 64      ? a.tile_keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)  \
-                                                                 : f<__nv_bfloat16, 64, 128>(a, heads, stream) \
-                              : a.tile_keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                \
-                                             : f<__nv_bfloat16, 128, 128>(a, heads, stream)                    \
-     : head_dim == 64                                                                                          \
-         ? a.tile_keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)      \
-     : a.tile_keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                                \
+#define DISPATCH_TILE_KEYS(f)                                                                                \
+    (dtype == FSA_BF16                                                                                       \
+         ? head_dim == 64 ? a.tile_keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)                   \
+                                              : f<__nv_bfloat16, 64, 128>(a, heads, stream)                  \
+           : a.tile_keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                                 \
+                               : f<__nv_bfloat16, 128, 128>(a, heads, stream)                                \
+     : head_dim == 64                                                                                        \
+         ? a.tile_keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)    \
+     : a.tile_keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                              \
                          : f<__half, 128, 128>(a, heads, stream))
+// clang-format on
 
 #endif

@@ -47,7 +47,8 @@ template <int D, int TILE_KEYS> struct alignas(1024) ForwardSmem {
     char kv[KV][2][TILE_KEYS * D * 2], q[Q][64 * D * 2];
     struct {
         uint32_t partial_row[64];
-        int limit[64], masked; // last visible key of each row; whether a row sees fewer than TILE_KEYS keys
+        int limit[64]; // last visible key of each row
+        int masked;    // whether a row sees fewer than TILE_KEYS keys
     } tile[Q];
     struct {
         int num_tiles; // of 64 rows; 0: end of the work range
