@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                                        full = kv_full + 8 * state.stage;
                         const int num_keys = kv_block.num_keys - key_tile * TILE_KEYS;
                         state.wait_empty(kv_empty);
-                        // TMA would load the next sequence's keys into a short tile instead of zeros.
+                        // Rows past a short tile's last key must be zero; TMA would load the following keys.
                         if (num_keys < TILE_KEYS)
                             load_short_kv_tile<T, D, TILE_KEYS>(a, kv_block, key_tile, k_tile, v_tile);
                         cp_async_mbarrier_arrive(full);
