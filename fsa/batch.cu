@@ -5,7 +5,7 @@
 
 // cu[i] = sum of length(j) for j < i, i = 0 .. count. One thread block of 256 threads: each thread sums a
 // contiguous chunk, one thread scans the chunks' sums, and each thread writes the prefix sums of its chunk.
-// A few words per sequence are read and written; latency binds.
+// A few words per sequence are read and written. The kernel is limited by latency.
 template <typename Length> __device__ void exclusive_scan(int64_t *cu, int64_t count, Length length) {
     __shared__ int64_t chunk_sums[256];
     int64_t chunk = (count + 255) / 256, begin = threadIdx.x * chunk;

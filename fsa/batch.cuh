@@ -9,12 +9,12 @@
 #define FSA_TILE_TOKENS 64 // of cu_tiles
 
 struct BatchLayout {
-    int64_t nq, n;                  // query rows; key rows
+    int64_t nq, n;                  // queries; keys
     int64_t num_seqs, num_segments; // sequences of keys; segments of queries
     int64_t max_len;                // keys of the longest sequence
-    const int64_t *cu_seqlens;      // [num_seqs + 1] first key row of each sequence
+    const int64_t *cu_seqlens;      // [num_seqs + 1] first key of each sequence
     const FsaSegment *segments;     // [num_segments] consecutive queries of one sequence
-    int64_t *cu_queries;            // [num_segments + 1] first query row of each segment
+    int64_t *cu_queries;            // [num_segments + 1] first query of each segment
     int64_t *cu_tiles;              // [num_segments + 1] first tile of FSA_TILE_TOKENS queries; unused
     int64_t *cu_windows;            // [num_seqs + 1] first compression window of each sequence
     int64_t *cu_blocks;             // [num_seqs + 1] first selection block of each sequence
@@ -32,8 +32,8 @@ static inline int64_t fsa_max_blocks(const FsaConfig *c, const BatchLayout *batc
 // variable FSA_KERNELS is not "portable".
 bool fsa_use_sm90();
 
-// Returns the bytes of the four cu_ arrays that fsa_batch_layout fills, for at most so many sequences and
-// segments.
+// Returns the bytes of the four cu_ arrays that fsa_batch_layout fills, for at most num_seqs sequences and
+// num_segments segments.
 static inline size_t fsa_batch_layout_bytes(int64_t num_seqs, int64_t num_segments) {
     return (size_t)(2 * (num_segments + 1) + 2 * (num_seqs + 1)) * sizeof(int64_t);
 }
@@ -80,7 +80,7 @@ __host__ __device__ __forceinline__ int64_t num_windows_of(int cmp_len, int cmp_
     return n < cmp_len ? 0 : (n - cmp_len) / cmp_stride + 1;
 }
 
-// Finds the sequence of a query row and its position in it.
+// Finds the sequence of a query and the query's position in the sequence.
 __device__ __forceinline__ void query_position(const BatchLayout &batch, int64_t row, int64_t *seq,
                                                int64_t *pos) {
     int64_t i = find_in_cu(batch.cu_queries, batch.num_segments, row);
@@ -88,12 +88,12 @@ __device__ __forceinline__ void query_position(const BatchLayout &batch, int64_t
     *pos = batch.segments[i].pos + row - batch.cu_queries[i];
 }
 
-// A tile of consecutive rows within one range of cu[0..count] (a sequence or a segment). Range i's tiles
-// begin at index cu[i]/size + i, an upper bound of the tiles before, so no prefix sum over tiles is needed.
+// A tile of consecutive rows cu[i] .. cu[i + 1] - 1 of one sequence or segment i, its cu_index. The tiles of
+// i begin at index cu[i]/size + i, an upper bound of the tiles before, so no prefix sum over tiles is needed.
 // The indices left over have rows = 0.
 struct RowTile {
-    int64_t range, row; // the range, and the tile's first row
-    int first, rows;    // first row counted from the range's start, and the number of rows (at most size)
+    int64_t cu_index, row; // the tile lies in cu[cu_index] .. cu[cu_index + 1] - 1; its first row
+    int first, rows;       // first row counted from cu[cu_index], and the number of rows (at most size)
 };
 // Returns tile `index` (below max_row_tiles) for tiles of `size` rows. Rows are fewer than 2^32.
 __device__ __forceinline__ RowTile find_row_tile(const int64_t *cu, int64_t count, int size, int64_t index) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ RowTile find_row_tile(const int64_t *cu, int64_t coun
     }
     int64_t first = (index - (uint32_t)cu[lo] / size - lo) * size, left = cu[lo + 1] - cu[lo] - first;
     RowTile t;
-    t.range = lo;
+    t.cu_index = lo;
     t.row = cu[lo] + first;
     t.first = (int)first;
     t.rows = left <= 0 ? 0 : left < size ? (int)left : size;
@@ -115,7 +115,8 @@ __device__ __forceinline__ RowTile find_row_tile(const int64_t *cu, int64_t coun
 }
 #endif
 
-// Returns an upper bound of the tiles of `size` rows in `count` ranges: the grid for find_row_tile.
+// Returns an upper bound of the tiles of `size` rows in `count` sequences or segments: the grid for
+// find_row_tile.
 static inline int64_t max_row_tiles(int64_t rows, int64_t count, int size) {
     return rows / size + count;
 }

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
 
     int64_t token_stride = (int64_t)p.kv_heads * D;
     const T *x = (const T *)p.in[kv] +
-                 (p.batch.cu_seqlens[rows.range] + (int64_t)rows.first * p.stride) * token_stride + head * D;
+                 (p.batch.cu_seqlens[rows.cu_index] + (int64_t)rows.first * p.stride) * token_stride + head * D;
     const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D;
     auto load_tiles = [&](int k0, int stage) { // columns k0 .. k0 + 63 of the l*d
         load_tile<TILE_M, TILE_K, 128>(tile_a + stage * A_BYTES, x + k0 / D * token_stride + k0 % D,
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
         find_row_tile(p.batch.cu_seqlens, p.batch.num_seqs, TILE_M * p.stride, blockIdx.x % tiles);
     if (tokens.rows == 0) return;
     int stride0 = tokens.first / p.stride;
-    int64_t token_stride = (int64_t)p.kv_heads * D, window0 = p.batch.cu_windows[tokens.range];
-    int windows = (int)(p.batch.cu_windows[tokens.range + 1] - window0);
+    int64_t token_stride = (int64_t)p.kv_heads * D, window0 = p.batch.cu_windows[tokens.cu_index];
+    int windows = (int)(p.batch.cu_windows[tokens.cu_index + 1] - window0);
     const T *dy = (const T *)p.dout_unrotated[kv] + window0 * token_stride + head * D;
     const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D;
 

@@ -1,11 +1,13 @@
 // dense.cuh: parameters and masks of the dense attention kernels, for all architectures.
 //
-// Dense attention reads contiguous ranges of keys. The rules differ in which keys a query at position t sees:
+// Dense attention reads contiguous ranges of keys. The mask tells which keys a query at position t sees:
 //
 //     FSA_CAUSAL        tokens j <= t
 //     FSA_WINDOW        tokens t - window < j <= t
 //     FSA_COMPRESSED    compression windows j that end at or before t: cmp_stride*j + cmp_len - 1 <= t
-//     InitLocalBlocks   tokens j <= t in the initial and local blocks of the selected branch (sm90, forward)
+//
+// The forward kernel of sm90/ has one more mask, which no FsaVisibility value names: tokens j <= t in the
+// initial and local blocks of the selected branch (struct InitLocalBlocks).
 #ifndef FSA_DENSE_CUH
 #define FSA_DENSE_CUH
 #include "kernels.h"
@@ -32,7 +34,7 @@ struct DenseMask {
 struct InitLocalBlocks {
     int init_blocks, local_blocks, block, init_end;
     FastDivisor block_divisor;
-    __device__ int local_begin(int t) const { // 0 where the two ranges meet
+    __device__ int local_begin(int t) const { // 0 if the two ranges meet
         const int first = fast_divide(t, block_divisor) - local_blocks + 1;
         return first > init_blocks ? first * block : 0;
     }
@@ -44,7 +46,7 @@ static inline DenseMask make_dense_mask(const FsaConfig *c, FsaVisibility rule) 
     return DenseMask{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX, make_fast_divisor(1)};
 }
 
-// Parameters of all dense kernels. Keys are tokens or, under the compressed rule, compression windows.
+// Parameters of all dense kernels. Keys are tokens or, under the compressed mask, compression windows.
 struct DenseParams {
     BatchLayout batch;
     const int64_t *cu_keys; // [num_seqs + 1] first key of each sequence
@@ -53,13 +55,14 @@ struct DenseParams {
     FastDivisor group_divisor; // q_heads / kv_heads
     float scale;
     DenseMask mask;
-    // sm90 only. Forward: replaces `mask` if init_blocks or local_blocks isn't 0. Backward: gradients of the
-    // selected branch in a query's local blocks are computed together with those of the window.
+    // sm90 only. Forward: restricts the causal `mask` to these blocks if init_blocks or local_blocks is not
+    // 0. Backward: gradients of the selected branch in a query's local blocks are computed together with
+    // those of the window.
     InitLocalBlocks init_local;
     const void *q, *k, *v; // [nq, q_heads, D], [num_keys, kv_heads, D] twice
     void *o;               // [nq, q_heads, D]
     float *lse;            // [nq, q_heads]
-    // Backward.
+    // Backward. dout: ungated gradient of the output. exp(S - lse_bwd) is gate * P.
     const void *dout;                         // [nq, q_heads, D]
     const float *lse_bwd, *delta;             // [nq, q_heads]
     const float *local_lse_bwd, *local_delta; // [nq, q_heads], of the selected branch
@@ -74,11 +77,12 @@ struct DenseParams {
     int head_group_size, alternate_direction, *semaphores;
 };
 
-static inline DenseParams make_dense_params(const FsaConfig *c, const BatchLayout *p, FsaVisibility rule) {
+static inline DenseParams make_dense_params(const FsaConfig *c, const BatchLayout *batch,
+                                            FsaVisibility rule) {
     DenseParams d = {};
-    d.batch = *p;
-    d.cu_keys = rule == FSA_COMPRESSED ? p->cu_windows : p->cu_seqlens;
-    d.num_keys = rule == FSA_COMPRESSED ? fsa_max_windows(c, p) : p->n;
+    d.batch = *batch;
+    d.cu_keys = rule == FSA_COMPRESSED ? batch->cu_windows : batch->cu_seqlens;
+    d.num_keys = rule == FSA_COMPRESSED ? fsa_max_windows(c, batch) : batch->n;
     d.q_heads = c->q_heads;
     d.kv_heads = c->kv_heads;
     d.group_divisor = make_fast_divisor(c->q_heads / c->kv_heads);
@@ -87,8 +91,8 @@ static inline DenseParams make_dense_params(const FsaConfig *c, const BatchLayou
     return d;
 }
 
-// The backward kernels scale P by 2^p_scale_log2 and their results by p_unscale. Otherwise the small
-// probabilities of long rows underflow in fp16. bf16 has the exponent range of fp32 and needs no scale.
+// The backward kernels scale P by 2^p_scale_log2 and their results by p_unscale, to keep small P from
+// underflowing in fp16. bf16 has the exponent range of fp32 and needs no scale.
 template <typename T> __device__ constexpr float p_scale_log2() {
     return sizeof(T) == 0;
 }
@@ -108,16 +112,17 @@ template <> __device__ constexpr float p_unscale<__half>() {
     return 1.0f / 64;
 }
 
-// Launchers of one architecture's kernels, called by dense.cu. c: for head_dim. Return an FsaStatus.
+// Launchers of one architecture's kernels, called by dense.cu. They read only head_dim of c. Return an
+// FsaStatus.
 int fsa_dense_forward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
 int fsa_dense_backward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
 int fsa_dense_forward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
 // Without accumulate_dq, overwrites only the dq rows that see a key.
 int fsa_dense_backward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
-// Backward under the compressed rule: the number of splits, and an upper bound of splits * keys that never
+// Backward under the compressed mask: the number of splits, and an upper bound of splits * keys that never
 // shrinks while num_keys grows.
 int fsa_dense_num_splits_sm90(int64_t num_keys, int kv_heads);
 int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads);
 // Bytes of DenseParams::semaphores.
-size_t fsa_dense_semaphore_bytes(const BatchLayout &p, int q_heads, int kv_heads);
+size_t fsa_dense_semaphore_bytes(const BatchLayout &batch, int q_heads, int kv_heads);
 #endif

@@ -1,5 +1,6 @@
 // mma.cuh: helpers of the tensor-core kernels on all architectures: layouts of tiles in shared memory, packed
-// 16-bit elements, reductions over a row of an mma fragment. sm80/ptx.cuh has the instructions.
+// 16-bit elements, reductions over a row of an mma fragment, the sigmoid, and the constants log2(e) and
+// ln(2). sm80/ptx.cuh has the instructions.
 #ifndef FSA_MMA_CUH
 #define FSA_MMA_CUH
 #include "sm80/ptx.cuh"

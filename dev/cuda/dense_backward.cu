@@ -23,7 +23,8 @@ template <int N> __device__ void store_row(float *out, int64_t row, const float 
     }
 }
 
-// Version 1. Each query reads its K and V again, each key its Q and dO: L2 bandwidth binds.
+// Version 1. Each query reads its K and V again, and each key its Q and dout, so the kernels are limited by
+// L2 bandwidth.
 template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_kernel(const DenseParams p) {
     int64_t index = blockIdx.x * 4ll + threadIdx.x / 32, row = index / p.q_heads, seq, pos;
     if (row >= p.batch.nq) return;
@@ -80,11 +81,11 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
         naive_dkdv_kernel<T, D><<<(unsigned)((d.num_keys * d.kv_heads + 3) / 4), 128, 0, stream>>>(d);
     return launch_status();
 }
-static int naive_backward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
+static int naive_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                           const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
                           const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                           int accumulate_dkv, void *, cudaStream_t stream) {
-    DenseParams d = make_dense_params(c, p, rule);
+    DenseParams d = make_dense_params(c, batch, rule);
     d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;

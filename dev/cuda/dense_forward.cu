@@ -5,12 +5,13 @@
 #include "../../fsa/dense.cuh"
 #include "shapes.h"
 
-// Version 1. A lane holds d/32 channels. Each query reads its K and V again: L2 bandwidth binds.
+// Version 1. A lane holds d/32 channels. Each query reads its K and V again, so the kernel is limited by L2
+// bandwidth.
 template <typename T, int D>
 __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p) {
     int64_t index = blockIdx.x * 4ll + threadIdx.x / 32, row = index / p.q_heads;
     if (row >= p.batch.nq) return;
-    int head = index % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
+    int q_head = index % p.q_heads, kv_head = q_head / (p.q_heads / p.kv_heads), lane = threadIdx.x % 32;
     int64_t seq, pos;
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
@@ -34,10 +35,10 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
     naive_forward_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
     return launch_status();
 }
-static int naive_forward(const FsaConfig *c, const BatchLayout *p, FsaDtype dtype, FsaVisibility rule,
+static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                          const void *q, const void *k, const void *v, void *o, float *lse,
                          cudaStream_t stream) {
-    DenseParams d = make_dense_params(c, p, rule);
+    DenseParams d = make_dense_params(c, batch, rule);
     d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }

@@ -1,24 +1,32 @@
-// dense_bwd.cu: backward pass of dense attention, portable: mma.sync, cp.async. ../dense.cuh lists the rules.
+// sm80/dense_bwd.cu: backward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the masks.
 //
-//     S = scale Q K^T    P = exp(S - lse)     dP = dO V^T      dS = P (dP - delta)
-//     dV = P^T dO        dK = scale dS^T Q    dQ = scale dS K
+//     S = scale Q K^T    P = exp(S - lse_bwd)    dP = dout V^T    dS = P (dP - delta)
+//     dV = P^T dout      dK = scale dS^T Q       dQ = scale dS K
+//
+// dout is the ungated gradient of the output. lse_bwd = lse - ln(gate), so P is gate * softmax(S).
 //
 // Two kernels, each of which computes S and dP. That makes 7 matmuls instead of 5, but needs no atomics: one
 // thread block computes each sum, in a fixed order, so gradients are reproducible.
 //
-//     dense_dq_kernel      dQ of 64 queries of a head       4 warps x 16 queries, streams K and V     64 KiB
-//     dense_dkdv_kernel    dK, dV of 64 keys of a KV head   4 warps x 16 keys, streams Q and dO       97 KiB
+//     dense_dq_kernel      dQ of 64 queries of a head        4 warps x 16 queries, streams K, V      64 KiB
+//     dense_dkdv_kernel    dK, dV of 64 keys of a KV head    4 warps x 16 keys, streams Q, dout      97 KiB
 //
 // Streamed tiles have 64 rows and are double buffered by cp.async. Shared memory is for d = 128.
 //
-// Floors: 6*d FLOPs per visible pair for dQ, 8*d for dK and dV. At 64K tokens, (32, 8) heads, d = 128,
-// causal: 123 TFLOP, 156 ms at 790 TFLOP/s. HBM: q, k, v, dO, fp32 dq, dk, dv once per kernel that uses them;
-// L2: K and V once per 64 queries of a head, Q and dO once per 64 keys. The matmuls bind; mma.sync reaches
-// about 60% of Hopper's matmul rate.
+// Lower bounds at 64K tokens, (32, 8) heads, d = 128, causal; rates in ../README.md. HBM: q, k, v, dout and
+// the fp32 results once per kernel that uses them. L2: K and V once per 64 queries of a head, Q and dout once
+// per 64 keys.
+//
+//                          FLOPs per pair    matmuls                exp                HBM
+//     dense_dq_kernel      6*d               53 TFLOP    66.8 ms    69 G    18.6 ms    2.4 GB    0.5 ms
+//     dense_dkdv_kernel    8*d               70 TFLOP    89.1 ms    69 G    18.6 ms    1.9 GB    0.4 ms
+//
+// Both are limited by the matmuls. mma.sync reaches about 60% of Hopper's matmul rate.
 #include "../dense.cuh"
 #include "tile.cuh"
 
-// A thread block: dQ of 64 queries of one head, 16 per warp. Q and dO stay in registers as A operands.
+// A thread block: dQ of 64 queries of one query head, 16 per warp. Q and dout stay in registers as A
+// operands.
 template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const DenseParams p) {
     constexpr int ROWS = 64, KEYS = 64, K_BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
@@ -26,19 +34,19 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
-    int head = blockIdx.x % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
+    int q_head = blockIdx.x % p.q_heads, kv_head = q_head / (p.q_heads / p.kv_heads);
     RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, tile);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.cu_index];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    int64_t q_offset = rows.row * q_stride + head * D,
+    int64_t q_offset = rows.row * q_stride + q_head * D,
             kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
     const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
 
-    // Q and dO go through the second stage of K and V into registers.
+    // Q and dout go through the second stage of K and V into registers.
     load_tile<ROWS, D, 128>(smem_k + K_BYTES, (const T *)p.q + q_offset, q_stride, rows.rows);
     load_tile<ROWS, D, 128>(smem_v + K_BYTES, (const T *)p.dout + q_offset, q_stride, rows.rows);
     auto load_keys = [&](int j, int stage) {
@@ -51,7 +59,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     float lse[2], delta[2];
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
-        int64_t lse_index = (rows.row + row) * p.q_heads + head;
+        int64_t lse_index = (rows.row + row) * p.q_heads + q_head;
         float x = row < rows.rows ? p.lse_bwd[lse_index] : -INFINITY;
         lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
         delta[half] = row < rows.rows ? p.delta[lse_index] : 0;
@@ -76,7 +84,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
         __syncthreads();
         uint32_t tile_k = smem_k + stage * K_BYTES, tile_v = smem_v + stage * K_BYTES;
 
-        // S = Q K^T, dP = dO V^T
+        // S = Q K^T, dP = dout V^T
         float s[KEYS / 8][4] = {}, dp[KEYS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
@@ -127,16 +135,16 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     }
     cp_async_wait<0>();
 
-    float dq_unscale = p.scale * p_unscale<T>();
+    float dq_scale = p.scale * p_unscale<T>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         if (row >= rows.rows) continue;
-        int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, head);
+        int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, q_head);
         float *dq_out = p.dq_accum + dq_row * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            float2 x = make_float2(dq[n][half * 2] * dq_unscale, dq[n][half * 2 + 1] * dq_unscale);
+            float2 x = make_float2(dq[n][half * 2] * dq_scale, dq[n][half * 2 + 1] * dq_scale);
             float2 *dq_ptr = (float2 *)(dq_out + dq_accum_chunk(dq_row, n) * 8);
             if (p.accumulate_dq) {
                 float2 old = *dq_ptr;
@@ -149,9 +157,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
 
 // The current tile of ROWS queries of dense_dkdv_kernel.
 struct QTilePosition {
-    int head;        // query head
+    int q_head;      // query head
     int64_t segment; // segment of the batch
-    int64_t row;     // first row in q
+    int64_t row;     // first query in q
     int pos, end;    // position of the first query; end of the segment's positions that see the keys
 };
 
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     constexpr int ROWS = 64, KEYS = 64, BYTES = KEYS * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t smem_k = smem_address(shared), smem_v = smem_k + BYTES, smem_q = smem_v + BYTES;
-    uint32_t smem_do = smem_q + 2 * BYTES;
+    uint32_t smem_dout = smem_q + 2 * BYTES;
     float *lse_delta = (float *)(shared + 6 * BYTES); // [2 stages][lse, delta][ROWS]
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -174,19 +182,19 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     RowTile keys = find_row_tile(p.cu_keys, num_seqs, KEYS, tile);
     if (keys.rows == 0) return;
     int g = p.q_heads / p.kv_heads;
-    int head_begin = kv_head * g + g * split / p.num_splits;
-    int head_end = kv_head * g + g * (split + 1) / p.num_splits;
+    int q_head_begin = kv_head * g + g * split / p.num_splits;
+    int q_head_end = kv_head * g + g * (split + 1) / p.num_splits;
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
     int64_t k_offset = keys.row * kv_stride + kv_head * D;
     load_tile<KEYS, D, 128>(smem_k, (const T *)p.k + k_offset, kv_stride, keys.rows);
     load_tile<KEYS, D, 128>(smem_v, (const T *)p.v + k_offset, kv_stride, keys.rows);
 
-    // First segment of the sequence; first and last position that see some of the keys.
+    // First segment of the sequence; first and last position that see any of the keys.
     int64_t seg_begin = 0, seg_end = p.batch.num_segments;
     while (seg_begin < seg_end) {
         int64_t mid = (seg_begin + seg_end) / 2;
-        if (p.batch.segments[mid].seq < keys.range)
+        if (p.batch.segments[mid].seq < keys.cu_index)
             seg_begin = mid + 1;
         else
             seg_end = mid;
@@ -195,17 +203,17 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     int pos_begin = p.mask.first_query(keys.first);
     int pos_last = p.mask.last_query(keys.first + keys.rows - 1);
 
-    QTilePosition next = {head_begin - 1, seg_end, 0, 0, 0};
+    QTilePosition next = {q_head_begin - 1, seg_end, 0, 0, 0};
     // Moves `next` to the next tile of queries. Returns false at the end.
     auto advance = [&]() {
         next.pos += ROWS;
         next.row += ROWS;
         while (next.pos >= next.end) {
             next.segment++;
-            if (next.segment >= seg_end || p.batch.segments[next.segment].seq != keys.range) {
-                if (++next.head >= head_end) return false;
+            if (next.segment >= seg_end || p.batch.segments[next.segment].seq != keys.cu_index) {
+                if (++next.q_head >= q_head_end) return false;
                 next.segment = seg_begin;
-                if (seg_begin >= seg_end || p.batch.segments[seg_begin].seq != keys.range) return false;
+                if (seg_begin >= seg_end || p.batch.segments[seg_begin].seq != keys.cu_index) return false;
             }
             FsaSegment s = p.batch.segments[next.segment];
             int64_t begin = s.pos > pos_begin ? s.pos : pos_begin, end = s.pos + s.len;
@@ -218,11 +226,11 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     };
     auto load_queries = [&](int stage) {
         int count = next.end - next.pos;
-        int64_t offset = next.row * q_stride + next.head * D;
+        int64_t offset = next.row * q_stride + next.q_head * D;
         load_tile<ROWS, D, 128>(smem_q + stage * BYTES, (const T *)p.q + offset, q_stride, count);
-        load_tile<ROWS, D, 128>(smem_do + stage * BYTES, (const T *)p.dout + offset, q_stride, count);
+        load_tile<ROWS, D, 128>(smem_dout + stage * BYTES, (const T *)p.dout + offset, q_stride, count);
         int row = threadIdx.x % ROWS;
-        int64_t lse_index = (next.row + row) * p.q_heads + next.head;
+        int64_t lse_index = (next.row + row) * p.q_heads + next.q_head;
         float x;
         if (threadIdx.x < ROWS) {
             x = row < count ? p.lse_bwd[lse_index] : -INFINITY;
@@ -245,12 +253,12 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t tile_q = smem_q + stage * BYTES, tile_do = smem_do + stage * BYTES;
+        uint32_t tile_q = smem_q + stage * BYTES, tile_dout = smem_dout + stage * BYTES;
         const float *lse = lse_delta + stage * 2 * ROWS, *delta = lse + ROWS;
         int j0 = keys.first + warp * 16;
         int last = pos + ROWS < end_pos ? pos + ROWS - 1 : end_pos - 1;
 
-        // P^T = exp(K Q^T - lse), 16 keys x 64 queries
+        // P^T = exp(K Q^T - lse_bwd), 16 keys x 64 queries
         float s[ROWS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
@@ -280,7 +288,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
             for (int e = 0; e < 4; e++) s[n][e] = exp2_fast(s[n][e] * scale - (e % 2 ? l.y : l.x));
         }
-        // dV += P^T dO
+        // dV += P^T dout
 #pragma unroll
         for (int kk = 0; kk < ROWS / 16; kk++) {
             uint32_t a[4];
@@ -288,12 +296,12 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 uint32_t b[4];
-                load_b_trans<D>(b, tile_do, kk * 16, n);
+                load_b_trans<D>(b, tile_dout, kk * 16, n);
                 mma_16816<T>(dv[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dv[2 * n + 1], a, b[2], b[3]);
             }
         }
-        // dS^T = P^T (V dO^T - delta)
+        // dS^T = P^T (V dout^T - delta)
         float dp[ROWS / 8][4] = {};
 #pragma unroll
         for (int kk = 0; kk < D / 16; kk++) {
@@ -302,7 +310,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 #pragma unroll
             for (int n = 0; n < ROWS / 16; n++) {
                 uint32_t b[4];
-                load_b<D>(b, tile_do, n * 16, kk);
+                load_b<D>(b, tile_dout, n * 16, kk);
                 mma_16816<T>(dp[2 * n], a, b[0], b[1]);
                 mma_16816<T>(dp[2 * n + 1], a, b[2], b[3]);
             }
@@ -334,7 +342,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     float *dk_out = p.num_splits > 1 ? p.dkv_partial + split * 2 * dkv_size : p.dk_accum;
     float *dv_out = p.num_splits > 1 ? p.dkv_partial + (split * 2 + 1) * dkv_size : p.dv_accum;
     bool accumulate = p.accumulate_dkv && p.num_splits == 1;
-    float dv_unscale = p_unscale<T>(), dk_unscale = dv_unscale * p.scale;
+    float dv_unscale = p_unscale<T>(), dk_scale = dv_unscale * p.scale;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
@@ -342,7 +350,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
         int64_t index = k_offset + row * kv_stride + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            float2 x = make_float2(dk[n][half * 2] * dk_unscale, dk[n][half * 2 + 1] * dk_unscale);
+            float2 x = make_float2(dk[n][half * 2] * dk_scale, dk[n][half * 2 + 1] * dk_scale);
             float2 y = make_float2(dv[n][half * 2] * dv_unscale, dv[n][half * 2 + 1] * dv_unscale);
             float2 *dk_ptr = (float2 *)(dk_out + index + n * 8), *dv_ptr = (float2 *)(dv_out + index + n * 8);
             if (accumulate) {

@@ -1,9 +1,9 @@
-// dense_fwd.cu: forward pass of dense attention, portable: mma.sync, cp.async. ../dense.cuh lists the rules.
+// sm80/dense_fwd.cu: forward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the masks.
 //
 //     S = scale Q K^T, masked    P = exp(S - max)    O = P V / sum(P)    lse = max + ln sum(P)
 //
-// A thread block computes O and lse of 128 queries of one head, with four warps of 32 rows each. Q stays in
-// shared memory. K and V come in tiles of 64 keys, double buffered:
+// A thread block computes O and lse of 128 queries of one query head, with four warps of 32 queries each. Q
+// stays in shared memory. K and V come in tiles of 64 keys, double buffered:
 //
 //     cp.async    K, V of tile j + 1
 //     warps       S = Q K^T of tile j | mask | online softmax, rescale O | O += P V
@@ -12,10 +12,15 @@
 // V come from HBM once and then from L2. Shared memory: 96 KiB at d = 128. A warp sums over the keys of a row
 // in ascending order, so O and lse are reproducible.
 //
-// Floors: 4*d FLOPs per visible pair (whole tiles at the diagonal). HBM: q, k, v, o once; L2: K and V once
-// per 128 queries of a head. At 64K tokens, (32, 8) heads, d = 128: causal 35 TFLOP, 44.5 ms at 790
-// TFLOP/s; 1.3 GB, 0.3 ms at 4.3 TB/s. The matmuls bind, for window 512 too. mma.sync reaches about 60% of
-// Hopper's matmul rate.
+// Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 4*d FLOPs per visible
+// pair. HBM: q, k, v, o once. L2: K and V once per 128 queries of a head.
+//
+//                   matmuls                    exp                HBM
+//     causal          35 TFLOP    44.5 ms      69 G    18.6 ms    1.3 GB    0.3 ms
+//     compressed     2.2 TFLOP     2.8 ms     4.3 G     1.2 ms    1.1 GB    0.2 ms
+//     window 512    0.55 TFLOP     0.7 ms     1.1 G     0.3 ms    1.3 GB    0.3 ms
+//
+// The kernel is limited by the matmuls under every mask. mma.sync reaches about 60% of Hopper's matmul rate.
 #include "../dense.cuh"
 #include "tile.cuh"
 
@@ -27,15 +32,15 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
-    int head = blockIdx.x % p.q_heads, kv_head = head / (p.q_heads / p.kv_heads);
+    int q_head = blockIdx.x % p.q_heads, kv_head = q_head / (p.q_heads / p.kv_heads);
     RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, tile);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.cu_index];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    const T *q = (const T *)p.q + rows.row * q_stride + head * D;
+    const T *q = (const T *)p.q + rows.row * q_stride + q_head * D;
     int64_t kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
     const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
 
@@ -77,7 +82,7 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
             }
         }
 
-        // Mask, if some query of the tile doesn't see some of its keys
+        // Mask, if some query of the tile does not see some of its keys
         int t0 = first_pos + warp * 32;
         if (!p.mask.visible(t0, j0 + KEYS - 1) || j0 < p.mask.first_key(t0 + 31)) {
 #pragma unroll
@@ -153,7 +158,7 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
             int row = warp * 32 + m * 16 + half * 8 + lane / 4;
             float total = quad_reduce_sum(row_sum[m][half]), inverse = total > 0 ? 1 / total : 0;
             if (lane % 4 == 0 && row < rows.rows) {
-                p.lse[(rows.row + row) * p.q_heads + head] =
+                p.lse[(rows.row + row) * p.q_heads + q_head] =
                     total > 0 ? row_max[m][half] * p.scale + logf(total) : -INFINITY;
             }
 #pragma unroll
@@ -164,7 +169,7 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
         }
     }
     __syncwarp();
-    T *o = (T *)p.o + rows.row * q_stride + head * D;
+    T *o = (T *)p.o + rows.row * q_stride + q_head * D;
 #pragma unroll
     for (int i = 0; i < 32 * (D / 8) / 32; i++) {
         int row = warp * 32 + (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);

@@ -1,5 +1,5 @@
-// ptx.cuh: the inline PTX for sm_80 and up, one function per instruction. dev/emulator/sm80/ptx.cuh has the
-// same functions in C++.
+// sm80/ptx.cuh: the inline PTX for sm_80 and up, one function per instruction. dev/emulator/sm80/ptx.cuh has
+// the same functions in C++.
 //
 // Fragments of mma.m16n8k16, lane = 4*r + c (r = lane / 4, c = lane % 4):
 //   A 16x16: a[0] row r, columns 2c 2c+1; a[1] row r+8, columns 2c 2c+1;
@@ -63,7 +63,8 @@ __device__ __forceinline__ uint64_t l2_evict_first() {
     return policy;
 }
 
-// Returns 16 bytes (not cached in L1), or zeros if !valid. A predicate, where the compiler would branch.
+// Returns 16 bytes (not cached in L1), or zeros if !valid. Uses a predicate; the compiler would emit a
+// branch.
 __device__ __forceinline__ uint4 load_or_zero(bool valid, const void *src, uint64_t policy) {
     uint4 x;
     asm volatile("{\n"
@@ -80,8 +81,9 @@ __device__ __forceinline__ uint4 load_or_zero(bool valid, const void *src, uint6
                  : "memory");
     return x;
 }
-// The same for 8 bytes at `two` and 4 bytes at `one`, read once (streaming).
-__device__ __forceinline__ void load_or_zero(bool valid, const void *two, const void *one, uint32_t (&x)[3]) {
+// The same for 8 bytes at src_8 and 4 bytes at src_4, as streaming loads.
+__device__ __forceinline__ void load_or_zero(bool valid, const void *src_8, const void *src_4,
+                                             uint32_t (&x)[3]) {
     asm volatile("{\n"
                  ".reg .pred valid;\n"
                  "setp.ne.b32 valid, %5, 0;\n"
@@ -92,18 +94,18 @@ __device__ __forceinline__ void load_or_zero(bool valid, const void *two, const 
                  "@valid ld.global.cs.b32 %2, [%4];\n"
                  "}"
                  : "=&r"(x[0]), "=&r"(x[1]), "=&r"(x[2])
-                 : "l"(two), "l"(one), "r"((int)valid)
+                 : "l"(src_8), "l"(src_4), "r"((int)valid)
                  : "memory");
 }
-// Stores 16 bytes with an L2 policy.
-__device__ __forceinline__ void store(void *dst, uint4 x, uint64_t policy) {
+// Stores 16 bytes with an L2 cache policy.
+__device__ __forceinline__ void store_16_l2(void *dst, uint4 x, uint64_t policy) {
     asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(dst), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w), "l"(policy)
                  : "memory");
 }
 
-// Starts an asynchronous copy of 16 bytes to shared memory, or writes zeros if !valid. `src` isn't read
-// then, but must be a pointer that C++ allows.
+// Starts an asynchronous copy of 16 bytes to shared memory, or writes zeros if !valid. If !valid, `src` is
+// not read, but must still be a valid C++ pointer.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src, bool valid = true) {
     int bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");

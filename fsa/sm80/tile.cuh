@@ -1,5 +1,5 @@
-// tile.cuh: tiles of 16-bit elements in shared memory for the mma.sync kernels: rows of D elements (64 or
-// 128), chunks swizzled (`swizzled` in mma.cuh). Copies from global memory, and loads of mma operands.
+// sm80/tile.cuh: tiles of 16-bit elements in shared memory for the mma.sync kernels: rows of D elements (64
+// or 128), chunks swizzled (`swizzled` in mma.cuh). Copies from global memory, and loads of mma operands.
 #ifndef FSA_SM80_TILE_CUH
 #define FSA_SM80_TILE_CUH
 #include "../mma.cuh"

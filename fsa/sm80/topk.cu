@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
     int kv_head = blockIdx.x % p.kv_heads;
     RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, TOKENS, index);
     if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.range];
+    FsaSegment segment = p.batch.segments[rows.cu_index];
     int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
     int window_strides = p.cmp_len / p.cmp_stride, block_strides = p.block / p.cmp_stride;
     int64_t window0 = p.batch.cu_windows[segment.seq];

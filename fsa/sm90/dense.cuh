@@ -1,11 +1,11 @@
-// dense.cuh: code shared by the dense attention kernels for Hopper (dense_fwd.cu, dense_bwd.cu): tile sizes,
-// matmuls on tiles in shared memory, the pipeline state, and the launcher.
+// sm90/dense.cuh: code shared by dense_fwd.cu and dense_bwd.cu: tile sizes, matmuls on tiles in shared
+// memory, the pipeline state, and the launcher.
 //
 // In both kernels a producer warpgroup loads tiles by TMA into a pipeline in shared memory, and two consumer
 // warpgroups run wgmma on them. Both are persistent: longer work items come first, so that all thread blocks
 // end together, and the loads of the next work item overlap the epilogue of the current one.
 //
-// The g query heads of a KV head are packed into the rows of a tile: row r is head r % g of token r / g. So g
+// The g query heads of a KV head are packed into the rows of a tile: row r is head r % g of query r / g. So g
 // heads share each tile of K and V, and a tile spans few positions, which keeps the masked part small.
 #ifndef FSA_SM90_DENSE_CUH
 #define FSA_SM90_DENSE_CUH
@@ -16,18 +16,22 @@
 enum {
     FWD_ROWS = 128, // forward: rows of a work item, 64 per warpgroup
     KEYS = 128,     // forward: keys of a K or V tile; backward: keys of a work item, 64 per warpgroup
-    BWD_ROWS = 64,  // backward: rows of a Q or dO tile
+    BWD_ROWS = 64,  // backward: rows of a Q or dout tile
     KV_STAGES = 2,  // forward: stages of K and of V
     // Backward processes head groups one after another. A small group keeps several key tiles of each head in
-    // flight, which share Q and dO in L2. A group has at least MIN_HEAD_GROUP / num_splits heads and
+    // flight, which share Q and dout in L2. A group has at least MIN_HEAD_GROUP / num_splits heads and
     // MIN_GROUP_ITEMS work items, so that the last group still fills all SMs.
     MIN_HEAD_GROUP = 8,
     MIN_GROUP_ITEMS = 256,
-    // Splits of backward under the compressed rule, where the longest work item is twice the average. With
-    // few work items (one or two per SM) that leaves SMs idle, so the rows of each are split.
-    NO_SPLIT_ITEMS = 256,     // from so many work items on: no split
-    TWO_SPLIT_ITEMS = 128,    // from so many on: two splits
-    SPLIT_TARGET_ITEMS = 192, // below: as many splits as make about this many work items
+    // Splits of backward under the compressed mask. The longest work item takes twice as long as the average.
+    // With one or two work items per SM that leaves SMs idle, so the rows of each work item are split.
+    //     work items                                     splits
+    //     at least MIN_ITEMS_UNSPLIT                     1
+    //     at least MIN_ITEMS_TWO_SPLITS                  2
+    //     fewer: the splits make about SPLIT_TARGET_ITEMS work items, at most MAX_SPLITS splits
+    MIN_ITEMS_UNSPLIT = 256,
+    MIN_ITEMS_TWO_SPLITS = 128,
+    SPLIT_TARGET_ITEMS = 192,
     MAX_SPLITS = 16,
     CONSUMER_THREADS = 256, // two warpgroups; a third one is the producer
     THREADS = CONSUMER_THREADS + 128,
@@ -44,8 +48,8 @@ struct TensorMaps {
 };
 
 // ---- matmuls of a warpgroup on tiles in shared memory, D/64 panels of 64 columns (ptx.cuh) ----------------
-// x (64 x N) = A B^T, asynchronous. A: 64 rows from address a on, in panels of A_ROWS rows. B: N rows from
-// address b on, in panels of B_ROWS rows.
+// x (64 x N) = A B^T, asynchronous. A: 64 rows at address a, in panels of A_ROWS rows. B: N rows at address
+// b, in panels of B_ROWS rows.
 template <typename T, int D, int A_ROWS, int B_ROWS, int N8>
 static __device__ __forceinline__ void gemm_ss(float (&x)[N8][4], uint32_t a, uint32_t b) {
     const uint64_t desc_a = make_smem_desc(a), desc_b = make_smem_desc(b);
@@ -54,8 +58,8 @@ static __device__ __forceinline__ void gemm_ss(float (&x)[N8][4], uint32_t a, ui
         wgmma_ss<T>(x, advance_desc(desc_a, k / 4 * A_ROWS * 128 + k % 4 * 32),
                     advance_desc(desc_b, k / 4 * B_ROWS * 128 + k % 4 * 32), k > 0);
 }
-// x (64 x D) = (accumulate ? x : 0) + A B, asynchronous. A (64 x 16*K16) in registers, B (16*K16 x D) from
-// address b on, in panels of B_ROWS rows.
+// x (64 x D) = (accumulate ? x : 0) + A B, asynchronous. A (64 x 16*K16) in registers, B (16*K16 x D) at
+// address b, in panels of B_ROWS rows.
 template <typename T, int B_ROWS, int N8, int K16>
 static __device__ __forceinline__ void gemm_rs(float (&x)[N8][4], const uint32_t (&a)[K16][4], uint32_t b,
                                                bool accumulate) {
@@ -66,7 +70,9 @@ static __device__ __forceinline__ void gemm_rs(float (&x)[N8][4], const uint32_t
 }
 
 // ---- pipeline ---------------------------------------------------------------------------------------------
-// The current stage of a pipeline, and the phase of its barriers, which flips after the last stage.
+// The current stage of a pipeline. phase: parity (0 or 1) of the phase in which the stage's full barrier
+// completes, as mbarrier_wait takes it. It flips after the last stage. Producers wait for the empty barrier
+// with phase ^ 1, which returns at once in the first round.
 template <int STAGES> struct PipelineState {
     int stage = 0, phase = 0;
     __device__ __forceinline__ void advance() {
@@ -76,8 +82,8 @@ template <int STAGES> struct PipelineState {
 // Arrivals of all consumer warps at an empty barrier: one per warp that has finished reading the stage.
 enum { CONSUMER_ARRIVALS = CONSUMER_THREADS / 32 * WARP_ARRIVALS };
 
-// Sets the rows of a tile from `first` on to zero: they belong to another sequence. A NaN or Inf there would
-// spread even where P is 0. All consumer threads call it. TILE_ROWS: rows of the tile.
+// Sets rows first .. TILE_ROWS - 1 of a tile to zero: they belong to another sequence. A NaN or Inf in them
+// would spread even if P is 0. All consumer threads call it.
 template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_rows(char *tile, int first) {
     for (int i = threadIdx.x; i < (TILE_ROWS - first) * (D / 8); i += CONSUMER_THREADS)
         *(uint4 *)(tile + panel_offset(first + i / (D / 8), i % (D / 8), TILE_ROWS * 128)) =
@@ -94,15 +100,16 @@ static int num_sms() {
     return count;
 }
 
-// Makes the tensor maps: q and dO in boxes of `tokens` tokens x g heads x 64 channels, k and v in boxes of
-// KEYS keys of one head x 64 channels. Returns an FsaStatus.
-static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tokens, TensorMaps *m) {
+// Makes the tensor maps: q and dout in boxes of tile_queries queries x g heads x 64 channels, k and v in
+// boxes of KEYS keys of one head x 64 channels. Returns an FsaStatus.
+static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tile_queries,
+                            TensorMaps *m) {
     int g = d.q_heads / d.kv_heads;
     int64_t q_size[] = {head_dim, d.q_heads, d.batch.nq},
             q_stride[] = {2, head_dim * 2, (int64_t)d.q_heads * head_dim * 2};
     int64_t k_size[] = {head_dim, d.kv_heads, d.num_keys},
             k_stride[] = {2, head_dim * 2, (int64_t)d.kv_heads * head_dim * 2};
-    int q_box[] = {64, g, tokens}, k_box[] = {64, 1, KEYS};
+    int q_box[] = {64, g, tile_queries}, k_box[] = {64, 1, KEYS};
     int status = make_tensor_map(&m->q, dtype, 3, d.q, q_size, q_stride, q_box);
     if (!status && d.dout) status = make_tensor_map(&m->dout, dtype, 3, d.dout, q_size, q_stride, q_box);
     if (!status) status = make_tensor_map(&m->k, dtype, 3, d.k, k_size, k_stride, k_box);
@@ -110,7 +117,7 @@ static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, 
     return status;
 }
 
-// Launches a persistent kernel: a thread block per SM, at most one per work item. bytes: shared memory of a
+// Launches a persistent kernel: one thread block per SM, at most one per work item. bytes: shared memory of a
 // thread block. Returns an FsaStatus.
 template <typename Kernel>
 static int launch_persistent(Kernel kernel, const DenseParams &d, const TensorMaps &maps, int64_t num_items,

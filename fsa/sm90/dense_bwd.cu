@@ -1,14 +1,16 @@
-// dense_bwd.cu: backward pass of dense attention on Hopper. ../dense.cuh lists the rules.
+// sm90/dense_bwd.cu: backward pass of dense attention on Hopper. ../dense.cuh lists the masks.
 //
-//     S = scale Q K^T    P = exp(S - lse)     dP = dO V^T      dS = P (dP - delta)
-//     dV = P^T dO        dK = scale dS^T Q    dQ = scale dS K
+//     S = scale Q K^T    P = exp(S - lse_bwd)    dP = dout V^T    dS = P (dP - delta)
+//     dV = P^T dout      dK = scale dS^T Q       dQ = scale dS K
+//
+// dout is the ungated gradient of the output. lse_bwd = lse - ln(gate), so P is gate * softmax(S).
 //
 // A work item is dK and dV of 128 keys of one KV head, over all rows that see them (or those of one split),
 // and these keys' part of dQ. Persistent thread blocks, one per SM, take work items from an atomic counter:
 //
 //     warpgroups 0 and 1           64 keys each: all matmuls. Rows come in tiles of 64
-//     warpgroup 2, warp 0          loads lse and delta of the row tiles
-//     warpgroup 2, warp 1          one thread: takes work items; loads K, V, and Q, dO per row tile by TMA
+//     warpgroup 2, warp 0          loads lse_bwd and delta of the row tiles
+//     warpgroup 2, warp 1          one thread: takes work items; loads K, V, and Q, dout per row tile by TMA
 //     warpgroup 2, warps 2 and 3   one thread each: adds every second dQ tile to dq_accum
 //
 // Scores are transposed (keys x rows), so that P^T and dS^T are A operands in registers. dS also goes to
@@ -17,14 +19,25 @@
 //     matmuls    dP(i)         | dV(i)    | dK(i)                  | dQ(i)          | S(i+1)
 //     threads    P = exp(S)    | dS       | dS to shared memory    | wait dV, dK    | dQ to shared memory
 //
-// Shared memory, d = 128: K, V 64 KiB; Q, dO 2 x 32 KiB; dS 2 x 16 KiB; dQ 2 x 32 KiB; lse, delta 2 x 1 KiB.
+// Shared memory, d = 128:
+//
+//     K, V      Q, dout       dS            dQ            lse, delta
+//     64 KiB    2 x 32 KiB    2 x 16 KiB    2 x 32 KiB    2 x 1 KiB
+//
 // dQ is reproducible: a semaphore per (row tile, KV head) admits key tiles in ascending order. Work items are
 // taken by ascending keys, so the thread block that others wait for is always running.
 //
-// Floors: 10*d FLOPs per visible pair: causal, 64K tokens, (32, 8) heads, d = 128: 88 TFLOP, 111 ms at 790
-// TFLOP/s. HBM: q, k, v, dO, fp32 dq, dk, dv once. L2: q, dO, dq once per 128 keys that see them. The matmuls
-// bind, at 2,560 clocks per row tile. Shared memory is close: wgmma reads 256 KiB, 2,048 clocks; dS and dQ
-// move 80 KiB more. exp and dS add to that: they lie between dependent matmuls, in both warpgroups at once.
+// Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 10*d FLOPs per visible
+// pair. HBM: q, k, v, dout and fp32 dq, dk, dv once. L2: q, dout, dq once per 128 keys that see them.
+//
+//                   matmuls                   exp                HBM
+//     causal         88 TFLOP    111.3 ms      69 G    18.6 ms    3.0 GB    0.7 ms
+//     compressed    5.5 TFLOP      7.0 ms     4.3 G     1.2 ms    2.2 GB    0.5 ms
+//     window 512    1.4 TFLOP      1.7 ms     1.1 G     0.3 ms    3.0 GB    0.7 ms
+//
+// The kernel is limited by the matmuls, 2,560 clocks per row tile. Shared memory comes next: wgmma reads 256
+// KiB in 2,048 clocks, and dS and dQ move 80 KiB more. exp and dS add to the time of the matmuls: they lie
+// between dependent matmuls, in both warpgroups at once.
 #include "dense.cuh"
 
 // 128 keys of a KV head, and the rows that see them.
@@ -57,7 +70,7 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
     int64_t lo = 0, hi = p.batch.num_segments, end = hi;
     while (lo < hi) { // first segment of the sequence
         int64_t mid = (lo + hi) / 2;
-        if (p.batch.segments[mid].seq < w.keys.range)
+        if (p.batch.segments[mid].seq < w.keys.cu_index)
             lo = mid + 1;
         else
             hi = mid;
@@ -65,7 +78,7 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
     w.segment_begin = (int)lo;
     for (hi = end; lo < hi;) { // first segment of the next sequence
         int64_t mid = (lo + hi) / 2;
-        if (p.batch.segments[mid].seq <= w.keys.range)
+        if (p.batch.segments[mid].seq <= w.keys.cu_index)
             lo = mid + 1;
         else
             hi = mid;
@@ -73,7 +86,7 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
     w.segment_end = (int)lo;
     w.pos_begin = p.mask.first_query(w.keys.first);
     w.pos_last = p.mask.last_query(w.keys.first + w.keys.rows - 1);
-    int64_t n = p.batch.cu_seqlens[w.keys.range + 1] - p.batch.cu_seqlens[w.keys.range];
+    int64_t n = p.batch.cu_seqlens[w.keys.cu_index + 1] - p.batch.cu_seqlens[w.keys.cu_index];
     w.split_begin = (int)(n * w.split / p.num_splits);
     w.split_end = (int)(n * (w.split + 1) / p.num_splits);
     return w;
@@ -82,28 +95,28 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
 // Iterates over the row tiles that see a key tile, from the last tile of the last segment to the first one,
 // or in ascending order (direction 1). The tiles of a segment are the same for all keys.
 //
-// Descending order keeps the semaphore waits short. Under the causal rule, thread blocks that start together
-// stay one row tile apart. Under a window, later keys see later rows. There the iteration starts at the last
+// Descending order keeps the semaphore waits short. Under the causal mask, thread blocks that start together
+// stay one row tile apart. Under a window, later keys see later rows. The iteration then starts at the last
 // tile that ends a period of tiles, and the tiles after it come at the end. A period has as many tiles as see
 // a key tile, so thread blocks that start together process the same rows at the same time.
 struct QTileIterator {
-    int segment, first_token;        // first_token: row in q, 32 bits as TMA's coordinates
+    int segment, query0;             // query0: first query in q, 32 bits as TMA's coordinates
     int global_tile;                 // index of the tile's semaphores
-    int pos, pos_end;                // position of the first token; end of the segment's positions
+    int pos, pos_end;                // position of the first query; end of the segment's positions
     int tile, first_tile, last_tile; // within the segment: this tile; the tiles that see the keys
     int deferred_tile;               // deferred_tile .. last_tile follow after first_tile
     __device__ __forceinline__ QTileIterator(const KvWorkItem &w)
-        : segment(w.direction > 0 ? w.segment_begin - 1 : w.segment_end), first_token(0), global_tile(0),
-          pos(0), pos_end(0), tile(0), first_tile(0), last_tile(-1), deferred_tile(0) {}
-    __device__ __forceinline__ void skip_tiles(int count, int tokens) {
-        tile += count, global_tile += count, pos += count * tokens, first_token += count * tokens;
+        : segment(w.direction > 0 ? w.segment_begin - 1 : w.segment_end), query0(0), global_tile(0), pos(0),
+          pos_end(0), tile(0), first_tile(0), last_tile(-1), deferred_tile(0) {}
+    __device__ __forceinline__ void skip_tiles(int count, int tile_queries) {
+        tile += count, global_tile += count, pos += count * tile_queries, query0 += count * tile_queries;
     }
     // Moves to the next tile. Returns false at the end.
-    __device__ __forceinline__ bool next(const DenseParams &p, const KvWorkItem &w, int tokens) {
-        skip_tiles(w.direction, tokens);
+    __device__ __forceinline__ bool next(const DenseParams &p, const KvWorkItem &w, int tile_queries) {
+        skip_tiles(w.direction, tile_queries);
         while (w.direction > 0 ? tile > last_tile : tile < first_tile) {
             if (w.direction < 0 && deferred_tile <= last_tile) {
-                skip_tiles(last_tile - tile, tokens);
+                skip_tiles(last_tile - tile, tile_queries);
                 first_tile = deferred_tile, last_tile = -1;
                 break;
             }
@@ -113,31 +126,39 @@ struct QTileIterator {
                       len = (int)p.batch.segments[segment].len;
             const int last_pos = min(w.pos_last, first_pos + len - 1),
                       row0 = (int)p.batch.cu_queries[segment];
-            // From the tile of the first token that sees a key to the tile of the last one. Of these a split
-            // has the tiles that begin between split_begin and split_end.
+            // From the tile of the first query that sees a key to the tile of the last one. A split has those
+            // of these tiles that begin at positions split_begin .. split_end - 1.
             first_tile =
-                max(w.pos_begin > first_pos ? (w.pos_begin - first_pos) / tokens : 0,
-                    w.split_begin > first_pos ? (w.split_begin - first_pos + tokens - 1) / tokens : 0);
+                max(w.pos_begin > first_pos ? (w.pos_begin - first_pos) / tile_queries : 0,
+                    w.split_begin > first_pos ? (w.split_begin - first_pos + tile_queries - 1) / tile_queries
+                                              : 0);
             last_tile =
-                min(last_pos >= first_pos ? (last_pos - first_pos) / tokens : -1,
-                    w.split_end > first_pos ? (w.split_end - first_pos + tokens - 1) / tokens - 1 : -1);
+                min(last_pos >= first_pos ? (last_pos - first_pos) / tile_queries : -1,
+                    w.split_end > first_pos ? (w.split_end - first_pos + tile_queries - 1) / tile_queries - 1
+                                            : -1);
             tile = w.direction > 0 ? first_tile : last_tile;
             if (p.mask.window < INT32_MAX / 2) {
                 const int period_end =
-                    last_tile - (last_tile + 1) % ((p.mask.window + KEYS - 2) / tokens + 1);
+                    last_tile - (last_tile + 1) % ((p.mask.window + KEYS - 2) / tile_queries + 1);
                 if (period_end >= first_tile) tile = period_end;
             }
             deferred_tile = tile + 1;
-            pos = first_pos + tile * tokens, pos_end = first_pos + len;
-            first_token = row0 + tile * tokens;
-            global_tile = row0 / tokens + segment + tile;
+            pos = first_pos + tile * tile_queries, pos_end = first_pos + len;
+            query0 = row0 + tile * tile_queries;
+            global_tile = row0 / tile_queries + segment + tile;
         }
         return true;
     }
 };
 
-// Shared memory: K and V; STAGES stages of Q, dO, lse, delta; 2 buffers of dS and dQ; 2 work items; barriers.
-template <int D> struct BackwardPipeline {
+// Shared memory, and the threads of the producer warpgroup that fill and drain it:
+//     K and V of a work item         load_tiles
+//     STAGES stages of Q, dout       load_tiles
+//     STAGES stages of lse, delta    load_lse_delta, which also merges the lse of two branches
+//     2 buffers of dS                the consumers write and read them
+//     2 buffers of dQ                add_dq_tiles adds them to dq_accum
+//     2 work items, barriers         load_tiles writes the work items
+template <int D> struct DenseBackwardSmem {
     static constexpr int STAGES = D == 64 ? 4 : 2;
     static constexpr int KV_BYTES = KEYS * D * 2, Q_BYTES = BWD_ROWS * D * 2;
     static constexpr int DS_BYTES = KEYS * BWD_ROWS * 2;     // [key][row]
@@ -150,7 +171,7 @@ template <int D> struct BackwardPipeline {
                          BARRIER_OFFSET = WORK_OFFSET + 2 * (int)sizeof(KvWorkItem),
                          BYTES = BARRIER_OFFSET + 8 * (6 + 2 * STAGES);
     uint32_t k, v, q, dout, ds, dq, kv_full, kv_empty, dq_full, dq_empty, q_full, q_empty;
-    __device__ __forceinline__ BackwardPipeline(uint32_t start) {
+    __device__ __forceinline__ DenseBackwardSmem(uint32_t start) {
         k = start, v = k + KV_BYTES, q = v + KV_BYTES, dout = q + STAGES * Q_BYTES;
         ds = start + DS_OFFSET, dq = start + DQ_OFFSET;
         kv_full = start + BARRIER_OFFSET, kv_empty = kv_full + 8, dq_full = kv_empty + 8;
@@ -164,31 +185,32 @@ template <int D> struct BackwardPipeline {
             mbarrier_init(q_full + 8 * i, 1 + 32), mbarrier_init(q_empty + 8 * i, CONSUMER_ARRIVALS);
         mbarrier_init_fence();
     }
-    // Two work items alternate: the threads that accumulate dQ lag behind, the warp that loads lse and delta
-    // runs ahead. `phase` is the buffer's index and also the phase of its barriers.
-    static __device__ __forceinline__ KvWorkItem *work_item(char *tiles, int phase) {
-        return (KvWorkItem *)(tiles + WORK_OFFSET) + phase;
+    // Two buffers of work items alternate: the threads that add dQ lag behind, the warp that loads lse and
+    // delta runs ahead. kv_full completes one phase per work item, so the parity of that phase is also the
+    // index of the work item's buffer.
+    static __device__ __forceinline__ KvWorkItem *work_item(char *tiles, int parity) {
+        return (KvWorkItem *)(tiles + WORK_OFFSET) + parity;
     }
     // Waits for the next work item. Returns NULL after the last one.
-    __device__ __forceinline__ const KvWorkItem *next_work_item(char *tiles, int *phase) const {
-        mbarrier_wait(kv_full, *phase);
-        const KvWorkItem *w = work_item(tiles, *phase);
-        *phase ^= 1;
+    __device__ __forceinline__ const KvWorkItem *next_work_item(char *tiles, int *parity) const {
+        mbarrier_wait(kv_full, *parity);
+        const KvWorkItem *w = work_item(tiles, *parity);
+        *parity ^= 1;
         return w->keys.rows > 0 ? w : NULL;
     }
-    // One thread: takes work items from the counter semaphores[0], and loads their K, V, Q and dO tiles.
+    // One thread: takes work items from the counter semaphores[0], and loads their K, V, Q and dout tiles.
     __device__ void load_tiles(const DenseParams &p, const TensorMaps &maps, char *tiles,
                                int64_t num_items) const {
-        const int g = p.q_heads / p.kv_heads, tokens = BWD_ROWS / g;
+        const int g = p.q_heads / p.kv_heads, tile_queries = BWD_ROWS / g;
         PipelineState<STAGES> q_state;
-        for (int phase = 0;; phase ^= 1) {
-            KvWorkItem *w = work_item(tiles, phase), next;
+        for (int parity = 0;; parity ^= 1) {
+            KvWorkItem *w = work_item(tiles, parity), next;
             int item;
             do {
                 item = atomicAdd(p.semaphores, 1);
                 next = find_kv_work_item(p, item, num_items);
             } while (item < num_items && next.keys.rows == 0);
-            mbarrier_wait(kv_empty, phase ^ 1); // returns at once on a new barrier
+            mbarrier_wait(kv_empty, parity ^ 1); // returns at once on a new barrier
             *w = next;
             if (next.keys.rows == 0) {
                 mbarrier_arrive(kv_full);
@@ -201,15 +223,14 @@ template <int D> struct BackwardPipeline {
                 tma_load_3d(v + offset, &maps.v, i * 64, next.kv_head, (int)next.keys.row, kv_full);
             }
             QTileIterator q_tile(*w);
-            for (; q_tile.next(p, *w, tokens); q_state.advance()) {
+            for (; q_tile.next(p, *w, tile_queries); q_state.advance()) {
                 const uint32_t full_barrier = q_full + 8 * q_state.stage;
                 mbarrier_wait(q_empty + 8 * q_state.stage, q_state.phase ^ 1);
-                mbarrier_arrive_expect_tx(full_barrier, 2 * tokens * g * D * 2);
+                mbarrier_arrive_expect_tx(full_barrier, 2 * tile_queries * g * D * 2);
                 for (int i = 0; i < D / 64; i++) {
                     uint32_t offset = q_state.stage * Q_BYTES + i * BWD_ROWS * 128;
-                    tma_load_3d(q + offset, &maps.q, i * 64, w->kv_head * g, q_tile.first_token,
-                                full_barrier);
-                    tma_load_3d(dout + offset, &maps.dout, i * 64, w->kv_head * g, q_tile.first_token,
+                    tma_load_3d(q + offset, &maps.q, i * 64, w->kv_head * g, q_tile.query0, full_barrier);
+                    tma_load_3d(dout + offset, &maps.dout, i * 64, w->kv_head * g, q_tile.query0,
                                 full_barrier);
                 }
             }
@@ -218,25 +239,26 @@ template <int D> struct BackwardPipeline {
     // One warp: writes lse (base 2) and delta of the row tiles to shared memory, one tile ahead.
     //
     // With p.init_local.local_blocks, the window's matmuls also compute the gradients of the selected branch
-    // in a query's local blocks, which lie inside the window. Both branches share S and dP there. With P =
-    // e^(S - lse) of the window and P' = e^(S - lse') of the selected branch:
+    // in a query's local blocks, which lie inside the window. In these blocks both branches have the same S
+    // and dP. With P = e^(S - lse) of the window and P' = e^(S - lse') of the selected branch, where lse and
+    // lse' are the branches' lse_bwd:
     //     P + P' = e^(S - both), both = -ln(e^-lse + e^-lse')
     //     P (dP - delta) + P' (dP - delta') = (P + P') (dP - (P delta + P' delta') / (P + P'))
     // P / (P + P') is the same for all keys, so that only lse and delta change for keys in the local blocks.
     __device__ void load_lse_delta(const DenseParams &p, char *tiles) const {
-        const int g = p.q_heads / p.kv_heads, tokens = BWD_ROWS / g, lane = threadIdx.x % 32;
+        const int g = p.q_heads / p.kv_heads, tile_queries = BWD_ROWS / g, lane = threadIdx.x % 32;
         PipelineState<STAGES> q_state;
-        // The lane's two rows of a tile: token, and offset of lse from the tile's first.
-        int token[2], lse_offset[2], phase = 0;
+        // The lane's two rows of a tile: query within the tile, and offset from the tile's first lse.
+        int query[2], lse_offset[2], kv_parity = 0;
         for (int i = 0; i < 2; i++) {
-            token[i] = (lane + 32 * i) / g;
-            lse_offset[i] = token[i] * p.q_heads + (lane + 32 * i) % g;
+            query[i] = (lane + 32 * i) / g;
+            lse_offset[i] = query[i] * p.q_heads + (lane + 32 * i) % g;
         }
-        while (const KvWorkItem *w = next_work_item(tiles, &phase)) {
+        while (const KvWorkItem *w = next_work_item(tiles, &kv_parity)) {
             __syncwarp();
             if (lane == 0) mbarrier_arrive(kv_empty);
             QTileIterator q_tile(*w);
-            // Tokens before position local_end[i] have the keys of warpgroup i in a local block. 0: none.
+            // Queries before position local_end[i] have the keys of warpgroup i in a local block. 0: none.
             int local_end[2] = {};
             if (p.init_local.local_blocks > 0)
                 for (int i = 0; i < 2; i++)
@@ -245,11 +267,11 @@ template <int D> struct BackwardPipeline {
                         p.init_local.block;
             float lse[2], delta[2], local_lse[2], local_delta[2];
             auto load = [&] {
-                const int64_t lse0 = (int64_t)q_tile.first_token * p.q_heads + w->kv_head * g;
+                const int64_t lse0 = (int64_t)q_tile.query0 * p.q_heads + w->kv_head * g;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int pos = q_tile.pos + token[i];
-                    const bool valid = token[i] < tokens && pos < q_tile.pos_end,
+                    const int pos = q_tile.pos + query[i];
+                    const bool valid = query[i] < tile_queries && pos < q_tile.pos_end,
                                has_local = valid && pos < local_end[1];
                     lse[i] = valid ? p.lse_bwd[lse0 + lse_offset[i]] : INFINITY; // no row: P = 0
                     delta[i] = valid ? p.delta[lse0 + lse_offset[i]] : 0;
@@ -257,7 +279,7 @@ template <int D> struct BackwardPipeline {
                     local_delta[i] = has_local ? p.local_delta[lse0 + lse_offset[i]] : 0;
                 }
             };
-            bool more = q_tile.next(p, *w, tokens);
+            bool more = q_tile.next(p, *w, tile_queries);
             if (more) load();
             for (; more; q_state.advance()) {
                 mbarrier_wait(q_empty + 8 * q_state.stage, q_state.phase ^ 1);
@@ -274,35 +296,34 @@ template <int D> struct BackwardPipeline {
                     const float weight = (lse2 == min_lse2 ? 1 : ratio) / (1 + ratio); // P / (P + P')
                     const float both_delta = local_delta[i] + weight * (delta[i] - local_delta[i]);
                     for (int half = 0; half < 2; half++) {
-                        const bool is_local = q_tile.pos + token[i] < local_end[half];
+                        const bool is_local = q_tile.pos + query[i] < local_end[half];
                         stage_lse[half * 2 * BWD_ROWS + lane + 32 * i] = is_local ? both_lse2 : lse2;
                         stage_lse[half * 2 * BWD_ROWS + BWD_ROWS + lane + 32 * i] =
                             is_local ? both_delta : delta[i];
                     }
                 }
                 mbarrier_arrive(q_full + 8 * q_state.stage);
-                more = q_tile.next(p, *w, tokens);
+                more = q_tile.next(p, *w, tile_queries);
                 if (more) load();
             }
         }
     }
     // One of two threads: adds every second dQ tile to dq_accum, after the tiles of all smaller keys. Two
     // threads overlap the three L2 round trips of an addition: semaphore, addition, release.
-    __device__ void accumulate_dq(const DenseParams &p, char *tiles, int buffer) const {
-        const int g = p.q_heads / p.kv_heads, tokens = BWD_ROWS / g;
+    __device__ void add_dq_tiles(const DenseParams &p, char *tiles, int buffer) const {
+        const int g = p.q_heads / p.kv_heads, tile_queries = BWD_ROWS / g;
         const uint32_t smem_dq = dq + buffer * DQ_BYTES;
-        int kv_phase = 0;
+        int kv_parity = 0;
         PipelineState<2> dq_state;
-        while (const KvWorkItem *w = next_work_item(tiles, &kv_phase)) {
+        while (const KvWorkItem *w = next_work_item(tiles, &kv_parity)) {
             mbarrier_arrive(kv_empty);
             QTileIterator q_tile(*w);
-            for (; q_tile.next(p, *w, tokens); dq_state.advance()) {
+            for (; q_tile.next(p, *w, tile_queries); dq_state.advance()) {
                 if (dq_state.stage != buffer) continue;
                 int *semaphore = p.semaphores + 1 + (int64_t)q_tile.global_tile * p.kv_heads + w->kv_head;
                 const int key_tiles_before = w->keys.first / KEYS - p.mask.first_key(q_tile.pos) / KEYS;
-                const int bytes = min(tokens, q_tile.pos_end - q_tile.pos) * g * D * 4;
-                float *dq_out =
-                    p.dq_accum + dq_accum_group_row(p.batch.nq, g, q_tile.first_token, w->kv_head) * D;
+                const int bytes = min(tile_queries, q_tile.pos_end - q_tile.pos) * g * D * 4;
+                float *dq_out = p.dq_accum + dq_accum_group_row(p.batch.nq, g, q_tile.query0, w->kv_head) * D;
                 semaphore_wait(semaphore, key_tiles_before);
                 mbarrier_wait(dq_full + 8 * buffer, dq_state.phase);
                 if (key_tiles_before > 0 || p.accumulate_dq)
@@ -324,14 +345,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     dense_backward_sm90_kernel(const DenseParams p, const __grid_constant__ TensorMaps maps,
                                int64_t num_items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef BackwardPipeline<D> Pipeline;
+    typedef DenseBackwardSmem<D> Smem;
     const uint32_t start = smem_address(shared); // aligned by declaration: no bytes are left to round it up
     char *const tiles = shared;
-    const Pipeline pipe(start);
-    if (threadIdx.x == 0) pipe.init_barriers();
-    // If g doesn't divide 64, TMA never writes the last rows of a tile. They stay zero.
-    for (int i = threadIdx.x; i < 2 * Pipeline::STAGES * Pipeline::Q_BYTES / 16; i += THREADS)
-        ((uint4 *)(tiles + 2 * Pipeline::KV_BYTES))[i] = make_uint4(0, 0, 0, 0);
+    const Smem smem(start);
+    if (threadIdx.x == 0) smem.init_barriers();
+    // If g does not divide 64, TMA never writes the last rows of a tile. They stay zero.
+    for (int i = threadIdx.x; i < 2 * Smem::STAGES * Smem::Q_BYTES / 16; i += THREADS)
+        ((uint4 *)(tiles + 2 * Smem::KV_BYTES))[i] = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
     __syncthreads();
 
@@ -340,78 +361,79 @@ __global__ void __launch_bounds__(THREADS, 1)
         warpgroup_reg_dealloc<BWD_PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32 - CONSUMER_THREADS / 32;
         if (warp == 0)
-            pipe.load_lse_delta(p, tiles);
+            smem.load_lse_delta(p, tiles);
         else if (threadIdx.x % 32 == 0)
-            warp == 1 ? pipe.load_tiles(p, maps, tiles, num_items) : pipe.accumulate_dq(p, tiles, warp - 2);
+            warp == 1 ? smem.load_tiles(p, maps, tiles, num_items) : smem.add_dq_tiles(p, tiles, warp - 2);
     } else {
         warpgroup_reg_alloc<BWD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-        const int g = p.q_heads / p.kv_heads, tokens = BWD_ROWS / g;
+        const int g = p.q_heads / p.kv_heads, tile_queries = BWD_ROWS / g;
         const float scale = p.scale * FSA_LOG2E, p_shift = p_scale_log2<T>();
-        const float dv_unscale = p_unscale<T>(), dk_unscale = dv_unscale * p.scale;
-        const uint32_t smem_k = pipe.k + warpgroup * 64 * 128, smem_v = pipe.v + warpgroup * 64 * 128;
+        const float dv_unscale = p_unscale<T>(), dqk_scale = dv_unscale * p.scale;
+        const uint32_t smem_k = smem.k + warpgroup * 64 * 128, smem_v = smem.v + warpgroup * 64 * 128;
         // The warpgroup's D/2 columns of K, all 128 rows.
-        const uint32_t smem_k_columns = pipe.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
+        const uint32_t smem_k_columns = smem.k + warpgroup * (D == 64 ? 64 : KEYS * 128);
         const int thread_key = warpgroup * 64 + warp * 16 + lane / 4; // the thread's keys: + 0 and + 8
-        PipelineState<Pipeline::STAGES> q_state;
+        PipelineState<Smem::STAGES> q_state;
         PipelineState<2> ds_state; // buffers of dS and dQ
-        int kv_phase = 0;
-        while (const KvWorkItem *work = pipe.next_work_item(tiles, &kv_phase)) {
+        int kv_parity = 0;
+        while (const KvWorkItem *work = smem.next_work_item(tiles, &kv_parity)) {
             const KvWorkItem &w = *work;
             if (w.keys.rows < KEYS) {
                 clear_rows<D, KEYS>(tiles, w.keys.rows);
-                clear_rows<D, KEYS>(tiles + Pipeline::KV_BYTES, w.keys.rows);
+                clear_rows<D, KEYS>(tiles + Smem::KV_BYTES, w.keys.rows);
             }
             float dk[D / 8][4] = {}, dv[D / 8][4] = {}, s[BWD_ROWS / 8][4];
             const int j0 = w.keys.first + warpgroup * 64;
             QTileIterator q_tile(w);
-            bool more = q_tile.next(p, w, tokens);
+            bool more = q_tile.next(p, w, tile_queries);
             // Issues S^T = K Q^T of the next tile. After the last tile it multiplies stale data and the
             // result is unused: ptxas serializes the wgmmas if one is issued under a condition, or if two are
-            // in flight where the loop begins.
+            // in flight at the start of the loop.
             auto issue_s = [&] {
                 if (more) {
-                    mbarrier_wait(pipe.q_full + 8 * q_state.stage, q_state.phase);
+                    mbarrier_wait(smem.q_full + 8 * q_state.stage, q_state.phase);
                     const int valid_rows = (q_tile.pos_end - q_tile.pos) * g;
-                    if (valid_rows < tokens * g) {
-                        clear_rows<D, BWD_ROWS>(tiles + (pipe.q - start) + q_state.stage * Pipeline::Q_BYTES,
+                    if (valid_rows < tile_queries * g) {
+                        clear_rows<D, BWD_ROWS>(tiles + (smem.q - start) + q_state.stage * Smem::Q_BYTES,
                                                 valid_rows);
-                        clear_rows<D, BWD_ROWS>(
-                            tiles + (pipe.dout - start) + q_state.stage * Pipeline::Q_BYTES, valid_rows);
+                        clear_rows<D, BWD_ROWS>(tiles + (smem.dout - start) + q_state.stage * Smem::Q_BYTES,
+                                                valid_rows);
                     }
                 }
                 wgmma_fence();
-                gemm_ss<T, D, KEYS, BWD_ROWS>(s, smem_k, pipe.q + q_state.stage * Pipeline::Q_BYTES);
+                gemm_ss<T, D, KEYS, BWD_ROWS>(s, smem_k, smem.q + q_state.stage * Smem::Q_BYTES);
                 wgmma_commit();
             };
             issue_s();
             for (; more; ds_state.advance()) {
                 const int stage = q_state.stage, pos = q_tile.pos, end = q_tile.pos_end;
-                const int64_t dq_row = dq_accum_group_row(p.batch.nq, g, q_tile.first_token, w.kv_head);
-                const uint32_t tile_q = pipe.q + stage * Pipeline::Q_BYTES;
-                const uint32_t tile_dout = pipe.dout + stage * Pipeline::Q_BYTES;
-                const uint32_t tile_ds = pipe.ds + ds_state.stage * Pipeline::DS_BYTES;
+                const int64_t dq_row = dq_accum_group_row(p.batch.nq, g, q_tile.query0, w.kv_head);
+                const uint32_t tile_q = smem.q + stage * Smem::Q_BYTES;
+                const uint32_t tile_dout = smem.dout + stage * Smem::Q_BYTES;
+                const uint32_t tile_ds = smem.ds + ds_state.stage * Smem::DS_BYTES;
                 const float *lse =
-                    (const float *)(tiles + Pipeline::LSE_DELTA_OFFSET + stage * Pipeline::LSE_DELTA_BYTES) +
+                    (const float *)(tiles + Smem::LSE_DELTA_OFFSET + stage * Smem::LSE_DELTA_BYTES) +
                     warpgroup * 2 * BWD_ROWS;
                 const float *delta = lse + BWD_ROWS;
                 float dp[BWD_ROWS / 8][4];
-                // dP^T = V dO^T in flight; mask, P^T = exp(S^T - lse)
+                // dP^T = V dout^T in flight; mask, P^T = exp(S^T - lse_bwd)
                 wgmma_wait<0>();
                 fence_operand(s);
                 wgmma_fence();
                 gemm_ss<T, D, KEYS, BWD_ROWS>(dp, smem_v, tile_dout);
                 wgmma_commit();
-                if (!p.mask.visible(pos, j0 + 63) || j0 < p.mask.first_key(min(pos + tokens, end) - 1)) {
+                if (!p.mask.visible(pos, j0 + 63) ||
+                    j0 < p.mask.first_key(min(pos + tile_queries, end) - 1)) {
                     int row_begin[2]; // rows row_begin .. row_begin + num_rows - 1 see the key
                     unsigned num_rows[2];
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
                         const int j = w.keys.first + thread_key + half * 8;
-                        const int begin_token = min(max(p.mask.first_query(j) - pos, 0), tokens);
-                        const int end_token = min(p.mask.last_query(j) - pos, tokens - 1) + 1;
-                        row_begin[half] = begin_token * g - lane % 4 * 2;
-                        num_rows[half] = max(end_token - begin_token, 0) * g;
+                        const int query_begin = min(max(p.mask.first_query(j) - pos, 0), tile_queries);
+                        const int query_end = min(p.mask.last_query(j) - pos, tile_queries - 1) + 1;
+                        row_begin[half] = query_begin * g - lane % 4 * 2;
+                        num_rows[half] = max(query_end - query_begin, 0) * g;
                     }
 #pragma unroll
                     for (int n = 0; n < BWD_ROWS / 8; n++) {
@@ -431,7 +453,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
 #pragma unroll
                 for (int k = 0; k < BWD_ROWS / 16; k++) accum_as_a<T>(p_frag[k], s[2 * k], s[2 * k + 1]);
-                // dV += P^T dO in flight; dS^T = P^T (dP^T - delta)
+                // dV += P^T dout in flight; dS^T = P^T (dP^T - delta)
                 wgmma_fence();
                 gemm_rs<T, BWD_ROWS>(dv, p_frag, tile_dout, true);
                 wgmma_commit();
@@ -470,30 +492,30 @@ __global__ void __launch_bounds__(THREADS, 1)
                                       k > 0);
                 wgmma_commit();
                 q_state.advance();
-                more = q_tile.next(p, w, tokens);
+                more = q_tile.next(p, w, tile_queries);
                 wgmma_wait<1>();
                 fence_operand(dv), fence_operand(dk);
-                mbarrier_arrive_warp(pipe.q_empty + 8 * stage);
+                mbarrier_arrive_warp(smem.q_empty + 8 * stage);
                 // S^T of the next tile in flight; dQ to shared memory
                 issue_s();
                 wgmma_wait<1>();
                 fence_operand(dq);
-                mbarrier_wait(pipe.dq_empty + 8 * ds_state.stage, ds_state.phase ^ 1);
+                mbarrier_wait(smem.dq_empty + 8 * ds_state.stage, ds_state.phase ^ 1);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int row = warp * 16 + half * 8 + lane / 4;
-                    char *smem_dq = tiles + Pipeline::DQ_OFFSET + ds_state.stage * Pipeline::DQ_BYTES +
-                                    row * D * 4 + lane % 4 * 8;
+                    char *smem_dq = tiles + Smem::DQ_OFFSET + ds_state.stage * Smem::DQ_BYTES + row * D * 4 +
+                                    lane % 4 * 8;
 #pragma unroll
                     for (int n = 0; n < D / 16; n++)
                         *(float2 *)(smem_dq + dq_accum_chunk(dq_row + row, warpgroup * D / 16 + n) * 32) =
-                            make_float2(dq[n][half * 2] * dk_unscale, dq[n][half * 2 + 1] * dk_unscale);
+                            make_float2(dq[n][half * 2] * dqk_scale, dq[n][half * 2 + 1] * dqk_scale);
                 }
                 fence_proxy_async();
-                mbarrier_arrive_warp(pipe.dq_full + 8 * ds_state.stage);
+                mbarrier_arrive_warp(smem.dq_full + 8 * ds_state.stage);
             }
             wgmma_wait<0>(); // the unused S
-            mbarrier_arrive_warp(pipe.kv_empty);
+            mbarrier_arrive_warp(smem.kv_empty);
 
             // Epilogue: dK and dV to memory, or to the split's partials
             int64_t row_size = (int64_t)p.kv_heads * D, dkv_size = p.num_keys * row_size;
@@ -507,7 +529,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 int64_t index = (w.keys.row + row) * row_size + w.kv_head * D + lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < D / 8; n++) {
-                    float2 x = make_float2(dk[n][half * 2] * dk_unscale, dk[n][half * 2 + 1] * dk_unscale);
+                    float2 x = make_float2(dk[n][half * 2] * dqk_scale, dk[n][half * 2 + 1] * dqk_scale);
                     float2 y = make_float2(dv[n][half * 2] * dv_unscale, dv[n][half * 2 + 1] * dv_unscale);
                     float2 *dk_ptr = (float2 *)(dk_out + index + n * 8),
                            *dv_ptr = (float2 *)(dv_out + index + n * 8);
@@ -525,15 +547,17 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dtype, cudaStream_t stream) {
     TensorMaps maps = {};
-    int tokens = BWD_ROWS / (d.q_heads / d.kv_heads), status = make_tensor_maps(d, dtype, D, tokens, &maps);
+    int tile_queries = BWD_ROWS / (d.q_heads / d.kv_heads),
+        status = make_tensor_maps(d, dtype, D, tile_queries, &maps);
     if (status) return status;
     int64_t items_per_head = (d.num_keys + KEYS - 1) / KEYS * d.num_splits;
     if (items_per_head < 1) items_per_head = 1;
     const int64_t tiles_per_split = items_per_head / d.num_splits;
-    // The compressed rule has so few key tiles that one wave of thread blocks holds all tiles of some heads.
-    // A wave starts together at the last row; its thread blocks end one after another, where their keys
-    // begin. The next wave goes in the other direction: each thread block starts where its keys begin, when
-    // the earlier ones pass there. So rows come into L2 once per wave, not once per key tile.
+    // The compressed mask has so few key tiles that one wave of thread blocks holds all tiles of some heads.
+    // The thread blocks of a wave start together at the last row, and each ends at the first row that sees
+    // its keys. The next wave goes in the other direction: each thread block starts at the first row that
+    // sees its keys, when the earlier thread blocks pass there. So rows come into L2 once per wave, not once
+    // per key tile.
     d.alternate_direction = d.mask.stride > 1 && tiles_per_split <= num_sms();
     if (d.alternate_direction) {
         d.head_group_size = (int)(num_sms() / tiles_per_split);
@@ -547,24 +571,24 @@ template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dt
     if (num_items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // the work item counter has 32 bits
     size_t bytes = fsa_dense_semaphore_bytes(d.batch, d.q_heads, d.kv_heads);
     if (cudaMemsetAsync(d.semaphores, 0, bytes, stream) != cudaSuccess) return FSA_ERROR_CUDA;
-    return launch_persistent(dense_backward_sm90_kernel<T, D>, d, maps, num_items, BackwardPipeline<D>::BYTES,
-                             stream);
+    return launch_persistent(dense_backward_sm90_kernel<T, D>, d, maps, num_items,
+                             DenseBackwardSmem<D>::BYTES, stream);
 }
 
 int fsa_dense_num_splits_sm90(int64_t num_keys, int kv_heads) {
     int64_t num_items = (num_keys + KEYS - 1) / KEYS * kv_heads;
-    if (num_items >= NO_SPLIT_ITEMS || num_items == 0) return 1;
-    if (num_items >= TWO_SPLIT_ITEMS) return 2;
+    if (num_items >= MIN_ITEMS_UNSPLIT || num_items == 0) return 1;
+    if (num_items >= MIN_ITEMS_TWO_SPLITS) return 2;
     return (int)(SPLIT_TARGET_ITEMS / num_items < MAX_SPLITS ? SPLIT_TARGET_ITEMS / num_items : MAX_SPLITS);
 }
 
 int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads) {
-    int64_t rows = num_keys + (NO_SPLIT_ITEMS / kv_heads + 1) * KEYS;
+    int64_t rows = num_keys + (MIN_ITEMS_UNSPLIT / kv_heads + 1) * KEYS;
     return rows < num_keys * MAX_SPLITS ? rows : num_keys * MAX_SPLITS;
 }
 
-size_t fsa_dense_semaphore_bytes(const BatchLayout &p, int q_heads, int kv_heads) {
-    int64_t tiles = max_row_tiles(p.nq, p.num_segments, BWD_ROWS / (q_heads / kv_heads));
+size_t fsa_dense_semaphore_bytes(const BatchLayout &batch, int q_heads, int kv_heads) {
+    int64_t tiles = max_row_tiles(batch.nq, batch.num_segments, BWD_ROWS / (q_heads / kv_heads));
     return (size_t)(1 + tiles * kv_heads) * sizeof(int);
 }
 

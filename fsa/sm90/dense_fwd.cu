@@ -1,8 +1,8 @@
-// dense_fwd.cu: forward pass of dense attention on Hopper. ../dense.cuh lists the rules.
+// sm90/dense_fwd.cu: forward pass of dense attention on Hopper. ../dense.cuh lists the masks.
 //
 //     S = scale Q K^T, masked    P = exp(S - max)    O = P V / sum(P)    lse = max + ln sum(P)
 //
-// A work item is O and lse of 128 rows of one KV head: 128/g tokens times the g heads of its group.
+// A work item is O and lse of 128 rows of one KV head: 128/g queries times the g heads of its group.
 // Persistent thread blocks, one per SM, process work items in a static order:
 //
 //     warpgroups 0 and 1           64 rows each: matmuls, online softmax, O and lse to memory
@@ -17,21 +17,23 @@
 // Shared memory, d = 128: Q 2 x 32 KiB, K 2 x 32 KiB, V 2 x 32 KiB, O 32 KiB. One warpgroup sums over the
 // keys of a row in a fixed order, so O and lse are reproducible.
 //
-// Floors at 64K tokens, (32, 8) heads, d = 128: 4*d FLOPs per visible pair at 790 TFLOP/s; HBM: q, k, v, o
-// once at 4.3 TB/s. L2: K and V once per 128 rows. exp, 16 per clock and SM, takes a third of the time of
-// the matmuls. The matmuls bind for every rule:
+// Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 4*d FLOPs per visible
+// pair. HBM: q, k, v, o once. L2: K and V once per 128 rows. The kernel is limited by the matmuls.
 //
-//     causal                             35 TFLOP    44.5 ms     1.3 GB    0.3 ms
-//     compressed                        2.2 TFLOP     2.8 ms     1.1 GB    0.3 ms
-//     window 512                       0.55 TFLOP     0.7 ms     1.3 GB    0.3 ms
-//     1 initial and 2 local blocks     0.27 TFLOP    0.35 ms     1.3 GB    0.3 ms    (two whole key tiles)
+//                                     matmuls                    exp                HBM
+//     causal                            35 TFLOP    44.5 ms      69 G    18.6 ms    1.3 GB    0.3 ms
+//     compressed                       2.2 TFLOP     2.8 ms     4.3 G     1.2 ms    1.1 GB    0.2 ms
+//     window 512                      0.55 TFLOP     0.7 ms     1.1 G     0.3 ms    1.3 GB    0.3 ms
+//     1 initial, 2 local blocks *     0.27 TFLOP    0.35 ms    0.54 G    0.15 ms    1.3 GB    0.3 ms
+//
+// * computed as two whole tiles of 128 keys
 #include "dense.cuh"
 
-// Up to 128/g tokens of one KV head, and the tiles of KEYS keys that they see. Tiles cover one range of keys,
-// or with INIT_LOCAL two: the initial blocks and the local blocks.
+// Up to 128/g queries of one KV head, and the tiles of KEYS keys that they see. Tiles cover one range of
+// keys, or with INIT_LOCAL two: the initial blocks and the local blocks.
 struct QWorkItem {
-    int first_token, num_tokens;   // row of the first token in q; num_tokens 0: empty item, -1: no more items
-    int kv_head, first_pos;        // position of the first token in its sequence
+    int query0, num_queries;       // first query in q; num_queries 0: empty item, -1: no more items
+    int kv_head, first_pos;        // position of the first query in its sequence
     int key_begin, seq_keys;       // offset of the tiles, see first_key; keys of the whole sequence
     int num_tiles, num_init_tiles; // all tiles; tiles of the initial blocks, which come first
 
@@ -42,27 +44,27 @@ struct QWorkItem {
 };
 
 // Returns the thread block's work item of a round and, in *seq_key0, the row of its sequence's first key in
-// k. Items begin with the last tokens of the batch, so that the longest rows of a sequence come first. Odd
+// k. Items begin with the last queries of the batch, so that the longest rows of a sequence come first. Odd
 // rounds assign items to thread blocks in reverse order, which balances the load.
 template <bool INIT_LOCAL>
 static __device__ __forceinline__ QWorkItem find_q_work_item(const DenseParams &p, int round, int num_items,
                                                              int *seq_key0) {
     const int item = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     QWorkItem w = {};
-    w.num_tokens = -1;
+    w.num_queries = -1;
     if (item >= num_items) return w;
     const int g = p.q_heads / p.kv_heads, tile = item / p.kv_heads;
-    const RowTile tokens = find_row_tile(p.batch.cu_queries, p.batch.num_segments, FWD_ROWS / g,
-                                         num_items / p.kv_heads - 1 - tile);
-    w.first_token = (int)tokens.row, w.num_tokens = tokens.rows;
+    const RowTile queries = find_row_tile(p.batch.cu_queries, p.batch.num_segments, FWD_ROWS / g,
+                                          num_items / p.kv_heads - 1 - tile);
+    w.query0 = (int)queries.row, w.num_queries = queries.rows;
     w.kv_head = item - tile * p.kv_heads;
-    if (w.num_tokens == 0) return w;
-    FsaSegment segment = p.batch.segments[tokens.range];
-    w.first_pos = (int)segment.pos + tokens.first;
+    if (w.num_queries == 0) return w;
+    FsaSegment segment = p.batch.segments[queries.cu_index];
+    w.first_pos = (int)segment.pos + queries.first;
     w.key_begin = INIT_LOCAL ? p.init_local.local_begin(w.first_pos) : p.mask.first_key(w.first_pos);
     *seq_key0 = (int)p.cu_keys[segment.seq];
     w.seq_keys = (int)p.cu_keys[segment.seq + 1] - *seq_key0;
-    int end = min(p.mask.end_key(w.first_pos + w.num_tokens - 1), w.seq_keys);
+    int end = min(p.mask.end_key(w.first_pos + w.num_queries - 1), w.seq_keys);
     if (INIT_LOCAL) {
         const int init_end = min(p.init_local.init_end, end);
         if (p.init_local.local_blocks == 0) end = init_end;
@@ -76,20 +78,21 @@ static __device__ __forceinline__ QWorkItem find_q_work_item(const DenseParams &
 
 // Broadcasts lane 0's copy, so that the compiler keeps the fields in uniform registers.
 static __device__ __forceinline__ QWorkItem to_uniform_registers(QWorkItem w) {
-    for (int *x = &w.first_token; x <= &w.num_init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
+    for (int *x = &w.query0; x <= &w.num_init_tiles; x++) *x = __shfl_sync(0xffffffffu, *x, 0);
     return w;
 }
 
-// Shared memory: two stages of Q with its work item, KV_STAGES stages of K and of V, a full and an empty
-// barrier per stage. Addresses are 32-bit shared-memory addresses.
+// Shared memory and the producer that fills it. Parts: two stages of Q with its work item, KV_STAGES stages
+// of K and of V, a full and an empty barrier per stage; staging of O. Addresses are 32-bit shared-memory
+// addresses.
 //
 //     0: Q tiles | K tiles | V tiles | WORK_OFFSET: work items | BARRIER_OFFSET: barriers, 128 bytes | O
-template <int D> struct ForwardPipeline {
+template <int D> struct DenseForwardSmem {
     static constexpr int Q_STAGES = 2, Q_BYTES = FWD_ROWS * D * 2, KV_BYTES = KEYS * D * 2;
     static constexpr int WORK_OFFSET = Q_STAGES * Q_BYTES + 2 * KV_STAGES * KV_BYTES;
     static constexpr int BARRIER_OFFSET = WORK_OFFSET + Q_STAGES * (int)sizeof(QWorkItem);
     uint32_t q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty;
-    __device__ __forceinline__ ForwardPipeline(uint32_t start) {
+    __device__ __forceinline__ DenseForwardSmem(uint32_t start) {
         q = start, k = q + Q_STAGES * Q_BYTES, v = k + KV_STAGES * KV_BYTES;
         q_full = start + BARRIER_OFFSET, q_empty = q_full + 8 * Q_STAGES;
         k_full = q_empty + 8 * Q_STAGES, k_empty = k_full + 8 * KV_STAGES;
@@ -112,17 +115,17 @@ template <int D> struct ForwardPipeline {
         PipelineState<KV_STAGES> kv_state;
         PipelineState<Q_STAGES> q_state;
         QWorkItem w = {};
-        for (int round = 0; w.num_tokens >= 0; round++) {
+        for (int round = 0; w.num_queries >= 0; round++) {
             int seq_key0;
             w = find_q_work_item<INIT_LOCAL>(p, round, num_items, &seq_key0);
-            if (w.num_tokens == 0) continue;
+            if (w.num_queries == 0) continue;
             const uint32_t q_barrier = 8 * q_state.stage;
             mbarrier_wait(q_empty + q_barrier, q_state.phase ^ 1);
             work[q_state.stage] = w;
             mbarrier_arrive_expect_tx(q_full + q_barrier, w.num_tiles > 0 ? q_bytes : 0);
             for (int i = 0; i < D / 64 && w.num_tiles > 0; i++)
                 tma_load_3d(q + q_state.stage * Q_BYTES + i * FWD_ROWS * 128, &maps.q, i * 64, w.kv_head * g,
-                            w.first_token, q_full + q_barrier);
+                            w.query0, q_full + q_barrier);
             q_state.advance();
             for (int tile = 0; tile < w.num_tiles; tile++, kv_state.advance()) {
                 int key = seq_key0 + w.first_key<INIT_LOCAL>(tile);
@@ -146,19 +149,19 @@ template <int D> struct ForwardPipeline {
 struct ThreadRows {
     int row[2];                   // in the tile, 0 .. 127
     int key_begin[2], key_end[2]; // keys that the row sees; with INIT_LOCAL those of its local blocks
-    int64_t lse_index[2];         // token * q_heads + head, or -1 past the work item's tokens
+    int64_t lse_index[2];         // query * q_heads + head, or -1 past the work item's queries
     template <bool INIT_LOCAL>
     __device__ __forceinline__ void init(const DenseParams &p, const QWorkItem &w, int warpgroup) {
         const int g = p.q_heads / p.kv_heads;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row[i] = warpgroup * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i;
-            const int token = fast_divide(row[i], p.group_divisor);
-            lse_index[i] = token < w.num_tokens ? (int64_t)(w.first_token + token) * p.q_heads +
-                                                      w.kv_head * g + row[i] - token * g
-                                                : -1;
-            key_begin[i] = first_key_at<INIT_LOCAL>(p, w.first_pos + token);
-            key_end[i] = end_key_at(p, w, w.first_pos + token);
+            const int query = fast_divide(row[i], p.group_divisor);
+            lse_index[i] = query < w.num_queries
+                               ? (int64_t)(w.query0 + query) * p.q_heads + w.kv_head * g + row[i] - query * g
+                               : -1;
+            key_begin[i] = first_key_at<INIT_LOCAL>(p, w.first_pos + query);
+            key_end[i] = end_key_at(p, w, w.first_pos + query);
         }
     }
     // The range of keys that the query at position pos sees; with INIT_LOCAL the range of its local blocks.
@@ -171,9 +174,9 @@ struct ThreadRows {
     }
 };
 
-// Sets the scores of invisible keys to -inf, in a tile of keys from j0 on. max_key_begin and min_key_end are
-// the tightest bounds of the warpgroup's rows: a tile within them needs no mask. init: the tile belongs to
-// the initial blocks.
+// Sets the scores of invisible keys to -inf, in the tile of keys that starts at j0. max_key_begin and
+// min_key_end are the tightest bounds of the warpgroup's rows: a tile within them needs no mask. init: the
+// tile belongs to the initial blocks.
 template <bool INIT_LOCAL, int N8>
 static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (&s)[N8][4],
                                                    const ThreadRows &rows, int max_key_begin, int min_key_end,
@@ -208,36 +211,36 @@ static __device__ __forceinline__ void mask_scores(const DenseParams &p, float (
     }
 }
 
-// INIT_LOCAL: queries see the initial and local blocks (p.init_local) instead of what p.mask says.
+// INIT_LOCAL: queries see the initial and local blocks (p.init_local); p.mask gives the causal bound.
 template <typename T, int D, bool INIT_LOCAL>
 __global__ void __launch_bounds__(THREADS, 1)
     dense_forward_sm90_kernel(const DenseParams p, const __grid_constant__ TensorMaps maps, int num_items) {
     extern __shared__ __align__(1024) char shared[];
-    typedef ForwardPipeline<D> Pipeline;
+    typedef DenseForwardSmem<D> Smem;
     const uint32_t start = (smem_address(shared) + 1023) & ~1023u;
     char *const tiles = shared + (start - smem_address(shared));
-    const Pipeline pipe(start);
-    QWorkItem *const work = (QWorkItem *)(tiles + Pipeline::WORK_OFFSET);
-    char *const smem_o = tiles + Pipeline::BARRIER_OFFSET + 128; // [128, D], staging of O
-    if (threadIdx.x == 0) pipe.init_barriers();
+    const Smem smem(start);
+    QWorkItem *const work = (QWorkItem *)(tiles + Smem::WORK_OFFSET);
+    char *const smem_o = tiles + Smem::BARRIER_OFFSET + 128; // [128, D], staging of O
+    if (threadIdx.x == 0) smem.init_barriers();
     __syncthreads();
 
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // in a uniform register
     if (warpgroup == 2) {
         warpgroup_reg_dealloc<FWD_PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMER_THREADS) pipe.template load_tiles<INIT_LOCAL>(p, maps, num_items, work);
+        if (threadIdx.x == CONSUMER_THREADS) smem.template load_tiles<INIT_LOCAL>(p, maps, num_items, work);
     } else {
         warpgroup_reg_alloc<FWD_CONSUMER_REGISTERS>();
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
         const float scale = p.scale * FSA_LOG2E;
         PipelineState<KV_STAGES> kv_state;
-        PipelineState<Pipeline::Q_STAGES> q_state;
+        PipelineState<Smem::Q_STAGES> q_state;
         // Named barrier 1 + w admits warpgroup w once the other warpgroup has issued its matmuls.
         if (warpgroup == 1) named_barrier_arrive(1, CONSUMER_THREADS);
         for (;;) {
-            mbarrier_wait(pipe.q_full + 8 * q_state.stage, q_state.phase);
+            mbarrier_wait(smem.q_full + 8 * q_state.stage, q_state.phase);
             const QWorkItem w = to_uniform_registers(work[q_state.stage]);
-            if (w.num_tokens < 0) break;
+            if (w.num_queries < 0) break;
             ThreadRows rows;
             rows.init<INIT_LOCAL>(p, w, warpgroup);
             const int first_pos = w.first_pos + fast_divide(warpgroup * 64, p.group_divisor),
@@ -248,19 +251,19 @@ __global__ void __launch_bounds__(THREADS, 1)
             uint32_t p_frag[KEYS / 16][4];
             // S = Q K^T of the tile at kv_state
             auto gemm_qk = [&]() {
-                mbarrier_wait(pipe.k_full + 8 * kv_state.stage, kv_state.phase);
+                mbarrier_wait(smem.k_full + 8 * kv_state.stage, kv_state.phase);
                 named_barrier_sync(1 + warpgroup, CONSUMER_THREADS);
                 wgmma_fence();
-                gemm_ss<T, D, FWD_ROWS, KEYS>(
-                    s, pipe.q + q_state.stage * Pipeline::Q_BYTES + warpgroup * 64 * 128,
-                    pipe.k + kv_state.stage * Pipeline::KV_BYTES);
+                gemm_ss<T, D, FWD_ROWS, KEYS>(s,
+                                              smem.q + q_state.stage * Smem::Q_BYTES + warpgroup * 64 * 128,
+                                              smem.k + kv_state.stage * Smem::KV_BYTES);
                 wgmma_commit();
             };
             // O (+)= P V of the tile at state
             auto gemm_pv = [&](const PipelineState<KV_STAGES> &state, bool accumulate) {
-                mbarrier_wait(pipe.v_full + 8 * state.stage, state.phase);
+                mbarrier_wait(smem.v_full + 8 * state.stage, state.phase);
                 wgmma_fence();
-                gemm_rs<T, KEYS>(out, p_frag, pipe.v + state.stage * Pipeline::KV_BYTES, accumulate);
+                gemm_rs<T, KEYS>(out, p_frag, smem.v + state.stage * Smem::KV_BYTES, accumulate);
                 wgmma_commit();
             };
             float rescale[2];
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMER_THREADS);
                 wgmma_wait<0>();
                 fence_operand(s);
-                mbarrier_arrive_warp(pipe.k_empty + 8 * kv_state.stage);
+                mbarrier_arrive_warp(smem.k_empty + 8 * kv_state.stage);
                 softmax(0);
                 pack_p();
                 PipelineState<KV_STAGES> prev = kv_state; // the tile whose P V is pending
@@ -313,11 +316,11 @@ __global__ void __launch_bounds__(THREADS, 1)
                     named_barrier_arrive(1 + (warpgroup ^ 1), CONSUMER_THREADS);
                     wgmma_wait<1>();
                     fence_operand(s);
-                    mbarrier_arrive_warp(pipe.k_empty + 8 * kv_state.stage);
+                    mbarrier_arrive_warp(smem.k_empty + 8 * kv_state.stage);
                     softmax(tile);
                     wgmma_wait<0>();
                     fence_operand(out);
-                    mbarrier_arrive_warp(pipe.v_empty + 8 * prev.stage);
+                    mbarrier_arrive_warp(smem.v_empty + 8 * prev.stage);
                     prev = kv_state;
 #pragma unroll
                     for (int n = 0; n < D / 8; n++) {
@@ -326,19 +329,18 @@ __global__ void __launch_bounds__(THREADS, 1)
                     }
                     pack_p();
                 }
-                mbarrier_arrive_warp(pipe.q_empty + 8 * q_state.stage);
+                mbarrier_arrive_warp(smem.q_empty + 8 * q_state.stage);
                 int valid_keys = w.seq_keys - w.first_key<INIT_LOCAL>(w.num_tiles - 1);
                 if (valid_keys < KEYS) {
-                    mbarrier_wait(pipe.v_full + 8 * prev.stage, prev.phase);
-                    clear_rows<D, KEYS>(tiles + (pipe.v - start) + prev.stage * Pipeline::KV_BYTES,
-                                        valid_keys);
+                    mbarrier_wait(smem.v_full + 8 * prev.stage, prev.phase);
+                    clear_rows<D, KEYS>(tiles + (smem.v - start) + prev.stage * Smem::KV_BYTES, valid_keys);
                 }
                 gemm_pv(prev, w.num_tiles > 1);
                 wgmma_wait<0>();
                 fence_operand(out);
-                mbarrier_arrive_warp(pipe.v_empty + 8 * prev.stage);
+                mbarrier_arrive_warp(smem.v_empty + 8 * prev.stage);
             } else {
-                mbarrier_arrive_warp(pipe.q_empty + 8 * q_state.stage);
+                mbarrier_arrive_warp(smem.q_empty + 8 * q_state.stage);
             }
             q_state.advance();
 
@@ -359,14 +361,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             __syncwarp();
-            T *const o =
-                (T *)p.o + ((int64_t)w.first_token * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
+            T *const o = (T *)p.o + ((int64_t)w.query0 * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),
-                          token = fast_divide(row, p.group_divisor);
-                if (token < w.num_tokens)
-                    *(uint4 *)(o + (token * p.q_heads + row - token * g) * D) =
+                          query = fast_divide(row, p.group_divisor);
+                if (query < w.num_queries)
+                    *(uint4 *)(o + (query * p.q_heads + row - query * g) * D) =
                         *(uint4 *)(smem_o + panel_offset(row, lane % (D / 8), FWD_ROWS * 128));
             }
             __syncwarp();
@@ -383,7 +384,7 @@ static int num_q_work_items(const DenseParams &d) {
 
 template <typename T, int D, bool INIT_LOCAL>
 static int launch_forward(const DenseParams &d, const TensorMaps &maps, cudaStream_t stream) {
-    int bytes = 1024 + ForwardPipeline<D>::BARRIER_OFFSET + 128 + FWD_ROWS * D * 2;
+    int bytes = 1024 + DenseForwardSmem<D>::BARRIER_OFFSET + 128 + FWD_ROWS * D * 2;
     return launch_persistent(dense_forward_sm90_kernel<T, D, INIT_LOCAL>, d, maps, num_q_work_items(d), bytes,
                              stream);
 }

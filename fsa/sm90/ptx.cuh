@@ -1,5 +1,5 @@
-// ptx.cuh: the inline PTX for Hopper (sm_90a), one function per instruction: wgmma, mbarrier, TMA, named
-// barriers, register reallocation. dev/emulator/sm90/ptx.cuh has the same functions in C++.
+// sm90/ptx.cuh: the inline PTX for Hopper (sm_90a), one function per instruction: wgmma, mbarrier, TMA,
+// named barriers, register reallocation. dev/emulator/sm90/ptx.cuh has the same functions in C++.
 //
 // wgmma operands in shared memory are panels of 64 columns: [rows][64] 16-bit elements, 128 bytes per row,
 // with the 128-byte swizzle of TMA (16-byte chunk c of a row is at c ^ row % 8). A panel starts at a multiple
@@ -19,8 +19,8 @@ __device__ __forceinline__ uint64_t make_smem_desc(uint32_t address, uint32_t pa
     return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(panel_bytes >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-// The same, opaque to the compiler. In a loop with a constant address it would keep the descriptors of all k
-// steps in registers.
+// The same, but the compiler cannot see that the address is constant. Otherwise the compiler would keep the
+// descriptors of all k steps of a loop in registers.
 __device__ __forceinline__ uint64_t make_smem_desc_opaque(uint32_t address) {
     asm volatile("" : "+r"(address));
     return make_smem_desc(address);
@@ -170,9 +170,9 @@ __device__ __forceinline__ void mbarrier_wait_sleeping(uint32_t barrier, int par
                  : "memory");
 }
 
-// ---- TMA: copies a box of a tensor (tma.cuh) from coordinates x, y, z on, innermost first, to shared
-// memory. Elements outside the tensor become zero. Completes its bytes at `barrier`. policy: l2_evict_first()
-// or l2_evict_last().
+// ---- TMA: copies a box of a tensor (tma.cuh) to shared memory. x, y, z: coordinates of the first element,
+// innermost first. Elements outside the tensor become zero. Completes its bytes at `barrier`. policy:
+// l2_evict_first() or l2_evict_last().
 __device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap *map, int x, int y, int z,
                                             uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
                         (uint4 *)(o_partial + partial_row[i] * (uint64_t)partial_row_bytes<__half, D>()) + c;
                     const uint64_t policy = partial_row[i] < l2_rows ? l2_evict_last() : l2_evict_first();
 #pragma unroll
-                    for (int j = 0; j < D / 32; j++) store(row + 4 * j, x[i][j].x, policy);
+                    for (int j = 0; j < D / 32; j++) store_16_l2(row + 4 * j, x[i][j].x, policy);
                 }
             }
             tiles_before += num_tiles;

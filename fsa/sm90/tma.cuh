@@ -1,4 +1,4 @@
-// tma.cuh: tensor maps for TMA, made on the host and passed to kernels by value.
+// sm90/tma.cuh: tensor maps for TMA, made on the host and passed to kernels by value.
 #ifndef FSA_SM90_TMA_CUH
 #define FSA_SM90_TMA_CUH
 #include "../fsa.h"
@@ -14,7 +14,7 @@ static inline int make_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, co
                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                CUtensorMapFloatOOBfill);
-    // Looked up once at run time, since the library doesn't link the driver.
+    // Looked up once at run time, since the library does not link the driver.
     static const Encode encode = [] {
         void *f = NULL;
         cudaDriverEntryPointQueryResult found;

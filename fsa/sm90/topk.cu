@@ -119,7 +119,7 @@ __device__ __forceinline__ WorkItem next_work_item(const TopKParamsSm90 &p, int6
         RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, item_queries,
                                      q_tiles - 1 - index / p.kv_heads);
         if (rows.rows == 0) continue;
-        FsaSegment segment = p.batch.segments[rows.range];
+        FsaSegment segment = p.batch.segments[rows.cu_index];
         w.kv_head = (int)(index % p.kv_heads);
         w.row = rows.row, w.rows = rows.rows;
         w.first_pos = (int)segment.pos + rows.first;

@@ -131,7 +131,7 @@ inline void load_or_zero(bool valid, const void *src_8, const void *src_4, uint3
     memset(x, 0, sizeof x);
     if (valid) memcpy(x, src_8, 8), memcpy(x + 2, src_4, 4);
 }
-inline void store(void *dst, uint4 x, uint64_t) {
+inline void store_16_l2(void *dst, uint4 x, uint64_t) {
     *(uint4 *)dst = x;
 }
 inline void cp_async_16(uint32_t dst, const void *src, bool valid = true) {
