@@ -1,6 +1,6 @@
 // test_gpt_nsa.cu: tests the GPU trainer's model against the C model, which defines it, and against PyTorch's
-// autograd: losses, logits, the gradient of every tensor, and twenty training steps. It also tests that the
-// same input gives the same bits, with every kind of recomputation and after a checkpoint.
+// autograd: losses, logits, the gradient of every tensor, and twenty training steps. It also tests that
+// results are bitwise reproducible, with every kind of recomputation and after a checkpoint.
 //
 //   test_gpt_nsa [small] [seed=N]      small: few tokens and channels, for the emulator; takes seconds
 //
@@ -94,7 +94,7 @@ struct Documents {
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
         Batch b = batch_unsharded(n, count, longest);
-        b.num_blocks = cp_num_blocks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.num_blocks;
+        b.num_chunks = cp_num_chunks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.num_chunks;
         host.resize(batch_bytes(&b));
         b = batch_fill(c, gpus, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());
         cuda_check(cudaMalloc((void **)&device, host.size()));
@@ -155,7 +155,8 @@ struct Result {
 static Result run(Model *model, const Documents &d) {
     model_zero_grad(model);
     model_forward_backward(model, &d.batch);
-    if (model->gpus) gpus_join(model->gpus, model->stream); // waits for the reductions of gradients
+    if (model->gpus)
+        compute_waits_for_transfers(model->gpus, model->stream); // waits for the reductions of gradients
     return {download(model->losses, d.batch.n), download(model->grads, model->num_params)};
 }
 
@@ -215,7 +216,7 @@ static void test_against_c(const Variant *v) {
                            d.batch.num_seqs);
     copy_block_indices(&cpu_model, model, &block_indices);
     for (size_t l = 0; l < block_indices.size(); l++) {
-        const int32_t *selected = cpu_model.acts[l].attn_state.block_indices;
+        const int32_t *selected = cpu_model.acts[l].saved.block_indices;
         int64_t same = 0;
         for (int64_t i = 0; i < num_queries; i++)
             same += memcmp(selected + i * T, &block_indices[l][i * T], T * sizeof(int32_t)) == 0;
@@ -253,7 +254,7 @@ static void test_against_c(const Variant *v) {
     destroy(model);
 }
 
-// Tests that the same input gives the same bits, twice and with each kind of recomputation. With other chunks
+// Tests that results are bitwise equal in two runs and with each kind of recomputation. With other chunks
 // of the LM head cuBLASLt may add in another order. That changes losses by fp32 rounding. Gradients then
 // change by much less than the rounding error of the attention's 16-bit type.
 static void test_same_bits(const Variant *v) {
@@ -309,8 +310,8 @@ static void test_accumulation(const Variant *v) {
     o.clip = norm / 2;
     model_update(model, &o, 1, 1e-3, 128);
     cuda_check(cudaEventSynchronize(model->step_done));
-    CHECK(fabs(model->result_host->norm[0] - norm) < 1e-4 * norm, "norm %g, not %g",
-          model->result_host->norm[0], norm);
+    CHECK(fabs(model->result_host->norm[NORM_VALUE] - norm) < 1e-4 * norm, "norm %g, not %g",
+          model->result_host->norm[NORM_VALUE], norm);
     // after one step m = (1 - beta1) * the clipped gradient
     std::vector<float> m = download(model->m, model->num_params);
     for (float &x : both) x *= (float)(0.1 / 128 / 2);
@@ -345,7 +346,7 @@ static void gpu_step(Model *model, const Options *o, const Documents &d, int64_t
 }
 
 // Tests twenty steps of a new run, on three alternating batches, against the C trainer. Also tests that a run
-// which is interrupted, written to a checkpoint and resumed has the same bits.
+// which is interrupted, written to a checkpoint and resumed is bitwise equal.
 static void test_training(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<int64_t> lengths = small ? std::vector<int64_t>{36, 12} : test_lengths();
@@ -529,7 +530,7 @@ static void test_golden(const char *name) {
 }
 
 // Tests two GPUs that share a batch, one head group after another, against one GPU. Only the order of
-// rounding differs. The same input must give the same bits, twice and with recomputation.
+// rounding differs. Two runs, and a run with recomputation, must be bitwise equal.
 static void test_shared(const Variant *v, Gpus *gpus) {
     ModelConfig c = make_config(v);
     std::vector<float> params = random_params(&c, 1);
@@ -540,7 +541,7 @@ static void test_shared(const Variant *v, Gpus *gpus) {
     destroy(single);
     std::vector<float> losses(local_n);
     const Batch host_batch = batch_bind(&part.batch, part.host.data());
-    cp_gather_rows(gpus->cp_size, n, host_batch.num_blocks, host_batch.block_perm, gpus->cp_rank,
+    cp_gather_rows(gpus->cp_size, n, host_batch.num_chunks, host_batch.chunk_perm, gpus->cp_rank,
                    losses.data(), expected.losses.data(), sizeof(float));
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, n, recompute, gpus);

@@ -2,7 +2,7 @@
 // defines every layer: the GPU trainer is tested against it. From top to bottom: the layers, the model, the
 // program.
 //
-// train_gpt_nsa.cu uses the same names for the same tensors and steps; train_gpt_nsa.h says how a test has
+// train_gpt_nsa.cu shares names with this file. train_gpt_nsa.h lists the exceptions, and says how a test has
 // both.
 #include "train_gpt_nsa.h"
 #include "llmc/matmul.h"
@@ -60,7 +60,7 @@ void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, 
     }
 }
 
-void linear_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o) {
+void matmul_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o) {
     matmul(out, (MatmulOperand){x, c, 1}, (MatmulOperand){weight, 1, c}, n, o, c, 0);
     if (!bias) return;
     for (int64_t i = 0; i < n; i++) {
@@ -68,7 +68,7 @@ void linear_forward(real *out, const real *x, const real *weight, const real *bi
     }
 }
 
-void linear_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
+void matmul_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
                      const real *weight, int64_t n, int c, int o) {
     matmul(dx, (MatmulOperand){dout, o, 1}, (MatmulOperand){weight, c, 1}, n, c, o, add_dx);
     matmul(dweight, (MatmulOperand){dout, 1, o}, (MatmulOperand){x, c, 1}, o, c, n, 1);
@@ -140,7 +140,7 @@ static int64_t tensor_offset(const Model *model, int layer, const char *name) {
     return -1;
 }
 
-// Returns the tensor at `offset` of base, which is params or grads; NULL where the model has no such tensor.
+// Returns the tensor at `offset` of base, which is params or grads; NULL if the model has no such tensor.
 static real *tensor_at(real *base, int64_t offset) {
     return offset < 0 ? NULL : base + offset;
 }
@@ -155,13 +155,13 @@ static void *model_alloc(Model *model, size_t count, size_t size) {
 static void alloc_attention_state(Model *model, LayerActivations *a, int64_t n) {
     const FsaConfig *f = &model->config.fsa;
     if (model->config.attn == ATTN_NSA) {
-        size_t bytes = GPT_REF(state_layout)(&a->attn_state, f, n, n, n, NULL);
-        GPT_REF(state_layout)(&a->attn_state, f, n, n, n, model_alloc(model, bytes, 1));
+        size_t bytes = GPT_REF(state_layout)(&a->saved, f, n, n, n, NULL);
+        GPT_REF(state_layout)(&a->saved, f, n, n, n, model_alloc(model, bytes, 1));
         return;
     }
-    a->attn_state.q = model_alloc(model, n * f->q_heads * f->head_dim, sizeof(real));
-    a->attn_state.k = model_alloc(model, n * f->kv_heads * f->head_dim, sizeof(real));
-    a->attn_state.lse[0] = model_alloc(model, n * f->q_heads, sizeof(real));
+    a->saved.q = model_alloc(model, n * f->q_heads * f->head_dim, sizeof(real));
+    a->saved.k = model_alloc(model, n * f->kv_heads * f->head_dim, sizeof(real));
+    a->saved.lse[0] = model_alloc(model, n * f->q_heads, sizeof(real));
 }
 
 void model_build(Model *model, const ModelConfig *config, int64_t n, int training) {
@@ -243,8 +243,8 @@ void model_free(Model *model) {
         if (a->q_raw != a->q) free(a->q_raw), free(a->k_raw), free(a->q_rstd), free(a->k_rstd);
         free(a->residual_in), free(a->ln1), free(a->ln1_rstd), free(a->q), free(a->k), free(a->v),
             free(a->gate_logits);
-        if (model->config.attn != ATTN_NSA) free(a->attn_state.k), free(a->attn_state.lse[0]);
-        free(a->attn_state.q); // with nsa q is the first array of the State's one allocation
+        if (model->config.attn != ATTN_NSA) free(a->saved.k), free(a->saved.lse[0]);
+        free(a->saved.q); // with nsa q is the first array of the State's one allocation
         free(a->attn_out), free(a->residual_mid), free(a->ln2), free(a->ln2_rstd), free(a->gate_up),
             free(a->swiglu);
     }
@@ -269,7 +269,7 @@ static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
     LayerActivations *a = &model->acts[l];
-    GPT_REF(State) *s = &a->attn_state;
+    GPT_REF(State) *s = &a->saved;
     if (c->attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(forward)
@@ -292,7 +292,7 @@ static void attention_backward(Model *model, int l) {
     const FsaConfig *f = &c->fsa;
     const LayerParams *w = &model->layers[l];
     LayerActivations *a = &model->acts[l];
-    GPT_REF(State) *s = &a->attn_state;
+    GPT_REF(State) *s = &a->saved;
     if (c->attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(PhiGradients)
@@ -326,23 +326,23 @@ static void layer_forward(Model *model, int l, real *residual_out) {
     const real *wqkv = p + w->wqkv, *bias = tensor_at(p, w->bqkv);
 
     rmsnorm_forward(a->ln1, a->ln1_rstd, a->residual_in, p + w->ln1, n, C, c->norm_eps);
-    linear_forward(a->q_raw, a->ln1, wqkv, bias, n, C, qd);
-    linear_forward(a->k_raw, a->ln1, wqkv + (int64_t)qd * C, bias ? bias + qd : NULL, n, C, kd);
-    linear_forward(a->v, a->ln1, wqkv + (int64_t)(qd + kd) * C, bias ? bias + qd + kd : NULL, n, C, kd);
+    matmul_forward(a->q_raw, a->ln1, wqkv, bias, n, C, qd);
+    matmul_forward(a->k_raw, a->ln1, wqkv + (int64_t)qd * C, bias ? bias + qd : NULL, n, C, kd);
+    matmul_forward(a->v, a->ln1, wqkv + (int64_t)(qd + kd) * C, bias ? bias + qd + kd : NULL, n, C, kd);
     if (c->qk_norm) {
         rmsnorm_forward(a->q, a->q_rstd, a->q_raw, p + w->qnorm, n * f->q_heads, d, c->norm_eps);
         rmsnorm_forward(a->k, a->k_rstd, a->k_raw, p + w->knorm, n * f->kv_heads, d, c->norm_eps);
     }
     if (a->gate_logits)
-        linear_forward(a->gate_logits, a->ln1, p + w->wgate, NULL, n, C,
+        matmul_forward(a->gate_logits, a->ln1, p + w->wgate, NULL, n, C,
                        f->gate_per_token ? 3 : 3 * f->q_heads);
     attention_forward(model, l);
-    linear_forward(a->residual_mid, a->attn_out, p + w->wo, NULL, n, qd, C);
+    matmul_forward(a->residual_mid, a->attn_out, p + w->wo, NULL, n, qd, C);
     for (int64_t i = 0; i < n * C; i++) a->residual_mid[i] += a->residual_in[i];
     rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, p + w->ln2, n, C, c->norm_eps);
-    linear_forward(a->gate_up, a->ln2, p + w->wgu, NULL, n, C, 2 * H);
+    matmul_forward(a->gate_up, a->ln2, p + w->wgu, NULL, n, C, 2 * H);
     swiglu_forward(a->swiglu, a->gate_up, n, H);
-    linear_forward(residual_out, a->swiglu, p + w->wdown, NULL, n, H, C);
+    matmul_forward(residual_out, a->swiglu, p + w->wdown, NULL, n, H, C);
     for (int64_t i = 0; i < n * C; i++) residual_out[i] += a->residual_mid[i];
 }
 
@@ -360,11 +360,11 @@ static void layer_backward(Model *model, int l) {
     int64_t wk = w->wqkv + (int64_t)qd * C, wv = wk + (int64_t)kd * C;
     real *dbias = tensor_at(g, w->bqkv);
 
-    linear_backward(model->dswiglu, 0, g + w->wdown, NULL, dresidual, a->swiglu, p + w->wdown, n, H, C);
+    matmul_backward(model->dswiglu, 0, g + w->wdown, NULL, dresidual, a->swiglu, p + w->wdown, n, H, C);
     swiglu_backward(model->dgate_up, model->dswiglu, a->gate_up, n, H);
-    linear_backward(dnorm, 0, g + w->wgu, NULL, model->dgate_up, a->ln2, p + w->wgu, n, C, 2 * H);
+    matmul_backward(dnorm, 0, g + w->wgu, NULL, model->dgate_up, a->ln2, p + w->wgu, n, C, 2 * H);
     rmsnorm_backward(dresidual, g + w->ln2, dnorm, a->residual_mid, p + w->ln2, a->ln2_rstd, n, C);
-    linear_backward(model->dattn_out, 0, g + w->wo, NULL, dresidual, a->attn_out, p + w->wo, n, qd, C);
+    matmul_backward(model->dattn_out, 0, g + w->wo, NULL, dresidual, a->attn_out, p + w->wo, n, qd, C);
     attention_backward(model, l);
     if (c->qk_norm) { // q and k are no longer needed: their arrays hold dq_raw and dk_raw
         memset(a->q, 0, sizeof(real) * n * qd);
@@ -374,11 +374,11 @@ static void layer_backward(Model *model, int l) {
                          d);
     }
     const real *dq_raw = c->qk_norm ? a->q : model->dq, *dk_raw = c->qk_norm ? a->k : model->dk;
-    linear_backward(dnorm, 0, g + w->wqkv, dbias, dq_raw, a->ln1, p + w->wqkv, n, C, qd);
-    linear_backward(dnorm, 1, g + wk, dbias ? dbias + qd : NULL, dk_raw, a->ln1, p + wk, n, C, kd);
-    linear_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->dv, a->ln1, p + wv, n, C, kd);
+    matmul_backward(dnorm, 0, g + w->wqkv, dbias, dq_raw, a->ln1, p + w->wqkv, n, C, qd);
+    matmul_backward(dnorm, 1, g + wk, dbias ? dbias + qd : NULL, dk_raw, a->ln1, p + wk, n, C, kd);
+    matmul_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->dv, a->ln1, p + wv, n, C, kd);
     if (a->gate_logits) {
-        linear_backward(dnorm, 1, g + w->wgate, NULL, model->dgate_logits, a->ln1, p + w->wgate, n, C,
+        matmul_backward(dnorm, 1, g + w->wgate, NULL, model->dgate_logits, a->ln1, p + w->wgate, n, C,
                         f->gate_per_token ? 3 : 3 * f->q_heads);
     }
     rmsnorm_backward(dresidual, g + w->ln1, dnorm, a->residual_in, p + w->ln1, a->ln1_rstd, n, C);
@@ -403,11 +403,11 @@ double model_forward(Model *model, const int32_t *tokens, const int32_t *targets
                     c->channels, c->norm_eps);
     const real *lm_head = model->params + model->lm_head;
     if (!targets) {
-        linear_forward(model->logits, model->lnf_out + (n - 1) * c->channels, lm_head, NULL, 1, c->channels,
+        matmul_forward(model->logits, model->lnf_out + (n - 1) * c->channels, lm_head, NULL, 1, c->channels,
                        c->padded_vocab);
         return 0;
     }
-    linear_forward(model->logits, model->lnf_out, lm_head, NULL, n, c->channels, c->padded_vocab);
+    matmul_forward(model->logits, model->lnf_out, lm_head, NULL, n, c->channels, c->padded_vocab);
     crossentropy_forward(model->losses, model->lse, model->argmax, model->logits, targets, n, c->vocab_size,
                          c->padded_vocab);
     double sum = 0;
@@ -420,7 +420,7 @@ void model_backward(Model *model, double loss_scale) {
     int64_t n = model->n;
     crossentropy_backward(model->logits, model->lse, model->targets, (real)(loss_scale / n), n, c->vocab_size,
                           c->padded_vocab);
-    linear_backward(model->dnorm, 0, model->grads + model->lm_head, NULL, model->logits, model->lnf_out,
+    matmul_backward(model->dnorm, 0, model->grads + model->lm_head, NULL, model->logits, model->lnf_out,
                     model->params + model->lm_head, n, c->channels, c->padded_vocab);
     memset(model->dresidual, 0, sizeof(real) * n * c->channels);
     rmsnorm_backward(model->dresidual, model->grads + model->lnf, model->dnorm, model->residual_out,

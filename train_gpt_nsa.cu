@@ -1,21 +1,20 @@
 // train_gpt_nsa.cu: the transformer of train_gpt_nsa.c on one GPU or many, and its training loop. From top to
-// bottom: the model's memory, its forward and backward pass, the data feed, the program. Both files use the
-// same names for the same tensors and steps.
+// bottom: the model's memory, its forward and backward pass, the data feed, the program. Both files share the
+// names of tensors, types and most functions; train_gpt_nsa.h lists the exceptions.
 //
 // Weights and activations are bf16. -DENABLE_FP16 makes them fp16. -DENABLE_FP32 makes them fp32, and
 // computes the attention alone in fp16. The master weights, AdamW's m and v and the gradients of weights are
 // fp32 in all builds. All memory is allocated at the start. A training step synchronizes with the GPU once,
-// to read its loss. Every sum has a fixed order: the same seed gives the same bits.
+// to read its loss. Every sum has a fixed order, so a run is bitwise reproducible.
 //
 // The backward pass computes the gradient of the SUM of the token losses. The gradient's norm and AdamW
 // divide it by the tokens of the step, in fp32. So the gradients of activations do not shrink as batches
 // grow, and fp16 needs no loss scaling.
 //
-// With several processes, each has one GPU. Groups of -cp processes share the tokens of a
-// micro-batch (context_parallel.h): they gather its keys and values one head group after another. The groups
-// process different micro-batches (data parallel). Gradients are sums over all processes; zero.h says which
-// process keeps which weights, moments and gradients. Transfers run on a stream of their own, beside the
-// passes.
+// With several processes, each has one GPU. Groups of -cp processes share the tokens of a micro-batch
+// (context_parallel.h): they gather its keys and values one head group after another. The groups process
+// different micro-batches (data parallel). Gradients are sums over all processes; zero.h says which process
+// keeps which weights, moments and gradients. Transfers run on a stream of their own, beside the passes.
 #define TRAINER_GPU
 #include "llmc/run.h"
 #include "llmc/block_indices.h"
@@ -51,12 +50,21 @@ static const FsaDtype attn_dtype = FSA_BF16;
 #endif
 static const bool attn_needs_convert = sizeof(attnX) != sizeof(floatX);
 
-// Exits with the file, the line, the call and the error's text unless `call`, of fsa.h, returns FSA_OK.
+// Exits with the file, the line, the call and the error's text unless `call`, a function of fsa.h, returns
+// FSA_OK.
 #define fsa_check(call)                                                                                      \
     do {                                                                                                     \
         int status_ = (call);                                                                                \
         if (status_)                                                                                         \
             die("%s:%d: %.60s...: %s (%s)", __FILE__, __LINE__, #call, fsa_last_error(),                     \
+                cudaGetErrorString(cudaPeekAtLastError()));                                                  \
+    } while (0)
+// The same for a launcher of kernels.h, which does not set fsa_last_error.
+#define launcher_check(call)                                                                                 \
+    do {                                                                                                     \
+        int status_ = (call);                                                                                \
+        if (status_)                                                                                         \
+            die("%s:%d: %.60s...: status %d (%s)", __FILE__, __LINE__, #call, status_,                       \
                 cudaGetErrorString(cudaPeekAtLastError()));                                                  \
     } while (0)
 
@@ -67,14 +75,14 @@ static const bool attn_needs_convert = sizeof(attnX) != sizeof(floatX);
 // contiguous in memory, so that one copy transfers them to the GPU.
 typedef struct {
     int64_t n, num_keys; // tokens on this GPU, and of the whole sequences
-    int64_t num_seqs, num_segments, num_blocks, max_len;
+    int64_t num_seqs, num_segments, num_chunks, max_len;
     int32_t *tokens, *targets; // [n]
     int64_t *cu_seqlens;       // [num_seqs + 1] of the whole sequences
     FsaSegment *segments;      // [num_segments] of the tokens on this GPU
-    int32_t *block_perm;       // [num_blocks] (context_parallel.h)
+    int32_t *chunk_perm;       // [num_chunks] (context_parallel.h)
 } Batch;
 
-// Offsets of a layer's tensors in params and grads; -1 where the model has no such tensor. param_table
+// Offsets of a layer's tensors in params and grads; -1 if the model has no such tensor. param_table
 // (config.h) has their shapes.
 typedef struct {
     int64_t ln1, wqkv, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wgate, wo, ln2, wgu, wdown;
@@ -94,7 +102,7 @@ typedef struct {
     attnX *gate_logits; // [n, Hq, 3], or [n, 3] with gate_per_token
     char *saved;        // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
     attnX *o;           // [n, Hq, d] the attention's output
-    floatX *attn_out;   // [n, Hq, d] o as floatX; the same array where the types are equal
+    floatX *attn_out;   // [n, Hq, d] o as floatX; the same array if the types are equal
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
@@ -116,11 +124,11 @@ typedef struct {
     int64_t num_tensors, num_params;
     ParamTensor *tensors; // [num_tensors]
     Gpus *gpus;           // NULL: one GPU alone
-    Zero zero;
+    ZeroPartition zero;
     AdamwRange *ranges;        // on the host; begins count from the start of this GPU's part of a unit
     int64_t *range_offsets;    // [units + 1] each unit's first range
     LayerParams *layers;       // [layers]
-    int64_t wte, lnf, lm_head; // offsets in params; lm_head = wte where tied
+    int64_t wte, lnf, lm_head; // offsets in params; lm_head = wte if tied
 
     // On the device.
     Arena arenas[ARENAS];
@@ -130,14 +138,13 @@ typedef struct {
     float *unit_grad_buffers[4]; // ZeRO stage 2: the gradients of one unit each (unit_grad_buffer)
     float **unit_grads;          // [units], on the host: where the backward pass writes each unit's gradients
 
-    // Context parallel: the attention processes one head group after another. Each array holds one head
-    // group.
+    // Context parallel: the attention processes one head group after another. Each array holds one of them.
     int num_head_groups;
     size_t saved_bytes;                           // of a head group's part of LayerActivations.saved
     attnX *k_buffers[3];                          // [max_keys, Hkv/groups, d] gathered k, or dk (kv_buffer)
     attnX *v_buffers[3];                          // the same for v and dv
     attnX *gather_scratch;                        // [max_keys, Hkv/groups, d] rows in rank order
-    attnX *group_q, *group_o, *group_gate_logits; // [max_tokens, ...] where there are several head groups
+    attnX *group_q, *group_o, *group_gate_logits; // [max_tokens, ...] if there are several head groups
     attnX *group_dout, *group_dq;                 // the same
     attnX *group_dgate_logits; // the same; with gate_per_token [groups, dgate_group_stride]
 
@@ -149,10 +156,10 @@ typedef struct {
     floatX *logits;           // [lm_head_rows, Vp]
     int64_t lm_head_rows;     // tokens that the LM head processes at a time
     floatX *proj_out;         // [n, C] output of wo or wdown, before the residual addition
-    floatX *convert_buffer;   // [n, Hq, d] where attn_needs_convert: matmul outputs and inputs as floatX
-    attnX *phi[3];            // where attn_needs_convert: phi_wk, phi_pe, phi_wv of one head group
+    floatX *convert_buffer;   // [n, Hq, d] if attn_needs_convert: matmul outputs and inputs as floatX
+    attnX *phi[3];            // if attn_needs_convert: phi_wk, phi_pe, phi_wv of one head group
     floatX *dresidual, *dnorm, *dattn_out; // [n, C], [n, C], [n, Hq, d]
-    attnX *dout; // [n, Hq, d] dattn_out as attnX; the same array where the types are equal
+    attnX *dout; // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
     attnX *dq, *dk, *dv, *dgate_logits; // as q, k, v, gate_logits
     floatX *dq_raw;                     // [n, Hq, d] with QK-norm: the gradient of q_raw, then of k_raw
     double *inv_freq, *neg_inv_freq;    // [d/2], and its negative for the inverse RoPE
@@ -183,14 +190,14 @@ typedef struct {
     Profile *profile;                     // NULL: nothing is measured
 } Model;
 
-// Sets *p to `bytes` bytes of an arena, aligned to 256, or to NULL where the arena only counts.
+// Sets *p to `bytes` bytes of an arena, aligned to 256, or to NULL if the arena only counts.
 template <typename T> static void arena_alloc(Model *model, ArenaKind kind, T **p, int64_t bytes) {
     Arena *a = &model->arenas[kind];
     *p = a->base ? (T *)(a->base + a->bytes) : NULL;
     a->bytes += (size_t)((bytes + 255) / 256 * 256);
 }
 
-// Returns the counts of n tokens in whole sequences on one GPU: one segment per sequence, one block.
+// Returns the counts of n tokens in whole sequences on one GPU: one segment per sequence, one chunk.
 static Batch batch_unsharded(int64_t n, int64_t num_seqs, int64_t max_len) {
     Batch b = {n, n, num_seqs, num_seqs, 1, max_len, NULL, NULL, NULL, NULL, NULL};
     return b;
@@ -199,7 +206,7 @@ static Batch batch_unsharded(int64_t n, int64_t num_seqs, int64_t max_len) {
 // Returns the bytes of a batch's arrays.
 static size_t batch_bytes(const Batch *b) {
     return (size_t)(2 * b->n * sizeof(int32_t) + (b->num_seqs + 1) * sizeof(int64_t) +
-                    b->num_segments * sizeof(FsaSegment) + b->num_blocks * sizeof(int32_t));
+                    b->num_segments * sizeof(FsaSegment) + b->num_chunks * sizeof(int32_t));
 }
 
 // Returns a batch with these counts and its arrays in `memory`, those with 8-byte elements first.
@@ -209,32 +216,32 @@ static Batch batch_bind(const Batch *counts, char *memory) {
     b.segments = (FsaSegment *)(b.cu_seqlens + b.num_seqs + 1);
     b.tokens = (int32_t *)(b.segments + b.num_segments);
     b.targets = b.tokens + b.n;
-    b.block_perm = b.targets + b.n;
+    b.chunk_perm = b.targets + b.n;
     return b;
 }
 
 // Writes this GPU's part of a micro-batch to `memory` on the host: the whole sequences, or with context
-// parallel its blocks of them. tokens, targets [n], cu_seqlens [num_seqs + 1]. Returns the batch, whose
+// parallel its chunks of them. tokens, targets [n], cu_seqlens [num_seqs + 1]. Returns the batch, whose
 // arrays are in `memory`.
 static Batch batch_fill(const ModelConfig *c, const Gpus *gpus, const int32_t *tokens, const int32_t *targets,
                         const int64_t *cu_seqlens, int64_t num_seqs, char *memory) {
     const int ranks = gpus ? gpus->cp_size : 1, rank = gpus ? gpus->cp_rank : 0;
-    const int64_t keys = cu_seqlens[num_seqs], blocks = cp_num_blocks(keys, num_seqs, ranks);
-    std::vector<int32_t> block_perm(blocks);
-    std::vector<FsaSegment> segments(num_seqs + blocks / ranks);
-    cp_assign_blocks(c, cu_seqlens, num_seqs, ranks, blocks, block_perm.data(), NULL);
+    const int64_t keys = cu_seqlens[num_seqs], chunks = cp_num_chunks(keys, num_seqs, ranks);
+    std::vector<int32_t> chunk_perm(chunks);
+    std::vector<FsaSegment> segments(num_seqs + chunks / ranks);
+    cp_assign_chunks(c, cu_seqlens, num_seqs, ranks, chunks, chunk_perm.data(), NULL);
     Batch counts = batch_unsharded(keys / ranks, num_seqs, 0);
-    counts.num_keys = keys, counts.num_blocks = blocks;
+    counts.num_keys = keys, counts.num_chunks = chunks;
     counts.num_segments =
-        cp_segments(cu_seqlens, num_seqs, ranks, blocks, block_perm.data(), rank, segments.data());
+        cp_segments(cu_seqlens, num_seqs, ranks, chunks, chunk_perm.data(), rank, segments.data());
     for (int64_t s = 0; s < num_seqs; s++)
         counts.max_len = std::max(counts.max_len, cu_seqlens[s + 1] - cu_seqlens[s]);
     Batch b = batch_bind(&counts, memory);
     memcpy(b.cu_seqlens, cu_seqlens, (num_seqs + 1) * sizeof(int64_t));
     memcpy(b.segments, segments.data(), b.num_segments * sizeof(FsaSegment));
-    memcpy(b.block_perm, block_perm.data(), blocks * sizeof(int32_t));
-    cp_gather_rows(ranks, keys, blocks, b.block_perm, rank, b.tokens, tokens, sizeof(int32_t));
-    cp_gather_rows(ranks, keys, blocks, b.block_perm, rank, b.targets, targets, sizeof(int32_t));
+    memcpy(b.chunk_perm, chunk_perm.data(), chunks * sizeof(int32_t));
+    cp_gather_rows(ranks, keys, chunks, b.chunk_perm, rank, b.tokens, tokens, sizeof(int32_t));
+    cp_gather_rows(ranks, keys, chunks, b.chunk_perm, rank, b.targets, targets, sizeof(int32_t));
     return b;
 }
 
@@ -243,7 +250,7 @@ static Batch batch_max(const Model *model) {
     Batch b = batch_unsharded(model->max_tokens, model->max_keys, model->max_keys);
     b.num_keys = model->max_keys;
     b.num_segments = model->max_tokens;
-    b.num_blocks = model->gpus ? 32 * model->gpus->cp_size : 1;
+    b.num_chunks = model->gpus ? 32 * model->gpus->cp_size : 1;
     return b;
 }
 
@@ -343,7 +350,7 @@ static int unit_grad_buffer(const Model *model, int64_t u) {
 
 // Sets unit_grads: in grads, or with ZeRO stage 2 in unit_grad_buffers, which it allocates.
 static void alloc_unit_grads(Model *model) {
-    const Zero *z = &model->zero;
+    const ZeroPartition *z = &model->zero;
     int64_t sizes[4] = {0, 0, 0, 0};
     for (int64_t u = 0; u < z->num_units && z->stage == 2; u++) {
         int64_t *size = &sizes[unit_grad_buffer(model, u)];
@@ -482,7 +489,7 @@ LLMC_NORETURN static void die_out_of_memory(Model *model, size_t free_bytes) {
         need >> 20, parts, free_bytes >> 20, lower);
 }
 
-// Allocates the arenas and lays the arrays out in them. Exits with an error where GPU memory is short.
+// Allocates the arenas and lays the arrays out in them. Exits with an error if GPU memory is short.
 static void model_allocate(Model *model) {
     // reserve memory for kernel code, which is loaded at its first use, and for NCCL
     const size_t reserve = (size_t)(model->gpus ? 1024 : 256) << 20;
@@ -519,9 +526,9 @@ static void model_param_layout(Model *model, int zero_stage) {
     model->num_tensors = param_table(c, NULL, &model->num_params);
     model->tensors = (ParamTensor *)xcalloc(model->num_tensors, sizeof *model->tensors);
     param_table(c, model->tensors, &model->num_params);
-    zero_build(&model->zero, zero_stage, model->gpus ? model->gpus->rank : 0,
-               model->gpus ? model->gpus->ranks : 1, model->tensors, model->num_tensors);
-    const Zero *z = &model->zero;
+    zero_partition_build(&model->zero, zero_stage, model->gpus ? model->gpus->rank : 0,
+                         model->gpus ? model->gpus->ranks : 1, model->tensors, model->num_tensors);
+    const ZeroPartition *z = &model->zero;
     model->unit_grads = (float **)xcalloc(z->num_units, sizeof *model->unit_grads);
     model->range_offsets = (int64_t *)xcalloc(z->num_units + 1, sizeof *model->range_offsets);
     model->ranges = (AdamwRange *)xcalloc(model->num_tensors, sizeof *model->ranges);
@@ -553,10 +560,9 @@ static void model_param_layout(Model *model, int zero_stage) {
 }
 
 // Builds a model for at most max_tokens tokens in a pass, counted over all GPUs that share a micro-batch.
-// With training
-// != 0 it has gradients and AdamW's moments. recompute is the value of -r, zero_stage that of -z; gpus may be
-// NULL: one GPU alone. The caller sets the parameters with set_unit_params. Exits with an error where GPU
-// memory is short.
+// With training != 0 it has gradients and AdamW's moments. recompute is the value of -r, zero_stage that of
+// -z; gpus may be NULL: one GPU alone. The caller sets the parameters with set_unit_params. Exits with an
+// error if GPU memory is short.
 static void model_build(Model *model, const ModelConfig *config, int64_t max_tokens, int training,
                         int recompute, Gpus *gpus, int zero_stage) {
     memset(model, 0, sizeof *model);
@@ -623,13 +629,13 @@ static void model_free(Model *model) {
     free(model->tensors), free(model->ranges), free(model->range_offsets), free(model->layers),
         free(model->acts);
     free(model->sample_logits), free(model->weights_gathered), free(model->unit_grads);
-    zero_free(&model->zero);
+    zero_partition_free(&model->zero);
     memset(model, 0, sizeof *model);
 }
 
 // Starts to gather unit u's weights from their owners. use_unit lets work that reads them wait.
 static void all_gather_weights(Model *model, int64_t u) {
-    gpus_fork(model->gpus, model->stream);
+    transfers_wait_for_compute(model->gpus, model->stream);
     gpus_all_gather_unit(model->gpus, &model->zero, u, model->params + model->zero.units[u].begin,
                          sizeof(floatX));
     cuda_check(cudaEventRecord(model->weights_gathered[u], model->gpus->stream));
@@ -663,7 +669,7 @@ static void set_unit_params(Model *model, int64_t u, const float *params, const 
 // ---------------------------------------------------------------------------------------------------------
 // The forward pass
 
-// Returns the weights or gradients of the tensor at `offset`; NULL where offset is -1.
+// Returns the weights or gradients of the tensor at `offset`; NULL if offset is -1.
 static const floatX *weight(const Model *model, int64_t offset) {
     return offset < 0 ? NULL : model->params + offset;
 }
@@ -673,16 +679,17 @@ static float *gradient(const Model *model, int64_t offset) {
     return model->unit_grads[u] + (offset - model->zero.units[u].begin);
 }
 
-// Called before a pass launches the first work that reads weights of the ZeRO unit that contains parameter
-// `offset`.
+// Waits for the gathered weights of the ZeRO unit that contains parameter `offset`. Called before a pass
+// launches the first work that reads them.
 static void use_unit(Model *model, int64_t offset) {
     if (model->zero.stage == 0) return;
     cuda_check(
         cudaStreamWaitEvent(model->stream, model->weights_gathered[zero_find_unit(&model->zero, offset)], 0));
 }
 
-// Called before the backward pass launches the first work that adds to gradients of the unit that contains
-// parameter `offset`. ZeRO stage 2: waits for a free buffer and zeroes it.
+// Acquires a gradient buffer for the unit that contains parameter `offset`: with ZeRO stage 2 waits until the
+// unit's buffer is free, and zeroes it. Called before the backward pass launches the first work that adds to
+// the unit's gradients.
 static void begin_gradients(Model *model, int64_t offset) {
     if (model->zero.stage < 2) return;
     const int64_t u = zero_find_unit(&model->zero, offset);
@@ -693,14 +700,14 @@ static void begin_gradients(Model *model, int64_t offset) {
         cudaMemsetAsync(model->unit_grads[u], 0, (unit->end - unit->begin) * sizeof(float), model->stream));
 }
 
-// Called after the backward pass has launched the last work that adds to gradients of that unit. Starts their
-// reduction over all GPUs, beside the following work. ZeRO stages 0 and 1 reduce only after the step's last
-// micro-batch.
+// Reduces the gradients of the unit over all GPUs, beside the following work. ZeRO stages 0 and 1 reduce only
+// after the step's last micro-batch. Called after the backward pass has launched the last work that adds to
+// the unit's gradients.
 static void end_gradients(Model *model, int64_t offset) {
-    const Zero *z = &model->zero;
+    const ZeroPartition *z = &model->zero;
     const int64_t u = zero_find_unit(z, offset);
     if (!model->gpus || (z->stage < 2 && !model->last_micro_batch)) return;
-    gpus_fork(model->gpus, model->stream);
+    transfers_wait_for_compute(model->gpus, model->stream);
     gpus_reduce_unit(model->gpus, z, u, model->unit_grads[u]);
     if (z->stage < 2) return;
     int64_t begin, end;
@@ -711,7 +718,7 @@ static void end_gradients(Model *model, int64_t offset) {
         cudaEventRecord(model->unit_grad_buffer_free[unit_grad_buffer(model, u)], model->gpus->stream));
 }
 
-static void mark(Model *model, ProfilePart part) {
+static void profile_part(Model *model, ProfilePart part) {
     profile_mark(model->profile, part, model->stream);
 }
 
@@ -719,9 +726,9 @@ static void mark(Model *model, ProfilePart part) {
 static void model_set_batch(Model *model, const Batch *b) {
     model->batch = *b;
     if (model->config.attn == ATTN_NSA) return; // fsa_forward computes its own
-    fsa_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, b->n, b->num_keys, b->num_seqs,
-                               b->num_segments, b->max_len, b->cu_seqlens, b->segments,
-                               model->batch_layout_memory, model->stream));
+    launcher_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, b->n, b->num_keys, b->num_seqs,
+                                    b->num_segments, b->max_len, b->cu_seqlens, b->segments,
+                                    model->batch_layout_memory, model->stream));
 }
 
 // A linear layer that reads ln1: k, v, q or the gate logits. With norm >= 0 an RMSNorm of each head follows
@@ -757,11 +764,11 @@ static void projection_forward(Model *model, const LayerActivations *a, const Pr
     const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n;
     floatX *out = attn_needs_convert ? model->convert_buffer : (floatX *)p->out;
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_forward(&model->matmul, p->norm < 0 ? out : p->raw, p->width, a->ln1, weight(model, p->weight),
                    weight(model, p->bias), n, c->channels, p->width, model->stream);
     if (p->norm >= 0) {
-        mark(model, PART_NORMS);
+        profile_part(model, PART_NORMS);
         rmsnorm_heads_forward(out, p->rstd, p->raw, p->width, weight(model, p->norm), n, p->heads,
                               c->fsa.head_dim, (float)c->norm_eps, model->stream);
     }
@@ -800,21 +807,21 @@ static int dkv_buffer(int i) {
 }
 
 // Starts to gather the keys and values of head group i of layer l, before RoPE, from all GPUs that share the
-// batch. Does nothing where there is no such head group. The caller waits with gpus_join.
+// batch. Does nothing if there is no such head group. The caller waits with compute_waits_for_transfers.
 static void all_gather_kv(Model *model, int l, int i) {
     const LayerActivations *a = &model->acts[l];
     const Batch *b = &model->batch;
     const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
     const int64_t width = stride / model->num_head_groups;
     if (!kv_is_sharded(model) || i == model->num_head_groups) return;
-    gpus_fork(model->gpus, model->stream);
+    transfers_wait_for_compute(model->gpus, model->stream);
     gpus_all_gather_rows(model->gpus, model->k_buffers[kv_buffer(i)], model->gather_scratch, a->k + i * width,
-                         b->num_keys, width, stride, b->block_perm, b->num_blocks);
+                         b->num_keys, width, stride, b->chunk_perm, b->num_chunks);
     gpus_all_gather_rows(model->gpus, model->v_buffers[kv_buffer(i)], model->gather_scratch, a->v + i * width,
-                         b->num_keys, width, stride, b->block_perm, b->num_blocks);
+                         b->num_keys, width, stride, b->chunk_perm, b->num_chunks);
 }
 
-// Returns head group i's columns of all [n, width]: copied to `buffer`, or `all` itself where it is the only
+// Returns head group i's columns of all [n, width]: copied to `buffer`, or `all` itself if it is the only
 // group.
 static attnX *load_head_group(const Model *model, attnX *all, attnX *buffer, int64_t width, int i) {
     const int64_t group_width = width / model->num_head_groups;
@@ -845,17 +852,17 @@ static void attention_forward(Model *model, int l) {
     const LayerActivations *a = &model->acts[l];
     const int64_t qd = c->fsa.q_heads * f->head_dim, kd = c->fsa.kv_heads * f->head_dim;
     FsaDeviceBatch b = fsa_device_batch(&model->batch);
-    mark(model, PART_ATTENTION_FORWARD);
+    profile_part(model, PART_ATTENTION_FORWARD);
     if (c->attn != ATTN_NSA)
-        fsa_check(fsa_rope_queries(&c->fsa, &model->batch_layout, attn_dtype, a->q, model->inv_freq, a->q,
-                                   model->stream));
+        launcher_check(fsa_rope_queries(&c->fsa, &model->batch_layout, attn_dtype, a->q, model->inv_freq,
+                                        a->q, model->stream));
     for (int i = 0; i < model->num_head_groups; i++) {
         attnX *q = load_head_group(model, a->q, model->group_q, qd, i);
         attnX *o = model->num_head_groups == 1 ? a->o : model->group_o;
         char *saved = a->saved + i * model->saved_bytes;
         attnX *k, *v;
         if (kv_is_sharded(model)) {
-            gpus_join(model->gpus, model->stream);
+            compute_waits_for_transfers(model->gpus, model->stream);
             all_gather_kv(model, l, i + 1);
             k = model->k_buffers[kv_buffer(i)], v = model->v_buffers[kv_buffer(i)];
         } else {
@@ -874,7 +881,7 @@ static void attention_forward(Model *model, int l) {
                                            count * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
             FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-            fsa_check(
+            launcher_check(
                 fsa_rope_keys(f, &model->batch_layout, attn_dtype, k, model->inv_freq, k, model->stream));
             fsa_check(fsa_attention_forward(f, attn_dtype, &b, rule, q, k, v, o, (float *)saved,
                                             model->scratch, model->scratch_bytes, model->stream));
@@ -887,7 +894,7 @@ static void attention_forward(Model *model, int l) {
 // residual_in -> ln1.
 static void layer_ln1(Model *model, int l) {
     const LayerActivations *a = &model->acts[l];
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     rmsnorm_forward(a->ln1, a->ln1_rstd, a->residual_in, weight(model, model->layers[l].ln1), model->batch.n,
                     model->config.channels, (float)model->config.norm_eps, model->stream);
 }
@@ -905,16 +912,16 @@ static void layer_body(Model *model, int l) {
         projection_forward(model, a, &p[i]);
     }
     attention_forward(model, l);
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_forward(&model->matmul, model->proj_out, C, a->attn_out, weight(model, w->wo), NULL, n, qd, C,
                    model->stream);
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, model->proj_out,
                              weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream);
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_forward(&model->matmul, a->gate_up, 2 * H, a->ln2, weight(model, w->wgu), NULL, n, C, 2 * H,
                    model->stream);
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     swiglu_forward(a->swiglu, a->gate_up, n, H, model->stream);
 }
 
@@ -922,7 +929,7 @@ static void layer_body(Model *model, int l) {
 static void model_forward(Model *model) {
     const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n, C = c->channels;
-    mark(model, PART_EMBEDDING);
+    profile_part(model, PART_EMBEDDING);
     use_unit(model, model->wte);
     embedding_forward(model->acts[0].residual_in, model->batch.tokens, weight(model, model->wte), n, (int)C,
                       model->stream);
@@ -931,10 +938,10 @@ static void model_forward(Model *model) {
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &model->acts[l], *next = l + 1 < c->layers ? a + 1 : NULL;
         layer_body(model, l);
-        mark(model, PART_MATMUL);
+        profile_part(model, PART_MATMUL);
         matmul_forward(&model->matmul, model->proj_out, C, a->swiglu, weight(model, model->layers[l].wdown),
                        NULL, n, c->hidden, C, model->stream);
-        mark(model, PART_NORMS);
+        profile_part(model, PART_NORMS);
         use_unit(model, next ? model->layers[l + 1].ln1 : model->lnf);
         rmsnorm_residual_forward(next ? next->ln1 : model->lnf_out,
                                  next ? next->residual_in : model->residual_out,
@@ -952,7 +959,7 @@ static void model_lm_head(Model *model, int training) {
     const Batch *b = &model->batch;
     const int64_t C = c->channels, V = c->vocab_size, Vp = c->padded_vocab;
     const floatX *lm_head = weight(model, model->lm_head);
-    mark(model, PART_CLASSIFIER);
+    profile_part(model, PART_CLASSIFIER);
     for (int64_t t = 0; t < b->n; t += model->lm_head_rows) {
         const int64_t rows = std::min(model->lm_head_rows, b->n - t);
         const floatX *x = model->lnf_out + t * C;
@@ -971,7 +978,7 @@ static void model_lm_head(Model *model, int training) {
 // The backward pass
 
 // p->dout -> the gradients of the projection's parameters and of its input: overwrites dnorm, or adds to it
-// where add != 0.
+// if add != 0.
 static void projection_backward(Model *model, const LayerActivations *a, const Projection *p, int add) {
     const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n;
@@ -981,13 +988,13 @@ static void projection_backward(Model *model, const LayerActivations *a, const P
         dout = model->convert_buffer;
     }
     if (p->norm >= 0) {
-        mark(model, PART_NORMS);
+        profile_part(model, PART_NORMS);
         rmsnorm_heads_backward(model->dq_raw, p->width, gradient(model, p->norm), dout, p->raw, p->width,
                                weight(model, p->norm), p->rstd, n, p->heads, c->fsa.head_dim, model->scratch,
                                model->stream);
         dout = model->dq_raw;
     }
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_backward_weight(&model->matmul, gradient(model, p->weight), gradient(model, p->bias), dout,
                            p->width, a->ln1, n, c->channels, p->width, model->stream);
     matmul_backward_input(&model->matmul, model->dnorm, add, dout, p->width, weight(model, p->weight), n,
@@ -995,21 +1002,23 @@ static void projection_backward(Model *model, const LayerActivations *a, const P
 }
 
 // Starts to sum the gradients of head group i's keys and values over all GPUs that share the batch. Each GPU
-// gets the sums for its own tokens in dk and dv. Does nothing where i < 0. The caller waits with gpus_join.
+// gets the sums for its own tokens in dk and dv. Does nothing if i < 0. The caller waits with
+// compute_waits_for_transfers.
 static void reduce_scatter_dkv(Model *model, int i) {
     const Batch *b = &model->batch;
     const int64_t stride = model->config.fsa.kv_heads * model->config.fsa.head_dim;
     const int64_t width = stride / model->num_head_groups;
     if (!kv_is_sharded(model) || i < 0) return;
-    gpus_fork(model->gpus, model->stream);
+    transfers_wait_for_compute(model->gpus, model->stream);
     gpus_reduce_scatter_rows(model->gpus, model->dk + i * width, model->k_buffers[dkv_buffer(i)],
-                             model->gather_scratch, b->num_keys, width, stride, b->block_perm, b->num_blocks);
+                             model->gather_scratch, b->num_keys, width, stride, b->chunk_perm, b->num_chunks);
     gpus_reduce_scatter_rows(model->gpus, model->dv + i * width, model->v_buffers[dkv_buffer(i)],
-                             model->gather_scratch, b->num_keys, width, stride, b->block_perm, b->num_blocks);
+                             model->gather_scratch, b->num_keys, width, stride, b->chunk_perm, b->num_chunks);
 }
 
 // dattn_out -> dq, dk, dv and dgate_logits, q and k before RoPE; adds to the gradients of phi. With context
-// parallel dk and dv are still being summed when it returns: call gpus_join before reading them.
+// parallel dk and dv are still being summed when it returns: call compute_waits_for_transfers before reading
+// them.
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig group = head_group_config(model), *f = &group;
@@ -1020,14 +1029,14 @@ static void attention_backward(Model *model, int l) {
     const bool sharded = kv_is_sharded(model);
     attnX *k = a->k, *v = a->v, *dk = model->dk, *dv = model->dv;
     FsaDeviceBatch b = fsa_device_batch(&model->batch);
-    mark(model, PART_ATTENTION_BACKWARD);
+    profile_part(model, PART_ATTENTION_BACKWARD);
     if (attn_needs_convert) convert(model->dout, model->dattn_out, n * qd, model->stream);
     for (int i = 0; i < model->num_head_groups; i++) {
         attnX *dout = load_head_group(model, model->dout, model->group_dout, qd, i);
         attnX *dq = model->num_head_groups == 1 ? model->dq : model->group_dq;
         char *saved = a->saved + i * model->saved_bytes;
         if (sharded) {
-            gpus_join(model->gpus, model->stream);
+            compute_waits_for_transfers(model->gpus, model->stream);
             reduce_scatter_dkv(model, i - 1);
             all_gather_kv(model, l, i + 1);
             k = model->k_buffers[kv_buffer(i)], v = model->v_buffers[kv_buffer(i)];
@@ -1054,14 +1063,14 @@ static void attention_backward(Model *model, int l) {
             attnX *q = load_head_group(model, a->q, model->group_q, qd, i);
             attnX *o = load_head_group(model, a->o, model->group_o, qd, i);
             if (sharded)
-                fsa_check(
+                launcher_check(
                     fsa_rope_keys(f, &model->batch_layout, attn_dtype, k, model->inv_freq, k, model->stream));
             fsa_check(fsa_attention_backward(f, attn_dtype, &b, rule, q, k, v, o, (float *)saved, dout, dq,
                                              dk, dv, model->scratch, model->scratch_bytes, model->stream));
-            fsa_check(fsa_rope_queries(f, &model->batch_layout, attn_dtype, dq, model->neg_inv_freq, dq,
-                                       model->stream));
-            fsa_check(fsa_rope_keys(f, &model->batch_layout, attn_dtype, dk, model->neg_inv_freq, dk,
-                                    model->stream));
+            launcher_check(fsa_rope_queries(f, &model->batch_layout, attn_dtype, dq, model->neg_inv_freq, dq,
+                                            model->stream));
+            launcher_check(fsa_rope_keys(f, &model->batch_layout, attn_dtype, dk, model->neg_inv_freq, dk,
+                                         model->stream));
         }
         store_head_group(model, model->dq, dq, qd, i);
     }
@@ -1086,27 +1095,27 @@ static void layer_backward(Model *model, int l) {
     }
     all_gather_kv(model, l, 0);
     if (model->recompute == 1) {
-        mark(model, PART_NORMS);
+        profile_part(model, PART_NORMS);
         swiglu_forward(a->swiglu, a->gate_up, n, H, stream);
         rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, w->ln2), n, (int)C,
                         (float)c->norm_eps, stream);
     }
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_backward_weight(&model->matmul, gradient(model, w->wdown), NULL, model->dresidual, C, a->swiglu, n,
                            H, C, stream);
     matmul_backward_input(&model->matmul, a->swiglu, 0, model->dresidual, C, weight(model, w->wdown), n, H, C,
                           stream);
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     swiglu_backward(a->gate_up, a->swiglu, a->gate_up, n, H, stream);
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_backward_weight(&model->matmul, gradient(model, w->wgu), NULL, a->gate_up, 2 * H, a->ln2, n, C,
                            2 * H, stream);
     matmul_backward_input(&model->matmul, model->dnorm, 0, a->gate_up, 2 * H, weight(model, w->wgu), n, C,
                           2 * H, stream);
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     rmsnorm_backward(model->dresidual, 1, gradient(model, w->ln2), model->dnorm, a->residual_mid,
                      weight(model, w->ln2), a->ln2_rstd, n, (int)C, model->scratch, stream);
-    mark(model, PART_MATMUL);
+    profile_part(model, PART_MATMUL);
     matmul_backward_weight(&model->matmul, gradient(model, w->wo), NULL, model->dresidual, C, a->attn_out, n,
                            qd, C, stream);
     matmul_backward_input(&model->matmul, model->dattn_out, 0, model->dresidual, C, weight(model, w->wo), n,
@@ -1117,10 +1126,11 @@ static void layer_backward(Model *model, int l) {
     int num_projections = layer_projections(model, l, p);
     // k and v come last, to wait for their gradients as late as possible
     for (int i = 0; i < num_projections; i++) {
-        if (i == num_projections - 2 && kv_is_sharded(model)) gpus_join(model->gpus, stream);
+        if (i == num_projections - 2 && kv_is_sharded(model))
+            compute_waits_for_transfers(model->gpus, stream);
         projection_backward(model, a, &p[(i + 2) % num_projections], i > 0);
     }
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     rmsnorm_backward(model->dresidual, 1, gradient(model, w->ln1), model->dnorm, a->residual_in,
                      weight(model, w->ln1), a->ln1_rstd, n, (int)C, model->scratch, stream);
 }
@@ -1135,7 +1145,7 @@ static void model_forward_backward(Model *model, const Batch *b) {
     if (c->tied) begin_gradients(model, model->wte);
     model_lm_head(model, 1);
     loss_sum(&model->result->loss_sum, model->losses, b->n, model->stream);
-    mark(model, PART_NORMS);
+    profile_part(model, PART_NORMS);
     rmsnorm_backward(model->dresidual, 0, gradient(model, model->lnf), model->dnorm, model->residual_out,
                      weight(model, model->lnf), model->lnf_rstd, b->n, c->channels, model->scratch,
                      model->stream);
@@ -1145,7 +1155,7 @@ static void model_forward_backward(Model *model, const Batch *b) {
         layer_backward(model, l);
         end_gradients(model, model->layers[l].ln1);
     }
-    mark(model, PART_EMBEDDING);
+    profile_part(model, PART_EMBEDDING);
     if (!c->tied) begin_gradients(model, model->wte);
     embedding_backward(gradient(model, model->wte), b->tokens, model->dresidual, b->n, c->channels,
                        c->padded_vocab, model->scratch, model->stream);
@@ -1156,35 +1166,36 @@ static void model_forward_backward(Model *model, const Batch *b) {
 // transfer.
 static void model_zero_grad(Model *model) {
     const int64_t count = model->zero.stage == 2 ? model->zero.shard_size : model->num_params;
-    mark(model, PART_OPTIMIZER);
+    profile_part(model, PART_OPTIMIZER);
     cuda_check(cudaMemsetAsync(model->grads, 0, count * sizeof(float), model->stream));
     cuda_check(cudaMemsetAsync(model->result, 0, sizeof(StepResult), model->stream));
 }
 
-// One step of AdamW, the step-th from 1 on, with the gradient of the mean loss over `tokens` tokens, clipped
-// to the norm o->clip (0: not clipped). Where the loss or the norm is not finite nothing changes. Copies
-// result to result_host, and records step_done.
+// AdamW step number `step` (1-based), with the gradient of the mean loss over `tokens` tokens, clipped to the
+// norm o->clip (0: not clipped). If the loss or the norm is NaN or Inf, nothing changes. Copies result to
+// result_host, and records step_done.
 static void model_update(Model *model, const Options *o, int64_t step, double lr, int64_t tokens) {
     StepResult *r = model->result;
-    const Zero *z = &model->zero;
+    const ZeroPartition *z = &model->zero;
     int64_t begin, end;
-    mark(model, PART_OPTIMIZER);
+    profile_part(model, PART_OPTIMIZER);
     cuda_check(
         cudaMemcpyAsync(&r->stop, model->stop_host, sizeof r->stop, cudaMemcpyHostToDevice, model->stream));
     cuda_check(cudaMemsetAsync(&r->squares, 0, sizeof r->squares, model->stream));
-    if (model->gpus) gpus_join(model->gpus, model->stream); // waits for the reductions of gradients
+    if (model->gpus)
+        compute_waits_for_transfers(model->gpus, model->stream); // waits for the reductions of gradients
     for (int64_t u = 0; u < z->num_units; u++) {
         zero_partition(z, u, z->rank, &begin, &end);
         sum_of_squares(&r->squares, model->grads + (z->stage == 2 ? z->units[u].shard_offset : begin),
                        end - begin, model->scratch, model->stream);
     }
     if (model->gpus) {
-        gpus_fork(model->gpus, model->stream);
+        transfers_wait_for_compute(model->gpus, model->stream);
         gpus_all_reduce(model->gpus, &r->loss_sum, STEP_SUMS);
-        gpus_join(model->gpus, model->stream);
+        compute_waits_for_transfers(model->gpus, model->stream);
     }
     global_norm(r->norm, &r->squares, (float)(1.0 / (double)tokens), (float)o->clip, model->stream);
-    loss_guard(r, model->stream);
+    skip_update_if_loss_not_finite(r, model->stream);
     for (int64_t u = 0; u < z->num_units; u++) {
         const int64_t shard = z->units[u].shard_offset, first = model->range_offsets[u];
         zero_owned(z, u, z->rank, &begin, &end);
@@ -1195,7 +1206,7 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
         if (z->stage > 0) all_gather_weights(model, u);
     }
     cuda_check(cudaMemcpyAsync(model->result_host, r, sizeof *r, cudaMemcpyDeviceToHost, model->stream));
-    mark(model, PART_END);
+    profile_part(model, PART_END);
     cuda_check(cudaEventRecord(model->step_done, model->stream));
 }
 
@@ -1217,11 +1228,11 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     model_set_batch(model, &b);
     model_forward(model);
     model_lm_head(model, 0);
-    mark(model, PART_END);
+    profile_part(model, PART_END);
     if (kv_is_sharded(model)) {
-        gpus_fork(model->gpus, model->stream);
+        transfers_wait_for_compute(model->gpus, model->stream);
         for (int i = 0; i < 2; i++) gpus_all_gather(model->gpus, gathered[i], results[i], bytes);
-        gpus_join(model->gpus, model->stream);
+        compute_waits_for_transfers(model->gpus, model->stream);
     }
     for (int i = 0; i < 2; i++) {
         const void *src = kv_is_sharded(model) ? gathered[i] : results[i];
@@ -1231,7 +1242,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     cuda_check(cudaStreamSynchronize(model->stream));
     for (int i = 0; i < 2 && kv_is_sharded(model); i++) { // from rank order to sequence order
         std::vector<int32_t> rank_ordered((int32_t *)dst[i], (int32_t *)dst[i] + b.num_keys);
-        cp_scatter_rows(b.num_keys, b.num_blocks, host.block_perm, dst[i], rank_ordered.data(),
+        cp_scatter_rows(b.num_keys, b.num_chunks, host.chunk_perm, dst[i], rank_ordered.data(),
                         sizeof(int32_t));
     }
     *losses = model->losses_host;
@@ -1428,7 +1439,7 @@ static void feed_stop(Feed *feed) {
 #ifndef GPT_NO_MAIN
 
 // Selects the GPU of this process, the local_rank-th of its host, and returns its properties. Exits with an
-// error where the program cannot run on it.
+// error if the program cannot run on it.
 static cudaDeviceProp gpu_init(int local_rank) {
     int count = 0, driver = 0, runtime = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
@@ -1455,7 +1466,7 @@ static cudaDeviceProp gpu_init(int local_rank) {
         die("%s: compute capability %d.%d: must be at least 8.0 (A100, RTX 30 and later)", gpu.name,
             gpu.major, gpu.minor);
     cudaFuncAttributes attributes;
-    error = cudaFuncGetAttributes(&attributes, (const void *)loss_guard_kernel);
+    error = cudaFuncGetAttributes(&attributes, (const void *)skip_update_if_loss_not_finite_kernel);
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
         die("%s: this program was not built for compute capability %d.%d; run make on this machine", gpu.name,
             gpu.major, gpu.minor);
@@ -1466,7 +1477,7 @@ static cudaDeviceProp gpu_init(int local_rank) {
 // Copies elements [begin, end) of an array (0: master weights, 1: m, 2: v) to out on the host, on every
 // process. With ZeRO each unit is gathered into its unit_grads, which nothing else uses between steps.
 static void gather_state(Model *model, int array, int64_t begin, int64_t end, float *out) {
-    const Zero *z = &model->zero;
+    const ZeroPartition *z = &model->zero;
     float *const arrays[3] = {model->master, model->m, model->v};
     for (int64_t u = 0; u < z->num_units; u++) {
         const ZeroUnit *unit = &z->units[u];
@@ -1478,9 +1489,9 @@ static void gather_state(Model *model, int array, int64_t begin, int64_t end, fl
             cuda_check(cudaMemcpyAsync(src + (first - unit->begin), arrays[array] + unit->shard_offset,
                                        (last - first) * sizeof(float), cudaMemcpyDeviceToDevice,
                                        model->stream));
-            gpus_fork(model->gpus, model->stream);
+            transfers_wait_for_compute(model->gpus, model->stream);
             gpus_all_gather_unit(model->gpus, z, u, src, sizeof(float));
-            gpus_join(model->gpus, model->stream);
+            compute_waits_for_transfers(model->gpus, model->stream);
         }
         const int64_t first = std::max(begin, unit->begin), last = std::min(end, unit->end);
         if (first < last)
@@ -1516,7 +1527,7 @@ static void save_checkpoint(Run *r, Model *model) {
     }
     free(part);
     if (fsync(fd) != 0 || close(fd) != 0)
-        die("cannot write %s: %s (is the disk full?)", path, strerror(errno));
+        die("cannot write %s: %s; check the free disk space", path, strerror(errno));
     comm_barrier(comm);
     if (comm->rank > 0) return;
     atomic_commit(&file);
@@ -1526,7 +1537,7 @@ static void save_checkpoint(Run *r, Model *model) {
 // Sets the parameters, and AdamW's moments when the run resumes: from the checkpoint, or to initial values.
 // Each process reads only what it owns.
 static void load_params(const Run *r, Model *model) {
-    const Zero *z = &model->zero;
+    const ZeroPartition *z = &model->zero;
     TrainState state;
     char why[CHECKPOINT_MSG_BYTES];
     FILE *file = r->checkpoint[0] ? checkpoint_open(r->checkpoint, &r->config, &state) : NULL;
@@ -1540,7 +1551,7 @@ static void load_params(const Run *r, Model *model) {
                 params_init_part(&r->config, arrays[a].data(), begin, end, (uint64_t)r->opt.seed);
             else if (checkpoint_read_part(file, r->checkpoint, a, model->num_params, begin, end - begin,
                                           arrays[a].data(), why))
-                die("%s", why);
+                die("%s; choose another checkpoint", why);
         }
         set_unit_params(model, u, arrays[0].data(), r->resuming ? arrays[1].data() : NULL,
                         r->resuming ? arrays[2].data() : NULL);
@@ -1567,7 +1578,7 @@ static double train_step(Run *r, Model *model, Feed *feed, StepLog *line) {
     model_update(model, o, r->state.step + 1, line->lr, r->state.total_batch);
     cuda_check(cudaEventSynchronize(model->step_done));
     line->loss = model->result_host->loss_sum / (double)r->state.total_batch;
-    line->norm = model->result_host->norm[0];
+    line->norm = model->result_host->norm[NORM_VALUE];
     run_check_step(r, line->loss, line->norm);
     line->step = run_finish_step(r, epoch, position);
     if (model->result_host->stop > 0) run_sync_stop_signal(r);
@@ -1692,7 +1703,7 @@ static void profile(Run *r, Model *model, const cudaDeviceProp *gpu, double peak
                 model_set_batch(model, &slot->batch);
                 model_forward(model);
                 model_lm_head(model, 0);
-                mark(model, PART_END);
+                profile_part(model, PART_END);
                 feed_release(&feed, slot, model->stream);
             }
             profile_collect(&measure, parts.data(), model->stream);

@@ -1,9 +1,16 @@
 // train_gpt_nsa.h: the layers and the model of train_gpt_nsa.c, for tests. Compile train_gpt_nsa.c with
 // -DGPT_NO_MAIN and link it. With -DGPT_DOUBLE for both, everything is computed in double.
 //
-// train_gpt_nsa.cu uses the same names for the same tensors, types and steps. In C++ the model below is in
-// namespace cpu, so that a test can have both: cpu::model_forward is the C trainer's, model_forward the GPU
-// trainer's. The layers are overloads: those of the GPU take floatX and a stream.
+// train_gpt_nsa.cu has the same names for the types Model, LayerParams and LayerActivations, for their
+// tensors, and for the functions of the model, except:
+//   the GPU's classifier              crossentropy_forward and crossentropy_backward in one kernel
+//   matmul_backward_input, _weight    the two halves of matmul_backward
+//   rmsnorm_residual_forward          a residual addition, then rmsnorm_forward
+//   layer_body                        layer_forward between the layer's first norm and its last matmul
+//   model_forward_backward            model_forward and model_backward, with the LM head in chunks
+// In C++ the model below is in namespace cpu, so that a test can have both: cpu::model_forward is the C
+// trainer's, model_forward the GPU trainer's. The layers are overloads: those of the GPU take floatX and a
+// stream.
 #ifndef TRAIN_GPT_NSA_H
 #define TRAIN_GPT_NSA_H
 #include "llmc/utils.h"
@@ -34,9 +41,9 @@ void rmsnorm_forward(real *out, real *rstd, const real *x, const real *weight, i
 void rmsnorm_backward(real *dx, real *dweight, const real *dout, const real *x, const real *weight,
                       const real *rstd, int64_t n, int c);
 // out = x weight^T + bias: out [n, o], x [n, c], weight [o, c], bias [o] or NULL.
-void linear_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o);
-// Overwrites dx, or adds to it where add_dx != 0; adds to dweight and dbias. dbias may be NULL.
-void linear_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
+void matmul_forward(real *out, const real *x, const real *weight, const real *bias, int64_t n, int c, int o);
+// Overwrites dx, or adds to it if add_dx != 0; adds to dweight and dbias. dbias may be NULL.
+void matmul_backward(real *dx, int add_dx, real *dweight, real *dbias, const real *dout, const real *x,
                      const real *weight, int64_t n, int c, int o);
 // out = silu(gate) * up: out [n, h]; gate_up [n, 2h], each row h gates, then h ups.
 void swiglu_forward(real *out, const real *gate_up, int64_t n, int h);
@@ -47,7 +54,7 @@ void swiglu_backward(real *dgate_up, const real *dout, const real *gate_up, int6
 // backward pass.
 void crossentropy_forward(real *losses, real *lse, int32_t *argmax, const real *logits,
                           const int32_t *targets, int64_t n, int v, int vp);
-// Overwrites logits by their gradient times dloss, with 0 in the columns from v on.
+// Overwrites logits by their gradient times dloss, with 0 in columns v to vp - 1.
 void crossentropy_backward(real *logits, const real *lse, const int32_t *targets, real dloss, int64_t n,
                            int v, int vp);
 
@@ -56,7 +63,7 @@ void crossentropy_backward(real *logits, const real *lse, const int32_t *targets
 namespace cpu {
 #endif
 
-// Offsets of a layer's tensors in params and grads; -1 where the model has no such tensor. param_table
+// Offsets of a layer's tensors in params and grads; -1 if the model has no such tensor. param_table
 // (config.h) has their shapes.
 typedef struct {
     int64_t ln1, wqkv, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wgate, wo, ln2, wgu, wdown;
@@ -70,7 +77,7 @@ typedef struct {
     real *q_rstd, *k_rstd;        // [n, Hq], [n, Hkv]
     real *q, *k, *v;              // [n, Hq, d], [n, Hkv, d] twice; q and k before RoPE
     real *gate_logits;            // [n, Hq, 3], or [n, 3] with gate_per_token
-    GPT_REF(State) attn_state;    // the attention's own activations
+    GPT_REF(State) saved;         // the attention's own activations
     const int32_t *block_indices; // [Hkv, n, T] to attend to; NULL: the layer selects the blocks
     real *attn_out;               // [n, Hq, d]
     real *residual_mid;           // [n, C] the residual stream after the attention
@@ -83,7 +90,7 @@ typedef struct {
     double *inv_freq; // [d/2]
     int64_t num_tensors, num_params, max_tokens;
     ParamTensor *tensors;         // [num_tensors]
-    int64_t wte, lnf, lm_head;    // offsets in params; lm_head = wte where tied
+    int64_t wte, lnf, lm_head;    // offsets in params; lm_head = wte if tied
     LayerParams *layers;          // [layers]
     real *params, *grads, *m, *v; // [num_params]; without training the last three are NULL
     LayerActivations *acts;       // [layers]
@@ -106,7 +113,7 @@ typedef struct {
 } Model;
 
 // Allocates a model for at most max_tokens tokens in a pass. With training != 0 it has gradients and AdamW's
-// moments. The caller sets the parameters, with params_init or from a checkpoint. Exits with an error where
+// moments. The caller sets the parameters, with params_init or from a checkpoint. Exits with an error if
 // memory is short.
 void model_build(Model *model, const ModelConfig *config, int64_t max_tokens, int training);
 void model_free(Model *model);
@@ -120,8 +127,8 @@ void model_backward(Model *model, double loss_scale);
 void model_zero_grad(Model *model);
 // Returns the Euclidean norm of grads.
 double model_grad_norm(const Model *model);
-// One step of AdamW, the step-th from 1 on. Gradients are multiplied by grad_scale first, which clips them.
-// Weight decay is decoupled and applies to matrices only.
+// AdamW step number `step` (1-based). Gradients are multiplied by grad_scale first, which clips them. Weight
+// decay is decoupled and applies to matrices only.
 void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps,
                   double weight_decay, double grad_scale);
 

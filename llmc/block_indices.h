@@ -11,6 +11,7 @@ typedef struct {
     char magic[8]; // block_indices_magic
     int64_t layers, q_heads, kv_heads, num_queries, topk, block, num_seqs;
 } BlockIndicesHeader;
+// "nsachose" is kept for old files.
 static const char block_indices_magic[8] = {'n', 's', 'a', 'c', 'h', 'o', 's', 'e'};
 
 // Returns the number of indices in the file.

@@ -179,8 +179,8 @@ static inline int64_t checkpoint_get_word(const unsigned char *header, int word)
 }
 
 // Fills a header [CHECKPOINT_HEADER_BYTES]. Words: 0 magic, 1 version, 2 number of parameters n, 3 number of
-// model fields, 4 number of TrainState fields; from 8 on the model fields as doubles, then TrainState; 511
-// checksum.
+// model fields, 4 number of TrainState fields; from word 8 the model fields as doubles, then TrainState; word
+// 511 checksum.
 static inline void checkpoint_header(unsigned char *header, const ModelConfig *c, const TrainState *state,
                                      int64_t n) {
     int count;

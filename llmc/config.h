@@ -1,5 +1,5 @@
 // config.h: the configuration of a model, shared by both trainers: its fields, presets and checks; the
-// parameter table and initial values; RoPE's frequencies; the FLOPs of a training step.
+// parameter table and initial values; RoPE's frequencies.
 #ifndef LLMC_CONFIG_H
 #define LLMC_CONFIG_H
 #include "utils.h"
@@ -50,7 +50,8 @@ static inline const ModelField *model_fields(int *count) {
         {"layers", FIELD_INT32, OFFSET(layers), 1, 10000, NULL, "number of layers"},
         {"channels", FIELD_INT32, OFFSET(channels), 1, 1 << 20, NULL, "C, width of the model in channels"},
         {"hidden", FIELD_INT32, OFFSET(hidden), 1, 1 << 24, NULL, "hidden width of the SwiGLU in channels"},
-        {"attn", FIELD_INT32, OFFSET(attn), 0, 2, "nsa|full|window", "attention mode"},
+        {"attn", FIELD_INT32, OFFSET(attn), 0, 2, "nsa|full|window",
+         "attention mode: native sparse, full causal, or a sliding window of -window tokens"},
         {"heads", FIELD_INT32, OFFSET(fsa.q_heads), 1, 65536, NULL,
          "number of query heads, a multiple of -kv-heads"},
         {"kv-heads", FIELD_INT32, OFFSET(fsa.kv_heads), 1, 65536, NULL, "number of key-value heads"},
@@ -409,59 +410,5 @@ static inline void params_init(const ModelConfig *c, float *params, uint64_t see
     int64_t total;
     param_table(c, NULL, &total);
     params_init_part(c, params, 0, total, seed);
-}
-
-// ----------------------------------------------------------------------------
-// FLOPs
-
-// Returns the number of visible (query, key) pairs of one head in a sequence of n tokens.
-static inline double visible_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
-    double causal_pairs = 0.5 * (double)n * (double)(n + 1);
-    if (rule == FSA_WINDOW && n > c->window) {
-        double num_queries =
-            (double)(n - c->window); // with a full window; the first W queries see a triangle
-        return 0.5 * (double)c->window * ((double)c->window + 1) + num_queries * (double)c->window;
-    }
-    if (rule == FSA_COMPRESSED) { // query t sees floor((t - l + 1)/s) + 1 windows
-        int64_t queries = n - c->cmp_len + 1;
-        if (queries <= 0) return 0;
-        double full_groups = (double)(queries / c->cmp_stride), rest = (double)(queries % c->cmp_stride);
-        return c->cmp_stride * full_groups * (full_groups + 1) / 2 + rest * (full_groups + 1);
-    }
-    int64_t selected_tokens = (int64_t)c->block * c->topk; // the first B*T queries see all earlier tokens
-    if (rule == FSA_SELECTED &&
-        n > selected_tokens) { // the others see T-1 blocks, and their own block causally
-        double num_queries = (double)(n - selected_tokens),
-               whole_blocks = (double)((n - selected_tokens) / c->block);
-        double rest = (double)((n - selected_tokens) % c->block),
-               own_block_pairs = 0.5 * c->block * (c->block + 1.0);
-        return 0.5 * (double)selected_tokens * ((double)selected_tokens + 1) +
-               num_queries * (double)(selected_tokens - c->block) + whole_blocks * own_block_pairs +
-               0.5 * rest * (rest + 1);
-    }
-    return causal_pairs;
-}
-
-// Returns the FLOPs of a training step, forward and backward, on one sequence of n tokens, for MFU. Counts
-// the matmuls with weights, and the attention mode's FLOPs over the keys that are visible to each query. Does
-// not count recomputation.
-static inline double model_flops(const ModelConfig *c, int64_t n) {
-    const FsaConfig *f = &c->fsa;
-    const double C = c->channels, d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
-    double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // per layer
-    double attention = 0;
-    // q.k and p.v have 2d FLOPs each per pair, and the backward pass twice as many
-    if (c->attn == ATTN_FULL) attention = 12 * d * Hq * visible_pairs(f, FSA_CAUSAL, n);
-    if (c->attn == ATTN_WINDOW) attention = 12 * d * Hq * visible_pairs(f, FSA_WINDOW, n);
-    if (c->attn == ATTN_NSA) {
-        double compressed = visible_pairs(f, FSA_COMPRESSED, n);
-        attention =
-            12 * d * Hq * (compressed + visible_pairs(f, FSA_SELECTED, n) + visible_pairs(f, FSA_WINDOW, n));
-        attention += 2 * d * Hq * compressed; // block scores
-        if (f->phi == FSA_PHI_LINEAR)
-            attention += 12 * (double)f->cmp_len * d * d * Hkv * (double)fsa_num_windows(f, n);
-        weights += (f->gate_per_token ? 3 : 3 * Hq) * C;
-    }
-    return c->layers * (6 * weights * (double)n + attention) + 6.0 * c->padded_vocab * C * (double)n;
 }
 #endif

@@ -4,7 +4,7 @@
 #define LLMC_CONVERT_CUH
 #include "cuda_common.cuh"
 
-// out[i] = in[i], rounded to nearest; each thread converts one element. Memory binds.
+// out[i] = in[i], rounded to nearest; each thread converts one element. Memory-bound.
 template <typename To, typename From> __global__ void convert_kernel(To *out, const From *in, int64_t count) {
     int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (i < count) out[i] = (To)(float)in[i];

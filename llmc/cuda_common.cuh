@@ -1,5 +1,5 @@
 // cuda_common.cuh: shared by all CUDA layers: the type floatX, checked CUDA calls, 16-byte loads and stores,
-// and reductions. All reductions add in a fixed order, so that the same input gives the same bits.
+// and reductions. All reductions add in a fixed order, so the results are bitwise reproducible.
 #ifndef LLMC_CUDA_COMMON_CUH
 #define LLMC_CUDA_COMMON_CUH
 #include "utils.h"
@@ -7,6 +7,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <limits.h>
+
+// Elements of global_norm's output, which AdamW reads.
+enum {
+    NORM_VALUE,      // the gradient's norm before clipping
+    NORM_GRAD_SCALE, // the factor that AdamW multiplies gradients by, clipping included
+    NORM_FINITE,     // 1 if the norm (and after skip_update_if_loss_not_finite the loss) is finite, else 0
+    NORM_FIELDS
+};
 
 // The type of weights and activations. Statistics, parameter gradients and the optimizer's state are fp32 in
 // all builds.
@@ -32,8 +40,7 @@ typedef __nv_bfloat16 floatX;
             die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(error_));                     \
     } while (0)
 
-// ---- 16-byte loads and stores
-// --------------------------------------------------------------------------------
+// ---- 16-byte loads and stores ----------------------------------------------------------------------------
 enum { PACK = 16 / sizeof(floatX) }; // elements in 16 bytes; row lengths and row strides are multiples of it
 
 // Both use intrinsics: the compiler would split a plain 16-byte access whose elements are used one by one.
@@ -104,9 +111,8 @@ static inline void check_packs(const char *layer, int64_t width) {
             FLOATX_NAME);
 }
 
-// ---- reductions
-// ---------------------------------------------------------------------------------------------- Sums x over
-// WIDTH neighbouring lanes of a warp; every lane gets the same bits.
+// ---- reductions ------------------------------------------------------------------------------------------
+// Sums x over WIDTH neighbouring lanes of a warp. Every lane gets the same value, bit for bit.
 template <int WIDTH> __device__ __forceinline__ float lanes_reduce_sum(float x) {
 #pragma unroll
     for (int i = WIDTH / 2; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
@@ -115,8 +121,8 @@ template <int WIDTH> __device__ __forceinline__ float lanes_reduce_sum(float x) 
 __device__ __forceinline__ float warp_reduce_sum(float x) {
     return lanes_reduce_sum<32>(x);
 }
-// Sums x over a thread block of whole warps; every thread gets the same bits. shared [warps] may be reused
-// right after the call.
+// Sums x over a thread block of whole warps. Every thread gets the same value, bit for bit. shared [warps]
+// may be reused right after the call.
 __device__ __forceinline__ float block_reduce_sum(float x, float *shared) {
     int warps = blockDim.x / 32;
     x = warp_reduce_sum(x);
@@ -128,8 +134,8 @@ __device__ __forceinline__ float block_reduce_sum(float x, float *shared) {
 }
 
 // The second pass of column sums: out[j] += the sum over p of partial[p*c + j]. A thread block reduces 32
-// columns. Warp w of 8 sums every eighth p from w on; then the sums of the warps are added in order. Reads 4
-// bytes a partial sum from L2, where the first pass has just written it.
+// columns. Warp w of 8 sums p = w, w + 8, w + 16, ...; then the sums of the warps are added in order. Reads 4
+// bytes per partial sum from L2, where the first pass has just written it.
 static __global__ void __launch_bounds__(256)
     add_partial_sums_kernel(float *out, const float *partial, int parts, int64_t c) {
     __shared__ float sums[8][32];

@@ -3,8 +3,9 @@
 #define LLMC_EMBEDDING_CUH
 #include "cuda_common.cuh"
 
-// Each thread block copies one token's row of c elements. Reads and writes 2*c bytes per token: 64K tokens of
-// c = 4096 move 1.07 GB, 0.24 ms at 4.5 TB/s. Memory binds; rows of frequent tokens come from L2.
+// Each thread block copies one token's row of c elements. Memory-bound. It reads and writes 2*c bytes per
+// token: 64K tokens of c = 4096 move 1.07 GB, which takes 0.24 ms at 4.5 TB/s. Rows of frequent tokens come
+// from L2.
 static __global__ void __launch_bounds__(256)
     embedding_forward_kernel(floatX *out, const int32_t *tokens, const floatX *table, int c) {
     const floatX *src = table + (int64_t)tokens[blockIdx.x] * c;
@@ -24,15 +25,15 @@ static inline void embedding_forward(floatX *out, const int32_t *tokens, const f
 
 // ---- backward --------------------------------------------------------------------------------------------
 // A stable radix sort orders the positions 0..n-1 by token, 8 bits per pass. Then the rows of dout are summed
-// in the sorted order. All orders are fixed, so the same input gives the same bits.
+// in the sorted order. All orders are fixed, so the result is bitwise reproducible.
 enum {
     EMBEDDING_TILE = 2048, // positions that a thread block sorts
     EMBEDDING_SPAN = 128   // sorted positions that a warp sums
 };
 
 // counts [tiles, 256]: the histogram of each tile's digits. order [n] holds the positions as sorted so far;
-// NULL means 0, 1, 2, ... Each thread counts one digit, without atomics; its 2048 reads of shared memory
-// bind.
+// NULL means 0, 1, 2, ... Each thread counts one digit, without atomics. Limited by the 2048 reads of shared
+// memory of each thread.
 static __global__ void __launch_bounds__(256)
     embedding_count_kernel(int32_t *counts, const int32_t *tokens, const int32_t *order, int n, int shift) {
     __shared__ uint8_t digits[EMBEDDING_TILE];
@@ -44,8 +45,8 @@ static __global__ void __launch_bounds__(256)
     counts[(int64_t)blockIdx.x * 256 + threadIdx.x] = count;
 }
 
-// Turns counts into offsets by an exclusive prefix sum over (digit, tile): where the tile's first position of
-// that digit goes. One thread block, one thread a digit; latency binds.
+// Replaces counts by offsets, an exclusive prefix sum over (digit, tile): the sorted index of the tile's
+// first position with that digit. One thread block, one thread per digit; limited by latency.
 static __global__ void __launch_bounds__(256) embedding_scan_kernel(int32_t *counts, int tiles) {
     __shared__ int32_t totals[256];
     int32_t total = 0;
@@ -84,9 +85,9 @@ static __global__ void __launch_bounds__(256)
 // Each warp sums 32 packs of channels over a span of EMBEDDING_SPAN sorted positions, so that frequent and
 // rare tokens cost the same. The sum of a token whose positions all lie in the span is added to dtable. The
 // sum of a token that also occurs in the span before goes to head[span] [c]; else, the sum of a token that
-// also occurs in the span after goes to tail[span] [c]. Reads 2*c bytes per position; reads and writes 8*c
-// bytes per distinct token: 64K tokens, 15K of them distinct, of c = 4096 move 1.03 GB, 0.23 ms at 4.5 TB/s.
-// Memory binds.
+// also occurs in the span after goes to tail[span] [c]. Memory-bound. It reads 2*c bytes per position, and
+// reads and writes 8*c bytes per distinct token: 64K tokens of c = 4096, 15K of them distinct, move 1.03 GB,
+// which takes 0.23 ms at 4.5 TB/s.
 static __global__ void __launch_bounds__(256)
     embedding_sum_kernel(float *dtable, float *head, float *tail, const int32_t *sorted,
                          const int32_t *tokens, const floatX *dout, int n, int c) {
@@ -140,7 +141,7 @@ static __global__ void __launch_bounds__(256)
 
 // Adds to dtable the tokens that occur in several spans. Each thread block takes 256 channels of the last
 // token of span blockIdx.x, if the token begins in that span and continues after it. It adds the span's tail
-// and the heads of the following spans in order. Reads 4*c bytes per span; latency binds.
+// and the heads of the following spans in order. Reads 4*c bytes per span; limited by latency.
 static __global__ void __launch_bounds__(256)
     embedding_combine_kernel(float *dtable, const float *head, const float *tail, const int32_t *sorted,
                              const int32_t *tokens, int n, int c) {
@@ -160,7 +161,7 @@ typedef struct {
     int32_t *order[2], *counts; // [n] each; [tiles, 256]
     float *head, *tail;         // [spans, c]
 } EmbeddingScratch;
-// Lays s out in `memory`, or only counts where it is NULL. Returns the bytes.
+// Lays s out in `memory`, or only counts bytes if it is NULL. Returns the bytes.
 static inline size_t embedding_scratch_layout(EmbeddingScratch *s, int64_t n, int c, void *memory) {
     size_t positions = (size_t)(n + 63) / 64 * 64 * sizeof(int32_t);
     size_t tiles = (size_t)(n + EMBEDDING_TILE - 1) / EMBEDDING_TILE;

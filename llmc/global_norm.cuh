@@ -16,8 +16,8 @@ __device__ __forceinline__ double block_reduce_sum_256(double x) {
 }
 
 // partial [blocks]: each thread block sums the squares of every GLOBAL_NORM_BLOCKS-th 4 KiB of x, in fp64, so
-// that no square overflows unless the norm does. Reads 4 bytes per element: 2 G elements take 8 GB, 1.8 ms
-// at 4.5 TB/s. Memory binds, even on GPUs whose fp64 rate is 1/64 of fp32's.
+// that no square overflows unless the norm does. Memory-bound, even on GPUs whose fp64 rate is 1/64 of
+// fp32's. It reads 4 bytes per element: 2 G elements have 8 GB, which takes at least 1.8 ms at 4.5 TB/s.
 static __global__ void __launch_bounds__(256)
     sum_of_squares_kernel(double *partial, const float *x, int64_t count) {
     double sum = 0;
@@ -31,7 +31,7 @@ static __global__ void __launch_bounds__(256)
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// *sum += the sum of partial [parts], in a fixed order. One thread block; latency binds.
+// *sum += the sum of partial [parts], in a fixed order. One thread block; limited by latency.
 static __global__ void __launch_bounds__(256)
     add_squares_kernel(double *sum, const double *partial, int parts) {
     double x = 0;
@@ -42,9 +42,9 @@ static __global__ void __launch_bounds__(256)
 
 static __global__ void global_norm_kernel(float *out, const double *squares, float unscale, float clip) {
     float norm = (float)(sqrt(*squares) * unscale);
-    out[0] = norm;
-    out[1] = unscale * (clip > 0 && norm > clip ? clip / norm : 1);
-    out[2] = isfinite(norm) ? 1 : 0;
+    out[NORM_VALUE] = norm;
+    out[NORM_GRAD_SCALE] = unscale * (clip > 0 && norm > clip ? clip / norm : 1);
+    out[NORM_FINITE] = isfinite(norm) ? 1 : 0;
 }
 
 static inline int64_t global_norm_blocks(int64_t count) {
@@ -67,10 +67,10 @@ static inline void sum_of_squares(double *squares, const float *x, int64_t count
     cuda_check(cudaGetLastError());
 }
 
-// Writes out [3], given *squares, the sum of the squares of all gradients:
-//   out[0]  the gradients' norm times unscale
-//   out[1]  the factor that AdamW multiplies the gradients by: unscale, times clip/out[0] where out[0] > clip
-//   > 0 out[2]  1 where the norm is finite, else 0
+// Writes out [NORM_FIELDS], given *squares, the sum of the squares of all gradients:
+//   NORM_VALUE       the gradients' norm times unscale
+//   NORM_GRAD_SCALE  unscale; times clip / norm if 0 < clip < norm
+//   NORM_FINITE      1 if the norm is finite, else 0
 static inline void global_norm(float *out, const double *squares, float unscale, float clip,
                                cudaStream_t stream) {
     global_norm_kernel<<<1, 1, 0, stream>>>(out, squares, unscale, clip);

@@ -1,32 +1,9 @@
 // logger.h: writes the progress to the console and to DIR/log.jsonl, one JSON object per line, each flushed
-// at once. Also decides when to validate, generate text and save. `step` always counts finished steps.
+// at once. `step` always counts finished steps.
 #ifndef LLMC_LOGGER_H
 #define LLMC_LOGGER_H
 #include "utils.h"
-#include "options.h"
-
-// ----------------------------------------------------------------------------
-// Cadence
-
-// Returns whether an event every `every` steps (0: never) is due after `step` of `max_steps` steps: at step
-// 0, at multiples of `every`, and after the last step.
-static inline int cadence_due(int64_t step, int64_t every, int64_t max_steps) {
-    return every > 0 && (step % every == 0 || step == max_steps);
-}
-
-typedef struct {
-    int validate, sample, save;
-} Cadence;
-
-// Returns what is due after `step` finished steps; 0: before the first step.
-static inline Cadence cadence_at(const Options *o, int64_t step) {
-    Cadence c;
-    c.validate = o->val != NULL && cadence_due(step, o->val_every, o->max_steps);
-    c.sample = step > 0 && cadence_due(step, o->sample_every, o->max_steps);
-    c.save = o->output != NULL && step > 0 &&
-             (step == o->max_steps || cadence_due(step, o->save_every, o->max_steps));
-    return c;
-}
+#include <math.h>
 
 // Estimates the remaining seconds of steps_left steps from the `elapsed` seconds of `steps` steps; 0 if steps
 // is 0.
@@ -85,8 +62,8 @@ static inline const char *logger_format_number(char *out, size_t size, double x)
 static inline int64_t logger_parse_step(const char *line, size_t length) {
     static const char prefix[] = "{\"step\":";
     size_t prefix_bytes = sizeof prefix - 1;
-    if (length < prefix_bytes + 3 || memcmp(line, prefix, prefix_bytes) != 0 ||
-        line[length - 1] != '\n' || line[length - 2] != '}')
+    if (length < prefix_bytes + 3 || memcmp(line, prefix, prefix_bytes) != 0 || line[length - 1] != '\n' ||
+        line[length - 2] != '}')
         return -1;
     return strtoll(line + prefix_bytes, NULL, 10);
 }

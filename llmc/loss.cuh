@@ -6,10 +6,10 @@
 
 typedef struct {
     // The doubles are this GPU's first, then sums over all GPUs.
-    double loss_sum; // over the tokens of all micro-batches
-    double squares;  // sum of the squares of the gradient
-    double stop;     // above 0: a process has received a signal to stop
-    float norm[3];   // output of global_norm: norm, gradient factor, 1 where loss and norm are finite
+    double loss_sum;         // over the tokens of all micro-batches
+    double squares;          // sum of the squares of the gradient
+    double stop;             // above 0: a process has received a signal to stop
+    float norm[NORM_FIELDS]; // output of global_norm
 } StepResult;
 enum { STEP_SUMS = 3 }; // number of doubles in StepResult
 
@@ -33,13 +33,13 @@ static void loss_sum(double *sum, const float *losses, int64_t n, cudaStream_t s
     cuda_check(cudaGetLastError());
 }
 
-static __global__ void loss_guard_kernel(StepResult *r) {
-    if (!isfinite(r->loss_sum)) r->norm[2] = 0;
+static __global__ void skip_update_if_loss_not_finite_kernel(StepResult *r) {
+    if (!isfinite(r->loss_sum)) r->norm[NORM_FINITE] = 0;
 }
 
-// Called after global_norm: a loss that is not finite prevents the update, as a norm that is not finite does.
-static void loss_guard(StepResult *r, cudaStream_t stream) {
-    loss_guard_kernel<<<1, 1, 0, stream>>>(r);
+// Called after global_norm. A loss that is NaN or Inf prevents the update, like a norm that is NaN or Inf.
+static void skip_update_if_loss_not_finite(StepResult *r, cudaStream_t stream) {
+    skip_update_if_loss_not_finite_kernel<<<1, 1, 0, stream>>>(r);
     cuda_check(cudaGetLastError());
 }
 #endif

@@ -3,9 +3,9 @@
 // All matrices are row-major. cuBLASLt is column-major, so it computes the transposed product: a row-major
 // [n, c] is a column-major [c, n]. Accumulation is in fp32; the fp32 build uses no TF32.
 //
-// The same shapes give the same bits on the same GPU. The algorithm of a shape is the first one that
-// cuBLASLt's heuristic returns; algorithms are never timed against each other. Split-k algorithms are allowed
-// only where they reduce fp32 partial sums in a fixed order.
+// Matmuls are bitwise reproducible on the same GPU. The algorithm of a shape is the first one that cuBLASLt's
+// heuristic returns; algorithms are never timed against each other. Split-k algorithms are allowed only if
+// they reduce fp32 partial sums in a fixed order.
 #ifndef LLMC_MATMUL_CUH
 #define LLMC_MATMUL_CUH
 #include "cuda_common.cuh"
@@ -85,7 +85,7 @@ static inline void matmul_set_attribute(MatmulCacheEntry *c, cublasLtMatmulDescA
     cublas_check(cublasLtMatmulDescSetAttribute(c->desc, attribute, value, bytes));
 }
 
-// Fills the cache entry c of a new shape: descriptors and algorithm. Exits with an error where cuBLASLt has
+// Fills the cache entry c of a new shape: descriptors and algorithm. Exits with an error if cuBLASLt has
 // no algorithm.
 static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const MatmulShape *s,
                                       const floatX *bias) {
@@ -160,14 +160,14 @@ static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *
 }
 
 // out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c], weight [o, c], bias [o] or
-// NULL. Takes 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 are 7.7 TFLOP, 9.8 ms at 790 TFLOP/s. The tensor
-// cores bind; below about n = 300 reading the weights binds.
+// NULL. 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 have 7.7 TFLOP, which takes 9.8 ms at 790 TFLOP/s.
+// Limited by the tensor cores; below about n = 300, by reading the weights.
 static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, const floatX *weight,
                                   const floatX *bias, int64_t n, int64_t c, int64_t o, cudaStream_t stream) {
     matmul_run(mm, MatmulShape{o, n, c, c, c, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
 }
 
-// dx = dout weight, or dx += dout weight where add != 0: dx [n, c], dout [n, o] with rows ldo elements apart,
+// dx = dout weight, or dx += dout weight if add != 0: dx [n, c], dout [n, o] with rows ldo elements apart,
 // weight [o, c]. 2*n*c*o FLOPs.
 static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const floatX *dout, int64_t ldo,
                                          const floatX *weight, int64_t n, int64_t c, int64_t o,
@@ -176,8 +176,8 @@ static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const 
 }
 
 // partial [gridDim.y, o]: column sums of dout, whose rows are cut into gridDim.y parts. Each thread block
-// sums 32 packs of columns over one part: warp w of 8 sums every eighth row from w on, then the sums of the
-// warps are added in order. Reads 2*o bytes per row in 16 bits; memory binds.
+// sums 32 packs of columns over one part: warp w of 8 sums rows w, w + 8, w + 16, ..., then the sums of the
+// warps are added in order. Memory-bound. It reads 2*o bytes per row in 16 bits.
 static __global__ void __launch_bounds__(256)
     column_sums_kernel(float *partial, const floatX *dout, int64_t ldo, int64_t n, int64_t o) {
     __shared__ float sums[8][32 * PACK];

@@ -28,8 +28,8 @@ typedef struct {
     int64_t row_stride, col_stride;
 } MatmulOperand;
 
-// sums [4][PANEL] = rows i..i+3 of A times the panel, over `depth` values of k from k0 on. rows_left is the
-// number of rows of A from i on; a row past the end repeats the last row, and the caller ignores its sums.
+// sums [4][PANEL] = rows i to i + 3 of A times the panel, over k0 <= k < k0 + depth. rows_left: the number of
+// rows of A minus i. A row past the end repeats the last row, and the caller ignores its sums.
 static inline void matmul_4rows(const MatmulOperand *a, int64_t i, int64_t rows_left, int64_t k0, int depth,
                                 const real *panel, real *sums) {
     const real *a_row[4];
@@ -48,7 +48,7 @@ static inline void matmul_4rows(const MatmulOperand *a, int64_t i, int64_t rows_
     memcpy(sums, acc, sizeof acc);
 }
 
-// c = a*b, or c += a*b where add != 0. c [m, n] is row-major and contiguous; a [m, k] and b [k, n] are
+// c = a*b, or c += a*b if add != 0. c [m, n] is row-major and contiguous; a [m, k] and b [k, n] are
 // strided.
 static inline void matmul(real *c, MatmulOperand a, MatmulOperand b, int64_t m, int64_t n, int64_t k,
                           int add) {

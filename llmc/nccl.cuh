@@ -1,4 +1,4 @@
-// nccl.cuh: transfers between GPUs, one process a GPU: gradients to their owners and weights back to all
+// nccl.cuh: transfers between GPUs, one process per GPU: gradients to their owners and weights back to all
 // ranks (ZeRO, zero.h), and the keys and values of a shared batch (context_parallel.h). Needs -DMULTI_GPU;
 // without it there is one GPU and every transfer is empty.
 //
@@ -36,8 +36,8 @@ typedef struct {
     ncclComm_t world_comm;      // of all ranks
     ncclComm_t cp_comm;         // of this rank's context-parallel group
     cudaStream_t stream;        // all transfers run on it
-    cudaEvent_t compute_done;   // gpus_fork: transfers wait for it
-    cudaEvent_t transfers_done; // gpus_join: compute waits for it
+    cudaEvent_t compute_done;   // recorded and awaited by transfers_wait_for_compute
+    cudaEvent_t transfers_done; // recorded and awaited by compute_waits_for_transfers
 } Gpus;
 
 #ifdef MULTI_GPU
@@ -109,13 +109,13 @@ static void gpus_free(Gpus *g) {
 }
 
 // Transfers that are launched later wait for the work that is on `stream` now.
-static void gpus_fork(Gpus *g, cudaStream_t stream) {
+static void transfers_wait_for_compute(Gpus *g, cudaStream_t stream) {
     cuda_check(cudaEventRecord(g->compute_done, stream));
     cuda_check(cudaStreamWaitEvent(g->stream, g->compute_done, 0));
 }
 
 // Work that is launched later on `stream` waits for the transfers launched so far.
-static void gpus_join(Gpus *g, cudaStream_t stream) {
+static void compute_waits_for_transfers(Gpus *g, cudaStream_t stream) {
     cuda_check(cudaEventRecord(g->transfers_done, g->stream));
     cuda_check(cudaStreamWaitEvent(stream, g->transfers_done, 0));
 }
@@ -129,7 +129,7 @@ static void gpus_all_reduce(Gpus *g, double *x, int64_t count) {
 // Sums the gradients of unit u, which begin at `grads`, over all ranks in place. With stage 0 every rank gets
 // all sums (all-reduce, 8 bytes of traffic per element); else each rank gets those of its partition
 // (reduce-scatter, 4 bytes).
-static void gpus_reduce_unit(Gpus *g, const Zero *z, int64_t u, float *grads) {
+static void gpus_reduce_unit(Gpus *g, const ZeroPartition *z, int64_t u, float *grads) {
     const ZeroUnit *unit = &z->units[u];
     const int64_t size = unit->end - unit->begin, even = unit->partition_size * z->ranks;
     if (z->stage == 0) {
@@ -148,7 +148,7 @@ static void gpus_reduce_unit(Gpus *g, const Zero *z, int64_t u, float *grads) {
 
 // Gathers the partitions of unit u, which begins at `data` and has elements of `bytes` bytes, on all ranks in
 // place.
-static void gpus_all_gather_unit(Gpus *g, const Zero *z, int64_t u, void *data, int64_t bytes) {
+static void gpus_all_gather_unit(Gpus *g, const ZeroPartition *z, int64_t u, void *data, int64_t bytes) {
     const ZeroUnit *unit = &z->units[u];
     const int64_t part = unit->partition_size * bytes, even = part * z->ranks;
     const int64_t rest = (unit->end - unit->begin) * bytes - even;
@@ -162,7 +162,7 @@ static void gpus_all_gather_unit(Gpus *g, const Zero *z, int64_t u, void *data, 
     (void)g, (void)begin;
 }
 
-// sum[i] += x[i]. Moves 12 bytes per element; memory binds.
+// sum[i] += x[i]. Memory-bound: 12 bytes per element.
 static __global__ void __launch_bounds__(256) add_arrays_kernel(float *sum, const float *x, int64_t count) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i < count) sum[i] += x[i];
@@ -182,13 +182,13 @@ static void gpus_all_gather(Gpus *g, void *all, const void *local, int64_t bytes
 }
 
 // ---- context parallel ------------------------------------------------------------------------------------
-// Permutes the blocks of in by block_perm (context_parallel.h): scatters them from rank order to sequence
-// order, out[block_perm[i]] = in[i]; with `inverse` gathers them back, out[i] = in[block_perm[i]]. A block
-// has `packs` packs of 16 bytes; grid: x packs, y blocks. Reads and writes each byte once; memory binds.
+// Permutes the chunks of `in` by chunk_perm (context_parallel.h): scatters them from rank order to sequence
+// order, out[chunk_perm[i]] = in[i]; with `inverse` gathers them back, out[i] = in[chunk_perm[i]]. A chunk
+// has `packs` packs of 16 bytes; grid: x packs, y chunks. Memory-bound: reads and writes each byte once.
 static __global__ void __launch_bounds__(256)
-    permute_blocks_kernel(uint4 *out, const uint4 *in, const int32_t *block_perm, int64_t packs,
+    permute_chunks_kernel(uint4 *out, const uint4 *in, const int32_t *chunk_perm, int64_t packs,
                           int inverse) {
-    const int64_t rank_offset = blockIdx.y * packs, seq_offset = block_perm[blockIdx.y] * packs;
+    const int64_t rank_offset = blockIdx.y * packs, seq_offset = chunk_perm[blockIdx.y] * packs;
     const int64_t i = blockIdx.x * 256ll + threadIdx.x;
     if (i >= packs) return;
     if (inverse)
@@ -196,19 +196,19 @@ static __global__ void __launch_bounds__(256)
     else
         out[seq_offset + i] = in[rank_offset + i];
 }
-// The same for `blocks` blocks of `bytes` bytes, a multiple of 16.
-static void permute_blocks(void *out, const void *in, const int32_t *block_perm, int64_t blocks,
+// The same for `chunks` chunks of `bytes` bytes, a multiple of 16.
+static void permute_chunks(void *out, const void *in, const int32_t *chunk_perm, int64_t chunks,
                            int64_t bytes, int inverse, cudaStream_t stream) {
-    if (bytes % 16) die("context parallel: blocks of %lld bytes: must be a multiple of 16", (long long)bytes);
-    dim3 grid((unsigned)((bytes / 16 + 255) / 256), (unsigned)blocks);
-    permute_blocks_kernel<<<grid, 256, 0, stream>>>((uint4 *)out, (const uint4 *)in, block_perm, bytes / 16,
+    if (bytes % 16) die("context parallel: chunks of %lld bytes: must be a multiple of 16", (long long)bytes);
+    dim3 grid((unsigned)((bytes / 16 + 255) / 256), (unsigned)chunks);
+    permute_chunks_kernel<<<grid, 256, 0, stream>>>((uint4 *)out, (const uint4 *)in, chunk_perm, bytes / 16,
                                                     inverse);
     cuda_check(cudaGetLastError());
 }
 
 // out[row, column] = the sum over r of parts[r, row, column]: parts [num_parts, rows, width] are contiguous,
 // rows of out are `stride` elements apart, count = rows * width. Sums in fp32 in the order of r and rounds
-// once. Reads 2 bytes per element of parts and writes 2 per element of out; memory binds.
+// once. Memory-bound: reads 2 bytes per element of parts and writes 2 bytes per element of out.
 template <typename T>
 static __global__ void __launch_bounds__(256)
     sum_parts_kernel(T *out, const T *parts, int num_parts, int64_t count, int64_t width, int64_t stride) {
@@ -236,16 +236,16 @@ static void copy_columns(T *dst, int64_t dst_stride, const T *src, int64_t src_s
 }
 
 // Gathers the rows of every rank of the group: all [n, width], in sequence order. local [n/cp_size] holds
-// this rank's rows, `stride` elements apart; scratch [n, width]; block_perm [blocks] on the device. Each rank
+// this rank's rows, `stride` elements apart; scratch [n, width]; chunk_perm [chunks] on the device. Each rank
 // receives (cp_size - 1)/cp_size of the rows.
 template <typename T>
 static void gpus_all_gather_rows(Gpus *g, T *all, T *scratch, const T *local, int64_t n, int64_t width,
-                                 int64_t stride, const int32_t *block_perm, int64_t blocks) {
+                                 int64_t stride, const int32_t *chunk_perm, int64_t chunks) {
     const int64_t rows = n / g->cp_size, size = (int64_t)sizeof(T);
     T *own = scratch + g->cp_rank * rows * width;
     copy_columns(own, width, local, stride, width, rows, g->stream);
     gpus_all_gather(g, scratch, own, rows * width * size);
-    permute_blocks(all, scratch, block_perm, blocks, n / blocks * width * size, 0, g->stream);
+    permute_chunks(all, scratch, chunk_perm, chunks, n / chunks * width * size, 0, g->stream);
 }
 
 // Sums `all` [n, width], in sequence order, over the group. Each rank gets the sums of its own rows in local
@@ -253,9 +253,9 @@ static void gpus_all_gather_rows(Gpus *g, T *all, T *scratch, const T *local, in
 // gpus_all_gather_rows.
 template <typename T>
 static void gpus_reduce_scatter_rows(Gpus *g, T *local, T *all, T *scratch, int64_t n, int64_t width,
-                                     int64_t stride, const int32_t *block_perm, int64_t blocks) {
+                                     int64_t stride, const int32_t *chunk_perm, int64_t chunks) {
     const int64_t count = n / g->cp_size * width;
-    permute_blocks(scratch, all, block_perm, blocks, n / blocks * width * (int64_t)sizeof(T), 1, g->stream);
+    permute_chunks(scratch, all, chunk_perm, chunks, n / chunks * width * (int64_t)sizeof(T), 1, g->stream);
     nccl_check(ncclGroupStart());
     for (int r = 0; r < g->cp_size; r++) {
         nccl_check(ncclSend(scratch + r * count, count * sizeof(T), ncclInt8, r, g->cp_comm, g->stream));

@@ -36,7 +36,7 @@ typedef struct {
     // set by the parser
     const Preset *preset;             // NULL: init_from is a checkpoint
     unsigned char given[OPTIONS_MAX]; // [index in option_flags], 1: on the command line
-    double model_value[OPTIONS_MAX];  // [index in model_fields], where model_given
+    double model_value[OPTIONS_MAX];  // [index in model_fields], valid if model_given
     unsigned char model_given[OPTIONS_MAX];
 } Options;
 
@@ -79,8 +79,7 @@ static inline const OptionFlag *option_flags(int *count) {
         {"beta1", NULL, OPTION_REAL, OFFSET(beta1), 0, 0.999999999, "decay rate of AdamW's first moment"},
         {"beta2", NULL, OPTION_REAL, OFFSET(beta2), 0, 0.999999999, "decay rate of AdamW's second moment"},
         {"eps", NULL, OPTION_REAL, OFFSET(eps), 1e-30, 1, "epsilon of AdamW"},
-        {"clip", NULL, OPTION_REAL, OFFSET(clip), 0, 1e30,
-         "limit of the gradient's norm, to which it is clipped; 0: no clipping"},
+        {"clip", NULL, OPTION_REAL, OFFSET(clip), 0, 1e30, "maximum gradient norm; 0: no clipping"},
         {"v", NULL, OPTION_INT, OFFSET(val_every), 0, BIG, "steps between validations; 0: never"},
         {"m", NULL, OPTION_INT, OFFSET(val_batches), 0, BIG, "batches per validation; 0: all of -j"},
         {"s", NULL, OPTION_INT, OFFSET(sample_every), 0, BIG, "steps between text samples; 0: never"},
@@ -91,7 +90,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "1: only compute the loss of the checkpoint -e on the shards -j"},
         {"sample", NULL, OPTION_INT, OFFSET(sample_only), 0, 1,
          "1: only generate text with the checkpoint -e"},
-        {"prompt", NULL, OPTION_TEXT, OFFSET(prompt), 0, 0, "text that the generated text continues"},
+        {"prompt", NULL, OPTION_TEXT, OFFSET(prompt), 0, 0, "prompt for text generation"},
         {"temp", NULL, OPTION_REAL, OFFSET(temperature), 0, 1e6,
          "sampling temperature; 0: always the most likely token"},
         {"topp", NULL, OPTION_REAL, OFFSET(top_p), 1e-9, 1,
@@ -101,20 +100,19 @@ static inline const OptionFlag *option_flags(int *count) {
         {"doc-mask", NULL, OPTION_INT, OFFSET(doc_mask), 0, 1,
          "1: attention never crosses document boundaries"},
         {"skip", NULL, OPTION_INT, OFFSET(skip_nonfinite), 0, 1,
-         "when a step's loss or gradient is NaN or Inf, 0: stop; 1: skip the step"},
+         "action on a NaN or Inf loss or gradient: 0 stop, 1 skip the step"},
 #ifdef TRAINER_GPU
         {"r", "recompute", OPTION_INT, OFFSET(recompute), 0, 2,
-         "to save memory, recompute in the backward pass 0: nothing; 1: RMSNorm and SwiGLU; 2: whole layers"},
+         "activations recomputed in the backward pass to save memory: 0 none, 1 RMSNorm and SwiGLU, 2 whole "
+         "layers"},
         {"profile", NULL, OPTION_INT, OFFSET(profile_steps), 0, 10000,
-         "number of steps on random tokens to time, part by part, instead of training; 0: train"},
+         "time this many steps on random tokens instead of training; 0: off"},
         {"block-indices", NULL, OPTION_TEXT, OFFSET(block_indices), 0, 0,
          "with -val 1, file to write the block indices of the last batch to"},
         {"peak-tflops", NULL, OPTION_REAL, OFFSET(peak_tflops), 0, 1e9,
          "peak rate of the GPU in TFLOP/s, for MFU; 0: look it up by the GPU's name"},
         {"z", "zero", OPTION_INT, OFFSET(zero_stage), 0, 2,
-         "ZeRO stage, what several GPUs partition: 0: nothing; 1: fp32 weights and AdamW's moments; 2: "
-         "gradients "
-         "too"},
+         "ZeRO stage: 0 none, 1 optimizer state, 2 and gradients"},
         {"cp", NULL, OPTION_INT, OFFSET(cp_size), 1, 1 << 20,
          "context parallel size, the number of GPUs that share the tokens of each micro-batch"},
 #endif
@@ -195,8 +193,9 @@ static inline void options_help(const char *program) {
     printf("\nPresets:\n");
     const Preset *p = presets(&count);
     for (int i = 0; i < count; i++) {
-        printf("  %-12s %s: %d layers, %d channels, %d/%d heads of %d, context %d\n", p[i].name, p[i].help,
-               p[i].layers, p[i].channels, p[i].q_heads, p[i].kv_heads, p[i].head_dim, p[i].seq_len);
+        printf("  %-12s %s: %d layers, %d channels, %d query / %d KV heads, head size %d, context %d\n",
+               p[i].name, p[i].help, p[i].layers, p[i].channels, p[i].q_heads, p[i].kv_heads, p[i].head_dim,
+               p[i].seq_len);
     }
 }
 
@@ -229,7 +228,7 @@ static inline int options_find(const char *arg) {
     if (arg[0] != '-' || arg[1] == '\0') return -1;
     const char *name = arg[1] == '-' ? arg + 2 : arg + 1;
     int count;
-    if (strcmp(name, "choice") == 0) name = "block-indices"; // the former name, not in the help
+    if (strcmp(name, "choice") == 0) name = "block-indices"; // kept for old scripts, not in the help
     const OptionFlag *f = option_flags(&count);
     for (int i = 0; i < count; i++)
         if (strcmp(f[i].flag, name) == 0 || (f[i].alias && strcmp(f[i].alias, name) == 0)) return i;

@@ -18,7 +18,7 @@ typedef enum {
 
 static const char *const part_names[PART_END] = {
     "matmul", "attention_forward", "attention_backward", "norms", "embedding", "classifier", "optimizer"};
-// The key of a part in dev/results/*.jsonl, where matmuls are named "products".
+// Returns the key of a part in dev/results/*.jsonl. "products" is kept for old files.
 static inline const char *part_key(int part) {
     return part == PART_MATMUL ? "products" : part_names[part];
 }
@@ -28,7 +28,7 @@ struct Profile {
     std::vector<ProfilePart> parts; // one per mark
 };
 
-// Work that is launched on the stream after this call belongs to `part`. Does nothing where p is NULL.
+// Work that is launched on the stream after this call belongs to `part`. Does nothing if p is NULL.
 static inline void profile_mark(Profile *p, ProfilePart part, cudaStream_t stream) {
     if (!p) return;
     if (p->parts.size() == p->events.size()) {

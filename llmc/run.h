@@ -45,7 +45,7 @@ static inline void run_handle_signal(int number) {
     run_signal = number;
 }
 
-// Handles SIGINT and SIGTERM from now on.
+// Installs the handler of SIGINT and SIGTERM.
 static inline void run_install_signal_handlers(void) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
@@ -130,8 +130,7 @@ static inline void run_connect_ranks(Run *r, int argc, char **argv) {
     const CommLauncher *l = comm_find_launcher();
     if (l)
         die("%s %s: %s started several processes, but this build runs as one; start it alone, or build the "
-            "GPU "
-            "trainer with NCCL",
+            "GPU trainer with NCCL",
             l->ranks, getenv(l->ranks), l->launcher);
     r->comm.ranks = 1;
 #endif
@@ -224,13 +223,13 @@ static inline void run_print_summary(const Run *r, int64_t num_params, size_t by
     const FsaConfig *f = &c->fsa;
     const Options *o = &r->opt;
     static const char *const modes[] = {"nsa", "full", "window"};
-    printf(
-        "model: %d layers, %d channels, %d/%d heads of %d, hidden %d, vocabulary %d, %.2fM parameters, %s\n",
-        c->layers, c->channels, f->q_heads, f->kv_heads, f->head_dim, c->hidden, c->vocab_size,
-        (double)num_params * 1e-6, r->checkpoint[0] ? r->checkpoint : "new");
+    printf("model: %d layers, %d channels, %d query / %d KV heads, head size %d, hidden %d, vocabulary %d, "
+           "%.2fM parameters, %s\n",
+           c->layers, c->channels, f->q_heads, f->kv_heads, f->head_dim, c->hidden, c->vocab_size,
+           (double)num_params * 1e-6, r->checkpoint[0] ? r->checkpoint : "new");
     printf("attention: %s", modes[c->attn]);
     if (c->attn == ATTN_NSA)
-        printf(", l %d, s %d, block %d, topk %d (%d first, %d local), window %d, phi %s", f->cmp_len,
+        printf(", l %d, s %d, block %d, topk %d (%d initial, %d local), window %d, phi %s", f->cmp_len,
                f->cmp_stride, f->block, f->topk, f->init_blocks, f->local_blocks, f->window,
                f->phi == FSA_PHI_LINEAR ? "linear" : "mean");
     if (c->attn == ATTN_WINDOW) printf(", window %d", f->window);
@@ -342,7 +341,8 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
     }
 }
 
-// Sums the counts over all data-parallel ranks, in rank order, so that all processes get the same bits.
+// Sums the counts over all data-parallel ranks, in rank order, so that all processes get the same sums, bit
+// for bit.
 static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes) {
     char *all = (char *)xmalloc(bytes * (size_t)r->comm.ranks);
     comm_allgather(&r->comm, counts, bytes, all);

@@ -1,5 +1,5 @@
-// shard.h: reads and writes shards, which are files of tokens in llm.c's two formats, and the answer files of
-// the recall task.
+// shard.h: reads and writes shards, which are files of tokens in llm.c's two formats. Also reads and writes
+// the answer files of the recall task, one beside each of its shards.
 //
 // A shard has a header of 256 int32, {magic, version, count, 0, ...}, and then `count` tokens. Magic
 // 20240520, version 1: tokens of 16 bits. Magic 20240801, version 7: tokens of 32 bits. All files are

@@ -22,10 +22,10 @@ typedef struct {
     int stage, rank, ranks;
     int64_t num_units, shard_size; // shard_size: elements that this rank owns
     ZeroUnit *units;               // [num_units]
-} Zero;
+} ZeroPartition;
 
 // Sets [*begin, *end) to the partition of unit u that belongs to `rank`, in the parameter buffer.
-static inline void zero_partition(const Zero *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
+static inline void zero_partition(const ZeroPartition *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
     const ZeroUnit *unit = &z->units[u];
     *begin = unit->begin + rank * unit->partition_size;
     *end = rank < z->ranks - 1 ? *begin + unit->partition_size : unit->end;
@@ -33,16 +33,16 @@ static inline void zero_partition(const Zero *z, int64_t u, int rank, int64_t *b
 
 // Sets [*begin, *end) to the elements of unit u that `rank` owns and updates: its partition, with stage 0 the
 // whole unit.
-static inline void zero_owned(const Zero *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
+static inline void zero_owned(const ZeroPartition *z, int64_t u, int rank, int64_t *begin, int64_t *end) {
     zero_partition(z, u, rank, begin, end);
     if (z->stage == 0) *begin = z->units[u].begin, *end = z->units[u].end;
 }
 
 // Cuts the parameters of tensors [num_tensors] into units where the layer changes, and partitions each unit
-// over `ranks` ranks. One rank alone has stage 0 and one unit. Exits with an error where a unit is not
+// over `ranks` ranks. One rank alone has stage 0 and one unit. Exits with an error if a unit is not
 // aligned.
-static inline void zero_build(Zero *z, int stage, int rank, int ranks, const ParamTensor *tensors,
-                              int64_t num_tensors) {
+static inline void zero_partition_build(ZeroPartition *z, int stage, int rank, int ranks,
+                                        const ParamTensor *tensors, int64_t num_tensors) {
     memset(z, 0, sizeof *z);
     z->stage = ranks > 1 ? stage : 0, z->rank = rank, z->ranks = ranks;
     z->units = (ZeroUnit *)xcalloc((size_t)num_tensors, sizeof *z->units);
@@ -66,13 +66,13 @@ static inline void zero_build(Zero *z, int stage, int rank, int ranks, const Par
     }
 }
 
-static inline void zero_free(Zero *z) {
+static inline void zero_partition_free(ZeroPartition *z) {
     free(z->units);
     memset(z, 0, sizeof *z);
 }
 
 // Returns the index of the unit that contains parameter `offset`.
-static inline int64_t zero_find_unit(const Zero *z, int64_t offset) {
+static inline int64_t zero_find_unit(const ZeroPartition *z, int64_t offset) {
     int64_t lo = 0, hi = z->num_units;
     while (hi - lo > 1) {
         int64_t mid = (lo + hi) / 2;

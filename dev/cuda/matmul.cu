@@ -66,13 +66,13 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift) {
     for (float &v : db0) v = r->normal();
     dw_ref = dw0, db_ref = db0;
     for (int64_t i = 0; i < n; i++) std::copy_n(&dout.f[i * ldo], o, &dense[i * o]);
-    linear_forward(plain_ref.data(), x.f.data(), weight.f.data(), NULL, n, c, o);
-    linear_forward(out_ref.data(), x.f.data(), weight.f.data(), bias.f.data(), n, c, o);
+    matmul_forward(plain_ref.data(), x.f.data(), weight.f.data(), NULL, n, c, o);
+    matmul_forward(out_ref.data(), x.f.data(), weight.f.data(), bias.f.data(), n, c, o);
     bool has_bias = o % PACK == 0 && ldo % PACK == 0;
-    linear_backward(dx_ref.data(), 0, dw_ref.data(), has_bias ? db_ref.data() : NULL, dense.data(),
+    matmul_backward(dx_ref.data(), 0, dw_ref.data(), has_bias ? db_ref.data() : NULL, dense.data(),
                     x.f.data(), weight.f.data(), n, c, o);
     std::vector<float> unused((int64_t)o * c);
-    linear_backward(added_ref.data(), 1, unused.data(), NULL, dense.data(), x.f.data(), weight.f.data(), n, c,
+    matmul_backward(added_ref.data(), 1, unused.data(), NULL, dense.data(), x.f.data(), weight.f.data(), n, c,
                     o);
 
     std::vector<floatX> shifted(shift);
@@ -133,7 +133,7 @@ static void check_many_shapes(Random *r) {
     int64_t c = 2 * PACK, o = PACK, rows = MATMUL_CACHE_SIZE + 40;
     HostX x(r, rows * c, 1), weight(r, o * c, 1);
     std::vector<float> expected(rows * o);
-    linear_forward(expected.data(), x.f.data(), weight.f.data(), NULL, rows, (int)c, (int)o);
+    matmul_forward(expected.data(), x.f.data(), weight.f.data(), NULL, rows, (int)c, (int)o);
     BufferX in(x.raw), w(weight.raw), out(rows * o);
     bool good = true;
     for (int64_t i = 0; i < rows + 50; i++) {

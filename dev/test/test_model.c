@@ -49,7 +49,7 @@ static double rmsnorm_loss(void) {
     return dot(out, dout, N * C);
 }
 static double linear_loss(void) {
-    linear_forward(out, x, w, bias, N, C, O);
+    matmul_forward(out, x, w, bias, N, C, O);
     return dot(out, dout, N * O);
 }
 static double swiglu_loss(void) {
@@ -82,7 +82,7 @@ static void test_layers(void) {
     CHECK(e < 1e-6, "rmsnorm, weight: %.2e", e);
 
     reset();
-    linear_backward(dx, 0, dw, dbias, dout, x, w, N, C, O);
+    matmul_backward(dx, 0, dw, dbias, dout, x, w, N, C, O);
     e = difference_error(x, dx, N * C, 100, linear_loss);
     CHECK(e < 1e-6, "linear, x: %.2e", e);
     e = difference_error(w, dw, O * C, 100, linear_loss);
@@ -116,7 +116,7 @@ static void test_matmul(void) {
              *da = xmalloc(n * c * 8);
         real *db = xcalloc(o * c, 8);
         fill_normal(a, n * c, 5, 1), fill_normal(b, o * c, 6, 1);
-        linear_forward(y, a, b, NULL, n, c, o);
+        matmul_forward(y, a, b, NULL, n, c, o);
         double worst = 0;
         for (int i = 0; i < n; i++) {
             for (int j = 0; j < o; j++) {
@@ -125,7 +125,7 @@ static void test_matmul(void) {
                 worst = fmax(worst, fabs(sum - y[i * o + j]));
             }
         }
-        linear_backward(da, 0, db, NULL, y, a, b, n, c, o);
+        matmul_backward(da, 0, db, NULL, y, a, b, n, c, o);
         for (int i = 0; i < n; i++) {
             for (int k = 0; k < c; k++) {
                 double sum = 0;
@@ -159,7 +159,7 @@ static uint64_t block_indices_hash(void) {
     const FsaConfig *f = &model.config.fsa;
     for (int l = 0; l < model.config.layers; l++) {
         for (int64_t i = 0; i < f->kv_heads * model.n * f->topk; i++) {
-            h = rng_mix(h ^ (uint64_t)(uint32_t)model.acts[l].attn_state.block_indices[i]);
+            h = rng_mix(h ^ (uint64_t)(uint32_t)model.acts[l].saved.block_indices[i]);
         }
     }
     return h;

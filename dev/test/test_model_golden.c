@@ -54,7 +54,7 @@ static void test_case(const char *name) {
     for (int layer = 0; layer < c.layers && c.attn == ATTN_NSA; layer++) {
         char indices[32];
         snprintf(indices, sizeof indices, "layers.%d.indices", layer);
-        golden_check_ints(g, indices, model.acts[layer].attn_state.block_indices,
+        golden_check_ints(g, indices, model.acts[layer].saved.block_indices,
                           c.fsa.kv_heads * n * c.fsa.topk);
     }
 

@@ -38,8 +38,8 @@ static void test_units(void) {
     for (int i = 0; i < 4; i++)
         tensors[i].layer = i, tensors[i].offset = total, tensors[i].size = sizes[i], total += sizes[i];
     for (int stage = 0; stage <= 2; stage++) {
-        Zero z;
-        zero_build(&z, stage, gpus.rank, gpus.ranks, tensors, 4);
+        ZeroPartition z;
+        zero_partition_build(&z, stage, gpus.rank, gpus.ranks, tensors, 4);
         std::vector<float> mine(total), want(total);
         for (int64_t i = 0; i < total; i++) {
             mine[i] = number(gpus.rank, i);
@@ -67,7 +67,7 @@ static void test_units(void) {
         for (int64_t i = 0; i < total; i++) lost += weights[i] != (int16_t)(i * 5 % 30000);
         CHECK(wrong == 0 && lost == 0, "rank %d of %d, stage %d: %lld sums wrong, %lld weights lost",
               gpus.rank, gpus.ranks, stage, (long long)wrong, (long long)lost);
-        zero_free(&z);
+        zero_partition_free(&z);
     }
     double parts[3] = {gpus.rank + 1.0, 0.5, gpus.rank == 0 ? 1.0 : 0.0};
     double *sums = to_gpu(std::vector<double>(parts, parts + 3));
@@ -84,18 +84,18 @@ static void test_rows(void) {
     ModelConfig c;
     config_from_preset(&c, preset_find("recall"));
     const int64_t cu_seqlens[4] = {0, 100, 130, 96 * gpus.cp_size}, width = 8, stride = 3 * width;
-    const int64_t n = cu_seqlens[3], blocks = cp_num_blocks(n, 3, gpus.cp_size), each = n / gpus.cp_size;
-    std::vector<int32_t> place(blocks);
-    cp_assign_blocks(&c, cu_seqlens, 3, gpus.cp_size, blocks, place.data(), NULL);
+    const int64_t n = cu_seqlens[3], chunks = cp_num_chunks(n, 3, gpus.cp_size), each = n / gpus.cp_size;
+    std::vector<int32_t> place(chunks);
+    cp_assign_chunks(&c, cu_seqlens, 3, gpus.cp_size, chunks, place.data(), NULL);
     typedef __nv_bfloat16 T;
     std::vector<T> all(n * width), mine(each * width), wide(each * stride, (T)-1.0f), partial(n * width);
     for (int64_t i = 0; i < n * width; i++) all[i] = (T)(float)(i % 251);
-    cp_gather_rows(gpus.cp_size, n, blocks, place.data(), gpus.cp_rank, mine.data(), all.data(),
+    cp_gather_rows(gpus.cp_size, n, chunks, place.data(), gpus.cp_rank, mine.data(), all.data(),
                  width * sizeof(T));
     for (int64_t i = 0; i < each * width; i++) wide[i / width * stride + width + i % width] = mine[i];
     int32_t *device_place = to_gpu(place);
     T *device_wide = to_gpu(wide), *device_all = to_gpu(partial), *slots = to_gpu(partial);
-    gpus_all_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, blocks);
+    gpus_all_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, chunks);
     std::vector<T> got = from_gpu(device_all, n * width);
     int64_t wrong = 0;
     for (int64_t i = 0; i < n * width; i++) wrong += (float)got[i] != (float)all[i];
@@ -104,7 +104,7 @@ static void test_rows(void) {
     // sums up to 256 are exact in bf16
     for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.cp_rank) % 61);
     device_all = to_gpu(partial);
-    gpus_reduce_scatter_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, blocks);
+    gpus_reduce_scatter_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, chunks);
     got = from_gpu(device_wide, each * stride);
     std::vector<T> sums(n * width), want(each * width);
     for (int64_t i = 0; i < n * width; i++) {
@@ -112,7 +112,7 @@ static void test_rows(void) {
         for (int r = 0; r < gpus.cp_size; r++) sum += (float)((i + 11 * r) % 61);
         sums[i] = (T)sum;
     }
-    cp_gather_rows(gpus.cp_size, n, blocks, place.data(), gpus.cp_rank, want.data(), sums.data(),
+    cp_gather_rows(gpus.cp_size, n, chunks, place.data(), gpus.cp_rank, want.data(), sums.data(),
                  width * sizeof(T));
     wrong = 0;
     for (int64_t i = 0; i < each * stride; i++) {

@@ -14,9 +14,9 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
     int64_t total, count = param_table(c, NULL, &total), next = 0, owned = 0, max_owned = 0;
     ParamTensor *tensors = (ParamTensor *)xcalloc((size_t)count, sizeof *tensors);
     param_table(c, tensors, &total);
-    Zero z[RANKS];
+    ZeroPartition z[RANKS];
     int good = 1;
-    for (int r = 0; r < ranks; r++) zero_build(&z[r], stage, r, ranks, tensors, count);
+    for (int r = 0; r < ranks; r++) zero_partition_build(&z[r], stage, r, ranks, tensors, count);
     CHECK(z[0].num_units == (ranks > 1 ? c->layers + 2 : 1), "%s: %lld units", name,
           (long long)z[0].num_units);
     for (int64_t u = 0; u < z[0].num_units; u++) {
@@ -59,7 +59,7 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
         good &= u == expected && last_unit == expected;
     }
     CHECK(good, "%s, stage %d, %d ranks: a tensor is in another unit", name, stage, ranks);
-    for (int r = 0; r < ranks; r++) zero_free(&z[r]);
+    for (int r = 0; r < ranks; r++) zero_partition_free(&z[r]);
     free(tensors);
 }
 
@@ -83,21 +83,21 @@ static void test_zero(void) {
 // Checks that every row of the batch is a query of exactly one rank, and that gather and scatter are inverse.
 // Returns the largest work of a rank divided by the mean work.
 static double check_block_assignment(const ModelConfig *c, const int64_t *cu, int64_t num_seqs, int ranks) {
-    int64_t n = cu[num_seqs], blocks = cp_num_blocks(n, num_seqs, ranks), row = 0;
-    int32_t *block_perm = (int32_t *)xcalloc((size_t)blocks, sizeof *block_perm);
-    FsaSegment *segments = (FsaSegment *)xcalloc((size_t)(num_seqs + blocks), sizeof *segments);
+    int64_t n = cu[num_seqs], chunks = cp_num_chunks(n, num_seqs, ranks), row = 0;
+    int32_t *chunk_perm = (int32_t *)xcalloc((size_t)chunks, sizeof *chunk_perm);
+    FsaSegment *segments = (FsaSegment *)xcalloc((size_t)(num_seqs + chunks), sizeof *segments);
     int64_t *rows = (int64_t *)xcalloc((size_t)n, sizeof *rows),
             *local = (int64_t *)xcalloc((size_t)n, sizeof *local);
     unsigned char *seen = (unsigned char *)xcalloc((size_t)n, 1);
     double work[RANKS], max_work = 0, total_work = 0;
-    int good = blocks % ranks == 0 && n % blocks == 0;
-    CHECK(good, "%lld tokens, %d ranks: %lld blocks", (long long)n, ranks, (long long)blocks);
-    cp_assign_blocks(c, cu, num_seqs, ranks, blocks, block_perm, work);
+    int good = chunks % ranks == 0 && n % chunks == 0;
+    CHECK(good, "%lld tokens, %d ranks: %lld chunks", (long long)n, ranks, (long long)chunks);
+    cp_assign_chunks(c, cu, num_seqs, ranks, chunks, chunk_perm, work);
     for (int64_t i = 0; i < n; i++) rows[i] = i;
     for (int r = 0; r < ranks; r++) {
-        int64_t count = cp_segments(cu, num_seqs, ranks, blocks, block_perm, r, segments), position = 0;
-        good &= count <= num_seqs + blocks / ranks;
-        cp_gather_rows(ranks, n, blocks, block_perm, r, local, rows, sizeof *rows);
+        int64_t count = cp_segments(cu, num_seqs, ranks, chunks, chunk_perm, r, segments), position = 0;
+        good &= count <= num_seqs + chunks / ranks;
+        cp_gather_rows(ranks, n, chunks, chunk_perm, r, local, rows, sizeof *rows);
         for (int64_t i = 0; i < count; i++) {
             const FsaSegment *g = &segments[i], *previous = g - 1;
             good &= g->len > 0 && g->pos >= 0 && g->pos + g->len <= cu[g->seq + 1] - cu[g->seq];
@@ -118,12 +118,12 @@ static double check_block_assignment(const ModelConfig *c, const int64_t *cu, in
     int64_t *gathered = (int64_t *)xcalloc((size_t)n, sizeof *gathered);
     int64_t *scattered = (int64_t *)xcalloc((size_t)n, sizeof *scattered);
     for (int r = 0; r < ranks; r++, row += n / ranks)
-        cp_gather_rows(ranks, n, blocks, block_perm, r, gathered + row, rows, sizeof *rows);
-    cp_scatter_rows(n, blocks, block_perm, scattered, gathered, sizeof *rows);
+        cp_gather_rows(ranks, n, chunks, chunk_perm, r, gathered + row, rows, sizeof *rows);
+    cp_scatter_rows(n, chunks, chunk_perm, scattered, gathered, sizeof *rows);
     for (int64_t i = 0; i < n; i++) good &= scattered[i] == i;
     CHECK(good, "%lld tokens in %lld sequences, %d ranks: rows are missing, doubled or misplaced",
           (long long)n, (long long)num_seqs, ranks);
-    free(block_perm), free(segments), free(rows), free(local), free(seen), free(gathered), free(scattered);
+    free(chunk_perm), free(segments), free(rows), free(local), free(seen), free(gathered), free(scattered);
     return total_work > 0 ? max_work / (total_work / ranks) : 1;
 }
 
@@ -136,9 +136,9 @@ static void test_context_parallel(void) {
         c.attn = attn;
         double max_imbalance = 1, max_imbalance_documents = 1;
         for (int ranks = 1; ranks <= RANKS; ranks++) {
-            // one long sequence: 2 blocks per rank
+            // one long sequence: 2 chunks per rank
             int64_t cu[400] = {0, 65536 / (2 * ranks) * 2 * ranks};
-            CHECK(cp_num_blocks(cu[1], 1, ranks) == (ranks > 1 ? 2 * ranks : 1), "%d ranks", ranks);
+            CHECK(cp_num_chunks(cu[1], 1, ranks) == (ranks > 1 ? 2 * ranks : 1), "%d ranks", ranks);
             double imbalance = check_block_assignment(&c, cu, 1, ranks);
             if (imbalance > max_imbalance) max_imbalance = imbalance;
             // documents of random lengths, including 0; one of them has half of all tokens
@@ -173,14 +173,14 @@ static void test_context_parallel(void) {
     CHECK(cp_num_head_groups(f, 16384, 2) == 1 && cp_num_head_groups(f, 24576, 2) == 2 &&
               cp_num_head_groups(f, 40000, 2) == 3,
           "6 kv heads");
-    // with one sequence, rank r has blocks r and 2*ranks - 1 - r
+    // with one sequence, rank r has chunks r and 2*ranks - 1 - r
     int64_t cu[2] = {0, 8192};
-    int32_t block_perm[8];
+    int32_t chunk_perm[8];
     c.attn = ATTN_FULL;
-    cp_assign_blocks(&c, cu, 1, 4, 8, block_perm, NULL);
+    cp_assign_chunks(&c, cu, 1, 4, 8, chunk_perm, NULL);
     for (int r = 0; r < 4; r++) {
-        int32_t low = block_perm[2 * r], high = block_perm[2 * r + 1];
-        CHECK(low + high == 7 && low < 4, "rank %d has blocks %d and %d", r, low, high);
+        int32_t low = chunk_perm[2 * r], high = chunk_perm[2 * r + 1];
+        CHECK(low + high == 7 && low < 4, "rank %d has chunks %d and %d", r, low, high);
     }
 }
 

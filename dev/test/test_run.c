@@ -1,11 +1,13 @@
-// test_run.c: tests fsa_config_check, config.h, options.h, checkpoint.h and logger.h. Each error path runs in
-// a child process, and its exit code and stderr are checked. A child that writes checkpoints is killed at
-// random times.
+// test_run.c: tests fsa_config_check, config.h, mfu.h, options.h, checkpoint.h, schedule.h and logger.h. Each
+// error path runs in a child process, and its exit code and stderr are checked. A child that writes
+// checkpoints is killed at random times.
 #include "../../llmc/utils.h"
 #include "../../llmc/checkpoint.h"
 #include "../../llmc/config.h"
 #include "../../llmc/logger.h"
+#include "../../llmc/mfu.h"
 #include "../../llmc/options.h"
+#include "../../llmc/schedule.h"
 #include "test.h"
 #include <signal.h>
 #include <sys/wait.h>
