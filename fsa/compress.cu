@@ -31,7 +31,7 @@ struct CompressParams {
     float *din[2], *dweight[2], *dpe; // gradients of in, weight and pe, fp32
     int accumulate;                   // 1: add to dv; 0: overwrite dv
     // Workspace.
-    float *bias;             // [Hkv, d] forward: pe W; backward: sum of dkc (before RoPE) over all windows
+    float *head_sums;        // [Hkv, d] forward: pe W; backward: sum of dkc (before RoPE) over all windows
     void *dout_unrotated[2]; // backward: dout with the inverse RoPE on dkc; 16-bit (linear) or fp32 (mean)
 };
 
@@ -43,22 +43,22 @@ struct CompressParams {
 // latency binds.
 template <typename T, int D>
 __global__ void __launch_bounds__(1024) compress_bias_kernel(const CompressParams p) {
-    constexpr int GROUPS = 1024 / D;
-    __shared__ float sums[GROUPS][D];
-    int head = blockIdx.x, column = threadIdx.x % D, group = threadIdx.x / D, rows = p.len * D;
+    constexpr int SPLITS = 1024 / D;
+    __shared__ float sums[SPLITS][D];
+    int kv_head = blockIdx.x, column = threadIdx.x % D, split = threadIdx.x / D, rows = p.len * D;
     float sum = 0;
     if (p.pe) {
-        const T *w = (const T *)p.weight[0] + (int64_t)head * rows * D,
-                *pe = (const T *)p.pe + (int64_t)head * rows;
+        const T *w = (const T *)p.weight[0] + (int64_t)kv_head * rows * D,
+                *pe = (const T *)p.pe + (int64_t)kv_head * rows;
 #pragma unroll 8
-        for (int row = group; row < rows; row += GROUPS)
+        for (int row = split; row < rows; row += SPLITS)
             sum += to_f32(pe[row]) * to_f32(w[(int64_t)row * D + column]);
     }
-    sums[group][column] = sum;
+    sums[split][column] = sum;
     __syncthreads();
-    if (group != 0) return;
-    for (int i = 1; i < GROUPS; i++) sum += sums[i][column];
-    p.bias[head * D + column] = sum;
+    if (split != 0) return;
+    for (int i = 1; i < SPLITS; i++) sum += sums[i][column];
+    p.head_sums[kv_head * D + column] = sum;
 }
 
 // kc or vc for phi = linear. A thread block computes a 128 x d tile of one GEMM: 128 windows of one KV head
@@ -71,17 +71,19 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
     constexpr int TILE_M = 128, TILE_K = 64, A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_K * D * 2;
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_a = smem_address(shared), tile_b = tile_a + 2 * A_BYTES;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = blockIdx.z; // kv: 0 K, 1 V
-    RowTile rows = find_row_tile(p.batch.cu_windows, p.batch.num_seqs, TILE_M, blockIdx.x);
-    if (rows.rows == 0) return;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y,
+        kv = blockIdx.z; // kv: 0 K, 1 V
+    RowTile tile = find_row_tile(p.batch.cu_windows, p.batch.num_seqs, TILE_M, blockIdx.x);
+    if (tile.rows == 0) return;
 
     int64_t token_stride = (int64_t)p.kv_heads * D;
     const T *x = (const T *)p.in[kv] +
-                 (p.batch.cu_seqlens[rows.cu_index] + (int64_t)rows.first * p.stride) * token_stride + head * D;
-    const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D;
+                 (p.batch.cu_seqlens[tile.cu_index] + (int64_t)tile.first * p.stride) * token_stride +
+                 kv_head * D;
+    const T *w = (const T *)p.weight[kv] + (int64_t)kv_head * p.len * D * D;
     auto load_tiles = [&](int k0, int stage) { // columns k0 .. k0 + 63 of the l*d
         load_tile<TILE_M, TILE_K, 128>(tile_a + stage * A_BYTES, x + k0 / D * token_stride + k0 % D,
-                                       p.stride * token_stride, rows.rows);
+                                       p.stride * token_stride, tile.rows);
         load_tile<TILE_K, D, 128>(tile_b + stage * B_BYTES, w + (int64_t)k0 * D, D, TILE_K);
     };
     load_tiles(0, 0);
@@ -119,9 +121,9 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = warp * 32 + m * 16 + half * 8 + lane / 4;
-            if (row >= rows.rows) continue;
-            T *out = (T *)p.out[kv] + (rows.row + row) * token_stride + head * D;
-            int64_t position = (int64_t)(rows.first + row) * p.stride;
+            if (row >= tile.rows) continue;
+            T *out = (T *)p.out[kv] + (tile.row + row) * token_stride + kv_head * D;
+            int64_t position = (int64_t)(tile.first + row) * p.stride;
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
                 float lo[2], hi[2];
@@ -131,8 +133,8 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
                     lo[e] = acc[m][n][half * 2 + e];
                     hi[e] = acc[m][n + D / 16][half * 2 + e];
                     if (kv == 0) {
-                        lo[e] += p.bias[head * D + c];
-                        hi[e] += p.bias[head * D + c + D / 2];
+                        lo[e] += p.head_sums[kv_head * D + c];
+                        hi[e] += p.head_sums[kv_head * D + c + D / 2];
                         if (p.inv_freq) {
                             float2 cs = rope_cos_sin(position, p.inv_freq[c]);
                             float a = lo[e], b = hi[e];
@@ -154,12 +156,13 @@ template <typename T, int D>
 __global__ void __launch_bounds__(256) compress_mean_kernel(const CompressParams p) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, window = i / (D / 2) / p.kv_heads;
     if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
-    int c = i % (D / 2), head = (int)(i / (D / 2) % p.kv_heads);
+    int c = i % (D / 2), kv_head = (int)(i / (D / 2) % p.kv_heads);
     int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window),
             token_stride = (int64_t)p.kv_heads * D;
-    int64_t start = (window - p.batch.cu_windows[seq]) * p.stride, out = window * token_stride + head * D + c;
+    int64_t start = (window - p.batch.cu_windows[seq]) * p.stride,
+            out = window * token_stride + kv_head * D + c;
     for (int kv = 0; kv < 2; kv++) {
-        const T *x = (const T *)p.in[kv] + (p.batch.cu_seqlens[seq] + start) * token_stride + head * D + c;
+        const T *x = (const T *)p.in[kv] + (p.batch.cu_seqlens[seq] + start) * token_stride + kv_head * D + c;
         float lo = 0, hi = 0;
         for (int r = 0; r < p.len; r++) {
             lo += to_f32(x[r * token_stride]);
@@ -187,10 +190,10 @@ template <typename Out, int D>
 __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const CompressParams p) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, window = i / (D / 2) / p.kv_heads;
     if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
-    int c = i % (D / 2), head = (int)(i / (D / 2) % p.kv_heads);
+    int c = i % (D / 2), kv_head = (int)(i / (D / 2) % p.kv_heads);
     int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
     int64_t start = (window - p.batch.cu_windows[seq]) * p.stride,
-            offset = (window * p.kv_heads + head) * D + c;
+            offset = (window * p.kv_heads + kv_head) * D + c;
     for (int kv = 0; kv < 2; kv++) {
         float lo = p.dout[kv][offset], hi = p.dout[kv][offset + D / 2];
         if (kv == 0 && p.inv_freq) {
@@ -209,17 +212,17 @@ __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const Compre
 // read l/s times from L2; memory bandwidth binds.
 template <int D>
 __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const CompressParams p) {
-    int row_size = p.kv_heads * D;
-    int64_t offset = (blockIdx.x * 256ll + threadIdx.x) * 4, row = offset / row_size;
-    if (row >= p.batch.n) return;
-    int64_t seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, row), window0 = p.batch.cu_windows[seq];
-    int t = (int)(row - p.batch.cu_seqlens[seq]), windows = (int)(p.batch.cu_windows[seq + 1] - window0);
+    int token_stride = p.kv_heads * D;
+    int64_t offset = (blockIdx.x * 256ll + threadIdx.x) * 4, token = offset / token_stride;
+    if (token >= p.batch.n) return;
+    int64_t seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, token), window0 = p.batch.cu_windows[seq];
+    int t = (int)(token - p.batch.cu_seqlens[seq]), windows = (int)(p.batch.cu_windows[seq + 1] - window0);
     int first = t < p.len ? 0 : (t - p.len) / p.stride + 1, last = min(t / p.stride, windows - 1);
     for (int kv = 0; kv < 2; kv++) {
         float4 sum = make_float4(0, 0, 0, 0), *out = (float4 *)(p.din[kv] + offset);
         for (int i = first; i <= last; i++) {
-            float4 x = *(const float4 *)((const float *)p.dout_unrotated[kv] + (window0 + i) * row_size +
-                                         offset - row * row_size);
+            float4 x = *(const float4 *)((const float *)p.dout_unrotated[kv] + (window0 + i) * token_stride +
+                                         offset - token * token_stride);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
         }
         float4 old = kv && p.accumulate ? *out : make_float4(0, 0, 0, 0);
@@ -240,15 +243,15 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_a = smem_address(shared), tile_b = tile_a + 2 * A_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int tiles = gridDim.x / p.stride, r0 = blockIdx.x / tiles, head = blockIdx.y, kv = blockIdx.z;
+    int tiles = gridDim.x / p.stride, r0 = blockIdx.x / tiles, kv_head = blockIdx.y, kv = blockIdx.z;
     RowTile tokens =
         find_row_tile(p.batch.cu_seqlens, p.batch.num_seqs, TILE_M * p.stride, blockIdx.x % tiles);
     if (tokens.rows == 0) return;
     int stride0 = tokens.first / p.stride;
     int64_t token_stride = (int64_t)p.kv_heads * D, window0 = p.batch.cu_windows[tokens.cu_index];
     int windows = (int)(p.batch.cu_windows[tokens.cu_index + 1] - window0);
-    const T *dy = (const T *)p.dout_unrotated[kv] + window0 * token_stride + head * D;
-    const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D;
+    const T *dy = (const T *)p.dout_unrotated[kv] + window0 * token_stride + kv_head * D;
+    const T *w = (const T *)p.weight[kv] + (int64_t)kv_head * p.len * D * D;
 
     auto load_tiles = [&](int k0, int stage) { // k0 = a*D + channel
         int window = stride0 - k0 / D;         // c - a of the tile's first row
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
         for (int half = 0; half < 2; half++) {
             int t = (warp * 32 + m * 16 + half * 8 + lane / 4) * p.stride + r0;
             if (t >= tokens.rows) continue;
-            float *out = p.din[kv] + (tokens.row + t) * token_stride + head * D + lane % 4 * 2;
+            float *out = p.din[kv] + (tokens.row + t) * token_stride + kv_head * D + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
                 float2 x = make_float2(acc[m][n][half * 2], acc[m][n][half * 2 + 1]),
@@ -317,20 +320,20 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
 // added in order. Reads 2*d bytes per window and head; latency binds.
 template <typename T, int D>
 __global__ void __launch_bounds__(1024) compress_sum_dkc_kernel(const CompressParams p) {
-    constexpr int GROUPS = 1024 / D;
-    __shared__ float sums[GROUPS][D];
-    int head = blockIdx.x, column = threadIdx.x % D, group = threadIdx.x / D;
+    constexpr int SPLITS = 1024 / D;
+    __shared__ float sums[SPLITS][D];
+    int kv_head = blockIdx.x, column = threadIdx.x % D, split = threadIdx.x / D;
     int64_t windows = p.batch.cu_windows[p.batch.num_seqs];
     float sum = 0;
 #pragma unroll 8
-    for (int64_t i = group; i < windows; i += GROUPS) {
-        sum += to_f32(((const T *)p.dout_unrotated[0])[(i * p.kv_heads + head) * D + column]);
+    for (int64_t i = split; i < windows; i += SPLITS) {
+        sum += to_f32(((const T *)p.dout_unrotated[0])[(i * p.kv_heads + kv_head) * D + column]);
     }
-    sums[group][column] = sum;
+    sums[split][column] = sum;
     __syncthreads();
-    if (group != 0) return;
-    for (int i = 1; i < GROUPS; i++) sum += sums[i][column];
-    p.bias[head * D + column] = sum;
+    if (split != 0) return;
+    for (int i = 1; i < SPLITS; i++) sum += sums[i][column];
+    p.head_sums[kv_head * D + column] = sum;
 }
 
 // dpe[h, row] += <W[h, row], bias[h]>. A warp computes one row. Reads W once; memory bandwidth binds.
@@ -339,9 +342,9 @@ __global__ void __launch_bounds__(256) compress_dpe_kernel(const CompressParams 
     int64_t row = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (row >= (int64_t)p.kv_heads * p.len * D) return;
-    const float *bias = p.bias + row / (p.len * D) * D;
+    const float *dkc_sum = p.head_sums + row / (p.len * D) * D;
     float sum = 0;
-    for (int i = lane; i < D; i += 32) sum += to_f32(((const T *)p.weight[0])[row * D + i]) * bias[i];
+    for (int i = lane; i < D; i += 32) sum += to_f32(((const T *)p.weight[0])[row * D + i]) * dkc_sum[i];
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (lane == 0) p.dpe[row] += sum;
 }
@@ -355,7 +358,8 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     constexpr int TILE_K = 64, TILE_BYTES = TILE_K * D * 2, M = D / 64; // M: 16-row MMA tiles of a warp
     extern __shared__ __align__(128) char shared[];
     uint32_t tile_x = smem_address(shared), tile_dy = tile_x + 2 * TILE_BYTES;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = blockIdx.x, head = blockIdx.y, kv = blockIdx.z;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = blockIdx.x, kv_head = blockIdx.y,
+        kv = blockIdx.z;
     int64_t token_stride = (int64_t)p.kv_heads * D, seq = -1, window0 = 0;
     int i0 = 0, windows = 0; // first window of the next tile, and the windows of its sequence
     auto next_tile = [&]() {
@@ -371,10 +375,11 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     auto load_tiles = [&](int stage) {
         int64_t first = p.batch.cu_seqlens[seq] + (int64_t)i0 * p.stride + r;
         load_tile<TILE_K, D, 128>(tile_x + stage * TILE_BYTES,
-                                  (const T *)p.in[kv] + first * token_stride + head * D,
+                                  (const T *)p.in[kv] + first * token_stride + kv_head * D,
                                   p.stride * token_stride, windows - i0);
         load_tile<TILE_K, D, 128>(tile_dy + stage * TILE_BYTES,
-                                  (const T *)p.dout_unrotated[kv] + (window0 + i0) * token_stride + head * D,
+                                  (const T *)p.dout_unrotated[kv] + (window0 + i0) * token_stride +
+                                      kv_head * D,
                                   token_stride, windows - i0);
     };
     float acc[M][D / 8][4] = {};
@@ -411,7 +416,7 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     for (int m = 0; m < M; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int64_t row = ((int64_t)head * p.len + r) * D + (warp * M + m) * 16 + half * 8 + lane / 4;
+            int64_t row = ((int64_t)kv_head * p.len + r) * D + (warp * M + m) * 16 + half * 8 + lane / 4;
             float pe = kv == 0 && p.pe ? to_f32(((const T *)p.pe)[row]) : 0;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
@@ -420,8 +425,8 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
                 x.x += acc[m][n][half * 2];
                 x.y += acc[m][n][half * 2 + 1];
                 if (kv == 0 && p.pe) {
-                    x.x += pe * p.bias[head * D + column];
-                    x.y += pe * p.bias[head * D + column + 1];
+                    x.x += pe * p.head_sums[kv_head * D + column];
+                    x.y += pe * p.head_sums[kv_head * D + column + 1];
                 }
                 *out = x;
             }
@@ -434,7 +439,7 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
 static size_t round_up(size_t bytes) {
     return (bytes + 255) / 256 * 256;
 }
-static size_t bias_bytes(const FsaConfig *c) {
+static size_t head_sums_bytes(const FsaConfig *c) {
     return round_up(sizeof(float) * c->kv_heads * c->head_dim);
 }
 static size_t dout_unrotated_bytes(const FsaConfig *c, const BatchLayout *batch) {
@@ -443,7 +448,7 @@ static size_t dout_unrotated_bytes(const FsaConfig *c, const BatchLayout *batch)
 }
 
 size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward) {
-    return bias_bytes(c) + (backward ? 2 * dout_unrotated_bytes(c, batch) : 0);
+    return head_sums_bytes(c) + (backward ? 2 * dout_unrotated_bytes(c, batch) : 0);
 }
 
 static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout *batch, const void *k,
@@ -453,12 +458,12 @@ static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout
     s.batch = *batch;
     s.in[0] = k, s.in[1] = v, s.weight[0] = wk, s.weight[1] = wv, s.pe = pe, s.inv_freq = inv_freq;
     s.kv_heads = c->kv_heads, s.len = c->cmp_len, s.stride = c->cmp_stride;
-    s.bias = (float *)scratch;
+    s.head_sums = (float *)scratch;
     return s;
 }
 
 template <typename T, int D>
-static int launch_forward(const FsaConfig *c, const CompressParams &p, cudaStream_t stream) {
+static int compress_forward(const FsaConfig *c, const CompressParams &p, cudaStream_t stream) {
     int64_t windows = fsa_max_windows(c, &p.batch);
     if (windows == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) {
@@ -480,11 +485,11 @@ int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype 
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.out[0] = kc, s.out[1] = vc;
-    return FSA_DISPATCH(dtype, c->head_dim, launch_forward, c, s, stream);
+    return FSA_DISPATCH(dtype, c->head_dim, compress_forward, c, s, stream);
 }
 
 template <typename T, int D>
-static int launch_backward(const FsaConfig *c, const CompressParams &p, cudaStream_t stream) {
+static int compress_backward(const FsaConfig *c, const CompressParams &p, cudaStream_t stream) {
     int64_t windows = fsa_max_windows(c, &p.batch), threads = windows * p.kv_heads * (D / 2);
     unsigned rope_blocks = (unsigned)((threads + 255) / 256);
     if (p.batch.n == 0) return FSA_OK;
@@ -519,7 +524,7 @@ int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.dout[0] = dkc, s.dout[1] = dvc, s.din[0] = dk, s.din[1] = dv, s.accumulate = accumulate;
     s.dweight[0] = dwk, s.dweight[1] = dwv, s.dpe = dpe;
-    s.dout_unrotated[0] = (char *)scratch + bias_bytes(c);
+    s.dout_unrotated[0] = (char *)scratch + head_sums_bytes(c);
     s.dout_unrotated[1] = (char *)s.dout_unrotated[0] + dout_unrotated_bytes(c, batch);
-    return FSA_DISPATCH(dtype, c->head_dim, launch_backward, c, s, stream);
+    return FSA_DISPATCH(dtype, c->head_dim, compress_backward, c, s, stream);
 }

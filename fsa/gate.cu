@@ -31,12 +31,12 @@ template <typename T> static __device__ __forceinline__ float load1(const void *
 template <typename T, int D, int BRANCHES>
 __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams p) {
     constexpr int LANES = D / 8, HEADS = 32 / LANES; // lanes per head, heads at once
-    int64_t token = blockIdx.x * 8ll + threadIdx.x / 32;
+    int64_t query = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
-    if (token * p.q_heads >= p.rows) return;
-    float token_sum[BRANCHES] = {}; // dlogits of the token, if per_token
+    if (query * p.q_heads >= p.rows) return;
+    float query_sum[BRANCHES] = {}; // dlogits of the token, if per_token
     for (int head0 = 0; head0 < p.q_heads; head0 += 32) {
-        const int64_t row0 = token * p.q_heads + head0;
+        const int64_t row0 = query * p.q_heads + head0;
         const int heads = min(32, p.q_heads - head0);
         float dots[BRANCHES] = {}; // delta of head head0 + lane
 #pragma unroll 2
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
             if (lane < heads) {
                 float lse = p.lse[i][row], shift = 0;
                 if (p.logits) {
-                    float x = load1<T>(p.logits, (p.per_token ? token : row) * 3 + i), gate = sigmoid(x);
+                    float x = load1<T>(p.logits, (p.per_token ? query : row) * 3 + i), gate = sigmoid(x);
                     shift = x > 0 ? log1pf(__expf(-x)) : log1pf(__expf(x)) - x; // -ln(gate)
                     dlogit = dots[i] * gate * (1 - gate);
                     if (!p.per_token) ((T *)p.dlogits)[row * 3 + i] = (T)dlogit;
@@ -77,50 +77,45 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
             }
             if (p.per_token) {
                 for (int j = 16; j > 0; j /= 2) dlogit += __shfl_xor_sync(0xffffffffu, dlogit, j);
-                token_sum[i] += dlogit;
+                query_sum[i] += dlogit;
             }
         }
     }
     if (p.per_token && lane == 0) {
-        for (int i = 0; i < BRANCHES; i++) ((T *)p.dlogits)[token * 3 + i] = (T)token_sum[i];
+        for (int i = 0; i < BRANCHES; i++) ((T *)p.dlogits)[query * 3 + i] = (T)query_sum[i];
     }
 }
 
-#define FOR_TYPE_AND_DIM(launch)                                                                             \
-    if (type == FSA_BF16 && c->head_dim == 128)                                                              \
-        launch(__nv_bfloat16, 128);                                                                          \
-    else if (type == FSA_BF16 && c->head_dim == 64)                                                          \
-        launch(__nv_bfloat16, 64);                                                                           \
-    else if (type == FSA_FP16 && c->head_dim == 128)                                                         \
-        launch(__half, 128);                                                                                 \
-    else if (type == FSA_FP16 && c->head_dim == 64)                                                          \
-        launch(__half, 64);                                                                                  \
-    else                                                                                                     \
-        return FSA_ERROR_CONFIG
+template <typename T, int D>
+static int launch_gate_backward(const BwdPreprocessParams &p, unsigned grid, cudaStream_t stream) {
+    bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(p);
+    return launch_status();
+}
+template <typename T, int D>
+static int launch_bwd_preprocess(const BwdPreprocessParams &p, unsigned grid, cudaStream_t stream) {
+    bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(p);
+    return launch_status();
+}
 
-int fsa_gate_backward(const FsaConfig *c, FsaDtype type, int64_t nq, const void *logits,
+int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
+    if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     BwdPreprocessParams p = {
         nq * c->q_heads, c->q_heads, c->gate_per_token, logits, {o_branch[0], o_branch[1], o_branch[2]}};
     p.dout = dout, p.dlogits = dlogits;
     for (int i = 0; i < 3; i++) p.lse[i] = lse[i], p.delta[i] = delta[i], p.lse_bwd[i] = lse_bwd[i];
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(p)
-    FOR_TYPE_AND_DIM(LAUNCH);
-#undef LAUNCH
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    return FSA_DISPATCH(dtype, c->head_dim, launch_gate_backward, p, grid, stream);
 }
 
-int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype type, int64_t nq, const void *o, const float *lse,
+int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
                        const void *dout, float *delta, float *lse_bwd, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
+    if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     BwdPreprocessParams p = {nq * c->q_heads, c->q_heads, 0,         NULL, {o}, dout,
                              {lse},           {delta},    {lse_bwd}, NULL};
     unsigned grid = (unsigned)((nq + 7) / 8);
-#define LAUNCH(T, D) bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(p)
-    FOR_TYPE_AND_DIM(LAUNCH);
-#undef LAUNCH
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    return FSA_DISPATCH(dtype, c->head_dim, launch_bwd_preprocess, p, grid, stream);
 }

@@ -1,4 +1,6 @@
-// kernels.h: the launchers of all steps, a section a file. README.md shows which step reads and writes what.
+// kernels.h: the launchers of all steps, one section per file. README.md shows which step reads and writes
+// what. The header is internal to the library, except that the GPU trainer also calls fsa_rope_queries and
+// fsa_rope_keys here, and fsa_batch_layout in batch.cuh.
 //
 // Conventions. c and batch are on the host and checked by the caller (api.cu); every other pointer is a
 // device pointer. A void array has the 16-bit type `dtype`. Nq, N, M, T, Hq, Hkv, g, d are those of fsa.h. A
@@ -16,47 +18,52 @@ static inline float softmax_scale(const FsaConfig *c) {
 }
 
 // ---- rope.cu ----------------------------------------------------------------------------------------
-// RoPE: out = x rotated by position * inv_freq, in 16 bits. fsa_rope_queries: x, out [Nq, Hq, d], positions
-// from the segments. fsa_rope_keys: x, out [N, Hkv, d], positions within the sequences. inv_freq [d/2]
-// double, radians per token; NULL copies x. out may be x. Return FSA_ERROR_CONFIG unless d is 64 or 128.
+// RoPE of queries: out = x rotated by position * inv_freq, x and out [Nq, Hq, d]. The positions come from the
+// segments. inv_freq [d/2] double, radians per token; NULL copies x. out may be x. Returns FSA_ERROR_CONFIG
+// unless d is 64 or 128.
 int fsa_rope_queries(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
                      const double *inv_freq, void *out, cudaStream_t stream);
+// RoPE of keys: x and out [N, Hkv, d]. The position of a key is its index in its sequence. Otherwise as
+// fsa_rope_queries.
 int fsa_rope_keys(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
                   const double *inv_freq, void *out, cudaStream_t stream);
 
-// dq_accum is the fp32 accumulator of dQ, rows [Hkv, Nq, g] of d. So the rows of consecutive tokens of a KV
-// head are one contiguous piece of memory, which a bulk copy can add. Chunk i of a row, 8 floats, is stored
-// as chunk i ^ (row % 4): kernels hold tiles in shared memory in this layout, where threads that write the
-// same chunk of neighbouring rows then use different banks.
+// ---- dq_accum: its layout, and its conversion to dq in rope.cu --------------------------------------
+// dq_accum is the fp32 accumulator of dQ: rows [Hkv, Nq, g] of d floats. The rows of consecutive queries of a
+// KV head are contiguous, so one bulk copy can add them. Chunk i of a row, 8 floats, is stored as chunk
+// i ^ (row % 4). Kernels hold tiles in shared memory in this layout: threads that write the same chunk of
+// neighbouring rows then use different banks.
 //
-// Return the row of a (token, KV head)'s first query head, the row of a (token, query head), and where a row
-// stores chunk `chunk`.
-__host__ __device__ static inline int64_t dq_accum_group_row(int64_t nq, int g, int64_t token, int kv_head) {
-    return (kv_head * nq + token) * g;
+// Returns the row of (query, first query head of kv_head). nq: queries of the batch; g: heads of the group.
+__host__ __device__ static inline int64_t dq_accum_group_row(int64_t nq, int g, int64_t query, int kv_head) {
+    return (kv_head * nq + query) * g;
 }
-__host__ __device__ static inline int64_t dq_accum_row(int64_t nq, int g, int64_t token, int head) {
-    return dq_accum_group_row(nq, g, token, head / g) + head % g;
+// Returns the row of (query, query head).
+__host__ __device__ static inline int64_t dq_accum_row(int64_t nq, int g, int64_t query, int head) {
+    return dq_accum_group_row(nq, g, query, head / g) + head % g;
 }
+// Returns the index at which a row stores its chunk `chunk`.
 __host__ __device__ static inline int dq_accum_chunk(int64_t row, int chunk) {
     return chunk ^ (int)(row & 3);
 }
-// dq [Nq, Hq, d] = dq_accum, rounded to 16 bits. Returns FSA_ERROR_CONFIG unless d is 64 or 128.
+// Computes dq [Nq, Hq, d]: dq_accum rounded to 16 bits. Returns FSA_ERROR_CONFIG unless d is 64 or 128.
 int fsa_convert_dq(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const float *dq_accum,
                    void *dq, cudaStream_t stream);
 
 // ---- compress.cu ------------------------------------------------------------------------------------
-// Compression phi: k, v [N, Hkv, d] before RoPE -> kc, vc [M, Hkv, d], kc rotated to position s*i of window
-// i. phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l, d] or NULL. phi = mean: all NULL. inv_freq [d/2] double;
-// NULL rotates nothing. scratch: fsa_compress_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_CONFIG
-// unless d is 64 or 128.
+// Returns the bytes of `scratch` below.
 size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward);
+// Compression phi: computes kc, vc [M, Hkv, d] from k, v [N, Hkv, d] before RoPE. Window i of kc is rotated
+// to position s*i. phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l, d] or NULL. phi = mean: all NULL. inv_freq
+// [d/2] double; NULL rotates nothing. scratch: fsa_compress_scratch_bytes bytes, aligned to 16. Returns
+// FSA_ERROR_CONFIG unless d is 64 or 128.
 int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                          const void *v, const void *wk, const void *pe, const void *wv,
                          const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream);
-// Its backward pass, from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d]. Overwrites dk, fp32 [N, Hkv, d],
-// the gradient of k before RoPE. dv, fp32 [N, Hkv, d]: overwritten (accumulate = 0) or added to (1). phi =
-// linear: adds to dwk, dpe, dwv, fp32 of the shapes of wk, pe, wv; phi = mean: these are NULL. Errors as in
-// forward.
+// Computes the gradients of fsa_compress_forward from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d].
+// Overwrites dk, fp32 [N, Hkv, d], the gradient of k before RoPE. dv, fp32 [N, Hkv, d], is overwritten
+// (accumulate = 0) or added to (1). phi = linear: adds to dwk, dpe, dwv, fp32 of the shapes of wk, pe, wv;
+// phi = mean: these are NULL. Errors as in forward.
 int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                           const void *v, const void *wk, const void *pe, const void *wv,
                           const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
@@ -64,18 +71,19 @@ int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype
                           cudaStream_t stream);
 
 // ---- dense.cu ---------------------------------------------------------------------------------------
-// Dense attention: every key that the rule shows a query. rule: FSA_CAUSAL, FSA_WINDOW, or FSA_COMPRESSED,
+// Dense attention over all keys that are visible under a rule: FSA_CAUSAL, FSA_WINDOW, or FSA_COMPRESSED,
 // whose k and v are kc and vc. o = softmax(scale q k^T) v, lse = ln sum exp(scale q k^T). q, o [Nq, Hq, d];
 // k, v [N or M, Hkv, d]; q and k rotated; lse fp32 [Nq, Hq], -inf for a row without keys, whose o is 0.
 // Returns FSA_ERROR_CONFIG for FSA_SELECTED, or unless d is 64 or 128.
 int fsa_dense_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                       const void *q, const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
-// The same over the keys of a query's initial and local blocks (Hopper only): a partial result of the
-// selected branch, normalized over these keys.
+// The same over the keys of a query's initial and local blocks (Hopper only). The result is a partial result
+// of the selected branch, normalized over these keys.
 int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                                  const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
 
-// Backward pass of fsa_dense_forward. With P = exp(scale q k^T - lse_bwd), dS = P (dout v^T - delta):
+// Computes the gradients of fsa_dense_forward. With P = exp(scale q k^T - lse_bwd), which is gate * softmax,
+// and dS = P (dout v^T - delta):
 //   dq += scale dS k      dk += scale dS^T q      dv += P^T dout
 // The gradients are fp32, so that branches add up without rounding: dq in the layout of dq_accum; dk, dv
 // [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0: overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq,
@@ -89,27 +97,33 @@ int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dt
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                        int accumulate_dkv, void *scratch, cudaStream_t stream);
 
-// Backward pass of the window, which overwrites dq, dk and dv. It also adds the selected branch's gradients
-// of a query's last fsa_window_backward_local_blocks(c) blocks: local_blocks on Hopper, if they lie inside
-// the window and B is a multiple of 64; otherwise 0. lse_bwd, delta: [0] of the selected branch, [1] of the
-// window. Arrays, scratch and errors as in fsa_dense_backward.
-int fsa_window_backward_local_blocks(const FsaConfig *c);
+// Returns how many of a query's local blocks fsa_window_backward handles for the selected branch: all
+// local_blocks on Hopper, if they lie inside the window and B is a multiple of 64; otherwise 0.
+int fsa_local_blocks_in_window_backward(const FsaConfig *c);
+// Computes the gradients of the sliding branch, and those of the selected branch over a query's last
+// fsa_local_blocks_in_window_backward(c) blocks. Overwrites dq, dk and dv with the sums of both.
+// lse_bwd and delta hold two branches:
+//   lse_bwd[0], delta[0]    selected branch
+//   lse_bwd[1], delta[1]    sliding branch
+// Arrays, scratch and errors as in fsa_dense_backward.
 int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                         const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *scratch,
                         cudaStream_t stream);
 
 // ---- topk.cu ----------------------------------------------------------------------------------------
-// Block selection: block scores from q [Nq, Hq, d], kc [M, Hkv, d] (both rotated) and lse_c fp32 [Nq, Hq],
-// the compressed branch's -> block_indices [Hkv, Nq, T] of the T best blocks. fsa_topk calls one of the other
-// two: sm90/topk.cu on Hopper if fsa_topk_sm90_supports(c), which is T - init_blocks - local_blocks <= 16;
-// else sm80/topk.cu. Return FSA_ERROR_CONFIG unless d is 64 or 128; sm80 also if the lists of the best blocks
-// exceed its shared memory.
+// Block selection: computes block scores from q [Nq, Hq, d] and kc [M, Hkv, d], both rotated, and lse_c, fp32
+// [Nq, Hq]: lse of the compressed branch. Writes block_indices [Hkv, Nq, T]. Calls fsa_topk_sm90 on Hopper if
+// it supports c, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128, and the errors of
+// the function that it calls.
 int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
              const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+// The same by sm80/topk.cu. Returns FSA_ERROR_CONFIG if the lists of free blocks exceed its shared memory.
 int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+// Returns whether there are at most 16 free blocks: T - init_blocks - local_blocks <= 16.
 bool fsa_topk_sm90_supports(const FsaConfig *c);
+// The same by sm90/topk.cu. c must be supported.
 int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 
@@ -117,31 +131,35 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
 // Query lists: for every (KV head, slab of queries) the entries query*T + slot in CSR form, ordered by the
 // block that the slot names, within a block by query. Blocks are counted over all sequences (cu_blocks).
 struct QueryLists {
-    int64_t slab_rows, num_slabs;  // queries of a slab; slabs
+    int64_t slab_queries, num_slabs; // queries per slab; number of slabs
     int64_t max_blocks;            // bound on the blocks of all sequences
-    int num_splits;                // thread blocks that sort one slab's rows, each a contiguous part of them
+    int num_splits;                // thread blocks that sort one slab, each a contiguous part of its queries
     int init_blocks, local_blocks; // a query's first and last blocks that the lists leave out
-    uint32_t *entries;             // [Hkv, Nq*T]; an entry is query*T + slot; slab i begins at i*slab_rows*T
-    uint32_t *offsets; // [Hkv, num_slabs, max_blocks + 1] where a block's list begins in its slab's entries
+    // [Hkv, Nq*T]; an entry is query*T + slot; slab i begins at i*slab_queries*T.
+    uint32_t *entries;
+    // [Hkv, num_slabs, max_blocks + 1]: the position in its slab's entries at which a block's list begins.
+    uint32_t *offsets;
 };
 enum { FSA_MAX_SLAB = 65536 };
 // fsa_query_lists_at returns lists whose arrays are in `memory`, fsa_query_lists_bytes bytes, aligned to 256.
-// slab_rows: queries of a slab, at most FSA_MAX_SLAB. The lists leave out no block until the caller sets
-// init_blocks and local_blocks. The sizes grow with the batch if slab_rows is fsa_selected_slab_rows.
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows);
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows, void *memory);
+// slab_queries: queries per slab, at most FSA_MAX_SLAB. The lists leave out no block until the caller sets
+// init_blocks and local_blocks. The sizes grow with the batch if slab_queries is fsa_selected_slab_queries.
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries,
+                              void *memory);
 // Fills the entries and offsets from block_indices [Hkv, Nq, T]. Entries that are negative or not causal are
 // left out. scratch: fsa_query_lists_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_ARGUMENT if
-// slab_rows > FSA_MAX_SLAB, Nq*T >= 2^31, max_blocks >= 2^30, or num_slabs > 65,535.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows);
+// slab_queries > FSA_MAX_SLAB, Nq*T >= 2^31, max_blocks >= 2^30, or num_slabs > 65,535.
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries);
 int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
                     const QueryLists *lists, void *scratch, cudaStream_t stream);
 
 // ---- gate.cu ----------------------------------------------------------------------------------------
-// Backward pass of o = sum over the branches of gate * o_branch, gate = sigmoid(logits), without the
-// branches' attention. The three branches are in the order compressed, selected, sliding. For each of them:
+// Computes the gradients of o = sum over the branches of gate * o_branch, gate = sigmoid(logits): those of
+// the logits, and delta and lse_bwd for the branches' backward passes. The three branches are in the order
+// compressed, selected, sliding. For each of them:
 //   delta = <dout, o_branch>      lse_bwd = lse - ln(gate)      dlogits = delta gate (1 - gate)
-// exp(s - lse_bwd) = gate * P, so the branches' backward passes read dout as it is, not gate * dout. A row
+// exp(s - lse_bwd) is gate * P, so the branches' backward passes read dout and not gate * dout. A row
 // without keys (lse = -inf) has lse_bwd = +inf, so its probabilities are 0. logits, dlogits [Nq, Hq, 3], or
 // [Nq, 3] with gate_per_token (dlogits then sums over the heads); o_branch[i], dout [Nq, Hq, d]; lse[i],
 // delta[i], lse_bwd[i] fp32 [Nq, Hq]. Overwrites delta, lse_bwd and dlogits. Returns FSA_ERROR_CONFIG unless
@@ -149,14 +167,14 @@ int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t 
 int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream);
-// delta and lse_bwd of one branch without a gate: lse_bwd = lse, +inf for a row without keys. lse_bwd may be
-// NULL: lse serves if every row has a key.
+// Computes delta and lse_bwd of one branch without a gate: lse_bwd = lse, or +inf for a row without keys.
+// lse_bwd may be NULL: if every row has a key, the backward pass can read lse instead.
 int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
                        const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
 
 // ---- selected.cu, selected_combine.cu ---------------------------------------------------------------
-// Returns the queries of one slab of the selected branch's forward pass.
-int64_t fsa_selected_slab_rows(const FsaConfig *c, const BatchLayout *batch);
+// Returns the queries per slab of the selected branch's forward pass.
+int64_t fsa_selected_slab_queries(const FsaConfig *c, const BatchLayout *batch);
 // Returns the bytes of `scratch` below, which holds the query lists and the partial rows.
 size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, int backward);
 
@@ -167,8 +185,9 @@ struct GateCombine {
     const void *o_cmp, *o_win; // outputs of the compressed and the sliding branch, [Nq, Hq, d]
     void *o_gated;             // [Nq, Hq, d]
 };
-// Selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in block_indices [Hkv,
-// Nq, T]. gate: NULL, or the gated sum to compute as well; gate->o_gated == o: o itself is not stored.
+// Computes the selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in
+// block_indices [Hkv, Nq, T]. gate: NULL, or the gated sum to compute as well. If gate->o_gated == o, the
+// ungated o is not stored.
 // scratch: fsa_selected_scratch_bytes bytes, aligned to 256. On Hopper block_indices must contain the initial
 // and local blocks, which fsa_dense_init_local_forward computes. Returns FSA_ERROR_ARGUMENT if Nq*Hq >= 2^32,
 // and the errors of fsa_query_lists.
@@ -184,10 +203,11 @@ struct BranchGradients {
     const float *dk_unrotated;        // [N, Hkv, d] of k before RoPE
     const double *inv_freq;           // [d/2]: the sums of dq and dk are rotated back; NULL: they are not
 };
-// Backward pass of the selected branch: the equations of fsa_dense_backward over the tokens of its blocks.
-// Overwrites dq [Nq, Hq, d], dk, dv [N, Hkv, d] with its gradients plus branch_grads (NULL: nothing to add,
-// no inverse RoPE). A query's last local_blocks blocks are left out; fsa_window_backward has added them to
-// branch_grads. Rows without listed blocks read neither delta nor lse_bwd. scratch and errors as in forward.
+// Computes the gradients of the selected branch: the equations of fsa_dense_backward over the tokens of its
+// blocks. Overwrites dq [Nq, Hq, d], dk and dv [N, Hkv, d] with these gradients plus branch_grads (NULL:
+// nothing is added, and no inverse RoPE is applied). A query's last local_blocks blocks are left out;
+// fsa_window_backward has added them to branch_grads. Rows without blocks in the query lists read neither
+// delta nor lse_bwd. scratch and errors as in forward.
 int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                                  const void *k, const void *v, const int32_t *block_indices, int local_blocks,
                                  const void *dout, const float *delta, const float *lse_bwd,

@@ -1,10 +1,11 @@
-// partial.cuh: memory format of the selected branch's partial rows. The main kernels write them, the combine
-// kernels read them, and they are most of the bytes that both move.
+// partial.cuh: memory format of the selected branch's partial rows. The main kernels write them and the
+// combine kernels read them. They are most of the bytes that these kernels move.
 //
-// A partial row is D/8 chunks of eight channels. A chunk is what one lane holds of a row of an mma
-// accumulator (sm80/ptx.cuh): lane c of a quad holds chunk 4*group + c of each group of 32 columns.
+// A partial row consists of D/32 slices of 32 columns, and a slice of four chunks of eight columns. A chunk
+// is the part of a slice that one lane of a quad holds in an mma accumulator (sm80/ptx.cuh): lane c holds
+// chunk 4*slice + c.
 //     o_partial    chunk i is channels 8i .. 8i + 7, since the main kernels permute the columns of V
-//     dq_partial   chunk 4*group + c is columns 2c, 2c+1, 8+2c, 9+2c, 16+2c, 17+2c, 24+2c, 25+2c of the group
+//     dq_partial   chunk 4*slice + c is columns 2c, 2c+1, 8+2c, 9+2c, 16+2c, 17+2c, 24+2c, 25+2c of the slice
 #ifndef FSA_PARTIAL_CUH
 #define FSA_PARTIAL_CUH
 #include "mma.cuh"
@@ -20,11 +21,12 @@ template <typename T> static __device__ __forceinline__ void add_row(float (&sum
     }
 }
 
-// A chunk in BYTES bytes. o_partial uses T = __half for every input type: the output of a query that sees one
-// key must equal v, or dP - delta would not vanish. dq_partial uses the type of q.
+// A chunk in BYTES bytes. o_partial uses T = __half for every input type, since its error matters for a
+// query that sees one key: its output is v, so dP = dO v = delta, and dS = P (dP - delta) must be 0. A
+// rounded output would leave an error in dS. dq_partial uses the type of q.
 template <typename T> struct PartialChunk;
 
-// Eight fp16 numbers. The chunks of a group are 64 contiguous bytes.
+// Eight fp16 numbers. The chunks of a slice are 64 contiguous bytes.
 template <> struct PartialChunk<__half> {
     enum { BYTES = 16 };
     uint4 x;
@@ -36,14 +38,14 @@ template <> struct PartialChunk<__half> {
     __device__ __forceinline__ void add_to(float (&sum)[8], float weight) const {
         add_row<__half>(sum, x, weight);
     }
-    // Stores lane c's chunks of COUNT groups, `group` and the following ones.
+    // Stores lane c's chunks of COUNT slices, `slice` and the following ones.
     template <int COUNT>
-    static __device__ __forceinline__ void store(char *row, int group, int c,
+    static __device__ __forceinline__ void store(char *row, int slice, int c,
                                                  const PartialChunk (&p)[COUNT]) {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) __stcs((uint4 *)row + 4 * (group + i) + c, p[i].x);
+        for (int i = 0; i < COUNT; i++) __stcs((uint4 *)row + 4 * (slice + i) + c, p[i].x);
     }
-    // Byte offset of a chunk in its row.
+    // Returns the byte offset of a chunk in its row.
     static __device__ __forceinline__ int offset(int chunk) {
         return chunk * BYTES;
     }
@@ -54,9 +56,9 @@ template <> struct PartialChunk<__half> {
     }
 };
 
-// Block floating point: eight numbers of a sign and 10 bits that share an 8-bit exponent, 12 bits per number.
-// The rounding error is at most 2^-11 to 2^-10 of the chunk's largest magnitude. bf16's rounding error is up
-// to 2^-9 of each number.
+// Block floating point: eight numbers of a sign and 10 bits share an 8-bit exponent, 12 bits per number in
+// all. The rounding error is at most 2^-11 to 2^-10 of the chunk's largest magnitude. bf16's rounding error
+// is up to 2^-9 of each number.
 //
 // Each number is an fp16 subnormal (sign and 10 bits, exponent field 0), so the hardware's fp16 conversions
 // encode and decode it. The exponent fields of numbers 0 to 5 hold numbers 6 and 7 and the shared exponent:
@@ -67,8 +69,8 @@ template <> struct PartialChunk<__half> {
 //                    exponent bits 7..4                      exponent bits 3..0
 // A chunk with NaN, Inf or a magnitude of at least 2^112 has exponent 255 and decodes to NaN.
 //
-// Two groups are 96 bytes, three 32-byte sectors: 16 bytes per lane (words 0 and 1 of both groups), then 8
-// bytes per lane (word 2 of both groups).
+// Two slices are 96 bytes, three 32-byte sectors: 16 bytes per lane (words 0 and 1 of both slices), then 8
+// bytes per lane (word 2 of both slices).
 template <> struct PartialChunk<__nv_bfloat16> {
     enum { BYTES = 12 };
     uint32_t w[3];
@@ -94,17 +96,17 @@ template <> struct PartialChunk<__nv_bfloat16> {
         add_row<__half>(sum, x, weight);
     }
     template <int COUNT>
-    static __device__ __forceinline__ void store(char *row, int group, int c,
+    static __device__ __forceinline__ void store(char *row, int slice, int c,
                                                  const PartialChunk (&p)[COUNT]) {
-        static_assert(COUNT == 1 || COUNT % 2 == 0, "COUNT must be one group or pairs of groups");
+        static_assert(COUNT == 1 || COUNT % 2 == 0, "COUNT must be one slice or pairs of slices");
         if (COUNT == 1) {
-            char *const pair = row + group / 2 * 96, *const words01 = pair + 16 * c + group % 2 * 8;
+            char *const pair = row + slice / 2 * 96, *const words01 = pair + 16 * c + slice % 2 * 8;
             __stcs((uint2 *)words01, make_uint2(p[0].w[0], p[0].w[1]));
-            __stcs((unsigned *)(pair + 64 + 8 * c + group % 2 * 4), p[0].w[2]);
+            __stcs((unsigned *)(pair + 64 + 8 * c + slice % 2 * 4), p[0].w[2]);
         }
 #pragma unroll
         for (int i = 0; i + 1 < COUNT; i += 2) {
-            char *const pair = row + (group + i) / 2 * 96;
+            char *const pair = row + (slice + i) / 2 * 96;
             __stcs((uint4 *)pair + c, make_uint4(p[i].w[0], p[i].w[1], p[i + 1].w[0], p[i + 1].w[1]));
             __stcs((uint2 *)(pair + 64) + c, make_uint2(p[i].w[2], p[i + 1].w[2]));
         }
@@ -120,8 +122,8 @@ template <> struct PartialChunk<__nv_bfloat16> {
     }
 };
 
-// The chunk of n8 tiles j .. j + 3 of an accumulator [n8 tiles][4], times scale, in row `quad` (i = 0) or
-// quad + 8 (i = 1).
+// Returns the chunk of n8 tiles j .. j + 3 of an accumulator [n8 tiles][4], times scale, in row `quad` (i =
+// 0) or quad + 8 (i = 1).
 template <typename T, int COLUMNS>
 static __device__ __forceinline__ PartialChunk<T> make_partial_chunk(const float (&x)[COLUMNS][4], int j,
                                                                      int i, float scale) {

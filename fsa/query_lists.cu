@@ -43,28 +43,29 @@ struct ListParams {
 };
 
 // Rows of a slab. split_rows returns the i-th of `count` equal parts of them.
-struct RowRange {
+struct QueryRange {
     int begin, end;
 };
-static __device__ __forceinline__ RowRange split_rows(RowRange rows, int count, int i) {
-    const int size = (rows.end - rows.begin + count - 1) / count;
-    const int begin = min(rows.begin + i * size, rows.end);
-    return {begin, min(begin + size, rows.end)};
+static __device__ __forceinline__ QueryRange split_queries(QueryRange queries, int count, int i) {
+    const int size = (queries.end - queries.begin + count - 1) / count;
+    const int begin = min(queries.begin + i * size, queries.end);
+    return {begin, min(begin + size, queries.end)};
 }
 
 // A thread block's split of the rows of one (KV head, slab).
 struct Split {
-    int64_t list, row0;           // head * num_slabs + slab; the slab's first query row
+    int64_t list, first_query;    // head * num_slabs + slab; the slab's first query row
     const int32_t *block_indices; // of the slab
-    RowRange rows;                // of the split
+    QueryRange queries;           // of the split
 };
 static __device__ __forceinline__ Split get_split(const BatchLayout &batch, const QueryLists &lists,
                                                   const ListParams &params) {
-    const int64_t slab = blockIdx.y, head = blockIdx.z, row0 = slab * lists.slab_rows;
-    const int rows = (int)(batch.nq - row0 < lists.slab_rows ? batch.nq - row0 : lists.slab_rows);
-    return {head * lists.num_slabs + slab, row0,
-            params.block_indices + (head * batch.nq + row0) * params.topk,
-            split_rows({0, rows}, lists.num_splits, (int)blockIdx.x)};
+    const int64_t slab = blockIdx.y, kv_head = blockIdx.z, first_query = slab * lists.slab_queries;
+    const int queries =
+        (int)(batch.nq - first_query < lists.slab_queries ? batch.nq - first_query : lists.slab_queries);
+    return {kv_head * lists.num_slabs + slab, first_query,
+            params.block_indices + (kv_head * batch.nq + first_query) * params.topk,
+            split_queries({0, queries}, lists.num_splits, (int)blockIdx.x)};
 }
 
 // The shuffle tells the compiler that the index is warp-uniform, so it emits no code for divergent lanes.
@@ -77,17 +78,17 @@ static __device__ __forceinline__ int warp_index() {
 // >= end are visited too, with listed = false.
 template <typename Visit>
 static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, const Split &split,
-                                                      const ListParams &params, RowRange rows,
+                                                      const ListParams &params, QueryRange queries,
                                                       int64_t first_block, Visit visit) {
     const int lane = threadIdx.x % 32;
-    if (rows.begin >= rows.end) return;
-    int64_t segment = find_in_cu(batch.cu_queries, batch.num_segments, split.row0 + rows.begin);
-    for (int row = rows.begin; row < rows.end; segment++) {
-        const int begin = row * params.topk;
-        const int64_t segment_end = batch.cu_queries[segment + 1] - split.row0;
-        row = (int)(segment_end < rows.end ? segment_end : rows.end);
-        const int end = row * params.topk;
-        const int pos0 = (int)(batch.segments[segment].pos + split.row0 - batch.cu_queries[segment] -
+    if (queries.begin >= queries.end) return;
+    int64_t segment = find_in_cu(batch.cu_queries, batch.num_segments, split.first_query + queries.begin);
+    for (int query = queries.begin; query < queries.end; segment++) {
+        const int begin = query * params.topk;
+        const int64_t segment_end = batch.cu_queries[segment + 1] - split.first_query;
+        query = (int)(segment_end < queries.end ? segment_end : queries.end);
+        const int end = query * params.topk;
+        const int pos0 = (int)(batch.segments[segment].pos + split.first_query - batch.cu_queries[segment] -
                                params.local_tokens); // position of the slab's row 0 - local_tokens
         const int block0 = (int)(batch.cu_blocks[batch.segments[segment].seq] - first_block);
         int next[LOAD_BATCH];
@@ -105,9 +106,9 @@ static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, 
             load(i + 32 * LOAD_BATCH);
 #pragma unroll
             for (int k = 0; k < LOAD_BATCH; k++) {
-                const int slab_row = (int)fast_divide(i + 32 * k, params.topk_divisor);
+                const int slab_query = (int)fast_divide(i + 32 * k, params.topk_divisor);
                 const bool listed = (unsigned)current[k] - params.first_block < params.num_listed &&
-                                    current[k] * params.block - pos0 <= slab_row;
+                                    current[k] * params.block - pos0 <= slab_query;
                 visit(i + 32 * k, end, block0 + current[k], listed);
             }
         }
@@ -120,14 +121,14 @@ __global__ void __launch_bounds__(THREADS)
     count_kernel(BatchLayout batch, QueryLists lists, ListParams params, uint32_t *split_counts) {
     __shared__ uint32_t counts[COUNT_BLOCKS + 32]; // the last 32, one per lane, count unlisted entries
     const Split split = get_split(batch, lists, params);
-    const RowRange warp_rows = split_rows(split.rows, WARPS, warp_index());
+    const QueryRange warp_queries = split_queries(split.queries, WARPS, warp_index());
     const int64_t blocks = batch.cu_blocks[batch.num_seqs]; // actual blocks; max_blocks is a bound
     uint32_t *out = split_counts + (split.list * lists.num_splits + blockIdx.x) * lists.max_blocks;
     for (int64_t first = 0; first < blocks; first += COUNT_BLOCKS) {
         const unsigned num_blocks = (unsigned)(blocks - first < COUNT_BLOCKS ? blocks - first : COUNT_BLOCKS);
         for (unsigned i = threadIdx.x; i < num_blocks; i += THREADS) counts[i] = 0;
         __syncthreads();
-        for_each_entry(batch, split, params, warp_rows, first, [&](int, int, int b, bool listed) {
+        for_each_entry(batch, split, params, warp_queries, first, [&](int, int, int b, bool listed) {
             atomicAdd(&counts[listed && (unsigned)b < num_blocks ? b : COUNT_BLOCKS + threadIdx.x % 32], 1);
         });
         __syncthreads();
@@ -182,11 +183,11 @@ __global__ void __launch_bounds__(THREADS, 2)
     uint32_t *const table = tables + warp * TABLE_WORDS;
     const Split split = get_split(batch, lists, params);
     const int64_t blocks = batch.cu_blocks[batch.num_seqs];
-    const int chunk_rows = CHUNK / topk,
-              num_chunks = (split.rows.end - split.rows.begin + chunk_rows - 1) / chunk_rows;
+    const int chunk_queries = CHUNK / topk,
+              num_chunks = (split.queries.end - split.queries.begin + chunk_queries - 1) / chunk_queries;
     const uint32_t *counts = split_counts + split.list * lists.num_splits * lists.max_blocks;
     uint32_t *offsets = lists.offsets + split.list * (lists.max_blocks + 1);
-    uint32_t *entries = lists.entries + (blockIdx.z * batch.nq + split.row0) * topk;
+    uint32_t *entries = lists.entries + (blockIdx.z * batch.nq + split.first_query) * topk;
     uint32_t base = 0; // entries of the blocks before `first`
 
     for (int64_t first = 0; first < blocks; first += SORT_BLOCKS) {
@@ -217,16 +218,17 @@ __global__ void __launch_bounds__(THREADS, 2)
         const int table_words = (int)(blocks - first < THREADS ? blocks - first : THREADS); // in use
         for (int c = 0; c < num_chunks; c++) {
             // Find the block of each entry, and count the blocks per warp.
-            const RowRange chunk = split_rows(split.rows, num_chunks, c),
-                           warp_rows = split_rows(chunk, WARPS, warp);
+            const QueryRange chunk = split_queries(split.queries, num_chunks, c),
+                             warp_queries = split_queries(chunk, WARPS, warp);
             const int entry0 = chunk.begin * topk;
             for (int i = lane; i < table_words; i += 32) table[i] = 0;
             __syncwarp();
-            for_each_entry(batch, split, params, warp_rows, first, [&](int i, int end, int b, bool listed) {
-                const bool listed_here = listed && (unsigned)b < SORT_BLOCKS;
-                if (i < end) keys[i - entry0] = (uint16_t)(listed_here ? b : NOT_LISTED);
-                table_add(table, b, listed_here);
-            });
+            for_each_entry(batch, split, params, warp_queries, first,
+                           [&](int i, int end, int b, bool listed) {
+                               const bool listed_here = listed && (unsigned)b < SORT_BLOCKS;
+                               if (i < end) keys[i - entry0] = (uint16_t)(listed_here ? b : NOT_LISTED);
+                               table_add(table, b, listed_here);
+                           });
             __syncthreads();
 
             // Scan: from each warp's count of a block to the start of its entries of that block in `sorted`.
@@ -249,20 +251,20 @@ __global__ void __launch_bounds__(THREADS, 2)
 
             // Rank: the atomic returns the entry's index in `sorted`. The blocks of a row are distinct,
             // so lanes of one row never share a counter. Rows add one after the other, so the order is fixed.
-            const int width = params.rank_width, rows_at_once = 32 / width, row_index = lane / width;
-            const int end = (warp_rows.end - chunk.begin) * topk;
-            for (int i = (warp_rows.begin - chunk.begin) * topk; i < end;
-                 i += rows_at_once * RANK_BATCH * width) {
-                const int e = i + row_index * RANK_BATCH * width + lane % width;
+            const int width = params.rank_width, queries_at_once = 32 / width, query_index = lane / width;
+            const int end = (warp_queries.end - chunk.begin) * topk;
+            for (int i = (warp_queries.begin - chunk.begin) * topk; i < end;
+                 i += queries_at_once * RANK_BATCH * width) {
+                const int e = i + query_index * RANK_BATCH * width + lane % width;
                 uint32_t key[RANK_BATCH], word[RANK_BATCH];
 #pragma unroll
                 for (int k = 0; k < RANK_BATCH; k++)
-                    key[k] =
-                        row_index < rows_at_once && e + k * width < end ? keys[e + k * width] : NOT_LISTED;
-                for (int t = 0; t < rows_at_once; t++) {
+                    key[k] = query_index < queries_at_once && e + k * width < end ? keys[e + k * width]
+                                                                                  : NOT_LISTED;
+                for (int t = 0; t < queries_at_once; t++) {
 #pragma unroll
                     for (int k = 0; k < RANK_BATCH; k++) {
-                        if (t == row_index) word[k] = table_add(table, key[k], key[k] != NOT_LISTED);
+                        if (t == query_index) word[k] = table_add(table, key[k], key[k] != NOT_LISTED);
                         __syncwarp();
                     }
                 }
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                 dest[h] += size[h];
             }
             __syncthreads();
-            const uint32_t first_entry = (uint32_t)((split.row0 + chunk.begin) * topk);
+            const uint32_t first_entry = (uint32_t)((split.first_query + chunk.begin) * topk);
 #pragma unroll 4
             for (uint32_t i = thread; i < total; i += THREADS) {
                 const uint32_t e = sorted[i];
@@ -305,26 +307,27 @@ static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
 }
 
 // Everything but the pointers.
-static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
+static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries) {
     QueryLists l = {
-        slab_rows, (batch->nq + slab_rows - 1) / slab_rows, fsa_max_blocks(c, batch), 1, 0, 0, NULL, NULL};
+        slab_queries, (batch->nq + slab_queries - 1) / slab_queries, fsa_max_blocks(c, batch), 1, 0, 0, NULL,
+        NULL};
     const int64_t num_lists = c->kv_heads * l.num_slabs,
-                  entries = (batch->nq < slab_rows ? batch->nq : slab_rows) * c->topk;
+                  entries = (batch->nq < slab_queries ? batch->nq : slab_queries) * c->topk;
     while (l.num_splits < MAX_SPLITS && l.num_splits * num_lists < TARGET_THREAD_BLOCKS &&
            l.num_splits * (CHUNK / 4) < entries)
         l.num_splits++;
     return l;
 }
 
-size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
-    QueryLists l = list_shape(c, batch, slab_rows);
+size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries) {
+    QueryLists l = list_shape(c, batch, slab_queries);
     return entries_bytes(c, batch) + offsets_bytes(c, &l);
 }
 
 // The counts of all splits. They are enough for every num_splits that list_shape may choose for num_lists
 // lists: (num_splits - 1) * num_lists < TARGET_THREAD_BLOCKS.
-size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows) {
-    QueryLists l = list_shape(c, batch, slab_rows);
+size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries) {
+    QueryLists l = list_shape(c, batch, slab_queries);
     const int64_t num_lists = c->kv_heads * l.num_slabs;
     const int64_t total_splits = num_lists * MAX_SPLITS < TARGET_THREAD_BLOCKS + num_lists
                                      ? num_lists * MAX_SPLITS
@@ -332,8 +335,9 @@ size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batc
     return round_up((size_t)total_splits * l.max_blocks * sizeof(uint32_t));
 }
 
-QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_rows, void *memory) {
-    QueryLists l = list_shape(c, batch, slab_rows);
+QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries,
+                              void *memory) {
+    QueryLists l = list_shape(c, batch, slab_queries);
     l.entries = (uint32_t *)memory;
     l.offsets = (uint32_t *)((char *)memory + entries_bytes(c, batch));
     return l;
@@ -341,7 +345,7 @@ QueryLists fsa_query_lists_at(const FsaConfig *c, const BatchLayout *batch, int6
 
 int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
                     const QueryLists *lists, void *scratch, cudaStream_t stream) {
-    if (lists->slab_rows > FSA_MAX_SLAB || batch->nq * c->topk > INT32_MAX ||
+    if (lists->slab_queries > FSA_MAX_SLAB || batch->nq * c->topk > INT32_MAX ||
         lists->max_blocks > INT32_MAX / 2 || lists->num_slabs > 65535) {
         return FSA_ERROR_ARGUMENT;
     }

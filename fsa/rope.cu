@@ -7,12 +7,12 @@
 
 struct RopeParams {
     BatchLayout batch;
-    int is_query;           // 1: rows are queries, at the positions of their segments; 0: keys
+    int is_query;           // 1: x is q, at the positions of the segments; 0: x is k
     int heads;              // Hq or Hkv
-    int64_t rows;           // Nq or N
-    const void *x;          // [rows, heads, D]
+    int64_t tokens;         // Nq or N
+    const void *x;          // [tokens, heads, D]
     const double *inv_freq; // [D/2]; NULL: copy
-    void *out;              // [rows, heads, D]
+    void *out;              // [tokens, heads, D]
 };
 
 // Eight 16-bit channels to and from floats, 16 bytes at once.
@@ -35,33 +35,33 @@ template <typename T> __device__ __forceinline__ void store8(T *to, const float 
 // 8 channels of the lower half and the 8 channels D/2 above them.
 // 64K tokens, 32 heads, d = 128: 0.54 GB read, 0.54 GB written; memory bandwidth binds.
 template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(const RopeParams p) {
-    constexpr int ROWS = 8, HALF = D / 2, VECS = HALF / 8; // vectors of 8 channels
-    __shared__ float2 cos_sin[ROWS][HALF];
-    int64_t row0 = blockIdx.x * (int64_t)ROWS;
-    int rows = p.rows - row0 < ROWS ? (int)(p.rows - row0) : ROWS;
+    constexpr int TOKENS = 8, HALF = D / 2, VECS = HALF / 8; // vectors of 8 channels
+    __shared__ float2 cos_sin[TOKENS][HALF];
+    int64_t token0 = blockIdx.x * (int64_t)TOKENS;
+    int tokens = p.tokens - token0 < TOKENS ? (int)(p.tokens - token0) : TOKENS;
     if (p.inv_freq) {
-        for (int i = threadIdx.x; i < rows * HALF; i += 128) {
-            int64_t row = row0 + i / HALF, seq, pos;
+        for (int i = threadIdx.x; i < tokens * HALF; i += 128) {
+            int64_t token = token0 + i / HALF, seq, pos;
             if (p.is_query) {
-                query_position(p.batch, row, &seq, &pos);
+                query_position(p.batch, token, &seq, &pos);
             } else {
-                seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, row);
-                pos = row - p.batch.cu_seqlens[seq];
+                seq = find_in_cu(p.batch.cu_seqlens, p.batch.num_seqs, token);
+                pos = token - p.batch.cu_seqlens[seq];
             }
             cos_sin[i / HALF][i % HALF] = rope_cos_sin(pos, p.inv_freq[i % HALF]);
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * p.heads * VECS; i += 128) {
-        int row = i / (p.heads * VECS), vec = i % VECS;
-        int64_t offset = ((row0 + row) * p.heads + i / VECS % p.heads) * D + vec * 8;
+    for (int i = threadIdx.x; i < tokens * p.heads * VECS; i += 128) {
+        int token = i / (p.heads * VECS), vec = i % VECS;
+        int64_t offset = ((token0 + token) * p.heads + i / VECS % p.heads) * D + vec * 8;
         float lo[8], hi[8];
         load8(lo, (const T *)p.x + offset);
         load8(hi, (const T *)p.x + offset + HALF);
         if (p.inv_freq) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                float2 cs = cos_sin[row][vec * 8 + j];
+                float2 cs = cos_sin[token][vec * 8 + j];
                 float x = lo[j], y = hi[j];
                 lo[j] = x * cs.x - y * cs.y;
                 hi[j] = y * cs.x + x * cs.y;
@@ -77,9 +77,9 @@ template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(
 template <typename T, int D>
 __global__ void __launch_bounds__(256)
     convert_dq_kernel(const float *dq_accum, T *dq, int64_t nq, int heads, int group) {
-    const int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8) / heads;
-    if (row >= nq) return;
-    const int64_t accum_row = dq_accum_row(nq, group, row, (int)(i / (D / 8) % heads));
+    const int64_t i = blockIdx.x * 256ll + threadIdx.x, query = i / (D / 8) / heads;
+    if (query >= nq) return;
+    const int64_t accum_row = dq_accum_row(nq, group, query, (int)(i / (D / 8) % heads));
     const float4 *from =
         (const float4 *)(dq_accum + accum_row * D + dq_accum_chunk(accum_row, (int)(i % (D / 8))) * 8);
     const float4 x = from[0], y = from[1];
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(256)
 }
 
 template <typename T, int D> static int launch_rope(const RopeParams &p, cudaStream_t stream) {
-    unsigned blocks = (unsigned)((p.rows + 7) / 8);
+    unsigned blocks = (unsigned)((p.tokens + 7) / 8);
     if (blocks == 0) return FSA_OK;
     rope_kernel<T, D><<<blocks, 128, 0, stream>>>(p);
     return launch_status();
@@ -105,7 +105,7 @@ static int launch_convert_dq(const FsaConfig *c, const BatchLayout *batch, const
 
 static int run_rope(const FsaConfig *c, FsaDtype dtype, RopeParams p, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    p.rows = p.is_query ? p.batch.nq : p.batch.n;
+    p.tokens = p.is_query ? p.batch.nq : p.batch.n;
     p.heads = p.is_query ? c->q_heads : c->kv_heads;
     return FSA_DISPATCH(dtype, c->head_dim, launch_rope, p, stream);
 }

@@ -2,47 +2,51 @@
 // the gated sum from partial rows. The backward combine kernel computes dq from partial rows and adds
 // dkv_partial to dkv_accum. A last kernel converts dkv_accum to dk and dv.
 //
-// Forward, for a row with partial outputs o_i (normalized within their key tiles) and lse_i (in base 2):
+// Forward, for a row with o_partial rows x_i and lse_partial (lse_i, scale_i), lse_i in base 2. o_i is the
+// output normalized within its key tile:
+//     o_i = scale_i x_i
 //     o = sum_i 2^(lse_i - max) o_i / sum_i 2^(lse_i - max),   lse = max + log2 sum_i 2^(lse_i - max)
 // Backward: dq = inverse RoPE(sum_i dq_i + the other branches' dq).
 //
 // D/8 lanes process a row, eight channels each; a warp has 256/D rows. A row's partials are read 16 at a time
-// with 8 loads in flight per lane, and summed in the order of the slots, so the results are reproducible.
+// with 8 loads in flight per lane. They are summed in the order of the slots, so the results are bitwise
+// reproducible.
 //
-// Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16) at 4.5 TB/s. Memory bandwidth binds both.
-//     forward, a row:   T partial rows of 2D + 8 bytes and 3 rows of 2D in, 1 or 2 rows of 2D out.
-//                       With a gate and 3 of 16 blocks left out of the lists: 8.8 GB in, 1.1 GB out, 2.2 ms
-//     backward, a row:  T partial rows of 1.5D bytes (fp16 2D) and 4D of dq_accum in, 2D out:
-//                       7.5 GB in, 0.5 GB out, 1.8 ms
+// Bytes of a row, forward:   T * (2D + 8) of partial rows and 6D of branch outputs in, 2D or 4D out
+//                backward:   T * 1.5D (fp16: T * 2D) of partial rows and 4D of dq_accum in, 2D out
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16). Both kernels are memory-bound.
+//     forward    8.8 GB in, 1.1 GB out   2.2 ms   with 3 of 16 blocks left out of the lists, and with the
+//                                                 gate: its branches are 1.6 GB of these 9.9 GB
+//     backward   7.5 GB in, 0.5 GB out   1.8 ms
 #include "rope.cuh"
 #include "selected.cuh"
 
 // Reads the partial rows of one row with D/8 lanes, a chunk per lane. A slot here is (top-k slot) * key_tiles
-// + key tile. There are fewer than 2^32 rows and partial rows.
+// + key tile. Rows and partial rows have 32-bit indices.
 template <typename P, int D> struct PartialRowReader {
     static constexpr int LANES = D / 8, ROWS = 32 / LANES; // lanes per row, rows per warp
     static constexpr int SLOTS_PER_LANE = 16 / LANES, IN_FLIGHT = 8;
-    bool in_slab;         // false for lanes past the slab's last row, which repeat that row and store nothing
+    bool in_slab;         // false for lanes past the slab's last row: they repeat this row and store nothing
     int chunk;            // this lane's chunk of eight channels
-    uint32_t query;       // row of the batch's queries
+    uint32_t query;       // index in the batch's queries
     uint32_t row;         // query * q_heads + head
     uint32_t partial_row; // of slot 0
     int64_t pos;          // position of the query in its sequence
     const char *partial;  // this lane's chunk of slot 0
-    unsigned valid;       // bit i: slot i of the current 16 is in the query lists, so its partial row exists
+    unsigned valid;       // bit i: slot i of the current 16 slots is in the query lists and has a partial row
     uint64_t policy;      // L2 eviction policy of the partial rows
     PartialChunk<P> x[IN_FLIGHT];
     __device__ __forceinline__ PartialRowReader(const SelectedParams &a, uint32_t index) {
-        const uint32_t rows = (uint32_t)a.slab_queries * a.group;
+        const uint32_t rows = (uint32_t)a.num_queries * a.group;
         in_slab = index < rows, index = min(index, rows - 1), chunk = threadIdx.x % LANES;
         const uint32_t slab_query = fast_divide(index, a.group_divisor),
                        in_group = index - slab_query * a.group;
-        query = (uint32_t)a.slab_index * (uint32_t)a.lists.slab_rows + slab_query;
+        query = (uint32_t)a.slab_index * (uint32_t)a.lists.slab_queries + slab_query;
         int64_t seq;
         query_position(a.batch, query, &seq, &pos);
-        row = query * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+        row = query * a.q_heads + (a.kv_head0 + blockIdx.y) * a.group + in_group;
         partial_row =
-            (blockIdx.y * (uint32_t)a.lists.slab_rows + slab_query) * (a.topk * a.key_tiles * a.group) +
+            (blockIdx.y * (uint32_t)a.lists.slab_queries + slab_query) * (a.topk * a.key_tiles * a.group) +
             in_group;
         partial =
             a.partial + partial_row * (uint64_t)partial_row_bytes<P, D>() + PartialChunk<P>::offset(chunk);
@@ -51,7 +55,7 @@ template <typename P, int D> struct PartialRowReader {
     // Sets `valid` for slots slot0 .. slot0 + 15. All lanes of a warp must call it.
     __device__ __forceinline__ void find_valid_slots(const SelectedParams &a, int slot0) {
         const int32_t *const block_indices =
-            a.block_indices + ((a.head0 + blockIdx.y) * (uint32_t)a.batch.nq + query) * (uint64_t)a.topk;
+            a.block_indices + ((a.kv_head0 + blockIdx.y) * (uint32_t)a.batch.nq + query) * (uint64_t)a.topk;
         valid = 0;
 #pragma unroll
         for (int k = 0; k < SLOTS_PER_LANE; k++) {
@@ -102,11 +106,12 @@ template <typename T, int D>
 __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams a) {
     typedef PartialRowReader<__half, D> Reader;
     const int slots = a.topk * a.key_tiles;
-    if ((blockIdx.x * 8 + threadIdx.x / 32) * Reader::ROWS >= a.slab_queries * a.group) return;
+    if ((blockIdx.x * 8 + threadIdx.x / 32) * Reader::ROWS >= a.num_queries * a.group) return;
     Reader r(a, (blockIdx.x * 256 + threadIdx.x) / Reader::LANES);
 
-    // Before pdl_wait, load what the main kernel does not write. The kernels that wrote it ended before the
-    // main kernel let this one start. Each lane later reads only the chunk that it copied.
+    // Before pdl_wait, load the arrays that the main kernel does not write. The kernels that wrote these
+    // arrays ended before the main kernel let this kernel start. Each lane later reads only the chunk that
+    // it copied.
     const bool has_init_local = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.o_gated;
     __shared__ uint4 branch_rows[3][256]; // o of initial and local blocks, o_cmp, o_win
     auto copy_chunk = [&](int i, const void *o) {
@@ -198,13 +203,14 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     if (r.chunk == 0 && r.in_slab) a.lse[r.row] = sum > 0 ? (max_lse + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
 
-// Backward: if a query list begins in work range `index` and continues beyond it, adds the dkv_partial of the
-// following ranges to dkv_accum, in their order. Four thread blocks, `quarter` 0 to 3, divide the elements.
-// Most such lists continue into one more range; the list of an initial block, which every query selects, into
-// a dozen. A partial is 64 KiB at d = 128, B = 64. Latency binds, so four loads are in flight.
+// Backward: if a query list begins in work range `index` and continues beyond it, adds the dkv_partial of
+// the following ranges to dkv_accum, in their order. Four thread blocks, `quarter` 0 to 3, divide the
+// elements. Most of these lists continue into one more range. The list of an initial block continues into a
+// dozen, since every query selects the block. A partial is 64 KiB at d = 128, B = 64. The sum is limited by
+// latency, so four loads are in flight.
 template <int D>
 static __device__ void combine_dkv_partial(const SelectedParams &a, unsigned index, unsigned quarter) {
-    const WorkRange range = work_range_of(a, a.head0 + blockIdx.y, index);
+    const WorkRange range = work_range_of(a, a.kv_head0 + blockIdx.y, index);
     if (range.begin >= range.end) return;
     KvBlockEntries kv_block = find_kv_block(a, range, range.end - 1);
     if (kv_block.list_begin < range.begin || kv_block.list_end <= range.end) return;
@@ -215,7 +221,7 @@ static __device__ void combine_dkv_partial(const SelectedParams &a, unsigned ind
         (const float4 *)a.dkv_partial + ((int64_t)blockIdx.y * a.num_ranges + index + 1) * size;
     float4 *dkv_accum = (float4 *)(a.dkv_accum + ((int64_t)blockIdx.y * a.batch.n + kv_block.key0) * 2 * D);
     const uint32_t *const range_offsets =
-        a.range_offsets + range_offset_index(a, a.head0 + blockIdx.y) + index + 1;
+        a.range_offsets + range_offset_index(a, a.kv_head0 + blockIdx.y) + index + 1;
     int count = 1; // partials
     while (index + 1 + count < a.num_ranges && range_offsets[count] < kv_block.list_end) count++;
     for (int i = quarter * 256 + threadIdx.x; i < kv_block.num_keys * 2 * D / 4; i += 4 * 256) {
@@ -235,13 +241,13 @@ static __device__ void combine_dkv_partial(const SelectedParams &a, unsigned ind
 }
 
 // Backward: adds the dq_partial rows of one row and the other branches' dq_accum, applies the inverse RoPE,
-// and stores dq. index: this thread block among those that combine dq.
+// and stores dq. index: the index of this thread block among the thread blocks that combine dq.
 template <typename T, int D>
 static __device__ void combine_dq_partial(const SelectedParams &a, unsigned index) {
     typedef PartialRowReader<T, D> Reader;
     __shared__ float2 block_cos_sin[256 / Reader::LANES][D / 2];
     const int lane = threadIdx.x % 32, slots = a.topk * a.key_tiles;
-    if ((index * 8 + threadIdx.x / 32) * Reader::ROWS >= a.slab_queries * a.group) return;
+    if ((index * 8 + threadIdx.x / 32) * Reader::ROWS >= a.num_queries * a.group) return;
     Reader r(a, (index * 256 + threadIdx.x) / Reader::LANES);
     r.find_valid_slots(a, 0);
     float2 *const cos_sin = block_cos_sin[threadIdx.x / Reader::LANES];
@@ -256,9 +262,9 @@ static __device__ void combine_dq_partial(const SelectedParams &a, unsigned inde
         r.start_loads(a, slot0);
         r.for_each_slot(a, slot0, [&](const PartialChunk<T> &x, int) { x.add_to(acc, 1); });
     }
-    // Put the channels in order. Lane 4*group + c holds the channel pairs c, 4+c, 8+c, 12+c of its group
+    // Put the channels in order. Lane 4*slice + c holds the channel pairs c, 4+c, 8+c, 12+c of its slice
     // (partial.cuh) and needs the pairs 4c .. 4c+3: a 4 x 4 transpose between the lanes of a quad. Lanes
-    // without bit `with` keep pair `keep` and exchange pair `send` for the partner's pair `keep`; lanes with
+    // without bit `with` keep pair `keep` and exchange pair `send` for the partner's pair `keep`. Lanes with
     // the bit do the reverse.
     auto exchange = [&](int keep, int send, int with) {
         const bool odd = lane & with;
@@ -293,8 +299,8 @@ static __device__ void combine_dq_partial(const SelectedParams &a, unsigned inde
     r.template store<T>(a.dq, acc);
 }
 
-// Backward: everything that is left to add after the main kernel of a slab. The thread blocks for dkv_partial
-// come first, so that the traffic of the dq thread blocks hides their latency.
+// Backward: the reductions after the main kernel of a slab. The thread blocks for dkv_partial have the lowest
+// indices and start first, so the traffic of the thread blocks for dq hides their latency.
 template <typename T, int D>
 __global__ void __launch_bounds__(256, 4) selected_combine_bwd_kernel(SelectedParams a) {
     const unsigned dkv_blocks = a.num_ranges * 4;
@@ -307,24 +313,24 @@ __global__ void __launch_bounds__(256, 4) selected_combine_bwd_kernel(SelectedPa
 // Backward, after the last slab: dk and dv [N, Hkv, D] in 16 bits. A thread block processes one KV block of
 // one head:
 //     dk = inverse RoPE(scale * dkv_accum + dk_accum) + dk_unrotated,   dv = dkv_accum + dv_accum
-// A block that no query attends to has no values in dkv_accum. Per channel and token 8 bytes in, 4 out, and
-// 12 in of the other branches. Memory bandwidth binds.
+// A block that no query attends to has no values in dkv_accum. The kernel reads 8 bytes per channel and
+// token, and 12 of the other branches, and writes 4. It is memory-bound.
 template <typename T, int D>
 __global__ void __launch_bounds__(256) selected_store_dkv_kernel(SelectedParams a) {
     const int64_t block = blockIdx.x;
     pdl_wait();
     if (block >= a.batch.cu_blocks[a.batch.num_seqs]) return;
-    const int head = a.head0 + blockIdx.y;
+    const int kv_head = a.kv_head0 + blockIdx.y;
     const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, block),
                   seq0 = a.batch.cu_seqlens[seq];
     const int64_t key0 = seq0 + (block - a.batch.cu_blocks[seq]) * a.block;
     const int num_keys = (int)min((int64_t)a.block, a.batch.cu_seqlens[seq + 1] - key0);
-    const bool selected = has_queries(a, head, block, a.lists.num_slabs);
+    const bool selected = has_queries(a, kv_head, block, a.lists.num_slabs);
     const float *dkv_accum = a.dkv_accum + ((int64_t)blockIdx.y * a.batch.n + key0) * 2 * D;
     // A thread stores four channels of dK or dV of a token, and the four channels that RoPE pairs with them.
     for (int i = threadIdx.x; i < num_keys * 2 * D / 8; i += 256) {
         const int token = i / (2 * D / 8), is_v = i / (D / 8) % 2, channel = i % (D / 8) * 4;
-        const int64_t offset = ((key0 + token) * a.kv_heads + head) * D + channel;
+        const int64_t offset = ((key0 + token) * a.kv_heads + kv_head) * D + channel;
         float lo[4] = {}, hi[4] = {};
         auto add = [&](const float *row, float scale) {
             const float4 x = *(const float4 *)row, y = *(const float4 *)(row + D / 2);
@@ -350,21 +356,22 @@ __global__ void __launch_bounds__(256) selected_store_dkv_kernel(SelectedParams 
 }
 
 template <typename T, int D>
-static int combine(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
-    dim3 grid((unsigned)ceil_div(a.slab_queries * a.group, 256 / (D / 8)), heads);
+static int selected_combine(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
+    dim3 grid((unsigned)ceil_div(a.num_queries * a.group, 256 / (D / 8)), heads);
     launch(use_pdl && supports_pdl(selected_combine_kernel<T, D>), selected_combine_kernel<T, D>, grid, 256,
            0, stream, a);
     return FSA_OK;
 }
 template <typename T, int D>
-static int combine_backward(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
-    dim3 grid((unsigned)(a.num_ranges * 4 + ceil_div(a.slab_queries * a.group, 256 / (D / 8))), heads);
+static int selected_combine_backward(const SelectedParams &a, unsigned heads, bool use_pdl,
+                                     cudaStream_t stream) {
+    dim3 grid((unsigned)(a.num_ranges * 4 + ceil_div(a.num_queries * a.group, 256 / (D / 8))), heads);
     launch(use_pdl && supports_pdl(selected_combine_bwd_kernel<T, D>), selected_combine_bwd_kernel<T, D>,
            grid, 256, 0, stream, a);
     return FSA_OK;
 }
 template <typename T, int D>
-static int store_dkv(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
+static int selected_store_dkv(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
     dim3 grid((unsigned)a.lists.max_blocks, heads);
     launch(use_pdl && supports_pdl(selected_store_dkv_kernel<T, D>), selected_store_dkv_kernel<T, D>, grid,
            256, 0, stream, a);
@@ -373,13 +380,13 @@ static int store_dkv(const SelectedParams &a, unsigned heads, bool use_pdl, cuda
 
 int fsa_selected_combine(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool use_pdl,
                          cudaStream_t stream) {
-    return FSA_DISPATCH(dtype, head_dim, combine, a, heads, use_pdl, stream);
+    return FSA_DISPATCH(dtype, head_dim, selected_combine, a, heads, use_pdl, stream);
 }
 int fsa_selected_combine_backward(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                                   bool use_pdl, cudaStream_t stream) {
-    return FSA_DISPATCH(dtype, head_dim, combine_backward, a, heads, use_pdl, stream);
+    return FSA_DISPATCH(dtype, head_dim, selected_combine_backward, a, heads, use_pdl, stream);
 }
 int fsa_selected_store_dkv(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                            bool use_pdl, cudaStream_t stream) {
-    return FSA_DISPATCH(dtype, head_dim, store_dkv, a, heads, use_pdl, stream);
+    return FSA_DISPATCH(dtype, head_dim, selected_store_dkv, a, heads, use_pdl, stream);
 }

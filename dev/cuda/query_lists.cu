@@ -8,26 +8,26 @@
 // Version 1. Each thread reads all block indices of its slab twice.
 __global__ void query_lists_v1_kernel(BatchLayout batch, QueryLists l, const int32_t *block_indices, int topk,
                                       int block) {
-    int64_t target = blockIdx.x * 128ll + threadIdx.x, head = blockIdx.z, slab = blockIdx.y;
+    int64_t target = blockIdx.x * 128ll + threadIdx.x, kv_head = blockIdx.z, slab = blockIdx.y;
     if (target >= l.max_blocks) return;
-    int64_t row0 = slab * l.slab_rows, row1 = min(row0 + l.slab_rows, batch.nq);
-    uint32_t before = 0, count = 0, *entries = l.entries + (head * batch.nq + row0) * topk;
+    int64_t first_query = slab * l.slab_queries, end_query = min(first_query + l.slab_queries, batch.nq);
+    uint32_t before = 0, count = 0, *entries = l.entries + (kv_head * batch.nq + first_query) * topk;
     for (int pass = 0; pass < 2; pass++) { // pass 0 finds the offset of the list, pass 1 writes the list
-        for (int64_t row = row0; row < row1; row++) {
+        for (int64_t query = first_query; query < end_query; query++) {
             int64_t seq, pos;
-            query_position(batch, row, &seq, &pos);
+            query_position(batch, query, &seq, &pos);
             for (int t = 0; t < topk; t++) {
-                int32_t index = block_indices[(head * batch.nq + row) * topk + t];
+                int32_t index = block_indices[(kv_head * batch.nq + query) * topk + t];
                 if (index < l.init_blocks || ((int64_t)index + l.local_blocks) * block > pos) continue;
                 int64_t b = batch.cu_blocks[seq] + index;
                 if (pass == 0)
                     before += b < target;
                 else if (b == target)
-                    entries[before + count++] = (uint32_t)(row * topk + t);
+                    entries[before + count++] = (uint32_t)(query * topk + t);
             }
         }
     }
-    uint32_t *offsets = l.offsets + (head * l.num_slabs + slab) * (l.max_blocks + 1);
+    uint32_t *offsets = l.offsets + (kv_head * l.num_slabs + slab) * (l.max_blocks + 1);
     offsets[target] = before;
     if (target == l.max_blocks - 1) offsets[target + 1] = before + count;
 }
@@ -43,8 +43,8 @@ static void run_v1(const FsaConfig &c, const BatchLayout &batch, const int32_t *
 // Makes block indices that fsa_topk never writes but fsa_query_lists accepts: rows in any order, and slots
 // that hold a negative index or a block far beyond the row's position.
 static void corrupt(Random *r, const FsaConfig &c, int64_t nq, std::vector<int32_t> *block_indices) {
-    for (int64_t row = 0; row < c.kv_heads * nq; row++) {
-        int32_t *x = block_indices->data() + row * c.topk;
+    for (int64_t query = 0; query < c.kv_heads * nq; query++) {
+        int32_t *x = block_indices->data() + query * c.topk;
         for (int t = c.topk - 1; t > 0; t--) std::swap(x[t], x[r->below(t + 1)]);
         for (int t = 0; t < c.topk; t++) {
             int64_t kind = r->below(40);
@@ -80,14 +80,14 @@ static void check(Random *r, int version, const FsaConfig &c, const std::vector<
     for (int h = 0; h < c.kv_heads; h++) {
         std::vector<std::vector<std::vector<uint32_t>>> expected(
             (size_t)l.num_slabs, std::vector<std::vector<uint32_t>>((size_t)l.max_blocks));
-        int64_t row = 0;
+        int64_t query = 0;
         for (const FsaSegment &segment : b.segments) {
-            for (int64_t i = 0; i < segment.len; i++, row++) {
+            for (int64_t i = 0; i < segment.len; i++, query++) {
                 for (int t = 0; t < c.topk; t++) {
-                    int64_t index = block_indices[(size_t)((h * nq + row) * c.topk + t)];
+                    int64_t index = block_indices[(size_t)((h * nq + query) * c.topk + t)];
                     if (index >= l.init_blocks && (index + l.local_blocks) * c.block <= segment.pos + i)
-                        expected[(size_t)(row / slab)][(size_t)(block0[(size_t)segment.seq] + index)]
-                            .push_back((uint32_t)(row * c.topk + t));
+                        expected[(size_t)(query / slab)][(size_t)(block0[(size_t)segment.seq] + index)]
+                            .push_back((uint32_t)(query * c.topk + t));
                 }
             }
         }
@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
         Batch b(c, {n});
         Buffer<int32_t> block_indices_dev(c.kv_heads * n * c.topk);
         random_block_indices_device(block_indices_dev, n, c, r.u64());
-        int64_t slab = fsa_selected_slab_rows(&c, &b.batch);
+        int64_t slab = fsa_selected_slab_queries(&c, &b.batch);
         Buffer<char> memory((int64_t)fsa_query_lists_bytes(&c, &b.batch, slab)),
             workspace((int64_t)fsa_query_lists_scratch_bytes(&c, &b.batch, slab));
         QueryLists l = fsa_query_lists_at(&c, &b.batch, slab, memory.get());

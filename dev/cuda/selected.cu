@@ -20,24 +20,24 @@
 // The library's selected branch with its scratch memory.
 template <typename T> struct Library {
     const FsaConfig &c;
-    const BatchLayout &p;
+    const BatchLayout &batch;
     Buffer<char> scratch;
     Buffer<float> delta;
-    Library(const FsaConfig &config, const BatchLayout &batch)
-        : c(config), p(batch),
-          scratch((int64_t)std::max(fsa_selected_scratch_bytes(&c, &p, Dtype<T>::value, 0),
-                                    fsa_selected_scratch_bytes(&c, &p, Dtype<T>::value, 1))),
-          delta(p.nq * c.q_heads) {}
+    Library(const FsaConfig &config, const BatchLayout &layout)
+        : c(config), batch(layout),
+          scratch((int64_t)std::max(fsa_selected_scratch_bytes(&c, &batch, Dtype<T>::value, 0),
+                                    fsa_selected_scratch_bytes(&c, &batch, Dtype<T>::value, 1))),
+          delta(batch.nq * c.q_heads) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *block_indices, T *o, float *lse,
                  const GateCombine *gate = NULL) {
-        FSA_CHECK(fsa_selected_branch_forward(&c, &p, Dtype<T>::value, q, k, v, block_indices, scratch, o,
+        FSA_CHECK(fsa_selected_branch_forward(&c, &batch, Dtype<T>::value, q, k, v, block_indices, scratch, o,
                                               lse, gate, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *block_indices, const T *o,
                   const float *lse, const T *dout, T *dq, T *dk, T *dv,
                   const BranchGradients *branch_grads = NULL) {
-        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, p.nq, o, lse, dout, delta, NULL, 0));
-        FSA_CHECK(fsa_selected_branch_backward(&c, &p, Dtype<T>::value, q, k, v, block_indices, 0, dout,
+        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, batch.nq, o, lse, dout, delta, NULL, 0));
+        FSA_CHECK(fsa_selected_branch_backward(&c, &batch, Dtype<T>::value, q, k, v, block_indices, 0, dout,
                                                delta, lse, branch_grads, scratch, dq, dk, dv, 0));
     }
 };
@@ -163,17 +163,17 @@ template <typename T> __global__ void partial_chunks_kernel(const float *x, char
     const int row = threadIdx.x / 4, c = threadIdx.x % 4;
     char *const at = rows + row * partial_row_bytes<T, 64>();
     PartialChunk<T> p[2];
-    for (int group = 0; group < 2; group++) {
+    for (int slice = 0; slice < 2; slice++) {
         float v[8];
-        for (int k = 0; k < 8; k++) v[k] = x[(row * CHUNKS + 4 * group + c) * 8 + k];
-        p[group] = PartialChunk<T>::pack(v, 1);
+        for (int k = 0; k < 8; k++) v[k] = x[(row * CHUNKS + 4 * slice + c) * 8 + k];
+        p[slice] = PartialChunk<T>::pack(v, 1);
     }
     if (row % 2 == 0) {
         PartialChunk<T>::store(at, 0, c, p);
     } else {
-        for (int group = 0; group < 2; group++) {
-            const PartialChunk<T> one[1] = {p[group]};
-            PartialChunk<T>::store(at, group, c, one);
+        for (int slice = 0; slice < 2; slice++) {
+            const PartialChunk<T> one[1] = {p[slice]};
+            PartialChunk<T>::store(at, slice, c, one);
         }
     }
     __syncthreads();

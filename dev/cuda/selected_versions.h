@@ -20,7 +20,7 @@ struct VersionParams {
     // Kernels with KV blocks outside: the library's query lists in one slab, the KV head of this launch, and
     // the tiles of at most 64 keys of a KV block.
     QueryLists lists;
-    int head, key_tiles;
+    int kv_head, key_tiles;
     void *partial;      // version 3: o_partial or dq_partial [Nq*T, key_tiles, g, D], in 16 bits
     float *lse_partial; // version 3: [Nq*T, key_tiles, g], in base 2
     float *row_lse;     // version 3: [Nq, g], in base 2
@@ -35,14 +35,14 @@ __device__ __forceinline__ float v1_warp_reduce_sum(float x) {
 
 // Calls f(kv_offset) for every key that the warp's row sees. kv_offset: this lane's channels in k and v.
 template <int D, typename F> __device__ void v1_for_each_key(const VersionParams &a, int64_t row, F f) {
-    int64_t token = row / a.q_heads, seq, pos;
-    int head = (int)(row % a.q_heads) / a.group;
-    query_position(a.batch, token, &seq, &pos);
+    int64_t query = row / a.q_heads, seq, pos;
+    int kv_head = (int)(row % a.q_heads) / a.group;
+    query_position(a.batch, query, &seq, &pos);
     for (int t = 0; t < a.topk; t++) {
-        int64_t index = a.block_indices[(head * a.batch.nq + token) * a.topk + t];
+        int64_t index = a.block_indices[(kv_head * a.batch.nq + query) * a.topk + t];
         if (index < 0) continue;
         for (int64_t key = index * a.block; key < (index + 1) * a.block && key <= pos; key++)
-            f(((a.batch.cu_seqlens[seq] + key) * a.kv_heads + head) * D + threadIdx.x % 32 * (D / 32));
+            f(((a.batch.cu_seqlens[seq] + key) * a.kv_heads + kv_head) * D + threadIdx.x % 32 * (D / 32));
     }
 }
 
@@ -110,11 +110,11 @@ template <typename T, int D> struct V2SliceIterator {
 
     __device__ V2SliceIterator(const VersionParams &args, const T *k, const T *v, uint32_t base)
         : a(args), smem(base + threadIdx.x / 32 * WARP) {
-        int64_t token = blockIdx.x, head = blockIdx.y, seq;
-        query_position(a.batch, token, &seq, &pos);
-        int64_t offset = (a.batch.cu_seqlens[seq] * a.kv_heads + head) * D;
+        int64_t query = blockIdx.x, kv_head = blockIdx.y, seq;
+        query_position(a.batch, query, &seq, &pos);
+        int64_t offset = (a.batch.cu_seqlens[seq] * a.kv_heads + kv_head) * D;
         k_head = k + offset, v_head = v + offset;
-        block_indices = a.block_indices + (head * a.batch.nq + token) * a.topk;
+        block_indices = a.block_indices + (kv_head * a.batch.nq + query) * a.topk;
     }
     __device__ int64_t first_key(int slice) const { // -1 if the query sees none of the slice's keys
         int slot = slice / (a.block / 16);
@@ -316,7 +316,7 @@ struct WorkItem {
 };
 __device__ __forceinline__ WorkItem work_item_of(const VersionParams &a) {
     WorkItem work;
-    const uint32_t *offsets = a.lists.offsets + a.head * (a.lists.max_blocks + 1);
+    const uint32_t *offsets = a.lists.offsets + a.kv_head * (a.lists.max_blocks + 1);
     int64_t block = blockIdx.x / a.key_tiles;
     work.key_tile = blockIdx.x % a.key_tiles;
     work.begin = work.end = 0;
@@ -327,21 +327,21 @@ __device__ __forceinline__ WorkItem work_item_of(const VersionParams &a) {
     work.num_keys =
         (int)min((int64_t)min(64, a.block - work.key_tile * 64), a.batch.cu_seqlens[seq + 1] - work.key_row);
     if (work.num_keys <= 0) return work;
-    work.entries = a.lists.entries + a.head * a.batch.nq * a.topk + offsets[block];
+    work.entries = a.lists.entries + a.kv_head * a.batch.nq * a.topk + offsets[block];
     work.begin = blockIdx.y * WORK_ROWS;
     work.end = min((int)(offsets[block + 1] - offsets[block]) * a.group, work.begin + WORK_ROWS);
     return work;
 }
 // The last key that a query sees, within the key tile; -1 if it sees none.
-__device__ __forceinline__ int last_visible_key(const VersionParams &a, const WorkItem &work, int64_t token) {
+__device__ __forceinline__ int last_visible_key(const VersionParams &a, const WorkItem &work, int64_t query) {
     int64_t seq, pos;
-    query_position(a.batch, token, &seq, &pos);
+    query_position(a.batch, query, &seq, &pos);
     return (int)min((int64_t)work.num_keys - 1, max(pos - work.first_key, (int64_t)-1));
 }
 template <int D, typename T>
 __device__ __forceinline__ void load_kv_tile(const VersionParams &a, const WorkItem &work, uint32_t tile,
                                              const T *x) {
-    load_tile<64, D, 128>(tile, x + (work.key_row * a.kv_heads + a.head) * D, (int64_t)a.kv_heads * D,
+    load_tile<64, D, 128>(tile, x + (work.key_row * a.kv_heads + a.kv_head) * D, (int64_t)a.kv_heads * D,
                           work.num_keys);
 }
 
@@ -375,8 +375,8 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
         for (int i = lane; i < 16 * CHUNKS; i += 32) {
             int r = i / CHUNKS, chunk = i % CHUNKS;
-            int64_t token = __shfl_sync(0xffffffffu, entry, r) / (uint32_t)a.topk;
-            int64_t row = token * a.q_heads + a.head * g + min(tile * 16 + r, work.end - 1) % g;
+            int64_t query = __shfl_sync(0xffffffffu, entry, r) / (uint32_t)a.topk;
+            int64_t row = query * a.q_heads + a.kv_head * g + min(tile * 16 + r, work.end - 1) % g;
             cp_async_16(q_base + stage * TILE + swizzled<D>(r, chunk), q + row * D + chunk * 8);
         }
         cp_async_commit();
@@ -395,10 +395,10 @@ __global__ void __launch_bounds__(128)
         float base[2];
         for (int i = 0; i < 2; i++) {
             int r = tile * 16 + quad + 8 * i, in_group = min(r, work.end - 1) % g;
-            int64_t e = __shfl_sync(0xffffffffu, entry, quad + 8 * i), token = e / a.topk;
-            limit[i] = last_visible_key(a, work, token);
+            int64_t e = __shfl_sync(0xffffffffu, entry, quad + 8 * i), query = e / a.topk;
+            limit[i] = last_visible_key(a, work, query);
             partial_row[i] = r < work.end ? (e * a.key_tiles + work.key_tile) * g + in_group : -1;
-            base[i] = LSE_PASS ? -INFINITY : a.row_lse[token * g + in_group];
+            base[i] = LSE_PASS ? -INFINITY : a.row_lse[query * g + in_group];
         }
         float s[8][4] = {};
 #pragma unroll
@@ -477,38 +477,38 @@ __global__ void __launch_bounds__(128)
 // Calls f(partial) for every (slot, key tile) that a query sees. Its partial rows are partial * g and the
 // following.
 template <typename F>
-__device__ __forceinline__ void v3_for_each_partial(const VersionParams &a, int64_t token, F f) {
+__device__ __forceinline__ void v3_for_each_partial(const VersionParams &a, int64_t query, F f) {
     int64_t seq, pos;
-    query_position(a.batch, token, &seq, &pos);
+    query_position(a.batch, query, &seq, &pos);
     for (int t = 0; t < a.topk; t++) {
-        int64_t index = a.block_indices[(a.head * a.batch.nq + token) * a.topk + t];
+        int64_t index = a.block_indices[(a.kv_head * a.batch.nq + query) * a.topk + t];
         for (int key_tile = 0; key_tile < a.key_tiles && index >= 0 && index * a.block + key_tile * 64 <= pos;
              key_tile++)
-            f((token * a.topk + t) * a.key_tiles + key_tile);
+            f((query * a.topk + t) * a.key_tiles + key_tile);
     }
 }
 
 // The lse of each row from lse_partial. A thread per row.
 static __global__ void selected_v3_row_lse_kernel(VersionParams a, float *lse) {
-    int64_t i = blockIdx.x * 256ll + threadIdx.x, token = i / a.group;
-    if (token >= a.batch.nq) return;
+    int64_t i = blockIdx.x * 256ll + threadIdx.x, query = i / a.group;
+    if (query >= a.batch.nq) return;
     int r = (int)(i % a.group);
     float row_max = -INFINITY, row_sum = 0;
     v3_for_each_partial(
-        a, token, [&](int64_t partial) { row_max = fmaxf(row_max, a.lse_partial[partial * a.group + r]); });
+        a, query, [&](int64_t partial) { row_max = fmaxf(row_max, a.lse_partial[partial * a.group + r]); });
     v3_for_each_partial(
-        a, token, [&](int64_t partial) { row_sum += exp2f(a.lse_partial[partial * a.group + r] - row_max); });
+        a, query, [&](int64_t partial) { row_sum += exp2f(a.lse_partial[partial * a.group + r] - row_max); });
     a.row_lse[i] = row_max + log2f(row_sum);
-    lse[token * a.q_heads + a.head * a.group + r] = a.row_lse[i] * FSA_LN2;
+    lse[query * a.q_heads + a.kv_head * a.group + r] = a.row_lse[i] * FSA_LN2;
 }
 
 // Adds the o_partial or dq_partial rows of each row. A thread per eight channels of a row.
 template <typename T, int D> __global__ void selected_v3_combine_kernel(VersionParams a, T *out) {
-    int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8), token = row / a.group;
-    if (token >= a.batch.nq) return;
+    int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8), query = row / a.group;
+    if (query >= a.batch.nq) return;
     int r = (int)(row % a.group);
     float acc[8] = {};
-    v3_for_each_partial(a, token, [&](int64_t partial) {
+    v3_for_each_partial(a, query, [&](int64_t partial) {
         uint4 x = ((const uint4 *)((const T *)a.partial + (partial * a.group + r) * D))[i % (D / 8)];
         const uint32_t words[4] = {x.x, x.y, x.z, x.w};
         for (int j = 0; j < 4; j++) {
@@ -517,7 +517,7 @@ template <typename T, int D> __global__ void selected_v3_combine_kernel(VersionP
             acc[2 * j + 1] += f.y;
         }
     });
-    uint4 *out_row = (uint4 *)(out + (token * a.q_heads + a.head * a.group + r) * D);
+    uint4 *out_row = (uint4 *)(out + (query * a.q_heads + a.kv_head * a.group + r) * D);
     out_row[i % (D / 8)] = make_uint4(pack2<T>(acc[0], acc[1]), pack2<T>(acc[2], acc[3]),
                                       pack2<T>(acc[4], acc[5]), pack2<T>(acc[6], acc[7]));
 }
@@ -553,13 +553,13 @@ __global__ void __launch_bounds__(128, 2)
     };
     auto load_meta = [&](int tile) {
         int r = work.begin + tile * 32 + tid, in_group = min(r, work.end - 1) % g, slot = tile % 3;
-        int64_t e = entry, token = e / a.topk, row = token * a.q_heads + a.head * g + in_group;
+        int64_t e = entry, query = e / a.topk, row = query * a.q_heads + a.kv_head * g + in_group;
         load_entry(tile + 1);
         tile_row[slot][tid] = row;
         tile_partial[slot][tid] = (e * a.key_tiles + work.key_tile) * g + in_group;
         tile_lse[slot][tid] = a.lse[row] * FSA_LOG2E;
         tile_delta[slot][tid] = a.delta[row];
-        tile_limit[slot][tid] = r < work.end ? last_visible_key(a, work, token) : -1;
+        tile_limit[slot][tid] = r < work.end ? last_visible_key(a, work, query) : -1;
     };
     auto gather = [&](int tile) {
         uint32_t dest = stages + tile % 2 * 2 * ROW_TILE;
@@ -667,7 +667,7 @@ __global__ void __launch_bounds__(128, 2)
     for (int i = 0; i < 4; i++) {
         int key = warp * 16 + quad + i / 2 * 8;
         if (key >= work.num_keys) continue;
-        int64_t offset = ((work.key_row + key) * a.kv_heads + a.head) * D + 2 * c + i % 2;
+        int64_t offset = ((work.key_row + key) * a.kv_heads + a.kv_head) * D + 2 * c + i % 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             atomicAdd(a.dk_accum + offset + n * 8, dk[n][i] * a.scale);
@@ -738,7 +738,7 @@ template <typename T, int D> struct Versions {
         if (version == 3) {
             const int smem = (64 + 4 * 2 * 16) * D * 2;
             FSA_CHECK(fsa_query_lists(&c, &a.batch, block_indices, &a.lists, lists_scratch, 0));
-            for (a.head = 0; a.head < a.kv_heads; a.head++) {
+            for (a.kv_head = 0; a.kv_head < a.kv_heads; a.kv_head++) {
                 selected_v3_kernel<T, D, true><<<kv_grid(), 128, smem>>>(a, q, k, v);
                 selected_v3_row_lse_kernel<<<(unsigned)((nq * a.group + 255) / 256), 256>>>(a, lse);
                 selected_v3_kernel<T, D, false><<<kv_grid(), 128, smem + 64 * D * 2>>>(a, q, k, v);
@@ -763,10 +763,10 @@ template <typename T, int D> struct Versions {
             dim3 grid((unsigned)nq, a.kv_heads);
             selected_v2_dq_kernel<T, D><<<grid, 128, 4 * V2SliceIterator<T, D>::WARP>>>(a, q, k, v, dout, dq);
             FSA_CHECK(fsa_query_lists(&c, &a.batch, block_indices, &a.lists, lists_scratch, 0));
-            for (a.head = 0; a.head < a.kv_heads; a.head++)
+            for (a.kv_head = 0; a.kv_head < a.kv_heads; a.kv_head++)
                 selected_kv_backward_kernel<T, D, false><<<kv_grid(), 128, kv_smem()>>>(a, q, k, v, dout);
         }
-        for (a.head = 0; a.head < a.kv_heads && version == 3; a.head++) {
+        for (a.kv_head = 0; a.kv_head < a.kv_heads && version == 3; a.kv_head++) {
             selected_kv_backward_kernel<T, D, true><<<kv_grid(), 128, kv_smem()>>>(a, q, k, v, dout);
             combine(dq);
         }

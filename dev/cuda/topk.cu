@@ -14,12 +14,12 @@
 template <typename T, int D>
 __global__ void __launch_bounds__(128)
     naive_topk_kernel(const TopKParams p, float *scores, int64_t max_blocks) {
-    int64_t row = blockIdx.x / p.kv_heads, seq, pos;
+    int64_t query = blockIdx.x / p.kv_heads, seq, pos;
     int kv_head = blockIdx.x % p.kv_heads, group = p.q_heads / p.kv_heads;
-    query_position(p.batch, row, &seq, &pos);
+    query_position(p.batch, query, &seq, &pos);
     int blocks = (int)(pos / p.block) + 1;
-    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + row) * p.topk;
-    float *row_scores = scores + (kv_head * p.batch.nq + row) * max_blocks;
+    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + query) * p.topk;
+    float *query_scores = scores + (kv_head * p.batch.nq + query) * max_blocks;
     for (int j = threadIdx.x; j < blocks; j += 128) {
         int first = j * p.block - p.cmp_len + p.cmp_stride, last = (j + 1) * p.block - p.cmp_stride;
         float s = 0;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(128)
                 s += overlap * expf(p.scale * dot - p.lse[head]);
             }
         }
-        row_scores[j] = j < p.init_blocks || j >= blocks - p.local_blocks ? INFINITY : s;
+        query_scores[j] = j < p.init_blocks || j >= blocks - p.local_blocks ? INFINITY : s;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(128)
     if (blocks <= p.topk) return;
     for (int i = 0; i < p.topk; i++) {
         int argmax = 0;
-        for (int j = 1; j < blocks; j++) argmax = row_scores[j] > row_scores[argmax] ? j : argmax;
-        row_scores[argmax] = -1;
+        for (int j = 1; j < blocks; j++) argmax = query_scores[j] > query_scores[argmax] ? j : argmax;
+        query_scores[argmax] = -1;
     }
     for (int j = 0, i = 0; j < blocks; j++) {
-        if (row_scores[j] == -1) out[i++] = j;
+        if (query_scores[j] == -1) out[i++] = j;
     }
 }
 static float *naive_scores;
@@ -152,11 +152,11 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
         check_that(block_indices.guards_intact(), ("guards " + what).c_str(), 1, 0);
         double excess = 0;
         for (int h = 0; h < c.kv_heads; h++) {
-            for (int64_t row = 0; row < nq; row++) {
+            for (int64_t query = 0; query < nq; query++) {
                 int64_t blocks = fsa_ref_block_scores_f32(&c, &b.ref, q.f.data(), kc.f.data(), lse.data(),
-                                                          row, h, scratch.data());
-                excess =
-                    std::max(excess, block_excess(c, &got[(h * nq + row) * c.topk], scratch.data(), blocks));
+                                                          query, h, scratch.data());
+                excess = std::max(excess,
+                                  block_excess(c, &got[(h * nq + query) * c.topk], scratch.data(), blocks));
             }
         }
         check_that(excess <= 1e-3, ("selection " + what).c_str(), excess, 1e-3);

@@ -4,32 +4,35 @@
 // range, 64 keys (a key tile) at a time:
 //     load K and V into shared memory; dK = dV = 0 in registers
 //     for each tile of 64 gathered rows of q and dO:
-//         S = Q K^T,  dP = dO V^T,  P = exp(S - lse_bwd),  dS = P (dP - delta);  P and dS to shared memory
-//         dV += P^T dO,  dK += dS^T Q
+//         S = scale Q K^T,  dP = dO V^T,  P = exp(S - lse_bwd),  dS = P (dP - delta);  P, dS to shared memory
+//         dV += P^T dO,  dK / scale += dS^T Q
 //         start the gather of the next tile's q and dO
-//         dQ = dS K; store it as a dq_partial row (partial.cuh)
-//     store dK and dV (dkv_destination)
-// The four warps divide the rows and columns of every matmul in halves. The row indices, lse_bwd and delta of a
-// tile are loaded into registers one tile ahead, and lie in shared memory in two stages.
+//         dQ = scale dS K; store it as a dq_partial row (partial.cuh)
+//     store dK / scale and dV (dkv_destination); selected_store_dkv_kernel multiplies by scale
+// dO is dout, the ungated gradient; lse_bwd contains the gate, so P is gate * P. The four warps divide the
+// rows and columns of every matmul in halves. The row indices, lse_bwd and delta of a tile are loaded into
+// registers one tile ahead, and are stored in shared memory in two stages.
 //
 // Shared memory: K, V, q, dO tiles of 64 rows and P, dS [64 rows, 64 keys]: 80 KiB at d = 128, two thread
 // blocks per SM.
 //
-// Results are reproducible: each partial row is written once. The thread block whose work range contains the
-// start of a query list adds dK and dV of its part to dkv_accum. Thread blocks whose range continues the list
-// write dkv_partial, which the combine kernel adds in order.
+// Each partial row is written once. The thread block whose work range contains the start of a query list
+// adds its part of dK and dV to dkv_accum. Thread blocks whose range continues the list write dkv_partial,
+// which the combine kernel adds in order. So the results are bitwise reproducible.
 //
-// A row reads 4D + 12 bytes and writes 1.5D (fp16 2D). Floors for 64K tokens, (32, 8) heads, d = 128, (B, T)
-// = (64, 16): 17.6 GB in and 6.4 GB out, 5.3 ms at 4.5 TB/s; 2.75 TFLOP, 3.5 ms at 790 TFLOP/s; 288 KB of
-// shared memory traffic per tile, 5.7 ms. Shared memory and memory bandwidth bind.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16). The kernel is limited by shared
+// memory and memory bandwidth.
+//     17.6 GB in (4D + 12 bytes per partial row), 6.4 GB out (1.5D; fp16: 2D)   5.3 ms
+//     2.75 TFLOP                                                                3.5 ms
+//     shared memory, 288 KB per tile                                            5.7 ms
 #include "../selected.cuh"
 
 template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(SelectedParams a) {
     constexpr int CHUNKS = D / 8, ROW_STEP = 128 / CHUNKS, HALF = D / 2, TILE = 64 * D * 2;
     extern __shared__ __align__(128) char smem[];
-    // Of the rows of two tiles: query * q_heads + head, partial row, lse_bwd in base 2, delta, last visible key
-    // within the key tile (-1 for a row that pads the tile).
+    // For the rows of two tiles: query * q_heads + head, partial row, lse_bwd in base 2, delta, and the last
+    // visible key within the key tile (-1 for a row that pads the tile).
     __shared__ int64_t tile_row[2][64];
     __shared__ uint32_t tile_partial[2][64];
     __shared__ float tile_lse[2][64], tile_delta[2][64];
@@ -40,10 +43,10 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
     const uint32_t ds_base = p_base + 64 * 64 * 2;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane / 4, c = lane % 4;
     const int wm = warp / 2, wn = warp % 2; // this warp's half of the rows and of the columns of each matmul
-    const int head = a.head0 + blockIdx.y, g = a.group;
-    const WorkRange range = work_range_of(a, head, blockIdx.x);
+    const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
+    const WorkRange range = work_range_of(a, kv_head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
-    char *partial = a.partial + (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.key_tiles * g *
+    char *partial = a.partial + (int64_t)blockIdx.y * a.lists.slab_queries * a.topk * a.key_tiles * g *
                                     partial_row_bytes<T, D>();
 
     for (uint32_t begin = range.begin; begin < range.end;) {
@@ -53,12 +56,12 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
             const int first_key = key_tile * 64, num_keys = min(64, kv_block.num_keys - first_key);
             const int64_t kv_stride = (int64_t)a.kv_heads * D;
 
-            // Per-row data besides q and dO: thread tid < 64 loads that of row tid of the next tile.
+            // Data of a row besides q and dO: thread tid < 64 loads the data of row tid of the next tile.
             int64_t new_row;
             uint32_t new_partial;
             float new_lse, new_delta;
             int new_limit;
-            uint32_t next_entry = 0; // of the tile that load_meta loads next
+            uint32_t next_entry = 0; // entry of row tid of the tile that load_meta loads next
             auto load_entry = [&](int tile) {
                 next_entry = range.entries[begin + min(tile * 64 + tid, num_rows - 1) / g];
             };
@@ -66,15 +69,16 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                 int r = tile * 64 + tid, i = min(r, num_rows - 1) / g, in_group = min(r, num_rows - 1) % g;
                 uint32_t entry = next_entry;
                 load_entry(tile + 1);
-                int64_t row = entry / (uint32_t)a.topk;
-                new_row = row * a.q_heads + head * g + in_group;
+                int64_t query = entry / (uint32_t)a.topk;
+                new_row = query * a.q_heads + kv_head * g + in_group;
                 new_partial = ((entry - range.entry0) * a.key_tiles + key_tile) * g + in_group;
                 new_lse = a.lse_bwd[new_row] * FSA_LOG2E;
                 new_delta = a.delta[new_row];
-                new_limit = r < num_rows ? last_visible_key(a, kv_block,
-                                                            (int64_t)(begin - kv_block.list_begin) + i, row) -
-                                               first_key
-                                         : -1;
+                new_limit =
+                    r < num_rows
+                        ? last_visible_key(a, kv_block, (int64_t)(begin - kv_block.list_begin) + i, query) -
+                              first_key
+                        : -1;
             };
             auto store_meta = [&](int tile) {
                 int stage = tile & 1;
@@ -101,8 +105,8 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
             }
             for (int i = tid; i < 64 * CHUNKS; i += 128) {
                 int r = i / CHUNKS, chunk = i % CHUNKS;
-                int64_t offset =
-                    (kv_block.key0 + (r < num_keys ? first_key + r : 0)) * kv_stride + head * D + chunk * 8;
+                int64_t offset = (kv_block.key0 + (r < num_keys ? first_key + r : 0)) * kv_stride +
+                                 kv_head * D + chunk * 8;
                 cp_async_16(k_tile + swizzled<D>(r, chunk), (const T *)a.k + offset, r < num_keys);
                 cp_async_16(v_tile + swizzled<D>(r, chunk), (const T *)a.v + offset, r < num_keys);
             }
@@ -208,9 +212,9 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                 __syncthreads();
                 if (tile + 1 < num_tiles) gather(tile + 1);
 
-                    // dQ = dS K, 32 columns at a time: rows 32*wm.., columns HALF*wn..
+                    // dQ = dS K, a slice of 32 columns at a time: rows 32*wm.., columns HALF*wn..
 #pragma unroll
-                for (int group = 0; group < HALF / 32; group++) {
+                for (int slice = 0; slice < HALF / 32; slice++) {
                     float dq[2][4][4] = {};
 #pragma unroll
                     for (int kk = 0; kk < 4; kk++) {
@@ -225,7 +229,7 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                             uint32_t fb[4];
                             ldmatrix_x4_trans(
                                 fb, k_tile + swizzled<D>(kk * 16 + (lane & 15),
-                                                         wn * (HALF / 8) + group * 4 + n + lane / 16));
+                                                         wn * (HALF / 8) + slice * 4 + n + lane / 16));
 #pragma unroll
                             for (int m = 0; m < 2; m++) {
                                 mma_16816<T>(dq[m][n], fa[m], fb[0], fb[1]);
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                             const PartialChunk<T> out[1] = {make_partial_chunk<T>(dq[m], 0, i, a.scale)};
                             PartialChunk<T>::store(partial + (int64_t)tile_partial[stage][r] *
                                                                  partial_row_bytes<T, D>(),
-                                                   wn * (HALF / 32) + group, c, out);
+                                                   wn * (HALF / 32) + slice, c, out);
                         }
                     }
                 }
@@ -278,7 +282,7 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
 }
 
 template <typename T, int D>
-static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int selected_backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
     if (allow_smem(selected_backward_sm80_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.num_ranges, heads);
@@ -288,5 +292,5 @@ static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream
 
 int fsa_selected_backward_sm80(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                                cudaStream_t stream) {
-    return FSA_DISPATCH(dtype, head_dim, backward, a, heads, stream);
+    return FSA_DISPATCH(dtype, head_dim, selected_backward, a, heads, stream);
 }

@@ -5,22 +5,24 @@
 //     all warps      load K and V of the block into shared memory, V as fp16
 //     each warp      for every fourth tile of 16 gathered rows:
 //                        load q straight into mma fragments, one tile ahead
-//                        S = Q K^T,  P = exp(S - row max),  O = P V / row sum
+//                        S = scale Q K^T,  P = exp(S - row max),  O = P V / row sum
 //                        store the o_partial row (fp16) and lse_partial
-// A key tile of 128 keys is processed in two steps of 64 keys with online softmax. Results are reproducible:
-// each partial row is written once.
+// A key tile of 128 keys is processed in two steps of 64 keys with online softmax. Each partial row is
+// written once, so the results are bitwise reproducible.
 //
 // P and V are fp16. A power of two scales the largest magnitude of V in the tile to at least 2^14 and below
-// 2^15: o cannot overflow, and the rounding error of a partial row is an eighth of bf16's.
+// 2^15. So O cannot overflow, and the rounding error of a partial row is an eighth of bf16's. The consumer of
+// a partial row multiplies it by lse_partial.y, the inverse of this scale.
 //
 // Shared memory: K and V, TILE_KEYS * D * 2 bytes each. Within each 64-byte group of a row, the 4-byte units
 // are transposed (unit 4c+i lies at i*4+c). mma assigns units c, 4+c, 8+c, 12+c to lane c of a quad. With the
 // transposed K, these are 16 contiguous bytes of q; with the transposed V, 16 contiguous bytes of o. So q and
 // o move straight between registers and memory.
 //
-// A row reads 2D bytes and writes 2D + 8. Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16):
-// 8.6 GB in and 8.8 GB out, 3.9 ms at 4.5 TB/s; 1.1 TFLOP, 1.4 ms at 790 TFLOP/s; 2.4 ms of shared memory
-// bandwidth for mma.sync's operands. Memory bandwidth binds.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16). The kernel is memory-bound.
+//     8.6 GB of q in (2D bytes per partial row), 8.8 GB out (2D + 8)   3.9 ms
+//     1.1 TFLOP                                                        1.4 ms
+//     shared memory reads of mma.sync's operands                       2.4 ms
 #include "../selected.cuh"
 
 // Stores 64 bytes at the offsets of their four 16-byte chunks, with the 4-byte units transposed.
@@ -44,27 +46,27 @@ template <typename T> static __device__ __forceinline__ float chunk_amax(const u
 // KEY_STEPS: steps of 64 keys in a key tile.
 template <typename T, int D, int KEY_STEPS>
 __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedParams a) {
-    constexpr int GROUPS = D / 32, TILE_KEYS = 64 * KEY_STEPS;
+    constexpr int SLICES = D / 32, TILE_KEYS = 64 * KEY_STEPS;
     extern __shared__ __align__(128) char smem[];
     __shared__ float warp_amax[4];
     char *k_tile = smem, *v_tile = smem + TILE_KEYS * D * 2;
     const uint32_t k_base = smem_address(k_tile), v_base = smem_address(v_tile);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
-    const int head = a.head0 + blockIdx.y, g = a.group;
-    const WorkRange range = work_range_of(a, head, blockIdx.x);
+    const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
+    const WorkRange range = work_range_of(a, kv_head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
 
     for (uint32_t begin = range.begin; begin < range.end;) {
         KvBlockEntries kv_block = find_kv_block(a, range, begin);
         const int num_rows = (int)kv_block.num_entries * g, num_tiles = (num_rows + 15) / 16;
         for (int key_tile = 0; key_tile < a.key_tiles; key_tile++) {
-            // num_keys may be < 1: the last block of a sequence can be short.
+            // num_keys can be 0 or negative: the last block of a sequence may be short.
             const int first_key = key_tile * TILE_KEYS,
                       num_keys = min(TILE_KEYS, kv_block.num_keys - first_key);
             // The scale of V.
             const int64_t kv_stride = (int64_t)a.kv_heads * D;
-            const T *k_head = (const T *)a.k + (kv_block.key0 + first_key) * kv_stride + head * D;
-            const T *v_head = (const T *)a.v + (kv_block.key0 + first_key) * kv_stride + head * D;
+            const T *k_head = (const T *)a.k + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
+            const T *v_head = (const T *)a.v + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
             float amax = 0;
             for (int i = threadIdx.x; i < TILE_KEYS * D / 8; i += 128) {
                 int row = i / (D / 8);
@@ -80,19 +82,19 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
             int exponent = min(max(14 - ilogbf(amax), -100), 100);
             const float inv_scale = amax > 0 ? ldexpf(1, exponent) : 1, v_scale = 1 / inv_scale;
             // K and V to shared memory; zeros past the last key.
-            for (int i = threadIdx.x; i < TILE_KEYS * GROUPS; i += 128) {
-                int row = i / GROUPS, group = i % GROUPS;
+            for (int i = threadIdx.x; i < TILE_KEYS * SLICES; i += 128) {
+                int row = i / SLICES, slice = i % SLICES;
                 uint4 x[4] = {}, y[4] = {};
                 if (row < num_keys) {
-                    const uint4 *k_row = (const uint4 *)(k_head + row * kv_stride) + group * 4;
-                    const uint4 *v_row = (const uint4 *)(v_head + row * kv_stride) + group * 4;
+                    const uint4 *k_row = (const uint4 *)(k_head + row * kv_stride) + slice * 4;
+                    const uint4 *v_row = (const uint4 *)(v_head + row * kv_stride) + slice * 4;
 #pragma unroll
                     for (int j = 0; j < 4; j++) x[j] = k_row[j], y[j] = v_row[j];
                 }
                 uint32_t offset[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    offset[j] = swizzled<D>(row, group * 4 + j);
+                    offset[j] = swizzled<D>(row, slice * 4 + j);
                     y[j] = make_uint4(
                         to_half_scaled<T>(y[j].x, inv_scale), to_half_scaled<T>(y[j].y, inv_scale),
                         to_half_scaled<T>(y[j].z, inv_scale), to_half_scaled<T>(y[j].w, inv_scale));
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
             }
             __syncthreads();
 
-            uint4 q[2][GROUPS]; // rows `quad` and quad + 8 of the tile
+            uint4 q[2][SLICES]; // rows `quad` and quad + 8 of the tile
             uint32_t entry[2], next_entry[2];
             auto load_entries = [&](int tile, uint32_t *e) {
 #pragma unroll
@@ -113,10 +115,10 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = min(tile * 16 + quad + 8 * i, num_rows - 1);
-                    int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + head * g + r % g;
+                    int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + kv_head * g + r % g;
                     const uint4 *q_row = (const uint4 *)((const T *)a.q + row * D);
 #pragma unroll
-                    for (int j = 0; j < GROUPS; j++) q[i][j] = q_row[4 * j + c];
+                    for (int j = 0; j < SLICES; j++) q[i][j] = q_row[4 * j + c];
                 }
             };
             if (warp < num_tiles) {
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
                     for (int n = 0; n < 8; n++) {
                         s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll
-                        for (int j = 0; j < GROUPS; j++) {
+                        for (int j = 0; j < SLICES; j++) {
                             uint32_t b[4];
                             ldmatrix_x4(b, k_base +
                                                swizzled<D>(step * 64 + n * 8 + (lane & 7), j * 4 + lane / 8));
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
                         }
                     }
                     if (step == KEY_STEPS - 1 || num_keys <= 64 * (step + 1)) {
-                        // q is no longer needed: load the next tile's.
+                        // q is no longer needed: load q of the next tile.
                         if (tile + 4 < num_tiles) load_q(tile + 4, next_entry);
                     }
                     // P = exp(S - row max), and the row sums
@@ -217,14 +219,14 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
                     float sum = quad_reduce_sum(row_sum[i]), inverse = sum > 0 ? 1 / sum : 0;
                     if (r >= num_rows) continue;
                     int64_t row =
-                        (((int64_t)blockIdx.y * a.lists.slab_rows * a.topk + (entry[i] - range.entry0)) *
+                        (((int64_t)blockIdx.y * a.lists.slab_queries * a.topk + (entry[i] - range.entry0)) *
                              a.key_tiles +
                          key_tile) *
                             g +
                         r % g;
-                    PartialChunk<__half> out[GROUPS];
+                    PartialChunk<__half> out[SLICES];
 #pragma unroll
-                    for (int j = 0; j < GROUPS; j++)
+                    for (int j = 0; j < SLICES; j++)
                         out[j] = make_partial_chunk<__half>(o, 4 * j, i, inverse);
                     PartialChunk<__half>::store(a.partial + row * partial_row_bytes<__half, D>(), 0, c, out);
                     if (c == 0)
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
 }
 
 template <typename T, int D, int KEY_STEPS>
-static int launch_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int launch_selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = KEY_STEPS * 64 * D * 2 * 2;
     if (allow_smem(selected_forward_sm80_kernel<T, D, KEY_STEPS>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.num_ranges, heads);
@@ -248,12 +250,12 @@ static int launch_forward(const SelectedParams &a, unsigned heads, cudaStream_t 
     return FSA_OK;
 }
 template <typename T, int D>
-static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
-    return a.tile_keys > 64 ? launch_forward<T, D, 2>(a, heads, stream)
-                            : launch_forward<T, D, 1>(a, heads, stream);
+static int selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+    return a.tile_keys > 64 ? launch_selected_forward<T, D, 2>(a, heads, stream)
+                            : launch_selected_forward<T, D, 1>(a, heads, stream);
 }
 
 int fsa_selected_forward_sm80(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                               cudaStream_t stream) {
-    return FSA_DISPATCH(dtype, head_dim, forward, a, heads, stream);
+    return FSA_DISPATCH(dtype, head_dim, selected_forward, a, heads, stream);
 }

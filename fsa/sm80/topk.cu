@@ -69,27 +69,27 @@ __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t 
     return min_rank;
 }
 
-template <typename T, int D, int TOKENS>
-__global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p) {
-    constexpr int WINDOWS = 64, K_BYTES = WINDOWS * D * 2, Q_BYTES = TOKENS * D * 2, PITCH = WINDOWS + 1;
-    constexpr int THREADS = TOKENS * 8, TOKEN_WARPS = TOKENS / 16, WARP_WINDOWS = 16;
+template <typename T, int D, int QUERIES>
+__global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p) {
+    constexpr int WINDOWS = 64, K_BYTES = WINDOWS * D * 2, Q_BYTES = QUERIES * D * 2, PITCH = WINDOWS + 1;
+    constexpr int THREADS = QUERIES * 8, QUERY_WARPS = QUERIES / 16, WARP_WINDOWS = 16;
     extern __shared__ __align__(128) char shared[];
     int group = p.q_heads / p.kv_heads, num_free = p.topk - p.init_blocks - p.local_blocks;
     uint32_t tile_q = smem_address(shared), tile_k = tile_q + group * Q_BYTES;
     uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [TOKENS][num_free]
-    float *p_tile = (float *)(lists + TOKENS * num_free);                    // [TOKENS][PITCH] P
-    float *block_scores = p_tile + TOKENS * PITCH;                           // [max_tile_blocks][TOKENS + 1]
-    float *carry = block_scores + p.max_tile_blocks * (TOKENS + 1); // [2][2][TOKENS] unfinished scores
-    float *lse_log2 = carry + 4 * TOKENS;                           // [group][TOKENS] lse * log2(e)
+    float *p_tile = (float *)(lists + QUERIES * num_free);                   // [TOKENS][PITCH] P
+    float *block_scores = p_tile + QUERIES * PITCH;                          // [max_tile_blocks][TOKENS + 1]
+    float *carry = block_scores + p.max_tile_blocks * (QUERIES + 1); // [2][2][TOKENS] unfinished scores
+    float *lse_log2 = carry + 4 * QUERIES;                           // [group][TOKENS] lse * log2(e)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int warp_token0 = warp % TOKEN_WARPS * 16, warp_window0 = warp / TOKEN_WARPS * WARP_WINDOWS;
+    int warp_query0 = warp % QUERY_WARPS * 16, warp_window0 = warp / QUERY_WARPS * WARP_WINDOWS;
 
     int64_t tiles = gridDim.x / p.kv_heads, index = tiles - 1 - blockIdx.x / p.kv_heads;
     int kv_head = blockIdx.x % p.kv_heads;
-    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, TOKENS, index);
-    if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.cu_index];
-    int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
+    RowTile tile = find_row_tile(p.batch.cu_queries, p.batch.num_segments, QUERIES, index);
+    if (tile.rows == 0) return;
+    FsaSegment segment = p.batch.segments[tile.cu_index];
+    int first_pos = (int)segment.pos + tile.first, last_pos = first_pos + tile.rows - 1;
     int window_strides = p.cmp_len / p.cmp_stride, block_strides = p.block / p.cmp_stride;
     int64_t window0 = p.batch.cu_windows[segment.seq];
     int num_windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
@@ -109,22 +109,22 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
     if (windows_end > 0) {
         for (int h = 0; h < group; h++) {
             int head = kv_head * group + h;
-            load_tile<TOKENS, D, THREADS>(tile_q + h * Q_BYTES,
-                                          (const T *)p.q + (rows.row * p.q_heads + head) * D,
-                                          (int64_t)p.q_heads * D, rows.rows);
-            if (threadIdx.x < TOKENS) {
+            load_tile<QUERIES, D, THREADS>(tile_q + h * Q_BYTES,
+                                           (const T *)p.q + (tile.row * p.q_heads + head) * D,
+                                           (int64_t)p.q_heads * D, tile.rows);
+            if (threadIdx.x < QUERIES) {
                 float x = -INFINITY;
-                if (threadIdx.x < rows.rows) x = p.lse[(rows.row + threadIdx.x) * p.q_heads + head];
-                lse_log2[h * TOKENS + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
+                if (threadIdx.x < tile.rows) x = p.lse[(tile.row + threadIdx.x) * p.q_heads + head];
+                lse_log2[h * QUERIES + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
             }
         }
         load_windows(0, 0);
     }
     cp_async_commit();
 
-    constexpr int WARPS = THREADS / 32, WARP_LISTS = TOKENS / WARPS;
+    constexpr int WARPS = THREADS / 32, WARP_LISTS = QUERIES / WARPS;
     uint32_t min_rank[WARP_LISTS] = {}; // of each list that this warp keeps
-    for (int i = threadIdx.x; i < TOKENS * num_free; i += THREADS) lists[i] = make_uint2(0, 0);
+    for (int i = threadIdx.x; i < QUERIES * num_free; i += THREADS) lists[i] = make_uint2(0, 0);
     float scale = p.scale * FSA_LOG2E;
 
     int parity = 0;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
                 for (int h = 0; h < HEADS; h++) {
                     if (h0 + h >= group) break;
                     uint32_t a[4];
-                    load_a<D>(a, tile_q + (h0 + h) * Q_BYTES, warp_token0, kk);
+                    load_a<D>(a, tile_q + (h0 + h) * Q_BYTES, warp_query0, kk);
 #pragma unroll
                     for (int n = 0; n < WARP_WINDOWS / 16; n++) {
                         mma_16816<T>(s[h][2 * n], a, b[n][0], b[n][1]);
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 if (h0 + h >= group) break;
-                float l0 = lse_log2[(h0 + h) * TOKENS + warp_token0 + lane / 4];
-                float l1 = lse_log2[(h0 + h) * TOKENS + warp_token0 + lane / 4 + 8];
+                float l0 = lse_log2[(h0 + h) * QUERIES + warp_query0 + lane / 4];
+                float l1 = lse_log2[(h0 + h) * QUERIES + warp_query0 + lane / 4 + 8];
 #pragma unroll
                 for (int n = 0; n < WARP_WINDOWS / 8; n++) {
 #pragma unroll
@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
         for (int n = 0; n < WARP_WINDOWS / 8; n++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int row = warp_token0 + lane / 4 + e / 2 * 8,
+                int query = warp_query0 + lane / 4 + e / 2 * 8,
                     column = warp_window0 + n * 8 + lane % 4 * 2 + e % 2;
-                bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + row;
-                p_tile[row * PITCH + column] = visible ? p_acc[n][e] : 0;
+                bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + query;
+                p_tile[query * PITCH + column] = visible ? p_acc[n][e] : 0;
             }
         }
         __syncthreads();
@@ -196,49 +196,49 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
         int first_block = i0 / block_strides, finished_end = i1 / block_strides,
             overlapped_end = (i1 + window_strides - 2) / block_strides + 1;
         int carried_end = i0 > 0 ? (i0 + window_strides - 2) / block_strides + 1 : 0;
-        const float *carry_in = carry + parity * 2 * TOKENS;
-        float *carry_out = carry + (parity ^ 1) * 2 * TOKENS;
-        int row = threadIdx.x % TOKENS;
-        for (int j = first_block + threadIdx.x / TOKENS; j < overlapped_end; j += THREADS / TOKENS) {
+        const float *carry_in = carry + parity * 2 * QUERIES;
+        float *carry_out = carry + (parity ^ 1) * 2 * QUERIES;
+        int query = threadIdx.x % QUERIES;
+        for (int j = first_block + threadIdx.x / QUERIES; j < overlapped_end; j += THREADS / QUERIES) {
             int block_begin = j * block_strides, block_end = block_begin + block_strides;
-            float s = j < carried_end ? carry_in[(j - first_block) * TOKENS + row] : 0;
+            float s = j < carried_end ? carry_in[(j - first_block) * QUERIES + query] : 0;
             for (int i = max(i0, block_begin - window_strides + 1); i < min(i1, block_end); i++) {
                 int overlap = min(i + window_strides, block_end) - max(i, block_begin);
-                s += (float)overlap * p_tile[row * PITCH + i - i0];
+                s += (float)overlap * p_tile[query * PITCH + i - i0];
             }
             if (j < finished_end)
-                block_scores[(j - first_block) * (TOKENS + 1) + row] = s;
+                block_scores[(j - first_block) * (QUERIES + 1) + query] = s;
             else
-                carry_out[(j - finished_end) * TOKENS + row] = s;
+                carry_out[(j - finished_end) * QUERIES + query] = s;
         }
         __syncthreads();
 
         // Update the lists with the finished blocks.
 #pragma unroll
         for (int list_index = 0; list_index < WARP_LISTS; list_index++) {
-            int token = warp + list_index * WARPS,
-                query_candidates_end = min(finished_end, (first_pos + token) / p.block + 1 - p.local_blocks);
+            int query = warp + list_index * WARPS,
+                query_candidates_end = min(finished_end, (first_pos + query) / p.block + 1 - p.local_blocks);
             for (int j0 = max(first_block, p.init_blocks); j0 < query_candidates_end; j0 += 32) {
                 int j = j0 + lane;
                 uint32_t rank = 0;
                 if (j < query_candidates_end)
-                    rank = __float_as_uint(block_scores[(j - first_block) * (TOKENS + 1) + token]) + 1;
+                    rank = __float_as_uint(block_scores[(j - first_block) * (QUERIES + 1) + query]) + 1;
                 min_rank[list_index] =
-                    insert_topk(lists + token * num_free, num_free, rank, j, min_rank[list_index]);
+                    insert_topk(lists + query * num_free, num_free, rank, j, min_rank[list_index]);
             }
         }
     }
     cp_async_wait<0>();
     __syncthreads();
 
-    int token = threadIdx.x, blocks = (first_pos + token) / p.block + 1;
-    if (token >= rows.rows) return;
-    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + rows.row + token) * p.topk;
+    int query = threadIdx.x, blocks = (first_pos + query) / p.block + 1;
+    if (query >= tile.rows) return;
+    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + tile.row + query) * p.topk;
     if (blocks <= p.topk) { // all blocks are selected
         for (int i = 0; i < p.topk; i++) out[i] = i < blocks ? i : -1;
         return;
     }
-    uint2 *list = lists + token * num_free;
+    uint2 *list = lists + query * num_free;
     for (int i = 1; i < num_free; i++) { // insertion sort by block
         uint2 x = list[i];
         int slot = i;
@@ -250,30 +250,31 @@ __global__ void __launch_bounds__(TOKENS * 8, 2) topk_kernel(const TopKParams p)
     for (int i = 0; i < p.local_blocks; i++) out[p.init_blocks + num_free + i] = blocks - p.local_blocks + i;
 }
 
-static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int tokens) {
+static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int queries) {
     size_t group = c->q_heads / c->kv_heads, num_free = c->topk - c->init_blocks - c->local_blocks;
-    return (group * tokens + p->stages * 64) * c->head_dim * 2 + tokens * num_free * sizeof(uint2) +
-           (tokens * (65 + 4 + group) + p->max_tile_blocks * (tokens + 1)) * sizeof(float);
+    return (group * queries + p->stages * 64) * c->head_dim * 2 + queries * num_free * sizeof(uint2) +
+           (queries * (65 + 4 + group) + p->max_tile_blocks * (queries + 1)) * sizeof(float);
 }
 
-template <typename T, int D, int TOKENS>
-static int launch_tokens(const TopKParams &p, size_t bytes, cudaStream_t stream) {
-    cudaFuncSetAttribute(topk_kernel<T, D, TOKENS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    int64_t blocks = max_row_tiles(p.batch.nq, p.batch.num_segments, TOKENS) * p.kv_heads;
-    if (blocks > 0) topk_kernel<T, D, TOKENS><<<(unsigned)blocks, TOKENS * 8, bytes, stream>>>(p);
+template <typename T, int D, int QUERIES>
+static int launch_topk_queries(const TopKParams &p, size_t bytes, cudaStream_t stream) {
+    cudaFuncSetAttribute(topk_kernel<T, D, QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    int64_t blocks = max_row_tiles(p.batch.nq, p.batch.num_segments, QUERIES) * p.kv_heads;
+    if (blocks > 0) topk_kernel<T, D, QUERIES><<<(unsigned)blocks, QUERIES * 8, bytes, stream>>>(p);
     return launch_status();
 }
 
 // Takes the first configuration that fits in shared memory: 32 queries or 16; for each, two stages or one.
-template <typename T, int D> static int launch_topk(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
+template <typename T, int D>
+static int launch_topk_sm80(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
     const size_t max_smem = 99 * 1024; // of every GPU since sm_80
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = smem_bytes(c, &p, 32);
-        if (bytes <= max_smem) return launch_tokens<T, D, 32>(p, bytes, stream);
+        if (bytes <= max_smem) return launch_topk_queries<T, D, 32>(p, bytes, stream);
     }
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = smem_bytes(c, &p, 16);
-        if (bytes <= max_smem) return launch_tokens<T, D, 16>(p, bytes, stream);
+        if (bytes <= max_smem) return launch_topk_queries<T, D, 16>(p, bytes, stream);
     }
     return FSA_ERROR_CONFIG;
 }
@@ -289,5 +290,5 @@ int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
     p.topk = c->topk, p.init_blocks = c->init_blocks, p.local_blocks = c->local_blocks;
     int window_strides = c->cmp_len / c->cmp_stride, block_strides = c->block / c->cmp_stride;
     p.max_tile_blocks = (64 + window_strides + block_strides) / block_strides + 1;
-    return FSA_DISPATCH(dtype, c->head_dim, launch_topk, c, p, stream);
+    return FSA_DISPATCH(dtype, c->head_dim, launch_topk_sm80, c, p, stream);
 }

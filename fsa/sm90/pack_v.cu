@@ -25,10 +25,11 @@ static __device__ __forceinline__ uint32_t amax_bits(uint32_t amax, uint32_t x) 
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int TILE_KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedParams a) {
-    constexpr int GROUPS = D / 32, ITEMS = TILE_KEYS * GROUPS / PACK_THREADS; // an item: 64 bytes of a row
+    constexpr int SLICES = D / 32, ITEMS = TILE_KEYS * SLICES / PACK_THREADS; // an item: 64 bytes of a row
     __shared__ float warp_amax[PACK_THREADS / 32];
     const int64_t block = blockIdx.x / a.key_tiles;
-    const int key_tile = (int)(blockIdx.x % a.key_tiles), head = a.head0 + blockIdx.y, thread = threadIdx.x;
+    const int key_tile = (int)(blockIdx.x % a.key_tiles), kv_head = a.kv_head0 + blockIdx.y,
+              thread = threadIdx.x;
     if (block >= a.batch.cu_blocks[a.batch.num_seqs]) {
         pdl_wait();
         return;
@@ -41,9 +42,9 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
     uint4 v[ITEMS][4];
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int item = thread + i * PACK_THREADS, row = item / GROUPS;
+        const int item = thread + i * PACK_THREADS, row = item / SLICES;
         const uint4 *v_row =
-            (const uint4 *)((const T *)a.v + ((key0 + row) * a.kv_heads + head) * D) + item % GROUPS * 4;
+            (const uint4 *)((const T *)a.v + ((key0 + row) * a.kv_heads + kv_head) * D) + item % SLICES * 4;
 #pragma unroll
         for (int j = 0; j < 4; j++) v[i][j] = row < num_keys ? v_row[j] : make_uint4(0, 0, 0, 0);
     }
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
     char *const v_packed = a.v_packed + blockIdx.y * a.batch.n * (2 * D);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-        const int item = thread + i * PACK_THREADS, row = item / GROUPS;
+        const int item = thread + i * PACK_THREADS, row = item / SLICES;
         if (row >= num_keys) continue;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
             x = make_uint4(convert(x.x), convert(x.y), convert(x.z), convert(x.w));
         }
         auto store = [&](int j, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
-            const int chunk = item % GROUPS * 4 + j;
+            const int chunk = item % SLICES * 4 + j;
             *(uint4 *)(v_packed + (chunk / 8 * a.batch.n + key0 + row) * 128 + ((chunk ^ row) % 8 << 4)) =
                 make_uint4(x0, x1, x2, x3);
         };
@@ -98,13 +99,13 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
 }
 
 template <typename T, int D, int TILE_KEYS>
-static int pack(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int pack_v(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     dim3 grid((unsigned)(a.lists.max_blocks * a.key_tiles), heads);
-    launch(a.head0 > 0, pack_v_kernel<T, D, TILE_KEYS>, grid, PACK_THREADS, 0, stream, a);
+    launch(a.kv_head0 > 0, pack_v_kernel<T, D, TILE_KEYS>, grid, PACK_THREADS, 0, stream, a);
     return FSA_OK;
 }
 
 int fsa_pack_v_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                     cudaStream_t stream) {
-    return DISPATCH_TILE_KEYS(pack);
+    return DISPATCH_TILE_KEYS(pack_v);
 }

@@ -98,7 +98,7 @@ struct GatherRows {
 template <int STRIDE> struct GatherTileIterator {
     KvBlockIterator blocks;
     __device__ __forceinline__ GatherTileIterator(const SelectedParams &a, const WorkRange &range, int first)
-        : blocks(a, range), key_tile(0), tile(first), segment_row0(0), segment_rows(0) {
+        : blocks(a, range), key_tile(0), tile(first), segment_query0(0), segment_queries(0) {
         if (blocks.valid) load_entries(a, range);
     }
     __device__ __forceinline__ void next(const SelectedParams &a, const WorkRange &range) {
@@ -114,7 +114,7 @@ template <int STRIDE> struct GatherTileIterator {
             const bool valid = list_index < blocks.kv_block.num_entries;
             const uint32_t in_group = valid ? r - list_index * a.group : a.group - 1;
             const uint32_t query = fast_divide(entry[i], a.topk_divisor);
-            t.row[i] = query * a.q_heads + (a.head0 + blockIdx.y) * a.group + in_group;
+            t.row[i] = query * a.q_heads + (a.kv_head0 + blockIdx.y) * a.group + in_group;
             t.partial_row[i] =
                 valid ? ((entry[i] - entry0) * a.key_tiles + key_tile) * a.group + in_group : NO_ROW;
             t.limit[i] = last_visible_key(a, list_index, query) - key_tile * a.tile_keys;
@@ -123,10 +123,11 @@ template <int STRIDE> struct GatherTileIterator {
     }
 
   private:
-    int key_tile, tile;                  // of the KV block; of the key tile
-    uint32_t entry[2];                   // of rows lane and lane + 32
-    uint32_t segment_row0, segment_rows; // query rows of the segment of the query that was looked up last
-    int segment_pos;                     // position of its first query, minus segment_row0
+    int key_tile, tile; // of the KV block; of the key tile
+    uint32_t entry[2];  // of rows lane and lane + 32
+    uint32_t segment_query0,
+        segment_queries; // query rows of the segment of the query that was looked up last
+    int segment_pos;     // position of its first query, minus segment_row0
     __device__ __forceinline__ uint32_t list_row(int i) const {
         return tile * 64 + threadIdx.x % 32 + 32 * i;
     }
@@ -154,11 +155,11 @@ template <int STRIDE> struct GatherTileIterator {
         if (kv_block.entry_begin - kv_block.list_begin + min(list_index, kv_block.num_entries - 1) >=
             (uint32_t)a.block)
             return kv_block.num_keys - 1;
-        if (query - segment_row0 >= segment_rows) {
+        if (query - segment_query0 >= segment_queries) {
             const int64_t segment = find_in_cu(a.batch.cu_queries, a.batch.num_segments, query);
-            segment_row0 = (uint32_t)a.batch.cu_queries[segment];
-            segment_rows = (uint32_t)a.batch.cu_queries[segment + 1] - segment_row0;
-            segment_pos = (int)(a.batch.segments[segment].pos - segment_row0);
+            segment_query0 = (uint32_t)a.batch.cu_queries[segment];
+            segment_queries = (uint32_t)a.batch.cu_queries[segment + 1] - segment_query0;
+            segment_pos = (int)(a.batch.segments[segment].pos - segment_query0);
         }
         return min(kv_block.num_keys - 1, segment_pos + (int)query - kv_block.index_in_seq * a.block);
     }
@@ -203,7 +204,7 @@ static __device__ __forceinline__ void load_short_kv_tile(const SelectedParams &
     const int64_t stride = (int64_t)a.kv_heads * D;
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS,
               num_keys = kv_block.num_keys - key_tile * TILE_KEYS;
-    const int64_t head_offset = (a.head0 + blockIdx.y) * D + chunk * 8;
+    const int64_t head_offset = (a.kv_head0 + blockIdx.y) * D + chunk * 8;
 #pragma unroll 2
     for (int r = lane / CHUNKS; r < TILE_KEYS; r += 32 / CHUNKS) {
         bool valid = r < num_keys;

@@ -61,11 +61,11 @@ template <int D, int TILE_KEYS> struct alignas(1024) BackwardSmem {
         alignas(8) float lse[64], delta[64]; // lse is lse_bwd
         alignas(8) int limit[64];            // last visible key of each row, -1 for a row that pads the tile
         int masked;                          // whether a row sees fewer than TILE_KEYS keys
-    } tile[Q];
+    } row_tile_info[Q];
     struct {
         float *dkv;                          // destination of dK and dV, [keys, 2, D]
         int num_tiles, num_keys, accumulate; // num_tiles 0: end of the work range; accumulate: add to dkv
-    } block[KV];
+    } key_tile_info[KV];
     uint32_t do_rows[2 * Q][64]; // rows of dO to gather, from the warp that gathers q
     uint64_t do_rows_full[2 * Q], q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
     const uint32_t do_rows_full = smem_address(m->do_rows_full), q_full = smem_address(m->q_full),
                    q_empty = smem_address(m->q_empty);
     const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
-    const int head = a.head0 + blockIdx.y, g = a.group;
+    const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
     if (warp < Traits::RANGES && lane == 0) {
         for (int i = 0; i < 2 * Traits::Q_STAGES; i++) mbarrier_init(do_rows_full + 8 * i, WARP_ARRIVALS);
         for (int i = 0; i < Traits::Q_STAGES; i++) {
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
 
     if (warp < 4) {
         warpgroup_reg_dealloc<Traits::PRODUCER_REGISTERS>();
-        const WorkRange range = work_range_of(a, head, range_index);
+        const WorkRange range = work_range_of(a, kv_head, range_index);
         const uint32_t pair = Traits::RANGES == 1 ? warp % 2 : 0; // loads every GATHER_PAIRS-th tile
         if (warp < 2) {                                           // q, lse_bwd, delta
             // Partial rows are counted over all heads of the launch.
-            const uint32_t entry0 = range.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_rows * a.topk);
+            const uint32_t entry0 = range.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_queries * a.topk);
             GatherTileIterator<Traits::GATHER_PAIRS> tiles(a, range, pair);
             for (uint32_t n = pair; tiles.blocks.valid; n += Traits::GATHER_PAIRS) {
                 GatherRows t = tiles.rows(a, entry0);
@@ -125,17 +125,17 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                 tiles.next(a, range);
                 QState state(n);
                 state.wait_empty(q_empty);
-                auto &meta = m->tile[state.stage];
+                auto &info = m->row_tile_info[state.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = lane + 32 * i;
-                    cp_async_4(smem_address(&meta.lse[r]), &a.lse_bwd[t.row[i]]);
-                    cp_async_4(smem_address(&meta.delta[r]), &a.delta[t.row[i]]);
+                    cp_async_4(smem_address(&info.lse[r]), &a.lse_bwd[t.row[i]]);
+                    cp_async_4(smem_address(&info.delta[r]), &a.delta[t.row[i]]);
                     if (t.partial_row[i] == NO_ROW) t.limit[i] = -1;
-                    meta.partial_row[r] = t.partial_row[i], meta.limit[r] = t.limit[i];
+                    info.partial_row[r] = t.partial_row[i], info.limit[r] = t.limit[i];
                 }
                 int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
-                if (lane == 0) meta.masked = masked;
+                if (lane == 0) info.masked = masked;
                 gather_tile<T, D, 4>(smem_address(m->q[state.stage][0]), a.q, t.row);
                 cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                 mbarrier_arrive_warp(q_full + 8 * state.stage);
@@ -161,15 +161,15 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                             load_short_kv_tile<T, D, TILE_KEYS>(a, kv_block, key_tile, k_tile, v_tile);
                         cp_async_mbarrier_arrive(full);
                         if (lane == 0) {
-                            auto &meta = m->block[state.stage];
-                            meta.dkv = dkv, meta.accumulate = accumulate;
-                            meta.num_tiles = num_tiles, meta.num_keys = num_keys;
+                            auto &info = m->key_tile_info[state.stage];
+                            info.dkv = dkv, info.accumulate = accumulate;
+                            info.num_tiles = num_tiles, info.num_keys = num_keys;
                             mbarrier_arrive_expect_tx(full, num_keys < TILE_KEYS ? 0 : 2 * TILE_KEYS * D * 2);
                             for (int panel = 0; panel < D / 64 && num_keys >= TILE_KEYS; panel++) {
                                 const int key0 = (int)kv_block.key0 + key_tile * TILE_KEYS,
                                           offset = panel * TILE_KEYS * 128;
-                                tma_load_3d(k_tile + offset, &k_map, panel * 64, head, key0, full);
-                                tma_load_3d(v_tile + offset, &v_map, panel * 64, head, key0, full);
+                                tma_load_3d(k_tile + offset, &k_map, panel * 64, kv_head, key0, full);
+                                tma_load_3d(v_tile + offset, &v_map, panel * 64, kv_head, key0, full);
                             }
                         }
                     };
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                 state.wait_empty(kv_empty);
                 cp_async_mbarrier_arrive(kv_full + 8 * state.stage);
                 if (lane == 0) {
-                    m->block[state.stage].num_tiles = 0;
+                    m->key_tile_info[state.stage].num_tiles = 0;
                     mbarrier_arrive(kv_full + 8 * state.stage);
                 }
             }
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
         for (;; n++) {
             KvState kv_state(n);
             kv_state.wait_full(kv_full);
-            const auto &block = m->block[kv_state.stage];
-            const int num_tiles = block.num_tiles;
+            const auto &key_info = m->key_tile_info[kv_state.stage];
+            const int num_tiles = key_info.num_tiles;
             if (num_tiles == 0) break;
             fence_proxy_async(); // cp.async may have written K and V
             const uint32_t k_tile = smem_address(m->k[kv_state.stage]);
@@ -247,19 +247,19 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
             }
             for (const uint32_t end = tile + num_tiles; tile < end; tile++) {
                 QState state(tile);
-                const auto &meta = m->tile[state.stage];
+                const auto &info = m->row_tile_info[state.stage];
                 const uint32_t q_tile = smem_address(m->q[state.stage][0]), do_tile = q_tile + TILE;
                 const uint64_t q_desc = make_smem_desc(q_tile, 64 * 128),
                                do_desc = make_smem_desc(do_tile, 64 * 128);
                 uint32_t p[4][4], ds[4][4];
-                const int masked = meta.masked;
+                const int masked = info.masked;
                 // P^T and dS^T, DP_ROWS rows at a time
 #pragma unroll
                 for (int row = 0; row < 64; row += Traits::DP_ROWS) {
                     float2 lse[Traits::DP_ROWS / 8], delta[Traits::DP_ROWS / 8];
 #pragma unroll
                     for (int j = 0; j < Traits::DP_ROWS / 8; j++)
-                        lse[j] = *(const float2 *)&meta.lse[row + j * 8 + 2 * c];
+                        lse[j] = *(const float2 *)&info.lse[row + j * 8 + 2 * c];
                     if (row == 0) {
                         wgmma_wait<0>(); // S^T
                         fence_operand(s);
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                     if (masked) {
 #pragma unroll
                         for (int j = row / 8; j < (row + Traits::DP_ROWS) / 8; j++) {
-                            int2 limit = *(const int2 *)&meta.limit[j * 8 + 2 * c];
+                            int2 limit = *(const int2 *)&info.limit[j * 8 + 2 * c];
 #pragma unroll
                             for (int i = 0; i < 4; i++) {
                                 if (key0 + i / 2 * 8 > (i & 1 ? limit.y : limit.x)) s[j][i] = 0;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                     wgmma_commit();
 #pragma unroll
                     for (int j = 0; j < Traits::DP_ROWS / 8; j++)
-                        delta[j] = *(const float2 *)&meta.delta[row + j * 8 + 2 * c];
+                        delta[j] = *(const float2 *)&info.delta[row + j * 8 + 2 * c];
                     wgmma_wait<1>(); // dP^T
                     fence_operand(dp);
 #pragma unroll
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                 };
                 uint32_t partial_row[2];
 #pragma unroll
-                for (int i = 0; i < 2; i++) partial_row[i] = meta.partial_row[warp % 4 * 16 + quad + 8 * i];
+                for (int i = 0; i < 2; i++) partial_row[i] = info.partial_row[warp % 4 * 16 + quad + 8 * i];
                 auto store_dq = [&](int column) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
@@ -383,8 +383,8 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
             // Epilogue: store dK and dV of the key tile.
             fence_operand(dk);
             fence_operand(dv);
-            float *const dkv = block.dkv;
-            const int num_keys = block.num_keys, accumulate = block.accumulate;
+            float *const dkv = key_info.dkv;
+            const int num_keys = key_info.num_keys, accumulate = key_info.accumulate;
             mbarrier_arrive_warp(kv_empty + 8 * kv_state.stage); // only the discarded S still reads K
             auto store_dkv = [&](auto store_pair) {
 #pragma unroll
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
 }
 
 template <typename T, int D, int TILE_KEYS>
-static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int selected_backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     typedef BackwardTraits<D, TILE_KEYS> Traits;
     constexpr int smem = (int)sizeof(BackwardSmem<D, TILE_KEYS>) * Traits::RANGES + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
@@ -427,7 +427,7 @@ static int backward(const SelectedParams &a, unsigned heads, cudaStream_t stream
 
 int fsa_selected_backward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                                cudaStream_t stream) {
-    return DISPATCH_TILE_KEYS(backward);
+    return DISPATCH_TILE_KEYS(selected_backward);
 }
 
 int fsa_selected_ranges_per_sm_sm90(int tile_keys, int backward) {

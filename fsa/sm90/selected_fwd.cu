@@ -49,11 +49,11 @@ template <int D, int TILE_KEYS> struct alignas(1024) ForwardSmem {
         uint32_t partial_row[64];
         int limit[64]; // last visible key of each row
         int masked;    // whether a row sees fewer than TILE_KEYS keys
-    } tile[Q];
+    } row_tile_info[Q];
     struct {
         int num_tiles; // of 64 rows; 0: end of the work range
         float v_scale;
-    } block[KV];
+    } key_tile_info[KV];
     alignas(8) uint64_t q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 };
 
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
     const uint32_t q_full = smem_address(m->q_full), q_empty = smem_address(m->q_empty);
     const uint32_t kv_full = smem_address(m->kv_full), kv_empty = smem_address(m->kv_empty);
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
-    const int head = a.head0 + blockIdx.y, g = a.group;
+    const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
     if (threadIdx.x == 0) {
         // q_full: the copies of the gather warp's 32 lanes, and the warp itself for the stage's `tile`.
         for (int i = 0; i < Traits::Q_STAGES; i++)
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
 
     if (warp < 4) {
         warpgroup_reg_dealloc<Traits::PRODUCER_REGISTERS>();
-        const WorkRange range = work_range_of(a, head, blockIdx.x);
+        const WorkRange range = work_range_of(a, kv_head, blockIdx.x);
         if (warp < Traits::GATHER_WARPS) { // q rows
             GatherTileIterator<Traits::GATHER_WARPS> tiles(a, range, warp);
             for (uint32_t n = warp; tiles.blocks.valid; n += Traits::GATHER_WARPS) {
@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
                 state.wait_empty(q_empty);
                 gather_tile<T, D, 8>(smem_address(m->q[state.stage]), a.q, t.row);
                 cp_async_mbarrier_arrive(q_full + 8 * state.stage);
-                auto &meta = m->tile[state.stage];
+                auto &info = m->row_tile_info[state.stage];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    meta.partial_row[lane + 32 * i] = t.partial_row[i];
-                    meta.limit[lane + 32 * i] = t.limit[i];
+                    info.partial_row[lane + 32 * i] = t.partial_row[i];
+                    info.limit[lane + 32 * i] = t.limit[i];
                 }
                 int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
-                if (lane == 0) meta.masked = masked;
+                if (lane == 0) info.masked = masked;
                 mbarrier_arrive_warp(q_full + 8 * state.stage);
             }
         } else if (warp == 3) { // K and V
@@ -130,13 +130,14 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
                     if (lane == 0) {
                         const uint32_t full = kv_full + 8 * state.stage,
                                        kv_tile = smem_address(m->kv[state.stage][0]);
-                        m->block[state.stage].num_tiles = ((int)kv_block.num_entries * g + 63) / 64;
-                        m->block[state.stage].v_scale = v_scale;
+                        m->key_tile_info[state.stage].num_tiles = ((int)kv_block.num_entries * g + 63) / 64;
+                        m->key_tile_info[state.stage].v_scale = v_scale;
                         mbarrier_arrive_expect_tx(full, (TILE_KEYS + num_keys) * D * 2);
                         const int64_t key0 = kv_block.key0 + key_tile * TILE_KEYS;
                         for (int panel = 0; panel < D / 64; panel++) {
                             const uint32_t k_panel = kv_tile + panel * TILE_KEYS * 128;
-                            tma_load_3d(k_panel, &k_map, panel * 64, head, (int)key0, full, l2_evict_first());
+                            tma_load_3d(k_panel, &k_map, panel * 64, kv_head, (int)key0, full,
+                                        l2_evict_first());
                             if (num_keys > 0)
                                 bulk_load(k_panel + TILE_KEYS * D * 2,
                                           v_packed + (panel * a.batch.n + key0) * 128, num_keys * 128, full,
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
             KvState state(n);
             state.wait_empty(kv_empty);
             if (lane == 0) {
-                m->block[state.stage].num_tiles = 0;
+                m->key_tile_info[state.stage].num_tiles = 0;
                 mbarrier_arrive(kv_full + 8 * state.stage);
             }
         }
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
         pdl_launch_dependents();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;
         const float scale_log2 = a.scale * FSA_LOG2E;
-        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab_rows * a.topk * a.key_tiles * g;
+        const int64_t partial0 = (int64_t)blockIdx.y * a.lists.slab_queries * a.topk * a.key_tiles * g;
         char *o_partial = a.partial + partial0 * partial_row_bytes<__half, D>();
         float2 *lse_partial = a.lse_partial + partial0;
         keep_in_registers(o_partial), keep_in_registers(lse_partial);
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
         for (;; n++) {
             KvState kv_state(n);
             kv_state.wait_full(kv_full);
-            const int num_tiles = m->block[kv_state.stage].num_tiles;
-            const float v_scale = m->block[kv_state.stage].v_scale;
+            const int num_tiles = m->key_tile_info[kv_state.stage].num_tiles;
+            const float v_scale = m->key_tile_info[kv_state.stage].v_scale;
             if (num_tiles == 0) break;
             const uint64_t k_desc = make_smem_desc(smem_address(m->kv[kv_state.stage][0])),
                            v_desc = make_smem_desc(smem_address(m->kv[kv_state.stage][1]), TILE_KEYS * 128);
@@ -195,15 +196,15 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
             if (tile < num_tiles) start_s();
             for (; tile < num_tiles; tile += Traits::CONSUMERS) {
                 const uint32_t stage = q_state.stage;
-                const auto &meta = m->tile[stage];
+                const auto &info = m->row_tile_info[stage];
                 uint32_t partial_row[2];
                 int limit[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     int r = warp % 4 * 16 + quad + 8 * i;
-                    partial_row[i] = meta.partial_row[r], limit[i] = meta.limit[r];
+                    partial_row[i] = info.partial_row[r], limit[i] = info.limit[r];
                 }
-                const int masked = meta.masked;
+                const int masked = info.masked;
                 wgmma_wait<0>(); // S
                 fence_operand(s);
                 mbarrier_arrive_warp(q_empty + 8 * stage);
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
 }
 
 template <typename T, int D, int TILE_KEYS>
-static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, TILE_KEYS>) + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
     if (allow_smem(selected_forward_sm90_kernel<T, D, TILE_KEYS>, smem)) return FSA_ERROR_CUDA;
@@ -294,5 +295,5 @@ static int forward(const SelectedParams &a, unsigned heads, cudaStream_t stream)
 
 int fsa_selected_forward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                               cudaStream_t stream) {
-    return DISPATCH_TILE_KEYS(forward);
+    return DISPATCH_TILE_KEYS(selected_forward);
 }

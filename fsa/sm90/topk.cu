@@ -77,9 +77,9 @@ struct TopKParamsSm90 {
 
 // Up to 2 * queries_per_scorer consecutive queries of one segment, and a KV head.
 struct WorkItem {
-    int64_t row, window0;         // first query row, first window of its sequence
-    int rows, first_pos, kv_head; // number of queries (0: no more work), position of the first
-    int k_tiles;                  // tiles of kc that the candidates of the last query need
+    int64_t first_query, window0;        // first query; first window of its sequence
+    int num_queries, first_pos, kv_head; // 0 queries: no more work; first_pos: position of first_query
+    int k_tiles;                         // tiles of kc that the last query needs for its block scores
 };
 
 // A pipeline of shared-memory stages between producers and consumers: one full barrier per stage, then one
@@ -113,18 +113,18 @@ __device__ __forceinline__ WorkItem next_work_item(const TopKParamsSm90 &p, int6
     WorkItem w = {};
     int item_queries = SCORERS * p.queries_per_scorer;
     int64_t q_tiles = p.batch.nq / item_queries + p.batch.num_segments, grid = gridDim.x;
-    for (; w.rows == 0 && *wave * grid < q_tiles * p.kv_heads; ++*wave) {
+    for (; w.num_queries == 0 && *wave * grid < q_tiles * p.kv_heads; ++*wave) {
         int64_t index = *wave * grid + (*wave & 1 ? grid - 1 - blockIdx.x : blockIdx.x);
         if (index >= q_tiles * p.kv_heads) continue;
-        RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, item_queries,
+        RowTile tile = find_row_tile(p.batch.cu_queries, p.batch.num_segments, item_queries,
                                      q_tiles - 1 - index / p.kv_heads);
-        if (rows.rows == 0) continue;
-        FsaSegment segment = p.batch.segments[rows.cu_index];
+        if (tile.rows == 0) continue;
+        FsaSegment segment = p.batch.segments[tile.cu_index];
         w.kv_head = (int)(index % p.kv_heads);
-        w.row = rows.row, w.rows = rows.rows;
-        w.first_pos = (int)segment.pos + rows.first;
+        w.first_query = tile.row, w.num_queries = tile.rows;
+        w.first_pos = (int)segment.pos + tile.first;
         w.window0 = p.batch.cu_windows[segment.seq];
-        int num_blocks = (w.first_pos + rows.rows - 1) / p.block + 1;
+        int num_blocks = (w.first_pos + tile.rows - 1) / p.block + 1;
         if (num_blocks > p.topk && p.num_free > 0)
             w.k_tiles = ((num_blocks - p.local_blocks) * p.block_strides + WINDOWS - 1) / WINDOWS;
     }
@@ -138,7 +138,7 @@ __device__ __forceinline__ void schedule_work(const TopKParamsSm90 &p, char *sha
         ((WorkItem *)(shared + p.smem.work_items))[work_pipe.stage] = w;
         mbarrier_arrive(work_pipe.full_barrier());
         work_pipe.advance();
-        if (w.rows == 0) break;
+        if (w.num_queries == 0) break;
     }
 }
 // Waits for the next work item. It may be read until the warp calls release_work_item.
@@ -169,20 +169,20 @@ load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap 
     const int lane = threadIdx.x % 32;
     for (;; release_work_item(&work_pipe)) {
         const WorkItem w = wait_work_item(p, shared, work_pipe);
-        if (w.rows == 0) break;
+        if (w.num_queries == 0) break;
         if (w.k_tiles == 0) continue;
 
         q_pipe.wait_empty_sleeping();
         if (lane == 0) {
-            const int box = box_queries(p.group), rows = (w.rows + box - 1) / box * box;
+            const int box = box_queries(p.group), queries = (w.num_queries + box - 1) / box * box;
             mbarrier_arrive_expect_tx(q_pipe.full_barrier(),
-                                      min(rows, SCORERS * p.queries_per_scorer) * p.group * D * 2);
-            for (int query = 0; query < min(rows, SCORERS * p.queries_per_scorer); query += box) {
+                                      min(queries, SCORERS * p.queries_per_scorer) * p.group * D * 2);
+            for (int query = 0; query < min(queries, SCORERS * p.queries_per_scorer); query += box) {
                 const int scorer = query >= p.queries_per_scorer;
                 const uint32_t tile = smem_base + (q_pipe.stage * SCORERS + scorer) * p.smem.q_bytes +
                                       (query - scorer * p.queries_per_scorer) * p.group * 128;
                 for (int i = 0; i < D / 64; i++)
-                    tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.row + query,
+                    tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.first_query + query,
                                 w.kv_head * p.group, q_pipe.full_barrier());
             }
         }
@@ -206,16 +206,17 @@ __device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, 
               used_n8 = p.queries_per_scorer / 8 * p.group; // n8 tiles of columns in use
     for (;; release_work_item(&work_pipe)) {
         const WorkItem w = wait_work_item(p, shared, work_pipe);
-        if (w.rows == 0) break;
+        if (w.num_queries == 0) break;
         if (w.k_tiles == 0) continue;
         float x[SCORERS * COLUMNS / 32];
 #pragma unroll
         for (int i = 0; i < SCORERS * COLUMNS / 32; i++) {
-            const int column = (i * 32 + lane) % COLUMNS, n8 = column / 8, query_group = n8 / p.group;
-            const int query = i * 32 / COLUMNS * p.queries_per_scorer + query_group * 8 + column % 8;
+            const int column = (i * 32 + lane) % COLUMNS, n8 = column / 8, query_tile = n8 / p.group;
+            const int query = i * 32 / COLUMNS * p.queries_per_scorer + query_tile * 8 + column % 8;
             x[i] = -INFINITY;
-            if (n8 < used_n8 && query < w.rows)
-                x[i] = p.lse[(w.row + query) * p.q_heads + w.kv_head * p.group + n8 - query_group * p.group];
+            if (n8 < used_n8 && query < w.num_queries)
+                x[i] = p.lse[(w.first_query + query) * p.q_heads + w.kv_head * p.group + n8 -
+                             query_tile * p.group];
         }
         q_pipe.wait_empty_sleeping();
         float *out = (float *)(shared + p.smem.neg_lse) + q_pipe.stage * SCORERS * COLUMNS + lane;
@@ -247,7 +248,7 @@ __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *sh
     for (;; release_work_item(&work_pipe)) {
         const WorkItem &w = wait_work_item(p, shared, work_pipe);
         const int k_tiles = w.k_tiles;
-        if (w.rows == 0) break;
+        if (w.num_queries == 0) break;
         if (k_tiles == 0) continue;
         q_pipe.wait_full();
         float2 neg_lse[COLUMNS / 8]; // of this thread's columns
@@ -324,12 +325,12 @@ __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *sh
 // An entry of a list is a block and its score in one double, which one instruction compares. The upper half
 // is the bits of the score, which order as scores do, since none is negative. The lower half is the key
 // INT32_MAX - block. So the higher score is the greater entry, and of equal scores the lower block.
-using Entry = double;
-constexpr Entry NO_ENTRY = -1; // less than every entry
+using Candidate = double;
+constexpr Candidate NO_CANDIDATE = -1; // less than every entry
 
-__device__ __forceinline__ void compare_exchange(Entry &first, Entry &second) { // greater entry first
+__device__ __forceinline__ void compare_exchange(Candidate &first, Candidate &second) { // greater entry first
     bool swap = second > first;
-    Entry greater = swap ? second : first;
+    Candidate greater = swap ? second : first;
     second = swap ? first : second, first = greater;
 }
 // Batcher's odd-even merge sort of N elements from FIRST on: calls exchange(i, j) for each comparator.
@@ -353,10 +354,10 @@ template <int FIRST, int N, typename F> __device__ __forceinline__ void odd_even
 
 // The highest entries that a selector has seen, in descending order, in registers.
 struct TopKList {
-    Entry entry[LIST_SIZE];
+    Candidate candidate[LIST_SIZE];
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < LIST_SIZE; i++) entry[i] = NO_ENTRY;
+        for (int i = 0; i < LIST_SIZE; i++) candidate[i] = NO_CANDIDATE;
     }
     // Sorts a bitonic list.
     __device__ __forceinline__ void bitonic_merge() {
@@ -364,24 +365,24 @@ struct TopKList {
         for (int step = LIST_SIZE / 2; step > 0; step /= 2) {
 #pragma unroll
             for (int i = 0; i < LIST_SIZE; i++)
-                if (!(i & step)) compare_exchange(entry[i], entry[i + step]);
+                if (!(i & step)) compare_exchange(candidate[i], candidate[i + step]);
         }
     }
-    __device__ __forceinline__ void merge(Entry (&candidates)[BUFFER_SIZE]) {
+    __device__ __forceinline__ void merge(Candidate (&candidates)[BUFFER_SIZE]) {
         odd_even_merge_sort<0, BUFFER_SIZE>(
             [&](int i, int j) { compare_exchange(candidates[i], candidates[j]); });
 #pragma unroll
         for (int i = 0; i < BUFFER_SIZE; i++)
-            if (candidates[i] > entry[LIST_SIZE - 1 - i]) entry[LIST_SIZE - 1 - i] = candidates[i];
+            if (candidates[i] > candidate[LIST_SIZE - 1 - i]) candidate[LIST_SIZE - 1 - i] = candidates[i];
         bitonic_merge();
     }
     // Merges the list of lane ^ lane_mask, which does the same.
     __device__ __forceinline__ void merge_lane(int lane_mask) {
 #pragma unroll
         for (int i = 0; i < LIST_SIZE / 2; i++) {
-            Entry &a = entry[i], &b = entry[LIST_SIZE - 1 - i];
-            Entry other_a = __shfl_xor_sync(0xffffffffu, a, lane_mask);
-            Entry other_b = __shfl_xor_sync(0xffffffffu, b, lane_mask);
+            Candidate &a = candidate[i], &b = candidate[LIST_SIZE - 1 - i];
+            Candidate other_a = __shfl_xor_sync(0xffffffffu, a, lane_mask);
+            Candidate other_b = __shfl_xor_sync(0xffffffffu, b, lane_mask);
             if (other_b > a) a = other_b;
             if (other_a > b) b = other_a;
         }
@@ -391,7 +392,7 @@ struct TopKList {
     __device__ __forceinline__ int score_at(int index) const {
         int x[LIST_SIZE];
 #pragma unroll
-        for (int i = 0; i < LIST_SIZE; i++) x[i] = __double2hiint(entry[i]);
+        for (int i = 0; i < LIST_SIZE; i++) x[i] = __double2hiint(candidate[i]);
 #pragma unroll
         for (int step = LIST_SIZE / 2; step > 0; step /= 2) {
 #pragma unroll
@@ -427,27 +428,27 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     // A warp has all selectors of 32 / selectors_per_query queries. The 8 lanes of one 128-byte load read the
     // rows of 8 queries, or, with 8 selectors, of 4 queries and of selectors 4 apart: no bank conflicts.
-    const int warp_queries = 32 / p.selectors_per_query, lane_group = lane / warp_queries;
+    const int warp_queries = 32 / p.selectors_per_query, lane_set = lane / warp_queries;
     const int query = warp * warp_queries + lane % warp_queries;
-    const int selector = lane_group / 2 + lane_group % 2 * (p.selectors_per_query / 2);
-    const int p_row = min(query, p.queries_per_scorer - 1); // lanes without a query read the last row
+    const int selector = lane_set / 2 + lane_set % 2 * (p.selectors_per_query / 2);
+    const int p_query = min(query, p.queries_per_scorer - 1); // lanes without a query read the last row
     const int selector_windows = P_WINDOWS / p.selectors_per_query,
               first_window = selector * selector_windows;
-    const int selector_base = p_offset(p_row, first_window);            // selector's window i is at ^ i
+    const int selector_base = p_offset(p_query, first_window);          // selector's window i is at ^ i
     const int prev_window = (first_window + P_WINDOWS - 1) % P_WINDOWS; // before first_window, cyclic
     const int skipped_blocks =
         p.selectors_per_query > 1 ? (P_WINDOWS - selector_windows) / p.block_strides : 0;
     const float window_weight = p.window_strides, spill_weight = p.window_strides - 1;
     // Candidate buffers: rows of 128 entries, one of each selector. `buffered` is a selector's fill in bytes.
-    constexpr int ROW_BYTES = 128 * sizeof(Entry);
-    char *const buffer =
-        shared + p.smem.buffers + scorer * BUFFER_SIZE * ROW_BYTES + threadIdx.x % 128 * (int)sizeof(Entry);
+    constexpr int ROW_BYTES = 128 * sizeof(Candidate);
+    char *const buffer = shared + p.smem.buffers + scorer * BUFFER_SIZE * ROW_BYTES +
+                         threadIdx.x % 128 * (int)sizeof(Candidate);
     for (;; release_work_item(&work_pipe)) {
         const WorkItem &w = wait_work_item(p, shared, work_pipe);
         const int k_tiles = w.k_tiles;
-        if (w.rows == 0) break;
+        if (w.num_queries == 0) break;
         const int item_query = scorer * p.queries_per_scorer + query;
-        const bool valid = query < p.queries_per_scorer && item_query < w.rows;
+        const bool valid = query < p.queries_per_scorer && item_query < w.num_queries;
         const int pos = w.first_pos + item_query, num_blocks = valid ? pos / p.block + 1 : 0;
         const bool all_selected = num_blocks <= p.topk;
         // The key of block j is INT32_MAX - (j - init_blocks). Candidates are the blocks between the initial
@@ -465,11 +466,11 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
                        (p.selectors_per_query > 1 ? first_window / p.block_strides : 0);
         float sum = 0, next_sum = 0, carried_p = 0;
         auto flush_buffer = [&] {
-            Entry candidates[BUFFER_SIZE];
+            Candidate candidates[BUFFER_SIZE];
 #pragma unroll
             for (int i = 0; i < BUFFER_SIZE; i++) {
-                candidates[i] = NO_ENTRY;
-                if (buffered > i * ROW_BYTES) candidates[i] = *(const Entry *)(buffer + i * ROW_BYTES);
+                candidates[i] = NO_CANDIDATE;
+                if (buffered > i * ROW_BYTES) candidates[i] = *(const Candidate *)(buffer + i * ROW_BYTES);
                 // NaN counts as +Inf.
                 candidates[i] = __hiloint2double(min(__double2hiint(candidates[i]), 0x7f800000),
                                                  __double2loint(candidates[i]));
@@ -487,7 +488,7 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
         auto finish_block = [&](float score) {
             int bits = __float_as_int(score);
             if (bits > threshold && (int)key > key_bound) {
-                *(Entry *)(buffer + buffered) = __hiloint2double(bits, key);
+                *(Candidate *)(buffer + buffered) = __hiloint2double(bits, key);
                 buffered += ROW_BYTES;
             }
             key--;
@@ -497,7 +498,7 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
             const float *p_tile =
                 (const float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
             if (p.selectors_per_query > 1) { // prev_window may extend into the selector's first block
-                float x = p_tile[p_offset(p_row, prev_window)];
+                float x = p_tile[p_offset(p_query, prev_window)];
                 if (tile_window + prev_window >= windows_end) x = 0;
                 sum = spill_weight * (selector == 0 ? carried_p : x), carried_p = x;
             }
@@ -551,7 +552,8 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
         for (int i = warp_queries; i < 32; i *= 2) list.merge_lane(i);
 
         if (!valid || selector > 0) continue;
-        int32_t *out = p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.row + item_query) * p.topk;
+        int32_t *out =
+            p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.first_query + item_query) * p.topk;
         if (all_selected) {
             for (int i = 0; i < p.topk; i++) out[i] = i < num_blocks ? i : -1;
             continue;
@@ -560,7 +562,7 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
         int selected[LIST_SIZE];
 #pragma unroll
         for (int i = 0; i < LIST_SIZE; i++)
-            selected[i] = i < p.num_free ? INT32_MAX - __double2loint(list.entry[i]) : INT32_MAX;
+            selected[i] = i < p.num_free ? INT32_MAX - __double2loint(list.candidate[i]) : INT32_MAX;
         odd_even_merge_sort<0, LIST_SIZE>([&](int i, int j) {
             int low = min(selected[i], selected[j]);
             selected[j] = max(selected[i], selected[j]), selected[i] = low;
@@ -636,7 +638,7 @@ SmemLayout smem_layout(const TopKParamsSm90 &p, int head_dim) {
     s.k = p.q_stages * SCORERS * s.q_bytes;
     s.p = s.k + K_STAGES * s.k_bytes;
     s.buffers = s.p + SCORERS * p.p_stages * s.p_bytes;
-    s.neg_lse = s.buffers + SCORERS * BUFFER_SIZE * 128 * (int)sizeof(Entry);
+    s.neg_lse = s.buffers + SCORERS * BUFFER_SIZE * 128 * (int)sizeof(Candidate);
     s.work_items = s.neg_lse + p.q_stages * SCORERS * COLUMNS * (int)sizeof(float);
     s.barriers = s.work_items + WORK_STAGES * (int)sizeof(WorkItem);
     s.end = s.barriers + 16 * (WORK_STAGES + p.q_stages + K_STAGES + SCORERS * p.p_stages);
@@ -644,7 +646,7 @@ SmemLayout smem_layout(const TopKParamsSm90 &p, int head_dim) {
 }
 
 template <typename T, int D>
-int launch_topk(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
+int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
     CUtensorMap q_map, k_map;
     const int64_t q_size[] = {D, p.batch.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
                   k_size[] = {D, p.kv_heads, p.batch.n / p.cmp_stride},
@@ -713,5 +715,5 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
     int64_t tiles =
         max_row_tiles(batch->nq, batch->num_segments, SCORERS * p.queries_per_scorer) * p.kv_heads;
     int blocks = (int)(tiles < num_sms ? tiles : num_sms);
-    return FSA_DISPATCH(dtype, c->head_dim, launch_topk, p, dtype, blocks, stream);
+    return FSA_DISPATCH(dtype, c->head_dim, launch_topk_sm90, p, dtype, blocks, stream);
 }
