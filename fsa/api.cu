@@ -138,12 +138,12 @@ struct Saved {
 struct Workspace {
     void *batch_layout;              // fsa_batch_layout_bytes
     void *o[3];                      // with c->recompute: [Nq, Hq, d] of each branch
-    float *lse;                      // and [Nq, Hq] of one branch
+    float *lse;                      // with c->recompute: [Nq, Hq] of one branch
     float *delta[3], *lse_bwd[3];    // [Nq, Hq] of each branch
     float *dq_accum;                 // fp32 gradient of the rotated q, in the layout of kernels.h
     float *dk_accum, *dv_accum;      // [N, Hkv, d] fp32; of the rotated k
     float *dk_unrotated, *dkc, *dvc; // fp32: [N, Hkv, d] of k before RoPE, and [floor(N/s), Hkv, d]
-    void *scratch;                   // of the steps, one after another: the bytes of the largest
+    void *scratch;                   // of one step at a time; its size is that of the largest step
     size_t bytes;                    // of all
     Workspace(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaOperation op, void *memory) {
         NumElements n(c, batch);
@@ -161,7 +161,7 @@ struct Workspace {
         }
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.allocate(&delta[i], n.lse * 4);
-            if (op != FSA_SELECTED_BACKWARD) a.allocate(&lse_bwd[i], n.lse * 4); // there lse serves
+            if (op != FSA_SELECTED_BACKWARD) a.allocate(&lse_bwd[i], n.lse * 4); // which reads lse
         }
         if (op == FSA_FORWARD || op == FSA_BACKWARD) {
             scratch_bytes = max_size(scratch_bytes, fsa_compress_scratch_bytes(c, batch, backward));
@@ -333,7 +333,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                               stream));
     BranchGradients branch_grads = {w.dq_accum, w.dk_accum, w.dv_accum, w.dk_unrotated, inv_freq};
     RUN(fsa_selected_branch_backward(c, &batch, dtype, s.q, s.k, v, s.block_indices,
-                                     fsa_window_backward_local_blocks(c), dout, w.delta[1], w.lse_bwd[1],
+                                     fsa_local_blocks_in_window_backward(c), dout, w.delta[1], w.lse_bwd[1],
                                      &branch_grads, w.scratch, dq, dk, dv, stream));
     return FSA_OK;
 }
@@ -419,7 +419,7 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
 }
 
 // y = x rounded to 16 bits, the first *rows rows of row_quads float4. A thread converts four elements. Reads
-// 4 and writes 2 bytes an element; memory bandwidth binds.
+// 4 and writes 2 bytes per element; memory-bound.
 template <typename T>
 __global__ void __launch_bounds__(256)
     convert_kernel(const float4 *x, uint2 *y, const int64_t *rows, int row_quads) {
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(256)
     float4 f = x[i];
     y[i] = make_uint2(pack2<T>(f.x, f.y), pack2<T>(f.z, f.w));
 }
-// bound: elements of x that the grid covers; row: elements of a row.
+// bound: elements of x that the grid covers; row: elements per row.
 static int convert(FsaDtype dtype, const float *x, void *y, size_t bound, const int64_t *rows, int row,
                    cudaStream_t stream) {
     if (bound == 0) return FSA_OK;

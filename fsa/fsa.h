@@ -1,6 +1,7 @@
 // fsa.h: the public C API of libfsa, native sparse attention on NVIDIA GPUs (sm_80 and up). Papers: NSA,
-// arXiv 2502.11089 (the method); FSA, arXiv 2508.18224 (the loop order of the selected branch: KV blocks
-// outside). The equations, with the names used here, are in README.md; example.c is a complete program.
+// arXiv 2502.11089 (the method); FSA, arXiv 2508.18224 (the loop order of the selected branch: KV blocks in
+// the outer loop). The equations, with the names used here, are in README.md; example.c is a complete
+// program.
 #ifndef FSA_H
 #define FSA_H
 
@@ -11,7 +12,7 @@
 extern "C" {
 #endif
 
-// Compression phi: how a window of cmp_len tokens becomes one compressed token (NSA, equation 7).
+// Compression phi: how a window of cmp_len tokens becomes one compressed token (NSA, "Token Compression").
 typedef enum {
     FSA_PHI_MEAN = 0,   // average of the window
     FSA_PHI_LINEAR = 1, // (window + position embedding) times a weight [cmp_len*head_dim, head_dim]
@@ -22,7 +23,9 @@ typedef enum {
     FSA_CAUSAL = 0,     // tokens 0..t
     FSA_WINDOW = 1,     // tokens t - window + 1 .. t
     FSA_COMPRESSED = 2, // compression windows i with cmp_stride*i + cmp_len - 1 <= t
-    FSA_SELECTED = 3,   // tokens 0..t of the selected blocks
+    // Tokens 0..t of the selected blocks. Only the C reference accepts this value. No GPU function does: the
+    // selected branch has functions of its own, fsa_selected_forward and fsa_selected_backward.
+    FSA_SELECTED = 3,
 } FsaVisibility;
 
 // The 16-bit type of all GPU arrays that are not said to be fp32.
@@ -46,11 +49,11 @@ enum { FSA_MAX_HEAD_DIM = 512, FSA_MAX_TOPK = 4096 };
 typedef struct {
     int q_heads;        // Hq, query heads: a multiple of Hkv; g = Hq/Hkv, the GQA group size, is 1 to 16
     int kv_heads;       // Hkv, key-value heads
-    int head_dim;       // d, channels of a head: even, at most FSA_MAX_HEAD_DIM; on the GPU 64 or 128
+    int head_dim;       // d, channels per head: even, at most FSA_MAX_HEAD_DIM; on the GPU 64 or 128
     int cmp_len;        // l, tokens of a compression window; at most block
     int cmp_stride;     // s, tokens between the starts of windows; divides cmp_len and block
     int block;          // B, tokens of a selection block; a multiple of 16
-    int topk;           // T, blocks of a query, initial and local blocks included; at most FSA_MAX_TOPK
+    int topk;           // T, blocks per query, initial and local blocks included; at most FSA_MAX_TOPK
     int init_blocks;    // initial blocks: the first of a sequence, always selected
     int local_blocks;   // local blocks: the last ones up to the query's own, always selected
     int window;         // W, tokens that the sliding branch sees; at least 1
@@ -60,16 +63,16 @@ typedef struct {
     int recompute;      // 1: forward does not save the branches' outputs, backward recomputes them (GPU)
 } FsaConfig;
 
-// A segment: the queries at positions pos .. pos + len - 1 of sequence seq. The query arrays hold the rows of
-// the segments one after another. Segments ascend by (seq, pos) and do not overlap. Segments and sequences
-// may be empty. Training on whole sequences has one segment for each: (seq, 0, length).
+// A segment: the queries at positions pos .. pos + len - 1 of sequence seq. The query arrays hold the
+// segments one after another. Segments ascend by (seq, pos) and do not overlap. Segments and sequences may be
+// empty. Training on whole sequences has one segment per sequence: (seq, 0, length).
 typedef struct {
     int64_t seq, pos, len;
 } FsaSegment;
 
-// Checks a configuration against the rules of FsaConfig. Returns 0; or -1 and one line in msg that names the
-// field, its value, the rule and, where there is one, a value to try. Writes at most msg_size bytes, the
-// terminating NUL included. msg may be NULL if msg_size is 0.
+// Checks a configuration against the rules of FsaConfig. Returns 0 if it obeys them. Otherwise returns -1 and
+// writes one line to msg: the field, its value, the rule, and a value to try if there is one. Writes at most
+// msg_size bytes, including the terminating NUL. msg may be NULL if msg_size is 0.
 int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size);
 
 // Returns the number of compression windows of a sequence of n tokens: floor((n - l)/s) + 1, or 0 if n < l.
@@ -84,12 +87,12 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 //   kc, vc             [M, Hkv, d]    16-bit; compressed keys and values, sequence after sequence
 //   gate_logits        [Nq, Hq, 3]    16-bit; compressed, selected, sliding; gate_per_token: [Nq, 3]
 //   lse                [Nq, Hq]       fp32; natural log-sum-exp of a branch; -inf: the row sees no key
-//   block_indices      [Hkv, Nq, T]   int32; ascending, counted from the sequence's first block; then -1
+//   block_indices      [Hkv, Nq, T]   int32; ascending block numbers within the sequence, padded with -1
 //
 // Pointers are device pointers, aligned to 16 bytes, unless said otherwise; c, b, phi and dphi are on the
 // host. A function launches kernels on `stream` and returns. It allocates nothing, never synchronizes, and
-// may be called from several threads that have separate workspaces. The same input on the same GPU gives the
-// same bits. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of phi's
+// may be called from several threads that have separate workspaces. Results are bitwise reproducible on the
+// same GPU. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of phi's
 // weights.
 //
 // Errors common to all functions that launch kernels:
@@ -98,9 +101,10 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 //                         pointer that is needed is NULL or misaligned
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
 //   FSA_ERROR_CUDA        a launch failed
-// A function finds these before its first step, and the following ones only at the step that they concern:
+// A function finds these errors before its first step. It finds the following ones only at the step that they
+// concern, after it has launched the earlier steps:
 //   FSA_ERROR_ARGUMENT    the selected branch has Nq*T >= 2^31 or Nq*Hq >= 2^32
-//   FSA_ERROR_CONFIG      block selection: the lists of best blocks exceed shared memory. With d = 128,
+//   FSA_ERROR_CONFIG      block selection: the lists of free blocks exceed shared memory. With d = 128,
 //                         T - init_blocks - local_blocks can be about 490 for g = 4, and 99 for g = 16
 
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
@@ -111,7 +115,7 @@ typedef struct {
     int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
     int64_t max_len;            // tokens of the longest sequence, or more; at most num_keys, below 2^30
-    const int64_t *cu_seqlens;  // [num_seqs + 1] first key row of each sequence; cu_seqlens[num_seqs] = N
+    const int64_t *cu_seqlens;  // [num_seqs + 1] first key of each sequence; cu_seqlens[num_seqs] = N
     const FsaSegment *segments; // [num_segments]
 } FsaDeviceBatch;
 
@@ -140,71 +144,73 @@ typedef enum {
 // error.
 const char *fsa_last_error(void);
 
-// Returns the bytes of workspace that an operation needs (the workspace itself is aligned to 256 bytes); 0
-// after an error, which fsa_last_error describes. Of b only the counts are read. A batch whose counts are all
-// at least as large needs at least as much, so one workspace for the largest batch serves all.
+// Returns the bytes of workspace that an operation needs; 0 after an error, which fsa_last_error describes.
+// The workspace must be aligned to 256 bytes. Only b's counts are read. A batch whose counts are all at least
+// as large needs at least as much, so one workspace for the largest batch serves all.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
 // Returns the bytes that fsa_forward saves for fsa_backward; 0 after an error. They hold the rotated q and k,
-// kc and vc, the outputs of the three branches (3*Nq*Hq*d*2 bytes, about two thirds of all; not with
-// c->recompute), their lse, and the block indices. With c->recompute backward takes longer by a forward pass
-// of the branches. Grows with the counts as the workspace does.
+// kc and vc, the lse of the three branches, the block indices and, unless c->recompute is set, the outputs of
+// the three branches: 3*Nq*Hq*d*2 bytes, about two thirds of all. With c->recompute, backward runs the
+// forward pass of the branches again. A batch whose counts are all at least as large needs at least as much.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Returns the block indices [Hkv, Nq, T] inside `saved`, a device pointer; NULL after an error.
 const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                        const void *saved);
 
-// Native sparse attention, all steps: q, k before RoPE, v -> o, the gated sum of the three branches (NSA,
-// equations 5 and 7 to 12), and saved (fsa_saved_size bytes) for fsa_backward. inv_freq [d/2] double, radians
-// per token; NULL: no RoPE. block_indices: blocks to attend to, as fsa_selected_forward takes them; NULL:
-// select them by their scores. phi is ignored for phi = mean. Errors: those common to all.
+// Computes native sparse attention, all steps (NSA, "Algorithm Design"), from v, and from q and k before
+// RoPE. Writes o, the gated sum of the three branches, and saved (fsa_saved_size bytes), which fsa_backward
+// reads. inv_freq [d/2] double, radians per token; NULL: no RoPE. block_indices: blocks to attend to, as
+// fsa_selected_forward takes them; NULL: the blocks are selected by their scores. phi is ignored for phi =
+// mean. Errors: those common to all.
 int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
                 const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
                 const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
                 FsaStream stream);
-// Its backward pass, from dout and what forward saved -> dq, dk (of q and k before RoPE), dv, dgate_logits
-// (as gate_logits), which it overwrites. Adds to the arrays of dphi, which is ignored for phi = mean. c,
-// dtype, b, k, v, phi, inv_freq and gate_logits are those of forward. No gradient flows through the block
-// selection. Equations: README.md, "Backward". Errors: those common to all.
+// Computes the gradients of fsa_forward: from dout and `saved` it overwrites dq, dk (of q and k before RoPE),
+// dv and dgate_logits (the shape of gate_logits). It adds to the arrays of dphi, which is ignored for phi =
+// mean. c, dtype, b, k, v, phi, inv_freq and gate_logits are those of forward. No gradient flows through the
+// block selection. Equations: README.md, "Backward". Errors: those common to all.
 int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
                  const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
                  const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
 
-// The selected branch alone (NSA, equation 12, in FSA's loop order): attention of the rotated q, k and v over
-// the tokens up to its own of a query's blocks -> o, lse. In block_indices the blocks of a row are distinct,
-// ascending, and not after the query's own block; -1 fills the rest. Every row must contain its initial
-// blocks (the first init_blocks) and its local blocks (the last local_blocks), as far as they exist, as rows
-// of fsa_select_blocks do: on Hopper forward attends to them without reading the row. A caller whose rows do
-// not contain them sets both counts to 0; rows may then be of any length from 0 to T. Errors: those common to
-// all.
+// Computes the selected branch alone (NSA, "Token Selection", in FSA's loop order): attention of the rotated
+// q to the rotated k, and v, over the tokens of a query's blocks up to the query itself. Writes o and lse.
+// The blocks of a query in block_indices are distinct, ascending, and not after the query's own block; the
+// list is padded with -1. It must contain the initial blocks (the first init_blocks) and the local blocks
+// (the last local_blocks), as far as they exist. The lists of fsa_select_blocks do. On Hopper, forward
+// attends to these blocks without reading the list. A caller whose lists do not contain them sets both counts
+// to 0; lists may then have any length from 0 to T. Errors: those common to all.
 int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                          const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream);
-// Its backward pass, from dout and the o and lse of forward -> dq, dk, dv, which it overwrites. Errors: those
-// common to all.
+// Computes the gradients of fsa_selected_forward: from dout, and o and lse of forward, it overwrites dq, dk
+// and dv. Errors: those common to all.
 int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                           const void *k, const void *v, const int32_t *block_indices, const void *o,
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream);
 
-// Block selection alone (NSA, equations 8 to 11): rotated q, rotated kc, and lse_c, the compressed branch's
-// lse from fsa_attention_forward -> block_indices. A row has min(T, blocks up to the query's own) blocks: its
-// initial and local blocks, then those with the greatest scores; of equal scores the smaller block. kc must
-// have floor(N/s) rows, as below. Errors: those common to all.
+// Computes the block selection alone (NSA, "Token Selection") from the rotated q and kc, and lse_c, the lse
+// of the compressed branch from fsa_attention_forward. Writes block_indices. A query gets min(T, blocks up to
+// its own) blocks: the initial and local blocks, and of the others those with the greatest scores; ties go to
+// the lower index. kc must have floor(N/s) rows, as below. Errors: those common to all.
 int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
                       const void *kc, const float *lse_c, int32_t *block_indices, void *workspace,
                       size_t workspace_bytes, FsaStream stream);
 
-// Attention under the rule FSA_CAUSAL, FSA_WINDOW or FSA_COMPRESSED: rotated q, k, v -> o, lse. For
-// FSA_COMPRESSED, k and v are kc and vc, and dk and dv below are their gradients, [M, Hkv, d]. The host knows
-// only that M <= N/s, so kernels may load all floor(N/s) rows of kc and vc: these rows must exist, but need
-// no value beyond row M - 1. Errors: those common to all; FSA_ERROR_ARGUMENT for another rule.
+// Computes attention under the rule FSA_CAUSAL, FSA_WINDOW or FSA_COMPRESSED from v and the rotated q and k.
+// Writes o and lse. For FSA_COMPRESSED, k and v are kc and vc, and dk and dv below are their gradients, [M,
+// Hkv, d]. The host knows only that M <= N/s, so kernels may load all floor(N/s) rows of kc and vc: these
+// rows must exist, but rows from M may be uninitialized. Errors: those common to all; FSA_ERROR_ARGUMENT for
+// another rule.
 int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                           const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
                           size_t workspace_bytes, FsaStream stream);
-// Its backward pass, from dout and the o and lse of forward -> dq, dk, dv, which it overwrites. Errors: those
-// of forward.
+// Computes the gradients of fsa_attention_forward: from dout, and o and lse of forward, it overwrites dq, dk
+// and dv. Errors: those of forward.
 int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
                            const void *q, const void *k, const void *v, const void *o, const float *lse,
                            const void *dout, void *dq, void *dk, void *dv, void *workspace,
