@@ -2,7 +2,8 @@
 // is for float, and with -DFSA_REF_DOUBLE for double.
 //
 // A task is one (sequence, KV head) pair. One thread processes the queries of a task in order, and no other
-// thread writes the task's rows of any gradient. So the bits do not depend on the number of threads.
+// thread writes the task's rows of any gradient. So results are bitwise
+// reproducible for any number of threads.
 #include "reference.h"
 #include <math.h>
 #include <string.h>
@@ -65,7 +66,7 @@ typedef struct {
     int64_t key0, n; // first row of the sequence in k and v, and its number of tokens
     int64_t window0; // first row of the sequence in kc and vc
     int64_t segment; // first segment of the sequence; num_segments if it has none
-    int64_t row;     // first query row of that segment
+    int64_t query;   // first query of that segment
     int h;           // KV head
 } Task;
 
@@ -77,7 +78,7 @@ static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
         t.window0 += fsa_num_windows(c, b->cu_seqlens[s + 1] - b->cu_seqlens[s]);
     }
     while (t.segment < b->num_segments && b->segments[t.segment].seq < t.seq) {
-        t.row += b->segments[t.segment++].len;
+        t.query += b->segments[t.segment++].len;
     }
     return t;
 }
@@ -86,11 +87,13 @@ static Task make_task(const FsaConfig *c, const FsaBatch *b, int64_t index) {
     _Pragma("omp parallel for schedule(dynamic, 1)") for (int64_t task_ = 0;                                 \
                                                           task_ < (b)->num_seqs * (c)->kv_heads; task_++)
 
-// Runs the statement that follows for every query of task t, with its row in q and its position `pos`.
+// Runs the statement that follows for every query of task t, with its index `query` in q and its position
+// `pos`.
 #define FOR_EACH_QUERY(b, t)                                                                                 \
-    for (int64_t seg_ = (t).segment, row = (t).row;                                                          \
+    for (int64_t seg_ = (t).segment, query = (t).query;                                                      \
          seg_ < (b)->num_segments && (b)->segments[seg_].seq == (t).seq; seg_++)                             \
-        for (int64_t i_ = 0, pos = (b)->segments[seg_].pos; i_ < (b)->segments[seg_].len; i_++, pos++, row++)
+        for (int64_t i_ = 0, pos = (b)->segments[seg_].pos; i_ < (b)->segments[seg_].len;                    \
+             i_++, pos++, query++)
 
 // ---------------------------------------------------------------------------------------------
 // RoPE
@@ -182,7 +185,7 @@ static void phi_backward(const FsaConfig *c, const real *x, int64_t stride, cons
     }
 }
 
-// The parameter of KV head h in an array with `size` elements a head; NULL stays NULL.
+// The parameter of KV head h in an array with `size` elements per head; NULL stays NULL.
 #define HEAD(pointer, h, size) ((pointer) ? (pointer) + (int64_t)(h) * (size) : NULL)
 
 void FSA_REF(compress_forward)(const FsaConfig *c, const FsaBatch *b, const real *k, const real *v,
@@ -283,12 +286,12 @@ void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibi
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
             int count = visible_ranges(
-                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL,
+                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + query) * c->topk : NULL,
                 ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
                 // Online softmax: maximum and sum of exponentials so far; out is normalized at the end.
-                const real *qr = q + (row * hq + head) * d;
-                real *out = o + (row * hq + head) * d;
+                const real *qr = q + (query * hq + head) * d;
+                real *out = o + (query * hq + head) * d;
                 real max = -INFINITY, sum = 0, s[TILE];
                 memset(out, 0, sizeof(real) * d);
                 for (int r = 0; r < count; r++) {
@@ -310,7 +313,7 @@ void FSA_REF(attention_forward)(const FsaConfig *c, const FsaBatch *b, FsaVisibi
                         }
                     }
                 }
-                lse[row * hq + head] = sum > 0 ? max + LOG(sum) : -INFINITY;
+                lse[query * hq + head] = sum > 0 ? max + LOG(sum) : -INFINITY;
                 if (sum > 0) {
                     for (int i = 0; i < d; i++) out[i] /= sum;
                 }
@@ -333,17 +336,17 @@ void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisib
         FOR_EACH_QUERY(b, t) {
             Range ranges[FSA_MAX_TOPK];
             int count = visible_ranges(
-                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + row) * c->topk : NULL,
+                c, rule, pos, rule == FSA_SELECTED ? block_indices + (t.h * nq + query) * c->topk : NULL,
                 ranges);
             for (int head = t.h * g; head < (t.h + 1) * g; head++) {
-                int64_t offset = (row * hq + head) * d;
+                int64_t offset = (query * hq + head) * d;
                 const real *qr = q + offset, *dor = dout + offset;
                 real *dqr = dq + offset;
-                // dS = P (dP - delta), delta = sum_j P_j dP_j = <dO, O>
+                // dS = P (dP - delta), delta = sum_j P_j dP_j = <dout, o>
                 real delta = dot(dor, o + offset, d);
                 for (int r = 0; r < count; r++) {
                     for (int64_t j = ranges[r].begin; j < ranges[r].end; j++) {
-                        real p = EXP(scale * dot(qr, kh + j * token, d) - lse[row * hq + head]);
+                        real p = EXP(scale * dot(qr, kh + j * token, d) - lse[query * hq + head]);
                         real ds = scale * p * (dot(dor, vh + j * token, d) - delta);
                         axpy(dqr, ds, kh + j * token, d);
                         axpy(dkh + j * token, ds, qr, d);
@@ -358,8 +361,8 @@ void FSA_REF(attention_backward)(const FsaConfig *c, const FsaBatch *b, FsaVisib
 // ---------------------------------------------------------------------------------------------
 // Block scores and block selection
 
-// scores [floor(pos/B) + 1]: S_j = sum_i w_ij P_i, where P_i is the sum of exp(scale q.kc_i - lse) over the
-// heads of the group.
+// scores [floor(pos/B) + 1]: score_j = sum_i w_ij p_i, where p_i is the sum of exp(scale q.kc_i - lse) over
+// the heads of the group.
 static void query_scores(const FsaConfig *c, const real *q, const real *kc, const real *lse, int64_t token,
                          int64_t pos, real *scores) {
     int g = c->q_heads / c->kv_heads, d = c->head_dim, s = c->cmp_stride;
@@ -369,7 +372,7 @@ static void query_scores(const FsaConfig *c, const real *q, const real *kc, cons
     for (int64_t i = 0; i < seen; i++) {
         real p = 0;
         for (int r = 0; r < g; r++) p += EXP(scale * dot(q + r * d, kc + i * token, d) - lse[r]);
-        // w_ij is the number of stride cells of window i that lie in block j.
+        // w_ij is the number of strides (cells) of window i that lie in block j.
         for (int cell = 0; cell < c->cmp_len / s; cell++) scores[(i * s + cell * s) / c->block] += p;
     }
 }
@@ -402,18 +405,18 @@ void FSA_REF(select_blocks)(const FsaConfig *c, const FsaBatch *b, const real *q
         for (int64_t s = 0; s < b->num_seqs; s++) {
             Task t = make_task(c, b, s * hkv + h);
             FOR_EACH_QUERY(b, t) {
-                int32_t *indices = block_indices + (h * nq + row) * c->topk;
+                int32_t *indices = block_indices + (h * nq + query) * c->topk;
                 int64_t blocks = pos / c->block + 1;
                 int count = (int)(blocks < c->topk ? blocks : c->topk);
                 for (int i = 0; i < c->topk; i++) indices[i] = i < count ? i : -1;
                 if (blocks <= c->topk) continue;  // all are selected
-                int64_t q_row = row * hq + h * g; // of the group's first head
+                int64_t q_row = query * hq + h * g; // of the group's first head
                 query_scores(c, q + q_row * d, kc + t.window0 * token + h * d, lse_c + q_row, token, pos,
                              scores);
                 for (int64_t j = 0; j < c->init_blocks; j++) scores[j] = INFINITY; // always selected
                 for (int64_t j = blocks - c->local_blocks; j < blocks; j++) scores[j] = INFINITY;
-                // Select the T greatest scores; among equal scores the smaller block index wins. A selected
-                // block gets the score -1, below every other, so the loop below reads off the ascending list.
+                // Select the T greatest scores; ties go to the lower index. A selected block gets the
+                // score -1, below every other, so the loop below reads off the ascending list.
                 for (int i = 0; i < count; i++) {
                     int64_t argmax = 0;
                     for (int64_t j = 1; j < blocks; j++) {
@@ -456,7 +459,7 @@ void FSA_REF(gate_forward)(const FsaConfig *c, int64_t nq, const real *logits, r
 }
 
 void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int branch, const real *logits,
-                            const real *o_branch, const real *dout, real *do_branch, real *dlogits) {
+                            const real *o_branch, const real *dout, real *gated_dout, real *dlogits) {
     int hq = c->q_heads, d = c->head_dim;
 #pragma omp parallel for
     for (int64_t t = 0; t < nq; t++) {
@@ -464,7 +467,7 @@ void FSA_REF(gate_backward)(const FsaConfig *c, int64_t nq, int branch, const re
             int64_t offset = (t * hq + head) * d, logit = gate_index(c, t, head, branch);
             real gate = sigmoid(logits[logit]);
             dlogits[logit] += dot(dout + offset, o_branch + offset, d) * gate * (1 - gate);
-            for (int i = 0; i < d; i++) do_branch[offset + i] = gate * dout[offset + i];
+            for (int i = 0; i < d; i++) gated_dout[offset + i] = gate * dout[offset + i];
         }
     }
 }
@@ -490,7 +493,7 @@ size_t FSA_REF(state_layout)(FSA_REF(State) * s, const FsaConfig *c, int64_t nq,
     for (int i = 0; i < 3; i++) ARRAY(o[i], real, q);
     for (int i = 0; i < 3; i++) ARRAY(lse[i], real, lse);
     ARRAY(block_indices, int32_t, indices);
-    ARRAY(do_branch, real, q);
+    ARRAY(gated_dout, real, q);
     ARRAY(dkc, real, windows);
     ARRAY(dvc, real, windows);
     ARRAY(scratch, real, blocks);
@@ -534,11 +537,11 @@ void FSA_REF(backward)(const FsaConfig *c, const FsaBatch *b, const real *k, con
     memset(s->dkc, 0, sizeof(real) * m * row);
     memset(s->dvc, 0, sizeof(real) * m * row);
     for (int i = 0; i < 3; i++) {
-        FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->do_branch, dgate_logits);
+        FSA_REF(gate_backward)(c, nq, i, gate_logits, s->o[i], dout, s->gated_dout, dgate_logits);
         int compressed = branch_rule[i] == FSA_COMPRESSED;
         FSA_REF(attention_backward)
         (c, b, branch_rule[i], s->q, compressed ? s->kc : s->k, compressed ? s->vc : v, s->block_indices,
-         s->o[i], s->lse[i], s->do_branch, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
+         s->o[i], s->lse[i], s->gated_dout, dq, compressed ? s->dkc : dk, compressed ? s->dvc : dv);
     }
     // dq and dk of the rotated q and k become those of q and k before RoPE.
     FSA_REF(rope_queries)(c, b, dq, inv_freq, 1);

@@ -1,5 +1,5 @@
 // test_fsa.cu: tests libfsa against the C reference: all steps together over random shapes, single branches,
-// and samples of long sequences. It also tests that results have the same bits twice, on two streams and from
+// and samples of long sequences. It also tests that results are bitwise reproducible, on two streams and from
 // two threads at once; guard zones; that sizes never shrink when a batch grows; and every error of every
 // function.
 //   test_fsa [small | large] [shapes=N] [seed=N]     small: for the emulator and compute-sanitizer
@@ -9,7 +9,7 @@
 #include <functional>
 #include <thread>
 
-// Relative error of one array or of several arrays together. The norm has a floor of 1e-2 an element, because
+// Relative error of one array or of several arrays together. The norm is at least 1e-2 per element, because
 // gradients may vanish (a query with one visible key). norm_of_terms: the norm of the terms whose sums are
 // ref, used if it is larger than the norm of ref.
 struct Tally {
@@ -181,12 +181,12 @@ static PhiTerms phi_terms(const Problem<T> &p, const fsa_ref_PhiWeights_f32 *phi
     std::vector<float> none(std::max(p.size_q, keys * d), 0), dq(p.size_q), dk(p.size_k), dv(p.size_k);
     std::vector<float> dgate(p.gates), dwv(p.size_w), dpe(p.size_w / d);
     double dwk_terms = 0, dpe_terms = 0;
-    fsa_ref_gate_backward_f32(c, p.nq, 0, p.gate.f.data(), s->o[0], p.dout.f.data(), s->do_branch,
+    fsa_ref_gate_backward_f32(c, p.nq, 0, p.gate.f.data(), s->o[0], p.dout.f.data(), s->gated_dout,
                               dgate.data());
     for (bool delta : {false, true}) {
         std::fill(s->dkc, s->dkc + keys * d, 0.f);
         fsa_ref_attention_backward_f32(c, b, FSA_COMPRESSED, s->q, s->kc, delta ? none.data() : s->vc, NULL,
-                                       delta ? s->o[0] : none.data(), s->lse[0], s->do_branch, dq.data(),
+                                       delta ? s->o[0] : none.data(), s->lse[0], s->gated_dout, dq.data(),
                                        s->dkc, s->dvc);
         std::vector<float> dwk(p.size_w, 0);
         fsa_ref_PhiGradients_f32 dphi = {dwk.data(), dpe.data(), dwv.data()};
@@ -505,8 +505,8 @@ static void test_two_streams(Random *r, bool small) {
     for (cudaStream_t &x : s) CUDA_CHECK(cudaStreamDestroy(x));
 }
 
-// The single-branch functions against the reference. init_local false: rows contain no initial and local
-// blocks by rule, and may have any length.
+// Tests the single-branch functions against the reference. init_local false: init_blocks and local_blocks are
+// 0, and the lists of block indices may have any length.
 template <typename T> static void test_branches(Random *r, bool small, bool init_local) {
     FsaConfig c = default_config(10, 2, 64, small ? 16 : 64, 4);
     c.cmp_len = 16, c.window = 60;
@@ -850,7 +850,7 @@ static void test_long(Random *r, int hq, int hkv, int d, int block, int topk,
     LongProblem<T>(r, c, lengths).check(r);
 }
 
-// One function of the API, with the names of its pointer arguments.
+// One API function, with the names of its pointer arguments.
 struct Function {
     const char *name;
     FsaOperation op;
@@ -1036,7 +1036,7 @@ static void test_errors(Random *r) {
             }
         }
     }
-    // Errors beyond the loop.
+    // Errors that the loop does not cover.
     function = "";
     int64_t n = p.forward_workspace.n;
     expect(fsa_forward(&good, FSA_BF16, &b, p.q_, p.k_, p.v_, NULL, NULL, p.gate_, NULL, p.o, p.saved,

@@ -335,7 +335,7 @@ static void test_scores(void) {
 
 // Checks the block indices of all rows: min(T, blocks) distinct ones, ascending and causal, among them the
 // initial and local blocks; no block that is left out has a greater score than a selected one, or an equal
-// score and a smaller index.
+// score and a lower index.
 static void check_block_indices(const Problem *p, const char *name) {
     const FsaConfig *c = &p->c;
     double scores[512];
@@ -383,8 +383,8 @@ static void test_selection(void) {
     check_block_indices(&p, "random");
     free_problem(&p);
 
-    // Ties: with q = 0 all windows have the same probability, so all inner blocks have the same score. The
-    // smaller block index must win.
+    // Ties: with q = 0 all windows have the same probability, so all inner blocks have the same score. Ties
+    // must go to the lower index.
     make_problem(&p, small_config(2, 1, 8), lengths, NULL, 17);
     memset(p.q, 0, p.sizes[0] * sizeof(double));
     run_forward(&p, NULL);
