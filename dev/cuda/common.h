@@ -251,7 +251,8 @@ static inline std::vector<float> dq_to_accum(const FsaConfig &c, int64_t nq, con
     for (size_t i = 0; i < dq.size(); i++) accum[(size_t)dq_accum_index(c, nq, (int64_t)i)] = dq[i];
     return accum;
 }
-// Returns the elements that k or v must have under a rule: for windows floor(N/s) rows (fsa.h).
+// Returns the number of elements of k or v under a rule. Under the compressed rule they have floor(N/s) rows
+// (fsa.h).
 static inline int64_t kv_elements(const FsaConfig &c, const BatchLayout &p, FsaVisibility rule) {
     return (rule == FSA_COMPRESSED ? fsa_max_windows(&c, &p) : p.n) * c.kv_heads * c.head_dim;
 }
@@ -262,9 +263,9 @@ static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConf
     std::vector<int32_t> out((size_t)(c.kv_heads * nq * c.topk), -1);
     std::vector<int32_t> chosen;
     for (int h = 0; h < c.kv_heads; h++) {
-        int64_t row = 0;
+        int64_t query = 0;
         for (int64_t s = 0; s < b.num_segments; s++) {
-            for (int64_t i = 0; i < b.segments[s].len; i++, row++) {
+            for (int64_t i = 0; i < b.segments[s].len; i++, query++) {
                 int64_t blocks = (b.segments[s].pos + i) / c.block + 1;
                 chosen.clear();
                 int64_t want = std::min<int64_t>(blocks, c.topk);
@@ -279,7 +280,7 @@ static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConf
                     if (std::find(chosen.begin(), chosen.end(), j) == chosen.end()) chosen.push_back(j);
                 }
                 std::sort(chosen.begin(), chosen.end());
-                std::copy(chosen.begin(), chosen.end(), out.begin() + (h * nq + row) * c.topk);
+                std::copy(chosen.begin(), chosen.end(), out.begin() + (h * nq + query) * c.topk);
             }
         }
     }
@@ -287,7 +288,8 @@ static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConf
 }
 
 // ---- timing -----------------------------------------------------------------------------------------
-// Returns the median milliseconds of `reps` runs after two warm-up runs. flush: each run starts with a cold L2.
+// Returns the median milliseconds of `reps` runs after two warm-up runs. flush: each run starts with a cold
+// L2.
 template <typename F> static inline double time_ms(F run, int reps = 10, bool flush = true) {
     static char *flush_buffer = NULL;
     const size_t flush_bytes = 256u << 20;

@@ -8,7 +8,7 @@
 struct Shape {
     FsaConfig c;
     std::vector<int64_t> lengths;
-    std::vector<FsaSegment> segments; // empty: one for each whole sequence
+    std::vector<FsaSegment> segments; // empty: one per whole sequence
 };
 
 static inline Shape plain_shape(int hq, int hkv, int d, std::vector<int64_t> lengths) {
@@ -102,19 +102,19 @@ static inline double visible_pairs(const FsaConfig &c, FsaVisibility rule, int64
     return pairs;
 }
 
-// Names in the results, indexed by FsaVisibility.
+// Names in the records, indexed by FsaVisibility.
 static const char *const rule_names[] = {"full", "win", "cmp"}, *const rule_attn[] = {"full", "window",
                                                                                       "nsa"};
 
-// Prints a timing with its floor on an H200 (790 TFLOP/s, 4.5 TB/s), and records it. flops, bytes: the FLOPs
-// and the bytes of HBM traffic that are necessary. other_floor: another floor in milliseconds.
-static inline void report(Result r, double flops, double bytes, double other_floor = 0) {
+// Prints a timing with its lower bound on an H200 (790 TFLOP/s, 4.5 TB/s), and records it. flops, bytes: the
+// FLOPs and the bytes of HBM traffic that are necessary. other_bound: another lower bound in milliseconds.
+static inline void report(Result r, double flops, double bytes, double other_bound = 0) {
     r.tflops = flops / r.ms * 1e-9;
-    printf("%s %s %s n=%-6lld %2d/%-2d d=%-3d B=%-3d T=%-2d %s %-8s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  floor "
+    printf("%s %s %s n=%-6lld %2d/%-2d d=%-3d B=%-3d T=%-2d %s %-8s %9.3f ms %7.1f TFLOP/s %6.2f TB/s  bound "
            "%.3f ms\n",
            r.program, r.part, r.dir, (long long)r.n, r.c.q_heads, r.c.kv_heads, r.c.head_dim, r.c.block,
            r.c.topk, r.dtype, r.version, r.ms, r.tflops, bytes / r.ms * 1e-9,
-           std::max(std::max(flops / 790e9, bytes / 4.5e9), other_floor));
+           std::max(std::max(flops / 790e9, bytes / 4.5e9), other_bound));
     record(r);
 }
 
