@@ -25,6 +25,7 @@ The program pairs kernels by code first, so that a renamed kernel matches its ol
 the likeness of names and instructions. For each pair that differs it prints the names, the architecture, the
 numbers of instructions and registers, and the first instruction that differs. The last line is
     N kernels equal, M differ, K only in OLD, L only in NEW
+and says how many of the M have the same instructions and differ in their resources alone.
 
 --ignore-params masks the offsets of kernel parameters in constant bank 0, their layout and their bytes.
 Kernels that differ only because fields of a parameter struct moved are then equal. It does not mask the
@@ -99,14 +100,15 @@ class Kernel:
     name: str
     code: list[Instruction]
     resources: dict[str, str] = dataclasses.field(default_factory=dict)
-    fingerprint: str = ""
+    fingerprint: str = ""  # of the code and the resources
+    code_fingerprint: str = ""
     opcodes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def finish(self) -> None:
-        """Fills in fingerprint and opcodes, after code and resources are complete."""
-        sha = hashlib.sha256(repr(sorted(self.resources.items())).encode())
-        sha.update("\n".join(map(str, self.code)).encode())
-        self.fingerprint = sha.hexdigest()
+        """Fills in fingerprints and opcodes, after code and resources are complete."""
+        code = hashlib.sha256("\n".join(map(str, self.code)).encode()).hexdigest()
+        self.code_fingerprint = code
+        self.fingerprint = hashlib.sha256(repr((code, sorted(self.resources.items()))).encode()).hexdigest()
         self.opcodes = collections.Counter(opcode(i.text) for i in self.code)
 
 
@@ -400,7 +402,8 @@ def overlap(a: collections.Counter[str], b: collections.Counter[str]) -> float:
 
 
 class Likeness:
-    """How alike two kernels are: the same name is 2 and more, else names and opcodes count half each."""
+    """How alike two kernels are. The same instructions give 2 and more, the same name 2; else names and opcodes
+    count half each."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
@@ -415,6 +418,8 @@ class Likeness:
 
     def of_kernels(self, old: Kernel, new: Kernel) -> float:
         name = self.of_names(old, new)
+        if old.code_fingerprint == new.code_fingerprint:
+            return 2 + name
         return name if name >= 2 else (name + overlap(old.opcodes, new.opcodes)) / 2
 
 
@@ -488,8 +493,9 @@ def compare(program: str, old_paths: str, new_paths: str, ignore_params: bool) -
     for side, kernels in (("OLD", only_old), ("NEW", only_new)):
         for kernel in kernels:
             print(f"only in {side}: {kernel.arch} {names[kernel.name]}, {len(kernel.code)} instructions")
+    same_code = sum(a.code_fingerprint == b.code_fingerprint for a, b in differ)
     print(
-        f"{len(equal)} kernels equal, {len(differ)} differ, "
+        f"{len(equal)} kernels equal, {len(differ)} differ{f' ({same_code} in resources alone)' * bool(same_code)}, "
         f"{len(only_old)} only in OLD, {len(only_new)} only in NEW"
     )
     return not (differ or only_old or only_new)

@@ -124,8 +124,9 @@ def expect_error(what: str, result: tuple[int, list[str], list[str]], contents: 
     check(right and contents in result[2][0], f"{what}: {result}")
 
 
-def summary(equal: int, differ: int = 0, only_old: int = 0, only_new: int = 0) -> str:
-    return f"{equal} kernels equal, {differ} differ, {only_old} only in OLD, {only_new} only in NEW"
+def summary(equal: int, differ: int = 0, only_old: int = 0, only_new: int = 0, same_code: int = 0) -> str:
+    resources = f" ({same_code} in resources alone)" if same_code else ""
+    return f"{equal} kernels equal, {differ} differ{resources}, {only_old} only in OLD, {only_new} only in NEW"
 
 
 def test_equal(tmp: str, tool: list[str]) -> None:
@@ -180,8 +181,13 @@ def test_differences(tmp: str, tool: list[str]) -> None:
     }
     for what, (changed, line) in changes.items():
         new = write(f"{tmp}/new.o", cubin(changed))
+        same_code = what in ("registers", "threads", "a constant bank")
         for args in ([], ["--ignore-params"]):
-            expect(f"{what} {args}", compare(old, new, *tool, *args), 1, summary(0, 1), line)
+            result = compare(old, new, *tool, *args)
+            expect(f"{what} {args}", result, 1, summary(0, 1, same_code=same_code), line)
+    # A new name and other resources: the instructions pair the kernels.
+    new = write(f"{tmp}/new.o", cubin(kernel("_Z5otherPKc", registers=25)))
+    expect("renamed, other resources", compare(old, new, *tool), 1, summary(0, 1, same_code=1))
     new = write(f"{tmp}/new.o", cubin(kernel(name), arch="sm_80"))
     expect("architecture", compare(old, new, *tool), 1, summary(0, 0, 1, 1))
     demangled = "turn(float*, int)" if shutil.which("c++filt") else name
