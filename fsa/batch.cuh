@@ -81,18 +81,18 @@ __host__ __device__ __forceinline__ int64_t num_windows_of(int cmp_len, int cmp_
 }
 
 // Finds the sequence of a query and the query's position in the sequence.
-__device__ __forceinline__ void query_position(const BatchLayout &batch, int64_t row, int64_t *seq,
+__device__ __forceinline__ void query_position(const BatchLayout &batch, int64_t query, int64_t *seq,
                                                int64_t *pos) {
-    int64_t i = find_in_cu(batch.cu_queries, batch.num_segments, row);
+    int64_t i = find_in_cu(batch.cu_queries, batch.num_segments, query);
     *seq = batch.segments[i].seq;
-    *pos = batch.segments[i].pos + row - batch.cu_queries[i];
+    *pos = batch.segments[i].pos + query - batch.cu_queries[i];
 }
 
-// A tile of consecutive rows cu[i] .. cu[i + 1] - 1 of one sequence or segment i, its cu_index. The tiles of
-// i begin at index cu[i]/size + i, an upper bound of the tiles before, so no prefix sum over tiles is needed.
-// The indices left over have rows = 0.
+// A tile of consecutive rows of one sequence or segment: entry i of cu, rows cu[i] .. cu[i + 1] - 1. The
+// tiles of entry i begin at index cu[i]/size + i, an upper bound of the tiles before, so no prefix sum over
+// tiles is needed. The indices left over have rows = 0.
 struct RowTile {
-    int64_t cu_index, row; // the tile lies in cu[cu_index] .. cu[cu_index + 1] - 1; its first row
+    int64_t cu_index, row; // the entry of cu; the tile's first row
     int first, rows;       // first row counted from cu[cu_index], and the number of rows (at most size)
 };
 // Returns tile `index` (below max_row_tiles) for tiles of `size` rows. Rows are fewer than 2^32.

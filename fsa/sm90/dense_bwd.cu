@@ -47,7 +47,7 @@ struct KvWorkItem {
     int direction;                  // 1: row tiles in ascending order, -1: descending
     int segment_begin, segment_end; // segments of the sequence
     int pos_begin, pos_last;        // first and last position that see a key of the tile
-    int split_begin, split_end;     // positions where the row tiles of the split begin
+    int split_begin, split_end;     // positions at which the row tiles of the split begin
 };
 
 // Returns work item number `item` of num_items; it may be empty (keys.rows 0). The order, outermost first:
@@ -286,7 +286,7 @@ template <int D> struct DenseBackwardSmem {
                 float *stage_lse = (float *)(tiles + LSE_DELTA_OFFSET + q_state.stage * LSE_DELTA_BYTES);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    // lse +inf makes P = 0 where the row sees no key.
+                    // lse +inf makes P = 0 if the row sees no key.
                     const float lse2 = lse[i] == -INFINITY ? INFINITY : lse[i] * FSA_LOG2E;
                     const float local_lse2 = local_lse[i] * FSA_LOG2E;
                     // Base 2, relative to the branch with the larger probability.

@@ -203,7 +203,8 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, int byt
                  : "memory");
 }
 
-// Copies `bytes` (a multiple of 16) from shared to global memory, or adds them there as fp32 numbers.
+// Copies `bytes` (a multiple of 16) from shared to global memory, or adds them to global memory as fp32
+// numbers.
 // bulk_commit makes a group of the thread's copies since the last one. bulk_wait_read: shared memory may be
 // overwritten. bulk_wait: the results are in global memory.
 __device__ __forceinline__ void bulk_store(void *dst, uint32_t src, int bytes) {
