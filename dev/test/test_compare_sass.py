@@ -181,7 +181,7 @@ def test_differences(tmp: str, tool: list[str]) -> None:
     }
     for what, (changed, line) in changes.items():
         new = write(f"{tmp}/new.o", cubin(changed))
-        same_code = what in ("registers", "threads", "a constant bank")
+        same_code = int(what in ("registers", "threads", "a constant bank"))
         for args in ([], ["--ignore-params"]):
             result = compare(old, new, *tool, *args)
             expect(f"{what} {args}", result, 1, summary(0, 1, same_code=same_code), line)
