@@ -3,16 +3,16 @@
 // rotated at position s*i.
 //
 // phi = linear is one GEMM per KV head and per K or V: [windows, l*d] x [l*d, d]. Row i of the left operand
-// is window i: tokens s*i .. s*i + l - 1, which are read where they lie, l/s times each. The position
+// is window i, tokens s*i .. s*i + l - 1. It is read in place; each token is read l/s times. The position
 // embedding pe becomes a bias that all windows share: (x + pe) W = x W + pe W.
 //
 // Backward, with dy = the gradients of kc (after the inverse RoPE) and vc:
 //   dx[token s*i + r] = sum over i of dy[i] W[r]^T       dW[r] = sum over i of (x[s*i + r] + pe[r])^T dy[i]
 //   dpe[r] = W[r] (sum over i of dy[i])
-// One thread block computes each sum in a fixed order, so the bits repeat.
+// One thread block computes each sum in a fixed order, so the results are bitwise reproducible.
 //
-// FLOPs of forward, dx and dW each, K and V: 2 * 2*l*d*d per window and KV head. At 64K tokens, (l, s) = (32,
-// 16), 8 heads, d = 128: 69 GFLOP, 0.09 ms at 790 TFLOP/s.
+// Lower bounds for 64K tokens, (l, s) = (32, 16), 8 KV heads, d = 128, phi = linear, K and V:
+//     forward, dx and dW: 69 GFLOP each (4*l*d*d per window and KV head)   0.09 ms each
 #include "kernels.h"
 #include "rope.cuh"
 #include "launch.cuh"
@@ -30,7 +30,7 @@ struct CompressParams {
     const float *dout[2];             // dkc, dvc [M, Hkv, d]; dkc is the gradient of the rotated kc
     float *din[2], *dweight[2], *dpe; // gradients of in, weight and pe, fp32
     int accumulate;                   // 1: add to dv; 0: overwrite dv
-    // Workspace.
+    // Scratch.
     float *head_sums;        // [Hkv, d] forward: pe W; backward: sum of dkc (before RoPE) over all windows
     void *dout_unrotated[2]; // backward: dout with the inverse RoPE on dkc; 16-bit (linear) or fp32 (mean)
 };
@@ -38,9 +38,9 @@ struct CompressParams {
 // -------------------------------------------------------------------------------------------------
 // Forward
 
-// bias[h] = pe[h] W[h], [l*d] x [l*d, d]. A thread block computes one head: 1024/D groups of threads sum
-// every (1024/D)-th row, and the groups' sums are added in order. Reads W once, 2*l*d*d bytes per head;
-// latency binds.
+// head_sums[h] = pe[h] W[h], [l*d] x [l*d, d], the bias of kc. A thread block computes one KV head. It
+// divides the rows of W into 1024/D splits, and split i has rows i, i + 1024/D, ... The sums of the splits
+// are added in order. Reads W once, 2*l*d*d bytes per KV head. Limited by latency.
 template <typename T, int D>
 __global__ void __launch_bounds__(1024) compress_bias_kernel(const CompressParams p) {
     constexpr int SPLITS = 1024 / D;
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(1024) compress_bias_kernel(const CompressParam
 // kc or vc for phi = linear. A thread block computes a 128 x d tile of one GEMM: 128 windows of one KV head
 // (grid y), K or V (grid z). Each of four warps computes 32 windows. The k loop over l*d has steps of 64
 // channels with two shared-memory stages, loaded by cp.async. The epilogue adds the bias and applies RoPE.
-// Bytes: k and v once from HBM and l/s times from L2; W once from HBM and once per 128 windows from L2; kc
-// and vc written. The FLOPs bind.
+// Reads k and v once from HBM and l/s times from L2, and W once from HBM and once per 128 windows from L2.
+// Limited by the FLOPs.
 template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressParams p) {
     constexpr int TILE_M = 128, TILE_K = 64, A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_K * D * 2;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
 }
 
 // kc and vc for phi = mean. A thread averages channels c and c + D/2 of one window, for K and for V. k and v
-// are read once from HBM and l/s times from L2; memory bandwidth binds.
+// are read once from HBM and l/s times from L2. Memory-bound.
 template <typename T, int D>
 __global__ void __launch_bounds__(256) compress_mean_kernel(const CompressParams p) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, window = i / (D / 2) / p.kv_heads;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(256) compress_mean_kernel(const CompressParams
 // Backward
 
 // dout_unrotated = dout, with the inverse RoPE applied to dkc. A thread handles channels c and c + D/2 of one
-// window, for K and for V; memory bandwidth binds.
+// window, for K and for V. Memory-bound.
 template <typename Out, int D>
 __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const CompressParams p) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, window = i / (D / 2) / p.kv_heads;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(256) compress_inverse_rope_kernel(const Compre
 
 // dk and dv for phi = mean: the sum of dout_unrotated / l over the windows that contain the token. A thread
 // handles four channels of one token, for K and for V. dk and dv are written in fp32, and dout_unrotated is
-// read l/s times from L2; memory bandwidth binds.
+// read l/s times from L2. Memory-bound.
 template <int D>
 __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const CompressParams p) {
     int token_stride = p.kv_heads * D;
@@ -231,12 +231,12 @@ __global__ void __launch_bounds__(256) compress_mean_backward_kernel(const Compr
     }
 }
 
-// dk or dv for phi = linear. Let token s*c + r0 be number r0 of stride c (s tokens). Its gradient is
+// dk or dv for phi = linear. Token s*c + r0 is number r0 of stride c (s tokens). Its gradient is
 //   sum over a = 0 .. l/s - 1 of dy[window c - a] W[a*s + r0]^T
-// A thread block computes a 128 x d tile: the tokens with one r0 of 128 strides, of one KV head (grid y), K
-// or V (grid z). Grid x has all tiles of r0 = 0, then of r0 = 1, and so on. Each of four warps computes 32
-// tokens. The k loop over l/s*d has steps of 64 channels with two shared-memory stages.
-// Bytes: dk and dv written in fp32; dy and W read from L2. The FLOPs bind.
+// A thread block computes a 128 x d tile: token r0 of each of 128 strides, of one KV head (grid y), K or V
+// (grid z). Grid x has all tiles of r0 = 0, then all tiles of r0 = 1, and so on. Each of four warps computes
+// 32 tokens. The k loop over l/s*d has steps of 64 channels with two shared-memory stages. Writes dk and dv
+// in fp32; reads dy and W from L2. Limited by the FLOPs.
 template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressParams p) {
     constexpr int TILE_M = 128, TILE_K = 64, A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_K * D * 2;
@@ -315,9 +315,10 @@ __global__ void __launch_bounds__(128, 2) compress_dinput_kernel(const CompressP
     }
 }
 
-// bias[h] = the sum of dkc (before RoPE) over all windows, which dpe and the pe term of dW need. A thread
-// block computes one head: 1024/D groups of threads sum every (1024/D)-th window, and the groups' sums are
-// added in order. Reads 2*d bytes per window and head; latency binds.
+// head_sums[h] = the sum of dkc (before RoPE) over all windows, which dpe and the pe term of dW need. A
+// thread block computes one KV head. It divides the windows into 1024/D splits, and split i has windows i, i
+// + 1024/D, ... The sums of the splits are added in order. Reads 2*d bytes per window and KV head. Limited
+// by latency.
 template <typename T, int D>
 __global__ void __launch_bounds__(1024) compress_sum_dkc_kernel(const CompressParams p) {
     constexpr int SPLITS = 1024 / D;
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(1024) compress_sum_dkc_kernel(const CompressPa
     p.head_sums[kv_head * D + column] = sum;
 }
 
-// dpe[h, row] += <W[h, row], bias[h]>. A warp computes one row. Reads W once; memory bandwidth binds.
+// dpe[h, row] += <W[h, row], head_sums[h]>. A warp computes one row of W. Reads W once. Memory-bound.
 template <typename T, int D>
 __global__ void __launch_bounds__(256) compress_dpe_kernel(const CompressParams p) {
     int64_t row = blockIdx.x * 8ll + threadIdx.x / 32;
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(256) compress_dpe_kernel(const CompressParams 
 // dW for phi = linear. A thread block computes the d x d tile of one r (grid x), KV head (grid y), and K or V
 // (grid z): dW[r] += sum over all windows i of (x[s*i + r] + pe[r])^T dy[i]. The k loop has steps of 64
 // windows, sequence after sequence, with two shared-memory stages. Each of four warps computes D/4 rows.
-// Bytes: k and v once per s thread blocks of a head, dy from L2. The FLOPs bind.
+// s thread blocks of a KV head together read k and v once; dy comes from L2. Limited by the FLOPs.
 template <typename T, int D>
 __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const CompressParams p) {
     constexpr int TILE_K = 64, TILE_BYTES = TILE_K * D * 2, M = D / 64; // M: 16-row MMA tiles of a warp

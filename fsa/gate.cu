@@ -1,12 +1,25 @@
 // gate.cu: the backward pass of the gate, and the preprocessing of the branches' backward passes. The forward
 // pass of the gate, the gated sum, is in selected_combine.cu.
+//
+// For each row (query, head) and branch i, with gate_i = sigmoid(logit_i):
+//   delta_i = <dout, o_i>       lse_bwd_i = lse_i - ln(gate_i), or +inf if lse_i = -inf
+//   dlogit_i = delta_i * gate_i * (1 - gate_i), summed over the heads if per_token
+// dout is the gradient of the gated sum. exp(s - lse_bwd) is gate * P, so the branches read the same, ungated
+// dout. Without a gate, lse_bwd = lse, and there is no dlogit.
+//
+// A warp handles one query. D/8 lanes compute the dot products of one head; then each lane finishes one of 32
+// heads. The order of the sums is fixed, so the results are bitwise reproducible.
+//
+// Lower bounds for 64K tokens, 32 heads, d = 128, three branches:
+//     2.1 GB of dout and o in                                      0.48 ms
+// Memory-bound. Instruction issue, about 130 instructions per two heads, takes nearly as long.
 #include "kernels.h"
 #include "launch.cuh"
 #include "mma.cuh"
 
 struct BwdPreprocessParams {
     int64_t rows;           // Nq * Hq
-    int q_heads, per_token; // per_token: 1 if all heads of a token share three gates
+    int q_heads, per_token; // per_token: 1 if all heads of a query share three gates
     const void *logits;     // [Nq, Hq, 3], or [Nq, 3] if per_token; NULL: no gate
     const void *o[3];       // [Nq, Hq, D] of each branch
     const void *dout;       // [Nq, Hq, D]
@@ -20,21 +33,14 @@ template <typename T> static __device__ __forceinline__ float load1(const void *
     return (float)((const T *)x)[i];
 }
 
-// For each row (token, head) and branch i, with gate_i = sigmoid(logit_i):
-//   delta_i = <dout, o_i>       lse_bwd_i = lse_i - ln(gate_i), or +inf if lse_i = -inf
-//   dlogit_i = delta_i * gate_i * (1 - gate_i), summed over the heads if per_token
-// lse_bwd makes exp(s - lse_bwd) the gated probability, so the branches read the same, ungated dout.
-// A warp handles one token. D/8 lanes compute the dot products of one head; then each lane finishes one of 32
-// heads. The order of the sums is fixed.
-// Floor at 64K tokens, 32 heads, d = 128, three branches: 2.1 GB, 0.48 ms at 4.5 TB/s. Memory bandwidth
-// binds, closely followed by instruction issue: about 130 instructions per two heads.
+// delta, lse_bwd and dlogits of BRANCHES branches.
 template <typename T, int D, int BRANCHES>
 __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams p) {
     constexpr int LANES = D / 8, HEADS = 32 / LANES; // lanes per head, heads at once
     int64_t query = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (query * p.q_heads >= p.rows) return;
-    float query_sum[BRANCHES] = {}; // dlogits of the token, if per_token
+    float query_sum[BRANCHES] = {}; // dlogits of the query, if per_token
     for (int head0 = 0; head0 < p.q_heads; head0 += 32) {
         const int64_t row0 = query * p.q_heads + head0;
         const int heads = min(32, p.q_heads - head0);

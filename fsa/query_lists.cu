@@ -1,19 +1,22 @@
-// query_lists.cu: block_indices [Hkv, Nq, T] to the query list of every block, in CSR form (QueryLists,
-// kernels.h): a stable counting sort of the entries row*T + slot by the block that they name.
+// query_lists.cu: computes the query list of every block from block_indices [Hkv, Nq, T], in CSR form
+// (QueryLists, kernels.h). It is a stable counting sort of the entries query*T + slot by the block that they
+// name.
 //
-// The rows of each (KV head, slab) are split among num_splits thread blocks:
+// The queries of each (KV head, slab) are divided among num_splits thread blocks:
 //   count_kernel  histogram of each split over the blocks -> split_counts
 //   fill_kernel   offsets of the lists, and of each split within a list, from split_counts. Then per chunk of
 //                 16K entries: histogram per warp -> exclusive scan -> sort in shared memory -> write.
-// The sort makes entries of one block adjacent before they are written: 16 on average where 16K entries name
-// 1,024 blocks. So the writes fill whole sectors, even if the lists exceed the L2. Ranks follow from the
-// order of splits, warps and rows, so the lists are the same in every run.
+// The sort makes entries of one block adjacent before they are written: 16 on average if 16K entries name
+// 1,024 blocks. So the writes fill whole sectors, even if the lists exceed the L2. The order of splits, warps
+// and queries determines the ranks, so the results are bitwise reproducible.
 //
-// Floor at 64K tokens, T = 16, 8 (32) KV heads: 12 bytes per entry, 0.1 (0.4) GB, 0.025 (0.1) ms at 4 TB/s.
-// Instructions per 32 entries (SASS, sm_90): 16 in count_kernel; in fill_kernel 26 to find and count the
-// block, 31 to rank, 15 to write, 9 for the tables. That is 25 (102) million, 0.05 (0.21) ms at 2.2 per clock
-// and SM. Shared memory takes as long: atomics and scattered accesses to random banks, 45 clocks per 32
-// entries. Instruction issue and shared memory bind.
+// Lower bounds for 64K tokens, T = 16:                       8 KV heads    32 KV heads
+//     HBM, 12 bytes per entry                                0.02 ms       0.09 ms
+//     instructions: 97 per 32 entries, 2.2 per clock and SM  0.05 ms       0.21 ms
+//     shared memory: 45 clocks per 32 entries                0.05 ms       0.21 ms
+// The 97 instructions (SASS, sm_90) are 16 in count_kernel; in fill_kernel 26 to find and count the block,
+// 31 to rank, 15 to write, 9 for the tables. Shared memory serves atomics and scattered accesses to random
+// banks. The kernels are limited by instruction issue and shared memory.
 #include "kernels.h"
 #include <limits.h>
 
@@ -28,21 +31,21 @@ enum {
     SUM_BATCH = 8,              // splits whose counts a thread loads at once
     NOT_LISTED = 0xffff,        // sort key of an entry that is in none of the current SORT_BLOCKS lists
     TARGET_THREAD_BLOCKS = 512, // two waves of two thread blocks per SM
-    MAX_SPLITS = 64             // bound, since each thread block reads the counts of all splits
+    MAX_SPLITS = 64             // limited, since each thread block reads the counts of all splits
 };
 
 struct ListParams {
     const int32_t *block_indices; // [Hkv, Nq, T]
     int topk, block;              // T, B
     FastDivisor topk_divisor;
-    // Block b of the row at position pos is listed if first_block <= b < first_block + num_listed and
+    // Block b of the query at position pos is listed if first_block <= b < first_block + num_listed and
     // b*B + local_tokens <= pos. num_listed keeps b*B in an int.
     unsigned first_block, num_listed;
     int64_t local_tokens; // local_blocks * B
-    int rank_width;       // lanes that rank one row's entries: the largest divisor of T up to 32
+    int rank_width;       // lanes that rank the entries of one query: the largest divisor of T up to 32
 };
 
-// Rows of a slab. split_rows returns the i-th of `count` equal parts of them.
+// Queries of a slab. split_queries returns the i-th of `count` equal parts of them.
 struct QueryRange {
     int begin, end;
 };
@@ -52,9 +55,9 @@ static __device__ __forceinline__ QueryRange split_queries(QueryRange queries, i
     return {begin, min(begin + size, queries.end)};
 }
 
-// A thread block's split of the rows of one (KV head, slab).
+// A thread block's split of the queries of one (KV head, slab).
 struct Split {
-    int64_t list, first_query;    // head * num_slabs + slab; the slab's first query row
+    int64_t list, first_query;    // kv_head * num_slabs + slab; the slab's first query
     const int32_t *block_indices; // of the slab
     QueryRange queries;           // of the split
 };
@@ -73,9 +76,9 @@ static __device__ __forceinline__ int warp_index() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
 }
 
-// A warp calls visit(i, end, b, listed) for the entries of `rows` of the slab, 32 consecutive entries at a
-// time. b is the block that entry i names, counted from first_block; it is valid only if `listed`. Entries i
-// >= end are visited too, with listed = false.
+// A warp calls visit(i, end, b, listed) for the entries of `queries` of the slab, 32 consecutive entries at
+// a time. b is the block that entry i names, counted from first_block. b is valid only if `listed`. Entries
+// i >= end are visited too, with listed = false.
 template <typename Visit>
 static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, const Split &split,
                                                       const ListParams &params, QueryRange queries,
@@ -89,7 +92,7 @@ static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, 
         query = (int)(segment_end < queries.end ? segment_end : queries.end);
         const int end = query * params.topk;
         const int pos0 = (int)(batch.segments[segment].pos + split.first_query - batch.cu_queries[segment] -
-                               params.local_tokens); // position of the slab's row 0 - local_tokens
+                               params.local_tokens); // position of the slab's query 0, minus local_tokens
         const int block0 = (int)(batch.cu_blocks[batch.segments[segment].seq] - first_block);
         int next[LOAD_BATCH];
         auto load = [&](int i) {
@@ -115,8 +118,8 @@ static __device__ __forceinline__ void for_each_entry(const BatchLayout &batch, 
     }
 }
 
-// split_counts [Hkv, num_slabs, num_splits, max_blocks] = how often a split names each block. Integer
-// atomics, so their order does not matter.
+// split_counts [Hkv, num_slabs, num_splits, max_blocks] = how often a split names each block. The
+// atomics are integer, so their order does not matter.
 __global__ void __launch_bounds__(THREADS)
     count_kernel(BatchLayout batch, QueryLists lists, ListParams params, uint32_t *split_counts) {
     __shared__ uint32_t counts[COUNT_BLOCKS + 32]; // the last 32, one per lane, count unlisted entries
@@ -137,8 +140,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // Exclusive scan over SORT_BLOCKS counts of a thread block. A thread passes the counts of blocks threadIdx.x
-// and threadIdx.x + THREADS, and gets their prefix sums. Returns the total. Two calls need a barrier in
-// between.
+// and threadIdx.x + THREADS, and gets their prefix sums. Returns the total. Two calls need a barrier between
+// them.
 static __device__ __forceinline__ uint32_t exclusive_scan(uint32_t counts[2]) {
     __shared__ uint64_t warp_sums[WARPS];
     const int warp = warp_index(), lane = threadIdx.x % 32;
@@ -163,8 +166,8 @@ static __device__ __forceinline__ uint32_t exclusive_scan(uint32_t counts[2]) {
 }
 
 // A warp's table: 16-bit counters, one per block of the current SORT_BLOCKS. A word holds the counters of
-// blocks w and w + THREADS. 32 more words, one per lane, count entries that are in no list: a branch around
-// the atomic costs more than the atomic.
+// blocks w and w + THREADS. Another 32 words, one per lane, count entries that are in no list: a branch
+// around the atomic costs more than the atomic.
 enum { TABLE_WORDS = THREADS + 32 };
 static __device__ __forceinline__ uint32_t table_add(uint32_t *table, uint32_t b, bool listed) {
     return atomicAdd(&table[listed ? b % THREADS : THREADS + threadIdx.x % 32], b < THREADS ? 1 : 1 << 16);
@@ -191,8 +194,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     uint32_t base = 0; // entries of the blocks before `first`
 
     for (int64_t first = 0; first < blocks; first += SORT_BLOCKS) {
-        // dest: where this split's entries of the thread's two blocks go, after the entries of lower blocks
-        // and of earlier splits.
+        // dest: position in `entries` of this split's first entry of each of the thread's two blocks, after
+        // the entries of lower blocks and of earlier splits.
         uint32_t dest[2] = {0, 0}, before[2] = {0, 0};
         for (int i0 = 0; i0 < lists.num_splits; i0 += SUM_BATCH) {
 #pragma unroll
@@ -249,8 +252,9 @@ __global__ void __launch_bounds__(THREADS, 2)
             }
             __syncthreads();
 
-            // Rank: the atomic returns the entry's index in `sorted`. The blocks of a row are distinct,
-            // so lanes of one row never share a counter. Rows add one after the other, so the order is fixed.
+            // Rank: the atomic returns the entry's index in `sorted`. The blocks of a query are distinct, so
+            // lanes of one query never share a counter. Queries add one after the other, so the order is
+            // fixed.
             const int width = params.rank_width, queries_at_once = 32 / width, query_index = lane / width;
             const int end = (warp_queries.end - chunk.begin) * topk;
             for (int i = (warp_queries.begin - chunk.begin) * topk; i < end;
@@ -306,7 +310,7 @@ static size_t offsets_bytes(const FsaConfig *c, const QueryLists *l) {
     return round_up((size_t)c->kv_heads * l->num_slabs * (l->max_blocks + 1) * sizeof(uint32_t));
 }
 
-// Everything but the pointers.
+// Returns the query lists without the pointers.
 static QueryLists list_shape(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries) {
     QueryLists l = {
         slab_queries, (batch->nq + slab_queries - 1) / slab_queries, fsa_max_blocks(c, batch), 1, 0, 0, NULL,
@@ -324,7 +328,7 @@ size_t fsa_query_lists_bytes(const FsaConfig *c, const BatchLayout *batch, int64
     return entries_bytes(c, batch) + offsets_bytes(c, &l);
 }
 
-// The counts of all splits. They are enough for every num_splits that list_shape may choose for num_lists
+// Returns the bytes of split_counts, for the largest num_splits that list_shape may return with num_lists
 // lists: (num_splits - 1) * num_lists < TARGET_THREAD_BLOCKS.
 size_t fsa_query_lists_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int64_t slab_queries) {
     QueryLists l = list_shape(c, batch, slab_queries);

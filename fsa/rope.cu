@@ -1,5 +1,7 @@
 // rope.cu: RoPE of queries and keys, and the conversion of dq_accum to 16 bits. selected_combine.cu applies
 // the inverse RoPE to the gradients.
+//
+// Lower bound for 64K tokens, 32 heads, d = 128: 0.54 GB in, 0.54 GB out, 0.24 ms. Memory-bound.
 #include "kernels.h"
 #include "rope.cuh"
 #include "launch.cuh"
@@ -15,7 +17,7 @@ struct RopeParams {
     void *out;              // [tokens, heads, D]
 };
 
-// Eight 16-bit channels to and from floats, 16 bytes at once.
+// Convert eight 16-bit channels, 16 bytes, to floats and back.
 template <typename T> __device__ __forceinline__ void load8(float (&x)[8], const T *from) {
     uint4 bits = *(const uint4 *)from;
     uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -31,9 +33,8 @@ template <typename T> __device__ __forceinline__ void store8(T *to, const float 
 }
 
 // out = RoPE(x): channels c and c + D/2 are rotated by position * inv_freq[c].
-// A thread block handles 8 rows of all heads, so that each angle is computed once per row. A thread handles
-// 8 channels of the lower half and the 8 channels D/2 above them.
-// 64K tokens, 32 heads, d = 128: 0.54 GB read, 0.54 GB written; memory bandwidth binds.
+// A thread block handles all heads of 8 tokens, so each angle is computed once per token. A thread handles 8
+// channels of the lower half, and the same 8 channels of the upper half.
 template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(const RopeParams p) {
     constexpr int TOKENS = 8, HALF = D / 2, VECS = HALF / 8; // vectors of 8 channels
     __shared__ float2 cos_sin[TOKENS][HALF];
@@ -73,7 +74,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128) rope_kernel(
 }
 
 // dq [Nq, Hq, D] in 16 bits from dq_accum, whose layout dq_accum_row describes (kernels.h). A thread handles
-// 8 channels: 4 bytes read and 2 written per channel; memory bandwidth binds.
+// 8 channels. It reads 4 bytes and writes 2 bytes per channel. Memory-bound.
 template <typename T, int D>
 __global__ void __launch_bounds__(256)
     convert_dq_kernel(const float *dq_accum, T *dq, int64_t nq, int heads, int group) {

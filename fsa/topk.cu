@@ -1,5 +1,5 @@
-// topk.cu: block selection: runs the kernel that fits the GPU and the configuration. On Hopper blocks are
-// selected in sm90/topk.cu. sm80/topk.cu serves all other GPUs, and more than 16 freely selected blocks.
+// topk.cu: block selection. Calls sm90/topk.cu on Hopper, if at most 16 blocks are selected freely.
+// Otherwise it calls sm80/topk.cu.
 #include "kernels.h"
 
 int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,

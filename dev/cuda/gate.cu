@@ -1,7 +1,7 @@
 // gate.cu: checks and times the gate's backward pass and the preprocessing of the branches' backward passes
 // (delta, lse_bwd). selected.cu checks the gate's forward pass, which the combine kernel of the selected
 // branch computes.
-//   version 1: one thread per token, all heads and channels
+//   version 1: one thread per query, all heads and channels
 //   library:   fsa/gate.cu: 16-byte loads, one pass over dout and the three outputs
 // usage: gate [seed=N] [check]      check: no timing
 #include "../../fsa/kernels.h"
@@ -123,7 +123,7 @@ int main(int argc, char **argv) {
                         <<<(unsigned)((n + 127) / 128), 128>>>(n, 128, 32, 0, logits, b, dout, dlogits);
             });
             const char *version = library ? "library" : "1";
-            printf("gate %s bwd n %lld: %.4f ms, %.2f TB/s, floor %.4f ms\n", version, (long long)n, ms,
+            printf("gate %s bwd n %lld: %.4f ms, %.2f TB/s, lower bound %.4f ms\n", version, (long long)n, ms,
                    bytes / ms * 1e-9, bytes / 4.5e9);
             record({"gate", "gate", "nsa", "bwd", "bf16", n, c, ms, 0, run_error[library], NULL, version, 1});
         }

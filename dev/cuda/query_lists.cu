@@ -40,8 +40,8 @@ static void run_v1(const FsaConfig &c, const BatchLayout &batch, const int32_t *
     CUDA_CHECK(cudaGetLastError());
 }
 
-// Makes block indices that fsa_topk never writes but fsa_query_lists accepts: rows in any order, and slots
-// that hold a negative index or a block far beyond the row's position.
+// Makes block indices that fsa_topk never writes but fsa_query_lists accepts: the blocks of a query in any
+// order, and slots that hold a negative index or a block far beyond the query's position.
 static void corrupt(Random *r, const FsaConfig &c, int64_t nq, std::vector<int32_t> *block_indices) {
     for (int64_t query = 0; query < c.kv_heads * nq; query++) {
         int32_t *x = block_indices->data() + query * c.topk;
@@ -165,7 +165,7 @@ int main(int argc, char **argv) {
                 else
                     FSA_CHECK(fsa_query_lists(&c, &b.batch, block_indices_dev, &l, workspace, 0));
             });
-            printf("query_lists %s n %lld, %d kv heads: %.4f ms, %.2f TB/s, floor %.4f ms\n",
+            printf("query_lists %s n %lld, %d kv heads: %.4f ms, %.2f TB/s, lower bound %.4f ms\n",
                    version == 1 ? "1" : "library", (long long)n, c.kv_heads, ms, bytes / ms * 1e-9,
                    bytes / 4.5e9);
             record({"lists", "lists", "nsa", "fwd", "bf16", n, c, ms, 0, 0, "random",

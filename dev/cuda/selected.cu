@@ -8,9 +8,8 @@
 //     default   check, time and compare
 //     compare   times versions 2 and 3, the library and full attention over group sizes and lengths
 //     shape     times the library at one shape, for a profiler
-//     indices   times the library on the block indices of a trained model, layer by layer (train_gpt_nsa -val
-//     1
-//               -block-indices FILE), and on random ones of the same shape
+//     indices   times the library on the block indices of a trained model, layer by layer, and on random ones
+//               of the same shape (train_gpt_nsa -val 1 -block-indices FILE writes the file)
 #include "../../fsa/kernels.h"
 #include "../../fsa/partial.cuh"
 #include "../../llmc/block_indices.h"
@@ -185,7 +184,7 @@ template <typename T> __global__ void partial_chunks_kernel(const float *x, char
     }
 }
 
-// Partial rows: the error is at most half of the last bit; NaN and Inf stay within their chunk.
+// Checks partial rows: the error is at most half of the last bit; NaN and Inf stay within their chunk.
 template <typename T> static void check_partial_chunks(Random *r) {
     const bool shared = Dtype<T>::value == FSA_BF16; // the chunk shares an exponent
     std::vector<float> x(8 * CHUNKS * 8);
@@ -260,8 +259,7 @@ static FsaConfig with_init_local(FsaConfig c, int init, int local) {
     return c;
 }
 
-// Random numbers of initial and local blocks: also all of the top-k; and none, with query lists of any
-// length.
+// Checks random numbers of initial and local blocks: also as many as the top-k, and none.
 template <typename T> static void check_init_local(Random *r, bool small) {
     const int blocks[] = {16, 32, 48, 64, 80, 128};
     for (int i = 0; i < (small ? 6 : 60); i++) {
@@ -367,7 +365,7 @@ template <typename T> static Times time_library(Bench<T> *x, const char *kind) {
     printf("selected library n %lld (%d, %d) d %d (%d, %d) %s %s:", (long long)x->b.batch.n, x->c.q_heads,
            x->c.kv_heads, d, x->c.block, x->c.topk, Dtype<T>::name, kind);
     for (int i = 0; i < 2; i++) {
-        printf(" %s %.3f ms (%.0f TFLOP/s, %.2f TB/s, floor %.2f ms),", i ? "bwd" : "fwd", t.ms[i],
+        printf(" %s %.3f ms (%.0f TFLOP/s, %.2f TB/s, lower bound %.2f ms),", i ? "bwd" : "fwd", t.ms[i],
                flops[i] / t.ms[i] * 1e-9, bytes[i] / t.ms[i] * 1e-9,
                std::max(flops[i] / 790e9, bytes[i] / 4.5e9));
         record({"selected", "sel", "nsa", i ? "bwd" : "fwd", Dtype<T>::name, x->b.batch.n, x->c, t.ms[i],
@@ -421,8 +419,8 @@ static Times time_full(Bench<Bf16> *x) {
     return t;
 }
 
-// The comparison of FSA's paper: the selected branch of 32 query heads in NSA's order (version 2), in FSA's
-// (version 3), by the library, and full attention.
+// The comparison of FSA's paper, for 32 query heads: the selected branch in NSA's order (version 2), in FSA's
+// order (version 3) and by the library, and full attention.
 static void compare(Random *r) {
     const struct { int block, topk; } block_configs[] = {{64, 16}, {128, 8}};
     struct Row {

@@ -18,7 +18,7 @@ struct VersionParams {
     const float *lse, *delta;   // backward: [Nq, Hq]
     float *dk_accum, *dv_accum; // backward: [N, Hkv, D]
     // Kernels with KV blocks outside: the library's query lists in one slab, the KV head of this launch, and
-    // the tiles of at most 64 keys of a KV block.
+    // the number of tiles of at most 64 keys in a KV block.
     QueryLists lists;
     int kv_head, key_tiles;
     void *partial;      // version 3: o_partial or dq_partial [Nq*T, key_tiles, g, D], in 16 bits
@@ -98,8 +98,8 @@ __global__ void selected_v1_backward_kernel(VersionParams a, const T *q, const T
 // partial sums of the warps are combined. The backward pass has this order for dQ; dK and dV come from the
 // query lists, below.
 //
-// Each query loads T*B rows of K and V: 512 KiB at T*B = 1024, d = 128. 64K tokens of 8 KV heads load 275 GB,
-// 27 ms at 10 TB/s: L2 bandwidth binds.
+// Each query loads T*B keys and values: 512 KiB at T*B = 1024, d = 128. Lower bound for 64K tokens, 8 KV
+// heads: 275 GB from L2 at 10 TB/s, 27 ms. Limited by L2 bandwidth.
 template <typename T, int D> struct V2SliceIterator {
     const VersionParams &a;
     const T *k_head, *v_head;
@@ -332,7 +332,7 @@ __device__ __forceinline__ WorkItem work_item_of(const VersionParams &a) {
     work.end = min((int)(offsets[block + 1] - offsets[block]) * a.group, work.begin + WORK_ROWS);
     return work;
 }
-// The last key that a query sees, within the key tile; -1 if it sees none.
+// Returns the last key that a query sees, within the key tile; -1 if it sees none.
 __device__ __forceinline__ int last_visible_key(const VersionParams &a, const WorkItem &work, int64_t query) {
     int64_t seq, pos;
     query_position(a.batch, query, &seq, &pos);
@@ -350,8 +350,8 @@ __device__ __forceinline__ void load_kv_tile(const VersionParams &a, const WorkI
 // each row. A main kernel computes Q K^T again and writes o_partial rows, which a third kernel adds. A warp
 // processes 16 rows of the query list at a time, the next ones in flight.
 //
-// Floor for 64K tokens, 32 heads, T = 16, d = 128: q in twice, partial rows out and in, 8.6 GB each: 7.6 ms
-// at 4.5 TB/s.
+// Lower bound for 64K tokens, 32 heads, T = 16, d = 128: q in twice, partial rows out and in, 8.6 GB each at
+// 4.5 TB/s, 7.6 ms.
 template <typename T, int D, bool LSE_PASS>
 __global__ void __launch_bounds__(128)
     selected_v3_kernel(VersionParams a, const T *q, const T *k, const T *v) {
@@ -474,8 +474,8 @@ __global__ void __launch_bounds__(128)
     cp_async_wait<0>();
 }
 
-// Calls f(partial) for every (slot, key tile) that a query sees. Its partial rows are partial * g and the
-// following.
+// Calls f(partial) for every (slot, key tile) that a query sees. The partial rows of (slot, key tile) are
+// partial * g .. partial * g + g - 1.
 template <typename F>
 __device__ __forceinline__ void v3_for_each_partial(const VersionParams &a, int64_t query, F f) {
     int64_t seq, pos;
@@ -488,7 +488,7 @@ __device__ __forceinline__ void v3_for_each_partial(const VersionParams &a, int6
     }
 }
 
-// The lse of each row from lse_partial. A thread per row.
+// Computes the lse of each row from lse_partial. One thread per row.
 static __global__ void selected_v3_row_lse_kernel(VersionParams a, float *lse) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, query = i / a.group;
     if (query >= a.batch.nq) return;
@@ -502,7 +502,7 @@ static __global__ void selected_v3_row_lse_kernel(VersionParams a, float *lse) {
     lse[query * a.q_heads + a.kv_head * a.group + r] = a.row_lse[i] * FSA_LN2;
 }
 
-// Adds the o_partial or dq_partial rows of each row. A thread per eight channels of a row.
+// Adds the o_partial or dq_partial rows of each row. One thread per eight channels of a row.
 template <typename T, int D> __global__ void selected_v3_combine_kernel(VersionParams a, T *out) {
     int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / (D / 8), query = row / a.group;
     if (query >= a.batch.nq) return;
@@ -522,19 +522,19 @@ template <typename T, int D> __global__ void selected_v3_combine_kernel(VersionP
                                       pack2<T>(acc[4], acc[5]), pack2<T>(acc[6], acc[7]));
 }
 
-// ---- versions 2 and 3, backward -----------------------------------------------------------------------
-// KV blocks outside. dK and dV of 64 keys stay in registers, 16 keys per warp, while the rows of q and dO in
-// the block's query list pass, 32 at a time, the next ones in flight. S^T and dP^T of a warp's keys are the A
-// operands of dV += P^T dO and dK += dS^T Q. With DQ (version 3), dQ = dS K is stored as dq_partial rows.
-// Without DQ (version 2), selected_v2_dq_kernel computes dQ. Several thread blocks share a list of more than
-// WORK_ROWS rows, so dK and dV are added by atomics.
+// ---- versions 2 and 3, backward ----------------------------------------------------------------------- KV
+// blocks outside. dK and dV of 64 keys stay in registers, 16 keys per warp. The rows of q and dO in the
+// block's query list are loaded 32 at a time, the next ones in flight. P^T and dS^T of a warp's keys are the
+// A operands of dV += P^T dO and dK / scale += dS^T Q. With DQ (version 3), dQ = scale dS K is stored as
+// dq_partial rows. Without DQ (version 2), selected_v2_dq_kernel computes dQ. Several thread blocks share a
+// list of more than WORK_ROWS rows, so dK and dV are added by atomics.
 template <typename T, int D, bool DQ>
 __global__ void __launch_bounds__(128, 2)
     selected_kv_backward_kernel(VersionParams a, const T *q, const T *k, const T *v, const T *dout) {
     constexpr int CHUNKS = D / 8, KV_TILE = 64 * D * 2, ROW_TILE = 32 * D * 2;
     extern __shared__ __align__(128) char smem[];
-    // Of the rows of three tiles: query * q_heads + head, partial row, lse in base 2, delta, last visible key
-    // within the key tile (-1: padding).
+    // For the rows of three tiles: query * q_heads + head, partial row, lse in base 2, delta, and the last
+    // visible key within the key tile (-1: padding).
     __shared__ int64_t tile_row[3][32], tile_partial[3][32];
     __shared__ float tile_lse[3][32], tile_delta[3][32];
     __shared__ int tile_limit[3][32];

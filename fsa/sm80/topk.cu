@@ -1,23 +1,25 @@
-// sm80/topk.cu: block selection for every GPU (sm_80 and up); fsa/topk.cu says when it runs. It computes
+// sm80/topk.cu: block selection for any GPU (sm_80 and up). It runs if sm90/topk.cu does not apply: on other
+// GPUs than Hopper, and for more than 16 freely selected blocks. It computes
 //   P[t, i] = sum over the g heads of exp(scale q.kc_i - lse), 0 if query t does not see window i
 //   S[t, j] = sum over i of w_ij P[t, i],  w_ij = strides (s tokens) that window i and block j share
-// and writes per query the indices of the initial blocks, of the num_free other blocks with the highest S (of
-// equal scores the lower index first), and of the local blocks. The lse of the compressed branch is given, so
-// P needs no online softmax. Neither P nor S goes to global memory.
+// For each query it writes the indices of the initial blocks, of the num_free other blocks with the highest
+// S, and of the local blocks. If two blocks have the same S, the lower block is selected first. The lse of
+// the compressed branch is given, so P needs no online softmax. P and S stay on chip.
 //
-// A thread block selects for TOKENS (32 or 16) queries of one KV head. Q of the g heads stays in shared
-// memory; kc is streamed in tiles of 64 windows by cp.async, with two stages or one. Per tile:
-//   1. MMA: a warp computes 16 tokens x 16 windows, and sums P over the heads in registers, in order of head.
-//   2. P goes to shared memory. Each thread sums the scores of some blocks for one token, over the windows in
-//      order. The carry hands the at most two unfinished blocks to the next tile.
-//   3. A warp keeps the lists of WARP_LISTS tokens. Its lanes compare 32 finished blocks at once with the
-//   lowest
-//      rank of a list; only a block that beats it costs an insertion.
-// Every sum has a fixed order, and ties go to the lower block, so the result repeats.
+// A thread block selects for QUERIES (32 or 16) queries of one KV head. Q of the g heads stays in shared
+// memory. kc is streamed in tiles of 64 windows by cp.async, with two stages or one. For each tile:
+//   1. MMA: a warp computes 16 queries x 16 windows. It sums P over the heads in registers, in order of head.
+//   2. P goes to shared memory. Each thread sums the scores of some blocks for one query, over the windows in
+//      order. The carry passes the scores of unfinished blocks, at most two, to the next tile.
+//   3. A warp keeps the top-k lists of WARP_LISTS queries. Its lanes compare 32 finished blocks at once with
+//      the lowest rank of a list. Only a block with a higher rank costs an insertion.
+// Every sum has a fixed order, so the results are bitwise reproducible.
 //
-// Bytes: q read once; kc once per TOKENS queries, mostly from L2; block indices written, 4*T*Nq*Hkv bytes.
-// FLOPs: 2*d for each of the Nq*Hq*M/2 (query, window) pairs, and one exp: 1.1 TFLOP and 4.3e9 exps at 64K
-// tokens, (32, 8) heads, d = 128. The FLOPs bind; step 3 does not overlap with them.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128:
+//   1.1 TFLOP: 2*d FLOPs for each of Nq*Hq*M/2 (query, window) pairs   1.4 ms
+//   4.3e9 exps, one per pair                                           1.2 ms
+//   0.5 GB: q once; kc once per QUERIES queries, mostly from L2        0.1 ms
+// The kernel is limited by the FLOPs; step 3 does not overlap with them.
 #include "../kernels.h"
 #include "../launch.cuh"
 #include "tile.cuh"
@@ -30,14 +32,16 @@ struct TopKParams {
     float scale;
     int q_heads, kv_heads, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks;
     int stages;          // shared-memory stages for kc: 2, or 1 if Q leaves no space for two
-    int max_tile_blocks; // bound on the blocks that a tile of windows overlaps
+    int max_tile_blocks; // upper bound of the blocks that a tile of windows overlaps
 };
 
-// An entry of a list is (rank, block). rank is the bits of the score plus 1: scores are not negative, so
-// their bits order as they do. An empty entry has rank 0. Inserts the candidates of the 32 lanes of a warp
-// (rank 0: none; blocks ascend with the lanes) that outrank min_rank, the lowest rank of the list. Each
-// replaces the entry of the lowest rank, and of equal ranks the one of the highest block. Returns the new
-// min_rank.
+// An element of a top-k list is (rank, block). The rank is the bits of the score, plus 1: scores are not
+// negative, so their bits have the same order. An empty element has rank 0.
+//
+// Each lane of a warp passes one candidate: a rank (0: none) and a block, which ascends with the lanes.
+// Inserts the candidates whose rank exceeds min_rank, the lowest rank of the list. A candidate replaces the
+// element with the lowest rank; if several elements have this rank, it replaces the one with the highest
+// block. Returns the new min_rank.
 __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t rank, uint32_t block,
                                                 uint32_t min_rank) {
     const uint32_t all = 0xffffffffu;
@@ -48,7 +52,7 @@ __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t 
         pending &= pending - 1;
         uint2 candidate = make_uint2(__shfl_sync(all, rank, first), __shfl_sync(all, block, first));
         if (candidate.x <= min_rank) continue; // min_rank has risen
-        uint2 lane_min = make_uint2(all, 0);   // lowest of the entries lane, lane + 32, ...
+        uint2 lane_min = make_uint2(all, 0);   // the lowest of elements lane, lane + 32, ...
         int lane_slot = 0;
         for (int i = lane; i < size; i += 32) {
             uint2 x = list[i];
@@ -76,11 +80,11 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     extern __shared__ __align__(128) char shared[];
     int group = p.q_heads / p.kv_heads, num_free = p.topk - p.init_blocks - p.local_blocks;
     uint32_t tile_q = smem_address(shared), tile_k = tile_q + group * Q_BYTES;
-    uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [TOKENS][num_free]
-    float *p_tile = (float *)(lists + QUERIES * num_free);                   // [TOKENS][PITCH] P
-    float *block_scores = p_tile + QUERIES * PITCH;                          // [max_tile_blocks][TOKENS + 1]
-    float *carry = block_scores + p.max_tile_blocks * (QUERIES + 1); // [2][2][TOKENS] unfinished scores
-    float *lse_log2 = carry + 4 * QUERIES;                           // [group][TOKENS] lse * log2(e)
+    uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [QUERIES][num_free]
+    float *p_tile = (float *)(lists + QUERIES * num_free);                   // [QUERIES][PITCH] P
+    float *block_scores = p_tile + QUERIES * PITCH;                          // [max_tile_blocks][QUERIES + 1]
+    float *carry = block_scores + p.max_tile_blocks * (QUERIES + 1); // [2][2][QUERIES] unfinished scores
+    float *lse_log2 = carry + 4 * QUERIES;                           // [group][QUERIES] lse * log2(e)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int warp_query0 = warp % QUERY_WARPS * 16, warp_window0 = warp / QUERY_WARPS * WARP_WINDOWS;
 
@@ -95,7 +99,7 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     int num_windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
 
     // The candidates of the last query are blocks init_blocks .. candidates_end - 1. No query needs a window
-    // after them.
+    // past these blocks.
     int last_block = last_pos / p.block, candidates_end = last_block + 1 - p.local_blocks, windows_end = 0;
     if (last_block + 1 > p.topk && num_free > 0) windows_end = candidates_end * block_strides;
 
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     cp_async_commit();
 
     constexpr int WARPS = THREADS / 32, WARP_LISTS = QUERIES / WARPS;
-    uint32_t min_rank[WARP_LISTS] = {}; // of each list that this warp keeps
+    uint32_t min_rank[WARP_LISTS] = {}; // the lowest rank of each list that this warp keeps
     for (int i = threadIdx.x; i < QUERIES * num_free; i += THREADS) lists[i] = make_uint2(0, 0);
     float scale = p.scale * FSA_LOG2E;
 
@@ -191,8 +195,8 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
             cp_async_commit();
         }
 
-        // Block scores. The tile overlaps blocks first_block .. overlapped_end - 1, and finishes those before
-        // finished_end. Blocks before carried_end began in the previous tile.
+        // Block scores. The tile overlaps blocks first_block .. overlapped_end - 1. It finishes the blocks
+        // before finished_end. Blocks before carried_end began in the previous tile.
         int first_block = i0 / block_strides, finished_end = i1 / block_strides,
             overlapped_end = (i1 + window_strides - 2) / block_strides + 1;
         int carried_end = i0 > 0 ? (i0 + window_strides - 2) / block_strides + 1 : 0;
@@ -264,10 +268,11 @@ static int launch_topk_queries(const TopKParams &p, size_t bytes, cudaStream_t s
     return launch_status();
 }
 
-// Takes the first configuration that fits in shared memory: 32 queries or 16; for each, two stages or one.
+// Launches the first configuration that fits in shared memory: 32 queries with two stages or one, then 16
+// queries with two stages or one. Returns FSA_ERROR_CONFIG if none fits.
 template <typename T, int D>
 static int launch_topk_sm80(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
-    const size_t max_smem = 99 * 1024; // of every GPU since sm_80
+    const size_t max_smem = 99 * 1024; // the least of all GPUs since sm_80
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = smem_bytes(c, &p, 32);
         if (bytes <= max_smem) return launch_topk_queries<T, D, 32>(p, bytes, stream);

@@ -1,22 +1,22 @@
 // sm90/pack_v.cu: converts V of the selected branch's forward pass to scaled fp16, in the layout of the main
-// kernel's tile. A thread block converts one key tile (TILE_KEYS keys of a KV block) of one head.
+// kernel's tile. A thread block converts one key tile (TILE_KEYS keys of a KV block) of one KV head.
 //
 // Scale: a power of two that makes the largest magnitude of the tile less than 2^15 / TILE_KEYS; v_scale is
 // its inverse. So sums of TILE_KEYS values, weighted by probabilities of at most 1, cannot overflow, and the
 // rounding error of a partial row is an eighth of bf16's.
 //
 // Layout: [D/64 panels][N keys][64 channels]. The 16-byte chunks of a row are swizzled as wgmma expects
-// (ptx.cuh), so plain bulk copies load a tile. The 4-byte units of each 64-byte group are transposed (unit
+// (ptx.cuh), so plain bulk copies load a tile. The 4-byte units of each 64-byte slice are transposed (unit
 // 4c+i lies at i*4+c). So a lane's accumulators of four n8 columns are 16 contiguous bytes of o.
 //
-// Floor: 2 bytes in and out per channel, 0.06 ms for 64K tokens of 8 heads at 4.3 TB/s. Latency binds, so the
-// kernel starts while the combine kernel of the previous heads runs (programmatic dependent launch). It may
-// write before pdl_wait: v is an input, and all readers of the previous v_packed have ended when that combine
-// kernel lets it start.
+// Lower bound for 64K tokens, 8 KV heads, d = 128: 2 bytes in and 2 out per channel, 0.27 GB, 0.06 ms. The
+// kernel is limited by latency, so it starts while the combine kernel of the previous head group runs
+// (programmatic dependent launch). It may write before pdl_wait: v is an input, and all readers of the
+// previous v_packed have ended when that combine kernel lets it start.
 #include "selected.cuh"
 
-// Per 16-bit half, the larger of the magnitudes of amax and x. Bits of non-negative floats order as the
-// floats do.
+// Returns the larger of the magnitudes of amax and x, for each 16-bit half. The bits of non-negative floats
+// have the same order as the floats.
 static __device__ __forceinline__ uint32_t amax_bits(uint32_t amax, uint32_t x) {
     uint32_t lo = max(amax & 0xffffu, x & 0x7fffu), hi = max(amax >> 16, x >> 16 & 0x7fffu);
     return lo | hi << 16;
@@ -25,7 +25,8 @@ static __device__ __forceinline__ uint32_t amax_bits(uint32_t amax, uint32_t x) 
 enum { PACK_THREADS = 128 };
 template <typename T, int D, int TILE_KEYS>
 __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedParams a) {
-    constexpr int SLICES = D / 32, ITEMS = TILE_KEYS * SLICES / PACK_THREADS; // an item: 64 bytes of a row
+    constexpr int SLICES = D / 32,
+                  ITEMS = TILE_KEYS * SLICES / PACK_THREADS; // an item: one slice (64 bytes) of a row
     __shared__ float warp_amax[PACK_THREADS / 32];
     const int64_t block = blockIdx.x / a.key_tiles;
     const int key_tile = (int)(blockIdx.x % a.key_tiles), kv_head = a.kv_head0 + blockIdx.y,

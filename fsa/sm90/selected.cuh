@@ -1,5 +1,5 @@
 // sm90/selected.cuh: shared by the selected branch's forward and backward kernels for Hopper: pipeline
-// states, the producer warps' iterators over a work range (../selected.cuh), and their loads of gathered rows
+// states, the producer warps' iterators over a work range (../selected.cuh), and the loads of gathered rows
 // and of K and V.
 #ifndef FSA_SM90_SELECTED_CUH
 #define FSA_SM90_SELECTED_CUH
@@ -24,7 +24,7 @@ template <int STAGES> struct PipelineState {
     }
 };
 
-// Stage and parity of a consumer that processes every STRIDE-th item, from item `first` < STRIDE on.
+// Stage and parity of a consumer that processes every STRIDE-th item. Its first item is `first` < STRIDE.
 template <int STAGES, int STRIDE> struct StridedPipelineState {
     static_assert(STAGES % STRIDE == 0, "each stage must belong to one consumer");
     uint32_t stage;
@@ -35,8 +35,8 @@ template <int STAGES, int STRIDE> struct StridedPipelineState {
     }
 };
 
-// Iterates over the KV blocks of a work range; skips blocks with an empty query list. All lanes of a warp
-// must call its functions: lane i holds the offset of block first_block + i, so most steps read no memory.
+// Iterates over the KV blocks of a work range that have a nonempty query list. All lanes of a warp must call
+// its functions: lane i holds the offset of block first_block + i, so most steps read no memory.
 struct KvBlockIterator {
     KvBlockEntries kv_block;
     bool valid; // false past the last block
@@ -65,8 +65,8 @@ struct KvBlockIterator {
     int first_block;
     uint32_t offset;                    // of block first_block + lane
     int seq_first_block, seq_end_block; // of the current sequence
-    int64_t seq_key0;                   // its first row in k and v
-    int seq_keys;                       // its length
+    int64_t seq_key0;                   // first key of this sequence
+    int seq_keys;                       // keys of this sequence
     __device__ __forceinline__ void load_offsets(const SelectedParams &a, const WorkRange &range, int block) {
         first_block = block;
         offset = range.offsets[min(block + (int)threadIdx.x % 32, (int)a.lists.max_blocks)];
@@ -92,9 +92,9 @@ struct GatherRows {
     int limit[2];            // last visible key, within the key tile
 };
 
-// A gathering warp's iteration over the tiles of a work range: every STRIDE-th tile from `first` on. For each
-// key tile of each KV block, a tile is 64 rows of the block's list (g rows per entry). The entries of a tile
-// are loaded one tile ahead, across KV blocks.
+// Iterates over the row tiles of a work range for a gather warp: tiles first, first + STRIDE, first + 2 *
+// STRIDE, ... For each key tile of each KV block, the rows of the block's query list (g per entry) are
+// divided into tiles of 64. The entries of a tile are loaded one tile ahead, across KV blocks.
 template <int STRIDE> struct GatherTileIterator {
     KvBlockIterator blocks;
     __device__ __forceinline__ GatherTileIterator(const SelectedParams &a, const WorkRange &range, int first)
@@ -105,7 +105,7 @@ template <int STRIDE> struct GatherTileIterator {
         tile += STRIDE;
         load_entries(a, range);
     }
-    // The rows of the current tile. entry0: the entry that partial rows are counted from.
+    // Returns the rows of the current tile. entry0: the entry whose first partial row has index 0.
     __device__ __forceinline__ GatherRows rows(const SelectedParams &a, uint32_t entry0) {
         GatherRows t;
 #pragma unroll
@@ -123,11 +123,11 @@ template <int STRIDE> struct GatherTileIterator {
     }
 
   private:
-    int key_tile, tile; // of the KV block; of the key tile
+    int key_tile, tile; // key tile of the KV block; row tile of the key tile
     uint32_t entry[2];  // of rows lane and lane + 32
-    uint32_t segment_query0,
-        segment_queries; // query rows of the segment of the query that was looked up last
-    int segment_pos;     // position of its first query, minus segment_row0
+    // The segment of the query that was looked up last: its first query and its length.
+    uint32_t segment_query0, segment_queries;
+    int segment_pos; // position of its first query, minus segment_query0
     __device__ __forceinline__ uint32_t list_row(int i) const {
         return tile * 64 + threadIdx.x % 32 + 32 * i;
     }
@@ -148,7 +148,7 @@ template <int STRIDE> struct GatherTileIterator {
                 range.entries[blocks.kv_block.entry_begin + min(fast_divide(list_row(i), a.group_divisor),
                                                                 blocks.kv_block.num_entries - 1)];
     }
-    // As ::last_visible_key, with the last segment cached.
+    // Same as ::last_visible_key, with the last segment cached.
     __device__ __forceinline__ int last_visible_key(const SelectedParams &a, uint32_t list_index,
                                                     uint32_t query) {
         const KvBlockEntries &kv_block = blocks.kv_block;
@@ -166,8 +166,8 @@ template <int STRIDE> struct GatherTileIterator {
 };
 
 // A warp starts the copies (cp.async) of 64 rows of x [rows, D] to a tile [64][D] in panels of 64 columns
-// (ptx.cuh). row: of the lane's two rows. BATCH addresses are computed before the first is used: an address
-// register can be reused only when its copy has been issued.
+// (ptx.cuh). row: indices of rows `lane` and lane + 32 of the tile. BATCH addresses are computed before the
+// first copy: an address register is free again only when its copy has been issued.
 template <typename T, int D, int BATCH>
 static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x, const uint32_t (&row)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS; // 16-byte chunks of a row; rows per copy of the warp
@@ -215,7 +215,8 @@ static __device__ __forceinline__ void load_short_kv_tile(const SelectedParams &
     }
 }
 
-// The tensor map of kv = k or v [N, Hkv, D] with boxes of a key tile: [TILE_KEYS keys][1 head][64 channels].
+// Makes the tensor map of kv = k or v [N, Hkv, D] with the boxes of a key tile, [TILE_KEYS keys][1 KV
+// head][64 channels]. Returns an FsaStatus.
 template <typename T, int D, int TILE_KEYS>
 static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorMap *map) {
     int64_t size[] = {D, a.kv_heads, a.batch.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
@@ -224,7 +225,7 @@ static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorM
                            box);
 }
 // clang-format off
-// f<type, head size, keys of a key tile>(a, heads, stream)
+// Calls f<element type, head_dim, a.tile_keys>(a, heads, stream).
 #define DISPATCH_TILE_KEYS(f)                                                                                \
     (dtype == FSA_BF16                                                                                       \
          ? head_dim == 64 ? a.tile_keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)                   \

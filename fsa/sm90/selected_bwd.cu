@@ -3,8 +3,10 @@
 // A thread block (one per SM, one wave) processes work ranges of one KV head (../selected.cuh): two if key
 // tiles have 64 keys, one if they have 128. For each key tile, K and V stay in shared memory, dK and dV in
 // registers. For each tile i of 64 gathered rows of q and dO, the thread block computes
-//     S^T = K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse_bwd),  dS^T = P^T (dP^T - delta)
-//     dV += P^T dO,  dK += dS^T Q,  dQ = dS K, stored as dq_partial rows (partial.cuh)
+//     S^T = scale K Q^T,  dP^T = V dO^T,  P^T = exp(S^T - lse_bwd),  dS^T = P^T (dP^T - delta)
+//     dV += P^T dO,  dK / scale += dS^T Q,  dQ = scale dS K, stored as dq_partial rows (partial.cuh)
+// dO is dout, the ungated gradient; lse_bwd contains the gate, so P is gate * P. selected_store_dkv_kernel
+// multiplies dK by scale.
 //
 // Producer warpgroup, for each work range:
 //     q warps    find the rows of a tile, gather q by cp.async, and load lse_bwd and delta
@@ -20,17 +22,16 @@
 //     2 work ranges of 64-key tiles     32 KiB    2 x 32 KiB      8 KiB     each
 //     1 work range of 128-key tiles     64 KiB    4 x 32 KiB     16 KiB
 //
-// Results are reproducible: each dq_partial row is written once. The work range that holds the start of a
-// query list adds dK and dV to dkv_accum. A range that continues the list writes dkv_partial, which the
-// combine kernel adds in order.
+// Each dq_partial row is written once. The work range that holds the start of a query list adds dK and dV to
+// dkv_accum. A range that continues the list writes dkv_partial, which the combine kernel adds in order. So
+// the results are bitwise reproducible.
 //
-// Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16):
-//     17.2 GB of q, dO in, 6.4 GB of dq_partial out, 4.5 TB/s       5.2 ms (from L2: 4.1)
-//     2.75 TFLOP, 790 TFLOP/s                                       3.5 ms
-//     shared memory, 184 KiB per tile, 128 bytes per clock and SM   3.3 ms
-//     2.1 GB of dkv_accum in and out                                1.0 ms
-// The dependent chain of a tile's matmuls and the work between them binds: the consumers keep the tensor
-// cores busy for less than half of the time. Memory bandwidth follows closely.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16):
+//     17.2 GB of q and dO in, 6.4 GB of dq_partial out   5.2 ms (q and dO from L2: 4.1 ms)
+//     2.75 TFLOP                                         3.5 ms
+//     shared memory, 184 KiB per tile                    3.3 ms
+//     2.1 GB of dkv_accum in and out                     1.0 ms
+// Limited by the dependent chain of a tile's matmuls, and by memory bandwidth.
 #include "selected.cuh"
 
 template <int D, int TILE_KEYS> struct BackwardTraits {
@@ -39,10 +40,9 @@ template <int D, int TILE_KEYS> struct BackwardTraits {
     static constexpr int RANGES = TILE_KEYS == 64 ? 2 : 1, CONSUMERS_PER_RANGE = CONSUMERS / RANGES;
     static constexpr int Q_STAGES = D == 128 && TILE_KEYS == 64 ? 2 : 4,
                          KV_STAGES = D == 128 || TILE_KEYS == 64 ? 1 : 2;
-    // At d = 128 and with 224 consumer registers ptxas serializes the wgmma (warning C7512). 232 leave 40 for
-    // producers.
+    // At d = 128, >= 232 consumer registers keep the wgmmas asynchronous (else C7512).
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, CONSUMER_REGISTERS = D == 64 ? 208 : 232;
-    static constexpr int DP_ROWS = D == 64 ? 64 : 32; // rows of dP at a time; at d = 128, 64 would spill
+    static constexpr int DP_ROWS = D == 64 ? 64 : 32; // rows of dP at a time, as many as the registers hold
     // Columns of dQ at a time.
     static constexpr int DQ_COLUMNS = D / CONSUMERS_PER_RANGE < 64 ? D / CONSUMERS_PER_RANGE : 64;
     // Pairs of a q warp and a dO warp per work range. Each loads every GATHER_PAIRS-th tile.
@@ -50,7 +50,7 @@ template <int D, int TILE_KEYS> struct BackwardTraits {
     static_assert(Q_STAGES % GATHER_PAIRS == 0, "each stage must belong to one pair");
 };
 
-// Of one work range.
+// Shared memory of one work range.
 template <int D, int TILE_KEYS> struct alignas(1024) BackwardSmem {
     static constexpr int Q = BackwardTraits<D, TILE_KEYS>::Q_STAGES,
                          KV = BackwardTraits<D, TILE_KEYS>::KV_STAGES;
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                             gather_tile<T, D, 4>(smem_address(m->q[state.stage][1]), a.dout, row);
                             cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                         }
-                        // Load K and V only after the first rows of the key tile are in flight: the load
-                        // waits until the consumers have finished the previous key tile.
+                        // Load K and V after the first rows of the key tile are in flight: the load waits
+                        // until the consumers have finished the previous key tile.
                         if (pair == 0 && i == min(num_tiles, Traits::GATHER_PAIRS) - 1) load_kv();
                     }
                 }
@@ -366,10 +366,10 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                     }
                     if (step + 1 == DQ_STEPS) {
                         // S of the next tile; store the last columns of dQ meanwhile. After the last tile of
-                        // the key tile, S is computed from whatever the stage holds, and discarded: ptxas
-                        // serializes the wgmma if one starts under a condition or if two are in flight at the
-                        // start of the loop. There it must not wait for the stage, which never fills at the
-                        // end of the work range.
+                        // the key tile, S is computed from old data in the stage, and discarded: ptxas
+                        // serializes the wgmmas if one starts under a condition, or if two are in flight at
+                        // the start of the loop. The discarded S does not wait for its stage, since the stage
+                        // never fills at the end of the work range.
                         if (tile + 1 < end) wait_q(tile + 1);
                         start_s(tile + 1);
                         wgmma_wait<1>(); // dQ

@@ -1,30 +1,32 @@
 // sm90/selected_fwd.cu: main kernel of the selected branch's forward pass for Hopper.
 //
 // A thread block (one per SM, one wave) processes one work range of one KV head (../selected.cuh). For each
-// tile of 64 gathered q rows of each key tile it computes S = Q K^T, P = exp(S - row max), O = P V. It stores
-// the unnormalized O as an o_partial row, and {lse, scale of the row} to lse_partial.
+// tile of 64 gathered q rows of each key tile it computes S = scale Q K^T, P = exp(S - row max), O = P V. It
+// stores the unnormalized O as an o_partial row, and {lse, scale of the row} to lse_partial.
 //
 // Producer warpgroup:
 //     GATHER_WARPS warps   gather the q rows of every GATHER_WARPS-th tile by cp.async
 //     the last warp        loads K by TMA and packed V (pack_v.cu) by bulk copies
-// CONSUMERS consumer warpgroups compute every CONSUMERS-th tile. Schedule of one, i + 1 being its next tile:
+// CONSUMERS consumer warpgroups compute every CONSUMERS-th tile. Schedule of one consumer; i + 1 is its next
+// tile:
 //     wgmma   S(i)            P V (i)            S(i+1)
 //     other            P(i)   lse_partial(i)     store O(i)     P(i+1)
 // P and V are fp16; P is the A operand from registers.
 //
-// Shared memory at d = 128: 96 KiB of K and V and 96 KiB of q with key tiles of 64 keys, 128 and 64 KiB with
-// key tiles of 128 keys.
+// Shared memory at d = 128:     K, V       q
+//     key tiles of 64 keys      96 KiB     96 KiB
+//     key tiles of 128 keys     128 KiB    64 KiB
 //
-// Results are reproducible: each partial row is written once. K and V are read once and leave L2 first, so
-// that the first l2_rows partial rows stay in L2 until the combine kernel reads them.
+// Each partial row is written once, so the results are bitwise reproducible. K and V are read once and leave
+// L2 first, so that the first l2_rows partial rows stay in L2 until the combine kernel reads them.
 //
-// Floors for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16), 3 blocks per query left out of the lists:
-//     7.0 GB of q rows in, 7.2 GB of partial rows out, 4.5 TB/s    3.2 ms (q from L2: 2.3)
-//     0.9 TFLOP, 790 TFLOP/s                                       1.1 ms
-//     shared memory, 64 KiB per tile, 128 bytes per clock and SM   1.0 ms
-//     exp                                                          0.5 ms
-// HBM and the link between the two L2 partitions bind. Consumers wait for q rows; gather warps never wait for
-// a free stage.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16), 3 blocks per query left out of the
+// lists:
+//     7.0 GB of q rows in, 7.2 GB of partial rows out   3.2 ms (q from L2: 2.3 ms)
+//     0.9 TFLOP                                         1.1 ms
+//     shared memory, 64 KiB per tile                    1.0 ms
+//     exp                                               0.5 ms
+// Limited by HBM bandwidth and by the link between the two L2 partitions.
 #include "selected.cuh"
 
 // The registers of all warpgroups (setmaxnreg) must not exceed those that the thread block starts with:
@@ -35,8 +37,8 @@ template <int D, int TILE_KEYS> struct ForwardTraits {
     static constexpr int Q_STAGES = LARGE_TILES ? 4 : TILE_KEYS == 64 ? 6 : 8;
     static constexpr int KV_STAGES = TILE_KEYS == 64 ? 3 : 2;
     static constexpr int PRODUCER_REGISTERS = 56, CONSUMER_REGISTERS = TILE_KEYS == 64 ? 152 : 224;
-    // A stage belongs to one gather warp, which then cannot be two phases ahead of it. A wait by parity could
-    // not tell these phases apart.
+    // A stage belongs to one gather warp, so the warp cannot be two phases ahead of the stage. A wait by
+    // parity could not distinguish these phases.
     static constexpr int GATHER_WARPS = TILE_KEYS == 64 ? 3 : 2;
     static_assert(Q_STAGES % GATHER_WARPS == 0, "each stage must belong to one gather warp");
 };
@@ -117,8 +119,8 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
                                   key_tile];
                     KvState state(n);
                     state.wait_empty(kv_empty);
-                    // Rows of a short tile past its last key: zero those of V, where old data may be NaN. The
-                    // rows of K are masked.
+                    // A short tile has rows past its last key. Zero these rows of V, since old data may be
+                    // NaN. S of these rows of K is masked.
                     if (num_keys < TILE_KEYS) {
                         char *const v = m->kv[state.stage][1];
                         for (int i = num_keys * (D / 8) + lane; i < TILE_KEYS * (D / 8); i += 32)
@@ -157,8 +159,8 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
         cp_async_wait<0>();
     } else {
         warpgroup_reg_alloc<Traits::CONSUMER_REGISTERS>();
-        // Only the consumers wait for the preceding kernel, which still reads the partial rows. The inputs of
-        // the producers were complete before the first slab's launch.
+        // Only the consumers wait for the preceding kernel, which still reads the partial rows. The
+        // producers' inputs were complete before the launch of the first slab.
         pdl_wait();
         pdl_launch_dependents();
         const int consumer = warp / 4 - 1, quad = lane / 4, c = lane % 4;

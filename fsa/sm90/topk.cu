@@ -1,26 +1,39 @@
-// sm90/topk.cu: block selection on Hopper. sm80/topk.cu states what P and the block scores are.
+// sm90/topk.cu: block selection on Hopper, for at most 16 freely selected blocks. It computes
+//   P[t, i] = sum over the g heads of exp(scale q.kc_i - lse), 0 if query t does not see window i
+//   S[t, j] = sum over i of w_ij P[t, i],  w_ij = strides (s tokens) that window i and block j share
+// For each query it writes the indices of the initial blocks, of the num_free other blocks with the highest
+// S, and of the local blocks. If two blocks have the same S, the lower block is selected first. The lse of
+// the compressed branch is given, so P needs no online softmax. P and S stay on chip.
 //
-// A persistent kernel, one thread block of five warpgroups per SM. A work item is the queries of two scorers,
-// 2 * 8*floor(16/g) consecutive queries of one KV head. Each thread block processes its longest items first.
+// The kernel is persistent: one thread block per SM, with five warpgroups. Two warpgroups are scorers, which
+// compute P. Two are selectors: each thread computes the block scores of one query, or of a part of its
+// blocks, and keeps the highest in a top-k list. A work item is consecutive queries of one KV head: at most
+// 8*floor(16/g) for each scorer.
 //
-//   warpgroup 4     warp 0: Q and kc by TMA     warp 1: lse of Q     warp 2: scheduler of work items
-//                     |  k_pipe: 3 stages           |                    |
-//                     |  q_pipe: 1 or 2 stages <----+                    |  work_pipe: 4 stages, to all warps
-//                     v                                                  v
-//   warpgroups 0, 1 scorers: S^T = kc Q^T by wgmma, 64 windows x 128 columns each; exp, and the sum over the
-//                   heads, in registers
-//                     |  p_pipe of each scorer: 2 to 8 stages of 32 windows of P
-//                     v
-//   warpgroups 2, 3 selectors of scorer 0 and of scorer 1: block scores from P; running top-k lists in
-//                   registers; block indices to memory
+//   warpgroup 4      warp 0: loads Q and kc (TMA)   warp 1: loads lse     warp 2: schedules work items
+//                      |  k_pipe: 3 stages            |                     |
+//                      |  q_pipe: 1 or 2 stages <-----+                     |  work_pipe: 4 stages,
+//                      v                                                    v  to all warps
+//   warpgroups 0, 1  scorers 0 and 1: kc Q^T by wgmma, tiles of 64 windows x 128 columns (one column per row
+//                    of Q); exp, and the sum over the heads, in registers
+//                      |  p_pipe of each scorer: 2 to 8 stages of P, 32 windows each
+//                      v
+//   warpgroups 2, 3  selectors of scorers 0 and 1: block scores from P; top-k lists in registers; block
+//                    indices to memory
 //
-// So one scorer's exp overlaps the other's MMA, and the selectors work beside both. Every sum has a fixed
-// order, and of equal scores the lower block is selected, so the bits repeat.
+// One scorer can compute exp during the MMA of the other, and the selectors run at the same time. Every sum
+// has a fixed order, so the results are bitwise reproducible.
 //
-// Floors at 64K tokens, (32, 8) heads, d = 128: 1.1 TFLOP, 1.4 ms at 790 TFLOP/s; 4.3e9 exps, 1.2 ms at 3.7
-// T/s; kc from L2 once per 256/g queries, 4.3 GB, 0.8 ms at 5.5 TB/s; q once from HBM, 0.5 GB. Shared memory
-// is busy for 448 + 512/g clocks per scorer tile (wgmma operands 384, kc in 64, P out and in 512/g); the MMA
-// takes 512. MMA and exp bind at g = 4, since they overlap little. At g = 1 the selectors bind.
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128:
+//     1.1 TFLOP                                        1.4 ms
+//     4.3e9 exps                                       1.2 ms
+//     4.3 GB of kc from L2, once per 256/g queries     0.8 ms
+//     0.5 GB of q from HBM                             0.1 ms
+// Clocks per tile of a scorer:
+//     MMA                                              512
+//     shared memory: wgmma operands 384, load of kc    448 + 512/g
+//     64, P out and in 512/g
+// Limited by MMA and exp at g = 4, and by the selectors at g = 1.
 #include "../kernels.h"
 #include "../launch.cuh"
 #include "../mma.cuh"
@@ -32,16 +45,17 @@ namespace {
 
 constexpr int WINDOWS = 64, COLUMNS = 128; // M and N of a scorer's MMA tile
 constexpr int SCORERS = 2, THREADS = 128 * (2 * SCORERS + 1);
-constexpr int P_WINDOWS = WINDOWS / 2; // of a stage of P; two warps of a scorer write it, two the next one
+// Windows of a stage of P. Two warps of a scorer write the stage; the other two write the next stage.
+constexpr int P_WINDOWS = WINDOWS / 2;
 constexpr int MAX_SMEM = 227 * 1024;
 // Tuned values.
-constexpr int K_STAGES = 3;     // tiles of kc
-constexpr int LIST_SIZE = 16;   // entries of a selector's list; bounds num_free
-constexpr int BUFFER_SIZE = 8;  // entries of a selector's candidate buffer
+constexpr int K_STAGES = 3;     // stages of kc tiles
+constexpr int LIST_SIZE = 16;   // elements of a selector's top-k list; num_free is at most this
+constexpr int BUFFER_SIZE = 8;  // elements of a selector's candidate buffer
 constexpr int LOAD_WINDOWS = 8; // windows of P that a selector loads at once, or all of its windows if fewer
-constexpr int MAX_P_STAGES = 8; // of a scorer
-constexpr int WORK_STAGES = 4;  // work items that the scheduler may be ahead
-// Selectors keep the registers of the launch.
+constexpr int MAX_P_STAGES = 8; // maximum of the P stages of a scorer
+constexpr int WORK_STAGES = 4;  // work items that the scheduler may be ahead of the other warps
+// Registers per thread. Selectors keep the registers of the launch.
 constexpr int SCORER_REGISTERS = 128, SELECTOR_REGISTERS = 96, LOADER_REGISTERS = 32;
 static_assert(BUFFER_SIZE >= LOAD_WINDOWS, "the buffer holds the blocks that end within one load");
 static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
@@ -50,9 +64,9 @@ static_assert(65536 / THREADS / 8 * 8 == SELECTOR_REGISTERS &&
 
 // Shared memory: sizes of tiles, and byte offsets from an address that is a multiple of 1,024.
 struct SmemLayout {
-    int q_bytes, k_bytes, p_bytes; // of a scorer's tile of Q, a tile of kc, a stage of P
+    int q_bytes, k_bytes, p_bytes; // sizes of a scorer's tile of Q, a tile of kc, a stage of P
     // [q_stages][SCORERS] tiles of Q begin at 0. Then [K_STAGES] tiles of kc, [SCORERS][p_stages] stages of
-    // P, [SCORERS][BUFFER_SIZE][128] candidate entries, [q_stages][SCORERS][COLUMNS] floats -lse * log2(e),
+    // P, [SCORERS][BUFFER_SIZE][128] candidates, [q_stages][SCORERS][COLUMNS] floats -lse * log2(e),
     // [WORK_STAGES] work items, and the barriers of all pipelines.
     int k, p, buffers, neg_lse, work_items, barriers, end;
 };
@@ -61,17 +75,18 @@ struct TopKParamsSm90 {
     const void *q, *kc;     // [Nq, Hq, d], [M, Hkv, d], both rotated
     const float *lse;       // [Nq, Hq] of the compressed branch
     int32_t *block_indices; // [Hkv, Nq, T]
-    float scale;            // times log2(e)
+    float scale;            // factor of q.kc, times log2(e)
     int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks;
-    // Bit k: the k-th n8 tile of a scorer's columns belongs to the first head, or to the last head.
+    // Bit k is set if n8 tile k of a scorer's columns belongs to the first head (or to the last head).
     uint32_t first_head_mask, last_head_mask;
-    int num_free, free_per_selector;   // freely selected blocks; divided by selectors_per_query, rounded up
+    int num_free;                      // freely selected blocks: T minus the initial and local blocks
+    int free_per_selector;             // ceil(num_free / selectors_per_query)
     int window_strides, block_strides; // l/s, B/s
     int queries_per_scorer;            // 8*floor(16/g)
     int selectors_per_query;           // 1, 2, 4 or 8
     int q_stages, p_stages;            // stages of Q; stages of P of each scorer
-    int selector_warps;                // of each scorer
-    int max_buffered;                  // a buffer with more entries may overflow in the next load
+    int selector_warps;                // warps with selectors, for each scorer
+    int max_buffered;                  // a buffer with more candidates may overflow in the next load
     SmemLayout smem;
 };
 
@@ -106,9 +121,10 @@ __host__ __device__ __forceinline__ int box_queries(int group) {
     return group == 1 ? COLUMNS : 8;
 }
 
-// Returns the next work item of this thread block, from wave *wave on. Items go by descending row, the
-// longest of a sequence first. A wave gives one item to each thread block; even waves go up the thread blocks
-// and odd ones down, so that every thread block gets long and short items.
+// Returns the next work item of this thread block. *wave is the first wave to look at, and is advanced. Work
+// items are in order of descending query: later queries of a sequence see more windows, and come first. A
+// wave assigns one work item to each thread block, in ascending order of the thread blocks in even waves and
+// in descending order in odd waves. So every thread block gets long and short work items.
 __device__ __forceinline__ WorkItem next_work_item(const TopKParamsSm90 &p, int64_t *wave) {
     WorkItem w = {};
     int item_queries = SCORERS * p.queries_per_scorer;
@@ -141,7 +157,7 @@ __device__ __forceinline__ void schedule_work(const TopKParamsSm90 &p, char *sha
         if (w.num_queries == 0) break;
     }
 }
-// Waits for the next work item. It may be read until the warp calls release_work_item.
+// Waits for the next work item and returns it. The reference is valid until the warp calls release_work_item.
 __device__ __forceinline__ const WorkItem &wait_work_item(const TopKParamsSm90 &p, const char *shared,
                                                           const PipelineState &work_pipe) {
     work_pipe.wait_full();
@@ -154,14 +170,13 @@ __device__ __forceinline__ void release_work_item(PipelineState *work_pipe) {
 
 // Loads Q and kc by TMA as K-major operands of wgmma.
 //
-// A box of Q has 8 queries (all of a scorer's if g = 1) of the g heads. So a scorer's columns are 8 queries
-// of head 0, the same 8 of head 1, ..., then the next 8 queries. A thread of a scorer holds all heads of its
-// queries, whatever g is. 8*g*floor(16/g) of the 128 columns are used: all for g = 1, 2, 4, 8, 16; 72 or more
-// for other g.
+// A TMA box of Q has the g heads of 8 queries (if g = 1, of all queries of the scorer). So the columns of a
+// scorer are 8 queries of head 0, the same 8 queries of head 1, ..., then the next 8 queries. A thread of a
+// scorer then holds all heads of its queries for every g. Of the 128 columns 8*g*floor(16/g) are used: all
+// if g is a power of two, at least 72 otherwise.
 //
-// A tile of kc may extend past the windows of its sequence, into the next sequence or past the windows that
-// exist. No candidate block overlaps such a window if at least two local blocks are selected; otherwise
-// selectors count its P as zero.
+// A tile of kc may extend past the last window of its sequence. No candidate block overlaps these windows if
+// at least two local blocks are selected. Otherwise the selectors replace their P by zero.
 template <typename T, int D>
 __device__ __forceinline__ void
 load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map, uint32_t smem_base,
@@ -199,7 +214,7 @@ load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap 
     }
 }
 
-// Loads -lse * log2(e) of the columns of Q; -inf for columns without a row, and for rows that see no window.
+// Loads -lse * log2(e) for each column of a scorer: -inf for unused columns, and for rows that see no window.
 __device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, PipelineState work_pipe,
                                          PipelineState q_pipe) {
     const int lane = threadIdx.x % 32,
@@ -228,14 +243,16 @@ __device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, 
     }
 }
 
-// Element offset in a stage of P: [queries_per_scorer][32 windows], where the eight chunks of 4 windows of a
-// row are swizzled by query % 8, so that writers and readers have no bank conflicts. For an even query, the
-// next query is at ^ 4 + 32. For a window w with w % 16 < 8, window w + 8 is at ^ 8.
+// Returns the offset of an element in a stage of P, [queries_per_scorer][32 windows]. The eight chunks of 4
+// windows of a query are swizzled by query % 8, so writers and readers have no bank conflicts. From offset x:
+//     the next query, for an even query                    (x ^ 4) + 32
+//     window w + 8, for a window w with w % 16 < 8          x ^ 8
 __device__ __forceinline__ int p_offset(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-// A scorer: P of its queries, for all tiles of kc. GROUP is p.group, or 0 if that is not a power of two.
+// A scorer computes P of its queries for all tiles of kc. GROUP is p.group if p.group is a power of two,
+// else 0.
 template <typename T, int D, int GROUP>
 __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *shared, uint32_t smem_base,
                                                int scorer, PipelineState work_pipe, PipelineState q_pipe,
@@ -244,7 +261,7 @@ __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *sh
     const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries_per_scorer;
     const int used_n8 = queries / 8 * group; // n8 tiles of columns in use
     const int thread_offset = p_offset(lane % 4 * 2, warp % 2 * 16 + lane / 4);
-    if (warp >= 2) p_pipe.advance(); // warps 2 and 3 write the second half of a tile, the next stage
+    if (warp >= 2) p_pipe.advance(); // warps 2 and 3 write the second half of a tile: the next stage
     for (;; release_work_item(&work_pipe)) {
         const WorkItem &w = wait_work_item(p, shared, work_pipe);
         const int k_tiles = w.k_tiles;
@@ -322,18 +339,19 @@ __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *sh
     }
 }
 
-// An entry of a list is a block and its score in one double, which one instruction compares. The upper half
-// is the bits of the score, which order as scores do, since none is negative. The lower half is the key
-// INT32_MAX - block. So the higher score is the greater entry, and of equal scores the lower block.
+// A block and its score as one double, so that one instruction compares two candidates. The upper 32 bits
+// are the bits of the score: scores are not negative, so their bits have the same order. The lower 32 bits
+// are the key INT32_MAX - block. So the candidate with the higher score is greater; if the scores are equal,
+// the candidate with the lower block is greater.
 using Candidate = double;
-constexpr Candidate NO_CANDIDATE = -1; // less than every entry
+constexpr Candidate NO_CANDIDATE = -1; // less than every candidate
 
-__device__ __forceinline__ void compare_exchange(Candidate &first, Candidate &second) { // greater entry first
+__device__ __forceinline__ void compare_exchange(Candidate &first, Candidate &second) { // greater first
     bool swap = second > first;
     Candidate greater = swap ? second : first;
     second = swap ? first : second, first = greater;
 }
-// Batcher's odd-even merge sort of N elements from FIRST on: calls exchange(i, j) for each comparator.
+// Batcher's odd-even merge sort of elements FIRST .. FIRST + N - 1: calls exchange(i, j) for each comparator.
 template <int FIRST, int N, int STEP, typename F> __device__ __forceinline__ void odd_even_merge(F exchange) {
     if constexpr (2 * STEP < N) {
         odd_even_merge<FIRST, N, 2 * STEP>(exchange);
@@ -352,7 +370,7 @@ template <int FIRST, int N, typename F> __device__ __forceinline__ void odd_even
     }
 }
 
-// The highest entries that a selector has seen, in descending order, in registers.
+// The top-k list of a selector: the LIST_SIZE greatest candidates so far, in descending order, in registers.
 struct TopKList {
     Candidate candidate[LIST_SIZE];
     __device__ __forceinline__ void clear() {
@@ -376,7 +394,7 @@ struct TopKList {
             if (candidates[i] > candidate[LIST_SIZE - 1 - i]) candidate[LIST_SIZE - 1 - i] = candidates[i];
         bitonic_merge();
     }
-    // Merges the list of lane ^ lane_mask, which does the same.
+    // Merges the lists of this lane and of lane ^ lane_mask. Both lanes get the result.
     __device__ __forceinline__ void merge_lane(int lane_mask) {
 #pragma unroll
         for (int i = 0; i < LIST_SIZE / 2; i++) {
@@ -388,7 +406,8 @@ struct TopKList {
         }
         bitonic_merge();
     }
-    // Returns the bits of entry[index]'s score; less than those of every score if the entry is empty.
+    // Returns the bits of the score of candidate[index], or a number less than the bits of every score if
+    // the list has no such candidate.
     __device__ __forceinline__ int score_at(int index) const {
         int x[LIST_SIZE];
 #pragma unroll
@@ -403,43 +422,48 @@ struct TopKList {
     }
 };
 
-// Strides per block: four; a multiple of four; any number. For the first two a window is at most two strides,
-// so only a block's last window extends into the next block.
+// Strides per block: four; a multiple of four; any number. For the first two kinds, a window has at most two
+// strides, so only the last window of a block extends into the next block.
 enum BlockKind { FOUR, MULTIPLE_OF_FOUR, ANY };
 __host__ __device__ __forceinline__ BlockKind block_kind(const TopKParamsSm90 &p) {
     return p.block_strides % 4 || p.window_strides > 2 ? ANY : p.block_strides == 4 ? FOUR : MULTIPLE_OF_FOUR;
 }
 
-// A selector: the block scores of one query over its windows, and the query's top-k list.
+// A selector is a thread that computes block scores of one query from P, and keeps a top-k list of them.
 //
-// A scorer has at most 128/g queries and its warpgroup of selectors 128 threads. So a query has 1, 2, 4 or 8
-// selectors, lanes of one warp. Of the 32 windows of a stage of P a selector processes 32, 16, 8 or 4 in
-// order, which are whole blocks. It compares a block's score with the lowest entry of its list. A higher
-// score goes to the selector's candidate buffer in shared memory. When the buffer of a lane may overflow, all
-// 32 lanes sort theirs and merge them into their sorted lists, in registers, by comparator networks: 5
-// instructions per comparator. A score below entry ceil(num_free / selectors) of the list of every selector
-// of a query cannot be selected. Sharing that bound prunes several lists nearly as well as one. At the end
-// the lists are merged.
+// A scorer has at most 128/g queries, and its selector warpgroup has 128 threads. So a query has 1, 2, 4 or
+// 8 selectors, which are lanes of one warp. They divide the 32 windows of a stage of P into equal parts of
+// whole blocks. A selector processes the windows of its part in order:
+//   1. It sums the scores of its blocks.
+//   2. If a score exceeds the threshold, it appends the block to its candidate buffer in shared memory.
+//   3. When the buffer of any lane of the warp may overflow, all 32 lanes sort their buffers and merge them
+//      into their top-k lists, in registers, by comparator networks of 5 instructions per comparator.
+// The threshold is the score of candidate num_free of the selector's list: a block with a lower score cannot
+// be selected. With several selectors per query, a second threshold is shared. It is the least, over the
+// query's selectors, of the score of candidate free_per_selector in a selector's list. At least num_free
+// candidates have a score that is as high. At the end the lists of a query's selectors are merged.
 //
 // LOADED: windows that a selector loads at once.
 template <BlockKind KIND, int LOADED>
 __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *shared, int scorer,
                                               PipelineState work_pipe, PipelineState p_pipe) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    // A warp has all selectors of 32 / selectors_per_query queries. The 8 lanes of one 128-byte load read the
-    // rows of 8 queries, or, with 8 selectors, of 4 queries and of selectors 4 apart: no bank conflicts.
+    // A warp has all selectors of 32 / selectors_per_query queries. The 8 lanes of one 128-byte load read P
+    // of 8 queries; with 8 selectors per query, P of 4 queries and of selectors i and i + 4. So the load has
+    // no bank conflicts.
     const int warp_queries = 32 / p.selectors_per_query, lane_set = lane / warp_queries;
     const int query = warp * warp_queries + lane % warp_queries;
     const int selector = lane_set / 2 + lane_set % 2 * (p.selectors_per_query / 2);
-    const int p_query = min(query, p.queries_per_scorer - 1); // lanes without a query read the last row
+    const int p_query = min(query, p.queries_per_scorer - 1); // lanes without a query read P of the last one
     const int selector_windows = P_WINDOWS / p.selectors_per_query,
               first_window = selector * selector_windows;
-    const int selector_base = p_offset(p_query, first_window);          // selector's window i is at ^ i
+    const int selector_base = p_offset(p_query, first_window);          // window i of this selector is at ^ i
     const int prev_window = (first_window + P_WINDOWS - 1) % P_WINDOWS; // before first_window, cyclic
     const int skipped_blocks =
         p.selectors_per_query > 1 ? (P_WINDOWS - selector_windows) / p.block_strides : 0;
     const float window_weight = p.window_strides, spill_weight = p.window_strides - 1;
-    // Candidate buffers: rows of 128 entries, one of each selector. `buffered` is a selector's fill in bytes.
+    // Candidate buffers [BUFFER_SIZE][128 selectors]. `buffered` is the number of this selector's
+    // candidates, times ROW_BYTES.
     constexpr int ROW_BYTES = 128 * sizeof(Candidate);
     char *const buffer = shared + p.smem.buffers + scorer * BUFFER_SIZE * ROW_BYTES +
                          threadIdx.x % 128 * (int)sizeof(Candidate);
@@ -452,16 +476,17 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
         const int pos = w.first_pos + item_query, num_blocks = valid ? pos / p.block + 1 : 0;
         const bool all_selected = num_blocks <= p.topk;
         // The key of block j is INT32_MAX - (j - init_blocks). Candidates are the blocks between the initial
-        // and the local ones: their keys are above key_bound, those of initial blocks are negative as int.
+        // and the local blocks. Their keys exceed key_bound. Local blocks have keys of at most key_bound,
+        // and initial blocks have keys that are negative as int.
         const int key_bound =
             all_selected ? INT32_MAX : INT32_MAX - (num_blocks - p.local_blocks - p.init_blocks);
-        // P of windows from windows_end on, which the query does not see, counts as zero. With two local
-        // blocks no candidate overlaps such a window.
+        // The query sees windows 0 .. windows_end - 1. P of the other windows is replaced by zero. With two
+        // local blocks this is not necessary, since no candidate overlaps the other windows.
         int windows_end = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
         if (p.local_blocks >= 2) windows_end = INT32_MAX;
         TopKList list;
         list.clear();
-        int threshold = -1, buffered = 0, stride = 0; // stride: within the block
+        int threshold = -1, buffered = 0, stride = 0; // stride: index within the block
         uint32_t key = (uint32_t)INT32_MAX + p.init_blocks -
                        (p.selectors_per_query > 1 ? first_window / p.block_strides : 0);
         float sum = 0, next_sum = 0, carried_p = 0;
@@ -471,18 +496,18 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
             for (int i = 0; i < BUFFER_SIZE; i++) {
                 candidates[i] = NO_CANDIDATE;
                 if (buffered > i * ROW_BYTES) candidates[i] = *(const Candidate *)(buffer + i * ROW_BYTES);
-                // NaN counts as +Inf.
+                // Replace NaN by +Inf.
                 candidates[i] = __hiloint2double(min(__double2hiint(candidates[i]), 0x7f800000),
                                                  __double2loint(candidates[i]));
             }
             list.merge(candidates);
             buffered = 0, threshold = list.score_at(p.num_free - 1);
-            if (p.selectors_per_query > 1) { // the bound that all selectors of the query share
+            if (p.selectors_per_query > 1) { // the threshold that the query's selectors share
                 int shared_threshold = list.score_at(p.free_per_selector - 1);
                 for (int i = warp_queries; i < 32; i *= 2)
                     shared_threshold =
                         min(shared_threshold, __shfl_xor_sync(0xffffffffu, shared_threshold, i));
-                threshold = max(threshold, shared_threshold - 1); // a lower block of equal score may follow
+                threshold = max(threshold, shared_threshold - 1); // a lower block may have the same score
             }
         };
         auto finish_block = [&](float score) {
@@ -497,7 +522,7 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
             p_pipe.wait_full();
             const float *p_tile =
                 (const float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
-            if (p.selectors_per_query > 1) { // prev_window may extend into the selector's first block
+            if (p.selectors_per_query > 1) { // prev_window may extend into the first block
                 float x = p_tile[p_offset(p_query, prev_window)];
                 if (tile_window + prev_window >= windows_end) x = 0;
                 sum = spill_weight * (selector == 0 ? carried_p : x), carried_p = x;
@@ -547,7 +572,8 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
             p_pipe.advance();
             key -= skipped_blocks;
         }
-        // Merge the lists of the query's selectors; then one of them writes the block indices in order.
+        // Merge the lists of the query's selectors. Then one selector writes the block indices in ascending
+        // order.
         flush_buffer();
         for (int i = warp_queries; i < 32; i *= 2) list.merge_lane(i);
 
@@ -655,7 +681,7 @@ int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaSt
     int status = make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
     if (!status) status = make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
     if (status) return status;
-    int smem_bytes = p.smem.end + 1024; // 1,024 for the alignment
+    int smem_bytes = p.smem.end + 1024; // 1,024 to align the layout
     cudaFuncSetAttribute(topk_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
     topk_sm90_kernel<T, D><<<(unsigned)blocks, THREADS, smem_bytes, stream>>>(p, q_map, k_map);
     return launch_status();
@@ -685,7 +711,7 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
         p.first_head_mask |= (uint32_t)(k % p.group == 0) << k;
         p.last_head_mask |= (uint32_t)(k % p.group == p.group - 1) << k;
     }
-    p.selectors_per_query = 1; // as many as 128 threads allow, with whole blocks each
+    p.selectors_per_query = 1; // as many as 128 threads and whole blocks allow
     while (block_kind(p) != ANY && 2 * p.selectors_per_query * p.queries_per_scorer <= 128 &&
            P_WINDOWS / (2 * p.selectors_per_query) % p.block_strides == 0)
         p.selectors_per_query *= 2;
@@ -695,7 +721,8 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
         BUFFER_SIZE -
         (std::min(LOAD_WINDOWS, P_WINDOWS / p.selectors_per_query) + p.block_strides - 1) / p.block_strides;
 
-    // Shared memory goes to two more stages of P per scorer, then to a second of Q, then to more of P.
+    // Shared memory that is left is used for two more P stages per scorer, then for a second Q stage, then
+    // for more P stages.
     p.q_stages = 1, p.p_stages = 2;
     p.smem = smem_layout(p, c->head_dim);
     auto grow = [&](int *stages, int more) {
