@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                 __syncthreads();
                 if (tile + 1 < num_tiles) gather(tile + 1);
 
-                    // dQ = dS K, a slice of 32 columns at a time: rows 32*wm.., columns HALF*wn..
 #pragma unroll
                 for (int slice = 0; slice < HALF / 32; slice++) {
+                    // dQ = scale dS K: rows 32*wm.., this slice of 32 of the columns HALF*wn..
                     float dq[2][4][4] = {};
 #pragma unroll
                     for (int kk = 0; kk < 4; kk++) {
