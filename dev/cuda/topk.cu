@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(128)
             int overlap =
                 (min(start + p.cmp_len, (j + 1) * p.block) - max(start, j * p.block)) / p.cmp_stride;
             for (int h = 0; h < group; h++) {
-                int64_t head = row * p.q_heads + kv_head * group + h;
+                int64_t head = query * p.q_heads + kv_head * group + h;
                 float dot = 0;
                 for (int i = 0; i < D; i++)
                     dot += to_f32(((const T *)p.q)[head * D + i]) * to_f32(((const T *)p.kc)[key + i]);
