@@ -37,18 +37,20 @@ typedef struct AtomicFile {
 // share one list.
 __attribute__((weak)) AtomicFile *atomic_unfinished = NULL;
 
-// comm.h sets both for a job of several processes: the prefix of this process's error messages ("rank 3: "),
+// comm.c sets both for a job of several processes: the prefix of this process's error messages ("rank 3: "),
 // and a function that die() calls with the message before it exits.
 __attribute__((weak)) char die_prefix[32] = "";
 __attribute__((weak)) void (*die_hook)(const char *message) = NULL;
 
+// 1: a thread is in die(). Weak, so that it holds for the threads of all translation units.
+__attribute__((weak)) int die_called = 0;
+
 // Prints "error: ", the message in printf's format and a newline to stderr, removes the files that are not
 // yet committed, calls die_hook, and exits with code 1. If several threads call it, only the first call acts.
 LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const char *fmt, ...) {
-    static int dying;
     char message[2 * PATH_BYTES];
     va_list args;
-    while (__atomic_exchange_n(&dying, 1, __ATOMIC_SEQ_CST)) pause();
+    while (__atomic_exchange_n(&die_called, 1, __ATOMIC_SEQ_CST)) pause();
     va_start(args, fmt);
     vsnprintf(message, sizeof message, fmt, args);
     va_end(args);
