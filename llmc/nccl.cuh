@@ -14,7 +14,7 @@
 #ifdef MULTI_GPU
 #include <nccl.h>
 // Exits with the file, the line, the call and NCCL's error text unless `call` succeeds. The end of another
-// process makes calls fail here; the three seconds let the thread of comm.h name that process first.
+// process makes calls fail here; the three seconds let comm.h's monitor thread name that process first.
 #define nccl_check(call)                                                                                     \
     do {                                                                                                     \
         ncclResult_t result_ = (call);                                                                       \
@@ -41,9 +41,9 @@ typedef struct {
 } Gpus;
 
 #ifdef MULTI_GPU
-// Called repeatedly by comm.h's thread with the Gpus as arg. Returns NCCL's asynchronous error, or NULL. The
-// first two reports are held back: if they come from the end of another process, comm.h names it within the
-// next seconds.
+// Called repeatedly by comm.h's monitor thread with the Gpus as arg. Returns NCCL's asynchronous error, or
+// NULL. The first two reports are held back: if they come from the end of another process, comm.h names it
+// within the next seconds.
 static const char *gpus_async_error(void *arg) {
     static char why[COMM_TEXT_BYTES];
     static int calls;
@@ -58,19 +58,19 @@ static const char *gpus_async_error(void *arg) {
     return why;
 }
 
-// Returns a communicator of the ranks [first, first + count), which include this one. All ranks call it.
-static ncclComm_t gpus_create_comm(Gpus *g, int first, int count) {
-    ncclUniqueId id, *ids = (ncclUniqueId *)xcalloc(g->ranks, sizeof id);
-    ncclComm_t nccl_comm = NULL;
+// Creates the communicators of all ranks and of this rank's context-parallel group. Rank 0's id is all that
+// NCCL needs: its bootstrap exchanges the ranks' addresses.
+static void gpus_create_comms(Gpus *g) {
+    ncclUniqueId id;
     memset(&id, 0, sizeof id);
-    if (g->rank == first) nccl_check(ncclGetUniqueId(&id));
-    comm_allgather(g->comm, &id, sizeof id, ids);
-    ncclResult_t result = ncclCommInitRank(&nccl_comm, count, ids[first], g->rank - first);
+    if (g->rank == 0) nccl_check(ncclGetUniqueId(&id));
+    comm_broadcast(g->comm, &id, sizeof id);
+    ncclResult_t result = ncclCommInitRank(&g->world_comm, g->ranks, id, g->rank);
     if (result == ncclInvalidUsage)
         die("NCCL: %s; check that each process of a host has its own GPU", ncclGetErrorString(result));
     nccl_check(result);
-    free(ids);
-    return nccl_comm;
+    if (g->cp_size > 1)
+        nccl_check(ncclCommSplit(g->world_comm, g->rank / g->cp_size, g->cp_rank, &g->cp_comm, NULL));
 }
 #endif
 
@@ -88,8 +88,7 @@ static void gpus_init(Gpus *g, Comm *comm, int cp_size) {
     cuda_check(cudaEventCreateWithFlags(&g->compute_done, cudaEventDisableTiming));
     cuda_check(cudaEventCreateWithFlags(&g->transfers_done, cudaEventDisableTiming));
 #ifdef MULTI_GPU
-    g->world_comm = gpus_create_comm(g, 0, g->ranks);
-    if (cp_size > 1) g->cp_comm = gpus_create_comm(g, g->rank - g->cp_rank, cp_size);
+    gpus_create_comms(g);
     comm_set_error_check(comm, gpus_async_error, g);
 #endif
 }

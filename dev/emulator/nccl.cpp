@@ -54,6 +54,8 @@ thread_local char last_error[256];
 
 struct ncclComm {
     int rank, ranks;
+    char name[NAME]; // of the shared memory
+    int splits;      // calls of ncclCommSplit
     size_t bytes;
     ControlBlock *shared;
     Collective *calls;  // [ranks]
@@ -246,6 +248,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int 
         return fail(ncclInvalidArgument, "rank %ld: must be from 0 to %ld", rank, ranks - 1);
     ncclComm_t c = new ncclComm();
     c->rank = rank, c->ranks = ranks;
+    snprintf(c->name, NAME, "%.*s", (int)NAME - 1, id.internal);
     size_t slots = 4096 + (ranks * sizeof(Collective) + 4095) / 4096 * 4096, // offsets in the shared memory
         mailboxes = slots + (size_t)ranks * SLOT;
     c->bytes = mailboxes + (size_t)ranks * ranks * sizeof(Mailbox);
@@ -264,6 +267,27 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int 
     for (int attempt = 0; c->shared->attached.load() < ranks; attempt++) back_off(attempt);
     shm_unlink(id.internal); // succeeds on one rank; the memory exists as long as it is mapped
     return ncclSuccess;
+}
+
+// Each rank's color and key pass through its slot.
+ncclResult_t ncclCommSplit(ncclComm_t c, int color, int key, ncclComm_t *comm, ncclConfig_t *) {
+    const int own[2] = {color, key};
+    int rank = 0, ranks = 0;
+    TRY(check_same_call(c, make_collective(6, ncclInt8, 0, 0)));
+    memcpy(c->slots + (size_t)c->rank * SLOT, own, sizeof own);
+    TRY(barrier(c));
+    for (int r = 0; r < c->ranks; r++) {
+        const int *other = (const int *)(c->slots + (size_t)r * SLOT);
+        if (other[0] != color) continue;
+        ranks++;
+        rank += other[1] < key || (other[1] == key && r < c->rank);
+    }
+    TRY(barrier(c));
+    *comm = NULL;
+    ncclUniqueId id;
+    memset(&id, 0, sizeof id);
+    snprintf(id.internal, NAME, "%.40s_%d_%d", c->name, c->splits++, color);
+    return color == NCCL_SPLIT_NOCOLOR ? ncclSuccess : ncclCommInitRank(comm, ranks, id, rank);
 }
 
 ncclResult_t ncclCommDestroy(ncclComm_t c) {
