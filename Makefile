@@ -27,7 +27,7 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 # leave them out. SAN=1 leaves out MPI, whose deliberate leaks the sanitizers would report.
 CUDA_HOME := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..),/usr/local/cuda)
 NCCL_LIBS := $(patsubst %,-L%,$(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib))
-NCCL := $(if $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include))),$(call try,-Wl$(comma)--no-as-needed $(NCCL_LIBS) -lnccl,int ncclGetVersion(int *); int main(void){int v; return ncclGetVersion(&v);}))
+NCCL := $(if $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include))),$(call try,-Wl$(comma)--no-as-needed $(NCCL_LIBS) -lnccl,int ncclCommSplit(void); int main(void){return ncclCommSplit();}))
 MPI := $(if $(filter 1,$(SAN)),,$(if $(shell command -v mpicc 2>/dev/null),yes))
 MPI_FLAGS := $(if $(MPI),-DUSE_MPI $(filter -I%,$(shell mpicc -show 2>/dev/null)))
 MPI_LIBS := $(if $(MPI),$(filter -L% -l%,$(shell mpicc -show 2>/dev/null)))
@@ -42,6 +42,8 @@ endif
 LDLIBS := -lm -lpthread
 
 HEADERS := $(wildcard fsa/*.h llmc/*.h dev/test/*.h) train_gpt_nsa.h
+# Programs of several processes link COMM and MPI_LIBS; programs of one process link comm.o, which needs no MPI.
+COMM := $(BUILD)/$(if $(MPI),comm_mpi,comm).o
 REFERENCE := $(BUILD)/config.o $(BUILD)/reference_f32.o $(BUILD)/reference_f64.o
 CPU := $(if $(filter 1,$(SAN)),$(BUILD)/train_gpt_nsa_cpu,train_gpt_nsa_cpu)
 PRECISION := bf16
@@ -75,8 +77,10 @@ $(BUILD)/reference_f32.o: fsa/reference.c fsa/reference.h fsa/fsa.h | $(BUILD)
 	$(CC) $(CFLAGS_ALL) -c $< -o $@
 $(BUILD)/reference_f64.o: fsa/reference.c fsa/reference.h fsa/fsa.h | $(BUILD)
 	$(CC) $(CFLAGS_ALL) -DFSA_REF_DOUBLE -c $< -o $@
-$(CPU): train_gpt_nsa.c $(REFERENCE) $(HEADERS)
-	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(BUILD)/reference_f32.o $(LDLIBS) -o $@
+$(BUILD)/comm.o $(BUILD)/comm_mpi.o: llmc/comm.c llmc/comm.h llmc/utils.h | $(BUILD)
+	$(CC) $(CFLAGS_ALL) $(if $(findstring mpi,$(@F)),$(MPI_FLAGS)) -c $< -o $@
+$(CPU): train_gpt_nsa.c $(REFERENCE) $(BUILD)/comm.o $(HEADERS)
+	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(BUILD)/reference_f32.o $(BUILD)/comm.o $(LDLIBS) -o $@
 $(BUILD)/recall $(BUILD)/text: $(BUILD)/%: data/%.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) $< $(LDLIBS) -o $@
 $(BUILD)/bench_reference: dev/bench_reference.c $(REFERENCE) $(HEADERS)
@@ -124,7 +128,7 @@ $(BUILD)/test_data: dev/test/test_data.c data/recall.c data/text.c $(HEADERS) | 
 $(BUILD)/test_run: dev/test/test_run.c $(BUILD)/config.o $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
 
-$(BUILD)/test_comm: dev/test/test_comm.c $(HEADERS) | $(BUILD)
+$(BUILD)/test_comm: dev/test/test_comm.c llmc/comm.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) $(MPI_FLAGS) $< $(MPI_LIBS) -lpthread -o $@
 $(BUILD)/test_parallel: dev/test/test_parallel.c $(BUILD)/config.o $(HEADERS)
 	$(CC) $(CFLAGS_ALL) $< $(BUILD)/config.o $(LDLIBS) -o $@
@@ -146,7 +150,7 @@ CUDA_TESTS = $(foreach t,$(GPU_TESTS) $(EMU_TESTS),$(call cuda_test,$(t),$(notdi
 cuda_test = $(if $(filter test_fsa dense_forward dense_backward selected,$2),$(foreach k,$(KINDS),"env FSA_KERNELS=$(k) $1 $(call FLAGS,$2)"),"$1 $(call FLAGS,$2)")
 NO_CUDA := CUDA tests, which need a GPU or the CUDA Toolkit: 0 passed, 0 failed, 1 skipped
 test: $(TESTS) $(BUILD)/encode $(CPU) $(MAKERS) $(GPU_TESTS) $(if $(GPU_TESTS),$(GPU_TRAINER))
-	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) GPUS=$(GPUS) bash dev/test/run.sh $(TESTS) \
+	@CPU=./$(CPU) BUILD=$(BUILD) TRAINER=./$(GPU_CLI) GPUS=$(GPUS) MPI=$(MPI) bash dev/test/run.sh $(TESTS) \
 	    $(or $(CUDA_TESTS),"echo $(NO_CUDA)") \
 	    $(if $(GPU_CLI),"bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh")
 
@@ -213,17 +217,17 @@ build/test_fsa_racecheck: dev/test/test_fsa.cu $(patsubst fsa/sm90/%.cu,build/ra
 
 # ---- the GPU trainer and its test --------------------------------------------------------------
 TRAINER_HEADERS := $(FSA_HEADERS) $(wildcard llmc/*.h llmc/*.cuh dev/test/*.h) train_gpt_nsa.h
-TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp) $(if $(NCCL),-DMULTI_GPU $(MPI_FLAGS))
-TRAINER_LIBS := libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp) $(if $(NCCL),$(NCCL_LIBS) -lnccl $(MPI_LIBS) $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS) $(filter -L%,$(MPI_LIBS)))))
-$(GPU_TRAINER): train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS)
+TRAINER_FLAGS := $(NVCCFLAGS) $(if $(HAS_OPENMP),-Xcompiler -fopenmp) $(if $(NCCL),-DMULTI_GPU)
+TRAINER_LIBS := $(if $(NCCL),$(COMM),$(BUILD)/comm.o) libfsa.a -lcublasLt $(if $(HAS_OPENMP),-lgomp) $(if $(NCCL),$(NCCL_LIBS) -lnccl $(MPI_LIBS) $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS) $(filter -L%,$(MPI_LIBS)))))
+$(GPU_TRAINER): train_gpt_nsa.cu $(filter %.o %.a,$(TRAINER_LIBS)) $(TRAINER_HEADERS)
 	$(NVCC) $(TRAINER_FLAGS) $(FLOATX) $< $(TRAINER_LIBS) -o $@
 $(BUILD)/train_gpt_nsa_f32.o: train_gpt_nsa.c $(HEADERS) | $(BUILD)
 	$(CC) $(CFLAGS_ALL) -DGPT_NO_MAIN -c $< -o $@
-build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/test_gpt_nsa_%: test_gpt_nsa.cu train_gpt_nsa.cu libfsa.a $(TRAINER_HEADERS) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o
+build/test_gpt_nsa_bf16 build/test_gpt_nsa_fp16 build/test_gpt_nsa_fp32: build/test_gpt_nsa_%: test_gpt_nsa.cu train_gpt_nsa.cu $(filter %.o %.a,$(TRAINER_LIBS)) $(TRAINER_HEADERS) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o
 	$(NVCC) $(TRAINER_FLAGS) $(if $(filter fp%,$*),-DENABLE_$(subst f,F,$(subst p,P,$*))) $< $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(TRAINER_LIBS) -o $@
 
-build/test_nccl: dev/test/test_nccl.cu $(TRAINER_HEADERS) build/fsa/config.o
-	$(NVCC) $(NVCCFLAGS) -DMULTI_GPU $< build/fsa/config.o $(NCCL_LIBS) -lnccl $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS))) -o $@
+build/test_nccl: dev/test/test_nccl.cu $(TRAINER_HEADERS) build/fsa/config.o $(BUILD)/comm.o
+	$(NVCC) $(NVCCFLAGS) -DMULTI_GPU $< build/fsa/config.o $(BUILD)/comm.o $(NCCL_LIBS) -lnccl $(addprefix -Xlinker -rpath=,$(patsubst -L%,%,$(NCCL_LIBS))) -o $@
 
 # One program for each layer of llmc, which compares it with the C trainer's.
 $(LAYERS): build/%: dev/cuda/%.cu $(TRAINER_HEADERS) $(wildcard dev/cuda/*.h) $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/reference_f32.o $(BUILD)/config.o
@@ -243,7 +247,7 @@ EMU_NCCL := $(firstword $(wildcard $(dir $(CUDA_INCLUDE))nccl.h /usr/include/ncc
 EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 EMU_FSA_HEADERS := $(patsubst %,$(EMU)/%,$(FSA_HEADERS)) dev/emulator/emulator.h
 EMU_HEADERS := $(EMU_FSA_HEADERS) $(patsubst %,$(EMU)/%,$(wildcard llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
-EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(FSA_SOURCES)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(BUILD)/config.o $(BUILD)/reference_f32.o
+EMU_FSA := $(patsubst fsa/%.cu,$(EMU)/fsa/%.o,$(FSA_SOURCES)) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(COMM) $(BUILD)/config.o $(BUILD)/reference_f32.o
 
 $(EMU)/%: % dev/emulator/translate.sh $(wildcard dev/emulator/sm*/*.cuh)
 	@dev/emulator/translate.sh $< $@
@@ -260,7 +264,7 @@ $(EMU)/fsa/example.o: fsa/example.c fsa/fsa.h
 $(EMU)/fsa.a: $(EMU_FSA)
 	rm -f $@ && ar qcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a
-	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -lpthread -lrt -o $@
+	$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
 $(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu
 $(EMU)/test_gpt_nsa.out $(LAYERS:build/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 EMU_TESTS := $(if $(GPU_TESTS),,$(if $(CUDA_INCLUDE),$(patsubst %,$(EMU)/%.out,dev/test/test_ptx dev/test/test_fsa fsa/example $(if $(EMU_NCCL),dev/test/test_nccl) \

@@ -60,8 +60,8 @@ fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank 
 fault "context-parallel chunks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
 fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
 fault "all ranks read the samples of rank 0" llmc/dataloader.h 's/l->position \+ l->rank \* l->batch/l->position/' "test_parallel"
-fault "the end of a process is not detected" llmc/comm.h 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\& comm_receive\(p\)/\1 \&\& 0/' "test_comm"
-fault "a missing heartbeat is not detected" llmc/comm.h 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
-fault "two processes may connect with the same rank" llmc/comm.h 's/ \|\| c->peers\[h\.rank\]\.fd >= 0//' "test_comm"
+fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\& comm_receive\(p\)/\1 \&\& 0/' "test_comm"
+fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
+fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
 echo "$noticed noticed, $missed missed"
 [ $missed -eq 0 ]

@@ -1,9 +1,9 @@
-// test_comm.c: tests llmc/comm.h with several processes on this host: every launcher, and every way to fail.
+// test_comm.c: tests llmc/comm.c with several processes on this host: every launcher, and every way to fail.
 // With USE_MPI it also starts itself by mpirun.
 #define COMM_RENDEZVOUS_SECONDS 3
 #define COMM_TIMEOUT_SECONDS 2
 #define COMM_HEARTBEAT_SECONDS 0.3
-#include "../../llmc/comm.h"
+#include "../../llmc/comm.c"
 #include "test.h"
 #include <signal.h>
 #include <sys/wait.h>
@@ -150,7 +150,7 @@ static void launch(Launcher launcher, char *variables[8], const char *folder, in
     if (launcher == FOLDER) SET("MASTER_DIR=%s", folder);
     if (launcher == TORCHRUN || launcher == AGENT || launcher == MPI_VARIABLES) SET("MASTER_ADDR=localhost");
     if (launcher == SLURM) SET("SLURM_STEP_NODELIST=localhost,nowhere[1-3]");
-    if (launcher == SLURM) SET("SLURM_JOB_ID=%d", port - 20000); // comm.h derives `port` from the job id
+    if (launcher == SLURM) SET("SLURM_JOB_ID=%d", port - 20000); // comm.c derives `port` from the job id
     if (launcher == AGENT) SET("TORCHELASTIC_USE_AGENT_STORE=True");
     if (launcher != FOLDER && launcher != SLURM) SET("MASTER_PORT=%d", launcher == AGENT ? port - 1 : port);
 #undef SET
@@ -170,7 +170,7 @@ static void add(Launcher launcher, int ranks, const Action *actions, int *count,
                 char *variables[MAX_PROCESSES][8], Action *action, int *rank) {
     int port = unused_port();
     if (launcher == SLURM)
-        port = 20000 + (int)((getpid() + 7 * port) % 10000); // comm.h derives the port from the job id
+        port = 20000 + (int)((getpid() + 7 * port) % 10000); // comm.c derives the port from the job id
     for (int i = 0; i < ranks; i++, *count += 1) {
         launch(launcher, variables[*count], folder, port, i, ranks);
         action[*count] = actions[i], rank[*count] = i;
@@ -321,7 +321,7 @@ static void test_pending_peer_gets_error(void) {
     }
     int invalid_peer = comm_connect("127.0.0.1", port, 1, why);
     comm_configure_socket(silent_peer), comm_configure_socket(invalid_peer);
-    CommHello hello = {1, 5, ""};
+    CommHello hello = {1, 5};
     CommHeader head = {COMM_MAGIC, COMM_HELLO, sizeof hello};
     CHECK(silent_peer >= 0 && invalid_peer >= 0, "%s", why);
     CHECK(comm_send_all(invalid_peer, &head, sizeof head) == 0 &&
@@ -382,18 +382,29 @@ static void test_hosts(void) {
 }
 
 #ifdef USE_MPI
-// mpirun starts this program again, with an action for rank 1.
+// mpirun starts this program again with an action, which one rank performs.
 static void test_mpi(const char *self) {
-    static const char *const actions[] = {"work", "die", "killed"};
+    static const struct {
+        const char *action;
+        int rank; // that performs it
+        const char *message;
+    } cases[] = {{"work", 0, NULL},
+                 {"die", 1, "error: rank 1: token 17 is wrong"},
+                 {"die", 0, "error: rank 2: rank 0 failed: token 17 is wrong"},
+                 {"killed", 1, "error: rank 0: rank 1 is gone: its process ended without a message"},
+                 {"killed", 1, "error: rank 2: rank 1 is gone: its process ended without a message"},
+                 {"killed", 0, "error: rank 2: rank 0 is gone: its process ended without a message"},
+                 {"stopped", 1, "error: rank 2: rank 1 is gone: no heartbeat for"},
+                 {"mismatch", 1, "error: rank 2: rank 1 is out of step: it sent 5 bytes, not 1"}};
     if (system("command -v mpirun >/dev/null") != 0) {
         SKIP("mpirun: not found");
         return;
     }
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char command[512], text[8192];
         snprintf(command, sizeof command,
-                 "timeout 60 mpirun --allow-run-as-root --oversubscribe -np 3 %s mpi %s 2>&1", self,
-                 actions[i]);
+                 "timeout 60 mpirun --allow-run-as-root --oversubscribe -np 3 %s mpi %s %d 2>&1", self,
+                 cases[i].action, cases[i].rank);
         fflush(stdout);
         double begin = now_seconds();
         FILE *f = popen(command, "r");
@@ -401,24 +412,27 @@ static void test_mpi(const char *self) {
         size_t n = fread(text, 1, sizeof text - 1, f);
         text[n] = 0;
         int status = pclose(f);
-        CHECK((status == 0) == (i == 0) && now_seconds() - begin < 30, "mpirun %s: code %d, %s", actions[i],
-              status, text);
-        if (i == 1) CHECK(strstr(text, "error: rank 1: token 17 is wrong"), "%s", text);
+        CHECK((status == 0) == (i == 0) && now_seconds() - begin < 30, "mpirun %s: code %d, %s",
+              cases[i].action, status, text);
+        CHECK(!cases[i].message || strstr(text, cases[i].message), "mpirun %s %d: %s", cases[i].action,
+              cases[i].rank, text);
     }
+}
+
+// Runs as the rank that mpirun has set.
+static void mpi_child(const char *name, int acting_rank) {
+    static const char *const names[] = {"work", "die", "killed", "stopped", "mismatch"};
+    static const Action actions[] = {WORK, DIE_IN_STEP, KILLED, STOPPED, SIZE_MISMATCH};
+    const char *rank = getenv("OMPI_COMM_WORLD_RANK") ? getenv("OMPI_COMM_WORLD_RANK") : getenv("PMI_RANK");
+    for (int i = 0; i < 5; i++)
+        if (strcmp(name, names[i]) == 0) child(atoi(rank) == acting_rank ? actions[i] : WORK, atoi(rank));
 }
 #endif
 
 int main(int argc, char **argv) {
     alarm(240);
 #ifdef USE_MPI
-    if (argc == 3 && strcmp(argv[1], "mpi") == 0) {
-        int rank = atoi(getenv("OMPI_COMM_WORLD_RANK") ? getenv("OMPI_COMM_WORLD_RANK") : getenv("PMI_RANK"));
-        child(rank != 1                        ? WORK
-              : strcmp(argv[2], "die") == 0    ? DIE_IN_STEP
-              : strcmp(argv[2], "killed") == 0 ? KILLED
-                                               : WORK,
-              rank);
-    }
+    if (argc == 4 && strcmp(argv[1], "mpi") == 0) mpi_child(argv[2], atoi(argv[3]));
     static const char *const ours[] = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MASTER_DIR"};
     for (size_t i = 0; i < sizeof ours / sizeof ours[0]; i++) unsetenv(ours[i]);
     test_mpi(argv[0]);
