@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests the GPU trainer as several processes, one per GPU, or up to four on the emulator: data parallel with every ZeRO
 # stage and context parallel against one process on the same samples, resume with other numbers of processes, signals,
-# failures. Needs TRAINER, BUILD (the folder of recall and text) and GPUS (the number of GPUs), which make test sets.
+# failures. Needs TRAINER, BUILD (the folder of recall and text), GPUS (the number of GPUs) and MPI (empty: the trainer is
+# built without MPI), which make test sets.
 set -u
 HOST=$(realpath scripts/gpus_host.sh) PROGRAM=${TRAINER:-./train_gpt_nsa}
 . dev/test/checks.sh
@@ -151,6 +152,44 @@ for who in 0 1; do
     check '[ $((SECONDS - begin)) -lt 60 ] && [ "$(wc -l <$other.err)" -eq 1 ] && grep -q "error: rank $other: rank $who is gone" $other.err' \
         "rank $who was killed: $codes $(cat $other.err)"
 done
+
+# ---- mpirun
+# mpi N FLAG...: N processes, which write to 0.out and 0.err; rank R writes its id to R.pid
+mpi() {
+    local n=$1
+    shift
+    rm -f [0-9].pid
+    mpirun --allow-run-as-root --oversubscribe -np $n sh -c 'echo $$ >${OMPI_COMM_WORLD_RANK:-$PMI_RANK}.pid; exec "$@"' \
+        sh "$PROGRAM" $FLAGS "$@" >0.out 2>0.err
+}
+if [ -n "${MPI:-}" ] && command -v mpirun >/dev/null; then
+    mpi 2 -b 2 -z 2 -o mpi2
+    code=$?
+    check '[ $code -eq 0 ] && cmp -s z2/ckpt_00000003.bin mpi2/ckpt_00000003.bin' "mpirun, 2 processes: $code $(cat 0.err)"
+    n=$((GPUS < 4 ? GPUS : 4))
+    if [ $n -eq 4 ]; then
+        mpi 4 -b 1 -cp 2 -z 1 -r 1 -o mpi4
+        code=$?
+        check '[ $code -eq 0 ] && cmp -s both/ckpt_00000003.bin mpi4/ckpt_00000003.bin' "mpirun, 4 processes: $code $(cat 0.err)"
+    fi
+    mpi $n -b 1 -i none -o bad
+    code=$?
+    check '[ $code -ne 0 ] && grep -q "^error: rank [0-9]: .*no shard matches" 0.err && [ ! -e bad ]' "mpirun hides an error: $code $(cat 0.err)"
+    for who in 0 $((n - 1)); do
+        mpi $n -b 1 -x 100000 -v 0 -o mpikill$who -z 2 & launcher=$!
+        running mpikill$who
+        kill -KILL "$(cat $who.pid)"
+        begin=$SECONDS
+        wait $launcher
+        code=$?
+        for r in $(seq 0 $((n - 1))); do
+            [ $r -eq $who ] || check '[ $code -ne 0 ] && [ $((SECONDS - begin)) -lt 60 ] && grep -q "^error: rank $r: rank $who is gone" 0.err' \
+                "mpirun: rank $who was killed: $code $(cat 0.err)"
+        done
+    done
+else
+    skipped=$((skipped + 1)) && echo "skipped: mpirun: not found, or the trainer is built without MPI"
+fi
 
 # ---- errors: every process exits with code 1 and one line
 each_says() { # TEXT WHAT: every process has printed one line with TEXT
