@@ -726,8 +726,8 @@ static void profile_part(Model *model, ProfilePart part) {
 static void model_set_batch(Model *model, const Batch *b) {
     model->batch = *b;
     if (model->config.attn == ATTN_NSA) return; // fsa_forward computes its own
-    launcher_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, b->n, b->num_keys, b->num_seqs,
-                                    b->num_segments, b->max_len, b->cu_seqlens, b->segments,
+    const FsaDeviceBatch device_batch = fsa_device_batch(b);
+    launcher_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, &device_batch,
                                     model->batch_layout_memory, model->stream));
 }
 

@@ -92,7 +92,7 @@ struct Arena {
     }
 };
 
-// The fields that the host knows. fsa_batch_layout sets the cu_ arrays.
+// The fields that the host knows: enough for sizes and bounds. fsa_batch_layout sets the cu_ arrays.
 static BatchLayout make_batch_layout(const FsaDeviceBatch *b) {
     BatchLayout batch = {b->num_queries, b->num_keys,   b->num_seqs, b->num_segments,
                          b->max_len,     b->cu_seqlens, b->segments};
@@ -216,8 +216,8 @@ static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, Fs
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
     if (!b->segments && b->num_segments > 0)
         return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
-    *batch = make_batch_layout(b);
-    size_t need = Workspace(c, batch, dtype, op, NULL).bytes;
+    const BatchLayout bounds = make_batch_layout(b);
+    const size_t need = Workspace(c, &bounds, dtype, op, NULL).bytes;
     if (!workspace) return fail(FSA_ERROR_WORKSPACE, "workspace: NULL; must have %zu bytes", need);
     if ((uintptr_t)workspace % 256) {
         return fail(FSA_ERROR_WORKSPACE, "workspace %p: must be aligned to 256 bytes", workspace);
@@ -226,8 +226,7 @@ static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, Fs
         return fail(FSA_ERROR_WORKSPACE, "workspace_bytes %zu: must be at least %zu (fsa_workspace_size)",
                     workspace_bytes, need);
     }
-    RUN(fsa_batch_layout(batch, c, batch->nq, batch->n, batch->num_seqs, batch->num_segments, batch->max_len,
-                         batch->cu_seqlens, batch->segments, workspace, stream));
+    RUN(fsa_batch_layout(batch, c, b, workspace, stream));
     return FSA_OK;
 }
 

@@ -36,22 +36,18 @@ __global__ void __launch_bounds__(256)
     const FsaSegment *segments = batch.segments;
     const int64_t *cu = batch.cu_seqlens;
     exclusive_scan(batch.cu_queries, batch.num_segments, [=](int64_t i) { return segments[i].len; });
-    exclusive_scan(batch.cu_tiles, batch.num_segments,
-                   [=](int64_t i) { return (segments[i].len + FSA_TILE_TOKENS - 1) / FSA_TILE_TOKENS; });
     exclusive_scan(batch.cu_windows, batch.num_seqs,
                    [=](int64_t i) { return num_windows_of(cmp_len, cmp_stride, cu[i + 1] - cu[i]); });
     exclusive_scan(batch.cu_blocks, batch.num_seqs,
                    [=](int64_t i) { return (cu[i + 1] - cu[i] + block - 1) / block; });
 }
 
-int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
-                     int64_t num_segments, int64_t max_len, const int64_t *cu_seqlens,
-                     const FsaSegment *segments, void *memory, cudaStream_t stream) {
-    int64_t *cu = (int64_t *)memory;
-    *batch = BatchLayout{nq, n, num_seqs, num_segments, max_len, cu_seqlens, segments, cu, cu, cu, cu};
-    batch->cu_tiles = batch->cu_queries + num_segments + 1;
-    batch->cu_windows = batch->cu_tiles + num_segments + 1;
-    batch->cu_blocks = batch->cu_windows + num_seqs + 1;
+int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, const FsaDeviceBatch *b, void *memory,
+                     cudaStream_t stream) {
+    int64_t *const cu_queries = (int64_t *)memory, *const cu_windows = cu_queries + b->num_segments + 1,
+                   *const cu_blocks = cu_windows + b->num_seqs + 1;
+    *batch = BatchLayout{b->num_queries, b->num_keys, b->num_seqs, b->num_segments, b->max_len,
+                         b->cu_seqlens,  b->segments, cu_queries,  cu_windows,      cu_blocks};
     batch_layout_kernel<<<1, 256, 0, stream>>>(*batch, c->cmp_len, c->cmp_stride, c->block);
     return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
 }

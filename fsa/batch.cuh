@@ -6,8 +6,6 @@
 #include "fsa.h"
 #include <cuda_runtime.h>
 
-#define FSA_TILE_TOKENS 64 // of cu_tiles
-
 struct BatchLayout {
     int64_t nq, n;                  // queries; keys
     int64_t num_seqs, num_segments; // sequences of keys; segments of queries
@@ -15,7 +13,6 @@ struct BatchLayout {
     const int64_t *cu_seqlens;      // [num_seqs + 1] first key of each sequence
     const FsaSegment *segments;     // [num_segments] consecutive queries of one sequence
     int64_t *cu_queries;            // [num_segments + 1] first query of each segment
-    int64_t *cu_tiles;              // [num_segments + 1] first tile of FSA_TILE_TOKENS queries; unused
     int64_t *cu_windows;            // [num_seqs + 1] first compression window of each sequence
     int64_t *cu_blocks;             // [num_seqs + 1] first selection block of each sequence
 };
@@ -32,18 +29,16 @@ static inline int64_t fsa_max_blocks(const FsaConfig *c, const BatchLayout *batc
 // variable FSA_KERNELS is not "portable".
 bool fsa_use_sm90();
 
-// Returns the bytes of the four cu_ arrays that fsa_batch_layout fills, for at most num_seqs sequences and
+// Returns the bytes of the three cu_ arrays that fsa_batch_layout fills, for at most num_seqs sequences and
 // num_segments segments.
 static inline size_t fsa_batch_layout_bytes(int64_t num_seqs, int64_t num_segments) {
-    return (size_t)(2 * (num_segments + 1) + 2 * (num_seqs + 1)) * sizeof(int64_t);
+    return (size_t)(num_segments + 1 + 2 * (num_seqs + 1)) * sizeof(int64_t);
 }
 
-// Sets the fields of *batch and launches the kernel that fills its cu_ arrays. cu_seqlens [num_seqs + 1],
-// segments [num_segments] and memory (fsa_batch_layout_bytes bytes) are device pointers. Returns FSA_OK or
-// FSA_ERROR_CUDA.
-int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, int64_t nq, int64_t n, int64_t num_seqs,
-                     int64_t num_segments, int64_t max_len, const int64_t *cu_seqlens,
-                     const FsaSegment *segments, void *memory, cudaStream_t stream);
+// Sets the fields of *batch for b and launches the kernel that fills its cu_ arrays. memory: device memory,
+// fsa_batch_layout_bytes bytes, where the cu_ arrays lie. Returns FSA_OK or FSA_ERROR_CUDA.
+int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, const FsaDeviceBatch *b, void *memory,
+                     cudaStream_t stream);
 
 // Division of x < 2^31 by a small number that the host prepares: x / divisor = umulhi(2x, factor) >> shift.
 struct FastDivisor {

@@ -205,9 +205,14 @@ struct Batch {
         cu_seqlens_device = new Buffer<int64_t>(cu_seqlens);
         segments_device = new Buffer<FsaSegment>(segments);
         memory = new Buffer<char>((int64_t)fsa_batch_layout_bytes(ref.num_seqs, ref.num_segments));
-        FSA_CHECK(fsa_batch_layout(&batch, &c, fsa_batch_queries(&ref), fsa_batch_keys(&ref), ref.num_seqs,
-                                   ref.num_segments, longest, cu_seqlens_device->get(),
-                                   segments_device->get(), memory->get(), 0));
+        const FsaDeviceBatch b = {fsa_batch_queries(&ref),
+                                  fsa_batch_keys(&ref),
+                                  ref.num_seqs,
+                                  ref.num_segments,
+                                  longest,
+                                  cu_seqlens_device->get(),
+                                  segments_device->get()};
+        FSA_CHECK(fsa_batch_layout(&batch, &c, &b, memory->get(), 0));
     }
     Batch(const Batch &) = delete;
     ~Batch() {
