@@ -171,7 +171,7 @@ endif
 # wgmma, TMA with setmaxnreg and the like exist for sm_90a only.
 SM90A := -gencode arch=compute_90a,code=sm_90a
 build/fsa/sm90/%.o build/racecheck/%.o build/test_ptx: GENCODE = $(SM90A)
-NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC
+NVCCFLAGS = -O3 -std=c++17 $(GENCODE) -Xcompiler -fPIC -Xcompiler -fvisibility=hidden
 FSA_SOURCES := $(wildcard fsa/*.cu fsa/sm80/*.cu fsa/sm90/*.cu)
 FSA_HEADERS := $(wildcard fsa/*.h fsa/*.cuh fsa/sm80/*.cuh fsa/sm90/*.cuh)
 FSA := $(patsubst fsa/%.cu,build/fsa/%.o,$(FSA_SOURCES)) build/fsa/config.o
@@ -182,12 +182,15 @@ build/fsa/%.o: fsa/%.cu $(FSA_HEADERS)
 	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 build/fsa/config.o: fsa/config.c fsa/fsa.h
 	@mkdir -p $(@D)
-	$(CC) -std=gnu11 -O2 -fPIC -c $< -o $@
+	$(CC) -std=gnu11 -O2 -fPIC -fvisibility=hidden -c $< -o $@
 # ar q: objects of sm80/ and sm90/ have the same file names.
 libfsa.a: $(FSA)
 	rm -f $@ && ar qcs $@ $^
-libfsa.so: $(FSA)
-	$(NVCC) $(GENCODE) -shared $^ -o $@
+libfsa.so.0: $(FSA)
+	$(NVCC) $(GENCODE) -shared -Xlinker -soname=$@ $^ -o $@
+	@! nm -D --defined-only $@ | grep -v ' T fsa_' || { echo "error: $@ exports these symbols, which fsa.h does not declare" >&2; rm $@; exit 1; }
+libfsa.so: libfsa.so.0
+	ln -sf $< $@
 # A program links the library's kernel that it times, or includes its source.
 $(KERNELS): build/%: dev/cuda/%.cu libfsa.a $(CUDA_HEADERS) $(FSA_SOURCES) $(BUILD)/reference_f32.o
 	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/reference_f32.o libfsa.a $(if $(HAS_OPENMP),-lgomp) -o $@
@@ -273,4 +276,4 @@ test: $(EMU_TESTS) $(if $(EMU_TESTS),$(EMU)/train_gpt_nsa.out)
 .PRECIOUS: $(EMU)/% $(EMU)/%.o
 
 clean:
-	rm -rf build train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so
+	rm -rf build train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so libfsa.so.0

@@ -3,6 +3,10 @@
 #include <math.h>
 #include <stdio.h>
 
+int fsa_version(void) {
+    return 1000 * FSA_VERSION_MAJOR + FSA_VERSION_MINOR;
+}
+
 int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size) {
     if (msg_size > 0) msg[0] = '\0';
 #define FAIL(...)                                                                                            \

@@ -12,6 +12,15 @@
 extern "C" {
 #endif
 
+// The version of this header. A function or field that MAJOR.MINOR has stays in all later versions of MAJOR.
+#define FSA_VERSION_MAJOR 0
+#define FSA_VERSION_MINOR 1
+
+#pragma GCC visibility push(default) // libfsa.so exports the functions of this header, no others
+
+// Returns the version of the library that is linked: 1000 * FSA_VERSION_MAJOR + FSA_VERSION_MINOR.
+int fsa_version(void);
+
 // Compression phi: how a window of cmp_len tokens becomes one compressed token (NSA, "Token Compression").
 typedef enum {
     FSA_PHI_MEAN = 0,   // average of the window
@@ -215,6 +224,8 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
                            const void *q, const void *k, const void *v, const void *o, const float *lse,
                            const void *dout, void *dq, void *dk, void *dv, void *workspace,
                            size_t workspace_bytes, FsaStream stream);
+
+#pragma GCC visibility pop
 
 #ifdef __cplusplus
 }

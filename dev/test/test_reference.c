@@ -567,6 +567,7 @@ int main(void) {
     c.phi = FSA_PHI_MEAN, c.gate_per_token = 1, c.scale = 0.7f;
     test_gradients("mean, a gate per token, own scale", c, packed, NULL);
     test_branches();
+    CHECK(fsa_version() == 1000 * FSA_VERSION_MAJOR + FSA_VERSION_MINOR, "version %d", fsa_version());
     test_definition();
     test_compression();
     test_scores();
