@@ -11,10 +11,11 @@
 // divide it by the tokens of the step, in fp32. So the gradients of activations do not shrink as batches
 // grow, and fp16 needs no loss scaling.
 //
-// With several processes, each has one GPU. Groups of -cp processes share the tokens of a micro-batch
-// (context_parallel.h): they gather its keys and values one head group after another. The groups process
-// different micro-batches (data parallel). Gradients are sums over all processes; zero.h says which process
-// keeps which weights, moments and gradients. Transfers run on a stream of their own, beside the passes.
+// With several processes, each has one GPU. Each -cp group of processes shares the tokens of a micro-batch
+// (context_parallel.h): its processes gather the keys and values one head group after another. Different -cp
+// groups process different micro-batches (data parallel). Gradients are sums over all processes; zero.h says
+// which process keeps which weights, moments and gradients. Transfers run on a stream of their own, beside
+// the passes.
 #define TRAINER_GPU
 #include "llmc/run.h"
 #include "llmc/block_indices.h"

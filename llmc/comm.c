@@ -633,8 +633,8 @@ static void comm_await_welcome(Comm *c) {
 // MPI
 
 #ifdef USE_MPI
-// Dies with MPI's error text unless `call` succeeds. The end of another process makes calls fail, too; the
-// three seconds let the monitor thread name that process first.
+// Dies with MPI's error text unless `call` succeeds. A call also fails if another process ended. The macro
+// sleeps three seconds first, so that the monitor thread can report that process.
 #define mpi_check(call)                                                                                      \
     do {                                                                                                     \
         int error_ = (call);                                                                                 \

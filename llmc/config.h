@@ -85,7 +85,7 @@ static inline const ModelField *model_fields(int *count) {
          "W, size of the sliding window in tokens"},
         {"phi", FIELD_INT32, OFFSET(fsa.phi), 0, 1, "mean|linear", "compression of a window"},
         {"gate-per-token", FIELD_INT32, OFFSET(fsa.gate_per_token), 0, 1, NULL,
-         "1: all heads of a token share one gate"},
+         "1: all heads of a token share the three gates"},
         {"scale", FIELD_FLOAT, OFFSET(fsa.scale), 0, 1e6, NULL,
          "softmax scale, the factor of q.k; 0: 1/sqrt(head-dim)"},
     };

@@ -4,7 +4,8 @@
 // A sample is seq_len + 1 consecutive tokens of one shard; samples do not overlap. An epoch visits the shards
 // in an order permuted by (seed, epoch), and the samples of each shard in an order permuted by (seed, epoch,
 // shard). A batch is the next ranks * batch samples of that order, across the ends of shards and epochs. Rank
-// r gets samples [r * batch, (r + 1) * batch) of it.
+// r gets samples [r * batch, (r + 1) * batch) of it. A rank is a data-parallel rank in this file:
+// with -cp, all processes of a group have the same rank and get the same samples.
 #ifndef LLMC_DATALOADER_H
 #define LLMC_DATALOADER_H
 
@@ -16,7 +17,7 @@ typedef struct {
     int64_t batch, seq_len, vocab_size; // a rank's batch is [batch, seq_len]
     int shuffle;                        // 0: shards and samples in file order
     uint64_t seed;
-    int rank, ranks; // data-parallel rank and number of ranks
+    int rank, ranks; // data-parallel rank and number of data-parallel ranks
     Shard *shards;   // [shard_count], sorted by name; only shards[shard_order[open_shard]] is open
     int64_t shard_count;
     int64_t tokens;   // in all shards

@@ -13,8 +13,9 @@
 
 #ifdef MULTI_GPU
 #include <nccl.h>
-// Exits with the file, the line, the call and NCCL's error text unless `call` succeeds. The end of another
-// process makes calls fail here; the three seconds let comm.h's monitor thread name that process first.
+// Exits with the file, the line, the call and NCCL's error text unless `call` succeeds. A call also fails if
+// another process ended. The macro sleeps three seconds first, so that comm.h's monitor thread can report
+// that process.
 #define nccl_check(call)                                                                                     \
     do {                                                                                                     \
         ncclResult_t result_ = (call);                                                                       \

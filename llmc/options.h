@@ -64,11 +64,13 @@ static inline const OptionFlag *option_flags(int *count) {
         {"nk", NULL, OPTION_INT, OFFSET(keep), 1, BIG, "number of newest checkpoints to keep"},
         {"y", NULL, OPTION_INT, OFFSET(resume), 0, 1,
          "1: resume from the newest intact checkpoint in -o, if there is one"},
-        {"b", NULL, OPTION_INT, OFFSET(batch), 1, 1 << 24, "micro-batch size in sequences, per GPU"},
+        {"b", NULL, OPTION_INT, OFFSET(batch), 1, 1 << 24,
+         "micro-batch size in sequences, per GPU (with -cp: per group of GPUs)"},
         {"t", NULL, OPTION_INT, OFFSET(seq_len), 0, 1 << 30,
          "sequence length in tokens; 0: that of the preset or checkpoint"},
         {"d", NULL, OPTION_INT, OFFSET(total_batch), 0, BIG,
-         "batch size of a step in tokens, a multiple of b*t over all GPUs; 0: one micro-batch"},
+         "batch size of a step in tokens, a multiple of b*t times the number of GPUs (with -cp: of groups); "
+         "0: one micro-batch"},
         {"x", NULL, OPTION_INT, OFFSET(max_steps), 1, BIG, "number of training steps"},
         {"l", NULL, OPTION_REAL, OFFSET(lr), 0, 1e6, "maximum learning rate"},
         {"u", NULL, OPTION_INT, OFFSET(warmup), 0, BIG,
@@ -442,7 +444,7 @@ static inline int64_t options_micro_batches(const Options *o, int ranks) {
     if (o->total_batch == 0) return 1;
     if (o->total_batch % tokens != 0)
         die("-d %lld: must be a multiple of b*t%s = %lld; try -d %lld", (long long)o->total_batch,
-            ranks > 1 ? "*processes" : "", (long long)tokens,
+            ranks > 1 ? "*data-parallel ranks" : "", (long long)tokens,
             (long long)((o->total_batch / tokens + 1) * tokens));
     return o->total_batch / tokens;
 }

@@ -30,9 +30,11 @@ typedef struct {
     int64_t *cu_seqlens;       // [num_seqs + 1], of the current batch
     int64_t num_seqs;
     Logger log;
-    Comm comm;            // this process among all; alone: rank 0 of 1
-    int dp_size, dp_rank; // data-parallel ranks, each of opt.cp_size processes, and the rank of this process
-    int stop_signal;      // the signal after which all processes stop; 0: none
+    Comm comm; // this process among all; alone: rank 0 of 1
+    // A data-parallel rank is a group of opt.cp_size processes. dp_size: number of groups; dp_rank: the group
+    // of this process.
+    int dp_size, dp_rank;
+    int stop_signal;        // the signal after which all processes stop; 0: none
     int64_t sample_context; // largest context of generated text, in tokens
 } Run;
 

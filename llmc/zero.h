@@ -15,12 +15,12 @@ enum { ZERO_ALIGN = 8 }; // elements, 16 bytes in a 16-bit type; all units begin
 typedef struct {
     int64_t begin, end;     // the unit's elements in the parameter buffer
     int64_t partition_size; // elements of each rank; the last rank also has the remainder
-    int64_t shard_offset;   // where this rank's part of the unit begins in its shard
+    int64_t shard_offset;   // where the unit begins in this rank's part of the parameters
 } ZeroUnit;
 
 typedef struct {
     int stage, rank, ranks;
-    int64_t num_units, shard_size; // shard_size: elements that this rank owns
+    int64_t num_units, shard_size; // shard_size: elements in this rank's part, with stage 0 all
     ZeroUnit *units;               // [num_units]
 } ZeroPartition;
 

@@ -581,7 +581,7 @@ static void test_options_checkpoint(void) {
     Child r = child(run_check_model, &a);
     CHECK(r.code == 0, "a preset must not override RoPE's fields: %s", r.err);
     r = child(run_micro_batches, (void *)"-i a -t 64 -b 2 -d 128");
-    check_died(&r, "-d", "-d 128: must be a multiple of b*t*processes = 256", "try -d 256");
+    check_died(&r, "-d", "-d 128: must be a multiple of b*t*data-parallel ranks = 256", "try -d 256");
 }
 
 // ----------------------------------------------------------------------------
