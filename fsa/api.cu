@@ -161,7 +161,8 @@ struct Workspace {
         }
         for (int i = 0; i < (op == FSA_BACKWARD ? 3 : backward ? 1 : 0); i++) {
             a.allocate(&delta[i], n.lse * 4);
-            if (op != FSA_SELECTED_BACKWARD) a.allocate(&lse_bwd[i], n.lse * 4); // which reads lse
+            // FSA_SELECTED_BACKWARD reads lse instead.
+            if (op != FSA_SELECTED_BACKWARD) a.allocate(&lse_bwd[i], n.lse * 4);
         }
         if (op == FSA_FORWARD || op == FSA_BACKWARD) {
             scratch_bytes = max_size(scratch_bytes, fsa_compress_scratch_bytes(c, batch, backward));

@@ -1,4 +1,4 @@
-// dense.cu: launchers of dense attention: causal, sliding window and compressed (dense.cuh lists the masks).
+// dense.cu: launchers of dense attention: causal, sliding window and compressed (dense.cuh lists the rules).
 // Chooses the kernels of the device's architecture: sm90/dense_fwd.cu and sm90/dense_bwd.cu for Hopper, the
 // portable kernels sm80/dense_fwd.cu and sm80/dense_bwd.cu for others. kernels.h documents the functions.
 #include "dense.cuh"
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(256) dense_combine_dkv_kernel(const DenseParam
     }
 }
 
-// Returns how many thread blocks compute dK and dV of a key tile. Under the compressed mask many queries see
+// Returns how many thread blocks compute dK and dV of a key tile. Under the compressed rule many queries see
 // few keys, so one thread block per key tile leaves SMs idle. sm80 kernels: one split per query head of the
 // group.
 static int dense_num_splits(const FsaConfig *c, FsaVisibility rule, int64_t num_keys) {

@@ -1,12 +1,12 @@
-// dense.cuh: parameters and masks of the dense attention kernels, for all architectures.
+// dense.cuh: parameters and visibility rules of the dense attention kernels, for all architectures.
 //
-// Dense attention reads contiguous ranges of keys. The mask tells which keys a query at position t sees:
+// Dense attention reads contiguous ranges of keys. The rule tells which keys a query at position t sees:
 //
 //     FSA_CAUSAL        tokens j <= t
 //     FSA_WINDOW        tokens t - window < j <= t
 //     FSA_COMPRESSED    compression windows j that end at or before t: cmp_stride*j + cmp_len - 1 <= t
 //
-// The forward kernel of sm90/ has one more mask, which no FsaVisibility value names: tokens j <= t in the
+// The forward kernel of sm90/ has one more rule, which no FsaVisibility value names: tokens j <= t in the
 // initial and local blocks of the selected branch (struct InitLocalBlocks).
 #ifndef FSA_DENSE_CUH
 #define FSA_DENSE_CUH
@@ -46,7 +46,7 @@ static inline DenseMask make_dense_mask(const FsaConfig *c, FsaVisibility rule) 
     return DenseMask{1, 0, rule == FSA_WINDOW ? c->window : INT32_MAX, make_fast_divisor(1)};
 }
 
-// Parameters of all dense kernels. Keys are tokens or, under the compressed mask, compression windows.
+// Parameters of all dense kernels. Keys are tokens or, under the compressed rule, compression windows.
 struct DenseParams {
     BatchLayout batch;
     const int64_t *cu_keys; // [num_seqs + 1] first key of each sequence
@@ -119,7 +119,7 @@ int fsa_dense_backward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype d
 int fsa_dense_forward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
 // Without accumulate_dq, overwrites only the dq rows that see a key.
 int fsa_dense_backward_sm90(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream);
-// Backward under the compressed mask: the number of splits, and an upper bound of splits * keys that never
+// Backward under the compressed rule: the number of splits, and an upper bound of splits * keys that never
 // shrinks while num_keys grows.
 int fsa_dense_num_splits_sm90(int64_t num_keys, int kv_heads);
 int64_t fsa_dense_split_rows_sm90(int64_t num_keys, int kv_heads);

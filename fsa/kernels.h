@@ -61,9 +61,9 @@ int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype 
                          const void *v, const void *wk, const void *pe, const void *wv,
                          const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream);
 // Computes the gradients of fsa_compress_forward from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d].
-// Overwrites dk, fp32 [N, Hkv, d], the gradient of k before RoPE. dv, fp32 [N, Hkv, d], is overwritten
-// (accumulate = 0) or added to (1). phi = linear: adds to dwk, dpe, dwv, fp32 of the shapes of wk, pe, wv;
-// phi = mean: these are NULL. Errors as in forward.
+// Overwrites dk (dk_unrotated), fp32 [N, Hkv, d], the gradient of k before RoPE. dv (dv_accum), of the same
+// shape, is overwritten (accumulate = 0) or added to (1). phi = linear: adds to dwk, dpe, dwv, fp32 of the
+// shapes of wk, pe, wv; phi = mean: these are NULL. Errors as in forward.
 int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                           const void *v, const void *wk, const void *pe, const void *wv,
                           const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
@@ -85,10 +85,12 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, F
 // Computes the gradients of fsa_dense_forward. With P = exp(scale q k^T - lse_bwd), which is gate * softmax,
 // and dS = P (dout v^T - delta):
 //   dq += scale dS k      dk += scale dS^T q      dv += P^T dout
-// The gradients are fp32, so that branches add up without rounding: dq in the layout of dq_accum; dk, dv
-// [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0: overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq,
-// Hq], come from fsa_gate_backward or fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient
-// of the gated sum. scratch: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
+// dq, dk and dv are the fp32 accumulators dq_accum, dk_accum and dv_accum, so that branches add up without
+// rounding: dq in the layout of dq_accum; dk, dv [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0:
+// overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq, Hq], come from fsa_gate_backward or
+// fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient of the gated sum. Both write +inf for
+// a row without keys. The kernels also read -inf as +inf, so a plain lse would do, but no caller in the
+// library passes one. scratch: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
 // FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if scratch is NULL, FSA_ERROR_ARGUMENT if there are too
 // many work items (2^30).
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
@@ -101,7 +103,8 @@ int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dt
 // local_blocks on Hopper, if they lie inside the window and B is a multiple of 64; otherwise 0.
 int fsa_local_blocks_in_window_backward(const FsaConfig *c);
 // Computes the gradients of the sliding branch, and those of the selected branch over a query's last
-// fsa_local_blocks_in_window_backward(c) blocks. Overwrites dq, dk and dv with the sums of both.
+// fsa_local_blocks_in_window_backward(c) blocks. Overwrites the accumulators dq, dk and dv with the sums of
+// both.
 // lse_bwd and delta hold two branches:
 //   lse_bwd[0], delta[0]    selected branch
 //   lse_bwd[1], delta[1]    sliding branch
@@ -168,7 +171,8 @@ int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void
                       const void *const o_branch[3], const float *const lse[3], const void *dout,
                       float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream);
 // Computes delta and lse_bwd of one branch without a gate: lse_bwd = lse, or +inf for a row without keys.
-// lse_bwd may be NULL: if every row has a key, the backward pass can read lse instead.
+// lse_bwd may be NULL: not written. fsa_selected_backward then passes lse as lse_bwd. That is valid because
+// fsa_selected_branch_backward does not read the lse of a row without keys.
 int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
                        const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
 

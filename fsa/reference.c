@@ -372,7 +372,7 @@ static void query_scores(const FsaConfig *c, const real *q, const real *kc, cons
     for (int64_t i = 0; i < seen; i++) {
         real p = 0;
         for (int r = 0; r < g; r++) p += EXP(scale * dot(q + r * d, kc + i * token, d) - lse[r]);
-        // w_ij is the number of strides (cells) of window i that lie in block j.
+        // w_ij is the number of strides of window i that lie in block j.
         for (int cell = 0; cell < c->cmp_len / s; cell++) scores[(i * s + cell * s) / c->block] += p;
     }
 }

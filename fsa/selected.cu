@@ -3,11 +3,11 @@
 //
 // Launches, in one stream. [...] is for the sm90 kernels only.
 //     forward:   [initial and local blocks: dense kernel], query lists, work ranges
-//                for each head group:
+//                for the KV heads of each launch:
 //                    [pack V]
 //                    for each slab: main kernel, combine
 //     backward:  query lists, work ranges
-//                for each head group:
+//                for the KV heads of each launch:
 //                    for each slab: main kernel, combine
 //                    store dK, dV
 // On Hopper, most kernels start while the preceding kernel still runs (programmatic dependent launch).
@@ -15,7 +15,7 @@
 
 enum {
     FORWARD_PARTIAL_BYTES = 96 << 20,   // target size of a launch's partial rows
-    BACKWARD_PARTIAL_BYTES = 193 << 20, // limits the workspace to 320 MiB
+    BACKWARD_PARTIAL_BYTES = 193 << 20, // backward: the same
     KV_SCRATCH_BYTES = 64 << 20,        // limit of dkv_accum and v_packed, unless one head needs more
     L2_PARTIAL_BYTES = 8 << 20,         // forward: partial rows that stay in L2 for the combine kernel
     MIN_RANGE_ENTRIES = 64,             // minimum of the average entries per work range

@@ -12,11 +12,10 @@
 //   query list  the queries of a slab that attend to a KV block, in ascending order (query_lists.cu, CSR). An
 //               entry is query * T + slot, where the query's top-k slot names the block.
 //   key tile    tile_keys keys of a KV block, the unit that the main kernels hold on chip.
-//   work range  the contiguous part of a (KV head, slab)'s entries that one consumer group processes. A
-//               consumer group is the warps or warpgroups that share K and V in shared memory. A thread block
-//               has one; in the backward kernel of sm90/ it has two if key tiles have 64 keys. A work range
-//               covers the query lists of several KV blocks. Its first and last list may continue into the
-//               neighbouring work ranges. All work ranges have about the same cost (selected.cu).
+//   work range  a contiguous part of a slab's query lists of one KV head. A thread block processes one work
+//               range; in sm90/selected_bwd.cu with key tiles of 64 keys, two. A work range covers the
+//               query lists of several KV blocks. Its first and last list may continue into the neighbouring
+//               work ranges. All work ranges have about the same cost (selected.cu).
 //
 // The query lists may leave out a query's initial and local blocks. Their partial rows are then neither
 // written nor read.
@@ -39,8 +38,8 @@ struct SelectedParams {
     int key_tiles, tile_keys; // a KV block has key_tiles tiles of tile_keys (64 or 128) keys
     FastDivisor topk_divisor, group_divisor;
     int num_ranges; // work ranges per (KV head, slab)
-    // [Hkv, slabs, num_ranges + 1]: the first entry of each work range, and the KV block whose list has this
-    // entry (0 for an entry at the start of the slab: the lists of the first blocks may be empty).
+    // [Hkv, slabs, num_ranges + 1]: the position in the slab's entries at which each work range begins, and
+    // the KV block whose list has this position (0 for position 0: the first blocks' lists may be empty).
     uint32_t *range_offsets, *range_blocks;
     float scale;
     const void *q, *k, *v, *dout;

@@ -9,20 +9,22 @@
 // Backward: dq = inverse RoPE(sum_i dq_i + the other branches' dq).
 //
 // D/8 lanes process a row, eight channels each; a warp has 256/D rows. A row's partials are read 16 at a time
-// with 8 loads in flight per lane. They are summed in the order of the slots, so the results are bitwise
-// reproducible.
+// with 8 loads in flight per lane. They are summed in the order of slots and key tiles, so the results are
+// bitwise reproducible.
 //
 // Bytes of a row, forward:   T * (2D + 8) of partial rows and 6D of branch outputs in, 2D or 4D out
 //                backward:   T * 1.5D (fp16: T * 2D) of partial rows and 4D of dq_accum in, 2D out
 // Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16). Both kernels are memory-bound.
 //     forward    8.8 GB in, 1.1 GB out   2.2 ms   with 3 of 16 blocks left out of the lists, and with the
 //                                                 gate: its branches are 1.6 GB of these 9.9 GB
-//     backward   7.5 GB in, 0.5 GB out   1.8 ms
+//     backward   7.5 GB in, 0.5 GB out   1.8 ms   with all 16 blocks in the lists; fsa_backward leaves out
+//                                                 the 2 local ones
 #include "rope.cuh"
 #include "selected.cuh"
 
-// Reads the partial rows of one row with D/8 lanes, a chunk per lane. A slot here is (top-k slot) * key_tiles
-// + key tile. Rows and partial rows have 32-bit indices.
+// Reads the partial rows of one row with D/8 lanes, a chunk per lane. The partial index of a partial row
+// within its row is slot * key_tiles + key tile; the code below calls it `slot`. Rows and partial
+// rows have 32-bit indices.
 template <typename P, int D> struct PartialRowReader {
     static constexpr int LANES = D / 8, ROWS = 32 / LANES; // lanes per row, rows per warp
     static constexpr int SLOTS_PER_LANE = 16 / LANES, IN_FLIGHT = 8;
@@ -30,10 +32,10 @@ template <typename P, int D> struct PartialRowReader {
     int chunk;            // this lane's chunk of eight channels
     uint32_t query;       // index in the batch's queries
     uint32_t row;         // query * q_heads + head
-    uint32_t partial_row; // of slot 0
+    uint32_t partial_row; // of partial index 0
     int64_t pos;          // position of the query in its sequence
-    const char *partial;  // this lane's chunk of slot 0
-    unsigned valid;       // bit i: slot i of the current 16 slots is in the query lists and has a partial row
+    const char *partial;  // this lane's chunk of partial index 0
+    unsigned valid;       // bit i: partial index i of the current 16 is in the query lists
     uint64_t policy;      // L2 eviction policy of the partial rows
     PartialChunk<P> x[IN_FLIGHT];
     __device__ __forceinline__ PartialRowReader(const SelectedParams &a, uint32_t index) {
@@ -52,7 +54,7 @@ template <typename P, int D> struct PartialRowReader {
             a.partial + partial_row * (uint64_t)partial_row_bytes<P, D>() + PartialChunk<P>::offset(chunk);
         policy = partial_row < a.l2_rows ? l2_evict_last() : l2_evict_first();
     }
-    // Sets `valid` for slots slot0 .. slot0 + 15. All lanes of a warp must call it.
+    // Sets `valid` for the partial indices slot0 .. slot0 + 15. All lanes of a warp must call it.
     __device__ __forceinline__ void find_valid_slots(const SelectedParams &a, int slot0) {
         const int32_t *const block_indices =
             a.block_indices + ((a.kv_head0 + blockIdx.y) * (uint32_t)a.batch.nq + query) * (uint64_t)a.topk;
@@ -69,7 +71,7 @@ template <typename P, int D> struct PartialRowReader {
             valid |= (warp_valid >> (threadIdx.x % 32 / LANES * LANES) & ((1ull << LANES) - 1)) << k * LANES;
         }
     }
-    // Starts the load of a slot into x[i]: zeros if the slot is not valid.
+    // Starts the load of partial index `slot` into x[i]: zeros if it is not valid.
     __device__ __forceinline__ void load(const SelectedParams &a, int i, int slot) {
         x[i] = PartialChunk<P>::load(partial + slot * (uint64_t)(a.group * partial_row_bytes<P, D>()), chunk,
                                      valid >> slot % 16 & 1, policy);
@@ -78,7 +80,8 @@ template <typename P, int D> struct PartialRowReader {
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) load(a, i, slot0 + i);
     }
-    // Calls use(chunk, i) for slots slot0 + i, i < 16. start_loads(slot0) has started the first loads.
+    // Calls use(chunk, i) for partial indices slot0 + i, i < 16. start_loads(slot0) has started the first
+    // loads.
     template <typename Use>
     __device__ __forceinline__ void for_each_slot(const SelectedParams &a, int slot0, Use use) {
         const bool more = slot0 + IN_FLIGHT < a.topk * a.key_tiles;
@@ -129,9 +132,9 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     pdl_wait();
     pdl_launch_dependents();
 
-    // The maximum lse over all slots.
+    // The maximum lse over all partial indices.
     r.start_loads(a, 0);
-    float2 lse_partial[Reader::SLOTS_PER_LANE]; // of slots k * LANES + chunk
+    float2 lse_partial[Reader::SLOTS_PER_LANE]; // of partial indices k * LANES + chunk
     auto load_lse_partial = [&](int slot0) {
 #pragma unroll
         for (int k = 0; k < Reader::SLOTS_PER_LANE; k++) {
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     for (int i = Reader::LANES / 2; i > 0; i /= 2)
         max_lse = fmaxf(max_lse, __shfl_xor_sync(0xffffffffu, max_lse, i));
 
-    // The weighted sum, 16 slots at a time.
+    // The weighted sum, 16 partial indices at a time.
     float acc[8] = {};
     for (int slot0 = 0;;) {
         float weight[Reader::SLOTS_PER_LANE];

@@ -1,4 +1,4 @@
-// topk.cu: block selection. Calls sm90/topk.cu on Hopper, if at most 16 blocks are selected freely.
+// topk.cu: block selection. Calls sm90/topk.cu on Hopper, if there are at most 16 free blocks.
 // Otherwise it calls sm80/topk.cu.
 #include "kernels.h"
 

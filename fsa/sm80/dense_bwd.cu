@@ -1,4 +1,4 @@
-// sm80/dense_bwd.cu: backward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the masks.
+// sm80/dense_bwd.cu: backward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the rules.
 //
 //     S = scale Q K^T    P = exp(S - lse_bwd)    dP = dout V^T    dS = P (dP - delta)
 //     dV = P^T dout      dK = scale dS^T Q       dQ = scale dS K
@@ -60,6 +60,7 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
         int64_t lse_index = (rows.row + row) * p.q_heads + q_head;
+        // -inf: the row is past the tile's end, or lse_bwd is a plain lse (kernels.h).
         float x = row < rows.rows ? p.lse_bwd[lse_index] : -INFINITY;
         lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
         delta[half] = row < rows.rows ? p.delta[lse_index] : 0;
@@ -233,6 +234,7 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
         int64_t lse_index = (next.row + row) * p.q_heads + next.q_head;
         float x;
         if (threadIdx.x < ROWS) {
+            // -inf: the row is past the tile's end, or lse_bwd is a plain lse (kernels.h).
             x = row < count ? p.lse_bwd[lse_index] : -INFINITY;
             x = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
         } else {

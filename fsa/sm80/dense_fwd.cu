@@ -1,4 +1,4 @@
-// sm80/dense_fwd.cu: forward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the masks.
+// sm80/dense_fwd.cu: forward pass of dense attention by mma.sync and cp.async. ../dense.cuh lists the rules.
 //
 //     S = scale Q K^T, masked    P = exp(S - max)    O = P V / sum(P)    lse = max + ln sum(P)
 //
@@ -13,14 +13,14 @@
 // in ascending order, so O and lse are reproducible.
 //
 // Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 4*d FLOPs per visible
-// pair. HBM: q, k, v, o once. L2: K and V once per 128 queries of a head.
+// pair. HBM: q, k, v, o once.
 //
 //                   matmuls                    exp                HBM
 //     causal          35 TFLOP    44.5 ms      69 G    18.6 ms    1.3 GB    0.3 ms
 //     compressed     2.2 TFLOP     2.8 ms     4.3 G     1.2 ms    1.1 GB    0.2 ms
 //     window 512    0.55 TFLOP     0.7 ms     1.1 G     0.3 ms    1.3 GB    0.3 ms
 //
-// The kernel is limited by the matmuls under every mask. mma.sync reaches about 60% of Hopper's matmul rate.
+// The kernel is limited by the matmuls under every rule. mma.sync reaches about 60% of Hopper's matmul rate.
 #include "../dense.cuh"
 #include "tile.cuh"
 

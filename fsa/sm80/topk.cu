@@ -1,5 +1,5 @@
 // sm80/topk.cu: block selection for any GPU (sm_80 and up). It runs if sm90/topk.cu does not apply: on other
-// GPUs than Hopper, and for more than 16 freely selected blocks. It computes
+// GPUs than Hopper, and for more than 16 free blocks. It computes
 //   P[t, i] = sum over the g heads of exp(scale q.kc_i - lse), 0 if query t does not see window i
 //   S[t, j] = sum over i of w_ij P[t, i],  w_ij = strides (s tokens) that window i and block j share
 // For each query it writes the indices of the initial blocks, of the num_free other blocks with the highest

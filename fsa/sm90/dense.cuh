@@ -18,12 +18,12 @@ enum {
     KEYS = 128,     // forward: keys of a K or V tile; backward: keys of a work item, 64 per warpgroup
     BWD_ROWS = 64,  // backward: rows of a Q or dout tile
     KV_STAGES = 2,  // forward: stages of K and of V
-    // Backward processes head groups one after another. A small group keeps several key tiles of each head in
-    // flight, which share Q and dout in L2. A group has at least MIN_HEAD_GROUP / num_splits heads and
-    // MIN_GROUP_ITEMS work items, so that the last group still fills all SMs.
+    // Backward processes head groups one after another. A small head group keeps several key tiles of each
+    // head in flight, which share Q and dout in L2. A head group has at least MIN_HEAD_GROUP / num_splits
+    // heads and MIN_GROUP_ITEMS work items, so that the last head group still fills all SMs.
     MIN_HEAD_GROUP = 8,
     MIN_GROUP_ITEMS = 256,
-    // Splits of backward under the compressed mask. The longest work item takes twice as long as the average.
+    // Splits of backward under the compressed rule. The longest work item takes twice as long as the average.
     // With one or two work items per SM that leaves SMs idle, so the rows of each work item are split.
     //     work items                                     splits
     //     at least MIN_ITEMS_UNSPLIT                     1
@@ -72,7 +72,7 @@ static __device__ __forceinline__ void gemm_rs(float (&x)[N8][4], const uint32_t
 // ---- pipeline ---------------------------------------------------------------------------------------------
 // The current stage of a pipeline. phase: parity (0 or 1) of the phase in which the stage's full barrier
 // completes, as mbarrier_wait takes it. It flips after the last stage. Producers wait for the empty barrier
-// with phase ^ 1, which returns at once in the first round.
+// with phase ^ 1, which returns at once in the first round. (In selected.cuh, phase is the round count.)
 template <int STAGES> struct PipelineState {
     int stage = 0, phase = 0;
     __device__ __forceinline__ void advance() {

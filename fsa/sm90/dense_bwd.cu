@@ -1,4 +1,4 @@
-// sm90/dense_bwd.cu: backward pass of dense attention on Hopper. ../dense.cuh lists the masks.
+// sm90/dense_bwd.cu: backward pass of dense attention on Hopper. ../dense.cuh lists the rules.
 //
 //     S = scale Q K^T    P = exp(S - lse_bwd)    dP = dout V^T    dS = P (dP - delta)
 //     dV = P^T dout      dK = scale dS^T Q       dQ = scale dS K
@@ -28,7 +28,7 @@
 // taken by ascending keys, so the thread block that others wait for is always running.
 //
 // Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 10*d FLOPs per visible
-// pair. HBM: q, k, v, dout and fp32 dq, dk, dv once. L2: q, dout, dq once per 128 keys that see them.
+// pair. HBM: q, k, v, dout and fp32 dq, dk, dv once.
 //
 //                   matmuls                   exp                HBM
 //     causal         88 TFLOP    111.3 ms      69 G    18.6 ms    3.0 GB    0.7 ms
@@ -51,7 +51,7 @@ struct KvWorkItem {
 };
 
 // Returns work item number `item` of num_items; it may be empty (keys.rows 0). The order, outermost first:
-// head groups, splits from the last to the first, key tiles ascending, heads of the group.
+// head groups, splits from the last to the first, key tiles ascending, heads of the head group.
 static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t item, int64_t num_items) {
     KvWorkItem w;
     w.keys.rows = 0;
@@ -95,7 +95,7 @@ static __device__ KvWorkItem find_kv_work_item(const DenseParams &p, int64_t ite
 // Iterates over the row tiles that see a key tile, from the last tile of the last segment to the first one,
 // or in ascending order (direction 1). The tiles of a segment are the same for all keys.
 //
-// Descending order keeps the semaphore waits short. Under the causal mask, thread blocks that start together
+// Descending order keeps the semaphore waits short. Under the causal rule, thread blocks that start together
 // stay one row tile apart. Under a window, later keys see later rows. The iteration then starts at the last
 // tile that ends a period of tiles, and the tiles after it come at the end. A period has as many tiles as see
 // a key tile, so thread blocks that start together process the same rows at the same time.
@@ -265,6 +265,7 @@ template <int D> struct DenseBackwardSmem {
                     local_end[i] =
                         ((w->keys.first + 64 * i) / p.init_local.block + p.init_local.local_blocks) *
                         p.init_local.block;
+            // Here and in shared memory, lse is lse_bwd.
             float lse[2], delta[2], local_lse[2], local_delta[2];
             auto load = [&] {
                 const int64_t lse0 = (int64_t)q_tile.query0 * p.q_heads + w->kv_head * g;
@@ -286,7 +287,7 @@ template <int D> struct DenseBackwardSmem {
                 float *stage_lse = (float *)(tiles + LSE_DELTA_OFFSET + q_state.stage * LSE_DELTA_BYTES);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    // lse +inf makes P = 0 if the row sees no key.
+                    // lse +inf makes P = 0 if the row sees no key. Only a plain lse (kernels.h) has -inf.
                     const float lse2 = lse[i] == -INFINITY ? INFINITY : lse[i] * FSA_LOG2E;
                     const float local_lse2 = local_lse[i] * FSA_LOG2E;
                     // Base 2, relative to the branch with the larger probability.
@@ -553,7 +554,7 @@ template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dt
     int64_t items_per_head = (d.num_keys + KEYS - 1) / KEYS * d.num_splits;
     if (items_per_head < 1) items_per_head = 1;
     const int64_t tiles_per_split = items_per_head / d.num_splits;
-    // The compressed mask has so few key tiles that one wave of thread blocks holds all tiles of some heads.
+    // The compressed rule has so few key tiles that one wave of thread blocks holds all tiles of some heads.
     // The thread blocks of a wave start together at the last row, and each ends at the first row that sees
     // its keys. The next wave goes in the other direction: each thread block starts at the first row that
     // sees its keys, when the earlier thread blocks pass there. So rows come into L2 once per wave, not once

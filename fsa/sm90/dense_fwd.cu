@@ -1,4 +1,4 @@
-// sm90/dense_fwd.cu: forward pass of dense attention on Hopper. ../dense.cuh lists the masks.
+// sm90/dense_fwd.cu: forward pass of dense attention on Hopper. ../dense.cuh lists the rules.
 //
 //     S = scale Q K^T, masked    P = exp(S - max)    O = P V / sum(P)    lse = max + ln sum(P)
 //
@@ -18,7 +18,7 @@
 // keys of a row in a fixed order, so O and lse are reproducible.
 //
 // Lower bounds at 64K tokens, (32, 8) heads, d = 128; rates in ../README.md. Matmuls: 4*d FLOPs per visible
-// pair. HBM: q, k, v, o once. L2: K and V once per 128 rows. The kernel is limited by the matmuls.
+// pair. HBM: q, k, v, o once. The kernel is limited by the matmuls.
 //
 //                                     matmuls                    exp                HBM
 //     causal                            35 TFLOP    44.5 ms      69 G    18.6 ms    1.3 GB    0.3 ms

@@ -10,8 +10,8 @@
 // 4c+i lies at i*4+c). So a lane's accumulators of four n8 columns are 16 contiguous bytes of o.
 //
 // Lower bound for 64K tokens, 8 KV heads, d = 128: 2 bytes in and 2 out per channel, 0.27 GB, 0.06 ms. The
-// kernel is limited by latency, so it starts while the combine kernel of the previous head group runs
-// (programmatic dependent launch). It may write before pdl_wait: v is an input, and all readers of the
+// kernel is limited by latency, so it starts while the combine kernel of the previous launch's heads
+// runs (programmatic dependent launch). It may write before pdl_wait: v is an input, and all readers of the
 // previous v_packed have ended when that combine kernel lets it start.
 #include "selected.cuh"
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 // Stage and phase of item `index` in a pipeline of STAGES stages. `full` and `empty` are arrays of one
-// mbarrier per stage.
+// mbarrier per stage. phase is the round count, index / STAGES, not its parity as in dense.cuh and topk.cu.
 template <int STAGES> struct PipelineState {
     uint32_t stage, phase;
     __device__ __forceinline__ PipelineState(uint32_t index) : stage(index % STAGES), phase(index / STAGES) {}

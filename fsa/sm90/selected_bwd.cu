@@ -26,11 +26,12 @@
 // dkv_accum. A range that continues the list writes dkv_partial, which the combine kernel adds in order. So
 // the results are bitwise reproducible.
 //
-// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16):
-//     17.2 GB of q and dO in, 6.4 GB of dq_partial out   5.2 ms (q and dO from L2: 4.1 ms)
+// Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16), all 16 blocks in the
+// lists; fsa_backward leaves out the 2 local ones:
+//     17.2 GB of q and dO in, 6.4 GB of dq_partial out   5.2 ms
 //     2.75 TFLOP                                         3.5 ms
 //     shared memory, 184 KiB per tile                    3.3 ms
-//     2.1 GB of dkv_accum in and out                     1.0 ms
+//     dkv_accum of 4 slabs: 0.8 GB in, 1.3 GB out        0.5 ms
 // Limited by the dependent chain of a tile's matmuls, and by memory bandwidth.
 #include "selected.cuh"
 
@@ -40,7 +41,8 @@ template <int D, int TILE_KEYS> struct BackwardTraits {
     static constexpr int RANGES = TILE_KEYS == 64 ? 2 : 1, CONSUMERS_PER_RANGE = CONSUMERS / RANGES;
     static constexpr int Q_STAGES = D == 128 && TILE_KEYS == 64 ? 2 : 4,
                          KV_STAGES = D == 128 || TILE_KEYS == 64 ? 1 : 2;
-    // At d = 128, >= 232 consumer registers keep the wgmmas asynchronous (else C7512).
+    // At d = 128, >= 232 consumer registers keep the wgmmas asynchronous (else ptxas serializes them,
+    // warning C7512).
     static constexpr int PRODUCER_REGISTERS = D == 64 ? 88 : 40, CONSUMER_REGISTERS = D == 64 ? 208 : 232;
     static constexpr int DP_ROWS = D == 64 ? 64 : 32; // rows of dP at a time, as many as the registers hold
     // Columns of dQ at a time.
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
     if (warp < Traits::RANGES && lane == 0) {
         for (int i = 0; i < 2 * Traits::Q_STAGES; i++) mbarrier_init(do_rows_full + 8 * i, WARP_ARRIVALS);
         for (int i = 0; i < Traits::Q_STAGES; i++) {
-            // The copies of a pair's 64 lanes, and the q warp itself for the stage's `tile`.
+            // The copies of a pair's 64 lanes, and the q warp itself for the stage's `row_tile_info`.
             mbarrier_init(q_full + 8 * i, 64 + WARP_ARRIVALS);
             mbarrier_init(q_empty + 8 * i, 4 * Traits::CONSUMERS_PER_RANGE * WARP_ARRIVALS);
         }
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
         const WorkRange range = work_range_of(a, kv_head, range_index);
         const uint32_t pair = Traits::RANGES == 1 ? warp % 2 : 0; // loads every GATHER_PAIRS-th tile
         if (warp < 2) {                                           // q, lse_bwd, delta
-            // Partial rows are counted over all heads of the launch.
+            // Partial rows are counted over all heads of the launch. entry0 may wrap below 0: only its
+            // differences to entries are used, modulo 2^32.
             const uint32_t entry0 = range.entry0 - blockIdx.y * (uint32_t)(a.lists.slab_queries * a.topk);
             GatherTileIterator<Traits::GATHER_PAIRS> tiles(a, range, pair);
             for (uint32_t n = pair; tiles.blocks.valid; n += Traits::GATHER_PAIRS) {

@@ -22,9 +22,9 @@
 //
 // Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16), 3 blocks per query left out of the
 // lists:
-//     7.0 GB of q rows in, 7.2 GB of partial rows out   3.2 ms (q from L2: 2.3 ms)
+//     7.0 GB of q rows in, 7.2 GB of partial rows out   3.2 ms
 //     0.9 TFLOP                                         1.1 ms
-//     shared memory, 64 KiB per tile                    1.0 ms
+//     shared memory, 64 KiB per tile                    0.9 ms
 //     exp                                               0.5 ms
 // Limited by HBM bandwidth and by the link between the two L2 partitions.
 #include "selected.cuh"
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
     const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
     if (threadIdx.x == 0) {
-        // q_full: the copies of the gather warp's 32 lanes, and the warp itself for the stage's `tile`.
+        // q_full: the copies of the gather warp's 32 lanes, and the warp itself for the stage's
+        // `row_tile_info`.
         for (int i = 0; i < Traits::Q_STAGES; i++)
             mbarrier_init(q_full + 8 * i, 32 + WARP_ARRIVALS),
                 mbarrier_init(q_empty + 8 * i, 4 * WARP_ARRIVALS);

@@ -1,4 +1,4 @@
-// sm90/topk.cu: block selection on Hopper, for at most 16 freely selected blocks. It computes
+// sm90/topk.cu: block selection on Hopper, for at most 16 free blocks. It computes
 //   P[t, i] = sum over the g heads of exp(scale q.kc_i - lse), 0 if query t does not see window i
 //   S[t, j] = sum over i of w_ij P[t, i],  w_ij = strides (s tokens) that window i and block j share
 // For each query it writes the indices of the initial blocks, of the num_free other blocks with the highest
@@ -31,8 +31,10 @@
 //     0.5 GB of q from HBM                             0.1 ms
 // Clocks per tile of a scorer:
 //     MMA                                              512
-//     shared memory: wgmma operands 384, load of kc    448 + 512/g
-//     64, P out and in 512/g
+//     shared memory: wgmma operands                    384
+//                    load of kc                         64
+//                    P out and in                       512/g
+//                    total                              448 + 512/g
 // Limited by MMA and exp at g = 4, and by the selectors at g = 1.
 #include "../kernels.h"
 #include "../launch.cuh"
@@ -79,7 +81,7 @@ struct TopKParamsSm90 {
     int q_heads, kv_heads, group, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks;
     // Bit k is set if n8 tile k of a scorer's columns belongs to the first head (or to the last head).
     uint32_t first_head_mask, last_head_mask;
-    int num_free;                      // freely selected blocks: T minus the initial and local blocks
+    int num_free;                      // free blocks: T minus the initial and local blocks
     int free_per_selector;             // ceil(num_free / selectors_per_query)
     int window_strides, block_strides; // l/s, B/s
     int queries_per_scorer;            // 8*floor(16/g)
@@ -98,7 +100,7 @@ struct WorkItem {
 };
 
 // A pipeline of shared-memory stages between producers and consumers: one full barrier per stage, then one
-// empty barrier per stage.
+// empty barrier per stage. phase is a parity, as in dense.cuh; here the number of stages is a run-time value.
 struct PipelineState {
     uint32_t barriers;
     int stages, stage, phase;
