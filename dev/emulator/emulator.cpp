@@ -557,11 +557,30 @@ void complete_bulk_stores(bool write) {
 }
 
 // ---- launches -------------------------------------------------------------------------------------
-static cudaError_t last_error;
+static thread_local cudaError_t last_error;
+static thread_local int64_t fault_call = -1; // calls until the fault; -1: none
+static thread_local cudaError_t fault_error;
+thread_local bool fail_device_queries;
+
+void fail_call(int64_t n, cudaError_t error) {
+    fault_call = n, fault_error = error;
+}
+int pending_faults() {
+    int pending = fault_call >= 0;
+    fault_call = -1;
+    return pending;
+}
+// Counts a call. Returns the error with which it must fail.
+static cudaError_t count_call() {
+    if (fault_call < 0 || fault_call-- > 0) return cudaSuccess;
+    return last_error = fault_error;
+}
+
 static std::mutex smem_mutex;
 static std::map<const void *, size_t> max_smem;
 
 cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute, int value) {
+    if (cudaError_t e = count_call()) return e;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || value > MAX_SMEM) return last_error = cudaErrorInvalidValue;
     std::lock_guard<std::mutex> lock(smem_mutex);
@@ -569,7 +588,8 @@ cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute
     return cudaSuccess;
 }
 
-void run_grid(const LaunchConfig &c, const void *kernel, const std::function<void()> &body) {
+cudaError_t run_grid(const LaunchConfig &c, const void *kernel, const std::function<void()> &body) {
+    if (cudaError_t e = count_call()) return e;
     int64_t blocks = (int64_t)c.grid.x * c.grid.y * c.grid.z,
             threads = (int64_t)c.block.x * c.block.y * c.block.z;
     size_t smem_limit = DEFAULT_SMEM;
@@ -580,8 +600,7 @@ void run_grid(const LaunchConfig &c, const void *kernel, const std::function<voi
     }
     if (blocks < 1 || threads < 1 || threads > MAX_THREADS || c.grid.x > 0x7fffffffu || c.grid.y > 65535 ||
         c.grid.z > 65535 || c.smem > smem_limit) {
-        last_error = cudaErrorInvalidConfiguration;
-        return;
+        return last_error = cudaErrorInvalidConfiguration;
     }
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < blocks; i++) {
@@ -589,6 +608,7 @@ void run_grid(const LaunchConfig &c, const void *kernel, const std::function<voi
                        (unsigned)(i / c.grid.x / c.grid.y)};
         run_block(c, block, body);
     }
+    return cudaSuccess;
 }
 
 } // namespace emu
@@ -608,6 +628,8 @@ const char *cudaGetErrorString(cudaError_t e) {
            : e == cudaErrorMemoryAllocation     ? "out of memory"
            : e == cudaErrorInvalidValue         ? "invalid argument"
            : e == cudaErrorInvalidConfiguration ? "invalid configuration argument"
+           : e == cudaErrorInvalidDevice        ? "invalid device ordinal"
+           : e == cudaErrorIllegalAddress       ? "an illegal memory access was encountered"
                                                 : "unknown error of the emulator";
 }
 const char *cudaGetErrorName(cudaError_t e) {
@@ -631,6 +653,7 @@ cudaError_t cudaFreeHost(void *p) {
     return cudaFree(p);
 }
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind) {
+    if (cudaError_t e = emu::count_call()) return e;
     memcpy(dst, src, bytes);
     return cudaSuccess;
 }
@@ -639,12 +662,14 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpy
 }
 cudaError_t cudaMemcpy2DAsync(void *dst, size_t dst_pitch, const void *src, size_t src_pitch, size_t width,
                               size_t height, cudaMemcpyKind, cudaStream_t) {
+    if (cudaError_t e = emu::count_call()) return e;
     if (width > dst_pitch || width > src_pitch) return cudaErrorInvalidPitchValue;
     for (size_t i = 0; i < height; i++)
         memcpy((char *)dst + i * dst_pitch, (const char *)src + i * src_pitch, width);
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *p, int x, size_t bytes) {
+    if (cudaError_t e = emu::count_call()) return e;
     memset(p, x, bytes);
     return cudaSuccess;
 }
@@ -659,9 +684,10 @@ cudaError_t cudaDeviceSynchronize() {
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+    return device == 0 ? cudaSuccess : emu::last_error = cudaErrorInvalidDevice;
 }
 cudaError_t cudaGetDevice(int *device) {
+    if (emu::fail_device_queries) return emu::last_error = cudaErrorInvalidDevice;
     *device = 0;
     return cudaSuccess;
 }
@@ -688,10 +714,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *p, const void *) {
+    if (cudaError_t e = emu::count_call()) return e;
     memset(p, 0, sizeof *p);
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    if (emu::fail_device_queries) return emu::last_error = cudaErrorInvalidDevice;
     switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
         *value = 9;
@@ -713,6 +741,7 @@ static CUresult tensor_map(CUtensorMap *map, CUtensorMapDataType type, cuuint32_
                            const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *box,
                            const cuuint32_t *element_stride, CUtensorMapInterleave,
                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    if (emu::count_call()) return (CUresult)cudaGetLastError(); // the driver does not set the runtime's error
     emu::TensorMap m = {};
     m.base = (char *)base;
     m.rank = (int16_t)rank;

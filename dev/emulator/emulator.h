@@ -87,15 +87,16 @@ struct LaunchConfig {
     dim3 grid, block;
     size_t smem;
 };
-// Runs `thread` for every thread of the grid. `kernel` identifies the kernel's attributes.
-void run_grid(const LaunchConfig &config, const void *kernel, const std::function<void()> &thread);
+// Runs `thread` for every thread of the grid. `kernel` identifies the kernel's attributes. Returns the error
+// of the launch, which cudaGetLastError returns too.
+cudaError_t run_grid(const LaunchConfig &config, const void *kernel, const std::function<void()> &thread);
 template <typename... P> struct KernelLaunch {
     LaunchConfig config;
     void (*kernel)(P...);
-    template <typename... A> void operator()(A &&...args) const {
+    template <typename... A> cudaError_t operator()(A &&...args) const {
         std::tuple<P...> params(static_cast<P>(args)...);
         auto f = kernel;
-        run_grid(config, (const void *)kernel, [&params, f] { std::apply(f, params); });
+        return run_grid(config, (const void *)kernel, [&params, f] { std::apply(f, params); });
     }
 };
 struct ConfiguredLaunch {
@@ -110,11 +111,18 @@ inline ConfiguredLaunch launch(dim3 grid, dim3 block, size_t smem = 0, cudaStrea
 // Ignores launch attributes: they concern kernels that overlap, and here kernels run one after another.
 template <typename... P, typename... A>
 cudaError_t launch_with_attributes(const cudaLaunchConfig_t *c, void (*kernel)(P...), A &&...args) {
-    launch(c->gridDim, c->blockDim, c->dynamicSmemBytes)(kernel)(args...);
-    return cudaSuccess;
+    return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes)(kernel)(args...);
 }
 #define cudaLaunchKernelEx emu::launch_with_attributes
 cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute, int value);
+
+// Faults for tests, on the calling thread. fail_call lets call n from now fail with `error` (0: the next
+// one). Launches, copies, memsets, kernel attributes and tensor maps count. pending_faults returns how many
+// faults (0 or 1) still wait for their call, and removes them. fail_device_queries lets cudaGetDevice and
+// cudaDeviceGetAttribute fail while it is set.
+void fail_call(int64_t n, cudaError_t error);
+int pending_faults();
+extern thread_local bool fail_device_queries;
 
 // ---- shuffles, votes and reductions
 struct Shuffle {
