@@ -56,17 +56,15 @@ static const bool attn_needs_convert = sizeof(attnX) != sizeof(floatX);
 #define fsa_check(call)                                                                                      \
     do {                                                                                                     \
         int status_ = (call);                                                                                \
-        if (status_)                                                                                         \
-            die("%s:%d: %.60s...: %s (%s)", __FILE__, __LINE__, #call, fsa_last_error(),                     \
-                cudaGetErrorString(cudaPeekAtLastError()));                                                  \
+        if (status_) die("%s:%d: %s", __FILE__, __LINE__, fsa_last_error());                                 \
     } while (0)
 // The same for a launcher of kernels.h, which does not set fsa_last_error.
 #define launcher_check(call)                                                                                 \
     do {                                                                                                     \
         int status_ = (call);                                                                                \
         if (status_)                                                                                         \
-            die("%s:%d: %.60s...: status %d (%s)", __FILE__, __LINE__, #call, status_,                       \
-                cudaGetErrorString(cudaPeekAtLastError()));                                                  \
+            die("%s:%d: %.*s: %s", __FILE__, __LINE__, (int)strcspn(#call, "("), #call,                      \
+                status_ == FSA_ERROR_CUDA ? fsa_cuda_error() : "unsupported arguments");                     \
     } while (0)
 
 // ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 // api.cu: the public API of fsa.h. Every function checks its arguments, lays out the workspace, and launches
 // the steps (kernels.h) in order.
 #include "kernels.h"
+#include "launch.cuh"
 #include "mma.cuh"
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 static thread_local char last_error[256];
 
@@ -20,18 +22,23 @@ __attribute__((format(printf, 2, 3))) static int fail(int status, const char *fo
     return status;
 }
 
-#define TRY(call)                                                                                            \
-    do {                                                                                                     \
-        int status_ = (call);                                                                                \
-        if (status_) return status_;                                                                         \
-    } while (0)
-// Calls a launcher; on failure sets the error and returns its status.
+// Sets the error of a launcher. function: of fsa.h; call: the launcher's call, of which the name is kept.
+static int fail_launcher(int status, const char *function, const char *call) {
+    if (status == FSA_ERROR_CUDA) return fail(status, "%s: %s", function, fsa_cuda_error());
+    return fail(status, "%s: %.*s: unsupported arguments; fsa.h states the limits", function,
+                (int)strcspn(call, "("), call);
+}
+// Calls a launcher, or a function of the CUDA runtime; on failure sets the error and returns the status.
 #define RUN(call)                                                                                            \
     do {                                                                                                     \
         int status_ = (call);                                                                                \
-        if (status_ == FSA_ERROR_CUDA) return fail(status_, "%.80s...: kernel launch failed", #call);        \
-        if (status_)                                                                                         \
-            return fail(status_, "%.80s...: unsupported arguments; fsa.h states the limits", #call);         \
+        if (status_) return fail_launcher(status_, __func__, #call);                                         \
+    } while (0)
+#define RUN_CUDA(call)                                                                                       \
+    do {                                                                                                     \
+        cudaError_t error_ = (call);                                                                         \
+        if (error_ != cudaSuccess)                                                                           \
+            return fail_launcher(fsa_record_cuda_error(#call, error_), __func__, #call);                     \
     } while (0)
 
 static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b) {
@@ -67,10 +74,15 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
         return fail(FSA_ERROR_ARGUMENT, "num_queries %lld, num_keys %lld: must be at most 2^31 - 1",
                     (long long)b->num_queries, (long long)b->num_keys);
     }
-    if (b->num_queries * c->topk > (int64_t)UINT32_MAX) {
+    if (b->num_queries > INT32_MAX / c->topk) {
         return fail(FSA_ERROR_ARGUMENT,
-                    "num_queries %lld: times topk %d must be at most 2^32 - 1; split the batch",
-                    (long long)b->num_queries, c->topk);
+                    "num_queries %lld: times topk %d must be below 2^31; use batches of at most %lld",
+                    (long long)b->num_queries, c->topk, (long long)INT32_MAX / c->topk);
+    }
+    if (b->num_queries > (int64_t)UINT32_MAX / c->q_heads) {
+        return fail(FSA_ERROR_ARGUMENT,
+                    "num_queries %lld: times q_heads %d must be below 2^32; use batches of at most %lld",
+                    (long long)b->num_queries, c->q_heads, (long long)UINT32_MAX / c->q_heads);
     }
     return FSA_OK;
 }
@@ -193,6 +205,10 @@ size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
              (int)op, FSA_FORWARD, FSA_ATTENTION_BACKWARD);
         return 0;
     }
+    if (fsa_check_device()) {
+        fail(FSA_ERROR_CUDA, "%s: %s", __func__, fsa_cuda_error());
+        return 0;
+    }
     BatchLayout batch = make_batch_layout(b);
     return Workspace(c, &batch, dtype, op, NULL).bytes;
 }
@@ -211,12 +227,20 @@ const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const
 }
 
 // Checks the arguments that all operations share, and launches the kernel that fills the batch layout.
-static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op,
-                 void *workspace, size_t workspace_bytes, BatchLayout *batch, FsaStream stream) {
+// function: the caller's name.
+static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                 FsaOperation op, void *workspace, size_t workspace_bytes, BatchLayout *batch,
+                 FsaStream stream) {
     TRY(check_shape(c, dtype, b));
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
     if (!b->segments && b->num_segments > 0)
         return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
+    cudaError_t earlier = cudaPeekAtLastError();
+    if (earlier != cudaSuccess) {
+        return fail(FSA_ERROR_CUDA, "%s: not started, as a CUDA error of an earlier call is pending: %s",
+                    function, cudaGetErrorString(earlier));
+    }
+    if (fsa_check_device()) return fail_launcher(FSA_ERROR_CUDA, function, "");
     const BatchLayout bounds = make_batch_layout(b);
     const size_t need = Workspace(c, &bounds, dtype, op, NULL).bytes;
     if (!workspace) return fail(FSA_ERROR_WORKSPACE, "workspace: NULL; must have %zu bytes", need);
@@ -227,8 +251,8 @@ static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, Fs
         return fail(FSA_ERROR_WORKSPACE, "workspace_bytes %zu: must be at least %zu (fsa_workspace_size)",
                     workspace_bytes, need);
     }
-    RUN(fsa_batch_layout(batch, c, b, workspace, stream));
-    return FSA_OK;
+    int status = fsa_batch_layout(batch, c, b, workspace, stream);
+    return status ? fail_launcher(status, function, "fsa_batch_layout") : FSA_OK;
 }
 
 static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
@@ -255,7 +279,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
                 const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
                 FsaStream stream) {
     BatchLayout batch;
-    TRY(start(c, dtype, b, FSA_FORWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_FORWARD, workspace, workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(k);
@@ -275,8 +299,8 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     void *const *o_branch = c->recompute ? w.o : s.o;
     RUN(branch_forward(c, &batch, dtype, 0, s, v, w.scratch, o_branch[0], s.lse[0], stream));
     if (block_indices) {
-        cudaMemcpyAsync(s.block_indices, block_indices, (size_t)c->kv_heads * batch.nq * c->topk * 4,
-                        cudaMemcpyDeviceToDevice, stream);
+        size_t bytes = (size_t)c->kv_heads * batch.nq * c->topk * 4;
+        RUN_CUDA(cudaMemcpyAsync(s.block_indices, block_indices, bytes, cudaMemcpyDeviceToDevice, stream));
     } else {
         RUN(fsa_topk(c, &batch, dtype, s.q, s.kc, s.lse[0], s.block_indices, stream));
     }
@@ -292,7 +316,7 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                  const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
                  void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
-    TRY(start(c, dtype, b, FSA_BACKWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_BACKWARD, workspace, workspace_bytes, &batch, stream));
     if (batch.n == 0) return FSA_OK;
     POINTER(k);
     POINTER(v);
@@ -342,7 +366,7 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
                          const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
                          void *workspace, size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
-    TRY(start(c, dtype, b, FSA_SELECTED_FORWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_SELECTED_FORWARD, workspace, workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(k);
@@ -361,7 +385,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
                           const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
                           size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
-    TRY(start(c, dtype, b, FSA_SELECTED_BACKWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_SELECTED_BACKWARD, workspace, workspace_bytes, &batch, stream));
     if (batch.n == 0) return FSA_OK;
     POINTER(k);
     POINTER(v);
@@ -386,7 +410,7 @@ int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
                       const void *kc, const float *lse_c, int32_t *block_indices, void *workspace,
                       size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
-    TRY(start(c, dtype, b, FSA_SELECT_BLOCKS, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_SELECT_BLOCKS, workspace, workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(kc);
@@ -407,7 +431,7 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
                           size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
     TRY(check_rule(rule));
-    TRY(start(c, dtype, b, FSA_ATTENTION_FORWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_FORWARD, workspace, workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     POINTER(q);
     POINTER(k);
@@ -434,10 +458,9 @@ static int convert(FsaDtype dtype, const float *x, void *y, size_t bound, const 
     if (bound == 0) return FSA_OK;
     unsigned grid = (unsigned)((bound / 4 + 255) / 256);
     if (dtype == FSA_BF16)
-        convert_kernel<__nv_bfloat16><<<grid, 256, 0, stream>>>((const float4 *)x, (uint2 *)y, rows, row / 4);
-    else
-        convert_kernel<__half><<<grid, 256, 0, stream>>>((const float4 *)x, (uint2 *)y, rows, row / 4);
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+        return LAUNCH(convert_kernel<__nv_bfloat16>, grid, 256, 0, stream, (const float4 *)x, (uint2 *)y,
+                      rows, row / 4);
+    return LAUNCH(convert_kernel<__half>, grid, 256, 0, stream, (const float4 *)x, (uint2 *)y, rows, row / 4);
 }
 
 int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
@@ -446,7 +469,7 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
                            size_t workspace_bytes, FsaStream stream) {
     BatchLayout batch;
     TRY(check_rule(rule));
-    TRY(start(c, dtype, b, FSA_ATTENTION_BACKWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_BACKWARD, workspace, workspace_bytes, &batch, stream));
     NumElements n(c, &batch);
     bool compressed = rule == FSA_COMPRESSED;
     size_t keys = compressed ? n.kc : n.k; // elements of k
@@ -465,9 +488,9 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
     }
     Workspace w(c, &batch, dtype, FSA_ATTENTION_BACKWARD, workspace);
     if (n.q == 0 || keys == 0) { // no query or no key: the gradients are zero
-        cudaMemsetAsync(w.dq_accum, 0, n.q * 4, stream);
-        cudaMemsetAsync(w.dk_accum, 0, keys * 4, stream);
-        cudaMemsetAsync(w.dv_accum, 0, keys * 4, stream);
+        RUN_CUDA(cudaMemsetAsync(w.dq_accum, 0, n.q * 4, stream));
+        RUN_CUDA(cudaMemsetAsync(w.dk_accum, 0, keys * 4, stream));
+        RUN_CUDA(cudaMemsetAsync(w.dv_accum, 0, keys * 4, stream));
     } else {
         RUN(fsa_bwd_preprocess(c, dtype, batch.nq, o, lse, dout, w.delta[0], w.lse_bwd[0], stream));
         RUN(fsa_dense_backward(c, &batch, dtype, rule, q, k, v, dout, w.lse_bwd[0], w.delta[0], w.dq_accum,

@@ -1,7 +1,6 @@
-// batch.cu: prefix sums over the segments and sequences of a batch, and the choice between sm80/ and sm90/.
+// batch.cu: prefix sums over the segments and sequences of a batch.
 #include "batch.cuh"
-#include <stdlib.h>
-#include <string.h>
+#include "launch.cuh"
 
 // cu[i] = sum of length(j) for j < i, i = 0 .. count. One thread block of 256 threads: each thread sums a
 // contiguous chunk, one thread scans the chunks' sums, and each thread writes the prefix sums of its chunk.
@@ -48,16 +47,5 @@ int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, const FsaDeviceBatc
                    *const cu_blocks = cu_windows + b->num_seqs + 1;
     *batch = BatchLayout{b->num_queries, b->num_keys, b->num_seqs, b->num_segments, b->max_len,
                          b->cu_seqlens,  b->segments, cu_queries,  cu_windows,      cu_blocks};
-    batch_layout_kernel<<<1, 256, 0, stream>>>(*batch, c->cmp_len, c->cmp_stride, c->block);
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
-}
-
-bool fsa_use_sm90() {
-    static const char *kernels = getenv("FSA_KERNELS");
-    if (kernels && strcmp(kernels, "portable") == 0) return false;
-    int device = 0, major = 0, minor = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-           major == 9 && minor == 0;
+    return LAUNCH(batch_layout_kernel, 1, 256, 0, stream, *batch, c->cmp_len, c->cmp_stride, c->block);
 }

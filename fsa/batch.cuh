@@ -25,10 +25,6 @@ static inline int64_t fsa_max_blocks(const FsaConfig *c, const BatchLayout *batc
     return batch->n / c->block + batch->num_seqs;
 }
 
-// Returns whether the current device runs the kernels of sm90/: compute capability 9.0, and the environment
-// variable FSA_KERNELS is not "portable".
-bool fsa_use_sm90();
-
 // Returns the bytes of the three cu_ arrays that fsa_batch_layout fills, for at most num_seqs sequences and
 // num_segments segments.
 static inline size_t fsa_batch_layout_bytes(int64_t num_seqs, int64_t num_segments) {

@@ -469,15 +469,12 @@ static int compress_forward(const FsaConfig *c, const CompressParams &p, cudaStr
     if (windows == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) {
         int64_t threads = windows * p.kv_heads * (D / 2);
-        compress_mean_kernel<T, D><<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(p);
-        return launch_status();
+        return LAUNCH((compress_mean_kernel<T, D>), (unsigned)((threads + 255) / 256), 256, 0, stream, p);
     }
     int bytes = 2 * (128 + D) * 64 * 2;
-    cudaFuncSetAttribute(compress_linear_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    compress_bias_kernel<T, D><<<p.kv_heads, 1024, 0, stream>>>(p);
+    TRY(LAUNCH((compress_bias_kernel<T, D>), p.kv_heads, 1024, 0, stream, p));
     dim3 grid((unsigned)max_row_tiles(windows, p.batch.num_seqs, 128), p.kv_heads, 2);
-    compress_linear_kernel<T, D><<<grid, 128, bytes, stream>>>(p);
-    return launch_status();
+    return LAUNCH((compress_linear_kernel<T, D>), grid, 128, bytes, stream, p);
 }
 
 int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
@@ -495,25 +492,23 @@ static int compress_backward(const FsaConfig *c, const CompressParams &p, cudaSt
     unsigned rope_blocks = (unsigned)((threads + 255) / 256);
     if (p.batch.n == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) {
-        if (windows > 0) compress_inverse_rope_kernel<float, D><<<rope_blocks, 256, 0, stream>>>(p);
-        compress_mean_backward_kernel<D>
-            <<<(unsigned)((p.batch.n * p.kv_heads * D / 4 + 255) / 256), 256, 0, stream>>>(p);
-        return launch_status();
+        if (windows > 0)
+            TRY(LAUNCH((compress_inverse_rope_kernel<float, D>), rope_blocks, 256, 0, stream, p));
+        unsigned blocks = (unsigned)((p.batch.n * p.kv_heads * D / 4 + 255) / 256);
+        return LAUNCH(compress_mean_backward_kernel<D>, blocks, 256, 0, stream, p);
     }
     int bytes = 2 * (128 + D) * 64 * 2, bytes_w = 4 * 64 * D * 2;
-    cudaFuncSetAttribute(compress_dinput_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    cudaFuncSetAttribute(compress_dweight_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes_w);
-    if (windows > 0) compress_inverse_rope_kernel<T, D><<<rope_blocks, 256, 0, stream>>>(p);
+    if (windows > 0) TRY(LAUNCH((compress_inverse_rope_kernel<T, D>), rope_blocks, 256, 0, stream, p));
     int64_t tiles = max_row_tiles(p.batch.n, p.batch.num_seqs, 128 * p.stride);
     dim3 grid((unsigned)(tiles * p.stride), p.kv_heads, 2);
-    compress_dinput_kernel<T, D><<<grid, 128, bytes, stream>>>(p);
-    if (windows == 0) return launch_status();
+    TRY(LAUNCH((compress_dinput_kernel<T, D>), grid, 128, bytes, stream, p));
+    if (windows == 0) return FSA_OK;
     if (p.pe) {
-        compress_sum_dkc_kernel<T, D><<<p.kv_heads, 1024, 0, stream>>>(p);
-        compress_dpe_kernel<T, D><<<(unsigned)((int64_t)p.kv_heads * p.len * D / 8), 256, 0, stream>>>(p);
+        TRY(LAUNCH((compress_sum_dkc_kernel<T, D>), p.kv_heads, 1024, 0, stream, p));
+        unsigned dpe_blocks = (unsigned)((int64_t)p.kv_heads * p.len * D / 8);
+        TRY(LAUNCH((compress_dpe_kernel<T, D>), dpe_blocks, 256, 0, stream, p));
     }
-    compress_dweight_kernel<T, D><<<dim3(p.len, p.kv_heads, 2), 128, bytes_w, stream>>>(p);
-    return launch_status();
+    return LAUNCH((compress_dweight_kernel<T, D>), dim3(p.len, p.kv_heads, 2), 128, bytes_w, stream, p);
 }
 
 int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,

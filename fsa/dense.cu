@@ -73,17 +73,18 @@ static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, 
     if (!scratch) return FSA_ERROR_WORKSPACE;
     // The sm90 kernel does not write the dq rows that see no key.
     if (fsa_use_sm90() && rule == FSA_COMPRESSED && !d.accumulate_dq) {
-        cudaMemsetAsync(d.dq_accum, 0, (size_t)batch->nq * c->q_heads * c->head_dim * sizeof(float), stream);
+        const size_t bytes = (size_t)batch->nq * c->q_heads * c->head_dim * sizeof(float);
+        CUDA_TRY(cudaMemsetAsync(d.dq_accum, 0, bytes, stream));
         d.accumulate_dq = 1;
     }
-    int status = fsa_use_sm90() ? fsa_dense_backward_sm90(c, d, dtype, stream)
-                                : fsa_dense_backward_sm80(c, d, dtype, stream);
-    if (status) return status;
+    TRY(fsa_use_sm90() ? fsa_dense_backward_sm90(c, d, dtype, stream)
+                       : fsa_dense_backward_sm80(c, d, dtype, stream));
     if (d.num_splits > 1 && d.num_keys > 0) {
         int64_t row_size = (int64_t)d.kv_heads * c->head_dim, threads = d.num_keys * row_size / 4;
-        dense_combine_dkv_kernel<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(d, row_size);
+        return LAUNCH(dense_combine_dkv_kernel, (unsigned)((threads + 255) / 256), 256, 0, stream, d,
+                      row_size);
     }
-    return launch_status();
+    return FSA_OK;
 }
 
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,

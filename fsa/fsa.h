@@ -49,7 +49,7 @@ typedef enum {
     FSA_ERROR_CONFIG = 1,    // the FsaConfig breaks a rule or is not supported on the GPU
     FSA_ERROR_ARGUMENT = 2,  // a pointer is NULL or misaligned; a count or an enum value is out of range
     FSA_ERROR_WORKSPACE = 3, // the workspace is NULL, misaligned or too small
-    FSA_ERROR_CUDA = 4,      // a kernel launch failed
+    FSA_ERROR_CUDA = 4,      // a launch or a CUDA call failed, or an earlier CUDA error is pending
 } FsaStatus;
 
 enum { FSA_MAX_HEAD_DIM = 512, FSA_MAX_TOPK = 4096 };
@@ -106,13 +106,14 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 //
 // Errors common to all functions that launch kernels:
 //   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535
-//   FSA_ERROR_ARGUMENT    c or b is NULL; dtype is unknown; a count of b breaks its rule; Nq*T >= 2^32; or a
-//                         pointer that is needed is NULL or misaligned
+//   FSA_ERROR_ARGUMENT    c or b is NULL; dtype is unknown; a count of b breaks its rule; Nq*T >= 2^31 or
+//                         Nq*Hq >= 2^32; or a pointer that is needed is NULL or misaligned
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
-//   FSA_ERROR_CUDA        a launch failed
-// A function finds these errors before its first step. It finds the following ones only at the step that they
-// concern, after it has launched the earlier steps:
-//   FSA_ERROR_ARGUMENT    the selected branch has Nq*T >= 2^31 or Nq*Hq >= 2^32
+//   FSA_ERROR_CUDA        a CUDA error of an earlier call is pending on the calling thread. It stays pending
+// A function finds these errors before its first step, and launches nothing. It finds the following ones only
+// at the step that they concern, after it has launched the earlier steps:
+//   FSA_ERROR_CUDA        a launch, a copy or another CUDA call failed. fsa_last_error has the name of the
+//                         kernel or call, and CUDA's text. The function resets the error (cudaGetLastError)
 //   FSA_ERROR_CONFIG      block selection: the lists of free blocks exceed shared memory. With d = 128,
 //                         T - init_blocks - local_blocks can be about 490 for g = 4, and 99 for g = 16
 

@@ -94,13 +94,11 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
 
 template <typename T, int D>
 static int launch_gate_backward(const BwdPreprocessParams &p, unsigned grid, cudaStream_t stream) {
-    bwd_preprocess_kernel<T, D, 3><<<grid, 256, 0, stream>>>(p);
-    return launch_status();
+    return LAUNCH((bwd_preprocess_kernel<T, D, 3>), grid, 256, 0, stream, p);
 }
 template <typename T, int D>
 static int launch_bwd_preprocess(const BwdPreprocessParams &p, unsigned grid, cudaStream_t stream) {
-    bwd_preprocess_kernel<T, D, 1><<<grid, 256, 0, stream>>>(p);
-    return launch_status();
+    return LAUNCH((bwd_preprocess_kernel<T, D, 1>), grid, 256, 0, stream, p);
 }
 
 int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,

@@ -5,7 +5,8 @@
 // Conventions. c and batch are on the host and checked by the caller (api.cu); every other pointer is a
 // device pointer. A void array has the 16-bit type `dtype`. Nq, N, M, T, Hq, Hkv, g, d are those of fsa.h. A
 // launcher launches kernels on `stream`, allocates nothing and never synchronizes. It returns FSA_OK,
-// FSA_ERROR_CUDA if a launch fails, or what its comment lists. An empty batch is no error.
+// FSA_ERROR_CUDA if a launch or a CUDA call fails (fsa_cuda_error names it), or what its comment lists. An
+// empty batch is no error.
 //
 // Every *_bytes function returns at least as much for a batch whose counts are all at least as large.
 #ifndef FSA_KERNELS_H
@@ -16,6 +17,17 @@
 static inline float softmax_scale(const FsaConfig *c) {
     return c->scale != 0 ? c->scale : (float)(1 / __builtin_sqrt((double)c->head_dim));
 }
+
+// ---- launch.cu --------------------------------------------------------------------------------------
+// Returns the calling thread's last CUDA error in a launcher: "kernel or call: CUDA's text".
+const char *fsa_cuda_error();
+// Returns FSA_ERROR_CUDA if the current device or its attributes cannot be read. api.cu calls it first, so
+// the next two functions assume that the device can be read: if not, they return 1 and false.
+int fsa_check_device();
+int fsa_num_sms(); // of the current device
+// Returns whether the current device runs the kernels of sm90/: compute capability 9.0, and the environment
+// variable FSA_KERNELS is not "portable".
+bool fsa_use_sm90();
 
 // ---- rope.cu ----------------------------------------------------------------------------------------
 // RoPE of queries: out = x rotated by position * inv_freq, x and out [Nq, Hq, d]. The positions come from the

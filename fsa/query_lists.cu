@@ -18,6 +18,7 @@
 // 31 to rank, 15 to write, 9 for the tables. Shared memory serves atomics and scattered accesses to random
 // banks. The kernels are limited by instruction issue and shared memory.
 #include "kernels.h"
+#include "launch.cuh"
 #include <limits.h>
 
 enum {
@@ -366,10 +367,8 @@ int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t 
     params.rank_width = c->topk < 32 ? c->topk : 32;
     while (c->topk % params.rank_width) params.rank_width--;
     const int smem = WARPS * TABLE_WORDS * (int)sizeof(uint32_t) + 2 * CHUNK * (int)sizeof(uint16_t);
-    if (cudaFuncSetAttribute(fill_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess)
-        return FSA_ERROR_CUDA;
     dim3 grid((unsigned)lists->num_splits, (unsigned)lists->num_slabs, (unsigned)c->kv_heads);
-    count_kernel<<<grid, THREADS, 0, stream>>>(*batch, *lists, params, (uint32_t *)scratch);
-    fill_kernel<<<grid, THREADS, smem, stream>>>(*batch, *lists, params, (const uint32_t *)scratch);
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    TRY(LAUNCH(count_kernel, grid, THREADS, 0, stream, *batch, *lists, params, (uint32_t *)scratch));
+    return LAUNCH(fill_kernel, grid, THREADS, smem, stream, *batch, *lists, params,
+                  (const uint32_t *)scratch);
 }

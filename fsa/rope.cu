@@ -91,17 +91,15 @@ __global__ void __launch_bounds__(256)
 template <typename T, int D> static int launch_rope(const RopeParams &p, cudaStream_t stream) {
     unsigned blocks = (unsigned)((p.tokens + 7) / 8);
     if (blocks == 0) return FSA_OK;
-    rope_kernel<T, D><<<blocks, 128, 0, stream>>>(p);
-    return launch_status();
+    return LAUNCH((rope_kernel<T, D>), blocks, 128, 0, stream, p);
 }
 template <typename T, int D>
 static int launch_convert_dq(const FsaConfig *c, const BatchLayout *batch, const float *dq_accum, void *dq,
                              cudaStream_t stream) {
     const int64_t threads = batch->nq * c->q_heads * (D / 8);
     if (threads == 0) return FSA_OK;
-    convert_dq_kernel<T, D><<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(
-        dq_accum, (T *)dq, batch->nq, c->q_heads, c->q_heads / c->kv_heads);
-    return launch_status();
+    return LAUNCH((convert_dq_kernel<T, D>), (unsigned)((threads + 255) / 256), 256, 0, stream, dq_accum,
+                  (T *)dq, batch->nq, c->q_heads, c->q_heads / c->kv_heads);
 }
 
 static int run_rope(const FsaConfig *c, FsaDtype dtype, RopeParams p, cudaStream_t stream) {

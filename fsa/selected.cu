@@ -157,13 +157,10 @@ static SelectedSizes make_sizes(const FsaConfig *c, const BatchLayout *batch, Fs
     if (head_kv_bytes > 0) heads = min_i64(heads, KV_SCRATCH_BYTES / head_kv_bytes);
     s.heads = (int)max_i64(heads, 1);
     // One wave: as many work ranges as the GPU processes at a time.
-    int device = 0, num_sms = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
     int64_t resident_ranges = s.sm90     ? fsa_selected_ranges_per_sm_sm90(s.tile_keys, backward)
                               : backward ? 2
                                          : 3;
-    resident_ranges *= num_sms;
+    resident_ranges *= fsa_num_sms();
     s.num_ranges = (int)min_i64(max_i64(resident_ranges / s.heads, 1),
                                 ceil_div(s.slab_queries * c->topk, MIN_RANGE_ENTRIES));
     // Bounds for all smaller batches.
@@ -229,30 +226,29 @@ static SelectedParams make_params(const FsaConfig *c, const BatchLayout *batch, 
 static int build_lists_and_ranges(const FsaConfig *c, const BatchLayout *batch, const int32_t *block_indices,
                                   SelectedParams *a, cudaStream_t stream) {
     // The sort uses the memory of the partial rows as scratch.
-    int status = fsa_query_lists(c, batch, block_indices, &a->lists, a->partial, stream);
-    if (status || a->lists.num_slabs == 0) return status;
-    work_ranges_kernel<<<dim3((unsigned)a->lists.num_slabs, (unsigned)c->kv_heads), RANGE_THREADS, 0,
-                         stream>>>(*a);
+    TRY(fsa_query_lists(c, batch, block_indices, &a->lists, a->partial, stream));
+    if (a->lists.num_slabs == 0) return FSA_OK;
+    dim3 grid((unsigned)a->lists.num_slabs, (unsigned)c->kv_heads);
+    TRY(LAUNCH(work_ranges_kernel, grid, RANGE_THREADS, 0, stream, *a));
     a->block_indices = block_indices;
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    return FSA_OK;
 }
 
 static int selected_forward(SelectedParams a, const SelectedSizes &s, FsaDtype dtype, int head_dim,
                             cudaStream_t stream) {
     for (a.kv_head0 = 0; a.kv_head0 < a.kv_heads; a.kv_head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.kv_head0 < s.heads ? a.kv_heads - a.kv_head0 : s.heads);
-        if (s.sm90 && fsa_pack_v_sm90(a, dtype, head_dim, heads, stream)) return FSA_ERROR_CUDA;
+        if (s.sm90) TRY(fsa_pack_v_sm90(a, dtype, head_dim, heads, stream));
         for (a.slab_index = 0; a.slab_index < a.lists.num_slabs; a.slab_index++) {
             a.num_queries = a.batch.nq - a.slab_index * s.slab_queries < s.slab_queries
                                 ? a.batch.nq - a.slab_index * s.slab_queries
                                 : s.slab_queries;
-            int status = s.sm90 ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
-                                : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream);
-            if (status) return status;
-            fsa_selected_combine(a, dtype, head_dim, heads, s.sm90, stream);
+            TRY(s.sm90 ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
+                       : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream));
+            TRY(fsa_selected_combine(a, dtype, head_dim, heads, s.sm90, stream));
         }
     }
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    return FSA_OK;
 }
 
 static int selected_backward(SelectedParams a, const SelectedSizes &s, FsaDtype dtype, int head_dim,
@@ -263,14 +259,13 @@ static int selected_backward(SelectedParams a, const SelectedSizes &s, FsaDtype 
             a.num_queries = a.batch.nq - a.slab_index * s.slab_queries < s.slab_queries
                                 ? a.batch.nq - a.slab_index * s.slab_queries
                                 : s.slab_queries;
-            int status = s.sm90 ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
-                                : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream);
-            if (status) return status;
-            fsa_selected_combine_backward(a, dtype, head_dim, heads, s.sm90, stream);
+            TRY(s.sm90 ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
+                       : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream));
+            TRY(fsa_selected_combine_backward(a, dtype, head_dim, heads, s.sm90, stream));
         }
-        fsa_selected_store_dkv(a, dtype, head_dim, heads, s.sm90, stream);
+        TRY(fsa_selected_store_dkv(a, dtype, head_dim, heads, s.sm90, stream));
     }
-    return cudaGetLastError() == cudaSuccess ? FSA_OK : FSA_ERROR_CUDA;
+    return FSA_OK;
 }
 
 int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
@@ -280,12 +275,10 @@ int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, Fs
     if (batch->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (batch->nq == 0) return FSA_OK;
     if (s.init + s.local > 0) {
-        int status = fsa_dense_init_local_forward(c, batch, dtype, q, k, v, o, lse, stream);
-        if (status) return status;
+        TRY(fsa_dense_init_local_forward(c, batch, dtype, q, k, v, o, lse, stream));
     }
     SelectedParams a = make_params(c, batch, s, scratch);
-    int status = build_lists_and_ranges(c, batch, block_indices, &a, stream);
-    if (status) return status;
+    TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
     a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
     if (gate) a.gate = *gate, a.gate_per_token = c->gate_per_token;
     return selected_forward(a, s, dtype, c->head_dim, stream);
@@ -301,8 +294,7 @@ int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, F
     if (batch->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (batch->n == 0) return FSA_OK;
     SelectedParams a = make_params(c, batch, s, scratch);
-    int status = build_lists_and_ranges(c, batch, block_indices, &a, stream);
-    if (status) return status;
+    TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
     a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_bwd = lse_bwd;
     a.dq = dq, a.dk = dk, a.dv = dv;
     if (branch_grads) a.branch_grads = *branch_grads;

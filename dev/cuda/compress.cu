@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(D / 2) naive_forward_kernel(const CompressPara
 }
 template <typename T, int D>
 static int launch_naive(const CompressParams &p, int64_t windows, cudaStream_t stream) {
-    naive_forward_kernel<T, D><<<dim3((unsigned)windows, p.kv_heads, 2), D / 2, 0, stream>>>(p);
-    return launch_status();
+    dim3 grid((unsigned)windows, p.kv_heads, 2);
+    return LAUNCH((naive_forward_kernel<T, D>), grid, D / 2, 0, stream, p);
 }
 static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
                          const void *v, const void *wk, const void *pe, const void *wv,

@@ -76,10 +76,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
     store_row(p.dv_accum, index, dv, p.accumulate_dkv);
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
-    naive_dq_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
-    if (d.num_keys > 0)
-        naive_dkdv_kernel<T, D><<<(unsigned)((d.num_keys * d.kv_heads + 3) / 4), 128, 0, stream>>>(d);
-    return launch_status();
+    unsigned dq_grid = (unsigned)((d.batch.nq * d.q_heads + 3) / 4);
+    TRY(LAUNCH((naive_dq_kernel<T, D>), dq_grid, 128, 0, stream, d));
+    unsigned dkdv_grid = (unsigned)((d.num_keys * d.kv_heads + 3) / 4);
+    if (dkdv_grid > 0) TRY(LAUNCH((naive_dkdv_kernel<T, D>), dkdv_grid, 128, 0, stream, d));
+    return FSA_OK;
 }
 static int naive_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                           const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p)
     if (lane == 0) p.lse[index] = sum > 0 ? max + logf(sum) : -INFINITY;
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
-    naive_forward_kernel<T, D><<<(unsigned)((d.batch.nq * d.q_heads + 3) / 4), 128, 0, stream>>>(d);
-    return launch_status();
+    unsigned grid = (unsigned)((d.batch.nq * d.q_heads + 3) / 4);
+    return LAUNCH((naive_forward_kernel<T, D>), grid, 128, 0, stream, d);
 }
 static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                          const void *q, const void *k, const void *v, void *o, float *lse,

@@ -54,9 +54,8 @@ __global__ void __launch_bounds__(128)
 static float *naive_scores;
 static int64_t naive_max_blocks;
 template <typename T, int D> static int launch_naive(const TopKParams &p, cudaStream_t stream) {
-    naive_topk_kernel<T, D>
-        <<<(unsigned)(p.batch.nq * p.kv_heads), 128, 0, stream>>>(p, naive_scores, naive_max_blocks);
-    return launch_status();
+    unsigned grid = (unsigned)(p.batch.nq * p.kv_heads);
+    return LAUNCH((naive_topk_kernel<T, D>), grid, 128, 0, stream, p, naive_scores, naive_max_blocks);
 }
 static int naive_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
                       const void *kc, const float *lse_c, int32_t *block_indices, cudaStream_t stream) {

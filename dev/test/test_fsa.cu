@@ -965,6 +965,7 @@ static void test_errors(Random *r) {
                    {&b.num_segments, 0, "num_segments 0"},
                    {&b.max_len, 300, "max_len 300"},
                    {&b.max_len, -1, "max_len -1"},
+                   {&b.num_queries, INT32_MAX / 8 + 1, "times topk 8 must be below 2^31"},
                    {&b.num_queries, 1ll << 30, "num_queries 1073741824"},
                    {&b.num_queries, 1ll << 31, "num_queries 2147483648"},
                    {&b.num_keys, 1ll << 31, "num_keys 2147483648"}};
@@ -1063,6 +1064,124 @@ static void test_errors(Random *r) {
     CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+// Errors of CUDA: fsa_last_error names the function, the kernel or call, and CUDA's text.
+static void test_cuda_errors(Random *r) {
+    typedef __nv_bfloat16 T;
+    Problem<T> p(r, default_config(4, 2, 64, 64, 6), {100, 300}, {}, true);
+    auto expect = [&](int status, const std::string &wanted) {
+        CHECK(status == FSA_ERROR_CUDA && strstr(fsa_last_error(), wanted.c_str()) &&
+                  !strchr(fsa_last_error(), '\n'),
+              "status %d and '%s' expected, got %d: %s", FSA_ERROR_CUDA, wanted.c_str(), status,
+              fsa_last_error());
+    };
+    // An error is pending. The functions report it, launch nothing and leave it pending.
+    cudaError_t invalid = cudaSetDevice(9999);
+    std::string pending = std::string("not started, as a CUDA error of an earlier call is pending: ") +
+                          cudaGetErrorString(invalid);
+    expect(p.forward(0), "fsa_forward: " + pending);
+    expect(p.backward(0), "fsa_backward: " + pending);
+    CHECK(cudaGetLastError() == invalid, "the pending error is no longer pending");
+    CHECK(p.forward(0) == FSA_OK && p.backward(0) == FSA_OK, "%s", fsa_last_error());
+#ifdef EMULATOR_H
+    // Every launch, copy, memset, kernel attribute and tensor map fails once.
+    FsaConfig c = p.c;
+    FsaDeviceBatch b = p.b, no_queries = b;
+    no_queries.num_queries = 0;
+    Buffer<char> work((int64_t)std::max(fsa_workspace_size(&c, FSA_BF16, &b, FSA_ATTENTION_BACKWARD),
+                                        fsa_workspace_size(&c, FSA_BF16, &b, FSA_SELECTED_BACKWARD)));
+    const size_t bytes = (size_t)work.n;
+    CHECK(p.forward(0) == FSA_OK, "%s", fsa_last_error());
+    const int32_t *selected = fsa_saved_block_indices(&c, FSA_BF16, &b, p.saved.get());
+    Buffer<float> lse(p.b.num_queries * c.q_heads);
+    Buffer<int32_t> indices(p.b.num_queries * c.kv_heads * c.topk);
+    cudaMemcpy(indices, selected, (size_t)indices.n * sizeof(int32_t), cudaMemcpyDeviceToDevice);
+    struct {
+        const char *name, *call; // call: one of the kernels and calls that fail
+        std::function<int()> run;
+    } functions[] = {
+        {"fsa_forward", "selected_combine_kernel", [&] { return p.forward(0); }},
+        {"fsa_forward", "cudaMemcpyAsync",
+         [&] {
+             FsaPhiWeights phi = {p.wk_, p.pe_, p.wv_};
+             return fsa_forward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, &phi, NULL, p.gate_, indices, p.o,
+                                p.saved, p.forward_workspace, (size_t)p.forward_workspace.n, 0);
+         }},
+        {"fsa_backward", "selected_store_dkv_kernel", [&] { return p.backward(0); }},
+        {"fsa_selected_forward", "work_ranges_kernel",
+         [&] {
+             return fsa_selected_forward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, indices, p.o, lse, work, bytes,
+                                         0);
+         }},
+        {"fsa_selected_backward", "selected_combine_bwd_kernel",
+         [&] {
+             return fsa_selected_backward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, indices, p.o, lse, p.dout_,
+                                          p.dq, p.dk, p.dv, work, bytes, 0);
+         }},
+        {"fsa_select_blocks", "topk_",
+         [&] { return fsa_select_blocks(&c, FSA_BF16, &b, p.q_, p.k_, lse, indices, work, bytes, 0); }},
+        {"fsa_attention_forward", "dense_forward_",
+         [&] {
+             return fsa_attention_forward(&c, FSA_BF16, &b, FSA_CAUSAL, p.q_, p.k_, p.v_, p.o, lse, work,
+                                          bytes, 0);
+         }},
+        {"fsa_attention_backward", "dense_combine_dkv_kernel",
+         [&] {
+             return fsa_attention_backward(&c, FSA_BF16, &b, FSA_COMPRESSED, p.q_, p.k_, p.v_, p.o, lse,
+                                           p.dout_, p.dq, p.dk, p.dv, work, bytes, 0);
+         }},
+        {"fsa_attention_backward", "cudaMemsetAsync",
+         [&] {
+             return fsa_attention_backward(&c, FSA_BF16, &no_queries, FSA_CAUSAL, p.q_, p.k_, p.v_, p.o, lse,
+                                           p.dout_, p.dq, p.dk, p.dv, work, bytes, 0);
+         }},
+    };
+    for (auto &f : functions) {
+        std::string names;
+        for (int n = 0;; n++) {
+            emu::fail_call(n, cudaErrorMemoryAllocation);
+            int status = f.run();
+            if (emu::pending_faults()) { // the function has made fewer calls
+                CHECK(status == FSA_OK && n > 0, "%s", fsa_last_error());
+                break;
+            }
+            expect(status, std::string(f.name) + ": ");
+            expect(status, ": out of memory");
+            const char *name = fsa_last_error() + strlen(f.name) + 2;
+            size_t length = strspn(name, "abcdefghijklmnopqrstuvwxyzCDEMTAF_0123456789");
+            CHECK(length > 4 && strcmp(name + length, ": out of memory") == 0, "%s", fsa_last_error());
+            names += std::string(name, length) + " ";
+            CHECK(cudaPeekAtLastError() == cudaSuccess, "%s left its own error pending", f.name);
+        }
+        CHECK(names.find(f.call) != std::string::npos, "%s: no %s in %s", f.name, f.call, names.c_str());
+    }
+    // The error of a kernel that ran earlier
+    emu::fail_call(0, cudaErrorIllegalAddress);
+    expect(p.forward(0),
+           "fsa_forward: batch_layout_kernel: an earlier kernel failed: an illegal memory access");
+    emu::fail_device_queries = true;
+    expect(p.forward(0), "fsa_forward: cudaGetDevice: invalid device ordinal");
+    CHECK(fsa_workspace_size(&c, FSA_BF16, &b, FSA_FORWARD) == 0, "a size without a device");
+    expect(FSA_ERROR_CUDA, "fsa_workspace_size: cudaGetDevice: invalid device ordinal");
+    emu::fail_device_queries = false;
+#else
+    // A launch fails: the stream's capture is invalid after a call that a capture does not allow.
+    cudaStream_t stream;
+    cudaGraph_t graph = NULL;
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    CHECK(cudaStreamSynchronize(stream) != cudaSuccess, "a capture allows cudaStreamSynchronize");
+    cudaGetLastError();
+    expect(p.forward(stream), std::string("fsa_forward: batch_layout_kernel: ") +
+                                  cudaGetErrorString(cudaErrorStreamCaptureInvalidated));
+    CHECK(cudaPeekAtLastError() == cudaSuccess, "fsa_forward left its own error pending");
+    cudaStreamEndCapture(stream, &graph);
+    cudaGetLastError();
+    CUDA_CHECK(cudaStreamDestroy(stream));
+#endif
+    CHECK(p.forward(0) == FSA_OK && p.backward(0) == FSA_OK, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+}
+
 // Sizes never shrink when a count of the batch grows, so a workspace for the largest batch serves all.
 static void test_sizes() {
     const int64_t max_tokens = 65536;
@@ -1126,6 +1245,7 @@ int main(int argc, char **argv) {
     typedef __nv_bfloat16 T;
     Random r(seed_from_args(argc, argv));
     test_errors(&r);
+    test_cuda_errors(&r);
     test_sizes();
     for (bool init_local : {true, false}) {
         test_branches<T>(&r, small, init_local);

@@ -367,13 +367,12 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 
 template <typename T, int D> static int launch_backward(const DenseParams &d, cudaStream_t stream) {
     int dq_smem = 4 * 64 * D * 2, dkdv_smem = 6 * 64 * D * 2 + 4 * 64 * (int)sizeof(float);
-    cudaFuncSetAttribute(dense_dq_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, dq_smem);
-    cudaFuncSetAttribute(dense_dkdv_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, dkdv_smem);
     int64_t dq_blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, 64) * d.q_heads;
     int64_t dkdv_blocks = max_row_tiles(d.num_keys, d.batch.num_seqs, 64) * d.kv_heads * d.num_splits;
-    if (dq_blocks > 0) dense_dq_kernel<T, D><<<(unsigned)dq_blocks, 128, dq_smem, stream>>>(d);
-    if (dkdv_blocks > 0) dense_dkdv_kernel<T, D><<<(unsigned)dkdv_blocks, 128, dkdv_smem, stream>>>(d);
-    return launch_status();
+    if (dq_blocks > 0) TRY(LAUNCH((dense_dq_kernel<T, D>), (unsigned)dq_blocks, 128, dq_smem, stream, d));
+    if (dkdv_blocks > 0)
+        TRY(LAUNCH((dense_dkdv_kernel<T, D>), (unsigned)dkdv_blocks, 128, dkdv_smem, stream, d));
+    return FSA_OK;
 }
 
 int fsa_dense_backward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {

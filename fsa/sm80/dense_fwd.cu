@@ -181,10 +181,9 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
 
 template <typename T, int D> static int launch_forward(const DenseParams &d, cudaStream_t stream) {
     int bytes = (128 + 4 * 64) * D * 2;
-    cudaFuncSetAttribute(dense_forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int64_t blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, 128) * d.q_heads;
-    if (blocks > 0) dense_forward_kernel<T, D><<<(unsigned)blocks, 128, bytes, stream>>>(d);
-    return launch_status();
+    if (blocks == 0) return FSA_OK;
+    return LAUNCH((dense_forward_kernel<T, D>), (unsigned)blocks, 128, bytes, stream, d);
 }
 
 int fsa_dense_forward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {

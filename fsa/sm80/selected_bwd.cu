@@ -284,10 +284,8 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
 template <typename T, int D>
 static int selected_backward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = 4 * 64 * D * 2 + 2 * 64 * 64 * 2;
-    if (allow_smem(selected_backward_sm80_kernel<T, D>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.num_ranges, heads);
-    selected_backward_sm80_kernel<T, D><<<grid, 128, smem, stream>>>(a);
-    return FSA_OK;
+    return LAUNCH((selected_backward_sm80_kernel<T, D>), grid, 128, smem, stream, a);
 }
 
 int fsa_selected_backward_sm80(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,

@@ -244,10 +244,8 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
 template <typename T, int D, int KEY_STEPS>
 static int launch_selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     int smem = KEY_STEPS * 64 * D * 2 * 2;
-    if (allow_smem(selected_forward_sm80_kernel<T, D, KEY_STEPS>, smem)) return FSA_ERROR_CUDA;
     dim3 grid((unsigned)a.num_ranges, heads);
-    selected_forward_sm80_kernel<T, D, KEY_STEPS><<<grid, 128, smem, stream>>>(a);
-    return FSA_OK;
+    return LAUNCH((selected_forward_sm80_kernel<T, D, KEY_STEPS>), grid, 128, smem, stream, a);
 }
 template <typename T, int D>
 static int selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {

@@ -262,10 +262,9 @@ static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int queries) {
 
 template <typename T, int D, int QUERIES>
 static int launch_topk_queries(const TopKParams &p, size_t bytes, cudaStream_t stream) {
-    cudaFuncSetAttribute(topk_kernel<T, D, QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     int64_t blocks = max_row_tiles(p.batch.nq, p.batch.num_segments, QUERIES) * p.kv_heads;
-    if (blocks > 0) topk_kernel<T, D, QUERIES><<<(unsigned)blocks, QUERIES * 8, bytes, stream>>>(p);
-    return launch_status();
+    if (blocks == 0) return FSA_OK;
+    return LAUNCH((topk_kernel<T, D, QUERIES>), (unsigned)blocks, QUERIES * 8, bytes, stream, p);
 }
 
 // Launches the first configuration that fits in shared memory: 32 queries with two stages or one, then 16

@@ -93,13 +93,6 @@ template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_row
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------
-static int num_sms() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 // Makes the tensor maps: q and dout in boxes of tile_queries queries x g heads x 64 channels, k and v in
 // boxes of KEYS keys of one head x 64 channels. Returns an FsaStatus.
 static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tile_queries,
@@ -117,18 +110,15 @@ static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, 
     return status;
 }
 
-// Launches a persistent kernel: one thread block per SM, at most one per work item. bytes: shared memory of a
-// thread block. Returns an FsaStatus.
+// Launches a persistent kernel: one thread block per SM, at most one per work item. name: the kernel's.
+// bytes: shared memory of a thread block. Returns an FsaStatus.
 template <typename Kernel>
-static int launch_persistent(Kernel kernel, const DenseParams &d, const TensorMaps &maps, int64_t num_items,
-                             int bytes, cudaStream_t stream) {
+static int launch_persistent(const char *name, Kernel kernel, const DenseParams &d, const TensorMaps &maps,
+                             int64_t num_items, int bytes, cudaStream_t stream) {
     if (num_items == 0) return FSA_OK;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
-        return FSA_ERROR_CUDA;
-    int64_t blocks = num_sms();
+    int64_t blocks = fsa_num_sms();
     if (blocks > num_items) blocks = num_items;
-    kernel<<<(unsigned)blocks, THREADS, bytes, stream>>>(d, maps, num_items);
-    return launch_status();
+    return launch_kernel(name, false, kernel, (unsigned)blocks, THREADS, bytes, stream, d, maps, num_items);
 }
 
 #endif

@@ -548,9 +548,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dtype, cudaStream_t stream) {
     TensorMaps maps = {};
-    int tile_queries = BWD_ROWS / (d.q_heads / d.kv_heads),
-        status = make_tensor_maps(d, dtype, D, tile_queries, &maps);
-    if (status) return status;
+    TRY(make_tensor_maps(d, dtype, D, BWD_ROWS / (d.q_heads / d.kv_heads), &maps));
     int64_t items_per_head = (d.num_keys + KEYS - 1) / KEYS * d.num_splits;
     if (items_per_head < 1) items_per_head = 1;
     const int64_t tiles_per_split = items_per_head / d.num_splits;
@@ -559,9 +557,9 @@ template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dt
     // its keys. The next wave goes in the other direction: each thread block starts at the first row that
     // sees its keys, when the earlier thread blocks pass there. So rows come into L2 once per wave, not once
     // per key tile.
-    d.alternate_direction = d.mask.stride > 1 && tiles_per_split <= num_sms();
+    d.alternate_direction = d.mask.stride > 1 && tiles_per_split <= fsa_num_sms();
     if (d.alternate_direction) {
-        d.head_group_size = (int)(num_sms() / tiles_per_split);
+        d.head_group_size = (int)(fsa_num_sms() / tiles_per_split);
     } else {
         int group_size = (int)((MIN_GROUP_ITEMS + items_per_head - 1) / items_per_head);
         if (group_size < MIN_HEAD_GROUP / d.num_splits) group_size = MIN_HEAD_GROUP / d.num_splits;
@@ -571,9 +569,9 @@ template <typename T, int D> static int backward_sm90(DenseParams d, FsaDtype dt
     int64_t num_items = max_row_tiles(d.num_keys, d.batch.num_seqs, KEYS) * d.kv_heads * d.num_splits;
     if (num_items > INT32_MAX / 2) return FSA_ERROR_ARGUMENT; // the work item counter has 32 bits
     size_t bytes = fsa_dense_semaphore_bytes(d.batch, d.q_heads, d.kv_heads);
-    if (cudaMemsetAsync(d.semaphores, 0, bytes, stream) != cudaSuccess) return FSA_ERROR_CUDA;
-    return launch_persistent(dense_backward_sm90_kernel<T, D>, d, maps, num_items,
-                             DenseBackwardSmem<D>::BYTES, stream);
+    CUDA_TRY(cudaMemsetAsync(d.semaphores, 0, bytes, stream));
+    return launch_persistent("dense_backward_sm90_kernel", dense_backward_sm90_kernel<T, D>, d, maps,
+                             num_items, DenseBackwardSmem<D>::BYTES, stream);
 }
 
 int fsa_dense_num_splits_sm90(int64_t num_keys, int kv_heads) {

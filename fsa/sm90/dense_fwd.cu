@@ -385,14 +385,13 @@ static int num_q_work_items(const DenseParams &d) {
 template <typename T, int D, bool INIT_LOCAL>
 static int launch_forward(const DenseParams &d, const TensorMaps &maps, cudaStream_t stream) {
     int bytes = 1024 + DenseForwardSmem<D>::BARRIER_OFFSET + 128 + FWD_ROWS * D * 2;
-    return launch_persistent(dense_forward_sm90_kernel<T, D, INIT_LOCAL>, d, maps, num_q_work_items(d), bytes,
-                             stream);
+    return launch_persistent("dense_forward_sm90_kernel", dense_forward_sm90_kernel<T, D, INIT_LOCAL>, d,
+                             maps, num_q_work_items(d), bytes, stream);
 }
 template <typename T, int D>
 static int forward_sm90(const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {
     TensorMaps maps = {};
-    int status = make_tensor_maps(d, dtype, D, FWD_ROWS / (d.q_heads / d.kv_heads), &maps);
-    if (status) return status;
+    TRY(make_tensor_maps(d, dtype, D, FWD_ROWS / (d.q_heads / d.kv_heads), &maps));
     return d.init_local.init_blocks + d.init_local.local_blocks > 0
                ? launch_forward<T, D, true>(d, maps, stream)
                : launch_forward<T, D, false>(d, maps, stream);

@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
 template <typename T, int D, int TILE_KEYS>
 static int pack_v(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     dim3 grid((unsigned)(a.lists.max_blocks * a.key_tiles), heads);
-    launch(a.kv_head0 > 0, pack_v_kernel<T, D, TILE_KEYS>, grid, PACK_THREADS, 0, stream, a);
-    return FSA_OK;
+    return LAUNCH_PDL(a.kv_head0 > 0, (pack_v_kernel<T, D, TILE_KEYS>), grid, PACK_THREADS, 0, stream, a);
 }
 
 int fsa_pack_v_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,

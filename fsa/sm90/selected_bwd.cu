@@ -417,15 +417,12 @@ static int selected_backward(const SelectedParams &a, unsigned heads, cudaStream
     typedef BackwardTraits<D, TILE_KEYS> Traits;
     constexpr int smem = (int)sizeof(BackwardSmem<D, TILE_KEYS>) * Traits::RANGES + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
-    if (allow_smem(selected_backward_sm90_kernel<T, D, TILE_KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map, v_map;
-    if (make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map) ||
-        make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v, &v_map))
-        return FSA_ERROR_CUDA;
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v, &v_map)));
     dim3 grid((unsigned)ceil_div(a.num_ranges, Traits::RANGES), heads);
-    launch(a.slab_index > 0, selected_backward_sm90_kernel<T, D, TILE_KEYS>, grid,
-           128 + 128 * Traits::CONSUMERS, smem, stream, a, k_map, v_map);
-    return FSA_OK;
+    return LAUNCH_PDL(a.slab_index > 0, (selected_backward_sm90_kernel<T, D, TILE_KEYS>), grid,
+                      128 + 128 * Traits::CONSUMERS, smem, stream, a, k_map, v_map);
 }
 
 int fsa_selected_backward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,

@@ -287,13 +287,12 @@ template <typename T, int D, int TILE_KEYS>
 static int selected_forward(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     constexpr int smem = (int)sizeof(ForwardSmem<D, TILE_KEYS>) + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
-    if (allow_smem(selected_forward_sm90_kernel<T, D, TILE_KEYS>, smem)) return FSA_ERROR_CUDA;
     CUtensorMap k_map;
-    if (make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)) return FSA_ERROR_CUDA;
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
     dim3 grid((unsigned)a.num_ranges, heads);
-    launch(a.slab_index > 0, selected_forward_sm90_kernel<T, D, TILE_KEYS>, grid,
-           128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS, smem, stream, a, k_map);
-    return FSA_OK;
+    const unsigned threads = 128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS;
+    return LAUNCH_PDL(a.slab_index > 0, (selected_forward_sm90_kernel<T, D, TILE_KEYS>), grid, threads, smem,
+                      stream, a, k_map);
 }
 
 int fsa_selected_forward_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,

@@ -1,7 +1,7 @@
 // sm90/tma.cuh: tensor maps for TMA, made on the host and passed to kernels by value.
 #ifndef FSA_SM90_TMA_CUH
 #define FSA_SM90_TMA_CUH
-#include "../fsa.h"
+#include "../launch.cuh"
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -23,18 +23,18 @@ static inline int make_tensor_map(CUtensorMap *map, FsaDtype dtype, int rank, co
                   found == cudaDriverEntryPointSuccess;
         return ok ? (Encode)f : (Encode)NULL;
     }();
-    if (!encode) return FSA_ERROR_CUDA;
+    if (!encode) return fsa_record_cuda_error("cuTensorMapEncodeTiled", cudaErrorSymbolNotFound);
     cuuint64_t sizes[4], strides[3];
     cuuint32_t boxes[4], ones[4] = {1, 1, 1, 1};
     for (int i = 0; i < rank; i++) {
         sizes[i] = (cuuint64_t)(size[i] > 0 ? size[i] : 1), boxes[i] = (cuuint32_t)box[i];
         if (i > 0) strides[i - 1] = (cuuint64_t)stride[i];
     }
-    return encode(map, dtype == FSA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  (cuuint32_t)rank, (void *)base, sizes, strides, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
-               ? FSA_OK
-               : FSA_ERROR_CUDA;
+    CUresult result = encode(
+        map, dtype == FSA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        (cuuint32_t)rank, (void *)base, sizes, strides, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result == CUDA_SUCCESS) return FSA_OK;
+    return fsa_record_cuda_error("cuTensorMapEncodeTiled", (cudaError_t)result); // the codes are the same
 }
 #endif

@@ -680,13 +680,10 @@ int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaSt
                   k_size[] = {D, p.kv_heads, p.batch.n / p.cmp_stride},
                   k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
     const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
-    int status = make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box);
-    if (!status) status = make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box);
-    if (status) return status;
+    TRY(make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box));
+    TRY(make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box));
     int smem_bytes = p.smem.end + 1024; // 1,024 to align the layout
-    cudaFuncSetAttribute(topk_sm90_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes);
-    topk_sm90_kernel<T, D><<<(unsigned)blocks, THREADS, smem_bytes, stream>>>(p, q_map, k_map);
-    return launch_status();
+    return LAUNCH((topk_sm90_kernel<T, D>), (unsigned)blocks, THREADS, smem_bytes, stream, p, q_map, k_map);
 }
 
 } // namespace
@@ -738,9 +735,7 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
     grow(&p.p_stages, 2), grow(&p.q_stages, 1);
     for (int i = p.p_stages; i < MAX_P_STAGES; i++) grow(&p.p_stages, 1);
 
-    int device = 0, num_sms = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    const int num_sms = fsa_num_sms();
     int64_t tiles =
         max_row_tiles(batch->nq, batch->num_segments, SCORERS * p.queries_per_scorer) * p.kv_heads;
     int blocks = (int)(tiles < num_sms ? tiles : num_sms);
