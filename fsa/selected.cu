@@ -236,6 +236,8 @@ static int build_lists_and_ranges(const FsaConfig *c, const BatchLayout *batch, 
 
 static int selected_forward(SelectedParams a, const SelectedSizes &s, FsaDtype dtype, int head_dim,
                             cudaStream_t stream) {
+    bool use_pdl = false;
+    if (s.sm90) TRY(fsa_selected_combine_supports_pdl(dtype, head_dim, &use_pdl));
     for (a.kv_head0 = 0; a.kv_head0 < a.kv_heads; a.kv_head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.kv_head0 < s.heads ? a.kv_heads - a.kv_head0 : s.heads);
         if (s.sm90) TRY(fsa_pack_v_sm90(a, dtype, head_dim, heads, stream));
@@ -245,7 +247,7 @@ static int selected_forward(SelectedParams a, const SelectedSizes &s, FsaDtype d
                                 : s.slab_queries;
             TRY(s.sm90 ? fsa_selected_forward_sm90(a, dtype, head_dim, heads, stream)
                        : fsa_selected_forward_sm80(a, dtype, head_dim, heads, stream));
-            TRY(fsa_selected_combine(a, dtype, head_dim, heads, s.sm90, stream));
+            TRY(fsa_selected_combine(a, dtype, head_dim, heads, use_pdl, stream));
         }
     }
     return FSA_OK;
@@ -253,6 +255,8 @@ static int selected_forward(SelectedParams a, const SelectedSizes &s, FsaDtype d
 
 static int selected_backward(SelectedParams a, const SelectedSizes &s, FsaDtype dtype, int head_dim,
                              cudaStream_t stream) {
+    bool use_pdl = false;
+    if (s.sm90) TRY(fsa_selected_combine_supports_pdl(dtype, head_dim, &use_pdl));
     for (a.kv_head0 = 0; a.kv_head0 < a.kv_heads; a.kv_head0 += s.heads) {
         unsigned heads = (unsigned)(a.kv_heads - a.kv_head0 < s.heads ? a.kv_heads - a.kv_head0 : s.heads);
         for (a.slab_index = 0; a.slab_index < a.lists.num_slabs; a.slab_index++) {
@@ -261,9 +265,9 @@ static int selected_backward(SelectedParams a, const SelectedSizes &s, FsaDtype 
                                 : s.slab_queries;
             TRY(s.sm90 ? fsa_selected_backward_sm90(a, dtype, head_dim, heads, stream)
                        : fsa_selected_backward_sm80(a, dtype, head_dim, heads, stream));
-            TRY(fsa_selected_combine_backward(a, dtype, head_dim, heads, s.sm90, stream));
+            TRY(fsa_selected_combine_backward(a, dtype, head_dim, heads, use_pdl, stream));
         }
-        TRY(fsa_selected_store_dkv(a, dtype, head_dim, heads, s.sm90, stream));
+        TRY(fsa_selected_store_dkv(a, dtype, head_dim, heads, use_pdl, stream));
     }
     return FSA_OK;
 }

@@ -186,6 +186,9 @@ int fsa_selected_backward_sm90(const SelectedParams &a, FsaDtype dtype, int head
 int fsa_selected_ranges_per_sm_sm90(int tile_keys, int backward);
 
 // selected_combine.cu. use_pdl: programmatic dependent launch (launch.cuh).
+// Sets *pdl to whether the kernels of this file support it: they are compiled together. The query costs as
+// much time as a launch, so a call of the branch makes it once. Returns an FsaStatus.
+int fsa_selected_combine_supports_pdl(FsaDtype dtype, int head_dim, bool *pdl);
 // Forward, after the main kernel of a slab: o, lse and o_gated from the partial rows.
 int fsa_selected_combine(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool use_pdl,
                          cudaStream_t stream);

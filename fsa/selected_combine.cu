@@ -361,23 +361,27 @@ __global__ void __launch_bounds__(256) selected_store_dkv_kernel(SelectedParams 
 template <typename T, int D>
 static int selected_combine(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
     dim3 grid((unsigned)ceil_div(a.num_queries * a.group, 256 / (D / 8)), heads);
-    if (use_pdl) TRY(SUPPORTS_PDL((selected_combine_kernel<T, D>), &use_pdl));
     return LAUNCH_PDL(use_pdl, (selected_combine_kernel<T, D>), grid, 256, 0, stream, a);
 }
 template <typename T, int D>
 static int selected_combine_backward(const SelectedParams &a, unsigned heads, bool use_pdl,
                                      cudaStream_t stream) {
     dim3 grid((unsigned)(a.num_ranges * 4 + ceil_div(a.num_queries * a.group, 256 / (D / 8))), heads);
-    if (use_pdl) TRY(SUPPORTS_PDL((selected_combine_bwd_kernel<T, D>), &use_pdl));
     return LAUNCH_PDL(use_pdl, (selected_combine_bwd_kernel<T, D>), grid, 256, 0, stream, a);
 }
 template <typename T, int D>
 static int selected_store_dkv(const SelectedParams &a, unsigned heads, bool use_pdl, cudaStream_t stream) {
     dim3 grid((unsigned)a.lists.max_blocks, heads);
-    if (use_pdl) TRY(SUPPORTS_PDL((selected_store_dkv_kernel<T, D>), &use_pdl));
     return LAUNCH_PDL(use_pdl, (selected_store_dkv_kernel<T, D>), grid, 256, 0, stream, a);
 }
 
+template <typename T, int D> static int combine_supports_pdl(bool *pdl) {
+    return SUPPORTS_PDL((selected_combine_kernel<T, D>), pdl);
+}
+
+int fsa_selected_combine_supports_pdl(FsaDtype dtype, int head_dim, bool *pdl) {
+    return FSA_DISPATCH(dtype, head_dim, combine_supports_pdl, pdl);
+}
 int fsa_selected_combine(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads, bool use_pdl,
                          cudaStream_t stream) {
     return FSA_DISPATCH(dtype, head_dim, selected_combine, a, heads, use_pdl, stream);
