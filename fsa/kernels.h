@@ -101,9 +101,9 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, F
 // rounding: dq in the layout of dq_accum; dk, dv [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0:
 // overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq, Hq], come from fsa_gate_backward or
 // fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient of the gated sum. Both write +inf for
-// a row without keys; P is 0 for lse_bwd = -inf, too. scratch: fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns
-// FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if scratch is NULL, FSA_ERROR_ARGUMENT if there are too
-// many work items (2^30).
+// a row without keys; P is 0 for lse_bwd = -inf, too. scratch: fsa_dense_backward_scratch_bytes bytes,
+// aligned to 16. Returns FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if scratch is NULL,
+// FSA_ERROR_ARGUMENT if there are too many work items (2^30).
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                        const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
