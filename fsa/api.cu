@@ -235,8 +235,9 @@ static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
     if (!b->segments && b->num_segments > 0)
         return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
+    // cudaEventQuery and cudaStreamQuery leave cudaErrorNotReady, which is no error.
     cudaError_t earlier = cudaPeekAtLastError();
-    if (earlier != cudaSuccess) {
+    if (earlier != cudaSuccess && earlier != cudaErrorNotReady) {
         return fail(FSA_ERROR_CUDA, "%s: not started, as a CUDA error of an earlier call is pending: %s",
                     function, cudaGetErrorString(earlier));
     }

@@ -10,7 +10,7 @@
 
 enum { MAX_PROCESSES = 48, RANKS = 8 }; // processes that run at once, and the most ranks of one job
 
-// What a process does once all ranks are connected.
+// The actions of a process once all ranks are connected.
 typedef enum {
     WORK,
     DIE_IN_STEP,

@@ -1083,6 +1083,11 @@ static void test_cuda_errors(Random *r) {
     CHECK(cudaGetLastError() == invalid, "the pending error is no longer pending");
     CHECK(p.forward(0) == FSA_OK && p.backward(0) == FSA_OK, "%s", fsa_last_error());
 #ifdef EMULATOR_H
+    // A query of an event that is not ready leaves no error.
+    emu::fail_call(0, cudaErrorNotReady);
+    CHECK(cudaMemsetAsync(p.o.get(), 0, 0, 0) == cudaErrorNotReady, "the fault was not planted");
+    CHECK(cudaPeekAtLastError() == cudaErrorNotReady && p.forward(0) == FSA_OK, "%s", fsa_last_error());
+    cudaGetLastError();
     // Every launch, copy, memset, kernel attribute and tensor map fails once.
     FsaConfig c = p.c;
     FsaDeviceBatch b = p.b, no_queries = b;
