@@ -291,6 +291,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
     TRY(check_phi(c, phi));
     FsaPhiWeights none = {NULL, NULL, NULL};
     if (c->phi == FSA_PHI_MEAN) phi = &none;
+    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
     Saved s(c, &batch, saved);
     Workspace w(c, &batch, dtype, FSA_FORWARD, workspace);
     RUN(fsa_rope_queries(c, &batch, dtype, q, inv_freq, s.q, stream));
@@ -303,10 +304,11 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
         size_t bytes = (size_t)c->kv_heads * batch.nq * c->topk * 4;
         RUN_CUDA(cudaMemcpyAsync(s.block_indices, block_indices, bytes, cudaMemcpyDeviceToDevice, stream));
     } else {
-        RUN(fsa_topk(c, &batch, dtype, s.q, s.kc, s.lse[0], s.block_indices, stream));
+        RUN(fsa_topk(c, &batch, dtype, {s.q, q_row}, {s.kc, k_row}, s.lse[0], s.block_indices, stream));
     }
     RUN(branch_forward(c, &batch, dtype, 2, s, v, w.scratch, o_branch[2], s.lse[2], stream));
-    GateCombine gate = {gate_logits, o_branch[0], o_branch[2], o};
+    const int64_t gate_row = c->gate_per_token ? 3 : 3 * c->q_heads;
+    GateCombine gate = {{gate_logits, gate_row}, o_branch[0], o_branch[2], {o, q_row}};
     RUN(fsa_selected_branch_forward(c, &batch, dtype, s.q, s.k, v, s.block_indices, w.scratch,
                                     c->recompute ? o : o_branch[1], s.lse[1], &gate, stream));
     return FSA_OK;
@@ -417,7 +419,8 @@ int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
     POINTER(kc);
     POINTER(lse_c);
     POINTER(block_indices);
-    RUN(fsa_topk(c, &batch, dtype, q, kc, lse_c, block_indices, stream));
+    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
+    RUN(fsa_topk(c, &batch, dtype, {q, q_row}, {kc, k_row}, lse_c, block_indices, stream));
     return FSA_OK;
 }
 

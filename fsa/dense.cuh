@@ -59,11 +59,11 @@ struct DenseParams {
     // 0. Backward: gradients of the selected branch in a query's local blocks are computed together with
     // those of the window.
     InitLocalBlocks init_local;
-    const void *q, *k, *v; // [nq, q_heads, D], [num_keys, kv_heads, D] twice
-    void *o;               // [nq, q_heads, D]
-    float *lse;            // [nq, q_heads]
+    ConstRows q, k, v; // [nq, q_heads, D], [num_keys, kv_heads, D] twice
+    Rows o;            // [nq, q_heads, D]
+    float *lse;        // [nq, q_heads]
     // Backward. dout: ungated gradient of the output. exp(S - lse_bwd) is gate * P.
-    const void *dout;                         // [nq, q_heads, D]
+    ConstRows dout;                           // [nq, q_heads, D]
     const float *lse_bwd, *delta;             // [nq, q_heads]
     const float *local_lse_bwd, *local_delta; // [nq, q_heads], of the selected branch
     // fp32: dq in the layout of dq_accum_row, dk and dv [num_keys, kv_heads, D]

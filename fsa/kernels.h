@@ -13,6 +13,33 @@
 #define FSA_KERNELS_H
 #include "batch.cuh"
 
+// A 16-bit array with a row for each token: [heads, d] for the arrays of the attention, [heads, 3] for gate
+// logits. The row of token i begins at element i*stride. A packed array has the stride heads*d (or heads*3);
+// a view of a larger matrix, like q inside a QKV matrix, has a larger one.
+struct ConstRows {
+    const void *data;
+    int64_t stride;
+};
+struct Rows {
+    void *data;
+    int64_t stride;
+    operator ConstRows() const { return {data, stride}; }
+};
+
+// A packed array of q's shape [Nq, Hq, d], and of k's shape [N or M, Hkv, d].
+static inline ConstRows packed_q(const FsaConfig *c, const void *x) {
+    return {x, (int64_t)c->q_heads * c->head_dim};
+}
+static inline Rows packed_q(const FsaConfig *c, void *x) {
+    return {x, (int64_t)c->q_heads * c->head_dim};
+}
+static inline ConstRows packed_kv(const FsaConfig *c, const void *x) {
+    return {x, (int64_t)c->kv_heads * c->head_dim};
+}
+static inline Rows packed_kv(const FsaConfig *c, void *x) {
+    return {x, (int64_t)c->kv_heads * c->head_dim};
+}
+
 // Returns the factor of q.k before softmax.
 static inline float softmax_scale(const FsaConfig *c) {
     return c->scale != 0 ? c->scale : (float)(1 / __builtin_sqrt((double)c->head_dim));
@@ -130,15 +157,15 @@ int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype d
 // [Nq, Hq]: lse of the compressed branch. Writes block_indices [Hkv, Nq, T]. Calls fsa_topk_sm90 on Hopper if
 // it supports c, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128, and the errors of
 // the function that it calls.
-int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
              const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 // The same by sm80/topk.cu. Returns FSA_ERROR_CONFIG if the lists of free blocks exceed its shared memory.
-int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 // Returns whether there are at most 16 free blocks: T - init_blocks - local_blocks <= 16.
 bool fsa_topk_sm90_supports(const FsaConfig *c);
 // The same by sm90/topk.cu. c must be supported.
-int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
 
 // ---- query_lists.cu ---------------------------------------------------------------------------------
@@ -146,7 +173,7 @@ int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
 // block that the slot names, within a block by query. Blocks are counted over all sequences (cu_blocks).
 struct QueryLists {
     int64_t slab_queries, num_slabs; // queries per slab; number of slabs
-    int64_t max_blocks;            // bound on the blocks of all sequences
+    int64_t max_blocks;              // bound on the blocks of all sequences
     int num_splits;                // thread blocks that sort one slab, each a contiguous part of its queries
     int init_blocks, local_blocks; // a query's first and last blocks that the lists leave out
     // [Hkv, Nq*T]; an entry is query*T + slot; slab i begins at i*slab_queries*T.
@@ -196,9 +223,9 @@ size_t fsa_selected_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, 
 // The gate's forward pass, which the combine kernel of the selected branch applies to its result:
 //   o_gated = sigmoid(logits[0]) o_cmp + sigmoid(logits[1]) o + sigmoid(logits[2]) o_win
 struct GateCombine {
-    const void *logits;        // [Nq, Hq, 3], or [Nq, 3] with gate_per_token
-    const void *o_cmp, *o_win; // outputs of the compressed and the sliding branch, [Nq, Hq, d]
-    void *o_gated;             // [Nq, Hq, d]
+    ConstRows logits;          // [Nq, Hq, 3], or [Nq, 3] with gate_per_token
+    const void *o_cmp, *o_win; // outputs of the compressed and the sliding branch, [Nq, Hq, d], packed
+    Rows o_gated;              // [Nq, Hq, d]
 };
 // Computes the selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in
 // block_indices [Hkv, Nq, T]. gate: NULL, or the gated sum to compute as well. If gate->o_gated == o, the

@@ -283,7 +283,8 @@ int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, Fs
     }
     SelectedParams a = make_params(c, batch, s, scratch);
     TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
-    a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
+    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
+    a.q = {q, q_row}, a.k = {k, k_row}, a.v = {v, k_row}, a.o = {o, q_row}, a.lse = lse;
     if (gate) a.gate = *gate, a.gate_per_token = c->gate_per_token;
     return selected_forward(a, s, dtype, c->head_dim, stream);
 }
@@ -299,8 +300,10 @@ int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, F
     if (batch->n == 0) return FSA_OK;
     SelectedParams a = make_params(c, batch, s, scratch);
     TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
-    a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_bwd = lse_bwd;
-    a.dq = dq, a.dk = dk, a.dv = dv;
+    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
+    a.q = {q, q_row}, a.k = {k, k_row}, a.v = {v, k_row}, a.dout = {dout, q_row}, a.delta = delta,
+    a.lse_bwd = lse_bwd;
+    a.dq = {dq, q_row}, a.dk = {dk, k_row}, a.dv = {dv, k_row};
     if (branch_grads) a.branch_grads = *branch_grads;
     return selected_backward(a, s, dtype, c->head_dim, stream);
 }

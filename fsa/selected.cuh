@@ -42,7 +42,7 @@ struct SelectedParams {
     // the KV block whose list has this position (0 for position 0: the first blocks' lists may be empty).
     uint32_t *range_offsets, *range_blocks;
     float scale;
-    const void *q, *k, *v, *dout;
+    ConstRows q, k, v, dout;
     const int32_t *block_indices;
     const float *delta, *lse_bwd;
     uint32_t l2_rows; // the first l2_rows partial rows stay in L2 until the combine kernel reads them
@@ -58,7 +58,7 @@ struct SelectedParams {
     // Backward: [heads, num_ranges, key_tiles, tile_keys, 2, D] dK / scale and dV of the KV block whose
     // query list continues from the previous work range into this one.
     float *dkv_partial;
-    void *o, *dq, *dk, *dv;
+    Rows o, dq, dk, dv;
     float *lse;
     GateCombine gate;             // forward: the gated sum of all branches, unless o_gated is NULL
     int gate_per_token;           // one triple of gate logits for all heads of a query

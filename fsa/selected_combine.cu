@@ -115,19 +115,19 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     // Before pdl_wait, load the arrays that the main kernel does not write. The kernels that wrote these
     // arrays ended before the main kernel let this kernel start. Each lane later reads only the chunk that
     // it copied.
-    const bool has_init_local = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.o_gated;
+    const bool has_init_local = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.o_gated.data;
     __shared__ uint4 branch_rows[3][256]; // o of initial and local blocks, o_cmp, o_win
     auto copy_chunk = [&](int i, const void *o) {
         cp_async_16(smem_address(&branch_rows[i][threadIdx.x]),
                     (const uint4 *)o + r.row * (uint64_t)Reader::LANES + r.chunk);
     };
-    if (has_init_local) copy_chunk(0, a.o);
+    if (has_init_local) copy_chunk(0, a.o.data);
     if (gated) copy_chunk(1, a.gate.o_cmp), copy_chunk(2, a.gate.o_win);
     cp_async_commit();
     float init_local_lse = has_init_local ? a.lse[r.row] : -INFINITY;
     T logit = (T)0.f; // lane `chunk` < 3 holds the logit of branch `chunk`
     if (gated && r.chunk < 3)
-        logit = ((const T *)a.gate.logits)[(a.gate_per_token ? r.query : r.row) * 3ull + r.chunk];
+        logit = ((const T *)a.gate.logits.data)[(a.gate_per_token ? r.query : r.row) * 3ull + r.chunk];
     r.find_valid_slots(a, 0);
     pdl_wait();
     pdl_launch_dependents();
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     const float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
-    if (a.o != a.gate.o_gated) r.template store<T>(a.o, acc);
+    if (a.o.data != a.gate.o_gated.data) r.template store<T>(a.o.data, acc);
 
     // The gated sum of the three branches.
     if (gated) {
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
         for (int i = 1; i < 3; i++)
             add_row<T>(acc, branch_rows[i][threadIdx.x],
                        __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2, Reader::LANES));
-        r.template store<T>(a.gate.o_gated, acc);
+        r.template store<T>(a.gate.o_gated.data, acc);
     }
     if (r.chunk == 0 && r.in_slab) a.lse[r.row] = sum > 0 ? (max_lse + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
@@ -299,7 +299,7 @@ static __device__ void combine_dq_partial(const SelectedParams &a, unsigned inde
             acc[j] = acc[j] * cs.x + (upper ? -other : other) * cs.y;
         }
     }
-    r.template store<T>(a.dq, acc);
+    r.template store<T>(a.dq.data, acc);
 }
 
 // Backward: the reductions after the main kernel of a slab. The thread blocks for dkv_partial have the lowest
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(256) selected_store_dkv_kernel(SelectedParams 
             }
         }
         if (!is_v && a.branch_grads.dk_unrotated) add(a.branch_grads.dk_unrotated + offset, 1);
-        T *const out = (T *)(is_v ? a.dv : a.dk) + offset;
+        T *const out = (T *)(is_v ? a.dv.data : a.dk.data) + offset;
         *(uint2 *)out = make_uint2(pack2<T>(lo[0], lo[1]), pack2<T>(lo[2], lo[3]));
         *(uint2 *)(out + D / 2) = make_uint2(pack2<T>(hi[0], hi[1]), pack2<T>(hi[2], hi[3]));
     }

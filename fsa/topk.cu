@@ -2,7 +2,7 @@
 // Otherwise it calls sm80/topk.cu.
 #include "kernels.h"
 
-int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
              const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     return fsa_use_sm90() && fsa_topk_sm90_supports(c)

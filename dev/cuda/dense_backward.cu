@@ -31,12 +31,12 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dq_ker
     int kv_head = index % p.q_heads / (p.q_heads / p.kv_heads);
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dq[D / 32] = {};
-    load_row<T, D>(q, p.q, index);
-    load_row<T, D>(dout, p.dout, index);
+    load_row<T, D>(q, p.q.data, index);
+    load_row<T, D>(dout, p.dout.data, index);
     for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = (p.cu_keys[seq] + j) * p.kv_heads + kv_head;
-        load_row<T, D>(k, p.k, key);
-        load_row<T, D>(v, p.v, key);
+        load_row<T, D>(k, p.k.data, key);
+        load_row<T, D>(v, p.v.data, key);
         float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[index]);
         float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[index]);
         for (int i = 0; i < D / 32; i++) dq[i] += ds * k[i];
@@ -55,8 +55,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
     int64_t seq = find_in_cu(p.cu_keys, p.batch.num_seqs, key);
     int j = (int)(key - p.cu_keys[seq]);
     float q[D / 32], dout[D / 32], k[D / 32], v[D / 32], dk[D / 32] = {}, dv[D / 32] = {};
-    load_row<T, D>(k, p.k, index);
-    load_row<T, D>(v, p.v, index);
+    load_row<T, D>(k, p.k.data, index);
+    load_row<T, D>(v, p.v.data, index);
     for (int64_t s = 0; s < p.batch.num_segments; s++) {
         FsaSegment segment = p.batch.segments[s];
         if (segment.seq != seq) continue;
@@ -64,8 +64,8 @@ template <typename T, int D> __global__ void __launch_bounds__(128) naive_dkdv_k
             if (!p.mask.visible((int)t, j)) continue;
             for (int h = 0; h < g; h++) {
                 int64_t row = (p.batch.cu_queries[s] + t - segment.pos) * p.q_heads + kv_head * g + h;
-                load_row<T, D>(q, p.q, row);
-                load_row<T, D>(dout, p.dout, row);
+                load_row<T, D>(q, p.q.data, row);
+                load_row<T, D>(dout, p.dout.data, row);
                 float prob = expf(p.scale * warp_dot(q, k) - p.lse_bwd[row]);
                 float ds = p.scale * prob * (warp_dot(dout, v) - p.delta[row]);
                 for (int i = 0; i < D / 32; i++) dk[i] += ds * q[i], dv[i] += prob * dout[i];
@@ -87,7 +87,7 @@ static int naive_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype
                           const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                           int accumulate_dkv, void *, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
+    d.q.data = q, d.k.data = k, d.v.data = v, d.dout.data = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);

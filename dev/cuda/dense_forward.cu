@@ -15,20 +15,21 @@ __global__ void __launch_bounds__(128) naive_forward_kernel(const DenseParams p)
     int64_t seq, pos;
     query_position(p.batch, row, &seq, &pos);
     float q[D / 32], out[D / 32] = {}, max = -INFINITY, sum = 0;
-    for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q)[index * D + i * 32 + lane]);
+    for (int i = 0; i < D / 32; i++) q[i] = to_f32(((const T *)p.q.data)[index * D + i * 32 + lane]);
     for (int j = p.mask.first_key((int)pos); j < p.mask.end_key((int)pos); j++) {
         int64_t key = ((p.cu_keys[seq] + j) * p.kv_heads + kv_head) * D;
         float s = 0;
-        for (int i = 0; i < D / 32; i++) s += q[i] * to_f32(((const T *)p.k)[key + i * 32 + lane]);
+        for (int i = 0; i < D / 32; i++) s += q[i] * to_f32(((const T *)p.k.data)[key + i * 32 + lane]);
         for (int step = 16; step > 0; step /= 2) s += __shfl_xor_sync(~0u, s, step);
         s *= p.scale;
         float new_max = fmaxf(max, s), rescale = expf(max - new_max), e = expf(s - new_max);
         max = new_max;
         sum = sum * rescale + e;
         for (int i = 0; i < D / 32; i++)
-            out[i] = out[i] * rescale + e * to_f32(((const T *)p.v)[key + i * 32 + lane]);
+            out[i] = out[i] * rescale + e * to_f32(((const T *)p.v.data)[key + i * 32 + lane]);
     }
-    for (int i = 0; i < D / 32; i++) ((T *)p.o)[index * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
+    for (int i = 0; i < D / 32; i++)
+        ((T *)p.o.data)[index * D + i * 32 + lane] = (T)(sum > 0 ? out[i] / sum : 0);
     if (lane == 0) p.lse[index] = sum > 0 ? max + logf(sum) : -INFINITY;
 }
 template <typename T, int D> static int launch_naive(const DenseParams &d, cudaStream_t stream) {
@@ -39,7 +40,7 @@ static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype 
                          const void *q, const void *k, const void *v, void *o, float *lse,
                          cudaStream_t stream) {
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
+    d.q.data = q, d.k.data = k, d.v.data = v, d.o.data = o, d.lse = lse;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
 

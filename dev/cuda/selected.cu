@@ -104,7 +104,8 @@ static void check(Random *r, const FsaConfig &c, const std::vector<int64_t> &len
     int64_t triples = (c.gate_per_token ? nq : rows) * 3;
     Host<T> logits(r, triples, 2), o_cmp(r, rows * d, 1), o_win(r, rows * d, 1);
     Buffer<T> logits_(logits.raw), o_cmp_(o_cmp.raw), o_win_(o_win.raw), o_gated_(rows * d);
-    GateCombine gate = {logits_, o_cmp_, o_win_, o_gated_};
+    GateCombine gate = {
+        {logits_, c.gate_per_token ? 3 : 3 * c.q_heads}, o_cmp_, o_win_, {o_gated_, c.q_heads * d}};
     float *branches[3] = {o_cmp.f.data(), o.data(), o_win.f.data()};
     std::vector<float> o_gated(rows * d);
     fsa_ref_gate_forward_f32(&c, nq, logits.f.data(), branches, o_gated.data());

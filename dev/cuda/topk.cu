@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(128)
                 int64_t head = query * p.q_heads + kv_head * group + h;
                 float dot = 0;
                 for (int i = 0; i < D; i++)
-                    dot += to_f32(((const T *)p.q)[head * D + i]) * to_f32(((const T *)p.kc)[key + i]);
+                    dot +=
+                        to_f32(((const T *)p.q.data)[head * D + i]) * to_f32(((const T *)p.kc.data)[key + i]);
                 s += overlap * expf(p.scale * dot - p.lse[head]);
             }
         }
@@ -57,8 +58,8 @@ template <typename T, int D> static int launch_naive(const TopKParams &p, cudaSt
     unsigned grid = (unsigned)(p.batch.nq * p.kv_heads);
     return LAUNCH((naive_topk_kernel<T, D>), grid, 128, 0, stream, p, naive_scores, naive_max_blocks);
 }
-static int naive_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                      const void *kc, const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
+static int naive_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
+                      const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
     TopKParams p = {*batch,
                     q,
                     kc,
@@ -142,7 +143,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
         for (int again = 0; again < 2; again++) {
             block_indices.poison();
             CUDA_CHECK(cudaMemset(block_indices.get(), 0x55, block_indices.n * sizeof(int32_t)));
-            FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, q_dev, kc_dev, lse_dev, block_indices, 0));
+            FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, packed_q(&c, q_dev), packed_kv(&c, kc_dev),
+                                  lse_dev, block_indices, 0));
             CUDA_CHECK(cudaDeviceSynchronize());
             got = block_indices.host();
             check_that(!again || got == before, ("repeat of " + what).c_str(), 1, 0);
@@ -184,7 +186,10 @@ template <typename T> static void time_shape(const Timing &t, int block, int top
         Buffer<float> scores(naive ? t.hkv * t.n * naive_max_blocks : 1);
         naive_scores = scores;
         double ms = time_ms(
-            [&] { FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, q, kc, lse, block_indices, 0)); },
+            [&] {
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, packed_q(&c, q), packed_kv(&c, kc), lse,
+                                      block_indices, 0));
+            },
             naive ? 3 : 10);
         double pairs = visible_pairs(c, FSA_COMPRESSED, t.n) * t.hq, flops = pairs * 2 * d;
         double bytes = 2.0 * d * (t.n * t.hq + windows * t.hkv) + 4.0 * t.n * (t.hq + t.hkv * topk);

@@ -44,11 +44,11 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
     int64_t q_offset = rows.row * q_stride + q_head * D,
             kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
-    const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
+    const T *k = (const T *)p.k.data + kv_offset, *v = (const T *)p.v.data + kv_offset;
 
     // Q and dout go through the second stage of K and V into registers.
-    load_tile<ROWS, D, 128>(smem_k + K_BYTES, (const T *)p.q + q_offset, q_stride, rows.rows);
-    load_tile<ROWS, D, 128>(smem_v + K_BYTES, (const T *)p.dout + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(smem_k + K_BYTES, (const T *)p.q.data + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, 128>(smem_v + K_BYTES, (const T *)p.dout.data + q_offset, q_stride, rows.rows);
     auto load_keys = [&](int j, int stage) {
         load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
         load_tile<KEYS, D, 128>(smem_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
     int64_t k_offset = keys.row * kv_stride + kv_head * D;
-    load_tile<KEYS, D, 128>(smem_k, (const T *)p.k + k_offset, kv_stride, keys.rows);
-    load_tile<KEYS, D, 128>(smem_v, (const T *)p.v + k_offset, kv_stride, keys.rows);
+    load_tile<KEYS, D, 128>(smem_k, (const T *)p.k.data + k_offset, kv_stride, keys.rows);
+    load_tile<KEYS, D, 128>(smem_v, (const T *)p.v.data + k_offset, kv_stride, keys.rows);
 
     // First segment of the sequence; first and last position that see any of the keys.
     int64_t seg_begin = 0, seg_end = p.batch.num_segments;
@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     auto load_queries = [&](int stage) {
         int count = next.end - next.pos;
         int64_t offset = next.row * q_stride + next.q_head * D;
-        load_tile<ROWS, D, 128>(smem_q + stage * BYTES, (const T *)p.q + offset, q_stride, count);
-        load_tile<ROWS, D, 128>(smem_dout + stage * BYTES, (const T *)p.dout + offset, q_stride, count);
+        load_tile<ROWS, D, 128>(smem_q + stage * BYTES, (const T *)p.q.data + offset, q_stride, count);
+        load_tile<ROWS, D, 128>(smem_dout + stage * BYTES, (const T *)p.dout.data + offset, q_stride, count);
         int row = threadIdx.x % ROWS;
         int64_t lse_index = (next.row + row) * p.q_heads + next.q_head;
         float x;

@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
     int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
 
     int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    const T *q = (const T *)p.q + rows.row * q_stride + q_head * D;
+    const T *q = (const T *)p.q.data + rows.row * q_stride + q_head * D;
     int64_t kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
-    const T *k = (const T *)p.k + kv_offset, *v = (const T *)p.v + kv_offset;
+    const T *k = (const T *)p.k.data + kv_offset, *v = (const T *)p.v.data + kv_offset;
 
     auto load_keys = [&](int j, int stage) {
         load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams
         }
     }
     __syncwarp();
-    T *o = (T *)p.o + rows.row * q_stride + q_head * D;
+    T *o = (T *)p.o.data + rows.row * q_stride + q_head * D;
 #pragma unroll
     for (int i = 0; i < 32 * (D / 8) / 32; i++) {
         int row = warp * 32 + (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);

@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
 #pragma unroll
                 for (int r = tid / CHUNKS; r < 64; r += ROW_STEP) {
                     int64_t offset = tile_row[tile & 1][r] * D + chunk * 8;
-                    cp_async_16(q_tile + swizzled<D>(r, chunk), (const T *)a.q + offset);
-                    cp_async_16(do_tile + swizzled<D>(r, chunk), (const T *)a.dout + offset);
+                    cp_async_16(q_tile + swizzled<D>(r, chunk), (const T *)a.q.data + offset);
+                    cp_async_16(do_tile + swizzled<D>(r, chunk), (const T *)a.dout.data + offset);
                 }
                 cp_async_commit();
             };
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(128, 2) selected_backward_sm80_kernel(Selected
                 int r = i / CHUNKS, chunk = i % CHUNKS;
                 int64_t offset = (kv_block.key0 + (r < num_keys ? first_key + r : 0)) * kv_stride +
                                  kv_head * D + chunk * 8;
-                cp_async_16(k_tile + swizzled<D>(r, chunk), (const T *)a.k + offset, r < num_keys);
-                cp_async_16(v_tile + swizzled<D>(r, chunk), (const T *)a.v + offset, r < num_keys);
+                cp_async_16(k_tile + swizzled<D>(r, chunk), (const T *)a.k.data + offset, r < num_keys);
+                cp_async_16(v_tile + swizzled<D>(r, chunk), (const T *)a.v.data + offset, r < num_keys);
             }
             __syncthreads();
             gather(0);

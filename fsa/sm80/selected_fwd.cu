@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
                       num_keys = min(TILE_KEYS, kv_block.num_keys - first_key);
             // The scale of V.
             const int64_t kv_stride = (int64_t)a.kv_heads * D;
-            const T *k_head = (const T *)a.k + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
-            const T *v_head = (const T *)a.v + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
+            const T *k_head = (const T *)a.k.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
+            const T *v_head = (const T *)a.v.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
             float amax = 0;
             for (int i = threadIdx.x; i < TILE_KEYS * D / 8; i += 128) {
                 int row = i / (D / 8);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
                 for (int i = 0; i < 2; i++) {
                     int r = min(tile * 16 + quad + 8 * i, num_rows - 1);
                     int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + kv_head * g + r % g;
-                    const uint4 *q_row = (const uint4 *)((const T *)a.q + row * D);
+                    const uint4 *q_row = (const uint4 *)((const T *)a.q.data + row * D);
 #pragma unroll
                     for (int j = 0; j < SLICES; j++) q[i][j] = q_row[4 * j + c];
                 }

@@ -26,7 +26,7 @@
 
 struct TopKParams {
     BatchLayout batch;
-    const void *q, *kc;     // [Nq, Hq, d], [M, Hkv, d], both rotated
+    ConstRows q, kc;        // [Nq, Hq, d], [M, Hkv, d], both rotated
     const float *lse;       // [Nq, Hq] of the compressed branch
     int32_t *block_indices; // [Hkv, Nq, T]
     float scale;
@@ -104,17 +104,17 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     if (last_block + 1 > p.topk && num_free > 0) windows_end = candidates_end * block_strides;
 
     int64_t k_stride = (int64_t)p.kv_heads * D;
-    const T *kc = (const T *)p.kc + window0 * k_stride + kv_head * D;
+    const T *kc = (const T *)p.kc.data + window0 * k_stride + kv_head * D;
     auto load_windows = [&](int i, int stage) {
         load_tile<WINDOWS, D, THREADS>(tile_k + stage * K_BYTES,
-                                       i < num_windows ? kc + i * k_stride : (const T *)p.kc, k_stride,
+                                       i < num_windows ? kc + i * k_stride : (const T *)p.kc.data, k_stride,
                                        num_windows - i);
     };
     if (windows_end > 0) {
         for (int h = 0; h < group; h++) {
             int head = kv_head * group + h;
             load_tile<QUERIES, D, THREADS>(tile_q + h * Q_BYTES,
-                                           (const T *)p.q + (tile.row * p.q_heads + head) * D,
+                                           (const T *)p.q.data + (tile.row * p.q_heads + head) * D,
                                            (int64_t)p.q_heads * D, tile.rows);
             if (threadIdx.x < QUERIES) {
                 float x = -INFINITY;
@@ -283,7 +283,7 @@ static int launch_topk_sm80(const FsaConfig *c, TopKParams p, cudaStream_t strea
     return FSA_ERROR_CONFIG;
 }
 
-int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
     TopKParams p = {};
     p.batch = *batch;

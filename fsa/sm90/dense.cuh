@@ -103,10 +103,11 @@ static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, 
     int64_t k_size[] = {head_dim, d.kv_heads, d.num_keys},
             k_stride[] = {2, head_dim * 2, (int64_t)d.kv_heads * head_dim * 2};
     int q_box[] = {64, g, tile_queries}, k_box[] = {64, 1, KEYS};
-    int status = make_tensor_map(&m->q, dtype, 3, d.q, q_size, q_stride, q_box);
-    if (!status && d.dout) status = make_tensor_map(&m->dout, dtype, 3, d.dout, q_size, q_stride, q_box);
-    if (!status) status = make_tensor_map(&m->k, dtype, 3, d.k, k_size, k_stride, k_box);
-    if (!status) status = make_tensor_map(&m->v, dtype, 3, d.v, k_size, k_stride, k_box);
+    int status = make_tensor_map(&m->q, dtype, 3, d.q.data, q_size, q_stride, q_box);
+    if (!status && d.dout.data)
+        status = make_tensor_map(&m->dout, dtype, 3, d.dout.data, q_size, q_stride, q_box);
+    if (!status) status = make_tensor_map(&m->k, dtype, 3, d.k.data, k_size, k_stride, k_box);
+    if (!status) status = make_tensor_map(&m->v, dtype, 3, d.v.data, k_size, k_stride, k_box);
     return status;
 }
 

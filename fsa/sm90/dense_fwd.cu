@@ -361,7 +361,8 @@ __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
             __syncwarp();
-            T *const o = (T *)p.o + ((int64_t)w.query0 * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
+            T *const o =
+                (T *)p.o.data + ((int64_t)w.query0 * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 const int row = warpgroup * 64 + warp * 16 + (i * 32 + lane) / (D / 8),

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
     for (int i = 0; i < ITEMS; i++) {
         const int item = thread + i * PACK_THREADS, row = item / SLICES;
         const uint4 *v_row =
-            (const uint4 *)((const T *)a.v + ((key0 + row) * a.kv_heads + kv_head) * D) + item % SLICES * 4;
+            (const uint4 *)((const T *)a.v.data + ((key0 + row) * a.kv_heads + kv_head) * D) +
+            item % SLICES * 4;
 #pragma unroll
         for (int j = 0; j < 4; j++) v[i][j] = row < num_keys ? v_row[j] : make_uint4(0, 0, 0, 0);
     }

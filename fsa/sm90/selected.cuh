@@ -210,8 +210,8 @@ static __device__ __forceinline__ void load_short_kv_tile(const SelectedParams &
         bool valid = r < num_keys;
         int64_t source = (kv_block.key0 + (valid ? key_tile * TILE_KEYS + r : 0)) * stride + head_offset;
         uint32_t dest = panel_offset(r, chunk, TILE_KEYS * 128);
-        cp_async_16(k_tile + dest, (const T *)a.k + source, valid);
-        cp_async_16(v_tile + dest, (const T *)a.v + source, valid);
+        cp_async_16(k_tile + dest, (const T *)a.k.data + source, valid);
+        cp_async_16(v_tile + dest, (const T *)a.v.data + source, valid);
     }
 }
 

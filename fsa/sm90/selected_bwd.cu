@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                 }
                 int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
                 if (lane == 0) info.masked = masked;
-                gather_tile<T, D, 4>(smem_address(m->q[state.stage][0]), a.q, t.row);
+                gather_tile<T, D, 4>(smem_address(m->q[state.stage][0]), a.q.data, t.row);
                 cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                 mbarrier_arrive_warp(q_full + 8 * state.stage);
             }
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(128 + 128 * BackwardTraits<D, TILE_KEYS>::CONS
                             state.wait_empty(q_empty);
                             const uint32_t row[2] = {m->do_rows[rows_state.stage][lane],
                                                      m->do_rows[rows_state.stage][lane + 32]};
-                            gather_tile<T, D, 4>(smem_address(m->q[state.stage][1]), a.dout, row);
+                            gather_tile<T, D, 4>(smem_address(m->q[state.stage][1]), a.dout.data, row);
                             cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                         }
                         // Load K and V after the first rows of the key tile are in flight: the load waits
@@ -418,8 +418,8 @@ static int selected_backward(const SelectedParams &a, unsigned heads, cudaStream
     constexpr int smem = (int)sizeof(BackwardSmem<D, TILE_KEYS>) * Traits::RANGES + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
     CUtensorMap k_map, v_map;
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v, &v_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k.data, &k_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v.data, &v_map)));
     dim3 grid((unsigned)ceil_div(a.num_ranges, Traits::RANGES), heads);
     return LAUNCH_PDL(a.slab_index > 0, (selected_backward_sm90_kernel<T, D, TILE_KEYS>), grid,
                       128 + 128 * Traits::CONSUMERS, smem, stream, a, k_map, v_map);

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSU
                 tiles.next(a, range);
                 QState state(n);
                 state.wait_empty(q_empty);
-                gather_tile<T, D, 8>(smem_address(m->q[state.stage]), a.q, t.row);
+                gather_tile<T, D, 8>(smem_address(m->q[state.stage]), a.q.data, t.row);
                 cp_async_mbarrier_arrive(q_full + 8 * state.stage);
                 auto &info = m->row_tile_info[state.stage];
 #pragma unroll
@@ -288,7 +288,7 @@ static int selected_forward(const SelectedParams &a, unsigned heads, cudaStream_
     constexpr int smem = (int)sizeof(ForwardSmem<D, TILE_KEYS>) + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
     CUtensorMap k_map;
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k.data, &k_map)));
     dim3 grid((unsigned)a.num_ranges, heads);
     const unsigned threads = 128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS;
     return LAUNCH_PDL(a.slab_index > 0, (selected_forward_sm90_kernel<T, D, TILE_KEYS>), grid, threads, smem,

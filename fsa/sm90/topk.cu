@@ -74,7 +74,7 @@ struct SmemLayout {
 };
 struct TopKParamsSm90 {
     BatchLayout batch;
-    const void *q, *kc;     // [Nq, Hq, d], [M, Hkv, d], both rotated
+    ConstRows q, kc;        // [Nq, Hq, d], [M, Hkv, d], both rotated
     const float *lse;       // [Nq, Hq] of the compressed branch
     int32_t *block_indices; // [Hkv, Nq, T]
     float scale;            // factor of q.kc, times log2(e)
@@ -680,8 +680,8 @@ int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaSt
                   k_size[] = {D, p.kv_heads, p.batch.n / p.cmp_stride},
                   k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
     const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
-    TRY(make_tensor_map(&q_map, dtype, 3, p.q, q_size, q_stride, q_box));
-    TRY(make_tensor_map(&k_map, dtype, 3, p.kc, k_size, k_stride, k_box));
+    TRY(make_tensor_map(&q_map, dtype, 3, p.q.data, q_size, q_stride, q_box));
+    TRY(make_tensor_map(&k_map, dtype, 3, p.kc.data, k_size, k_stride, k_box));
     int smem_bytes = p.smem.end + 1024; // 1,024 to align the layout
     return LAUNCH((topk_sm90_kernel<T, D>), (unsigned)blocks, THREADS, smem_bytes, stream, p, q_map, k_map);
 }
@@ -693,7 +693,7 @@ bool fsa_topk_sm90_supports(const FsaConfig *c) {
            c->topk - c->init_blocks - c->local_blocks <= LIST_SIZE;
 }
 
-int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q, const void *kc,
+int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream) {
     if (batch->nq == 0) return FSA_OK;
     TopKParamsSm90 p = {};
