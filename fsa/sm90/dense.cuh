@@ -1,5 +1,5 @@
-// sm90/dense.cuh: code shared by dense_fwd.cu and dense_bwd.cu: tile sizes, matmuls on tiles in shared
-// memory, the pipeline state, and the launcher.
+// sm90/dense.cuh: code shared by dense_fwd.cu and dense_bwd.cu: tile sizes, matmuls and loads of tiles in
+// shared memory, the tensor maps, and the grid.
 //
 // In both kernels a producer warpgroup loads tiles by TMA into a pipeline in shared memory, and two consumer
 // warpgroups run wgmma on them. Both are persistent: longer work items come first, so that all thread blocks
@@ -10,7 +10,7 @@
 #ifndef FSA_SM90_DENSE_CUH
 #define FSA_SM90_DENSE_CUH
 #include "../dense.cuh"
-#include "ptx.cuh"
+#include "pipeline.cuh"
 #include "tma.cuh"
 
 enum {
@@ -69,18 +69,24 @@ static __device__ __forceinline__ void gemm_rs(float (&x)[N8][4], const uint32_t
         wgmma_rs<T, 1>(x, a[k], advance_desc(desc_b, k * 2048), accumulate || k > 0);
 }
 
-// ---- pipeline ---------------------------------------------------------------------------------------------
-// The current stage of a pipeline. phase: parity (0 or 1) of the phase in which the stage's full barrier
-// completes, as mbarrier_wait takes it. It flips after the last stage. Producers wait for the empty barrier
-// with phase ^ 1, which returns at once in the first round. (In selected.cuh, phase is the round count.)
-template <int STAGES> struct PipelineState {
-    int stage = 0, phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-};
+// Converts accumulators (64 x 16*K16) to 16 bits, as the A operand of gemm_rs.
+template <typename T, int K16>
+static __device__ __forceinline__ void pack_as_a(uint32_t (&a)[K16][4], const float (&x)[2 * K16][4]) {
+#pragma unroll
+    for (int k = 0; k < K16; k++) accum_as_a<T>(a[k], x[2 * k], x[2 * k + 1]);
+}
+
+// ---- tiles in shared memory -------------------------------------------------------------------------------
 // Arrivals of all consumer warps at an empty barrier: one per warp that has finished reading the stage.
 enum { CONSUMER_ARRIVALS = CONSUMER_THREADS / 32 * WARP_ARRIVALS };
+
+// One thread: loads a tile by TMA, in D/64 panels of TILE_ROWS rows of 64 columns. head, row: coordinates of
+// the box (make_tensor_maps). Its bytes complete at `barrier`.
+template <int D, int TILE_ROWS>
+static __device__ __forceinline__ void load_tile(uint32_t tile, const CUtensorMap *map, int head, int row,
+                                                 uint32_t barrier) {
+    for (int i = 0; i < D / 64; i++) tma_load_3d(tile + i * TILE_ROWS * 128, map, i * 64, head, row, barrier);
+}
 
 // Sets rows first .. TILE_ROWS - 1 of a tile to zero: they belong to another sequence. A NaN or Inf in them
 // would spread even if P is 0. All consumer threads call it.
@@ -111,15 +117,10 @@ static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, 
     return status;
 }
 
-// Launches a persistent kernel: one thread block per SM, at most one per work item. name: the kernel's.
-// bytes: shared memory of a thread block. Returns an FsaStatus.
-template <typename Kernel>
-static int launch_persistent(const char *name, Kernel kernel, const DenseParams &d, const TensorMaps &maps,
-                             int64_t num_items, int bytes, cudaStream_t stream) {
-    if (num_items == 0) return FSA_OK;
-    int64_t blocks = fsa_num_sms();
-    if (blocks > num_items) blocks = num_items;
-    return launch_kernel(name, false, kernel, (unsigned)blocks, THREADS, bytes, stream, d, maps, num_items);
+// Returns the grid of a persistent kernel: one thread block per SM, at most one per work item.
+static inline unsigned persistent_grid(int64_t num_items) {
+    int64_t num_sms = fsa_num_sms();
+    return (unsigned)(num_sms < num_items ? num_sms : num_items);
 }
 
 #endif
