@@ -39,7 +39,7 @@
 #include "../kernels.h"
 #include "../launch.cuh"
 #include "../mma.cuh"
-#include "ptx.cuh"
+#include "pipeline.cuh"
 #include "tma.cuh"
 #include <algorithm>
 
@@ -99,30 +99,77 @@ struct WorkItem {
     int k_tiles;                         // tiles of kc that the last query needs for its block scores
 };
 
-// A pipeline of shared-memory stages between producers and consumers: one full barrier per stage, then one
-// empty barrier per stage. phase is a parity, as in dense.cuh; here the number of stages is a run-time value.
-struct PipelineState {
-    uint32_t barriers;
-    int stages, stage, phase;
-    __device__ __forceinline__ PipelineState(uint32_t barriers, int stages)
-        : barriers(barriers), stages(stages), stage(0), phase(0) {}
-    __device__ __forceinline__ uint32_t full_barrier() const { return barriers + 8 * stage; }
-    __device__ __forceinline__ uint32_t empty_barrier() const { return barriers + 8 * (stages + stage); }
-    __device__ __forceinline__ void wait_full() const { mbarrier_wait(full_barrier(), phase); }
-    __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty_barrier(), phase ^ 1); }
-    __device__ __forceinline__ void wait_empty_sleeping() const {
-        mbarrier_wait_sleeping(empty_barrier(), phase ^ 1);
+// A block and its score as one double, so that one instruction compares two candidates. The upper 32 bits
+// are the bits of the score: scores are not negative, so their bits have the same order. The lower 32 bits
+// are the key INT32_MAX - block. So the candidate with the higher score is greater; if the scores are equal,
+// the candidate with the lower block is greater.
+using Candidate = double;
+constexpr Candidate NO_CANDIDATE = -1; // less than every candidate
+
+// Shared memory of the thread block, and the pipelines in it (at the first stage). Tiles of Q and kc are
+// named by their 32-bit shared-memory address.
+struct TopKSmem {
+    const SmemLayout &layout;
+    int q_stages, p_stages;
+    uint32_t start; // a multiple of 1,024, in a uniform register (by a shuffle)
+    char *bytes;    // the same address, as a generic pointer
+    __device__ __forceinline__ TopKSmem(const TopKParamsSm90 &p, char *shared)
+        : layout(p.smem), q_stages(p.q_stages), p_stages(p.p_stages),
+          start(__shfl_sync(0xffffffffu, (smem_address(shared) + 1023) & ~1023u, 0)),
+          bytes(shared + (start - smem_address(shared))) {}
+    __device__ __forceinline__ uint32_t q(int stage, int scorer) const {
+        return start + (stage * SCORERS + scorer) * layout.q_bytes;
     }
-    __device__ __forceinline__ void advance() {
-        if (++stage == stages) stage = 0, phase ^= 1;
+    __device__ __forceinline__ uint32_t k(int stage) const {
+        return start + layout.k + stage * layout.k_bytes;
+    }
+    __device__ __forceinline__ float *p(int stage, int scorer) const {
+        return (float *)(bytes + layout.p + (scorer * p_stages + stage) * layout.p_bytes);
+    }
+    __device__ __forceinline__ Candidate *buffers(int scorer) const {
+        return (Candidate *)(bytes + layout.buffers) + scorer * BUFFER_SIZE * 128;
+    }
+    __device__ __forceinline__ float *neg_lse(int stage, int scorer) const {
+        return (float *)(bytes + layout.neg_lse) + (stage * SCORERS + scorer) * COLUMNS;
+    }
+    __device__ __forceinline__ WorkItem &work_item(int stage) const {
+        return ((WorkItem *)(bytes + layout.work_items))[stage];
+    }
+    // Barriers: full | empty of each pipeline.
+    static __device__ __forceinline__ PipelineState pipe(uint32_t barriers, int stages) {
+        return PipelineState(barriers, barriers + 8 * stages, stages);
+    }
+    __device__ __forceinline__ PipelineState work_pipe() const {
+        return pipe(start + layout.barriers, WORK_STAGES);
+    }
+    __device__ __forceinline__ PipelineState q_pipe() const {
+        return pipe(start + layout.barriers + 16 * WORK_STAGES, q_stages);
+    }
+    __device__ __forceinline__ PipelineState k_pipe() const {
+        return pipe(start + layout.barriers + 16 * (WORK_STAGES + q_stages), K_STAGES);
+    }
+    __device__ __forceinline__ PipelineState p_pipe(int scorer) const {
+        return pipe(start + layout.barriers + 16 * (WORK_STAGES + q_stages + K_STAGES + scorer * p_stages),
+                    p_stages);
+    }
+    static __device__ __forceinline__ void init_pipe(const PipelineState &pipe, int full_arrivals,
+                                                     int empty_arrivals) {
+        for (int i = 0; i < pipe.stages; i++) {
+            mbarrier_init(pipe.full + 8 * i, full_arrivals);
+            mbarrier_init(pipe.empty + 8 * i, empty_arrivals);
+        }
+    }
+    __device__ __forceinline__ void init_barriers(int selector_warps) const {
+        init_pipe(work_pipe(), 1, (SCORERS * (4 + selector_warps) + 2) * WARP_ARRIVALS);
+        init_pipe(q_pipe(), 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
+        init_pipe(k_pipe(), 1, SCORERS * 4 * WARP_ARRIVALS);
+        for (int s = 0; s < SCORERS; s++)
+            init_pipe(p_pipe(s), 2 * WARP_ARRIVALS, selector_warps * WARP_ARRIVALS);
+        mbarrier_init_fence();
     }
 };
 
-// Queries of a TMA box of Q.
-__host__ __device__ __forceinline__ int box_queries(int group) {
-    return group == 1 ? COLUMNS : 8;
-}
-
+// ---- work items -------------------------------------------------------------------------------------------
 // Returns the next work item of this thread block. *wave is the first wave to look at, and is advanced. Work
 // items are in order of descending query: later queries of a sequence see more windows, and come first. A
 // wave assigns one work item to each thread block, in ascending order of the thread blocks in even waves and
@@ -148,26 +195,33 @@ __device__ __forceinline__ WorkItem next_work_item(const TopKParamsSm90 &p, int6
     }
     return w;
 }
-__device__ __forceinline__ void schedule_work(const TopKParamsSm90 &p, char *shared,
-                                              PipelineState work_pipe) {
+// One thread: writes the thread block's work items to work_pipe, last an empty one.
+__device__ __forceinline__ void schedule_work(const TopKParamsSm90 &p, const TopKSmem &smem) {
+    PipelineState work_pipe = smem.work_pipe();
     for (int64_t wave = 0;;) {
         const WorkItem w = next_work_item(p, &wave);
         work_pipe.wait_empty_sleeping();
-        ((WorkItem *)(shared + p.smem.work_items))[work_pipe.stage] = w;
+        smem.work_item(work_pipe.stage) = w;
         mbarrier_arrive(work_pipe.full_barrier());
         work_pipe.advance();
         if (w.num_queries == 0) break;
     }
 }
 // Waits for the next work item and returns it. The reference is valid until the warp calls release_work_item.
-__device__ __forceinline__ const WorkItem &wait_work_item(const TopKParamsSm90 &p, const char *shared,
+__device__ __forceinline__ const WorkItem &wait_work_item(const TopKSmem &smem,
                                                           const PipelineState &work_pipe) {
     work_pipe.wait_full();
-    return ((const WorkItem *)(shared + p.smem.work_items))[work_pipe.stage];
+    return smem.work_item(work_pipe.stage);
 }
-__device__ __forceinline__ void release_work_item(PipelineState *work_pipe) {
-    mbarrier_arrive_warp(work_pipe->empty_barrier());
-    work_pipe->advance();
+__device__ __forceinline__ void release_work_item(PipelineState &work_pipe) {
+    mbarrier_arrive_warp(work_pipe.empty_barrier());
+    work_pipe.advance();
+}
+
+// ---- loaders ----------------------------------------------------------------------------------------------
+// Queries of a TMA box of Q.
+__host__ __device__ __forceinline__ int box_queries(int group) {
+    return group == 1 ? COLUMNS : 8;
 }
 
 // Loads Q and kc by TMA as K-major operands of wgmma.
@@ -179,50 +233,56 @@ __device__ __forceinline__ void release_work_item(PipelineState *work_pipe) {
 //
 // A tile of kc may extend past the last window of its sequence. No candidate block overlaps these windows if
 // at least two local blocks are selected. Otherwise the selectors replace their P by zero.
-template <typename T, int D>
-__device__ __forceinline__ void
-load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map, const CUtensorMap &k_map, uint32_t smem_base,
-           const char *shared, PipelineState work_pipe, PipelineState q_pipe, PipelineState k_pipe) {
+template <int D>
+__device__ __forceinline__ void load_q_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map,
+                                             const TopKSmem &smem, const WorkItem &w,
+                                             const PipelineState &q_pipe) {
+    const int box = box_queries(p.group), num_queries = (w.num_queries + box - 1) / box * box;
+    mbarrier_arrive_expect_tx(q_pipe.full_barrier(),
+                              min(num_queries, SCORERS * p.queries_per_scorer) * p.group * D * 2);
+    for (int query = 0; query < min(num_queries, SCORERS * p.queries_per_scorer); query += box) {
+        const int scorer = query >= p.queries_per_scorer;
+        const uint32_t tile =
+            smem.q(q_pipe.stage, scorer) + (query - scorer * p.queries_per_scorer) * p.group * 128;
+        for (int i = 0; i < D / 64; i++)
+            tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.first_query + query,
+                        w.kv_head * p.group, q_pipe.full_barrier());
+    }
+}
+template <int D>
+__device__ __forceinline__ void load_k_tile(const CUtensorMap &k_map, const TopKSmem &smem, const WorkItem &w,
+                                            int tile, const PipelineState &k_pipe) {
+    mbarrier_arrive_expect_tx(k_pipe.full_barrier(), WINDOWS * D * 2);
+    for (int i = 0; i < D / 64; i++)
+        tma_load_3d(smem.k(k_pipe.stage) + i * WINDOWS * 128, &k_map, i * 64, w.kv_head,
+                    (int)w.window0 + tile * WINDOWS, k_pipe.full_barrier());
+}
+template <int D>
+__device__ __forceinline__ void load_tiles(const TopKParamsSm90 &p, const CUtensorMap &q_map,
+                                           const CUtensorMap &k_map, const TopKSmem &smem) {
+    PipelineState work_pipe = smem.work_pipe(), q_pipe = smem.q_pipe(), k_pipe = smem.k_pipe();
     const int lane = threadIdx.x % 32;
-    for (;; release_work_item(&work_pipe)) {
-        const WorkItem w = wait_work_item(p, shared, work_pipe);
+    for (;; release_work_item(work_pipe)) {
+        const WorkItem w = wait_work_item(smem, work_pipe);
         if (w.num_queries == 0) break;
         if (w.k_tiles == 0) continue;
-
         q_pipe.wait_empty_sleeping();
-        if (lane == 0) {
-            const int box = box_queries(p.group), queries = (w.num_queries + box - 1) / box * box;
-            mbarrier_arrive_expect_tx(q_pipe.full_barrier(),
-                                      min(queries, SCORERS * p.queries_per_scorer) * p.group * D * 2);
-            for (int query = 0; query < min(queries, SCORERS * p.queries_per_scorer); query += box) {
-                const int scorer = query >= p.queries_per_scorer;
-                const uint32_t tile = smem_base + (q_pipe.stage * SCORERS + scorer) * p.smem.q_bytes +
-                                      (query - scorer * p.queries_per_scorer) * p.group * 128;
-                for (int i = 0; i < D / 64; i++)
-                    tma_load_3d(tile + i * COLUMNS * 128, &q_map, i * 64, (int)w.first_query + query,
-                                w.kv_head * p.group, q_pipe.full_barrier());
-            }
-        }
+        if (lane == 0) load_q_tiles<D>(p, q_map, smem, w, q_pipe);
         q_pipe.advance();
-
         for (int tile = 0; tile < w.k_tiles; tile++, k_pipe.advance()) {
             k_pipe.wait_empty_sleeping();
-            if (lane > 0) continue;
-            mbarrier_arrive_expect_tx(k_pipe.full_barrier(), WINDOWS * D * 2);
-            for (int i = 0; i < D / 64; i++)
-                tma_load_3d(smem_base + p.smem.k + k_pipe.stage * p.smem.k_bytes + i * WINDOWS * 128, &k_map,
-                            i * 64, w.kv_head, (int)w.window0 + tile * WINDOWS, k_pipe.full_barrier());
+            if (lane == 0) load_k_tile<D>(k_map, smem, w, tile, k_pipe);
         }
     }
 }
 
 // Loads -lse * log2(e) for each column of a scorer: -inf for unused columns, and for rows that see no window.
-__device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, PipelineState work_pipe,
-                                         PipelineState q_pipe) {
+__device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, const TopKSmem &smem) {
+    PipelineState work_pipe = smem.work_pipe(), q_pipe = smem.q_pipe();
     const int lane = threadIdx.x % 32,
               used_n8 = p.queries_per_scorer / 8 * p.group; // n8 tiles of columns in use
-    for (;; release_work_item(&work_pipe)) {
-        const WorkItem w = wait_work_item(p, shared, work_pipe);
+    for (;; release_work_item(work_pipe)) {
+        const WorkItem w = wait_work_item(smem, work_pipe);
         if (w.num_queries == 0) break;
         if (w.k_tiles == 0) continue;
         float x[SCORERS * COLUMNS / 32];
@@ -236,7 +296,7 @@ __device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, 
                              query_tile * p.group];
         }
         q_pipe.wait_empty_sleeping();
-        float *out = (float *)(shared + p.smem.neg_lse) + q_pipe.stage * SCORERS * COLUMNS + lane;
+        float *out = smem.neg_lse(q_pipe.stage, 0) + lane;
 #pragma unroll
         for (int i = 0; i < SCORERS * COLUMNS / 32; i++)
             out[i * 32] = x[i] == -INFINITY ? -INFINITY : -x[i] * FSA_LOG2E;
@@ -245,6 +305,7 @@ __device__ __forceinline__ void load_lse(const TopKParamsSm90 &p, char *shared, 
     }
 }
 
+// ---- scorers ----------------------------------------------------------------------------------------------
 // Returns the offset of an element in a stage of P, [queries_per_scorer][32 windows]. The eight chunks of 4
 // windows of a query are swizzled by query % 8, so writers and readers have no bank conflicts. From offset x:
 //     the next query, for an even query                    (x ^ 4) + 32
@@ -253,68 +314,81 @@ __device__ __forceinline__ int p_offset(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-// A scorer computes P of its queries for all tiles of kc. GROUP is p.group if p.group is a power of two,
-// else 0.
+// S (64 windows x 128 columns) = kc Q^T, asynchronous.
+template <typename T, int D>
+__device__ __forceinline__ void issue_kq(float (&s)[COLUMNS / 8][4], uint32_t k, uint32_t q) {
+    // The shuffle puts the descriptors into uniform registers, where wgmma needs them.
+    const uint64_t k_desc = make_smem_desc(__shfl_sync(0xffffffffu, k, 0));
+    const uint64_t q_desc = make_smem_desc(__shfl_sync(0xffffffffu, q, 0));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        wgmma_ss<T>(s, advance_desc(k_desc, k / 4 * WINDOWS * 128 + k % 4 * 32),
+                    advance_desc(q_desc, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
+    wgmma_commit();
+}
+
+// P = exp(S - lse), summed over the heads, to a stage of P. p_tile: at the thread's first element, as an
+// offset (p_offset) from the stage. GROUP is p.group if p.group is a power of two, else 0. used_n8: n8 tiles
+// of columns in use.
+template <int GROUP>
+__device__ __forceinline__ void store_p(const TopKParamsSm90 &p, const float (&s)[COLUMNS / 8][4],
+                                        const float2 (&neg_lse)[COLUMNS / 8], int used_n8, float *p_tile,
+                                        int thread_offset) {
+    const int group = GROUP ? GROUP : p.group;
+    float sum[4];
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 8; k++) {
+        if (GROUP == 0 && k % 4 == 0 && k >= used_n8) break;
+        // Masks instead of counters avoid a chain of dependent conditions.
+        const bool first_head = GROUP ? k % group == 0 : p.first_head_mask >> k & 1;
+        const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_head_mask >> k & 1;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float x = exp2_fast(fmaf(s[k][i], p.scale, i % 2 ? neg_lse[k].y : neg_lse[k].x));
+            sum[i] = first_head ? x : sum[i] + x;
+        }
+        if (last_head) {
+            p_tile[thread_offset] = sum[0], p_tile[(thread_offset ^ 4) + P_WINDOWS] = sum[1];
+            p_tile[thread_offset ^ 8] = sum[2], p_tile[(thread_offset ^ 12) + P_WINDOWS] = sum[3];
+            p_tile += 8 * P_WINDOWS;
+        }
+    }
+}
+
+// A scorer computes P of its queries for all tiles of kc.
 template <typename T, int D, int GROUP>
-__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *shared, uint32_t smem_base,
-                                               int scorer, PipelineState work_pipe, PipelineState q_pipe,
-                                               PipelineState k_pipe, PipelineState p_pipe) {
+__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, const TopKSmem &smem, int scorer) {
+    PipelineState work_pipe = smem.work_pipe(), q_pipe = smem.q_pipe(), k_pipe = smem.k_pipe(),
+                  p_pipe = smem.p_pipe(scorer);
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    const int group = GROUP ? GROUP : p.group, queries = GROUP ? COLUMNS / group : p.queries_per_scorer;
-    const int used_n8 = queries / 8 * group; // n8 tiles of columns in use
+    const int queries = GROUP ? COLUMNS / GROUP : p.queries_per_scorer;
+    const int used_n8 = queries / 8 * (GROUP ? GROUP : p.group);
     const int thread_offset = p_offset(lane % 4 * 2, warp % 2 * 16 + lane / 4);
     if (warp >= 2) p_pipe.advance(); // warps 2 and 3 write the second half of a tile: the next stage
-    for (;; release_work_item(&work_pipe)) {
-        const WorkItem &w = wait_work_item(p, shared, work_pipe);
+    for (;; release_work_item(work_pipe)) {
+        const WorkItem &w = wait_work_item(smem, work_pipe);
         const int k_tiles = w.k_tiles;
         if (w.num_queries == 0) break;
         if (k_tiles == 0) continue;
         q_pipe.wait_full();
         float2 neg_lse[COLUMNS / 8]; // of this thread's columns
-        const float2 *neg_lse_smem = (const float2 *)(shared + p.smem.neg_lse) +
-                                     ((q_pipe.stage * SCORERS + scorer) * COLUMNS + lane % 4 * 2) / 2;
+        const float2 *neg_lse_smem = (const float2 *)(smem.neg_lse(q_pipe.stage, scorer) + lane % 4 * 2);
 #pragma unroll
         for (int k = 0; k < COLUMNS / 8; k++) neg_lse[k] = neg_lse_smem[k * 4];
         for (int tile = 0; tile < k_tiles; tile++) {
-            k_pipe.wait_full();
-            // The shuffle puts the descriptors into uniform registers, where wgmma needs them.
-            const uint64_t k_desc = make_smem_desc(
-                __shfl_sync(0xffffffffu, smem_base + p.smem.k + k_pipe.stage * p.smem.k_bytes, 0));
-            const uint64_t q_desc = make_smem_desc(
-                __shfl_sync(0xffffffffu, smem_base + (q_pipe.stage * SCORERS + scorer) * p.smem.q_bytes, 0));
             float s[COLUMNS / 8][4];
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < D / 16; k++)
-                wgmma_ss<T>(s, advance_desc(k_desc, k / 4 * WINDOWS * 128 + k % 4 * 32),
-                            advance_desc(q_desc, k / 4 * COLUMNS * 128 + k % 4 * 32), k > 0);
-            wgmma_commit();
+            k_pipe.wait_full();
+            issue_kq<T, D>(s, smem.k(k_pipe.stage), smem.q(q_pipe.stage, scorer));
             p_pipe.wait_empty();
-            float *p_tile =
-                (float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
+            float *p_tile = smem.p(p_pipe.stage, scorer);
             wgmma_wait<0>();
             fence_operand(s);
             mbarrier_arrive_warp(k_pipe.empty_barrier());
             if (tile == k_tiles - 1) mbarrier_arrive_warp(q_pipe.empty_barrier());
             k_pipe.advance();
-            float sum[4];
-#pragma unroll
-            for (int k = 0; k < COLUMNS / 8; k++) {
-                if (GROUP == 0 && k % 4 == 0 && k >= used_n8) break;
-                // Masks instead of counters avoid a chain of dependent conditions.
-                const bool first_head = GROUP ? k % group == 0 : p.first_head_mask >> k & 1;
-                const bool last_head = GROUP ? (k + 1) % group == 0 : p.last_head_mask >> k & 1;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float x = exp2_fast(fmaf(s[k][i], p.scale, i % 2 ? neg_lse[k].y : neg_lse[k].x));
-                    sum[i] = first_head ? x : sum[i] + x;
-                }
-                if (last_head) {
-                    p_tile[thread_offset] = sum[0], p_tile[(thread_offset ^ 4) + P_WINDOWS] = sum[1];
-                    p_tile[thread_offset ^ 8] = sum[2], p_tile[(thread_offset ^ 12) + P_WINDOWS] = sum[3];
-                    p_tile += 8 * P_WINDOWS;
-                }
-            }
+            // The other scorer's matmul runs now.
+            store_p<GROUP>(p, s, neg_lse, used_n8, p_tile, thread_offset);
             mbarrier_arrive_warp(p_pipe.full_barrier());
             p_pipe.advance(), p_pipe.advance();
         }
@@ -322,32 +396,24 @@ __device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *sh
     }
 }
 template <typename T, int D>
-__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, char *shared, uint32_t smem_base,
-                                               int scorer, PipelineState work_pipe, PipelineState q_pipe,
-                                               PipelineState k_pipe, PipelineState p_pipe) {
+__device__ __forceinline__ void compute_scores(const TopKParamsSm90 &p, const TopKSmem &smem, int scorer) {
     switch (p.group) {
     case 1:
-        return compute_scores<T, D, 1>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 1>(p, smem, scorer);
     case 2:
-        return compute_scores<T, D, 2>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 2>(p, smem, scorer);
     case 4:
-        return compute_scores<T, D, 4>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 4>(p, smem, scorer);
     case 8:
-        return compute_scores<T, D, 8>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 8>(p, smem, scorer);
     case 16:
-        return compute_scores<T, D, 16>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 16>(p, smem, scorer);
     default:
-        return compute_scores<T, D, 0>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        return compute_scores<T, D, 0>(p, smem, scorer);
     }
 }
 
-// A block and its score as one double, so that one instruction compares two candidates. The upper 32 bits
-// are the bits of the score: scores are not negative, so their bits have the same order. The lower 32 bits
-// are the key INT32_MAX - block. So the candidate with the higher score is greater; if the scores are equal,
-// the candidate with the lower block is greater.
-using Candidate = double;
-constexpr Candidate NO_CANDIDATE = -1; // less than every candidate
-
+// ---- selectors --------------------------------------------------------------------------------------------
 __device__ __forceinline__ void compare_exchange(Candidate &first, Candidate &second) { // greater first
     bool swap = second > first;
     Candidate greater = swap ? second : first;
@@ -446,145 +512,151 @@ __host__ __device__ __forceinline__ BlockKind block_kind(const TopKParamsSm90 &p
 // candidates have a score that is as high. At the end the lists of a query's selectors are merged.
 //
 // LOADED: windows that a selector loads at once.
-template <BlockKind KIND, int LOADED>
-__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *shared, int scorer,
-                                              PipelineState work_pipe, PipelineState p_pipe) {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+template <BlockKind KIND, int LOADED> struct Selector {
+    const TopKParamsSm90 &p;
+    // The thread's query, counted within the scorer's queries, and which one of the query's selectors it is.
+    int warp_queries, query, selector;
+    // Its windows of a stage of P: p_query is the query whose P it reads; window i is at element base ^ i.
+    int p_query, num_windows, first_window, base;
+    int prev_window;    // before first_window, cyclic
+    int skipped_blocks; // blocks of the query's other selectors in a stage
+    // Candidate buffers [BUFFER_SIZE][128 selectors]. `buffered` is the number of this selector's
+    // candidates, times ROW_BYTES.
+    static constexpr int ROW_BYTES = 128 * sizeof(Candidate);
+    char *buffer;
+    // State of a work item.
+    int key_bound, windows_end;
+    TopKList list;
+    int threshold, buffered, stride; // stride: index within the block
+    uint32_t key;                    // of the current block
+    float sum, next_sum, carried_p;  // score of the current block and the next one; P of prev_window
+
     // A warp has all selectors of 32 / selectors_per_query queries. The 8 lanes of one 128-byte load read P
     // of 8 queries; with 8 selectors per query, P of 4 queries and of selectors i and i + 4. So the load has
     // no bank conflicts.
-    const int warp_queries = 32 / p.selectors_per_query, lane_set = lane / warp_queries;
-    const int query = warp * warp_queries + lane % warp_queries;
-    const int selector = lane_set / 2 + lane_set % 2 * (p.selectors_per_query / 2);
-    const int p_query = min(query, p.queries_per_scorer - 1); // lanes without a query read P of the last one
-    const int selector_windows = P_WINDOWS / p.selectors_per_query,
-              first_window = selector * selector_windows;
-    const int selector_base = p_offset(p_query, first_window);          // window i of this selector is at ^ i
-    const int prev_window = (first_window + P_WINDOWS - 1) % P_WINDOWS; // before first_window, cyclic
-    const int skipped_blocks =
-        p.selectors_per_query > 1 ? (P_WINDOWS - selector_windows) / p.block_strides : 0;
-    const float window_weight = p.window_strides, spill_weight = p.window_strides - 1;
-    // Candidate buffers [BUFFER_SIZE][128 selectors]. `buffered` is the number of this selector's
-    // candidates, times ROW_BYTES.
-    constexpr int ROW_BYTES = 128 * sizeof(Candidate);
-    char *const buffer = shared + p.smem.buffers + scorer * BUFFER_SIZE * ROW_BYTES +
-                         threadIdx.x % 128 * (int)sizeof(Candidate);
-    for (;; release_work_item(&work_pipe)) {
-        const WorkItem &w = wait_work_item(p, shared, work_pipe);
-        const int k_tiles = w.k_tiles;
-        if (w.num_queries == 0) break;
-        const int item_query = scorer * p.queries_per_scorer + query;
-        const bool valid = query < p.queries_per_scorer && item_query < w.num_queries;
-        const int pos = w.first_pos + item_query, num_blocks = valid ? pos / p.block + 1 : 0;
-        const bool all_selected = num_blocks <= p.topk;
+    __device__ __forceinline__ Selector(const TopKParamsSm90 &p, Candidate *buffers) : p(p) {
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        warp_queries = 32 / p.selectors_per_query;
+        const int lane_set = lane / warp_queries;
+        query = warp * warp_queries + lane % warp_queries;
+        selector = lane_set / 2 + lane_set % 2 * (p.selectors_per_query / 2);
+        p_query = min(query, p.queries_per_scorer - 1); // lanes without a query read P of the last one
+        num_windows = P_WINDOWS / p.selectors_per_query, first_window = selector * num_windows;
+        base = p_offset(p_query, first_window);
+        prev_window = (first_window + P_WINDOWS - 1) % P_WINDOWS;
+        skipped_blocks = p.selectors_per_query > 1 ? (P_WINDOWS - num_windows) / p.block_strides : 0;
+        buffer = (char *)(buffers + threadIdx.x % 128);
+    }
+    // Starts the query at position pos, which sees num_blocks blocks.
+    __device__ __forceinline__ void start(int pos, int num_blocks) {
         // The key of block j is INT32_MAX - (j - init_blocks). Candidates are the blocks between the initial
         // and the local blocks. Their keys exceed key_bound. Local blocks have keys of at most key_bound,
         // and initial blocks have keys that are negative as int.
-        const int key_bound =
-            all_selected ? INT32_MAX : INT32_MAX - (num_blocks - p.local_blocks - p.init_blocks);
+        key_bound =
+            num_blocks <= p.topk ? INT32_MAX : INT32_MAX - (num_blocks - p.local_blocks - p.init_blocks);
         // The query sees windows 0 .. windows_end - 1. P of the other windows is replaced by zero. With two
         // local blocks this is not necessary, since no candidate overlaps the other windows.
-        int windows_end = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
+        windows_end = pos < p.cmp_len - 1 ? 0 : (pos - p.cmp_len + 1) / p.cmp_stride + 1;
         if (p.local_blocks >= 2) windows_end = INT32_MAX;
-        TopKList list;
         list.clear();
-        int threshold = -1, buffered = 0, stride = 0; // stride: index within the block
-        uint32_t key = (uint32_t)INT32_MAX + p.init_blocks -
-                       (p.selectors_per_query > 1 ? first_window / p.block_strides : 0);
-        float sum = 0, next_sum = 0, carried_p = 0;
-        auto flush_buffer = [&] {
-            Candidate candidates[BUFFER_SIZE];
+        threshold = -1, buffered = 0, stride = 0;
+        key = (uint32_t)INT32_MAX + p.init_blocks -
+              (p.selectors_per_query > 1 ? first_window / p.block_strides : 0);
+        sum = 0, next_sum = 0, carried_p = 0;
+    }
+    // Sorts the buffer and merges it into the list. All lanes of the warp call it.
+    __device__ __forceinline__ void flush_buffer() {
+        Candidate candidates[BUFFER_SIZE];
 #pragma unroll
-            for (int i = 0; i < BUFFER_SIZE; i++) {
-                candidates[i] = NO_CANDIDATE;
-                if (buffered > i * ROW_BYTES) candidates[i] = *(const Candidate *)(buffer + i * ROW_BYTES);
-                // Replace NaN by +Inf.
-                candidates[i] = __hiloint2double(min(__double2hiint(candidates[i]), 0x7f800000),
-                                                 __double2loint(candidates[i]));
-            }
-            list.merge(candidates);
-            buffered = 0, threshold = list.score_at(p.num_free - 1);
-            if (p.selectors_per_query > 1) { // the threshold that the query's selectors share
-                int shared_threshold = list.score_at(p.free_per_selector - 1);
-                for (int i = warp_queries; i < 32; i *= 2)
-                    shared_threshold =
-                        min(shared_threshold, __shfl_xor_sync(0xffffffffu, shared_threshold, i));
-                threshold = max(threshold, shared_threshold - 1); // a lower block may have the same score
-            }
-        };
-        auto finish_block = [&](float score) {
-            int bits = __float_as_int(score);
-            if (bits > threshold && (int)key > key_bound) {
-                *(Candidate *)(buffer + buffered) = __hiloint2double(bits, key);
-                buffered += ROW_BYTES;
-            }
-            key--;
-        };
-        for (int tile_window = 0; tile_window < k_tiles * WINDOWS; tile_window += P_WINDOWS) {
-            p_pipe.wait_full();
-            const float *p_tile =
-                (const float *)(shared + p.smem.p + (scorer * p.p_stages + p_pipe.stage) * p.smem.p_bytes);
-            if (p.selectors_per_query > 1) { // prev_window may extend into the first block
-                float x = p_tile[p_offset(p_query, prev_window)];
-                if (tile_window + prev_window >= windows_end) x = 0;
-                sum = spill_weight * (selector == 0 ? carried_p : x), carried_p = x;
-            }
-            for (int i0 = 0; i0 < selector_windows; i0 += LOADED) {
-                float x[LOADED];
-#pragma unroll
-                for (int i = 0; i < LOADED; i += 4) {
-                    float4 four = *(const float4 *)(p_tile + (selector_base ^ i0 ^ i));
-                    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-                }
-                const bool buffer_full = buffered > p.max_buffered * ROW_BYTES;
-                if (__any_sync(0xffffffffu,
-                               buffer_full || tile_window + first_window + i0 + LOADED > windows_end)) {
-                    if (__any_sync(0xffffffffu, buffer_full)) flush_buffer();
-#pragma unroll
-                    for (int i = 0; i < LOADED; i++)
-                        if (tile_window + first_window + i0 + i >= windows_end) x[i] = 0;
-                }
-                // Window i of a block shares min(window_strides, block_strides - i) strides with the block,
-                // and its other strides with the next block.
-                if (KIND == ANY) {
-#pragma unroll
-                    for (int i = 0; i < LOADED; i++) {
-                        int overlap = min(p.window_strides, p.block_strides - stride);
-                        sum = fmaf(overlap, x[i], sum);
-                        next_sum = fmaf(p.window_strides - overlap, x[i], next_sum);
-                        if (++stride == p.block_strides) {
-                            finish_block(sum);
-                            sum = next_sum, next_sum = 0, stride = 0;
-                        }
-                    }
-                } else {
-#pragma unroll
-                    for (int i = 0; i < LOADED; i += 4) {
-                        sum += window_weight * (x[i] + x[i + 1] + x[i + 2]);
-                        if (KIND == FOUR || (stride += 4) == p.block_strides) {
-                            finish_block(sum + x[i + 3]);
-                            sum = spill_weight * x[i + 3], stride = 0;
-                        } else {
-                            sum = fmaf(window_weight, x[i + 3], sum);
-                        }
-                    }
-                }
-            }
-            mbarrier_arrive_warp(p_pipe.empty_barrier());
-            p_pipe.advance();
-            key -= skipped_blocks;
+        for (int i = 0; i < BUFFER_SIZE; i++) {
+            candidates[i] = NO_CANDIDATE;
+            if (buffered > i * ROW_BYTES) candidates[i] = *(const Candidate *)(buffer + i * ROW_BYTES);
+            // Replace NaN by +Inf.
+            candidates[i] = __hiloint2double(min(__double2hiint(candidates[i]), 0x7f800000),
+                                             __double2loint(candidates[i]));
         }
-        // Merge the lists of the query's selectors. Then one selector writes the block indices in ascending
-        // order.
+        list.merge(candidates);
+        buffered = 0, threshold = list.score_at(p.num_free - 1);
+        if (p.selectors_per_query > 1) { // the threshold that the query's selectors share
+            int shared_threshold = list.score_at(p.free_per_selector - 1);
+            for (int i = warp_queries; i < 32; i *= 2)
+                shared_threshold = min(shared_threshold, __shfl_xor_sync(0xffffffffu, shared_threshold, i));
+            threshold = max(threshold, shared_threshold - 1); // a lower block may have the same score
+        }
+    }
+    // Appends the current block to the buffer if it can be selected, and moves to the next block.
+    __device__ __forceinline__ void finish_block(float score) {
+        int bits = __float_as_int(score);
+        if (bits > threshold && (int)key > key_bound) {
+            *(Candidate *)(buffer + buffered) = __hiloint2double(bits, key);
+            buffered += ROW_BYTES;
+        }
+        key--;
+    }
+    // Adds P of the next LOADED windows to the scores of their blocks. Window i of a block shares
+    // min(window_strides, block_strides - i) strides with the block, and its other strides with the next one.
+    __device__ __forceinline__ void add_windows(const float (&x)[LOADED]) {
+        const float window_weight = p.window_strides, spill_weight = p.window_strides - 1;
+        if (KIND == ANY) {
+#pragma unroll
+            for (int i = 0; i < LOADED; i++) {
+                int overlap = min(p.window_strides, p.block_strides - stride);
+                sum = fmaf(overlap, x[i], sum);
+                next_sum = fmaf(p.window_strides - overlap, x[i], next_sum);
+                if (++stride == p.block_strides) {
+                    finish_block(sum);
+                    sum = next_sum, next_sum = 0, stride = 0;
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < LOADED; i += 4) {
+                sum += window_weight * (x[i] + x[i + 1] + x[i + 2]);
+                if (KIND == FOUR || (stride += 4) == p.block_strides) {
+                    finish_block(sum + x[i + 3]);
+                    sum = spill_weight * x[i + 3], stride = 0;
+                } else {
+                    sum = fmaf(window_weight, x[i + 3], sum);
+                }
+            }
+        }
+    }
+    // Processes the selector's windows of a stage of P, whose first window is tile_window.
+    __device__ __forceinline__ void add_tile(const float *p_tile, int tile_window) {
+        if (p.selectors_per_query > 1) { // prev_window may extend into the first block
+            float x = p_tile[p_offset(p_query, prev_window)];
+            if (tile_window + prev_window >= windows_end) x = 0;
+            sum = (p.window_strides - 1) * (selector == 0 ? carried_p : x), carried_p = x;
+        }
+        for (int i0 = 0; i0 < num_windows; i0 += LOADED) {
+            float x[LOADED];
+#pragma unroll
+            for (int i = 0; i < LOADED; i += 4) {
+                float4 four = *(const float4 *)(p_tile + (base ^ i0 ^ i));
+                x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+            }
+            const bool buffer_full = buffered > p.max_buffered * ROW_BYTES;
+            if (__any_sync(0xffffffffu,
+                           buffer_full || tile_window + first_window + i0 + LOADED > windows_end)) {
+                if (__any_sync(0xffffffffu, buffer_full)) flush_buffer();
+#pragma unroll
+                for (int i = 0; i < LOADED; i++)
+                    if (tile_window + first_window + i0 + i >= windows_end) x[i] = 0;
+            }
+            add_windows(x);
+        }
+        key -= skipped_blocks;
+    }
+    // Merges the lists of the query's selectors. Every one gets the result.
+    __device__ __forceinline__ void merge_lists() {
         flush_buffer();
         for (int i = warp_queries; i < 32; i *= 2) list.merge_lane(i);
-
-        if (!valid || selector > 0) continue;
-        int32_t *out =
-            p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.first_query + item_query) * p.topk;
-        if (all_selected) {
+    }
+    // Writes the query's block indices [T] in ascending order, -1 after the last block.
+    __device__ __forceinline__ void store_indices(int32_t *out, int num_blocks) const {
+        if (num_blocks <= p.topk) {
             for (int i = 0; i < p.topk; i++) out[i] = i < num_blocks ? i : -1;
-            continue;
+            return;
         }
         for (int i = 0; i < p.init_blocks; i++) out[i] = i;
         int selected[LIST_SIZE];
@@ -601,60 +673,66 @@ __device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *sha
         for (int i = 0; i < p.local_blocks; i++)
             out[p.init_blocks + p.num_free + i] = num_blocks - p.local_blocks + i;
     }
+};
+
+// The selectors of a scorer: block scores from P, and the block indices of each query.
+template <BlockKind KIND, int LOADED>
+__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, const TopKSmem &smem, int scorer) {
+    PipelineState work_pipe = smem.work_pipe(), p_pipe = smem.p_pipe(scorer);
+    Selector<KIND, LOADED> selector(p, smem.buffers(scorer));
+    for (;; release_work_item(work_pipe)) {
+        const WorkItem &w = wait_work_item(smem, work_pipe);
+        const int k_tiles = w.k_tiles;
+        if (w.num_queries == 0) break;
+        const int item_query = scorer * p.queries_per_scorer + selector.query;
+        const bool valid = selector.query < p.queries_per_scorer && item_query < w.num_queries;
+        const int pos = w.first_pos + item_query, num_blocks = valid ? pos / p.block + 1 : 0;
+        selector.start(pos, num_blocks);
+        for (int window = 0; window < k_tiles * WINDOWS; window += P_WINDOWS) {
+            p_pipe.wait_full();
+            selector.add_tile(smem.p(p_pipe.stage, scorer), window);
+            mbarrier_arrive_warp(p_pipe.empty_barrier());
+            p_pipe.advance();
+        }
+        selector.merge_lists();
+        if (valid && selector.selector == 0)
+            selector.store_indices(
+                p.block_indices + ((int64_t)w.kv_head * p.batch.nq + w.first_query + item_query) * p.topk,
+                num_blocks);
+    }
 }
-__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, char *shared, int scorer,
-                                              PipelineState work_pipe, PipelineState p_pipe) {
+__device__ __forceinline__ void select_blocks(const TopKParamsSm90 &p, const TopKSmem &smem, int scorer) {
     BlockKind kind = block_kind(p);
     if (kind == FOUR && P_WINDOWS / p.selectors_per_query == 4)
-        select_blocks<FOUR, 4>(p, shared, scorer, work_pipe, p_pipe);
+        select_blocks<FOUR, 4>(p, smem, scorer);
     else if (kind == FOUR)
-        select_blocks<FOUR, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
+        select_blocks<FOUR, LOAD_WINDOWS>(p, smem, scorer);
     else if (kind == MULTIPLE_OF_FOUR)
-        select_blocks<MULTIPLE_OF_FOUR, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
+        select_blocks<MULTIPLE_OF_FOUR, LOAD_WINDOWS>(p, smem, scorer);
     else
-        select_blocks<ANY, LOAD_WINDOWS>(p, shared, scorer, work_pipe, p_pipe);
+        select_blocks<ANY, LOAD_WINDOWS>(p, smem, scorer);
 }
 
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, 1)
     topk_sm90_kernel(const __grid_constant__ TopKParamsSm90 p, const __grid_constant__ CUtensorMap q_map,
                      const __grid_constant__ CUtensorMap k_map) {
-    extern __shared__ __align__(1024) char shared_memory[];
-    const uint32_t smem_base = (smem_address(shared_memory) + 1023) & ~1023u;
-    char *shared = shared_memory + (smem_base - smem_address(shared_memory));
+    extern __shared__ __align__(1024) char shared[];
+    const TopKSmem smem(p, shared);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), warpgroup = warp / 4; // uniform registers
     const int scorer = warpgroup % SCORERS;
-    const PipelineState work_pipe(smem_base + p.smem.barriers, WORK_STAGES),
-        q_pipe(work_pipe.barriers + 16 * WORK_STAGES, p.q_stages),
-        k_pipe(q_pipe.barriers + 16 * p.q_stages, K_STAGES);
-    const uint32_t p_barriers = k_pipe.barriers + 16 * K_STAGES;
-    const PipelineState p_pipe(p_barriers + scorer * 16 * p.p_stages, p.p_stages);
-    if (threadIdx.x == 0) {
-        auto init = [](const PipelineState &pipe, int full_arrivals, int empty_arrivals) {
-            for (int i = 0; i < pipe.stages; i++) {
-                mbarrier_init(pipe.barriers + 8 * i, full_arrivals);
-                mbarrier_init(pipe.barriers + 8 * (pipe.stages + i), empty_arrivals);
-            }
-        };
-        init(work_pipe, 1, (SCORERS * (4 + p.selector_warps) + 2) * WARP_ARRIVALS);
-        init(q_pipe, 1 + WARP_ARRIVALS, SCORERS * 4 * WARP_ARRIVALS);
-        init(k_pipe, 1, SCORERS * 4 * WARP_ARRIVALS);
-        for (int s = 0; s < SCORERS; s++)
-            init(PipelineState(p_barriers + s * 16 * p.p_stages, p.p_stages), 2 * WARP_ARRIVALS,
-                 p.selector_warps * WARP_ARRIVALS);
-        mbarrier_init_fence();
-    }
+    if (threadIdx.x == 0) smem.init_barriers(p.selector_warps);
     __syncthreads();
     if (warpgroup < SCORERS) {
         warpgroup_reg_alloc<SCORER_REGISTERS>();
-        compute_scores<T, D>(p, shared, smem_base, scorer, work_pipe, q_pipe, k_pipe, p_pipe);
+        compute_scores<T, D>(p, smem, scorer);
     } else if (warpgroup < 2 * SCORERS) {
-        if (warp % 4 < p.selector_warps) select_blocks(p, shared, scorer, work_pipe, p_pipe);
+        if (warp % 4 < p.selector_warps) select_blocks(p, smem, scorer);
     } else {
         warpgroup_reg_dealloc<LOADER_REGISTERS>();
-        if (warp % 4 == 0) load_tiles<T, D>(p, q_map, k_map, smem_base, shared, work_pipe, q_pipe, k_pipe);
-        if (warp % 4 == 1) load_lse(p, shared, work_pipe, q_pipe);
-        if (warp % 4 == 2 && threadIdx.x % 32 == 0) schedule_work(p, shared, work_pipe);
+        if (warp % 4 == 0) load_tiles<D>(p, q_map, k_map, smem);
+        if (warp % 4 == 1) load_lse(p, smem);
+        if (warp % 4 == 2 && threadIdx.x % 32 == 0) schedule_work(p, smem);
     }
 }
 
