@@ -99,22 +99,24 @@ template <int D, int TILE_ROWS> static __device__ __forceinline__ void clear_row
 }
 
 // ---- launch -----------------------------------------------------------------------------------------------
-// Makes the tensor maps: q and dout in boxes of tile_queries queries x g heads x 64 channels, k and v in
-// boxes of KEYS keys of one head x 64 channels. Returns an FsaStatus.
+// Makes the tensor map of x [num_rows, heads, head_dim], whose copies take boxes of box_rows rows x box_heads
+// heads x 64 channels. Returns an FsaStatus.
+static int make_rows_map(CUtensorMap *map, FsaDtype dtype, ConstRows x, int64_t num_rows, int heads,
+                         int head_dim, int box_rows, int box_heads) {
+    const int64_t size[] = {head_dim, heads, num_rows}, stride[] = {2, head_dim * 2, x.stride * 2};
+    const int box[] = {64, box_heads, box_rows};
+    return make_tensor_map(map, dtype, 3, x.data, size, stride, box);
+}
+// Makes all tensor maps: q and dout in boxes of tile_queries queries x g heads, k and v in boxes of KEYS keys
+// of one head. Returns an FsaStatus.
 static int make_tensor_maps(const DenseParams &d, FsaDtype dtype, int head_dim, int tile_queries,
                             TensorMaps *m) {
-    int g = d.q_heads / d.kv_heads;
-    int64_t q_size[] = {head_dim, d.q_heads, d.batch.nq},
-            q_stride[] = {2, head_dim * 2, (int64_t)d.q_heads * head_dim * 2};
-    int64_t k_size[] = {head_dim, d.kv_heads, d.num_keys},
-            k_stride[] = {2, head_dim * 2, (int64_t)d.kv_heads * head_dim * 2};
-    int q_box[] = {64, g, tile_queries}, k_box[] = {64, 1, KEYS};
-    int status = make_tensor_map(&m->q, dtype, 3, d.q.data, q_size, q_stride, q_box);
-    if (!status && d.dout.data)
-        status = make_tensor_map(&m->dout, dtype, 3, d.dout.data, q_size, q_stride, q_box);
-    if (!status) status = make_tensor_map(&m->k, dtype, 3, d.k.data, k_size, k_stride, k_box);
-    if (!status) status = make_tensor_map(&m->v, dtype, 3, d.v.data, k_size, k_stride, k_box);
-    return status;
+    const int g = d.q_heads / d.kv_heads;
+    TRY(make_rows_map(&m->q, dtype, d.q, d.batch.nq, d.q_heads, head_dim, tile_queries, g));
+    if (d.dout.data)
+        TRY(make_rows_map(&m->dout, dtype, d.dout, d.batch.nq, d.q_heads, head_dim, tile_queries, g));
+    TRY(make_rows_map(&m->k, dtype, d.k, d.num_keys, d.kv_heads, head_dim, KEYS, 1));
+    return make_rows_map(&m->v, dtype, d.v, d.num_keys, d.kv_heads, head_dim, KEYS, 1);
 }
 
 // Returns the grid of a persistent kernel: one thread block per SM, at most one per work item.

@@ -326,12 +326,12 @@ static __device__ __forceinline__ void store_o(const DenseParams &p, const QWork
         }
     }
     __syncwarp();
-    T *const o = (T *)p.o.data + ((int64_t)w.query0 * p.q_heads + w.kv_head * g) * D + lane % (D / 8) * 8;
+    T *const o = (T *)p.o.data + w.query0 * p.o.stride + w.kv_head * g * D + lane % (D / 8) * 8;
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int row = warp * 16 + (i * 32 + lane) / (D / 8), query = fast_divide(row, p.group_divisor);
         if (query < w.num_queries)
-            *(uint4 *)(o + (query * p.q_heads + row - query * g) * D) =
+            *(uint4 *)(o + (unsigned)query * p.o.stride + (row - query * g) * D) =
                 *(uint4 *)(smem_o + panel_offset(row, lane % (D / 8), FWD_ROWS * 128));
     }
     __syncwarp();

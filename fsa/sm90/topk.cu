@@ -754,9 +754,9 @@ SmemLayout smem_layout(const TopKParamsSm90 &p, int head_dim) {
 template <typename T, int D>
 int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaStream_t stream) {
     CUtensorMap q_map, k_map;
-    const int64_t q_size[] = {D, p.batch.nq, p.q_heads}, q_stride[] = {2, (int64_t)p.q_heads * D * 2, D * 2},
+    const int64_t q_size[] = {D, p.batch.nq, p.q_heads}, q_stride[] = {2, p.q.stride * 2, D * 2},
                   k_size[] = {D, p.kv_heads, p.batch.n / p.cmp_stride},
-                  k_stride[] = {2, D * 2, (int64_t)p.kv_heads * D * 2};
+                  k_stride[] = {2, D * 2, p.kc.stride * 2};
     const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
     TRY(make_tensor_map(&q_map, dtype, 3, p.q.data, q_size, q_stride, q_box));
     TRY(make_tensor_map(&k_map, dtype, 3, p.kc.data, k_size, k_stride, k_box));
