@@ -111,9 +111,9 @@ static std::vector<int64_t> test_lengths() {
 
 // Sets all parameters [num_params] from the host, and AdamW's moments m and v; NULL sets them to zero.
 static void model_set(Model *model, const float *params, const float *m, const float *v) {
-    for (int64_t u = 0; u < model->zero.num_units; u++) {
-        int64_t begin = model->zero.units[u].begin, end;
-        if (model->training) zero_owned(&model->zero, u, model->zero.rank, &begin, &end);
+    for (int64_t u = 0; u < model->params.zero.num_units; u++) {
+        int64_t begin = model->params.zero.units[u].begin, end;
+        if (model->training) zero_owned(&model->params.zero, u, model->params.zero.rank, &begin, &end);
         set_unit_params(model, u, params + begin, m ? m + begin : NULL, v ? v + begin : NULL);
     }
 }
@@ -125,7 +125,7 @@ static Model *build(const ModelConfig *c, const std::vector<float> &params, int6
     model->last_micro_batch = 1;
     // poison memory with NaN (all bits set): unwritten values must not matter
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
-    cuda_check(cudaMemset(model->scratch, 0xff, model->scratch_bytes));
+    cuda_check(cudaMemset(model->scratch.workspace, 0xff, model->scratch.workspace_bytes));
     cuda_check(cudaDeviceSynchronize());
     model_set(model, params.data(), NULL, NULL);
     return model;
@@ -157,7 +157,7 @@ static Result run(Model *model, const Documents &d) {
     model_forward_backward(model, &d.batch);
     if (model->gpus)
         compute_waits_for_transfers(model->gpus, model->stream); // waits for the reductions of gradients
-    return {download(model->losses, d.batch.n), download(model->grads, model->num_params)};
+    return {download(model->acts.losses, d.batch.n), download(model->params.grads, model->layout.num_params)};
 }
 
 static double relative_error(const float *x, const float *reference, int64_t count) {
@@ -182,9 +182,10 @@ static void copy_block_indices(cpu::Model *cpu_model, const Model *model,
     if (c->attn != ATTN_NSA) return;
     block_indices->resize(c->layers);
     for (int l = 0; l < c->layers; l++) {
-        (*block_indices)[l] = download(fsa_saved_block_indices(&c->fsa, attn_dtype, &b, model->acts[l].saved),
-                                       (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
-        cpu_model->acts[l].block_indices = (*block_indices)[l].data();
+        (*block_indices)[l] =
+            download(fsa_saved_block_indices(&c->fsa, attn_dtype, &b, model->acts.layers[l].saved),
+                     (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
+        cpu_model->acts.layers[l].block_indices = (*block_indices)[l].data();
     }
 }
 
@@ -196,19 +197,20 @@ static void test_against_c(const Variant *v) {
     Documents d(&c, test_lengths(), 2);
     const int64_t n = d.batch.n, C = c.channels, Vp = c.padded_vocab, V = c.vocab_size;
     Model *model = build(&c, params, n, 0);
-    CHECK(model->lm_head_rows == n, "%s: the test needs the logits of all tokens in one chunk", v->name);
+    CHECK(model->scratch.lm_head_rows == n, "%s: the test needs the logits of all tokens in one chunk",
+          v->name);
 
     model_set_batch(model, &d.batch);
     model_forward(model);
-    matmul_forward(&model->matmul, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL, n,
-                   C, Vp, model->stream);
-    std::vector<floatX> logits = download(model->logits, n * Vp);
+    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
+                   weight(model, model->layout.lm_head), NULL, n, C, Vp, model->stream);
+    std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     Result result = run(model, d);
-    double sum = download(&model->result->loss_sum, 1)[0];
+    double sum = download(&model->scratch.result->loss_sum, 1)[0];
 
     cpu::Model cpu_model;
     cpu::model_build(&cpu_model, &c, n, 1);
-    std::copy(params.begin(), params.end(), cpu_model.params);
+    std::copy(params.begin(), params.end(), cpu_model.params.weights);
     std::vector<std::vector<int32_t>> block_indices;
     const int64_t num_queries = (int64_t)c.fsa.kv_heads * n, T = c.fsa.topk;
     if (c.attn == ATTN_NSA)
@@ -216,7 +218,7 @@ static void test_against_c(const Variant *v) {
                            d.batch.num_seqs);
     copy_block_indices(&cpu_model, model, &block_indices);
     for (size_t l = 0; l < block_indices.size(); l++) {
-        const int32_t *selected = cpu_model.acts[l].saved.block_indices;
+        const int32_t *selected = cpu_model.acts.layers[l].saved.block_indices;
         int64_t same = 0;
         for (int64_t i = 0; i < num_queries; i++)
             same += memcmp(selected + i * T, &block_indices[l][i * T], T * sizeof(int32_t)) == 0;
@@ -228,11 +230,12 @@ static void test_against_c(const Variant *v) {
                                      d.batch.num_seqs);
     std::vector<float> gpu_logits, cpu_logits;
     for (int64_t i = 0; i < n * Vp; i++)
-        if (i % Vp < V) gpu_logits.push_back((float)logits[i]), cpu_logits.push_back(cpu_model.logits[i]);
+        if (i % Vp < V)
+            gpu_logits.push_back((float)logits[i]), cpu_logits.push_back(cpu_model.acts.logits[i]);
     double error = relative_error(gpu_logits.data(), cpu_logits.data(), n * V);
     worst_logit = std::max(worst_logit, error);
     CHECK(error < logit_limit, "%s: logits: error %.2e", v->name, error);
-    error = relative_error(result.losses.data(), cpu_model.losses, n);
+    error = relative_error(result.losses.data(), cpu_model.acts.losses, n);
     worst_loss = std::max(worst_loss, error);
     CHECK(error < loss_limit, "%s: losses: error %.2e", v->name, error);
     CHECK(fabs(sum / (double)n - loss) < loss_limit * loss, "%s: mean loss %.6f, the C model's %.6f", v->name,
@@ -240,9 +243,9 @@ static void test_against_c(const Variant *v) {
 
     cpu::model_zero_grad(&cpu_model);
     cpu::model_backward(&cpu_model, (double)n); // of the sum of the losses, as on the GPU
-    for (int64_t i = 0; i < cpu_model.num_tensors; i++) {
-        const ParamTensor *t = &cpu_model.tensors[i];
-        error = relative_error(&result.grads[t->offset], cpu_model.grads + t->offset, t->size);
+    for (int64_t i = 0; i < cpu_model.layout.num_tensors; i++) {
+        const ParamTensor *t = &cpu_model.layout.tensors[i];
+        error = relative_error(&result.grads[t->offset], cpu_model.params.grads + t->offset, t->size);
         worst_grad = std::max(worst_grad, error);
         CHECK(error < grad_limit, "%s: gradient of %s: error %.2e", v->name, t->name, error);
         int64_t padding = strcmp(t->name, "wte") == 0 || strcmp(t->name, "lm_head") == 0 ? (Vp - V) * C : 0;
@@ -270,12 +273,12 @@ static void test_same_bits(const Variant *v) {
         }
         CHECK(run(model, d) == first, "%s: recomputation %d: other bits than the first run", v->name,
               recompute);
-        model->lm_head_rows = 40;
+        model->scratch.lm_head_rows = 40;
         Result chunked = run(model, d);
         double error =
             relative_error(chunked.losses.data(), first.losses.data(), (int64_t)first.losses.size());
         CHECK(error < 1e-6, "%s: losses depend on the chunks of the LM head: %.2e", v->name, error);
-        error = relative_error(chunked.grads.data(), first.grads.data(), model->num_params);
+        error = relative_error(chunked.grads.data(), first.grads.data(), model->layout.num_params);
         CHECK(error < grad_limit / 20, "%s: gradients depend on the chunks of the LM head: %.2e", v->name,
               error);
         destroy(model);
@@ -293,13 +296,14 @@ static void test_accumulation(const Variant *v) {
     model_zero_grad(model);
     model_forward_backward(model, &a.batch);
     model_forward_backward(model, &b.batch);
-    std::vector<float> both = download(model->grads, model->num_params), sum(one.grads);
+    std::vector<float> both = download(model->params.grads, model->layout.num_params), sum(one.grads);
     double norm = 0;
     for (size_t i = 0; i < sum.size(); i++) sum[i] += two.grads[i];
     for (float x : both) norm += (double)x * x;
     norm = sqrt(norm) / 128;
-    CHECK(relative_error(both.data(), sum.data(), model->num_params) < 1e-5, "%s: micro-batches", v->name);
-    double loss = 0, losses = download(&model->result->loss_sum, 1)[0];
+    CHECK(relative_error(both.data(), sum.data(), model->layout.num_params) < 1e-5, "%s: micro-batches",
+          v->name);
+    double loss = 0, losses = download(&model->scratch.result->loss_sum, 1)[0];
     for (float x : one.losses) loss += x;
     for (float x : two.losses) loss += x;
     CHECK(fabs(losses - loss) < 1e-9 * loss, "%s: losses of micro-batches: %.9g, not %.9g", v->name, losses,
@@ -310,29 +314,30 @@ static void test_accumulation(const Variant *v) {
     o.clip = norm / 2;
     model_update(model, &o, 1, 1e-3, 128);
     cuda_check(cudaEventSynchronize(model->step_done));
-    CHECK(fabs(model->result_host->norm[NORM_VALUE] - norm) < 1e-4 * norm, "norm %g, not %g",
-          model->result_host->norm[NORM_VALUE], norm);
+    CHECK(fabs(model->host.result->norm[NORM_VALUE] - norm) < 1e-4 * norm, "norm %g, not %g",
+          model->host.result->norm[NORM_VALUE], norm);
     // after one step m = (1 - beta1) * the clipped gradient
-    std::vector<float> m = download(model->m, model->num_params);
+    std::vector<float> m = download(model->optimizer.m, model->layout.num_params);
     for (float &x : both) x *= (float)(0.1 / 128 / 2);
-    double error = relative_error(m.data(), both.data(), model->num_params);
+    double error = relative_error(m.data(), both.data(), model->layout.num_params);
     CHECK(error < 1e-4, "clipping: error %.2e", error);
 
     // a step with a loss that is not finite changes nothing
-    std::vector<float> master = download(model->master, model->num_params);
+    std::vector<float> master = download(model->optimizer.master, model->layout.num_params);
     double bad = INFINITY;
-    cuda_check(cudaMemcpy(&model->result->loss_sum, &bad, sizeof bad, cudaMemcpyHostToDevice));
+    cuda_check(cudaMemcpy(&model->scratch.result->loss_sum, &bad, sizeof bad, cudaMemcpyHostToDevice));
     cuda_check(cudaDeviceSynchronize());
     model_update(model, &o, 2, 1e-3, 128);
-    CHECK(download(model->master, model->num_params) == master && download(model->m, model->num_params) == m,
+    CHECK(download(model->optimizer.master, model->layout.num_params) == master &&
+              download(model->optimizer.m, model->layout.num_params) == m,
           "a step with an infinite loss changed parameters or moments");
     float nan = NAN;
     model_zero_grad(model);
     cuda_check(cudaDeviceSynchronize());
-    cuda_check(cudaMemcpy(model->grads + 77, &nan, sizeof nan, cudaMemcpyHostToDevice));
+    cuda_check(cudaMemcpy(model->params.grads + 77, &nan, sizeof nan, cudaMemcpyHostToDevice));
     cuda_check(cudaDeviceSynchronize());
     model_update(model, &o, 2, 1e-3, 128);
-    CHECK(download(model->master, model->num_params) == master,
+    CHECK(download(model->optimizer.master, model->layout.num_params) == master,
           "a step with a NaN in the gradient changed parameters");
     destroy(model);
 }
@@ -342,7 +347,7 @@ static void gpu_step(Model *model, const Options *o, const Documents &d, int64_t
     model_forward_backward(model, &d.batch);
     model_update(model, o, step, o->lr, d.batch.n);
     cuda_check(cudaEventSynchronize(model->step_done));
-    *loss = model->result_host->loss_sum / (double)d.batch.n;
+    *loss = model->host.result->loss_sum / (double)d.batch.n;
 }
 
 // Tests twenty steps of a new run, on three alternating batches, against the C trainer. Also tests that a run
@@ -357,8 +362,9 @@ static void test_training(const Variant *v) {
     o.lr = 1e-3;
     cpu::Model cpu_model;
     cpu::model_build(&cpu_model, &c, n, 1);
-    params_init(&c, cpu_model.params, seed);
-    std::vector<float> start(cpu_model.params, cpu_model.params + cpu_model.num_params);
+    params_init(&c, cpu_model.params.weights, seed);
+    std::vector<float> start(cpu_model.params.weights,
+                             cpu_model.params.weights + cpu_model.layout.num_params);
     Model *model = build(&c, start, n, 0);
     char folder[] = "/tmp/test_gpt_nsa.XXXXXX";
     if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
@@ -386,10 +392,10 @@ static void test_training(const Variant *v) {
         if (step == 14) { // the checkpoint
             state.step = 15;
             std::vector<float> arrays[3];
-            const float *device[3] = {model->master, model->m, model->v};
-            for (int i = 0; i < 3; i++) arrays[i] = download(device[i], model->num_params);
+            const float *device[3] = {model->optimizer.master, model->optimizer.m, model->optimizer.v};
+            for (int i = 0; i < 3; i++) arrays[i] = download(device[i], model->layout.num_params);
             checkpoint_save(folder, &c, &state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
-                            model->num_params);
+                            model->layout.num_params);
         }
     }
     CHECK(loss < first - 0.3, "%s: the loss falls from %.4f to %.4f only", v->name, first, loss);
@@ -397,9 +403,9 @@ static void test_training(const Variant *v) {
     char path[PATH_BYTES];
     checkpoint_path(path, sizeof path, folder, 15);
     std::vector<float> arrays[3];
-    for (std::vector<float> &a : arrays) a.resize(model->num_params);
+    for (std::vector<float> &a : arrays) a.resize(model->layout.num_params);
     checkpoint_load(path, &c, &state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
-                    model->num_params);
+                    model->layout.num_params);
     Model *resumed = build(&c, arrays[0], n, 2);
     model_set(resumed, arrays[0].data(), arrays[1].data(), arrays[2].data());
     for (int step = 15; step < 20; step++) {
@@ -407,8 +413,10 @@ static void test_training(const Variant *v) {
         CHECK(loss == losses[step], "%s: step %d after a checkpoint: loss %.9g, not %.9g", v->name, step + 1,
               loss, losses[step]);
     }
-    CHECK(download(resumed->master, resumed->num_params) == download(model->master, model->num_params) &&
-              download(resumed->v, resumed->num_params) == download(model->v, model->num_params),
+    CHECK(download(resumed->optimizer.master, resumed->layout.num_params) ==
+                  download(model->optimizer.master, model->layout.num_params) &&
+              download(resumed->optimizer.v, resumed->layout.num_params) ==
+                  download(model->optimizer.v, model->layout.num_params),
           "%s: a resumed run has other bits", v->name);
     unlink(path);
     rmdir(folder);
@@ -441,26 +449,27 @@ static void test_inference(const Variant *v) {
 
     cpu::Model cpu_model;
     cpu::model_build(&cpu_model, &c, n, 0);
-    std::copy(params.begin(), params.end(), cpu_model.params);
+    std::copy(params.begin(), params.end(), cpu_model.params.weights);
     cpu::model_forward(&cpu_model, d.tokens.data(), d.targets.data(), d.cu_seqlens.data(), d.batch.num_seqs);
     int64_t same = 0;
-    for (int64_t i = 0; i < n; i++) same += argmax[i] == cpu_model.argmax[i];
+    for (int64_t i = 0; i < n; i++) same += argmax[i] == cpu_model.acts.argmax[i];
     CHECK((double)same >= 0.9 * (double)n, "%s: %lld of %lld arg maxes agree", v->name, (long long)same,
           (long long)n);
     const int64_t row = c.fsa.kv_heads * c.fsa.topk;
     std::vector<int32_t> block_indices(c.layers * n * row);
     for (int64_t length : {(int64_t)1, (int64_t)29, n}) {
-        model->block_indices_host = block_indices.data();
+        model->host.block_indices = block_indices.data();
         const float *logits = next_logits(model, d.tokens.data(), length);
-        model->block_indices_host = NULL;
+        model->host.block_indices = NULL;
         // the C model gets the sequence with the GPU's padding, and the GPU's block indices
         const int64_t padded = model->batch.n, cu_seqlens[2] = {0, padded};
         std::vector<int32_t> tokens(d.tokens.begin(), d.tokens.begin() + length);
         tokens.resize(padded);
         for (int l = 0; l < c.layers && c.attn == ATTN_NSA; l++)
-            cpu_model.acts[l].block_indices = block_indices.data() + l * padded * row;
+            cpu_model.acts.layers[l].block_indices = block_indices.data() + l * padded * row;
         cpu::model_forward(&cpu_model, tokens.data(), tokens.data(), cu_seqlens, 1);
-        double error = relative_error(logits, cpu_model.logits + (length - 1) * c.padded_vocab, c.vocab_size);
+        double error =
+            relative_error(logits, cpu_model.acts.logits + (length - 1) * c.padded_vocab, c.vocab_size);
         worst_next = std::max(worst_next, error);
         CHECK(error < 2 * logit_limit, "%s: logits after %lld tokens: error %.2e", v->name, (long long)length,
               error); // one row has a larger spread than all rows
@@ -509,9 +518,9 @@ static void test_golden(const char *name) {
     Model *model = build(&c, params, n, 0);
     model_set_batch(model, &d.batch);
     model_forward(model);
-    matmul_forward(&model->matmul, model->logits, Vp, model->lnf_out, weight(model, model->lm_head), NULL, n,
-                   c.channels, Vp, model->stream);
-    std::vector<floatX> logits = download(model->logits, n * Vp);
+    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
+                   weight(model, model->layout.lm_head), NULL, n, c.channels, Vp, model->stream);
+    std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     values.clear();
     for (int64_t i = 0; i < n * Vp; i++)
         if (i % Vp < V) values.push_back((double)(float)logits[i]);
@@ -545,8 +554,7 @@ static void test_shared(const Variant *v, Gpus *gpus) {
                    losses.data(), expected.losses.data(), sizeof(float));
     for (int recompute = 0; recompute <= 2; recompute++) {
         Model *model = build(&c, params, n, recompute, gpus);
-        CHECK(model->num_head_groups == c.fsa.kv_heads, "%s: %d head groups", v->name,
-              model->num_head_groups);
+        CHECK(model->groups.count == c.fsa.kv_heads, "%s: %d head groups", v->name, model->groups.count);
         if (recompute == 0) {
             first = run(model, part);
             run(model, other); // leaves other values in all buffers

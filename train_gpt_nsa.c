@@ -129,17 +129,6 @@ void crossentropy_backward(real *logits, const real *lse, const int32_t *targets
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// Returns the offset of a layer's tensor `name` in params and grads, or -1; layer -1: a tensor outside the
-// layers.
-static int64_t tensor_offset(const Model *model, int layer, const char *name) {
-    for (int64_t i = 0; i < model->num_tensors; i++) {
-        const ParamTensor *t = &model->tensors[i];
-        const char *dot = strrchr(t->name, '.');
-        if (t->layer == layer && strcmp(dot ? dot + 1 : t->name, name) == 0) return t->offset;
-    }
-    return -1;
-}
-
 // Returns the tensor at `offset` of base, which is params or grads; NULL if the model has no such tensor.
 static real *tensor_at(real *base, int64_t offset) {
     return offset < 0 ? NULL : base + offset;
@@ -171,25 +160,13 @@ void model_build(Model *model, const ModelConfig *config, int64_t n, int trainin
     const FsaConfig *f = &model->config.fsa;
     int64_t C = config->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d,
             H = config->hidden;
-    int64_t num_gate_logits = f->gate_per_token ? 3 : 3 * f->q_heads;
 
     model->inv_freq = model_alloc(model, d / 2, sizeof(double));
     rope_inv_freq(config, model->inv_freq);
-    model->num_tensors = param_table(config, NULL, &model->num_params);
-    model->tensors = model_alloc(model, model->num_tensors, sizeof(ParamTensor));
-    param_table(config, model->tensors, &model->num_params);
-    model->wte = tensor_offset(model, -1, "wte");
-    model->lnf = tensor_offset(model, -1, "lnf");
-    model->lm_head = config->tied ? model->wte : tensor_offset(model, -1, "lm_head");
-    model->layers = model_alloc(model, config->layers, sizeof(LayerParams));
-    model->acts = model_alloc(model, config->layers, sizeof(LayerActivations));
+    model->bytes += param_layout_build(&model->layout, config);
+    model->acts.layers = model_alloc(model, config->layers, sizeof(LayerActivations));
     for (int l = 0; l < config->layers; l++) {
-        LayerParams *w = &model->layers[l];
-#define OFFSET(name) w->name = tensor_offset(model, l, #name)
-        OFFSET(ln1), OFFSET(wqkv), OFFSET(bqkv), OFFSET(qnorm), OFFSET(knorm), OFFSET(phi_wk), OFFSET(phi_pe);
-        OFFSET(phi_wv), OFFSET(wgate), OFFSET(wo), OFFSET(ln2), OFFSET(wgu), OFFSET(wdown);
-#undef OFFSET
-        LayerActivations *a = &model->acts[l];
+        LayerActivations *a = &model->acts.layers[l];
         a->residual_in = model_alloc(model, n * C, sizeof(real));
         a->ln1 = model_alloc(model, n * C, sizeof(real));
         a->ln1_rstd = model_alloc(model, n, sizeof(real));
@@ -204,7 +181,8 @@ void model_build(Model *model, const ModelConfig *config, int64_t n, int trainin
             a->q_rstd = model_alloc(model, n * f->q_heads, sizeof(real));
             a->k_rstd = model_alloc(model, n * f->kv_heads, sizeof(real));
         }
-        if (config->attn == ATTN_NSA) a->gate_logits = model_alloc(model, n * num_gate_logits, sizeof(real));
+        if (config->attn == ATTN_NSA)
+            a->gate_logits = model_alloc(model, n * num_gate_logits(f), sizeof(real));
         alloc_attention_state(model, a, n);
         a->attn_out = model_alloc(model, n * qd, sizeof(real));
         a->residual_mid = model_alloc(model, n * C, sizeof(real));
@@ -213,33 +191,33 @@ void model_build(Model *model, const ModelConfig *config, int64_t n, int trainin
         a->gate_up = model_alloc(model, n * 2 * H, sizeof(real));
         a->swiglu = model_alloc(model, n * H, sizeof(real));
     }
-    model->params = model_alloc(model, model->num_params, sizeof(real));
-    model->residual_out = model_alloc(model, n * C, sizeof(real));
-    model->lnf_out = model_alloc(model, n * C, sizeof(real));
-    model->lnf_rstd = model_alloc(model, n, sizeof(real));
-    model->logits = model_alloc(model, n * config->padded_vocab, sizeof(real));
-    model->losses = model_alloc(model, n, sizeof(real));
-    model->lse = model_alloc(model, n, sizeof(real));
-    model->argmax = model_alloc(model, n, sizeof(int32_t));
+    model->params.weights = model_alloc(model, model->layout.num_params, sizeof(real));
+    model->acts.residual_out = model_alloc(model, n * C, sizeof(real));
+    model->acts.lnf_out = model_alloc(model, n * C, sizeof(real));
+    model->acts.lnf_rstd = model_alloc(model, n, sizeof(real));
+    model->acts.logits = model_alloc(model, n * config->padded_vocab, sizeof(real));
+    model->acts.losses = model_alloc(model, n, sizeof(real));
+    model->acts.lse = model_alloc(model, n, sizeof(real));
+    model->acts.argmax = model_alloc(model, n, sizeof(int32_t));
     model->segments = model_alloc(model, n, sizeof(FsaSegment));
     if (!training) return;
-    model->grads = model_alloc(model, model->num_params, sizeof(real));
-    model->m = model_alloc(model, model->num_params, sizeof(real));
-    model->v = model_alloc(model, model->num_params, sizeof(real));
-    model->dresidual = model_alloc(model, n * C, sizeof(real));
-    model->dnorm = model_alloc(model, n * C, sizeof(real));
-    model->dq = model_alloc(model, n * qd, sizeof(real));
-    model->dk = model_alloc(model, n * kd, sizeof(real));
-    model->dv = model_alloc(model, n * kd, sizeof(real));
-    model->dattn_out = model_alloc(model, n * qd, sizeof(real));
-    model->dgate_logits = model_alloc(model, n * num_gate_logits, sizeof(real));
-    model->dgate_up = model_alloc(model, n * 2 * H, sizeof(real));
-    model->dswiglu = model_alloc(model, n * H, sizeof(real));
+    model->params.grads = model_alloc(model, model->layout.num_params, sizeof(real));
+    model->optimizer.m = model_alloc(model, model->layout.num_params, sizeof(real));
+    model->optimizer.v = model_alloc(model, model->layout.num_params, sizeof(real));
+    model->scratch.dresidual = model_alloc(model, n * C, sizeof(real));
+    model->scratch.dnorm = model_alloc(model, n * C, sizeof(real));
+    model->scratch.dq = model_alloc(model, n * qd, sizeof(real));
+    model->scratch.dk = model_alloc(model, n * kd, sizeof(real));
+    model->scratch.dv = model_alloc(model, n * kd, sizeof(real));
+    model->scratch.dattn_out = model_alloc(model, n * qd, sizeof(real));
+    model->scratch.dgate_logits = model_alloc(model, n * num_gate_logits(f), sizeof(real));
+    model->scratch.dgate_up = model_alloc(model, n * 2 * H, sizeof(real));
+    model->scratch.dswiglu = model_alloc(model, n * H, sizeof(real));
 }
 
 void model_free(Model *model) {
     for (int l = 0; l < model->config.layers; l++) {
-        LayerActivations *a = &model->acts[l];
+        LayerActivations *a = &model->acts.layers[l];
         if (a->q_raw != a->q) free(a->q_raw), free(a->k_raw), free(a->q_rstd), free(a->k_rstd);
         free(a->residual_in), free(a->ln1), free(a->ln1_rstd), free(a->q), free(a->k), free(a->v),
             free(a->gate_logits);
@@ -248,27 +226,31 @@ void model_free(Model *model) {
         free(a->attn_out), free(a->residual_mid), free(a->ln2), free(a->ln2_rstd), free(a->gate_up),
             free(a->swiglu);
     }
-    free(model->inv_freq), free(model->tensors), free(model->layers), free(model->acts), free(model->params);
-    free(model->residual_out), free(model->lnf_out), free(model->lnf_rstd), free(model->logits),
-        free(model->losses);
-    free(model->lse), free(model->argmax), free(model->segments), free(model->grads), free(model->m);
-    free(model->v), free(model->dresidual), free(model->dnorm), free(model->dq), free(model->dk),
-        free(model->dv);
-    free(model->dattn_out), free(model->dgate_logits), free(model->dgate_up), free(model->dswiglu);
+    param_layout_free(&model->layout);
+    free(model->inv_freq), free(model->acts.layers), free(model->params.weights);
+    free(model->acts.residual_out), free(model->acts.lnf_out), free(model->acts.lnf_rstd),
+        free(model->acts.logits), free(model->acts.losses);
+    free(model->acts.lse), free(model->acts.argmax), free(model->segments), free(model->params.grads),
+        free(model->optimizer.m);
+    free(model->optimizer.v), free(model->scratch.dresidual), free(model->scratch.dnorm),
+        free(model->scratch.dq), free(model->scratch.dk), free(model->scratch.dv);
+    free(model->scratch.dattn_out), free(model->scratch.dgate_logits), free(model->scratch.dgate_up),
+        free(model->scratch.dswiglu);
     memset(model, 0, sizeof *model);
 }
 
 static GPT_REF(PhiWeights) layer_phi(const Model *model, int l) {
-    const LayerParams *w = &model->layers[l];
-    return (GPT_REF(PhiWeights)){tensor_at(model->params, w->phi_wk), tensor_at(model->params, w->phi_pe),
-                                 tensor_at(model->params, w->phi_wv)};
+    const LayerParams *w = &model->layout.layers[l];
+    return (GPT_REF(PhiWeights)){tensor_at(model->params.weights, w->phi_wk),
+                                 tensor_at(model->params.weights, w->phi_pe),
+                                 tensor_at(model->params.weights, w->phi_wv)};
 }
 
 // q, k, v, gate_logits -> attn_out.
 static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
-    LayerActivations *a = &model->acts[l];
+    LayerActivations *a = &model->acts.layers[l];
     GPT_REF(State) *s = &a->saved;
     if (c->attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
@@ -290,37 +272,37 @@ static void attention_forward(Model *model, int l) {
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
-    const LayerParams *w = &model->layers[l];
-    LayerActivations *a = &model->acts[l];
+    const LayerParams *w = &model->layout.layers[l];
+    LayerActivations *a = &model->acts.layers[l];
     GPT_REF(State) *s = &a->saved;
     if (c->attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(PhiGradients)
-        dphi = {tensor_at(model->grads, w->phi_wk), tensor_at(model->grads, w->phi_pe),
-                tensor_at(model->grads, w->phi_wv)};
-        memset(model->dgate_logits, 0, sizeof(real) * model->n * (f->gate_per_token ? 3 : 3 * f->q_heads));
+        dphi = {tensor_at(model->params.grads, w->phi_wk), tensor_at(model->params.grads, w->phi_pe),
+                tensor_at(model->params.grads, w->phi_wv)};
+        memset(model->scratch.dgate_logits, 0, sizeof(real) * model->n * num_gate_logits(f));
         GPT_REF(backward)
-        (f, &model->batch, a->k, a->v, &phi, model->inv_freq, a->gate_logits, s, model->dattn_out, model->dq,
-         model->dk, model->dv, &dphi, model->dgate_logits);
+        (f, &model->batch, a->k, a->v, &phi, model->inv_freq, a->gate_logits, s, model->scratch.dattn_out,
+         model->scratch.dq, model->scratch.dk, model->scratch.dv, &dphi, model->scratch.dgate_logits);
         return;
     }
-    memset(model->dq, 0, sizeof(real) * model->n * f->q_heads * f->head_dim);
-    memset(model->dk, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
-    memset(model->dv, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
+    memset(model->scratch.dq, 0, sizeof(real) * model->n * f->q_heads * f->head_dim);
+    memset(model->scratch.dk, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
+    memset(model->scratch.dv, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     GPT_REF(attention_backward)
     (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->attn_out,
-     s->lse[0], model->dattn_out, model->dq, model->dk, model->dv);
-    GPT_REF(rope_queries)(f, &model->batch, model->dq, model->inv_freq, 1);
-    GPT_REF(rope_keys)(f, &model->batch, model->dk, model->inv_freq, 1);
+     s->lse[0], model->scratch.dattn_out, model->scratch.dq, model->scratch.dk, model->scratch.dv);
+    GPT_REF(rope_queries)(f, &model->batch, model->scratch.dq, model->inv_freq, 1);
+    GPT_REF(rope_keys)(f, &model->batch, model->scratch.dk, model->inv_freq, 1);
 }
 
 // Runs layer l on its residual_in, and writes residual_out [n, C], the residual_in of the next layer.
 static void layer_forward(Model *model, int l, real *residual_out) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
-    const LayerParams *w = &model->layers[l];
-    LayerActivations *a = &model->acts[l];
-    real *p = model->params;
+    const LayerParams *w = &model->layout.layers[l];
+    LayerActivations *a = &model->acts.layers[l];
+    real *p = model->params.weights;
     int64_t n = model->n;
     int C = c->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d, H = c->hidden;
     const real *wqkv = p + w->wqkv, *bias = tensor_at(p, w->bqkv);
@@ -333,9 +315,7 @@ static void layer_forward(Model *model, int l, real *residual_out) {
         rmsnorm_forward(a->q, a->q_rstd, a->q_raw, p + w->qnorm, n * f->q_heads, d, c->norm_eps);
         rmsnorm_forward(a->k, a->k_rstd, a->k_raw, p + w->knorm, n * f->kv_heads, d, c->norm_eps);
     }
-    if (a->gate_logits)
-        matmul_forward(a->gate_logits, a->ln1, p + w->wgate, NULL, n, C,
-                       f->gate_per_token ? 3 : 3 * f->q_heads);
+    if (a->gate_logits) matmul_forward(a->gate_logits, a->ln1, p + w->wgate, NULL, n, C, num_gate_logits(f));
     attention_forward(model, l);
     matmul_forward(a->residual_mid, a->attn_out, p + w->wo, NULL, n, qd, C);
     for (int64_t i = 0; i < n * C; i++) a->residual_mid[i] += a->residual_in[i];
@@ -346,40 +326,46 @@ static void layer_forward(Model *model, int l, real *residual_out) {
     for (int64_t i = 0; i < n * C; i++) residual_out[i] += a->residual_mid[i];
 }
 
-// Turns model->dresidual [n, C] from the gradient of layer l's output into that of its input; adds to the
-// gradients of its parameters.
+// Turns model->scratch.dresidual [n, C] from the gradient of layer l's output into that of its input; adds to
+// the gradients of its parameters.
 static void layer_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;
-    const LayerParams *w = &model->layers[l];
-    LayerActivations *a = &model->acts[l];
-    real *p = model->params, *g = model->grads, *dresidual = model->dresidual, *dnorm = model->dnorm;
+    const LayerParams *w = &model->layout.layers[l];
+    LayerActivations *a = &model->acts.layers[l];
+    real *p = model->params.weights, *g = model->params.grads, *dresidual = model->scratch.dresidual,
+         *dnorm = model->scratch.dnorm;
     int64_t n = model->n;
     int C = c->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d, H = c->hidden;
     // offsets of k's and v's rows in wqkv
     int64_t wk = w->wqkv + (int64_t)qd * C, wv = wk + (int64_t)kd * C;
     real *dbias = tensor_at(g, w->bqkv);
 
-    matmul_backward(model->dswiglu, 0, g + w->wdown, NULL, dresidual, a->swiglu, p + w->wdown, n, H, C);
-    swiglu_backward(model->dgate_up, model->dswiglu, a->gate_up, n, H);
-    matmul_backward(dnorm, 0, g + w->wgu, NULL, model->dgate_up, a->ln2, p + w->wgu, n, C, 2 * H);
+    matmul_backward(model->scratch.dswiglu, 0, g + w->wdown, NULL, dresidual, a->swiglu, p + w->wdown, n, H,
+                    C);
+    swiglu_backward(model->scratch.dgate_up, model->scratch.dswiglu, a->gate_up, n, H);
+    matmul_backward(dnorm, 0, g + w->wgu, NULL, model->scratch.dgate_up, a->ln2, p + w->wgu, n, C, 2 * H);
     rmsnorm_backward(dresidual, g + w->ln2, dnorm, a->residual_mid, p + w->ln2, a->ln2_rstd, n, C);
-    matmul_backward(model->dattn_out, 0, g + w->wo, NULL, dresidual, a->attn_out, p + w->wo, n, qd, C);
+    matmul_backward(model->scratch.dattn_out, 0, g + w->wo, NULL, dresidual, a->attn_out, p + w->wo, n, qd,
+                    C);
     attention_backward(model, l);
     if (c->qk_norm) { // q and k are no longer needed: their arrays hold dq_raw and dk_raw
         memset(a->q, 0, sizeof(real) * n * qd);
         memset(a->k, 0, sizeof(real) * n * kd);
-        rmsnorm_backward(a->q, g + w->qnorm, model->dq, a->q_raw, p + w->qnorm, a->q_rstd, n * f->q_heads, d);
-        rmsnorm_backward(a->k, g + w->knorm, model->dk, a->k_raw, p + w->knorm, a->k_rstd, n * f->kv_heads,
-                         d);
+        rmsnorm_backward(a->q, g + w->qnorm, model->scratch.dq, a->q_raw, p + w->qnorm, a->q_rstd,
+                         n * f->q_heads, d);
+        rmsnorm_backward(a->k, g + w->knorm, model->scratch.dk, a->k_raw, p + w->knorm, a->k_rstd,
+                         n * f->kv_heads, d);
     }
-    const real *dq_raw = c->qk_norm ? a->q : model->dq, *dk_raw = c->qk_norm ? a->k : model->dk;
+    const real *dq_raw = c->qk_norm ? a->q : model->scratch.dq,
+               *dk_raw = c->qk_norm ? a->k : model->scratch.dk;
     matmul_backward(dnorm, 0, g + w->wqkv, dbias, dq_raw, a->ln1, p + w->wqkv, n, C, qd);
     matmul_backward(dnorm, 1, g + wk, dbias ? dbias + qd : NULL, dk_raw, a->ln1, p + wk, n, C, kd);
-    matmul_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->dv, a->ln1, p + wv, n, C, kd);
+    matmul_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->scratch.dv, a->ln1, p + wv, n, C,
+                    kd);
     if (a->gate_logits) {
-        matmul_backward(dnorm, 1, g + w->wgate, NULL, model->dgate_logits, a->ln1, p + w->wgate, n, C,
-                        f->gate_per_token ? 3 : 3 * f->q_heads);
+        matmul_backward(dnorm, 1, g + w->wgate, NULL, model->scratch.dgate_logits, a->ln1, p + w->wgate, n, C,
+                        num_gate_logits(f));
     }
     rmsnorm_backward(dresidual, g + w->ln1, dnorm, a->residual_in, p + w->ln1, a->ln1_rstd, n, C);
 }
@@ -396,60 +382,66 @@ double model_forward(Model *model, const int32_t *tokens, const int32_t *targets
     }
     model->batch = (FsaBatch){num_seqs, cu_seqlens, num_seqs, model->segments};
 
-    embedding_forward(model->acts[0].residual_in, tokens, model->params + model->wte, n, c->channels);
+    embedding_forward(model->acts.layers[0].residual_in, tokens, model->params.weights + model->layout.wte, n,
+                      c->channels);
     for (int l = 0; l < c->layers; l++)
-        layer_forward(model, l, l + 1 < c->layers ? model->acts[l + 1].residual_in : model->residual_out);
-    rmsnorm_forward(model->lnf_out, model->lnf_rstd, model->residual_out, model->params + model->lnf, n,
-                    c->channels, c->norm_eps);
-    const real *lm_head = model->params + model->lm_head;
+        layer_forward(model, l,
+                      l + 1 < c->layers ? model->acts.layers[l + 1].residual_in : model->acts.residual_out);
+    rmsnorm_forward(model->acts.lnf_out, model->acts.lnf_rstd, model->acts.residual_out,
+                    model->params.weights + model->layout.lnf, n, c->channels, c->norm_eps);
+    const real *lm_head = model->params.weights + model->layout.lm_head;
     if (!targets) {
-        matmul_forward(model->logits, model->lnf_out + (n - 1) * c->channels, lm_head, NULL, 1, c->channels,
-                       c->padded_vocab);
+        matmul_forward(model->acts.logits, model->acts.lnf_out + (n - 1) * c->channels, lm_head, NULL, 1,
+                       c->channels, c->padded_vocab);
         return 0;
     }
-    matmul_forward(model->logits, model->lnf_out, lm_head, NULL, n, c->channels, c->padded_vocab);
-    crossentropy_forward(model->losses, model->lse, model->argmax, model->logits, targets, n, c->vocab_size,
-                         c->padded_vocab);
+    matmul_forward(model->acts.logits, model->acts.lnf_out, lm_head, NULL, n, c->channels, c->padded_vocab);
+    crossentropy_forward(model->acts.losses, model->acts.lse, model->acts.argmax, model->acts.logits, targets,
+                         n, c->vocab_size, c->padded_vocab);
     double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += model->losses[i];
+    for (int64_t i = 0; i < n; i++) sum += model->acts.losses[i];
     return sum / n;
 }
 
 void model_backward(Model *model, double loss_scale) {
     const ModelConfig *c = &model->config;
     int64_t n = model->n;
-    crossentropy_backward(model->logits, model->lse, model->targets, (real)(loss_scale / n), n, c->vocab_size,
-                          c->padded_vocab);
-    matmul_backward(model->dnorm, 0, model->grads + model->lm_head, NULL, model->logits, model->lnf_out,
-                    model->params + model->lm_head, n, c->channels, c->padded_vocab);
-    memset(model->dresidual, 0, sizeof(real) * n * c->channels);
-    rmsnorm_backward(model->dresidual, model->grads + model->lnf, model->dnorm, model->residual_out,
-                     model->params + model->lnf, model->lnf_rstd, n, c->channels);
+    crossentropy_backward(model->acts.logits, model->acts.lse, model->targets, (real)(loss_scale / n), n,
+                          c->vocab_size, c->padded_vocab);
+    matmul_backward(model->scratch.dnorm, 0, model->params.grads + model->layout.lm_head, NULL,
+                    model->acts.logits, model->acts.lnf_out, model->params.weights + model->layout.lm_head, n,
+                    c->channels, c->padded_vocab);
+    memset(model->scratch.dresidual, 0, sizeof(real) * n * c->channels);
+    rmsnorm_backward(model->scratch.dresidual, model->params.grads + model->layout.lnf, model->scratch.dnorm,
+                     model->acts.residual_out, model->params.weights + model->layout.lnf,
+                     model->acts.lnf_rstd, n, c->channels);
     for (int l = c->layers - 1; l >= 0; l--) layer_backward(model, l);
-    embedding_backward(model->grads + model->wte, model->tokens, model->dresidual, n, c->channels);
+    embedding_backward(model->params.grads + model->layout.wte, model->tokens, model->scratch.dresidual, n,
+                       c->channels);
 }
 
 void model_zero_grad(Model *model) {
-    memset(model->grads, 0, sizeof(real) * model->num_params);
+    memset(model->params.grads, 0, sizeof(real) * model->layout.num_params);
 }
 
 double model_grad_norm(const Model *model) {
     double sum = 0;
-    for (int64_t i = 0; i < model->num_params; i++) sum += (double)model->grads[i] * model->grads[i];
+    for (int64_t i = 0; i < model->layout.num_params; i++)
+        sum += (double)model->params.grads[i] * model->params.grads[i];
     return sqrt(sum);
 }
 
 void model_update(Model *model, int64_t step, double lr, double beta1, double beta2, double eps,
                   double weight_decay, double grad_scale) {
     double bias_correction1 = 1 - pow(beta1, (double)step), bias_correction2 = 1 - pow(beta2, (double)step);
-    for (int64_t t = 0; t < model->num_tensors; t++) {
-        const ParamTensor *tensor = &model->tensors[t];
+    for (int64_t t = 0; t < model->layout.num_tensors; t++) {
+        const ParamTensor *tensor = &model->layout.tensors[t];
         real decay = (real)(tensor->decay ? lr * weight_decay : 0), step_size = (real)(lr / bias_correction1);
         real b1 = (real)beta1, b2 = (real)beta2, scale = (real)grad_scale;
         real inv_sqrt_bias_correction2 = (real)(1 / sqrt(bias_correction2)), epsilon = (real)eps;
-        real *p = model->params + tensor->offset, *m = model->m + tensor->offset,
-             *v = model->v + tensor->offset;
-        const real *g = model->grads + tensor->offset;
+        real *p = model->params.weights + tensor->offset, *m = model->optimizer.m + tensor->offset,
+             *v = model->optimizer.v + tensor->offset;
+        const real *g = model->params.grads + tensor->offset;
 #pragma omp parallel for if (tensor->size > 20000)
         for (int64_t i = 0; i < tensor->size; i++) {
             real gi = g[i] * scale;
@@ -470,8 +462,8 @@ void model_update(Model *model, int64_t step, double lr, double beta1, double be
 static void evaluate(void *arg, const Run *r, const float **losses, const int32_t **argmax) {
     Model *model = arg;
     model_forward(model, r->inputs, r->targets, r->cu_seqlens, r->num_seqs);
-    *losses = model->losses;
-    *argmax = model->argmax;
+    *losses = model->acts.losses;
+    *argmax = model->acts.argmax;
 }
 
 // run_sample's callback: the logits of the token after tokens [n].
@@ -479,7 +471,7 @@ static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     Model *model = arg;
     int64_t cu_seqlens[2] = {0, n};
     model_forward(model, tokens, NULL, cu_seqlens, 1);
-    return model->logits;
+    return model->acts.logits;
 }
 
 // One training step: gradients of all micro-batches, then AdamW. Fills `line` except its times and rates.
@@ -513,29 +505,25 @@ int main(int argc, char **argv) {
     model_build(&model, &run.config, o->batch * o->seq_len, training);
     if (run.checkpoint[0]) {
         TrainState state;
-        checkpoint_load(run.checkpoint, &run.config, &state, model.params, run.resuming ? model.m : NULL,
-                        run.resuming ? model.v : NULL, model.num_params);
+        checkpoint_load(run.checkpoint, &run.config, &state, model.params.weights,
+                        run.resuming ? model.optimizer.m : NULL, run.resuming ? model.optimizer.v : NULL,
+                        model.layout.num_params);
     } else {
-        params_init(&run.config, model.params, (uint64_t)o->seed);
+        params_init(&run.config, model.params.weights, (uint64_t)o->seed);
     }
-    run_print_summary(&run, model.num_params, model.bytes);
+    run_print_summary(&run, model.layout.num_params, model.bytes);
     if (o->sample_only) run_sample(&run, next_logits, &model);
     if (o->val_only) run_validate(&run, evaluate, &model);
 
     if (training) {
-        run_install_signal_handlers();
-        if (run.resuming && run.state.step < o->max_steps) {
-            printf("resuming after step %lld of %lld\n", (long long)run.state.step, (long long)o->max_steps);
-        } else if (run.resuming) {
-            printf("all %lld steps are done; train on with -x above %lld\n", (long long)o->max_steps,
-                   (long long)run.state.step);
-        }
+        run_begin_training(&run);
         int64_t first_step = run.state.step;
         double train_seconds = 0; // in training steps, without validation, samples and checkpoints
         for (int first_iteration = 1;; first_iteration = 0) {
             Cadence due = cadence_at(o, run.state.step);
             if (due.save && !first_iteration)
-                run_save(&run, model.params, model.m, model.v, model.num_params);
+                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
+                         model.layout.num_params);
             if (due.validate) run_validate(&run, evaluate, &model);
             if (due.sample) run_sample(&run, next_logits, &model);
             if (run.state.step >= o->max_steps || run_signal) break;
@@ -551,9 +539,10 @@ int main(int argc, char **argv) {
                 eta_seconds(train_seconds, run.state.step - first_step, o->max_steps - run.state.step));
         }
         if (run_signal) {
-            if (o->output) run_save(&run, model.params, model.m, model.v, model.num_params);
-            printf("stopped by signal %d after step %lld%s\n", (int)run_signal, (long long)run.state.step,
-                   o->output ? "; resume with -y 1" : "");
+            if (o->output)
+                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
+                         model.layout.num_params);
+            run_print_stopped(&run);
         }
     }
     model_free(&model);

@@ -1,8 +1,8 @@
 // train_gpt_nsa.h: the layers and the model of train_gpt_nsa.c, for tests. Compile train_gpt_nsa.c with
 // -DGPT_NO_MAIN and link it. With -DGPT_DOUBLE for both, everything is computed in double.
 //
-// train_gpt_nsa.cu has the same names for the types Model, LayerParams and LayerActivations, for their
-// tensors, and for the functions of the model, except:
+// train_gpt_nsa.cu has the same names for the type Model, its members and their tensors, and for the
+// functions of the model, except:
 //   the GPU's classifier              crossentropy_forward and crossentropy_backward in one kernel
 //   matmul_backward_input, _weight    the two halves of matmul_backward
 //   rmsnorm_residual_forward          a residual addition, then rmsnorm_forward
@@ -15,6 +15,7 @@
 #define TRAIN_GPT_NSA_H
 #include "llmc/utils.h"
 #include "llmc/config.h"
+#include "llmc/param_layout.h"
 #include "fsa/reference.h"
 
 #ifdef __cplusplus
@@ -63,12 +64,6 @@ void crossentropy_backward(real *logits, const real *lse, const int32_t *targets
 namespace cpu {
 #endif
 
-// Offsets of a layer's tensors in params and grads; -1 if the model has no such tensor. param_table
-// (config.h) has their shapes.
-typedef struct {
-    int64_t ln1, wqkv, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wgate, wo, ln2, wgu, wdown;
-} LayerParams;
-
 // The activations that a layer keeps for its backward pass; n tokens.
 typedef struct {
     real *residual_in;            // [n, C] the residual stream before the layer
@@ -85,31 +80,50 @@ typedef struct {
     real *gate_up, *swiglu;       // [n, 2*hidden], [n, hidden]
 } LayerActivations;
 
+// The weights and their gradients.
 typedef struct {
-    ModelConfig config;
-    double *inv_freq; // [d/2]
-    int64_t num_tensors, num_params, max_tokens;
-    ParamTensor *tensors;         // [num_tensors]
-    int64_t wte, lnf, lm_head;    // offsets in params; lm_head = wte if tied
-    LayerParams *layers;          // [layers]
-    real *params, *grads, *m, *v; // [num_params]; without training the last three are NULL
-    LayerActivations *acts;       // [layers]
-    real *residual_out;           // [n, C] the residual stream after the last layer
-    real *lnf_out, *lnf_rstd;     // [n, C], [n]
-    real *logits;                 // [n, Vp]
-    real *losses, *lse;           // [n]
-    int32_t *argmax;              // [n] of the logits
-    size_t bytes;                 // of all arrays
+    real *weights; // [num_params]
+    real *grads;   // [num_params]; NULL without training
+} Params;
 
-    // Scratch of the backward pass: gradients of one layer, with the shapes of its activations.
+// AdamW's moments.
+typedef struct {
+    real *m, *v; // [num_params]; NULL without training
+} Optimizer;
+
+// The activations of a batch, from its forward pass to its backward pass.
+typedef struct {
+    LayerActivations *layers; // [layers]
+    real *residual_out;       // [n, C] the residual stream after the last layer
+    real *lnf_out, *lnf_rstd; // [n, C], [n]
+    real *logits;             // [n, Vp]
+    real *losses, *lse;       // [n]
+    int32_t *argmax;          // [n] of the logits
+} Activations;
+
+// Scratch of the backward pass: gradients of one layer, with the shapes of its activations.
+typedef struct {
     real *dresidual, *dnorm; // [n, C] of the residual stream, and of a norm's output
     real *dq, *dk, *dv, *dattn_out, *dgate_logits, *dgate_up, *dswiglu;
+} Scratch;
 
-    // The batch of the last forward pass.
+typedef struct {
+    ModelConfig config;
+    int64_t max_tokens; // of a pass
+    size_t bytes;       // of all arrays
+    // as long as the model
+    ParamLayout layout; // where the tensors are in params.weights and params.grads
+    Params params;
+    Optimizer optimizer;
+    double *inv_freq; // [d/2]
+    // as long as a batch: that of the last forward pass
     int64_t n;
     const int32_t *tokens, *targets; // [n]
     FsaSegment *segments;            // [max_tokens]
     FsaBatch batch;
+    Activations acts;
+    // shorter
+    Scratch scratch;
 } Model;
 
 // Allocates a model for at most max_tokens tokens in a pass. With training != 0 it has gradients and AdamW's

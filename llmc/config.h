@@ -27,6 +27,11 @@ typedef struct {
     FsaConfig fsa;             // heads, head size and the parameters of the sparse attention
 } ModelConfig;
 
+// Returns the gate logits of a token.
+static inline int num_gate_logits(const FsaConfig *f) {
+    return f->gate_per_token ? 3 : 3 * f->q_heads;
+}
+
 // ----------------------------------------------------------------------------
 // The table of fields, which flags, checkpoints and messages use
 

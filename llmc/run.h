@@ -256,6 +256,22 @@ static inline void run_load_batch(Run *r, DataLoader *l) {
         doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
 }
 
+// Installs the signal handlers; says where a resumed run continues.
+static inline void run_begin_training(const Run *r) {
+    const long long step = (long long)r->state.step, max_steps = (long long)r->opt.max_steps;
+    run_install_signal_handlers();
+    if (r->resuming && step < max_steps)
+        printf("resuming after step %lld of %lld\n", step, max_steps);
+    else if (r->resuming)
+        printf("all %lld steps are done; train on with -x above %lld\n", max_steps, step);
+}
+
+// Says that a signal has ended the run, after its checkpoint has been written.
+static inline void run_print_stopped(const Run *r) {
+    printf("stopped by signal %d after step %lld%s\n", (int)run_signal, (long long)r->state.step,
+           r->opt.output ? "; resume with -y 1" : "");
+}
+
 // Returns 1 if the step's loss and gradient norm are finite. Otherwise dies, or with -skip 1 warns and
 // returns 0.
 static inline int run_check_step(const Run *r, double loss, double norm) {

@@ -159,7 +159,7 @@ static uint64_t block_indices_hash(void) {
     const FsaConfig *f = &model.config.fsa;
     for (int l = 0; l < model.config.layers; l++) {
         for (int64_t i = 0; i < f->kv_heads * model.n * f->topk; i++) {
-            h = rng_mix(h ^ (uint64_t)(uint32_t)model.acts[l].saved.block_indices[i]);
+            h = rng_mix(h ^ (uint64_t)(uint32_t)model.acts.layers[l].saved.block_indices[i]);
         }
     }
     return h;
@@ -169,12 +169,12 @@ static void test_gradients(const char *name, const ModelConfig *config) {
     char msg[256];
     if (config_check(config, msg, sizeof msg)) die("%s", msg);
     model_build(&model, config, 60, 1);
-    for (int64_t t = 0; t < model.num_tensors; t++) { // no zeros, so that every gradient is tested
-        const ParamTensor *p = &model.tensors[t];
-        fill_normal(model.params + p->offset, p->size, 100 + (uint64_t)t,
+    for (int64_t t = 0; t < model.layout.num_tensors; t++) { // no zeros, so that every gradient is tested
+        const ParamTensor *p = &model.layout.tensors[t];
+        fill_normal(model.params.weights + p->offset, p->size, 100 + (uint64_t)t,
                     p->rows == 1 ? 0.3 : 1.2 / sqrt((double)p->cols));
         if (p->init == INIT_ONES) {
-            for (int64_t i = 0; i < p->size; i++) model.params[p->offset + i] += 1;
+            for (int64_t i = 0; i < p->size; i++) model.params.weights[p->offset + i] += 1;
         }
     }
     for (int i = 0; i < 60; i++) {
@@ -185,10 +185,10 @@ static void test_gradients(const char *name, const ModelConfig *config) {
     model_loss();
     uint64_t indices_hash = block_indices_hash();
     model_backward(&model, 0.5);
-    for (int64_t t = 0; t < model.num_tensors; t++) {
-        const ParamTensor *p = &model.tensors[t];
-        double e =
-            difference_error(model.params + p->offset, model.grads + p->offset, p->size, 25, model_loss);
+    for (int64_t t = 0; t < model.layout.num_tensors; t++) {
+        const ParamTensor *p = &model.layout.tensors[t];
+        double e = difference_error(model.params.weights + p->offset, model.params.grads + p->offset, p->size,
+                                    25, model_loss);
         CHECK(e < 1e-6, "%s: gradient of %s is off by %.2e", name, p->name, e);
     }
     model_loss();
@@ -198,10 +198,10 @@ static void test_gradients(const char *name, const ModelConfig *config) {
     real logits[128];
     const int64_t whole[2] = {0, 41};
     model_forward(&model, inputs, targets, whole, 1);
-    memcpy(logits, model.logits + 40 * config->padded_vocab, sizeof(real) * config->padded_vocab);
+    memcpy(logits, model.acts.logits + 40 * config->padded_vocab, sizeof(real) * config->padded_vocab);
     model_forward(&model, inputs, NULL, whole, 1);
     double worst = 0;
-    for (int j = 0; j < config->vocab_size; j++) worst = fmax(worst, fabs(logits[j] - model.logits[j]));
+    for (int j = 0; j < config->vocab_size; j++) worst = fmax(worst, fabs(logits[j] - model.acts.logits[j]));
     CHECK(worst < 1e-12, "%s: last logits differ by %.2e", name, worst);
     model_free(&model);
 }
@@ -214,12 +214,12 @@ static void test_adamw(void) {
     c.layers = 1;
     model_build(&model, &c, 4, 1);
     double p[2] = {0.5, 0.5}, m[2] = {0, 0}, v[2] = {0, 0};
-    int64_t offset[2] = {model.wte, model.lnf}; // with and without weight decay
-    model.params[offset[0]] = model.params[offset[1]] = 0.5;
+    int64_t offset[2] = {model.layout.wte, model.layout.lnf}; // with and without weight decay
+    model.params.weights[offset[0]] = model.params.weights[offset[1]] = 0.5;
     for (int step = 1; step <= 3; step++) {
         double g = 0.7 * step - 1;
         for (int i = 0; i < 2; i++) {
-            model.grads[offset[i]] = g;
+            model.params.grads[offset[i]] = g;
             m[i] = 0.9 * m[i] + 0.1 * 2 * g;
             v[i] = 0.99 * v[i] + 0.01 * 4 * g * g;
             double mhat = m[i] / (1 - pow(0.9, step)), vhat = v[i] / (1 - pow(0.99, step));
@@ -227,12 +227,12 @@ static void test_adamw(void) {
         }
         model_update(&model, step, 0.01, 0.9, 0.99, 1e-8, 0.1, 2);
         for (int i = 0; i < 2; i++) {
-            CHECK(fabs(p[i] - model.params[offset[i]]) < 1e-12, "step %d: %.12g, not %.12g", step,
-                  model.params[offset[i]], p[i]);
+            CHECK(fabs(p[i] - model.params.weights[offset[i]]) < 1e-12, "step %d: %.12g, not %.12g", step,
+                  model.params.weights[offset[i]], p[i]);
         }
     }
     model_zero_grad(&model);
-    model.grads[0] = 3, model.grads[model.num_params - 1] = 4;
+    model.params.grads[0] = 3, model.params.grads[model.layout.num_params - 1] = 4;
     CHECK(model_grad_norm(&model) == 5, "gradient norm %g, not 5", model_grad_norm(&model));
     model_free(&model);
 }

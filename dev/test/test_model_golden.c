@@ -36,36 +36,36 @@ static void test_case(const char *name) {
     model_build(&model, &c, n, 1);
     golden_check(g, "", "inv_freq", model.inv_freq, c.fsa.head_dim / 2, tolerance);
     // the padding must not matter, so its rows are not 0
-    for (int64_t i = 0; i < model.num_params; i++) model.params[i] = 0.5;
-    for (int64_t i = 0; i < model.num_tensors; i++) {
-        const ParamTensor *t = &model.tensors[i];
+    for (int64_t i = 0; i < model.layout.num_params; i++) model.params.weights[i] = 0.5;
+    for (int64_t i = 0; i < model.layout.num_tensors; i++) {
+        const ParamTensor *t = &model.layout.tensors[i];
         int64_t rows = real_rows(&c, t);
-        golden_fill(g, t->name, model.params + t->offset, rows * t->cols);
+        golden_fill(g, t->name, model.params.weights + t->offset, rows * t->cols);
     }
 
     double loss = model_forward(&model, tokens, targets, cu_seqlens, num_seqs);
     golden_check(g, "", "loss", &loss, 1, tolerance);
-    golden_check(g, "", "losses", model.losses, n, tolerance);
+    golden_check(g, "", "losses", model.acts.losses, n, tolerance);
     double *logits = (double *)xmalloc((size_t)(n * c.vocab_size) * sizeof *logits);
     for (int64_t i = 0; i < n; i++)
-        memcpy(logits + i * c.vocab_size, model.logits + i * c.padded_vocab,
+        memcpy(logits + i * c.vocab_size, model.acts.logits + i * c.padded_vocab,
                (size_t)c.vocab_size * sizeof *logits);
     golden_check(g, "", "logits", logits, n * c.vocab_size, tolerance);
     for (int layer = 0; layer < c.layers && c.attn == ATTN_NSA; layer++) {
         char indices[32];
         snprintf(indices, sizeof indices, "layers.%d.indices", layer);
-        golden_check_ints(g, indices, model.acts[layer].saved.block_indices,
+        golden_check_ints(g, indices, model.acts.layers[layer].saved.block_indices,
                           c.fsa.kv_heads * n * c.fsa.topk);
     }
 
     model_zero_grad(&model);
     model_backward(&model, 1.0);
-    for (int64_t i = 0; i < model.num_tensors; i++) {
-        const ParamTensor *t = &model.tensors[i];
+    for (int64_t i = 0; i < model.layout.num_tensors; i++) {
+        const ParamTensor *t = &model.layout.tensors[i];
         int64_t rows = real_rows(&c, t);
-        golden_check(g, "grad.", t->name, model.grads + t->offset, rows * t->cols, tolerance);
+        golden_check(g, "grad.", t->name, model.params.grads + t->offset, rows * t->cols, tolerance);
         int64_t nonzero = 0;
-        for (int64_t j = rows * t->cols; j < t->size; j++) nonzero += model.grads[t->offset + j] != 0;
+        for (int64_t j = rows * t->cols; j < t->size; j++) nonzero += model.params.grads[t->offset + j] != 0;
         CHECK(nonzero == 0, "%s: %s: the padding has a gradient", name, t->name);
     }
     free(logits);

@@ -1,0 +1,126 @@
+// head_groups.cuh: what the attention needs to process one head group after another with context parallel
+// (context_parallel.h): memory for one group, and the group's keys and values from the other GPUs.
+#ifndef LLMC_HEAD_GROUPS_CUH
+#define LLMC_HEAD_GROUPS_CUH
+#include "arena.cuh"
+#include "fsa_call.cuh"
+#include "micro_batch.cuh"
+
+// n: tokens on this GPU; keys: tokens of the whole sequences. Without context parallel there is one group,
+// which needs no memory here.
+typedef struct {
+    Gpus *gpus;               // that share a batch; NULL: one GPU alone
+    int count;                // number of head groups
+    int64_t kv_width;         // Hkv*d: elements of a token's keys in all groups
+    size_t saved_bytes;       // of a head group's part of LayerActivations.saved
+    attnX *k[3], *v[3];       // [keys, Hkv/count, d] gathered k and v, or dk and dv (kv_buffer)
+    attnX *gather_scratch;    // [keys, Hkv/count, d] rows in rank order
+    attnX *q, *o, *dout, *dq; // [n, Hq/count, d]; NULL if there is one group
+    attnX *gate_logits;       // [n, Hq/count, 3]; NULL if there is one group
+    attnX *dgate_logits;      // the same; with gate_per_token [count, dgate_group_stride]
+} HeadGroups;
+
+// Cuts the heads into groups for batches of at most num_keys tokens (cp_num_head_groups).
+static void head_groups_build(HeadGroups *g, const FsaConfig *f, int64_t num_keys, Gpus *gpus) {
+    g->gpus = gpus;
+    g->count = cp_num_head_groups(f, num_keys, gpus ? gpus->cp_size : 1);
+    g->kv_width = f->kv_heads * f->head_dim;
+}
+
+// With gate_per_token every head group has its own gradient of the same logits. Returns the elements from one
+// head group's gradient to the next.
+static int64_t dgate_group_stride(int64_t n) {
+    return (3 * n + 7) / 8 * 8;
+}
+
+// Returns the attention's configuration for one head group.
+static FsaConfig head_group_config(const FsaConfig *f, const HeadGroups *g) {
+    FsaConfig group = *f;
+    group.q_heads /= g->count, group.kv_heads /= g->count;
+    return group;
+}
+
+// Returns the bytes that the attention of one head group keeps for its backward pass.
+static size_t head_group_saved_bytes(const ModelConfig *c, const HeadGroups *g, const Batch *max_batch) {
+    const FsaConfig group = head_group_config(&c->fsa, g);
+    const FsaDeviceBatch b = fsa_device_batch(max_batch);
+    if (c->attn == ATTN_NSA) return fsa_saved_size(&group, attn_dtype, &b);
+    return (max_batch->n * group.q_heads * sizeof(float) + 255) / 256 * 256;
+}
+
+// Returns the workspace that fsa.h needs for one head group, whatever the lengths of the sequences.
+static size_t head_group_workspace_bytes(const ModelConfig *c, const HeadGroups *g, const Batch *max_batch,
+                                         int training) {
+    const FsaConfig group = head_group_config(&c->fsa, g), *f = &group;
+    const FsaDeviceBatch b = fsa_device_batch(max_batch);
+    bool nsa = c->attn == ATTN_NSA;
+    size_t bytes = fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_FORWARD : FSA_ATTENTION_FORWARD);
+    if (bytes == 0) die("%s", fsa_last_error());
+    if (!training) return bytes;
+    return std::max(bytes,
+                    fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_BACKWARD : FSA_ATTENTION_BACKWARD));
+}
+
+// Assigns the arrays of one head group in `scratch`. n, num_keys: the largest batch.
+static void head_groups_memory_layout(HeadGroups *g, const ModelConfig *c, int64_t n, int64_t num_keys,
+                                      int training, Arena *scratch) {
+    const FsaConfig *f = &c->fsa;
+    const int64_t count = g->count, keys = num_keys * f->kv_heads / count * f->head_dim;
+    const int64_t q = n * f->q_heads / count * f->head_dim, gates = n * num_gate_logits(f) / count;
+    for (int i = 0; num_keys > n && i < (count > 1 ? 3 : training ? 2 : 1); i++) {
+        arena_alloc(scratch, &g->k[i], keys);
+        arena_alloc(scratch, &g->v[i], keys);
+    }
+    if (num_keys > n) arena_alloc(scratch, &g->gather_scratch, keys);
+    if (count == 1) return;
+    arena_alloc(scratch, &g->q, q);
+    arena_alloc(scratch, &g->o, q);
+    arena_alloc(scratch, &g->gate_logits, gates);
+    // the backward pass of nsa reads neither q nor o
+    g->dout = g->q, g->dq = g->o;
+    if (!training) return;
+    if (c->attn != ATTN_NSA) {
+        arena_alloc(scratch, &g->dout, q);
+        arena_alloc(scratch, &g->dq, q);
+    }
+    arena_alloc(scratch, &g->dgate_logits, f->gate_per_token ? count * dgate_group_stride(n) : gates);
+}
+
+// The head groups rotate through three k (and v) buffers. While head group i is processed,
+//   kv_buffer(i)       holds its gathered keys,
+//   dkv_buffer(i)      receives their gradients; it held the keys of head group i - 1,
+//   the third buffer   sends the gradients of head group i - 1, then receives the keys of head group i + 1.
+static int kv_buffer(int i) {
+    return 2 * i % 3;
+}
+static int dkv_buffer(int i) {
+    return (2 * i + 1) % 3;
+}
+
+// Starts to gather head group i of k and v [n, Hkv, d], before RoPE, from all GPUs that share batch b. Does
+// nothing if there is no such head group. The caller waits with compute_waits_for_transfers.
+static void all_gather_kv(const HeadGroups *g, const Batch *b, const attnX *k, const attnX *v, int i,
+                          cudaStream_t stream) {
+    const int64_t stride = g->kv_width, width = stride / g->count;
+    if (!kv_is_sharded(b) || i == g->count) return;
+    transfers_wait_for_compute(g->gpus, stream);
+    gpus_all_gather_rows(g->gpus, g->k[kv_buffer(i)], g->gather_scratch, k + i * width, b->num_keys, width,
+                         stride, b->chunk_perm, b->num_chunks);
+    gpus_all_gather_rows(g->gpus, g->v[kv_buffer(i)], g->gather_scratch, v + i * width, b->num_keys, width,
+                         stride, b->chunk_perm, b->num_chunks);
+}
+
+// Starts to sum the gradients of head group i's keys and values over all GPUs that share batch b. Each GPU
+// gets the sums for its own tokens in dk and dv [n, Hkv, d]. Does nothing if i < 0. The caller waits with
+// compute_waits_for_transfers.
+static void reduce_scatter_dkv(const HeadGroups *g, const Batch *b, attnX *dk, attnX *dv, int i,
+                               cudaStream_t stream) {
+    const int64_t stride = g->kv_width, width = stride / g->count;
+    if (!kv_is_sharded(b) || i < 0) return;
+    transfers_wait_for_compute(g->gpus, stream);
+    gpus_reduce_scatter_rows(g->gpus, dk + i * width, g->k[dkv_buffer(i)], g->gather_scratch, b->num_keys,
+                             width, stride, b->chunk_perm, b->num_chunks);
+    gpus_reduce_scatter_rows(g->gpus, dv + i * width, g->v[dkv_buffer(i)], g->gather_scratch, b->num_keys,
+                             width, stride, b->chunk_perm, b->num_chunks);
+}
+#endif

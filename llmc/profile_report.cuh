@@ -1,0 +1,75 @@
+// profile_report.cuh: what -profile prints and records: the time of each part of a training step or of a
+// forward pass.
+#ifndef LLMC_PROFILE_REPORT_CUH
+#define LLMC_PROFILE_REPORT_CUH
+#include "run.h"
+#include "profile.cuh"
+#include "results.h"
+#include <algorithm>
+
+// Measurements of a training step or of a forward pass.
+struct PassTimes {
+    bool step;                           // false: a forward pass
+    double flops;                        // of a pass, on all GPUs
+    int64_t tokens;                      // the same
+    std::vector<std::vector<double>> ms; // [passes][PART_END]
+};
+
+static double median(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
+}
+
+// Appends the median times `parts` [PART_END] and their total to dev/results.
+static void profile_record(const Run *r, const char *gpu, double peak, size_t memory_bytes,
+                           const PassTimes *t, double total, const double *parts) {
+    static const char *const modes[] = {"nsa", "full", "window"};
+    const ModelConfig *c = &r->config;
+    const FsaConfig *f = &c->fsa;
+    FILE *file = r->comm.rank == 0 ? results_open(gpu, r->comm.ranks, "train_gpt_nsa") : NULL;
+    if (!file) return;
+    fprintf(file,
+            ",\"part\":\"step\",\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,"
+            "\"block\":%d,\"topk\":%d,\"dtype\":\"%s\",\"ms\":%.4f,\"tflops\":%.2f",
+            modes[c->attn], t->step ? "step" : "fwd", (long long)r->opt.seq_len, f->q_heads, f->kv_heads,
+            f->head_dim, f->block, f->topk, FLOATX_NAME, total, t->flops / total * 1e-9);
+    if (f->cmp_len != 32) fprintf(file, ",\"l\":%d", f->cmp_len);
+    if (f->cmp_stride != 16) fprintf(file, ",\"s\":%d", f->cmp_stride);
+    if (f->window != 512) fprintf(file, ",\"W\":%d", f->window);
+    if (r->opt.batch > 1) fprintf(file, ",\"sequences\":%lld", (long long)r->opt.batch);
+    if (r->comm.ranks > 1)
+        fprintf(file, ",\"zero\":%d,\"cp\":%d", (int)r->opt.zero_stage, (int)r->opt.cp_size);
+    fprintf(file,
+            ",\"layers\":%d,\"channels\":%d,\"hidden\":%d,\"vocab\":%d,\"micro_batches\":%lld,"
+            "\"recompute\":%d,\"tokens_per_second\":%.1f,\"mfu\":%.4f,\"memory_bytes\":%zu,\"split\":{",
+            c->layers, c->channels, c->hidden, c->vocab_size, (long long)r->micro_batches,
+            (int)r->opt.recompute, 1e3 * (double)t->tokens / total,
+            peak > 0 ? t->flops / (total * 1e-3) / (peak * 1e12) : 0, memory_bytes);
+    for (int i = 0; i < PART_END; i++) fprintf(file, "%s\"%s\":%.4f", i ? "," : "", part_key(i), parts[i]);
+    fprintf(file, "}}\n");
+    fclose(file);
+}
+
+// Prints the median milliseconds of each part, and appends them to dev/results. gpu: the device name; peak:
+// of all GPUs, in TFLOP/s, 0: unknown; memory_bytes: of one GPU.
+static void profile_report(const Run *r, const char *gpu, double peak, size_t memory_bytes,
+                           const PassTimes *t) {
+    std::vector<double> totals, parts[PART_END];
+    double medians[PART_END];
+    for (const std::vector<double> &pass : t->ms) {
+        totals.push_back(0);
+        for (int i = 0; i < PART_END; i++) parts[i].push_back(pass[i]), totals.back() += pass[i];
+    }
+    for (int i = 0; i < PART_END; i++) medians[i] = median(parts[i]);
+    const double total = median(totals);
+    printf("\n%s, median of %zu: %.2f ms, %.0f tokens/s, %.1f TFLOP/s",
+           t->step ? "training step" : "forward pass", t->ms.size(), total, 1e3 * (double)t->tokens / total,
+           t->flops / total * 1e-9);
+    if (peak > 0) printf(", mfu %.1f%%", 100 * (t->flops / (total * 1e-3) / (peak * 1e12)));
+    printf("\n");
+    for (int i = 0; i < PART_END; i++)
+        if (medians[i] > 0)
+            printf("  %-20s %9.2f ms %5.1f%%\n", part_names[i], medians[i], 100 * medians[i] / total);
+    profile_record(r, gpu, peak, memory_bytes, t, total, medians);
+}
+#endif
