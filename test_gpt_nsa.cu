@@ -114,7 +114,8 @@ static void model_set(Model *model, const float *params, const float *m, const f
     for (int64_t u = 0; u < model->params.zero.num_units; u++) {
         int64_t begin = model->params.zero.units[u].begin, end;
         if (model->training) zero_owned(&model->params.zero, u, model->params.zero.rank, &begin, &end);
-        set_unit_params(model, u, params + begin, m ? m + begin : NULL, v ? v + begin : NULL);
+        set_unit_params(&model->params, &model->optimizer, u, params + begin, m ? m + begin : NULL,
+                        v ? v + begin : NULL, model->stream);
     }
 }
 

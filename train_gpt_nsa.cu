@@ -98,7 +98,7 @@ typedef struct {
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
 } LayerActivations;
 
-// The activations of a micro-batch, from its forward pass to its backward pass.
+// The activations of a micro-batch, from its forward pass to its backward pass; n tokens.
 typedef struct {
     LayerActivations *layers; // [layers]
     floatX *residual_out;     // [n, C] the residual stream after the last layer
@@ -107,7 +107,8 @@ typedef struct {
     int32_t *argmax;          // [n] of the logits
 } Activations;
 
-// Memory that a layer, a chunk of the LM head or the end of a step uses at a time.
+// What a layer, a chunk of the LM head or the end of a step needs only for itself; n tokens. The gradients of
+// activations have their shapes.
 typedef struct {
     floatX *logits;         // [lm_head_rows, Vp]
     int64_t lm_head_rows;   // tokens that the LM head processes at a time
@@ -123,20 +124,20 @@ typedef struct {
     char *matmul_workspace;    // [MATMUL_WORKSPACE_BYTES]
     char *batch_layout_memory; // arrays of Model.batch_layout
     StepResult *result;        // [1] sums of a step
-    char *eval_batch,
-        *feed_batches[2]; // [batch_bytes] arrays of a Batch: for validation and sampling; for training
-    size_t batch_bytes;   // of the largest batch
+    char *eval_batch;          // [batch_bytes] arrays of a Batch, for validation and sampling
+    char *feed_batches[2];     // [batch_bytes] the same, for training
+    size_t batch_bytes;        // of the largest batch
 } Scratch;
 
-// Memory of the host, pinned unless it says otherwise.
+// What the host reads and writes. The arrays are in pinned memory unless they say otherwise.
 typedef struct {
     Arena pinned;
-    char *eval_batch; // [scratch.batch_bytes] arrays of a Batch
-    float *losses;    // [max_keys]
-    int32_t *argmax;  // [max_keys]
-    floatX *logits;   // [Vp] of the last token
-    StepResult *result;
-    double *stop;           // [1] copied to result->stop
+    char *eval_batch;       // [scratch.batch_bytes] arrays of a Batch
+    float *losses;          // [max_keys]
+    int32_t *argmax;        // [max_keys]
+    floatX *logits;         // [Vp] of the last token
+    StepResult *result;     // [1] copy of scratch.result
+    double *stop;           // [1] copied to scratch.result->stop
     float *sample_logits;   // [V], not pinned
     int32_t *block_indices; // [layers, Hkv, n, T] for -block-indices, not pinned; else NULL
 } HostBuffers;
@@ -147,21 +148,21 @@ typedef struct {
     int training, recompute;      // training 0: no gradients, no AdamW; recompute: the value of -r
     Gpus *gpus;                   // NULL: one GPU alone
     Arena arenas[ARENAS];         // all device memory
-    // as long as the model
+    // They last as long as the model.
     ParamLayout layout;              // where the tensors are in params.weights and params.grads
     Params params;                   // weights and gradients
     Optimizer optimizer;             // master weights, m, v
     double *inv_freq, *neg_inv_freq; // [d/2], and its negative for the inverse RoPE
-    // as long as a micro-batch
-    Batch batch;              // the current one, on the device
-    BatchLayout batch_layout; // of the current batch; only full and window use it
-    int last_micro_batch;     // 1: the current batch is the last of its step
+    // They belong to the current micro-batch.
+    Batch batch;              // on the device
+    BatchLayout batch_layout; // only full and window use it
+    int last_micro_batch;     // 1: the last of its step
     Activations acts;
-    // shorter
+    // They hold one thing at a time.
     Scratch scratch;
-    HeadGroups groups;
+    HeadGroups groups; // one head group of the attention
     HostBuffers host;
-    // the execution of the passes
+    // All passes run on one stream.
     Matmul matmul;
     cudaStream_t stream;
     cudaEvent_t step_done;
@@ -207,6 +208,7 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
     arena_alloc(arena, &a->gate_up, n * 2 * H);
 }
 
+// Assigns the memory of all activations.
 static void activations_memory_layout(Model *model) {
     Activations *acts = &model->acts;
     Arena *arena = &model->arenas[ACTIVATIONS];
@@ -256,6 +258,7 @@ static size_t workspace_bytes(const Model *model, const Batch *max_batch) {
                      global_norm_scratch(model->layout.num_params)});
 }
 
+// Assigns the memory of scratch. max_batch: upper bounds of a batch's counts.
 static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     const ModelConfig *c = &model->config;
     const FsaConfig *f = &c->fsa;

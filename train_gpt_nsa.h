@@ -111,18 +111,17 @@ typedef struct {
     ModelConfig config;
     int64_t max_tokens; // of a pass
     size_t bytes;       // of all arrays
-    // as long as the model
+    // They last as long as the model.
     ParamLayout layout; // where the tensors are in params.weights and params.grads
     Params params;
     Optimizer optimizer;
     double *inv_freq; // [d/2]
-    // as long as a batch: that of the last forward pass
+    // They belong to the batch of the last forward pass.
     int64_t n;
     const int32_t *tokens, *targets; // [n]
     FsaSegment *segments;            // [max_tokens]
     FsaBatch batch;
     Activations acts;
-    // shorter
     Scratch scratch;
 } Model;
 

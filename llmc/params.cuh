@@ -15,9 +15,9 @@ typedef struct {
     float *grads;                                // [num_params]; with ZeRO stage 2 [zero.shard_size]
     float *unit_grad_buffers[UNIT_GRAD_BUFFERS]; // ZeRO stage 2: the gradients of one unit each
     float **unit_grads; // [units], on the host: where the backward pass writes each unit's gradients
-    int *unit_buffer;   // [units], on the host: the unit's buffer with ZeRO stage 2
+    int *unit_buffer;   // [units], on the host: the unit's index in unit_grad_buffers
     cudaEvent_t *weights_gathered; // [units] the unit's weights have come from their owners
-    cudaEvent_t unit_grad_buffer_free[UNIT_GRAD_BUFFERS]; // its gradients have gone to their owners
+    cudaEvent_t unit_grad_buffer_free[UNIT_GRAD_BUFFERS]; // the buffer's gradients have gone to their owners
 } Params;
 
 // Partitions the parameters by ZeRO (stage zero_stage); gpus NULL: one GPU alone.

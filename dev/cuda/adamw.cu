@@ -55,7 +55,8 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
         cpu::Model cpu_model;
         memset(&cpu_model, 0, sizeof cpu_model);
         cpu_model.layout.num_tensors = (int64_t)tensors.size(), cpu_model.layout.tensors = tensors.data();
-        cpu_model.params.weights = p_ref.data(), cpu_model.params.grads = g.data(), cpu_model.optimizer.m = m_ref.data(), cpu_model.optimizer.v = v_ref.data();
+        cpu_model.params.weights = p_ref.data(), cpu_model.params.grads = g.data();
+        cpu_model.optimizer.m = m_ref.data(), cpu_model.optimizer.v = v_ref.data();
         Buffer<float> master(p), m(m0), v(m0), grads(count), factor(3);
         BufferX params(count);
         for (int64_t step = 1; step <= 4; step++) {
