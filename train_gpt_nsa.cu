@@ -18,60 +18,35 @@
 // which process keeps which weights, moments and gradients. Transfers run on a stream of their own, beside
 // the passes.
 #define TRAINER_GPU
-// ---- the run: configuration, data, processes
-// defines: Run, run_start, run_validate, run_sample, Options, ModelConfig, Comm, DataLoader, Logger
-#include "llmc/run.h"
-// defines: peak_tflops
-#include "llmc/mfu.h"
-// defines: BlockIndicesHeader, block_indices_write
-#include "llmc/block_indices.h"
-// ---- the layers
-// defines: floatX, cuda_check
-#include "llmc/cuda_common.cuh"
-// defines: Matmul, matmul_forward, matmul_backward_input, matmul_backward_weight
-#include "llmc/matmul.cuh"
-// defines: rmsnorm_forward, rmsnorm_residual_forward, rmsnorm_heads_forward, and their backward functions
-#include "llmc/rmsnorm.cuh"
-// defines: swiglu_forward, swiglu_backward
-#include "llmc/swiglu.cuh"
-// defines: embedding_forward, embedding_backward
-#include "llmc/embedding.cuh"
-// defines: classifier
-#include "llmc/classifier.cuh"
-// defines: StepResult, loss_sum, skip_update_if_loss_not_finite
-#include "llmc/loss.cuh"
-// defines: sum_of_squares, global_norm
-#include "llmc/global_norm.cuh"
-// defines: convert
-#include "llmc/convert.cuh"
-// defines: attnX, attn_dtype, attn_needs_convert, fsa_check, launcher_check; the API of fsa/
-#include "llmc/fsa_call.cuh"
-// ---- the state of the model, and the GPUs that share it
-// defines: Gpus, transfers_wait_for_compute, compute_waits_for_transfers
-#include "llmc/nccl.cuh"
-// defines: Batch, batch_fill, batch_upload, fsa_device_batch
-#include "llmc/micro_batch.cuh"
-// defines: Arena, arena_alloc, die_out_of_memory
-#include "llmc/arena.cuh"
-// defines: ParamLayout, LayerParams
-#include "llmc/param_layout.h"
-// defines: Params, params_use_unit, params_begin_gradients, params_end_gradients
-#include "llmc/params.cuh"
-// defines: Optimizer, adamw
-#include "llmc/optimizer.cuh"
-// defines: HeadGroups, all_gather_kv, reduce_scatter_dkv
-#include "llmc/head_groups.cuh"
-// ---- the program
-// defines: set_unit_params, load_params, save_checkpoint
-#include "llmc/checkpoint.cuh"
-// defines: Feed, feed_next, feed_release
-#include "llmc/feed.cuh"
-// defines: Profile, profile_mark, profile_collect
-#include "llmc/profile.cuh"
-// defines: PassTimes, profile_report
-#include "llmc/profile_report.cuh"
-// defines: gpu_init
-#include "llmc/gpu.cuh"
+// The headers, with what this file takes from each. The run: configuration, data, processes.
+#include "llmc/run.h"           // Run, Options, ModelConfig, Comm, run_start, run_validate, run_sample
+#include "llmc/mfu.h"           // peak_tflops
+#include "llmc/block_indices.h" // BlockIndicesHeader, block_indices_write
+// The layers.
+#include "llmc/cuda_common.cuh" // floatX, cuda_check
+#include "llmc/matmul.cuh"      // Matmul, matmul_forward, matmul_backward_input, matmul_backward_weight
+#include "llmc/rmsnorm.cuh"     // rmsnorm_forward, rmsnorm_residual_forward, rmsnorm_backward
+#include "llmc/swiglu.cuh"      // swiglu_forward, swiglu_backward
+#include "llmc/embedding.cuh"   // embedding_forward, embedding_backward
+#include "llmc/classifier.cuh"  // classifier
+#include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite
+#include "llmc/global_norm.cuh" // sum_of_squares, global_norm
+#include "llmc/convert.cuh"     // convert
+#include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check, launcher_check
+// The state of a model, and the GPUs that share it.
+#include "llmc/nccl.cuh"        // Gpus, transfers_wait_for_compute, compute_waits_for_transfers
+#include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
+#include "llmc/arena.cuh"       // Arena, arena_alloc, die_out_of_memory
+#include "llmc/param_layout.h"  // ParamLayout, LayerParams
+#include "llmc/params.cuh"      // Params, params_use_unit, params_begin_gradients, params_end_gradients
+#include "llmc/optimizer.cuh"   // Optimizer, adamw
+#include "llmc/head_groups.cuh" // HeadGroups, all_gather_kv, reduce_scatter_dkv
+// The program.
+#include "llmc/checkpoint.cuh"     // set_unit_params, load_params, save_checkpoint
+#include "llmc/feed.cuh"           // Feed, feed_next, feed_release
+#include "llmc/profile.cuh"        // Profile, profile_mark, profile_collect
+#include "llmc/profile_report.cuh" // PassTimes, profile_report
+#include "llmc/gpu.cuh"            // gpu_init
 #include <algorithm>
 #include <math.h>
 
@@ -121,18 +96,22 @@ typedef struct {
     floatX *dq_raw;                     // [n, Hq, d] with QK-norm: the gradient of q_raw, then of k_raw
     char *workspace;                    // [workspace_bytes] of the attention and of the layers
     size_t workspace_bytes;
-    char *matmul_workspace;    // [MATMUL_WORKSPACE_BYTES]
-    char *batch_layout_memory; // arrays of Model.batch_layout
-    StepResult *result;        // [1] sums of a step
-    char *eval_batch;          // [batch_bytes] arrays of a Batch, for validation and sampling
-    char *feed_batches[2];     // [batch_bytes] the same, for training
-    size_t batch_bytes;        // of the largest batch
+    char *matmul_workspace; // [MATMUL_WORKSPACE_BYTES]
+    StepResult *result;     // [1] sums of a step
 } Scratch;
+
+// The memory of batches.
+typedef struct {
+    size_t bytes;  // of the arrays of the largest Batch
+    char *eval;    // [bytes] for validation and sampling
+    char *feed[2]; // [bytes] for training
+    char *layout;  // arrays of Model.batch_layout
+} BatchBuffers;
 
 // What the host reads and writes. The arrays are in pinned memory unless they say otherwise.
 typedef struct {
     Arena pinned;
-    char *eval_batch;       // [scratch.batch_bytes] arrays of a Batch
+    char *eval_batch;       // [batch_buffers.bytes] arrays of a Batch
     float *losses;          // [max_keys]
     int32_t *argmax;        // [max_keys]
     floatX *logits;         // [Vp] of the last token
@@ -154,13 +133,14 @@ typedef struct {
     Optimizer optimizer;             // master weights, m, v
     double *inv_freq, *neg_inv_freq; // [d/2], and its negative for the inverse RoPE
     // They belong to the current micro-batch.
-    Batch batch;              // on the device
-    BatchLayout batch_layout; // only full and window use it
+    Batch batch;              // on the device, in batch_buffers
+    BatchLayout batch_layout; // the same; only full and window use it
     int last_micro_batch;     // 1: the last of its step
     Activations acts;
-    // They hold one thing at a time.
+    // They hold one thing after another.
     Scratch scratch;
-    HeadGroups groups; // one head group of the attention
+    HeadGroups groups;
+    BatchBuffers batch_buffers;
     HostBuffers host;
     // All passes run on one stream.
     Matmul matmul;
@@ -278,14 +258,16 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     s->workspace_bytes = workspace_bytes(model, max_batch);
     arena_alloc(arena, &s->workspace, (int64_t)s->workspace_bytes);
     arena_alloc(arena, &s->matmul_workspace, MATMUL_WORKSPACE_BYTES);
-    arena_alloc(arena, &s->batch_layout_memory,
-                (int64_t)fsa_batch_layout_bytes(max_batch->num_seqs, max_batch->num_segments));
     arena_alloc(arena, &s->result, 1);
-    s->batch_bytes = batch_bytes(max_batch);
-    arena_alloc(arena, &s->eval_batch, (int64_t)s->batch_bytes);
-    if (!model->training) return;
-    gradients_memory_layout(model);
-    for (char *&batch : s->feed_batches) arena_alloc(arena, &batch, (int64_t)s->batch_bytes);
+    if (model->training) gradients_memory_layout(model);
+}
+
+static void batch_buffers_memory_layout(BatchBuffers *b, const Batch *max_batch, int training, Arena *arena) {
+    b->bytes = batch_bytes(max_batch);
+    arena_alloc(arena, &b->eval, (int64_t)b->bytes);
+    for (int i = 0; i < 2 && training; i++) arena_alloc(arena, &b->feed[i], (int64_t)b->bytes);
+    arena_alloc(arena, &b->layout,
+                (int64_t)fsa_batch_layout_bytes(max_batch->num_seqs, max_batch->num_segments));
 }
 
 // Assigns memory in the arenas to all device arrays. The first call, with empty arenas, only counts bytes.
@@ -301,6 +283,7 @@ static void model_memory_layout(Model *model) {
     head_groups_memory_layout(&model->groups, c, model->max_tokens, model->max_keys, model->training,
                               &arenas[SCRATCH]);
     scratch_memory_layout(model, &max_batch);
+    batch_buffers_memory_layout(&model->batch_buffers, &max_batch, model->training, &arenas[SCRATCH]);
     arena_alloc(&arenas[SCRATCH], &model->inv_freq, c->fsa.head_dim / 2);
     arena_alloc(&arenas[SCRATCH], &model->neg_inv_freq, c->fsa.head_dim / 2);
 }
@@ -328,7 +311,7 @@ static void model_allocate(Model *model) {
 static void host_memory_layout(Model *model) {
     HostBuffers *h = &model->host;
     h->pinned.bytes = 0;
-    arena_alloc(&h->pinned, &h->eval_batch, (int64_t)model->scratch.batch_bytes);
+    arena_alloc(&h->pinned, &h->eval_batch, (int64_t)model->batch_buffers.bytes);
     arena_alloc(&h->pinned, &h->losses, model->max_keys);
     arena_alloc(&h->pinned, &h->argmax, model->max_keys);
     arena_alloc(&h->pinned, &h->logits, model->config.padded_vocab);
@@ -416,7 +399,7 @@ static void model_set_batch(Model *model, const Batch *b) {
     if (model->config.attn == ATTN_NSA) return; // fsa_forward computes its own
     const FsaDeviceBatch device_batch = fsa_device_batch(b);
     launcher_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, &device_batch,
-                                    model->scratch.batch_layout_memory, model->stream));
+                                    model->batch_buffers.layout, model->stream));
 }
 
 // A linear layer that reads ln1: k, v, q or the gate logits. With norm >= 0 an RMSNorm of each head follows
@@ -881,7 +864,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     cudaStream_t stream = model->stream;
     Batch host = batch_fill(&model->config, model->gpus, r->inputs, r->targets, r->cu_seqlens, r->num_seqs,
                             model->host.eval_batch);
-    Batch b = batch_upload(&host, model->scratch.eval_batch, stream);
+    Batch b = batch_upload(&host, model->batch_buffers.eval, stream);
     const bool sharded = kv_is_sharded(&b);
     const int64_t bytes = b.n * (int64_t)sizeof(float); // of each result
     const void *results[2] = {model->acts.losses, model->acts.argmax};
@@ -942,7 +925,7 @@ static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     std::vector<int32_t> padded(length);
     std::copy(tokens, tokens + n, padded.begin());
     Batch host = batch_fill(c, NULL, padded.data(), padded.data(), cu_seqlens, 1, model->host.eval_batch);
-    Batch b = batch_upload(&host, model->scratch.eval_batch, model->stream);
+    Batch b = batch_upload(&host, model->batch_buffers.eval, model->stream);
     model_set_batch(model, &b);
     model_forward(model);
     matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C,
@@ -991,7 +974,7 @@ static void train(Run *r, Model *model, double peak) {
     const Options *o = &r->opt;
     Feed feed;
     run_begin_training(r);
-    feed_start(&feed, r, model->gpus, model->scratch.feed_batches, model->scratch.batch_bytes);
+    feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
     int64_t first_step = r->state.step;
     double train_seconds = 0; // in training steps, without validation, samples and checkpoints
     for (int first_iteration = 1;; first_iteration = 0) {
@@ -1027,7 +1010,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
     const Options *o = &r->opt;
     Profile measure;
     Feed feed;
-    feed_start(&feed, r, model->gpus, model->scratch.feed_batches, model->scratch.batch_bytes);
+    feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
     model->profile = &measure;
     for (bool step : {false, true}) {
         PassTimes times = {step, 0, step ? r->state.total_batch : o->batch * o->seq_len * r->dp_size, {}};

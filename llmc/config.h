@@ -364,7 +364,7 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
                 param_add(table, &n, total, l, "phi_pe", Hkv * len, d, 0, INIT_ZEROS, 0);
                 param_add(table, &n, total, l, "phi_wv", Hkv * len * d, d, 1, INIT_MEAN, noise);
             }
-            param_add(table, &n, total, l, "wgate", c->fsa.gate_per_token ? 3 : 3 * Hq, C, 1, INIT_ZEROS, 0);
+            param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
         }
         param_add(table, &n, total, l, "wo", C, Hq * d, 1, INIT_NORMAL, std_residual);
         param_add(table, &n, total, l, "ln2", 1, C, 0, INIT_ONES, 0);

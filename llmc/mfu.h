@@ -76,7 +76,7 @@ static inline double model_flops(const ModelConfig *c, int64_t n) {
         attention += 2 * d * Hq * compressed; // block scores
         if (f->phi == FSA_PHI_LINEAR)
             attention += 12 * (double)f->cmp_len * d * d * Hkv * (double)fsa_num_windows(f, n);
-        weights += (f->gate_per_token ? 3 : 3 * Hq) * C;
+        weights += num_gate_logits(f) * C;
     }
     return c->layers * (6 * weights * (double)n + attention) + 6.0 * c->padded_vocab * C * (double)n;
 }
