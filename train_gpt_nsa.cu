@@ -489,8 +489,8 @@ static attnX *head_group_gate_logits(const Model *model, const LayerActivations 
 // q, k, v, gate_logits -> attn_out. With context parallel the caller has started all_gather_kv of head group
 // 0.
 static void attention_forward(Model *model, int l) {
-    const Scratch *s = &model->scratch;
     const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
     const FsaConfig group = head_group_config(&c->fsa, &model->groups), *f = &group;
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t qd = c->fsa.q_heads * f->head_dim, kd = c->fsa.kv_heads * f->head_dim;
@@ -544,8 +544,8 @@ static void layer_ln1(Model *model, int l) {
 
 // ln1 -> swiglu: everything but the layer's first norm and its last matmul.
 static void layer_body(Model *model, int l) {
-    const Scratch *s = &model->scratch;
     const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
@@ -571,12 +571,12 @@ static void layer_body(Model *model, int l) {
 
 // Runs the current batch up to lnf_out, the input of the LM head.
 static void model_forward(Model *model) {
+    const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
     const Params *params = &model->params;
     cudaStream_t stream = model->stream;
-    const ModelConfig *c = &model->config;
     const int64_t n = model->batch.n, C = c->channels;
     profile_part(model, PART_EMBEDDING);
     params_use_unit(params, layout->wte, stream);
@@ -604,10 +604,10 @@ static void model_forward(Model *model) {
 // of all tokens never exist at once. With training != 0 each chunk's logits are overwritten by their
 // gradient, from which dnorm and the LM head's gradient follow.
 static void model_lm_head(Model *model, int training) {
+    const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
-    const ModelConfig *c = &model->config;
     const Batch *b = &model->batch;
     const int64_t C = c->channels, V = c->vocab_size, Vp = c->padded_vocab;
     const floatX *lm_head = weight(model, layout->lm_head);
@@ -632,8 +632,8 @@ static void model_lm_head(Model *model, int training) {
 // p->dout -> the gradients of the projection's parameters and of its input: overwrites dnorm, or adds to it
 // if add != 0.
 static void projection_backward(Model *model, const LayerActivations *a, const Projection *p, int add) {
-    const Scratch *s = &model->scratch;
     const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
     const int64_t n = model->batch.n;
     const floatX *dout = (const floatX *)p->dout;
     if (attn_needs_convert) {
@@ -658,8 +658,8 @@ static void projection_backward(Model *model, const LayerActivations *a, const P
 // parallel dk and dv are still being summed when it returns: call compute_waits_for_transfers before reading
 // them.
 static void attention_backward(Model *model, int l) {
-    const Scratch *s = &model->scratch;
     const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
     const FsaConfig group = head_group_config(&c->fsa, &model->groups), *f = &group;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
@@ -722,8 +722,8 @@ static void attention_backward(Model *model, int l) {
 // of its parameters. Gradients overwrite activations that are no longer needed: swiglu and gate_up end as
 // their own gradients.
 static void layer_backward(Model *model, int l) {
-    const Scratch *s = &model->scratch;
     const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
@@ -777,12 +777,12 @@ static void layer_backward(Model *model, int l) {
 // Adds to grads the gradient of the sum of the token losses of batch b, and adds that sum to
 // result->loss_sum.
 static void model_forward_backward(Model *model, const Batch *b) {
+    const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
     const Params *params = &model->params;
     cudaStream_t stream = model->stream;
-    const ModelConfig *c = &model->config;
     model_set_batch(model, b);
     model_forward(model);
     params_begin_gradients(params, layout->lnf, stream);

@@ -1,4 +1,4 @@
-// gpu.cuh: selects the GPU of a process.
+// gpu.cuh: selects the GPU of a process, and checks that the program can run on it.
 #ifndef LLMC_GPU_CUH
 #define LLMC_GPU_CUH
 #include "cuda_common.cuh"

@@ -1,5 +1,5 @@
-// head_groups.cuh: what the attention needs to process one head group after another with context parallel
-// (context_parallel.h): memory for one group, and the group's keys and values from the other GPUs.
+// head_groups.cuh: the attention's head groups with context parallel (context_parallel.h): the memory of one
+// group, and the transfers of its keys, values and their gradients between the GPUs.
 #ifndef LLMC_HEAD_GROUPS_CUH
 #define LLMC_HEAD_GROUPS_CUH
 #include "arena.cuh"
