@@ -101,12 +101,17 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
 }
 
 template <typename T, int D, int TILE_KEYS>
-static int pack_v(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+static int launch_pack_v(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
     dim3 grid((unsigned)(a.lists.max_blocks * a.key_tiles), heads);
     return LAUNCH_PDL(a.kv_head0 > 0, (pack_v_kernel<T, D, TILE_KEYS>), grid, PACK_THREADS, 0, stream, a);
 }
 
+template <typename T, int D> static int pack_v(const SelectedParams &a, unsigned heads, cudaStream_t stream) {
+    return a.tile_keys == 64 ? launch_pack_v<T, D, 64>(a, heads, stream)
+                             : launch_pack_v<T, D, 128>(a, heads, stream);
+}
+
 int fsa_pack_v_sm90(const SelectedParams &a, FsaDtype dtype, int head_dim, unsigned heads,
                     cudaStream_t stream) {
-    return DISPATCH_TILE_KEYS(pack_v);
+    return FSA_DISPATCH(dtype, head_dim, pack_v, a, heads, stream);
 }

@@ -31,6 +31,12 @@ template <typename T> __device__ __forceinline__ void keep_in_registers(T *&poin
     asm volatile("" : "+l"(pointer));
 }
 
+// Hides the value of x from the compiler, which then recomputes values derived from x in each iteration of a
+// loop instead of keeping them in registers.
+__device__ __forceinline__ void make_opaque(int &x) {
+    asm volatile("" : "+r"(x));
+}
+
 // Returns the descriptor with its address advanced by `bytes` (a multiple of 16).
 __device__ __forceinline__ uint64_t advance_desc(uint64_t desc, int bytes) {
     return desc + bytes / 16;

@@ -1,39 +1,12 @@
-// sm90/selected.cuh: shared by the selected branch's forward and backward kernels for Hopper: pipeline
-// states, the producer warps' iterators over a work range (../selected.cuh), and the loads of gathered rows
-// and of K and V.
+// sm90/selected.cuh: shared by the selected branch's forward and backward kernels for Hopper: the producer
+// warps' iterators over a work range (../selected.cuh), and the loads of gathered rows and of K and V.
 #ifndef FSA_SM90_SELECTED_CUH
 #define FSA_SM90_SELECTED_CUH
 #include "../selected.cuh"
+#include "pipeline.cuh"
 #include "ptx.cuh"
 #include "tma.cuh"
 #include <type_traits>
-
-// Stage and phase of item `index` in a pipeline of STAGES stages. `full` and `empty` are arrays of one
-// mbarrier per stage. phase is the round count, index / STAGES, not its parity as in dense.cuh and topk.cu.
-template <int STAGES> struct PipelineState {
-    uint32_t stage, phase;
-    __device__ __forceinline__ PipelineState(uint32_t index) : stage(index % STAGES), phase(index / STAGES) {}
-    __device__ __forceinline__ int parity() const { return (int)(phase & 1); }
-    // Producer: waits until the consumers have released the stage's previous item.
-    __device__ __forceinline__ void wait_empty(uint32_t empty) const {
-        if (phase > 0) mbarrier_wait(empty + 8 * stage, (int)(phase - 1 & 1));
-    }
-    // Consumer: waits until the item has arrived.
-    __device__ __forceinline__ void wait_full(uint32_t full) const {
-        mbarrier_wait(full + 8 * stage, parity());
-    }
-};
-
-// Stage and parity of a consumer that processes every STRIDE-th item. Its first item is `first` < STRIDE.
-template <int STAGES, int STRIDE> struct StridedPipelineState {
-    static_assert(STAGES % STRIDE == 0, "each stage must belong to one consumer");
-    uint32_t stage;
-    int parity = 0;
-    __device__ __forceinline__ StridedPipelineState(uint32_t first) : stage(first) {}
-    __device__ __forceinline__ void advance() {
-        if ((stage += STRIDE) >= STAGES) stage -= STAGES, parity ^= 1;
-    }
-};
 
 // Iterates over the KV blocks of a work range that have a nonempty query list. All lanes of a warp must call
 // its functions: lane i holds the offset of block first_block + i, so most steps read no memory.
@@ -65,7 +38,7 @@ struct KvBlockIterator {
     int first_block;
     uint32_t offset;                    // of block first_block + lane
     int seq_first_block, seq_end_block; // of the current sequence
-    int64_t seq_key0;                   // first key of this sequence
+    int seq_key0;                       // first key of this sequence
     int seq_keys;                       // keys of this sequence
     __device__ __forceinline__ void load_offsets(const SelectedParams &a, const WorkRange &range, int block) {
         first_block = block;
@@ -75,10 +48,10 @@ struct KvBlockIterator {
         if (kv_block.index >= seq_end_block) {
             const int64_t seq = find_in_cu(a.batch.cu_blocks, a.batch.num_seqs, kv_block.index);
             seq_first_block = (int)a.batch.cu_blocks[seq], seq_end_block = (int)a.batch.cu_blocks[seq + 1];
-            seq_key0 = a.batch.cu_seqlens[seq], seq_keys = (int)(a.batch.cu_seqlens[seq + 1] - seq_key0);
+            seq_key0 = (int)a.batch.cu_seqlens[seq], seq_keys = (int)(a.batch.cu_seqlens[seq + 1] - seq_key0);
         }
         kv_block.index_in_seq = kv_block.index - seq_first_block;
-        kv_block.key0 = seq_key0 + (int64_t)kv_block.index_in_seq * a.block;
+        kv_block.key0 = seq_key0 + kv_block.index_in_seq * a.block;
         kv_block.num_keys = min(a.block, seq_keys - kv_block.index_in_seq * a.block);
     }
 };
@@ -172,7 +145,11 @@ template <typename T, int D, int BATCH>
 static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x, const uint32_t (&row)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS; // 16-byte chunks of a row; rows per copy of the warp
     constexpr int PERIOD = 8 / ROWS;                  // of the swizzle, in steps of ROWS rows
-    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, sub = lane / CHUNKS;
+    const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
+    int sub = lane / CHUNKS;
+    // The backward producers have 40 registers at d = 128. They spill if the compiler keeps the source lanes
+    // of all shuffles in registers across tiles.
+    if (D == 128 && BATCH == 4) make_opaque(sub);
     const char *source = (const char *)x + chunk * 16;
     keep_in_registers(source);
     uint32_t dest[PERIOD];
@@ -224,18 +201,4 @@ static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorM
     return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, kv, size, stride,
                            box);
 }
-// clang-format off
-// Calls f<element type, head_dim, a.tile_keys>(a, heads, stream).
-#define DISPATCH_TILE_KEYS(f)                                                                                \
-    (dtype == FSA_BF16                                                                                       \
-         ? head_dim == 64 ? a.tile_keys == 64 ? f<__nv_bfloat16, 64, 64>(a, heads, stream)                   \
-                                              : f<__nv_bfloat16, 64, 128>(a, heads, stream)                  \
-           : a.tile_keys == 64 ? f<__nv_bfloat16, 128, 64>(a, heads, stream)                                 \
-                               : f<__nv_bfloat16, 128, 128>(a, heads, stream)                                \
-     : head_dim == 64                                                                                        \
-         ? a.tile_keys == 64 ? f<__half, 64, 64>(a, heads, stream) : f<__half, 64, 128>(a, heads, stream)    \
-     : a.tile_keys == 64 ? f<__half, 128, 64>(a, heads, stream)                                              \
-                         : f<__half, 128, 128>(a, heads, stream))
-// clang-format on
-
 #endif

@@ -87,6 +87,7 @@ template <int left> inline void wgmma_wait() {
     emu::wait_wgmma_groups(left);
 }
 template <typename T> inline void keep_in_registers(T *&) {}
+inline void make_opaque(int &) {}
 template <int N> inline void fence_operand(float (&)[N][4]) {}
 template <typename T, int trans_b = 0, int trans_a = 0, int N8>
 inline void wgmma_ss(float (&d)[N8][4], uint64_t a, uint64_t b, int accumulate) {
