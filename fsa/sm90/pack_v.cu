@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
     __syncthreads();
     amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
     constexpr int MAX_EXPONENT = TILE_KEYS == 64 ? 8 : 7; // scaled magnitudes are below 2^(MAX_EXPONENT + 1)
-    const int exponent = min(max(MAX_EXPONENT - ilogbf(amax), -100), 100);
+    // Clamped before the subtraction: ilogbf(0) is INT_MIN.
+    const int exponent = MAX_EXPONENT - min(max(ilogbf(amax), MAX_EXPONENT - 100), MAX_EXPONENT + 100);
     const float inv_scale = amax > 0 ? ldexpf(1, exponent) : 1;
     if (thread == 0)
         a.v_scale[(blockIdx.y * a.lists.max_blocks + block) * a.key_tiles + key_tile] = 1 / inv_scale;
