@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(PACK_THREADS) pack_v_kernel(const SelectedPara
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int item = thread + i * PACK_THREADS, row = item / SLICES;
-        const uint4 *v_row =
-            (const uint4 *)((const T *)a.v.data + ((key0 + row) * a.kv_heads + kv_head) * D) +
-            item % SLICES * 4;
+        // In units of 16 bytes.
+        const int64_t offset = (key0 + row) * (a.v.stride >> 3) + kv_head * (D / 8) + item % SLICES * 4;
 #pragma unroll
-        for (int j = 0; j < 4; j++) v[i][j] = row < num_keys ? v_row[j] : make_uint4(0, 0, 0, 0);
+        for (int j = 0; j < 4; j++)
+            v[i][j] = row < num_keys ? ((const uint4 *)a.v.data)[offset + j] : make_uint4(0, 0, 0, 0);
     }
 
     // The scale, from the tile's largest magnitude.

@@ -60,9 +60,13 @@ struct KvBlockIterator {
 // the last row, with partial_row = NO_ROW.
 enum : uint32_t { NO_ROW = 0xffffffff };
 struct GatherRows {
-    uint32_t row[2];         // query * q_heads + head
-    uint32_t partial_row[2]; // counted from the partial row of entry0
-    int limit[2];            // last visible key, within the key tile
+    uint32_t query[2], head[2]; // head: the query head
+    uint32_t partial_row[2];    // counted from the partial row of entry0
+    int limit[2];               // last visible key, within the key tile
+    // Returns the offset of row i in x [Nq, Hq, D], in units of 16 bytes. It is below 2^32.
+    template <int D> __device__ __forceinline__ uint32_t offset(const ConstRows &x, int i) const {
+        return query[i] * (uint32_t)(x.stride >> 3) + head[i] * (D / 8);
+    }
 };
 
 // Iterates over the row tiles of a work range for a gather warp: tiles first, first + STRIDE, first + 2 *
@@ -86,11 +90,11 @@ template <int STRIDE> struct GatherTileIterator {
             const uint32_t r = list_row(i), list_index = fast_divide(r, a.group_divisor);
             const bool valid = list_index < blocks.kv_block.num_entries;
             const uint32_t in_group = valid ? r - list_index * a.group : a.group - 1;
-            const uint32_t query = fast_divide(entry[i], a.topk_divisor);
-            t.row[i] = query * a.q_heads + (a.kv_head0 + blockIdx.y) * a.group + in_group;
+            t.query[i] = fast_divide(entry[i], a.topk_divisor);
+            t.head[i] = (a.kv_head0 + blockIdx.y) * a.group + in_group;
             t.partial_row[i] =
                 valid ? ((entry[i] - entry0) * a.key_tiles + key_tile) * a.group + in_group : NO_ROW;
-            t.limit[i] = last_visible_key(a, list_index, query) - key_tile * a.tile_keys;
+            t.limit[i] = last_visible_key(a, list_index, t.query[i]) - key_tile * a.tile_keys;
         }
         return t;
     }
@@ -138,11 +142,12 @@ template <int STRIDE> struct GatherTileIterator {
     }
 };
 
-// A warp starts the copies (cp.async) of 64 rows of x [rows, D] to a tile [64][D] in panels of 64 columns
-// (ptx.cuh). row: indices of rows `lane` and lane + 32 of the tile. BATCH addresses are computed before the
-// first copy: an address register is free again only when its copy has been issued.
+// A warp starts the copies (cp.async) of 64 rows of x to a tile [64][D] in panels of 64 columns (ptx.cuh).
+// offset: of rows `lane` and lane + 32 of the tile in x, in units of 16 bytes. BATCH addresses are computed
+// before the first copy: an address register is free again only when its copy has been issued.
 template <typename T, int D, int BATCH>
-static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x, const uint32_t (&row)[2]) {
+static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x,
+                                                   const uint32_t (&offset)[2]) {
     constexpr int CHUNKS = D / 8, ROWS = 32 / CHUNKS; // 16-byte chunks of a row; rows per copy of the warp
     constexpr int PERIOD = 8 / ROWS;                  // of the swizzle, in steps of ROWS rows
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS;
@@ -161,7 +166,7 @@ static __device__ __forceinline__ void gather_tile(uint32_t tile, const void *x,
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const int r = (i0 + i) * ROWS;
-            address[i] = source + __shfl_sync(0xffffffffu, row[r / 32], r % 32 + sub) * (uint64_t)(D * 2);
+            address[i] = source + __shfl_sync(0xffffffffu, offset[r / 32], r % 32 + sub) * (uint64_t)16;
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) keep_in_registers(address[i]);
@@ -178,27 +183,26 @@ static __device__ __forceinline__ void load_short_kv_tile(const SelectedParams &
                                                           const KvBlockEntries &kv_block, int key_tile,
                                                           uint32_t k_tile, uint32_t v_tile) {
     constexpr int CHUNKS = D / 8;
-    const int64_t stride = (int64_t)a.kv_heads * D;
     const int lane = threadIdx.x % 32, chunk = lane % CHUNKS,
               num_keys = kv_block.num_keys - key_tile * TILE_KEYS;
-    const int64_t head_offset = (a.kv_head0 + blockIdx.y) * D + chunk * 8;
+    const int64_t column = (int64_t)(a.kv_head0 + blockIdx.y) * D + chunk * 8;
 #pragma unroll 2
     for (int r = lane / CHUNKS; r < TILE_KEYS; r += 32 / CHUNKS) {
         bool valid = r < num_keys;
-        int64_t source = (kv_block.key0 + (valid ? key_tile * TILE_KEYS + r : 0)) * stride + head_offset;
+        int64_t key = kv_block.key0 + (valid ? key_tile * TILE_KEYS + r : 0);
         uint32_t dest = panel_offset(r, chunk, TILE_KEYS * 128);
-        cp_async_16(k_tile + dest, (const T *)a.k.data + source, valid);
-        cp_async_16(v_tile + dest, (const T *)a.v.data + source, valid);
+        cp_async_16(k_tile + dest, (const T *)a.k.data + key * a.k.stride + column, valid);
+        cp_async_16(v_tile + dest, (const T *)a.v.data + key * a.v.stride + column, valid);
     }
 }
 
 // Makes the tensor map of kv = k or v [N, Hkv, D] with the boxes of a key tile, [TILE_KEYS keys][1 KV
 // head][64 channels]. Returns an FsaStatus.
 template <typename T, int D, int TILE_KEYS>
-static int make_kv_tensor_map(const SelectedParams &a, const void *kv, CUtensorMap *map) {
-    int64_t size[] = {D, a.kv_heads, a.batch.n}, stride[] = {2, D * 2, (int64_t)a.kv_heads * D * 2};
+static int make_kv_tensor_map(const SelectedParams &a, const ConstRows &kv, CUtensorMap *map) {
+    int64_t size[] = {D, a.kv_heads, a.batch.n}, stride[] = {2, D * 2, kv.stride * 2};
     int box[] = {64, 1, TILE_KEYS};
-    return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, kv, size, stride,
-                           box);
+    return make_tensor_map(map, std::is_same<T, __half>::value ? FSA_FP16 : FSA_BF16, 3, kv.data, size,
+                           stride, box);
 }
 #endif

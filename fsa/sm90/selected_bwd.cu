@@ -74,7 +74,7 @@ template <int D, int TILE_KEYS> struct alignas(1024) BackwardSmem {
     char ds[TILE_KEYS * 64 * 2];                                                  // dS^T, [keys][64 rows]
     BackwardRowInfo row_tile_info[Q];
     BackwardKeyInfo key_tile_info[KV];
-    uint32_t do_rows[2 * Q][64]; // rows of dO to gather, from the warp that gathers q
+    uint32_t do_rows[2 * Q][64]; // offsets of the rows of dO to gather, from the warp that gathers q
     uint64_t do_rows_full[2 * Q], q_full[Q], q_empty[Q], kv_full[KV], kv_empty[KV];
 
     // Pipeline of q and dO tiles. A producer pair processes the tiles first, first + stride, ...
@@ -118,25 +118,27 @@ static __device__ __forceinline__ void gather_q_rows(const SelectedParams &a, co
     PipelineState q = m.q_pipeline(pair, GATHER_PAIRS), do_rows = m.do_rows_pipeline(pair);
     for (; tiles.blocks.valid; q.advance(), do_rows.advance()) {
         GatherRows t = tiles.rows(a, entry0);
+        const uint32_t q_offset[2] = {t.offset<D>(a.q, 0), t.offset<D>(a.q, 1)};
         // This entry of do_rows is free: it held the tile 2 * Q_STAGES before, and this warp has already
         // waited for the consumers' release of a later tile.
 #pragma unroll
-        for (int i = 0; i < 2; i++) m.do_rows[do_rows.stage][lane + 32 * i] = t.row[i];
+        for (int i = 0; i < 2; i++) m.do_rows[do_rows.stage][lane + 32 * i] = t.offset<D>(a.dout, i);
         mbarrier_arrive_warp(do_rows.full_barrier());
         tiles.next(a, range);
         q.wait_empty();
         BackwardRowInfo &info = m.row_tile_info[q.stage];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int r = lane + 32 * i;
-            cp_async_4(smem_address(&info.lse[r]), &a.lse_bwd[t.row[i]]);
-            cp_async_4(smem_address(&info.delta[r]), &a.delta[t.row[i]]);
+            const int r = lane + 32 * i;
+            const uint32_t row = t.query[i] * a.q_heads + t.head[i];
+            cp_async_4(smem_address(&info.lse[r]), &a.lse_bwd[row]);
+            cp_async_4(smem_address(&info.delta[r]), &a.delta[row]);
             if (t.partial_row[i] == NO_ROW) t.limit[i] = -1;
             info.partial_row[r] = t.partial_row[i], info.limit[r] = t.limit[i];
         }
         int masked = __any_sync(0xffffffffu, min(t.limit[0], t.limit[1]) < TILE_KEYS - 1);
         if (lane == 0) info.masked = masked;
-        gather_tile<T, D, 4>(smem_address(m.q[q.stage][0]), a.q.data, t.row);
+        gather_tile<T, D, 4>(smem_address(m.q[q.stage][0]), a.q.data, q_offset);
         cp_async_mbarrier_arrive(q.full_barrier());
         mbarrier_arrive_warp(q.full_barrier());
     }
@@ -193,9 +195,9 @@ gather_do_rows(const SelectedParams &a, const WorkRange &range, unsigned range_i
                 if (tile < num_tiles) {
                     do_rows.wait_full();
                     q.wait_empty();
-                    const uint32_t row[2] = {m.do_rows[do_rows.stage][lane],
-                                             m.do_rows[do_rows.stage][lane + 32]};
-                    gather_tile<T, D, 4>(smem_address(m.q[q.stage][1]), a.dout.data, row);
+                    const uint32_t offset[2] = {m.do_rows[do_rows.stage][lane],
+                                                m.do_rows[do_rows.stage][lane + 32]};
+                    gather_tile<T, D, 4>(smem_address(m.q[q.stage][1]), a.dout.data, offset);
                     cp_async_mbarrier_arrive(q.full_barrier());
                     q.advance(), do_rows.advance(), tile += GATHER_PAIRS;
                 }
@@ -526,8 +528,8 @@ static int launch_backward(const SelectedParams &a, unsigned heads, cudaStream_t
     constexpr int smem = (int)sizeof(BackwardSmem<D, TILE_KEYS>) * Traits::RANGES + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
     CUtensorMap k_map, v_map;
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k.data, &k_map)));
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v.data, &v_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.v, &v_map)));
     dim3 grid((unsigned)ceil_div(a.num_ranges, Traits::RANGES), heads);
     return LAUNCH_PDL(a.slab_index > 0, (selected_backward_sm90_kernel<T, D, TILE_KEYS>), grid,
                       128 + 128 * Traits::CONSUMERS, smem, stream, a, k_map, v_map);

@@ -93,10 +93,11 @@ static __device__ __forceinline__ void gather_q_rows(const SelectedParams &a, co
     const int lane = threadIdx.x % 32;
     GatherTileIterator<GATHER_WARPS> tiles(a, range, warp);
     for (PipelineState q = m.q_pipeline(warp, GATHER_WARPS); tiles.blocks.valid; q.advance()) {
-        GatherRows t = tiles.rows(a, range.entry0);
+        const GatherRows t = tiles.rows(a, range.entry0);
+        const uint32_t offset[2] = {t.offset<D>(a.q, 0), t.offset<D>(a.q, 1)};
         tiles.next(a, range);
         q.wait_empty();
-        gather_tile<T, D, 8>(smem_address(m.q[q.stage]), a.q.data, t.row);
+        gather_tile<T, D, 8>(smem_address(m.q[q.stage]), a.q.data, offset);
         cp_async_mbarrier_arrive(q.full_barrier());
         ForwardRowInfo &info = m.row_tile_info[q.stage];
 #pragma unroll
@@ -354,7 +355,7 @@ static int launch_forward(const SelectedParams &a, unsigned heads, cudaStream_t 
     constexpr int smem = (int)sizeof(ForwardSmem<D, TILE_KEYS>) + 1024;
     static_assert(smem <= 232448, "exceeds the shared memory of a thread block");
     CUtensorMap k_map;
-    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k.data, &k_map)));
+    TRY((make_kv_tensor_map<T, D, TILE_KEYS>(a, a.k, &k_map)));
     dim3 grid((unsigned)a.num_ranges, heads);
     const unsigned threads = 128 + 128 * ForwardTraits<D, TILE_KEYS>::CONSUMERS;
     return LAUNCH_PDL(a.slab_index > 0, (selected_forward_sm90_kernel<T, D, TILE_KEYS>), grid, threads, smem,
