@@ -22,126 +22,78 @@
 //     dense_dkdv_kernel    8*d               70 TFLOP    89.1 ms    69 G    18.6 ms    1.9 GB    0.4 ms
 //
 // Both are limited by the matmuls. mma.sync reaches about 60% of Hopper's matmul rate.
-#include "../dense.cuh"
-#include "tile.cuh"
+#include "dense.cuh"
 
-// A thread block: dQ of 64 queries of one query head, 16 per warp. Q and dout stay in registers as A
-// operands.
-template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_kernel(const DenseParams p) {
-    constexpr int ROWS = 64, KEYS = 64, K_BYTES = KEYS * D * 2;
-    extern __shared__ __align__(128) char shared[];
-    uint32_t smem_k = smem_address(shared), smem_v = smem_k + 2 * K_BYTES;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+enum { ROWS = 64 }; // queries of a tile
 
-    int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
-    int q_head = blockIdx.x % p.q_heads, kv_head = q_head / (p.q_heads / p.kv_heads);
-    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, tile);
-    if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.cu_index];
-    int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
-    int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
+// Returns lse_bwd of a row in base 2 minus p_scale_log2, or +inf (P = 0) for a row without keys: past the
+// tile's end, or with lse_bwd = -inf, a plain lse (kernels.h).
+template <typename T>
+__device__ __forceinline__ float load_lse_log2(const DenseParams &p, int64_t index, bool valid) {
+    float x = valid ? p.lse_bwd[index] : -INFINITY;
+    return x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>();
+}
 
-    int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    int64_t q_offset = rows.row * q_stride + q_head * D,
-            kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
-    const T *k = (const T *)p.k.data + kv_offset, *v = (const T *)p.v.data + kv_offset;
+// ---- dQ ---------------------------------------------------------------------------------------------
 
-    // Q and dout go through the second stage of K and V into registers.
-    load_tile<ROWS, D, 128>(smem_k + K_BYTES, (const T *)p.q.data + q_offset, q_stride, rows.rows);
-    load_tile<ROWS, D, 128>(smem_v + K_BYTES, (const T *)p.dout.data + q_offset, q_stride, rows.rows);
-    auto load_keys = [&](int j, int stage) {
-        load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
-        load_tile<KEYS, D, 128>(smem_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
-    };
-    if (begin < end) load_keys(begin, 0);
-    cp_async_commit();
-
+// lse (load_lse_log2) and delta of a lane's two rows in a warp's 16.
+struct RowStats {
     float lse[2], delta[2];
+};
+template <typename T>
+__device__ __forceinline__ RowStats load_row_stats(const DenseParams &p, const QueryTile &tile) {
+    RowStats stats;
     for (int half = 0; half < 2; half++) {
-        int row = warp * 16 + half * 8 + lane / 4;
-        int64_t lse_index = (rows.row + row) * p.q_heads + q_head;
-        // -inf: the row is past the tile's end, or lse_bwd is a plain lse (kernels.h).
-        float x = row < rows.rows ? p.lse_bwd[lse_index] : -INFINITY;
-        lse[half] = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
-        delta[half] = row < rows.rows ? p.delta[lse_index] : 0;
+        int row = threadIdx.x / 32 * 16 + half * 8 + threadIdx.x % 32 / 4;
+        int64_t index = (tile.rows.row + row) * p.q_heads + tile.q_head;
+        stats.lse[half] = load_lse_log2<T>(p, index, row < tile.rows.rows);
+        stats.delta[half] = row < tile.rows.rows ? p.delta[index] : 0;
     }
-    cp_async_wait<0>();
-    __syncthreads();
-    uint32_t q[D / 16][4], dout[D / 16][4];
+    return stats;
+}
+
+// S = Q K^T and dP = dout V^T, 16 queries x 64 keys per warp. Q and dout are A operands in registers.
+template <typename T, int D, int N>
+__device__ __forceinline__ void
+compute_scores(float (&s)[N][4], float (&dp)[N][4], const uint32_t (&q)[D / 16][4],
+               const uint32_t (&dout)[D / 16][4], uint32_t k_tile, uint32_t v_tile) {
 #pragma unroll
     for (int kk = 0; kk < D / 16; kk++) {
-        load_a<D>(q[kk], smem_k + K_BYTES, warp * 16, kk);
-        load_a<D>(dout[kk], smem_v + K_BYTES, warp * 16, kk);
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            uint32_t b[4];
+            load_b<D>(b, k_tile, n * 16, kk);
+            mma_161616<T>(s[2 * n], s[2 * n + 1], q[kk], b);
+            load_b<D>(b, v_tile, n * 16, kk);
+            mma_161616<T>(dp[2 * n], dp[2 * n + 1], dout[kk], b);
+        }
     }
-    __syncthreads();
+}
 
-    float dq[D / 8][4] = {};
-    float scale = p.scale * FSA_LOG2E;
-    int stage = 0;
-    for (int j0 = begin; j0 < end; j0 += KEYS, stage ^= 1) {
-        if (j0 + KEYS < end) load_keys(j0 + KEYS, stage ^ 1);
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        uint32_t tile_k = smem_k + stage * K_BYTES, tile_v = smem_v + stage * K_BYTES;
-
-        // S = Q K^T, dP = dout V^T
-        float s[KEYS / 8][4] = {}, dp[KEYS / 8][4] = {};
+// S becomes dS = P (dP - delta), 16 queries x 8*N keys per warp.
+template <int N>
+__device__ __forceinline__ void softmax_bwd(float (&s)[N][4], const float (&dp)[N][4], const RowStats &stats,
+                                            float scale) {
 #pragma unroll
-        for (int kk = 0; kk < D / 16; kk++) {
+    for (int n = 0; n < N; n++) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) {
-                uint32_t b[4];
-                load_b<D>(b, tile_k, n * 16, kk);
-                mma_16816<T>(s[2 * n], q[kk], b[0], b[1]);
-                mma_16816<T>(s[2 * n + 1], q[kk], b[2], b[3]);
-                load_b<D>(b, tile_v, n * 16, kk);
-                mma_16816<T>(dp[2 * n], dout[kk], b[0], b[1]);
-                mma_16816<T>(dp[2 * n + 1], dout[kk], b[2], b[3]);
-            }
+        for (int e = 0; e < 4; e++) {
+            s[n][e] = exp2_fast(s[n][e] * scale - stats.lse[e / 2]) * (dp[n][e] - stats.delta[e / 2]);
         }
-        int t0 = first_pos + warp * 16;
-        if (!p.mask.visible(t0, j0 + KEYS - 1) || j0 < p.mask.first_key(t0 + 15)) {
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int t = t0 + e / 2 * 8 + lane / 4, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
-                    if (!p.mask.visible(t, j)) s[n][e] = -INFINITY;
-                }
-            }
-        }
-        // dS = P (dP - delta)
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[n][e] = exp2_fast(s[n][e] * scale - lse[e / 2]) * (dp[n][e] - delta[e / 2]);
-            }
-        }
-        // dQ += dS K
-#pragma unroll
-        for (int kk = 0; kk < KEYS / 16; kk++) {
-            uint32_t a[4];
-            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
-#pragma unroll
-            for (int n = 0; n < D / 16; n++) {
-                uint32_t b[4];
-                load_b_trans<D>(b, tile_k, kk * 16, n);
-                mma_16816<T>(dq[2 * n], a, b[0], b[1]);
-                mma_16816<T>(dq[2 * n + 1], a, b[2], b[3]);
-            }
-        }
-        __syncthreads();
     }
-    cp_async_wait<0>();
+}
 
+// Writes or adds a warp's 16 rows of dQ [16, D], times scale, to dq_accum.
+template <typename T, int D>
+__device__ __forceinline__ void store_dq(const DenseParams &p, const QueryTile &tile,
+                                         const float (&dq)[D / 8][4]) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float dq_scale = p.scale * p_unscale<T>();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
-        if (row >= rows.rows) continue;
-        int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, rows.row + row, q_head);
+        if (row >= tile.rows.rows) continue;
+        int64_t dq_row = dq_accum_row(p.batch.nq, p.q_heads / p.kv_heads, tile.rows.row + row, tile.q_head);
         float *dq_out = p.dq_accum + dq_row * D + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
@@ -156,200 +108,208 @@ template <typename T, int D> __global__ void __launch_bounds__(128, 2) dense_dq_
     }
 }
 
-// The current tile of ROWS queries of dense_dkdv_kernel.
-struct QTilePosition {
-    int q_head;      // query head
-    int64_t segment; // segment of the batch
-    int64_t row;     // first query in q
-    int pos, end;    // position of the first query; end of the segment's positions that see the keys
-};
-
-// A thread block: dK and dV of 64 keys of a KV head, 16 per warp, summed over the heads of its group (or the
-// heads of one split) and over the queries that see the keys. K and V stay in shared memory. Scores are
-// transposed (keys x queries), so that P^T and dS^T are A operands in registers.
+// A thread block: dQ of 64 queries of one query head, 16 per warp.
 template <typename T, int D>
-__global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p) {
-    constexpr int ROWS = 64, KEYS = 64, BYTES = KEYS * D * 2;
-    extern __shared__ __align__(128) char shared[];
-    uint32_t smem_k = smem_address(shared), smem_v = smem_k + BYTES, smem_q = smem_v + BYTES;
-    uint32_t smem_dout = smem_q + 2 * BYTES;
-    float *lse_delta = (float *)(shared + 6 * BYTES); // [2 stages][lse, delta][ROWS]
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__global__ void __launch_bounds__(DENSE_THREADS, 2) dense_dq_kernel(const DenseParams p) {
+    extern __shared__ __align__(128) char shared[]; // K and V: two stages each
+    int warp = threadIdx.x / 32;
+    const RowTile rows = find_queries<ROWS>(p);
+    if (rows.rows == 0) return;
+    const QueryTile tile = make_query_tile(p, rows);
+    const KvStages<T, D> kv(p, tile, smem_address(shared));
 
-    int split = blockIdx.x % p.num_splits;
-    int kv_head = blockIdx.x / p.num_splits % p.kv_heads;
-    int64_t tile = blockIdx.x / p.num_splits / p.kv_heads;
-    int64_t num_seqs = p.batch.num_seqs;
-    RowTile keys = find_row_tile(p.cu_keys, num_seqs, KEYS, tile);
-    if (keys.rows == 0) return;
-    int g = p.q_heads / p.kv_heads;
-    int q_head_begin = kv_head * g + g * split / p.num_splits;
-    int q_head_end = kv_head * g + g * (split + 1) / p.num_splits;
-
-    int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    int64_t k_offset = keys.row * kv_stride + kv_head * D;
-    load_tile<KEYS, D, 128>(smem_k, (const T *)p.k.data + k_offset, kv_stride, keys.rows);
-    load_tile<KEYS, D, 128>(smem_v, (const T *)p.v.data + k_offset, kv_stride, keys.rows);
-
-    // First segment of the sequence; first and last position that see any of the keys.
-    int64_t seg_begin = 0, seg_end = p.batch.num_segments;
-    while (seg_begin < seg_end) {
-        int64_t mid = (seg_begin + seg_end) / 2;
-        if (p.batch.segments[mid].seq < keys.cu_index)
-            seg_begin = mid + 1;
-        else
-            seg_end = mid;
-    }
-    seg_end = p.batch.num_segments;
-    int pos_begin = p.mask.first_query(keys.first);
-    int pos_last = p.mask.last_query(keys.first + keys.rows - 1);
-
-    QTilePosition next = {q_head_begin - 1, seg_end, 0, 0, 0};
-    // Moves `next` to the next tile of queries. Returns false at the end.
-    auto advance = [&]() {
-        next.pos += ROWS;
-        next.row += ROWS;
-        while (next.pos >= next.end) {
-            next.segment++;
-            if (next.segment >= seg_end || p.batch.segments[next.segment].seq != keys.cu_index) {
-                if (++next.q_head >= q_head_end) return false;
-                next.segment = seg_begin;
-                if (seg_begin >= seg_end || p.batch.segments[seg_begin].seq != keys.cu_index) return false;
-            }
-            FsaSegment s = p.batch.segments[next.segment];
-            int64_t begin = s.pos > pos_begin ? s.pos : pos_begin, end = s.pos + s.len;
-            if (end - 1 > pos_last) end = (int64_t)pos_last + 1;
-            next.pos = (int)begin;
-            next.end = end > begin ? (int)end : (int)begin;
-            next.row = p.batch.cu_queries[next.segment] + begin - s.pos;
-        }
-        return true;
-    };
-    auto load_queries = [&](int stage) {
-        int count = next.end - next.pos;
-        int64_t offset = next.row * q_stride + next.q_head * D;
-        load_tile<ROWS, D, 128>(smem_q + stage * BYTES, (const T *)p.q.data + offset, q_stride, count);
-        load_tile<ROWS, D, 128>(smem_dout + stage * BYTES, (const T *)p.dout.data + offset, q_stride, count);
-        int row = threadIdx.x % ROWS;
-        int64_t lse_index = (next.row + row) * p.q_heads + next.q_head;
-        float x;
-        if (threadIdx.x < ROWS) {
-            // -inf: the row is past the tile's end, or lse_bwd is a plain lse (kernels.h).
-            x = row < count ? p.lse_bwd[lse_index] : -INFINITY;
-            x = x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>(); // sees no key: P = 0
-        } else {
-            x = row < count ? p.delta[lse_index] : 0;
-        }
-        lse_delta[stage * 2 * ROWS + threadIdx.x] = x;
-    };
-
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    float scale = p.scale * FSA_LOG2E;
-    bool more = advance();
-    if (more) load_queries(0);
+    // Q and dout go through the second stage of K and V into registers.
+    int64_t q_stride = (int64_t)p.q_heads * D, q_offset = rows.row * q_stride + tile.q_head * D;
+    load_tile<ROWS, D, DENSE_THREADS>(kv.k_tile(1), (const T *)p.q.data + q_offset, q_stride, rows.rows);
+    load_tile<ROWS, D, DENSE_THREADS>(kv.v_tile(1), (const T *)p.dout.data + q_offset, q_stride, rows.rows);
+    if (tile.begin < tile.end) kv.load(tile.begin, 0);
     cp_async_commit();
-    for (int stage = 0; more; stage ^= 1) {
-        int pos = next.pos, end_pos = next.end;
-        more = advance();
-        if (more) load_queries(stage ^ 1);
+    const RowStats stats = load_row_stats<T>(p, tile);
+    cp_async_wait<0>();
+    __syncthreads();
+    uint32_t q[D / 16][4], dout[D / 16][4];
+#pragma unroll
+    for (int kk = 0; kk < D / 16; kk++) {
+        load_a<D>(q[kk], kv.k_tile(1), warp * 16, kk);
+        load_a<D>(dout[kk], kv.v_tile(1), warp * 16, kk);
+    }
+    __syncthreads();
+
+    float dq[D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
+    int stage = 0;
+    for (int j0 = tile.begin; j0 < tile.end; j0 += DENSE_KEYS, stage ^= 1) {
+        if (j0 + DENSE_KEYS < tile.end) kv.load(j0 + DENSE_KEYS, stage ^ 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        uint32_t tile_q = smem_q + stage * BYTES, tile_dout = smem_dout + stage * BYTES;
-        const float *lse = lse_delta + stage * 2 * ROWS, *delta = lse + ROWS;
-        int j0 = keys.first + warp * 16;
-        int last = pos + ROWS < end_pos ? pos + ROWS - 1 : end_pos - 1;
 
-        // P^T = exp(K Q^T - lse_bwd), 16 keys x 64 queries
-        float s[ROWS / 8][4] = {};
-#pragma unroll
-        for (int kk = 0; kk < D / 16; kk++) {
-            uint32_t a[4];
-            load_a<D>(a, smem_k, warp * 16, kk);
-#pragma unroll
-            for (int n = 0; n < ROWS / 16; n++) {
-                uint32_t b[4];
-                load_b<D>(b, tile_q, n * 16, kk);
-                mma_16816<T>(s[2 * n], a, b[0], b[1]);
-                mma_16816<T>(s[2 * n + 1], a, b[2], b[3]);
-            }
-        }
-        if (!p.mask.visible(pos, j0 + 15) || j0 < p.mask.first_key(last)) {
-#pragma unroll
-            for (int n = 0; n < ROWS / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int t = pos + n * 8 + lane % 4 * 2 + e % 2, j = j0 + e / 2 * 8 + lane / 4;
-                    if (!p.mask.visible(t, j)) s[n][e] = -INFINITY;
-                }
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < ROWS / 8; n++) {
-            float2 l = *(const float2 *)(lse + n * 8 + (lane % 4) * 2);
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[n][e] = exp2_fast(s[n][e] * scale - (e % 2 ? l.y : l.x));
-        }
-        // dV += P^T dout
-#pragma unroll
-        for (int kk = 0; kk < ROWS / 16; kk++) {
-            uint32_t a[4];
-            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
-#pragma unroll
-            for (int n = 0; n < D / 16; n++) {
-                uint32_t b[4];
-                load_b_trans<D>(b, tile_dout, kk * 16, n);
-                mma_16816<T>(dv[2 * n], a, b[0], b[1]);
-                mma_16816<T>(dv[2 * n + 1], a, b[2], b[3]);
-            }
-        }
-        // dS^T = P^T (V dout^T - delta)
-        float dp[ROWS / 8][4] = {};
-#pragma unroll
-        for (int kk = 0; kk < D / 16; kk++) {
-            uint32_t a[4];
-            load_a<D>(a, smem_v, warp * 16, kk);
-#pragma unroll
-            for (int n = 0; n < ROWS / 16; n++) {
-                uint32_t b[4];
-                load_b<D>(b, tile_dout, n * 16, kk);
-                mma_16816<T>(dp[2 * n], a, b[0], b[1]);
-                mma_16816<T>(dp[2 * n + 1], a, b[2], b[3]);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < ROWS / 8; n++) {
-            float2 l = *(const float2 *)(delta + n * 8 + (lane % 4) * 2);
-#pragma unroll
-            for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - (e % 2 ? l.y : l.x);
-        }
-        // dK += dS^T Q
-#pragma unroll
-        for (int kk = 0; kk < ROWS / 16; kk++) {
-            uint32_t a[4];
-            accum_as_a<T>(a, s[2 * kk], s[2 * kk + 1]);
-#pragma unroll
-            for (int n = 0; n < D / 16; n++) {
-                uint32_t b[4];
-                load_b_trans<D>(b, tile_q, kk * 16, n);
-                mma_16816<T>(dk[2 * n], a, b[0], b[1]);
-                mma_16816<T>(dk[2 * n + 1], a, b[2], b[3]);
-            }
-        }
+        float s[DENSE_KEYS / 8][4] = {}, dp[DENSE_KEYS / 8][4] = {};
+        compute_scores<T, D>(s, dp, q, dout, kv.k_tile(stage), kv.v_tile(stage));
+        int t0 = tile.first_pos + warp * 16;
+        if (needs_mask(p.mask, t0, 16, j0, DENSE_KEYS)) mask_scores(s, p.mask, t0, j0);
+        softmax_bwd(s, dp, stats, scale);
+        // dQ += dS K
+        mma_tiles<T, DENSE_KEYS>(dq, accum_operand<T>(s), ColumnOperand<D>{kv.k_tile(stage), 0});
         __syncthreads();
     }
     cp_async_wait<0>();
+    store_dq<T, D>(p, tile, dq);
+}
 
-    int64_t dkv_size = p.num_keys * kv_stride; // elements of dk
-    float *dk_out = p.num_splits > 1 ? p.dkv_partial + split * 2 * dkv_size : p.dk_accum;
-    float *dv_out = p.num_splits > 1 ? p.dkv_partial + (split * 2 + 1) * dkv_size : p.dv_accum;
+// ---- dK, dV -----------------------------------------------------------------------------------------
+
+// The keys of a thread block, of one KV head, and the query heads of its split.
+struct KeyTile {
+    int split, kv_head;
+    RowTile keys;
+    int q_head_begin, q_head_end;
+};
+// Returns the key tile of this thread block. keys.rows is 0 if it has no keys.
+__device__ __forceinline__ KeyTile find_key_tile(const DenseParams &p) {
+    KeyTile t;
+    t.split = blockIdx.x % p.num_splits;
+    t.kv_head = blockIdx.x / p.num_splits % p.kv_heads;
+    int64_t tile = blockIdx.x / p.num_splits / p.kv_heads;
+    t.keys = find_row_tile(p.cu_keys, p.batch.num_seqs, DENSE_KEYS, tile);
+    int g = p.q_heads / p.kv_heads;
+    t.q_head_begin = t.kv_head * g + g * t.split / p.num_splits;
+    t.q_head_end = t.kv_head * g + g * (t.split + 1) / p.num_splits;
+    return t;
+}
+
+// Iterates over the tiles of ROWS queries that see a key of the tile: over the query heads of the split, the
+// segments of the sequence, and the positions of a segment.
+struct QTileIterator {
+    const FsaSegment *segments;
+    const int64_t *cu_queries;
+    int64_t seq, seg_begin, seg_end; // the sequence, its first segment, and the number of segments
+    int pos_begin, pos_last;         // first and last position that see any of the keys
+    int q_head_end;
+    // The current tile.
+    int q_head;
+    int64_t segment, row; // segment of the batch; first query in q
+    int pos, end;         // position of the first query; end of the segment's positions that see the keys
+
+    // Before the first tile.
+    __device__ __forceinline__ QTileIterator(const DenseParams &p, const KeyTile &tile)
+        : segments(p.batch.segments), cu_queries(p.batch.cu_queries), seq(tile.keys.cu_index), seg_begin(0),
+          seg_end(p.batch.num_segments), q_head_end(tile.q_head_end), q_head(tile.q_head_begin - 1), row(0),
+          pos(0), end(0) {
+        while (seg_begin < seg_end) {
+            int64_t mid = (seg_begin + seg_end) / 2;
+            if (segments[mid].seq < seq)
+                seg_begin = mid + 1;
+            else
+                seg_end = mid;
+        }
+        seg_end = p.batch.num_segments;
+        segment = seg_end;
+        pos_begin = p.mask.first_query(tile.keys.first);
+        pos_last = p.mask.last_query(tile.keys.first + tile.keys.rows - 1);
+    }
+    // Moves to the next tile. Returns false at the end.
+    __device__ __forceinline__ bool advance() {
+        pos += ROWS;
+        row += ROWS;
+        while (pos >= end) {
+            segment++;
+            if (segment >= seg_end || segments[segment].seq != seq) {
+                if (++q_head >= q_head_end) return false;
+                segment = seg_begin;
+                if (seg_begin >= seg_end || segments[seg_begin].seq != seq) return false;
+            }
+            FsaSegment s = segments[segment];
+            int64_t first = s.pos > pos_begin ? s.pos : pos_begin, last = s.pos + s.len;
+            if (last - 1 > pos_last) last = (int64_t)pos_last + 1;
+            pos = (int)first;
+            end = last > first ? (int)last : (int)first;
+            row = cu_queries[segment] + first - s.pos;
+        }
+        return true;
+    }
+};
+
+// Q, dout, lse and delta of a tile of queries, in two stages of shared memory.
+template <typename T, int D> struct QStages {
+    enum { TILE_BYTES = ROWS * D * 2 };
+    uint32_t smem_q, smem_dout; // [2 stages][ROWS, D]
+    float *lse_delta;           // [2 stages][lse (load_lse_log2), delta][ROWS]
+    __device__ __forceinline__ uint32_t q_tile(int stage) const { return smem_q + stage * TILE_BYTES; }
+    __device__ __forceinline__ uint32_t dout_tile(int stage) const { return smem_dout + stage * TILE_BYTES; }
+    __device__ __forceinline__ const float *lse(int stage) const { return lse_delta + stage * 2 * ROWS; }
+    __device__ __forceinline__ const float *delta(int stage) const { return lse(stage) + ROWS; }
+    // Starts the copy of the iterator's tile. Queries past its end become zeros with P = 0.
+    __device__ __forceinline__ void load(const DenseParams &p, const QTileIterator &tile, int stage) const {
+        int count = tile.end - tile.pos;
+        int64_t q_stride = (int64_t)p.q_heads * D, offset = tile.row * q_stride + tile.q_head * D;
+        load_tile<ROWS, D, DENSE_THREADS>(q_tile(stage), (const T *)p.q.data + offset, q_stride, count);
+        load_tile<ROWS, D, DENSE_THREADS>(dout_tile(stage), (const T *)p.dout.data + offset, q_stride, count);
+        static_assert(DENSE_THREADS == 2 * ROWS, "a thread loads lse or delta of one query");
+        int row = threadIdx.x % ROWS;
+        int64_t index = (tile.row + row) * p.q_heads + tile.q_head;
+        float x;
+        if (threadIdx.x < ROWS)
+            x = load_lse_log2<T>(p, index, row < count);
+        else
+            x = row < count ? p.delta[index] : 0;
+        lse_delta[stage * 2 * ROWS + threadIdx.x] = x;
+    }
+};
+
+// Sets the scores that the mask hides to -inf. s: S^T, 16 keys from j0 on x 8*N queries from position t0 on.
+template <int N>
+__device__ __forceinline__ void mask_scores_transposed(float (&s)[N][4], const DenseMask &mask, int t0,
+                                                       int j0) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int t = t0 + n * 8 + lane % 4 * 2 + e % 2, j = j0 + e / 2 * 8 + lane / 4;
+            if (!mask.visible(t, j)) s[n][e] = -INFINITY;
+        }
+    }
+}
+// S^T becomes P^T = exp2(scale S^T - lse), 16 keys x 8*N queries per warp.
+template <int N>
+__device__ __forceinline__ void softmax_transposed(float (&s)[N][4], const float *lse, float scale) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 l = *(const float2 *)(lse + n * 8 + (lane % 4) * 2);
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[n][e] = exp2_fast(s[n][e] * scale - (e % 2 ? l.y : l.x));
+    }
+}
+// P^T becomes dS^T = P^T (dP^T - delta).
+template <int N>
+__device__ __forceinline__ void softmax_bwd_transposed(float (&s)[N][4], const float (&dp)[N][4],
+                                                       const float *delta) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 l = *(const float2 *)(delta + n * 8 + (lane % 4) * 2);
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - (e % 2 ? l.y : l.x);
+    }
+}
+
+// Writes or adds a warp's 16 rows of dK and dV [16, D] to the accumulators, or writes them to the partials of
+// the split.
+template <typename T, int D>
+__device__ __forceinline__ void store_dkv(const DenseParams &p, const KeyTile &tile,
+                                          const float (&dk)[D / 8][4], const float (&dv)[D / 8][4]) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int64_t row_size = (int64_t)p.kv_heads * D, dkv_size = p.num_keys * row_size; // elements of dk
+    float *dk_out = p.num_splits > 1 ? p.dkv_partial + tile.split * 2 * dkv_size : p.dk_accum;
+    float *dv_out = p.num_splits > 1 ? p.dkv_partial + (tile.split * 2 + 1) * dkv_size : p.dv_accum;
     bool accumulate = p.accumulate_dkv && p.num_splits == 1;
     float dv_unscale = p_unscale<T>(), dk_scale = dv_unscale * p.scale;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = warp * 16 + half * 8 + lane / 4;
-        if (row >= keys.rows) continue;
-        int64_t index = k_offset + row * kv_stride + (lane % 4) * 2;
+        if (row >= tile.keys.rows) continue;
+        int64_t index = (tile.keys.row * row_size + tile.kv_head * D) + row * row_size + (lane % 4) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             float2 x = make_float2(dk[n][half * 2] * dk_scale, dk[n][half * 2 + 1] * dk_scale);
@@ -365,13 +325,63 @@ __global__ void __launch_bounds__(128, 2) dense_dkdv_kernel(const DenseParams p)
     }
 }
 
+// A thread block: dK and dV of 64 keys of a KV head, 16 per warp, summed over the heads of its group (or the
+// heads of one split) and over the queries that see the keys. K and V stay in shared memory. Scores are
+// transposed (keys x queries), so that P^T and dS^T are A operands in registers.
+template <typename T, int D>
+__global__ void __launch_bounds__(DENSE_THREADS, 2) dense_dkdv_kernel(const DenseParams p) {
+    constexpr int BYTES = DENSE_KEYS * D * 2;
+    extern __shared__ __align__(128) char shared[]; // K, V; QStages
+    uint32_t smem_k = smem_address(shared), smem_v = smem_k + BYTES;
+    const QStages<T, D> queries = {smem_v + BYTES, smem_v + 3 * BYTES, (float *)(shared + 6 * BYTES)};
+    int warp = threadIdx.x / 32;
+    const KeyTile tile = find_key_tile(p);
+    if (tile.keys.rows == 0) return;
+    int64_t kv_stride = (int64_t)p.kv_heads * D, offset = tile.keys.row * kv_stride + tile.kv_head * D;
+    load_tile<DENSE_KEYS, D, DENSE_THREADS>(smem_k, (const T *)p.k.data + offset, kv_stride, tile.keys.rows);
+    load_tile<DENSE_KEYS, D, DENSE_THREADS>(smem_v, (const T *)p.v.data + offset, kv_stride, tile.keys.rows);
+
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
+    QTileIterator next(p, tile);
+    bool more = next.advance();
+    if (more) queries.load(p, next, 0);
+    cp_async_commit();
+    for (int stage = 0; more; stage ^= 1) {
+        int pos = next.pos, last = pos + ROWS < next.end ? pos + ROWS - 1 : next.end - 1;
+        more = next.advance();
+        if (more) queries.load(p, next, stage ^ 1);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+
+        // P^T = exp(K Q^T - lse_bwd), 16 keys x 64 queries
+        float s[ROWS / 8][4] = {};
+        mma_tiles<T, D>(s, RowOperand<D>{smem_k, warp * 16}, RowOperand<D>{queries.q_tile(stage), 0});
+        int j0 = tile.keys.first + warp * 16;
+        if (needs_mask(p.mask, pos, last - pos + 1, j0, 16)) mask_scores_transposed(s, p.mask, pos, j0);
+        softmax_transposed(s, queries.lse(stage), scale);
+        // dV += P^T dout
+        mma_tiles<T, ROWS>(dv, accum_operand<T>(s), ColumnOperand<D>{queries.dout_tile(stage), 0});
+        // dS^T = P^T (V dout^T - delta)
+        float dp[ROWS / 8][4] = {};
+        mma_tiles<T, D>(dp, RowOperand<D>{smem_v, warp * 16}, RowOperand<D>{queries.dout_tile(stage), 0});
+        softmax_bwd_transposed(s, dp, queries.delta(stage));
+        // dK += dS^T Q
+        mma_tiles<T, ROWS>(dk, accum_operand<T>(s), ColumnOperand<D>{queries.q_tile(stage), 0});
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    store_dkv<T, D>(p, tile, dk, dv);
+}
+
 template <typename T, int D> static int launch_backward(const DenseParams &d, cudaStream_t stream) {
     int dq_smem = 4 * 64 * D * 2, dkdv_smem = 6 * 64 * D * 2 + 4 * 64 * (int)sizeof(float);
-    int64_t dq_blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, 64) * d.q_heads;
-    int64_t dkdv_blocks = max_row_tiles(d.num_keys, d.batch.num_seqs, 64) * d.kv_heads * d.num_splits;
-    if (dq_blocks > 0) TRY(LAUNCH((dense_dq_kernel<T, D>), (unsigned)dq_blocks, 128, dq_smem, stream, d));
+    int64_t dq_blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, ROWS) * d.q_heads;
+    int64_t dkdv_blocks = max_row_tiles(d.num_keys, d.batch.num_seqs, DENSE_KEYS) * d.kv_heads * d.num_splits;
+    if (dq_blocks > 0)
+        TRY(LAUNCH((dense_dq_kernel<T, D>), (unsigned)dq_blocks, DENSE_THREADS, dq_smem, stream, d));
     if (dkdv_blocks > 0)
-        TRY(LAUNCH((dense_dkdv_kernel<T, D>), (unsigned)dkdv_blocks, 128, dkdv_smem, stream, d));
+        TRY(LAUNCH((dense_dkdv_kernel<T, D>), (unsigned)dkdv_blocks, DENSE_THREADS, dkdv_smem, stream, d));
     return FSA_OK;
 }
 

@@ -21,169 +21,142 @@
 //     window 512    0.55 TFLOP     0.7 ms     1.1 G     0.3 ms    1.3 GB    0.3 ms
 //
 // The kernel is limited by the matmuls under every rule. mma.sync reaches about 60% of Hopper's matmul rate.
-#include "../dense.cuh"
-#include "tile.cuh"
+#include "dense.cuh"
 
-template <typename T, int D>
-__global__ void __launch_bounds__(128, 2) dense_forward_kernel(const DenseParams p) {
-    constexpr int ROWS = 128, KEYS = 64, K_BYTES = KEYS * D * 2;
-    extern __shared__ __align__(128) char shared[];
-    uint32_t smem_q = smem_address(shared), smem_k = smem_q + ROWS * D * 2, smem_v = smem_k + 2 * K_BYTES;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+enum { ROWS = 128 }; // queries of a thread block
 
-    int64_t num_tiles = gridDim.x / p.q_heads, tile = num_tiles - 1 - blockIdx.x / p.q_heads;
-    int q_head = blockIdx.x % p.q_heads, kv_head = q_head / (p.q_heads / p.kv_heads);
-    RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, ROWS, tile);
-    if (rows.rows == 0) return;
-    FsaSegment segment = p.batch.segments[rows.cu_index];
-    int first_pos = (int)segment.pos + rows.first, last_pos = first_pos + rows.rows - 1;
-    int end = p.mask.end_key(last_pos), begin = p.mask.first_key(first_pos) / KEYS * KEYS;
-
-    int64_t q_stride = (int64_t)p.q_heads * D, kv_stride = (int64_t)p.kv_heads * D;
-    const T *q = (const T *)p.q.data + rows.row * q_stride + q_head * D;
-    int64_t kv_offset = p.cu_keys[segment.seq] * kv_stride + kv_head * D;
-    const T *k = (const T *)p.k.data + kv_offset, *v = (const T *)p.v.data + kv_offset;
-
-    auto load_keys = [&](int j, int stage) {
-        load_tile<KEYS, D, 128>(smem_k + stage * K_BYTES, k + j * kv_stride, kv_stride, end - j);
-        load_tile<KEYS, D, 128>(smem_v + stage * K_BYTES, v + j * kv_stride, kv_stride, end - j);
-    };
-    load_tile<ROWS, D, 128>(smem_q, q, q_stride, rows.rows);
-    if (begin < end) load_keys(begin, 0);
-    cp_async_commit();
-
-    float out[2][D / 8][4] = {}, row_max[2][2], row_sum[2][2] = {};
-    for (int i = 0; i < 4; i++) row_max[i / 2][i % 2] = -INFINITY;
-    float scale = p.scale * FSA_LOG2E;
-    int stage = 0;
-    for (int j0 = begin; j0 < end; j0 += KEYS, stage ^= 1) {
-        if (j0 + KEYS < end) load_keys(j0 + KEYS, stage ^ 1);
-        cp_async_commit();
-        cp_async_wait<1>();
-        __syncthreads();
-        uint32_t tile_k = smem_k + stage * K_BYTES, tile_v = smem_v + stage * K_BYTES;
-
-        // S = Q K^T
-        float s[2][KEYS / 8][4] = {};
-#pragma unroll
-        for (int kk = 0; kk < D / 16; kk++) {
-            uint32_t a[2][4];
-            load_a<D>(a[0], smem_q, warp * 32, kk);
-            load_a<D>(a[1], smem_q, warp * 32 + 16, kk);
-#pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) {
-                uint32_t b[4];
-                load_b<D>(b, tile_k, n * 16, kk);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    mma_16816<T>(s[m][2 * n], a[m], b[0], b[1]);
-                    mma_16816<T>(s[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
-        }
-
-        // Mask, if some query of the tile does not see some of its keys
-        int t0 = first_pos + warp * 32;
-        if (!p.mask.visible(t0, j0 + KEYS - 1) || j0 < p.mask.first_key(t0 + 31)) {
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        int t = t0 + m * 16 + e / 2 * 8 + lane / 4, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
-                        if (!p.mask.visible(t, j)) s[m][n][e] = -INFINITY;
-                    }
-                }
-            }
-        }
-        // Online softmax: S becomes P, O is rescaled to the new maximum
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float new_max = row_max[m][half];
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-                    new_max = fmaxf(new_max, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
-                }
-                new_max = quad_reduce_max(new_max);
-                // While a row has seen no key, its maximum is -inf. 0 instead avoids inf - inf.
-                float scaled_max = new_max == -INFINITY ? 0 : new_max * scale;
-                float rescale = exp2_fast(row_max[m][half] * scale - scaled_max), tile_sum = 0;
-                row_max[m][half] = new_max;
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][half * 2 + e];
-                        x = exp2_fast(x * scale - scaled_max);
-                        tile_sum += x;
-                    }
-                }
-                row_sum[m][half] = row_sum[m][half] * rescale + tile_sum;
-#pragma unroll
-                for (int n = 0; n < D / 8; n++) {
-                    out[m][n][half * 2] *= rescale;
-                    out[m][n][half * 2 + 1] *= rescale;
-                }
-            }
-        }
-        // O += P V
-#pragma unroll
-        for (int kk = 0; kk < KEYS / 16; kk++) {
-            uint32_t a[2][4];
-            for (int m = 0; m < 2; m++) accum_as_a<T>(a[m], s[m][2 * kk], s[m][2 * kk + 1]);
-#pragma unroll
-            for (int n = 0; n < D / 16; n++) {
-                uint32_t b[4];
-                load_b_trans<D>(b, tile_v, kk * 16, n);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    mma_16816<T>(out[m][2 * n], a[m], b[0], b[1]);
-                    mma_16816<T>(out[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
-        }
-        __syncthreads();
+// Online softmax of a warp's 32 queries. A lane holds rows lane/4 + 8*half of each m16 block: its maximum and
+// its sum over the lane's keys.
+struct SoftmaxState {
+    float row_max[2][2], row_sum[2][2]; // [m16 blocks][halves]
+    __device__ __forceinline__ SoftmaxState() : row_sum() {
+        for (int i = 0; i < 4; i++) row_max[i / 2][i % 2] = -INFINITY;
     }
-    cp_async_wait<0>();
-    __syncthreads();
+};
 
-    // Epilogue: each warp stages O in its own rows of the Q tile and writes it in 16-byte chunks.
+// S [32 queries, 64 keys] becomes P = exp2(scale S - max), unnormalized. Rescales out [32, D] and the row
+// sums to the new maximum.
+template <int N, int D8>
+__device__ __forceinline__ void online_softmax(float (&s)[2][N][4], float (&out)[2][D8][4],
+                                               SoftmaxState &state, float scale) {
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float new_max = state.row_max[m][half];
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                new_max = fmaxf(new_max, fmaxf(s[m][n][half * 2], s[m][n][half * 2 + 1]));
+            }
+            new_max = quad_reduce_max(new_max);
+            // While a row has seen no key, its maximum is -inf. 0 instead avoids inf - inf.
+            float scaled_max = new_max == -INFINITY ? 0 : new_max * scale;
+            float rescale = exp2_fast(state.row_max[m][half] * scale - scaled_max), tile_sum = 0;
+            state.row_max[m][half] = new_max;
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &x = s[m][n][half * 2 + e];
+                    x = exp2_fast(x * scale - scaled_max);
+                    tile_sum += x;
+                }
+            }
+            state.row_sum[m][half] = state.row_sum[m][half] * rescale + tile_sum;
+#pragma unroll
+            for (int n = 0; n < D8; n++) {
+                out[m][n][half * 2] *= rescale;
+                out[m][n][half * 2 + 1] *= rescale;
+            }
+        }
+    }
+}
+
+// Writes o [32 queries, D] and lse of a warp, normalized. A warp stages o in its own rows of the Q tile,
+// `smem`, and writes it in 16-byte chunks.
+template <typename T, int D>
+__device__ __forceinline__ void store_o_lse(const DenseParams &p, const QueryTile &tile,
+                                            const float (&out)[2][D / 8][4], const SoftmaxState &state,
+                                            char *smem) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = warp * 32 + m * 16 + half * 8 + lane / 4;
-            float total = quad_reduce_sum(row_sum[m][half]), inverse = total > 0 ? 1 / total : 0;
-            if (lane % 4 == 0 && row < rows.rows) {
-                p.lse[(rows.row + row) * p.q_heads + q_head] =
-                    total > 0 ? row_max[m][half] * p.scale + logf(total) : -INFINITY;
+            float total = quad_reduce_sum(state.row_sum[m][half]), inverse = total > 0 ? 1 / total : 0;
+            if (lane % 4 == 0 && row < tile.rows.rows) {
+                p.lse[(tile.rows.row + row) * p.q_heads + tile.q_head] =
+                    total > 0 ? state.row_max[m][half] * p.scale + logf(total) : -INFINITY;
             }
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
-                *(uint32_t *)(shared + swizzled<D>(row, n) + (lane % 4) * 4) =
+                *(uint32_t *)(smem + swizzled<D>(row, n) + (lane % 4) * 4) =
                     pack2<T>(out[m][n][half * 2] * inverse, out[m][n][half * 2 + 1] * inverse);
             }
         }
     }
     __syncwarp();
-    T *o = (T *)p.o.data + rows.row * q_stride + q_head * D;
+    int64_t q_stride = (int64_t)p.q_heads * D;
+    T *o = (T *)p.o.data + tile.rows.row * q_stride + tile.q_head * D;
 #pragma unroll
     for (int i = 0; i < 32 * (D / 8) / 32; i++) {
         int row = warp * 32 + (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
-        if (row < rows.rows) {
-            *(uint4 *)(o + row * q_stride + chunk * 8) = *(uint4 *)(shared + swizzled<D>(row, chunk));
+        if (row < tile.rows.rows) {
+            *(uint4 *)(o + row * q_stride + chunk * 8) = *(uint4 *)(smem + swizzled<D>(row, chunk));
         }
     }
 }
 
+// A thread block: O and lse of ROWS queries of one query head, 32 per warp.
+template <typename T, int D>
+__global__ void __launch_bounds__(DENSE_THREADS, 2) dense_forward_kernel(const DenseParams p) {
+    extern __shared__ __align__(128) char shared[]; // Q [ROWS, D], K and V: two stages each
+    uint32_t smem_q = smem_address(shared);
+    int warp = threadIdx.x / 32;
+    const RowTile rows = find_queries<ROWS>(p);
+    if (rows.rows == 0) return;
+    const QueryTile tile = make_query_tile(p, rows);
+    KvStages<T, D> kv(p, tile, smem_q + ROWS * D * 2);
+
+    int64_t q_stride = (int64_t)p.q_heads * D;
+    load_tile<ROWS, D, DENSE_THREADS>(
+        smem_q, (const T *)p.q.data + tile.rows.row * q_stride + tile.q_head * D, q_stride, tile.rows.rows);
+    if (tile.begin < tile.end) kv.load(tile.begin, 0);
+    cp_async_commit();
+
+    float out[2][D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
+    SoftmaxState softmax;
+    int stage = 0;
+    for (int j0 = tile.begin; j0 < tile.end; j0 += DENSE_KEYS, stage ^= 1) {
+        if (j0 + DENSE_KEYS < tile.end) kv.load(j0 + DENSE_KEYS, stage ^ 1);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+
+        // S = Q K^T
+        float s[2][DENSE_KEYS / 8][4] = {};
+        mma_tiles<T, D>(s, RowOperand<D>{smem_q, warp * 32}, RowOperand<D>{kv.k_tile(stage), 0});
+        int t0 = tile.first_pos + warp * 32;
+        if (needs_mask(p.mask, t0, 32, j0, DENSE_KEYS)) {
+#pragma unroll
+            for (int m = 0; m < 2; m++) mask_scores(s[m], p.mask, t0 + m * 16, j0);
+        }
+        online_softmax(s, out, softmax, scale);
+        // O += P V
+        mma_tiles<T, DENSE_KEYS>(out, accum_operand<T>(s), ColumnOperand<D>{kv.v_tile(stage), 0});
+        __syncthreads();
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    store_o_lse<T, D>(p, tile, out, softmax, shared);
+}
+
 template <typename T, int D> static int launch_forward(const DenseParams &d, cudaStream_t stream) {
-    int bytes = (128 + 4 * 64) * D * 2;
-    int64_t blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, 128) * d.q_heads;
+    int bytes = (ROWS + 4 * DENSE_KEYS) * D * 2;
+    int64_t blocks = max_row_tiles(d.batch.nq, d.batch.num_segments, ROWS) * d.q_heads;
     if (blocks == 0) return FSA_OK;
-    return LAUNCH((dense_forward_kernel<T, D>), (unsigned)blocks, 128, bytes, stream, d);
+    return LAUNCH((dense_forward_kernel<T, D>), (unsigned)blocks, DENSE_THREADS, bytes, stream, d);
 }
 
 int fsa_dense_forward_sm80(const FsaConfig *c, const DenseParams &d, FsaDtype dtype, cudaStream_t stream) {

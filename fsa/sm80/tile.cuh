@@ -1,5 +1,6 @@
 // sm80/tile.cuh: tiles of 16-bit elements in shared memory for the mma.sync kernels: rows of D elements (64
-// or 128), chunks swizzled (`swizzled` in mma.cuh). Copies from global memory, and loads of mma operands.
+// or 128), chunks swizzled (`swizzled` in mma.cuh). Copies from global memory, loads of mma operands, and
+// matmuls of a warp.
 #ifndef FSA_SM80_TILE_CUH
 #define FSA_SM80_TILE_CUH
 #include "../mma.cuh"
@@ -43,5 +44,84 @@ template <int D>
 __device__ __forceinline__ void load_b_trans(uint32_t (&r)[4], uint32_t tile, int k0, int n) {
     int lane = threadIdx.x & 31;
     ldmatrix_x4_trans(r, tile + swizzled<D>(k0 + (lane & 15), 2 * n + (lane >> 4)));
+}
+
+// Operands of mma_tiles in shared memory: a part of a tile. load_a loads A of m m16 x k k16, load_b loads B
+// of k k16 x n n16 (m, n, k: numbers of blocks of 16).
+//
+// The rows of the tile are m or n, the columns k. first: the first row of the part.
+template <int D> struct RowOperand {
+    uint32_t tile;
+    int first;
+    template <int M> __device__ __forceinline__ void load_a(uint32_t (&r)[M][4], int k) const {
+        static_assert(M <= 2, "A has one or two blocks of m");
+        ::load_a<D>(r[0], tile, first, k);
+        if (M > 1) ::load_a<D>(r[M - 1], tile, first + 16, k);
+    }
+    __device__ __forceinline__ void load_b(uint32_t (&r)[4], int n, int k) const {
+        ::load_b<D>(r, tile, first + n * 16, k);
+    }
+};
+// The rows of the tile are k, the columns m or n. first: the first column of the part, divided by 16.
+template <int D> struct ColumnOperand {
+    uint32_t tile;
+    int first;
+    template <int M> __device__ __forceinline__ void load_a(uint32_t (&r)[M][4], int k) const {
+#pragma unroll
+        for (int m = 0; m < M; m++) load_a_trans<D>(r[m], tile, k * 16, first + m);
+    }
+    __device__ __forceinline__ void load_b(uint32_t (&r)[4], int n, int k) const {
+        load_b_trans<D>(r, tile, k * 16, first + n);
+    }
+};
+
+// A operands in registers: accumulators x [m16 blocks][8-column blocks of k][4], rounded to T.
+template <typename T, int N> struct AccumOperand {
+    const float (*x)[N][4];
+    template <int M> __device__ __forceinline__ void load_a(uint32_t (&r)[M][4], int k) const {
+        for (int m = 0; m < M; m++) accum_as_a<T>(r[m], x[m][2 * k], x[m][2 * k + 1]);
+    }
+};
+template <typename T, int M, int N>
+__device__ __forceinline__ AccumOperand<T, N> accum_operand(const float (&x)[M][N][4]) {
+    return {x};
+}
+template <typename T, int N>
+__device__ __forceinline__ AccumOperand<T, N> accum_operand(const float (&x)[N][4]) {
+    return {&x};
+}
+
+// Two n8 halves of an accumulator += a * b, 16 (m) x 16 (n) over 16 (k).
+template <typename T>
+__device__ __forceinline__ void mma_161616(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                           const uint32_t (&b)[4]) {
+    mma_16816<T>(left, a, b[0], b[1]);
+    mma_16816<T>(right, a, b[2], b[3]);
+}
+
+// acc += A B over K elements of k, for the whole warp. acc [M][N][4] is 16*M (m) x 8*N (n).
+template <typename T, int K, int M, int N, typename A, typename B>
+__device__ __forceinline__ void mma_loop(float (*acc)[N][4], const A &a, const B &b) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) {
+        uint32_t fa[M][4];
+        a.load_a(fa, k);
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            uint32_t fb[4];
+            b.load_b(fb, n, k);
+#pragma unroll
+            for (int m = 0; m < M; m++) mma_161616<T>(acc[m][2 * n], acc[m][2 * n + 1], fa[m], fb);
+        }
+    }
+}
+template <typename T, int K, int M, int N, typename A, typename B>
+__device__ __forceinline__ void mma_tiles(float (&acc)[M][N][4], const A &a, const B &b) {
+    mma_loop<T, K, M>(acc, a, b);
+}
+// The same for acc [N][4], 16 (m) x 8*N (n).
+template <typename T, int K, int N, typename A, typename B>
+__device__ __forceinline__ void mma_tiles(float (&acc)[N][4], const A &a, const B &b) {
+    mma_loop<T, K, 1>(&acc, a, b);
 }
 #endif
