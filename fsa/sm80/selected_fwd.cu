@@ -24,6 +24,7 @@
 //     1.1 TFLOP                                                        1.4 ms
 //     shared memory reads of mma.sync's operands                       2.4 ms
 #include "../selected.cuh"
+#include "tile.cuh"
 
 // Stores 64 bytes at the offsets of their four 16-byte chunks, with the 4-byte units transposed.
 static __device__ __forceinline__ void store_transposed(char *tile, uint32_t offset[4], const uint4 x[4]) {
@@ -43,198 +44,240 @@ template <typename T> static __device__ __forceinline__ float chunk_amax(const u
     return fmaxf(m, fmaxf(fmaxf(fabsf(c.x), fabsf(c.y)), fmaxf(fabsf(d.x), fabsf(d.y))));
 }
 
+// Returns the largest magnitude of V in the key tile, `v_head` [num_keys, D], rows `stride` elements apart. A
+// barrier in it tells that all warps have finished the previous key tile.
+template <typename T, int D, int TILE_KEYS>
+__device__ __forceinline__ float compute_v_amax(const T *v_head, int64_t stride, int num_keys) {
+    __shared__ float warp_amax[4];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float amax = 0;
+    for (int i = threadIdx.x; i < TILE_KEYS * D / 8; i += 128) {
+        int row = i / (D / 8);
+        if (row < num_keys)
+            amax = fmaxf(amax, chunk_amax<T>(((const uint4 *)(v_head + row * stride))[i % (D / 8)]));
+    }
+    for (int i = 16; i > 0; i /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, i));
+    __syncthreads();
+    if (lane == 0) warp_amax[warp] = amax;
+    __syncthreads();
+    return fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
+}
+
+// Loads K and V of the key tile into shared memory [TILE_KEYS, D], transposed in units of 4 bytes. V becomes
+// fp16 and is multiplied by inv_scale. Rows past the last key become zeros.
+template <typename T, int D, int TILE_KEYS>
+__device__ __forceinline__ void load_kv_tile(char *k_tile, char *v_tile, const T *k_head, const T *v_head,
+                                             int64_t kv_stride, int num_keys, float inv_scale) {
+    constexpr int SLICES = D / 32;
+    for (int i = threadIdx.x; i < TILE_KEYS * SLICES; i += 128) {
+        int row = i / SLICES, slice = i % SLICES;
+        uint4 x[4] = {}, y[4] = {};
+        if (row < num_keys) {
+            const uint4 *k_row = (const uint4 *)(k_head + row * kv_stride) + slice * 4;
+            const uint4 *v_row = (const uint4 *)(v_head + row * kv_stride) + slice * 4;
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j] = k_row[j], y[j] = v_row[j];
+        }
+        uint32_t offset[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            offset[j] = swizzled<D>(row, slice * 4 + j);
+            y[j] = make_uint4(to_half_scaled<T>(y[j].x, inv_scale), to_half_scaled<T>(y[j].y, inv_scale),
+                              to_half_scaled<T>(y[j].z, inv_scale), to_half_scaled<T>(y[j].w, inv_scale));
+        }
+        store_transposed(k_tile, offset, x);
+        store_transposed(v_tile, offset, y);
+    }
+}
+
+// The rows of one KV block in a work range: num_rows gathered rows of q, in tiles of 16 per warp. A lane of
+// quad i holds rows i and i + 8 of a tile.
+struct RowGather {
+    const uint32_t *entries; // of the slab
+    uint32_t begin;          // position of the first entry
+    int num_rows, kv_head, g;
+    static __device__ __forceinline__ int row_of(int tile, int i) {
+        return tile * 16 + (int)(threadIdx.x % 32) / 4 + 8 * i;
+    }
+    // Loads the query list entries of a lane's two rows. Past the last row: those of the last row.
+    __device__ __forceinline__ void load_entries(int tile, uint32_t (&e)[2]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) e[i] = entries[begin + min(row_of(tile, i), num_rows - 1) / g];
+    }
+    // Loads a lane's parts of its two rows of q, as A operands.
+    template <typename T, int D>
+    __device__ __forceinline__ void load_q(const SelectedParams &a, int tile, const uint32_t (&e)[2],
+                                           uint4 (&q)[2][D / 32]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int r = min(row_of(tile, i), num_rows - 1);
+            int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + kv_head * g + r % g;
+            const uint4 *q_row = (const uint4 *)((const T *)a.q.data + row * D);
+#pragma unroll
+            for (int j = 0; j < D / 32; j++) q[i][j] = q_row[4 * j + threadIdx.x % 4];
+        }
+    }
+};
+
+// S = Q K^T, 16 rows x 64 keys. k_tile: the first of the keys.
+template <typename T, int D>
+__device__ __forceinline__ void compute_scores(float (&s)[8][4], const uint4 (&q)[2][D / 32],
+                                               uint32_t k_tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) {
+            uint32_t b[4];
+            ldmatrix_x4(b, k_tile + swizzled<D>(n * 8 + (lane & 7), j * 4 + lane / 8));
+            const uint32_t a0[4] = {q[0][j].x, q[1][j].x, q[0][j].y, q[1][j].y};
+            const uint32_t a1[4] = {q[0][j].z, q[1][j].z, q[0][j].w, q[1][j].w};
+            mma_16816<T>(s[n], a0, b[0], b[1]);
+            mma_16816<T>(s[n], a1, b[2], b[3]);
+        }
+    }
+}
+
+// Maximum (in base 2) and sum of a lane's two rows.
+struct SoftmaxState {
+    float row_max[2], row_sum[2];
+};
+// Online softmax of a step of 64 keys, the first of which is first_key of the key tile. S becomes P =
+// exp2(scale_log2 S - max), as fp16 A operands. Rescales o [16, D] and the row sums to the new maximum,
+// except in the first step. limit: the last key of the key tile that a row sees.
+template <int D8>
+__device__ __forceinline__ void online_softmax(uint32_t (&p)[4][4], float (&s)[8][4], float (&o)[D8][4],
+                                               SoftmaxState &state, const int (&limit)[2], int first_key,
+                                               float scale_log2) {
+    const int c = threadIdx.x % 4;
+    float new_max[2] = {state.row_max[0], state.row_max[1]};
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = first_key + n * 8 + 2 * c + (i & 1);
+            s[n][i] = key <= limit[i / 2] ? s[n][i] * scale_log2 : -INFINITY;
+            new_max[i / 2] = fmaxf(new_max[i / 2], s[n][i]);
+        }
+    }
+    float base[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        new_max[i] = quad_reduce_max(new_max[i]);
+        base[i] = new_max[i] == -INFINITY ? 0 : new_max[i];
+        if (first_key > 0) state.row_sum[i] *= exp2_fast(state.row_max[i] - base[i]);
+    }
+    if (first_key > 0) {
+        float rescale[2] = {exp2_fast(state.row_max[0] - base[0]), exp2_fast(state.row_max[1] - base[1])};
+#pragma unroll
+        for (int n = 0; n < D8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) o[n][i] *= rescale[i / 2];
+        }
+    }
+    state.row_max[0] = new_max[0], state.row_max[1] = new_max[1];
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float e[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            e[i] = exp2_fast(s[n][i] - base[i / 2]);
+            state.row_sum[i / 2] += e[i];
+        }
+        p[n / 2][(n & 1) * 2] = pack2<__half>(e[0], e[1]);
+        p[n / 2][(n & 1) * 2 + 1] = pack2<__half>(e[2], e[3]);
+    }
+}
+
+// Writes o_partial (normalized) and lse_partial of a lane's two rows of `tile`. partial0: partial row of
+// entry 0 of the slab..
+template <int D>
+__device__ __forceinline__ void store_o_partial(const SelectedParams &a, const RowGather &rows, int tile,
+                                                int key_tile, const uint32_t (&entry)[2], uint32_t entry0,
+                                                const float (&o)[D / 8][4], const SoftmaxState &state,
+                                                float v_scale) {
+    constexpr int SLICES = D / 32;
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int r = RowGather::row_of(tile, i);
+        float sum = quad_reduce_sum(state.row_sum[i]), inverse = sum > 0 ? 1 / sum : 0;
+        if (r >= rows.num_rows) continue;
+        int64_t slot = (int64_t)blockIdx.y * a.lists.slab_queries * a.topk + (entry[i] - entry0);
+        int64_t row = (slot * a.key_tiles + key_tile) * rows.g + r % rows.g;
+        PartialChunk<__half> out[SLICES];
+#pragma unroll
+        for (int j = 0; j < SLICES; j++) out[j] = make_partial_chunk<__half>(o, 4 * j, i, inverse);
+        PartialChunk<__half>::store(a.partial + row * partial_row_bytes<__half, D>(), 0, c, out);
+        if (c == 0)
+            a.lse_partial[row] = make_float2(sum > 0 ? state.row_max[i] + log2f(sum) : -INFINITY, v_scale);
+    }
+}
+
 // KEY_STEPS: steps of 64 keys in a key tile.
 template <typename T, int D, int KEY_STEPS>
 __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedParams a) {
-    constexpr int SLICES = D / 32, TILE_KEYS = 64 * KEY_STEPS;
-    extern __shared__ __align__(128) char smem[];
-    __shared__ float warp_amax[4];
+    constexpr int TILE_KEYS = 64 * KEY_STEPS;
+    extern __shared__ __align__(128) char smem[]; // K, V [TILE_KEYS, D]
     char *k_tile = smem, *v_tile = smem + TILE_KEYS * D * 2;
     const uint32_t k_base = smem_address(k_tile), v_base = smem_address(v_tile);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
-    const int kv_head = a.kv_head0 + blockIdx.y, g = a.group;
+    const int warp = threadIdx.x / 32, kv_head = a.kv_head0 + blockIdx.y, g = a.group;
     const WorkRange range = work_range_of(a, kv_head, blockIdx.x);
     const float scale_log2 = a.scale * FSA_LOG2E;
 
     for (uint32_t begin = range.begin; begin < range.end;) {
         KvBlockEntries kv_block = find_kv_block(a, range, begin);
-        const int num_rows = (int)kv_block.num_entries * g, num_tiles = (num_rows + 15) / 16;
+        const RowGather rows = {range.entries, begin, (int)kv_block.num_entries * g, kv_head, g};
+        const int num_tiles = (rows.num_rows + 15) / 16;
         for (int key_tile = 0; key_tile < a.key_tiles; key_tile++) {
             // num_keys can be 0 or negative: the last block of a sequence may be short.
             const int first_key = key_tile * TILE_KEYS,
                       num_keys = min(TILE_KEYS, kv_block.num_keys - first_key);
-            // The scale of V.
             const int64_t kv_stride = (int64_t)a.kv_heads * D;
             const T *k_head = (const T *)a.k.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
             const T *v_head = (const T *)a.v.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
-            float amax = 0;
-            for (int i = threadIdx.x; i < TILE_KEYS * D / 8; i += 128) {
-                int row = i / (D / 8);
-                if (row < num_keys)
-                    amax =
-                        fmaxf(amax, chunk_amax<T>(((const uint4 *)(v_head + row * kv_stride))[i % (D / 8)]));
-            }
-            for (int i = 16; i > 0; i /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, i));
-            __syncthreads(); // all warps have finished the previous tile
-            if (lane == 0) warp_amax[warp] = amax;
-            __syncthreads();
-            amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
-            int exponent = min(max(14 - ilogbf(amax), -100), 100);
+            const float amax = compute_v_amax<T, D, TILE_KEYS>(v_head, kv_stride, num_keys);
+            const int exponent = min(max(14 - ilogbf(amax), -100), 100);
             const float inv_scale = amax > 0 ? ldexpf(1, exponent) : 1, v_scale = 1 / inv_scale;
-            // K and V to shared memory; zeros past the last key.
-            for (int i = threadIdx.x; i < TILE_KEYS * SLICES; i += 128) {
-                int row = i / SLICES, slice = i % SLICES;
-                uint4 x[4] = {}, y[4] = {};
-                if (row < num_keys) {
-                    const uint4 *k_row = (const uint4 *)(k_head + row * kv_stride) + slice * 4;
-                    const uint4 *v_row = (const uint4 *)(v_head + row * kv_stride) + slice * 4;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) x[j] = k_row[j], y[j] = v_row[j];
-                }
-                uint32_t offset[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    offset[j] = swizzled<D>(row, slice * 4 + j);
-                    y[j] = make_uint4(
-                        to_half_scaled<T>(y[j].x, inv_scale), to_half_scaled<T>(y[j].y, inv_scale),
-                        to_half_scaled<T>(y[j].z, inv_scale), to_half_scaled<T>(y[j].w, inv_scale));
-                }
-                store_transposed(k_tile, offset, x);
-                store_transposed(v_tile, offset, y);
-            }
+            load_kv_tile<T, D, TILE_KEYS>(k_tile, v_tile, k_head, v_head, kv_stride, num_keys, inv_scale);
             __syncthreads();
 
-            uint4 q[2][SLICES]; // rows `quad` and quad + 8 of the tile
+            uint4 q[2][D / 32];
             uint32_t entry[2], next_entry[2];
-            auto load_entries = [&](int tile, uint32_t *e) {
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    e[i] = range.entries[begin + min(tile * 16 + quad + 8 * i, num_rows - 1) / g];
-            };
-            auto load_q = [&](int tile, const uint32_t *e) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int r = min(tile * 16 + quad + 8 * i, num_rows - 1);
-                    int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + kv_head * g + r % g;
-                    const uint4 *q_row = (const uint4 *)((const T *)a.q.data + row * D);
-#pragma unroll
-                    for (int j = 0; j < SLICES; j++) q[i][j] = q_row[4 * j + c];
-                }
-            };
             if (warp < num_tiles) {
-                load_entries(warp, entry);
-                load_q(warp, entry);
-                load_entries(warp + 4, next_entry);
+                rows.load_entries(warp, entry);
+                rows.load_q<T, D>(a, warp, entry, q);
+                rows.load_entries(warp + 4, next_entry);
             }
             for (int tile = warp; tile < num_tiles; tile += 4) {
-                float o[D / 8][4], row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
-#pragma unroll
-                for (int i = 0; i < D / 8; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+                float o[D / 8][4] = {};
+                SoftmaxState softmax = {{-INFINITY, -INFINITY}, {0, 0}};
                 int limit[2]; // last visible key, within the key tile
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    int64_t list_position = begin - kv_block.list_begin + (tile * 16 + quad + 8 * i) / g;
+                    int64_t list_position = begin - kv_block.list_begin + RowGather::row_of(tile, i) / g;
                     limit[i] =
                         last_visible_key(a, kv_block, list_position, entry[i] / (uint32_t)a.topk) - first_key;
                 }
 #pragma unroll
                 for (int step = 0; step < KEY_STEPS; step++) {
                     if (KEY_STEPS > 1 && step > 0 && num_keys <= 64 * step) break;
-                    // S = Q K^T
                     float s[8][4];
-#pragma unroll
-                    for (int n = 0; n < 8; n++) {
-                        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll
-                        for (int j = 0; j < SLICES; j++) {
-                            uint32_t b[4];
-                            ldmatrix_x4(b, k_base +
-                                               swizzled<D>(step * 64 + n * 8 + (lane & 7), j * 4 + lane / 8));
-                            const uint32_t a0[4] = {q[0][j].x, q[1][j].x, q[0][j].y, q[1][j].y};
-                            const uint32_t a1[4] = {q[0][j].z, q[1][j].z, q[0][j].w, q[1][j].w};
-                            mma_16816<T>(s[n], a0, b[0], b[1]);
-                            mma_16816<T>(s[n], a1, b[2], b[3]);
-                        }
-                    }
+                    compute_scores<T, D>(s, q, k_base + step * 64 * D * 2);
+                    // After the last step q is no longer needed: load q of the next tile.
                     if (step == KEY_STEPS - 1 || num_keys <= 64 * (step + 1)) {
-                        // q is no longer needed: load q of the next tile.
-                        if (tile + 4 < num_tiles) load_q(tile + 4, next_entry);
+                        if (tile + 4 < num_tiles) rows.load_q<T, D>(a, tile + 4, next_entry, q);
                     }
-                    // P = exp(S - row max), and the row sums
-                    float new_max[2] = {row_max[0], row_max[1]};
-#pragma unroll
-                    for (int n = 0; n < 8; n++) {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            int key = step * 64 + n * 8 + 2 * c + (i & 1);
-                            s[n][i] = key <= limit[i / 2] ? s[n][i] * scale_log2 : -INFINITY;
-                            new_max[i / 2] = fmaxf(new_max[i / 2], s[n][i]);
-                        }
-                    }
-                    float base[2];
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        new_max[i] = quad_reduce_max(new_max[i]);
-                        base[i] = new_max[i] == -INFINITY ? 0 : new_max[i];
-                        if (step > 0) row_sum[i] *= exp2_fast(row_max[i] - base[i]);
-                    }
-                    if (step > 0) {
-                        float rescale[2] = {exp2_fast(row_max[0] - base[0]), exp2_fast(row_max[1] - base[1])};
-#pragma unroll
-                        for (int n = 0; n < D / 8; n++) {
-#pragma unroll
-                            for (int i = 0; i < 4; i++) o[n][i] *= rescale[i / 2];
-                        }
-                    }
-                    row_max[0] = new_max[0], row_max[1] = new_max[1];
                     uint32_t p[4][4];
-#pragma unroll
-                    for (int n = 0; n < 8; n++) {
-                        float e[4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            e[i] = exp2_fast(s[n][i] - base[i / 2]);
-                            row_sum[i / 2] += e[i];
-                        }
-                        p[n / 2][(n & 1) * 2] = pack2<__half>(e[0], e[1]);
-                        p[n / 2][(n & 1) * 2 + 1] = pack2<__half>(e[2], e[3]);
-                    }
+                    online_softmax(p, s, o, softmax, limit, step * 64, scale_log2);
                     // O += P V
-#pragma unroll
-                    for (int kk = 0; kk < 4; kk++) {
-#pragma unroll
-                        for (int n = 0; n < D / 8; n += 2) {
-                            uint32_t b[4];
-                            ldmatrix_x4_trans(
-                                b, v_base + swizzled<D>(step * 64 + kk * 16 + (lane & 15), n + lane / 16));
-                            mma_16816<__half>(o[n], p[kk], b[0], b[1]);
-                            mma_16816<__half>(o[n + 1], p[kk], b[2], b[3]);
-                        }
-                    }
+                    mma_tiles<__half, 64>(o, FragmentOperand<4>{p},
+                                          ColumnOperand<D>{v_base + step * 64 * D * 2, 0});
                 }
-                // Epilogue: normalize and store the partial rows.
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int r = tile * 16 + quad + 8 * i;
-                    float sum = quad_reduce_sum(row_sum[i]), inverse = sum > 0 ? 1 / sum : 0;
-                    if (r >= num_rows) continue;
-                    int64_t row =
-                        (((int64_t)blockIdx.y * a.lists.slab_queries * a.topk + (entry[i] - range.entry0)) *
-                             a.key_tiles +
-                         key_tile) *
-                            g +
-                        r % g;
-                    PartialChunk<__half> out[SLICES];
-#pragma unroll
-                    for (int j = 0; j < SLICES; j++)
-                        out[j] = make_partial_chunk<__half>(o, 4 * j, i, inverse);
-                    PartialChunk<__half>::store(a.partial + row * partial_row_bytes<__half, D>(), 0, c, out);
-                    if (c == 0)
-                        a.lse_partial[row] =
-                            make_float2(sum > 0 ? row_max[i] + log2f(sum) : -INFINITY, v_scale);
-                }
+                store_o_partial<D>(a, rows, tile, key_tile, entry, range.entry0, o, softmax, v_scale);
                 entry[0] = next_entry[0], entry[1] = next_entry[1];
-                load_entries(tile + 8, next_entry);
+                rows.load_entries(tile + 8, next_entry);
             }
         }
         begin += kv_block.num_entries;

@@ -90,6 +90,14 @@ template <typename T, int N>
 __device__ __forceinline__ AccumOperand<T, N> accum_operand(const float (&x)[N][4]) {
     return {&x};
 }
+// The same from 16 rows that are already rounded and packed: x [m8 ...
+template <int K> struct FragmentOperand {
+    const uint32_t (&x)[K][4];
+    template <int M> __device__ __forceinline__ void load_a(uint32_t (&r)[M][4], int k) const {
+        static_assert(M == 1, "one block of m");
+        for (int i = 0; i < 4; i++) r[0][i] = x[k][i];
+    }
+};
 
 // Two n8 halves of an accumulator += a * b, 16 (m) x 16 (n) over 16 (k).
 template <typename T>
