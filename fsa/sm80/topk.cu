@@ -73,176 +73,203 @@ __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t 
     return min_rank;
 }
 
-template <typename T, int D, int QUERIES>
-__global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p) {
-    constexpr int WINDOWS = 64, K_BYTES = WINDOWS * D * 2, Q_BYTES = QUERIES * D * 2, PITCH = WINDOWS + 1;
-    constexpr int THREADS = QUERIES * 8, QUERY_WARPS = QUERIES / 16, WARP_WINDOWS = 16;
-    extern __shared__ __align__(128) char shared[];
-    int group = p.q_heads / p.kv_heads, num_free = p.topk - p.init_blocks - p.local_blocks;
-    uint32_t tile_q = smem_address(shared), tile_k = tile_q + group * Q_BYTES;
-    uint2 *lists = (uint2 *)(shared + group * Q_BYTES + p.stages * K_BYTES); // [QUERIES][num_free]
-    float *p_tile = (float *)(lists + QUERIES * num_free);                   // [QUERIES][PITCH] P
-    float *block_scores = p_tile + QUERIES * PITCH;                          // [max_tile_blocks][QUERIES + 1]
-    float *carry = block_scores + p.max_tile_blocks * (QUERIES + 1); // [2][2][QUERIES] unfinished scores
-    float *lse_log2 = carry + 4 * QUERIES;                           // [group][QUERIES] lse * log2(e)
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int warp_query0 = warp % QUERY_WARPS * 16, warp_window0 = warp / QUERY_WARPS * WARP_WINDOWS;
+// The shared memory of a thread block, all dynamic.
+template <int D, int QUERIES> struct TopKSmem {
+    enum { WINDOWS = 64, PITCH = WINDOWS + 1, Q_BYTES = QUERIES * D * 2, K_BYTES = WINDOWS * D * 2 };
+    uint32_t q, k;       // Q [group][QUERIES, D]; kc [stages][WINDOWS, D]
+    uint2 *lists;        // [QUERIES][num_free]
+    float *p;            // [QUERIES][PITCH] P
+    float *block_scores; // [max_tile_blocks][QUERIES + 1]
+    float *carry;        // [2][2][QUERIES] unfinished scores
+    float *lse_log2;     // [group][QUERIES] lse * log2(e)
+    __device__ __forceinline__ TopKSmem(char *shared, const TopKParams &a, int group, int num_free) {
+        q = smem_address(shared), k = q + group * Q_BYTES;
+        lists = (uint2 *)(shared + group * Q_BYTES + a.stages * K_BYTES);
+        p = (float *)(lists + QUERIES * num_free);
+        block_scores = p + QUERIES * PITCH;
+        carry = block_scores + a.max_tile_blocks * (QUERIES + 1);
+        lse_log2 = carry + 4 * QUERIES;
+    }
+};
 
-    int64_t tiles = gridDim.x / p.kv_heads, index = tiles - 1 - blockIdx.x / p.kv_heads;
-    int kv_head = blockIdx.x % p.kv_heads;
-    RowTile tile = find_row_tile(p.batch.cu_queries, p.batch.num_segments, QUERIES, index);
-    if (tile.rows == 0) return;
-    FsaSegment segment = p.batch.segments[tile.cu_index];
-    int first_pos = (int)segment.pos + tile.first, last_pos = first_pos + tile.rows - 1;
-    int window_strides = p.cmp_len / p.cmp_stride, block_strides = p.block / p.cmp_stride;
-    int64_t window0 = p.batch.cu_windows[segment.seq];
-    int num_windows = (int)(p.batch.cu_windows[segment.seq + 1] - window0);
-
+// The queries of a thread block, of one KV head, and the windows that they need.
+struct TopKTile {
+    int kv_head, group, num_free;
+    RowTile rows;
+    int first_pos;                     // position of the first query
+    int window_strides, block_strides; // strides (s tokens) of a window and of a block
+    int64_t window0;                   // first window of the sequence
+    int num_windows, windows_end;      // windows of the sequence; windows 0 .. windows_end - 1 are needed
+};
+__device__ __forceinline__ TopKTile make_topk_tile(const TopKParams &p, const RowTile &rows) {
+    TopKTile t;
+    t.kv_head = blockIdx.x % p.kv_heads, t.group = p.q_heads / p.kv_heads;
+    t.num_free = p.topk - p.init_blocks - p.local_blocks;
+    t.rows = rows;
+    FsaSegment segment = p.batch.segments[rows.cu_index];
+    t.first_pos = (int)segment.pos + rows.first;
+    t.window_strides = p.cmp_len / p.cmp_stride, t.block_strides = p.block / p.cmp_stride;
+    t.window0 = p.batch.cu_windows[segment.seq];
+    t.num_windows = (int)(p.batch.cu_windows[segment.seq + 1] - t.window0);
     // The candidates of the last query are blocks init_blocks .. candidates_end - 1. No query needs a window
     // past these blocks.
-    int last_block = last_pos / p.block, candidates_end = last_block + 1 - p.local_blocks, windows_end = 0;
-    if (last_block + 1 > p.topk && num_free > 0) windows_end = candidates_end * block_strides;
+    int last_block = (t.first_pos + rows.rows - 1) / p.block,
+        candidates_end = last_block + 1 - p.local_blocks;
+    t.windows_end = last_block + 1 > p.topk && t.num_free > 0 ? candidates_end * t.block_strides : 0;
+    return t;
+}
 
-    int64_t k_stride = (int64_t)p.kv_heads * D;
-    const T *kc = (const T *)p.kc.data + window0 * k_stride + kv_head * D;
-    auto load_windows = [&](int i, int stage) {
-        load_tile<WINDOWS, D, THREADS>(tile_k + stage * K_BYTES,
-                                       i < num_windows ? kc + i * k_stride : (const T *)p.kc.data, k_stride,
-                                       num_windows - i);
-    };
-    if (windows_end > 0) {
-        for (int h = 0; h < group; h++) {
-            int head = kv_head * group + h;
-            load_tile<QUERIES, D, THREADS>(tile_q + h * Q_BYTES,
-                                           (const T *)p.q.data + (tile.row * p.q_heads + head) * D,
-                                           (int64_t)p.q_heads * D, tile.rows);
-            if (threadIdx.x < QUERIES) {
-                float x = -INFINITY;
-                if (threadIdx.x < tile.rows) x = p.lse[(tile.row + threadIdx.x) * p.q_heads + head];
-                lse_log2[h * QUERIES + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
-            }
+// Starts the copy of windows i .. i + WINDOWS - 1 of kc into a stage. kc: window 0 of the sequence.
+template <typename T, int D, int QUERIES>
+__device__ __forceinline__ void load_windows(const TopKParams &p, const TopKTile &tile,
+                                             const TopKSmem<D, QUERIES> &smem, const T *kc, int i,
+                                             int stage) {
+    typedef TopKSmem<D, QUERIES> Smem;
+    const int64_t k_stride = (int64_t)p.kv_heads * D;
+    load_tile<Smem::WINDOWS, D, QUERIES * 8>(smem.k + stage * Smem::K_BYTES,
+                                             i < tile.num_windows ? kc + i * k_stride : (const T *)p.kc.data,
+                                             k_stride, tile.num_windows - i);
+}
+
+// Starts the copy of Q of all heads of the group, and stores lse in base 2: +inf (P = 0) for a row without
+// keys or past the last query.
+template <typename T, int D, int QUERIES>
+__device__ __forceinline__ void load_q_lse(const TopKParams &p, const TopKTile &tile,
+                                           const TopKSmem<D, QUERIES> &smem) {
+    for (int h = 0; h < tile.group; h++) {
+        int head = tile.kv_head * tile.group + h;
+        load_tile<QUERIES, D, QUERIES * 8>(smem.q + h * TopKSmem<D, QUERIES>::Q_BYTES,
+                                           (const T *)p.q.data + (tile.rows.row * p.q_heads + head) * D,
+                                           (int64_t)p.q_heads * D, tile.rows.rows);
+        if (threadIdx.x < QUERIES) {
+            float x = -INFINITY;
+            if (threadIdx.x < tile.rows.rows) x = p.lse[(tile.rows.row + threadIdx.x) * p.q_heads + head];
+            smem.lse_log2[h * QUERIES + threadIdx.x] = x == -INFINITY ? INFINITY : x * FSA_LOG2E;
         }
-        load_windows(0, 0);
     }
-    cp_async_commit();
+}
 
-    constexpr int WARPS = THREADS / 32, WARP_LISTS = QUERIES / WARPS;
-    uint32_t min_rank[WARP_LISTS] = {}; // the lowest rank of each list that this warp keeps
-    for (int i = threadIdx.x; i < QUERIES * num_free; i += THREADS) lists[i] = make_uint2(0, 0);
-    float scale = p.scale * FSA_LOG2E;
-
-    int parity = 0;
-    for (int i0 = 0; i0 < windows_end; i0 += WINDOWS, parity ^= 1) {
-        int i1 = i0 + WINDOWS, stage = p.stages == 2 ? parity : 0;
-        if (p.stages == 2 && i1 < windows_end) load_windows(i1, stage ^ 1);
-        if (p.stages == 2) cp_async_commit();
-        if (p.stages == 2)
-            cp_async_wait<1>();
-        else
-            cp_async_wait<0>();
-        __syncthreads();
-
-        // P of 16 tokens x 16 windows, summed over the heads.
-        float p_acc[WARP_WINDOWS / 8][4] = {};
-        constexpr int HEADS = 4; // heads that share a B fragment of kc
-        for (int h0 = 0; h0 < group; h0 += HEADS) {
-            float s[HEADS][WARP_WINDOWS / 8][4] = {};
+// p_acc = P of 16 queries from query0 on x 16 windows from row `window0` of k_tile on, summed over the heads.
+template <typename T, int D, int QUERIES>
+__device__ __forceinline__ void compute_p(float (&p_acc)[2][4], const TopKSmem<D, QUERIES> &smem,
+                                          uint32_t k_tile, int group, int query0, int window0, float scale) {
+    constexpr int HEADS = 4; // heads that share a B fragment of kc
+    const int lane = threadIdx.x % 32;
+    for (int h0 = 0; h0 < group; h0 += HEADS) {
+        float s[HEADS][2][4] = {};
 #pragma unroll
-            for (int kk = 0; kk < D / 16; kk++) {
-                uint32_t b[WARP_WINDOWS / 16][4];
-#pragma unroll
-                for (int n = 0; n < WARP_WINDOWS / 16; n++) {
-                    load_b<D>(b[n], tile_k + stage * K_BYTES, warp_window0 + n * 16, kk);
-                }
-#pragma unroll
-                for (int h = 0; h < HEADS; h++) {
-                    if (h0 + h >= group) break;
-                    uint32_t a[4];
-                    load_a<D>(a, tile_q + (h0 + h) * Q_BYTES, warp_query0, kk);
-#pragma unroll
-                    for (int n = 0; n < WARP_WINDOWS / 16; n++) {
-                        mma_16816<T>(s[h][2 * n], a, b[n][0], b[n][1]);
-                        mma_16816<T>(s[h][2 * n + 1], a, b[n][2], b[n][3]);
-                    }
-                }
-            }
+        for (int kk = 0; kk < D / 16; kk++) {
+            uint32_t b[4];
+            load_b<D>(b, k_tile, window0, kk);
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 if (h0 + h >= group) break;
-                float l0 = lse_log2[(h0 + h) * QUERIES + warp_query0 + lane / 4];
-                float l1 = lse_log2[(h0 + h) * QUERIES + warp_query0 + lane / 4 + 8];
-#pragma unroll
-                for (int n = 0; n < WARP_WINDOWS / 8; n++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        p_acc[n][e] += exp2_fast(s[h][n][e] * scale - (e < 2 ? l0 : l1));
-                }
+                uint32_t a[4];
+                load_a<D>(a, smem.q + (h0 + h) * TopKSmem<D, QUERIES>::Q_BYTES, query0, kk);
+                mma_161616<T>(s[h][0], s[h][1], a, b);
             }
         }
 #pragma unroll
-        for (int n = 0; n < WARP_WINDOWS / 8; n++) {
+        for (int h = 0; h < HEADS; h++) {
+            if (h0 + h >= group) break;
+            float l0 = smem.lse_log2[(h0 + h) * QUERIES + query0 + lane / 4];
+            float l1 = smem.lse_log2[(h0 + h) * QUERIES + query0 + lane / 4 + 8];
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int query = warp_query0 + lane / 4 + e / 2 * 8,
-                    column = warp_window0 + n * 8 + lane % 4 * 2 + e % 2;
-                bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + query;
-                p_tile[query * PITCH + column] = visible ? p_acc[n][e] : 0;
-            }
-        }
-        __syncthreads();
-        if (p.stages == 1 && i1 < windows_end) {
-            load_windows(i1, 0);
-            cp_async_commit();
-        }
-
-        // Block scores. The tile overlaps blocks first_block .. overlapped_end - 1. It finishes the blocks
-        // before finished_end. Blocks before carried_end began in the previous tile.
-        int first_block = i0 / block_strides, finished_end = i1 / block_strides,
-            overlapped_end = (i1 + window_strides - 2) / block_strides + 1;
-        int carried_end = i0 > 0 ? (i0 + window_strides - 2) / block_strides + 1 : 0;
-        const float *carry_in = carry + parity * 2 * QUERIES;
-        float *carry_out = carry + (parity ^ 1) * 2 * QUERIES;
-        int query = threadIdx.x % QUERIES;
-        for (int j = first_block + threadIdx.x / QUERIES; j < overlapped_end; j += THREADS / QUERIES) {
-            int block_begin = j * block_strides, block_end = block_begin + block_strides;
-            float s = j < carried_end ? carry_in[(j - first_block) * QUERIES + query] : 0;
-            for (int i = max(i0, block_begin - window_strides + 1); i < min(i1, block_end); i++) {
-                int overlap = min(i + window_strides, block_end) - max(i, block_begin);
-                s += (float)overlap * p_tile[query * PITCH + i - i0];
-            }
-            if (j < finished_end)
-                block_scores[(j - first_block) * (QUERIES + 1) + query] = s;
-            else
-                carry_out[(j - finished_end) * QUERIES + query] = s;
-        }
-        __syncthreads();
-
-        // Update the lists with the finished blocks.
+            for (int n = 0; n < 2; n++) {
 #pragma unroll
-        for (int list_index = 0; list_index < WARP_LISTS; list_index++) {
-            int query = warp + list_index * WARPS,
-                query_candidates_end = min(finished_end, (first_pos + query) / p.block + 1 - p.local_blocks);
-            for (int j0 = max(first_block, p.init_blocks); j0 < query_candidates_end; j0 += 32) {
-                int j = j0 + lane;
-                uint32_t rank = 0;
-                if (j < query_candidates_end)
-                    rank = __float_as_uint(block_scores[(j - first_block) * (QUERIES + 1) + query]) + 1;
-                min_rank[list_index] =
-                    insert_topk(lists + query * num_free, num_free, rank, j, min_rank[list_index]);
+                for (int e = 0; e < 4; e++) p_acc[n][e] += exp2_fast(s[h][n][e] * scale - (e < 2 ? l0 : l1));
             }
         }
     }
-    cp_async_wait<0>();
-    __syncthreads();
+}
 
-    int query = threadIdx.x, blocks = (first_pos + query) / p.block + 1;
-    if (query >= tile.rows) return;
-    int32_t *out = p.block_indices + ((int64_t)kv_head * p.batch.nq + tile.row + query) * p.topk;
+// Stores p_acc in p; 0 for windows that a query does not see. i0: first window of the tile.
+template <int D, int QUERIES>
+__device__ __forceinline__ void store_p(const TopKParams &p, const TopKSmem<D, QUERIES> &smem,
+                                        const float (&p_acc)[2][4], int first_pos, int i0, int query0,
+                                        int window0) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int query = query0 + lane / 4 + e / 2 * 8, column = window0 + n * 8 + lane % 4 * 2 + e % 2;
+            bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + query;
+            smem.p[query * TopKSmem<D, QUERIES>::PITCH + column] = visible ? p_acc[n][e] : 0;
+        }
+    }
+}
+
+// A tile of windows i0 .. i1 - 1 overlaps blocks first_block .. overlapped_end - 1. It finishes the blocks
+// before finished_end. Blocks before carried_end began in the previous tile.
+struct TileBlocks {
+    int i0, i1, first_block, finished_end, overlapped_end, carried_end;
+};
+__device__ __forceinline__ TileBlocks tile_blocks(const TopKTile &tile, int i0, int i1) {
+    const int window_strides = tile.window_strides, block_strides = tile.block_strides;
+    return {i0,
+            i1,
+            i0 / block_strides,
+            i1 / block_strides,
+            (i1 + window_strides - 2) / block_strides + 1,
+            i0 > 0 ? (i0 + window_strides - 2) / block_strides + 1 : 0};
+}
+
+// Sums the scores of the blocks that the tile overlaps: finished ones to block_scores, others to the carry of
+// the next tile. Each thread sums some blocks of one query. parity: of the tile.
+template <int D, int QUERIES>
+__device__ __forceinline__ void sum_block_scores(const TopKTile &tile, const TopKSmem<D, QUERIES> &smem,
+                                                 const TileBlocks &blocks, int parity) {
+    const float *carry_in = smem.carry + parity * 2 * QUERIES;
+    float *carry_out = smem.carry + (parity ^ 1) * 2 * QUERIES;
+    const int query = threadIdx.x % QUERIES;
+    for (int j = blocks.first_block + threadIdx.x / QUERIES; j < blocks.overlapped_end; j += 8) {
+        int block_begin = j * tile.block_strides, block_end = block_begin + tile.block_strides;
+        float s = j < blocks.carried_end ? carry_in[(j - blocks.first_block) * QUERIES + query] : 0;
+        for (int i = max(blocks.i0, block_begin - tile.window_strides + 1); i < min(blocks.i1, block_end);
+             i++) {
+            int overlap = min(i + tile.window_strides, block_end) - max(i, block_begin);
+            s += (float)overlap * smem.p[query * TopKSmem<D, QUERIES>::PITCH + i - blocks.i0];
+        }
+        if (j < blocks.finished_end)
+            smem.block_scores[(j - blocks.first_block) * (QUERIES + 1) + query] = s;
+        else
+            carry_out[(j - blocks.finished_end) * QUERIES + query] = s;
+    }
+}
+
+// Inserts the finished blocks that are candidates into the lists of this warp.
+template <int D, int QUERIES, int WARP_LISTS>
+__device__ __forceinline__ void merge_candidates(const TopKParams &p, const TopKTile &tile,
+                                                 const TopKSmem<D, QUERIES> &smem, const TileBlocks &blocks,
+                                                 uint32_t (&min_rank)[WARP_LISTS]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < WARP_LISTS; i++) {
+        int query = warp + i * (QUERIES / WARP_LISTS);
+        int candidates_end =
+            min(blocks.finished_end, (tile.first_pos + query) / p.block + 1 - p.local_blocks);
+        for (int j0 = max(blocks.first_block, p.init_blocks); j0 < candidates_end; j0 += 32) {
+            int j = j0 + lane;
+            uint32_t rank = 0;
+            if (j < candidates_end)
+                rank =
+                    __float_as_uint(smem.block_scores[(j - blocks.first_block) * (QUERIES + 1) + query]) + 1;
+            min_rank[i] =
+                insert_topk(smem.lists + query * tile.num_free, tile.num_free, rank, j, min_rank[i]);
+        }
+    }
+}
+
+// Writes the block indices of one query, in ascending order. Sorts its list.
+__device__ __forceinline__ void store_block_indices(const TopKParams &p, const TopKTile &tile, uint2 *list,
+                                                    int query) {
+    const int num_free = tile.num_free, blocks = (tile.first_pos + query) / p.block + 1;
+    int32_t *out = p.block_indices + ((int64_t)tile.kv_head * p.batch.nq + tile.rows.row + query) * p.topk;
     if (blocks <= p.topk) { // all blocks are selected
         for (int i = 0; i < p.topk; i++) out[i] = i < blocks ? i : -1;
         return;
     }
-    uint2 *list = lists + query * num_free;
     for (int i = 1; i < num_free; i++) { // insertion sort by block
         uint2 x = list[i];
         int slot = i;
@@ -252,6 +279,57 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     for (int i = 0; i < p.init_blocks; i++) out[i] = i;
     for (int i = 0; i < num_free; i++) out[p.init_blocks + i] = (int32_t)list[i].y;
     for (int i = 0; i < p.local_blocks; i++) out[p.init_blocks + num_free + i] = blocks - p.local_blocks + i;
+}
+
+template <typename T, int D, int QUERIES>
+__global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p) {
+    typedef TopKSmem<D, QUERIES> Smem;
+    constexpr int WINDOWS = Smem::WINDOWS, THREADS = QUERIES * 8, QUERY_WARPS = QUERIES / 16;
+    extern __shared__ __align__(128) char shared[];
+    const int warp = threadIdx.x / 32, query0 = warp % QUERY_WARPS * 16, window0 = warp / QUERY_WARPS * 16;
+    int64_t tiles = gridDim.x / p.kv_heads, index = tiles - 1 - blockIdx.x / p.kv_heads;
+    const RowTile rows = find_row_tile(p.batch.cu_queries, p.batch.num_segments, QUERIES, index);
+    if (rows.rows == 0) return;
+    const TopKTile tile = make_topk_tile(p, rows);
+    const Smem smem(shared, p, tile.group, tile.num_free);
+    const T *kc = (const T *)p.kc.data + tile.window0 * p.kv_heads * D + tile.kv_head * D;
+    if (tile.windows_end > 0) {
+        load_q_lse<T>(p, tile, smem);
+        load_windows(p, tile, smem, kc, 0, 0);
+    }
+    cp_async_commit();
+    uint32_t min_rank[QUERIES / (THREADS / 32)] = {}; // the lowest rank of each list that this warp keeps
+    for (int i = threadIdx.x; i < QUERIES * tile.num_free; i += THREADS) smem.lists[i] = make_uint2(0, 0);
+
+    const float scale = p.scale * FSA_LOG2E;
+    int parity = 0;
+    for (int i0 = 0; i0 < tile.windows_end; i0 += WINDOWS, parity ^= 1) {
+        const int i1 = i0 + WINDOWS, stage = p.stages == 2 ? parity : 0;
+        if (p.stages == 2) {
+            if (i1 < tile.windows_end) load_windows(p, tile, smem, kc, i1, stage ^ 1);
+            cp_async_commit();
+            cp_async_wait<1>();
+        } else {
+            cp_async_wait<0>();
+        }
+        __syncthreads();
+        float p_acc[2][4] = {};
+        compute_p<T>(p_acc, smem, smem.k + stage * Smem::K_BYTES, tile.group, query0, window0, scale);
+        store_p(p, smem, p_acc, tile.first_pos, i0, query0, window0);
+        __syncthreads();
+        if (p.stages == 1 && i1 < tile.windows_end) {
+            load_windows(p, tile, smem, kc, i1, 0);
+            cp_async_commit();
+        }
+        const TileBlocks blocks = tile_blocks(tile, i0, i1);
+        sum_block_scores(tile, smem, blocks, parity);
+        __syncthreads();
+        merge_candidates(p, tile, smem, blocks, min_rank);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    const int query = threadIdx.x;
+    if (query < rows.rows) store_block_indices(p, tile, smem.lists + query * tile.num_free, query);
 }
 
 static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int queries) {
