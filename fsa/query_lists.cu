@@ -177,13 +177,120 @@ static __device__ __forceinline__ uint32_t counter_of(uint32_t word, uint32_t b)
     return b < THREADS ? word & 0xffff : word >> 16;
 }
 
+// The shared memory of fill_kernel.
+struct SortSmem {
+    uint32_t *tables; // [WARPS][TABLE_WORDS]
+    uint16_t *keys;   // [CHUNK] the block of each entry
+    uint16_t *sorted; // [CHUNK] the entries in order of block
+};
+
+// Returns the position in the slab's entries of this split's first entry of each of the thread's two blocks
+// (first + threadIdx.x and + THREADS), in dest, after the entries of lower blocks and of earlier splits. Adds
+// the entries of these SORT_BLOCKS blocks to *base, the entries of the blocks before `first`, and returns
+// their number. The first split also writes the offsets of the lists.
+static __device__ __forceinline__ uint32_t find_destinations(const QueryLists &lists, const uint32_t *counts,
+                                                             uint32_t *offsets, int64_t first, int64_t blocks,
+                                                             uint32_t *base, uint32_t (&dest)[2]) {
+    uint32_t before[2] = {0, 0};
+    dest[0] = dest[1] = 0;
+    for (int i0 = 0; i0 < lists.num_splits; i0 += SUM_BATCH) {
+#pragma unroll
+        for (int k = 0; k < 2 * SUM_BATCH; k++) {
+            const int i = i0 + k / 2, h = k % 2;
+            const int64_t b = first + h * THREADS + threadIdx.x;
+            const uint32_t n = i < lists.num_splits && b < blocks ? counts[i * lists.max_blocks + b] : 0;
+            dest[h] += n;
+            if (i < (int)blockIdx.x) before[h] += n;
+        }
+    }
+    __syncthreads();
+    const uint32_t total = exclusive_scan(dest);
+    for (int h = 0; h < 2; h++) {
+        const int64_t b = first + h * THREADS + threadIdx.x;
+        dest[h] += *base;
+        if (blockIdx.x == 0 && b < blocks) offsets[b] = dest[h];
+        dest[h] += before[h];
+    }
+    *base += total;
+    return total;
+}
+
+// Replaces each warp's counts of a block by the start of its entries of that block in `sorted`. size, start:
+// the entries of the thread's two blocks in the chunk, and where they begin in `sorted`. Returns the listed
+// entries of the chunk. table_words: words of a table that are in use.
+static __device__ __forceinline__ uint32_t scan_tables(const SortSmem &smem, int table_words,
+                                                       uint32_t (&size)[2], uint32_t (&start)[2]) {
+    const int thread = threadIdx.x;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += thread < table_words ? smem.tables[w * TABLE_WORDS + thread] : 0;
+    start[0] = size[0] = sum & 0xffff, start[1] = size[1] = sum >> 16;
+    const uint32_t total = exclusive_scan(start);
+    if (total == 0) return 0;
+    uint32_t next_start = start[0] | start[1] << 16;
+#pragma unroll
+    for (int w = 0; w < WARPS && thread < table_words; w++) {
+        const uint32_t count = smem.tables[w * TABLE_WORDS + thread];
+        smem.tables[w * TABLE_WORDS + thread] = next_start;
+        next_start += count;
+    }
+    return total;
+}
+
+// Sorts a warp's entries `begin` .. end - 1 of the chunk: sorted[rank] = entry. The atomic returns the rank,
+// the entry's index in `sorted`. The blocks of a query are distinct, so lanes of one query never share a
+// counter. Queries add one after the other, so the order is fixed. rank_width: ListParams.
+static __device__ __forceinline__ void rank_entries(const SortSmem &smem, uint32_t *table, int begin, int end,
+                                                    int rank_width) {
+    const int lane = threadIdx.x % 32, width = rank_width, queries_at_once = 32 / width,
+              query_index = lane / width;
+    for (int i = begin; i < end; i += queries_at_once * RANK_BATCH * width) {
+        const int e = i + query_index * RANK_BATCH * width + lane % width;
+        uint32_t key[RANK_BATCH], word[RANK_BATCH];
+#pragma unroll
+        for (int k = 0; k < RANK_BATCH; k++)
+            key[k] =
+                query_index < queries_at_once && e + k * width < end ? smem.keys[e + k * width] : NOT_LISTED;
+        for (int t = 0; t < queries_at_once; t++) {
+#pragma unroll
+            for (int k = 0; k < RANK_BATCH; k++) {
+                if (t == query_index) word[k] = table_add(table, key[k], key[k] != NOT_LISTED);
+                __syncwarp();
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < RANK_BATCH; k++) {
+            if (key[k] != NOT_LISTED) smem.sorted[counter_of(word[k], key[k])] = (uint16_t)(e + k * width);
+        }
+    }
+}
+
+// Writes the `total` listed entries of a chunk to their lists. first_entry: the chunk's entry 0. Advances
+// dest by the thread's blocks. The tables are reused: tables[b] = distance from `sorted` to the list of block
+// b.
+static __device__ __forceinline__ void write_entries(const SortSmem &smem, uint32_t *entries,
+                                                     uint32_t first_entry, uint32_t total,
+                                                     const uint32_t (&size)[2], const uint32_t (&start)[2],
+                                                     uint32_t (&dest)[2]) {
+    for (int h = 0; h < 2; h++) {
+        smem.tables[h * THREADS + threadIdx.x] = dest[h] - start[h];
+        dest[h] += size[h];
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < total; i += THREADS) {
+        const uint32_t e = smem.sorted[i];
+        entries[smem.tables[smem.keys[e]] + i] = first_entry + e;
+    }
+}
+
 // Sorts the entries of a split in chunks and writes them to their lists; writes the offsets of the lists.
 __global__ void __launch_bounds__(THREADS, 2)
     fill_kernel(BatchLayout batch, QueryLists lists, ListParams params, const uint32_t *split_counts) {
-    extern __shared__ uint32_t tables[];                               // [WARPS][TABLE_WORDS]
-    uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE_WORDS); // [CHUNK] the block of each entry
-    uint16_t *const sorted = keys + CHUNK; // [CHUNK] the entries in order of block
-    const int thread = threadIdx.x, warp = warp_index(), lane = thread % 32, topk = params.topk;
+    extern __shared__ uint32_t tables[];
+    uint16_t *const keys = (uint16_t *)(tables + WARPS * TABLE_WORDS);
+    const SortSmem smem = {tables, keys, keys + CHUNK};
+    const int warp = warp_index(), lane = threadIdx.x % 32, topk = params.topk;
     uint32_t *const table = tables + warp * TABLE_WORDS;
     const Split split = get_split(batch, lists, params);
     const int64_t blocks = batch.cu_blocks[batch.num_seqs];
@@ -195,30 +302,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     uint32_t base = 0; // entries of the blocks before `first`
 
     for (int64_t first = 0; first < blocks; first += SORT_BLOCKS) {
-        // dest: position in `entries` of this split's first entry of each of the thread's two blocks, after
-        // the entries of lower blocks and of earlier splits.
-        uint32_t dest[2] = {0, 0}, before[2] = {0, 0};
-        for (int i0 = 0; i0 < lists.num_splits; i0 += SUM_BATCH) {
-#pragma unroll
-            for (int k = 0; k < 2 * SUM_BATCH; k++) {
-                const int i = i0 + k / 2, h = k % 2;
-                const int64_t b = first + h * THREADS + thread;
-                const uint32_t n = i < lists.num_splits && b < blocks ? counts[i * lists.max_blocks + b] : 0;
-                dest[h] += n;
-                if (i < (int)blockIdx.x) before[h] += n;
-            }
-        }
-        __syncthreads();
-        const uint32_t pass_total = exclusive_scan(dest); // entries of this pass
-        for (int h = 0; h < 2; h++) {
-            const int64_t b = first + h * THREADS + thread;
-            dest[h] += base;
-            if (blockIdx.x == 0 && b < blocks) offsets[b] = dest[h];
-            dest[h] += before[h];
-        }
-        base += pass_total;
-        if (pass_total == 0) continue;
-
+        uint32_t dest[2];
+        if (find_destinations(lists, counts, offsets, first, blocks, &base, dest) == 0) continue;
         const int table_words = (int)(blocks - first < THREADS ? blocks - first : THREADS); // in use
         for (int c = 0; c < num_chunks; c++) {
             // Find the block of each entry, and count the blocks per warp.
@@ -234,69 +319,20 @@ __global__ void __launch_bounds__(THREADS, 2)
                                table_add(table, b, listed_here);
                            });
             __syncthreads();
-
-            // Scan: from each warp's count of a block to the start of its entries of that block in `sorted`.
-            uint32_t sum = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                sum += thread < table_words ? tables[w * TABLE_WORDS + thread] : 0;
-            const uint32_t size[2] = {sum & 0xffff, sum >> 16};
-            uint32_t start[2] = {size[0], size[1]};
-            const uint32_t total = exclusive_scan(start);
+            uint32_t size[2], start[2];
+            const uint32_t total = scan_tables(smem, table_words, size, start);
             if (total == 0) continue;
-            uint32_t next_start = start[0] | start[1] << 16;
-#pragma unroll
-            for (int w = 0; w < WARPS && thread < table_words; w++) {
-                const uint32_t count = tables[w * TABLE_WORDS + thread];
-                tables[w * TABLE_WORDS + thread] = next_start;
-                next_start += count;
-            }
             __syncthreads();
-
-            // Rank: the atomic returns the entry's index in `sorted`. The blocks of a query are distinct, so
-            // lanes of one query never share a counter. Queries add one after the other, so the order is
-            // fixed.
-            const int width = params.rank_width, queries_at_once = 32 / width, query_index = lane / width;
-            const int end = (warp_queries.end - chunk.begin) * topk;
-            for (int i = (warp_queries.begin - chunk.begin) * topk; i < end;
-                 i += queries_at_once * RANK_BATCH * width) {
-                const int e = i + query_index * RANK_BATCH * width + lane % width;
-                uint32_t key[RANK_BATCH], word[RANK_BATCH];
-#pragma unroll
-                for (int k = 0; k < RANK_BATCH; k++)
-                    key[k] = query_index < queries_at_once && e + k * width < end ? keys[e + k * width]
-                                                                                  : NOT_LISTED;
-                for (int t = 0; t < queries_at_once; t++) {
-#pragma unroll
-                    for (int k = 0; k < RANK_BATCH; k++) {
-                        if (t == query_index) word[k] = table_add(table, key[k], key[k] != NOT_LISTED);
-                        __syncwarp();
-                    }
-                }
-#pragma unroll
-                for (int k = 0; k < RANK_BATCH; k++) {
-                    if (key[k] != NOT_LISTED) sorted[counter_of(word[k], key[k])] = (uint16_t)(e + k * width);
-                }
-            }
+            rank_entries(smem, table, (warp_queries.begin - chunk.begin) * topk,
+                         (warp_queries.end - chunk.begin) * topk, params.rank_width);
             __syncthreads();
-
-            // Write. The tables are reused: tables[b] = distance from `sorted` to the list of block b.
-            for (int h = 0; h < 2; h++) {
-                tables[h * THREADS + thread] = dest[h] - start[h];
-                dest[h] += size[h];
-            }
-            __syncthreads();
-            const uint32_t first_entry = (uint32_t)((split.first_query + chunk.begin) * topk);
-#pragma unroll 4
-            for (uint32_t i = thread; i < total; i += THREADS) {
-                const uint32_t e = sorted[i];
-                entries[tables[keys[e]] + i] = first_entry + e;
-            }
+            write_entries(smem, entries, (uint32_t)((split.first_query + chunk.begin) * topk), total, size,
+                          start, dest);
             __syncthreads();
         }
     }
     if (blockIdx.x == 0) {
-        for (int64_t i = blocks + thread; i <= lists.max_blocks; i += THREADS) offsets[i] = base;
+        for (int64_t i = blocks + threadIdx.x; i <= lists.max_blocks; i += THREADS) offsets[i] = base;
     }
 }
 
