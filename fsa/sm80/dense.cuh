@@ -38,20 +38,21 @@ __device__ __forceinline__ QueryTile make_query_tile(const DenseParams &p, const
 template <typename T, int D> struct KvStages {
     enum { TILE_BYTES = DENSE_KEYS * D * 2 };
     const T *k, *v; // key 0 of the sequence
-    int64_t stride;
+    int64_t k_stride, v_stride;
     int end;                 // keys from here on become zeros
     uint32_t smem_k, smem_v; // [2 stages][DENSE_KEYS, D]
     __device__ __forceinline__ KvStages(const DenseParams &p, const QueryTile &tile, uint32_t smem)
-        : stride((int64_t)p.kv_heads * D), end(tile.end), smem_k(smem), smem_v(smem + 2 * TILE_BYTES) {
-        int64_t offset = tile.key0 * stride + tile.kv_head * D;
-        k = (const T *)p.k.data + offset, v = (const T *)p.v.data + offset;
+        : k_stride(p.k.stride), v_stride(p.v.stride), end(tile.end), smem_k(smem),
+          smem_v(smem + 2 * TILE_BYTES) {
+        k = (const T *)p.k.data + tile.key0 * k_stride + tile.kv_head * D;
+        v = (const T *)p.v.data + tile.key0 * v_stride + tile.kv_head * D;
     }
     __device__ __forceinline__ uint32_t k_tile(int stage) const { return smem_k + stage * TILE_BYTES; }
     __device__ __forceinline__ uint32_t v_tile(int stage) const { return smem_v + stage * TILE_BYTES; }
     // Starts the copy of keys j .. j + DENSE_KEYS - 1.
     __device__ __forceinline__ void load(int j, int stage) const {
-        load_tile<DENSE_KEYS, D, DENSE_THREADS>(k_tile(stage), k + j * stride, stride, end - j);
-        load_tile<DENSE_KEYS, D, DENSE_THREADS>(v_tile(stage), v + j * stride, stride, end - j);
+        load_tile_pair<DENSE_KEYS, D, DENSE_THREADS>(k_tile(stage), k + j * k_stride, k_stride, v_tile(stage),
+                                                     v + j * v_stride, v_stride, end - j);
     }
 };
 

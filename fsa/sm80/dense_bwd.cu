@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(DENSE_THREADS, 2) dense_dq_kernel(const DenseP
     const KvStages<T, D> kv(p, tile, smem_address(shared));
 
     // Q and dout go through the second stage of K and V into registers.
-    int64_t q_stride = (int64_t)p.q_heads * D, q_offset = rows.row * q_stride + tile.q_head * D;
-    load_tile<ROWS, D, DENSE_THREADS>(kv.k_tile(1), (const T *)p.q.data + q_offset, q_stride, rows.rows);
-    load_tile<ROWS, D, DENSE_THREADS>(kv.v_tile(1), (const T *)p.dout.data + q_offset, q_stride, rows.rows);
+    load_tile_pair<ROWS, D, DENSE_THREADS>(
+        kv.k_tile(1), (const T *)p.q.data + rows.row * p.q.stride + tile.q_head * D, p.q.stride, kv.v_tile(1),
+        (const T *)p.dout.data + rows.row * p.dout.stride + tile.q_head * D, p.dout.stride, rows.rows);
     if (tile.begin < tile.end) kv.load(tile.begin, 0);
     cp_async_commit();
     const RowStats stats = load_row_stats<T>(p, tile);
@@ -241,9 +241,10 @@ template <typename T, int D> struct QStages {
     // Starts the copy of the iterator's tile. Queries past its end become zeros with P = 0.
     __device__ __forceinline__ void load(const DenseParams &p, const QTileIterator &tile, int stage) const {
         int count = tile.end - tile.pos;
-        int64_t q_stride = (int64_t)p.q_heads * D, offset = tile.row * q_stride + tile.q_head * D;
-        load_tile<ROWS, D, DENSE_THREADS>(q_tile(stage), (const T *)p.q.data + offset, q_stride, count);
-        load_tile<ROWS, D, DENSE_THREADS>(dout_tile(stage), (const T *)p.dout.data + offset, q_stride, count);
+        load_tile_pair<ROWS, D, DENSE_THREADS>(
+            q_tile(stage), (const T *)p.q.data + tile.row * p.q.stride + tile.q_head * D, p.q.stride,
+            dout_tile(stage), (const T *)p.dout.data + tile.row * p.dout.stride + tile.q_head * D,
+            p.dout.stride, count);
         static_assert(DENSE_THREADS == 2 * ROWS, "a thread loads lse or delta of one query");
         int row = threadIdx.x % ROWS;
         int64_t index = (tile.row + row) * p.q_heads + tile.q_head;
@@ -337,9 +338,9 @@ __global__ void __launch_bounds__(DENSE_THREADS, 2) dense_dkdv_kernel(const Dens
     int warp = threadIdx.x / 32;
     const KeyTile tile = find_key_tile(p);
     if (tile.keys.rows == 0) return;
-    int64_t kv_stride = (int64_t)p.kv_heads * D, offset = tile.keys.row * kv_stride + tile.kv_head * D;
-    load_tile<DENSE_KEYS, D, DENSE_THREADS>(smem_k, (const T *)p.k.data + offset, kv_stride, tile.keys.rows);
-    load_tile<DENSE_KEYS, D, DENSE_THREADS>(smem_v, (const T *)p.v.data + offset, kv_stride, tile.keys.rows);
+    load_tile_pair<DENSE_KEYS, D, DENSE_THREADS>(
+        smem_k, (const T *)p.k.data + tile.keys.row * p.k.stride + tile.kv_head * D, p.k.stride, smem_v,
+        (const T *)p.v.data + tile.keys.row * p.v.stride + tile.kv_head * D, p.v.stride, tile.keys.rows);
 
     float dk[D / 8][4] = {}, dv[D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
     QTileIterator next(p, tile);

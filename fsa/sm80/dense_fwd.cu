@@ -97,13 +97,12 @@ __device__ __forceinline__ void store_o_lse(const DenseParams &p, const QueryTil
         }
     }
     __syncwarp();
-    int64_t q_stride = (int64_t)p.q_heads * D;
-    T *o = (T *)p.o.data + tile.rows.row * q_stride + tile.q_head * D;
+    T *o = (T *)p.o.data + tile.rows.row * p.o.stride + tile.q_head * D;
 #pragma unroll
     for (int i = 0; i < 32 * (D / 8) / 32; i++) {
         int row = warp * 32 + (i * 32 + lane) / (D / 8), chunk = (i * 32 + lane) % (D / 8);
         if (row < tile.rows.rows) {
-            *(uint4 *)(o + row * q_stride + chunk * 8) = *(uint4 *)(smem + swizzled<D>(row, chunk));
+            *(uint4 *)(o + row * p.o.stride + chunk * 8) = *(uint4 *)(smem + swizzled<D>(row, chunk));
         }
     }
 }
@@ -119,9 +118,8 @@ __global__ void __launch_bounds__(DENSE_THREADS, 2) dense_forward_kernel(const D
     const QueryTile tile = make_query_tile(p, rows);
     KvStages<T, D> kv(p, tile, smem_q + ROWS * D * 2);
 
-    int64_t q_stride = (int64_t)p.q_heads * D;
-    load_tile<ROWS, D, DENSE_THREADS>(
-        smem_q, (const T *)p.q.data + tile.rows.row * q_stride + tile.q_head * D, q_stride, tile.rows.rows);
+    const T *q = (const T *)p.q.data + rows.row * p.q.stride + tile.q_head * D;
+    load_tile<ROWS, D, DENSE_THREADS>(smem_q, q, p.q.stride, rows.rows);
     if (tile.begin < tile.end) kv.load(tile.begin, 0);
     cp_async_commit();
 

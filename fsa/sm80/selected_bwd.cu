@@ -31,7 +31,7 @@
 // The gathered rows of a KV block in a work range: num_rows rows of q and dO, in tiles of 64. rows 64 * tile
 // .. For the rows of two tiles (stage = tile % 2), in shared memory:
 struct RowData {
-    int64_t row[2][64];      // query * q_heads + head
+    uint2 row[2][64];        // query, query head
     uint32_t partial[2][64]; // partial row
     float lse[2][64];        // lse_bwd in base 2
     float delta[2][64];
@@ -45,7 +45,7 @@ struct RowLoader {
     uint32_t entry0, begin;  // the slab's smallest entry; position of the block's first entry
     int num_rows, kv_head, g, key_tile;
     uint32_t next_entry; // entry of this thread's row in the tile that load() loads next
-    int64_t row;
+    uint2 row;
     uint32_t partial;
     float lse, delta;
     int limit;
@@ -58,10 +58,11 @@ struct RowLoader {
         uint32_t entry = next_entry;
         load_entry(tile + 1);
         int64_t query = entry / (uint32_t)a.topk;
-        row = query * a.q_heads + kv_head * g + in_group;
+        row = make_uint2((uint32_t)query, kv_head * g + in_group);
+        int64_t lse_index = query * a.q_heads + row.y;
         partial = ((entry - entry0) * a.key_tiles + key_tile) * g + in_group;
-        lse = a.lse_bwd[row] * FSA_LOG2E;
-        delta = a.delta[row];
+        lse = a.lse_bwd[lse_index] * FSA_LOG2E;
+        delta = a.delta[lse_index];
         limit = r < num_rows
                     ? last_visible_key(a, kv_block, (int64_t)(begin - kv_block.list_begin) + i, query) -
                           key_tile * 64
@@ -84,9 +85,11 @@ __device__ __forceinline__ void gather_q_dout(const SelectedParams &a, const Row
 #pragma unroll
     for (int i = 0; i < 64 / ROW_STEP; i++) {
         int r = i * ROW_STEP + threadIdx.x / CHUNKS;
-        int64_t offset = data.row[tile & 1][r] * D + chunk * 8;
-        cp_async_16(q_tile + swizzled<D>(r, chunk), (const T *)a.q.data + offset);
-        cp_async_16(do_tile + swizzled<D>(r, chunk), (const T *)a.dout.data + offset);
+        const uint2 row = data.row[tile & 1][r];
+        const int64_t query = row.x;
+        const uint32_t column = row.y * D + chunk * 8;
+        cp_async_16(q_tile + swizzled<D>(r, chunk), (const T *)a.q.data + query * a.q.stride + column);
+        cp_async_16(do_tile + swizzled<D>(r, chunk), (const T *)a.dout.data + query * a.dout.stride + column);
     }
     cp_async_commit();
 }
@@ -96,15 +99,11 @@ template <typename T, int D>
 __device__ __forceinline__ void load_kv_tile(const SelectedParams &a, const KvBlockEntries &kv_block,
                                              int kv_head, int first_key, int num_keys, uint32_t k_tile,
                                              uint32_t v_tile) {
-    constexpr int CHUNKS = D / 8;
-    const int64_t kv_stride = (int64_t)a.kv_heads * D;
-    for (int i = threadIdx.x; i < 64 * CHUNKS; i += 128) {
-        int r = i / CHUNKS, chunk = i % CHUNKS;
-        int64_t offset =
-            (kv_block.key0 + (r < num_keys ? first_key + r : 0)) * kv_stride + kv_head * D + chunk * 8;
-        cp_async_16(k_tile + swizzled<D>(r, chunk), (const T *)a.k.data + offset, r < num_keys);
-        cp_async_16(v_tile + swizzled<D>(r, chunk), (const T *)a.v.data + offset, r < num_keys);
-    }
+    // The block may end before the key tile: then no key is read, but the pointers stay valid.
+    const int64_t key0 = kv_block.key0 + (num_keys > 0 ? first_key : 0);
+    load_tile_pair<64, D, 128>(k_tile, (const T *)a.k.data + key0 * a.k.stride + kv_head * D, a.k.stride,
+                               v_tile, (const T *)a.v.data + key0 * a.v.stride + kv_head * D, a.v.stride,
+                               num_keys);
 }
 
 // x = A B^T over D: rows 32*wm.. of the tile `left`, rows 32*wn.. of the tile `right`. Loads all operands of

@@ -66,15 +66,16 @@ __device__ __forceinline__ float compute_v_amax(const T *v_head, int64_t stride,
 // Loads K and V of the key tile into shared memory [TILE_KEYS, D], transposed in units of 4 bytes. V becomes
 // fp16 and is multiplied by inv_scale. Rows past the last key become zeros.
 template <typename T, int D, int TILE_KEYS>
-__device__ __forceinline__ void load_kv_tile(char *k_tile, char *v_tile, const T *k_head, const T *v_head,
-                                             int64_t kv_stride, int num_keys, float inv_scale) {
+__device__ __forceinline__ void load_kv_tile(char *k_tile, char *v_tile, const T *k_head, int64_t k_stride,
+                                             const T *v_head, int64_t v_stride, int num_keys,
+                                             float inv_scale) {
     constexpr int SLICES = D / 32;
     for (int i = threadIdx.x; i < TILE_KEYS * SLICES; i += 128) {
         int row = i / SLICES, slice = i % SLICES;
         uint4 x[4] = {}, y[4] = {};
         if (row < num_keys) {
-            const uint4 *k_row = (const uint4 *)(k_head + row * kv_stride) + slice * 4;
-            const uint4 *v_row = (const uint4 *)(v_head + row * kv_stride) + slice * 4;
+            const uint4 *k_row = (const uint4 *)(k_head + row * k_stride) + slice * 4;
+            const uint4 *v_row = (const uint4 *)(v_head + row * v_stride) + slice * 4;
 #pragma unroll
             for (int j = 0; j < 4; j++) x[j] = k_row[j], y[j] = v_row[j];
         }
@@ -111,8 +112,9 @@ struct RowGather {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int r = min(row_of(tile, i), num_rows - 1);
-            int64_t row = (int64_t)(e[i] / (uint32_t)a.topk) * a.q_heads + kv_head * g + r % g;
-            const uint4 *q_row = (const uint4 *)((const T *)a.q.data + row * D);
+            int64_t query = e[i] / (uint32_t)a.topk;
+            const T *q_query = (const T *)a.q.data + query * a.q.stride;
+            const uint4 *q_row = (const uint4 *)(q_query + (kv_head * g + r % g) * D);
 #pragma unroll
             for (int j = 0; j < D / 32; j++) q[i][j] = q_row[4 * j + threadIdx.x % 4];
         }
@@ -234,13 +236,14 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
             // num_keys can be 0 or negative: the last block of a sequence may be short.
             const int first_key = key_tile * TILE_KEYS,
                       num_keys = min(TILE_KEYS, kv_block.num_keys - first_key);
-            const int64_t kv_stride = (int64_t)a.kv_heads * D;
-            const T *k_head = (const T *)a.k.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
-            const T *v_head = (const T *)a.v.data + (kv_block.key0 + first_key) * kv_stride + kv_head * D;
-            const float amax = compute_v_amax<T, D, TILE_KEYS>(v_head, kv_stride, num_keys);
+            const int64_t key0 = kv_block.key0 + first_key;
+            const T *k_head = (const T *)a.k.data + key0 * a.k.stride + kv_head * D;
+            const T *v_head = (const T *)a.v.data + key0 * a.v.stride + kv_head * D;
+            const float amax = compute_v_amax<T, D, TILE_KEYS>(v_head, a.v.stride, num_keys);
             const int exponent = min(max(14 - ilogbf(amax), -100), 100);
             const float inv_scale = amax > 0 ? ldexpf(1, exponent) : 1, v_scale = 1 / inv_scale;
-            load_kv_tile<T, D, TILE_KEYS>(k_tile, v_tile, k_head, v_head, kv_stride, num_keys, inv_scale);
+            load_kv_tile<T, D, TILE_KEYS>(k_tile, v_tile, k_head, a.k.stride, v_head, a.v.stride, num_keys,
+                                          inv_scale);
             __syncthreads();
 
             uint4 q[2][D / 32];

@@ -19,6 +19,25 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const T *src, int64_t s
     }
 }
 
+// The same for two arrays whose rows have different strides.
+template <int ROWS, int D, int THREADS, typename T>
+__device__ __forceinline__ void load_tile_pair(uint32_t tile0, const T *src0, int64_t stride0, uint32_t tile1,
+                                               const T *src1, int64_t stride1, int rows) {
+    constexpr int CHUNKS = D / 8, ROW_STEP = THREADS / CHUNKS;
+    static_assert(ROWS % ROW_STEP == 0, "every thread copies the same number of chunks");
+    const int row0 = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    int64_t offset0 = row0 * stride0 + chunk * 8, offset1 = row0 * stride1 + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < ROWS / ROW_STEP; i++) {
+        const int row = i * ROW_STEP + row0;
+        const uint32_t dst = swizzled<D>(row, chunk);
+        const bool valid = row < rows;
+        cp_async_16(tile0 + dst, src0 + (valid ? offset0 : 0), valid);
+        cp_async_16(tile1 + dst, src1 + (valid ? offset1 : 0), valid);
+        offset0 += ROW_STEP * stride0, offset1 += ROW_STEP * stride1;
+    }
+}
+
 // Operands of mma_16816 from a tile. A is 16 (m) x 16 (k). B is 16 (k) x 16 (n): two n8 halves, the first in
 // r[0], r[1], the second in r[2], r[3]. m0, n0, k0: first row in the tile; m, n, k: number of a block of 16
 // columns.

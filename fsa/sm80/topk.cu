@@ -125,10 +125,9 @@ __device__ __forceinline__ void load_windows(const TopKParams &p, const TopKTile
                                              const TopKSmem<D, QUERIES> &smem, const T *kc, int i,
                                              int stage) {
     typedef TopKSmem<D, QUERIES> Smem;
-    const int64_t k_stride = (int64_t)p.kv_heads * D;
-    load_tile<Smem::WINDOWS, D, QUERIES * 8>(smem.k + stage * Smem::K_BYTES,
-                                             i < tile.num_windows ? kc + i * k_stride : (const T *)p.kc.data,
-                                             k_stride, tile.num_windows - i);
+    load_tile<Smem::WINDOWS, D, QUERIES * 8>(
+        smem.k + stage * Smem::K_BYTES, i < tile.num_windows ? kc + i * p.kc.stride : (const T *)p.kc.data,
+        p.kc.stride, tile.num_windows - i);
 }
 
 // Starts the copy of Q of all heads of the group, and stores lse in base 2: +inf (P = 0) for a row without
@@ -139,8 +138,8 @@ __device__ __forceinline__ void load_q_lse(const TopKParams &p, const TopKTile &
     for (int h = 0; h < tile.group; h++) {
         int head = tile.kv_head * tile.group + h;
         load_tile<QUERIES, D, QUERIES * 8>(smem.q + h * TopKSmem<D, QUERIES>::Q_BYTES,
-                                           (const T *)p.q.data + (tile.rows.row * p.q_heads + head) * D,
-                                           (int64_t)p.q_heads * D, tile.rows.rows);
+                                           (const T *)p.q.data + tile.rows.row * p.q.stride + head * D,
+                                           p.q.stride, tile.rows.rows);
         if (threadIdx.x < QUERIES) {
             float x = -INFINITY;
             if (threadIdx.x < tile.rows.rows) x = p.lse[(tile.rows.row + threadIdx.x) * p.q_heads + head];
@@ -292,7 +291,7 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     if (rows.rows == 0) return;
     const TopKTile tile = make_topk_tile(p, rows);
     const Smem smem(shared, p, tile.group, tile.num_free);
-    const T *kc = (const T *)p.kc.data + tile.window0 * p.kv_heads * D + tile.kv_head * D;
+    const T *kc = (const T *)p.kc.data + tile.window0 * p.kc.stride + tile.kv_head * D;
     if (tile.windows_end > 0) {
         load_q_lse<T>(p, tile, smem);
         load_windows(p, tile, smem, kc, 0, 0);
