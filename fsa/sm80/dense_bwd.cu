@@ -29,7 +29,7 @@ enum { ROWS = 64 }; // queries of a tile
 // Returns lse_bwd of a row in base 2 minus p_scale_log2, or +inf (P = 0) for a row without keys: past the
 // tile's end, or with lse_bwd = -inf, a plain lse (kernels.h).
 template <typename T>
-__device__ __forceinline__ float load_lse_log2(const DenseParams &p, int64_t index, bool valid) {
+static __device__ __forceinline__ float load_lse_log2(const DenseParams &p, int64_t index, bool valid) {
     float x = valid ? p.lse_bwd[index] : -INFINITY;
     return x == -INFINITY ? INFINITY : x * FSA_LOG2E - p_scale_log2<T>();
 }
@@ -41,7 +41,7 @@ struct RowStats {
     float lse[2], delta[2];
 };
 template <typename T>
-__device__ __forceinline__ RowStats load_row_stats(const DenseParams &p, const QueryTile &tile) {
+static __device__ __forceinline__ RowStats load_row_stats(const DenseParams &p, const QueryTile &tile) {
     RowStats stats;
     for (int half = 0; half < 2; half++) {
         int row = threadIdx.x / 32 * 16 + half * 8 + threadIdx.x % 32 / 4;
@@ -54,7 +54,7 @@ __device__ __forceinline__ RowStats load_row_stats(const DenseParams &p, const Q
 
 // S = Q K^T and dP = dout V^T, 16 queries x 64 keys per warp. Q and dout are A operands in registers.
 template <typename T, int D, int N>
-__device__ __forceinline__ void
+static __device__ __forceinline__ void
 compute_scores(float (&s)[N][4], float (&dp)[N][4], const uint32_t (&q)[D / 16][4],
                const uint32_t (&dout)[D / 16][4], uint32_t k_tile, uint32_t v_tile) {
 #pragma unroll
@@ -72,8 +72,8 @@ compute_scores(float (&s)[N][4], float (&dp)[N][4], const uint32_t (&q)[D / 16][
 
 // S becomes dS = P (dP - delta), 16 queries x 8*N keys per warp.
 template <int N>
-__device__ __forceinline__ void softmax_bwd(float (&s)[N][4], const float (&dp)[N][4], const RowStats &stats,
-                                            float scale) {
+static __device__ __forceinline__ void softmax_bwd(float (&s)[N][4], const float (&dp)[N][4],
+                                                   const RowStats &stats, float scale) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
 #pragma unroll
@@ -85,8 +85,8 @@ __device__ __forceinline__ void softmax_bwd(float (&s)[N][4], const float (&dp)[
 
 // Writes or adds a warp's 16 rows of dQ [16, D], times scale, to dq_accum.
 template <typename T, int D>
-__device__ __forceinline__ void store_dq(const DenseParams &p, const QueryTile &tile,
-                                         const float (&dq)[D / 8][4]) {
+static __device__ __forceinline__ void store_dq(const DenseParams &p, const QueryTile &tile,
+                                                const float (&dq)[D / 8][4]) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float dq_scale = p.scale * p_unscale<T>();
 #pragma unroll
@@ -165,7 +165,7 @@ struct KeyTile {
     int q_head_begin, q_head_end;
 };
 // Returns the key tile of this thread block. keys.rows is 0 if it has no keys.
-__device__ __forceinline__ KeyTile find_key_tile(const DenseParams &p) {
+static __device__ __forceinline__ KeyTile find_key_tile(const DenseParams &p) {
     KeyTile t;
     t.split = blockIdx.x % p.num_splits;
     t.kv_head = blockIdx.x / p.num_splits % p.kv_heads;
@@ -179,7 +179,7 @@ __device__ __forceinline__ KeyTile find_key_tile(const DenseParams &p) {
 
 // Iterates over the tiles of ROWS queries that see a key of the tile: over the query heads of the split, the
 // segments of the sequence, and the positions of a segment.
-struct QTileIterator {
+struct QueryTileIterator {
     const FsaSegment *segments;
     const int64_t *cu_queries;
     int64_t seq, seg_begin, seg_end; // the sequence, its first segment, and the number of segments
@@ -191,7 +191,7 @@ struct QTileIterator {
     int pos, end;         // position of the first query; end of the segment's positions that see the keys
 
     // Before the first tile.
-    __device__ __forceinline__ QTileIterator(const DenseParams &p, const KeyTile &tile)
+    __device__ __forceinline__ QueryTileIterator(const DenseParams &p, const KeyTile &tile)
         : segments(p.batch.segments), cu_queries(p.batch.cu_queries), seq(tile.keys.cu_index), seg_begin(0),
           seg_end(p.batch.num_segments), q_head_end(tile.q_head_end), q_head(tile.q_head_begin - 1), row(0),
           pos(0), end(0) {
@@ -239,7 +239,8 @@ template <typename T, int D> struct QStages {
     __device__ __forceinline__ const float *lse(int stage) const { return lse_delta + stage * 2 * ROWS; }
     __device__ __forceinline__ const float *delta(int stage) const { return lse(stage) + ROWS; }
     // Starts the copy of the iterator's tile. Queries past its end become zeros with P = 0.
-    __device__ __forceinline__ void load(const DenseParams &p, const QTileIterator &tile, int stage) const {
+    __device__ __forceinline__ void load(const DenseParams &p, const QueryTileIterator &tile,
+                                         int stage) const {
         int count = tile.end - tile.pos;
         load_tile_pair<ROWS, D, DENSE_THREADS>(
             q_tile(stage), (const T *)p.q.data + tile.row * p.q.stride + tile.q_head * D, p.q.stride,
@@ -259,8 +260,8 @@ template <typename T, int D> struct QStages {
 
 // Sets the scores that the mask hides to -inf. s: S^T, 16 keys from j0 on x 8*N queries from position t0 on.
 template <int N>
-__device__ __forceinline__ void mask_scores_transposed(float (&s)[N][4], const DenseMask &mask, int t0,
-                                                       int j0) {
+static __device__ __forceinline__ void mask_scores_transposed(float (&s)[N][4], const DenseMask &mask, int t0,
+                                                              int j0) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -273,7 +274,7 @@ __device__ __forceinline__ void mask_scores_transposed(float (&s)[N][4], const D
 }
 // S^T becomes P^T = exp2(scale S^T - lse), 16 keys x 8*N queries per warp.
 template <int N>
-__device__ __forceinline__ void softmax_transposed(float (&s)[N][4], const float *lse, float scale) {
+static __device__ __forceinline__ void softmax_transposed(float (&s)[N][4], const float *lse, float scale) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -284,8 +285,8 @@ __device__ __forceinline__ void softmax_transposed(float (&s)[N][4], const float
 }
 // P^T becomes dS^T = P^T (dP^T - delta).
 template <int N>
-__device__ __forceinline__ void softmax_bwd_transposed(float (&s)[N][4], const float (&dp)[N][4],
-                                                       const float *delta) {
+static __device__ __forceinline__ void softmax_bwd_transposed(float (&s)[N][4], const float (&dp)[N][4],
+                                                              const float *delta) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -298,8 +299,8 @@ __device__ __forceinline__ void softmax_bwd_transposed(float (&s)[N][4], const f
 // Writes or adds a warp's 16 rows of dK and dV [16, D] to the accumulators, or writes them to the partials of
 // the split.
 template <typename T, int D>
-__device__ __forceinline__ void store_dkv(const DenseParams &p, const KeyTile &tile,
-                                          const float (&dk)[D / 8][4], const float (&dv)[D / 8][4]) {
+static __device__ __forceinline__ void store_dkv(const DenseParams &p, const KeyTile &tile,
+                                                 const float (&dk)[D / 8][4], const float (&dv)[D / 8][4]) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t row_size = (int64_t)p.kv_heads * D, dkv_size = p.num_keys * row_size; // elements of dk
     float *dk_out = p.num_splits > 1 ? p.dkv_partial + tile.split * 2 * dkv_size : p.dk_accum;
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(DENSE_THREADS, 2) dense_dkdv_kernel(const Dens
         (const T *)p.v.data + tile.keys.row * p.v.stride + tile.kv_head * D, p.v.stride, tile.keys.rows);
 
     float dk[D / 8][4] = {}, dv[D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
-    QTileIterator next(p, tile);
+    QueryTileIterator next(p, tile);
     bool more = next.advance();
     if (more) queries.load(p, next, 0);
     cp_async_commit();

@@ -27,9 +27,9 @@ enum { ROWS = 128 }; // queries of a thread block
 
 // Online softmax of a warp's 32 queries. A lane holds rows lane/4 + 8*half of each m16 block: its maximum and
 // its sum over the lane's keys.
-struct SoftmaxState {
+struct DenseSoftmaxState {
     float row_max[2][2], row_sum[2][2]; // [m16 blocks][halves]
-    __device__ __forceinline__ SoftmaxState() : row_sum() {
+    __device__ __forceinline__ DenseSoftmaxState() : row_sum() {
         for (int i = 0; i < 4; i++) row_max[i / 2][i % 2] = -INFINITY;
     }
 };
@@ -37,8 +37,8 @@ struct SoftmaxState {
 // S [32 queries, 64 keys] becomes P = exp2(scale S - max), unnormalized. Rescales out [32, D] and the row
 // sums to the new maximum.
 template <int N, int D8>
-__device__ __forceinline__ void online_softmax(float (&s)[2][N][4], float (&out)[2][D8][4],
-                                               SoftmaxState &state, float scale) {
+static __device__ __forceinline__ void online_softmax(float (&s)[2][N][4], float (&out)[2][D8][4],
+                                                      DenseSoftmaxState &state, float scale) {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -75,9 +75,9 @@ __device__ __forceinline__ void online_softmax(float (&s)[2][N][4], float (&out)
 // Writes o [32 queries, D] and lse of a warp, normalized. A warp stages o in its own rows of the Q tile,
 // `smem`, and writes it in 16-byte chunks.
 template <typename T, int D>
-__device__ __forceinline__ void store_o_lse(const DenseParams &p, const QueryTile &tile,
-                                            const float (&out)[2][D / 8][4], const SoftmaxState &state,
-                                            char *smem) {
+static __device__ __forceinline__ void store_o_lse(const DenseParams &p, const QueryTile &tile,
+                                                   const float (&out)[2][D / 8][4],
+                                                   const DenseSoftmaxState &state, char *smem) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(DENSE_THREADS, 2) dense_forward_kernel(const D
     cp_async_commit();
 
     float out[2][D / 8][4] = {}, scale = p.scale * FSA_LOG2E;
-    SoftmaxState softmax;
+    DenseSoftmaxState softmax;
     int stage = 0;
     for (int j0 = tile.begin; j0 < tile.end; j0 += DENSE_KEYS, stage ^= 1) {
         if (j0 + DENSE_KEYS < tile.end) kv.load(j0 + DENSE_KEYS, stage ^ 1);

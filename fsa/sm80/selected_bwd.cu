@@ -28,8 +28,7 @@
 #include "../selected.cuh"
 #include "tile.cuh"
 
-// The gathered rows of a KV block in a work range: num_rows rows of q and dO, in tiles of 64. rows 64 * tile
-// .. For the rows of two tiles (stage = tile % 2), in shared memory:
+// Data of the gathered rows of two tiles besides q and dO, in shared memory: [tile % 2][row of the tile].
 struct RowData {
     uint2 row[2][64];        // query, query head
     uint32_t partial[2][64]; // partial row
@@ -38,8 +37,8 @@ struct RowData {
     int limit[2][64]; // the last visible key within the key tile; -1 for a row that pads the tile
 };
 
-// The rows that a KV block gathers, and the loads of their RowData. Thread t < 64 loads the data of row t of
-// a tile into registers one tile ahead.
+// Loads the RowData of the rows that a KV block of a work range gathers: num_rows rows, in tiles of 64.
+// Thread t < 64 loads the data of row t of a tile into registers, one tile ahead, and stores it later.
 struct RowLoader {
     const uint32_t *entries; // of the slab
     uint32_t entry0, begin;  // the slab's smallest entry; position of the block's first entry
@@ -78,8 +77,8 @@ struct RowLoader {
 
 // Starts the gather of the 64 rows of q and dO of a tile.
 template <typename T, int D>
-__device__ __forceinline__ void gather_q_dout(const SelectedParams &a, const RowData &data, int tile,
-                                              uint32_t q_tile, uint32_t do_tile) {
+static __device__ __forceinline__ void gather_q_dout(const SelectedParams &a, const RowData &data, int tile,
+                                                     uint32_t q_tile, uint32_t do_tile) {
     constexpr int CHUNKS = D / 8, ROW_STEP = 128 / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS;
 #pragma unroll
@@ -96,9 +95,9 @@ __device__ __forceinline__ void gather_q_dout(const SelectedParams &a, const Row
 
 // Starts the copy of the key tile's K and V [64, D]; zeros past the last key.
 template <typename T, int D>
-__device__ __forceinline__ void load_kv_tile(const SelectedParams &a, const KvBlockEntries &kv_block,
-                                             int kv_head, int first_key, int num_keys, uint32_t k_tile,
-                                             uint32_t v_tile) {
+static __device__ __forceinline__ void load_kv_tile(const SelectedParams &a, const KvBlockEntries &kv_block,
+                                                    int kv_head, int first_key, int num_keys, uint32_t k_tile,
+                                                    uint32_t v_tile) {
     // The block may end before the key tile: then no key is read, but the pointers stay valid.
     const int64_t key0 = kv_block.key0 + (num_keys > 0 ? first_key : 0);
     load_tile_pair<64, D, 128>(k_tile, (const T *)a.k.data + key0 * a.k.stride + kv_head * D, a.k.stride,
@@ -106,11 +105,11 @@ __device__ __forceinline__ void load_kv_tile(const SelectedParams &a, const KvBl
                                num_keys);
 }
 
-// x = A B^T over D: rows 32*wm.. of the tile `left`, rows 32*wn.. of the tile `right`. Loads all operands of
-// a k step before its matmuls.
+// x = A B^T over D, 32 x 32 per warp: rows 32*wm.. of the tile `left`, rows 32*wn.. of the tile `right`.
+// Unlike mma_tiles, it loads all operands of a k step before the matmuls of the k step.
 template <typename T, int D>
-__device__ __forceinline__ void matmul_nt(float (&x)[2][4][4], uint32_t left, uint32_t right, int wm,
-                                          int wn) {
+static __device__ __forceinline__ void matmul_nt(float (&x)[2][4][4], uint32_t left, uint32_t right, int wm,
+                                                 int wn) {
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -135,9 +134,9 @@ __device__ __forceinline__ void matmul_nt(float (&x)[2][4][4], uint32_t left, ui
 // P = exp2(scale_log2 S - lse) and dS = P (dP - delta), in 16 bits, to shared memory [64 rows, 64 keys]. s,
 // dp: rows 32*wm.., keys 32*wn..
 template <typename T>
-__device__ __forceinline__ void softmax_bwd(char *p_tile, char *ds_tile, const float (&s)[2][4][4],
-                                            const float (&dp)[2][4][4], const RowData &data, int stage,
-                                            float scale_log2, int wm, int wn) {
+static __device__ __forceinline__ void softmax_bwd(char *p_tile, char *ds_tile, const float (&s)[2][4][4],
+                                                   const float (&dp)[2][4][4], const RowData &data, int stage,
+                                                   float scale_log2, int wm, int wn) {
     const int lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -166,9 +165,9 @@ __device__ __forceinline__ void softmax_bwd(char *p_tile, char *ds_tile, const f
 // Writes one slice of 32 columns of dQ to the dq_partial rows of a tile, times scale. dq: rows 32*wm..
 // num_rows: rows in the tile.
 template <typename T, int D>
-__device__ __forceinline__ void store_dq_partial(char *partial, const float (&dq)[2][4][4],
-                                                 const RowData &data, int stage, int num_rows, float scale,
-                                                 int wm, int slice) {
+static __device__ __forceinline__ void store_dq_partial(char *partial, const float (&dq)[2][4][4],
+                                                        const RowData &data, int stage, int num_rows,
+                                                        float scale, int wm, int slice) {
     const int lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -186,8 +185,9 @@ __device__ __forceinline__ void store_dq_partial(char *partial, const float (&dq
 // Writes dK / scale and dV of the key tile to `out` [64, 2, D], or adds them to it. dk, dv: keys 32*wm..,
 // columns D/2*wn..
 template <int D>
-__device__ __forceinline__ void store_dkv(float *out, bool accumulate, const float (&dk)[2][D / 16][4],
-                                          const float (&dv)[2][D / 16][4], int num_keys, int wm, int wn) {
+static __device__ __forceinline__ void store_dkv(float *out, bool accumulate, const float (&dk)[2][D / 16][4],
+                                                 const float (&dv)[2][D / 16][4], int num_keys, int wm,
+                                                 int wn) {
     const int lane = threadIdx.x % 32, quad = lane / 4, c = lane % 4;
 #pragma unroll
     for (int m = 0; m < 2; m++) {

@@ -44,10 +44,10 @@ template <typename T> static __device__ __forceinline__ float chunk_amax(const u
     return fmaxf(m, fmaxf(fmaxf(fabsf(c.x), fabsf(c.y)), fmaxf(fabsf(d.x), fabsf(d.y))));
 }
 
-// Returns the largest magnitude of V in the key tile, `v_head` [num_keys, D], rows `stride` elements apart. A
-// barrier in it tells that all warps have finished the previous key tile.
+// Returns the largest magnitude of V in the key tile: v_head [num_keys, D], rows `stride` elements apart. Its
+// first barrier waits until all warps have finished the previous key tile.
 template <typename T, int D, int TILE_KEYS>
-__device__ __forceinline__ float compute_v_amax(const T *v_head, int64_t stride, int num_keys) {
+static __device__ __forceinline__ float compute_v_amax(const T *v_head, int64_t stride, int num_keys) {
     __shared__ float warp_amax[4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float amax = 0;
@@ -66,9 +66,9 @@ __device__ __forceinline__ float compute_v_amax(const T *v_head, int64_t stride,
 // Loads K and V of the key tile into shared memory [TILE_KEYS, D], transposed in units of 4 bytes. V becomes
 // fp16 and is multiplied by inv_scale. Rows past the last key become zeros.
 template <typename T, int D, int TILE_KEYS>
-__device__ __forceinline__ void load_kv_tile(char *k_tile, char *v_tile, const T *k_head, int64_t k_stride,
-                                             const T *v_head, int64_t v_stride, int num_keys,
-                                             float inv_scale) {
+static __device__ __forceinline__ void load_kv_tile(char *k_tile, char *v_tile, const T *k_head,
+                                                    int64_t k_stride, const T *v_head, int64_t v_stride,
+                                                    int num_keys, float inv_scale) {
     constexpr int SLICES = D / 32;
     for (int i = threadIdx.x; i < TILE_KEYS * SLICES; i += 128) {
         int row = i / SLICES, slice = i % SLICES;
@@ -123,8 +123,8 @@ struct RowGather {
 
 // S = Q K^T, 16 rows x 64 keys. k_tile: the first of the keys.
 template <typename T, int D>
-__device__ __forceinline__ void compute_scores(float (&s)[8][4], const uint4 (&q)[2][D / 32],
-                                               uint32_t k_tile) {
+static __device__ __forceinline__ void compute_scores(float (&s)[8][4], const uint4 (&q)[2][D / 32],
+                                                      uint32_t k_tile) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
@@ -146,12 +146,12 @@ struct SoftmaxState {
     float row_max[2], row_sum[2];
 };
 // Online softmax of a step of 64 keys, the first of which is first_key of the key tile. S becomes P =
-// exp2(scale_log2 S - max), as fp16 A operands. Rescales o [16, D] and the row sums to the new maximum,
-// except in the first step. limit: the last key of the key tile that a row sees.
+// exp2(scale_log2 S - max), as fp16 A operands p [k16 blocks][4]. Rescales o [16, D] and the row sums to the
+// new maximum, except in the first step. limit: the last key of the key tile that each of a lane's rows sees.
 template <int D8>
-__device__ __forceinline__ void online_softmax(uint32_t (&p)[4][4], float (&s)[8][4], float (&o)[D8][4],
-                                               SoftmaxState &state, const int (&limit)[2], int first_key,
-                                               float scale_log2) {
+static __device__ __forceinline__ void
+online_softmax(uint32_t (&p)[4][4], float (&s)[8][4], float (&o)[D8][4], SoftmaxState &state,
+               const int (&limit)[2], int first_key, float scale_log2) {
     const int c = threadIdx.x % 4;
     float new_max[2] = {state.row_max[0], state.row_max[1]};
 #pragma unroll
@@ -192,13 +192,13 @@ __device__ __forceinline__ void online_softmax(uint32_t (&p)[4][4], float (&s)[8
     }
 }
 
-// Writes o_partial (normalized) and lse_partial of a lane's two rows of `tile`. partial0: partial row of
-// entry 0 of the slab..
+// Writes o_partial, normalized, and lse_partial of the 16 rows of `tile`. entry: of a lane's two rows.
+// entry0: the slab's smallest entry. v_scale: factor of o_partial.
 template <int D>
-__device__ __forceinline__ void store_o_partial(const SelectedParams &a, const RowGather &rows, int tile,
-                                                int key_tile, const uint32_t (&entry)[2], uint32_t entry0,
-                                                const float (&o)[D / 8][4], const SoftmaxState &state,
-                                                float v_scale) {
+static __device__ __forceinline__ void store_o_partial(const SelectedParams &a, const RowGather &rows,
+                                                       int tile, int key_tile, const uint32_t (&entry)[2],
+                                                       uint32_t entry0, const float (&o)[D / 8][4],
+                                                       const SoftmaxState &state, float v_scale) {
     constexpr int SLICES = D / 32;
     const int c = threadIdx.x % 4;
 #pragma unroll

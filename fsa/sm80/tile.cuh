@@ -65,8 +65,8 @@ __device__ __forceinline__ void load_b_trans(uint32_t (&r)[4], uint32_t tile, in
     ldmatrix_x4_trans(r, tile + swizzled<D>(k0 + (lane & 15), 2 * n + (lane >> 4)));
 }
 
-// Operands of mma_tiles in shared memory: a part of a tile. load_a loads A of m m16 x k k16, load_b loads B
-// of k k16 x n n16 (m, n, k: numbers of blocks of 16).
+// Operands of mma_tiles in shared memory, parts of a tile. load_a loads blocks 0 .. M - 1 of m of A, 16 (m) x
+// 16 (k) each. load_b loads block n of B, 16 (k) x 16 (n). k: number of a block of 16.
 //
 // The rows of the tile are m or n, the columns k. first: the first row of the part.
 template <int D> struct RowOperand {
@@ -109,7 +109,7 @@ template <typename T, int N>
 __device__ __forceinline__ AccumOperand<T, N> accum_operand(const float (&x)[N][4]) {
     return {&x};
 }
-// The same from 16 rows that are already rounded and packed: x [m8 ...
+// A operands that are already packed: 16 (m) x 16*K (k), x [k16 blocks][4].
 template <int K> struct FragmentOperand {
     const uint32_t (&x)[K][4];
     template <int M> __device__ __forceinline__ void load_a(uint32_t (&r)[M][4], int k) const {
@@ -118,7 +118,7 @@ template <int K> struct FragmentOperand {
     }
 };
 
-// Two n8 halves of an accumulator += a * b, 16 (m) x 16 (n) over 16 (k).
+// The two n8 halves of an accumulator += a * b, 16 (m) x 16 (n) over 16 (k).
 template <typename T>
 __device__ __forceinline__ void mma_161616(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
                                            const uint32_t (&b)[4]) {

@@ -42,8 +42,8 @@ struct TopKParams {
 // Inserts the candidates whose rank exceeds min_rank, the lowest rank of the list. A candidate replaces the
 // element with the lowest rank; if several elements have this rank, it replaces the one with the highest
 // block. Returns the new min_rank.
-__device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t rank, uint32_t block,
-                                                uint32_t min_rank) {
+static __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t rank, uint32_t block,
+                                                       uint32_t min_rank) {
     const uint32_t all = 0xffffffffu;
     int lane = threadIdx.x % 32;
     uint32_t pending = __ballot_sync(all, rank > min_rank);
@@ -74,7 +74,7 @@ __device__ __forceinline__ uint32_t insert_topk(uint2 *list, int size, uint32_t 
 }
 
 // The shared memory of a thread block, all dynamic.
-template <int D, int QUERIES> struct TopKSmem {
+template <int D, int QUERIES> struct TopKShared {
     enum { WINDOWS = 64, PITCH = WINDOWS + 1, Q_BYTES = QUERIES * D * 2, K_BYTES = WINDOWS * D * 2 };
     uint32_t q, k;       // Q [group][QUERIES, D]; kc [stages][WINDOWS, D]
     uint2 *lists;        // [QUERIES][num_free]
@@ -82,7 +82,7 @@ template <int D, int QUERIES> struct TopKSmem {
     float *block_scores; // [max_tile_blocks][QUERIES + 1]
     float *carry;        // [2][2][QUERIES] unfinished scores
     float *lse_log2;     // [group][QUERIES] lse * log2(e)
-    __device__ __forceinline__ TopKSmem(char *shared, const TopKParams &a, int group, int num_free) {
+    __device__ __forceinline__ TopKShared(char *shared, const TopKParams &a, int group, int num_free) {
         q = smem_address(shared), k = q + group * Q_BYTES;
         lists = (uint2 *)(shared + group * Q_BYTES + a.stages * K_BYTES);
         p = (float *)(lists + QUERIES * num_free);
@@ -101,7 +101,7 @@ struct TopKTile {
     int64_t window0;                   // first window of the sequence
     int num_windows, windows_end;      // windows of the sequence; windows 0 .. windows_end - 1 are needed
 };
-__device__ __forceinline__ TopKTile make_topk_tile(const TopKParams &p, const RowTile &rows) {
+static __device__ __forceinline__ TopKTile make_topk_tile(const TopKParams &p, const RowTile &rows) {
     TopKTile t;
     t.kv_head = blockIdx.x % p.kv_heads, t.group = p.q_heads / p.kv_heads;
     t.num_free = p.topk - p.init_blocks - p.local_blocks;
@@ -121,10 +121,10 @@ __device__ __forceinline__ TopKTile make_topk_tile(const TopKParams &p, const Ro
 
 // Starts the copy of windows i .. i + WINDOWS - 1 of kc into a stage. kc: window 0 of the sequence.
 template <typename T, int D, int QUERIES>
-__device__ __forceinline__ void load_windows(const TopKParams &p, const TopKTile &tile,
-                                             const TopKSmem<D, QUERIES> &smem, const T *kc, int i,
-                                             int stage) {
-    typedef TopKSmem<D, QUERIES> Smem;
+static __device__ __forceinline__ void load_windows(const TopKParams &p, const TopKTile &tile,
+                                                    const TopKShared<D, QUERIES> &smem, const T *kc, int i,
+                                                    int stage) {
+    typedef TopKShared<D, QUERIES> Smem;
     load_tile<Smem::WINDOWS, D, QUERIES * 8>(
         smem.k + stage * Smem::K_BYTES, i < tile.num_windows ? kc + i * p.kc.stride : (const T *)p.kc.data,
         p.kc.stride, tile.num_windows - i);
@@ -133,11 +133,11 @@ __device__ __forceinline__ void load_windows(const TopKParams &p, const TopKTile
 // Starts the copy of Q of all heads of the group, and stores lse in base 2: +inf (P = 0) for a row without
 // keys or past the last query.
 template <typename T, int D, int QUERIES>
-__device__ __forceinline__ void load_q_lse(const TopKParams &p, const TopKTile &tile,
-                                           const TopKSmem<D, QUERIES> &smem) {
+static __device__ __forceinline__ void load_q_lse(const TopKParams &p, const TopKTile &tile,
+                                                  const TopKShared<D, QUERIES> &smem) {
     for (int h = 0; h < tile.group; h++) {
         int head = tile.kv_head * tile.group + h;
-        load_tile<QUERIES, D, QUERIES * 8>(smem.q + h * TopKSmem<D, QUERIES>::Q_BYTES,
+        load_tile<QUERIES, D, QUERIES * 8>(smem.q + h * TopKShared<D, QUERIES>::Q_BYTES,
                                            (const T *)p.q.data + tile.rows.row * p.q.stride + head * D,
                                            p.q.stride, tile.rows.rows);
         if (threadIdx.x < QUERIES) {
@@ -150,8 +150,9 @@ __device__ __forceinline__ void load_q_lse(const TopKParams &p, const TopKTile &
 
 // p_acc = P of 16 queries from query0 on x 16 windows from row `window0` of k_tile on, summed over the heads.
 template <typename T, int D, int QUERIES>
-__device__ __forceinline__ void compute_p(float (&p_acc)[2][4], const TopKSmem<D, QUERIES> &smem,
-                                          uint32_t k_tile, int group, int query0, int window0, float scale) {
+static __device__ __forceinline__ void compute_p(float (&p_acc)[2][4], const TopKShared<D, QUERIES> &smem,
+                                                 uint32_t k_tile, int group, int query0, int window0,
+                                                 float scale) {
     constexpr int HEADS = 4; // heads that share a B fragment of kc
     const int lane = threadIdx.x % 32;
     for (int h0 = 0; h0 < group; h0 += HEADS) {
@@ -164,7 +165,7 @@ __device__ __forceinline__ void compute_p(float (&p_acc)[2][4], const TopKSmem<D
             for (int h = 0; h < HEADS; h++) {
                 if (h0 + h >= group) break;
                 uint32_t a[4];
-                load_a<D>(a, smem.q + (h0 + h) * TopKSmem<D, QUERIES>::Q_BYTES, query0, kk);
+                load_a<D>(a, smem.q + (h0 + h) * TopKShared<D, QUERIES>::Q_BYTES, query0, kk);
                 mma_161616<T>(s[h][0], s[h][1], a, b);
             }
         }
@@ -184,9 +185,9 @@ __device__ __forceinline__ void compute_p(float (&p_acc)[2][4], const TopKSmem<D
 
 // Stores p_acc in p; 0 for windows that a query does not see. i0: first window of the tile.
 template <int D, int QUERIES>
-__device__ __forceinline__ void store_p(const TopKParams &p, const TopKSmem<D, QUERIES> &smem,
-                                        const float (&p_acc)[2][4], int first_pos, int i0, int query0,
-                                        int window0) {
+static __device__ __forceinline__ void store_p(const TopKParams &p, const TopKShared<D, QUERIES> &smem,
+                                               const float (&p_acc)[2][4], int first_pos, int i0, int query0,
+                                               int window0) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ void store_p(const TopKParams &p, const TopKSmem<D, Q
         for (int e = 0; e < 4; e++) {
             int query = query0 + lane / 4 + e / 2 * 8, column = window0 + n * 8 + lane % 4 * 2 + e % 2;
             bool visible = (i0 + column) * p.cmp_stride + p.cmp_len - 1 <= first_pos + query;
-            smem.p[query * TopKSmem<D, QUERIES>::PITCH + column] = visible ? p_acc[n][e] : 0;
+            smem.p[query * TopKShared<D, QUERIES>::PITCH + column] = visible ? p_acc[n][e] : 0;
         }
     }
 }
@@ -204,7 +205,7 @@ __device__ __forceinline__ void store_p(const TopKParams &p, const TopKSmem<D, Q
 struct TileBlocks {
     int i0, i1, first_block, finished_end, overlapped_end, carried_end;
 };
-__device__ __forceinline__ TileBlocks tile_blocks(const TopKTile &tile, int i0, int i1) {
+static __device__ __forceinline__ TileBlocks tile_blocks(const TopKTile &tile, int i0, int i1) {
     const int window_strides = tile.window_strides, block_strides = tile.block_strides;
     return {i0,
             i1,
@@ -217,8 +218,9 @@ __device__ __forceinline__ TileBlocks tile_blocks(const TopKTile &tile, int i0, 
 // Sums the scores of the blocks that the tile overlaps: finished ones to block_scores, others to the carry of
 // the next tile. Each thread sums some blocks of one query. parity: of the tile.
 template <int D, int QUERIES>
-__device__ __forceinline__ void sum_block_scores(const TopKTile &tile, const TopKSmem<D, QUERIES> &smem,
-                                                 const TileBlocks &blocks, int parity) {
+static __device__ __forceinline__ void sum_block_scores(const TopKTile &tile,
+                                                        const TopKShared<D, QUERIES> &smem,
+                                                        const TileBlocks &blocks, int parity) {
     const float *carry_in = smem.carry + parity * 2 * QUERIES;
     float *carry_out = smem.carry + (parity ^ 1) * 2 * QUERIES;
     const int query = threadIdx.x % QUERIES;
@@ -228,7 +230,7 @@ __device__ __forceinline__ void sum_block_scores(const TopKTile &tile, const Top
         for (int i = max(blocks.i0, block_begin - tile.window_strides + 1); i < min(blocks.i1, block_end);
              i++) {
             int overlap = min(i + tile.window_strides, block_end) - max(i, block_begin);
-            s += (float)overlap * smem.p[query * TopKSmem<D, QUERIES>::PITCH + i - blocks.i0];
+            s += (float)overlap * smem.p[query * TopKShared<D, QUERIES>::PITCH + i - blocks.i0];
         }
         if (j < blocks.finished_end)
             smem.block_scores[(j - blocks.first_block) * (QUERIES + 1) + query] = s;
@@ -239,9 +241,9 @@ __device__ __forceinline__ void sum_block_scores(const TopKTile &tile, const Top
 
 // Inserts the finished blocks that are candidates into the lists of this warp.
 template <int D, int QUERIES, int WARP_LISTS>
-__device__ __forceinline__ void merge_candidates(const TopKParams &p, const TopKTile &tile,
-                                                 const TopKSmem<D, QUERIES> &smem, const TileBlocks &blocks,
-                                                 uint32_t (&min_rank)[WARP_LISTS]) {
+static __device__ __forceinline__ void
+merge_candidates(const TopKParams &p, const TopKTile &tile, const TopKShared<D, QUERIES> &smem,
+                 const TileBlocks &blocks, uint32_t (&min_rank)[WARP_LISTS]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < WARP_LISTS; i++) {
@@ -261,8 +263,8 @@ __device__ __forceinline__ void merge_candidates(const TopKParams &p, const TopK
 }
 
 // Writes the block indices of one query, in ascending order. Sorts its list.
-__device__ __forceinline__ void store_block_indices(const TopKParams &p, const TopKTile &tile, uint2 *list,
-                                                    int query) {
+static __device__ __forceinline__ void store_block_indices(const TopKParams &p, const TopKTile &tile,
+                                                           uint2 *list, int query) {
     const int num_free = tile.num_free, blocks = (tile.first_pos + query) / p.block + 1;
     int32_t *out = p.block_indices + ((int64_t)tile.kv_head * p.batch.nq + tile.rows.row + query) * p.topk;
     if (blocks <= p.topk) { // all blocks are selected
@@ -282,7 +284,7 @@ __device__ __forceinline__ void store_block_indices(const TopKParams &p, const T
 
 template <typename T, int D, int QUERIES>
 __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p) {
-    typedef TopKSmem<D, QUERIES> Smem;
+    typedef TopKShared<D, QUERIES> Smem;
     constexpr int WINDOWS = Smem::WINDOWS, THREADS = QUERIES * 8, QUERY_WARPS = QUERIES / 16;
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, query0 = warp % QUERY_WARPS * 16, window0 = warp / QUERY_WARPS * 16;
