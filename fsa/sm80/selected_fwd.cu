@@ -113,8 +113,8 @@ struct RowGather {
         for (int i = 0; i < 2; i++) {
             int r = min(row_of(tile, i), num_rows - 1);
             int64_t query = e[i] / (uint32_t)a.topk;
-            const T *q_query = (const T *)a.q.data + query * a.q.stride;
-            const uint4 *q_row = (const uint4 *)(q_query + (kv_head * g + r % g) * D);
+            const T *q_head = (const T *)a.q.data + kv_head * g * D;
+            const uint4 *q_row = (const uint4 *)(q_head + query * a.q.stride + r % g * D);
 #pragma unroll
             for (int j = 0; j < D / 32; j++) q[i][j] = q_row[4 * j + threadIdx.x % 4];
         }
