@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(128, 3) selected_forward_sm80_kernel(SelectedP
             const T *k_head = (const T *)a.k.data + key0 * a.k.stride + kv_head * D;
             const T *v_head = (const T *)a.v.data + key0 * a.v.stride + kv_head * D;
             const float amax = compute_v_amax<T, D, TILE_KEYS>(v_head, a.v.stride, num_keys);
-            const int exponent = min(max(14 - ilogbf(amax), -100), 100);
+            // Clamped before the subtraction: ilogbf(0) is INT_MIN.
+            const int exponent = 14 - min(max(ilogbf(amax), 14 - 100), 14 + 100);
             const float inv_scale = amax > 0 ? ldexpf(1, exponent) : 1, v_scale = 1 / inv_scale;
             load_kv_tile<T, D, TILE_KEYS>(k_tile, v_tile, k_head, a.k.stride, v_head, a.v.stride, num_keys,
                                           inv_scale);
