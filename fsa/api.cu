@@ -2,7 +2,6 @@
 // the steps (kernels.h) in order.
 #include "kernels.h"
 #include "launch.cuh"
-#include "mma.cuh"
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -54,6 +53,11 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
         return fail(FSA_ERROR_ARGUMENT, "dtype %d: must be %d (bf16) or %d (fp16)", (int)dtype, FSA_BF16,
                     FSA_FP16);
     }
+    for (int64_t reserved : b->reserved)
+        if (reserved != 0)
+            return fail(FSA_ERROR_ARGUMENT,
+                        "FsaDeviceBatch.reserved %lld: must be 0; set all fields to zero first",
+                        (long long)reserved);
     if (b->num_queries < 0 || b->num_keys < 0 || b->num_seqs < 0 || b->num_segments < 0) {
         return fail(FSA_ERROR_ARGUMENT,
                     "num_queries %lld, num_keys %lld, num_seqs %lld, num_segments %lld: must be at least 0",
@@ -87,12 +91,93 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
     return FSA_OK;
 }
 
-static int check_pointer(const char *name, const void *p) {
-    if (!p) return fail(FSA_ERROR_ARGUMENT, "%s: NULL; must be a device pointer", name);
-    if ((uintptr_t)p % 16) return fail(FSA_ERROR_ARGUMENT, "%s %p: must be aligned to 16 bytes", name, p);
+// ---- arguments --------------------------------------------------------------------------------------
+
+// Copies an argument struct of the caller's version to *args, this version's: fields that the caller does not
+// know become 0. name: of the struct.
+template <typename Args> static int load_args(Args *args, const Args *from, const char *name) {
+    if (!from) return fail(FSA_ERROR_ARGUMENT, "%s: NULL; must be an argument struct", name);
+    const size_t size = from->size, known = sizeof *args; // 0.1 is the first version, so none is smaller
+    if (size < known || size % 8 != 0 || size > 4096) {
+        return fail(FSA_ERROR_ARGUMENT, "%s.size %zu: must be sizeof(%s), which is %zu in version %d.%d",
+                    name, size, name, known, FSA_VERSION_MAJOR, FSA_VERSION_MINOR);
+    }
+    for (size_t i = known; i < size; i++) {
+        if (((const char *)from)[i] != 0) {
+            return fail(
+                FSA_ERROR_ARGUMENT,
+                "%s: byte %zu is not 0: a field that library version %d.%d does not have; set it to 0", name,
+                i, FSA_VERSION_MAJOR, FSA_VERSION_MINOR);
+        }
+    }
+    memcpy(args, from, known);
     return FSA_OK;
 }
-#define POINTER(name) TRY(check_pointer(#name, name))
+
+// Returns an error if CUDA knows that the current GPU cannot use the memory at p.
+static int check_memory(const char *name, const void *p) {
+    cudaPointerAttributes memory;
+    int device = 0, pageable = 0;
+    if (cudaPointerGetAttributes(&memory, p) != cudaSuccess || cudaGetDevice(&device) != cudaSuccess) {
+        cudaGetLastError();
+        return FSA_OK;
+    }
+    if (memory.type == cudaMemoryTypeDevice && memory.device != device) {
+        return fail(FSA_ERROR_ARGUMENT, "%s %p: memory of GPU %d; must be memory of the current GPU %d", name,
+                    p, memory.device, device);
+    }
+    if (memory.type == cudaMemoryTypeUnregistered &&
+        cudaDeviceGetAttribute(&pageable, cudaDevAttrPageableMemoryAccess, device) == cudaSuccess &&
+        !pageable)
+        return fail(FSA_ERROR_ARGUMENT, "%s %p: host memory; must be a device pointer", name, p);
+    return FSA_OK;
+}
+
+// alignment: bytes.
+static int check_pointer(const char *name, const void *p, int alignment = 16) {
+    if (!p) return fail(FSA_ERROR_ARGUMENT, "%s: NULL; must be a device pointer", name);
+    if ((uintptr_t)p % alignment)
+        return fail(FSA_ERROR_ARGUMENT, "%s %p: must be aligned to %d bytes", name, p, alignment);
+    return check_memory(name, p);
+}
+
+// Checks a 16-bit array of `rows` rows of row_size elements, and replaces the stride 0 by row_size. name,
+// stride_name: of the two fields. alignment: elements to which the rows must be aligned.
+static int check_rows(const char *name, const void *p, const char *stride_name, int64_t *stride,
+                      int64_t row_size, int64_t rows, int alignment) {
+    TRY(check_pointer(name, p, 2 * alignment));
+    if (*stride == 0) *stride = row_size;
+    if (*stride < row_size || *stride % alignment != 0) {
+        return fail(FSA_ERROR_ARGUMENT,
+                    "%s %lld: must be a multiple of %d and at least %lld, the elements of a row, or 0: "
+                    "packed",
+                    stride_name, (long long)*stride, alignment, (long long)row_size);
+    }
+    const int64_t max_elements = (int64_t)1 << 35; // gathers address rows by 32-bit offsets of 16 bytes
+    if (rows > max_elements / *stride) {
+        return fail(FSA_ERROR_ARGUMENT, "%s %lld: times %lld rows must be at most 2^35; use smaller batches",
+                    stride_name, (long long)*stride, (long long)rows);
+    }
+    return FSA_OK;
+}
+
+// The checks of the fields of the argument struct `a`. The arrays of queries have Nq rows, those of keys N.
+#define POINTER(name) TRY(check_pointer(#name, a.name))
+#define ROWS(name, stride, row_size, rows, alignment)                                                        \
+    TRY(check_rows(#name, a.name, #stride, &a.stride, row_size, rows, alignment))
+#define Q_ROWS(name) ROWS(name, name##_stride, (int64_t)c->q_heads * c->head_dim, b->num_queries, 8)
+#define KV_ROWS(name) ROWS(name, name##_stride, (int64_t)c->kv_heads * c->head_dim, b->num_keys, 8)
+#define GATE_ROWS(name)                                                                                      \
+    ROWS(name##_logits, name##_stride, c->gate_per_token ? 3 : 3 * (int64_t)c->q_heads, b->num_queries, 1)
+
+static int check_phi(const FsaConfig *c, const FsaPhiWeights &phi) {
+    if (c->phi == FSA_PHI_MEAN) return FSA_OK;
+    TRY(check_pointer("phi.wk", phi.wk));
+    TRY(check_pointer("phi.wv", phi.wv));
+    return phi.pe ? check_pointer("phi.pe", phi.pe) : FSA_OK;
+}
+
+// ---- memory -----------------------------------------------------------------------------------------
 
 // Allocates arrays one after another from `base`, each aligned to 256 bytes; with base NULL it only counts.
 struct Arena {
@@ -152,6 +237,7 @@ struct Workspace {
     void *o[3];                      // with c->recompute: [Nq, Hq, d] of each branch
     float *lse;                      // with c->recompute: [Nq, Hq] of one branch
     float *delta[3], *lse_bwd[3];    // [Nq, Hq] of each branch
+    void *q_rotated, *k_rotated;     // [Nq, Hq, d], [N, Hkv, d] of the dense modes with RoPE
     float *dq_accum;                 // fp32 gradient of the rotated q, in the layout of kernels.h
     float *dk_accum, *dv_accum;      // [N, Hkv, d] fp32; of the rotated k
     float *dk_unrotated, *dkc, *dvc; // fp32: [N, Hkv, d] of k before RoPE, and [floor(N/s), Hkv, d]
@@ -187,6 +273,10 @@ struct Workspace {
                 scratch_bytes =
                     max_size(scratch_bytes, fsa_dense_backward_scratch_bytes(c, batch, (FsaVisibility)rule));
             }
+        }
+        if (op == FSA_ATTENTION_FORWARD || op == FSA_ATTENTION_BACKWARD) {
+            a.allocate(&q_rotated, n.q * 2);
+            a.allocate(&k_rotated, n.k * 2);
         }
         if (op == FSA_BACKWARD) {
             a.allocate(&dk_unrotated, n.k * 4);
@@ -226,15 +316,28 @@ const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const
     return Saved(c, &batch, (void *)saved).block_indices;
 }
 
-// Checks the arguments that all operations share, and launches the kernel that fills the batch layout.
-// function: the caller's name.
-static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
-                 FsaOperation op, void *workspace, size_t workspace_bytes, BatchLayout *batch,
-                 FsaStream stream) {
+// Returns an error if CUDA knows that the stream belongs to another GPU. function: the caller's name.
+static int check_stream(const char *function, FsaStream stream) {
+#if CUDART_VERSION >= 12080
+    int device = 0, stream_device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaStreamGetDevice(stream, &stream_device);
+    if (error != cudaSuccess)
+        return fail_launcher(fsa_record_cuda_error("cudaStreamGetDevice", error), function, "");
+    if (stream_device != device) {
+        return fail(FSA_ERROR_ARGUMENT, "stream %p: of GPU %d; must be a stream of the current GPU %d",
+                    (void *)stream, stream_device, device);
+    }
+#else
+    (void)function, (void)stream; // the first launch fails
+#endif
+    return FSA_OK;
+}
+
+// Checks what all operations share except the workspace. function: the caller's name.
+static int check_call(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                      FsaStream stream) {
     TRY(check_shape(c, dtype, b));
-    if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
-    if (!b->segments && b->num_segments > 0)
-        return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
     // cudaEventQuery and cudaStreamQuery leave cudaErrorNotReady, which is no error.
     cudaError_t earlier = cudaPeekAtLastError();
     if (earlier != cudaSuccess && earlier != cudaErrorNotReady) {
@@ -242,6 +345,18 @@ static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const
                     function, cudaGetErrorString(earlier));
     }
     if (fsa_check_device()) return fail_launcher(FSA_ERROR_CUDA, function, "");
+    TRY(check_stream(function, stream));
+    if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
+    TRY(check_memory("cu_seqlens", b->cu_seqlens));
+    if (!b->segments && b->num_segments > 0)
+        return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
+    return b->segments ? check_memory("segments", b->segments) : FSA_OK;
+}
+
+// Checks the workspace, and launches the kernel that fills the batch layout. function: the caller's name.
+static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                 FsaOperation op, void *workspace, size_t workspace_bytes, BatchLayout *batch,
+                 FsaStream stream) {
     const BatchLayout bounds = make_batch_layout(b);
     const size_t need = Workspace(c, &bounds, dtype, op, NULL).bytes;
     if (!workspace) return fail(FSA_ERROR_WORKSPACE, "workspace: NULL; must have %zu bytes", need);
@@ -252,258 +367,298 @@ static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const
         return fail(FSA_ERROR_WORKSPACE, "workspace_bytes %zu: must be at least %zu (fsa_workspace_size)",
                     workspace_bytes, need);
     }
+    TRY(check_memory("workspace", workspace));
     int status = fsa_batch_layout(batch, c, b, workspace, stream);
     return status ? fail_launcher(status, function, "fsa_batch_layout") : FSA_OK;
 }
 
-static int check_phi(const FsaConfig *c, const FsaPhiWeights *phi) {
-    if (c->phi == FSA_PHI_MEAN) return FSA_OK;
-    if (!phi) return fail(FSA_ERROR_ARGUMENT, "phi: NULL; linear compression needs weights");
-    TRY(check_pointer("phi->wk", phi->wk));
-    TRY(check_pointer("phi->wv", phi->wv));
-    return phi->pe ? check_pointer("phi->pe", phi->pe) : FSA_OK;
-}
+// ---- native sparse attention ------------------------------------------------------------------------
 
-// Computes o and lse of the compressed (branch 0), the selected (1) or the sliding branch (2).
+// Computes o and lse of the compressed (branch 0), the selected (1) or the sliding branch (2). o [Nq, Hq, d],
+// packed.
 static int branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, int branch,
-                          const Saved &s, const void *v, void *scratch, void *o, float *lse,
+                          const Saved &s, ConstRows v, void *scratch, void *o, float *lse,
                           cudaStream_t stream) {
-    if (branch == 0)
-        return fsa_dense_forward(c, batch, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, o, lse, stream);
-    if (branch == 2) return fsa_dense_forward(c, batch, dtype, FSA_WINDOW, s.q, s.k, v, o, lse, stream);
-    return fsa_selected_branch_forward(c, batch, dtype, s.q, s.k, v, s.block_indices, scratch, o, lse, NULL,
+    const ConstRows q = packed_q(c, (const void *)s.q), k = packed_kv(c, (const void *)s.k);
+    const Rows out = packed_q(c, o);
+    if (branch == 0) {
+        const ConstRows kc = packed_kv(c, (const void *)s.kc), vc = packed_kv(c, (const void *)s.vc);
+        return fsa_dense_forward(c, batch, dtype, FSA_COMPRESSED, q, kc, vc, out, lse, stream);
+    }
+    if (branch == 2) return fsa_dense_forward(c, batch, dtype, FSA_WINDOW, q, k, v, out, lse, stream);
+    return fsa_selected_branch_forward(c, batch, dtype, q, k, v, s.block_indices, scratch, out, lse, NULL,
                                        stream);
 }
 
-int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
-                const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
-                const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
+int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const FsaForward *args,
                 FsaStream stream) {
+    FsaForward a;
     BatchLayout batch;
-    TRY(start(__func__, c, dtype, b, FSA_FORWARD, workspace, workspace_bytes, &batch, stream));
+    TRY(load_args(&a, args, "FsaForward"));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_queries > 0) {
+        Q_ROWS(q);
+        KV_ROWS(k);
+        KV_ROWS(v);
+        GATE_ROWS(gate);
+        Q_ROWS(o);
+        POINTER(saved);
+        TRY(check_phi(c, a.phi));
+        if (a.inv_freq) POINTER(inv_freq);
+        if (a.block_indices) POINTER(block_indices);
+    }
+    TRY(start(__func__, c, dtype, b, FSA_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
-    POINTER(q);
-    POINTER(k);
-    POINTER(v);
-    POINTER(gate_logits);
-    POINTER(o);
-    POINTER(saved);
-    TRY(check_phi(c, phi));
-    FsaPhiWeights none = {NULL, NULL, NULL};
-    if (c->phi == FSA_PHI_MEAN) phi = &none;
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
-    Saved s(c, &batch, saved);
-    Workspace w(c, &batch, dtype, FSA_FORWARD, workspace);
-    RUN(fsa_rope_queries(c, &batch, dtype, q, inv_freq, s.q, stream));
-    RUN(fsa_rope_keys(c, &batch, dtype, k, inv_freq, s.k, stream));
-    RUN(fsa_compress_forward(c, &batch, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, s.kc, s.vc,
+    if (c->phi == FSA_PHI_MEAN) a.phi = {NULL, NULL, NULL};
+    const Saved s(c, &batch, a.saved);
+    const Workspace w(c, &batch, dtype, FSA_FORWARD, a.workspace);
+    const ConstRows k = {a.k, a.k_stride}, v = {a.v, a.v_stride};
+    const ConstRows q_rotated = packed_q(c, (const void *)s.q), k_rotated = packed_kv(c, (const void *)s.k);
+    RUN(fsa_rope_queries(c, &batch, dtype, {a.q, a.q_stride}, a.inv_freq, s.q, stream));
+    RUN(fsa_rope_keys(c, &batch, dtype, k, a.inv_freq, s.k, stream));
+    RUN(fsa_compress_forward(c, &batch, dtype, k, v, a.phi.wk, a.phi.pe, a.phi.wv, a.inv_freq, s.kc, s.vc,
                              w.scratch, stream));
     void *const *o_branch = c->recompute ? w.o : s.o;
     RUN(branch_forward(c, &batch, dtype, 0, s, v, w.scratch, o_branch[0], s.lse[0], stream));
-    if (block_indices) {
+    if (a.block_indices) {
         size_t bytes = (size_t)c->kv_heads * batch.nq * c->topk * 4;
-        RUN_CUDA(cudaMemcpyAsync(s.block_indices, block_indices, bytes, cudaMemcpyDeviceToDevice, stream));
+        RUN_CUDA(cudaMemcpyAsync(s.block_indices, a.block_indices, bytes, cudaMemcpyDeviceToDevice, stream));
     } else {
-        RUN(fsa_topk(c, &batch, dtype, {s.q, q_row}, {s.kc, k_row}, s.lse[0], s.block_indices, stream));
+        RUN(fsa_topk(c, &batch, dtype, q_rotated, packed_kv(c, (const void *)s.kc), s.lse[0], s.block_indices,
+                     stream));
     }
     RUN(branch_forward(c, &batch, dtype, 2, s, v, w.scratch, o_branch[2], s.lse[2], stream));
-    const int64_t gate_row = c->gate_per_token ? 3 : 3 * c->q_heads;
-    GateCombine gate = {{gate_logits, gate_row}, o_branch[0], o_branch[2], {o, q_row}};
-    RUN(fsa_selected_branch_forward(c, &batch, dtype, s.q, s.k, v, s.block_indices, w.scratch,
-                                    c->recompute ? o : o_branch[1], s.lse[1], &gate, stream));
+    const Rows o = {a.o, a.o_stride};
+    const GateCombine gate = {{a.gate_logits, a.gate_stride}, o_branch[0], o_branch[2], o};
+    RUN(fsa_selected_branch_forward(c, &batch, dtype, q_rotated, k_rotated, v, s.block_indices, w.scratch,
+                                    c->recompute ? o : packed_q(c, o_branch[1]), s.lse[1], &gate, stream));
     return FSA_OK;
 }
 
-int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
-                 const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
-                 const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
-                 void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream) {
-    BatchLayout batch;
-    TRY(start(__func__, c, dtype, b, FSA_BACKWARD, workspace, workspace_bytes, &batch, stream));
-    if (batch.n == 0) return FSA_OK;
-    POINTER(k);
-    POINTER(v);
+// Checks the fields of *args, and sets the strides that are 0.
+static int check_backward(const FsaConfig *c, const FsaDeviceBatch *b, FsaBackward *args) {
+    FsaBackward &a = *args;
+    KV_ROWS(k);
+    KV_ROWS(v);
     POINTER(saved);
-    POINTER(dk);
-    POINTER(dv);
-    if (batch.nq > 0) {
-        POINTER(gate_logits);
-        POINTER(dout);
-        POINTER(dq);
-        POINTER(dgate_logits);
+    KV_ROWS(dk);
+    KV_ROWS(dv);
+    if (b->num_queries > 0) {
+        GATE_ROWS(gate);
+        Q_ROWS(dout);
+        Q_ROWS(dq);
+        GATE_ROWS(dgate);
     }
-    TRY(check_phi(c, phi));
-    FsaPhiWeights none = {NULL, NULL, NULL};
-    FsaPhiGradients no_gradients = {NULL, NULL, NULL};
-    if (c->phi == FSA_PHI_MEAN) phi = &none, dphi = &no_gradients;
-    if (!dphi) return fail(FSA_ERROR_ARGUMENT, "dphi: NULL; linear compression needs gradients");
-    if (c->phi != FSA_PHI_MEAN) {
-        TRY(check_pointer("dphi->dwk", dphi->dwk));
-        TRY(check_pointer("dphi->dwv", dphi->dwv));
-        if (phi->pe) TRY(check_pointer("dphi->dpe", dphi->dpe));
+    if (a.inv_freq) POINTER(inv_freq);
+    TRY(check_phi(c, a.phi));
+    if (c->phi == FSA_PHI_MEAN) {
+        a.phi = {NULL, NULL, NULL}, a.dphi = {NULL, NULL, NULL};
+        return FSA_OK;
     }
-    Saved s(c, &batch, (void *)saved);
-    Workspace w(c, &batch, dtype, FSA_BACKWARD, workspace);
+    POINTER(dphi.dwk);
+    POINTER(dphi.dwv);
+    if (a.phi.pe) POINTER(dphi.dpe);
+    return FSA_OK;
+}
+
+int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const FsaBackward *args,
+                 FsaStream stream) {
+    FsaBackward a;
+    BatchLayout batch;
+    TRY(load_args(&a, args, "FsaBackward"));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_keys > 0) TRY(check_backward(c, b, &a));
+    TRY(start(__func__, c, dtype, b, FSA_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    if (batch.n == 0) return FSA_OK;
+    const Saved s(c, &batch, (void *)a.saved);
+    const Workspace w(c, &batch, dtype, FSA_BACKWARD, a.workspace);
+    const ConstRows q = packed_q(c, (const void *)s.q), k = packed_kv(c, (const void *)s.k),
+                    kc = packed_kv(c, (const void *)s.kc), vc = packed_kv(c, (const void *)s.vc),
+                    v = {a.v, a.v_stride}, dout = {a.dout, a.dout_stride};
     void *const *o_branch = c->recompute ? w.o : s.o;
     for (int i = 0; i < 3 && c->recompute && batch.nq > 0; i++) {
         RUN(branch_forward(c, &batch, dtype, i, s, v, w.scratch, w.o[i], w.lse, stream));
     }
-    RUN(fsa_gate_backward(c, dtype, batch.nq, gate_logits, o_branch, s.lse, dout, w.delta, w.lse_bwd,
-                          dgate_logits, stream));
+    RUN(fsa_gate_backward(c, dtype, batch.nq, {a.gate_logits, a.gate_stride}, o_branch, s.lse, dout, w.delta,
+                          w.lse_bwd, {a.dgate_logits, a.dgate_stride}, stream));
     // The other branches leave fp32 gradients, which the selected branch adds to its own.
-    RUN(fsa_window_backward(c, &batch, dtype, s.q, s.k, v, dout, w.lse_bwd + 1, w.delta + 1, w.dq_accum,
+    RUN(fsa_window_backward(c, &batch, dtype, q, k, v, dout, w.lse_bwd + 1, w.delta + 1, w.dq_accum,
                             w.dk_accum, w.dv_accum, w.scratch, stream));
-    RUN(fsa_dense_backward(c, &batch, dtype, FSA_COMPRESSED, s.q, s.kc, s.vc, dout, w.lse_bwd[0], w.delta[0],
+    RUN(fsa_dense_backward(c, &batch, dtype, FSA_COMPRESSED, q, kc, vc, dout, w.lse_bwd[0], w.delta[0],
                            w.dq_accum, w.dkc, w.dvc, 1, 0, w.scratch, stream));
-    RUN(fsa_compress_backward(c, &batch, dtype, k, v, phi->wk, phi->pe, phi->wv, inv_freq, w.dkc, w.dvc,
-                              w.dk_unrotated, w.dv_accum, 1, dphi->dwk, dphi->dpe, dphi->dwv, w.scratch,
-                              stream));
-    BranchGradients branch_grads = {w.dq_accum, w.dk_accum, w.dv_accum, w.dk_unrotated, inv_freq};
-    RUN(fsa_selected_branch_backward(c, &batch, dtype, s.q, s.k, v, s.block_indices,
+    RUN(fsa_compress_backward(c, &batch, dtype, {a.k, a.k_stride}, v, a.phi.wk, a.phi.pe, a.phi.wv,
+                              a.inv_freq, w.dkc, w.dvc, w.dk_unrotated, w.dv_accum, 1, a.dphi.dwk, a.dphi.dpe,
+                              a.dphi.dwv, w.scratch, stream));
+    const BranchGradients branch_grads = {w.dq_accum, w.dk_accum, w.dv_accum, w.dk_unrotated, a.inv_freq};
+    RUN(fsa_selected_branch_backward(c, &batch, dtype, q, k, v, s.block_indices,
                                      fsa_local_blocks_in_window_backward(c), dout, w.delta[1], w.lse_bwd[1],
-                                     &branch_grads, w.scratch, dq, dk, dv, stream));
+                                     &branch_grads, w.scratch, {a.dq, a.dq_stride}, {a.dk, a.dk_stride},
+                                     {a.dv, a.dv_stride}, stream));
     return FSA_OK;
 }
 
-int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                         const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
-                         void *workspace, size_t workspace_bytes, FsaStream stream) {
-    BatchLayout batch;
-    TRY(start(__func__, c, dtype, b, FSA_SELECTED_FORWARD, workspace, workspace_bytes, &batch, stream));
-    if (batch.nq == 0) return FSA_OK;
-    POINTER(q);
-    POINTER(k);
-    POINTER(v);
-    POINTER(block_indices);
-    POINTER(o);
-    POINTER(lse);
-    Workspace w(c, &batch, dtype, FSA_SELECTED_FORWARD, workspace);
-    RUN(fsa_selected_branch_forward(c, &batch, dtype, q, k, v, block_indices, w.scratch, o, lse, NULL,
-                                    stream));
-    return FSA_OK;
-}
+// ---- the selected branch and block selection alone --------------------------------------------------
 
-int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                          const void *k, const void *v, const int32_t *block_indices, const void *o,
-                          const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
-                          size_t workspace_bytes, FsaStream stream) {
+int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                         const FsaSelectedForward *args, FsaStream stream) {
+    FsaSelectedForward a;
     BatchLayout batch;
-    TRY(start(__func__, c, dtype, b, FSA_SELECTED_BACKWARD, workspace, workspace_bytes, &batch, stream));
-    if (batch.n == 0) return FSA_OK;
-    POINTER(k);
-    POINTER(v);
-    POINTER(dk);
-    POINTER(dv);
-    if (batch.nq > 0) {
-        POINTER(q);
+    TRY(load_args(&a, args, "FsaSelectedForward"));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_queries > 0) {
+        Q_ROWS(q);
+        KV_ROWS(k);
+        KV_ROWS(v);
         POINTER(block_indices);
-        POINTER(o);
+        Q_ROWS(o);
         POINTER(lse);
-        POINTER(dout);
-        POINTER(dq);
     }
-    Workspace w(c, &batch, dtype, FSA_SELECTED_BACKWARD, workspace);
-    RUN(fsa_bwd_preprocess(c, dtype, batch.nq, o, lse, dout, w.delta[0], NULL, stream));
-    RUN(fsa_selected_branch_backward(c, &batch, dtype, q, k, v, block_indices, 0, dout, w.delta[0], lse, NULL,
-                                     w.scratch, dq, dk, dv, stream));
-    return FSA_OK;
-}
-
-int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                      const void *kc, const float *lse_c, int32_t *block_indices, void *workspace,
-                      size_t workspace_bytes, FsaStream stream) {
-    BatchLayout batch;
-    TRY(start(__func__, c, dtype, b, FSA_SELECT_BLOCKS, workspace, workspace_bytes, &batch, stream));
+    TRY(start(__func__, c, dtype, b, FSA_SELECTED_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
-    POINTER(q);
-    POINTER(kc);
-    POINTER(lse_c);
-    POINTER(block_indices);
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
-    RUN(fsa_topk(c, &batch, dtype, {q, q_row}, {kc, k_row}, lse_c, block_indices, stream));
+    const Workspace w(c, &batch, dtype, FSA_SELECTED_FORWARD, a.workspace);
+    RUN(fsa_selected_branch_forward(c, &batch, dtype, {a.q, a.q_stride}, {a.k, a.k_stride}, {a.v, a.v_stride},
+                                    a.block_indices, w.scratch, {a.o, a.o_stride}, a.lse, NULL, stream));
     return FSA_OK;
 }
 
-static int check_rule(FsaVisibility rule) {
-    if (rule == FSA_CAUSAL || rule == FSA_WINDOW || rule == FSA_COMPRESSED) return FSA_OK;
-    return fail(FSA_ERROR_ARGUMENT, "rule %d: must be %d (causal), %d (window) or %d (compressed)", (int)rule,
-                FSA_CAUSAL, FSA_WINDOW, FSA_COMPRESSED);
-}
-
-int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                          const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
-                          size_t workspace_bytes, FsaStream stream) {
+int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                          const FsaSelectedBackward *args, FsaStream stream) {
+    FsaSelectedBackward a;
     BatchLayout batch;
-    TRY(check_rule(rule));
-    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_FORWARD, workspace, workspace_bytes, &batch, stream));
-    if (batch.nq == 0) return FSA_OK;
-    POINTER(q);
-    POINTER(k);
-    POINTER(v);
-    POINTER(o);
-    POINTER(lse);
-    RUN(fsa_dense_forward(c, &batch, dtype, rule, q, k, v, o, lse, stream));
-    return FSA_OK;
-}
-
-// y = x rounded to 16 bits, the first *rows rows of row_quads float4. A thread converts four elements. Reads
-// 4 and writes 2 bytes per element; memory-bound.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    convert_kernel(const float4 *x, uint2 *y, const int64_t *rows, int row_quads) {
-    int64_t i = blockIdx.x * 256ll + threadIdx.x;
-    if (i >= *rows * row_quads) return;
-    float4 f = x[i];
-    y[i] = make_uint2(pack2<T>(f.x, f.y), pack2<T>(f.z, f.w));
-}
-// bound: elements of x that the grid covers; row: elements per row.
-static int convert(FsaDtype dtype, const float *x, void *y, size_t bound, const int64_t *rows, int row,
-                   cudaStream_t stream) {
-    if (bound == 0) return FSA_OK;
-    unsigned grid = (unsigned)((bound / 4 + 255) / 256);
-    if (dtype == FSA_BF16)
-        return LAUNCH(convert_kernel<__nv_bfloat16>, grid, 256, 0, stream, (const float4 *)x, (uint2 *)y,
-                      rows, row / 4);
-    return LAUNCH(convert_kernel<__half>, grid, 256, 0, stream, (const float4 *)x, (uint2 *)y, rows, row / 4);
-}
-
-int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                           const void *q, const void *k, const void *v, const void *o, const float *lse,
-                           const void *dout, void *dq, void *dk, void *dv, void *workspace,
-                           size_t workspace_bytes, FsaStream stream) {
-    BatchLayout batch;
-    TRY(check_rule(rule));
-    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_BACKWARD, workspace, workspace_bytes, &batch, stream));
-    NumElements n(c, &batch);
-    bool compressed = rule == FSA_COMPRESSED;
-    size_t keys = compressed ? n.kc : n.k; // elements of k
-    if (n.q > 0) {
-        POINTER(q);
-        POINTER(o);
+    TRY(load_args(&a, args, "FsaSelectedBackward"));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_keys > 0) {
+        KV_ROWS(k);
+        KV_ROWS(v);
+        KV_ROWS(dk);
+        KV_ROWS(dv);
+    }
+    if (b->num_keys > 0 && b->num_queries > 0) {
+        Q_ROWS(q);
+        POINTER(block_indices);
+        Q_ROWS(o);
         POINTER(lse);
-        POINTER(dout);
-        POINTER(dq);
+        Q_ROWS(dout);
+        Q_ROWS(dq);
     }
-    if (keys > 0) {
-        POINTER(k);
-        POINTER(v);
-        POINTER(dk);
-        POINTER(dv);
+    TRY(start(__func__, c, dtype, b, FSA_SELECTED_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    if (batch.n == 0) return FSA_OK;
+    const Workspace w(c, &batch, dtype, FSA_SELECTED_BACKWARD, a.workspace);
+    const ConstRows dout = {a.dout, a.dout_stride};
+    RUN(fsa_bwd_preprocess(c, dtype, batch.nq, {a.o, a.o_stride}, a.lse, dout, w.delta[0], NULL, stream));
+    RUN(fsa_selected_branch_backward(c, &batch, dtype, {a.q, a.q_stride}, {a.k, a.k_stride},
+                                     {a.v, a.v_stride}, a.block_indices, 0, dout, w.delta[0], a.lse, NULL,
+                                     w.scratch, {a.dq, a.dq_stride}, {a.dk, a.dk_stride}, {a.dv, a.dv_stride},
+                                     stream));
+    return FSA_OK;
+}
+
+int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                      const FsaSelectBlocks *args, FsaStream stream) {
+    FsaSelectBlocks a;
+    BatchLayout batch;
+    TRY(load_args(&a, args, "FsaSelectBlocks"));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_queries > 0) {
+        Q_ROWS(q);
+        KV_ROWS(kc);
+        POINTER(lse_c);
+        POINTER(block_indices);
     }
-    Workspace w(c, &batch, dtype, FSA_ATTENTION_BACKWARD, workspace);
-    if (n.q == 0 || keys == 0) { // no query or no key: the gradients are zero
-        RUN_CUDA(cudaMemsetAsync(w.dq_accum, 0, n.q * 4, stream));
-        RUN_CUDA(cudaMemsetAsync(w.dk_accum, 0, keys * 4, stream));
-        RUN_CUDA(cudaMemsetAsync(w.dv_accum, 0, keys * 4, stream));
+    TRY(start(__func__, c, dtype, b, FSA_SELECT_BLOCKS, a.workspace, a.workspace_bytes, &batch, stream));
+    if (batch.nq == 0) return FSA_OK;
+    RUN(fsa_topk(c, &batch, dtype, {a.q, a.q_stride}, {a.kc, a.kc_stride}, a.lse_c, a.block_indices, stream));
+    return FSA_OK;
+}
+
+// ---- dense attention --------------------------------------------------------------------------------
+
+static int check_rule(FsaVisibility rule, const double *inv_freq) {
+    if (rule != FSA_CAUSAL && rule != FSA_WINDOW && rule != FSA_COMPRESSED) {
+        return fail(FSA_ERROR_ARGUMENT, "rule %d: must be %d (causal), %d (window) or %d (compressed)",
+                    (int)rule, FSA_CAUSAL, FSA_WINDOW, FSA_COMPRESSED);
+    }
+    if (!inv_freq) return FSA_OK;
+    if (rule == FSA_COMPRESSED)
+        return fail(FSA_ERROR_ARGUMENT, "inv_freq %p: must be NULL for the compressed rule",
+                    (const void *)inv_freq);
+    return check_pointer("inv_freq", inv_freq);
+}
+
+// Rotates *q and *k to the workspace and sets them to the rotated arrays, if inv_freq is not NULL.
+static int rotate_qk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const double *inv_freq,
+                     const Workspace &w, ConstRows *q, ConstRows *k, cudaStream_t stream) {
+    if (!inv_freq) return FSA_OK;
+    TRY(fsa_rope_queries(c, batch, dtype, *q, inv_freq, w.q_rotated, stream));
+    TRY(fsa_rope_keys(c, batch, dtype, *k, inv_freq, w.k_rotated, stream));
+    *q = packed_q(c, w.q_rotated), *k = packed_kv(c, w.k_rotated);
+    return FSA_OK;
+}
+
+int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                          const FsaAttentionForward *args, FsaStream stream) {
+    FsaAttentionForward a;
+    BatchLayout batch;
+    TRY(load_args(&a, args, "FsaAttentionForward"));
+    TRY(check_rule(a.rule, a.inv_freq));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    if (b->num_queries > 0) {
+        Q_ROWS(q);
+        KV_ROWS(k);
+        KV_ROWS(v);
+        Q_ROWS(o);
+        POINTER(lse);
+    }
+    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    if (batch.nq == 0) return FSA_OK;
+    const Workspace w(c, &batch, dtype, FSA_ATTENTION_FORWARD, a.workspace);
+    ConstRows q = {a.q, a.q_stride}, k = {a.k, a.k_stride};
+    RUN(rotate_qk(c, &batch, dtype, a.inv_freq, w, &q, &k, stream));
+    RUN(fsa_dense_forward(c, &batch, dtype, a.rule, q, k, {a.v, a.v_stride}, {a.o, a.o_stride}, a.lse,
+                          stream));
+    return FSA_OK;
+}
+
+int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                           const FsaAttentionBackward *args, FsaStream stream) {
+    FsaAttentionBackward a;
+    BatchLayout batch;
+    TRY(load_args(&a, args, "FsaAttentionBackward"));
+    TRY(check_rule(a.rule, a.inv_freq));
+    TRY(check_call(__func__, c, dtype, b, stream));
+    const bool compressed = a.rule == FSA_COMPRESSED;
+    const int64_t key_rows = compressed ? b->num_keys / c->cmp_stride : b->num_keys;
+    if (b->num_queries > 0) {
+        Q_ROWS(q);
+        Q_ROWS(o);
+        POINTER(lse);
+        Q_ROWS(dout);
+        Q_ROWS(dq);
+    }
+    if (key_rows > 0) {
+        KV_ROWS(k);
+        KV_ROWS(v);
+        KV_ROWS(dk);
+        KV_ROWS(dv);
+    }
+    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    const Workspace w(c, &batch, dtype, FSA_ATTENTION_BACKWARD, a.workspace);
+    if (batch.nq == 0 || key_rows == 0) { // no query or no key: the gradients are zero
+        const size_t q_bytes = (size_t)batch.nq * c->q_heads * c->head_dim * 4,
+                     kv_bytes = (size_t)key_rows * c->kv_heads * c->head_dim * 4;
+        RUN_CUDA(cudaMemsetAsync(w.dq_accum, 0, q_bytes, stream));
+        RUN_CUDA(cudaMemsetAsync(w.dk_accum, 0, kv_bytes, stream));
+        RUN_CUDA(cudaMemsetAsync(w.dv_accum, 0, kv_bytes, stream));
     } else {
-        RUN(fsa_bwd_preprocess(c, dtype, batch.nq, o, lse, dout, w.delta[0], w.lse_bwd[0], stream));
-        RUN(fsa_dense_backward(c, &batch, dtype, rule, q, k, v, dout, w.lse_bwd[0], w.delta[0], w.dq_accum,
-                               w.dk_accum, w.dv_accum, 0, 0, w.scratch, stream));
+        ConstRows q = {a.q, a.q_stride}, k = {a.k, a.k_stride}, dout = {a.dout, a.dout_stride};
+        RUN(rotate_qk(c, &batch, dtype, a.inv_freq, w, &q, &k, stream));
+        RUN(fsa_bwd_preprocess(c, dtype, batch.nq, {a.o, a.o_stride}, a.lse, dout, w.delta[0], w.lse_bwd[0],
+                               stream));
+        RUN(fsa_dense_backward(c, &batch, dtype, a.rule, q, k, {a.v, a.v_stride}, dout, w.lse_bwd[0],
+                               w.delta[0], w.dq_accum, w.dk_accum, w.dv_accum, 0, 0, w.scratch, stream));
     }
-    const int64_t *key_rows =
-        compressed ? batch.cu_windows + batch.num_seqs : batch.cu_seqlens + batch.num_seqs;
-    RUN(fsa_convert_dq(c, &batch, dtype, w.dq_accum, dq, stream));
-    RUN(convert(dtype, w.dk_accum, dk, keys, key_rows, c->kv_heads * c->head_dim, stream));
-    RUN(convert(dtype, w.dv_accum, dv, keys, key_rows, c->kv_heads * c->head_dim, stream));
+    RUN(fsa_convert_dq(c, &batch, dtype, w.dq_accum, a.inv_freq, {a.dq, a.dq_stride}, stream));
+    RUN(fsa_convert_dkv(c, &batch, dtype, w.dk_accum, compressed, a.inv_freq, {a.dk, a.dk_stride}, stream));
+    RUN(fsa_convert_dkv(c, &batch, dtype, w.dv_accum, compressed, NULL, {a.dv, a.dv_stride}, stream));
     return FSA_OK;
 }

@@ -21,7 +21,7 @@
 // Arrays of two are K's and V's.
 struct CompressParams {
     BatchLayout batch;
-    const void *in[2];          // k, v [N, Hkv, d]
+    ConstRows in[2];            // k, v [N, Hkv, d]
     const void *weight[2], *pe; // phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l*d] or NULL
     const double *inv_freq;     // [d/2]; NULL: no RoPE
     int kv_heads, len, stride;  // len, stride: l, s
@@ -76,14 +76,14 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
     RowTile tile = find_row_tile(p.batch.cu_windows, p.batch.num_seqs, TILE_M, blockIdx.x);
     if (tile.rows == 0) return;
 
-    int64_t token_stride = (int64_t)p.kv_heads * D;
-    const T *x = (const T *)p.in[kv] +
-                 (p.batch.cu_seqlens[tile.cu_index] + (int64_t)tile.first * p.stride) * token_stride +
+    const int64_t in_stride = p.in[kv].stride;
+    const T *x = (const T *)p.in[kv].data +
+                 (p.batch.cu_seqlens[tile.cu_index] + (int64_t)tile.first * p.stride) * in_stride +
                  kv_head * D;
     const T *w = (const T *)p.weight[kv] + (int64_t)kv_head * p.len * D * D;
     auto load_tiles = [&](int k0, int stage) { // columns k0 .. k0 + 63 of the l*d
-        load_tile<TILE_M, TILE_K, 128>(tile_a + stage * A_BYTES, x + k0 / D * token_stride + k0 % D,
-                                       p.stride * token_stride, tile.rows);
+        load_tile<TILE_M, TILE_K, 128>(tile_a + stage * A_BYTES, x + k0 / D * in_stride + k0 % D,
+                                       p.stride * in_stride, tile.rows);
         load_tile<TILE_K, D, 128>(tile_b + stage * B_BYTES, w + (int64_t)k0 * D, D, TILE_K);
     };
     load_tiles(0, 0);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(128, 2) compress_linear_kernel(const CompressP
         for (int half = 0; half < 2; half++) {
             int row = warp * 32 + m * 16 + half * 8 + lane / 4;
             if (row >= tile.rows) continue;
-            T *out = (T *)p.out[kv] + (tile.row + row) * token_stride + kv_head * D;
+            T *out = (T *)p.out[kv] + ((tile.row + row) * p.kv_heads + kv_head) * D;
             int64_t position = (int64_t)(tile.first + row) * p.stride;
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
@@ -157,16 +157,17 @@ __global__ void __launch_bounds__(256) compress_mean_kernel(const CompressParams
     int64_t i = blockIdx.x * 256ll + threadIdx.x, window = i / (D / 2) / p.kv_heads;
     if (window >= p.batch.cu_windows[p.batch.num_seqs]) return;
     int c = i % (D / 2), kv_head = (int)(i / (D / 2) % p.kv_heads);
-    int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window),
-            token_stride = (int64_t)p.kv_heads * D;
+    int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
     int64_t start = (window - p.batch.cu_windows[seq]) * p.stride,
-            out = window * token_stride + kv_head * D + c;
+            out = (window * p.kv_heads + kv_head) * D + c;
     for (int kv = 0; kv < 2; kv++) {
-        const T *x = (const T *)p.in[kv] + (p.batch.cu_seqlens[seq] + start) * token_stride + kv_head * D + c;
+        const int64_t in_stride = p.in[kv].stride;
+        const T *x =
+            (const T *)p.in[kv].data + (p.batch.cu_seqlens[seq] + start) * in_stride + kv_head * D + c;
         float lo = 0, hi = 0;
         for (int r = 0; r < p.len; r++) {
-            lo += to_f32(x[r * token_stride]);
-            hi += to_f32(x[r * token_stride + D / 2]);
+            lo += to_f32(x[r * in_stride]);
+            hi += to_f32(x[r * in_stride + D / 2]);
         }
         lo /= p.len;
         hi /= p.len;
@@ -361,7 +362,8 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     uint32_t tile_x = smem_address(shared), tile_dy = tile_x + 2 * TILE_BYTES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = blockIdx.x, kv_head = blockIdx.y,
         kv = blockIdx.z;
-    int64_t token_stride = (int64_t)p.kv_heads * D, seq = -1, window0 = 0;
+    const int64_t in_stride = p.in[kv].stride, dy_stride = (int64_t)p.kv_heads * D;
+    int64_t seq = -1, window0 = 0;
     int i0 = 0, windows = 0; // first window of the next tile, and the windows of its sequence
     auto next_tile = [&]() {
         i0 += TILE_K;
@@ -376,12 +378,11 @@ __global__ void __launch_bounds__(128, 2) compress_dweight_kernel(const Compress
     auto load_tiles = [&](int stage) {
         int64_t first = p.batch.cu_seqlens[seq] + (int64_t)i0 * p.stride + r;
         load_tile<TILE_K, D, 128>(tile_x + stage * TILE_BYTES,
-                                  (const T *)p.in[kv] + first * token_stride + kv_head * D,
-                                  p.stride * token_stride, windows - i0);
+                                  (const T *)p.in[kv].data + first * in_stride + kv_head * D,
+                                  p.stride * in_stride, windows - i0);
         load_tile<TILE_K, D, 128>(tile_dy + stage * TILE_BYTES,
-                                  (const T *)p.dout_unrotated[kv] + (window0 + i0) * token_stride +
-                                      kv_head * D,
-                                  token_stride, windows - i0);
+                                  (const T *)p.dout_unrotated[kv] + (window0 + i0) * dy_stride + kv_head * D,
+                                  dy_stride, windows - i0);
     };
     float acc[M][D / 8][4] = {};
     bool has_tile = next_tile();
@@ -452,8 +453,8 @@ size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, 
     return head_sums_bytes(c) + (backward ? 2 * dout_unrotated_bytes(c, batch) : 0);
 }
 
-static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout *batch, const void *k,
-                                           const void *v, const void *wk, const void *pe, const void *wv,
+static CompressParams make_compress_params(const FsaConfig *c, const BatchLayout *batch, ConstRows k,
+                                           ConstRows v, const void *wk, const void *pe, const void *wv,
                                            const double *inv_freq, void *scratch) {
     CompressParams s = {};
     s.batch = *batch;
@@ -477,9 +478,9 @@ static int compress_forward(const FsaConfig *c, const CompressParams &p, cudaStr
     return LAUNCH((compress_linear_kernel<T, D>), grid, 128, bytes, stream, p);
 }
 
-int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
-                         const void *v, const void *wk, const void *pe, const void *wv,
-                         const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream) {
+int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows k,
+                         ConstRows v, const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                         void *kc, void *vc, void *scratch, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.out[0] = kc, s.out[1] = vc;
@@ -511,11 +512,10 @@ static int compress_backward(const FsaConfig *c, const CompressParams &p, cudaSt
     return LAUNCH((compress_dweight_kernel<T, D>), dim3(p.len, p.kv_heads, 2), 128, bytes_w, stream, p);
 }
 
-int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
-                          const void *v, const void *wk, const void *pe, const void *wv,
-                          const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
-                          int accumulate, float *dwk, float *dpe, float *dwv, void *scratch,
-                          cudaStream_t stream) {
+int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows k,
+                          ConstRows v, const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                          const float *dkc, const float *dvc, float *dk, float *dv, int accumulate,
+                          float *dwk, float *dpe, float *dwv, void *scratch, cudaStream_t stream) {
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, scratch);
     s.dout[0] = dkc, s.dout[1] = dvc, s.din[0] = dk, s.din[1] = dv, s.accumulate = accumulate;

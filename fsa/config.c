@@ -53,6 +53,9 @@ int fsa_config_check(const FsaConfig *c, char *msg, size_t msg_size) {
     if (c->recompute != 0 && c->recompute != 1) FAIL("recompute %d: must be 0 or 1", c->recompute);
     if (!isfinite(c->scale) || c->scale < 0)
         FAIL("scale %g: must be positive and finite, or 0 for 1/sqrt(head_dim)", (double)c->scale);
+    for (int i = 0; i < (int)(sizeof c->reserved / sizeof c->reserved[0]); i++)
+        if (c->reserved[i] != 0)
+            FAIL("reserved[%d] %d: must be 0; set all fields of FsaConfig to zero first", i, c->reserved[i]);
 #undef FAIL
     return 0;
 }

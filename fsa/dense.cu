@@ -8,24 +8,22 @@ static bool dense_supports(const FsaConfig *c, FsaVisibility rule) {
 }
 
 int fsa_dense_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                      const void *q, const void *k, const void *v, void *o, float *lse, cudaStream_t stream) {
+                      ConstRows q, ConstRows k, ConstRows v, Rows o, float *lse, cudaStream_t stream) {
     if (!dense_supports(c, rule)) return FSA_ERROR_CONFIG;
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q = {q, q_row}, d.k = {k, k_row}, d.v = {v, k_row}, d.o = {o, q_row}, d.lse = lse;
+    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return fsa_use_sm90() ? fsa_dense_forward_sm90(c, d, dtype, stream)
                           : fsa_dense_forward_sm80(c, d, dtype, stream);
 }
 
-int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                 const void *k, const void *v, void *o, float *lse, cudaStream_t stream) {
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
+int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                 ConstRows k, ConstRows v, Rows o, float *lse, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, batch, FSA_CAUSAL);
     const int64_t init_end = (int64_t)c->init_blocks * c->block;
     d.init_local =
         InitLocalBlocks{c->init_blocks, c->local_blocks, c->block,
                         (int)(init_end < INT32_MAX ? init_end : INT32_MAX), make_fast_divisor(c->block)};
-    d.q = {q, q_row}, d.k = {k, k_row}, d.v = {v, k_row}, d.o = {o, q_row}, d.lse = lse;
+    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return fsa_dense_forward_sm90(c, d, dtype, stream);
 }
 
@@ -90,13 +88,11 @@ static int run_backward(const FsaConfig *c, FsaDtype dtype, FsaVisibility rule, 
 }
 
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
+                       ConstRows q, ConstRows k, ConstRows v, ConstRows dout, const float *lse_bwd,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                        int accumulate_dkv, void *scratch, cudaStream_t stream) {
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q = {q, q_row}, d.k = {k, k_row}, d.v = {v, k_row}, d.dout = {dout, q_row}, d.lse_bwd = lse_bwd,
-    d.delta = delta;
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
     return run_backward(c, dtype, rule, d, scratch, stream);
@@ -108,15 +104,13 @@ int fsa_local_blocks_in_window_backward(const FsaConfig *c) {
     return fsa_use_sm90() && inside ? c->local_blocks : 0;
 }
 
-int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                        const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
+int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                        ConstRows k, ConstRows v, ConstRows dout, const float *const lse_bwd[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *scratch,
                         cudaStream_t stream) {
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
     DenseParams d = make_dense_params(c, batch, FSA_WINDOW);
     d.init_local.local_blocks = fsa_local_blocks_in_window_backward(c), d.init_local.block = c->block;
-    d.q = {q, q_row}, d.k = {k, k_row}, d.v = {v, k_row}, d.dout = {dout, q_row}, d.dq_accum = dq,
-    d.dk_accum = dk, d.dv_accum = dv;
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.local_lse_bwd = lse_bwd[0], d.local_delta = delta[0], d.lse_bwd = lse_bwd[1], d.delta = delta[1];
     return run_backward(c, dtype, FSA_WINDOW, d, scratch, stream);
 }

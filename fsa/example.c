@@ -68,20 +68,96 @@ static void *random_values(int64_t n, float scale) {
     free(x);
     return p;
 }
-// Returns the dot product of two device arrays of n values.
-static double dot(const void *a, const void *b, int64_t n) {
-    bf16 *x = host(n), *y = host(n);
+// Allocates device memory of zeros.
+static void *zeros(size_t bytes) {
+    void *p = device(bytes);
+    CUDA(cudaMemset(p, 0, bytes));
+    return p;
+}
+// Returns the dot product of two device arrays of `rows` rows of `columns` values, each with its row stride.
+static double dot(const void *a, int64_t a_stride, const void *b, int64_t b_stride, int64_t rows,
+                  int64_t columns) {
+    bf16 *x = host(columns), *y = host(columns);
     double sum = 0;
-    CUDA(cudaMemcpy(x, a, (size_t)n * sizeof *x, cudaMemcpyDeviceToHost));
-    CUDA(cudaMemcpy(y, b, (size_t)n * sizeof *y, cudaMemcpyDeviceToHost));
-    for (int64_t i = 0; i < n; i++) sum += (double)from_bf16(x[i]) * from_bf16(y[i]);
+    for (int64_t i = 0; i < rows; i++) {
+        CUDA(cudaMemcpy(x, (const bf16 *)a + i * a_stride, (size_t)columns * sizeof *x,
+                        cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(y, (const bf16 *)b + i * b_stride, (size_t)columns * sizeof *y,
+                        cudaMemcpyDeviceToHost));
+        for (int64_t j = 0; j < columns; j++) sum += (double)from_bf16(x[j]) * from_bf16(y[j]);
+    }
     free(x);
     free(y);
     return sum;
 }
 
+// Makes a batch of packed sequences of 1,000 and 500 tokens. One segment for each sequence: a query at every
+// token.
+static FsaDeviceBatch make_batch(void) {
+    const int64_t cu_seqlens[] = {0, 1000, 1500};
+    const FsaSegment segments[] = {{0, 0, 1000}, {1, 0, 500}};
+    FsaDeviceBatch batch = {
+        .num_queries = 1500, .num_keys = 1500, .num_seqs = 2, .num_segments = 2, .max_len = 1000};
+    batch.cu_seqlens = to_device(cu_seqlens, sizeof cu_seqlens);
+    batch.segments = to_device(segments, sizeof segments);
+    return batch;
+}
+
+// Makes random parameters for the compression, [Hkv, l*d, d] and [Hkv, l, d], and their gradients, which
+// backward adds to: they start at 0.
+static void make_phi(const FsaConfig *c, FsaPhiWeights *phi, FsaPhiGradients *dphi) {
+    const int64_t pe_size = c->kv_heads * c->cmp_len * c->head_dim, w_size = pe_size * c->head_dim;
+    phi->wk = random_values(w_size, 0.04f);
+    phi->pe = random_values(pe_size, 0.5f);
+    phi->wv = random_values(w_size, 0.04f);
+    dphi->dwk = zeros((size_t)w_size * sizeof(float));
+    dphi->dpe = zeros((size_t)pe_size * sizeof(float));
+    dphi->dwv = zeros((size_t)w_size * sizeof(float));
+}
+
+// Computes o from the matrix qkv, and the gradient dqkv of the loss |o|^2 / 2 from dout = o. A row of qkv and
+// of dqkv is a token's q, k, v and gate logits, from the column `columns[0]` to `columns[3]` on.
+static void forward_backward(const FsaConfig *c, const FsaDeviceBatch *batch, bf16 *qkv, bf16 *dqkv,
+                             const int64_t columns[4], int64_t stride, void *o) {
+    FsaForward forward = {.size = sizeof forward, .q = qkv + columns[0], .k = qkv + columns[1]};
+    forward.v = qkv + columns[2], forward.gate_logits = qkv + columns[3];
+    forward.q_stride = forward.k_stride = forward.v_stride = forward.gate_stride = stride;
+    FsaBackward backward = {.size = sizeof backward, .k = forward.k, .v = forward.v, .dout = o};
+    backward.gate_logits = forward.gate_logits;
+    backward.k_stride = backward.v_stride = backward.gate_stride = stride;
+    backward.dq = dqkv + columns[0], backward.dk = dqkv + columns[1];
+    backward.dv = dqkv + columns[2], backward.dgate_logits = dqkv + columns[3];
+    backward.dq_stride = backward.dk_stride = backward.dv_stride = backward.dgate_stride = stride;
+    make_phi(c, &forward.phi, &backward.dphi);
+    backward.phi = forward.phi;
+    double inv_freq[FSA_MAX_HEAD_DIM / 2];
+    for (int i = 0; i < c->head_dim / 2; i++) inv_freq[i] = pow(10000, -2.0 * i / c->head_dim);
+    forward.inv_freq = backward.inv_freq = to_device(inv_freq, sizeof inv_freq);
+    forward.o = o;
+
+    // Memory that forward saves for backward, and one workspace for both.
+    size_t saved_bytes = fsa_saved_size(c, FSA_BF16, batch);
+    size_t forward_bytes = fsa_workspace_size(c, FSA_BF16, batch, FSA_FORWARD);
+    size_t backward_bytes = fsa_workspace_size(c, FSA_BF16, batch, FSA_BACKWARD);
+    if (!saved_bytes || !forward_bytes || !backward_bytes) { // 0: an error
+        fprintf(stderr, "error: %s\n", fsa_last_error());
+        exit(1);
+    }
+    size_t bytes = forward_bytes > backward_bytes ? forward_bytes : backward_bytes;
+    backward.saved = forward.saved = device(saved_bytes);
+    backward.workspace = forward.workspace = device(bytes);
+    backward.workspace_bytes = forward.workspace_bytes = bytes;
+    printf("%.0f MiB saved, %.0f MiB workspace; ", (double)saved_bytes / 1048576, (double)bytes / 1048576);
+
+    cudaStream_t stream;
+    CUDA(cudaStreamCreate(&stream));
+    FSA(fsa_forward(c, FSA_BF16, batch, &forward, stream));
+    FSA(fsa_backward(c, FSA_BF16, batch, &backward, stream));
+    CUDA(cudaStreamSynchronize(stream));
+}
+
 int main(void) {
-    FsaConfig c = {
+    const FsaConfig c = {
         .q_heads = 4,
         .kv_heads = 2,
         .head_dim = 64,
@@ -94,63 +170,21 @@ int main(void) {
         .local_blocks = 2,
         .window = 128,
     };
+    const FsaDeviceBatch batch = make_batch();
 
-    // The batch: packed sequences. One segment for each sequence: a query at every token.
-    const int64_t cu_seqlens[] = {0, 1000, 1500};
-    const FsaSegment segments[] = {{0, 0, 1000}, {1, 0, 500}};
-    const int64_t n = 1500;
-    FsaDeviceBatch batch = {
-        .num_queries = n, .num_keys = n, .num_seqs = 2, .num_segments = 2, .max_len = 1000};
-    batch.cu_seqlens = to_device(cu_seqlens, sizeof cu_seqlens);
-    batch.segments = to_device(segments, sizeof segments);
-
-    // Inputs. q and k are before RoPE.
-    const int64_t q_size = n * c.q_heads * c.head_dim, kv_size = n * c.kv_heads * c.head_dim;
-    const int64_t gates = n * c.q_heads * 3, pe_size = c.kv_heads * c.cmp_len * c.head_dim;
-    const int64_t w_size = pe_size * c.head_dim;
-    void *q = random_values(q_size, 2), *k = random_values(kv_size, 2);
-    void *v = random_values(kv_size, 2), *gate = random_values(gates, 2);
-    FsaPhiWeights phi = {.wk = random_values(w_size, 0.04f),
-                         .pe = random_values(pe_size, 0.5f),
-                         .wv = random_values(w_size, 0.04f)};
-    double inv_freq_host[32];
-    for (int i = 0; i < c.head_dim / 2; i++) inv_freq_host[i] = pow(10000, -2.0 * i / c.head_dim);
-    double *inv_freq = to_device(inv_freq_host, sizeof inv_freq_host);
-
-    // Results. Backward adds to the gradients of the compression's parameters, so they start at 0.
-    void *o = device((size_t)q_size * 2), *dq = device((size_t)q_size * 2), *dk = device((size_t)kv_size * 2);
-    void *dv = device((size_t)kv_size * 2), *dgate = device((size_t)gates * 2);
-    FsaPhiGradients dphi = {.dwk = device((size_t)w_size * 4),
-                            .dpe = device((size_t)pe_size * 4),
-                            .dwv = device((size_t)w_size * 4)};
-    CUDA(cudaMemset(dphi.dwk, 0, (size_t)w_size * 4));
-    CUDA(cudaMemset(dphi.dpe, 0, (size_t)pe_size * 4));
-    CUDA(cudaMemset(dphi.dwv, 0, (size_t)w_size * 4));
-
-    // Memory that forward saves for backward, and one workspace for both.
-    size_t saved_bytes = fsa_saved_size(&c, FSA_BF16, &batch);
-    size_t forward_bytes = fsa_workspace_size(&c, FSA_BF16, &batch, FSA_FORWARD);
-    size_t backward_bytes = fsa_workspace_size(&c, FSA_BF16, &batch, FSA_BACKWARD);
-    if (!saved_bytes || !forward_bytes || !backward_bytes) { // 0: an error
-        fprintf(stderr, "error: %s\n", fsa_last_error());
-        return 1;
-    }
-    size_t bytes = forward_bytes > backward_bytes ? forward_bytes : backward_bytes;
-    void *saved = device(saved_bytes), *workspace = device(bytes);
-
-    cudaStream_t stream;
-    CUDA(cudaStreamCreate(&stream));
-    FSA(fsa_forward(&c, FSA_BF16, &batch, q, k, v, &phi, inv_freq, gate, NULL, o, saved, workspace, bytes,
-                    stream));
-    // For the loss |o|^2 / 2, dout = o.
-    FSA(fsa_backward(&c, FSA_BF16, &batch, k, v, &phi, inv_freq, gate, o, saved, dq, dk, dv, &dphi, dgate,
-                     workspace, bytes, stream));
-    CUDA(cudaStreamSynchronize(stream));
+    // q, k (before RoPE), v and the gate logits are columns of one matrix, as one matmul writes them. Its
+    // rows are padded to a multiple of 8 elements.
+    const int64_t n = batch.num_queries, q_row = c.q_heads * c.head_dim, kv_row = c.kv_heads * c.head_dim;
+    const int64_t columns[4] = {0, q_row, q_row + kv_row, q_row + 2 * kv_row};
+    const int64_t stride = (columns[3] + 3 * c.q_heads + 7) / 8 * 8;
+    bf16 *qkv = random_values(n * stride, 2), *dqkv = zeros((size_t)(n * stride) * sizeof *dqkv);
+    bf16 *o = device((size_t)(n * q_row) * sizeof *o);
+    forward_backward(&c, &batch, qkv, dqkv, columns, stride, o);
 
     // o is linear in v, and dout = o, so <v, dv> = <o, o>.
-    double left = dot(v, dv, kv_size), right = dot(o, o, q_size);
-    printf("%.0f MiB saved, %.0f MiB workspace; <v, dv> = %.1f, <o, o> = %.1f\n",
-           (double)saved_bytes / 1048576, (double)bytes / 1048576, left, right);
+    double left = dot(qkv + columns[2], stride, dqkv + columns[2], stride, n, kv_row);
+    double right = dot(o, q_row, o, q_row, n, q_row);
+    printf("<v, dv> = %.1f, <o, o> = %.1f\n", left, right);
     if (!(fabs(left - right) < 0.01 * right)) {
         fprintf(stderr, "error: <v, dv> and <o, o> differ by 1%% or more\n");
         return 1;

@@ -70,6 +70,7 @@ typedef struct {
     int gate_per_token; // 0: three gates for each query head; 1: three gates for each token
     float scale;        // factor of q.k before softmax; 0: 1/sqrt(head_dim)
     int recompute;      // 1: forward does not save the branches' outputs, backward recomputes them (GPU)
+    int reserved[4];    // must be 0; room for the fields of later versions
 } FsaConfig;
 
 // A segment: the queries at positions pos .. pos + len - 1 of sequence seq. The query arrays hold the
@@ -91,23 +92,39 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // The GPU library
 //
 // N is the number of keys (tokens) of a batch, Nq of queries, M of compression windows. Arrays are row-major:
-//   q, o, dout, dq     [Nq, Hq, d]    16-bit (dtype)
-//   k, v, dk, dv       [N, Hkv, d]    16-bit
-//   kc, vc             [M, Hkv, d]    16-bit; compressed keys and values, sequence after sequence
-//   gate_logits        [Nq, Hq, 3]    16-bit; compressed, selected, sliding; gate_per_token: [Nq, 3]
-//   lse                [Nq, Hq]       fp32; natural log-sum-exp of a branch; -inf: the row sees no key
-//   block_indices      [Hkv, Nq, T]   int32; ascending block numbers within the sequence, padded with -1
+//   q, o, dout, dq               [Nq, Hq, d]    16-bit (dtype)
+//   k, v, dk, dv                 [N, Hkv, d]    16-bit
+//   kc, vc                       [M, Hkv, d]    16-bit; compressed keys and values, sequence after sequence
+//   gate_logits, dgate_logits    [Nq, Hq, 3]    16-bit; compressed, selected, sliding; gate_per_token: [Nq,
+//   3] lse                          [Nq, Hq]       fp32; natural log-sum-exp of a branch; -inf: the row sees
+//   no key block_indices                [Hkv, Nq, T]   int32; ascending block numbers within the sequence,
+//   padded
+//                                               with -1
 //
-// Pointers are device pointers, aligned to 16 bytes, unless said otherwise; c, b, phi and dphi are on the
-// host. A function launches kernels on `stream` and returns. It allocates nothing, never synchronizes, and
-// may be called from several threads that have separate workspaces. Results are bitwise reproducible on the
-// same GPU. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of phi's
-// weights.
+// Row strides. The 16-bit arrays of tokens may be views of larger matrices, such as q in the output of one
+// QKV matmul. X_stride is the number of elements from a token's row of X to the next one, at least the length
+// of a row and a multiple of 8. 0 means packed: the rows follow each other. A row itself is contiguous. The
+// elements between rows are neither read nor written. gate_logits and dgate_logits need no alignment beyond
+// their element's: any gate_stride from the length of a row on.
+//
+// Argument structs. Set all fields to zero, then `size`, then what is needed:
+//     FsaForward a = {.size = sizeof a, .q = q, .k = k, ...};
+// A field that is not set has its default, which its comment states; a pointer has none unless its comment
+// says so. Later versions add fields at the end. A library accepts a struct of another version if the fields
+// that it does not know are zero.
+//
+// Pointers are device pointers, aligned to 16 bytes, unless said otherwise; c, b and the argument structs are
+// on the host. A function launches kernels on `stream` and returns. It allocates nothing, never synchronizes,
+// and may be called from several threads that have separate workspaces. Results are bitwise reproducible on
+// the same GPU. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of
+// phi's weights.
 //
 // Errors common to all functions that launch kernels:
 //   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535
-//   FSA_ERROR_ARGUMENT    c or b is NULL; dtype is unknown; a count of b breaks its rule; Nq*T >= 2^31 or
-//                         Nq*Hq >= 2^32; or a pointer that is needed is NULL or misaligned
+//   FSA_ERROR_ARGUMENT    a pointer that is needed is NULL, misaligned, host memory or memory of another GPU;
+//                         a stride or the size of a struct breaks its rule; dtype is unknown; a count of b
+//                         breaks its rule; Nq*T >= 2^31 or Nq*Hq >= 2^32; a stride times Nq or N >= 2^35;
+//                         the stream belongs to another GPU (CUDA 12.8 or later knows)
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
 //   FSA_ERROR_CUDA        a CUDA error of an earlier call is pending on the calling thread. It stays pending
 // A function finds these errors before its first step, and launches nothing. It finds the following ones only
@@ -127,10 +144,11 @@ typedef struct {
     int64_t max_len;            // tokens of the longest sequence, or more; at most num_keys, below 2^30
     const int64_t *cu_seqlens;  // [num_seqs + 1] first key of each sequence; cu_seqlens[num_seqs] = N
     const FsaSegment *segments; // [num_segments]
+    int64_t reserved[2];        // must be 0; room for the fields of later versions
 } FsaDeviceBatch;
 
 // Parameters of the compression for phi = linear: wk, wv [Hkv, l*d, d], whose row r*d + c multiplies channel
-// c of the window's token r; pe [Hkv, l, d], NULL: no position embedding.
+// c of the window's token r; pe [Hkv, l, d], NULL: no position embedding. phi = mean has none: all NULL.
 typedef struct {
     const void *wk, *pe, *wv;
 } FsaPhiWeights;
@@ -168,63 +186,137 @@ size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
 const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                        const void *saved);
 
-// Computes native sparse attention, all steps (NSA, "Algorithm Design"), from v, and from q and k before
-// RoPE. Writes o, the gated sum of the three branches, and saved (fsa_saved_size bytes), which fsa_backward
-// reads. inv_freq [d/2] double, radians per token; NULL: no RoPE. block_indices: blocks to attend to, as
-// fsa_selected_forward takes them; NULL: the blocks are selected by their scores. phi is ignored for phi =
-// mean. Errors: those common to all.
-int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q, const void *k,
-                const void *v, const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits,
-                const int32_t *block_indices, void *o, void *saved, void *workspace, size_t workspace_bytes,
+typedef struct {
+    size_t size;             // sizeof(FsaForward)
+    const void *q, *k, *v;   // q and k before RoPE
+    const void *gate_logits; // before the sigmoid
+    int64_t q_stride, k_stride, v_stride, gate_stride;
+    FsaPhiWeights phi;
+    const double *inv_freq;       // [d/2] double, radians per token; NULL: no RoPE
+    const int32_t *block_indices; // the blocks to attend to, as fsa_selected_forward takes them; NULL: they
+                                  // are selected by their scores
+    void *o; // output: the gated sum of the three branches. It may be q, with the same stride
+    int64_t o_stride;
+    void *saved; // output: fsa_saved_size bytes for fsa_backward
+    void *workspace;
+    size_t workspace_bytes;
+} FsaForward;
+// Computes native sparse attention, all steps (NSA, "Algorithm Design"). Errors: those common to all.
+int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const FsaForward *args,
                 FsaStream stream);
-// Computes the gradients of fsa_forward: from dout and `saved` it overwrites dq, dk (of q and k before RoPE),
-// dv and dgate_logits (the shape of gate_logits). It adds to the arrays of dphi, which is ignored for phi =
-// mean. c, dtype, b, k, v, phi, inv_freq and gate_logits are those of forward. No gradient flows through the
+
+typedef struct {
+    size_t size;             // sizeof(FsaBackward)
+    const void *k, *v;       // of forward, k before RoPE
+    const void *gate_logits; // of forward
+    const void *dout;        // the gradient of o
+    int64_t k_stride, v_stride, gate_stride, dout_stride;
+    FsaPhiWeights phi;      // of forward
+    const double *inv_freq; // of forward
+    const void *saved;      // of forward
+    void *dq, *dk, *dv;     // outputs; dq and dk are the gradients of q and k before RoPE
+    void *dgate_logits;     // output
+    int64_t dq_stride, dk_stride, dv_stride, dgate_stride;
+    FsaPhiGradients dphi; // outputs, added to; ignored for phi = mean
+    void *workspace;
+    size_t workspace_bytes;
+} FsaBackward;
+// Computes the gradients of fsa_forward. c, dtype and b are those of forward. No gradient flows through the
 // block selection. Equations: README.md, "Backward". Errors: those common to all.
-int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *k, const void *v,
-                 const FsaPhiWeights *phi, const double *inv_freq, const void *gate_logits, const void *dout,
-                 const void *saved, void *dq, void *dk, void *dv, const FsaPhiGradients *dphi,
-                 void *dgate_logits, void *workspace, size_t workspace_bytes, FsaStream stream);
+int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const FsaBackward *args,
+                 FsaStream stream);
 
-// Computes the selected branch alone (NSA, "Token Selection", in FSA's loop order): attention of the rotated
-// q to the rotated k, and v, over the tokens of a query's blocks up to the query itself. Writes o and lse.
-// The blocks of a query in block_indices are distinct, ascending, and not after the query's own block; the
-// list is padded with -1. It must contain the initial blocks (the first init_blocks) and the local blocks
-// (the last local_blocks), as far as they exist. The lists of fsa_select_blocks do. On Hopper, forward
-// attends to these blocks without reading the list. A caller whose lists do not contain them sets both counts
-// to 0; lists may then have any length from 0 to T. Errors: those common to all.
-int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                         const void *k, const void *v, const int32_t *block_indices, void *o, float *lse,
-                         void *workspace, size_t workspace_bytes, FsaStream stream);
-// Computes the gradients of fsa_selected_forward: from dout, and o and lse of forward, it overwrites dq, dk
-// and dv. Errors: those common to all.
-int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                          const void *k, const void *v, const int32_t *block_indices, const void *o,
-                          const float *lse, const void *dout, void *dq, void *dk, void *dv, void *workspace,
-                          size_t workspace_bytes, FsaStream stream);
+typedef struct {
+    size_t size;           // sizeof(FsaSelectedForward)
+    const void *q, *k, *v; // q and k after RoPE
+    int64_t q_stride, k_stride, v_stride;
+    const int32_t *block_indices;
+    void *o;    // output
+    float *lse; // output
+    int64_t o_stride;
+    void *workspace;
+    size_t workspace_bytes;
+} FsaSelectedForward;
+// Computes the selected branch alone (NSA, "Token Selection", in FSA's loop order): attention of q to k and v
+// over the tokens of a query's blocks up to the query itself. The blocks of a query in block_indices are
+// distinct, ascending, and not after the query's own block; the list is padded with -1. It must contain the
+// initial blocks (the first init_blocks) and the local blocks (the last local_blocks), as far as they exist.
+// The lists of fsa_select_blocks do. On Hopper, forward attends to these blocks without reading the list. A
+// caller whose lists do not contain them sets both counts to 0; lists may then have any length from 0 to T.
+// Errors: those common to all.
+int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                         const FsaSelectedForward *args, FsaStream stream);
 
-// Computes the block selection alone (NSA, "Token Selection") from the rotated q and kc, and lse_c, the lse
-// of the compressed branch from fsa_attention_forward. Writes block_indices. A query gets min(T, blocks up to
-// its own) blocks: the initial and local blocks, and of the others those with the greatest scores; ties go to
-// the lower index. kc must have floor(N/s) rows, as below. Errors: those common to all.
-int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, const void *q,
-                      const void *kc, const float *lse_c, int32_t *block_indices, void *workspace,
-                      size_t workspace_bytes, FsaStream stream);
+typedef struct {
+    size_t size;           // sizeof(FsaSelectedBackward)
+    const void *q, *k, *v; // of forward
+    const void *o;         // of forward
+    const void *dout;      // the gradient of o
+    int64_t q_stride, k_stride, v_stride, o_stride, dout_stride;
+    const float *lse;             // of forward
+    const int32_t *block_indices; // of forward
+    void *dq, *dk, *dv;           // outputs
+    int64_t dq_stride, dk_stride, dv_stride;
+    void *workspace;
+    size_t workspace_bytes;
+} FsaSelectedBackward;
+// Computes the gradients of fsa_selected_forward. Errors: those common to all.
+int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                          const FsaSelectedBackward *args, FsaStream stream);
 
-// Computes attention under the rule FSA_CAUSAL, FSA_WINDOW or FSA_COMPRESSED from v and the rotated q and k.
-// Writes o and lse. For FSA_COMPRESSED, k and v are kc and vc, and dk and dv below are their gradients, [M,
-// Hkv, d]. The host knows only that M <= N/s, so kernels may load all floor(N/s) rows of kc and vc: these
-// rows must exist, but rows from M may be uninitialized. Errors: those common to all; FSA_ERROR_ARGUMENT for
-// another rule.
-int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                          const void *q, const void *k, const void *v, void *o, float *lse, void *workspace,
-                          size_t workspace_bytes, FsaStream stream);
-// Computes the gradients of fsa_attention_forward: from dout, and o and lse of forward, it overwrites dq, dk
-// and dv. Errors: those of forward.
-int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaVisibility rule,
-                           const void *q, const void *k, const void *v, const void *o, const float *lse,
-                           const void *dout, void *dq, void *dk, void *dv, void *workspace,
-                           size_t workspace_bytes, FsaStream stream);
+typedef struct {
+    size_t size;    // sizeof(FsaSelectBlocks)
+    const void *q;  // after RoPE
+    const void *kc; // after RoPE; floor(N/s) rows must exist, as for fsa_attention_forward
+    int64_t q_stride, kc_stride;
+    const float *lse_c;     // lse of the compressed branch, from fsa_attention_forward with FSA_COMPRESSED
+    int32_t *block_indices; // output
+    void *workspace;
+    size_t workspace_bytes;
+} FsaSelectBlocks;
+// Computes the block selection alone (NSA, "Token Selection"). A query gets min(T, blocks up to its own)
+// blocks: the initial and local blocks, and of the others those with the greatest scores; ties go to the
+// lower index. Errors: those common to all.
+int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                      const FsaSelectBlocks *args, FsaStream stream);
+
+typedef struct {
+    size_t size;           // sizeof(FsaAttentionForward)
+    FsaVisibility rule;    // FSA_CAUSAL, FSA_WINDOW or FSA_COMPRESSED
+    const void *q, *k, *v; // FSA_COMPRESSED: k and v are kc and vc
+    int64_t q_stride, k_stride, v_stride;
+    const double *inv_freq; // [d/2] double, radians per token: RoPE of q and k; NULL: q and k are used as
+                            // they are. FSA_COMPRESSED needs NULL
+    void *o;                // output
+    float *lse;             // output
+    int64_t o_stride;
+    void *workspace;
+    size_t workspace_bytes;
+} FsaAttentionForward;
+// Computes attention under a visibility rule: o = softmax(scale q k^T) v over the visible keys, after RoPE of
+// q and k if inv_freq is set. For FSA_COMPRESSED the host knows only that M <= N/s, so kernels may load all
+// floor(N/s) rows of kc and vc: these rows must exist, but rows from M may be uninitialized. Errors: those
+// common to all; FSA_ERROR_ARGUMENT for another rule.
+int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                          const FsaAttentionForward *args, FsaStream stream);
+
+typedef struct {
+    size_t size;           // sizeof(FsaAttentionBackward)
+    FsaVisibility rule;    // of forward
+    const void *q, *k, *v; // of forward
+    const void *o;         // of forward
+    const void *dout;      // the gradient of o
+    int64_t q_stride, k_stride, v_stride, o_stride, dout_stride;
+    const double *inv_freq; // of forward
+    const float *lse;       // of forward
+    void *dq, *dk, *dv;     // outputs: the gradients of q, k and v as they were passed, before RoPE
+    int64_t dq_stride, dk_stride, dv_stride;
+    void *workspace;
+    size_t workspace_bytes;
+} FsaAttentionBackward;
+// Computes the gradients of fsa_attention_forward. Errors: those of forward.
+int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
+                           const FsaAttentionBackward *args, FsaStream stream);
 
 #pragma GCC visibility pop
 

@@ -20,17 +20,18 @@
 struct BwdPreprocessParams {
     int64_t rows;           // Nq * Hq
     int q_heads, per_token; // per_token: 1 if all heads of a query share three gates
-    const void *logits;     // [Nq, Hq, 3], or [Nq, 3] if per_token; NULL: no gate
-    const void *o[3];       // [Nq, Hq, D] of each branch
-    const void *dout;       // [Nq, Hq, D]
+    ConstRows logits;       // [Nq, Hq, 3], or [Nq, 3] if per_token; NULL: no gate
+    ConstRows o[3];         // [Nq, Hq, D] of each branch
+    ConstRows dout;         // [Nq, Hq, D]
     const float *lse[3];    // [Nq, Hq] of each branch
     float *delta[3];        // [Nq, Hq] of each branch
     float *lse_bwd[3];      // [Nq, Hq] of each branch; NULL: not written
-    void *dlogits;          // as logits
+    Rows dlogits;           // as logits
 };
 
-template <typename T> static __device__ __forceinline__ float load1(const void *x, int64_t i) {
-    return (float)((const T *)x)[i];
+// Returns a query's row of x.
+template <typename T> static __device__ __forceinline__ const T *row_of(const ConstRows &x, int64_t query) {
+    return (const T *)x.data + query * x.stride;
 }
 
 // delta, lse_bwd and dlogits of BRANCHES branches.
@@ -40,6 +41,10 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
     int64_t query = blockIdx.x * 8ll + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (query * p.q_heads >= p.rows) return;
+    const uint4 *const dout = (const uint4 *)row_of<T>(p.dout, query), *o[BRANCHES];
+#pragma unroll
+    for (int i = 0; i < BRANCHES; i++) o[i] = (const uint4 *)row_of<T>(p.o[i], query);
+    T *const dlogits = (T *)p.dlogits.data + query * p.dlogits.stride;
     float query_sum[BRANCHES] = {}; // dlogits of the query, if per_token
     for (int head0 = 0; head0 < p.q_heads; head0 += 32) {
         const int64_t row0 = query * p.q_heads + head0;
@@ -48,12 +53,12 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
 #pragma unroll 2
         for (int first = 0; first < heads; first += HEADS) {
             const bool valid = first + lane / LANES < heads;
-            const int64_t at = (row0 + first) * LANES + lane;
-            uint4 g = valid ? ((const uint4 *)p.dout)[at] : make_uint4(0, 0, 0, 0);
+            const int at = (head0 + first) * LANES + lane;
+            uint4 g = valid ? dout[at] : make_uint4(0, 0, 0, 0);
             const uint32_t gw[4] = {g.x, g.y, g.z, g.w};
 #pragma unroll
             for (int i = 0; i < BRANCHES; i++) {
-                uint4 x = valid ? ((const uint4 *)p.o[i])[at] : make_uint4(0, 0, 0, 0);
+                uint4 x = valid ? o[i][at] : make_uint4(0, 0, 0, 0);
                 const uint32_t xw[4] = {x.x, x.y, x.z, x.w};
                 float sum = 0;
 #pragma unroll
@@ -72,11 +77,12 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
             float dlogit = 0;
             if (lane < heads) {
                 float lse = p.lse[i][row], shift = 0;
-                if (p.logits) {
-                    float x = load1<T>(p.logits, (p.per_token ? query : row) * 3 + i), gate = sigmoid(x);
+                if (p.logits.data) {
+                    const int index = (p.per_token ? 0 : head0 + lane) * 3 + i;
+                    float x = to_f32(row_of<T>(p.logits, query)[index]), gate = sigmoid(x);
                     shift = x > 0 ? log1pf(__expf(-x)) : log1pf(__expf(x)) - x; // -ln(gate)
                     dlogit = dots[i] * gate * (1 - gate);
-                    if (!p.per_token) ((T *)p.dlogits)[row * 3 + i] = (T)dlogit;
+                    if (!p.per_token) dlogits[index] = (T)dlogit;
                 }
                 p.delta[i][row] = dots[i];
                 if (p.lse_bwd[i]) p.lse_bwd[i][row] = lse == -INFINITY ? INFINITY : lse + shift;
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(256) bwd_preprocess_kernel(BwdPreprocessParams
         }
     }
     if (p.per_token && lane == 0) {
-        for (int i = 0; i < BRANCHES; i++) ((T *)p.dlogits)[query * 3 + i] = (T)query_sum[i];
+        for (int i = 0; i < BRANCHES; i++) dlogits[i] = (T)query_sum[i];
     }
 }
 
@@ -101,25 +107,27 @@ static int launch_bwd_preprocess(const BwdPreprocessParams &p, unsigned grid, cu
     return LAUNCH((bwd_preprocess_kernel<T, D, 1>), grid, 256, 0, stream, p);
 }
 
-int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,
-                      const void *const o_branch[3], const float *const lse[3], const void *dout,
-                      float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream) {
+int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, ConstRows logits,
+                      const void *const o_branch[3], const float *const lse[3], ConstRows dout,
+                      float *const delta[3], float *const lse_bwd[3], Rows dlogits, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    BwdPreprocessParams p = {
-        nq * c->q_heads, c->q_heads, c->gate_per_token, logits, {o_branch[0], o_branch[1], o_branch[2]}};
+    BwdPreprocessParams p = {nq * c->q_heads, c->q_heads, c->gate_per_token, logits};
     p.dout = dout, p.dlogits = dlogits;
-    for (int i = 0; i < 3; i++) p.lse[i] = lse[i], p.delta[i] = delta[i], p.lse_bwd[i] = lse_bwd[i];
+    for (int i = 0; i < 3; i++) {
+        p.o[i] = packed_q(c, o_branch[i]);
+        p.lse[i] = lse[i], p.delta[i] = delta[i], p.lse_bwd[i] = lse_bwd[i];
+    }
     unsigned grid = (unsigned)((nq + 7) / 8);
     return FSA_DISPATCH(dtype, c->head_dim, launch_gate_backward, p, grid, stream);
 }
 
-int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
-                       const void *dout, float *delta, float *lse_bwd, cudaStream_t stream) {
+int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, ConstRows o, const float *lse,
+                       ConstRows dout, float *delta, float *lse_bwd, cudaStream_t stream) {
     if (nq == 0) return FSA_OK;
     if (c->head_dim != 64 && c->head_dim != 128) return FSA_ERROR_CONFIG;
-    BwdPreprocessParams p = {nq * c->q_heads, c->q_heads, 0,         NULL, {o}, dout,
-                             {lse},           {delta},    {lse_bwd}, NULL};
+    BwdPreprocessParams p = {nq * c->q_heads, c->q_heads, 0, {NULL, 0}};
+    p.o[0] = o, p.dout = dout, p.lse[0] = lse, p.delta[0] = delta, p.lse_bwd[0] = lse_bwd;
     unsigned grid = (unsigned)((nq + 7) / 8);
     return FSA_DISPATCH(dtype, c->head_dim, launch_bwd_preprocess, p, grid, stream);
 }

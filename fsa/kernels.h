@@ -1,6 +1,5 @@
 // kernels.h: the launchers of all steps, one section per file. README.md shows which step reads and writes
-// what. The header is internal to the library, except that the GPU trainer also calls fsa_rope_queries and
-// fsa_rope_keys here, and fsa_batch_layout in batch.cuh.
+// what. The header is internal to the library.
 //
 // Conventions. c and batch are on the host and checked by the caller (api.cu); every other pointer is a
 // device pointer. A void array has the 16-bit type `dtype`. Nq, N, M, T, Hq, Hkv, g, d are those of fsa.h. A
@@ -57,17 +56,25 @@ int fsa_num_sms(); // of the current device
 bool fsa_use_sm90();
 
 // ---- rope.cu ----------------------------------------------------------------------------------------
-// RoPE of queries: out = x rotated by position * inv_freq, x and out [Nq, Hq, d]. The positions come from the
-// segments. inv_freq [d/2] double, radians per token; NULL copies x. out may be x. Returns FSA_ERROR_CONFIG
-// unless d is 64 or 128.
-int fsa_rope_queries(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
+// RoPE of queries: out = x rotated by position * inv_freq. x [Nq, Hq, d]; out [Nq, Hq, d], packed. The
+// positions come from the segments. inv_freq [d/2] double, radians per token; NULL copies x. Returns
+// FSA_ERROR_CONFIG unless d is 64 or 128.
+int fsa_rope_queries(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows x,
                      const double *inv_freq, void *out, cudaStream_t stream);
-// RoPE of keys: x and out [N, Hkv, d]. The position of a key is its index in its sequence. Otherwise as
-// fsa_rope_queries.
-int fsa_rope_keys(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *x,
+// RoPE of keys: x [N, Hkv, d]; out [N, Hkv, d], packed. The position of a key is its index in its sequence.
+// Otherwise as fsa_rope_queries.
+int fsa_rope_keys(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows x,
                   const double *inv_freq, void *out, cudaStream_t stream);
+// Inverse RoPE of gradients, and their conversion to 16 bits. inv_freq NULL: conversion alone. The same
+// errors. dq [Nq, Hq, d] from dq_accum (below).
+int fsa_convert_dq(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const float *dq_accum,
+                   const double *inv_freq, Rows dq, cudaStream_t stream);
+// out, which is dk or dv, from x, fp32 of the same shape, packed: [N, Hkv, d], or if `compressed` [M, Hkv,
+// d].
+int fsa_convert_dkv(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const float *x,
+                    bool compressed, const double *inv_freq, Rows out, cudaStream_t stream);
 
-// ---- dq_accum: its layout, and its conversion to dq in rope.cu --------------------------------------
+// ---- dq_accum: its layout ---------------------------------------------------------------------------
 // dq_accum is the fp32 accumulator of dQ: rows [Hkv, Nq, g] of d floats. The rows of consecutive queries of a
 // KV head are contiguous, so one bulk copy can add them. Chunk i of a row, 8 floats, is stored as chunk
 // i ^ (row % 4). Kernels hold tiles in shared memory in this layout: threads that write the same chunk of
@@ -85,10 +92,6 @@ __host__ __device__ static inline int64_t dq_accum_row(int64_t nq, int g, int64_
 __host__ __device__ static inline int dq_accum_chunk(int64_t row, int chunk) {
     return chunk ^ (int)(row & 3);
 }
-// Computes dq [Nq, Hq, d]: dq_accum rounded to 16 bits. Returns FSA_ERROR_CONFIG unless d is 64 or 128.
-int fsa_convert_dq(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const float *dq_accum,
-                   void *dq, cudaStream_t stream);
-
 // ---- compress.cu ------------------------------------------------------------------------------------
 // Returns the bytes of `scratch` below.
 size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, int backward);
@@ -96,18 +99,17 @@ size_t fsa_compress_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, 
 // to position s*i. phi = linear: wk, wv [Hkv, l*d, d]; pe [Hkv, l, d] or NULL. phi = mean: all NULL. inv_freq
 // [d/2] double; NULL rotates nothing. scratch: fsa_compress_scratch_bytes bytes, aligned to 16. Returns
 // FSA_ERROR_CONFIG unless d is 64 or 128.
-int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
-                         const void *v, const void *wk, const void *pe, const void *wv,
-                         const double *inv_freq, void *kc, void *vc, void *scratch, cudaStream_t stream);
+int fsa_compress_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows k,
+                         ConstRows v, const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                         void *kc, void *vc, void *scratch, cudaStream_t stream);
 // Computes the gradients of fsa_compress_forward from dkc (of the rotated kc) and dvc, fp32 [M, Hkv, d].
 // Overwrites dk (dk_unrotated), fp32 [N, Hkv, d], the gradient of k before RoPE. dv (dv_accum), of the same
 // shape, is overwritten (accumulate = 0) or added to (1). phi = linear: adds to dwk, dpe, dwv, fp32 of the
 // shapes of wk, pe, wv; phi = mean: these are NULL. Errors as in forward.
-int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
-                          const void *v, const void *wk, const void *pe, const void *wv,
-                          const double *inv_freq, const float *dkc, const float *dvc, float *dk, float *dv,
-                          int accumulate, float *dwk, float *dpe, float *dwv, void *scratch,
-                          cudaStream_t stream);
+int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows k,
+                          ConstRows v, const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                          const float *dkc, const float *dvc, float *dk, float *dv, int accumulate,
+                          float *dwk, float *dpe, float *dwv, void *scratch, cudaStream_t stream);
 
 // ---- dense.cu ---------------------------------------------------------------------------------------
 // Dense attention over all keys that are visible under a rule: FSA_CAUSAL, FSA_WINDOW, or FSA_COMPRESSED,
@@ -115,11 +117,11 @@ int fsa_compress_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype
 // k, v [N or M, Hkv, d]; q and k rotated; lse fp32 [Nq, Hq], -inf for a row without keys, whose o is 0.
 // Returns FSA_ERROR_CONFIG for FSA_SELECTED, or unless d is 64 or 128.
 int fsa_dense_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                      const void *q, const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+                      ConstRows q, ConstRows k, ConstRows v, Rows o, float *lse, cudaStream_t stream);
 // The same over the keys of a query's initial and local blocks (Hopper only). The result is a partial result
 // of the selected branch, normalized over these keys.
-int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                 const void *k, const void *v, void *o, float *lse, cudaStream_t stream);
+int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                 ConstRows k, ConstRows v, Rows o, float *lse, cudaStream_t stream);
 
 // Computes the gradients of fsa_dense_forward. With P = exp(scale q k^T - lse_bwd), which is gate * softmax,
 // and dS = P (dout v^T - delta):
@@ -133,7 +135,7 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, F
 // FSA_ERROR_ARGUMENT if there are too many work items (2^30).
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                       const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
+                       ConstRows q, ConstRows k, ConstRows v, ConstRows dout, const float *lse_bwd,
                        const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                        int accumulate_dkv, void *scratch, cudaStream_t stream);
 
@@ -147,8 +149,8 @@ int fsa_local_blocks_in_window_backward(const FsaConfig *c);
 //   lse_bwd[0], delta[0]    selected branch
 //   lse_bwd[1], delta[1]    sliding branch
 // Arrays, scratch and errors as in fsa_dense_backward.
-int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                        const void *k, const void *v, const void *dout, const float *const lse_bwd[2],
+int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                        ConstRows k, ConstRows v, ConstRows dout, const float *const lse_bwd[2],
                         const float *const delta[2], float *dq, float *dk, float *dv, void *scratch,
                         cudaStream_t stream);
 
@@ -205,14 +207,14 @@ int fsa_query_lists(const FsaConfig *c, const BatchLayout *batch, const int32_t 
 // [Nq, 3] with gate_per_token (dlogits then sums over the heads); o_branch[i], dout [Nq, Hq, d]; lse[i],
 // delta[i], lse_bwd[i] fp32 [Nq, Hq]. Overwrites delta, lse_bwd and dlogits. Returns FSA_ERROR_CONFIG unless
 // d is 64 or 128.
-int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *logits,
-                      const void *const o_branch[3], const float *const lse[3], const void *dout,
-                      float *const delta[3], float *const lse_bwd[3], void *dlogits, cudaStream_t stream);
+int fsa_gate_backward(const FsaConfig *c, FsaDtype dtype, int64_t nq, ConstRows logits,
+                      const void *const o_branch[3], const float *const lse[3], ConstRows dout,
+                      float *const delta[3], float *const lse_bwd[3], Rows dlogits, cudaStream_t stream);
 // Computes delta and lse_bwd of one branch without a gate: lse_bwd = lse, or +inf for a row without keys.
 // lse_bwd may be NULL: not written. fsa_selected_backward then passes lse as lse_bwd. That is valid because
 // fsa_selected_branch_backward does not read the lse of a row without keys.
-int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, const void *o, const float *lse,
-                       const void *dout, float *delta, float *lse_bwd, cudaStream_t stream);
+int fsa_bwd_preprocess(const FsaConfig *c, FsaDtype dtype, int64_t nq, ConstRows o, const float *lse,
+                       ConstRows dout, float *delta, float *lse_bwd, cudaStream_t stream);
 
 // ---- selected.cu, selected_combine.cu ---------------------------------------------------------------
 // Returns the queries per slab of the selected branch's forward pass.
@@ -228,14 +230,14 @@ struct GateCombine {
     Rows o_gated;              // [Nq, Hq, d]
 };
 // Computes the selected branch: o and lse as in fsa_dense_forward, over the tokens of the blocks in
-// block_indices [Hkv, Nq, T]. gate: NULL, or the gated sum to compute as well. If gate->o_gated == o, the
+// block_indices [Hkv, Nq, T]. gate: NULL, or the gated sum to compute as well. If gate->o_gated is o, the
 // ungated o is not stored.
 // scratch: fsa_selected_scratch_bytes bytes, aligned to 256. On Hopper block_indices must contain the initial
 // and local blocks, which fsa_dense_init_local_forward computes. Returns FSA_ERROR_ARGUMENT if Nq*Hq >= 2^32,
 // and the errors of fsa_query_lists.
-int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                const void *k, const void *v, const int32_t *block_indices, void *scratch,
-                                void *o, float *lse, const GateCombine *gate, cudaStream_t stream);
+int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                ConstRows k, ConstRows v, const int32_t *block_indices, void *scratch, Rows o,
+                                float *lse, const GateCombine *gate, cudaStream_t stream);
 
 // Gradients of the other branches, fp32. The selected branch adds them to its own before it rounds to 16
 // bits.
@@ -250,10 +252,10 @@ struct BranchGradients {
 // nothing is added, and no inverse RoPE is applied). A query's last local_blocks blocks are left out;
 // fsa_window_backward has added them to branch_grads. Rows without blocks in the query lists read neither
 // delta nor lse_bwd. scratch and errors as in forward.
-int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                 const void *k, const void *v, const int32_t *block_indices, int local_blocks,
-                                 const void *dout, const float *delta, const float *lse_bwd,
-                                 const BranchGradients *branch_grads, void *scratch, void *dq, void *dk,
-                                 void *dv, cudaStream_t stream);
+int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                 ConstRows k, ConstRows v, const int32_t *block_indices, int local_blocks,
+                                 ConstRows dout, const float *delta, const float *lse_bwd,
+                                 const BranchGradients *branch_grads, void *scratch, Rows dq, Rows dk,
+                                 Rows dv, cudaStream_t stream);
 
 #endif

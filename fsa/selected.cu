@@ -272,9 +272,9 @@ static int selected_backward(SelectedParams a, const SelectedSizes &s, FsaDtype 
     return FSA_OK;
 }
 
-int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                const void *k, const void *v, const int32_t *block_indices, void *scratch,
-                                void *o, float *lse, const GateCombine *gate, cudaStream_t stream) {
+int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                ConstRows k, ConstRows v, const int32_t *block_indices, void *scratch, Rows o,
+                                float *lse, const GateCombine *gate, cudaStream_t stream) {
     SelectedSizes s = make_sizes(c, batch, dtype, 0);
     if (batch->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (batch->nq == 0) return FSA_OK;
@@ -283,27 +283,24 @@ int fsa_selected_branch_forward(const FsaConfig *c, const BatchLayout *batch, Fs
     }
     SelectedParams a = make_params(c, batch, s, scratch);
     TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
-    a.q = {q, q_row}, a.k = {k, k_row}, a.v = {v, k_row}, a.o = {o, q_row}, a.lse = lse;
+    a.q = q, a.k = k, a.v = v, a.o = o, a.lse = lse;
     if (gate) a.gate = *gate, a.gate_per_token = c->gate_per_token;
     return selected_forward(a, s, dtype, c->head_dim, stream);
 }
 
-int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *q,
-                                 const void *k, const void *v, const int32_t *block_indices, int local_blocks,
-                                 const void *dout, const float *delta, const float *lse_bwd,
-                                 const BranchGradients *branch_grads, void *scratch, void *dq, void *dk,
-                                 void *dv, cudaStream_t stream) {
+int fsa_selected_branch_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q,
+                                 ConstRows k, ConstRows v, const int32_t *block_indices, int local_blocks,
+                                 ConstRows dout, const float *delta, const float *lse_bwd,
+                                 const BranchGradients *branch_grads, void *scratch, Rows dq, Rows dk,
+                                 Rows dv, cudaStream_t stream) {
     SelectedSizes s = make_sizes(c, batch, dtype, 1);
     s.local = local_blocks;
     if (batch->nq * c->q_heads > UINT32_MAX) return FSA_ERROR_ARGUMENT;
     if (batch->n == 0) return FSA_OK;
     SelectedParams a = make_params(c, batch, s, scratch);
     TRY(build_lists_and_ranges(c, batch, block_indices, &a, stream));
-    const int64_t q_row = (int64_t)c->q_heads * c->head_dim, k_row = (int64_t)c->kv_heads * c->head_dim;
-    a.q = {q, q_row}, a.k = {k, k_row}, a.v = {v, k_row}, a.dout = {dout, q_row}, a.delta = delta,
-    a.lse_bwd = lse_bwd;
-    a.dq = {dq, q_row}, a.dk = {dk, k_row}, a.dv = {dv, k_row};
+    a.q = q, a.k = k, a.v = v, a.dout = dout, a.delta = delta, a.lse_bwd = lse_bwd;
+    a.dq = dq, a.dk = dk, a.dv = dv;
     if (branch_grads) a.branch_grads = *branch_grads;
     return selected_backward(a, s, dtype, c->head_dim, stream);
 }

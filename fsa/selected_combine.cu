@@ -95,13 +95,30 @@ template <typename P, int D> struct PartialRowReader {
             for (int i = 0; i < IN_FLIGHT; i++) use(x[i], IN_FLIGHT + i);
         }
     }
-    template <typename T> __device__ __forceinline__ void store(void *out, const float (&sum)[8]) const {
+    // Returns the address of this lane's chunk of the row in x [Nq, Hq, D].
+    template <typename T> __device__ __forceinline__ uint4 *chunk_of(Rows x, int q_heads) const {
+        return (uint4 *)((T *)x.data + query * x.stride) + (row - query * q_heads) * LANES + chunk;
+    }
+    template <typename T>
+    __device__ __forceinline__ void store(Rows out, int q_heads, const float (&sum)[8]) const {
         if (in_slab)
-            ((uint4 *)out)[row * (uint64_t)LANES + chunk] =
-                make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]),
-                           pack2<T>(sum[6], sum[7]));
+            *chunk_of<T>(out, q_heads) = make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]),
+                                                    pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7]));
     }
 };
+
+// Loads lse_partial of the row's partial indices slot0 + k * LANES + chunk; (-inf, 0) for those that are not
+// valid.
+template <typename Reader>
+static __device__ __forceinline__ void load_lse_partial(const SelectedParams &a, const Reader &r, int slot0,
+                                                        float2 (&lse_partial)[Reader::SLOTS_PER_LANE]) {
+#pragma unroll
+    for (int k = 0; k < Reader::SLOTS_PER_LANE; k++) {
+        const int slot = k * Reader::LANES + r.chunk;
+        lse_partial[k] = r.valid >> slot & 1 ? a.lse_partial[r.partial_row + (slot0 + slot) * a.group]
+                                             : make_float2(-INFINITY, 0);
+    }
+}
 
 // Forward: combines the o_partial rows of one row with the output of the initial and local blocks, which o
 // and lse already hold (selected.cuh), and with the other branches if there is a gate.
@@ -117,17 +134,21 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     // it copied.
     const bool has_init_local = a.lists.init_blocks + a.lists.local_blocks > 0, gated = a.gate.o_gated.data;
     __shared__ uint4 branch_rows[3][256]; // o of initial and local blocks, o_cmp, o_win
-    auto copy_chunk = [&](int i, const void *o) {
-        cp_async_16(smem_address(&branch_rows[i][threadIdx.x]),
-                    (const uint4 *)o + r.row * (uint64_t)Reader::LANES + r.chunk);
+    auto copy_chunk = [&](int i, const uint4 *chunk) {
+        cp_async_16(smem_address(&branch_rows[i][threadIdx.x]), chunk);
     };
-    if (has_init_local) copy_chunk(0, a.o.data);
-    if (gated) copy_chunk(1, a.gate.o_cmp), copy_chunk(2, a.gate.o_win);
+    if (has_init_local) copy_chunk(0, r.template chunk_of<T>(a.o, a.q_heads));
+    if (gated) {
+        const uint64_t index = r.row * (uint64_t)Reader::LANES + r.chunk;
+        copy_chunk(1, (const uint4 *)a.gate.o_cmp + index);
+        copy_chunk(2, (const uint4 *)a.gate.o_win + index);
+    }
     cp_async_commit();
     float init_local_lse = has_init_local ? a.lse[r.row] : -INFINITY;
     T logit = (T)0.f; // lane `chunk` < 3 holds the logit of branch `chunk`
     if (gated && r.chunk < 3)
-        logit = ((const T *)a.gate.logits.data)[(a.gate_per_token ? r.query : r.row) * 3ull + r.chunk];
+        logit = ((const T *)a.gate.logits.data)[r.query * a.gate.logits.stride + r.chunk +
+                                                (a.gate_per_token ? 0 : (r.row - r.query * a.q_heads) * 3)];
     r.find_valid_slots(a, 0);
     pdl_wait();
     pdl_launch_dependents();
@@ -135,25 +156,17 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     // The maximum lse over all partial indices.
     r.start_loads(a, 0);
     float2 lse_partial[Reader::SLOTS_PER_LANE]; // of partial indices k * LANES + chunk
-    auto load_lse_partial = [&](int slot0) {
-#pragma unroll
-        for (int k = 0; k < Reader::SLOTS_PER_LANE; k++) {
-            const int slot = k * Reader::LANES + r.chunk;
-            lse_partial[k] = r.valid >> slot & 1 ? a.lse_partial[r.partial_row + (slot0 + slot) * a.group]
-                                                 : make_float2(-INFINITY, 0);
-        }
-    };
     float max_lse = -INFINITY, sum = 0;
     if (slots > 16) {
         for (int slot0 = 16; slot0 < slots; slot0 += 16) {
             r.find_valid_slots(a, slot0);
-            load_lse_partial(slot0);
+            load_lse_partial(a, r, slot0, lse_partial);
 #pragma unroll
             for (int k = 0; k < Reader::SLOTS_PER_LANE; k++) max_lse = fmaxf(max_lse, lse_partial[k].x);
         }
         r.find_valid_slots(a, 0);
     }
-    load_lse_partial(0);
+    load_lse_partial(a, r, 0, lse_partial);
 #pragma unroll
     for (int k = 0; k < Reader::SLOTS_PER_LANE; k++) max_lse = fmaxf(max_lse, lse_partial[k].x);
     init_local_lse *= FSA_LOG2E;
@@ -178,7 +191,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
         if ((slot0 += 16) >= slots) break;
         r.find_valid_slots(a, slot0);
         r.start_loads(a, slot0);
-        load_lse_partial(slot0);
+        load_lse_partial(a, r, slot0, lse_partial);
     }
     for (int i = Reader::LANES / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     cp_async_wait<0>();
@@ -190,7 +203,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
     const float inverse = sum > 0 ? 1 / sum : 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
-    if (a.o.data != a.gate.o_gated.data) r.template store<T>(a.o.data, acc);
+    if (a.o.data != a.gate.o_gated.data) r.template store<T>(a.o, a.q_heads, acc);
 
     // The gated sum of the three branches.
     if (gated) {
@@ -201,7 +214,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
         for (int i = 1; i < 3; i++)
             add_row<T>(acc, branch_rows[i][threadIdx.x],
                        __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2, Reader::LANES));
-        r.template store<T>(a.gate.o_gated.data, acc);
+        r.template store<T>(a.gate.o_gated, a.q_heads, acc);
     }
     if (r.chunk == 0 && r.in_slab) a.lse[r.row] = sum > 0 ? (max_lse + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
@@ -299,7 +312,7 @@ static __device__ void combine_dq_partial(const SelectedParams &a, unsigned inde
             acc[j] = acc[j] * cs.x + (upper ? -other : other) * cs.y;
         }
     }
-    r.template store<T>(a.dq.data, acc);
+    r.template store<T>(a.dq, a.q_heads, acc);
 }
 
 // Backward: the reductions after the main kernel of a slab. The thread blocks for dkv_partial have the lowest
@@ -352,7 +365,8 @@ __global__ void __launch_bounds__(256) selected_store_dkv_kernel(SelectedParams 
             }
         }
         if (!is_v && a.branch_grads.dk_unrotated) add(a.branch_grads.dk_unrotated + offset, 1);
-        T *const out = (T *)(is_v ? a.dv.data : a.dk.data) + offset;
+        const Rows &out_rows = is_v ? a.dv : a.dk;
+        T *const out = (T *)out_rows.data + (key0 + token) * out_rows.stride + kv_head * D + channel;
         *(uint2 *)out = make_uint2(pack2<T>(lo[0], lo[1]), pack2<T>(lo[2], lo[3]));
         *(uint2 *)(out + D / 2) = make_uint2(pack2<T>(hi[0], hi[1]), pack2<T>(hi[2], hi[3]));
     }

@@ -132,13 +132,25 @@ template <typename T> struct Buffer {
         CUDA_CHECK(cudaMalloc((void **)&base, n * sizeof(T) + 2 * GUARD));
         poison();
     }
-    explicit Buffer(const std::vector<T> &v) : Buffer((int64_t)v.size()) { set(v); }
+    explicit Buffer(const std::vector<T> &v) : Buffer((int64_t)v.size()) {
+        set(v);
+    }
     Buffer(const Buffer &) = delete;
-    ~Buffer() { cudaFree(base); }
-    operator T *() const { return (T *)(base + GUARD); }
-    T *get() const { return (T *)(base + GUARD); }
-    void poison() { CUDA_CHECK(cudaMemset(base, 0xff, n * sizeof(T) + 2 * GUARD)); }
-    void zero() { CUDA_CHECK(cudaMemset(get(), 0, n * sizeof(T))); }
+    ~Buffer() {
+        cudaFree(base);
+    }
+    operator T *() const {
+        return (T *)(base + GUARD);
+    }
+    T *get() const {
+        return (T *)(base + GUARD);
+    }
+    void poison() {
+        CUDA_CHECK(cudaMemset(base, 0xff, n * sizeof(T) + 2 * GUARD));
+    }
+    void zero() {
+        CUDA_CHECK(cudaMemset(get(), 0, n * sizeof(T)));
+    }
     void set(const std::vector<T> &v) {
         CUDA_CHECK(cudaMemcpy(get(), v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
     }
@@ -162,6 +174,47 @@ template <typename T> struct Buffer {
             if (c != 0xff) return false;
         }
         return true;
+    }
+};
+
+// A device array of `rows` rows of row_size elements, `stride` elements apart, whose gaps between rows are
+// guard zones too. r: draws a stride for a view of a larger matrix; NULL: the rows are packed.
+template <typename T> struct RowBuffer {
+    int64_t rows, row_size, stride, n; // n: elements of all rows, without the gaps
+    Buffer<T> memory;
+    RowBuffer(int64_t num_rows, int64_t size, Random *r)
+        : rows(num_rows), row_size(size), stride(r ? (size + 7) / 8 * 8 + 8 * (int64_t)r->below(4) : size),
+          n(rows * size), memory(rows * stride) {}
+    RowBuffer(int64_t num_rows, int64_t size, Random *r, const std::vector<T> &v)
+        : RowBuffer(num_rows, size, r) {
+        set(v);
+    }
+    int64_t stride_arg() const { return stride == row_size ? 0 : stride; } // 0: packed (fsa.h)
+    operator T *() const { return memory.get(); }
+    T *get() const { return memory.get(); }
+    void poison() { memory.poison(); }
+    void set(const std::vector<T> &v) {
+        std::vector<T> all = memory.host();
+        for (int64_t i = 0; i < n; i++) all[i / row_size * stride + i % row_size] = v[i];
+        memory.set(all);
+    }
+    std::vector<T> host() const {
+        std::vector<T> all = memory.host(), v(n);
+        for (int64_t i = 0; i < n; i++) v[i] = all[i / row_size * stride + i % row_size];
+        return v;
+    }
+    std::vector<float> floats() const {
+        std::vector<float> f;
+        for (T x : host()) f.push_back(to_float<T>(x));
+        return f;
+    }
+    bool guards_intact() const {
+        const std::vector<T> all = memory.host();
+        for (size_t i = 0; i < all.size(); i++) {
+            static const unsigned char poison[sizeof(T)] = {0xff, 0xff};
+            if ((int64_t)i % stride >= row_size && memcmp(&all[i], poison, sizeof(T)) != 0) return false;
+        }
+        return memory.guards_intact();
     }
 };
 
@@ -205,13 +258,9 @@ struct Batch {
         cu_seqlens_device = new Buffer<int64_t>(cu_seqlens);
         segments_device = new Buffer<FsaSegment>(segments);
         memory = new Buffer<char>((int64_t)fsa_batch_layout_bytes(ref.num_seqs, ref.num_segments));
-        const FsaDeviceBatch b = {fsa_batch_queries(&ref),
-                                  fsa_batch_keys(&ref),
-                                  ref.num_seqs,
-                                  ref.num_segments,
-                                  longest,
-                                  cu_seqlens_device->get(),
-                                  segments_device->get()};
+        const FsaDeviceBatch b = {
+            fsa_batch_queries(&ref),  fsa_batch_keys(&ref),  ref.num_seqs, ref.num_segments, longest,
+            cu_seqlens_device->get(), segments_device->get()};
         FSA_CHECK(fsa_batch_layout(&batch, &c, &b, memory->get(), 0));
     }
     Batch(const Batch &) = delete;

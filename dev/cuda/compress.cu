@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(D / 2) naive_forward_kernel(const CompressPara
     int c = threadIdx.x, head = blockIdx.y, kv = blockIdx.z;
     int64_t seq = find_in_cu(p.batch.cu_windows, p.batch.num_seqs, window);
     int64_t start = (window - p.batch.cu_windows[seq]) * p.stride;
-    const T *x = (const T *)p.in[kv] + (p.batch.cu_seqlens[seq] + start) * token_stride + head * D;
+    const T *x = (const T *)p.in[kv].data + (p.batch.cu_seqlens[seq] + start) * token_stride + head * D;
     const T *w = (const T *)p.weight[kv] + (int64_t)head * p.len * D * D,
             *pe = (const T *)p.pe + (int64_t)head * p.len * D;
     float lo = 0, hi = 0;
@@ -38,9 +38,9 @@ static int launch_naive(const CompressParams &p, int64_t windows, cudaStream_t s
     dim3 grid((unsigned)windows, p.kv_heads, 2);
     return LAUNCH((naive_forward_kernel<T, D>), grid, D / 2, 0, stream, p);
 }
-static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, const void *k,
-                         const void *v, const void *wk, const void *pe, const void *wv,
-                         const double *inv_freq, void *kc, void *vc, void *workspace, cudaStream_t stream) {
+static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows k,
+                         ConstRows v, const void *wk, const void *pe, const void *wv, const double *inv_freq,
+                         void *kc, void *vc, void *workspace, cudaStream_t stream) {
     CompressParams s = make_compress_params(c, batch, k, v, wk, pe, wv, inv_freq, workspace);
     s.out[0] = kc, s.out[1] = vc;
     int64_t windows = fsa_max_windows(c, batch);
@@ -95,8 +95,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
         for (int again = 0; again < 2; again++) {
             kc.poison();
             vc.poison();
-            FSA_CHECK(version.run(&c, &b.batch, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
-                                  freq_dev, kc, vc, workspace.get(), 0));
+            FSA_CHECK(version.run(&c, &b.batch, type, packed_kv(&c, k_dev), packed_kv(&c, v_dev),
+                                  wk_dev.get(), pe_arg, wv_dev.get(), freq_dev, kc, vc, workspace.get(), 0));
             CUDA_CHECK(cudaDeviceSynchronize());
         }
         double *w = &version == versions ? NULL : &worst[type][0];
@@ -124,9 +124,9 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
             dk.poison(), dv.poison();
             for (int i = 2; i < 5; i++) outs[i]->zero();
         }
-        FSA_CHECK(fsa_compress_backward(&c, &b.batch, type, k_dev, v_dev, wk_dev.get(), pe_arg, wv_dev.get(),
-                                        freq_dev, dkc_dev, dvc_dev, dk, dv, run == 2, dwk, dpe, dwv,
-                                        workspace.get(), 0));
+        FSA_CHECK(fsa_compress_backward(&c, &b.batch, type, packed_kv(&c, k_dev), packed_kv(&c, v_dev),
+                                        wk_dev.get(), pe_arg, wv_dev.get(), freq_dev, dkc_dev, dvc_dev, dk,
+                                        dv, run == 2, dwk, dpe, dwv, workspace.get(), 0));
         CUDA_CHECK(cudaDeviceSynchronize());
         for (int i = 0; i < 5; i++) {
             if (i == 4 && !pe_arg) continue;
@@ -145,7 +145,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, FsaPhi 
     }
 }
 
-// RoPE of queries and keys, and the conversion of dq_accum to 16 bits.
+// RoPE of queries and keys, and the conversion of their gradients to 16 bits.
 template <typename T> static void check_rope(Random *r, const Shape &s) {
     const FsaConfig &c = s.c;
     Batch b(c, s.lengths, s.segments);
@@ -160,17 +160,27 @@ template <typename T> static void check_rope(Random *r, const Shape &s) {
         Buffer<T> x_dev(x.raw), out(size);
         std::vector<float> ref = x.f;
         ref_rope(&c, &b.ref, ref.data(), freq.data(), 0);
-        FSA_CHECK((queries ? fsa_rope_queries : fsa_rope_keys)(&c, &b.batch, type, x_dev, freq_dev, out, 0));
+        const Rows x_rows = queries ? packed_q(&c, x_dev.get()) : packed_kv(&c, x_dev.get());
+        FSA_CHECK((queries ? fsa_rope_queries : fsa_rope_keys)(&c, &b.batch, type, x_rows, freq_dev, out, 0));
         compare(out.floats(), ref, Dtype<T>::out_tolerance, what, NULL);
         check_that(out.guards_intact(), ("guards " + what).c_str(), 1, 0);
 
-        if (!queries) continue;
+        // Gradients: the conversion alone, then with the inverse RoPE.
         std::vector<float> dx(size);
         for (float &y : dx) y = r->normal();
-        Buffer<float> dx_dev(dq_to_accum(c, b.batch.nq, dx));
-        out.poison();
-        FSA_CHECK(fsa_convert_dq(&c, &b.batch, type, dx_dev, out, 0));
-        compare(out.floats(), dx, Dtype<T>::out_tolerance, "convert_dq of " + what, NULL);
+        Buffer<float> dx_dev(queries ? dq_to_accum(c, b.batch.nq, dx) : dx);
+        for (int rotate = 0; rotate < 2; rotate++) {
+            const double *const inv_freq = rotate ? freq_dev.get() : NULL;
+            if (rotate) ref_rope(&c, &b.ref, dx.data(), freq.data(), 1);
+            out.poison();
+            FSA_CHECK(queries
+                          ? fsa_convert_dq(&c, &b.batch, type, dx_dev, inv_freq, packed_q(&c, out.get()), 0)
+                          : fsa_convert_dkv(&c, &b.batch, type, dx_dev, false, inv_freq,
+                                            packed_kv(&c, out.get()), 0));
+            compare(out.floats(), dx, Dtype<T>::out_tolerance,
+                    (rotate ? "gradients with inverse " : "gradients without ") + what, NULL);
+            check_that(out.guards_intact(), ("guards of gradients " + what).c_str(), 1, 0);
+        }
     }
 }
 
@@ -207,16 +217,17 @@ template <typename T> static void time_shape(const Timing &t, FsaPhi phi, uint64
         if (naive && (t.n > 8192 || !linear)) continue;
         double ms = time_ms(
             [&] {
-                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, k, v, wk, pe, wv, freq, kc, vc,
-                                      workspace.get(), 0));
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, packed_kv(&c, k), packed_kv(&c, v), wk,
+                                      pe, wv, freq, kc, vc, workspace.get(), 0));
             },
             naive ? 3 : 10);
         report(result("fwd", version.name, ms), flops,
                (4.0 * rows + 4.0 * windows + 4.0 * weights * linear) * d);
     }
     double ms = time_ms([&] {
-        FSA_CHECK(fsa_compress_backward(&c, &b.batch, Dtype<T>::value, k, v, wk, pe, wv, freq, dkc, dvc, dk,
-                                        dv, 0, dwk, dpe, dwv, workspace.get(), 0));
+        FSA_CHECK(fsa_compress_backward(&c, &b.batch, Dtype<T>::value, packed_kv(&c, k), packed_kv(&c, v), wk,
+                                        pe, wv, freq, dkc, dvc, dk, dv, 0, dwk, dpe, dwv, workspace.get(),
+                                        0));
     });
     report(result("bwd", "library", ms), 2 * flops,
            (12.0 * rows + 8.0 * windows + 20.0 * weights * linear) * d);
@@ -227,11 +238,23 @@ template <typename T> static void time_rope(const Timing &t) {
     Batch b(c, {t.n});
     int64_t size = t.n * t.hq * 128;
     Buffer<T> x(size), out(size);
+    Buffer<float> dq_accum(size);
     Buffer<double> freq(rope_frequencies(128));
     fill_random(x.get(), size, 1, 1.0f);
-    double ms = time_ms([&] { FSA_CHECK(fsa_rope_queries(&c, &b.batch, Dtype<T>::value, x, freq, out, 0)); });
-    printf("rope   fwd n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", (long long)t.n, t.hq, ms,
-           4.0 * size / ms * 1e-9);
+    fill_random(dq_accum.get(), size, 2, 1.0f);
+    auto print = [&](const char *what, double bytes, double ms) {
+        printf("%-22s n=%-6lld %2d heads %9.3f ms %6.2f TB/s\n", what, (long long)t.n, t.hq, ms,
+               bytes / ms * 1e-9);
+    };
+    print("rope", 4.0 * size, time_ms([&] {
+              FSA_CHECK(fsa_rope_queries(&c, &b.batch, Dtype<T>::value, packed_q(&c, x), freq, out, 0));
+          }));
+    for (bool rotate : {false, true}) {
+        print(rotate ? "dq with inverse rope" : "dq", 6.0 * size, time_ms([&] {
+                  FSA_CHECK(fsa_convert_dq(&c, &b.batch, Dtype<T>::value, dq_accum,
+                                           rotate ? freq.get() : NULL, packed_q(&c, out), 0));
+              }));
+    }
 }
 
 int main(int argc, char **argv) {

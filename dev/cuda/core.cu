@@ -61,15 +61,16 @@ struct Bench {
             std::max(workspace_bytes(FSA_SELECTED_FORWARD), workspace_bytes(FSA_SELECTED_BACKWARD));
         Buffer<char> workspace((int64_t)bytes);
         double flops = 4.0 * size_q * c.topk * c.block;
+        FsaSelectedForward f = {sizeof f, q, k, v};
+        f.block_indices = block_indices, f.o = o, f.lse = lse;
+        f.workspace = workspace, f.workspace_bytes = bytes;
+        FsaSelectedBackward g = {sizeof g, q, k, v, o, dout};
+        g.block_indices = block_indices, g.lse = lse, g.dq = dq, g.dk = dk, g.dv = dv;
+        g.workspace = workspace, g.workspace_bytes = bytes;
         Times t;
-        t.ms[0] = run("sel", "nsa", 0, flops, [&] {
-            return fsa_selected_forward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, workspace, bytes,
-                                        0);
-        });
-        t.ms[1] = run("sel", "nsa", 1, 2.5 * flops, [&] {
-            return fsa_selected_backward(&c, FSA_BF16, &b, q, k, v, block_indices, o, lse, dout, dq, dk, dv,
-                                         workspace, bytes, 0);
-        });
+        t.ms[0] = run("sel", "nsa", 0, flops, [&] { return fsa_selected_forward(&c, FSA_BF16, &b, &f, 0); });
+        t.ms[1] =
+            run("sel", "nsa", 1, 2.5 * flops, [&] { return fsa_selected_backward(&c, FSA_BF16, &b, &g, 0); });
         return t;
     }
     Times dense(FsaVisibility rule) {
@@ -83,14 +84,14 @@ struct Bench {
                                               : rule == FSA_COMPRESSED ? n / 2 / c.cmp_stride
                                                                        : c.window;
         double flops = 4.0 * size_q * keys;
+        FsaAttentionForward f = {sizeof f, rule, q, x, y};
+        f.o = o, f.lse = lse, f.workspace = workspace, f.workspace_bytes = bytes;
+        FsaAttentionBackward g = {sizeof g, rule, q, x, y, o, dout};
+        g.lse = lse, g.dq = dq, g.dk = dk, g.dv = dv, g.workspace = workspace, g.workspace_bytes = bytes;
         Times t;
-        t.ms[0] = run(part, attn, 0, flops, [&] {
-            return fsa_attention_forward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, workspace, bytes, 0);
-        });
-        t.ms[1] = run(part, attn, 1, 2.5 * flops, [&] {
-            return fsa_attention_backward(&c, FSA_BF16, &b, rule, q, x, y, o, lse, dout, dq, dk, dv,
-                                          workspace, bytes, 0);
-        });
+        t.ms[0] = run(part, attn, 0, flops, [&] { return fsa_attention_forward(&c, FSA_BF16, &b, &f, 0); });
+        t.ms[1] =
+            run(part, attn, 1, 2.5 * flops, [&] { return fsa_attention_backward(&c, FSA_BF16, &b, &g, 0); });
         return t;
     }
     // Block selection. Reads the lse that dense(FSA_COMPRESSED) wrote.
@@ -98,9 +99,10 @@ struct Bench {
         size_t bytes = workspace_bytes(FSA_SELECT_BLOCKS);
         Buffer<char> workspace((int64_t)bytes);
         Buffer<int32_t> selected(block_indices.n);
-        return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride, [&] {
-            return fsa_select_blocks(&c, FSA_BF16, &b, q, kc, lse, selected, workspace, bytes, 0);
-        });
+        FsaSelectBlocks f = {sizeof f, q, kc};
+        f.lse_c = lse, f.block_indices = selected, f.workspace = workspace, f.workspace_bytes = bytes;
+        return run("topk", "nsa", 0, (double)size_q * b.num_keys / c.cmp_stride,
+                   [&] { return fsa_select_blocks(&c, FSA_BF16, &b, &f, 0); });
     }
     // All steps.
     Times attention(int recompute) {
@@ -109,23 +111,18 @@ struct Bench {
         size_t bytes = std::max(workspace_bytes(FSA_FORWARD), workspace_bytes(FSA_BACKWARD));
         Buffer<char> workspace((int64_t)bytes), saved((int64_t)fsa_saved_size(&c, FSA_BF16, &b));
         Buffer<double> inv_freq(rope_frequencies(128));
-        FsaPhiWeights phi = {wk.get(), NULL, wv.get()};
-        FsaPhiGradients dphi = {dwk, NULL, dwv};
+        FsaForward f = {sizeof f, q, k, v, gate};
+        f.phi = {wk.get(), NULL, wv.get()}, f.inv_freq = inv_freq, f.o = o, f.saved = saved;
+        f.workspace = workspace, f.workspace_bytes = bytes;
+        FsaBackward g = {sizeof g, k, v, gate, dout};
+        g.phi = f.phi, g.inv_freq = inv_freq, g.saved = saved, g.dq = dq, g.dk = dk, g.dv = dv;
+        g.dgate_logits = dgate, g.dphi = {dwk, NULL, dwv};
+        g.workspace = workspace, g.workspace_bytes = bytes;
         Times t;
         t.ms[0] = run(
-            "core", "nsa", 0, 0,
-            [&] {
-                return fsa_forward(&c, FSA_BF16, &b, q, k, v, &phi, inv_freq, gate, NULL, o, saved, workspace,
-                                   bytes, 0);
-            },
-            version);
+            "core", "nsa", 0, 0, [&] { return fsa_forward(&c, FSA_BF16, &b, &f, 0); }, version);
         t.ms[1] = run(
-            "core", "nsa", 1, 0,
-            [&] {
-                return fsa_backward(&c, FSA_BF16, &b, k, v, &phi, inv_freq, gate, dout, saved, dq, dk, dv,
-                                    &dphi, dgate, workspace, bytes, 0);
-            },
-            version);
+            "core", "nsa", 1, 0, [&] { return fsa_backward(&c, FSA_BF16, &b, &g, 0); }, version);
         c.recompute = 0;
         printf("n %lld (%d, %d)%s: workspace %.0f MiB, saved for backward %.0f MiB\n", (long long)b.num_keys,
                c.q_heads, c.kv_heads, recompute ? ", recompute" : "", bytes / 1048576.0, saved.n / 1048576.0);

@@ -83,11 +83,11 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
     return FSA_OK;
 }
 static int naive_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                          const void *q, const void *k, const void *v, const void *dout, const float *lse_bwd,
+                          ConstRows q, ConstRows k, ConstRows v, ConstRows dout, const float *lse_bwd,
                           const float *delta, float *dq, float *dk, float *dv, int accumulate_dq,
                           int accumulate_dkv, void *, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q.data = q, d.k.data = k, d.v.data = v, d.dout.data = dout, d.lse_bwd = lse_bwd, d.delta = delta;
+    d.q = q, d.k = k, d.v = v, d.dout = dout, d.lse_bwd = lse_bwd, d.delta = delta;
     d.dq_accum = dq, d.dk_accum = dk, d.dv_accum = dv;
     d.accumulate_dq = accumulate_dq, d.accumulate_dkv = accumulate_dkv;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
@@ -139,9 +139,10 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             std::vector<float> first[3];
             for (int run = 0; run < 3; run++) { // overwrite, overwrite, add
                 for (int i = 0; i < 3 && run < 2; i++) outs[i]->poison();
-                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
-                                      dout_dev, lse_dev, delta_dev, dq, dk, dv, run == 2, run == 2,
-                                      workspace.get(), 0));
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, packed_q(&c, q_dev),
+                                      packed_kv(&c, k_dev), packed_kv(&c, v_dev), packed_q(&c, dout_dev),
+                                      lse_dev, delta_dev, dq, dk, dv, run == 2, run == 2, workspace.get(),
+                                      0));
                 CUDA_CHECK(cudaDeviceSynchronize());
                 for (int i = 0; i < 3; i++) {
                     std::vector<float> bits = outs[i]->host();
@@ -193,15 +194,17 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
     fill_random(delta.get(), delta.n, seed + 4, 1.0f);
     for (int rule = FSA_CAUSAL; rule <= FSA_COMPRESSED; rule++) {
         Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&c, &b.batch, (FsaVisibility)rule));
-        FSA_CHECK(fsa_dense_forward(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+        FSA_CHECK(fsa_dense_forward(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, packed_q(&c, q),
+                                    packed_kv(&c, k), packed_kv(&c, v), packed_q(&c, o), lse, 0));
         for (const Version &version : versions) {
             bool naive = &version == versions;
             if (naive ? t.n > 8192 || rule == FSA_CAUSAL : rule == FSA_CAUSAL && t.n > 8192 && t.hkv != 8)
                 continue;
             double ms = time_ms(
                 [&] {
-                    FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, dout,
-                                          lse, delta, dq, dk, dv, 0, 0, workspace.get(), 0));
+                    FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, packed_q(&c, q),
+                                          packed_kv(&c, k), packed_kv(&c, v), packed_q(&c, dout), lse, delta,
+                                          dq, dk, dv, 0, 0, workspace.get(), 0));
                 },
                 naive ? 1 : 10);
             // FLOPs of a backward pass, 5 matmuls. The sm80 kernels compute 7.

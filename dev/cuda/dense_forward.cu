@@ -37,10 +37,9 @@ template <typename T, int D> static int launch_naive(const DenseParams &d, cudaS
     return LAUNCH((naive_forward_kernel<T, D>), grid, 128, 0, stream, d);
 }
 static int naive_forward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
-                         const void *q, const void *k, const void *v, void *o, float *lse,
-                         cudaStream_t stream) {
+                         ConstRows q, ConstRows k, ConstRows v, Rows o, float *lse, cudaStream_t stream) {
     DenseParams d = make_dense_params(c, batch, rule);
-    d.q.data = q, d.k.data = k, d.v.data = v, d.o.data = o, d.lse = lse;
+    d.q = q, d.k = k, d.v = v, d.o = o, d.lse = lse;
     return FSA_DISPATCH(dtype, c->head_dim, launch_naive, d, stream);
 }
 
@@ -73,8 +72,8 @@ template <typename T> static void check_shape(Random *r, const Shape &s) {
             for (int repeat = 0; repeat < 2; repeat++) {
                 o.poison();
                 lse.poison();
-                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q_dev, k_dev, v_dev,
-                                      o, lse, 0));
+                FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, packed_q(&c, q_dev),
+                                      packed_kv(&c, k_dev), packed_kv(&c, v_dev), packed_q(&c, o), lse, 0));
                 CUDA_CHECK(cudaDeviceSynchronize());
                 std::vector<T> bits = o.host();
                 check_that(!repeat || memcmp(bits.data(), first_bits.data(), bits.size() * sizeof(T)) == 0,
@@ -107,8 +106,8 @@ template <typename T> static void time_shape(const Timing &t, int d, uint64_t se
             if (naive && t.n > 8192) continue;
             double ms = time_ms(
                 [&] {
-                    FSA_CHECK(
-                        version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, q, k, v, o, lse, 0));
+                    FSA_CHECK(version.run(&c, &b.batch, Dtype<T>::value, (FsaVisibility)rule, packed_q(&c, q),
+                                          packed_kv(&c, k), packed_kv(&c, v), packed_q(&c, o), lse, 0));
                 },
                 naive ? 3 : 10);
             double flops = visible_pairs(c, (FsaVisibility)rule, t.n) * t.hq * d * 4;

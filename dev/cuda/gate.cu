@@ -39,7 +39,7 @@ static double run_error[2]; // largest relative error of dlogits in bf16: versio
 template <typename T> static void check(Random *r, int hq, int d, int64_t nq, int per_token, bool version_1) {
     FsaConfig c = default_config(hq, 1, d, 64, 16);
     c.gate_per_token = per_token;
-    int64_t size = nq * hq * d, rows = nq * hq, num_gates = (per_token ? nq : rows) * 3;
+    int64_t size = nq * hq * d, rows = nq * hq, gate_row = per_token ? 3 : 3 * hq, num_gates = nq * gate_row;
     Host<T> logits(r, num_gates, 2), dout(r, size, 1), o0(r, size, 1), o1(r, size, 1), o2(r, size, 1);
     Host<T> *o[3] = {&o0, &o1, &o2};
     Buffer<T> logits_dev(logits.raw), dout_dev(dout.raw), b0(o0.raw), b1(o1.raw), b2(o2.raw),
@@ -58,8 +58,8 @@ template <typename T> static void check(Random *r, int hq, int d, int64_t nq, in
         gate_v1_kernel<T>
             <<<(unsigned)((nq + 127) / 128), 128>>>(nq, d, hq, per_token, logits_dev, b, dout_dev, dlogits);
     } else {
-        FSA_CHECK(fsa_gate_backward(&c, Dtype<T>::value, nq, logits_dev, b.o, b.lse, dout_dev, b.delta,
-                                    b.lse_bwd, dlogits, 0));
+        FSA_CHECK(fsa_gate_backward(&c, Dtype<T>::value, nq, {logits_dev, gate_row}, b.o, b.lse,
+                                    packed_q(&c, dout_dev), b.delta, b.lse_bwd, {dlogits, gate_row}, 0));
     }
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<float> got_delta = delta.host(), got_lse_bwd = lse_bwd.host(), ref_delta(3 * rows);
@@ -116,8 +116,9 @@ int main(int argc, char **argv) {
         for (int library = 0; library < 2; library++) {
             double ms = time_ms([&] {
                 if (library)
-                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, logits, b.o, b.lse, dout, b.delta, b.lse_bwd,
-                                                dlogits, 0));
+                    FSA_CHECK(fsa_gate_backward(&c, FSA_BF16, n, {logits, 3 * c.q_heads}, b.o, b.lse,
+                                                packed_q(&c, dout), b.delta, b.lse_bwd,
+                                                {dlogits, 3 * c.q_heads}, 0));
                 else
                     gate_v1_kernel<T>
                         <<<(unsigned)((n + 127) / 128), 128>>>(n, 128, 32, 0, logits, b, dout, dlogits);

@@ -29,15 +29,19 @@ template <typename T> struct Library {
           delta(batch.nq * c.q_heads) {}
     void forward(const T *q, const T *k, const T *v, const int32_t *block_indices, T *o, float *lse,
                  const GateCombine *gate = NULL) {
-        FSA_CHECK(fsa_selected_branch_forward(&c, &batch, Dtype<T>::value, q, k, v, block_indices, scratch, o,
-                                              lse, gate, 0));
+        FSA_CHECK(fsa_selected_branch_forward(&c, &batch, Dtype<T>::value, packed_q(&c, q), packed_kv(&c, k),
+                                              packed_kv(&c, v), block_indices, scratch, packed_q(&c, o), lse,
+                                              gate, 0));
     }
     void backward(const T *q, const T *k, const T *v, const int32_t *block_indices, const T *o,
                   const float *lse, const T *dout, T *dq, T *dk, T *dv,
                   const BranchGradients *branch_grads = NULL) {
-        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, batch.nq, o, lse, dout, delta, NULL, 0));
-        FSA_CHECK(fsa_selected_branch_backward(&c, &batch, Dtype<T>::value, q, k, v, block_indices, 0, dout,
-                                               delta, lse, branch_grads, scratch, dq, dk, dv, 0));
+        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, batch.nq, packed_q(&c, o), lse, packed_q(&c, dout),
+                                     delta, NULL, 0));
+        FSA_CHECK(fsa_selected_branch_backward(&c, &batch, Dtype<T>::value, packed_q(&c, q), packed_kv(&c, k),
+                                               packed_kv(&c, v), block_indices, 0, packed_q(&c, dout), delta,
+                                               lse, branch_grads, scratch, packed_q(&c, dq),
+                                               packed_kv(&c, dk), packed_kv(&c, dv), 0));
     }
 };
 
@@ -400,17 +404,21 @@ static Times time_full(Bench<Bf16> *x) {
     const BatchLayout &p = x->b.batch;
     Buffer<float> delta(x->rows), lse_bwd(x->rows), dq(x->rows * 128), dk(x->kv), dv(x->kv);
     Buffer<char> workspace((int64_t)fsa_dense_backward_scratch_bytes(&x->c, &p, FSA_CAUSAL));
+    const ConstRows q = packed_q(&x->c, x->q), k = packed_kv(&x->c, x->k), v = packed_kv(&x->c, x->v),
+                    dout = packed_q(&x->c, x->dout);
     Times t;
     t.ms[0] = time_ms(
         [&] {
-            FSA_CHECK(fsa_dense_forward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->o, x->lse, 0));
+            FSA_CHECK(fsa_dense_forward(&x->c, &p, FSA_BF16, FSA_CAUSAL, q, k, v, packed_q(&x->c, x->o),
+                                        x->lse, 0));
         },
         3);
     t.ms[1] = time_ms(
         [&] {
-            FSA_CHECK(fsa_bwd_preprocess(&x->c, FSA_BF16, p.nq, x->o, x->lse, x->dout, delta, lse_bwd, 0));
-            FSA_CHECK(fsa_dense_backward(&x->c, &p, FSA_BF16, FSA_CAUSAL, x->q, x->k, x->v, x->dout, lse_bwd,
-                                         delta, dq, dk, dv, 0, 0, workspace.get(), 0));
+            FSA_CHECK(fsa_bwd_preprocess(&x->c, FSA_BF16, p.nq, packed_q(&x->c, x->o), x->lse, dout, delta,
+                                         lse_bwd, 0));
+            FSA_CHECK(fsa_dense_backward(&x->c, &p, FSA_BF16, FSA_CAUSAL, q, k, v, dout, lse_bwd, delta, dq,
+                                         dk, dv, 0, 0, workspace.get(), 0));
         },
         3);
     double flops = 2.0 * p.n * p.n * x->c.q_heads * 128;

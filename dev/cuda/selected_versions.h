@@ -752,7 +752,8 @@ template <typename T, int D> struct Versions {
                   const float *lse, const T *dout, T *dq, T *dk, T *dv) {
         a.block_indices = block_indices, a.lse = lse;
         int64_t nq = a.batch.nq, size = dk_accum.n;
-        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, nq, o, lse, dout, delta, lse_bwd, 0));
+        FSA_CHECK(fsa_bwd_preprocess(&c, Dtype<T>::value, nq, packed_q(&c, o), lse, packed_q(&c, dout), delta,
+                                     lse_bwd, 0));
         CUDA_CHECK(cudaMemsetAsync(dk_accum.get(), 0, size * sizeof(float)));
         CUDA_CHECK(cudaMemsetAsync(dv_accum.get(), 0, size * sizeof(float)));
         if (version == 1) {

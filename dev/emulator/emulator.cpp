@@ -561,6 +561,28 @@ static thread_local cudaError_t last_error;
 static thread_local int64_t fault_call = -1; // calls until the fault; -1: none
 static thread_local cudaError_t fault_error;
 thread_local bool fail_device_queries;
+thread_local const void *other_device_memory;
+thread_local int stream_device;
+
+// The memory of cudaMalloc and cudaMallocHost: sizes by first address.
+struct Allocations {
+    std::mutex mutex;
+    std::map<const char *, size_t> sizes;
+    void add(const void *p, size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex);
+        sizes[(const char *)p] = bytes;
+    }
+    void remove(const void *p) {
+        std::lock_guard<std::mutex> lock(mutex);
+        sizes.erase((const char *)p);
+    }
+    bool contains(const void *p) {
+        std::lock_guard<std::mutex> lock(mutex);
+        auto next = sizes.upper_bound((const char *)p);
+        return next != sizes.begin() && (const char *)p <= std::prev(next)->first + std::prev(next)->second;
+    }
+};
+static Allocations allocations;
 
 void fail_call(int64_t n, cudaError_t error) {
     fault_call = n, fault_error = error;
@@ -637,9 +659,11 @@ const char *cudaGetErrorName(cudaError_t e) {
 }
 cudaError_t cudaMalloc(void **p, size_t bytes) {
     if (posix_memalign(p, 256, bytes ? bytes : 1)) return emu::last_error = cudaErrorMemoryAllocation;
+    emu::allocations.add(*p, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaFree(void *p) {
+    emu::allocations.remove(p);
     free(p);
     return cudaSuccess;
 }
@@ -691,6 +715,17 @@ cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *p) {
+    memset(attributes, 0, sizeof *attributes);
+    const bool known = emu::allocations.contains(p);
+    attributes->type = known ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    attributes->device = !known ? -1 : p == emu::other_device_memory ? 1 : 0;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamGetDevice(cudaStream_t, int *device) {
+    *device = emu::stream_device;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = 1;
     return cudaSuccess;
@@ -732,6 +767,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
         return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *value = emu::MAX_SMEM;
+        return cudaSuccess;
+    case cudaDevAttrPageableMemoryAccess:
+        *value = 0;
         return cudaSuccess;
     default:
         return emu::last_error = cudaErrorInvalidValue;

@@ -123,6 +123,10 @@ cudaError_t set_kernel_attribute(const void *kernel, cudaFuncAttribute attribute
 void fail_call(int64_t n, cudaError_t error);
 int pending_faults();
 extern thread_local bool fail_device_queries;
+// A pointer that belongs to GPU 1, for cudaPointerGetAttributes, and the GPU that cudaStreamGetDevice
+// returns.
+extern thread_local const void *other_device_memory;
+extern thread_local int stream_device;
 
 // ---- shuffles, votes and reductions
 struct Shuffle {

@@ -36,7 +36,8 @@ template <typename T> struct Problem {
     int64_t nq, n, size_q, size_k, size_w, gates;
     bool linear, rope;
     Host<T> q, k, v, dout, gate, wk, wv, pe;
-    Buffer<T> q_, k_, v_, dout_, gate_, wk_, wv_, pe_, o, dq, dk, dv, dgate;
+    RowBuffer<T> q_, k_, v_, dout_, gate_, o, dq, dk, dv, dgate;
+    Buffer<T> wk_, wv_, pe_;
     Buffer<float> dwk, dwv, dpe;
     std::vector<double> inv_freq;
     Buffer<double> inv_freq_;
@@ -46,8 +47,9 @@ template <typename T> struct Problem {
         return FsaDeviceBatch{x.batch.nq,      x.batch.n,          x.batch.num_seqs, x.batch.num_segments,
                               x.batch.max_len, x.batch.cu_seqlens, x.batch.segments};
     }
+    // strides: draws the row strides of the 16-bit arrays; NULL: they are packed.
     Problem(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths,
-            const std::vector<FsaSegment> &segments, bool with_rope)
+            const std::vector<FsaSegment> &segments, bool with_rope, Random *strides = NULL)
         : c(config), batch(c, lengths, segments), b(device_batch(batch)), nq(b.num_queries), n(b.num_keys),
           size_q(nq * c.q_heads * c.head_dim), size_k(n * c.kv_heads * c.head_dim),
           size_w((int64_t)c.kv_heads * c.cmp_len * c.head_dim * c.head_dim),
@@ -55,28 +57,47 @@ template <typename T> struct Problem {
           rope(with_rope), q(r, size_q, 1), k(r, size_k, 1), v(r, size_k, 1), dout(r, size_q, 1),
           gate(r, gates, 1), wk(r, size_w, 1 / sqrtf((float)c.cmp_len * c.head_dim)),
           wv(r, size_w, 1 / sqrtf((float)c.cmp_len * c.head_dim)), pe(r, size_w / c.head_dim, 0.3f),
-          q_(q.raw), k_(k.raw), v_(v.raw), dout_(dout.raw), gate_(gate.raw), wk_(wk.raw), wv_(wv.raw),
-          pe_(pe.raw), o(size_q), dq(size_q), dk(size_k), dv(size_k), dgate(gates), dwk(size_w), dwv(size_w),
-          dpe(size_w / c.head_dim), inv_freq(rope_frequencies(c.head_dim)), inv_freq_(inv_freq),
-          saved((int64_t)fsa_saved_size(&c, Dtype<T>::value, &b)),
+          q_(nq, q_row(), strides, q.raw), k_(n, kv_row(), strides, k.raw), v_(n, kv_row(), strides, v.raw),
+          dout_(nq, q_row(), strides, dout.raw), gate_(nq, gate_row(), strides, gate.raw),
+          o(nq, q_row(), strides), dq(nq, q_row(), strides), dk(n, kv_row(), strides),
+          dv(n, kv_row(), strides), dgate(nq, gate_row(), strides), wk_(wk.raw), wv_(wv.raw), pe_(pe.raw),
+          dwk(size_w), dwv(size_w), dpe(size_w / c.head_dim), inv_freq(rope_frequencies(c.head_dim)),
+          inv_freq_(inv_freq), saved((int64_t)fsa_saved_size(&c, Dtype<T>::value, &b)),
           forward_workspace((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_FORWARD)),
           backward_workspace((int64_t)fsa_workspace_size(&c, Dtype<T>::value, &b, FSA_BACKWARD)) {
         dwk.zero(), dwv.zero(), dpe.zero();
     }
-    FsaPhiWeights weights() const { return FsaPhiWeights{wk_.get(), pe_.get(), wv_.get()}; }
+    int64_t q_row() const { return (int64_t)c.q_heads * c.head_dim; }
+    int64_t kv_row() const { return (int64_t)c.kv_heads * c.head_dim; }
+    int64_t gate_row() const { return c.gate_per_token ? 3 : 3 * c.q_heads; }
+    FsaForward forward_args() const {
+        FsaForward a = {sizeof a, q_, k_, v_, gate_};
+        a.q_stride = q_.stride_arg(), a.k_stride = k_.stride_arg(), a.v_stride = v_.stride_arg();
+        a.gate_stride = gate_.stride_arg(), a.o = o, a.o_stride = o.stride_arg(), a.saved = saved;
+        if (linear) a.phi = {wk_, pe_, wv_};
+        a.inv_freq = rope ? inv_freq_.get() : NULL;
+        a.workspace = forward_workspace, a.workspace_bytes = (size_t)forward_workspace.n;
+        return a;
+    }
+    FsaBackward backward_args() const {
+        FsaBackward a = {sizeof a, k_, v_, gate_, dout_};
+        a.k_stride = k_.stride_arg(), a.v_stride = v_.stride_arg(), a.gate_stride = gate_.stride_arg();
+        a.dout_stride = dout_.stride_arg(), a.saved = saved;
+        if (linear) a.phi = {wk_, pe_, wv_}, a.dphi = {dwk, dpe, dwv};
+        a.inv_freq = rope ? inv_freq_.get() : NULL;
+        a.dq = dq, a.dk = dk, a.dv = dv, a.dgate_logits = dgate;
+        a.dq_stride = dq.stride_arg(), a.dk_stride = dk.stride_arg(), a.dv_stride = dv.stride_arg();
+        a.dgate_stride = dgate.stride_arg();
+        a.workspace = backward_workspace, a.workspace_bytes = (size_t)backward_workspace.n;
+        return a;
+    }
     int forward(cudaStream_t stream) {
-        FsaPhiWeights w = weights();
-        return fsa_forward(&c, Dtype<T>::value, &b, q_, k_, v_, linear ? &w : NULL,
-                           rope ? inv_freq_.get() : NULL, gate_, NULL, o, saved, forward_workspace,
-                           (size_t)forward_workspace.n, stream);
+        const FsaForward a = forward_args();
+        return fsa_forward(&c, Dtype<T>::value, &b, &a, stream);
     }
     int backward(cudaStream_t stream) {
-        FsaPhiWeights w = weights();
-        FsaPhiGradients g = {dwk, dpe, dwv};
-        return fsa_backward(&c, Dtype<T>::value, &b, k_, v_, linear ? &w : NULL,
-                            rope ? inv_freq_.get() : NULL, gate_, dout_, saved, dq, dk, dv,
-                            linear ? &g : NULL, dgate, backward_workspace, (size_t)backward_workspace.n,
-                            stream);
+        const FsaBackward a = backward_args();
+        return fsa_backward(&c, Dtype<T>::value, &b, &a, stream);
     }
     std::vector<int32_t> block_indices() const {
         std::vector<int32_t> x((size_t)(c.kv_heads * nq * c.topk));
@@ -93,16 +114,11 @@ template <typename T> struct Problem {
     // Returns all results, one after another, to compare their bits.
     std::vector<char> bits() const {
         std::vector<char> all;
-        auto add = [&](const void *p, size_t bytes) {
-            size_t size = all.size();
-            all.resize(size + bytes);
-            CUDA_CHECK(cudaMemcpy(all.data() + size, p, bytes, cudaMemcpyDeviceToHost));
+        auto add = [&](const auto &x) {
+            all.insert(all.end(), (const char *)x.data(), (const char *)(x.data() + x.size()));
         };
-        add(o.get(), size_q * 2), add(dq.get(), size_q * 2), add(dk.get(), size_k * 2),
-            add(dv.get(), size_k * 2);
-        add(dgate.get(), gates * 2);
-        if (linear)
-            add(dwk.get(), size_w * 4), add(dwv.get(), size_w * 4), add(dpe.get(), size_w / c.head_dim * 4);
+        add(o.host()), add(dq.host()), add(dk.host()), add(dv.host()), add(dgate.host());
+        if (linear) add(dwk.host()), add(dwv.host()), add(dpe.host());
         return all;
     }
 };
@@ -229,7 +245,7 @@ enum { O, DQ, DK, DV, DGATE, DWK, DWV, DPE, TALLIES };
 template <typename T>
 static void test_draw(Random *r, const FsaConfig &c, const std::vector<int64_t> &lengths,
                       const std::vector<FsaSegment> &segments, bool rope, const char *shape, Tally *tallies) {
-    Problem<T> p(r, c, lengths, segments, rope);
+    Problem<T> p(r, c, lengths, segments, rope, r->below(2) ? r : NULL);
     int status = p.forward(0);
     if (!status) status = p.backward(0);
     cudaError_t e = cudaDeviceSynchronize();
@@ -415,24 +431,20 @@ template <typename T> static void test_nonfinite_sequence(Random *r, bool small)
     // Returns the rows of the first and the last sequence of all results.
     auto other_sequences = [&] {
         std::vector<T> all;
-        auto add = [&](const T *from, int64_t rows, int64_t row) {
-            std::vector<T> x((size_t)(rows * row));
-            CUDA_CHECK(cudaMemcpy(x.data(), from, x.size() * sizeof(T), cudaMemcpyDeviceToHost));
-            all.insert(all.end(), x.begin(), x.begin() + begin * row);
-            all.insert(all.end(), x.begin() + end * row, x.end());
-        };
-        int64_t q = c.q_heads * c.head_dim, k = c.kv_heads * c.head_dim;
-        add(p.o, p.nq, q), add(p.dq, p.nq, q), add(p.dk, p.n, k), add(p.dv, p.n, k);
-        add(p.dgate, p.nq, p.gates / p.nq);
+        for (const RowBuffer<T> *results : {&p.o, &p.dq, &p.dk, &p.dv, &p.dgate}) {
+            const std::vector<T> x = results->host();
+            all.insert(all.end(), x.begin(), x.begin() + begin * results->row_size);
+            all.insert(all.end(), x.begin() + end * results->row_size, x.end());
+        }
         return all;
     };
-    auto inject_nonfinite = [&](const Host<T> &x, Buffer<T> &to) {
+    auto inject_nonfinite = [&](const Host<T> &x, RowBuffer<T> &to) {
         std::vector<T> y(x.raw);
         int64_t row = (int64_t)y.size() / p.n;
         for (int64_t i = begin * row; i < end * row; i++)
             if (r->below(3) == 0)
                 y[(size_t)i] = (T)(float)(r->below(2) ? NAN : r->below(2) ? INFINITY : -INFINITY);
-        CUDA_CHECK(cudaMemcpy(to.get(), y.data(), y.size() * sizeof(T), cudaMemcpyHostToDevice));
+        to.set(y);
     };
     std::vector<T> clean;
     for (int round = 0; round < 2; round++) {
@@ -454,6 +466,28 @@ template <typename T> static void test_nonfinite_sequence(Random *r, bool small)
     std::vector<T> now = other_sequences();
     CHECK(memcmp(now.data(), clean.data(), now.size() * sizeof(T)) == 0,
           "bits differ in the other sequences");
+}
+
+// Views of larger matrices give the bits that packed arrays give.
+template <typename T> static void test_strides(Random *r, bool small) {
+    FsaConfig c = default_config(small ? 6 : 12, 2, small ? 64 : 128, small ? 16 : 64, 4);
+    c.cmp_len = 16, c.gate_per_token = (int)r->below(2), c.recompute = (int)r->below(2);
+    const std::vector<int64_t> lengths = {small ? 90 : 900, 40};
+    Problem<T> packed(r, c, lengths, {}, true), views(r, c, lengths, {}, true, r);
+    views.q_.set(packed.q.raw), views.k_.set(packed.k.raw), views.v_.set(packed.v.raw);
+    views.dout_.set(packed.dout.raw), views.gate_.set(packed.gate.raw);
+    views.wk_.set(packed.wk.raw), views.wv_.set(packed.wv.raw), views.pe_.set(packed.pe.raw);
+    for (Problem<T> *p : {&packed, &views})
+        CHECK(p->forward(0) == 0 && p->backward(0) == 0, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CHECK(packed.bits() == views.bits(), "%s: the bits of strided arrays differ", Dtype<T>::name);
+    CHECK(views.guards_intact(), "%s: a guard zone was written", Dtype<T>::name);
+    FsaForward over_q = views.forward_args(); // o overwrites q
+    over_q.o = views.q_, over_q.o_stride = views.q_.stride_arg();
+    CHECK(fsa_forward(&c, Dtype<T>::value, &views.b, &over_q, 0) == 0, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const std::vector<T> o = packed.o.host(), in_q = views.q_.host();
+    CHECK(memcmp(o.data(), in_q.data(), o.size() * sizeof(T)) == 0, "%s: o over q", Dtype<T>::name);
 }
 
 // Two problems on two streams at once, and from two threads, give the bits that each gives alone.
@@ -505,52 +539,95 @@ static void test_two_streams(Random *r, bool small) {
     for (cudaStream_t &x : s) CUDA_CHECK(cudaStreamDestroy(x));
 }
 
+// Tests one branch against the reference. rope: the library rotates q and k.
+template <typename T>
+static void test_branch(Problem<T> &p, FsaVisibility rule, bool rope, std::vector<int32_t> &block_indices,
+                        const Buffer<int32_t> &block_indices_) {
+    const FsaConfig &c = p.c;
+    const FsaDtype t = Dtype<T>::value;
+    const int64_t rows = p.nq * c.q_heads;
+    const bool selected = rule == FSA_SELECTED;
+    const size_t bytes =
+        std::max(fsa_workspace_size(&c, t, &p.b, selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD),
+                 fsa_workspace_size(&c, t, &p.b, selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD));
+    Buffer<char> workspace((int64_t)bytes);
+    Buffer<float> lse(rows);
+    p.o.poison(), p.dq.poison(), p.dk.poison(), p.dv.poison();
+    int status;
+    if (selected) {
+        FsaSelectedForward f = {sizeof f, p.q_, p.k_, p.v_};
+        f.q_stride = p.q_.stride_arg(), f.k_stride = p.k_.stride_arg(), f.v_stride = p.v_.stride_arg();
+        f.block_indices = block_indices_, f.o = p.o, f.lse = lse, f.o_stride = p.o.stride_arg();
+        f.workspace = workspace, f.workspace_bytes = bytes;
+        FsaSelectedBackward g = {sizeof g, p.q_, p.k_, p.v_, p.o, p.dout_};
+        g.q_stride = f.q_stride, g.k_stride = f.k_stride, g.v_stride = f.v_stride, g.o_stride = f.o_stride;
+        g.dout_stride = p.dout_.stride_arg(), g.block_indices = block_indices_, g.lse = lse;
+        g.dq = p.dq, g.dk = p.dk, g.dv = p.dv, g.dq_stride = p.dq.stride_arg();
+        g.dk_stride = p.dk.stride_arg(), g.dv_stride = p.dv.stride_arg();
+        g.workspace = workspace, g.workspace_bytes = bytes;
+        status = fsa_selected_forward(&c, t, &p.b, &f, 0);
+        if (!status) status = fsa_selected_backward(&c, t, &p.b, &g, 0);
+    } else {
+        FsaAttentionForward f = {sizeof f, rule, p.q_, p.k_, p.v_};
+        f.q_stride = p.q_.stride_arg(), f.k_stride = p.k_.stride_arg(), f.v_stride = p.v_.stride_arg();
+        f.inv_freq = rope ? p.inv_freq_.get() : NULL;
+        f.o = p.o, f.lse = lse, f.o_stride = p.o.stride_arg();
+        f.workspace = workspace, f.workspace_bytes = bytes;
+        FsaAttentionBackward g = {sizeof g, rule, p.q_, p.k_, p.v_, p.o, p.dout_};
+        g.q_stride = f.q_stride, g.k_stride = f.k_stride, g.v_stride = f.v_stride, g.o_stride = f.o_stride;
+        g.dout_stride = p.dout_.stride_arg(), g.inv_freq = f.inv_freq, g.lse = lse;
+        g.dq = p.dq, g.dk = p.dk, g.dv = p.dv, g.dq_stride = p.dq.stride_arg();
+        g.dk_stride = p.dk.stride_arg(), g.dv_stride = p.dv.stride_arg();
+        g.workspace = workspace, g.workspace_bytes = bytes;
+        status = fsa_attention_forward(&c, t, &p.b, &f, 0);
+        if (!status) status = fsa_attention_backward(&c, t, &p.b, &g, 0);
+    }
+    CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<float> q = p.q.f, k = p.k.f;
+    if (rope) {
+        fsa_ref_rope_queries_f32(&c, &p.batch.ref, q.data(), p.inv_freq.data(), 0);
+        fsa_ref_rope_keys_f32(&c, &p.batch.ref, k.data(), p.inv_freq.data(), 0);
+        round_to_type<T>(q.data(), p.size_q), round_to_type<T>(k.data(), p.size_k);
+    }
+    std::vector<float> ro(p.size_q), rl(rows), rq(p.size_q, 0), rk(p.size_k, 0), rv(p.size_k, 0);
+    fsa_ref_attention_forward_f32(&c, &p.batch.ref, rule, q.data(), k.data(), p.v.f.data(),
+                                  block_indices.data(), ro.data(), rl.data());
+    fsa_ref_attention_backward_f32(&c, &p.batch.ref, rule, q.data(), k.data(), p.v.f.data(),
+                                   block_indices.data(), ro.data(), rl.data(), p.dout.f.data(), rq.data(),
+                                   rk.data(), rv.data());
+    if (rope) {
+        fsa_ref_rope_queries_f32(&c, &p.batch.ref, rq.data(), p.inv_freq.data(), 1);
+        fsa_ref_rope_keys_f32(&c, &p.batch.ref, rk.data(), p.inv_freq.data(), 1);
+    }
+    const double eo = error_of(p.o.floats(), ro), eq = error_of(p.dq.floats(), rq),
+                 ek = error_of(p.dk.floats(), rk), ev = error_of(p.dv.floats(), rv),
+                 el = lse_error(lse.host(), rl), limit = Dtype<T>::grad_tolerance;
+    CHECK(eo <= Dtype<T>::out_tolerance && el <= 1e-3 && eq <= limit && ek <= limit && ev <= limit,
+          "rule %d rope %d %s: o %.2e lse %.1e dq %.2e dk %.2e dv %.2e", rule, rope, Dtype<T>::name, eo, el,
+          eq, ek, ev);
+    CHECK(p.o.guards_intact() && p.dq.guards_intact() && p.dk.guards_intact() && p.dv.guards_intact() &&
+              lse.guards_intact() && workspace.guards_intact(),
+          "rule %d: a guard zone was written", rule);
+}
+
 // Tests the single-branch functions against the reference. init_local false: init_blocks and local_blocks are
 // 0, and the lists of block indices may have any length.
 template <typename T> static void test_branches(Random *r, bool small, bool init_local) {
     FsaConfig c = default_config(10, 2, 64, small ? 16 : 64, 4);
     c.cmp_len = 16, c.window = 60;
     if (!init_local) c.init_blocks = c.local_blocks = 0;
-    Problem<T> p(r, c, {small ? 95 : 700, 0, 30}, {}, false);
+    Problem<T> p(r, c, {small ? 95 : 700, 0, 30}, {}, false, r);
     CHECK(p.forward(0) == 0, "%s", fsa_last_error());
     std::vector<int32_t> block_indices = random_block_indices(r, c, p.batch.ref);
     Buffer<int32_t> block_indices_(block_indices);
-    int64_t rows = p.nq * c.q_heads;
     for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++) {
         bool selected = rule == FSA_SELECTED;
         if (rule == FSA_COMPRESSED || (!init_local && !selected))
             continue; // tested with all steps; unchanged
-        FsaOperation ops[2] = {selected ? FSA_SELECTED_FORWARD : FSA_ATTENTION_FORWARD,
-                               selected ? FSA_SELECTED_BACKWARD : FSA_ATTENTION_BACKWARD};
-        Buffer<char> workspace((int64_t)std::max(fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[0]),
-                                                 fsa_workspace_size(&c, Dtype<T>::value, &p.b, ops[1])));
-        Buffer<T> o(p.size_q), dq(p.size_q), dk(p.size_k), dv(p.size_k);
-        Buffer<float> lse(rows);
-        FsaDtype t = Dtype<T>::value;
-        size_t bytes = (size_t)workspace.n;
-        int status = selected ? fsa_selected_forward(&c, t, &p.b, p.q_, p.k_, p.v_, block_indices_, o, lse,
-                                                     workspace, bytes, 0)
-                              : fsa_attention_forward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o,
-                                                      lse, workspace, bytes, 0);
-        CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
-        status = selected ? fsa_selected_backward(&c, t, &p.b, p.q_, p.k_, p.v_, block_indices_, o, lse,
-                                                  p.dout_, dq, dk, dv, workspace, bytes, 0)
-                          : fsa_attention_backward(&c, t, &p.b, (FsaVisibility)rule, p.q_, p.k_, p.v_, o, lse,
-                                                   p.dout_, dq, dk, dv, workspace, bytes, 0);
-        CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
-        CUDA_CHECK(cudaDeviceSynchronize());
-        std::vector<float> ro(p.size_q), rl(rows), rq(p.size_q, 0), rk(p.size_k, 0), rv(p.size_k, 0);
-        fsa_ref_attention_forward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
-                                      p.v.f.data(), block_indices.data(), ro.data(), rl.data());
-        fsa_ref_attention_backward_f32(&c, &p.batch.ref, (FsaVisibility)rule, p.q.f.data(), p.k.f.data(),
-                                       p.v.f.data(), block_indices.data(), ro.data(), rl.data(),
-                                       p.dout.f.data(), rq.data(), rk.data(), rv.data());
-        double eo = error_of(o.floats(), ro), eq = error_of(dq.floats(), rq), ek = error_of(dk.floats(), rk);
-        double ev = error_of(dv.floats(), rv), el = lse_error(lse.host(), rl),
-               limit = Dtype<T>::grad_tolerance;
-        CHECK(eo <= Dtype<T>::out_tolerance && el <= 1e-3 && eq <= limit && ek <= limit && ev <= limit,
-              "rule %d %s: o %.2e lse %.1e dq %.2e dk %.2e dv %.2e", rule, Dtype<T>::name, eo, el, eq, ek,
-              ev);
+        for (bool rope : {false, true}) {
+            if (!rope || !selected) test_branch(p, (FsaVisibility)rule, rope, block_indices, block_indices_);
+        }
     }
 }
 
@@ -617,22 +694,33 @@ template <typename T> struct LongProblem {
         Buffer<char> workspace((int64_t)bytes);
         const T *keys = compressed ? kc : k, *values = compressed ? vc : v;
         o.poison(), dq.poison(), dk.poison(), dv.poison(), lse.poison();
-        int status =
-            selected
-                ? fsa_selected_forward(&c, t, &b, q, keys, values, block_indices, o, lse, workspace, bytes, 0)
-                : fsa_attention_forward(&c, t, &b, rule, q, keys, values, o, lse, workspace, bytes, 0);
-        CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
-        status = selected ? fsa_selected_backward(&c, t, &b, q, keys, values, block_indices, o, lse, dout, dq,
-                                                  dk, dv, workspace, bytes, 0)
-                          : fsa_attention_backward(&c, t, &b, rule, q, keys, values, o, lse, dout, dq, dk, dv,
-                                                   workspace, bytes, 0);
+        int status;
+        if (selected) {
+            FsaSelectedForward f = {sizeof f, q, keys, values};
+            f.block_indices = block_indices, f.o = o, f.lse = lse;
+            f.workspace = workspace, f.workspace_bytes = bytes;
+            FsaSelectedBackward g = {sizeof g, q, keys, values, o, dout};
+            g.block_indices = block_indices, g.lse = lse, g.dq = dq, g.dk = dk, g.dv = dv;
+            g.workspace = workspace, g.workspace_bytes = bytes;
+            status = fsa_selected_forward(&c, t, &b, &f, 0);
+            if (!status) status = fsa_selected_backward(&c, t, &b, &g, 0);
+        } else {
+            FsaAttentionForward f = {sizeof f, rule, q, keys, values};
+            f.o = o, f.lse = lse, f.workspace = workspace, f.workspace_bytes = bytes;
+            FsaAttentionBackward g = {sizeof g, rule, q, keys, values, o, dout};
+            g.lse = lse, g.dq = dq, g.dk = dk, g.dv = dv, g.workspace = workspace, g.workspace_bytes = bytes;
+            status = fsa_attention_forward(&c, t, &b, &f, 0);
+            if (!status) status = fsa_attention_backward(&c, t, &b, &g, 0);
+        }
         CHECK(status == 0, "rule %d: %s", rule, fsa_last_error());
         cudaError_t e = cudaDeviceSynchronize();
         CHECK(e == cudaSuccess, "rule %d: %s", rule, cudaGetErrorString(e));
         if (e != cudaSuccess) exit(1);
         if (compressed) {
-            CHECK(fsa_select_blocks(&c, t, &b, q, kc, lse, block_indices, workspace, bytes, 0) == 0, "%s",
-                  fsa_last_error());
+            FsaSelectBlocks f = {sizeof f, q, kc};
+            f.lse_c = lse, f.block_indices = block_indices, f.workspace = workspace,
+            f.workspace_bytes = bytes;
+            CHECK(fsa_select_blocks(&c, t, &b, &f, 0) == 0, "%s", fsa_last_error());
             CUDA_CHECK(cudaDeviceSynchronize());
         }
     }
@@ -850,79 +938,111 @@ static void test_long(Random *r, int hq, int hkv, int d, int block, int topk,
     LongProblem<T>(r, c, lengths).check(r);
 }
 
-// One API function, with the names of its pointer arguments.
+// One API function. `pointers` are the pointer fields of its argument struct that must not be NULL, and
+// `strides` their row strides, in the order in which `run` takes their values.
 struct Function {
     const char *name;
     FsaOperation op;
-    std::vector<const char *> names;
-    std::function<int(const FsaConfig *, FsaDtype, const FsaDeviceBatch *, void **, void *, size_t)> run;
+    std::vector<const char *> pointers, strides;
+    std::function<int(const FsaConfig *, FsaDtype, const FsaDeviceBatch *, void **x, const int64_t *s, void *,
+                      size_t)>
+        run;
 };
+#define RUN_FUNCTION                                                                                         \
+    [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, const int64_t *s, void *work,     \
+        size_t bytes)
+
+// Returns all functions. weights, gradients: of the compression.
+static std::vector<Function> all_functions(const FsaPhiWeights &weights, const FsaPhiGradients &gradients) {
+    return {{"forward", FSA_FORWARD, {"q", "k", "v", "gate_logits", "o", "saved"},
+             {"q", "k", "v", "gate", "o"},
+             RUN_FUNCTION{FsaForward a = {sizeof a, x[0], x[1], x[2], x[3], s[0], s[1], s[2], s[3], weights};
+    a.o = x[4], a.saved = x[5], a.o_stride = s[4], a.workspace = work, a.workspace_bytes = bytes;
+    return fsa_forward(c, t, b, &a, 0);
+}
+}
+, {"backward", FSA_BACKWARD, {"k", "v", "gate_logits", "dout", "saved", "dq", "dk", "dv", "dgate_logits"},
+   {"k", "v", "gate", "dout", "dq", "dk", "dv", "dgate"},
+   RUN_FUNCTION{FsaBackward a = {sizeof a, x[0], x[1], x[2], x[3], s[0], s[1], s[2], s[3], weights};
+a.saved = x[4], a.dq = x[5], a.dk = x[6], a.dv = x[7], a.dgate_logits = x[8];
+a.dq_stride = s[4], a.dk_stride = s[5], a.dv_stride = s[6], a.dgate_stride = s[7];
+a.dphi = gradients, a.workspace = work, a.workspace_bytes = bytes;
+return fsa_backward(c, t, b, &a, 0);
+}
+}
+, {"selected_forward", FSA_SELECTED_FORWARD, {"q", "k", "v", "block_indices", "o", "lse"},
+   {"q", "k", "v", "o"},
+   RUN_FUNCTION{FsaSelectedForward a = {sizeof a, x[0], x[1], x[2], s[0], s[1], s[2], (int32_t *)x[3]};
+a.o = x[4], a.lse = (float *)x[5], a.o_stride = s[3];
+a.workspace = work, a.workspace_bytes = bytes;
+return fsa_selected_forward(c, t, b, &a, 0);
+}
+}
+, {"selected_backward", FSA_SELECTED_BACKWARD,
+   {"q", "k", "v", "o", "dout", "block_indices", "lse", "dq", "dk", "dv"},
+   {"q", "k", "v", "o", "dout", "dq", "dk", "dv"},
+   RUN_FUNCTION{
+       FsaSelectedBackward a = {sizeof a, x[0], x[1], x[2], x[3], x[4], s[0], s[1], s[2], s[3], s[4]};
+a.block_indices = (int32_t *)x[5], a.lse = (float *)x[6], a.dq = x[7], a.dk = x[8], a.dv = x[9];
+a.dq_stride = s[5], a.dk_stride = s[6], a.dv_stride = s[7];
+a.workspace = work, a.workspace_bytes = bytes;
+return fsa_selected_backward(c, t, b, &a, 0);
+}
+}
+, {"select_blocks", FSA_SELECT_BLOCKS, {"q", "kc", "lse_c", "block_indices"}, {"q", "kc"},
+   RUN_FUNCTION{FsaSelectBlocks a = {sizeof a, x[0], x[1], s[0], s[1], (float *)x[2], (int32_t *)x[3]};
+a.workspace = work, a.workspace_bytes = bytes;
+return fsa_select_blocks(c, t, b, &a, 0);
+}
+}
+, {"attention_forward", FSA_ATTENTION_FORWARD, {"q", "k", "v", "o", "lse"}, {"q", "k", "v", "o"},
+   RUN_FUNCTION{FsaAttentionForward a = {sizeof a, FSA_WINDOW, x[0], x[1], x[2], s[0], s[1], s[2]};
+a.o = x[3], a.lse = (float *)x[4], a.o_stride = s[3];
+a.workspace = work, a.workspace_bytes = bytes;
+return fsa_attention_forward(c, t, b, &a, 0);
+}
+}
+, {"attention_backward", FSA_ATTENTION_BACKWARD, {"q", "k", "v", "o", "dout", "lse", "dq", "dk", "dv"},
+   {"q", "k", "v", "o", "dout", "dq", "dk", "dv"},
+   RUN_FUNCTION{FsaAttentionBackward a = {sizeof a, FSA_WINDOW, x[0], x[1], x[2], x[3], x[4], s[0], s[1],
+                                          s[2], s[3], s[4]};
+a.lse = (float *)x[5], a.dq = x[6], a.dk = x[7], a.dv = x[8];
+a.dq_stride = s[5], a.dk_stride = s[6], a.dv_stride = s[7];
+a.workspace = work, a.workspace_bytes = bytes;
+return fsa_attention_backward(c, t, b, &a, 0);
+}
+}
+,
+}
+;
+}
 
 static void test_errors(Random *r) {
     typedef __nv_bfloat16 T;
     Problem<T> p(r, default_config(4, 2, 64, 64, 8), {100}, {}, true);
     Buffer<T> any(p.size_q), any_phi(p.size_w); // for any argument: no function uses it
-    FsaPhiWeights weights = p.weights();
+    FsaPhiWeights weights = {p.wk_, p.pe_, p.wv_};
     FsaPhiGradients gradients = {p.dwk, p.dpe, p.dwv};
-    const Function functions[] = {
-        {"forward",
-         FSA_FORWARD,
-         {"q", "k", "v", "gate_logits", "o", "saved"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_forward(c, t, b, x[0], x[1], x[2], &weights, NULL, x[3], NULL, x[4], x[5], work,
-                                bytes, 0);
-         }},
-        {"backward",
-         FSA_BACKWARD,
-         {"k", "v", "gate_logits", "dout", "saved", "dq", "dk", "dv", "dgate_logits"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_backward(c, t, b, x[0], x[1], &weights, NULL, x[2], x[3], x[4], x[5], x[6], x[7],
-                                 &gradients, x[8], work, bytes, 0);
-         }},
-        {"selected_forward",
-         FSA_SELECTED_FORWARD,
-         {"q", "k", "v", "block_indices", "o", "lse"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_selected_forward(c, t, b, x[0], x[1], x[2], (int32_t *)x[3], x[4], (float *)x[5],
-                                         work, bytes, 0);
-         }},
-        {"selected_backward",
-         FSA_SELECTED_BACKWARD,
-         {"q", "k", "v", "block_indices", "o", "lse", "dout", "dq", "dk", "dv"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_selected_backward(c, t, b, x[0], x[1], x[2], (int32_t *)x[3], x[4], (float *)x[5],
-                                          x[6], x[7], x[8], x[9], work, bytes, 0);
-         }},
-        {"select_blocks",
-         FSA_SELECT_BLOCKS,
-         {"q", "kc", "lse_c", "block_indices"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_select_blocks(c, t, b, x[0], x[1], (float *)x[2], (int32_t *)x[3], work, bytes, 0);
-         }},
-        {"attention_forward",
-         FSA_ATTENTION_FORWARD,
-         {"q", "k", "v", "o", "lse"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_attention_forward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], work,
-                                          bytes, 0);
-         }},
-        {"attention_backward",
-         FSA_ATTENTION_BACKWARD,
-         {"q", "k", "v", "o", "lse", "dout", "dq", "dk", "dv"},
-         [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *b, void **x, void *work, size_t bytes) {
-             return fsa_attention_backward(c, t, b, FSA_WINDOW, x[0], x[1], x[2], x[3], (float *)x[4], x[5],
-                                           x[6], x[7], x[8], work, bytes, 0);
-         }},
-    };
+    const std::vector<Function> functions = all_functions(weights, gradients);
     const char *function = "";
     auto expect = [&](int status, int wanted, const char *words) {
         CHECK(status == wanted && strstr(fsa_last_error(), words),
               "%s: status %d and '%s' expected, got %d: %s", function, wanted, words, status,
               fsa_last_error());
     };
+    alignas(16) static char host_memory[16];
+    int device = 0, pageable = 0; // pageable: kernels may read all host memory
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&pageable, cudaDevAttrPageableMemoryAccess, device));
+    auto host_pointer = [](const std::string &name, const void *pointer) {
+        char words[100];
+        snprintf(words, sizeof words, "%s %p: host memory; must be a device pointer", name.c_str(), pointer);
+        return std::string(words);
+    };
     auto misaligned = [](const std::string &name, const void *pointer) {
         char words[100];
-        snprintf(words, sizeof words, "%s %p: must be aligned to 16 bytes", name.c_str(), pointer);
+        const int bytes = name.find("gate_logits") == std::string::npos ? 16 : 2;
+        snprintf(words, sizeof words, "%s %p: must be aligned to %d bytes", name.c_str(), pointer, bytes);
         return std::string(words);
     };
     const FsaConfig good = p.c;
@@ -951,7 +1071,9 @@ static void test_errors(Random *r) {
                    {&bad.window, 0, "window 0"},
                    {(int *)&bad.phi, 7, "phi 7"},
                    {&bad.gate_per_token, 2, "gate_per_token 2"},
-                   {&bad.recompute, -1, "recompute -1"}};
+                   {&bad.recompute, -1, "recompute -1"},
+                   {&bad.reserved[0], 1, "reserved[0] 1"},
+                   {&bad.reserved[3], -5, "reserved[3] -5"}};
     const FsaDeviceBatch good_batch = p.b;
     FsaDeviceBatch b = good_batch;
     struct {
@@ -968,14 +1090,16 @@ static void test_errors(Random *r) {
                    {&b.num_queries, INT32_MAX / 8 + 1, "times topk 8 must be below 2^31"},
                    {&b.num_queries, 1ll << 30, "num_queries 1073741824"},
                    {&b.num_queries, 1ll << 31, "num_queries 2147483648"},
-                   {&b.num_keys, 1ll << 31, "num_keys 2147483648"}};
+                   {&b.num_keys, 1ll << 31, "num_keys 2147483648"},
+                   {&b.reserved[1], 3, "FsaDeviceBatch.reserved 3"}};
     for (const Function &f : functions) {
         function = f.name;
         Buffer<char> work((int64_t)fsa_workspace_size(&good, FSA_BF16, &good_batch, f.op));
         size_t bytes = (size_t)work.n;
-        std::vector<void *> args(f.names.size(), any.get());
+        std::vector<void *> args(f.pointers.size(), any.get());
+        std::vector<int64_t> strides(f.strides.size(), 0);
         auto run = [&](const FsaConfig *c, FsaDtype t, const FsaDeviceBatch *batch) {
-            return f.run(c, t, batch, args.data(), work, bytes);
+            return f.run(c, t, batch, args.data(), strides.data(), work, bytes);
         };
         expect(run(NULL, FSA_BF16, &good_batch), FSA_ERROR_ARGUMENT, "config: NULL");
         expect(run(&good, FSA_BF16, NULL), FSA_ERROR_ARGUMENT, "batch: NULL");
@@ -1000,30 +1124,45 @@ static void test_errors(Random *r) {
         b = good_batch, b.segments = NULL;
         expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, "segments: NULL");
         b = good_batch;
-        expect(f.run(&good, FSA_BF16, &b, args.data(), NULL, bytes), FSA_ERROR_WORKSPACE, "workspace: NULL");
-        expect(f.run(&good, FSA_BF16, &b, args.data(), work + 16, bytes), FSA_ERROR_WORKSPACE,
+        expect(f.run(&good, FSA_BF16, &b, args.data(), strides.data(), NULL, bytes), FSA_ERROR_WORKSPACE,
+               "workspace: NULL");
+        expect(f.run(&good, FSA_BF16, &b, args.data(), strides.data(), work + 16, bytes), FSA_ERROR_WORKSPACE,
                "must be aligned to 256 bytes");
         std::string needs = "must be at least " + std::to_string(bytes);
-        expect(f.run(&good, FSA_BF16, &b, args.data(), work, bytes - 1), FSA_ERROR_WORKSPACE, needs.c_str());
+        expect(f.run(&good, FSA_BF16, &b, args.data(), strides.data(), work, bytes - 1), FSA_ERROR_WORKSPACE,
+               needs.c_str());
         for (size_t i = 0; i < args.size(); i++) {
-            std::string name = f.names[i];
+            std::string name = f.pointers[i];
             args[i] = NULL;
             expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, (name + ": NULL").c_str());
-            args[i] = any + 1;
-            expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, misaligned(name, any + 1).c_str());
+            args[i] = (char *)any.get() + 1;
+            expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, misaligned(name, args[i]).c_str());
+            args[i] = &host_memory;
+            if (!pageable)
+                expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT,
+                       host_pointer(name, &host_memory).c_str());
             args[i] = any;
+        }
+        for (size_t i = 0; i < strides.size(); i++) {
+            const std::string name = std::string(f.strides[i]) + "_stride ";
+            for (int64_t stride : {(int64_t)8, (int64_t)-256, (int64_t)1 << 34, (int64_t)260}) {
+                if (stride == 260 && name.find("gate") != std::string::npos) continue; // any stride
+                strides[i] = stride;
+                expect(run(&good, FSA_BF16, &b), FSA_ERROR_ARGUMENT, (name + std::to_string(stride)).c_str());
+            }
+            strides[i] = 0;
         }
         if (f.op == FSA_FORWARD || f.op == FSA_BACKWARD) {
             struct {
                 const void **pointer;
                 const char *name;
                 bool optional;
-            } phi[] = {{&weights.wk, "phi->wk", false},
-                       {&weights.wv, "phi->wv", false},
-                       {&weights.pe, "phi->pe", true},
-                       {(const void **)&gradients.dwk, "dphi->dwk", false},
-                       {(const void **)&gradients.dwv, "dphi->dwv", false},
-                       {(const void **)&gradients.dpe, "dphi->dpe", false}};
+            } phi[] = {{&weights.wk, "phi.wk", false},
+                       {&weights.wv, "phi.wv", false},
+                       {&weights.pe, "phi.pe", true},
+                       {(const void **)&gradients.dwk, "dphi.dwk", false},
+                       {(const void **)&gradients.dwv, "dphi.dwv", false},
+                       {(const void **)&gradients.dpe, "dphi.dpe", false}};
             for (auto &x : phi) {
                 if (x.name[0] == 'd' && f.op == FSA_FORWARD) continue;
                 const void *before = *x.pointer;
@@ -1039,21 +1178,33 @@ static void test_errors(Random *r) {
     }
     // Errors that the loop does not cover.
     function = "";
-    int64_t n = p.forward_workspace.n;
-    expect(fsa_forward(&good, FSA_BF16, &b, p.q_, p.k_, p.v_, NULL, NULL, p.gate_, NULL, p.o, p.saved,
-                       p.forward_workspace, (size_t)n, 0),
-           FSA_ERROR_ARGUMENT, "phi: NULL");
-    expect(fsa_backward(&good, FSA_BF16, &b, p.k_, p.v_, &weights, NULL, p.gate_, p.dout_, p.saved, p.dq,
-                        p.dk, p.dv, NULL, p.dgate, p.backward_workspace, (size_t)p.backward_workspace.n, 0),
-           FSA_ERROR_ARGUMENT, "dphi: NULL");
     for (int rule : {(int)FSA_SELECTED, -1}) {
-        expect(fsa_attention_forward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
-                                     p.forward_workspace, (size_t)n, 0),
-               FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
-        expect(fsa_attention_backward(&good, FSA_BF16, &b, (FsaVisibility)rule, p.q_, p.k_, p.v_, p.o, p.dwk,
-                                      p.dout_, p.dq, p.dk, p.dv, p.backward_workspace, (size_t)n, 0),
-               FSA_ERROR_ARGUMENT, ("rule " + std::to_string(rule)).c_str());
+        FsaAttentionForward f = {sizeof f, (FsaVisibility)rule};
+        FsaAttentionBackward g = {sizeof g, (FsaVisibility)rule};
+        const std::string words = "rule " + std::to_string(rule);
+        expect(fsa_attention_forward(&good, FSA_BF16, &b, &f, 0), FSA_ERROR_ARGUMENT, words.c_str());
+        expect(fsa_attention_backward(&good, FSA_BF16, &b, &g, 0), FSA_ERROR_ARGUMENT, words.c_str());
     }
+    FsaAttentionForward rotated = {sizeof rotated, FSA_COMPRESSED};
+    rotated.inv_freq = p.inv_freq_;
+    expect(fsa_attention_forward(&good, FSA_BF16, &b, &rotated, 0), FSA_ERROR_ARGUMENT,
+           "must be NULL for the compressed rule");
+    // Argument structs of other versions.
+    struct {
+        FsaForward known;
+        int64_t later[2]; // fields of a later version
+    } longer = {p.forward_args(), {0, 0}};
+    expect(fsa_forward(&good, FSA_BF16, &b, NULL, 0), FSA_ERROR_ARGUMENT, "FsaForward: NULL");
+    for (size_t size : {(size_t)0, sizeof(FsaForward) - 8, sizeof(FsaForward) + 4, (size_t)1 << 40}) {
+        longer.known.size = size;
+        expect(fsa_forward(&good, FSA_BF16, &b, &longer.known, 0), FSA_ERROR_ARGUMENT,
+               ("FsaForward.size " + std::to_string(size) + ": must be sizeof(FsaForward)").c_str());
+    }
+    longer.known.size = sizeof longer;
+    expect(fsa_forward(&good, FSA_BF16, &b, &longer.known, 0), FSA_OK, "");
+    longer.later[1] = 1;
+    expect(fsa_forward(&good, FSA_BF16, &b, &longer.known, 0), FSA_ERROR_ARGUMENT,
+           ("FsaForward: byte " + std::to_string(sizeof(FsaForward) + 8) + " is not 0").c_str());
     expect(fsa_workspace_size(&good, FSA_BF16, &b, (FsaOperation)9) != 0, 0, "operation 9");
     bad.window = 0;
     expect(fsa_saved_size(&bad, FSA_BF16, &b) != 0, 0, "window 0");
@@ -1061,6 +1212,53 @@ static void test_errors(Random *r) {
     expect(fsa_saved_block_indices(&bad, FSA_BF16, &b, p.saved.get()) != NULL, 0, "window -1");
     expect(p.forward(0), FSA_OK, "");
     expect(p.backward(0), FSA_OK, "");
+    CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+// Memory and a stream of another GPU are errors that name the field and the GPUs.
+static void test_other_device(Random *r) {
+    typedef __nv_bfloat16 T;
+    Problem<T> p(r, default_config(4, 2, 64, 64, 6), {100}, {}, true);
+    FsaForward a = p.forward_args();
+    cudaStream_t stream = 0;
+#ifdef EMULATOR_H
+    emu::other_device_memory = a.q;
+    int status = fsa_forward(&p.c, FSA_BF16, &p.b, &a, 0);
+    emu::other_device_memory = NULL;
+#else
+    int devices = 0, device = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&devices));
+    CUDA_CHECK(cudaGetDevice(&device));
+    if (devices < 2) {
+        SKIP("one GPU: memory and a stream of another one");
+        return;
+    }
+    void *memory;
+    CUDA_CHECK(cudaSetDevice(1 - device));
+    CUDA_CHECK(cudaMalloc(&memory, p.size_q * sizeof(T)));
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUDA_CHECK(cudaSetDevice(device));
+    a.q = memory, a.q_stride = 0;
+    int status = fsa_forward(&p.c, FSA_BF16, &p.b, &a, 0);
+    CUDA_CHECK(cudaFree(memory));
+    a = p.forward_args();
+#endif
+    CHECK(status == FSA_ERROR_ARGUMENT && strncmp(fsa_last_error(), "q 0x", 4) == 0 &&
+              strstr(fsa_last_error(), ": memory of GPU 1; must be memory of the current GPU 0"),
+          "status %d: %s", status, fsa_last_error());
+#if CUDART_VERSION >= 12080
+#ifdef EMULATOR_H
+    emu::stream_device = 1;
+#endif
+    status = fsa_forward(&p.c, FSA_BF16, &p.b, &a, stream);
+    CHECK(status == FSA_ERROR_ARGUMENT &&
+              strstr(fsa_last_error(), ": of GPU 1; must be a stream of the current GPU 0"),
+          "status %d: %s", status, fsa_last_error());
+#ifdef EMULATOR_H
+    emu::stream_device = 0;
+#endif
+#endif
+    CHECK(p.forward(0) == FSA_OK, "%s", fsa_last_error());
     CUDA_CHECK(cudaDeviceSynchronize());
 }
 
@@ -1100,6 +1298,22 @@ static void test_cuda_errors(Random *r) {
     Buffer<float> lse(p.b.num_queries * c.q_heads);
     Buffer<int32_t> indices(p.b.num_queries * c.kv_heads * c.topk);
     cudaMemcpy(indices, selected, (size_t)indices.n * sizeof(int32_t), cudaMemcpyDeviceToDevice);
+    FsaSelectedForward selected_forward = {
+        sizeof selected_forward, p.q_, p.k_, p.v_, 0, 0, 0, indices, p.o, lse};
+    selected_forward.workspace = work, selected_forward.workspace_bytes = bytes;
+    FsaSelectedBackward selected_backward = {sizeof selected_backward, p.q_, p.k_, p.v_, p.o, p.dout_};
+    selected_backward.block_indices = indices, selected_backward.lse = lse, selected_backward.dq = p.dq;
+    selected_backward.dk = p.dk, selected_backward.dv = p.dv;
+    selected_backward.workspace = work, selected_backward.workspace_bytes = bytes;
+    const FsaSelectBlocks select = {sizeof select, p.q_, p.k_, 0, 0, lse, indices, work, bytes};
+    FsaAttentionForward attention_forward = {sizeof attention_forward, FSA_CAUSAL, p.q_, p.k_, p.v_};
+    attention_forward.inv_freq = p.inv_freq_, attention_forward.o = p.o, attention_forward.lse = lse;
+    attention_forward.workspace = work, attention_forward.workspace_bytes = bytes;
+    FsaAttentionBackward attention_backward = {
+        sizeof attention_backward, FSA_CAUSAL, p.q_, p.k_, p.v_, p.o, p.dout_};
+    attention_backward.inv_freq = p.inv_freq_, attention_backward.lse = lse, attention_backward.dq = p.dq;
+    attention_backward.dk = p.dk, attention_backward.dv = p.dv;
+    attention_backward.workspace = work, attention_backward.workspace_bytes = bytes;
     struct {
         const char *name, *call; // call: one of the kernels and calls that fail
         std::function<int()> run;
@@ -1107,38 +1321,28 @@ static void test_cuda_errors(Random *r) {
         {"fsa_forward", "selected_combine_kernel", [&] { return p.forward(0); }},
         {"fsa_forward", "cudaMemcpyAsync",
          [&] {
-             FsaPhiWeights phi = {p.wk_, p.pe_, p.wv_};
-             return fsa_forward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, &phi, NULL, p.gate_, indices, p.o,
-                                p.saved, p.forward_workspace, (size_t)p.forward_workspace.n, 0);
+             FsaForward a = p.forward_args();
+             a.block_indices = indices;
+             return fsa_forward(&c, FSA_BF16, &b, &a, 0);
          }},
         {"fsa_backward", "selected_store_dkv_kernel", [&] { return p.backward(0); }},
         {"fsa_selected_forward", "work_ranges_kernel",
-         [&] {
-             return fsa_selected_forward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, indices, p.o, lse, work, bytes,
-                                         0);
-         }},
+         [&] { return fsa_selected_forward(&c, FSA_BF16, &b, &selected_forward, 0); }},
         {"fsa_selected_backward", "selected_combine_bwd_kernel",
-         [&] {
-             return fsa_selected_backward(&c, FSA_BF16, &b, p.q_, p.k_, p.v_, indices, p.o, lse, p.dout_,
-                                          p.dq, p.dk, p.dv, work, bytes, 0);
-         }},
-        {"fsa_select_blocks", "topk_",
-         [&] { return fsa_select_blocks(&c, FSA_BF16, &b, p.q_, p.k_, lse, indices, work, bytes, 0); }},
+         [&] { return fsa_selected_backward(&c, FSA_BF16, &b, &selected_backward, 0); }},
+        {"fsa_select_blocks", "topk_", [&] { return fsa_select_blocks(&c, FSA_BF16, &b, &select, 0); }},
         {"fsa_attention_forward", "dense_forward_",
-         [&] {
-             return fsa_attention_forward(&c, FSA_BF16, &b, FSA_CAUSAL, p.q_, p.k_, p.v_, p.o, lse, work,
-                                          bytes, 0);
-         }},
+         [&] { return fsa_attention_forward(&c, FSA_BF16, &b, &attention_forward, 0); }},
         {"fsa_attention_backward", "dense_combine_dkv_kernel",
          [&] {
-             return fsa_attention_backward(&c, FSA_BF16, &b, FSA_COMPRESSED, p.q_, p.k_, p.v_, p.o, lse,
-                                           p.dout_, p.dq, p.dk, p.dv, work, bytes, 0);
+             FsaAttentionBackward compressed = attention_backward;
+             compressed.rule = FSA_COMPRESSED, compressed.inv_freq = NULL;
+             return fsa_attention_backward(&c, FSA_BF16, &b, &compressed, 0);
          }},
+        {"fsa_attention_backward", "rope_kernel",
+         [&] { return fsa_attention_backward(&c, FSA_BF16, &b, &attention_backward, 0); }},
         {"fsa_attention_backward", "cudaMemsetAsync",
-         [&] {
-             return fsa_attention_backward(&c, FSA_BF16, &no_queries, FSA_CAUSAL, p.q_, p.k_, p.v_, p.o, lse,
-                                           p.dout_, p.dq, p.dk, p.dv, work, bytes, 0);
-         }},
+         [&] { return fsa_attention_backward(&c, FSA_BF16, &no_queries, &attention_backward, 0); }},
     };
     for (auto &f : functions) {
         std::string names;
@@ -1250,6 +1454,7 @@ int main(int argc, char **argv) {
     typedef __nv_bfloat16 T;
     Random r(seed_from_args(argc, argv));
     test_errors(&r);
+    test_other_device(&r);
     test_cuda_errors(&r);
     test_sizes();
     for (bool init_local : {true, false}) {
@@ -1261,6 +1466,8 @@ int main(int argc, char **argv) {
     test_recompute(&r, small);
     test_nonfinite_sequence<T>(&r, small);
     test_nonfinite_sequence<__half>(&r, small);
+    test_strides<T>(&r, small);
+    test_strides<__half>(&r, small);
     test_two_streams(&r, small);
     printf("largest relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
            max_error[0][0], max_error[0][1], max_error[1][0], max_error[1][1]);
