@@ -201,7 +201,7 @@ static void test_against_c(const Variant *v) {
     CHECK(model->scratch.lm_head_rows == n, "%s: the test needs the logits of all tokens in one chunk",
           v->name);
 
-    model_set_batch(model, &d.batch);
+    model->batch = d.batch;
     model_forward(model);
     matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
                    weight(model, model->layout.lm_head), NULL, n, C, Vp, model->stream);
@@ -517,7 +517,7 @@ static void test_golden(const char *name) {
         for (int64_t i = 0; i < real_size(t); i++) params[t.offset + i] = (float)values[i];
     }
     Model *model = build(&c, params, n, 0);
-    model_set_batch(model, &d.batch);
+    model->batch = d.batch;
     model_forward(model);
     matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
                    weight(model, model->layout.lm_head), NULL, n, c.channels, Vp, model->stream);

@@ -32,7 +32,7 @@
 #include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite
 #include "llmc/global_norm.cuh" // sum_of_squares, global_norm
 #include "llmc/convert.cuh"     // convert
-#include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check, launcher_check
+#include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check
 // The state of a model, and the GPUs that share it.
 #include "llmc/nccl.cuh"        // Gpus, transfers_wait_for_compute, compute_waits_for_transfers
 #include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
@@ -61,13 +61,11 @@ typedef struct {
     float *ln1_rstd;        // [n]
     floatX *q_raw, *k_raw;  // [n, Hq, d], [n, Hkv, d] before QK-norm; NULL without it
     float *q_rstd, *k_rstd; // [n, Hq], [n, Hkv]
-    // [n, Hq, d], [n, Hkv, d] twice, before RoPE. full and window rotate q in place; without
-    // context parallel they also rotate k.
-    attnX *q, *k, *v;
-    attnX *gate_logits; // [n, Hq, 3], or [n, 3] with gate_per_token
-    char *saved;        // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
-    attnX *o;           // [n, Hq, d] the attention's output
-    floatX *attn_out;   // [n, Hq, d] o as floatX; the same array if the types are equal
+    attnX *q, *k, *v;       // [n, Hq, d], [n, Hkv, d] twice, before RoPE
+    attnX *gate_logits;     // [n, Hq, 3], or [n, 3] with gate_per_token
+    char *saved;            // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
+    attnX *o;               // [n, Hq, d] the attention's output
+    floatX *attn_out;       // [n, Hq, d] o as floatX; the same array if the types are equal
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
@@ -105,7 +103,6 @@ typedef struct {
     size_t bytes;  // of the arrays of the largest Batch
     char *eval;    // [bytes] for validation and sampling
     char *feed[2]; // [bytes] for training
-    char *layout;  // arrays of Model.batch_layout
 } BatchBuffers;
 
 // What the host reads and writes. The arrays are in pinned memory unless they say otherwise.
@@ -128,14 +125,13 @@ typedef struct {
     Gpus *gpus;                   // NULL: one GPU alone
     Arena arenas[ARENAS];         // all device memory
     // They last as long as the model.
-    ParamLayout layout;              // where the tensors are in params.weights and params.grads
-    Params params;                   // weights and gradients
-    Optimizer optimizer;             // master weights, m, v
-    double *inv_freq, *neg_inv_freq; // [d/2], and its negative for the inverse RoPE
+    ParamLayout layout;  // where the tensors are in params.weights and params.grads
+    Params params;       // weights and gradients
+    Optimizer optimizer; // master weights, m, v
+    double *inv_freq;    // [d/2] of RoPE
     // They belong to the current micro-batch.
-    Batch batch;              // on the device, in batch_buffers
-    BatchLayout batch_layout; // the same; only full and window use it
-    int last_micro_batch;     // 1: the last of its step
+    Batch batch;          // on the device, in batch_buffers
+    int last_micro_batch; // 1: the last of its step
     Activations acts;
     // They hold one thing after another.
     Scratch scratch;
@@ -266,8 +262,6 @@ static void batch_buffers_memory_layout(BatchBuffers *b, const Batch *max_batch,
     b->bytes = batch_bytes(max_batch);
     arena_alloc(arena, &b->eval, (int64_t)b->bytes);
     for (int i = 0; i < 2 && training; i++) arena_alloc(arena, &b->feed[i], (int64_t)b->bytes);
-    arena_alloc(arena, &b->layout,
-                (int64_t)fsa_batch_layout_bytes(max_batch->num_seqs, max_batch->num_segments));
 }
 
 // Assigns memory in the arenas to all device arrays. The first call, with empty arenas, only counts bytes.
@@ -285,7 +279,6 @@ static void model_memory_layout(Model *model) {
     scratch_memory_layout(model, &max_batch);
     batch_buffers_memory_layout(&model->batch_buffers, &max_batch, model->training, &arenas[SCRATCH]);
     arena_alloc(&arenas[SCRATCH], &model->inv_freq, c->fsa.head_dim / 2);
-    arena_alloc(&arenas[SCRATCH], &model->neg_inv_freq, c->fsa.head_dim / 2);
 }
 
 // Allocates the arenas and lays the arrays out in them. Exits with an error if GPU memory is short.
@@ -350,9 +343,6 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     std::vector<double> inv_freq(half);
     rope_inv_freq(config, inv_freq.data());
     cuda_check(cudaMemcpy(model->inv_freq, inv_freq.data(), half * sizeof(double), cudaMemcpyHostToDevice));
-    for (double &f : inv_freq) f = -f;
-    cuda_check(
-        cudaMemcpy(model->neg_inv_freq, inv_freq.data(), half * sizeof(double), cudaMemcpyHostToDevice));
     if (training) optimizer_upload_ranges(&model->optimizer, &model->params.zero);
     matmul_init(&model->matmul, model->scratch.matmul_workspace, MATMUL_WORKSPACE_BYTES);
     cuda_check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking));
@@ -391,15 +381,6 @@ static float *gradient(const Model *model, int64_t offset) {
 
 static void profile_part(Model *model, ProfilePart part) {
     profile_mark(model->profile, part, model->stream);
-}
-
-// Makes b, whose arrays are on the device, the batch that the passes below process.
-static void model_set_batch(Model *model, const Batch *b) {
-    model->batch = *b;
-    if (model->config.attn == ATTN_NSA) return; // fsa_forward computes its own
-    const FsaDeviceBatch device_batch = fsa_device_batch(b);
-    launcher_check(fsa_batch_layout(&model->batch_layout, &model->config.fsa, &device_batch,
-                                    model->batch_buffers.layout, model->stream));
 }
 
 // A linear layer that reads ln1: k, v, q or the gate logits. With norm >= 0 an RMSNorm of each head follows
@@ -463,27 +444,58 @@ static FsaPhiWeights layer_phi(Model *model, int l, int i) {
     return {s->phi[0], s->phi[1], s->phi[2]};
 }
 
-// Returns head group i's columns of all [n, width]: copied to `buffer`, or `all` itself if it is the only
-// group.
-static attnX *load_head_group(const Model *model, attnX *all, attnX *buffer, int64_t width, int i) {
-    const int64_t group_width = width / model->groups.count;
-    if (model->groups.count == 1) return all;
-    copy_columns(buffer, group_width, all + i * group_width, width, group_width, model->batch.n,
-                 model->stream);
-    return buffer;
-}
-// Copies head group i's columns `part` back to all [n, width], unless both are the same array.
-static void store_head_group(const Model *model, attnX *all, const attnX *part, int64_t width, int i) {
-    const int64_t group_width = width / model->groups.count;
-    if (part == all) return;
-    copy_columns(all + i * group_width, width, part, group_width, group_width, model->batch.n, model->stream);
+// Returns the gradients of the compression's weights for head group i.
+static FsaPhiGradients layer_dphi(Model *model, int l, int i) {
+    const FsaConfig *f = &model->config.fsa;
+    const LayerParams *w = &model->layout.layers[l];
+    if (w->phi_wk < 0) return {NULL, NULL, NULL};
+    const int64_t rows = (int64_t)f->kv_heads / model->groups.count * f->cmp_len, d = f->head_dim;
+    return {gradient(model, w->phi_wk + i * rows * d * d), gradient(model, w->phi_pe + i * rows * d),
+            gradient(model, w->phi_wv + i * rows * d * d)};
 }
 
-// Returns the gate logits for head group i.
-static attnX *head_group_gate_logits(const Model *model, const LayerActivations *a, int i) {
+// The attention's arrays of one head group: columns of the layer's arrays, or with context parallel the
+// gathered keys and values. Strides are the elements from a token to the next.
+typedef struct {
+    FsaConfig config;
+    attnX *q, *o, *dout, *dq; // [n, Hq/groups, d], stride q_stride
+    attnX *k, *v, *dk, *dv;   // [keys, Hkv/groups, d], stride kv_stride
+    attnX *gate_logits, *dgate_logits;
+    int64_t q_stride, kv_stride, gate_stride, dgate_stride;
+    char *saved; // `saved` of fsa_forward; full, window: lse [n, Hq/groups]
+} HeadGroup;
+
+// Returns head group i of layer l.
+static HeadGroup head_group(const Model *model, int l, int i) {
+    const HeadGroups *groups = &model->groups;
+    const Scratch *s = &model->scratch;
+    const LayerActivations *a = &model->acts.layers[l];
     const FsaConfig *f = &model->config.fsa;
-    if (f->gate_per_token) return a->gate_logits;
-    return load_head_group(model, a->gate_logits, model->groups.gate_logits, num_gate_logits(f), i);
+    HeadGroup g = {head_group_config(f, groups)};
+    g.q_stride = f->q_heads * f->head_dim, g.kv_stride = f->kv_heads * f->head_dim;
+    g.gate_stride = g.dgate_stride = num_gate_logits(f);
+    const int64_t q = i * g.q_stride / groups->count, kv = i * g.kv_stride / groups->count;
+    g.q = a->q + q, g.o = a->o + q, g.dout = s->dout + q, g.dq = s->dq + q;
+    g.k = a->k + kv, g.v = a->v + kv, g.dk = s->dk + kv, g.dv = s->dv + kv;
+    if (kv_is_sharded(&model->batch)) {
+        g.kv_stride /= groups->count;
+        g.k = groups->k[kv_buffer(i)], g.v = groups->v[kv_buffer(i)];
+        g.dk = groups->k[dkv_buffer(i)], g.dv = groups->v[dkv_buffer(i)];
+    }
+    g.gate_logits = a->gate_logits, g.dgate_logits = s->dgate_logits;
+    if (!f->gate_per_token) { // every head has gates of its own
+        g.gate_logits += i * g.gate_stride / groups->count;
+        g.dgate_logits += i * g.gate_stride / groups->count;
+    } else if (groups->count > 1) {
+        g.dgate_logits = groups->dgate_logits + i * dgate_group_stride(model->batch.n);
+    }
+    g.saved = a->saved + i * groups->saved_bytes;
+    return g;
+}
+
+// Returns the visibility rule of -attn full or window.
+static FsaVisibility visibility(const ModelConfig *c) {
+    return c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
 }
 
 // q, k, v, gate_logits -> attn_out. With context parallel the caller has started all_gather_kv of head group
@@ -491,47 +503,36 @@ static attnX *head_group_gate_logits(const Model *model, const LayerActivations 
 static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
-    const FsaConfig group = head_group_config(&c->fsa, &model->groups), *f = &group;
     const LayerActivations *a = &model->acts.layers[l];
-    const int64_t qd = c->fsa.q_heads * f->head_dim, kd = c->fsa.kv_heads * f->head_dim;
-    FsaDeviceBatch b = fsa_device_batch(&model->batch);
+    const FsaDeviceBatch b = fsa_device_batch(&model->batch);
     profile_part(model, PART_ATTENTION_FORWARD);
-    if (c->attn != ATTN_NSA)
-        launcher_check(fsa_rope_queries(&c->fsa, &model->batch_layout, attn_dtype, a->q, model->inv_freq,
-                                        a->q, model->stream));
     for (int i = 0; i < model->groups.count; i++) {
-        attnX *q = load_head_group(model, a->q, model->groups.q, qd, i);
-        attnX *o = model->groups.count == 1 ? a->o : model->groups.o;
-        char *saved = a->saved + i * model->groups.saved_bytes;
-        attnX *k, *v;
         if (kv_is_sharded(&model->batch)) {
             compute_waits_for_transfers(model->gpus, model->stream);
             all_gather_kv(&model->groups, &model->batch, a->k, a->v, i + 1, model->stream);
-            k = model->groups.k[kv_buffer(i)], v = model->groups.v[kv_buffer(i)];
-        } else {
-            k = load_head_group(model, a->k, model->groups.k[0], kd, i);
-            v = load_head_group(model, a->v, model->groups.v[0], kd, i);
         }
+        const HeadGroup g = head_group(model, l, i);
         if (c->attn == ATTN_NSA) {
-            FsaPhiWeights phi = layer_phi(model, l, i);
-            fsa_check(fsa_forward(f, attn_dtype, &b, q, k, v, &phi, model->inv_freq,
-                                  head_group_gate_logits(model, a, i), NULL, o, saved, s->workspace,
-                                  s->workspace_bytes, model->stream));
-            const int64_t count = f->kv_heads * model->batch.n * f->topk;
+            FsaForward x = {sizeof x, g.q, g.k, g.v, g.gate_logits};
+            x.q_stride = g.q_stride, x.k_stride = x.v_stride = g.kv_stride, x.gate_stride = g.gate_stride;
+            x.phi = layer_phi(model, l, i), x.inv_freq = model->inv_freq, x.o = g.o, x.o_stride = g.q_stride;
+            x.saved = g.saved, x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
+            fsa_check(fsa_forward(&g.config, attn_dtype, &b, &x, model->stream));
+            const int64_t count = g.config.kv_heads * model->batch.n * g.config.topk;
             if (model->host.block_indices)
                 cuda_check(cudaMemcpyAsync(model->host.block_indices + l * count,
-                                           fsa_saved_block_indices(f, attn_dtype, &b, saved),
+                                           fsa_saved_block_indices(&g.config, attn_dtype, &b, g.saved),
                                            count * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
-            FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-            launcher_check(
-                fsa_rope_keys(f, &model->batch_layout, attn_dtype, k, model->inv_freq, k, model->stream));
-            fsa_check(fsa_attention_forward(f, attn_dtype, &b, rule, q, k, v, o, (float *)saved, s->workspace,
-                                            s->workspace_bytes, model->stream));
+            FsaAttentionForward x = {sizeof x, visibility(c), g.q, g.k, g.v};
+            x.q_stride = x.o_stride = g.q_stride, x.k_stride = x.v_stride = g.kv_stride;
+            x.inv_freq = model->inv_freq, x.o = g.o, x.lse = (float *)g.saved;
+            x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
+            fsa_check(fsa_attention_forward(&g.config, attn_dtype, &b, &x, model->stream));
         }
-        store_head_group(model, a->o, o, qd, i);
     }
-    if (attn_needs_convert) convert(a->attn_out, a->o, model->batch.n * qd, model->stream);
+    if (attn_needs_convert)
+        convert(a->attn_out, a->o, model->batch.n * c->fsa.q_heads * c->fsa.head_dim, model->stream);
 }
 
 // residual_in -> ln1.
@@ -660,60 +661,39 @@ static void projection_backward(Model *model, const LayerActivations *a, const P
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
-    const FsaConfig group = head_group_config(&c->fsa, &model->groups), *f = &group;
-    const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
-    const int64_t n = model->batch.n, qd = c->fsa.q_heads * f->head_dim,
-                  gate_width = num_gate_logits(&c->fsa);
-    const bool sharded = kv_is_sharded(&model->batch);
-    attnX *k = a->k, *v = a->v, *dk = s->dk, *dv = s->dv;
-    FsaDeviceBatch b = fsa_device_batch(&model->batch);
+    const int64_t n = model->batch.n;
+    const FsaDeviceBatch b = fsa_device_batch(&model->batch);
     profile_part(model, PART_ATTENTION_BACKWARD);
-    if (attn_needs_convert) convert(s->dout, s->dattn_out, n * qd, model->stream);
+    if (attn_needs_convert)
+        convert(s->dout, s->dattn_out, n * c->fsa.q_heads * c->fsa.head_dim, model->stream);
     for (int i = 0; i < model->groups.count; i++) {
-        attnX *dout = load_head_group(model, s->dout, model->groups.dout, qd, i);
-        attnX *dq = model->groups.count == 1 ? s->dq : model->groups.dq;
-        char *saved = a->saved + i * model->groups.saved_bytes;
-        if (sharded) {
+        if (kv_is_sharded(&model->batch)) {
             compute_waits_for_transfers(model->gpus, model->stream);
             reduce_scatter_dkv(&model->groups, &model->batch, s->dk, s->dv, i - 1, model->stream);
             all_gather_kv(&model->groups, &model->batch, a->k, a->v, i + 1, model->stream);
-            k = model->groups.k[kv_buffer(i)], v = model->groups.v[kv_buffer(i)];
-            dk = model->groups.k[dkv_buffer(i)], dv = model->groups.v[dkv_buffer(i)];
         }
+        const HeadGroup g = head_group(model, l, i);
         if (c->attn == ATTN_NSA) {
-            FsaPhiWeights phi = layer_phi(model, l, i);
-            const int64_t rows = (int64_t)f->kv_heads * f->cmp_len, d = f->head_dim;
-            FsaPhiGradients dphi = {NULL, NULL, NULL};
-            if (w->phi_wk >= 0)
-                dphi = {gradient(model, w->phi_wk + i * rows * d * d),
-                        gradient(model, w->phi_pe + i * rows * d),
-                        gradient(model, w->phi_wv + i * rows * d * d)};
-            attnX *group_gate_logits = head_group_gate_logits(model, a, i);
-            attnX *dgate_logits = model->groups.count == 1 ? s->dgate_logits : model->groups.dgate_logits;
-            if (f->gate_per_token) dgate_logits += i * dgate_group_stride(n);
-            fsa_check(fsa_backward(f, attn_dtype, &b, k, v, &phi, model->inv_freq, group_gate_logits, dout,
-                                   saved, dq, dk, dv, &dphi, dgate_logits, s->workspace, s->workspace_bytes,
-                                   model->stream));
-            if (!f->gate_per_token) store_head_group(model, s->dgate_logits, dgate_logits, gate_width, i);
+            FsaBackward x = {sizeof x, g.k, g.v, g.gate_logits, g.dout};
+            x.k_stride = x.v_stride = x.dk_stride = x.dv_stride = g.kv_stride;
+            x.gate_stride = g.gate_stride, x.dgate_stride = g.dgate_stride;
+            x.dout_stride = x.dq_stride = g.q_stride;
+            x.phi = layer_phi(model, l, i), x.dphi = layer_dphi(model, l, i), x.inv_freq = model->inv_freq;
+            x.saved = g.saved, x.dq = g.dq, x.dk = g.dk, x.dv = g.dv, x.dgate_logits = g.dgate_logits;
+            x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
+            fsa_check(fsa_backward(&g.config, attn_dtype, &b, &x, model->stream));
         } else {
-            FsaVisibility rule = c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
-            attnX *q = load_head_group(model, a->q, model->groups.q, qd, i);
-            attnX *o = load_head_group(model, a->o, model->groups.o, qd, i);
-            if (sharded)
-                launcher_check(
-                    fsa_rope_keys(f, &model->batch_layout, attn_dtype, k, model->inv_freq, k, model->stream));
-            fsa_check(fsa_attention_backward(f, attn_dtype, &b, rule, q, k, v, o, (float *)saved, dout, dq,
-                                             dk, dv, s->workspace, s->workspace_bytes, model->stream));
-            launcher_check(fsa_rope_queries(f, &model->batch_layout, attn_dtype, dq, model->neg_inv_freq, dq,
-                                            model->stream));
-            launcher_check(fsa_rope_keys(f, &model->batch_layout, attn_dtype, dk, model->neg_inv_freq, dk,
-                                         model->stream));
+            FsaAttentionBackward x = {sizeof x, visibility(c), g.q, g.k, g.v, g.o, g.dout};
+            x.q_stride = x.o_stride = x.dout_stride = x.dq_stride = g.q_stride;
+            x.k_stride = x.v_stride = x.dk_stride = x.dv_stride = g.kv_stride;
+            x.inv_freq = model->inv_freq, x.lse = (float *)g.saved, x.dq = g.dq, x.dk = g.dk, x.dv = g.dv;
+            x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
+            fsa_check(fsa_attention_backward(&g.config, attn_dtype, &b, &x, model->stream));
         }
-        store_head_group(model, s->dq, dq, qd, i);
     }
     reduce_scatter_dkv(&model->groups, &model->batch, s->dk, s->dv, model->groups.count - 1, model->stream);
-    if (f->gate_per_token && model->groups.count > 1)
+    if (c->fsa.gate_per_token && model->groups.count > 1)
         sum_parts(s->dgate_logits, model->groups.dgate_logits, model->groups.count, dgate_group_stride(n), 1,
                   1, model->stream);
 }
@@ -783,7 +763,7 @@ static void model_forward_backward(Model *model, const Batch *b) {
     const ParamLayout *layout = &model->layout;
     const Params *params = &model->params;
     cudaStream_t stream = model->stream;
-    model_set_batch(model, b);
+    model->batch = *b;
     model_forward(model);
     params_begin_gradients(params, layout->lnf, stream);
     if (c->tied) params_begin_gradients(params, layout->wte, stream);
@@ -870,7 +850,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     const void *results[2] = {model->acts.losses, model->acts.argmax};
     void *gathered[2] = {model->groups.k[0], model->groups.v[0]},
          *dst[2] = {model->host.losses, model->host.argmax};
-    model_set_batch(model, &b);
+    model->batch = b;
     model_forward(model);
     model_lm_head(model, 0);
     profile_part(model, PART_END);
@@ -926,7 +906,7 @@ static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     std::copy(tokens, tokens + n, padded.begin());
     Batch host = batch_fill(c, NULL, padded.data(), padded.data(), cu_seqlens, 1, model->host.eval_batch);
     Batch b = batch_upload(&host, model->batch_buffers.eval, model->stream);
-    model_set_batch(model, &b);
+    model->batch = b;
     model_forward(model);
     matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C,
                    weight(model, model->layout.lm_head), NULL, 1, C, Vp, model->stream);
@@ -1022,7 +1002,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
             } else {
                 FeedSlot *slot = feed_next(&feed, model->stream);
                 times.flops = slot->flops / 3; // the backward pass takes twice the FLOPs of the forward pass
-                model_set_batch(model, &slot->batch);
+                model->batch = slot->batch;
                 model_forward(model);
                 model_lm_head(model, 0);
                 profile_part(model, PART_END);

@@ -2,7 +2,7 @@
 #ifndef LLMC_FSA_CALL_CUH
 #define LLMC_FSA_CALL_CUH
 #include "cuda_common.cuh"
-#include "../fsa/kernels.h"
+#include "../fsa/fsa.h"
 
 // The type of the attention's inputs and outputs: floatX, but fp16 in the fp32 build.
 #ifdef ENABLE_FP32
@@ -23,13 +23,5 @@ static const bool attn_needs_convert = sizeof(attnX) != sizeof(floatX);
     do {                                                                                                     \
         int status_ = (call);                                                                                \
         if (status_) die("%s:%d: %s", __FILE__, __LINE__, fsa_last_error());                                 \
-    } while (0)
-// The same for a launcher of kernels.h, which does not set fsa_last_error.
-#define launcher_check(call)                                                                                 \
-    do {                                                                                                     \
-        int status_ = (call);                                                                                \
-        if (status_)                                                                                         \
-            die("%s:%d: %.*s: %s", __FILE__, __LINE__, (int)strcspn(#call, "("), #call,                      \
-                status_ == FSA_ERROR_CUDA ? fsa_cuda_error() : "unsupported arguments");                     \
     } while (0)
 #endif

@@ -9,15 +9,13 @@
 // n: tokens on this GPU; keys: tokens of the whole sequences. Without context parallel there is one group,
 // which needs no memory here.
 typedef struct {
-    Gpus *gpus;               // that share a batch; NULL: one GPU alone
-    int count;                // number of head groups
-    int64_t kv_width;         // Hkv*d: elements of a token's keys in all groups
-    size_t saved_bytes;       // of a head group's part of LayerActivations.saved
-    attnX *k[3], *v[3];       // [keys, Hkv/count, d] gathered k and v, or dk and dv (kv_buffer)
-    attnX *gather_scratch;    // [keys, Hkv/count, d] rows in rank order
-    attnX *q, *o, *dout, *dq; // [n, Hq/count, d]; NULL if there is one group
-    attnX *gate_logits;       // [n, Hq/count, 3]; NULL if there is one group
-    attnX *dgate_logits;      // the same; with gate_per_token [count, dgate_group_stride]
+    Gpus *gpus;            // that share a batch; NULL: one GPU alone
+    int count;             // number of head groups
+    int64_t kv_width;      // Hkv*d: elements of a token's keys in all groups
+    size_t saved_bytes;    // of a head group's part of LayerActivations.saved
+    attnX *k[3], *v[3];    // [keys, Hkv/count, d] gathered k and v, or dk and dv (kv_buffer)
+    attnX *gather_scratch; // [keys, Hkv/count, d] rows in rank order
+    attnX *dgate_logits;   // [count, dgate_group_stride] with gate_per_token and several groups; else NULL
 } HeadGroups;
 
 // Cuts the heads into groups for batches of at most num_keys tokens (cp_num_head_groups).
@@ -66,24 +64,13 @@ static void head_groups_memory_layout(HeadGroups *g, const ModelConfig *c, int64
                                       int training, Arena *scratch) {
     const FsaConfig *f = &c->fsa;
     const int64_t count = g->count, keys = num_keys * f->kv_heads / count * f->head_dim;
-    const int64_t q = n * f->q_heads / count * f->head_dim, gates = n * num_gate_logits(f) / count;
     for (int i = 0; num_keys > n && i < (count > 1 ? 3 : training ? 2 : 1); i++) {
         arena_alloc(scratch, &g->k[i], keys);
         arena_alloc(scratch, &g->v[i], keys);
     }
     if (num_keys > n) arena_alloc(scratch, &g->gather_scratch, keys);
-    if (count == 1) return;
-    arena_alloc(scratch, &g->q, q);
-    arena_alloc(scratch, &g->o, q);
-    arena_alloc(scratch, &g->gate_logits, gates);
-    // the backward pass of nsa reads neither q nor o
-    g->dout = g->q, g->dq = g->o;
-    if (!training) return;
-    if (c->attn != ATTN_NSA) {
-        arena_alloc(scratch, &g->dout, q);
-        arena_alloc(scratch, &g->dq, q);
-    }
-    arena_alloc(scratch, &g->dgate_logits, f->gate_per_token ? count * dgate_group_stride(n) : gates);
+    if (training && f->gate_per_token && count > 1)
+        arena_alloc(scratch, &g->dgate_logits, count * dgate_group_stride(n));
 }
 
 // The head groups rotate through three k (and v) buffers. While head group i is processed,
