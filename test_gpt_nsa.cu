@@ -15,6 +15,7 @@
 #define CP_HEAD_GROUP_BYTES 1 // several head groups even in these small models
 #include "train_gpt_nsa.cu"
 #include "train_gpt_nsa.h" // the C model, in namespace cpu
+#include "dev/test/checkpoint_v1.h"
 #include "dev/test/golden.h"
 #include "dev/test/ranks.h"
 
@@ -127,6 +128,9 @@ static Model *build(const ModelConfig *c, const std::vector<float> &params, int6
     // poison memory with NaN (all bits set): unwritten values must not matter
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
     cuda_check(cudaMemset(model->scratch.workspace, 0xff, model->scratch.workspace_bytes));
+    cuda_check(cudaMemset(model->scratch.dqkv, 0xff,
+                          tokens / (gpus ? gpus->cp_size : 1) * model->qkv.stride *
+                              sizeof(floatX))); // with its padding columns
     cuda_check(cudaDeviceSynchronize());
     model_set(model, params.data(), NULL, NULL);
     return model;
@@ -203,7 +207,7 @@ static void test_against_c(const Variant *v) {
 
     model->batch = d.batch;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
+    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out, C,
                    weight(model, model->layout.lm_head), NULL, n, C, Vp, model->stream);
     std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     Result result = run(model, d);
@@ -426,6 +430,28 @@ static void test_training(const Variant *v) {
     cpu::model_free(&cpu_model);
 }
 
+// Tests that the trainer loads parameters and moments of a checkpoint of version 1.
+static void test_checkpoint_v1(const Variant *v) {
+    static Run r;
+    r.config = make_config(v), r.resuming = 1;
+    std::vector<float> arrays[3];
+    for (int i = 0; i < 3; i++) arrays[i] = random_params(&r.config, 10 + i);
+    const int64_t count = (int64_t)arrays[0].size();
+    Model *model = build(&r.config, std::vector<float>(count, 0.0f), 16, 0);
+    char folder[] = "/tmp/test_gpt_nsa.XXXXXX";
+    if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
+    checkpoint_v1_save(folder, &r.config, &r.state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
+                       count);
+    checkpoint_path(r.checkpoint, sizeof r.checkpoint, folder, 0);
+    load_params(&r, &model->params, &model->optimizer, model->stream);
+    const float *device[3] = {model->optimizer.master, model->optimizer.m, model->optimizer.v};
+    for (int i = 0; i < 3; i++)
+        CHECK(download(device[i], count) == arrays[i], "%s: array %d of version 1 differs", v->name, i);
+    unlink(r.checkpoint);
+    rmdir(folder);
+    destroy(model);
+}
+
 // Tests validation, and the logits of the next token, of a model that is built without training's memory.
 static void test_inference(const Variant *v) {
     ModelConfig c = make_config(v);
@@ -519,7 +545,7 @@ static void test_golden(const char *name) {
     Model *model = build(&c, params, n, 0);
     model->batch = d.batch;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out,
+    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out, c.channels,
                    weight(model, model->layout.lm_head), NULL, n, c.channels, Vp, model->stream);
     std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     values.clear();
@@ -630,6 +656,7 @@ int main(int argc, char **argv) {
     for (const Variant *v : {&nsa, &full, &window}) test_same_bits(v);
     test_accumulation(&full);
     test_training(&nsa);
+    test_checkpoint_v1(&nsa);
     test_inference(&nsa);
     test_inference(&full);
     printf("largest errors: losses %.2e, logits %.2e, of the next token %.2e, gradients %.2e, losses of 20 "

@@ -31,13 +31,14 @@
 #include "llmc/classifier.cuh"  // classifier
 #include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite
 #include "llmc/global_norm.cuh" // sum_of_squares, global_norm
-#include "llmc/convert.cuh"     // convert
+#include "llmc/convert.cuh"     // convert, convert_columns
 #include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check
 // The state of a model, and the GPUs that share it.
 #include "llmc/nccl.cuh"        // Gpus, transfers_wait_for_compute, compute_waits_for_transfers
 #include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
 #include "llmc/arena.cuh"       // Arena, arena_alloc, die_out_of_memory
 #include "llmc/param_layout.h"  // ParamLayout, LayerParams
+#include "llmc/qkv_layout.h"    // QkvLayout, QkvPart, qkv_parts
 #include "llmc/params.cuh"      // Params, params_use_unit, params_begin_gradients, params_end_gradients
 #include "llmc/optimizer.cuh"   // Optimizer, adamw
 #include "llmc/head_groups.cuh" // HeadGroups, all_gather_kv, reduce_scatter_dkv
@@ -54,18 +55,18 @@
 // The model and its memory
 
 // The activations that a layer keeps for its backward pass; n tokens. Layers share the arrays that are
-// recomputed.
+// recomputed. Model.qkv has the strides of q, k, o and attn_out.
 typedef struct {
     floatX *residual_in;    // [n, C] the residual stream before the layer
     floatX *ln1;            // [n, C]
     float *ln1_rstd;        // [n]
-    floatX *q_raw, *k_raw;  // [n, Hq, d], [n, Hkv, d] before QK-norm; NULL without it
-    float *q_rstd, *k_rstd; // [n, Hq], [n, Hkv]
-    attnX *q, *k, *v;       // [n, Hq, d], [n, Hkv, d] twice, before RoPE
-    attnX *gate_logits;     // [n, Hq, 3], or [n, 3] with gate_per_token
-    char *saved;            // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
-    attnX *o;               // [n, Hq, d] the attention's output
-    floatX *attn_out;       // [n, Hq, d] o as floatX; the same array if the types are equal
+    floatX *qkv;            // [n, qkv.stride] columns q | k | v | gate logits; q and k before QK-norm
+    attnX *attn_qkv;        // [n, qkv.stride] qkv as attnX; the same array if the types are equal
+    float *q_rstd, *k_rstd; // [n, Hq], [n, Hkv] with QK-norm
+    attnX *q, *k;     // [n, Hq, d], [n, Hkv, d] after QK-norm, before RoPE; views of attn_qkv without it
+    char *saved;      // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
+    attnX *o;         // [n, Hq, d] the attention's output; a view of attn_qkv with qkv.o_over_q
+    floatX *attn_out; // [n, Hq, d] o as floatX; the same array if the types are equal
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
@@ -86,13 +87,14 @@ typedef struct {
     floatX *logits;         // [lm_head_rows, Vp]
     int64_t lm_head_rows;   // tokens that the LM head processes at a time
     floatX *proj_out;       // [n, C] output of wo or wdown, before the residual addition
-    floatX *convert_buffer; // [n, Hq, d] if attn_needs_convert: matmul outputs and inputs as floatX
+    floatX *convert_buffer; // [n, Hq, d] if attn_needs_convert, with QK-norm: q or k, dq or dk as floatX
     attnX *phi[3];          // if attn_needs_convert: phi_wk, phi_pe, phi_wv of one head group
     floatX *dresidual, *dnorm, *dattn_out; // [n, C], [n, C], [n, Hq, d]
-    attnX *dout; // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
-    attnX *dq, *dk, *dv, *dgate_logits; // as q, k, v, gate_logits
-    floatX *dq_raw;                     // [n, Hq, d] with QK-norm: the gradient of q_raw, then of k_raw
-    char *workspace;                    // [workspace_bytes] of the attention and of the layers
+    attnX *dout;      // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
+    floatX *dqkv;     // [n, qkv.stride]
+    attnX *attn_dqkv; // [n, qkv.stride] dqkv as attnX; the same array if the types are equal
+    attnX *dq, *dk;   // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed, dq in proj_out
+    char *workspace;  // [workspace_bytes] of the attention and of the layers
     size_t workspace_bytes;
     char *matmul_workspace; // [MATMUL_WORKSPACE_BYTES]
     StepResult *result;     // [1] sums of a step
@@ -120,6 +122,7 @@ typedef struct {
 
 typedef struct {
     ModelConfig config;
+    QkvLayout qkv;                // the columns of q, k, v and the gate logits
     int64_t max_tokens, max_keys; // tokens of a micro-batch on this GPU, and of its whole sequences
     int training, recompute;      // training 0: no gradients, no AdamW; recompute: the value of -r
     Gpus *gpus;                   // NULL: one GPU alone
@@ -153,7 +156,7 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
     const FsaConfig *f = &c->fsa;
     Arena *arena = &model->arenas[ACTIVATIONS];
     const int64_t n = model->max_tokens, C = c->channels, d = f->head_dim, H = c->hidden;
-    const int64_t q = n * f->q_heads * d, k = n * f->kv_heads * d;
+    const int64_t q = n * f->q_heads * d;
     int keep = model->training && model->recompute < 2; // more than residual_in
     int keep_cheap = model->training && model->recompute < 1;
     if (first || model->training) arena_alloc(arena, &a->residual_in, n * C);
@@ -162,24 +165,29 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
         arena_alloc(arena, &a->ln2, n * C);
         arena_alloc(arena, &a->swiglu, n * H);
     }
-    // with nsa `saved` holds the rotated q
-    if (first || (keep && c->attn != ATTN_NSA)) arena_alloc(arena, &a->q, q);
+    // with nsa the backward pass does not read q, but the rotated q in `saved`
+    if (c->qk_norm && (first || (keep && c->attn != ATTN_NSA))) arena_alloc(arena, &a->q, q);
     if (!first && !keep) return;
     arena_alloc(arena, &a->ln1_rstd, n);
     arena_alloc(arena, &a->ln2_rstd, n);
+    arena_alloc(arena, &a->qkv, n * model->qkv.stride);
+    a->attn_qkv = (attnX *)a->qkv;
+    if (attn_needs_convert) arena_alloc(arena, &a->attn_qkv, n * model->qkv.stride);
     if (c->qk_norm) {
-        arena_alloc(arena, &a->q_raw, q);
-        arena_alloc(arena, &a->k_raw, k);
         arena_alloc(arena, &a->q_rstd, n * f->q_heads);
         arena_alloc(arena, &a->k_rstd, n * f->kv_heads);
+        arena_alloc(arena, &a->k, n * f->kv_heads * d);
+    } else {
+        a->q = a->attn_qkv, a->k = a->attn_qkv + model->qkv.k;
     }
-    arena_alloc(arena, &a->k, k);
-    arena_alloc(arena, &a->v, k);
-    if (c->attn == ATTN_NSA) arena_alloc(arena, &a->gate_logits, n * num_gate_logits(f));
     arena_alloc(arena, &a->saved, model->groups.count * (int64_t)model->groups.saved_bytes);
-    arena_alloc(arena, &a->o, q);
-    a->attn_out = (floatX *)a->o;
-    if (attn_needs_convert) arena_alloc(arena, &a->attn_out, q);
+    if (model->qkv.o_over_q) {
+        a->o = a->q, a->attn_out = a->qkv;
+    } else {
+        arena_alloc(arena, &a->o, q);
+        a->attn_out = (floatX *)a->o;
+        if (attn_needs_convert) arena_alloc(arena, &a->attn_out, q);
+    }
     arena_alloc(arena, &a->residual_mid, n * C);
     arena_alloc(arena, &a->gate_up, n * 2 * H);
 }
@@ -208,17 +216,19 @@ static void gradients_memory_layout(Model *model) {
     Scratch *s = &model->scratch;
     Arena *arena = &model->arenas[SCRATCH];
     const int64_t n = model->max_tokens, C = model->config.channels;
-    const int64_t q = n * f->q_heads * f->head_dim, k = n * f->kv_heads * f->head_dim;
+    const int64_t q = n * f->q_heads * f->head_dim;
     arena_alloc(arena, &s->dresidual, n * C);
     arena_alloc(arena, &s->dnorm, n * C);
     arena_alloc(arena, &s->dattn_out, q);
     s->dout = (attnX *)s->dattn_out;
     if (attn_needs_convert) arena_alloc(arena, &s->dout, q);
-    arena_alloc(arena, &s->dq, q);
-    arena_alloc(arena, &s->dk, k);
-    arena_alloc(arena, &s->dv, k);
-    arena_alloc(arena, &s->dgate_logits, std::max<int64_t>(n * num_gate_logits(f), dgate_group_stride(n)));
-    if (model->config.qk_norm) arena_alloc(arena, &s->dq_raw, q);
+    arena_alloc(arena, &s->dqkv, n * model->qkv.stride);
+    s->attn_dqkv = (attnX *)s->dqkv;
+    if (attn_needs_convert) arena_alloc(arena, &s->attn_dqkv, n * model->qkv.stride);
+    s->dq = s->attn_dqkv, s->dk = s->attn_dqkv + model->qkv.k;
+    if (!model->config.qk_norm) return;
+    s->dq = (attnX *)s->proj_out; // only the forward pass of a layer uses proj_out otherwise
+    arena_alloc(arena, &s->dk, n * f->kv_heads * f->head_dim);
 }
 
 // Returns the bytes of workspace that the attention and the layers need.
@@ -245,10 +255,10 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     // that takes at most 6% of the time of the chunk's matmuls, which do 6 FLOPs per weight and token.
     s->lm_head_rows = std::min<int64_t>(n, 4096);
     arena_alloc(arena, &s->logits, s->lm_head_rows * c->padded_vocab);
-    arena_alloc(arena, &s->proj_out, n * c->channels);
+    arena_alloc(arena, &s->proj_out, n * std::max(c->channels, c->qk_norm ? f->q_heads * (int)d : 0));
     if (attn_needs_convert) {
         int64_t window_rows = (int64_t)f->kv_heads / model->groups.count * f->cmp_len;
-        arena_alloc(arena, &s->convert_buffer, n * std::max(f->q_heads * f->head_dim, num_gate_logits(f)));
+        if (c->qk_norm) arena_alloc(arena, &s->convert_buffer, n * f->q_heads * d);
         for (int i = 0; i < 3; i++) arena_alloc(arena, &s->phi[i], window_rows * d * (i == 1 ? 1 : d));
     }
     s->workspace_bytes = workspace_bytes(model, max_batch);
@@ -320,6 +330,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
                         int recompute, Gpus *gpus, int zero_stage) {
     memset(model, 0, sizeof *model);
     model->config = *config;
+    model->qkv = qkv_layout(config);
     model->gpus = gpus && gpus->ranks > 1 ? gpus : NULL;
     model->max_keys = max_tokens;
     model->max_tokens = model->gpus ? max_tokens / gpus->cp_size : max_tokens;
@@ -383,49 +394,62 @@ static void profile_part(Model *model, ProfilePart part) {
     profile_mark(model->profile, part, model->stream);
 }
 
-// A linear layer that reads ln1: k, v, q or the gate logits. With norm >= 0 an RMSNorm of each head follows
-// (QK-norm).
+// QK-norm of q or k, which are columns of qkv: RMSNorm of each head.
 typedef struct {
-    int64_t weight, bias, norm; // offsets in params; -1: none
-    int64_t width;              // output channels
+    int64_t weight, column; // offset in params; first column of qkv
     int heads;
-    attnX *out, *dout; // [n, width]
-    floatX *raw;       // [n, width] before the norm
+    attnX *out, *dout; // [n, heads, d]
     float *rstd;       // [n, heads]
-} Projection;
+} QkNorm;
 
-// Fills p [4] and returns the number of projections. k and v come first, so that their all-gather starts
-// early.
-static int layer_projections(const Model *model, int l, Projection *p) {
+// Fills norms [2] with the QK-norms of columns in `part`, and returns their number; 0 without QK-norm.
+static int part_qk_norms(const Model *model, int l, const QkvPart *part, QkNorm *norms) {
     const Scratch *s = &model->scratch;
     const FsaConfig *f = &model->config.fsa;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
-    const int64_t C = model->config.channels, qd = f->q_heads * f->head_dim, kd = f->kv_heads * f->head_dim;
-    const int64_t k_bias = w->bqkv < 0 ? -1 : w->bqkv + qd, v_bias = w->bqkv < 0 ? -1 : k_bias + kd;
-    const int64_t k_weight = w->wqkv + qd * C, v_weight = k_weight + kd * C;
-    p[0] = {k_weight, k_bias, w->knorm, kd, f->kv_heads, a->k, s->dk, a->k_raw, a->k_rstd};
-    p[1] = {v_weight, v_bias, -1, kd, f->kv_heads, a->v, s->dv, NULL, NULL};
-    p[2] = {w->wqkv, w->bqkv, w->qnorm, qd, f->q_heads, a->q, s->dq, a->q_raw, a->q_rstd};
-    if (w->wgate < 0) return 3;
-    p[3] = {w->wgate, -1, -1, num_gate_logits(f), 1, a->gate_logits, s->dgate_logits, NULL, NULL};
-    return 4;
+    const QkNorm all[2] = {{w->qnorm, 0, f->q_heads, a->q, s->dq, a->q_rstd},
+                           {w->knorm, model->qkv.k, f->kv_heads, a->k, s->dk, a->k_rstd}};
+    int count = 0;
+    for (const QkNorm &norm : all)
+        if (norm.weight >= 0 && norm.column >= part->column && norm.column < part->column + part->width)
+            norms[count++] = norm;
+    return count;
 }
 
-// ln1 -> p->out.
-static void projection_forward(Model *model, const LayerActivations *a, const Projection *p) {
+// Starts to gather head group i of layer l's keys and values from the GPUs.
+static void all_gather_layer_kv(Model *model, int l, int i) {
+    const LayerActivations *a = &model->acts.layers[l];
+    all_gather_kv(&model->groups, &model->batch, a->k, model->qkv.k_stride, a->attn_qkv + model->qkv.v,
+                  model->qkv.stride, i, model->stream);
+}
+
+// ln1 -> qkv, q and k. Starts the all-gather of the first head group's keys and values.
+static void qkv_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
-    const int64_t n = model->batch.n;
-    floatX *out = attn_needs_convert ? model->scratch.convert_buffer : (floatX *)p->out;
-    profile_part(model, PART_MATMUL);
-    matmul_forward(&model->matmul, p->norm < 0 ? out : p->raw, p->width, a->ln1, weight(model, p->weight),
-                   weight(model, p->bias), n, c->channels, p->width, model->stream);
-    if (p->norm >= 0) {
-        profile_part(model, PART_NORMS);
-        rmsnorm_heads_forward(out, p->rstd, p->raw, p->width, weight(model, p->norm), n, p->heads,
-                              c->fsa.head_dim, (float)c->norm_eps, model->stream);
+    const LayerActivations *a = &model->acts.layers[l];
+    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = model->qkv.stride;
+    QkvPart parts[QKV_PARTS];
+    QkNorm norms[2];
+    const int count = qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), parts);
+    for (int i = 0; i < count; i++) {
+        const QkvPart *p = &parts[i];
+        floatX *out = a->qkv + p->column;
+        profile_part(model, PART_MATMUL);
+        matmul_forward(&model->matmul, out, stride, a->ln1, C, weight(model, p->weight),
+                       weight(model, p->bias), n, C, p->width, model->stream);
+        if (attn_needs_convert)
+            convert_columns(a->attn_qkv + p->column, out, n, p->width, stride, model->stream);
+        for (int j = 0, num_norms = part_qk_norms(model, l, p, norms); j < num_norms; j++) {
+            const QkNorm *x = &norms[j];
+            floatX *normed = attn_needs_convert ? model->scratch.convert_buffer : (floatX *)x->out;
+            profile_part(model, PART_NORMS);
+            rmsnorm_heads_forward(normed, x->rstd, a->qkv + x->column, stride, weight(model, x->weight), n,
+                                  x->heads, (int)d, (float)c->norm_eps, model->stream);
+            if (attn_needs_convert) convert(x->out, normed, n * x->heads * d, model->stream);
+        }
+        if (i == 0) all_gather_layer_kv(model, l, 0); // the first part has k and v
     }
-    if (attn_needs_convert) convert(p->out, out, n * p->width, model->stream);
 }
 
 // Returns the compression's weights for head group i, in the attention's type.
@@ -458,10 +482,11 @@ static FsaPhiGradients layer_dphi(Model *model, int l, int i) {
 // gathered keys and values. Strides are the elements from a token to the next.
 typedef struct {
     FsaConfig config;
-    attnX *q, *o, *dout, *dq; // [n, Hq/groups, d], stride q_stride
-    attnX *k, *v, *dk, *dv;   // [keys, Hkv/groups, d], stride kv_stride
-    attnX *gate_logits, *dgate_logits;
-    int64_t q_stride, kv_stride, gate_stride, dgate_stride;
+    attnX *q, *dq, *o, *dout;             // [n, Hq/groups, d]
+    attnX *k, *dk, *v, *dv;               // [keys, Hkv/groups, d]
+    attnX *gate_logits, *dgate_logits;    // [n, Hq/groups, 3], or [n, 3] with gate_per_token
+    int64_t q_stride, k_stride, v_stride; // of q and dq, k and dk, v and dv
+    int64_t o_stride, dout_stride, gate_stride, dgate_stride;
     char *saved; // `saved` of fsa_forward; full, window: lse [n, Hq/groups]
 } HeadGroup;
 
@@ -471,23 +496,26 @@ static HeadGroup head_group(const Model *model, int l, int i) {
     const Scratch *s = &model->scratch;
     const LayerActivations *a = &model->acts.layers[l];
     const FsaConfig *f = &model->config.fsa;
+    const QkvLayout *qkv = &model->qkv;
     HeadGroup g = {head_group_config(f, groups)};
-    g.q_stride = f->q_heads * f->head_dim, g.kv_stride = f->kv_heads * f->head_dim;
-    g.gate_stride = g.dgate_stride = num_gate_logits(f);
-    const int64_t q = i * g.q_stride / groups->count, kv = i * g.kv_stride / groups->count;
-    g.q = a->q + q, g.o = a->o + q, g.dout = s->dout + q, g.dq = s->dq + q;
-    g.k = a->k + kv, g.v = a->v + kv, g.dk = s->dk + kv, g.dv = s->dv + kv;
+    const int64_t q = i * g.config.q_heads * f->head_dim, kv_width = groups->kv_width;
+    g.q_stride = qkv->q_stride, g.o_stride = qkv->o_stride, g.dout_stride = f->q_heads * f->head_dim;
+    g.q = a->q + q, g.dq = s->dq + q, g.o = a->o + q, g.dout = s->dout + q;
     if (kv_is_sharded(&model->batch)) {
-        g.kv_stride /= groups->count;
+        g.k_stride = g.v_stride = kv_width;
         g.k = groups->k[kv_buffer(i)], g.v = groups->v[kv_buffer(i)];
         g.dk = groups->k[dkv_buffer(i)], g.dv = groups->v[dkv_buffer(i)];
+    } else {
+        g.k_stride = qkv->k_stride, g.v_stride = qkv->stride;
+        g.k = a->k + i * kv_width, g.v = a->attn_qkv + qkv->v + i * kv_width;
+        g.dk = s->dk + i * kv_width, g.dv = s->attn_dqkv + qkv->v + i * kv_width;
     }
-    g.gate_logits = a->gate_logits, g.dgate_logits = s->dgate_logits;
-    if (!f->gate_per_token) { // every head has gates of its own
-        g.gate_logits += i * g.gate_stride / groups->count;
-        g.dgate_logits += i * g.gate_stride / groups->count;
-    } else if (groups->count > 1) {
-        g.dgate_logits = groups->dgate_logits + i * dgate_group_stride(model->batch.n);
+    const int64_t gate = qkv->gate + (f->gate_per_token ? 0 : i * num_gate_logits(&g.config));
+    g.gate_stride = g.dgate_stride = qkv->stride;
+    g.gate_logits = a->attn_qkv + gate, g.dgate_logits = s->attn_dqkv + gate;
+    if (groups->dgate_logits) { // a gradient for each head group, which sum_parts adds
+        g.dgate_stride = num_gate_logits(f);
+        g.dgate_logits = groups->dgate_logits + i * model->batch.n * g.dgate_stride;
     }
     g.saved = a->saved + i * groups->saved_bytes;
     return g;
@@ -498,8 +526,7 @@ static FsaVisibility visibility(const ModelConfig *c) {
     return c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
 }
 
-// q, k, v, gate_logits -> attn_out. With context parallel the caller has started all_gather_kv of head group
-// 0.
+// q, k, attn_qkv -> attn_out. With context parallel the caller has started the all-gather of head group 0.
 static void attention_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
@@ -509,13 +536,14 @@ static void attention_forward(Model *model, int l) {
     for (int i = 0; i < model->groups.count; i++) {
         if (kv_is_sharded(&model->batch)) {
             compute_waits_for_transfers(model->gpus, model->stream);
-            all_gather_kv(&model->groups, &model->batch, a->k, a->v, i + 1, model->stream);
+            all_gather_layer_kv(model, l, i + 1);
         }
         const HeadGroup g = head_group(model, l, i);
         if (c->attn == ATTN_NSA) {
             FsaForward x = {sizeof x, g.q, g.k, g.v, g.gate_logits};
-            x.q_stride = g.q_stride, x.k_stride = x.v_stride = g.kv_stride, x.gate_stride = g.gate_stride;
-            x.phi = layer_phi(model, l, i), x.inv_freq = model->inv_freq, x.o = g.o, x.o_stride = g.q_stride;
+            x.q_stride = g.q_stride, x.k_stride = g.k_stride, x.v_stride = g.v_stride;
+            x.gate_stride = g.gate_stride, x.o = g.o, x.o_stride = g.o_stride;
+            x.phi = layer_phi(model, l, i), x.inv_freq = model->inv_freq;
             x.saved = g.saved, x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_forward(&g.config, attn_dtype, &b, &x, model->stream));
             const int64_t count = g.config.kv_heads * model->batch.n * g.config.topk;
@@ -525,14 +553,15 @@ static void attention_forward(Model *model, int l) {
                                            count * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
             FsaAttentionForward x = {sizeof x, visibility(c), g.q, g.k, g.v};
-            x.q_stride = x.o_stride = g.q_stride, x.k_stride = x.v_stride = g.kv_stride;
-            x.inv_freq = model->inv_freq, x.o = g.o, x.lse = (float *)g.saved;
+            x.q_stride = g.q_stride, x.k_stride = g.k_stride, x.v_stride = g.v_stride;
+            x.inv_freq = model->inv_freq, x.o = g.o, x.o_stride = g.o_stride, x.lse = (float *)g.saved;
             x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_attention_forward(&g.config, attn_dtype, &b, &x, model->stream));
         }
     }
     if (attn_needs_convert)
-        convert(a->attn_out, a->o, model->batch.n * c->fsa.q_heads * c->fsa.head_dim, model->stream);
+        convert_columns(a->attn_out, a->o, model->batch.n, c->fsa.q_heads * c->fsa.head_dim,
+                        model->qkv.o_stride, model->stream);
 }
 
 // residual_in -> ln1.
@@ -550,21 +579,16 @@ static void layer_body(Model *model, int l) {
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
-    Projection p[4];
-    int num_projections = layer_projections(model, l, p);
-    for (int i = 0; i < num_projections; i++) {
-        if (i == 2) all_gather_kv(&model->groups, &model->batch, a->k, a->v, 0, model->stream);
-        projection_forward(model, a, &p[i]);
-    }
+    qkv_forward(model, l);
     attention_forward(model, l);
     profile_part(model, PART_MATMUL);
-    matmul_forward(&model->matmul, s->proj_out, C, a->attn_out, weight(model, w->wo), NULL, n, qd, C,
-                   model->stream);
+    matmul_forward(&model->matmul, s->proj_out, C, a->attn_out, model->qkv.o_stride, weight(model, w->wo),
+                   NULL, n, qd, C, model->stream);
     profile_part(model, PART_NORMS);
     rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, s->proj_out,
                              weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream);
     profile_part(model, PART_MATMUL);
-    matmul_forward(&model->matmul, a->gate_up, 2 * H, a->ln2, weight(model, w->wgu), NULL, n, C, 2 * H,
+    matmul_forward(&model->matmul, a->gate_up, 2 * H, a->ln2, C, weight(model, w->wgu), NULL, n, C, 2 * H,
                    model->stream);
     profile_part(model, PART_NORMS);
     swiglu_forward(a->swiglu, a->gate_up, n, H, model->stream);
@@ -589,8 +613,8 @@ static void model_forward(Model *model) {
         const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
         layer_body(model, l);
         profile_part(model, PART_MATMUL);
-        matmul_forward(&model->matmul, s->proj_out, C, a->swiglu, weight(model, layout->layers[l].wdown),
-                       NULL, n, c->hidden, C, stream);
+        matmul_forward(&model->matmul, s->proj_out, C, a->swiglu, c->hidden,
+                       weight(model, layout->layers[l].wdown), NULL, n, c->hidden, C, stream);
         profile_part(model, PART_NORMS);
         params_use_unit(params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
@@ -616,12 +640,12 @@ static void model_lm_head(Model *model, int training) {
     for (int64_t t = 0; t < b->n; t += s->lm_head_rows) {
         const int64_t rows = std::min(s->lm_head_rows, b->n - t);
         const floatX *x = acts->lnf_out + t * C;
-        matmul_forward(&model->matmul, s->logits, Vp, x, lm_head, NULL, rows, C, Vp, model->stream);
+        matmul_forward(&model->matmul, s->logits, Vp, x, C, lm_head, NULL, rows, C, Vp, model->stream);
         classifier(s->logits, acts->losses + t, acts->argmax + t, b->targets + t, training ? 1.0f : 0.0f,
                    rows, V, Vp, model->stream);
         if (!training) continue;
-        matmul_backward_weight(&model->matmul, gradient(model, layout->lm_head), NULL, s->logits, Vp, x, rows,
-                               C, Vp, model->stream);
+        matmul_backward_weight(&model->matmul, gradient(model, layout->lm_head), NULL, s->logits, Vp, x, C,
+                               rows, C, Vp, model->stream);
         matmul_backward_input(&model->matmul, s->dnorm + t * C, 0, s->logits, Vp, lm_head, rows, C, Vp,
                               model->stream);
     }
@@ -630,38 +654,18 @@ static void model_lm_head(Model *model, int training) {
 // ---------------------------------------------------------------------------------------------------------
 // The backward pass
 
-// p->dout -> the gradients of the projection's parameters and of its input: overwrites dnorm, or adds to it
-// if add != 0.
-static void projection_backward(Model *model, const LayerActivations *a, const Projection *p, int add) {
-    const ModelConfig *c = &model->config;
+// Starts to sum the gradients of head group i's keys and values over the GPUs, into dk and attn_dqkv.
+static void reduce_scatter_layer_dkv(Model *model, int i) {
     const Scratch *s = &model->scratch;
-    const int64_t n = model->batch.n;
-    const floatX *dout = (const floatX *)p->dout;
-    if (attn_needs_convert) {
-        convert(s->convert_buffer, p->dout, n * p->width, model->stream);
-        dout = s->convert_buffer;
-    }
-    if (p->norm >= 0) {
-        profile_part(model, PART_NORMS);
-        rmsnorm_heads_backward(s->dq_raw, p->width, gradient(model, p->norm), dout, p->raw, p->width,
-                               weight(model, p->norm), p->rstd, n, p->heads, c->fsa.head_dim, s->workspace,
-                               model->stream);
-        dout = s->dq_raw;
-    }
-    profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, p->weight), gradient(model, p->bias), dout,
-                           p->width, a->ln1, n, c->channels, p->width, model->stream);
-    matmul_backward_input(&model->matmul, s->dnorm, add, dout, p->width, weight(model, p->weight), n,
-                          c->channels, p->width, model->stream);
+    reduce_scatter_dkv(&model->groups, &model->batch, s->dk, model->qkv.k_stride, s->attn_dqkv + model->qkv.v,
+                       model->qkv.stride, i, model->stream);
 }
 
-// dattn_out -> dq, dk, dv and dgate_logits, q and k before RoPE; adds to the gradients of phi. With context
-// parallel dk and dv are still being summed when it returns: call compute_waits_for_transfers before reading
-// them.
+// dattn_out -> dq, dk and attn_dqkv, q and k before RoPE; adds to the gradients of phi. With context parallel
+// dk and dv are still being summed when it returns: call compute_waits_for_transfers before reading them.
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
-    const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n;
     const FsaDeviceBatch b = fsa_device_batch(&model->batch);
     profile_part(model, PART_ATTENTION_BACKWARD);
@@ -670,32 +674,67 @@ static void attention_backward(Model *model, int l) {
     for (int i = 0; i < model->groups.count; i++) {
         if (kv_is_sharded(&model->batch)) {
             compute_waits_for_transfers(model->gpus, model->stream);
-            reduce_scatter_dkv(&model->groups, &model->batch, s->dk, s->dv, i - 1, model->stream);
-            all_gather_kv(&model->groups, &model->batch, a->k, a->v, i + 1, model->stream);
+            reduce_scatter_layer_dkv(model, i - 1);
+            all_gather_layer_kv(model, l, i + 1);
         }
         const HeadGroup g = head_group(model, l, i);
         if (c->attn == ATTN_NSA) {
             FsaBackward x = {sizeof x, g.k, g.v, g.gate_logits, g.dout};
-            x.k_stride = x.v_stride = x.dk_stride = x.dv_stride = g.kv_stride;
+            x.dq_stride = g.q_stride, x.dout_stride = g.dout_stride;
+            x.k_stride = x.dk_stride = g.k_stride, x.v_stride = x.dv_stride = g.v_stride;
             x.gate_stride = g.gate_stride, x.dgate_stride = g.dgate_stride;
-            x.dout_stride = x.dq_stride = g.q_stride;
             x.phi = layer_phi(model, l, i), x.dphi = layer_dphi(model, l, i), x.inv_freq = model->inv_freq;
             x.saved = g.saved, x.dq = g.dq, x.dk = g.dk, x.dv = g.dv, x.dgate_logits = g.dgate_logits;
             x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_backward(&g.config, attn_dtype, &b, &x, model->stream));
         } else {
             FsaAttentionBackward x = {sizeof x, visibility(c), g.q, g.k, g.v, g.o, g.dout};
-            x.q_stride = x.o_stride = x.dout_stride = x.dq_stride = g.q_stride;
-            x.k_stride = x.v_stride = x.dk_stride = x.dv_stride = g.kv_stride;
+            x.q_stride = x.dq_stride = g.q_stride, x.o_stride = g.o_stride, x.dout_stride = g.dout_stride;
+            x.k_stride = x.dk_stride = g.k_stride, x.v_stride = x.dv_stride = g.v_stride;
             x.inv_freq = model->inv_freq, x.lse = (float *)g.saved, x.dq = g.dq, x.dk = g.dk, x.dv = g.dv;
             x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_attention_backward(&g.config, attn_dtype, &b, &x, model->stream));
         }
     }
-    reduce_scatter_dkv(&model->groups, &model->batch, s->dk, s->dv, model->groups.count - 1, model->stream);
-    if (c->fsa.gate_per_token && model->groups.count > 1)
-        sum_parts(s->dgate_logits, model->groups.dgate_logits, model->groups.count, dgate_group_stride(n), 1,
-                  1, model->stream);
+    reduce_scatter_layer_dkv(model, model->groups.count - 1);
+    const int64_t gates = num_gate_logits(&c->fsa);
+    if (model->groups.dgate_logits)
+        sum_parts(s->attn_dqkv + model->qkv.gate, model->groups.dgate_logits, model->groups.count, n * gates,
+                  gates, model->qkv.stride, model->stream);
+}
+
+// dq, dk and attn_dqkv -> dnorm, the gradient of ln1; adds to the gradients of the parameters. With context
+// parallel k and v come last, to wait for their gradients as late as possible.
+static void qkv_backward(Model *model, int l) {
+    const ModelConfig *c = &model->config;
+    const Scratch *s = &model->scratch;
+    const LayerActivations *a = &model->acts.layers[l];
+    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = model->qkv.stride;
+    cudaStream_t stream = model->stream;
+    QkvPart parts[QKV_PARTS];
+    QkNorm norms[2];
+    const int count = qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), parts);
+    for (int i = count - 1; i >= 0; i--) {
+        const QkvPart *p = &parts[i];
+        floatX *dout = s->dqkv + p->column;
+        if (i == 0 && kv_is_sharded(&model->batch)) compute_waits_for_transfers(model->gpus, stream);
+        // with QK-norm q and k are overwritten below
+        if (attn_needs_convert) convert_columns(dout, s->attn_dqkv + p->column, n, p->width, stride, stream);
+        for (int j = 0, num_norms = part_qk_norms(model, l, p, norms); j < num_norms; j++) {
+            const QkNorm *x = &norms[j];
+            if (attn_needs_convert) convert(s->convert_buffer, x->dout, n * x->heads * d, stream);
+            profile_part(model, PART_NORMS);
+            rmsnorm_heads_backward(s->dqkv + x->column, stride, gradient(model, x->weight),
+                                   attn_needs_convert ? s->convert_buffer : (floatX *)x->dout,
+                                   a->qkv + x->column, stride, weight(model, x->weight), x->rstd, n, x->heads,
+                                   (int)d, s->workspace, stream);
+        }
+        profile_part(model, PART_MATMUL);
+        matmul_backward_weight(&model->matmul, gradient(model, p->weight), gradient(model, p->bias), dout,
+                               stride, a->ln1, C, n, C, p->width, stream);
+        matmul_backward_input(&model->matmul, s->dnorm, i < count - 1, dout, stride, weight(model, p->weight),
+                              n, C, p->width, stream);
+    }
 }
 
 // Turns dresidual [n, C] from the gradient of layer l's output into that of its input; adds to the gradients
@@ -712,7 +751,7 @@ static void layer_backward(Model *model, int l) {
         layer_ln1(model, l);
         layer_body(model, l);
     }
-    all_gather_kv(&model->groups, &model->batch, a->k, a->v, 0, model->stream);
+    all_gather_layer_kv(model, l, 0);
     if (model->recompute == 1) {
         profile_part(model, PART_NORMS);
         swiglu_forward(a->swiglu, a->gate_up, n, H, stream);
@@ -720,14 +759,14 @@ static void layer_backward(Model *model, int l) {
                         (float)c->norm_eps, stream);
     }
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wdown), NULL, s->dresidual, C, a->swiglu, n, H,
-                           C, stream);
+    matmul_backward_weight(&model->matmul, gradient(model, w->wdown), NULL, s->dresidual, C, a->swiglu, H, n,
+                           H, C, stream);
     matmul_backward_input(&model->matmul, a->swiglu, 0, s->dresidual, C, weight(model, w->wdown), n, H, C,
                           stream);
     profile_part(model, PART_NORMS);
     swiglu_backward(a->gate_up, a->swiglu, a->gate_up, n, H, stream);
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wgu), NULL, a->gate_up, 2 * H, a->ln2, n, C,
+    matmul_backward_weight(&model->matmul, gradient(model, w->wgu), NULL, a->gate_up, 2 * H, a->ln2, C, n, C,
                            2 * H, stream);
     matmul_backward_input(&model->matmul, s->dnorm, 0, a->gate_up, 2 * H, weight(model, w->wgu), n, C, 2 * H,
                           stream);
@@ -735,20 +774,13 @@ static void layer_backward(Model *model, int l) {
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln2), s->dnorm, a->residual_mid,
                      weight(model, w->ln2), a->ln2_rstd, n, (int)C, s->workspace, stream);
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wo), NULL, s->dresidual, C, a->attn_out, n, qd,
-                           C, stream);
+    matmul_backward_weight(&model->matmul, gradient(model, w->wo), NULL, s->dresidual, C, a->attn_out,
+                           model->qkv.o_stride, n, qd, C, stream);
     matmul_backward_input(&model->matmul, s->dattn_out, 0, s->dresidual, C, weight(model, w->wo), n, qd, C,
                           stream);
     attention_backward(model, l);
     if (model->recompute == 1) layer_ln1(model, l);
-    Projection p[4];
-    int num_projections = layer_projections(model, l, p);
-    // k and v come last, to wait for their gradients as late as possible
-    for (int i = 0; i < num_projections; i++) {
-        if (i == num_projections - 2 && kv_is_sharded(&model->batch))
-            compute_waits_for_transfers(model->gpus, stream);
-        projection_backward(model, a, &p[(i + 2) % num_projections], i > 0);
-    }
+    qkv_backward(model, l);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln1), s->dnorm, a->residual_in,
                      weight(model, w->ln1), a->ln1_rstd, n, (int)C, s->workspace, stream);
@@ -908,7 +940,7 @@ static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     Batch b = batch_upload(&host, model->batch_buffers.eval, model->stream);
     model->batch = b;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C,
+    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C, C,
                    weight(model, model->layout.lm_head), NULL, 1, C, Vp, model->stream);
     cuda_check(cudaMemcpyAsync(model->host.logits, model->scratch.logits, Vp * sizeof(floatX),
                                cudaMemcpyDeviceToHost, model->stream));
@@ -1033,7 +1065,7 @@ int main(int argc, char **argv) {
     model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, &gpus,
                 (int)o->zero_stage);
     run.sample_context = std::min(run.sample_context, model.max_tokens); // only rank 0 samples
-    load_params(&run, &model.params, &model.optimizer, &model.layout, model.stream);
+    load_params(&run, &model.params, &model.optimizer, model.stream);
     size_t free_bytes, total;
     cuda_check(cudaMemGetInfo(&free_bytes, &total));
     printf("gpu: %s, %d SMs, %zu MiB, %s", gpu.name, gpu.multiProcessorCount, total >> 20, FLOATX_NAME);

@@ -38,8 +38,7 @@ static void set_unit_params(const Params *p, const Optimizer *a, int64_t u, cons
 
 // Sets the parameters, and AdamW's moments when the run resumes: from the checkpoint, or to initial values.
 // Each process reads only what it owns.
-static void load_params(const Run *r, const Params *p, const Optimizer *a, const ParamLayout *layout,
-                        cudaStream_t stream) {
+static void load_params(const Run *r, const Params *p, const Optimizer *a, cudaStream_t stream) {
     const ZeroPartition *z = &p->zero;
     TrainState state;
     char why[CHECKPOINT_MSG_BYTES];
@@ -52,7 +51,7 @@ static void load_params(const Run *r, const Params *p, const Optimizer *a, const
             arrays[i].resize(end - begin);
             if (!file)
                 params_init_part(&r->config, arrays[i].data(), begin, end, (uint64_t)r->opt.seed);
-            else if (checkpoint_read_part(file, r->checkpoint, i, layout->num_params, begin, end - begin,
+            else if (checkpoint_read_part(file, r->checkpoint, &r->config, i, begin, end - begin,
                                           arrays[i].data(), why))
                 die("%s; choose another checkpoint", why);
         }

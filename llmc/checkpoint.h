@@ -2,7 +2,8 @@
 // format, little-endian:
 //   header, 4096 bytes: magic, version, counts, all model fields, all of TrainState, and in the last 8 bytes
 //     a checksum of the bytes before
-//   params, then AdamW's m, then v: n fp32 each
+//   params, then AdamW's m, then v: n fp32 each, in the order of param_table (config.h); in version 1 each
+//     layer's wgate was right before its wo
 //   3 tables of 64-bit checksums, for params, m and v: one for each 1 MiB chunk of the array (the last chunk
 //     may be shorter)
 // No chunk spans two arrays. So several processes can write chunks in any order, and a reader of the weights
@@ -14,7 +15,7 @@
 #include <dirent.h>
 
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
-#define CHECKPOINT_VERSION 1
+#define CHECKPOINT_VERSION 2                  // version 1 can be read, too
 #define CHECKPOINT_HEADER_BYTES 4096
 #define CHECKPOINT_CHUNK_BYTES 1048576 // bytes per checksum
 #define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
@@ -289,10 +290,11 @@ static inline int checkpoint_read_header(const char *path, ModelConfig *c, Train
     int count, intact = (uint64_t)checkpoint_get_word(header, 511) ==
                         checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0);
     const ModelField *fields = model_fields(&count);
-    if (intact && (version != CHECKPOINT_VERSION || checkpoint_get_word(header, 3) != count ||
+    if (intact && (version < 1 || version > CHECKPOINT_VERSION || checkpoint_get_word(header, 3) != count ||
                    checkpoint_get_word(header, 4) != TRAIN_STATE_FIELDS)) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: checkpoint version %lld, this program reads version %d",
-                 path, (long long)version, CHECKPOINT_VERSION);
+        snprintf(msg, CHECKPOINT_MSG_BYTES,
+                 "%s: checkpoint version %lld, this program reads versions 1 to %d", path, (long long)version,
+                 CHECKPOINT_VERSION);
         return -1;
     }
     if (!intact) {
@@ -327,11 +329,11 @@ static inline int checkpoint_read_header(const char *path, ModelConfig *c, Train
     return 0;
 }
 
-// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32 into dest, and verifies
-// the checksums of their chunks. dest NULL: only verifies. Returns 0, or -1 with one line in msg
-// [CHECKPOINT_MSG_BYTES].
-static inline int checkpoint_read_part(FILE *f, const char *path, int array, int64_t n, int64_t begin,
-                                       int64_t count, float *dest, char *msg) {
+// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32, in the file's order of
+// tensors, into dest, and verifies the checksums of their chunks. dest NULL: only verifies. Returns 0, or -1
+// with one line in msg [CHECKPOINT_MSG_BYTES].
+static inline int checkpoint_read_stored(FILE *f, const char *path, int array, int64_t n, int64_t begin,
+                                         int64_t count, float *dest, char *msg) {
     static const char *const names[3] = {"parameters", "AdamW m", "AdamW v"};
     const int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS;
     const int64_t num_chunks =
@@ -378,6 +380,48 @@ static inline int checkpoint_read_part(FILE *f, const char *path, int array, int
     return ok ? 0 : -1;
 }
 
+// Sets offsets [count] to where version 1 had the tensors of `table` [count]: wgate was right before wo.
+static inline void checkpoint_offsets_v1(const ParamTensor *table, int64_t count, int64_t *offsets) {
+    int64_t end = 0, gate = -1;
+    for (int64_t i = 0; i < count; i++) {
+        if (param_is(&table[i], "wgate")) {
+            gate = i;
+            continue;
+        }
+        if (param_is(&table[i], "wo") && gate >= 0) offsets[gate] = end, end += table[gate].size, gate = -1;
+        offsets[i] = end, end += table[i].size;
+    }
+}
+
+// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of model `c`, in the order of
+// param_table, from a checkpoint of any version whose header is intact. Otherwise as checkpoint_read_stored.
+static inline int checkpoint_read_part(FILE *f, const char *path, const ModelConfig *c, int array,
+                                       int64_t begin, int64_t count, float *dest, char *msg) {
+    int64_t words[2], n, num_tensors = param_table(c, NULL, &n);
+    if (fseeko(f, 0, SEEK_SET) != 0 || fread(words, sizeof words, 1, f) != 1) {
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
+                 ferror(f) ? strerror(errno) : "it is truncated");
+        return -1;
+    }
+    if (words[1] == CHECKPOINT_VERSION)
+        return checkpoint_read_stored(f, path, array, n, begin, count, dest, msg);
+    ParamTensor *table = (ParamTensor *)xcalloc((size_t)num_tensors, sizeof *table);
+    int64_t *offsets = (int64_t *)xcalloc((size_t)num_tensors, sizeof *offsets);
+    int error = 0;
+    param_table(c, table, &n);
+    checkpoint_offsets_v1(table, num_tensors, offsets);
+    for (int64_t i = 0; i < num_tensors && error == 0; i++) {
+        const ParamTensor *t = &table[i];
+        int64_t first = begin > t->offset ? begin : t->offset, last = t->offset + t->size;
+        if (last > begin + count) last = begin + count;
+        if (first < last)
+            error = checkpoint_read_stored(f, path, array, n, offsets[i] + first - t->offset, last - first,
+                                           dest + (first - begin), msg);
+    }
+    free(table), free(offsets);
+    return error;
+}
+
 // Opens a checkpoint of model `c` and fills *state. Dies if the header is damaged or the model differs,
 // except in RoPE's frequencies.
 static inline FILE *checkpoint_open(const char *path, const ModelConfig *c, TrainState *state) {
@@ -412,7 +456,7 @@ static inline void checkpoint_load(const char *path, const ModelConfig *c, Train
             (long long)n);
     float *arrays[3] = {params, m, v};
     for (int a = 0; a < 3; a++)
-        if (arrays[a] && checkpoint_read_part(file, path, a, n, 0, n, arrays[a], msg) != 0)
+        if (arrays[a] && checkpoint_read_part(file, path, c, a, 0, n, arrays[a], msg) != 0)
             die("%s; choose another checkpoint", msg);
     fclose(file);
 }
@@ -431,7 +475,7 @@ static inline int checkpoint_verify(const char *path, char *msg) {
         return -1;
     }
     int error = 0;
-    for (int a = 0; a < 3 && error == 0; a++) error = checkpoint_read_part(f, path, a, n, 0, n, NULL, msg);
+    for (int a = 0; a < 3 && error == 0; a++) error = checkpoint_read_stored(f, path, a, n, 0, n, NULL, msg);
     fclose(f);
     return error;
 }

@@ -313,6 +313,12 @@ typedef struct {
     double std;
 } ParamTensor;
 
+// Returns whether a tensor is named `name`, in any layer or in none.
+static inline int param_is(const ParamTensor *t, const char *name) {
+    const char *dot = strrchr(t->name, '.');
+    return strcmp(dot ? dot + 1 : t->name, name) == 0;
+}
+
 // Appends a tensor to the table (NULL: only counts).
 static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total, int layer, const char *name,
                              int64_t rows, int64_t cols, int decay, InitKind init, double std) {
@@ -334,10 +340,10 @@ static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total,
 //   wte [Vp, C]
 //   for each layer:
 //     ln1 [C], wqkv [(Hq+2Hkv)*d, C] (rows: q heads, k heads, v heads)
+//     with attn nsa: wgate [3*Hq, C], or [3, C] with gate_per_token; with wqkv it is one matrix in memory
 //     with qkv_bias: bqkv [(Hq+2Hkv)*d]
 //     with qk_norm: qnorm [d], knorm [d]
 //     with attn nsa and phi linear: phi_wk [Hkv, l*d, d], phi_pe [Hkv, l, d], phi_wv [Hkv, l*d, d]
-//     with attn nsa: wgate [3*Hq, C], or [3, C] with gate_per_token
 //     wo [C, Hq*d], ln2 [C], wgu [2*hidden, C] (rows: gate, then up), wdown [C, hidden]
 //   lnf [C]
 //   unless tied: lm_head [Vp, C]
@@ -353,18 +359,17 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
     for (int l = 0; l < c->layers; l++) {
         param_add(table, &n, total, l, "ln1", 1, C, 0, INIT_ONES, 0);
         param_add(table, &n, total, l, "wqkv", qkv, C, 1, INIT_NORMAL, std);
+        if (c->attn == ATTN_NSA)
+            param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
         if (c->qkv_bias) param_add(table, &n, total, l, "bqkv", 1, qkv, 0, INIT_ZEROS, 0);
         if (c->qk_norm) {
             param_add(table, &n, total, l, "qnorm", 1, d, 0, INIT_ONES, 0);
             param_add(table, &n, total, l, "knorm", 1, d, 0, INIT_ONES, 0);
         }
-        if (c->attn == ATTN_NSA) {
-            if (c->fsa.phi == FSA_PHI_LINEAR) {
-                param_add(table, &n, total, l, "phi_wk", Hkv * len * d, d, 1, INIT_MEAN, noise);
-                param_add(table, &n, total, l, "phi_pe", Hkv * len, d, 0, INIT_ZEROS, 0);
-                param_add(table, &n, total, l, "phi_wv", Hkv * len * d, d, 1, INIT_MEAN, noise);
-            }
-            param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
+        if (c->attn == ATTN_NSA && c->fsa.phi == FSA_PHI_LINEAR) {
+            param_add(table, &n, total, l, "phi_wk", Hkv * len * d, d, 1, INIT_MEAN, noise);
+            param_add(table, &n, total, l, "phi_pe", Hkv * len, d, 0, INIT_ZEROS, 0);
+            param_add(table, &n, total, l, "phi_wv", Hkv * len * d, d, 1, INIT_MEAN, noise);
         }
         param_add(table, &n, total, l, "wo", C, Hq * d, 1, INIT_NORMAL, std_residual);
         param_add(table, &n, total, l, "ln2", 1, C, 0, INIT_ONES, 0);

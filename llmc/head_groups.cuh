@@ -11,24 +11,18 @@
 typedef struct {
     Gpus *gpus;            // that share a batch; NULL: one GPU alone
     int count;             // number of head groups
-    int64_t kv_width;      // Hkv*d: elements of a token's keys in all groups
+    int64_t kv_width;      // Hkv/count*d: elements of a token's keys in one group
     size_t saved_bytes;    // of a head group's part of LayerActivations.saved
     attnX *k[3], *v[3];    // [keys, Hkv/count, d] gathered k and v, or dk and dv (kv_buffer)
     attnX *gather_scratch; // [keys, Hkv/count, d] rows in rank order
-    attnX *dgate_logits;   // [count, dgate_group_stride] with gate_per_token and several groups; else NULL
+    attnX *dgate_logits;   // [count, n, 3] with gate_per_token and several groups; else NULL
 } HeadGroups;
 
 // Cuts the heads into groups for batches of at most num_keys tokens (cp_num_head_groups).
 static void head_groups_build(HeadGroups *g, const FsaConfig *f, int64_t num_keys, Gpus *gpus) {
     g->gpus = gpus;
     g->count = cp_num_head_groups(f, num_keys, gpus ? gpus->cp_size : 1);
-    g->kv_width = f->kv_heads * f->head_dim;
-}
-
-// With gate_per_token every head group has its own gradient of the same logits. Returns the elements from one
-// head group's gradient to the next.
-static int64_t dgate_group_stride(int64_t n) {
-    return (3 * n + 7) / 8 * 8;
+    g->kv_width = f->kv_heads / g->count * f->head_dim;
 }
 
 // Returns the attention's configuration for one head group.
@@ -69,8 +63,9 @@ static void head_groups_memory_layout(HeadGroups *g, const ModelConfig *c, int64
         arena_alloc(scratch, &g->v[i], keys);
     }
     if (num_keys > n) arena_alloc(scratch, &g->gather_scratch, keys);
-    if (training && f->gate_per_token && count > 1)
-        arena_alloc(scratch, &g->dgate_logits, count * dgate_group_stride(n));
+    // with gate_per_token every head group has its own gradient of the same logits
+    if (training && c->attn == ATTN_NSA && f->gate_per_token && count > 1)
+        arena_alloc(scratch, &g->dgate_logits, count * n * 3);
 }
 
 // The head groups rotate through three k (and v) buffers. While head group i is processed,
@@ -84,30 +79,31 @@ static int dkv_buffer(int i) {
     return (2 * i + 1) % 3;
 }
 
-// Starts to gather head group i of k and v [n, Hkv, d], before RoPE, from all GPUs that share batch b. Does
-// nothing if there is no such head group. The caller waits with compute_waits_for_transfers.
-static void all_gather_kv(const HeadGroups *g, const Batch *b, const attnX *k, const attnX *v, int i,
-                          cudaStream_t stream) {
-    const int64_t stride = g->kv_width, width = stride / g->count;
+// Starts to gather head group i of k and v [n, Hkv, d], before RoPE, from all GPUs that share batch b. Rows
+// of k are k_stride elements apart, rows of v v_stride. Does nothing if there is no such head group. The
+// caller waits with compute_waits_for_transfers.
+static void all_gather_kv(const HeadGroups *g, const Batch *b, const attnX *k, int64_t k_stride,
+                          const attnX *v, int64_t v_stride, int i, cudaStream_t stream) {
+    const int64_t width = g->kv_width;
     if (!kv_is_sharded(b) || i == g->count) return;
     transfers_wait_for_compute(g->gpus, stream);
     gpus_all_gather_rows(g->gpus, g->k[kv_buffer(i)], g->gather_scratch, k + i * width, b->num_keys, width,
-                         stride, b->chunk_perm, b->num_chunks);
+                         k_stride, b->chunk_perm, b->num_chunks);
     gpus_all_gather_rows(g->gpus, g->v[kv_buffer(i)], g->gather_scratch, v + i * width, b->num_keys, width,
-                         stride, b->chunk_perm, b->num_chunks);
+                         v_stride, b->chunk_perm, b->num_chunks);
 }
 
 // Starts to sum the gradients of head group i's keys and values over all GPUs that share batch b. Each GPU
-// gets the sums for its own tokens in dk and dv [n, Hkv, d]. Does nothing if i < 0. The caller waits with
-// compute_waits_for_transfers.
-static void reduce_scatter_dkv(const HeadGroups *g, const Batch *b, attnX *dk, attnX *dv, int i,
-                               cudaStream_t stream) {
-    const int64_t stride = g->kv_width, width = stride / g->count;
+// gets the sums for its own tokens in dk and dv [n, Hkv, d], with row strides as k and v. Does nothing if
+// i < 0. The caller waits with compute_waits_for_transfers.
+static void reduce_scatter_dkv(const HeadGroups *g, const Batch *b, attnX *dk, int64_t k_stride, attnX *dv,
+                               int64_t v_stride, int i, cudaStream_t stream) {
+    const int64_t width = g->kv_width;
     if (!kv_is_sharded(b) || i < 0) return;
     transfers_wait_for_compute(g->gpus, stream);
     gpus_reduce_scatter_rows(g->gpus, dk + i * width, g->k[dkv_buffer(i)], g->gather_scratch, b->num_keys,
-                             width, stride, b->chunk_perm, b->num_chunks);
+                             width, k_stride, b->chunk_perm, b->num_chunks);
     gpus_reduce_scatter_rows(g->gpus, dv + i * width, g->v[dkv_buffer(i)], g->gather_scratch, b->num_keys,
-                             width, stride, b->chunk_perm, b->num_chunks);
+                             width, v_stride, b->chunk_perm, b->num_chunks);
 }
 #endif

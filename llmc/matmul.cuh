@@ -159,12 +159,13 @@ static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *
                                 d, entry->d, &entry->algo, mm->workspace, mm->workspace_bytes, stream));
 }
 
-// out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c], weight [o, c], bias [o] or
-// NULL. 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 have 7.7 TFLOP, which takes 9.8 ms at 790 TFLOP/s.
-// Limited by the tensor cores; below about n = 300, by reading the weights.
-static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, const floatX *weight,
-                                  const floatX *bias, int64_t n, int64_t c, int64_t o, cudaStream_t stream) {
-    matmul_run(mm, MatmulShape{o, n, c, c, c, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
+// out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c] with rows ldx elements apart,
+// weight [o, c], bias [o] or NULL. 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 have 7.7 TFLOP, which takes
+// 9.8 ms at 790 TFLOP/s. Limited by the tensor cores; below about n = 300, by reading the weights.
+static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, int64_t ldx,
+                                  const floatX *weight, const floatX *bias, int64_t n, int64_t c, int64_t o,
+                                  cudaStream_t stream) {
+    matmul_run(mm, MatmulShape{o, n, c, c, ldx, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
 }
 
 // dx = dout weight, or dx += dout weight if add != 0: dx [n, c], dout [n, o] with rows ldo elements apart,
@@ -205,13 +206,13 @@ static __global__ void __launch_bounds__(256)
 }
 
 // dweight += dout^T x, and dbias += the column sums of dout: dweight [o, c] and dbias [o] (or NULL) are fp32;
-// dout [n, o] has rows ldo elements apart; x [n, c]. With dbias, o and ldo must be multiples of PACK. 2*n*c*o
-// FLOPs.
+// dout [n, o] has rows ldo elements apart, x [n, c] rows ldx elements apart. With dbias, o and ldo must be
+// multiples of PACK. 2*n*c*o FLOPs.
 static inline void matmul_backward_weight(Matmul *mm, float *dweight, float *dbias, const floatX *dout,
-                                          int64_t ldo, const floatX *x, int64_t n, int64_t c, int64_t o,
-                                          cudaStream_t stream) {
+                                          int64_t ldo, const floatX *x, int64_t ldx, int64_t n, int64_t c,
+                                          int64_t o, cudaStream_t stream) {
     if (n == 0) return;
-    matmul_run(mm, MatmulShape{c, o, n, c, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
+    matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
     if (!dbias) return;
     check_packs("bias gradient", o), check_packs("bias gradient", ldo);
     int64_t parts = (n + 63) / 64, max_parts = (int64_t)(mm->workspace_bytes / sizeof(float)) / o;

@@ -152,14 +152,13 @@ static void gpus_all_gather_unit(Gpus *g, const ZeroPartition *z, int64_t u, voi
     const ZeroUnit *unit = &z->units[u];
     const int64_t part = unit->partition_size * bytes, even = part * z->ranks;
     const int64_t rest = (unit->end - unit->begin) * bytes - even;
-    char *begin = (char *)data;
     nccl_check(ncclGroupStart());
-    nccl_check(ncclAllGather(begin + g->rank * part, begin, part, ncclInt8, g->world_comm, g->stream));
+    nccl_check(ncclAllGather((char *)data + g->rank * part, data, part, ncclInt8, g->world_comm, g->stream));
     if (rest > 0)
-        nccl_check(ncclBroadcast(begin + even, begin + even, rest, ncclInt8, g->ranks - 1, g->world_comm,
-                                 g->stream));
+        nccl_check(ncclBroadcast((char *)data + even, (char *)data + even, rest, ncclInt8, g->ranks - 1,
+                                 g->world_comm, g->stream));
     nccl_check(ncclGroupEnd());
-    (void)g, (void)begin;
+    (void)g, (void)data;
 }
 
 // sum[i] += x[i]. Memory-bound: 12 bytes per element.

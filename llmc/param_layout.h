@@ -5,7 +5,7 @@
 
 // Offsets of a layer's tensors; -1 if the model has no such tensor. param_table (config.h) has their shapes.
 typedef struct {
-    int64_t ln1, wqkv, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wgate, wo, ln2, wgu, wdown;
+    int64_t ln1, wqkv, wgate, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wo, ln2, wgu, wdown;
 } LayerParams;
 
 typedef struct {
@@ -20,8 +20,7 @@ typedef struct {
 static inline int64_t param_offset(const ParamLayout *p, int layer, const char *name) {
     for (int64_t i = 0; i < p->num_tensors; i++) {
         const ParamTensor *t = &p->tensors[i];
-        const char *dot = strrchr(t->name, '.');
-        if (t->layer == layer && strcmp(dot ? dot + 1 : t->name, name) == 0) return t->offset;
+        if (t->layer == layer && param_is(t, name)) return t->offset;
     }
     return -1;
 }
@@ -38,8 +37,8 @@ static inline size_t param_layout_build(ParamLayout *p, const ModelConfig *c) {
     for (int l = 0; l < c->layers; l++) {
         LayerParams *w = &p->layers[l];
 #define OFFSET(name) w->name = param_offset(p, l, #name)
-        OFFSET(ln1), OFFSET(wqkv), OFFSET(bqkv), OFFSET(qnorm), OFFSET(knorm), OFFSET(phi_wk), OFFSET(phi_pe);
-        OFFSET(phi_wv), OFFSET(wgate), OFFSET(wo), OFFSET(ln2), OFFSET(wgu), OFFSET(wdown);
+        OFFSET(ln1), OFFSET(wqkv), OFFSET(wgate), OFFSET(bqkv), OFFSET(qnorm), OFFSET(knorm), OFFSET(phi_wk);
+        OFFSET(phi_pe), OFFSET(phi_wv), OFFSET(wo), OFFSET(ln2), OFFSET(wgu), OFFSET(wdown);
 #undef OFFSET
     }
     return (size_t)p->num_tensors * sizeof *p->tensors + (size_t)c->layers * sizeof *p->layers;

@@ -56,8 +56,10 @@ static void forward_old(int version, floatX *out, const floatX *x, const floatX 
 
 static Matmul mm;
 
-// Rows of out and dout are ldo apart; weights lie `shift` numbers past an aligned address.
-static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift) {
+// Rows of out and dout are ldo elements apart, rows of x c + gap; the weights begin `shift` elements after an
+// aligned address.
+static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift, int gap = 0) {
+    const int64_t ldx = c + gap;
     HostX x(r, n * c, 1), weight(r, (int64_t)o * c, 0.5f), bias(r, o, 1), dout(r, n * ldo, 1),
         dx0(r, n * c, 1);
     std::vector<float> dense(n * o), out_ref(n * o), plain_ref(n * o), dx_ref(n * c), added_ref = dx0.f;
@@ -77,26 +79,29 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift) {
 
     std::vector<floatX> shifted(shift);
     shifted.insert(shifted.end(), weight.raw.begin(), weight.raw.end());
-    BufferX dx_in(x.raw), w_memory(shifted), b(bias.raw), d(dout.raw), out(n * ldo), plain(n * o), dx(n * c);
+    std::vector<floatX> spread(n * ldx, (floatX)NAN); // x with NaN between its rows
+    for (int64_t i = 0; i < n; i++) std::copy_n(&x.raw[i * c], c, &spread[i * ldx]);
+    BufferX dx_in(x.raw), x_in(spread), w_memory(shifted), b(bias.raw), d(dout.raw), out(n * ldo),
+        plain(n * o), dx(n * c);
     Buffer<float> dw(dw0), db(db0), dw_again(dw0), db_again(db0);
     const floatX *w = w_memory.get() + shift;
     char shape[96];
-    snprintf(shape, sizeof shape, "n %lld c %d o %d ldo %lld shift %d", (long long)n, c, o, (long long)ldo,
-             shift);
+    snprintf(shape, sizeof shape, "n %lld c %d o %d ldo %lld ldx %lld shift %d", (long long)n, c, o,
+             (long long)ldo, (long long)ldx, shift);
 
     for (int version = 1; version <= 3; version++) {
         plain.poison();
         if (version < 3)
             forward_old(version, plain, dx_in, w, n, c, o);
         else
-            matmul_forward(&mm, plain, o, dx_in, w, NULL, n, c, o, 0);
+            matmul_forward(&mm, plain, o, x_in, ldx, w, NULL, n, c, o, 0);
         check_close("fwd",
                     version == 1   ? "1"
                     : version == 2 ? "2"
                                    : "library",
                     shape, plain, plain_ref, rounded_tolerance);
     }
-    matmul_forward(&mm, out, ldo, dx_in, w, b, n, c, o, 0);
+    matmul_forward(&mm, out, ldo, x_in, ldx, w, b, n, c, o, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     std::vector<floatX> raw = out.host();
     std::vector<float> got(n * o);
@@ -120,10 +125,10 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift) {
     dx.set(dx0.raw);
     matmul_backward_input(&mm, dx, 1, d, ldo, w, n, c, o, 0);
     check_close("dinput", "library", shape, dx, added_ref, rounded_tolerance);
-    matmul_backward_weight(&mm, dw, has_bias ? db.get() : NULL, d, ldo, dx_in, n, c, o, 0);
+    matmul_backward_weight(&mm, dw, has_bias ? db.get() : NULL, d, ldo, x_in, ldx, n, c, o, 0);
     check_close("dweight", "library", shape, dw, dw_ref, fp32_tolerance);
     if (has_bias) check_close("dbias", "library", shape, db, db_ref, fp32_tolerance);
-    matmul_backward_weight(&mm, dw_again, has_bias ? db_again.get() : NULL, d, ldo, dx_in, n, c, o, 0);
+    matmul_backward_weight(&mm, dw_again, has_bias ? db_again.get() : NULL, d, ldo, x_in, ldx, n, c, o, 0);
     check_same("matmul dweight", dw, dw_again);
     check_same("matmul dbias", db, db_again);
 }
@@ -139,7 +144,7 @@ static void check_many_shapes(Random *r) {
     for (int64_t i = 0; i < rows + 50; i++) {
         int64_t n = i % rows + 1;
         out.poison();
-        matmul_forward(&mm, out, o, in, w, NULL, n, c, o, 0);
+        matmul_forward(&mm, out, o, in, c, w, NULL, n, c, o, 0);
         CUDA_CHECK(cudaDeviceSynchronize());
         std::vector<float> got = out.floats();
         got.resize(n * o);
@@ -159,6 +164,8 @@ int main(int argc, char **argv) {
     check(&r, 33, 64, 3, 3, 0);       // one for all heads
     check(&r, 130, 64, 64, 192, 0);   // one of three products into one row
     check(&r, 31, 40, 24, 32, 2);     // weights on an odd address
+    check(&r, 40, 64, 265, 272, 0);   // q, k, v and 9 gate logits, with padding columns
+    check(&r, 70, 64, 72, 72, 0, 80); // x: some columns of a matrix
     check_many_shapes(&r);
     if (!has_flag(argc, argv, "small")) {
         check(&r, 700, 384, 512, 512, 0);
@@ -176,7 +183,7 @@ int main(int argc, char **argv) {
             dweight.zero(), dbias.zero();
             double flops = 2.0 * (double)n * (double)c * (double)o;
             double bytes = sizeof(floatX) * (double)(n * c + o * c + n * o), ms;
-            ms = time_ms([&] { matmul_backward_weight(&mm, dweight, NULL, out, o, x, n, c, o, 0); });
+            ms = time_ms([&] { matmul_backward_weight(&mm, dweight, NULL, out, o, x, c, n, c, o, 0); });
             report("matmul", "dweight", "library", n, c, o, ms,
                    bytes + (8.0 - sizeof(floatX)) * (double)(o * c), flops);
             ms = time_ms([&] { matmul_backward_input(&mm, x, 0, out, o, weight, n, c, o, 0); });
@@ -185,7 +192,7 @@ int main(int argc, char **argv) {
                 ms = time_ms([&] { forward_old(version, out, x, weight, n, c, o); }, 3);
                 report("matmul", "fwd", version == 1 ? "1" : "2", n, c, o, ms, bytes, flops);
             }
-            ms = time_ms([&] { matmul_forward(&mm, out, o, x, weight, NULL, n, c, o, 0); });
+            ms = time_ms([&] { matmul_forward(&mm, out, o, x, c, weight, NULL, n, c, o, 0); });
             report("matmul", "fwd", "library", n, c, o, ms, bytes, flops);
         }
     }

@@ -1,13 +1,15 @@
-// test_run.c: tests fsa_config_check, config.h, mfu.h, options.h, checkpoint.h, schedule.h and logger.h. Each
-// error path runs in a child process, and its exit code and stderr are checked. A child that writes
-// checkpoints is killed at random times.
+// test_run.c: tests fsa_config_check, config.h, qkv_layout.h, mfu.h, options.h, checkpoint.h, schedule.h and
+// logger.h. Each error path runs in a child process, and its exit code and stderr are checked. A child that
+// writes checkpoints is killed at random times.
 #include "../../llmc/utils.h"
 #include "../../llmc/checkpoint.h"
 #include "../../llmc/config.h"
 #include "../../llmc/logger.h"
 #include "../../llmc/mfu.h"
 #include "../../llmc/options.h"
+#include "../../llmc/qkv_layout.h"
 #include "../../llmc/schedule.h"
+#include "checkpoint_v1.h"
 #include "test.h"
 #include <signal.h>
 #include <sys/wait.h>
@@ -67,7 +69,7 @@ static void check_died(const Child *c, const char *what, const char *a, const ch
 // Configuration
 
 static void test_fsa_config(void) {
-    const FsaConfig good = {8, 2, 64, 32, 16, 64, 16, 1, 2, 512, FSA_PHI_LINEAR, 0, 0, 0};
+    const FsaConfig good = {8, 2, 64, 32, 16, 64, 16, 1, 2, 512, FSA_PHI_LINEAR, 0, 0, 0, {0}};
     char msg[200];
     CHECK(fsa_config_check(&good, msg, sizeof msg) == 0, "%s", msg);
     FsaConfig c;
@@ -195,6 +197,7 @@ static void test_model_config(void) {
     }
     size_t bytes = 0;
     for (int i = 0; i < count; i++) bytes += f[i].type == FIELD_INT64 || f[i].type == FIELD_DOUBLE ? 8 : 4;
+    bytes += sizeof c.fsa.recompute + sizeof c.fsa.reserved; // they are no part of a model
     CHECK(bytes <= sizeof(ModelConfig) && bytes + 16 > sizeof(ModelConfig),
           "a field of ModelConfig is not listed");
 }
@@ -242,20 +245,13 @@ static void test_param_table(void) {
         int64_t rows, cols;
         int decay, layer;
     } want[] = {
-        {"wte", 256, 24, 1, -1},
-        {"layers.0.ln1", 1, 24, 0, 0},
-        {"layers.0.wqkv", 100, 24, 1, 0},
-        {"layers.0.bqkv", 1, 100, 0, 0},
-        {"layers.0.qnorm", 1, 10, 0, 0},
-        {"layers.0.knorm", 1, 10, 0, 0},
-        {"layers.0.phi_wk", 640, 10, 1, 0},
-        {"layers.0.phi_pe", 64, 10, 0, 0},
-        {"layers.0.phi_wv", 640, 10, 1, 0},
-        {"layers.0.wgate", 18, 24, 1, 0},
-        {"layers.0.wo", 24, 60, 1, 0},
-        {"layers.0.ln2", 1, 24, 0, 0},
-        {"layers.0.wgu", 80, 24, 1, 0},
-        {"layers.0.wdown", 24, 40, 1, 0},
+        {"wte", 256, 24, 1, -1},           {"layers.0.ln1", 1, 24, 0, 0},
+        {"layers.0.wqkv", 100, 24, 1, 0},  {"layers.0.wgate", 18, 24, 1, 0},
+        {"layers.0.bqkv", 1, 100, 0, 0},   {"layers.0.qnorm", 1, 10, 0, 0},
+        {"layers.0.knorm", 1, 10, 0, 0},   {"layers.0.phi_wk", 640, 10, 1, 0},
+        {"layers.0.phi_pe", 64, 10, 0, 0}, {"layers.0.phi_wv", 640, 10, 1, 0},
+        {"layers.0.wo", 24, 60, 1, 0},     {"layers.0.ln2", 1, 24, 0, 0},
+        {"layers.0.wgu", 80, 24, 1, 0},    {"layers.0.wdown", 24, 40, 1, 0},
     };
     ParamTensor t[64];
     int64_t n = param_table(&c, t, &total), at = 0;
@@ -274,10 +270,47 @@ static void test_param_table(void) {
           "%s %s %s", t[14].name, t[n - 2].name, t[n - 1].name);
     c.tied = 1, c.fsa.gate_per_token = 1, c.fsa.phi = FSA_PHI_MEAN;
     n = param_table(&c, t, &total);
-    CHECK(n == 1 + 2 * 10 + 1 && !strcmp(t[6].name, "layers.0.wgate") && t[6].rows == 3, "%lld",
+    CHECK(n == 1 + 2 * 10 + 1 && !strcmp(t[3].name, "layers.0.wgate") && t[3].rows == 3, "%lld",
           (long long)n);
     c.attn = ATTN_WINDOW;
     CHECK(param_table(&c, NULL, &total) == 1 + 2 * 9 + 1, "no gate");
+}
+
+// Tests that the matmuls of a layer's q, k, v and gate logits compute each column once, from its own row of
+// the one matrix that wqkv and wgate are, and that k and v come first if they are gathered.
+static void test_qkv_layout(void) {
+    for (int variant = 0; variant < 32; variant++) {
+        const int nsa = variant & 1, sharded = variant >> 4 & 1;
+        ModelConfig c = preset_config("tiny", 200);
+        c.attn = nsa ? ATTN_NSA : ATTN_FULL, c.qkv_bias = variant >> 1 & 1, c.qk_norm = variant >> 2 & 1;
+        c.fsa.q_heads = 6, c.fsa.kv_heads = 2, c.fsa.gate_per_token = variant >> 3 & 1;
+        const int64_t d = c.fsa.head_dim, gates = !nsa ? 0 : c.fsa.gate_per_token ? 3 : 18;
+        ParamLayout layout;
+        param_layout_build(&layout, &c);
+        const LayerParams *w = &layout.layers[1];
+        const QkvLayout x = qkv_layout(&c);
+        CHECK(x.k == 6 * d && x.v == 8 * d && x.gate == 10 * d && x.width == 10 * d + gates, "columns");
+        CHECK(x.stride % 8 == 0 && x.stride >= x.width && x.stride < x.width + 8, "stride");
+        CHECK(!nsa || w->wgate == w->wqkv + x.gate * c.channels, "wgate is not right behind wqkv");
+        QkvPart parts[QKV_PARTS];
+        const int count = qkv_parts(&c, w, sharded, parts);
+        int64_t sum = 0, wrong = 0;
+        for (int i = 0; i < count; i++) {
+            const QkvPart *p = &parts[i];
+            const int has_bias = c.qkv_bias && p->column < x.gate;
+            sum += p->width;
+            for (int k = 0; k < i; k++) // parts do not overlap
+                wrong +=
+                    p->column < parts[k].column + parts[k].width && parts[k].column < p->column + p->width;
+            wrong += p->weight != w->wqkv + p->column * c.channels;
+            wrong += p->bias != (has_bias ? w->bqkv + p->column : -1);
+            wrong += has_bias && p->column + p->width > x.gate; // the gate has no bias
+        }
+        CHECK(sum == x.width && wrong == 0, "variant %d: parts", variant);
+        CHECK(count == (sharded ? 2 + nsa : 1 + (nsa && c.qkv_bias)), "variant %d: %d parts", variant, count);
+        CHECK(parts[0].column <= x.k && parts[0].column + parts[0].width >= x.gate, "k and v come first");
+        param_layout_free(&layout);
+    }
 }
 
 static void test_params_init(void) {
@@ -335,7 +368,7 @@ static double brute_pairs(const FsaConfig *c, FsaVisibility rule, int64_t n) {
 }
 
 static void test_flops(void) {
-    FsaConfig f = {4, 2, 8, 8, 4, 16, 3, 1, 1, 13, FSA_PHI_LINEAR, 0, 0, 0};
+    FsaConfig f = {4, 2, 8, 8, 4, 16, 3, 1, 1, 13, FSA_PHI_LINEAR, 0, 0, 0, {0}};
     for (int64_t n = 0; n < 150; n++)
         for (int rule = FSA_CAUSAL; rule <= FSA_SELECTED; rule++)
             CHECK(visible_pairs(&f, (FsaVisibility)rule, n) == brute_pairs(&f, (FsaVisibility)rule, n),
@@ -810,7 +843,7 @@ static void test_checkpoint_file(void) {
     if (fseeko(file, 0, SEEK_SET) || fwrite(header, 1, sizeof header, file) != sizeof header || fclose(file))
         die("cannot write");
     r = child(run_load, path);
-    check_died(&r, "version", "version 9", "version 1");
+    check_died(&r, "version", "version 9", "versions 1 to 2");
 
     // another model: the same size, but another topk; then another attention mode
     save(folder, 12);
@@ -839,6 +872,57 @@ static void test_checkpoint_file(void) {
     } else {
         SKIP("full disk: no /dev/full");
     }
+}
+
+// Tests that a checkpoint of version 1 loads to the same arrays, as a whole and in parts at any place.
+static void test_checkpoint_v1(const char *name, int attn, int linear, int bias_and_norm) {
+    char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES];
+    snprintf(folder, sizeof folder, "%s/v1", dir);
+    checkpoint_dir_check(folder, 1);
+    ModelConfig c = preset_config("recall", 3000);
+    c.attn = attn, c.fsa.phi = linear ? FSA_PHI_LINEAR : FSA_PHI_MEAN;
+    c.qkv_bias = c.qk_norm = bias_and_norm, c.fsa.gate_per_token = !linear;
+    TrainState s, want = make_state(40);
+    int64_t n;
+    param_table(&c, NULL, &n);
+    float *saved[3], *read[3];
+    for (int a = 0; a < 3; a++) {
+        saved[a] = (float *)xmalloc((size_t)n * sizeof(float));
+        read[a] = (float *)xmalloc((size_t)n * sizeof(float));
+        for (int64_t i = 0; i < n; i++) saved[a][i] = (float)i + 0.25f * (float)a; // exact below 2^22
+    }
+    checkpoint_v1_save(folder, &c, &want, saved[0], saved[1], saved[2], n);
+    checkpoint_path(path, sizeof path, folder, 40);
+    CHECK(checkpoint_verify(path, msg) == 0, "%s: %s", name, msg);
+    checkpoint_load(path, &c, &s, read[0], read[1], read[2], n);
+    CHECK(memcmp(&s, &want, sizeof s) == 0, "%s: state", name);
+    for (int a = 0; a < 3; a++)
+        CHECK(memcmp(read[a], saved[a], (size_t)n * sizeof(float)) == 0, "%s: array %d differs", name, a);
+
+    FILE *f = checkpoint_open(path, &c, &s);
+    int64_t wrong = 0;
+    Rng rng;
+    rng_seed(&rng, 1, 1);
+    for (int i = 0; i < 50; i++) {
+        int64_t begin = rng_below(&rng, n), count = i == 0 ? 0 : 1 + rng_below(&rng, n - begin);
+        int a = i % 3;
+        if (checkpoint_read_part(f, path, &c, a, begin, count, read[a], msg) != 0) die("%s", msg);
+        wrong += memcmp(read[a], saved[a] + begin, (size_t)count * sizeof(float)) != 0;
+    }
+    CHECK(wrong == 0, "%s: %lld parts differ", name, (long long)wrong);
+    // without the conversion the arrays differ, if tensors were in another order
+    if (checkpoint_read_stored(f, path, 2, n, 0, n, read[2], msg) != 0) die("%s", msg);
+    CHECK((memcmp(read[2], saved[2], (size_t)n * sizeof(float)) != 0) == (attn == ATTN_NSA && linear),
+          "%s: the file's order", name);
+    fclose(f);
+    flip(path, CHECKPOINT_HEADER_BYTES + 4 * n + 5, 3);
+    CHECK(checkpoint_verify(path, msg) != 0 && strstr(msg, "AdamW m"), "%s: %s", name, msg);
+    f = checkpoint_open(path, &c, &s);
+    CHECK(checkpoint_read_part(f, path, &c, 1, 0, n, read[1], msg) != 0 && strstr(msg, "AdamW m"), "%s: %s",
+          name, msg);
+    fclose(f);
+    unlink(path);
+    for (int a = 0; a < 3; a++) free(saved[a]), free(read[a]);
 }
 
 static void test_checkpoint_folder(void) {
@@ -1097,11 +1181,16 @@ int main(void) {
     test_model_config();
     test_rope();
     test_param_table();
+    test_qkv_layout();
     test_flops();
     test_options();
     test_options_checkpoint();
     test_checksum();
     test_checkpoint_file();
+    test_checkpoint_v1("nsa, linear, bias, QK-norm", ATTN_NSA, 1, 1);
+    test_checkpoint_v1("nsa, linear", ATTN_NSA, 1, 0);
+    test_checkpoint_v1("nsa, mean, a gate a token", ATTN_NSA, 0, 0);
+    test_checkpoint_v1("full", ATTN_FULL, 1, 1);
     test_checkpoint_folder();
     test_kill();
     test_cadence();
