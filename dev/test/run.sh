@@ -4,10 +4,10 @@
 set -u
 passed=0 failed=0 skipped=0
 if command -v python3 >/dev/null 2>&1; then
-    set -- "$@" "python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py"
+    set -- "$@" "python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py" "python3 dev/test/test_performance.py"
 else
     skipped=1
-    echo "skipped: data/bpe, data/hub, data/get and dev/compare_sass.py need python3"
+    echo "skipped: data/bpe, data/hub, data/get, dev/compare_sass.py and dev/results/performance.py need python3"
 fi
 for program in "$@" "bash dev/test/headers.sh" "bash dev/test/cli.sh"; do
     output=$($program 2>&1)
