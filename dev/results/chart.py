@@ -1,4 +1,5 @@
 """Draws attention.svg for performance.py: the time of the attention over the number of tokens, as SVG."""
+
 import math
 
 WIDTH, HEIGHT = 800, 500
@@ -26,8 +27,10 @@ def y(ms):
 
 
 def text(x_, y_, content, size=13, color="#1f2328", anchor="start", weight="normal"):
-    return (f'<text x="{x_:.0f}" y="{y_:.0f}" font-size="{size}" fill="{color}" text-anchor="{anchor}" '
-            f'font-weight="{weight}">{content}</text>')
+    return (
+        f'<text x="{x_:.0f}" y="{y_:.0f}" font-size="{size}" fill="{color}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{content}</text>'
+    )
 
 
 def line(x1, y1, x2, y2, color="#d8dee4"):
@@ -40,10 +43,15 @@ def axes():
         parts += [line(LEFT, y(ms), RIGHT, y(ms)), text(LEFT - 8, y(ms) + 4, ms, color=GRAY, anchor="end")]
     n = MIN_N
     while n <= MAX_N:
-        parts += [line(x(n), TOP, x(n), BOTTOM), text(x(n), BOTTOM + 20, f"{n // 1024}K", color=GRAY, anchor="middle")]
+        parts += [
+            line(x(n), TOP, x(n), BOTTOM),
+            text(x(n), BOTTOM + 20, f"{n // 1024}K", color=GRAY, anchor="middle"),
+        ]
         n *= 2
-    parts += [text((LEFT + RIGHT) / 2, BOTTOM + 40, "tokens in the sequence", color=GRAY, anchor="middle"),
-              text(LEFT - 8, TOP - 10, "ms", color=GRAY, anchor="end")]
+    parts += [
+        text((LEFT + RIGHT) / 2, BOTTOM + 40, "tokens in the sequence", color=GRAY, anchor="middle"),
+        text(LEFT - 8, TOP - 10, "ms", color=GRAY, anchor="end"),
+    ]
     return parts
 
 
@@ -65,16 +73,31 @@ def curve(system, points):
 
 def draw(gpu, commit, lines):
     """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}."""
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-             f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif">',
-             "<title>Time of the attention over the length of the sequence</title>",
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-             text(20, 26, f"Attention, forward + backward, one {gpu}, commit {commit}", 18, weight="bold"),
-             text(20, 46, "bf16, one sequence, 32 query heads and 8 KV heads of 128; NSA: 16 blocks of 64, window 512",
-                  13, GRAY)]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif">',
+        "<title>Time of the attention over the length of the sequence</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        text(20, 26, f"Attention, forward + backward, one {gpu}, commit {commit}", 18, weight="bold"),
+        text(
+            20,
+            46,
+            "bf16, one sequence, 32 query heads and 8 KV heads of 128; NSA: 16 blocks of 64, window 512",
+            13,
+            GRAY,
+        ),
+    ]
     parts += axes()
     for system, points in lines.items():
         parts += curve(system, points)
-    parts += [text(20, HEIGHT - 12, "* measured at 8K and 64K; the compression of V and the gate are left out", 12, GRAY),
-              "</svg>\n"]
+    parts += [
+        text(
+            20,
+            HEIGHT - 12,
+            "* measured at 8K and 64K; the compression of V and the gate are left out",
+            12,
+            GRAY,
+        ),
+        "</svg>\n",
+    ]
     return "\n".join(parts)

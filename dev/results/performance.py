@@ -6,6 +6,7 @@
 A table lies between <!-- table NAME --> and <!-- end -->; NAME is a function of TABLES below. A number is the
 median of the rows with the same shape. After new measurements, change MEASURED and run the program.
 """
+
 import argparse
 import json
 import os
@@ -128,7 +129,8 @@ def tokens(n):
 
 
 def markdown(head, rows):
-    """A table without the columns and rows that hold nothing but "-". The first `label` cells name a row."""
+    """Returns a table without the columns and rows that hold nothing but "-". The cells under "tokens" and
+    "heads" name a row."""
     labels = sum(1 for title in head if title in ("tokens", "heads"))
     keep = [i for i in range(len(head)) if i < labels or any(row[i] != "-" for row in rows)]
     rows = [row for row in rows if any(cell != "-" for cell in row[labels:])]
@@ -137,7 +139,11 @@ def markdown(head, rows):
 
 
 NSA = [("ours", "core", "NSA, ours"), ("flash_nsa", "core", "NSA, flash_nsa"), ("fsa", "core", "NSA, FSA")]
-FULL = [("ours", "full", "full, ours"), ("fa4", "full", "full, FlashAttention-4"), ("cudnn", "full", "full, cuDNN")]
+FULL = [
+    ("ours", "full", "full, ours"),
+    ("fa4", "full", "full, FlashAttention-4"),
+    ("cudnn", "full", "full, cuDNN"),
+]
 
 
 def table_summary(times):
@@ -150,8 +156,10 @@ def table_summary(times):
 def table_attention(times):
     """Forward / backward of NSA and full attention, all shapes."""
     head = ["tokens", "heads"] + [title + " (ms)" for _, _, title in NSA + FULL]
-    rows = [[tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in NSA + FULL]
-            for n, heads in SHAPES]
+    rows = [
+        [tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in NSA + FULL]
+        for n, heads in SHAPES
+    ]
     return markdown(head, rows).replace("- / -", "-")
 
 
@@ -159,24 +167,44 @@ def table_selected(times):
     """Forward / backward of the selected branch."""
     systems = [("ours", "ours"), ("flash_nsa", "flash_nsa"), ("fsa", "FSA"), ("nsa", "NSA (Triton)")]
     head = ["tokens", "heads"] + [title + " (ms)" for _, title in systems]
-    return markdown(head, [[tokens(n), str(heads)] + [pair(times, s, "sel", n, heads) for s, _ in systems]
-                           for n, heads in SHAPES])
+    return markdown(
+        head,
+        [
+            [tokens(n), str(heads)] + [pair(times, s, "sel", n, heads) for s, _ in systems]
+            for n, heads in SHAPES
+        ],
+    )
 
 
 def table_parts(times):
     """Forward / backward of each part of ours."""
-    parts = [("cmp", "compressed branch"), ("topk", "block selection"), ("sel", "selected branch"),
-             ("win", "sliding branch"), ("core", "whole NSA"), ("recompute", "whole NSA, `recompute`")]
+    parts = [
+        ("cmp", "compressed branch"),
+        ("topk", "block selection"),
+        ("sel", "selected branch"),
+        ("win", "sliding branch"),
+        ("core", "whole NSA"),
+        ("recompute", "whole NSA, `recompute`"),
+    ]
     head = ["tokens", "heads"] + [title + " (ms)" for _, title in parts]
-    return markdown(head, [[tokens(n), str(heads)] + [pair(times, "ours", p, n, heads) for p, _ in parts]
-                           for n, heads in SHAPES])
+    return markdown(
+        head,
+        [
+            [tokens(n), str(heads)] + [pair(times, "ours", p, n, heads) for p, _ in parts]
+            for n, heads in SHAPES
+        ],
+    )
 
 
 def table_step(times):
     """A training step."""
-    systems = [("nsa", "NSA, ours"), ("PyTorch flash_nsa", "NSA, PyTorch with flash_nsa"),
-               ("PyTorch fsa", "NSA, PyTorch with FSA"), ("full", "full, ours"),
-               ("PyTorch full", "full, PyTorch with cuDNN")]
+    systems = [
+        ("nsa", "NSA, ours"),
+        ("PyTorch flash_nsa", "NSA, PyTorch with flash_nsa"),
+        ("PyTorch fsa", "NSA, PyTorch with FSA"),
+        ("full", "full, ours"),
+        ("PyTorch full", "full, PyTorch with cuDNN"),
+    ]
     rows = []
     for n in LENGTHS:
         values = [times.step(s, n, "step_ms" if s.startswith("PyTorch") else "ms") for s, _ in systems]
@@ -186,9 +214,14 @@ def table_step(times):
 
 def table_step_parts(times):
     """Where the time of our training step goes, and what it needs."""
-    split = [("products", "matmuls (ms)"), ("attention_forward", "attention, forward (ms)"),
-             ("attention_backward", "attention, backward (ms)"), ("classifier", "classifier (ms)"),
-             ("norms", "norms, SwiGLU (ms)"), ("optimizer", "optimizer (ms)")]
+    split = [
+        ("products", "matmuls (ms)"),
+        ("attention_forward", "attention, forward (ms)"),
+        ("attention_backward", "attention, backward (ms)"),
+        ("classifier", "classifier (ms)"),
+        ("norms", "norms, SwiGLU (ms)"),
+        ("optimizer", "optimizer (ms)"),
+    ]
     rows = []
     for n in LENGTHS:
         steps = times.steps.get(("nsa", n))
@@ -197,7 +230,9 @@ def table_step_parts(times):
         row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in split]
         speed, mfu, memory = (times.step("nsa", n, f) for f in ("tokens_per_second", "mfu", "memory_bytes"))
         rows.append([tokens(n)] + row + [f"{speed:,.0f}", f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"])
-    return markdown(["tokens"] + [title for _, title in split] + ["tokens/s", "MFU (%)", "memory (GiB)"], rows)
+    return markdown(
+        ["tokens"] + [title for _, title in split] + ["tokens/s", "MFU (%)", "memory (GiB)"], rows
+    )
 
 
 def table_headline(times):
@@ -205,9 +240,16 @@ def table_headline(times):
     n, heads = 65536, (32, 8)
     ours = times.total("ours", "core", n, heads)
     flash_nsa, fa4 = times.total("flash_nsa", "core", n, heads), times.total("fa4", "full", n, heads)
-    return (f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}. That is "
-            f"{flash_nsa / ours:.1f} times as fast as flash_nsa, and {fa4 / ours:.1f} times as fast as full attention "
-            "with FlashAttention-4.")
+    if None in (ours, flash_nsa, fa4):
+        die(
+            f"{times.gpu}, commit {times.commit}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
+            f"{tokens(n)} tokens"
+        )
+    return (
+        f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}. "
+        f"That is\n{flash_nsa / ours:.1f} times as fast as flash_nsa (NSA in Triton), and {fa4 / ours:.1f} "
+        "times as fast as full attention\nwith FlashAttention-4."
+    )
 
 
 def table_measured(times):
@@ -248,8 +290,12 @@ def draw(times):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something does not agree")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if something does not agree"
+    )
     check = parser.parse_args().check
     all_times = {gpu: Times(gpu) for gpu in MEASURED}
     changed, outputs = [], {}

@@ -58,7 +58,12 @@ def test_differences(tmp: str) -> None:
     changes = {
         "a number in a table": ("README.md", "| 64K |", "| 64K | 1", "README.md: table summary"),
         "the chart": ("dev/results/attention.svg", "ms</text>", "s</text>", "dev/results/attention.svg"),
-        "a row": ("dev/results/peers_h200.jsonl", '"ms": 48.683', '"ms": 68.683', "performance.md: table attention"),
+        "a row": (
+            "dev/results/peers_h200.jsonl",
+            '"ms": 48.683',
+            '"ms": 68.683',
+            "performance.md: table attention",
+        ),
     }
     for i, (what, (file, old, new, message)) in enumerate(changes.items()):
         root = copy(tmp, f"change{i}")
@@ -75,8 +80,18 @@ def test_errors(tmp: str) -> None:
         "no such table": ("README.md", "<!-- table summary -->", "<!-- table sumary -->", "no table"),
         "no end": ("README.md", "<!-- end -->", "", "needs an <!-- end -->"),
         "no JSON": ("dev/results/peers_h200.jsonl", "{", "", "line 1 is not JSON"),
-        "no such file": ("dev/results/performance.py", '"peers_h200', '"pears_h200', "pears_h200.jsonl: No such file"),
-        "no such commit": ("dev/results/performance.py", '"b7e2b0a"', '"abcdef0"', "no row of commit abcdef0"),
+        "no such file": (
+            "dev/results/performance.py",
+            '"peers_h200',
+            '"pears_h200',
+            "pears_h200.jsonl: No such file",
+        ),
+        "no such commit": (
+            "dev/results/performance.py",
+            '"b7e2b0a"',
+            '"abcdef0"',
+            "no row of commit abcdef0",
+        ),
     }
     for i, (what, (file, old, new, message)) in enumerate(changes.items()):
         root = copy(tmp, f"error{i}")
