@@ -8,6 +8,11 @@ import sys
 import tempfile
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
+sys.path.insert(0, os.path.join(ROOT, "dev/results"))
+from performance import CHART, MEASURED, PEERS  # noqa: E402
+
+FILE, COMMIT = MEASURED["H200"]
+PEERS_FILE = "dev/results/" + PEERS["H200"]
 passed = failed = 0
 
 
@@ -57,13 +62,8 @@ def test_differences(tmp: str) -> None:
     """A change on either side is noticed, named and repaired."""
     changes = {
         "a number in a table": ("README.md", "| 64K |", "| 64K | 1", "README.md: table summary"),
-        "the chart": ("dev/results/attention.svg", "ms</text>", "s</text>", "dev/results/attention.svg"),
-        "a row": (
-            "dev/results/peers_h200.jsonl",
-            '"ms": 48.683',
-            '"ms": 68.683',
-            "performance.md: table attention",
-        ),
+        "the chart": (CHART, "ms</text>", "s</text>", CHART),
+        "a row": (PEERS_FILE, '"ms": ', '"ms": 9', "performance.md: table attention"),
     }
     for i, (what, (file, old, new, message)) in enumerate(changes.items()):
         root = copy(tmp, f"change{i}")
@@ -76,22 +76,13 @@ def test_differences(tmp: str) -> None:
 
 def test_errors(tmp: str) -> None:
     """Every error is one line that names the file."""
+    program = "dev/results/performance.py"
     changes = {
         "no such table": ("README.md", "<!-- table summary -->", "<!-- table sumary -->", "no table"),
         "no end": ("README.md", "<!-- end -->", "", "needs an <!-- end -->"),
-        "no JSON": ("dev/results/peers_h200.jsonl", "{", "", "line 1 is not JSON"),
-        "no such file": (
-            "dev/results/performance.py",
-            '"peers_h200',
-            '"pears_h200',
-            "pears_h200.jsonl: No such file",
-        ),
-        "no such commit": (
-            "dev/results/performance.py",
-            '"b7e2b0a"',
-            '"abcdef0"',
-            "no row of commit abcdef0",
-        ),
+        "no JSON": (PEERS_FILE, "{", "", "line 1 is not JSON"),
+        "no such file": (program, f'"{FILE}"', '"none.jsonl"', "none.jsonl: No such file"),
+        "no such commit": (program, f'"{COMMIT}"', '"none"', "no row of commit none"),
     }
     for i, (what, (file, old, new, message)) in enumerate(changes.items()):
         root = copy(tmp, f"error{i}")
