@@ -12,8 +12,8 @@
 //
 // Lower bounds for 64K tokens, T = 16:                       8 KV heads    32 KV heads
 //     HBM, 12 bytes per entry                                0.02 ms       0.09 ms
-//     instructions: 97 per 32 entries, 2.2 per clock and SM  0.05 ms       0.21 ms
-//     shared memory: 45 clocks per 32 entries                0.05 ms       0.21 ms
+//     instructions: 97 per 32 entries, 2.2 per clock and SM  0.05 ms       0.20 ms
+//     shared memory: 45 clocks per 32 entries                0.05 ms       0.20 ms
 // The 97 instructions (SASS, sm_90) are 16 in count_kernel; in fill_kernel 26 to find and count the block,
 // 31 to rank, 15 to write, 9 for the tables. Shared memory serves atomics and scattered accesses to random
 // banks. The kernels are limited by instruction issue and shared memory.

@@ -16,8 +16,12 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 RESULTS = os.path.join(HERE, "..", "..", "dev", "results")
 
-# A source of rows: GPU, file, commit, program.
-H100, H200, H200_CORE = "h100.jsonl b7e2b0a", "h200.jsonl d0f31a2", "h200_68a9f7d_152b083.jsonl 152b083"
+sys.path.insert(0, RESULTS)
+import performance
+
+# A source of rows: file and commit. The programs of single kernels were run less often than `core`.
+H100, H200 = "h100.jsonl b7e2b0a", "h200.jsonl d0f31a2"
+H200_CORE = " ".join(performance.MEASURED["H200"])
 # Shapes: (tokens, query heads, KV heads, d, B, T).
 DENSE = [(8192, 32, 8, 128, 64, 16), (32768, 32, 8, 128, 64, 16), (65536, 32, 8, 128, 64, 16),
          (65536, 32, 32, 128, 64, 16), (65536, 64, 4, 128, 64, 16), (65536, 32, 8, 64, 64, 16)]

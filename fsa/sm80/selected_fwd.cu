@@ -20,9 +20,9 @@
 // o move straight between registers and memory.
 //
 // Lower bounds for 64K tokens, (32, 8) heads, d = 128, (B, T) = (64, 16). The kernel is memory-bound.
-//     8.6 GB of q in (2D bytes per partial row), 8.8 GB out (2D + 8)   3.9 ms
+//     8.6 GB of q in (2D bytes per partial row), 8.9 GB out (2D + 8)   3.9 ms
 //     1.1 TFLOP                                                        1.4 ms
-//     shared memory reads of mma.sync's operands                       2.4 ms
+//     shared memory reads of mma.sync's operands                       2.3 ms
 #include "../selected.cuh"
 #include "tile.cuh"
 
