@@ -37,8 +37,9 @@ typedef struct {
 } QkvPart;
 enum { QKV_PARTS = 3 };
 
-// Fills parts [QKV_PARTS] and returns their number: one for all columns, and one for the gate if q, k and v
-// have a bias, which the gate has not. If the keys and values are gathered from several GPUs (sharded != 0),
+// Fills parts [QKV_PARTS] and returns their number: one for all columns. The gate is a part of its own if q,
+// k and v have a bias, which the gate has not, or if its logits are no multiple of 8: a matmul of such a
+// width cannot use 16-byte accesses. If the keys and values are gathered from several GPUs (sharded != 0),
 // [k|v] comes first, so that the gather starts early. The backward pass goes through the parts in reverse.
 static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int sharded, QkvPart *parts) {
     const QkvLayout x = qkv_layout(c);
@@ -49,7 +50,7 @@ static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int shar
     if (sharded) parts[count++] = kv;
     parts[count++] = sharded ? q : qkv;
     if (w->wgate < 0) return count;
-    if (!sharded && w->bqkv < 0)
+    if (!sharded && w->bqkv < 0 && gate.width % 8 == 0)
         parts[0].width = x.width;
     else
         parts[count++] = gate;
