@@ -94,7 +94,7 @@ struct Documents {
             tokens.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i) % c->vocab_size));
             targets.push_back((int32_t)(rng_u64_at(seed + stream, 2 * i + 1) % c->vocab_size));
         }
-        Batch b = batch_unsharded(n, count, longest);
+        Batch b = batch_unsharded(n, count);
         b.num_chunks = cp_num_chunks(n, count, gpus ? gpus->cp_size : 1), b.num_segments += b.num_chunks;
         host.resize(batch_bytes(&b));
         b = batch_fill(c, gpus, tokens.data(), targets.data(), cu_seqlens.data(), count, host.data());

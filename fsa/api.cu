@@ -7,43 +7,46 @@
 #include <stdio.h>
 #include <string.h>
 
-static thread_local char last_error[256];
+static thread_local char last_error[320];
+static thread_local const char *current_function = ""; // of fsa.h, for messages
 
 const char *fsa_last_error(void) {
     return last_error;
 }
 
+// Sets the error "function: message" and returns the status.
 __attribute__((format(printf, 2, 3))) static int fail(int status, const char *format, ...) {
+    int length = snprintf(last_error, sizeof last_error, "%s: ", current_function);
     va_list args;
     va_start(args, format);
-    vsnprintf(last_error, sizeof last_error, format, args);
+    vsnprintf(last_error + length, sizeof last_error - (size_t)length, format, args);
     va_end(args);
     return status;
 }
 
-// Sets the error of a launcher. function: of fsa.h; call: the launcher's call, of which the name is kept.
-static int fail_launcher(int status, const char *function, const char *call) {
-    if (status == FSA_ERROR_CUDA) return fail(status, "%s: %s", function, fsa_cuda_error());
-    return fail(status, "%s: %.*s: unsupported arguments; fsa.h states the limits", function,
-                (int)strcspn(call, "("), call);
+// Sets the error of a launcher. call: the launcher's call, of which the name is kept.
+static int fail_launcher(int status, const char *call) {
+    if (status == FSA_ERROR_CUDA) return fail(status, "%s", fsa_cuda_error());
+    return fail(status, "%.*s: unsupported arguments; fsa.h states the limits", (int)strcspn(call, "("),
+                call);
 }
 // Calls a launcher, or a function of the CUDA runtime; on failure sets the error and returns the status.
 #define RUN(call)                                                                                            \
     do {                                                                                                     \
         int status_ = (call);                                                                                \
-        if (status_) return fail_launcher(status_, __func__, #call);                                         \
+        if (status_) return fail_launcher(status_, #call);                                                   \
     } while (0)
 #define RUN_CUDA(call)                                                                                       \
     do {                                                                                                     \
         cudaError_t error_ = (call);                                                                         \
-        if (error_ != cudaSuccess)                                                                           \
-            return fail_launcher(fsa_record_cuda_error(#call, error_), __func__, #call);                     \
+        if (error_ != cudaSuccess) return fail_launcher(fsa_record_cuda_error(#call, error_), #call);        \
     } while (0)
 
 static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b) {
     if (!c) return fail(FSA_ERROR_ARGUMENT, "config: NULL; must be an FsaConfig");
     if (!b) return fail(FSA_ERROR_ARGUMENT, "batch: NULL; must be an FsaDeviceBatch");
-    if (fsa_config_check(c, last_error, sizeof last_error)) return FSA_ERROR_CONFIG;
+    char msg[200];
+    if (fsa_config_check(c, msg, sizeof msg)) return fail(FSA_ERROR_CONFIG, "%s", msg);
     if (c->head_dim != 64 && c->head_dim != 128) {
         return fail(FSA_ERROR_CONFIG, "head_dim %d: must be 64 or 128 on the GPU", c->head_dim);
     }
@@ -70,12 +73,8 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
                     (long long)b->num_seqs, (long long)b->num_segments, (long long)b->num_keys,
                     (long long)b->num_queries);
     }
-    if (b->max_len > INT32_MAX / 2 || b->max_len < 0 || b->max_len > b->num_keys) {
-        return fail(FSA_ERROR_ARGUMENT, "max_len %lld: must be from 0 to num_keys %lld, and below 2^30",
-                    (long long)b->max_len, (long long)b->num_keys);
-    }
-    if (b->num_queries > INT32_MAX || b->num_keys > INT32_MAX) {
-        return fail(FSA_ERROR_ARGUMENT, "num_queries %lld, num_keys %lld: must be at most 2^31 - 1",
+    if (b->num_queries > INT32_MAX || b->num_keys > INT32_MAX / 2) {
+        return fail(FSA_ERROR_ARGUMENT, "num_queries %lld, num_keys %lld: must be below 2^31 and below 2^30",
                     (long long)b->num_queries, (long long)b->num_keys);
     }
     if (b->num_queries > INT32_MAX / c->topk) {
@@ -94,8 +93,10 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
 // ---- arguments --------------------------------------------------------------------------------------
 
 // Copies an argument struct of the caller's version to *args, this version's: fields that the caller does not
-// know become 0. name: of the struct.
-template <typename Args> static int load_args(Args *args, const Args *from, const char *name) {
+// know become 0. function: of fsa.h, for messages; name: of the struct.
+template <typename Args>
+static int load_args(const char *function, Args *args, const Args *from, const char *name) {
+    current_function = function;
     if (!from) return fail(FSA_ERROR_ARGUMENT, "%s: NULL; must be an argument struct", name);
     const size_t size = from->size, known = sizeof *args; // 0.1 is the first version, so none is smaller
     if (size < known || size % 8 != 0 || size > 4096) {
@@ -191,8 +192,8 @@ struct Arena {
 
 // The fields that the host knows: enough for sizes and bounds. fsa_batch_layout sets the cu_ arrays.
 static BatchLayout make_batch_layout(const FsaDeviceBatch *b) {
-    BatchLayout batch = {b->num_queries, b->num_keys,   b->num_seqs, b->num_segments,
-                         b->max_len,     b->cu_seqlens, b->segments};
+    BatchLayout batch = {b->num_queries,  b->num_keys,   b->num_seqs,
+                         b->num_segments, b->cu_seqlens, b->segments};
     return batch;
 }
 
@@ -289,6 +290,7 @@ struct Workspace {
 };
 
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op) {
+    current_function = __func__;
     if (check_shape(c, dtype, b)) return 0;
     if (op < FSA_FORWARD || op > FSA_ATTENTION_BACKWARD) {
         fail(FSA_ERROR_ARGUMENT, "operation %d: must be from %d (FSA_FORWARD) to %d (FSA_ATTENTION_BACKWARD)",
@@ -296,7 +298,7 @@ size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         return 0;
     }
     if (fsa_check_device()) {
-        fail(FSA_ERROR_CUDA, "%s: %s", __func__, fsa_cuda_error());
+        fail(FSA_ERROR_CUDA, "%s", fsa_cuda_error());
         return 0;
     }
     BatchLayout batch = make_batch_layout(b);
@@ -304,6 +306,7 @@ size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
 }
 
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b) {
+    current_function = __func__;
     if (check_shape(c, dtype, b)) return 0;
     BatchLayout batch = make_batch_layout(b);
     return Saved(c, &batch, NULL).bytes;
@@ -311,41 +314,48 @@ size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
 
 const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                                        const void *saved) {
+    current_function = __func__;
     if (check_shape(c, dtype, b)) return NULL;
     BatchLayout batch = make_batch_layout(b);
     return Saved(c, &batch, (void *)saved).block_indices;
 }
 
-// Returns an error if CUDA knows that the stream belongs to another GPU. function: the caller's name.
-static int check_stream(const char *function, FsaStream stream) {
+// Returns an error if CUDA knows that the stream belongs to another GPU. A stream that is being captured is
+// not asked, since CUDA forbids it.
+static int check_stream(FsaStream stream) {
 #if CUDART_VERSION >= 12080
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     int device = 0, stream_device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaStreamGetDevice(stream, &stream_device);
-    if (error != cudaSuccess)
-        return fail_launcher(fsa_record_cuda_error("cudaStreamGetDevice", error), function, "");
+    if (!stream) return FSA_OK; // of the current GPU
+    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone ||
+        cudaGetDevice(&device) != cudaSuccess || cudaStreamGetDevice(stream, &stream_device) != cudaSuccess) {
+        cudaGetLastError(); // the first launch reports it
+        return FSA_OK;
+    }
     if (stream_device != device) {
         return fail(FSA_ERROR_ARGUMENT, "stream %p: of GPU %d; must be a stream of the current GPU %d",
                     (void *)stream, stream_device, device);
     }
 #else
-    (void)function, (void)stream; // the first launch fails
+    (void)stream; // the first launch fails
 #endif
     return FSA_OK;
 }
 
-// Checks what all operations share except the workspace. function: the caller's name.
-static int check_call(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
-                      FsaStream stream) {
+// Checks what all operations share except the workspace.
+static int check_call(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaStream stream) {
     TRY(check_shape(c, dtype, b));
     // cudaEventQuery and cudaStreamQuery leave cudaErrorNotReady, which is no error.
     cudaError_t earlier = cudaPeekAtLastError();
     if (earlier != cudaSuccess && earlier != cudaErrorNotReady) {
-        return fail(FSA_ERROR_CUDA, "%s: not started, as a CUDA error of an earlier call is pending: %s",
-                    function, cudaGetErrorString(earlier));
+        return fail(FSA_ERROR_CUDA, "not started, as a CUDA error of an earlier call is pending: %s",
+                    cudaGetErrorString(earlier));
     }
-    if (fsa_check_device()) return fail_launcher(FSA_ERROR_CUDA, function, "");
-    TRY(check_stream(function, stream));
+    if (fsa_check_device()) return fail_launcher(FSA_ERROR_CUDA, "");
+    if (const char *kernels = fsa_unknown_kernels())
+        return fail(FSA_ERROR_ARGUMENT, "FSA_KERNELS=%s in the environment: must be portable or sm90",
+                    kernels);
+    TRY(check_stream(stream));
     if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
     TRY(check_memory("cu_seqlens", b->cu_seqlens));
     if (!b->segments && b->num_segments > 0)
@@ -353,10 +363,9 @@ static int check_call(const char *function, const FsaConfig *c, FsaDtype dtype, 
     return b->segments ? check_memory("segments", b->segments) : FSA_OK;
 }
 
-// Checks the workspace, and launches the kernel that fills the batch layout. function: the caller's name.
-static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
-                 FsaOperation op, void *workspace, size_t workspace_bytes, BatchLayout *batch,
-                 FsaStream stream) {
+// Checks the workspace, and launches the kernel that fills the batch layout.
+static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op,
+                 void *workspace, size_t workspace_bytes, BatchLayout *batch, FsaStream stream) {
     const BatchLayout bounds = make_batch_layout(b);
     const size_t need = Workspace(c, &bounds, dtype, op, NULL).bytes;
     if (!workspace) return fail(FSA_ERROR_WORKSPACE, "workspace: NULL; must have %zu bytes", need);
@@ -369,7 +378,7 @@ static int start(const char *function, const FsaConfig *c, FsaDtype dtype, const
     }
     TRY(check_memory("workspace", workspace));
     int status = fsa_batch_layout(batch, c, b, workspace, stream);
-    return status ? fail_launcher(status, function, "fsa_batch_layout") : FSA_OK;
+    return status ? fail_launcher(status, "fsa_batch_layout") : FSA_OK;
 }
 
 // ---- native sparse attention ------------------------------------------------------------------------
@@ -394,8 +403,8 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
                 FsaStream stream) {
     FsaForward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaForward"));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(load_args(__func__, &a, args, "FsaForward"));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
         KV_ROWS(k);
@@ -407,7 +416,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
         if (a.inv_freq) POINTER(inv_freq);
         if (a.block_indices) POINTER(block_indices);
     }
-    TRY(start(__func__, c, dtype, b, FSA_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     if (c->phi == FSA_PHI_MEAN) a.phi = {NULL, NULL, NULL};
     const Saved s(c, &batch, a.saved);
@@ -465,10 +474,10 @@ int fsa_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, co
                  FsaStream stream) {
     FsaBackward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaBackward"));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(load_args(__func__, &a, args, "FsaBackward"));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_keys > 0) TRY(check_backward(c, b, &a));
-    TRY(start(__func__, c, dtype, b, FSA_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.n == 0) return FSA_OK;
     const Saved s(c, &batch, (void *)a.saved);
     const Workspace w(c, &batch, dtype, FSA_BACKWARD, a.workspace);
@@ -503,8 +512,8 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
                          const FsaSelectedForward *args, FsaStream stream) {
     FsaSelectedForward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaSelectedForward"));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(load_args(__func__, &a, args, "FsaSelectedForward"));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
         KV_ROWS(k);
@@ -513,7 +522,7 @@ int fsa_selected_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatc
         Q_ROWS(o);
         POINTER(lse);
     }
-    TRY(start(__func__, c, dtype, b, FSA_SELECTED_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_SELECTED_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     const Workspace w(c, &batch, dtype, FSA_SELECTED_FORWARD, a.workspace);
     RUN(fsa_selected_branch_forward(c, &batch, dtype, {a.q, a.q_stride}, {a.k, a.k_stride}, {a.v, a.v_stride},
@@ -525,8 +534,8 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
                           const FsaSelectedBackward *args, FsaStream stream) {
     FsaSelectedBackward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaSelectedBackward"));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(load_args(__func__, &a, args, "FsaSelectedBackward"));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_keys > 0) {
         KV_ROWS(k);
         KV_ROWS(v);
@@ -541,7 +550,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         Q_ROWS(dout);
         Q_ROWS(dq);
     }
-    TRY(start(__func__, c, dtype, b, FSA_SELECTED_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_SELECTED_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.n == 0) return FSA_OK;
     const Workspace w(c, &batch, dtype, FSA_SELECTED_BACKWARD, a.workspace);
     const ConstRows dout = {a.dout, a.dout_stride};
@@ -557,15 +566,15 @@ int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
                       const FsaSelectBlocks *args, FsaStream stream) {
     FsaSelectBlocks a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaSelectBlocks"));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(load_args(__func__, &a, args, "FsaSelectBlocks"));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
         KV_ROWS(kc);
         POINTER(lse_c);
         POINTER(block_indices);
     }
-    TRY(start(__func__, c, dtype, b, FSA_SELECT_BLOCKS, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_SELECT_BLOCKS, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     RUN(fsa_topk(c, &batch, dtype, {a.q, a.q_stride}, {a.kc, a.kc_stride}, a.lse_c, a.block_indices, stream));
     return FSA_OK;
@@ -599,9 +608,9 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
                           const FsaAttentionForward *args, FsaStream stream) {
     FsaAttentionForward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaAttentionForward"));
+    TRY(load_args(__func__, &a, args, "FsaAttentionForward"));
     TRY(check_rule(a.rule, a.inv_freq));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
         KV_ROWS(k);
@@ -609,7 +618,7 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         Q_ROWS(o);
         POINTER(lse);
     }
-    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_ATTENTION_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
     const Workspace w(c, &batch, dtype, FSA_ATTENTION_FORWARD, a.workspace);
     ConstRows q = {a.q, a.q_stride}, k = {a.k, a.k_stride};
@@ -623,9 +632,9 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
                            const FsaAttentionBackward *args, FsaStream stream) {
     FsaAttentionBackward a;
     BatchLayout batch;
-    TRY(load_args(&a, args, "FsaAttentionBackward"));
+    TRY(load_args(__func__, &a, args, "FsaAttentionBackward"));
     TRY(check_rule(a.rule, a.inv_freq));
-    TRY(check_call(__func__, c, dtype, b, stream));
+    TRY(check_call(c, dtype, b, stream));
     const bool compressed = a.rule == FSA_COMPRESSED;
     const int64_t key_rows = compressed ? b->num_keys / c->cmp_stride : b->num_keys;
     if (b->num_queries > 0) {
@@ -641,7 +650,7 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
         KV_ROWS(dk);
         KV_ROWS(dv);
     }
-    TRY(start(__func__, c, dtype, b, FSA_ATTENTION_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
+    TRY(start(c, dtype, b, FSA_ATTENTION_BACKWARD, a.workspace, a.workspace_bytes, &batch, stream));
     const Workspace w(c, &batch, dtype, FSA_ATTENTION_BACKWARD, a.workspace);
     if (batch.nq == 0 || key_rows == 0) { // no query or no key: the gradients are zero
         const size_t q_bytes = (size_t)batch.nq * c->q_heads * c->head_dim * 4,

@@ -45,7 +45,7 @@ int fsa_batch_layout(BatchLayout *batch, const FsaConfig *c, const FsaDeviceBatc
                      cudaStream_t stream) {
     int64_t *const cu_queries = (int64_t *)memory, *const cu_windows = cu_queries + b->num_segments + 1,
                    *const cu_blocks = cu_windows + b->num_seqs + 1;
-    *batch = BatchLayout{b->num_queries, b->num_keys, b->num_seqs, b->num_segments, b->max_len,
-                         b->cu_seqlens,  b->segments, cu_queries,  cu_windows,      cu_blocks};
+    *batch = BatchLayout{b->num_queries, b->num_keys, b->num_seqs, b->num_segments, b->cu_seqlens,
+                         b->segments,    cu_queries,  cu_windows,  cu_blocks};
     return LAUNCH(batch_layout_kernel, 1, 256, 0, stream, *batch, c->cmp_len, c->cmp_stride, c->block);
 }

@@ -9,7 +9,6 @@
 struct BatchLayout {
     int64_t nq, n;                  // queries; keys
     int64_t num_seqs, num_segments; // sequences of keys; segments of queries
-    int64_t max_len;                // keys of the longest sequence
     const int64_t *cu_seqlens;      // [num_seqs + 1] first key of each sequence
     const FsaSegment *segments;     // [num_segments] consecutive queries of one sequence
     int64_t *cu_queries;            // [num_segments + 1] first query of each segment

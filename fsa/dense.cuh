@@ -93,18 +93,14 @@ static inline DenseParams make_dense_params(const FsaConfig *c, const BatchLayou
 
 // The backward kernels scale P by 2^p_scale_log2 and their results by p_unscale, to keep small P from
 // underflowing in fp16. bf16 has the exponent range of fp32 and needs no scale.
-template <typename T> __device__ constexpr float p_scale_log2() {
-    return sizeof(T) == 0;
-}
+template <typename T> __device__ constexpr float p_scale_log2(); // bf16 and fp16 alone
 template <> __device__ constexpr float p_scale_log2<__nv_bfloat16>() {
     return 0;
 }
 template <> __device__ constexpr float p_scale_log2<__half>() {
     return 6;
 }
-template <typename T> __device__ constexpr float p_unscale() {
-    return sizeof(T) == 0;
-}
+template <typename T> __device__ constexpr float p_unscale(); // bf16 and fp16 alone
 template <> __device__ constexpr float p_unscale<__nv_bfloat16>() {
     return 1;
 }

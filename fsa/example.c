@@ -96,8 +96,7 @@ static double dot(const void *a, int64_t a_stride, const void *b, int64_t b_stri
 static FsaDeviceBatch make_batch(void) {
     const int64_t cu_seqlens[] = {0, 1000, 1500};
     const FsaSegment segments[] = {{0, 0, 1000}, {1, 0, 500}};
-    FsaDeviceBatch batch = {
-        .num_queries = 1500, .num_keys = 1500, .num_seqs = 2, .num_segments = 2, .max_len = 1000};
+    FsaDeviceBatch batch = {.num_queries = 1500, .num_keys = 1500, .num_seqs = 2, .num_segments = 2};
     batch.cu_seqlens = to_device(cu_seqlens, sizeof cu_seqlens);
     batch.segments = to_device(segments, sizeof segments);
     return batch;

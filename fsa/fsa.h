@@ -92,14 +92,16 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // The GPU library
 //
 // N is the number of keys (tokens) of a batch, Nq of queries, M of compression windows. Arrays are row-major:
-//   q, o, dout, dq               [Nq, Hq, d]    16-bit (dtype)
-//   k, v, dk, dv                 [N, Hkv, d]    16-bit
-//   kc, vc                       [M, Hkv, d]    16-bit; compressed keys and values, sequence after sequence
-//   gate_logits, dgate_logits    [Nq, Hq, 3]    16-bit; compressed, selected, sliding; gate_per_token: [Nq,
-//   3] lse                          [Nq, Hq]       fp32; natural log-sum-exp of a branch; -inf: the row sees
-//   no key block_indices                [Hkv, Nq, T]   int32; ascending block numbers within the sequence,
-//   padded
-//                                               with -1
+//   q, o, dout, dq               [Nq, Hq, d]     16-bit (dtype)
+//   k, v, dk, dv                 [N, Hkv, d]     16-bit
+//   kc, vc                       [M, Hkv, d]     16-bit; compressed keys and values, by sequence
+//   gate_logits, dgate_logits    [Nq, Hq, 3]     16-bit; compressed, selected, sliding
+//                                [Nq, 3]         the same with gate_per_token
+//   lse                          [Nq, Hq]        fp32; natural log-sum-exp of a branch; -inf: no visible key
+//   block_indices                [Hkv, Nq, T]    int32; ascending block numbers in the sequence, then -1
+//
+// Every function checks the whole FsaConfig, also the fields that it does not need: full attention, too,
+// needs valid cmp_len, cmp_stride, block, topk and window. RoPE rounds the rotated q and k to 16 bits.
 //
 // Row strides. The 16-bit arrays of tokens may be views of larger matrices, such as q in the output of one
 // QKV matmul. X_stride is the number of elements from a token's row of X to the next one, at least the length
@@ -124,7 +126,8 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 //   FSA_ERROR_ARGUMENT    a pointer that is needed is NULL, misaligned, host memory or memory of another GPU;
 //                         a stride or the size of a struct breaks its rule; dtype is unknown; a count of b
 //                         breaks its rule; Nq*T >= 2^31 or Nq*Hq >= 2^32; a stride times Nq or N >= 2^35;
-//                         the stream belongs to another GPU (CUDA 12.8 or later knows)
+//                         the stream belongs to another GPU (CUDA 12.8 or later knows); the environment
+//                         variable FSA_KERNELS is set, and neither "portable" nor "sm90"
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
 //   FSA_ERROR_CUDA        a CUDA error of an earlier call is pending on the calling thread. It stays pending
 // A function finds these errors before its first step, and launches nothing. It finds the following ones only
@@ -137,11 +140,10 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
 
 // Packed sequences and their queries. The counts are on the host; the arrays are on the device. Counts are at
-// least 0; num_queries and num_keys are below 2^31. Keys need a sequence, and queries need a segment.
+// least 0; num_queries is below 2^31, num_keys below 2^30. Keys need a sequence, and queries need a segment.
 typedef struct {
     int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
-    int64_t max_len;            // tokens of the longest sequence, or more; at most num_keys, below 2^30
     const int64_t *cu_seqlens;  // [num_seqs + 1] first key of each sequence; cu_seqlens[num_seqs] = N
     const FsaSegment *segments; // [num_segments]
     int64_t reserved[2];        // must be 0; room for the fields of later versions

@@ -54,6 +54,9 @@ int fsa_num_sms(); // of the current device
 // Returns whether the current device runs the kernels of sm90/: compute capability 9.0, and the environment
 // variable FSA_KERNELS is not "portable".
 bool fsa_use_sm90();
+// Returns the value of FSA_KERNELS if it is neither "portable" nor "sm90"; NULL if it is one of them or not
+// set.
+const char *fsa_unknown_kernels();
 
 // ---- rope.cu ----------------------------------------------------------------------------------------
 // RoPE of queries: out = x rotated by position * inv_freq. x [Nq, Hq, d]; out [Nq, Hq, d], packed. The
@@ -127,12 +130,12 @@ int fsa_dense_init_local_forward(const FsaConfig *c, const BatchLayout *batch, F
 // and dS = P (dout v^T - delta):
 //   dq += scale dS k      dk += scale dS^T q      dv += P^T dout
 // dq, dk and dv are the fp32 accumulators dq_accum, dk_accum and dv_accum, so that branches add up without
-// rounding: dq in the layout of dq_accum; dk, dv [N or M, Hkv, d]. accumulate_dq, accumulate_dkv = 0:
-// overwrite dq; dk and dv. delta and lse_bwd, fp32 [Nq, Hq], come from fsa_gate_backward or
-// fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient of the gated sum. Both write +inf for
-// a row without keys; P is 0 for lse_bwd = -inf, too. scratch: fsa_dense_backward_scratch_bytes bytes,
-// aligned to 16. Returns FSA_ERROR_CONFIG as forward, FSA_ERROR_WORKSPACE if scratch is NULL,
-// FSA_ERROR_ARGUMENT if there are too many work items (2^30).
+// rounding: dq in the layout of dq_accum; dk, dv [N or M, Hkv, d]. accumulate_dq: 0
+// overwrites dq; accumulate_dkv: 0 overwrites dk and dv. delta and lse_bwd, fp32 [Nq, Hq], come from
+// fsa_gate_backward or fsa_bwd_preprocess; with the former, dout [Nq, Hq, d] is the gradient of the gated
+// sum. Both write +inf for a row without keys; P is 0 for lse_bwd = -inf, too. scratch:
+// fsa_dense_backward_scratch_bytes bytes, aligned to 16. Returns FSA_ERROR_CONFIG as forward,
+// FSA_ERROR_WORKSPACE if scratch is NULL, FSA_ERROR_ARGUMENT if there are too many work items (2^30).
 size_t fsa_dense_backward_scratch_bytes(const FsaConfig *c, const BatchLayout *batch, FsaVisibility rule);
 int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, FsaVisibility rule,
                        ConstRows q, ConstRows k, ConstRows v, ConstRows dout, const float *lse_bwd,
@@ -144,8 +147,7 @@ int fsa_dense_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype dt
 int fsa_local_blocks_in_window_backward(const FsaConfig *c);
 // Computes the gradients of the sliding branch, and those of the selected branch over a query's last
 // fsa_local_blocks_in_window_backward(c) blocks. Overwrites the accumulators dq, dk and dv with the sums of
-// both.
-// lse_bwd and delta hold two branches:
+// both. lse_bwd and delta hold two branches:
 //   lse_bwd[0], delta[0]    selected branch
 //   lse_bwd[1], delta[1]    sliding branch
 // Arrays, scratch and errors as in fsa_dense_backward.

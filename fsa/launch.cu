@@ -62,9 +62,19 @@ int fsa_num_sms() {
     return query_device(&p) ? 1 : p.num_sms;
 }
 
+// The environment is read once.
+static const char *kernels_variable() {
+    static const char *const kernels = getenv("FSA_KERNELS");
+    return kernels ? kernels : "";
+}
+
+const char *fsa_unknown_kernels() {
+    const char *kernels = kernels_variable();
+    return strcmp(kernels, "portable") == 0 || strcmp(kernels, "sm90") == 0 || !kernels[0] ? NULL : kernels;
+}
+
 bool fsa_use_sm90() {
-    static const char *kernels = getenv("FSA_KERNELS");
-    if (kernels && strcmp(kernels, "portable") == 0) return false;
+    if (strcmp(kernels_variable(), "portable") == 0) return false;
     DeviceProperties p;
     return query_device(&p) == FSA_OK && p.major == 9 && p.minor == 0;
 }

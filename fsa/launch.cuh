@@ -44,7 +44,7 @@ template <typename... Parameters, typename... Args>
 static int launch_kernel(const char *name, bool pdl, void (*kernel)(Parameters...), dim3 grid, unsigned block,
                          size_t smem, cudaStream_t stream, const Args &...args) {
     cudaError_t error = cudaSuccess;
-    // CUDA requires the attribute above 48 KiB. It is cheap, so it is set before every launch.
+    // CUDA requires this attribute for more than 48 KiB. It is cheap, so it is set before every launch.
     if (smem > 0)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
     if (error == cudaSuccess) {

@@ -127,7 +127,7 @@ typedef struct {
     FSA_REF_REAL *kc, *vc;       // [M, Hkv, d]
     FSA_REF_REAL *o[3], *lse[3]; // compressed, selected, sliding branch: [Nq, Hq, d], [Nq, Hq]
     int32_t *block_indices;      // [Hkv, Nq, T]
-    FSA_REF_REAL *gated_dout;     // backward: gate * dout of one branch, [Nq, Hq, d]
+    FSA_REF_REAL *gated_dout;    // backward: gate * dout of one branch, [Nq, Hq, d]
     FSA_REF_REAL *dkc, *dvc;     // backward: [M, Hkv, d]
     FSA_REF_REAL *scratch;       // of select_blocks
 } FSA_REF(State);

@@ -204,7 +204,7 @@ static SelectedParams make_params(const FsaConfig *c, const BatchLayout *batch, 
     a.lists.init_blocks = s.init, a.lists.local_blocks = s.local;
     a.q_heads = c->q_heads, a.kv_heads = c->kv_heads, a.group = s.group, a.block = c->block, a.topk = c->topk;
     a.key_tiles = s.key_tiles, a.tile_keys = s.tile_keys, a.num_ranges = s.num_ranges;
-    a.scale = c->scale ? c->scale : 1 / sqrtf((float)c->head_dim);
+    a.scale = softmax_scale(c);
     a.topk_divisor = make_fast_divisor(a.topk), a.group_divisor = make_fast_divisor(a.group);
     a.l2_rows = (uint32_t)s.l2_rows;
     char *next = (char *)scratch + s.list_bytes;

@@ -11,7 +11,7 @@
 // The arrays are contiguous in memory, so that one copy transfers them to the GPU.
 typedef struct {
     int64_t n, num_keys; // tokens on this GPU, and of the whole sequences
-    int64_t num_seqs, num_segments, num_chunks, max_len;
+    int64_t num_seqs, num_segments, num_chunks;
     int32_t *tokens, *targets; // [n]
     int64_t *cu_seqlens;       // [num_seqs + 1] of the whole sequences
     FsaSegment *segments;      // [num_segments] of the tokens on this GPU
@@ -19,15 +19,15 @@ typedef struct {
 } Batch;
 
 // Returns the counts of n tokens in whole sequences on one GPU: one segment per sequence, one chunk.
-static Batch batch_unsharded(int64_t n, int64_t num_seqs, int64_t max_len) {
-    Batch b = {n, n, num_seqs, num_seqs, 1, max_len, NULL, NULL, NULL, NULL, NULL};
+static Batch batch_unsharded(int64_t n, int64_t num_seqs) {
+    Batch b = {n, n, num_seqs, num_seqs, 1, NULL, NULL, NULL, NULL, NULL};
     return b;
 }
 
 // Returns an upper bound of every count of batches with at most n tokens on this GPU, and num_keys tokens in
 // their whole sequences.
 static Batch batch_max(int64_t n, int64_t num_keys, const Gpus *gpus) {
-    Batch b = batch_unsharded(n, num_keys, num_keys);
+    Batch b = batch_unsharded(n, num_keys);
     b.num_keys = num_keys;
     b.num_segments = n;
     b.num_chunks = gpus ? 32 * gpus->cp_size : 1;
@@ -61,12 +61,10 @@ static Batch batch_fill(const ModelConfig *c, const Gpus *gpus, const int32_t *t
     std::vector<int32_t> chunk_perm(chunks);
     std::vector<FsaSegment> segments(num_seqs + chunks / ranks);
     cp_assign_chunks(c, cu_seqlens, num_seqs, ranks, chunks, chunk_perm.data(), NULL);
-    Batch counts = batch_unsharded(keys / ranks, num_seqs, 0);
+    Batch counts = batch_unsharded(keys / ranks, num_seqs);
     counts.num_keys = keys, counts.num_chunks = chunks;
     counts.num_segments =
         cp_segments(cu_seqlens, num_seqs, ranks, chunks, chunk_perm.data(), rank, segments.data());
-    for (int64_t s = 0; s < num_seqs; s++)
-        counts.max_len = std::max(counts.max_len, cu_seqlens[s + 1] - cu_seqlens[s]);
     Batch b = batch_bind(&counts, memory);
     memcpy(b.cu_seqlens, cu_seqlens, (num_seqs + 1) * sizeof(int64_t));
     memcpy(b.segments, segments.data(), b.num_segments * sizeof(FsaSegment));
@@ -85,8 +83,7 @@ static Batch batch_upload(const Batch *host, char *memory, cudaStream_t stream) 
 
 // Converts a batch to fsa.h's struct.
 static FsaDeviceBatch fsa_device_batch(const Batch *b) {
-    FsaDeviceBatch f = {b->n,       b->num_keys,   b->num_seqs, b->num_segments,
-                        b->max_len, b->cu_seqlens, b->segments};
+    FsaDeviceBatch f = {b->n, b->num_keys, b->num_seqs, b->num_segments, b->cu_seqlens, b->segments};
     return f;
 }
 

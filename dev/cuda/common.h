@@ -242,13 +242,13 @@ struct Batch {
     std::vector<FsaSegment> segments;
     FsaBatch ref;      // for the reference
     BatchLayout batch; // for the launchers
+    int64_t longest;   // tokens of the longest sequence
     Buffer<int64_t> *cu_seqlens_device;
     Buffer<FsaSegment> *segments_device;
     Buffer<char> *memory; // of the BatchLayout
     Batch(const FsaConfig &c, const std::vector<int64_t> &lengths, std::vector<FsaSegment> seg = {})
-        : segments(seg) {
+        : segments(seg), longest(0) {
         cu_seqlens.push_back(0);
-        int64_t longest = 0;
         for (size_t i = 0; i < lengths.size(); i++) {
             cu_seqlens.push_back(cu_seqlens[i] + lengths[i]);
             longest = std::max(longest, lengths[i]);
@@ -258,9 +258,8 @@ struct Batch {
         cu_seqlens_device = new Buffer<int64_t>(cu_seqlens);
         segments_device = new Buffer<FsaSegment>(segments);
         memory = new Buffer<char>((int64_t)fsa_batch_layout_bytes(ref.num_seqs, ref.num_segments));
-        const FsaDeviceBatch b = {
-            fsa_batch_queries(&ref),  fsa_batch_keys(&ref),  ref.num_seqs, ref.num_segments, longest,
-            cu_seqlens_device->get(), segments_device->get()};
+        const FsaDeviceBatch b = {fsa_batch_queries(&ref), fsa_batch_keys(&ref),     ref.num_seqs,
+                                  ref.num_segments,        cu_seqlens_device->get(), segments_device->get()};
         FSA_CHECK(fsa_batch_layout(&batch, &c, &b, memory->get(), 0));
     }
     Batch(const Batch &) = delete;

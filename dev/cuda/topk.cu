@@ -10,7 +10,7 @@
 #include "../../fsa/sm80/topk.cu"
 #include "shapes.h"
 
-// Version 1. scores [Hkv, Nq, max_blocks], max_blocks = max_len/B + 1.
+// Version 1. scores [Hkv, Nq, max_blocks], max_blocks = N/B + 1.
 template <typename T, int D>
 __global__ void __launch_bounds__(128)
     naive_topk_kernel(const TopKParams p, float *scores, int64_t max_blocks) {
@@ -126,7 +126,7 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
         }
     }
     std::vector<float> o(q.f.size()), lse(nq * c.q_heads);
-    naive_max_blocks = b.batch.max_len / c.block + 1;
+    naive_max_blocks = b.batch.n / c.block + 1;
     std::vector<float> scratch(c.kv_heads * naive_max_blocks);
     std::vector<int32_t> ref(c.kv_heads * nq * c.topk);
     fsa_ref_attention_forward_f32(&c, &b.ref, FSA_COMPRESSED, q.f.data(), kc.f.data(), kc.f.data(), NULL,

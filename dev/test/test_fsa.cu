@@ -44,8 +44,8 @@ template <typename T> struct Problem {
     Buffer<char> saved, forward_workspace, backward_workspace;
 
     static FsaDeviceBatch device_batch(const Batch &x) {
-        return FsaDeviceBatch{x.batch.nq,      x.batch.n,          x.batch.num_seqs, x.batch.num_segments,
-                              x.batch.max_len, x.batch.cu_seqlens, x.batch.segments};
+        return FsaDeviceBatch{x.batch.nq,           x.batch.n,          x.batch.num_seqs,
+                              x.batch.num_segments, x.batch.cu_seqlens, x.batch.segments};
     }
     // strides: draws the row strides of the 16-bit arrays; NULL: they are packed.
     Problem(Random *r, const FsaConfig &config, const std::vector<int64_t> &lengths,
@@ -660,7 +660,7 @@ template <typename T> struct LongProblem {
     // Returns an upper bound of the device memory of a run, the workspaces of all rules included.
     static double gigabytes(const FsaConfig &c, int64_t n) {
         double q = (double)n * c.q_heads * c.head_dim, k = (double)n * c.kv_heads * c.head_dim;
-        FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
+        FsaDeviceBatch b = {n, n, 1, 1, NULL, NULL};
         size_t workspace = 0;
         for (FsaOperation op : {FSA_SELECTED_FORWARD, FSA_SELECTED_BACKWARD, FSA_ATTENTION_BACKWARD})
             workspace = std::max(workspace, fsa_workspace_size(&c, Dtype<T>::value, &b, op));
@@ -876,7 +876,7 @@ template <typename T> struct LongProblem {
 
     void check(Random *r) {
         for (FsaVisibility rule : {FSA_COMPRESSED, FSA_WINDOW, FSA_SELECTED, FSA_CAUSAL}) {
-            if (rule == FSA_CAUSAL && batch.batch.max_len > 60000) continue; // takes n * n operations
+            if (rule == FSA_CAUSAL && batch.longest > 60000) continue; // takes n * n operations
             run(rule);
             std::vector<float> got[4], want[4]; // o, dq, dk, dv
             double max_lse_error = 0;
@@ -904,7 +904,7 @@ template <typename T> struct LongProblem {
                                Dtype<T>::grad_tolerance};
             const char *names[4] = {"o", "dq", "dk", "dv"};
             printf("long %s rule %d longest %lld heads %d/%d d %d: lse %.1e", Dtype<T>::name, rule,
-                   (long long)batch.batch.max_len, c.q_heads, c.kv_heads, c.head_dim, max_lse_error);
+                   (long long)batch.longest, c.q_heads, c.kv_heads, c.head_dim, max_lse_error);
             CHECK(max_lse_error <= 1e-3, "rule %d: lse %.2e", rule, max_lse_error);
             for (int i = 0; i < 4; i++) {
                 double error = relative_error(got[i], want[i]);
@@ -1085,12 +1085,10 @@ static void test_errors(Random *r) {
                    {&b.num_segments, -1, "num_segments -1"},
                    {&b.num_seqs, 0, "num_seqs 0"},
                    {&b.num_segments, 0, "num_segments 0"},
-                   {&b.max_len, 300, "max_len 300"},
-                   {&b.max_len, -1, "max_len -1"},
                    {&b.num_queries, INT32_MAX / 8 + 1, "times topk 8 must be below 2^31"},
                    {&b.num_queries, 1ll << 30, "num_queries 1073741824"},
                    {&b.num_queries, 1ll << 31, "num_queries 2147483648"},
-                   {&b.num_keys, 1ll << 31, "num_keys 2147483648"},
+                   {&b.num_keys, 1ll << 30, "num_keys 1073741824"},
                    {&b.reserved[1], 3, "FsaDeviceBatch.reserved 3"}};
     for (const Function &f : functions) {
         function = f.name;
@@ -1210,9 +1208,40 @@ static void test_errors(Random *r) {
     expect(fsa_saved_size(&bad, FSA_BF16, &b) != 0, 0, "window 0");
     bad.window = -1;
     expect(fsa_saved_block_indices(&bad, FSA_BF16, &b, p.saved.get()) != NULL, 0, "window -1");
-    expect(p.forward(0), FSA_OK, "");
-    expect(p.backward(0), FSA_OK, "");
+    expect(p.forward(0), FSA_OK, "window -1"); // a success keeps the last error
+    expect(p.backward(0), FSA_OK, "window -1");
     CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+// Forward and backward captured in a CUDA graph give the bits of direct calls, each time that it is launched.
+static void test_graph(Random *r) {
+#ifdef EMULATOR_H
+    (void)r; // the emulator has no graphs
+#else
+    typedef __nv_bfloat16 T;
+    Problem<T> p(r, default_config(8, 2, 128, 64, 8), {700, 200}, {}, true, r);
+    CHECK(p.forward(0) == FSA_OK && p.backward(0) == FSA_OK, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const std::vector<char> direct = p.bits();
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    CHECK(p.forward(stream) == FSA_OK && p.backward(stream) == FSA_OK, "%s", fsa_last_error());
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    for (int launch = 0; launch < 2; launch++) {
+        p.o.poison(), p.dq.poison(), p.saved.poison(), p.dwk.zero(), p.dwv.zero(), p.dpe.zero();
+        CUDA_CHECK(cudaDeviceSynchronize());
+        CUDA_CHECK(cudaGraphLaunch(exec, stream));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        CHECK(p.bits() == direct, "launch %d: the bits of a graph differ", launch);
+    }
+    CUDA_CHECK(cudaGraphExecDestroy(exec));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+#endif
 }
 
 // Memory and a stream of another GPU are errors that name the field and the GPUs.
@@ -1243,7 +1272,7 @@ static void test_other_device(Random *r) {
     CUDA_CHECK(cudaFree(memory));
     a = p.forward_args();
 #endif
-    CHECK(status == FSA_ERROR_ARGUMENT && strncmp(fsa_last_error(), "q 0x", 4) == 0 &&
+    CHECK(status == FSA_ERROR_ARGUMENT && strncmp(fsa_last_error(), "fsa_forward: q 0x", 17) == 0 &&
               strstr(fsa_last_error(), ": memory of GPU 1; must be memory of the current GPU 0"),
           "status %d: %s", status, fsa_last_error());
 #if CUDART_VERSION >= 12080
@@ -1404,10 +1433,10 @@ static void test_sizes() {
             int64_t broken = -1;
             for (int64_t n = 1; n <= max_tokens; n += 1 + n / 256) {
                 const FsaDeviceBatch batches[] = {
-                    {n, n, 1, 1, n, NULL, NULL},                      // one sequence
-                    {n, n, n, n, n, NULL, NULL},                      // as many sequences as tokens
-                    {n, max_tokens, 1, 1, max_tokens, NULL, NULL},    // queries
-                    {100, max_tokens, n, 100, max_tokens, NULL, NULL} // sequences
+                    {n, n, 1, 1, NULL, NULL},             // one sequence
+                    {n, n, n, n, NULL, NULL},             // as many sequences as tokens
+                    {n, max_tokens, 1, 1, NULL, NULL},    // queries
+                    {100, max_tokens, n, 100, NULL, NULL} // sequences
                 };
                 const FsaDeviceBatch &b = batches[growing];
                 std::vector<size_t> now;
@@ -1430,7 +1459,7 @@ static void test_sizes() {
         size_t bytes[2];
         for (int64_t i = 0; i < 2; i++) {
             const int64_t n = max_tokens << i;
-            FsaDeviceBatch b = {n, n, 1, 1, n, NULL, NULL};
+            FsaDeviceBatch b = {n, n, 1, 1, NULL, NULL};
             bytes[i] =
                 fsa_workspace_size(&c, FSA_BF16, &b, backward ? FSA_SELECTED_BACKWARD : FSA_SELECTED_FORWARD);
         }
@@ -1469,6 +1498,7 @@ int main(int argc, char **argv) {
     test_strides<T>(&r, small);
     test_strides<__half>(&r, small);
     test_two_streams(&r, small);
+    test_graph(&r);
     printf("largest relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",
            max_error[0][0], max_error[0][1], max_error[1][0], max_error[1][1]);
     if (small)
