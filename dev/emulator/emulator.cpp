@@ -722,6 +722,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
     attributes->device = !known ? -1 : p == emu::other_device_memory ? 1 : 0;
     return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamGetDevice(cudaStream_t, int *device) {
     *device = emu::stream_device;
     return cudaSuccess;

@@ -1277,6 +1277,7 @@ static void test_other_device(Random *r) {
           "status %d: %s", status, fsa_last_error());
 #if CUDART_VERSION >= 12080
 #ifdef EMULATOR_H
+    CUDA_CHECK(cudaStreamCreate(&stream));
     emu::stream_device = 1;
 #endif
     status = fsa_forward(&p.c, FSA_BF16, &p.b, &a, stream);
