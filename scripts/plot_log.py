@@ -104,6 +104,7 @@ def main():
         chance = max(100 * recall["chance"] for _, _, _, recall in runs if recall)
         axes[0][1].axhline(chance, color="grey", linestyle=":", label="chance")
         axes[0][1].set_xscale("log", base=2)
+        axes[0][1].xaxis.set_major_formatter("{x:,.0f}")
         axes[0][1].set(xlabel="distance, tokens", ylabel="recalled, %", ylim=(0, 102),
                        title="recall at the last validation")
     for axis in axes[0]:

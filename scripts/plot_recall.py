@@ -51,11 +51,12 @@ def main():
                       label=mode)
         axis.axhline(100 * recall["chance"], color="grey", linestyle=":", label="chance")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set(title=f"context {context:,}", xlabel="distance, tokens", ylim=(0, 102))
         axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel("recalled, %")
-    axes[0][0].legend()
+    axes[0][0].legend(loc="center right")
     figure.tight_layout()
     try:
         figure.savefig(args.o, dpi=150)
