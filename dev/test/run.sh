@@ -1,27 +1,62 @@
 #!/usr/bin/env bash
-# run.sh COMMAND...: runs these test programs, the Python tests, headers.sh and cli.sh. Adds up their last lines
-# ("name: N passed, N failed, N skipped"). A program without such a line counts as one failure.
+# run.sh TEST...: runs these test commands, LANES at a time in the order given, and prints a line when each ends, with
+# its time and its last line ("name: N passed, N failed, N skipped"). The output of a test that fails follows its line.
+# The last line has the sums. A test without a summary line counts as one failure.
+#   LANES (2): tests that run at the same time. CORES (nproc): each test has CORES / LANES threads, but at least two.
 set -u
-passed=0 failed=0 skipped=0
-if command -v python3 >/dev/null 2>&1; then
-    set -- "$@" "python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py" "python3 dev/test/test_performance.py"
-else
-    skipped=1
-    echo "skipped: data/bpe, data/hub, data/get, dev/compare_sass.py and dev/results/performance.py need python3"
-fi
-for program in "$@" "bash dev/test/headers.sh" "bash dev/test/cli.sh"; do
-    output=$($program 2>&1)
+LANES=${LANES:-2} CORES=${CORES:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES >= 2 * LANES ? CORES / LANES : 2))}
+export OMP_WAIT_POLICY=passive # threads that wait for others leave the cores to the other lanes
+T=$(mktemp -d)
+trap 'rm -rf "$T"' EXIT
+passed=0 failed=0 skipped=0 ended=0
+
+seconds() { awk -v ms="$1" 'BEGIN { printf "%.1f s", ms / 1000 }'; }
+now() { date +%s%3N; }
+begin=$(now)
+
+# run INDEX COMMAND: writes the output and then, in one step, the exit code and the time.
+run() {
+    local start code
+    start=$(now)
+    $2 >"$T/$1.out" 2>&1 </dev/null
     code=$?
-    echo "$output"
-    last=$(echo "$output" | tail -n 1)
-    if [[ $last =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed(,\ ([0-9]+)\ skipped)?$ ]]; then
-        passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2]))
-        skipped=$((skipped + ${BASH_REMATCH[4]:-0}))
-        if [ $code -ne 0 ] && [ "${BASH_REMATCH[2]}" -eq 0 ]; then failed=$((failed + 1)); fi
-    else
-        echo "FAILED $program: ended with code $code and without a summary line"
-        failed=$((failed + 1))
-    fi
+    echo "$code $(($(now) - start)) $2" >"$T/$1.tmp" && mv "$T/$1.tmp" "$T/$1.done"
+}
+
+# Prints the tests that have ended since the last call.
+report() {
+    local file code ms command last ok
+    for file in "$T"/*.done; do
+        [ -e "$file" ] || continue
+        read -r code ms command <"$file"
+        ended=$((ended + 1)) last=$(tail -n 1 "${file%.done}.out") ok=1
+        if [[ $last =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed(,\ ([0-9]+)\ skipped)?$ ]]; then
+            passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2]))
+            skipped=$((skipped + ${BASH_REMATCH[4]:-0}))
+            if [ "${BASH_REMATCH[2]}" -ne 0 ]; then ok=0
+            elif [ "$code" -ne 0 ]; then ok=0 failed=$((failed + 1)) last="$last, but exit code $code"; fi
+        else
+            ok=0 failed=$((failed + 1)) last="exit code $code, without a summary line"
+        fi
+        [[ $command == *FSA_KERNELS=* ]] && last="$last ($(expr "$command" : '.*FSA_KERNELS=\([a-z0-9]*\)'))"
+        printf '%s %8s  %s\n' "$([ $ok -eq 1 ] && echo "ok    " || echo "FAILED")" "$(seconds "$ms")" "[$ended/$count] $last"
+        if [ $ok -eq 1 ]; then grep '^skipped: ' "${file%.done}.out" | sed 's/^/                   /'
+        else echo "---- $command"; cat "${file%.done}.out"; echo "----"; fi
+        rm "$file" "${file%.done}.out"
+    done
+}
+
+count=$#
+echo "$count tests, $LANES at a time, $OMP_NUM_THREADS threads each"
+index=0
+for test in "$@"; do
+    while [ "$(jobs -rp | wc -l)" -ge "$LANES" ]; do wait -n; report; done
+    index=$((index + 1))
+    run "$(printf %03d $index)" "$test" &
 done
-echo "$passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ]
+while [ -n "$(jobs -rp)" ]; do wait -n; report; done
+wait
+report
+echo "$passed passed, $failed failed, $skipped skipped in $(seconds $(($(now) - begin)))"
+[ $failed -eq 0 ] && [ $ended -eq $count ]
