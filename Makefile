@@ -1,7 +1,7 @@
 # Makefile: builds what this machine can build. `make help` lists the goals and what it found. dev/cuda/cuda.mk has the
 # rules of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
-#   CC, CFLAGS, CXX, NVCC, BUILD (the folder of objects; if it is not build, also of the trainers and the library) and GPU (90: compute capability 9.0) can be set. GPU=, NCCL=
-#   and MPI= leave these out. V=1 shows all commands.
+#   CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD is the folder of objects, and of
+#   the trainers and the library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands.
 #   SAN=1 builds with the address and undefined-behaviour sanitizers, without GPU and MPI.
 MAKEFLAGS += -r
 ifeq ($(filter -j%,$(MAKEFLAGS)),) # nvcc takes minutes on one core

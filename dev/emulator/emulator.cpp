@@ -310,7 +310,11 @@ static void run_block(const LaunchConfig &c, uint3 block, const std::function<vo
     Worker *w = this_worker();
     w->count = w->running = (int)(c.block.x * c.block.y * c.block.z);
     w->body = &body;
-    memset((void *)w->warps, 0, sizeof(Warp) * ((size_t)(w->count + 31) / 32));
+    for (int i = 0; i < (w->count + 31) / 32; i++) {
+        w->warps[i].exited = 0;
+        for (WarpCollective &collective : w->warps[i].collectives)
+            collective.arrived = 0, collective.generation = 0;
+    }
     memset(w->barriers, 0, sizeof w->barriers);
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(w->smem, MAX_SMEM);
@@ -363,23 +367,28 @@ bool flip_coin() {
            63;
 }
 
-// Returns the element at a byte offset of a matrix in shared memory, whose rows of 128 bytes are swizzled.
-// `matrix` is the address in the matrix descriptor. It is not at the start of a row if the descriptor was
-// advanced along k.
-static const uint16_t *element(uint32_t matrix, int64_t offset) {
+// Converts 8 consecutive elements at a byte offset of a matrix in shared memory, whose rows of 128 bytes are
+// swizzled. `matrix` is the address in the matrix descriptor. It is not at the start of a row if the
+// descriptor was advanced along k. The offset is a multiple of 16, the granularity of the swizzle.
+static void load_8(bool is_half, uint32_t matrix, int64_t offset, float *x) {
     uint32_t address = matrix + (uint32_t)offset;
     address ^= (address >> 7 & 7) << 4;
     if (address >= MAX_SMEM)
         fail("wgmma: shared memory address %u: must be below %d", address, (int)MAX_SMEM);
-    return (const uint16_t *)smem_pointer(address);
+    uint16_t bits[8];
+    memcpy(bits, smem_pointer(address), sizeof bits);
+    for (int i = 0; i < 8; i++)
+        x[i] = is_half ? half_to_float<__half>(bits[i]) : half_to_float<__nv_bfloat16>(bits[i]);
 }
+
+// The compiler keeps a tile of c, 8 rows by 8 columns, in vector registers.
+typedef float Float8 __attribute__((vector_size(32)));
 
 static void run_wgmma(const WgmmaOp &op) {
     const WgmmaInstruction &s = op.instruction;
-    static thread_local float a[64][16], b[16][128], c[64][128];
-    auto to_float = [&](uint16_t bits) {
-        return s.is_half ? half_to_float<__half>(bits) : half_to_float<__nv_bfloat16>(bits);
-    };
+    static thread_local float a[64][16];                          // [row][k]
+    alignas(32) static thread_local float b[16][128], c[64][128]; // [k][n], [row][n]
+    float x[8];
     for (uint64_t d : {s.a, s.b}) {
         if (s.a_in_registers && d == s.a) continue;
         if (d >> 62 != 1 || (d >> 32 & 0x3fff) != 64)
@@ -388,34 +397,53 @@ static void run_wgmma(const WgmmaOp &op) {
     }
     uint32_t a_address = (uint32_t)(s.a & 0x3fff) << 4, b_address = (uint32_t)(s.b & 0x3fff) << 4;
     int64_t panel = (int64_t)(s.b >> 16 & 0x3fff) << 4;
-    for (int row = 0; row < 64; row++) {
-        for (int k = 0; k < 16; k++) {
-            if (s.a_in_registers) {
+    if (s.a_in_registers) {
+        for (int row = 0; row < 64; row++) {
+            for (int k = 0; k < 16; k++) {
                 const WgmmaOperands &p = op.operands[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
-                a[row][k] = to_float((uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16));
-            } else {
-                a[row][k] = to_float(*element(a_address, s.trans_a ? k * 128 + row * 2 : row * 128 + k * 2));
+                uint16_t bits = (uint16_t)(p.a[k / 8 * 2 + row % 16 / 8] >> k % 2 * 16);
+                a[row][k] = s.is_half ? half_to_float<__half>(bits) : half_to_float<__nv_bfloat16>(bits);
+            }
+        }
+    } else if (s.trans_a) {
+        for (int k = 0; k < 16; k++) {
+            for (int row = 0; row < 64; row += 8) {
+                load_8(s.is_half, a_address, k * 128 + row * 2, x);
+                for (int i = 0; i < 8; i++) a[row + i][k] = x[i];
+            }
+        }
+    } else {
+        for (int row = 0; row < 64; row++) {
+            for (int k = 0; k < 16; k += 8) load_8(s.is_half, a_address, row * 128 + k * 2, &a[row][k]);
+        }
+    }
+    for (int n = 0; n < s.n; n += s.trans_b ? 8 : 1) {
+        if (s.trans_b) {
+            for (int k = 0; k < 16; k++)
+                load_8(s.is_half, b_address, n / 64 * panel + k * 128 + n % 64 * 2, &b[k][n]);
+        } else {
+            for (int k = 0; k < 16; k += 8) {
+                load_8(s.is_half, b_address, n * 128 + k * 2, x);
+                for (int i = 0; i < 8; i++) b[k + i][n] = x[i];
             }
         }
     }
-    for (int k = 0; k < 16; k++) {
-        for (int n = 0; n < s.n; n++) {
-            b[k][n] = to_float(s.trans_b ? *element(b_address, n / 64 * panel + k * 128 + n % 64 * 2)
-                                         : *element(b_address, n * 128 + k * 2));
-        }
-    }
-    for (int row = 0; row < 64; row++) {
-        for (int n = 0; n < s.n; n++) c[row][n] = 0;
-        for (int k = 0; k < 16; k++) {
-            for (int n = 0; n < s.n; n++) c[row][n] += a[row][k] * b[k][n];
+    for (int n = 0; n < s.n; n += 8) {
+        for (int row = 0; row < 64; row += 8) {
+            Float8 tile[8] = {};
+            for (int k = 0; k < 16; k++) {
+                Float8 bk = *(const Float8 *)&b[k][n];
+                for (int i = 0; i < 8; i++) tile[i] += a[row + i][k] * bk;
+            }
+            for (int i = 0; i < 8; i++) *(Float8 *)&c[row + i][n] = tile[i];
         }
     }
     for (int t = 0; t < 128; t++) {
         for (int j = 0; j < s.n / 8; j++) {
             for (int i = 0; i < 4; i++) {
-                float x = c[t / 32 * 16 + t % 32 / 4 + i / 2 * 8][j * 8 + t % 4 * 2 + i % 2];
+                float y = c[t / 32 * 16 + t % 32 / 4 + i / 2 * 8][j * 8 + t % 4 * 2 + i % 2];
                 float *d = op.operands[t].d + j * 4 + i;
-                *d = s.add ? *d + x : x;
+                *d = s.add ? *d + y : y;
             }
         }
     }

@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <vector>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 namespace emu {
 
@@ -22,6 +25,9 @@ template <> inline float half_to_float<__nv_bfloat16>(uint16_t bits) {
     return bit_cast_to<float>((uint32_t)bits << 16);
 }
 template <> inline float half_to_float<__half>(uint16_t bits) {
+#ifdef __F16C__
+    return _cvtsh_ss(bits);
+#endif
     return __half2float(bit_cast_to<__half>(bits));
 }
 
