@@ -3,7 +3,7 @@
 EMU := $(BUILD)/emulator
 CUDA_INCLUDE := $(patsubst %/,%,$(dir $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /usr/local/cuda/include/cuda_runtime.h))))
 EMU_NCCL := $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_INCLUDE) /usr/include /usr/local/include)))
-EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address)
+EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address)
 # CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
 EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
@@ -38,4 +38,4 @@ $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/tra
 EMU_TESTS := $(patsubst %,$(EMU)/%.out,test_gpt_nsa dev/test/test_fsa dev/test/test_ptx fsa/example $(if $(EMU_NCCL),dev/test/test_nccl) $(patsubst %.cu,%,$(filter-out dev/cuda/core.cu,$(wildcard dev/cuda/*.cu))))
 test-emulator: $(EMU_TESTS) $(EMU)/train_gpt_nsa.out $(TEST_TOOLS)
 	@$(RUN) TRAINER=$(EMU)/train_gpt_nsa.out GPUS=$(if $(EMU_NCCL),4,0) bash dev/test/run.sh \
-	    "bash dev/test/cli_gpus.sh" $(call commands,$(EMU_TESTS),portable sm90,small) "bash dev/test/cli_gpu.sh"
+	    "bash dev/test/cli_gpus.sh" $(call commands,$(EMU_TESTS),portable sm90,check small) "bash dev/test/cli_gpu.sh"

@@ -27,10 +27,10 @@ $(BUILD)/test_nccl: $(BUILD)/dev/test/test_nccl.o $(BUILD)/fsa/config.o $(BUILD)
 
 # $(call commands,PROGRAMS,KINDS,FLAGS): the commands that run these CUDA programs. Programs whose step has kernels for
 # Hopper run once with each kind. The longest come first, so that no lane ends much later than the others.
-LONGEST := test_fsa test_gpt_nsa test_gpt_nsa_bf16 test_gpt_nsa_fp16 test_gpt_nsa_fp32 dense_backward selected dense_forward compress topk
+LONGEST := test_fsa dense_backward selected dense_forward topk test_gpt_nsa test_gpt_nsa_bf16 test_gpt_nsa_fp16 test_gpt_nsa_fp32 compress
 KIND_TESTS := test_fsa dense_forward dense_backward selected
 longest_first = $(foreach n,$(LONGEST),$(filter %/$n %/$n.out,$1)) $(filter-out $(foreach n,$(LONGEST),%/$n %/$n.out),$1)
-commands = $(foreach p,$(call longest_first,$1),$(if $(filter $(KIND_TESTS),$(notdir $(basename $p))),$(foreach k,$2,"env FSA_KERNELS=$k $p check $3"),"$p check $3"))
+commands = $(foreach p,$(call longest_first,$1),$(if $(filter $(KIND_TESTS),$(notdir $(basename $p))),$(foreach k,$2,"env FSA_KERNELS=$k $p $3"),"$p $3"))
 GPU_KINDS := portable $(if $(filter 90,$(GPU)),sm90)
 GPU_TESTS := $(if $(USE_GPU),$(BUILD)/example $(filter-out %/core,$(KERNELS)) $(LAYERS) $(GPU_TEST_PROGRAMS))
 
@@ -44,8 +44,8 @@ SCRIPTS := "bash dev/test/cli.sh" $(PYTHON_TESTS) "bash dev/test/headers.sh" "ba
 GPUS = $(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0)
 test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER))
 	@$(if $(USE_GPU),,echo "$(if $(GPU),No nvcc,No GPU): the CUDA kernels are not tested here; make test-emulator tests them on the CPU")
-	@$(RUN) TRAINER=./$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
-	    $(if $(USE_GPU),$(call commands,$(GPU_TESTS),$(GPU_KINDS)) "bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh") \
+	@$(RUN) TRAINER=$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
+	    $(if $(USE_GPU),$(call commands,$(GPU_TESTS),$(GPU_KINDS),check) "bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh") \
 	    $(CPU_TESTS:%="%") $(SCRIPTS)
 
 # The library at 300,000 and 1,000,000 tokens.
