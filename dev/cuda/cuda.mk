@@ -2,13 +2,14 @@
 
 # Code for this machine's GPU; without one, for all that libfsa is tuned for. PTX is for later GPUs (make cuda-all).
 ARCHS := $(or $(GPU),80 90a)
-GENCODE := $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) $(foreach a,$(PTX),-gencode arch=compute_$(a),code=compute_$(a))
+GENCODE := $(foreach a,$(ARCHS),-gencode arch=compute_$a,code=sm_$a) $(foreach a,$(PTX),-gencode arch=compute_$a,code=compute_$a)
 # wgmma, TMA with setmaxnreg and the like exist for sm_90a only.
 SM90A := -gencode arch=compute_90a,code=sm_90a
 $(BUILD)/fsa/sm90/%.o $(BUILD)/racecheck/%.o $(BUILD)/dev/test/test_ptx.o: private GENCODE := $(SM90A)
 
 NVCCFLAGS := -O3 -std=c++17 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden
-COMPILE_CUDA = $(START)$(or $(NVCC),$(error $@ needs nvcc, which was not found: install the CUDA Toolkit or set NVCC=)) $(NVCCFLAGS) $(GENCODE) $(DEFINES) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
+NO_NVCC = $(error $@ needs nvcc, which was not found: install the CUDA Toolkit or set NVCC=)
+COMPILE_CUDA = $(START)$(or $(NVCC),$(NO_NVCC)) $(NVCCFLAGS) $(GENCODE) $(DEFINES) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
 LINK_CUDA = $(START)$(NVCC) $(GENCODE) $(filter %.o,$^) $(filter %.a,$^) $(if $(HAS_OPENMP),-lgomp) -o $@
 FLAGS_nvcc := $(NVCC) $(NVCCFLAGS) $(GENCODE)
 $(BUILD)/%.o: %.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
@@ -26,7 +27,8 @@ $(BUILD)/example: fsa/example.c $(LIBFSA).a $(BUILD)/nvcc.flags
 LAYERS := $(addprefix $(BUILD)/,adamw classifier embedding global_norm matmul rmsnorm swiglu)
 KERNELS := $(filter-out $(LAYERS),$(patsubst dev/cuda/%.cu,$(BUILD)/%,$(wildcard dev/cuda/*.cu)))
 $(KERNELS): $(BUILD)/%: $(BUILD)/dev/cuda/%.o $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
-$(LAYERS): $(BUILD)/%: $(BUILD)/dev/cuda/%.o $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/fsa/reference_f32.o $(BUILD)/fsa/config.o ; $(LINK_CUDA) -lcublasLt
+C_MODEL := $(addprefix $(BUILD)/,train_gpt_nsa_f32.o fsa/reference_f32.o fsa/config.o)
+$(LAYERS): $(BUILD)/%: $(BUILD)/dev/cuda/%.o $(C_MODEL) ; $(LINK_CUDA) -lcublasLt
 $(BUILD)/train_gpt_nsa_f32.o: private DEFINES := -DGPT_NO_MAIN
 
 # ---- the GPU trainer, in its three precisions ------------------------------------------------------------------------
@@ -34,7 +36,8 @@ TRAINER_FLAGS := $(if $(HAS_OPENMP),-Xcompiler -fopenmp) $(if $(NCCL),-DMULTI_GP
 # Programs of several processes link MPI; programs of one process link comm.o, which needs no MPI.
 TRAINER_OBJECTS := $(BUILD)/llmc/$(if $(and $(NCCL),$(MPI)),comm_mpi,comm).o $(LIBFSA).a $(BUILD)/mpi.flags
 NCCL_LINK := $(NCCL_LIBS) -lnccl $(patsubst -L%,-Xlinker -rpath=%,$(NCCL_LIBS))
-LINK_TRAINER = $(LINK_CUDA) -lcublasLt $(if $(NCCL),$(NCCL_LINK) $(MPI_LIBS) $(patsubst -L%,-Xlinker -rpath=%,$(filter -L%,$(MPI_LIBS))))
+MPI_LINK := $(MPI_LIBS) $(patsubst -L%,-Xlinker -rpath=%,$(filter -L%,$(MPI_LIBS)))
+LINK_TRAINER = $(LINK_CUDA) -lcublasLt $(if $(NCCL),$(NCCL_LINK) $(MPI_LINK))
 FLAGS_trainer := $(FLAGS_nvcc) $(TRAINER_FLAGS)
 $(BUILD)/%_bf16.o: %.cu $(BUILD)/trainer.flags ; $(COMPILE_CUDA)
 $(BUILD)/%_fp16.o: %.cu $(BUILD)/trainer.flags ; $(COMPILE_CUDA)

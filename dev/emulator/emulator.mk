@@ -1,22 +1,24 @@
 # emulator.mk: the CUDA programs on the CPU, for tests on machines without a GPU. translate.sh translates CUDA sources to
 # C++ under $(EMU). It needs the headers of the CUDA Toolkit for their types.
 EMU := $(BUILD)/emulator
-CUDA_INCLUDE := $(patsubst %/,%,$(dir $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /usr/local/cuda/include/cuda_runtime.h))))
+CUDA_RUNTIME_H := $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /usr/local/cuda/include/cuda_runtime.h))
+CUDA_INCLUDE := $(patsubst %/,%,$(dir $(CUDA_RUNTIME_H)))
 EMU_NCCL := $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_INCLUDE) /usr/include /usr/local/include)))
-EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address)
 # CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
-EMUFLAGS += $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
+EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) \
+    $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address) $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
 
 # ---- translated sources ----------------------------------------------------------------------------------------------
 # The first compilation of an object waits for all sources. Later ones depend on those that it includes.
-EMU_HEADERS := $(addprefix $(EMU)/,$(wildcard fsa/*.h fsa/*.cuh fsa/sm*/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h train_gpt_nsa.h))
+EMU_HEADERS := $(addprefix $(EMU)/,$(wildcard fsa/*.h fsa/*.cuh fsa/sm*/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h *.h))
 EMU_SOURCES := $(addprefix $(EMU)/,$(FSA_SOURCES) $(wildcard dev/cuda/*.cu dev/test/*.cu *.cu))
 $(EMU_HEADERS) $(EMU_SOURCES): $(EMU)/%: % dev/emulator/translate.sh dev/emulator/untranslated.awk
 	@dev/emulator/translate.sh $< $@
 $(EMU)/fsa/sm80/ptx.cuh $(EMU)/fsa/sm90/ptx.cuh: $(EMU)/fsa/%: dev/emulator/%
 
-COMPILE_EMU = $(START)$(or $(if $(CUDA_INCLUDE),$(CXX)),$(error $@ needs the headers of the CUDA Toolkit, which were not found)) $(EMUFLAGS) -MMD -MP
+NO_HEADERS = $(error $@ needs the headers of the CUDA Toolkit, which were not found)
+COMPILE_EMU = $(START)$(or $(if $(CUDA_INCLUDE),$(CXX)),$(NO_HEADERS)) $(EMUFLAGS) -MMD -MP
 $(EMU)/%.o: $(EMU)/%.cu $(BUILD)/emulator.flags | $(EMU_HEADERS) $(EMU_SOURCES)
 	$(COMPILE_EMU) -include dev/emulator/emulator.h -x c++ -c $< -o $@
 $(EMU)/%.o: dev/emulator/%.cpp $(BUILD)/emulator.flags
@@ -26,16 +28,19 @@ $(EMU)/fsa/example.o: fsa/example.c $(BUILD)/c.flags
 $(EMU)/test_gpt_nsa.o: $(EMU)/train_gpt_nsa.cu
 
 # ---- programs --------------------------------------------------------------------------------------------------------
-EMU_COMM := $(BUILD)/llmc/$(if $(MPI),comm_mpi,comm).o
-EMU_FSA := $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU)/emulator.o $(EMU)/cublaslt.o $(if $(EMU_NCCL),$(EMU)/nccl.o) $(EMU_COMM) $(BUILD)/fsa/config.o $(BUILD)/fsa/reference_f32.o
-$(EMU)/fsa.a: $(EMU_FSA)
+EMU_PARTS := $(addprefix $(EMU)/,emulator.o cublaslt.o $(if $(EMU_NCCL),nccl.o))
+C_PARTS := $(addprefix $(BUILD)/,llmc/$(if $(MPI),comm_mpi,comm).o fsa/config.o fsa/reference_f32.o)
+$(EMU)/fsa.a: $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU_PARTS) $(C_PARTS)
 	$(START)rm -f $@ && ar qcs $@ $^
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a $(BUILD)/mpi.flags
-	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
+	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) \
+	    -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
 $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%.o
 
-EMU_TESTS := $(patsubst %,$(EMU)/%.out,test_gpt_nsa dev/test/test_fsa dev/test/test_ptx fsa/example $(if $(EMU_NCCL),dev/test/test_nccl) $(patsubst %.cu,%,$(filter-out dev/cuda/core.cu,$(wildcard dev/cuda/*.cu))))
+EMU_KERNELS := $(patsubst %.cu,%,$(filter-out dev/cuda/core.cu,$(wildcard dev/cuda/*.cu)))
+EMU_TESTS := $(patsubst %,$(EMU)/%.out,test_gpt_nsa dev/test/test_fsa dev/test/test_ptx fsa/example \
+    $(if $(EMU_NCCL),dev/test/test_nccl) $(EMU_KERNELS))
 test-emulator: $(EMU_TESTS) $(EMU)/train_gpt_nsa.out $(TEST_TOOLS)
 	@$(RUN) TRAINER=$(EMU)/train_gpt_nsa.out GPUS=$(if $(EMU_NCCL),4,0) bash dev/test/run.sh \
 	    "bash dev/test/cli_gpus.sh" $(call commands,$(EMU_TESTS),portable sm90,check small) "bash dev/test/cli_gpu.sh"

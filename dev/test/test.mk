@@ -8,7 +8,8 @@ $(BUILD)/train_gpt_nsa_f64.o: private DEFINES := -DGPT_NO_MAIN -DGPT_DOUBLE
 $(BUILD)/dev/test/test_model.o $(BUILD)/dev/test/test_model_golden.o: private DEFINES := -DGPT_DOUBLE
 $(BUILD)/dev/test/test_comm_mpi.o: private DEFINES := $(MPI_FLAGS)
 
-CPU_TESTS := $(addprefix $(BUILD)/,test_comm test_reference test_model test_run test_data test_golden test_model_golden test_parallel)
+CPU_TESTS := $(addprefix $(BUILD)/,test_comm test_reference test_model test_run test_data test_golden \
+    test_model_golden test_parallel)
 TEST_TOOLS := $(BUILD)/encode $(CPU_TRAINER) $(MAKERS)
 $(BUILD)/test_reference $(BUILD)/test_golden $(BUILD)/bench_reference: $(REFERENCE)
 $(BUILD)/test_model $(BUILD)/test_model_golden: $(BUILD)/train_gpt_nsa_f64.o $(REFERENCE)
@@ -19,18 +20,21 @@ $(BUILD)/bench_reference: $(BUILD)/dev/bench_reference.o ; $(LINK_C)
 
 # ---- the CUDA programs: they run on a GPU, and on the emulator (dev/emulator/emulator.mk) -----------------------------
 # libfsa, the PTX instructions, NCCL, and the GPU trainer's model in its three precisions against the C trainer's.
-GPU_TEST_PROGRAMS := $(addprefix $(BUILD)/,test_ptx test_fsa test_gpt_nsa_bf16 test_gpt_nsa_fp16 test_gpt_nsa_fp32 $(if $(NCCL),test_nccl))
+GPU_MODEL_TESTS := $(addprefix $(BUILD)/,test_gpt_nsa_bf16 test_gpt_nsa_fp16 test_gpt_nsa_fp32)
+GPU_TEST_PROGRAMS := $(GPU_MODEL_TESTS) $(addprefix $(BUILD)/,test_ptx test_fsa $(if $(NCCL),test_nccl))
 $(BUILD)/test_ptx $(BUILD)/test_fsa: $(BUILD)/%: $(BUILD)/dev/test/%.o $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
-$(filter %16 %32,$(GPU_TEST_PROGRAMS)): $(BUILD)/%: $(BUILD)/%.o $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/fsa/reference_f32.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
+$(GPU_MODEL_TESTS): $(BUILD)/train_gpt_nsa_f32.o $(BUILD)/fsa/reference_f32.o
+$(GPU_MODEL_TESTS): $(BUILD)/%: $(BUILD)/%.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 $(BUILD)/dev/test/test_nccl.o: private DEFINES := -DMULTI_GPU
 $(BUILD)/test_nccl: $(BUILD)/dev/test/test_nccl.o $(BUILD)/fsa/config.o $(BUILD)/llmc/comm.o ; $(LINK_CUDA) $(NCCL_LINK)
 
 # $(call commands,PROGRAMS,KINDS,FLAGS): the commands that run these CUDA programs. Programs whose step has kernels for
 # Hopper run once with each kind. The longest come first, so that no lane ends much later than the others.
-LONGEST := test_fsa dense_backward selected dense_forward topk test_gpt_nsa test_gpt_nsa_bf16 test_gpt_nsa_fp16 test_gpt_nsa_fp32 compress
+LONGEST := test_fsa test_gpt_nsa $(notdir $(GPU_MODEL_TESTS)) dense_backward selected dense_forward topk compress
 KIND_TESTS := test_fsa dense_forward dense_backward selected
 longest_first = $(foreach n,$(LONGEST),$(filter %/$n %/$n.out,$1)) $(filter-out $(foreach n,$(LONGEST),%/$n %/$n.out),$1)
-commands = $(foreach p,$(call longest_first,$1),$(if $(filter $(KIND_TESTS),$(notdir $(basename $p))),$(foreach k,$2,"env FSA_KERNELS=$k $p $3"),"$p $3"))
+has_kinds = $(filter $(KIND_TESTS),$(notdir $(basename $1)))
+commands = $(foreach p,$(call longest_first,$1),$(if $(call has_kinds,$p),$(foreach k,$2,"env FSA_KERNELS=$k $p $3"),"$p $3"))
 GPU_KINDS := portable $(if $(filter 90,$(GPU)),sm90)
 GPU_TESTS := $(if $(USE_GPU),$(BUILD)/example $(filter-out %/core,$(KERNELS)) $(LAYERS) $(GPU_TEST_PROGRAMS))
 
@@ -39,14 +43,15 @@ GPU_TESTS := $(if $(USE_GPU),$(BUILD)/example $(filter-out %/core,$(KERNELS)) $(
 CORES := $(shell nproc 2>/dev/null || echo 1)
 LANES := $(shell echo $$(($(CORES) > 12 ? $(CORES) / 4 : $(CORES) > 2 ? 3 : 2)))
 RUN = CPU=$(CPU_TRAINER) BUILD=$(BUILD) MPI=$(MPI) LANES=$(LANES) CORES=$(CORES)
-PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py","echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
-SCRIPTS := "bash dev/test/cli.sh" $(PYTHON_TESTS) "bash dev/test/headers.sh" "bash dev/test/translate.sh"
+PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py",\
+    "echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
+SCRIPTS := $(PYTHON_TESTS) "bash dev/test/cli.sh" "bash dev/test/headers.sh" "bash dev/test/translate.sh"
 GPUS = $(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0)
 test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER))
-	@$(if $(USE_GPU),,echo "$(if $(GPU),No nvcc,No GPU): the CUDA kernels are not tested here; make test-emulator tests them on the CPU")
+	@$(if $(USE_GPU),,echo "No $(if $(GPU),nvcc,GPU): CUDA kernels are not tested. make test-emulator tests them on the CPU.")
 	@$(RUN) TRAINER=$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
 	    $(if $(USE_GPU),$(call commands,$(GPU_TESTS),$(GPU_KINDS),check) "bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh") \
-	    $(CPU_TESTS:%="%") $(SCRIPTS)
+	    $(SCRIPTS) $(CPU_TESTS:%="%")
 
 # The library at 300,000 and 1,000,000 tokens.
 test-large: $(if $(USE_GPU),$(BUILD)/test_fsa)
@@ -68,4 +73,5 @@ sanitize: $(BUILD)/test_fsa $(BUILD)/test_fsa_racecheck $(SANITIZED)
 	        compute-sanitizer --tool $$tool --error-exitcode 1 $$layer check small || exit 1; done; done
 $(BUILD)/racecheck/%.o: fsa/sm90/%.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
 $(BUILD)/racecheck/%.o: private DEFINES := -DFSA_RACECHECK
-$(BUILD)/test_fsa_racecheck: $(BUILD)/dev/test/test_fsa.o $(patsubst fsa/sm90/%.cu,$(BUILD)/racecheck/%.o,$(wildcard fsa/sm90/*.cu)) $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
+RACECHECK := $(patsubst fsa/sm90/%.cu,$(BUILD)/racecheck/%.o,$(wildcard fsa/sm90/*.cu))
+$(BUILD)/test_fsa_racecheck: $(BUILD)/dev/test/test_fsa.o $(RACECHECK) $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
