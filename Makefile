@@ -88,14 +88,13 @@ CFLAGS_ALL := -std=gnu11 -Wall -Wextra -fno-math-errno $(CFLAGS) $(if $(HAS_NATI
     $(if $(HAS_OPENMP),-fopenmp,-Wno-unknown-pragmas) $(if $(filter 1,$(SAN)),$(SANITIZE))
 LDLIBS := -lm -lpthread
 
-# Begins a recipe: makes the target's folder, and prints the target unless V=1 prints the commands.
-define START
-@mkdir -p $(@D)$(if $(V),,; echo "  $@")
-$(if $(V),,@)
+# Begins a recipe: makes the target's folder, and prints the target. V=1 prints the command instead.
+START = $(if $(V),,@echo "  $@"; )mkdir -p $(@D);
+# NAME.flags holds FLAGS_NAME, the flags of the objects that depend on it. It is made again if the flags have changed.
+define FLAGS_RULE
+$(BUILD)/$1.flags: $(if $(findstring [$(strip $(FLAGS_$1))],[$(file <$(BUILD)/$1.flags)]),,FORCE)
+	@mkdir -p $$(@D); echo '$$(subst ','\'',$$(strip $$(FLAGS_$1)))' >$$@
 endef
-# NAME.flags has the text of FLAGS_NAME. It is written only if the flags change, and is newer than their objects then.
-$(addprefix $(BUILD)/,c.flags mpi.flags nvcc.flags trainer.flags emulator.flags): $(BUILD)/%.flags: FORCE
-	@mkdir -p $(@D); echo '$(subst ','\'',$(FLAGS_$*))' | cmp -s - $@ || echo '$(subst ','\'',$(FLAGS_$*))' >$@
 FLAGS_c := $(CC) $(CFLAGS_ALL) $(LDLIBS)
 FLAGS_mpi := $(MPI_FLAGS) $(MPI_LIBS)
 
@@ -110,16 +109,15 @@ $(CPU_TRAINER): $(addprefix $(BUILD)/,train_gpt_nsa.o fsa/config.o fsa/reference
 $(MAKERS): $(BUILD)/%: $(BUILD)/data/%.o ; $(LINK_C)
 
 include dev/cuda/cuda.mk dev/test/test.mk dev/emulator/emulator.mk
+$(foreach f,c mpi nvcc trainer emulator,$(eval $(call FLAGS_RULE,$f)))
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 # ---- the library, the GPU trainer, and all CUDA code -------------------------------------------------------------
-$(LIBFSA).a: $(FSA)
-	$(START)rm -f $@ && ar qcs $@ $^
+$(LIBFSA).a: $(FSA) ; $(START)rm -f $@ && ar qcs $@ $^
 $(LIBFSA).so.0: $(FSA)
 	$(START)$(NVCC) $(GENCODE) -shared -Xlinker -soname=$(@F) $^ -o $@
 	@! nm -D --defined-only $@ | grep -v ' T fsa_' || { echo "error: $@ exports these symbols, which fsa.h does not declare" >&2; rm $@; exit 1; }
-$(LIBFSA).so: $(LIBFSA).so.0
-	$(START)ln -sf $(<F) $@
+$(LIBFSA).so: $(LIBFSA).so.0 ; $(START)ln -sf $(<F) $@
 $(OUT)train_gpt_nsa: $(BUILD)/train_gpt_nsa_bf16.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 $(OUT)train_gpt_nsa_fp16 $(OUT)train_gpt_nsa_fp32: $(OUT)%: $(BUILD)/%.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 
