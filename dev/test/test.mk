@@ -51,7 +51,7 @@ test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER))
 	@$(if $(USE_GPU),,echo "No $(if $(GPU),nvcc,GPU): CUDA kernels are not tested. make test-emulator tests them on the CPU.")
 	@$(RUN) TRAINER=$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
 	    $(if $(USE_GPU),$(call commands,$(GPU_TESTS),$(GPU_KINDS),check) "bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh") \
-	    $(SCRIPTS) $(CPU_TESTS:%="%")
+	    "$(BUILD)/test_comm" $(SCRIPTS) $(patsubst %,"%",$(filter-out %/test_comm,$(CPU_TESTS)))
 
 # The library at 300,000 and 1,000,000 tokens.
 test-large: $(if $(USE_GPU),$(BUILD)/test_fsa)
