@@ -15,12 +15,12 @@ FLAGS_nvcc := $(NVCC) $(NVCCFLAGS) $(GENCODE)
 $(BUILD)/%.o: %.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
 
 # ---- libfsa ----------------------------------------------------------------------------------------------------------
-# Its objects of C need no OpenMP, and run on other CPUs of this kind.
+# config_lib.o has no -march=native, so that the library runs on other CPUs too.
 FSA_SOURCES := $(wildcard fsa/*.cu fsa/sm80/*.cu fsa/sm90/*.cu)
 FSA := $(FSA_SOURCES:%.cu=$(BUILD)/%.o) $(BUILD)/fsa/config_lib.o
 $(BUILD)/fsa/config_lib.o: fsa/config.c $(BUILD)/c.flags
 	$(START)$(CC) -std=gnu11 -O2 -fPIC -fvisibility=hidden -MMD -MP -c $< -o $@
-$(BUILD)/example: fsa/example.c $(LIBFSA).a $(BUILD)/nvcc.flags
+$(BUILD)/example: fsa/example.c fsa/fsa.h $(LIBFSA).a $(BUILD)/nvcc.flags
 	$(START)$(NVCC) $(GENCODE) $(filter %.c %.a,$^) -o $@
 
 # ---- programs: a kernel of libfsa, or a layer of llmc, against the C reference --------------------------------------

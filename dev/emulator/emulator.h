@@ -4,7 +4,7 @@
 // order of block indices. The emulator finds wrong indices, wrong arithmetic and deadlocks. It shows nothing
 // about speed, and only the races that its order of threads exposes.
 //
-// The Makefile includes this header ahead of every translated source (dev/emulator/translate.sh). The headers
+// emulator.mk includes this header ahead of every translated source (dev/emulator/translate.sh). The headers
 // of the CUDA Toolkit provide the types. emulator.cpp implements the runtime functions that the project
 // calls.
 #ifndef EMULATOR_H
