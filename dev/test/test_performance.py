@@ -74,6 +74,12 @@ def test_differences(tmp: str) -> None:
         check(run(root, "--check") == (0, "", ""), f"{what}: agrees when it is written")
 
 
+def test_kernel_pages() -> None:
+    """The tables of the kernels' pages agree with the rows."""
+    result = subprocess.run([sys.executable, "fsa/docs/times.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    check(result.returncode == 0, f"fsa/docs/times.py --check: {result.stdout}{result.stderr}")
+
+
 def test_errors(tmp: str) -> None:
     """Every error is one line that names the file."""
     program = "dev/results/performance.py"
@@ -95,6 +101,7 @@ def test_errors(tmp: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_repo()
+        test_kernel_pages()
         test_differences(tmp)
         test_errors(tmp)
     print(f"test_performance.py: {passed} passed, {failed} failed, 0 skipped")
