@@ -20,7 +20,7 @@ struct Bench {
     Buffer<int32_t> block_indices;
     Bench(Random *r, int64_t n, int hq, int hkv, int block, int topk)
         : c(default_config(hq, hkv, 128, block, topk)),
-          batch(c, {n}), b{n, n, 1, 1, n, batch.batch.cu_seqlens, batch.batch.segments}, size_q(n * hq * 128),
+          batch(c, {n}), b{n, n, 1, 1, batch.batch.cu_seqlens, batch.batch.segments}, size_q(n * hq * 128),
           size_k(n * hkv * 128), size_c(n / c.cmp_stride * hkv * 128),
           size_w((int64_t)hkv * c.cmp_len * 128 * 128), q(size_q), k(size_k), v(size_k), kc(size_c),
           vc(size_c), dout(size_q), o(size_q), dq(size_q), dk(size_k), dv(size_k), gate(n * hq * 3),
