@@ -5,6 +5,9 @@
 // built in (-DUSE_MPI) and mpirun started the process, gives ranks and local ranks and runs the collectives.
 // Without MPI, TCP connections do.
 //
+// Rank 0 listens on the interface of MASTER_ADDR; on loopback, if all ranks run on its host. Jobs of several
+// hosts have a secret, without which no process joins the job.
+//
 // Every rank has one TCP connection to rank 0 and a thread that monitors it, with and without MPI: a process
 // that dies must not leave the others waiting in a collective or in a kernel of NCCL. A failing rank sends
 // its error message to rank 0, which forwards it. A closed connection or a missing heartbeat reveals a rank
@@ -27,6 +30,7 @@ typedef struct {
 
 typedef struct {
     const char *rank, *ranks; // names of the environment variables with the rank and the world size
+    const char *local_ranks;  // name of the one with the number of ranks on this host
     const char *launcher;     // "torchrun", "mpirun" or "srun"
 } CommLauncher;
 
@@ -42,10 +46,17 @@ const CommLauncher *comm_find_launcher(void);
 // Rank 0 listens on TCP. The others get its address from MPI if mpirun started them and neither MASTER_DIR
 // nor MASTER_ADDR is set; else from a file in the folder MASTER_DIR; else from MASTER_ADDR and MASTER_PORT.
 // MASTER_ADDR defaults to the first host of the Slurm job, else to 127.0.0.1; MASTER_PORT to a port made
-// from the Slurm job id, else to 29500.
+// from the Slurm job id, else to 29500. If the launcher's variables say that all ranks run on this host,
+// MASTER_ADDR counts as 127.0.0.1.
 //
-// Dies if a variable is invalid, if a rank does not connect within 50 seconds or fails meanwhile, or if the
-// ranks do not fit: two processes have the same rank, or world sizes differ.
+// The secret comes with the address from MPI or MASTER_DIR, else from MASTER_SECRET. MASTER_DIR's file is
+// readable by this user only. Without a secret all connections must be loopback.
+//
+// Rank 0 drops a connection that does not prove in time that it knows the secret, and one that claims a taken
+// rank or another world size. It prints a line that names the peer, and waits on for the right one.
+//
+// Dies if a variable is invalid, if a rank does not connect within 50 seconds or fails meanwhile, or if rank
+// 0 dropped this process.
 void comm_start(Comm *c);
 
 // Gathers every rank's send [bytes] into recv [ranks * bytes], in rank order. All ranks call it with the same

@@ -1,11 +1,16 @@
-// test_comm.c: tests llmc/comm.c with several processes on this host: every launcher, and every way to fail.
-// With USE_MPI it also starts itself by mpirun.
+// test_comm.c: tests llmc/comm.c with several processes on this host: every launcher, every way to fail, and
+// hostile peers, among them random byte streams. With USE_MPI it also starts itself by mpirun.
+// Environment: SECONDS (how long random byte streams are sent; default: until 1,000 are), SEED (of the
+// first).
 #define COMM_RENDEZVOUS_SECONDS 3
 #define COMM_TIMEOUT_SECONDS 2
 #define COMM_HEARTBEAT_SECONDS 0.3
+#define COMM_IDENTIFY_SECONDS 1.5
+#define COMM_MPI_BYTES 100000 // so that a large collective takes several calls of MPI
 #include "../../llmc/comm.c"
 #include "test.h"
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 enum { MAX_PROCESSES = 48, RANKS = 8 }; // processes that run at once, and the most ranks of one job
@@ -68,12 +73,14 @@ static void child(Action action, int rank) {
     exit(0);
 }
 
+static const CommState no_secret;
+
 // Returns a port that no process listens on, a different one each time.
 static int unused_port(void) {
     static char given[65536];
     for (;;) {
         CommAddress a;
-        int fd = comm_listen(0, "none");
+        int fd = comm_listen(&no_secret, "127.0.0.1", 0);
         comm_local_address(&a, fd);
         close(fd);
         if (!given[a.port]++) return a.port;
@@ -239,12 +246,10 @@ static void test_failures(void) {
     }
 }
 
-// Rank 0 exits at once when a rank is wrong, and tells all connected ranks. A rank that connects at that
-// moment or later finds no rank 0. Returns the message that is to be in the result.
-static const char *expected_error(const Result *e, int may_be_late, const char *why) {
-    if (may_be_late && strstr(e->text, "no connection")) return "no connection to rank 0";
-    if (may_be_late && strstr(e->text, "is gone")) return "is gone: its process ended during startup";
-    return why;
+static int count_lines(const char *text) {
+    int lines = 0;
+    for (; *text; text++) lines += *text == '\n';
+    return lines;
 }
 
 static void test_wrong_start(void) {
@@ -252,37 +257,42 @@ static void test_wrong_start(void) {
     Action action[MAX_PROCESSES] = {WORK};
     Result result[MAX_PROCESSES];
     int rank[MAX_PROCESSES] = {0, 1, 2}, port = unused_port();
-    // rank 2 has another world size
+    // rank 2 has another world size: rank 0 drops it, and waits for the right one
     for (int i = 0; i < 3; i++) launch(TORCHRUN, variables[i], NULL, port, i, i == 2 ? 4 : 3);
     run(3, variables, action, rank, result);
+    static const char *const world[] = {"rank 2 of 3 did not connect within 3 seconds",
+                                        "rank 2 of 3 did not connect within 3 seconds",
+                                        "rank 2 was started with world size 4, rank 0 with 3"};
     for (int i = 0; i < 3; i++)
-        CHECK(result[i].code == 1 &&
-                  one_line(result[i].text, "error: rank ", "",
-                           expected_error(&result[i], i == 1,
-                                          "rank 2 was started with world size 4, rank 0 with 3")),
+        CHECK(result[i].code == 1 && count_lines(result[i].text) == (i == 0 ? 2 : 1) &&
+                  strstr(result[i].text, world[i]) && strstr(result[i].text, world[2]),
               "world size, rank %d: code %d, %s", i, result[i].code, result[i].text);
-    // the same rank twice
+    CHECK(strncmp(result[0].text, "note: rank 0: dropped the connection from 127.0.0.1 port ", 57) == 0, "%s",
+          result[0].text);
+    // the same rank twice, while rank 3 is missing
     port = unused_port();
     for (int i = 0; i < 4; i++)
         rank[i] = i < 3 ? i : 1, launch(TORCHRUN, variables[i], NULL, port, rank[i], 4);
     run(4, variables, action, rank, result);
     for (int i = 0; i < 4; i++)
-        CHECK(result[i].code == 1 &&
-                  one_line(result[i].text, "error: rank ", "",
-                           expected_error(&result[i], i == 2, "two processes were started as rank 1 of 4")),
+        CHECK(result[i].code == 1 && strstr(result[i].text, "two processes were started as rank 1 of 4"),
               "twice, process %d: code %d, %s", i, result[i].code, result[i].text);
+    CHECK(strstr(result[0].text, "rank 3 of 4 did not connect"), "%s", result[0].text);
+    CHECK(count_lines(result[1].text) == 1 && count_lines(result[3].text) == 1, "%s%s", result[1].text,
+          result[3].text);
     // a process that never answers listens on the port: rank 0 reports it, rank 1 does not hang
-    int taken = comm_listen(0, "none");
+    int taken = comm_listen(&no_secret, "127.0.0.1", 0);
     CommAddress a;
     comm_local_address(&a, taken);
     for (int i = 0; i < 2; i++) rank[i] = i, launch(TORCHRUN, variables[i], NULL, a.port, i, 2);
     run(2, variables, action, rank, result);
     close(taken);
-    CHECK(result[0].code == 1 &&
-              one_line(result[0].text, "error: rank 0: cannot listen on port", "in use", "MASTER_PORT"),
+    CHECK(result[0].code == 1 && one_line(result[0].text, "error: rank 0: cannot listen on localhost port",
+                                          "in use", "MASTER_PORT"),
           "%s", result[0].text);
     CHECK(result[1].code == 1 &&
-              one_line(result[1].text, "error: rank 1: rank 0 at localhost port", "", "does not answer"),
+              strstr(result[1].text, "error: rank 1: no connection to rank 0 at localhost") &&
+              strstr(result[1].text, "it does not answer"),
           "%s", result[1].text);
     CHECK(result[1].seconds < 8, "%.1f s", result[1].seconds);
     // a host that does not exist
@@ -309,59 +319,586 @@ static void test_wrong_start(void) {
     CHECK(result[0].code == 1 && one_line(result[0].text, "error: ", "RANK", "two"), "%s", result[0].text);
 }
 
-// Rank 0 sends its error message to pending peers, too.
-static void test_pending_peer_gets_error(void) {
-    char *variables[MAX_PROCESSES][8], why[256], text[512];
-    int stderr_pipe, port = unused_port(), status, silent_peer = -1;
-    launch(TORCHRUN, variables[0], NULL, port, 0, 2);
-    pid_t rank0 = start(&stderr_pipe, variables[0], WORK, 0);
-    for (int i = 0; i < 100 && silent_peer < 0; i++) {
-        silent_peer = comm_connect("127.0.0.1", port, 1, why);
-        if (silent_peer < 0) comm_pause();
-    }
-    int invalid_peer = comm_connect("127.0.0.1", port, 1, why);
-    comm_configure_socket(silent_peer), comm_configure_socket(invalid_peer);
-    CommHello hello = {1, 5};
-    CommHeader head = {COMM_MAGIC, COMM_HELLO, sizeof hello};
-    CHECK(silent_peer >= 0 && invalid_peer >= 0, "%s", why);
-    CHECK(comm_send_all(invalid_peer, &head, sizeof head) == 0 &&
-              comm_send_all(invalid_peer, &hello, sizeof hello) == 0,
-          "%s", strerror(errno));
-    ssize_t n = recv(silent_peer, &head, sizeof head, MSG_WAITALL);
-    CHECK(n == sizeof head && head.type == COMM_FAIL && head.bytes < sizeof text, "%zd bytes", n);
-    n = recv(silent_peer, text, sizeof text - 1, 0);
-    text[n > 0 ? n : 0] = 0;
-    CHECK(strcmp(text, "rank 1 was started with world size 5, rank 0 with 2: set the same world size") == 0,
-          "%s", text);
-    close(silent_peer), close(invalid_peer);
-    waitpid(rank0, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
-    close(stderr_pipe);
+// ----------------------------------------------------------------------------
+// Hostile peers
+
+static const char secret[] = "correct horse battery staple", wrong_secret[] = "incorrect horse battery";
+
+// Rank 0 of a job, to which the test connects itself.
+typedef struct {
+    char *variables[8][8];
+    int port, ranks, stderr_pipe[8];
+    pid_t pid[8];
+} Job;
+
+static void set(char **variables, char *text) {
+    while (*variables) variables++;
+    variables[0] = text, variables[1] = NULL;
 }
 
-// Connections that send nothing, or another protocol, do not disturb the rendezvous.
-static void test_pending_peers(void) {
-    char *variables[MAX_PROCESSES][8];
-    int stderr_pipe[2], port = unused_port(), status;
-    for (int i = 0; i < 2; i++) launch(TORCHRUN, variables[i], NULL, port, i, 2);
-    pid_t rank0 = start(&stderr_pipe[0], variables[0], WORK, 0);
-    char why[256];
-    int silent_peer = -1, invalid_peer = -1;
-    for (int i = 0; i < 20 && silent_peer < 0; i++) {
-        silent_peer = comm_connect("127.0.0.1", port, 1, why);
-        if (silent_peer < 0) comm_pause();
+// Starts rank 0. secret_variable: NULL, or "MASTER_SECRET=..." of all ranks.
+static void start_job(Job *job, int ranks, char *secret_variable, Action action) {
+    memset(job, 0, sizeof *job);
+    job->port = unused_port(), job->ranks = ranks;
+    for (int r = 0; r < ranks; r++) {
+        launch(TORCHRUN, job->variables[r], NULL, job->port, r, ranks);
+        if (secret_variable) set(job->variables[r], secret_variable);
     }
-    invalid_peer = comm_connect("127.0.0.1", port, 1, why);
-    CHECK(silent_peer >= 0 && invalid_peer >= 0, "%s", why);
-    CHECK(comm_send_all(invalid_peer, "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 36) == 0, "%s",
-          strerror(errno));
+    job->pid[0] = start(&job->stderr_pipe[0], job->variables[0], action, 0);
+}
+
+// Starts the other ranks, and waits for all. Returns the number of ranks that have failed. Writes what rank 0
+// has printed to text [4096].
+static int finish_job(Job *job, char *text) {
+    int failed = 0, status;
+    for (int r = 1; r < job->ranks; r++)
+        job->pid[r] = start(&job->stderr_pipe[r], job->variables[r], WORK, r);
+    for (int r = 0; r < job->ranks; r++) {
+        failed += waitpid(job->pid[r], &status, 0) < 0 || status != 0;
+        ssize_t n = read(job->stderr_pipe[r], text + (r > 0) * 4096, 4095);
+        text[(r > 0) * 4096 + (n > 0 ? n : 0)] = 0;
+        close(job->stderr_pipe[r]);
+    }
+    return failed;
+}
+
+// Connects to rank 0, and reads its nonce.
+static int connect_job(const Job *job, unsigned char nonce[COMM_NONCE_BYTES]) {
+    char why[256] = "";
+    int fd = -1;
+    for (int i = 0; i < 100 && fd < 0; i++) {
+        fd = comm_connect(&no_secret, "127.0.0.1", job->port, 1, why);
+        if (fd < 0) comm_pause();
+    }
+    if (fd < 0) die("connect: %s", why);
+    comm_configure_socket(fd);
+    CHECK(!nonce || !comm_read_message(fd, COMM_CHALLENGE, nonce, COMM_NONCE_BYTES, now_seconds() + 2),
+          "no challenge");
+    return fd;
+}
+
+static int send_bytes(int fd, const void *data, size_t bytes) {
+    return comm_send_all(fd, data, bytes);
+}
+
+// Claims a rank with a secret.
+static void send_hello(int fd, const unsigned char *nonce, int rank, int ranks, const char *text) {
+    CommState s = {0};
+    CommHello hello = {.rank = rank, .ranks = ranks};
+    snprintf(s.secret, sizeof s.secret, "%s", text);
+    comm_prove(&s, "rank", nonce, &hello, hello.proof);
+    comm_send_message(fd, COMM_HELLO, &hello, sizeof hello);
+}
+
+// Returns whether the other end closes the connection within `seconds`.
+static int is_closed(int fd, double seconds) {
+    char discarded[4096];
+    double end = now_seconds() + seconds;
+    while (now_seconds() < end) {
+        struct pollfd wait = {fd, POLLIN, 0};
+        if (poll(&wait, 1, 100) > 0 && recv(fd, discarded, sizeof discarded, 0) <= 0) return 1;
+    }
+    return 0;
+}
+
+static int count_text(const char *text, const char *part) {
+    int count = 0;
+    for (; (text = strstr(text, part)) != NULL; text++) count++;
+    return count;
+}
+
+// Each wrong peer is dropped and named, and the job still starts.
+static void test_hostile_peers(void) {
+    static char variable[64], text[2 * 4096];
+    unsigned char nonce[COMM_NONCE_BYTES], other[COMM_NONCE_BYTES];
+    Job job;
+    int fd[8];
+    snprintf(variable, sizeof variable, "MASTER_SECRET=%s", secret);
+    start_job(&job, 2, variable, WORK);
+    fd[0] = connect_job(&job, nonce); // another secret
+    send_hello(fd[0], nonce, 1, 2, wrong_secret);
+    CHECK(is_closed(fd[0], 1), "another secret");
+    fd[1] = connect_job(&job, nonce); // no secret
+    send_hello(fd[1], nonce, 1, 2, "");
+    CHECK(is_closed(fd[1], 1), "no secret");
+    fd[2] = connect_job(&job, other); // the proof of another connection
+    send_hello(fd[2], nonce, 1, 2, secret);
+    CHECK(is_closed(fd[2], 1), "another nonce");
+    fd[3] = connect_job(&job, nonce); // another protocol
+    send_bytes(fd[3], "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 36);
+    CHECK(is_closed(fd[3], 1), "HTTP");
+    fd[4] = connect_job(&job, nonce); // ends the job, without a proof
+    comm_send_message(fd[4], COMM_FAIL, "\033[2J", 4);
+    CHECK(is_closed(fd[4], 1), "COMM_FAIL");
+    fd[5] = connect_job(&job, nonce); // another world size, with the secret
+    send_hello(fd[5], nonce, 1, 9, secret);
+    CHECK(is_closed(fd[5], 1), "world size 9");
+    fd[6] = connect_job(&job, nonce); // rank 0, with the secret
+    send_hello(fd[6], nonce, 0, 2, secret);
+    CHECK(is_closed(fd[6], 1), "rank 0");
+    fd[7] = connect_job(&job, nonce); // sends nothing
+    int failed = finish_job(&job, text);
+    CHECK(failed == 0 && !text[4096], "%d ranks failed: %s%s", failed, text, text + 4096);
+    CHECK(count_lines(text) == 7 &&
+              count_text(text, "note: rank 0: dropped the connection from 127.0.0.1 port") == 7,
+          "%s", text);
+    CHECK(count_text(text, "it claims rank 1 with another secret") == 3, "%s", text);
+    CHECK(count_text(text, "it is no rank of this program") == 2, "%s", text);
+    CHECK(count_text(text, "rank 1 was started with world size 9, rank 0 with 2") == 1, "%s", text);
+    CHECK(count_text(text, "two processes were started as rank 0 of 2") == 1 && !strchr(text, 033), "%s",
+          text);
+    for (int i = 0; i < 8; i++) close(fd[i]);
+}
+
+// A second process claims a rank that is connected: it is dropped, and the first one stays.
+static void test_rank_claimed_twice(void) {
+    static char variable[64], text[2 * 4096];
+    unsigned char nonce[COMM_NONCE_BYTES];
+    Job job;
+    snprintf(variable, sizeof variable, "MASTER_SECRET=%s", secret);
+    start_job(&job, 3, variable, WORK);
+    int first = connect_job(&job, nonce);
+    send_hello(first, nonce, 1, 3, secret);
+    CHECK(!is_closed(first, 0.3), "the first process as rank 1 was dropped");
+    int second = connect_job(&job, nonce);
+    send_hello(second, nonce, 1, 3, secret);
+    CHECK(is_closed(second, 1), "the second process as rank 1 was not dropped");
+    CHECK(!is_closed(first, 0.3), "the first process as rank 1 was dropped");
+    close(first), close(second); // rank 0 has identified the first one as rank 1, which is gone now
+    int failed = finish_job(&job, text);
+    CHECK(failed == 3 && count_text(text, "two processes were started as rank 1 of 3") == 1 &&
+              strstr(text, "error: rank 0: rank 1 is gone: its process ended during startup"),
+          "%d failed, %s", failed, text);
+}
+
+// The length in a header is more than a message may have: nothing is stored, and the peer is dropped. An
+// identified rank ends the job, in one line.
+static void test_huge_lengths(void) {
+    static const uint64_t lengths[] = {0,
+                                       55,
+                                       57,
+                                       1 << 20,
+                                       (uint64_t)1 << 31,
+                                       (uint64_t)1 << 32,
+                                       (uint64_t)1 << 40,
+                                       INT64_MAX,
+                                       UINT64_MAX,
+                                       UINT64_MAX - 15};
+    static const uint64_t fail_lengths[] = {COMM_TEXT_BYTES, (uint64_t)1 << 31, ((uint64_t)1 << 32) + 8,
+                                            UINT64_MAX};
+    static char text[2 * 4096], megabyte[1 << 20];
+    enum { LENGTHS = sizeof lengths / sizeof lengths[0] };
+    unsigned char nonce[COMM_NONCE_BYTES];
+    Job job;
+    start_job(&job, 2, NULL, WORK);
+    for (int i = 0; i < LENGTHS; i++) {
+        int fd = connect_job(&job, nonce);
+        CommHeader header = {COMM_MAGIC, i % 2 ? COMM_DATA : COMM_HELLO, lengths[i]};
+        send_bytes(fd, &header, sizeof header);
+        for (int j = 0; j < 64 && send_bytes(fd, megabyte, sizeof megabyte) == 0; j++) {
+        }
+        CHECK(is_closed(fd, 1), "length %llx", (unsigned long long)lengths[i]);
+        close(fd);
+    }
+    int failed = finish_job(&job, text);
+    CHECK(failed == 0, "%d ranks failed: %s", failed, text);
+    CHECK(count_lines(text) == COMM_MAX_NOTES && strstr(text, "further ones are not shown"), "%s", text);
+    for (int i = 0; i < 4; i++) {
+        CommHeader fail = {COMM_MAGIC, COMM_FAIL, fail_lengths[i]};
+        int status;
+        start_job(&job, 2, NULL, WORK);
+        int fd = connect_job(&job, nonce);
+        send_hello(fd, nonce, 1, 2, "");
+        send_bytes(fd, &fail, sizeof fail);
+        CHECK(is_closed(fd, 4), "length %llx", (unsigned long long)fail.bytes);
+        close(fd);
+        waitpid(job.pid[0], &status, 0);
+        ssize_t n = read(job.stderr_pipe[0], text, 4095);
+        text[n > 0 ? n : 0] = 0;
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1 &&
+                  one_line(text, "error: rank 0: ", "rank 1 ", "invalid message"),
+              "status %d, %s", status, text);
+        close(job.stderr_pipe[0]);
+    }
+}
+
+// Slow senders take all places: each gets a byte through from time to time. Real ranks still connect.
+static void test_slow_peers(void) {
+    enum { SLOW = COMM_MAX_PENDING + 60 };
+    static char text[2 * 4096];
+    static int fd[SLOW];
+    Job job;
+    start_job(&job, 3, NULL, WORK);
+    fflush(stdout);
+    close(connect_job(&job, NULL)); // rank 0 listens
+    pid_t slow = fork();
+    if (slow == 0) {
+        CommHeader header = {COMM_MAGIC, COMM_HELLO, sizeof(CommHello)};
+        for (int i = 0; i < SLOW; i++) fd[i] = connect_job(&job, NULL);
+        for (int round = 0;; round++) {
+            for (int i = 0; i < SLOW; i++) {
+                if (send(fd[i], (char *)&header + round % 16, 1, MSG_NOSIGNAL) == 1) continue;
+                close(fd[i]); // dropped: the next one
+                fd[i] = comm_connect(&no_secret, "127.0.0.1", job.port, 1, text);
+            }
+            comm_pause();
+        }
+    }
+    for (int i = 0; i < 5; i++) comm_pause();
+    int failed = finish_job(&job, text);
+    kill(slow, SIGKILL);
+    waitpid(slow, NULL, 0);
+    CHECK(failed == 0, "%d ranks failed: %s%s", failed, text, text + 4096);
+    CHECK(strstr(text, "it did not identify itself") && count_lines(text) <= COMM_MAX_NOTES, "%s", text);
+}
+
+// Other ranks' texts are printed escaped, on the rank that receives it and on those that it tells.
+static void test_escaped_text(void) {
+    static const char hostile[] = "\033[2J\033]0;title\007\nerror: rank 7: all is well \x9b\xc2\x9b\x7f";
+    static const char escaped[] =
+        "\\x1b[2J\\x1b]0;title\\x07\\x0aerror: rank 7: all is well \\x9b\\xc2\\x9b\\x7f\n";
+    char text[4096], expected[256];
+    unsigned char nonce[COMM_NONCE_BYTES];
+    int status;
+    Job job;
+    start_job(&job, 3, NULL, WORK);
+    int fd = connect_job(&job, nonce);
+    job.pid[2] = start(&job.stderr_pipe[2], job.variables[2], WORK, 2);
+    for (int i = 0; i < 3; i++) comm_pause(); // until rank 2 is connected
+    send_hello(fd, nonce, 1, 3, "");
+    comm_send_message(fd, COMM_FAIL, hostile, sizeof hostile - 1);
+    for (int r = 0; r < 3; r += 2) {
+        waitpid(job.pid[r], &status, 0);
+        ssize_t n = read(job.stderr_pipe[r], text, sizeof text - 1);
+        text[n > 0 ? n : 0] = 0;
+        close(job.stderr_pipe[r]);
+        snprintf(expected, sizeof expected, "error: rank %d: %s", r, escaped);
+        CHECK(strcmp(text, expected) == 0, "%s", text);
+    }
+    close(fd);
+    // as long as it may be, and only control characters
+    char long_text[COMM_TEXT_BYTES], out[COMM_TEXT_BYTES];
+    memset(long_text, 1, sizeof long_text);
+    comm_escape(out, long_text, sizeof long_text);
+    CHECK(strlen(out) == (COMM_TEXT_BYTES - 1) / 4 * 4 && strcmp(out + strlen(out) - 4, "\\x01") == 0, "%s",
+          out);
+}
+
+// Rank 0 fails during the rendezvous: a rank that identifies itself in the next second gets the reason, a
+// peer without the secret does not.
+static void test_failure_reaches_late_ranks(void) {
+    char text[COMM_TEXT_BYTES] = "";
+    unsigned char nonce[COMM_NONCE_BYTES], proof[SHA256_BYTES];
+    CommHeader header;
+    int status;
+    Job job;
+    start_job(&job, 3, NULL, WORK);
+    int failing = connect_job(&job, nonce);
+    send_hello(failing, nonce, 1, 3, "");
+    comm_send_message(failing, COMM_FAIL, "rank 1 failed: no GPU", 21);
     comm_pause();
-    pid_t rank1 = start(&stderr_pipe[1], variables[1], WORK, 1);
-    waitpid(rank0, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank 0 ended with %d", status);
-    waitpid(rank1, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank 1 ended with %d", status);
-    close(silent_peer), close(invalid_peer), close(stderr_pipe[0]), close(stderr_pipe[1]);
+    int late = connect_job(&job, nonce), silent = connect_job(&job, NULL);
+    send_hello(late, nonce, 2, 3, "");
+    CHECK(!comm_read_message(late, COMM_ACCEPT, proof, sizeof proof, now_seconds() + 2), "not accepted");
+    ssize_t n = recv(late, &header, sizeof header, MSG_WAITALL);
+    CHECK(n == sizeof header && header.type == COMM_FAIL && header.bytes == 21, "%zd bytes", n);
+    n = recv(late, text, sizeof text - 1, 0);
+    CHECK(n == 21 && strcmp(text, "rank 1 failed: no GPU") == 0, "%s", text);
+    n = recv(silent, text, sizeof text, MSG_WAITALL);
+    CHECK(n <= (ssize_t)(sizeof(CommHeader) + COMM_NONCE_BYTES), "%zd bytes", n);
+    close(failing), close(late), close(silent);
+    waitpid(job.pid[0], &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1, "status %d", status);
+    close(job.stderr_pipe[0]);
+}
+
+// A process that is not rank 0 listens at its address. The rank neither obeys it nor tells it the secret.
+static void test_false_rank0(void) {
+    enum { PROTOCOL, NO_PROOF, CLOSES, CASES };
+    static const char *const reasons[CASES] = {"it is not rank 0 of this program", "it has another secret",
+                                               "it closed the connection"};
+    static char variable[64], text[4096], sent[4096];
+    struct pollfd listener[CASES];
+    int stderr_pipe[CASES], status;
+    pid_t pid[CASES];
+    snprintf(variable, sizeof variable, "MASTER_SECRET=%s", secret);
+    for (int i = 0; i < CASES; i++) {
+        CommAddress a;
+        char *variables[8];
+        listener[i].fd = comm_listen(&no_secret, "127.0.0.1", 0), listener[i].events = POLLIN;
+        comm_local_address(&a, listener[i].fd);
+        launch(TORCHRUN, variables, NULL, a.port, 1, 2);
+        set(variables, variable);
+        pid[i] = start(&stderr_pipe[i], variables, WORK, 1);
+    }
+    for (double end = now_seconds() + COMM_RENDEZVOUS_SECONDS + 0.5; now_seconds() < end;) {
+        poll(listener, CASES, 100);
+        for (int i = 0; i < CASES; i++) {
+            CommHeader bad = {COMM_MAGIC, COMM_FAIL, 4};
+            unsigned char nonce[COMM_NONCE_BYTES] = {0}, proof[SHA256_BYTES] = {0};
+            int fd = accept(listener[i].fd, NULL, NULL);
+            if (fd < 0) continue;
+            if (i == PROTOCOL) {
+                send_bytes(fd, &bad, sizeof bad);
+                send_bytes(fd, "\033[2J", 4);
+            } else {
+                comm_send_message(fd, COMM_CHALLENGE, nonce, sizeof nonce);
+                ssize_t n = recv(fd, sent, COMM_HELLO_BYTES, MSG_WAITALL);
+                CHECK(n == (ssize_t)COMM_HELLO_BYTES && !memmem(sent, (size_t)n, "horse", 5), "%zd bytes", n);
+                if (i == NO_PROOF) {
+                    comm_send_message(fd, COMM_ACCEPT, proof, sizeof proof);
+                    comm_send_message(fd, COMM_FAIL, "\033[2J", 4);
+                }
+            }
+            close(fd);
+        }
+    }
+    for (int i = 0; i < CASES; i++) {
+        close(listener[i].fd);
+        waitpid(pid[i], &status, 0);
+        ssize_t n = read(stderr_pipe[i], text, sizeof text - 1);
+        text[n > 0 ? n : 0] = 0;
+        close(stderr_pipe[i]);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1 && count_lines(text) == 2 &&
+                  strstr(text, "note: rank 1: no connection yet to rank 0 at localhost") &&
+                  strstr(text, reasons[i]) &&
+                  strstr(text, "error: rank 1: no connection to rank 0 at localhost") && !strchr(text, 033),
+              "status %d, %s", status, text);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// Interfaces and the secret
+
+// Returns the local address of the socket that listens on `port`, as "127.0.0.1 port N", or "" without one.
+static const char *listening_address(const char *name, int port) {
+    static char text[80];
+    CommState s = {.secret = "a secret of sixteen"};
+    struct sockaddr_storage address;
+    socklen_t size = sizeof address;
+    int fd = comm_listen(&s, name, port);
+    getsockname(fd, (struct sockaddr *)&address, &size);
+    comm_name_address(text, (struct sockaddr *)&address, size);
+    *strchr(text, ' ') = 0;
+    close(fd);
+    return text;
+}
+
+static void test_interfaces(void) {
+    char name[256] = "", *variables[MAX_PROCESSES][8], text[64];
+    Action action[MAX_PROCESSES] = {WORK};
+    Result result[MAX_PROCESSES];
+    int rank[MAX_PROCESSES] = {0, 1};
+    CHECK(strcmp(listening_address("127.0.0.1", 0), "127.0.0.1") == 0, "%s",
+          listening_address("127.0.0.1", 0));
+    CHECK(strcmp(listening_address("localhost", 0), "127.0.0.1") == 0, "%s",
+          listening_address("localhost", 0));
+    CHECK(strcmp(listening_address("127.0.0.3", 0), "127.0.0.3") == 0, "%s",
+          listening_address("127.0.0.3", 0));
+    CHECK(strcmp(listening_address(NULL, 0), "::") == 0 || strcmp(listening_address(NULL, 0), "0.0.0.0") == 0,
+          "%s", listening_address(NULL, 0));
+    // an address that is not of this host (documentation's): behind NAT
+    CHECK(strcmp(listening_address("192.0.2.1", 0), listening_address(NULL, 0)) == 0, "%s",
+          listening_address("192.0.2.1", 0));
+    CommAddress a;
+    CommState s = {.secret = "a secret of sixteen"};
+    int fd = comm_listen(&s, NULL, 0);
+    comm_local_address(&a, fd);
+    close(fd);
+    if (sscanf(a.names, "%255s", name) != 1) {
+        SKIP("no interface but loopback");
+        return;
+    }
+    CHECK(strcmp(listening_address(name, 0), name) == 0, "%s instead of %s", listening_address(name, 0),
+          name);
+    // MASTER_ADDR is no loopback address: without a secret no process starts, with it all do
+    for (int with_secret = 0; with_secret < 3; with_secret++) {
+        int port = unused_port();
+        static char address[300];
+        snprintf(address, sizeof address, "MASTER_ADDR=%s", name);
+        for (int i = 0; i < 2; i++) {
+            launch(TORCHRUN, variables[i], NULL, port, i, 2);
+            set(variables[i], address);
+            if (with_secret == 1) set(variables[i], "MASTER_SECRET=0123456789abcdef");
+            if (with_secret == 2) set(variables[i], "MASTER_SECRET=short");
+        }
+        run(2, variables, action, rank, result);
+        for (int i = 0; i < 2; i++) {
+            snprintf(text, sizeof text, "error: rank %d: rank 0 at ", i);
+            if (with_secret == 1)
+                CHECK(result[i].code == 0 && !result[i].text[0], "%s", result[i].text);
+            else if (with_secret == 0)
+                CHECK(result[i].code == 1 &&
+                          one_line(result[i].text, text, "several hosts need a secret", "MASTER_SECRET") &&
+                          result[i].seconds < 2,
+                      "rank %d: %.1f s, %s", i, result[i].seconds, result[i].text);
+            else
+                CHECK(result[i].code == 1 &&
+                          one_line(result[i].text, "MASTER_SECRET has 5 characters", "", "16 to 255"),
+                      "%s", result[i].text);
+        }
+    }
+    // the launcher says that all ranks are on this host: they need neither a secret nor MASTER_ADDR
+    for (int i = 0; i < 2; i++) {
+        launch(TORCHRUN, variables[i], NULL, 29000 + getpid() % 500, i, 2);
+        set(variables[i], "MASTER_ADDR=no-such-host.invalid"), set(variables[i], "LOCAL_WORLD_SIZE=2");
+    }
+    run(2, variables, action, rank, result);
+    CHECK(result[0].code == 0 && result[1].code == 0, "%s%s", result[0].text, result[1].text);
+    // one process has another secret
+    int port = unused_port();
+    for (int i = 0; i < 2; i++) {
+        launch(TORCHRUN, variables[i], NULL, port, i, 2);
+        set(variables[i], i ? "MASTER_SECRET=0123456789abcdeX" : "MASTER_SECRET=0123456789abcdef");
+    }
+    run(2, variables, action, rank, result);
+    CHECK(result[0].code == 1 && strstr(result[0].text, "it claims rank 1 with another secret") &&
+              strstr(result[0].text, "rank 1 of 2 did not connect"),
+          "%s", result[0].text);
+    CHECK(result[1].code == 1 && strstr(result[1].text, "set the same MASTER_SECRET"), "%s", result[1].text);
+}
+
+// Returns 1 if a process with the file `path` as rank0.address dies because it does not trust the file.
+static int distrusts(char *variables[8], const char *path, mode_t mode, const char *target) {
+    char text[4096] = "";
+    int stderr_pipe, status;
+    if (target) {
+        if (symlink(target, path)) die("symlink: %s", strerror(errno));
+    } else {
+        FILE *f = fopen(path, "w");
+        if (!f || fprintf(f, "host 1 00112233445566778899aabbccddeeff 127.0.0.1\n") < 0) die("%s", path);
+        fclose(f);
+        chmod(path, mode);
+    }
+    pid_t pid = start(&stderr_pipe, variables, WORK, 1);
+    waitpid(pid, &status, 0);
+    ssize_t n = read(stderr_pipe, text, sizeof text - 1);
+    text[n > 0 ? n : 0] = 0;
+    close(stderr_pipe);
+    unlink(path);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 1 &&
+           one_line(text, "error: rank 1: MASTER_DIR", "rank0.address", "this user alone");
+}
+
+// The file in MASTER_DIR holds the secret: only its owner can read it, and a link there is not followed.
+static void test_folder(void) {
+    char *variables[8], path[128], tmp[160], target[160], text[4096];
+    int stderr_pipe, status;
+    struct stat st;
+    snprintf(path, sizeof path, "%s/rank0.address", folder), snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    snprintf(target, sizeof target, "%s/target", folder);
+    launch(FOLDER, variables, folder, 0, 1, 2);
+    CHECK(distrusts(variables, path, 0644, NULL), "a file that all can read");
+    CHECK(distrusts(variables, path, 0660, NULL), "a file that the group can write");
+    CHECK(distrusts(variables, path, 0, "/etc/hostname"), "a link");
+    FILE *f = fopen(target, "w");
+    if (!f || fclose(f) || symlink(target, tmp)) die("%s: %s", target, strerror(errno));
+    launch(FOLDER, variables, folder, 0, 0, 2);
+    umask(0);
+    pid_t pid = start(&stderr_pipe, variables, WORK, 0);
+    umask(022);
+    for (int i = 0; i < 20 && stat(path, &st) != 0; i++) comm_pause();
+    CHECK(lstat(path, &st) == 0 && S_ISREG(st.st_mode) && (st.st_mode & 0777) == 0600, "mode %o", st.st_mode);
+    CHECK(stat(target, &st) == 0 && st.st_size == 0, "a link was followed");
+    kill(pid, SIGKILL);
+    waitpid(pid, &status, 0);
+    close(stderr_pipe);
+    // the address of a job that is gone: the rank waits for that of the next job
+    variables[0] = NULL;
+    launch(FOLDER, variables, folder, 0, 1, 2);
+    pid = start(&stderr_pipe, variables, WORK, 1);
+    for (int i = 0; i < 5; i++) comm_pause();
+    char *rank0[8];
+    int rank0_pipe;
+    launch(FOLDER, rank0, folder, 0, 0, 2);
+    pid_t rank0_pid = start(&rank0_pipe, rank0, WORK, 0);
+    waitpid(rank0_pid, &status, 0);
+    CHECK(status == 0, "rank 0: status %d", status);
+    waitpid(pid, &status, 0);
+    ssize_t n = read(stderr_pipe, text, sizeof text - 1);
+    text[n > 0 ? n : 0] = 0;
+    CHECK(status == 0, "rank 1: status %d, %s", status, text);
+    close(stderr_pipe), close(rank0_pipe), unlink(target);
+}
+
+// ----------------------------------------------------------------------------
+// Random byte streams
+
+static uint64_t random_state;
+static uint64_t random_number(uint64_t limit) {
+    random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+    return (random_state >> 11) % limit;
+}
+
+// Writes a random stream: bytes, or messages with some wrong bytes, types, lengths and proofs.
+static size_t random_stream(char *out, size_t size, const unsigned char *nonce) {
+    size_t n = 0, bytes = random_number(8) == 0 ? size : 1 + random_number(200);
+    if (random_number(3) == 0) {
+        while (n < bytes) out[n++] = (char)random_number(256);
+        return n;
+    }
+    while (n + sizeof(CommHeader) + sizeof(CommHello) < bytes) {
+        CommHeader header = {COMM_MAGIC, (uint32_t)random_number(COMM_BYE + 2), 0};
+        CommHello hello = {.rank = (int32_t)random_number(4) - 1, .ranks = 2 + (random_number(3) == 0)};
+        CommState s = {.secret = "a secret that is wrong"};
+        size_t payload = random_number(sizeof hello + 2);
+        if (random_number(2)) payload = header.type == COMM_HELLO ? sizeof hello : 0;
+        header.bytes = random_number(4) ? payload : (uint64_t)1 << random_number(64);
+        if (random_number(16) == 0) header.bytes = UINT64_MAX - random_number(32);
+        comm_prove(&s, "rank", nonce, &hello, hello.proof);
+        memcpy(out + n, &header, sizeof header), n += sizeof header;
+        memcpy(out + n, &hello, payload < sizeof hello ? payload : sizeof hello);
+        n += payload < sizeof hello ? payload : sizeof hello;
+    }
+    for (uint64_t i = random_number(4); i > 0 && n > 0; i--)
+        out[random_number(n)] ^= (char)(1 << random_number(8));
+    return n ? n : 1;
+}
+
+// Sends random streams to rank 0 during its rendezvous, and then starts the other rank. seconds 0: until
+// 1,000 streams are sent. Prints the figures.
+static void test_random_streams(double seconds, uint64_t seed) {
+    static char variable[64], text[2 * 4096], stream[200000];
+    long streams = 0, jobs = 0, up = 0, crashes = 0, hangs = 0;
+    double begin = now_seconds(), slowest = 0;
+    snprintf(variable, sizeof variable, "MASTER_SECRET=%s", secret);
+    while (seconds > 0 ? now_seconds() - begin < seconds : streams < 1000) {
+        Job job;
+        random_state = (seed + (uint64_t)jobs) * 0x9E3779B97F4A7C15u + 1;
+        start_job(&job, 2, variable, WORK);
+        double job_begin = now_seconds();
+        jobs++;
+        int open[16], count = 0;
+        for (int i = 0; i < 250 && now_seconds() - job_begin < 1.5; i++, streams++) {
+            unsigned char nonce[COMM_NONCE_BYTES] = {0};
+            int fd = connect_job(&job, random_number(2) ? nonce : NULL);
+            size_t n = random_stream(stream, sizeof stream, nonce), sent = 0;
+            while (sent < n) { // in parts
+                size_t part = 1 + random_number(random_number(2) ? 20 : n);
+                ssize_t m =
+                    send(fd, stream + sent, part < n - sent ? part : n - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+                if (m <= 0) break;
+                sent += (size_t)m;
+            }
+            if (random_number(4) == 0 && count < 16)
+                open[count++] = fd; // until the end
+            else
+                close(fd);
+        }
+        int failed = finish_job(&job, text),
+            sanitizer = strstr(text, "Sanitizer") || strstr(text, "runtime error");
+        double took = now_seconds() - job_begin;
+        if (took > slowest) slowest = took;
+        up += failed == 0, crashes += sanitizer || (failed > 0 && !strstr(text, "error: ")),
+            hangs += took > 8;
+        CHECK(failed == 0 && !sanitizer && took <= 8, "SEED=%llu: %d ranks failed, %.1f s, %s%s",
+              (unsigned long long)seed + (uint64_t)jobs - 1, failed, took, text, text + 4096);
+        while (count > 0) close(open[--count]);
+    }
+    printf("%ld random streams, %ld jobs, of which %ld came up; %ld crashes, %ld hangs; slowest job %.1f s, "
+           "%.1f s in "
+           "all\n",
+           streams, jobs, up, crashes, hangs, slowest, now_seconds() - begin);
 }
 
 static void test_hosts(void) {
@@ -433,20 +970,38 @@ int main(int argc, char **argv) {
     alarm(240);
 #ifdef USE_MPI
     if (argc == 4 && strcmp(argv[1], "mpi") == 0) mpi_child(argv[2], atoi(argv[3]));
-    static const char *const ours[] = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MASTER_DIR"};
-    for (size_t i = 0; i < sizeof ours / sizeof ours[0]; i++) unsetenv(ours[i]);
-    test_mpi(argv[0]);
 #endif
     (void)argc, (void)argv;
+    static const char *const ours[] = {"RANK",        "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                                       "MASTER_PORT", "MASTER_DIR", "MASTER_SECRET"};
+    for (size_t i = 0; i < sizeof ours / sizeof ours[0]; i++) unsetenv(ours[i]);
+    const char *seconds = getenv("SECONDS"), *seed = getenv("SEED");
+    if (seconds) { // random streams alone
+        alarm(0);
+        test_random_streams(parse_double("SECONDS", seconds, 0, 1e9),
+                            seed ? (uint64_t)parse_int("SEED", seed, 0, INT64_MAX) : (uint64_t)time(NULL));
+        return test_end("test_comm");
+    }
+#ifdef USE_MPI
+    test_mpi(argv[0]);
+#endif
     char temporary[] = "/tmp/test_comm_XXXXXX";
     folder = mkdtemp(temporary);
     if (!folder) die("mkdtemp: %s", strerror(errno));
     test_hosts();
     test_start();
-    test_pending_peers();
     test_wrong_start();
-    test_pending_peer_gets_error();
     test_failures();
+    test_hostile_peers();
+    test_rank_claimed_twice();
+    test_huge_lengths();
+    test_slow_peers();
+    test_escaped_text();
+    test_failure_reaches_late_ranks();
+    test_false_rank0();
+    test_interfaces();
+    test_folder();
+    test_random_streams(0, 1);
     CHECK(rmdir(folder) == 0, "%s: %s", folder, strerror(errno)); // rank 0 has removed its address file
     return test_end("test_comm");
 }
