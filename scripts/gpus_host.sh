@@ -4,26 +4,34 @@
 #   scripts/gpus_host.sh -e gpt-124m -i 'data/books/books_train_*.bin' -b 4 -t 8192 -d 262144 -z 1 \
 #       -o log/books
 # Environment: GPUS (number of GPUs; default all), TRAINER (./train_gpt_nsa).
-# SIGTERM and Ctrl-C finish the step and write a checkpoint, as with a single process.
+# SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C reach each process once: it finishes the step and writes a
+# checkpoint, as a single process does.
 set -u
 TRAINER=${TRAINER:-./train_gpt_nsa} GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 [ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 [ "$GPUS" -ge 1 ] || { echo "error: GPUS=$GPUS: must be at least 1; see nvidia-smi -L" >&2; exit 1; }
-folder=$(mktemp -d) || exit 1 # rank 0 writes its address here
+folder=$(mktemp -d) || exit 1 # rank 0 writes its address and the secret here
 trap 'rm -rf "$folder"' EXIT
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap : INT # the terminal sends SIGINT to all processes
-pids=()
+pids=() signals=() started=
+forward() {
+    signals+=("$1")
+    [ -z "$started" ] || kill -s "$1" -- "${pids[@]}" 2>/dev/null
+}
+for signal in HUP INT TERM USR1 USR2; do trap "forward $signal" $signal; done
+set -m # each process has a process group of its own, so that the terminal's Ctrl-C does not reach it a second time
 for rank in $(seq 0 $((GPUS - 1))); do
-    RANK=$rank WORLD_SIZE=$GPUS MASTER_DIR=$folder "$TRAINER" "$@" &
+    RANK=$rank WORLD_SIZE=$GPUS LOCAL_WORLD_SIZE=$GPUS MASTER_DIR=$folder "$TRAINER" "$@" </dev/null &
     pids+=($!)
 done
+started=1 early=${#signals[@]}
+for ((i = 0; i < early; i++)); do kill -s "${signals[i]}" -- "${pids[@]}" 2>/dev/null; done
 code=0
 for pid in "${pids[@]}"; do
     while :; do
+        received=${#signals[@]}
         wait "$pid"
         status=$?
-        kill -0 "$pid" 2>/dev/null || break # else a signal interrupted wait
+        [ $status -gt 128 ] && [ ${#signals[@]} -gt $received ] || break # else a signal interrupted wait
     done
     [ $status -eq 0 ] || code=$status
 done

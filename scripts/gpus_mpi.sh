@@ -7,15 +7,36 @@
 # Environment: GPUS (number of GPUs per host; 8), TRAINER (./train_gpt_nsa), MPI_FLAGS (more flags for
 # mpirun).
 # scripts/README.md lists the variables of the trainer and of NCCL.
+# SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C make the processes finish the step and write a checkpoint. They
+# reach the processes as SIGUSR1 or SIGUSR2, which mpirun forwards; mpirun kills the processes after the others.
 set -eu
 TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") GPUS=${GPUS:-8}
 [ $# -ge 1 ] || { sed -n 's/^# //p' "$0" >&2; exit 1; }
 hosts=$1
 shift
 count=$(echo "$hosts" | tr ',' '\n' | wc -l)
+if [ -n "${MASTER_ADDR:-}" ] && [ -z "${MASTER_SECRET:-}" ]; then # else MPI or MASTER_DIR carries the secret
+    MASTER_SECRET=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+    export MASTER_SECRET
+fi
 variables=()
-for name in $(compgen -e | grep -E '^(NCCL_|CUDA_VISIBLE_DEVICES$|LD_LIBRARY_PATH$)'); do
+for name in $(compgen -e | grep -E '^(NCCL_|MASTER_(ADDR|PORT|DIR|SECRET)$|CUDA_VISIBLE_DEVICES$|LD_LIBRARY_PATH$)'); do
     variables+=(-x "$name")
 done
-exec mpirun -np $((count * GPUS)) --host "$(echo "$hosts" | sed "s/,/:$GPUS,/g"):$GPUS" \
-    --map-by "ppr:$GPUS:node" --bind-to none ${MPI_FLAGS:-} "${variables[@]}" "$TRAINER" "$@"
+pid= signaled=
+forward() {
+    signaled=1
+    [ -z "$pid" ] || kill -s "$1" "$pid" || true
+}
+for signal in HUP INT TERM USR1; do trap 'forward USR1' $signal; done
+trap 'forward USR2' USR2
+set -m # mpirun has a process group of its own, so that the terminal's Ctrl-C does not kill it
+mpirun -np $((count * GPUS)) --host "$(echo "$hosts" | sed "s/,/:$GPUS,/g"):$GPUS" \
+    --map-by "ppr:$GPUS:node" --bind-to none ${MPI_FLAGS:-} "${variables[@]}" "$TRAINER" "$@" </dev/null &
+early=$signaled pid=$!
+[ -z "$early" ] || kill $pid
+while :; do
+    signaled= code=0
+    wait $pid || code=$?
+    [ -n "$signaled" ] || exit $code # else a signal interrupted wait
+done

@@ -27,10 +27,11 @@ static inline int test_ranks(int ranks, int (*run_rank)(void *), void *argument)
     fflush(stdout);
     for (int r = 0; r < ranks; r++) {
         if (fork() > 0) continue;
-        char variables[3][64];
+        char variables[4][64];
         snprintf(variables[0], 64, "RANK=%d", r), snprintf(variables[1], 64, "WORLD_SIZE=%d", ranks);
-        snprintf(variables[2], 64, "MASTER_DIR=%s", folder);
-        for (int i = 0; i < 3; i++) putenv(variables[i]);
+        snprintf(variables[2], 64, "LOCAL_WORLD_SIZE=%d", ranks);
+        snprintf(variables[3], 64, "MASTER_DIR=%s", folder);
+        for (int i = 0; i < 4; i++) putenv(variables[i]);
 #ifdef EMULATOR_H
         omp_set_num_threads(1); // the processes share the cores
 #endif

@@ -966,8 +966,78 @@ static void mpi_child(const char *name, int acting_rank) {
 }
 #endif
 
+// ----------------------------------------------------------------------------
+// Signals that the scripts forward
+
+static volatile sig_atomic_t num_signals, last_signal;
+
+static void count_signal(int number) {
+    num_signals++, last_signal = number;
+}
+
+// A process that scripts/gpus_*.sh starts: creates a file ready_RANK in the folder once all ranks are
+// connected, and fails unless exactly one signal arrives, which is `expected`.
+static int signaled_child(const char *ready_folder, int expected) {
+    static const int numbers[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+    char path[PATH_BYTES];
+    Comm c;
+    comm_start(&c);
+    for (int i = 0; i < 5; i++) signal(numbers[i], count_signal);
+    comm_barrier(&c);
+    snprintf(path, sizeof path, "%s/ready_%d", ready_folder, c.rank);
+    FILE *f = fopen(path, "w");
+    if (!f || fclose(f)) die("%s: %s", path, strerror(errno));
+    for (int i = 0; i < 100 && num_signals == 0; i++) comm_pause();
+    for (int i = 0; i < 5; i++) comm_pause(); // a second signal would arrive now
+    comm_barrier(&c);
+    if (num_signals != 1 || last_signal != expected)
+        die("%d signals, the last one %d instead of %d", (int)num_signals, (int)last_signal, expected);
+    comm_end(&c);
+    return 7; // the script must return it
+}
+
+// Starts two processes by a script, and sends each signal to the script. gpus_mpi.sh: SIGHUP, SIGINT and
+// SIGTERM arrive as SIGUSR1.
+static void test_script(const char *self, const char *script, int mpi) {
+    static const int numbers[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+    char path[2][128], expected[16];
+    int status;
+    if (access(script, R_OK) != 0) {
+        SKIP("%s: not found", script);
+        return;
+    }
+    for (int r = 0; r < 2; r++) snprintf(path[r], sizeof path[r], "%s/ready_%d", folder, r);
+    for (int i = 0; i < 5; i++) {
+        int number = mpi && i < 3 ? SIGUSR1 : numbers[i];
+        snprintf(expected, sizeof expected, "%d", number);
+        fflush(stdout);
+        pid_t pid = fork();
+        if (pid == 0) {
+            setsid();
+            signal(SIGINT, SIG_DFL);
+            if (!freopen("/dev/null", "w", stdout) || (mpi && !freopen("/dev/null", "w", stderr))) _exit(1);
+            setenv("TRAINER", self, 1), setenv("GPUS", "2", 1);
+            setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1), setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+            setenv("MPI_FLAGS", "--oversubscribe", 1);
+            if (mpi)
+                execlp("bash", "bash", script, "localhost", "signals", folder, expected, NULL);
+            else
+                execlp("bash", "bash", script, "signals", folder, expected, NULL);
+            _exit(1);
+        }
+        for (int j = 0; j < 150 && (access(path[0], F_OK) != 0 || access(path[1], F_OK) != 0); j++)
+            comm_pause();
+        kill(pid, numbers[i]);
+        waitpid(pid, &status, 0);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7, "%s, signal %d: status %d", script, numbers[i],
+              status);
+        CHECK(unlink(path[0]) == 0 && unlink(path[1]) == 0, "%s, signal %d: not started", script, numbers[i]);
+    }
+}
+
 int main(int argc, char **argv) {
     alarm(240);
+    if (argc == 4 && strcmp(argv[1], "signals") == 0) return signaled_child(argv[2], atoi(argv[3]));
 #ifdef USE_MPI
     if (argc == 4 && strcmp(argv[1], "mpi") == 0) mpi_child(argv[2], atoi(argv[3]));
 #endif
@@ -1001,6 +1071,10 @@ int main(int argc, char **argv) {
     test_false_rank0();
     test_interfaces();
     test_folder();
+    test_script(argv[0], "scripts/gpus_host.sh", 0);
+#ifdef USE_MPI
+    if (system("command -v mpirun >/dev/null") == 0) test_script(argv[0], "scripts/gpus_mpi.sh", 1);
+#endif
     test_random_streams(0, 1);
     CHECK(rmdir(folder) == 0, "%s: %s", folder, strerror(errno)); // rank 0 has removed its address file
     return test_end("test_comm");
