@@ -253,16 +253,27 @@ static int count_lines(const char *text) {
 }
 
 static void test_wrong_start(void) {
-    char *variables[MAX_PROCESSES][8];
-    Action action[MAX_PROCESSES] = {WORK};
-    Result result[MAX_PROCESSES];
-    int rank[MAX_PROCESSES] = {0, 1, 2}, port = unused_port();
-    // rank 2 has another world size: rank 0 drops it, and waits for the right one
-    for (int i = 0; i < 3; i++) launch(TORCHRUN, variables[i], NULL, port, i, i == 2 ? 4 : 3);
-    run(3, variables, action, rank, result);
     static const char *const world[] = {"rank 2 of 3 did not connect within 3 seconds",
                                         "rank 2 of 3 did not connect within 3 seconds",
                                         "rank 2 was started with world size 4, rank 0 with 3"};
+    static char *nowhere[8] = {"RANK=1", "WORLD_SIZE=2", "MASTER_ADDR=no-such-host.invalid",
+                               "MASTER_PORT=29511", NULL};
+    char *variables[MAX_PROCESSES][8];
+    Action action[MAX_PROCESSES] = {WORK};
+    Result result[MAX_PROCESSES], *twice = result + 3, *taken = result + 7, *lost = result + 9;
+    int rank[MAX_PROCESSES] = {0, 1, 2, 0, 1, 2, 1, 0, 1, 1};
+    int ports[2] = {unused_port(), unused_port()}, listener = comm_listen(&no_secret, "127.0.0.1", 0);
+    CommAddress a;
+    comm_local_address(&a, listener);
+    for (int i = 0; i < 9; i++) {
+        if (i < 3) launch(TORCHRUN, variables[i], NULL, ports[0], rank[i], i == 2 ? 4 : 3);
+        if (i >= 3 && i < 7) launch(TORCHRUN, variables[i], NULL, ports[1], rank[i], 4);
+        if (i >= 7) launch(TORCHRUN, variables[i], NULL, a.port, rank[i], 2);
+    }
+    memcpy(variables[9], nowhere, sizeof nowhere);
+    run(10, variables, action, rank, result);
+    close(listener);
+    // rank 2 has another world size: rank 0 drops it, and waits for the right one
     for (int i = 0; i < 3; i++)
         CHECK(result[i].code == 1 && count_lines(result[i].text) == (i == 0 ? 2 : 1) &&
                   strstr(result[i].text, world[i]) && strstr(result[i].text, world[2]),
@@ -270,42 +281,27 @@ static void test_wrong_start(void) {
     CHECK(strncmp(result[0].text, "note: rank 0: dropped the connection from 127.0.0.1 port ", 57) == 0, "%s",
           result[0].text);
     // the same rank twice, while rank 3 is missing
-    port = unused_port();
     for (int i = 0; i < 4; i++)
-        rank[i] = i < 3 ? i : 1, launch(TORCHRUN, variables[i], NULL, port, rank[i], 4);
-    run(4, variables, action, rank, result);
-    for (int i = 0; i < 4; i++)
-        CHECK(result[i].code == 1 && strstr(result[i].text, "two processes were started as rank 1 of 4"),
-              "twice, process %d: code %d, %s", i, result[i].code, result[i].text);
-    CHECK(strstr(result[0].text, "rank 3 of 4 did not connect"), "%s", result[0].text);
-    CHECK(count_lines(result[1].text) == 1 && count_lines(result[3].text) == 1, "%s%s", result[1].text,
-          result[3].text);
+        CHECK(twice[i].code == 1 && strstr(twice[i].text, "two processes were started as rank 1 of 4"),
+              "twice, process %d: code %d, %s", i, twice[i].code, twice[i].text);
+    CHECK(strstr(twice[0].text, "rank 3 of 4 did not connect"), "%s", twice[0].text);
+    CHECK(count_lines(twice[1].text) == 1 && count_lines(twice[3].text) == 1, "%s%s", twice[1].text,
+          twice[3].text);
     // a process that never answers listens on the port: rank 0 reports it, rank 1 does not hang
-    int taken = comm_listen(&no_secret, "127.0.0.1", 0);
-    CommAddress a;
-    comm_local_address(&a, taken);
-    for (int i = 0; i < 2; i++) rank[i] = i, launch(TORCHRUN, variables[i], NULL, a.port, i, 2);
-    run(2, variables, action, rank, result);
-    close(taken);
-    CHECK(result[0].code == 1 && one_line(result[0].text, "error: rank 0: cannot listen on localhost port",
-                                          "in use", "MASTER_PORT"),
-          "%s", result[0].text);
-    CHECK(result[1].code == 1 &&
-              strstr(result[1].text, "error: rank 1: no connection to rank 0 at localhost") &&
-              strstr(result[1].text, "it does not answer"),
-          "%s", result[1].text);
-    CHECK(result[1].seconds < 8, "%.1f s", result[1].seconds);
+    CHECK(taken[0].code == 1 && one_line(taken[0].text, "error: rank 0: cannot listen on localhost port",
+                                         "in use", "MASTER_PORT"),
+          "%s", taken[0].text);
+    CHECK(taken[1].code == 1 &&
+              strstr(taken[1].text, "error: rank 1: no connection to rank 0 at localhost") &&
+              strstr(taken[1].text, "it does not answer"),
+          "%s", taken[1].text);
+    CHECK(taken[1].seconds < 8, "%.1f s", taken[1].seconds);
     // a host that does not exist
-    static char *nowhere[2][8] = {
-        {"RANK=1", "WORLD_SIZE=2", "MASTER_ADDR=no-such-host.invalid", "MASTER_PORT=29511", NULL}};
-    memcpy(variables[0], nowhere[0], sizeof nowhere[0]);
-    rank[0] = 1;
-    run(1, variables, action, rank, result);
-    CHECK(result[0].code == 1 &&
-              one_line(result[0].text,
+    CHECK(lost[0].code == 1 &&
+              one_line(lost[0].text,
                        "error: rank 1: no connection to rank 0 at no-such-host.invalid port 29511",
                        "within 3 seconds", ": "),
-          "%s", result[0].text);
+          "%s", lost[0].text);
     // world size 1, and no world size: the process runs alone
     static char *alone[2][8] = {{"RANK=0", "WORLD_SIZE=1", NULL}, {NULL}};
     memcpy(variables, alone, sizeof alone);
@@ -567,6 +563,8 @@ static void test_escaped_text(void) {
     for (int i = 0; i < 3; i++) comm_pause(); // until rank 2 is connected
     send_hello(fd, nonce, 1, 3, "");
     comm_send_message(fd, COMM_FAIL, hostile, sizeof hostile - 1);
+    CHECK(is_closed(fd, 3), "rank 0 does not end");
+    close(fd);
     for (int r = 0; r < 3; r += 2) {
         waitpid(job.pid[r], &status, 0);
         ssize_t n = read(job.stderr_pipe[r], text, sizeof text - 1);
@@ -575,7 +573,6 @@ static void test_escaped_text(void) {
         snprintf(expected, sizeof expected, "error: rank %d: %s", r, escaped);
         CHECK(strcmp(text, expected) == 0, "%s", text);
     }
-    close(fd);
     // as long as it may be, and only control characters
     char long_text[COMM_TEXT_BYTES], out[COMM_TEXT_BYTES];
     memset(long_text, 1, sizeof long_text);
@@ -845,7 +842,7 @@ static size_t random_stream(char *out, size_t size, const unsigned char *nonce) 
         if (random_number(2)) payload = header.type == COMM_HELLO ? sizeof hello : 0;
         header.bytes = random_number(4) ? payload : (uint64_t)1 << random_number(64);
         if (random_number(16) == 0) header.bytes = UINT64_MAX - random_number(32);
-        comm_prove(&s, "rank", nonce, &hello, hello.proof);
+        if (random_number(16) == 0) comm_prove(&s, "rank", nonce, &hello, hello.proof);
         memcpy(out + n, &header, sizeof header), n += sizeof header;
         memcpy(out + n, &hello, payload < sizeof hello ? payload : sizeof hello);
         n += payload < sizeof hello ? payload : sizeof hello;
@@ -855,11 +852,45 @@ static size_t random_stream(char *out, size_t size, const unsigned char *nonce) 
     return n ? n : 1;
 }
 
+// Sends a random stream as an identified rank to rank 0 of each of eight jobs. Each job ends with one line.
+// Returns the number of jobs that do not.
+static int test_identified_streams(uint64_t seed) {
+    enum { JOBS = 8 };
+    static char stream[2000], text[4096];
+    Job job[JOBS];
+    int fd[JOBS], status, wrong = 0;
+    unsigned char nonce[COMM_NONCE_BYTES];
+    double begin = now_seconds();
+    random_state = seed * 0x9E3779B97F4A7C15u + 2;
+    for (int i = 0; i < JOBS; i++)
+        start_job(&job[i], i % 2 ? 2 : 3, NULL, WORK); // of 3: still in the rendezvous
+    for (int i = 0; i < JOBS; i++) {
+        fd[i] = connect_job(&job[i], nonce);
+        send_hello(fd[i], nonce, 1, job[i].ranks, "");
+        send(fd[i], stream, random_stream(stream, sizeof stream, nonce), MSG_NOSIGNAL);
+    }
+    for (int i = 0; i < JOBS; i++) {
+        is_closed(fd[i], 0.05);
+        close(fd[i]);
+    }
+    for (int i = 0; i < JOBS; i++) {
+        waitpid(job[i].pid[0], &status, 0);
+        ssize_t n = read(job[i].stderr_pipe[0], text, sizeof text - 1);
+        text[n > 0 ? n : 0] = 0;
+        close(job[i].stderr_pipe[0]);
+        int good = WIFEXITED(status) && WEXITSTATUS(status) == 1 && now_seconds() - begin < 10 &&
+                   one_line(text, "error: rank 0: ", "", "");
+        CHECK(good, "SEED=%llu, job %d: status %d, %s", (unsigned long long)seed, i, status, text);
+        wrong += !good;
+    }
+    return wrong;
+}
+
 // Sends random streams to rank 0 during its rendezvous, and then starts the other rank. seconds 0: until
 // 1,000 streams are sent. Prints the figures.
 static void test_random_streams(double seconds, uint64_t seed) {
-    static char variable[64], text[2 * 4096], stream[200000];
-    long streams = 0, jobs = 0, up = 0, crashes = 0, hangs = 0;
+    static char variable[64], text[2 * 4096], stream[20000];
+    long streams = 0, jobs = 0, up = 0, crashes = 0, hangs = 0, identified = 0, wrong = 0;
     double begin = now_seconds(), slowest = 0;
     snprintf(variable, sizeof variable, "MASTER_SECRET=%s", secret);
     while (seconds > 0 ? now_seconds() - begin < seconds : streams < 1000) {
@@ -869,12 +900,12 @@ static void test_random_streams(double seconds, uint64_t seed) {
         double job_begin = now_seconds();
         jobs++;
         int open[16], count = 0;
-        for (int i = 0; i < 250 && now_seconds() - job_begin < 1.5; i++, streams++) {
+        for (int i = 0; i < 500 && now_seconds() - job_begin < 1.5; i++, streams++) {
             unsigned char nonce[COMM_NONCE_BYTES] = {0};
-            int fd = connect_job(&job, random_number(2) ? nonce : NULL);
+            int fd = connect_job(&job, random_number(8) ? NULL : nonce);
             size_t n = random_stream(stream, sizeof stream, nonce), sent = 0;
             while (sent < n) { // in parts
-                size_t part = 1 + random_number(random_number(2) ? 20 : n);
+                size_t part = 1 + random_number(random_number(2) ? 1 + n / 8 : n);
                 ssize_t m =
                     send(fd, stream + sent, part < n - sent ? part : n - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
                 if (m <= 0) break;
@@ -894,11 +925,12 @@ static void test_random_streams(double seconds, uint64_t seed) {
         CHECK(failed == 0 && !sanitizer && took <= 8, "SEED=%llu: %d ranks failed, %.1f s, %s%s",
               (unsigned long long)seed + (uint64_t)jobs - 1, failed, took, text, text + 4096);
         while (count > 0) close(open[--count]);
+        if (jobs % 8 == 1) wrong += test_identified_streams(seed + (uint64_t)jobs), identified += 8;
     }
-    printf("%ld random streams, %ld jobs, of which %ld came up; %ld crashes, %ld hangs; slowest job %.1f s, "
-           "%.1f s in "
-           "all\n",
-           streams, jobs, up, crashes, hangs, slowest, now_seconds() - begin);
+    printf("%ld random streams, %ld jobs, of which %ld came up; %ld crashes, %ld hangs; slowest job %.1f s\n",
+           streams, jobs, up, crashes, hangs, slowest);
+    printf("%ld streams of identified ranks, %ld of which did not end the job in one line; %.1f s in all\n",
+           identified, wrong, now_seconds() - begin);
 }
 
 static void test_hosts(void) {
