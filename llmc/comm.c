@@ -96,6 +96,8 @@ typedef struct CommState {
     char master[COMM_TEXT_BYTES];       // rank 0's address, for messages
     char secret[COMM_SECRET_BYTES];     // of this job; "": none, then all connections stay on this host
     int num_dropped;                    // rank 0: connections that were dropped as wrong
+    int num_notes;                      // rank 0: lines printed about them
+    char last_note[352];                // rank 0: the last one's host and the reason
     char last_drop[COMM_TEXT_BYTES];    // rank 0: the last one's address and the reason
 } CommState;
 
@@ -475,11 +477,11 @@ static int comm_listen(const CommState *s, const char *name, int port) {
         for (struct addrinfo *a = found; a && fd < 0; a = a->ai_next) {
             if (a->ai_family != (i == 0 ? AF_INET : AF_INET6)) continue;
             if (s->secret[0] && comm_is_loopback(a->ai_addr) && !loopback_name) continue;
-            comm_check_secret(s, a->ai_addr, a->ai_addrlen);
             if (i == 0)
                 ((struct sockaddr_in *)a->ai_addr)->sin_port = htons((uint16_t)port);
             else
                 ((struct sockaddr_in6 *)a->ai_addr)->sin6_port = htons((uint16_t)port);
+            comm_check_secret(s, a->ai_addr, a->ai_addrlen);
             fd = comm_listen_address(a->ai_addr, a->ai_addrlen);
             if (fd < 0) reason = errno;
         }
@@ -704,7 +706,7 @@ static void comm_make_secret(char *secret) {
 // connection.
 __attribute__((format(printf, 3, 4))) static void comm_drop(CommState *s, CommPeer *p, const char *format,
                                                             ...) {
-    char name[80] = "?", reason[256];
+    char name[80] = "?", reason[256], note[sizeof s->last_note];
     struct sockaddr_storage address;
     socklen_t size = sizeof address;
     va_list args;
@@ -713,10 +715,14 @@ __attribute__((format(printf, 3, 4))) static void comm_drop(CommState *s, CommPe
     va_end(args);
     if (getpeername(p->fd, (struct sockaddr *)&address, &size) == 0)
         comm_name_address(name, (struct sockaddr *)&address, size);
+    s->num_dropped++;
     snprintf(s->last_drop, sizeof s->last_drop, "%s: %s", name, reason);
-    if (++s->num_dropped <= COMM_MAX_NOTES && !s->failing)
+    // a process that tries again and again from the same host gets one line
+    snprintf(note, sizeof note, "%.*s: %s", (int)strcspn(name, " "), name, reason);
+    if (strcmp(note, s->last_note) != 0 && s->num_notes < COMM_MAX_NOTES && !s->failing)
         fprintf(stderr, "note: %sdropped the connection from %s%s\n", die_prefix, s->last_drop,
-                s->num_dropped == COMM_MAX_NOTES ? "; further ones are not shown" : "");
+                ++s->num_notes == COMM_MAX_NOTES ? "; further ones are not shown" : "");
+    memcpy(s->last_note, note, sizeof note);
     comm_peer_close(p);
 }
 
