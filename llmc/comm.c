@@ -461,7 +461,7 @@ static int comm_listen_address(const struct sockaddr *a, socklen_t size) {
 
 // Opens rank 0's listening socket on `port` (0: any free port) of the interface that has the address `name`,
 // IPv4 before IPv6. Listens on all interfaces if `name` is NULL, or is no address of an interface: the host
-// is behind NAT, or its own name means 127.0.1.1 on it. That needs a secret.
+// is behind NAT, its own name means 127.0.1.1 on it, or has no address yet. That needs a secret.
 static int comm_listen(const CommState *s, const char *name, int port) {
     struct addrinfo hints, *found = NULL;
     struct sockaddr_in6 any6;
@@ -472,7 +472,8 @@ static int comm_listen(const CommState *s, const char *name, int port) {
     memset(&hints, 0, sizeof hints), memset(&any6, 0, sizeof any6), memset(&any4, 0, sizeof any4);
     hints.ai_socktype = SOCK_STREAM;
     int error = name ? getaddrinfo(name, NULL, &hints, &found) : 0;
-    if (error) die("MASTER_ADDR %s: %s; set it to the host of rank 0", name, gai_strerror(error));
+    if (error && !s->secret[0])
+        die("MASTER_ADDR %s: %s; set it to the host of rank 0", name, gai_strerror(error));
     for (int i = 0; i < 2; i++) {
         for (struct addrinfo *a = found; a && fd < 0; a = a->ai_next) {
             if (a->ai_family != (i == 0 ? AF_INET : AF_INET6)) continue;
@@ -496,9 +497,8 @@ static int comm_listen(const CommState *s, const char *name, int port) {
         reason = errno;
     }
     if (fd < 0)
-        die("cannot listen on %s%sport %d: %s; choose a free port with MASTER_PORT, an address of this host "
-            "with "
-            "MASTER_ADDR",
+        die("cannot listen on %s%sport %d: %s; choose a free port with MASTER_PORT, "
+            "or an address of this host with MASTER_ADDR",
             name ? name : "", name ? " " : "", port, strerror(reason));
     return fd;
 }
@@ -615,12 +615,11 @@ static int comm_read_address(const char *folder, CommAddress *a) {
     comm_address_path(path, folder);
     memset(a, 0, sizeof *a);
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0 && errno != ELOOP) return 0;
+    if (fd < 0 && errno != ELOOP && errno != EACCES) return 0;
     if (fd < 0 || fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) ||
         (!getenv("MASTER_SECRET") && (st.st_uid != geteuid() || (st.st_mode & 077))))
-        die("MASTER_DIR %s: rank0.address is not a file that this user alone can read and write; choose "
-            "another "
-            "folder, or set MASTER_SECRET",
+        die("MASTER_DIR %s: rank0.address is not a file that this user alone can read and write; "
+            "choose another folder, or set MASTER_SECRET",
             folder);
     ssize_t n = read(fd, line, sizeof line - 1);
     close(fd);
