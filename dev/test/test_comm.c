@@ -567,6 +567,32 @@ static void test_slow_peers(void) {
     CHECK(strstr(text, "it did not identify itself") && count_lines(text) <= COMM_MAX_NOTES, "%s", text);
 }
 
+// Silent peers in all places: a new peer gets the oldest one's place at once. A silent peer loses its place
+// after COMM_IDENTIFY_SECONDS.
+static void test_silent_peers(void) {
+    static char text[2 * 4096];
+    static int fd[COMM_MAX_PENDING];
+    unsigned char nonce[COMM_NONCE_BYTES], proof[SHA256_BYTES];
+    Job job;
+    start_job(&job, 3, NULL, WORK);
+    int silent = connect_job(&job, NULL);
+    CHECK(!is_closed(silent, 0.2), "closed too early");
+    CHECK(is_closed(silent, COMM_IDENTIFY_SECONDS + 1), "not closed");
+    close(silent);
+    finish_job(&job, text);
+    start_job(&job, 2, NULL, WORK);
+    for (int i = 0; i < COMM_MAX_PENDING; i++) fd[i] = connect_job(&job, NULL);
+    int rank = connect_job(&job, NULL);
+    const char *wrong = comm_read_message(rank, COMM_CHALLENGE, nonce, sizeof nonce, now_seconds() + 0.8);
+    send_hello(rank, nonce, 1, 2, "");
+    if (!wrong) wrong = comm_read_message(rank, COMM_ACCEPT, proof, sizeof proof, now_seconds() + 0.8);
+    CHECK(!wrong, "%s", wrong);
+    for (int i = 0; i < COMM_MAX_PENDING; i++) close(fd[i]);
+    close(rank);
+    waitpid(job.pid[0], NULL, 0);
+    close(job.stderr_pipe[0]);
+}
+
 // Other ranks' texts are printed escaped, on the rank that receives it and on those that it tells.
 static void test_escaped_text(void) {
     static const char hostile[] = "\033[2J\033]0;title\007\nerror: rank 7: all is well \x9b\xc2\x9b\x7f";
@@ -806,9 +832,10 @@ static void test_folder(void) {
     launch(FOLDER, variables, folder, 0, 1, 2);
     CHECK(distrusts(variables, path, 0644, NULL), "a file that all can read");
     CHECK(distrusts(variables, path, 0660, NULL), "a file that the group can write");
-    CHECK(distrusts(variables, path, 0, "/etc/hostname"), "a link");
     FILE *f = fopen(target, "w");
-    if (!f || fclose(f) || symlink(target, tmp)) die("%s: %s", target, strerror(errno));
+    if (!f || fclose(f) || chmod(target, 0600)) die("%s: %s", target, strerror(errno));
+    CHECK(distrusts(variables, path, 0, target), "a link");
+    if (symlink(target, tmp)) die("%s: %s", target, strerror(errno));
     launch(FOLDER, variables, folder, 0, 0, 2);
     umask(0);
     pid_t pid = start(&stderr_pipe, variables, WORK, 0);
@@ -1118,6 +1145,7 @@ int main(int argc, char **argv) {
     test_rank_claimed_twice();
     test_huge_lengths();
     test_slow_peers();
+    test_silent_peers();
     test_escaped_text();
     test_failure_reaches_late_ranks();
     test_false_rank0();
