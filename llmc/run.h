@@ -34,6 +34,7 @@ typedef struct {
     // A data-parallel rank is a group of opt.cp_size processes. dp_size: number of groups; dp_rank: the group
     // of this process.
     int dp_size, dp_rank;
+    int lock;               // descriptor of the lock of -o, on rank 0; 0 or -1: none
     int stop_signal;        // the signal after which all processes stop; 0: none
     int64_t sample_context; // largest context of generated text, in tokens
 } Run;
@@ -156,7 +157,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
     TrainState saved;
     int training = !o->sample_only && !o->val_only && !o->profile_steps;
     // only rank 0 searches, because that reads whole checkpoints; an empty path means that there is none
-    if (o->resume && r->comm.rank == 0) checkpoint_newest(o->output, r->checkpoint);
+    if (o->resume && r->comm.rank == 0) {
+        struct stat st;
+        if (stat(o->output, &st) == 0 && S_ISDIR(st.st_mode)) r->lock = folder_lock("-o", o->output);
+        checkpoint_newest(o->output, r->checkpoint);
+    }
     comm_broadcast(&r->comm, r->checkpoint, sizeof r->checkpoint);
     if (o->resume && r->checkpoint[0]) {
         r->resuming = 1;
@@ -212,6 +217,8 @@ static inline void run_start(Run *r, int argc, char **argv) {
     r->state.seq_len = o->seq_len;
     r->state.epoch_samples = r->train.samples;
     if (o->output && r->comm.rank == 0) {
+        make_dirs(o->output);
+        if (!r->lock) r->lock = folder_lock("-o", o->output);
         checkpoint_dir_check(o->output, o->resume);
         run_copy_tokenizer(r);
     }
@@ -490,6 +497,7 @@ static inline void run_end(Run *r) {
     if (r->val.samples > 0) loader_close(&r->val);
     if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
     free(r->inputs), free(r->targets), free(r->cu_seqlens);
+    if (r->lock > 0) close(r->lock);
     comm_end(&r->comm);
 }
 #endif

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -30,6 +31,8 @@
 typedef struct AtomicFile {
     FILE *f;
     struct AtomicFile *next;
+    dev_t device; // of the file path.tmp
+    ino_t inode;
     char path[PATH_BYTES], tmp[PATH_BYTES + 4];
 } AtomicFile;
 
@@ -130,7 +133,8 @@ static inline void make_dirs(const char *path) {
     }
 }
 
-// Opens `path`.tmp for writing; atomic_commit renames it to `path`. Dies if it cannot.
+// Opens `path`.tmp for writing; atomic_commit renames it to `path`. Dies if it cannot. The file is always a
+// new one: an older file or link of that name is removed, so that a symbolic link is never followed.
 static inline void atomic_open(AtomicFile *a, const char *path) {
     struct stat st;
     size_t n = strlen(path);
@@ -141,8 +145,13 @@ static inline void atomic_open(AtomicFile *a, const char *path) {
     memcpy(a->tmp + n, ".tmp", sizeof(".tmp"));
     if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
         die("cannot write %s: it is a folder; choose another name", path);
-    a->f = fopen(a->tmp, "wb");
-    if (a->f == NULL) die("cannot write %s: %s; choose another folder", a->tmp, strerror(errno));
+    unlink(a->tmp);
+    int fd = open(a->tmp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    a->f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (a->f == NULL || fstat(fd, &st) != 0)
+        die("cannot write %s: %s; choose another folder", a->tmp, strerror(errno));
+    a->device = st.st_dev;
+    a->inode = st.st_ino;
     a->next = atomic_unfinished;
     atomic_unfinished = a;
 }
@@ -164,9 +173,15 @@ static inline void atomic_sync(AtomicFile *a) {
     if (fclose(f) != 0) die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
 }
 
-// Writes the file to disk and renames it to its final name, atomically replacing an older file.
+// Writes the file to disk and renames it to its final name, atomically replacing an older file. Dies if
+// another process has replaced path.tmp.
 static inline void atomic_commit(AtomicFile *a) {
+    struct stat st;
     if (a->f != NULL) atomic_sync(a);
+    if (lstat(a->tmp, &st) == 0 && (st.st_dev != a->device || st.st_ino != a->inode)) {
+        a->tmp[0] = 0; // die() must not remove the other process's file
+        die("cannot write %s: another process writes it, too; stop one of them", a->path);
+    }
     if (rename(a->tmp, a->path) != 0)
         die("cannot rename %s to %s: %s; check the folder", a->tmp, a->path, strerror(errno));
     AtomicFile **link = &atomic_unfinished;
@@ -183,6 +198,44 @@ static inline void atomic_commit(AtomicFile *a) {
         die("cannot sync folder %s: %s; check its disk", folder, strerror(errno));
     }
     close(fd);
+}
+
+// Locks a folder until this process ends: only one run may write to it. flag: the folder's flag, for
+// messages. Returns the descriptor of the lock file DIR/.lock, which stays open; dies with the other
+// process's id and host if the folder is locked.
+//
+// flock guards local file systems, and NFS mounted without `nolock` (the server keeps the lock and frees it
+// when the client's lease ends). On a file system without locks, such as Lustre without `-o flock`, it warns
+// and returns -1.
+static inline int folder_lock(const char *flag, const char *dir) {
+    char path[PATH_BYTES], owner[320] = "", host[256] = "";
+    if (snprintf(path, sizeof path, "%s/.lock", dir) >= (int)sizeof path)
+        die("%s %s: the name is too long; choose a shorter path", flag, dir);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+    if (fd < 0)
+        die("%s %s: cannot write to the folder: %s; choose another folder", flag, dir, strerror(errno));
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        int reason = errno;
+        if (reason != EWOULDBLOCK) {
+            fprintf(stderr, "warning: %s %s: cannot lock the folder: %s; start no second run on it\n", flag,
+                    dir, strerror(reason));
+            close(fd);
+            return -1;
+        }
+        for (int i = 0; i < 20 && !owner[0]; i++) { // the owner may not have written its name yet
+            if (i > 0) usleep(10000);
+            ssize_t n = pread(fd, owner, sizeof owner - 1, 0);
+            owner[n > 0 ? n : 0] = 0;
+            owner[strcspn(owner, "\n")] = 0;
+        }
+        die("%s %s: %s writes to this folder; wait until it ends, or choose another folder", flag, dir,
+            owner[0] ? owner : "another process");
+    }
+    gethostname(host, sizeof host - 1);
+    snprintf(owner, sizeof owner, "process %lld on host %s\n", (long long)getpid(), host);
+    if (ftruncate(fd, 0) != 0 || pwrite(fd, owner, strlen(owner), 0) < 0)
+        die("cannot write %s: %s; check the free disk space", path, strerror(errno));
+    return fd;
 }
 
 #endif

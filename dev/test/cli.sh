@@ -65,6 +65,19 @@ cp -r a d
 run -e recall -t 128 -b 1 -x 8 -i 'long/recall_train_*.bin' -o d -y 1
 check '[ $code -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "resumed at a longer context: $(cat err)"
 
+# ---- one run a folder
+"$PROGRAM" $TINY $DATA -x 100000 -v 0 -n 1 -o one_run >out 2>err &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' one_run/log.jsonl 2>/dev/null && break; sleep 0.1; done
+for y in 0 1; do
+    timeout 10 "$PROGRAM" $TINY $DATA -x 100000 -v 0 -n 1 -o one_run -y $y >out 2>err; code=$?
+    check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: -o one_run: process $pid on host $(hostname) writes" err' "a second run on one folder, -y $y: $code $(cat err)"
+done
+kill -TERM $pid; wait $pid
+check 'grep -q "\"step\":1," one_run/log.jsonl' "a second run truncates the log of the first"
+run $TINY $DATA -x 1 -v 0 -u 0 -o one_run -y 1
+check '[ $code -eq 0 ]' "the folder stays locked: $(cat err)"
+
 # ---- signals and kills
 for signal in INT TERM; do
     "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &

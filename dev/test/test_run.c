@@ -12,6 +12,7 @@
 #include "checkpoint_v1.h"
 #include "test.h"
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 static char dir[256]; // temporary folder of this test
@@ -307,7 +308,8 @@ static void test_qkv_layout(void) {
             wrong += has_bias && p->column + p->width > x.gate; // the gate has no bias
         }
         CHECK(sum == x.width && wrong == 0, "variant %d: parts", variant);
-        CHECK(count == (sharded ? 2 + nsa : 1 + (nsa && (c.qkv_bias || gates % 8))), "variant %d: %d parts", variant, count);
+        CHECK(count == (sharded ? 2 + nsa : 1 + (nsa && (c.qkv_bias || gates % 8))), "variant %d: %d parts",
+              variant, count);
         CHECK(parts[0].column <= x.k && parts[0].column + parts[0].width >= x.gate, "k and v come first");
         param_layout_free(&layout);
     }
@@ -653,8 +655,74 @@ static int64_t num_wrong(int a, int64_t step) {
     return n;
 }
 
+static void flip(const char *path, int64_t at, int bit) {
+    FILE *f = fopen(path, "r+b");
+    unsigned char byte = 0;
+    int ok = f && fseeko(f, (off_t)at, SEEK_SET) == 0 && fread(&byte, 1, 1, f) == 1;
+    byte ^= (unsigned char)(1 << bit);
+    ok = ok && fseeko(f, (off_t)at, SEEK_SET) == 0 && fwrite(&byte, 1, 1, f) == 1;
+    if (!ok || fclose(f) != 0) die("cannot change %s", path);
+}
+
+static int exists(const char *folder, const char *name) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return access(path, F_OK) == 0;
+}
+
+static void make_file(const char *folder, const char *name, const char *text) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "wb");
+    if (!f || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write %s", path);
+}
+
 static void run_save(void *folder) {
     save((const char *)folder, 1);
+}
+
+// Saves with a limit on the size of files, as on a full disk.
+static void run_save_full(void *folder) {
+    struct rlimit limit = {100000, 100000};
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    save((const char *)folder, 1);
+}
+
+// Writes a file whose temporary file another process replaces meanwhile.
+static void run_replaced(void *folder) {
+    AtomicFile a;
+    char path[PATH_BYTES];
+    checkpoint_path(path, sizeof path, (const char *)folder, 9);
+    atomic_open(&a, path);
+    unlink(a.tmp);
+    make_file((const char *)folder, "ckpt_00000009.bin.tmp", "another");
+    atomic_commit(&a);
+}
+
+static void run_lock(void *folder) {
+    folder_lock("-o", (const char *)folder);
+}
+
+static void test_folder_lock(void) {
+    char folder[300], owner[64], host[200] = "";
+    snprintf(folder, sizeof folder, "%s/lock", dir);
+    make_dirs(folder);
+    int lock = folder_lock("-o", folder);
+    CHECK(lock >= 0, "no lock");
+    Child r = child(run_lock, folder);
+    snprintf(owner, sizeof owner, "process %d on host", (int)getpid());
+    gethostname(host, sizeof host - 1);
+    check_died(&r, "a second lock", owner, host);
+    close(lock);
+    r = child(run_lock, folder);
+    CHECK(r.code == 0, "the lock is still held: %s", r.err);
+    char path[400];
+    snprintf(path, sizeof path, "%s/.lock", folder);
+    unlink(path);
+    if (symlink("/dev/null", path) != 0) die("symlink");
+    r = child(run_lock, folder);
+    check_died(&r, "a link", folder, "cannot write to the folder");
 }
 
 static void run_load(void *path) {
@@ -679,28 +747,6 @@ static void run_dir_check_new(void *folder) {
 
 static void run_dir_check_resume(void *folder) {
     checkpoint_dir_check((const char *)folder, 1);
-}
-
-static void flip(const char *path, int64_t at, int bit) {
-    FILE *f = fopen(path, "r+b");
-    unsigned char byte = 0;
-    int ok = f && fseeko(f, (off_t)at, SEEK_SET) == 0 && fread(&byte, 1, 1, f) == 1;
-    byte ^= (unsigned char)(1 << bit);
-    ok = ok && fseeko(f, (off_t)at, SEEK_SET) == 0 && fwrite(&byte, 1, 1, f) == 1;
-    if (!ok || fclose(f) != 0) die("cannot change %s", path);
-}
-
-static int exists(const char *folder, const char *name) {
-    char path[PATH_BYTES];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    return access(path, F_OK) == 0;
-}
-
-static void make_file(const char *folder, const char *name, const char *text) {
-    char path[PATH_BYTES];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    FILE *f = fopen(path, "wb");
-    if (!f || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write %s", path);
 }
 
 static void test_checksum(void) {
@@ -861,17 +907,27 @@ static void test_checkpoint_file(void) {
     // writing fails
     r = child(run_save, (void *)"/dev/null/x");
     check_died(&r, "unwritable", "/dev/null/x/ckpt_00000001.bin", "cannot write");
-    if (access("/dev/full", W_OK) == 0) {
-        char full[400];
-        snprintf(full, sizeof full, "%s/ckpt_00000001.bin.tmp", folder);
-        if (symlink("/dev/full", full) != 0) die("symlink");
-        r = child(run_save, folder);
-        check_died(&r, "full disk", "cannot write", "disk");
-        CHECK(!exists(folder, "ckpt_00000001.bin") && !exists(folder, "ckpt_00000001.bin.tmp"),
-              "a file was left");
-    } else {
-        SKIP("full disk: no /dev/full");
-    }
+    char tmp[400];
+    unlink(path);
+    snprintf(tmp, sizeof tmp, "%s/ckpt_00000001.bin.tmp", folder);
+    r = child(run_save_full, folder);
+    check_died(&r, "full disk", "cannot write", "disk");
+    CHECK(!exists(folder, "ckpt_00000001.bin") && !exists(folder, "ckpt_00000001.bin.tmp"),
+          "a file was left");
+
+    // a symbolic link with the temporary name is not followed
+    char victim[400];
+    make_file(folder, "victim", "precious");
+    snprintf(victim, sizeof victim, "%s/victim", folder);
+    if (symlink(victim, tmp) != 0) die("symlink");
+    r = child(run_save, folder);
+    CHECK(r.code == 0 && exists(folder, "ckpt_00000001.bin"), "a link with the temporary name: %s", r.err);
+    char text[64];
+    read_text(victim, text, sizeof text);
+    CHECK(strcmp(text, "precious") == 0, "a symbolic link was followed");
+    r = child(run_replaced, folder);
+    check_died(&r, "another writer", "another process writes it", "ckpt_00000009.bin");
+    CHECK(exists(folder, "ckpt_00000009.bin.tmp") && !exists(folder, "ckpt_00000009.bin"), "another writer");
 }
 
 // Tests that a checkpoint of version 1 loads to the same arrays, as a whole and in parts at any place.
@@ -1192,6 +1248,7 @@ int main(void) {
     test_checkpoint_v1("nsa, mean, a gate a token", ATTN_NSA, 0, 0);
     test_checkpoint_v1("full", ATTN_FULL, 1, 1);
     test_checkpoint_folder();
+    test_folder_lock();
     test_kill();
     test_cadence();
     test_logger();
