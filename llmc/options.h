@@ -347,6 +347,7 @@ static inline void options_parse(Options *o, int argc, char **argv) {
         const char *arg = argv[a];
         if (!strcmp(arg, "-h") || !strcmp(arg, "-help") || !strcmp(arg, "--help")) {
             options_help(argv[0]);
+            finish_stdout();
             exit(0);
         }
         int i = options_find(arg);

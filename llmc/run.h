@@ -40,7 +40,8 @@ typedef struct {
 } Run;
 
 // ----------------------------------------------------------------------------
-// Signals. After SIGINT or SIGTERM the trainer finishes the current step, writes a checkpoint and exits.
+// Signals. After SIGINT, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 (Slurm's warning, --signal) the trainer finishes
+// the current step, writes a checkpoint and exits.
 
 static volatile sig_atomic_t run_signal; // 0, or the number of the received signal
 
@@ -48,14 +49,19 @@ static inline void run_handle_signal(int number) {
     run_signal = number;
 }
 
-// Installs the handler of SIGINT and SIGTERM.
+// Installs the signal handlers. A second SIGINT or SIGTERM kills the program. SIGHUP stays ignored under
+// nohup.
 static inline void run_install_signal_handlers(void) {
-    struct sigaction action;
+    const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2};
+    struct sigaction action, old;
     memset(&action, 0, sizeof action);
     action.sa_handler = run_handle_signal;
-    action.sa_flags = SA_RESETHAND | SA_RESTART; // a second signal kills the program
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
+        int kills = signals[i] == SIGINT || signals[i] == SIGTERM;
+        if (signals[i] == SIGHUP && sigaction(SIGHUP, NULL, &old) == 0 && old.sa_handler == SIG_IGN) continue;
+        action.sa_flags = SA_RESTART | (kills ? (int)SA_RESETHAND : 0);
+        sigaction(signals[i], &action, NULL);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -151,11 +157,13 @@ static inline void run_connect_ranks(Run *r, int argc, char **argv) {
 static inline void run_start(Run *r, int argc, char **argv) {
     memset(r, 0, sizeof *r);
     Options *o = &r->opt;
+    open_standard_files();
     options_parse(o, argc, argv);
     run_connect_ranks(r, argc, argv);
     char msg[CHECKPOINT_MSG_BYTES];
     TrainState saved;
     int training = !o->sample_only && !o->val_only && !o->profile_steps;
+    if (training) signal(SIGPIPE, SIG_IGN); // a closed console does not end a training run
     // only rank 0 searches, because that reads whole checkpoints; an empty path means that there is none
     if (o->resume && r->comm.rank == 0) {
         struct stat st;
@@ -486,8 +494,13 @@ static inline void run_sample(Run *r, RunLogits logits, void *model) {
     free(tokens), free(order), free(probs);
 }
 
-// Closes the log and the data, frees the memory, and disconnects the processes.
+// Closes the log and the data, frees the memory, and disconnects the processes. Dies if the console output is
+// incomplete, or warns if a training run has saved its results in -o.
 static inline void run_end(Run *r) {
+    if (!r->log.file)
+        finish_stdout();
+    else if (fflush(stdout) != 0 || ferror(stdout))
+        fprintf(stderr, "warning: the console output is incomplete; %s has all steps\n", r->log.path);
     logger_close(&r->log);
     if (r->train.samples > 0) loader_close(&r->train);
     if (r->answers) {

@@ -64,6 +64,21 @@ LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const
     exit(1);
 }
 
+// Opens /dev/null for each of stdin, stdout and stderr that is closed, so that no other file gets its
+// descriptor. Writes to a stdout that was closed fail. Call it before any file is opened.
+static inline void open_standard_files(void) {
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 2 ? O_WRONLY : O_RDONLY) < 0) exit(1);
+}
+
+// Writes all of stdout; dies if any output to it was lost.
+static inline void finish_stdout(void) {
+    errno = 0;
+    if (fflush(stdout) != 0 || ferror(stdout))
+        die("cannot write to stdout: %s; check its disk, or what reads it",
+            errno ? strerror(errno) : "an earlier write failed");
+}
+
 // malloc; dies if no memory is left.
 static inline void *xmalloc(size_t bytes) {
     void *p = malloc(bytes > 0 ? bytes : 1);

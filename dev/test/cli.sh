@@ -79,7 +79,7 @@ run $TINY $DATA -x 1 -v 0 -u 0 -o one_run -y 1
 check '[ $code -eq 0 ]' "the folder stays locked: $(cat err)"
 
 # ---- signals and kills
-for signal in INT TERM; do
+for signal in INT TERM HUP USR1 USR2; do
     "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &
     pid=$!
     for _ in $(seq 300); do grep -q '"step":3,' s$signal/log.jsonl 2>/dev/null && break; sleep 0.1; done
@@ -99,6 +99,29 @@ done
 check '[ $good -eq 1 ]' "no good checkpoint after a kill: $(cat err)"
 set +f; check '[ -z "$(ls killed | grep tmp)" ]' "unfinished files are left: $(ls killed)"; set -f
 
+(trap '' HUP; exec "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o nohup >out 2>err) & # as under nohup
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' nohup/log.jsonl 2>/dev/null && break; sleep 0.1; done
+kill -HUP $pid; sleep 0.2
+check 'kill -USR1 $pid' "SIGHUP ends a run under nohup"
+wait $pid
+
+# ---- stdout that is closed or full: a training run goes on, other programs fail
+PIPED="$TINY $DATA -n 3"
+{ sleep 0.5; "$PROGRAM" $PIPED -o pipe 2>err; echo $? >pipe_code; } | true
+check '[ "$(cat pipe_code)" -eq 0 ] && cmp -s a/ckpt_00000006.bin pipe/ckpt_00000006.bin && grep -q "^warning: the console" err' "a pipe that nobody reads: $(cat pipe_code err)"
+"$PROGRAM" $PIPED -o closed 2>err >&-; code=$?
+check '[ $code -eq 0 ] && cmp -s a/ckpt_00000006.bin closed/ckpt_00000006.bin && [ "$(wc -l <a/log.jsonl)" -eq "$(wc -l <closed/log.jsonl)" ]' "a closed stdout: $code $(cat err)"
+if [ -w /dev/full ]; then
+    "$PROGRAM" $PIPED -o full >/dev/full 2>err; code=$?
+    check '[ $code -eq 0 ] && cmp -s a/ckpt_00000006.bin full/ckpt_00000006.bin && grep -q "^warning: the console" err' "a full stdout: $code $(cat err)"
+    for flags in "-h" "-e a/ckpt_00000006.bin -sample 1 -g 3" "-e a/ckpt_00000006.bin -val 1 -b 2 -m 1 -j data/recall_val_*.bin" "$TINY $DATA"; do
+        "$PROGRAM" $flags >/dev/full 2>err; code=$?
+        check '[ $code -eq 1 ] && [ "$(grep -c "^error: cannot write to stdout" err)" -eq 1 ]' "a full stdout, $flags: $code $(cat err)"
+    done
+else
+    skipped=$((skipped + 1)) && echo "skipped: a full stdout: no /dev/full"
+fi
 # ---- bad shards
 head -c 2000 data/recall_train_000000.bin >cut_000.bin
 expect_error "truncated" $BARE -vocab 68 -i 'cut_*.bin'
