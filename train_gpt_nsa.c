@@ -519,14 +519,16 @@ int main(int argc, char **argv) {
         run_begin_training(&run);
         int64_t first_step = run.state.step;
         double train_seconds = 0; // in training steps, without validation, samples and checkpoints
+        int stop = 0;
         for (int first_iteration = 1;; first_iteration = 0) {
-            Cadence due = cadence_at(o, run.state.step);
-            if (due.save && !first_iteration)
-                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
-                         model.layout.num_params);
+            Cadence due = run_due(&run, first_iteration);
             if (due.validate) run_validate(&run, evaluate, &model);
             if (due.sample) run_sample(&run, next_logits, &model);
-            if (run.state.step >= o->max_steps || run_signal) break;
+            stop = run_signal != 0;
+            if (due.save || (stop && o->output))
+                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
+                         model.layout.num_params);
+            if (run.state.step >= o->max_steps || stop) break;
             StepLog line = {.memory_bytes = (int64_t)model.bytes};
             double start = now_seconds();
             train_step(&run, &model, &line);
@@ -538,12 +540,7 @@ int main(int argc, char **argv) {
                 &run.log, &line, o->max_steps,
                 eta_seconds(train_seconds, run.state.step - first_step, o->max_steps - run.state.step));
         }
-        if (run_signal) {
-            if (o->output)
-                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
-                         model.layout.num_params);
-            run_print_stopped(&run);
-        }
+        if (stop) run_print_stopped(&run);
     }
     model_free(&model);
     run_end(&run);

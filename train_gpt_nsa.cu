@@ -989,13 +989,15 @@ static void train(Run *r, Model *model, double peak) {
     feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
     int64_t first_step = r->state.step;
     double train_seconds = 0; // in training steps, without validation, samples and checkpoints
+    int stop = 0;
     for (int first_iteration = 1;; first_iteration = 0) {
-        Cadence due = cadence_at(o, r->state.step);
-        if (due.save && !first_iteration)
-            save_checkpoint(r, &model->params, &model->optimizer, &model->layout, model->stream);
+        Cadence due = run_due(r, first_iteration);
         if (due.validate) run_validate(r, evaluate, model);
         if (due.sample && r->comm.rank == 0) run_sample(r, next_logits, model);
-        if (r->state.step >= o->max_steps || run_should_stop(r)) break;
+        stop = run_should_stop(r);
+        if (due.save || (stop && o->output))
+            save_checkpoint(r, &model->params, &model->optimizer, &model->layout, model->stream);
+        if (r->state.step >= o->max_steps || stop) break;
         StepLog line;
         memset(&line, 0, sizeof line);
         double start = now_seconds();
@@ -1009,10 +1011,7 @@ static void train(Run *r, Model *model, double peak) {
         logger_train(&r->log, &line, o->max_steps,
                      eta_seconds(train_seconds, r->state.step - first_step, o->max_steps - r->state.step));
     }
-    if (run_should_stop(r)) {
-        if (o->output) save_checkpoint(r, &model->params, &model->optimizer, &model->layout, model->stream);
-        run_print_stopped(r);
-    }
+    if (stop) run_print_stopped(r);
     feed_stop(&feed);
 }
 

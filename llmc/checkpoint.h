@@ -21,7 +21,25 @@
 #define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
 #define CHECKPOINT_MSG_BYTES (PATH_BYTES + 512) // size of an error message's buffer
 
-// The state of a run. A resumed run takes the learning rate and all other flags from its command line.
+// What tells whether a resumed run has the training data of its checkpoint. Names are without folders.
+typedef struct {
+    int64_t shards;           // number of training shards; 0: unknown, a checkpoint of an older program
+    int64_t tokens;           // in all shards
+    uint64_t names;           // checksum of the names and token counts of the shards
+    uint64_t contents;        // checksum of samples of every shard
+    uint64_t tokenizer;       // checksum of tokenizer.bin; 0: none
+    char first[64], last[64]; // names of the first and the last shard, perhaps cut
+} DataIdentity;
+
+#define OUTLIER_WINDOW 128
+// The last values of a quantity, for its z-score (schedule.h). Value number i is at values[i %
+// OUTLIER_WINDOW].
+typedef struct {
+    int64_t count; // of all values so far
+    float values[OUTLIER_WINDOW];
+} OutlierWindow;
+
+// The state of a run. A resumed run takes all other flags from its command line.
 typedef struct {
     int64_t step;          // finished steps
     int64_t tokens;        // tokens trained on
@@ -32,8 +50,15 @@ typedef struct {
     int64_t seq_len;     // tokens per training sequence
     int64_t total_batch; // tokens per step
     int64_t draws;       // random numbers that text sampling has consumed
+    // the rest is zero in checkpoints of older programs
+    DataIdentity data;
+    double lr;                   // maximum learning rate; 0: unknown
+    int64_t warmup;              // steps
+    OutlierWindow losses, norms; // of -sl and -sg
 } TrainState;
-#define TRAIN_STATE_FIELDS ((int)(sizeof(TrainState) / sizeof(int64_t)))
+#define TRAIN_STATE_FIELDS ((int)(offsetof(TrainState, data) / sizeof(int64_t)))
+#define TRAIN_STATE_REST_BYTES (sizeof(TrainState) - offsetof(TrainState, data))
+#define CHECKPOINT_REST_WORD 64 // of the header; the rest of TrainState begins there
 
 // Returns a 64-bit checksum of n bytes, which depends on the seed. Each step is a bijection of its 64-bit
 // word, so a change of a single word always changes the checksum.
@@ -150,20 +175,6 @@ static inline void checkpoint_dir_check(const char *dir, int resume) {
     unlink(path);
 }
 
-// Keeps the newest `keep` checkpoints up to `step`, the one just written, and removes older ones. Checkpoints
-// of later steps, which remain after a resume from an older checkpoint, stay and do not count.
-static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step) {
-    int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0;
-    char path[PATH_BYTES];
-    for (int64_t i = 0; i < count; i++) {
-        if (steps[i] > step || ++kept <= keep) continue;
-        checkpoint_path(path, sizeof path, dir, steps[i]);
-        if (unlink(path) != 0)
-            fprintf(stderr, "warning: cannot remove %s: %s; remove it yourself\n", path, strerror(errno));
-    }
-    free(steps);
-}
-
 // ----------------------------------------------------------------------------
 // Writing
 
@@ -180,8 +191,8 @@ static inline int64_t checkpoint_get_word(const unsigned char *header, int word)
 }
 
 // Fills a header [CHECKPOINT_HEADER_BYTES]. Words: 0 magic, 1 version, 2 number of parameters n, 3 number of
-// model fields, 4 number of TrainState fields; from word 8 the model fields as doubles, then TrainState; word
-// 511 checksum.
+// model fields, 4 number of TrainState fields; from word 8 the model fields as doubles, then the fields of
+// TrainState before `data`; from word 64 the rest of TrainState; word 511 checksum.
 static inline void checkpoint_header(unsigned char *header, const ModelConfig *c, const TrainState *state,
                                      int64_t n) {
     int count;
@@ -196,7 +207,8 @@ static inline void checkpoint_header(unsigned char *header, const ModelConfig *c
         double value = model_field_get(c, &f[i]);
         memcpy(header + 8 * (8 + i), &value, 8);
     }
-    memcpy(header + 8 * (8 + count), state, sizeof *state);
+    memcpy(header + 8 * (8 + count), state, 8 * TRAIN_STATE_FIELDS);
+    memcpy(header + 8 * CHECKPOINT_REST_WORD, &state->data, TRAIN_STATE_REST_BYTES);
     checkpoint_put_word(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0));
 }
 
@@ -307,7 +319,8 @@ static inline int checkpoint_read_header(const char *path, ModelConfig *c, Train
         memcpy(&value, header + 8 * (8 + i), 8);
         model_field_set(c, &fields[i], value);
     }
-    memcpy(state, header + 8 * (8 + count), sizeof *state);
+    memcpy(state, header + 8 * (8 + count), 8 * TRAIN_STATE_FIELDS);
+    memcpy(&state->data, header + 8 * CHECKPOINT_REST_WORD, TRAIN_STATE_REST_BYTES);
     int64_t total, num_params = checkpoint_get_word(header, 2);
     char config_msg[256];
     if (config_check(c, config_msg, sizeof config_msg) != 0) {
@@ -496,5 +509,42 @@ static inline int checkpoint_newest(const char *dir, char *path) {
         die("-o %s: none of its %lld checkpoints is intact; choose another folder, or remove them", dir,
             (long long)count);
     return found;
+}
+
+// ----------------------------------------------------------------------------
+// Removing old checkpoints
+
+// Returns whether the checkpoint is intact. Reads a file once: it remembers the last 64 intact ones. fresh 1:
+// this process has just written the file, which needs no reading.
+static inline int checkpoint_is_good(const char *path, int fresh) {
+    static struct stat known[64];
+    static int next;
+    char msg[CHECKPOINT_MSG_BYTES];
+    struct stat st;
+    if (stat(path, &st) != 0) return 0;
+    for (int i = 0; i < 64; i++)
+        if (known[i].st_ino == st.st_ino && known[i].st_dev == st.st_dev && known[i].st_size == st.st_size &&
+            known[i].st_mtim.tv_sec == st.st_mtim.tv_sec && known[i].st_mtim.tv_nsec == st.st_mtim.tv_nsec)
+            return 1;
+    if (!fresh && checkpoint_verify(path, msg) != 0) return 0;
+    known[next++ % 64] = st;
+    return 1;
+}
+
+// Keeps the newest `keep` intact checkpoints up to `step`, the one just written, and removes older ones.
+// Damaged ones between them stay and do not count; nor do checkpoints of later steps, which remain after a
+// resume from an older checkpoint.
+static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step) {
+    int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0;
+    char path[PATH_BYTES];
+    for (int64_t i = 0; i < count; i++) {
+        if (steps[i] > step) continue;
+        checkpoint_path(path, sizeof path, dir, steps[i]);
+        if (kept < keep)
+            kept += checkpoint_is_good(path, steps[i] == step);
+        else if (unlink(path) != 0)
+            fprintf(stderr, "warning: cannot remove %s: %s; remove it yourself\n", path, strerror(errno));
+    }
+    free(steps);
 }
 #endif

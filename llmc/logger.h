@@ -30,7 +30,8 @@ static inline void format_seconds(char *out, size_t size, double seconds) {
 typedef struct {
     FILE *file; // NULL: console only
     char path[PATH_BYTES];
-    double printed; // now_seconds() of the last step on the console; 0: none yet
+    int console_only; // 1: nothing is added to the file
+    double printed;   // now_seconds() of the last step on the console; 0: none yet
 } Logger;
 
 typedef struct {
@@ -42,9 +43,15 @@ typedef struct {
     int64_t memory_bytes; // 0: not measured
 } StepLog;
 
-// Appends a line to the file and flushes it; dies if it cannot.
+// Appends a line to the file and flushes it; dies if it cannot, or if someone has removed or replaced the
+// file or its folder.
 static inline void logger_write(Logger *l, const char *line) {
-    if (!l->file) return;
+    struct stat path, file;
+    if (!l->file || l->console_only) return;
+    if (fstat(fileno(l->file), &file) != 0 || stat(l->path, &path) != 0 || path.st_ino != file.st_ino ||
+        path.st_dev != file.st_dev)
+        die("%s is gone: the folder or the file was removed during the run; start again in a new folder",
+            l->path);
     if (fputs(line, l->file) < 0 || fflush(l->file) != 0)
         die("cannot write %s: %s; check the free disk space", l->path, strerror(errno));
 }
@@ -72,6 +79,7 @@ static inline int64_t logger_parse_step(const char *line, size_t length) {
 // resumes; the lines up to that step stay, later ones are removed. -1: a new run, all lines are removed.
 static inline void logger_open(Logger *l, const char *dir, int64_t last_step) {
     l->file = NULL;
+    l->console_only = 0;
     l->printed = 0;
     if (!dir) return;
     if (snprintf(l->path, sizeof l->path, "%s/log.jsonl", dir) >= (int)sizeof l->path)

@@ -14,6 +14,7 @@ typedef struct {
     const char *output;        // folder for checkpoints and the log; NULL: none
     int64_t save_every;        // steps between checkpoints; 0: only after the last step
     int64_t keep;              // number of checkpoints to keep
+    int64_t new_data;          // 1: resume with other data than the checkpoint's
     int64_t resume;            // 1: resume from the newest intact checkpoint in output
     int64_t batch, seq_len;    // a micro-batch is [batch, seq_len]; seq_len 0 until the model is known
     int64_t total_batch;       // tokens per step; 0: one micro-batch
@@ -64,6 +65,8 @@ static inline const OptionFlag *option_flags(int *count) {
         {"nk", NULL, OPTION_INT, OFFSET(keep), 1, BIG, "number of newest checkpoints to keep"},
         {"y", NULL, OPTION_INT, OFFSET(resume), 0, 1,
          "1: resume from the newest intact checkpoint in -o, if there is one"},
+        {"new-data", NULL, OPTION_INT, OFFSET(new_data), 0, 1,
+         "1: resume although the shards or the tokenizer are not those of the run; a new epoch begins"},
         {"b", NULL, OPTION_INT, OFFSET(batch), 1, 1 << 24,
          "micro-batch size in sequences, per GPU (with -cp: per group of GPUs)"},
         {"t", NULL, OPTION_INT, OFFSET(seq_len), 0, 1 << 30,

@@ -152,6 +152,74 @@ static inline void run_connect_ranks(Run *r, int argc, char **argv) {
     r->dp_rank = r->comm.rank / (int)r->opt.cp_size;
 }
 
+// Returns the checksum of a file's size and of four samples of 16 KiB; 0: there is no such file.
+static inline uint64_t run_file_checksum(const char *path) {
+    enum { SAMPLES = 4, BYTES = 16384 };
+    char *data = (char *)xmalloc(BYTES);
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    uint64_t sum = 0;
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) {
+        int64_t last = st.st_size > BYTES ? st.st_size - BYTES : 0; // offset of the last sample
+        sum = checksum(&st.st_size, sizeof st.st_size, 1);
+        for (int i = 0; i < SAMPLES; i++) {
+            ssize_t n =
+                pread(fd, data, BYTES,
+                      (off_t)(last / (SAMPLES - 1) * i + (i == SAMPLES - 1) * (last % (SAMPLES - 1))));
+            if (n < 0) die("cannot read %s: %s; check its disk", path, strerror(errno));
+            sum = checksum(data, (size_t)n, sum);
+        }
+    }
+    if (fd >= 0) close(fd);
+    free(data);
+    return sum;
+}
+
+// Returns the identity of the training data. Reads at most 64 KiB of each shard.
+static inline DataIdentity run_data_identity(const Run *r) {
+    DataIdentity d;
+    glob_t found;
+    memset(&d, 0, sizeof d);
+    if (r->has_tokenizer) d.tokenizer = run_file_checksum(r->tokenizer_path);
+    if (glob(r->opt.train, 0, NULL, &found) != 0) return d;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        Shard s;
+        shard_open(&s, found.gl_pathv[i]);
+        shard_close(&s);
+        const char *slash = strrchr(s.path, '/'), *name = slash ? slash + 1 : s.path;
+        d.shards++;
+        d.tokens += s.count;
+        d.names = checksum(name, strlen(name), d.names + (uint64_t)s.count);
+        d.contents = checksum(&d.contents, sizeof d.contents, run_file_checksum(s.path));
+        if (i == 0) snprintf(d.first, sizeof d.first, "%s", name);
+        snprintf(d.last, sizeof d.last, "%s", name);
+    }
+    globfree(&found);
+    return d;
+}
+
+// Dies if the training data is not that of the checkpoint, `saved`; with -new-data 1 notes it instead.
+// Returns whether it is the same or unknown.
+static inline int run_check_data(const Run *r, const DataIdentity *saved) {
+    const DataIdentity *d = &r->state.data;
+    char change[512] = "";
+    if (saved->shards == 0) return 1;
+    if (saved->shards != d->shards || saved->tokens != d->tokens || saved->names != d->names)
+        snprintf(change, sizeof change,
+                 "%lld shards %s to %s of %lld tokens, but the run has %lld shards %s to %s of %lld tokens",
+                 (long long)d->shards, d->first, d->last, (long long)d->tokens, (long long)saved->shards,
+                 saved->first, saved->last, (long long)saved->tokens);
+    else if (saved->contents != d->contents)
+        snprintf(change, sizeof change, "the shards %s to %s have other tokens than those of the run",
+                 d->first, d->last);
+    else if (saved->tokenizer != d->tokenizer)
+        snprintf(change, sizeof change, "its tokenizer.bin is not that of the run");
+    if (!change[0]) return 1;
+    if (!r->opt.new_data) die("-i %s: %s; give the data of the run, or -new-data 1", r->opt.train, change);
+    fprintf(stderr, "note: -i %s: %s; a new epoch begins\n", r->opt.train, change);
+    return 0;
+}
+
 // Sets up a run: parses the command line, connects the processes, chooses the checkpoint to start from, sets
 // the model's configuration and opens the data. Creates the output folder and its log; writes nothing else.
 static inline void run_start(Run *r, int argc, char **argv) {
@@ -208,8 +276,15 @@ static inline void run_start(Run *r, int argc, char **argv) {
     r->cu_seqlens = (int64_t *)xcalloc(tokens + 1, sizeof *r->cu_seqlens);
     if (!training) return;
 
+    int same_data = 1;
+    if (r->comm.rank == 0) r->state.data = run_data_identity(r); // only rank 0 writes the header
+    if (r->resuming && r->comm.rank == 0) same_data = run_check_data(r, &saved.data);
+    comm_broadcast(&r->comm, &same_data, sizeof same_data);
     if (r->resuming) {
-        if (saved.seq_len == o->seq_len && saved.epoch_samples == r->train.samples && saved.seed == o->seed) {
+        if (!same_data) {
+            loader_seek(&r->train, saved.epoch + 1, 0);
+        } else if (saved.seq_len == o->seq_len && saved.epoch_samples == r->train.samples &&
+                   saved.seed == o->seed) {
             loader_seek(&r->train, saved.epoch, saved.position);
         } else {
             fprintf(stderr, "note: %s changed since the checkpoint; a new epoch begins\n",
@@ -279,6 +354,18 @@ static inline void run_begin_training(const Run *r) {
         printf("resuming after step %lld of %lld\n", step, max_steps);
     else if (r->resuming)
         printf("all %lld steps are done; train on with -x above %lld\n", max_steps, step);
+}
+
+// Returns what is due after r->state.step steps. first: 1 at the start of training. A checkpoint is written
+// after the validation and the text sample of its step, so a resumed run does not repeat them. If it has no
+// steps left, it shows them on the console alone.
+static inline Cadence run_due(Run *r, int first) {
+    Cadence due = cadence_at(&r->opt, r->state.step);
+    if (!first) return due;
+    due.save = 0;
+    if (r->resuming && r->state.step < r->opt.max_steps) due.validate = due.sample = 0;
+    if (r->resuming && r->state.step >= r->opt.max_steps) r->log.console_only = 1;
+    return due;
 }
 
 // Says that a signal has ended the run, after its checkpoint has been written.

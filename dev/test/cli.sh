@@ -18,7 +18,7 @@ check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
 check 'grep -q "^recall by distance" out' "no recall accuracy"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl does not have 6 steps"
 check '[ -f a/ckpt_00000003.bin ] && [ -f a/ckpt_00000006.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
-mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && head -4 a/log.jsonl >b/log.jsonl
+mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && grep "\"step\":[0-3]," a/log.jsonl >b/log.jsonl
 run $TINY $DATA -o b -n 3 -y 1
 check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run gives other bits"
 run $TINY $DATA -o b -n 3 -y 1
@@ -62,8 +62,48 @@ check '[ "$(grep -c "^sample: " out)" -eq 2 ]' "-s 3: $(grep sample out)"
 run -e a/ckpt_00000006.bin -t 128 -b 1 -x 2 -i 'long/recall_train_*.bin' -o l -theta 20000
 check '[ $code -eq 0 ]' "a longer context: $(cat err)"
 cp -r a d
-run -e recall -t 128 -b 1 -x 8 -i 'long/recall_train_*.bin' -o d -y 1
+LONGER="-e recall -t 128 -b 1 -x 8 -i long/recall_train_*.bin -o d -y 1"
+expect_error "-new-data 1" $LONGER
+run $LONGER -new-data 1
 check '[ $code -eq 0 ] && grep -q "^step 8/8" out && grep -q "new epoch" err' "resumed at a longer context: $(cat err)"
+
+# ---- resume says so if the data is not that of the run
+rm d/ckpt_00000008.bin
+"$BUILD/recall" -o other -t 64 -n 40 -m 20 -seed 99 >/dev/null || bad "recall -s"
+expect_error "the shards recall_train_000000.bin to recall_train_000000.bin have other tokens" $BARE -x 8 -i 'other/recall_train_*.bin' -o d -y 1
+mkdir moved && cp data/recall_train_000000.bin data/tokenizer.bin moved/
+run $BARE -x 8 -i 'moved/recall_train_*.bin' -o d -y 1
+check '[ $code -eq 0 ] && [ ! -s err ]' "the same shards in another folder: $(cat err)"
+rm d/ckpt_00000008.bin d/tokenizer.bin moved/tokenizer.bin
+expect_error "tokenizer.bin is not that of the run" $BARE -vocab 68 -x 8 -i 'moved/recall_train_*.bin' -o d -y 1
+run $BARE -vocab 68 -x 8 -i 'moved/recall_train_*.bin' -o d -y 1 -new-data 1
+check '[ $code -eq 0 ] && grep -q "^note: .*a new epoch begins" err' "-new-data 1: $(cat err)"
+
+# ---- a stop at a step with validation and a text sample: the resumed run goes on as if it had not stopped
+EVERY="-e recall -t 64 -b 2 -u 0 -q 1 -l 1e-3 -v 1 -m 1 -s 1 -g 3 $DATA"
+"$PROGRAM" $EVERY -x 100000 -o stopped >first 2>err &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' stopped/log.jsonl 2>/dev/null && break; sleep 0.05; done
+kill -TERM $pid; wait $pid
+last=$(($(sed -n 's/^stopped by signal 15 after step \([0-9]*\);.*/\1/p' first) + 2))
+run $EVERY -x $last -o stopped -y 1; cp out second
+run $EVERY -x $last -o whole
+printf -v name 'ckpt_%08d.bin' $last
+events() { sed 's/"ms".*"mfu"/"mfu"/; s/,"memory_bytes.*//' "$1/log.jsonl" | grep -v '"start"'; }
+check 'cmp -s stopped/$name whole/$name' "stopped at a step with a sample: other bits"
+check '[ "$(events stopped)" = "$(events whole)" ]' "stopped at a step with validation: $(diff <(events stopped) <(events whole) | head -5)"
+check '[ "$(grep -h ^sample first second)" = "$(grep ^sample out)" ]' "stopped at a step with a sample: other texts"
+run $EVERY -x $last -o whole -y 1
+check 'grep -q "^val loss" out && grep -q "^sample" out && [ "$(events stopped)" = "$(events whole)" ]' "a finished run shows its result, and logs it once"
+
+# ---- the output folder is removed in mid-run
+"$PROGRAM" $TINY $DATA -x 100000 -v 0 -o removed >out 2>err &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' removed/log.jsonl 2>/dev/null && break; sleep 0.05; done
+mv removed removed_away
+for _ in $(seq 50); do kill -0 $pid 2>/dev/null || break; sleep 0.1; done
+kill -KILL $pid 2>/dev/null; wait $pid; code=$?
+check '[ $code -eq 1 ] && grep -q "^error: removed/log.jsonl is gone" err' "a removed folder: $code $(cat err)"
 
 # ---- one run a folder
 "$PROGRAM" $TINY $DATA -x 100000 -v 0 -n 1 -o one_run >out 2>err &

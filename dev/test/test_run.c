@@ -631,7 +631,12 @@ static float pattern(int array, int64_t i, int64_t step) {
 }
 
 static TrainState make_state(int64_t step) {
-    TrainState s = {step, 10 * step, 2, 3, 4, 5, 6, 7, 8};
+    TrainState s;
+    memset(&s, 0, sizeof s);
+    s.step = step, s.tokens = 10 * step, s.epoch = 2, s.position = 3, s.epoch_samples = 4, s.seed = 5;
+    s.seq_len = 6, s.total_batch = 7, s.draws = 8;
+    s.data.shards = 9, s.data.tokenizer = 10, s.data.last[63] = 'x', s.lr = 0.5, s.warmup = 11;
+    s.losses.count = 12, s.norms.values[OUTLIER_WINDOW - 1] = 13;
     return s;
 }
 
@@ -1030,15 +1035,19 @@ static void test_checkpoint_folder(void) {
     CHECK(r.code == 1 && strstr(r.err, "error: ") && strstr(r.err, folder) && strstr(r.err, "none of its 1"),
           "%s", r.err);
 
-    // more checkpoints than the initial capacity of the list
+    // more checkpoints than the initial capacity of the list; damaged ones do not count
     for (int i = 0; i < 40; i++) {
         char name[64];
         snprintf(name, sizeof name, "ckpt_%08d.bin", i * 7 % 40);
         make_file(folder, name, "x");
     }
-    checkpoint_prune(folder, 3, 39);
-    CHECK(exists(folder, "ckpt_00000037.bin") && !exists(folder, "ckpt_00000036.bin") &&
-              !exists(folder, "ckpt_00000000.bin"),
+    save(folder, 30), save(folder, 34), save(folder, 36), save(folder, 38);
+    checkpoint_path(path, sizeof path, folder, 36);
+    flip(path, CHECKPOINT_HEADER_BYTES + 4 * model_size, 2);
+    checkpoint_prune(folder, 2, 38);
+    CHECK(exists(folder, "ckpt_00000038.bin") && exists(folder, "ckpt_00000036.bin") &&
+              exists(folder, "ckpt_00000034.bin") && !exists(folder, "ckpt_00000033.bin") &&
+              !exists(folder, "ckpt_00000030.bin") && !exists(folder, "ckpt_00000000.bin"),
           "prune many");
 
     r = child(run_dir_check_new, (void *)"/dev/null/x");
@@ -1142,6 +1151,7 @@ static void test_cadence(void) {
 static void run_log_full(void *unused) {
     (void)unused;
     Logger l;
+    memset(&l, 0, sizeof l);
     l.file = fopen("/dev/full", "w");
     snprintf(l.path, sizeof l.path, "/dev/full");
     logger_val(&l, 1, 1);
@@ -1161,6 +1171,16 @@ static void run_log(void *folder) {
     logger_val(&l, 4, 1.25);
     fflush(stdout);
     _exit(0); // without closing: every line is already in the file
+}
+
+static void run_log_removed(void *folder) {
+    Logger l;
+    char path[400];
+    logger_open(&l, (const char *)folder, -1);
+    logger_val(&l, 1, 1);
+    snprintf(path, sizeof path, "%s/log.jsonl", (const char *)folder);
+    unlink(path);
+    logger_val(&l, 2, 1);
 }
 
 static void test_logger(void) {
@@ -1215,6 +1235,8 @@ static void test_logger(void) {
     logger_open(&l, NULL, -1);
     logger_write(&l, "nowhere");
     logger_close(&l);
+    r = child(run_log_removed, folder);
+    check_died(&r, "a removed log", "log.jsonl is gone", folder);
     if (access("/dev/full", W_OK) == 0) {
         r = child(run_log_full, NULL);
         check_died(&r, "full disk", "/dev/full", "cannot write");
