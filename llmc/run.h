@@ -483,13 +483,16 @@ static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes
 // the loss and the argmax token at each position, [batch, seq_len] each.
 typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, const int32_t **argmax);
 
-// Computes and logs the mean loss over the first -m batches of the validation shards (0: all batches). For
-// the recall task also logs the accuracy by distance. Returns the loss. All processes call it.
+// Computes and logs the mean loss over the first -m batches of -b sequences of the validation shards (0: all
+// sequences), the same sequences on any number of processes. For the recall task also logs the accuracy by
+// distance. Returns the loss. All processes call it.
 static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
     const int64_t global_batch = l->batch * r->dp_size; // samples per batch of all ranks
-    int64_t batches = (l->samples + global_batch - 1) / global_batch, distances[RUN_BUCKETS];
-    if (r->opt.val_batches > 0 && r->opt.val_batches < batches) batches = r->opt.val_batches;
+    int64_t samples = l->samples, distances[RUN_BUCKETS];
+    if (r->opt.val_batches > 0 && r->opt.val_batches < (samples + l->batch - 1) / l->batch)
+        samples = r->opt.val_batches * l->batch;
+    const int64_t batches = (samples + global_batch - 1) / global_batch;
     // a multiple of 8 keeps consecutive structs aligned
     size_t bytes = (sizeof(ValidationCounts) + (size_t)r->config.vocab_size + 7) / 8 * 8;
     ValidationCounts *counts = (ValidationCounts *)xcalloc(bytes, 1);
@@ -500,8 +503,8 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
         int64_t first = i * global_batch + r->dp_rank * l->batch;
         run_load_batch(r, l);
         evaluate(model, r, &losses, &argmax);
-        for (int64_t b = 0; b < l->batch && first + b < l->samples;
-             b++, counts->rows++) { // the rows behind the last sample start the shards again
+        for (int64_t b = 0; b < l->batch && first + b < samples;
+             b++, counts->rows++) { // the rows behind the last sample do not count
             for (int64_t t = 0; t < l->seq_len; t++) counts->loss_sum += losses[b * l->seq_len + t];
             if (r->answers)
                 run_count_recall(r, first + b, argmax + b * l->seq_len, r->targets + b * l->seq_len, counts);

@@ -8,6 +8,7 @@
 #include "../../llmc/mfu.h"
 #include "../../llmc/options.h"
 #include "../../llmc/qkv_layout.h"
+#include "../../llmc/run.h"
 #include "../../llmc/schedule.h"
 #include "checkpoint_v1.h"
 #include "test.h"
@@ -682,7 +683,7 @@ static void make_file(const char *folder, const char *name, const char *text) {
     if (!f || fputs(text, f) < 0 || fclose(f) != 0) die("cannot write %s", path);
 }
 
-static void run_save(void *folder) {
+static void save_one(void *folder) {
     save((const char *)folder, 1);
 }
 
@@ -910,7 +911,7 @@ static void test_checkpoint_file(void) {
     model.rope_theta = 1e4;
 
     // writing fails
-    r = child(run_save, (void *)"/dev/null/x");
+    r = child(save_one, (void *)"/dev/null/x");
     check_died(&r, "unwritable", "/dev/null/x/ckpt_00000001.bin", "cannot write");
     char tmp[400];
     unlink(path);
@@ -925,7 +926,7 @@ static void test_checkpoint_file(void) {
     make_file(folder, "victim", "precious");
     snprintf(victim, sizeof victim, "%s/victim", folder);
     if (symlink(victim, tmp) != 0) die("symlink");
-    r = child(run_save, folder);
+    r = child(save_one, folder);
     CHECK(r.code == 0 && exists(folder, "ckpt_00000001.bin"), "a link with the temporary name: %s", r.err);
     char text[64];
     read_text(victim, text, sizeof text);
@@ -1113,6 +1114,78 @@ static void test_kill(void) {
 }
 
 // ----------------------------------------------------------------------------
+// Validation on several processes: the test calls run_validate for one rank after another
+
+static char gathered[4][4096]; // what each rank has sent
+static int own_rank;
+
+void comm_allgather(Comm *c, const void *send, size_t bytes, void *recv) {
+    memcpy(gathered[own_rank], send, bytes);
+    for (int i = 0; i < c->ranks; i++) memcpy((char *)recv + bytes * (size_t)i, gathered[i], bytes);
+}
+void comm_broadcast(Comm *c, void *data, size_t bytes) {
+    (void)c, (void)data, (void)bytes;
+}
+void comm_end(Comm *c) {
+    (void)c;
+}
+const CommLauncher *comm_find_launcher(void) {
+    return NULL;
+}
+
+// The loss of a token is the token.
+static void evaluate_tokens(void *losses, const Run *r, const float **out, const int32_t **argmax) {
+    for (int64_t i = 0; i < r->val.batch * r->val.seq_len; i++) ((float *)losses)[i] = (float)r->inputs[i];
+    *out = (float *)losses, *argmax = r->inputs;
+}
+
+// Returns the validation loss of `ranks` processes with -m batches.
+static double validate(const char *shard, int ranks, int64_t batches) {
+    static Run r;
+    float losses[2 * 3];
+    double loss = 0;
+    fflush(stdout);
+    int console = dup(1), null = open("/dev/null", O_WRONLY); // "val loss" lines are not wanted here
+    dup2(null, 1);
+    for (own_rank = ranks - 1; own_rank >= 0; own_rank--) { // rank 0 is last, and gets the others' counts
+        memset(&r, 0, sizeof r);
+        r.opt.val_batches = batches, r.opt.cp_size = 1, r.eot = -1;
+        r.config.vocab_size = 100, r.comm.ranks = r.dp_size = ranks, r.comm.rank = r.dp_rank = own_rank;
+        loader_open(&r.val, shard, 2, 3, 100, 0, 1, own_rank, ranks);
+        r.inputs = (int32_t *)xcalloc(6, 4), r.targets = (int32_t *)xcalloc(6, 4);
+        r.cu_seqlens = (int64_t *)xcalloc(7, 8);
+        loss = run_validate(&r, evaluate_tokens, losses);
+        loader_close(&r.val);
+        free(r.inputs), free(r.targets), free(r.cu_seqlens);
+    }
+    fflush(stdout);
+    dup2(console, 1);
+    close(console), close(null);
+    return loss;
+}
+
+static void test_validate(void) {
+    char path[300];
+    ShardWriter w;
+    int32_t tokens[44]; // 11 samples of 3 + 1 tokens
+    snprintf(path, sizeof path, "%s/val.bin", dir);
+    for (int i = 0; i < 44; i++) tokens[i] = i / 4 * 7 % 10;
+    shard_writer_open(&w, path, 100);
+    shard_writer_add(&w, tokens, 44);
+    shard_writer_commit(&w);
+    for (int batches = 0; batches <= 7; batches++) {
+        int rows = batches == 0 || batches > 5 ? 11 : 2 * batches;
+        double want = 0;
+        for (int i = 0; i < rows; i++) want += i * 7 % 10;
+        for (int ranks = 1; ranks <= 4; ranks++) {
+            double loss = validate(path, ranks, batches);
+            CHECK(fabs(loss - want / rows) < 1e-12, "-m %d, %d processes: %g, not %g", batches, ranks, loss,
+                  want / rows);
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
 // Log
 
 static void test_cadence(void) {
@@ -1272,6 +1345,7 @@ int main(void) {
     test_checkpoint_folder();
     test_folder_lock();
     test_kill();
+    test_validate();
     test_cadence();
     test_logger();
     test_params_init(); // last, because a fork must not happen while its OpenMP threads run
