@@ -488,8 +488,8 @@ static void train_step(Run *r, Model *model, StepLog *line) {
     }
     line->loss = loss;
     line->norm = model_grad_norm(model);
-    line->lr = learning_rate(r->state.step, o->lr, o->warmup, o->max_steps, o->final_frac);
-    if (run_check_step(r, loss, line->norm)) {
+    line->lr = schedule_rate(o, r->state.step);
+    if (run_accept_step(r, loss, line->norm)) {
         double scale = o->clip > 0 && line->norm > o->clip ? o->clip / line->norm : 1;
         model_update(model, r->state.step + 1, line->lr, o->beta1, o->beta2, o->eps, o->weight_decay, scale);
     }

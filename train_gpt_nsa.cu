@@ -29,7 +29,7 @@
 #include "llmc/swiglu.cuh"      // swiglu_forward, swiglu_backward
 #include "llmc/embedding.cuh"   // embedding_forward, embedding_backward
 #include "llmc/classifier.cuh"  // classifier
-#include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite
+#include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite, skip_update_above
 #include "llmc/global_norm.cuh" // sum_of_squares, global_norm
 #include "llmc/convert.cuh"     // convert, convert_columns
 #include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check
@@ -133,8 +133,9 @@ typedef struct {
     Optimizer optimizer; // master weights, m, v
     double *inv_freq;    // [d/2] of RoPE
     // They belong to the current micro-batch.
-    Batch batch;          // on the device, in batch_buffers
-    int last_micro_batch; // 1: the last of its step
+    Batch batch;                       // on the device, in batch_buffers
+    int last_micro_batch;              // 1: the last of its step
+    double loss_sum_limit, norm_limit; // a step above one of them does not update (-sl, -sg); 0: no limit
     Activations acts;
     // They hold one thing after another.
     Scratch scratch;
@@ -853,6 +854,7 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
     }
     global_norm(r->norm, &r->squares, (float)(1.0 / (double)tokens), (float)o->clip, stream);
     skip_update_if_loss_not_finite(r, stream);
+    skip_update_above(r, model->loss_sum_limit, model->norm_limit, stream);
     for (int64_t u = 0; u < z->num_units; u++) {
         const int64_t shard = z->units[u].shard_offset, first = a->range_offsets[u];
         zero_owned(z, u, z->rank, &begin, &end);
@@ -968,13 +970,15 @@ static double train_step(Run *r, Model *model, Feed *feed, StepLog *line) {
         flops += slot->flops, epoch = slot->epoch, position = slot->position;
         feed_release(feed, slot, model->stream);
     }
-    line->lr = learning_rate(r->state.step, o->lr, o->warmup, o->max_steps, o->final_frac);
+    line->lr = schedule_rate(o, r->state.step);
     *model->host.stop = run_signal != 0;
+    model->loss_sum_limit = run_loss_limit(r) * (double)r->state.total_batch;
+    model->norm_limit = run_norm_limit(r);
     model_update(model, o, r->state.step + 1, line->lr, r->state.total_batch);
     cuda_check(cudaEventSynchronize(model->step_done));
     line->loss = model->host.result->loss_sum / (double)r->state.total_batch;
     line->norm = model->host.result->norm[NORM_VALUE];
-    run_check_step(r, line->loss, line->norm);
+    run_accept_step(r, line->loss, line->norm); // on the device, skip_update has decided alike
     line->step = run_finish_step(r, epoch, position);
     if (model->host.result->stop > 0) run_sync_stop_signal(r);
     return flops;

@@ -172,6 +172,8 @@ typedef struct {
     const char *help;
     int seq_len; // default of -t
     int vocab;   // 0: from the tokenizer or -vocab
+    double lr;   // default of -l
+    int warmup;  // default of -u in steps, if that is at most a tenth of -x
     int layers, channels, hidden, tied, qkv_bias, qk_norm;
     double theta, eps;
     int q_heads, kv_heads, head_dim;
@@ -182,23 +184,31 @@ typedef struct {
 static inline const Preset *presets(int *count) {
     // clang-format off
     static const Preset table[] = {
-        // name, help, seq_len, vocab,
+        // name, help, seq_len, vocab, lr, warmup,
         //     L, C, hidden, tied, bias, qk-norm, theta, eps, Hq, Hkv, d,  l, s, B, T, init, local, W
-        {"recall", "the synthetic recall task", 256, 0,
+        {"recall", "the synthetic recall task", 256, 0, 2e-3, 150,
             2, 64, 128, 0, 0, 0, 1e4, 1e-5, 4, 2, 32,  8, 4, 16, 4, 1, 2, 16},
-        {"tiny", "bytes of text, minutes on two CPU cores", 1024, 0,
+        {"tiny", "bytes of text, minutes on two CPU cores", 1024, 0, 1e-3, 100,
             4, 128, 352, 0, 0, 0, 1e4, 1e-5, 4, 2, 32,  16, 8, 32, 8, 1, 2, 128},
-        {"recall-1k", "the recall task over a longer context, on a GPU", 1024, 0,
+        {"recall-1k", "the recall task over a longer context, on a GPU", 1024, 0, 1e-3, 150,
             4, 256, 512, 0, 0, 0, 1e4, 1e-5, 4, 2, 64,  8, 4, 16, 8, 1, 2, 32},
-        {"shakespeare", "bytes of text, minutes on a GPU", 1024, 0,
+        {"shakespeare", "bytes of text, minutes on a GPU", 1024, 0, 1e-3, 100,
             6, 384, 1024, 0, 0, 0, 1e4, 1e-5, 6, 2, 64,  16, 8, 32, 8, 1, 2, 128},
-        {"gpt-124m", "about GPT-2's size; 4 query heads per kv head", 8192, 50257,
+        {"gpt-124m", "about GPT-2's size; 4 query heads per kv head", 8192, 50257, 6e-4, 700,
             12, 768, 2048, 1, 0, 0, 1e4, 1e-5, 12, 3, 64,  32, 16, 64, 16, 1, 2, 512},
-        {"llama3-8b", "Llama 3 8B", 8192, 128256,
+        {"smollm2-360m", "SmolLM2 360M", 8192, 49152, 6e-4, 1000,
+            32, 960, 2560, 1, 0, 0, 1e5, 1e-5, 15, 5, 64,  32, 16, 64, 16, 1, 2, 512},
+        {"qwen3-0.6b", "Qwen3 0.6B", 8192, 151936, 5e-4, 1000,
+            28, 1024, 3072, 1, 0, 1, 1e6, 1e-6, 16, 8, 128,  32, 16, 64, 16, 1, 2, 512},
+        {"llama3.2-1b", "Llama 3.2 1B", 8192, 128256, 4e-4, 2000,
+            16, 2048, 8192, 1, 0, 0, 5e5, 1e-5, 32, 8, 64,  32, 16, 64, 16, 1, 2, 512},
+        {"llama3.2-3b", "Llama 3.2 3B", 8192, 128256, 3e-4, 2000,
+            28, 3072, 8192, 1, 0, 0, 5e5, 1e-5, 24, 8, 128,  32, 16, 64, 16, 1, 2, 512},
+        {"llama3-8b", "Llama 3 8B", 8192, 128256, 3e-4, 2000,
             32, 4096, 14336, 0, 0, 0, 5e5, 1e-5, 32, 8, 128,  32, 16, 64, 16, 1, 2, 512},
-        {"qwen3-14b", "Qwen3 14B", 8192, 151936,
+        {"qwen3-14b", "Qwen3 14B", 8192, 151936, 3e-4, 2000,
             40, 5120, 17408, 0, 0, 1, 1e6, 1e-6, 40, 8, 128,  32, 16, 64, 16, 1, 2, 512},
-        {"qwen2.5-7b", "Qwen2.5 7B", 8192, 152064,
+        {"qwen2.5-7b", "Qwen2.5 7B", 8192, 152064, 3e-4, 2000,
             28, 3584, 18944, 0, 1, 0, 1e6, 1e-6, 28, 4, 128,  32, 16, 64, 16, 1, 2, 512},
     };
     // clang-format on

@@ -42,4 +42,18 @@ static void skip_update_if_loss_not_finite(StepResult *r, cudaStream_t stream) {
     skip_update_if_loss_not_finite_kernel<<<1, 1, 0, stream>>>(r);
     cuda_check(cudaGetLastError());
 }
+
+static __global__ void skip_update_above_kernel(StepResult *r, double loss_sum_limit, double norm_limit) {
+    if (r->loss_sum > loss_sum_limit || r->norm[NORM_VALUE] > norm_limit) r->norm[NORM_FINITE] = 0;
+}
+
+// Called after global_norm. A loss sum or a norm above its limit prevents the update. A limit that is 0 or
+// Inf is none.
+static void skip_update_above(StepResult *r, double loss_sum_limit, double norm_limit, cudaStream_t stream) {
+    if (!(loss_sum_limit > 0)) loss_sum_limit = INFINITY;
+    if (!(norm_limit > 0)) norm_limit = INFINITY;
+    if (isinf(loss_sum_limit) && isinf(norm_limit)) return;
+    skip_update_above_kernel<<<1, 1, 0, stream>>>(r, loss_sum_limit, norm_limit);
+    cuda_check(cudaGetLastError());
+}
 #endif

@@ -1,6 +1,6 @@
 // options.h: parses the command line of both trainers. One table defines each flag's name, type, range and
 // help. The model's flags come from the table of fields in config.h. Every error dies with one line. The GPU
-// trainer defines TRAINER_GPU before it includes this header, which adds its own flags.
+// trainer defines TRAINER_GPU before it includes this header, which lets it use its own flags.
 #ifndef LLMC_OPTIONS_H
 #define LLMC_OPTIONS_H
 #include "utils.h"
@@ -9,17 +9,19 @@
 #define OPTIONS_MAX 96 // at least the number of flags, model flags included
 
 typedef struct {
-    const char *train, *val;   // glob patterns of shards; NULL: none
-    const char *init_from;     // name of a preset, or path of a checkpoint
-    const char *output;        // folder for checkpoints and the log; NULL: none
-    int64_t save_every;        // steps between checkpoints; 0: only after the last step
-    int64_t keep;              // number of checkpoints to keep
-    int64_t new_data;          // 1: resume with other data than the checkpoint's
-    int64_t resume;            // 1: resume from the newest intact checkpoint in output
-    int64_t batch, seq_len;    // a micro-batch is [batch, seq_len]; seq_len 0 until the model is known
-    int64_t total_batch;       // tokens per step; 0: one micro-batch
-    int64_t max_steps, warmup; // steps
-    double lr, final_frac;     // the learning rate ends at final_frac * lr
+    const char *train, *val;       // glob patterns of shards; NULL: none
+    const char *init_from;         // name of a preset, or path of a checkpoint
+    const char *output;            // folder for checkpoints and the log; NULL: none
+    int64_t save_every;            // steps between checkpoints; 0: only after the last step
+    int64_t keep;                  // number of checkpoints to keep
+    int64_t new_data;              // 1: resume with other data than the checkpoint's
+    int64_t resume;                // 1: resume from the newest intact checkpoint in output
+    int64_t batch, seq_len;        // a micro-batch is [batch, seq_len]; seq_len 0 until the model is known
+    int64_t total_batch;           // tokens per step; 0: one micro-batch
+    int64_t max_steps, warmup;     // steps
+    const char *schedule;          // cosine, linear, constant or wsd
+    double max_loss_z, max_norm_z; // z-scores above which a step is skipped; 0: never
+    double lr, final_frac;         // the learning rate ends at final_frac * lr
     double weight_decay, beta1, beta2, eps, clip;
     int64_t val_every, val_batches; // steps between validations, 0: never; batches each, 0: all
     int64_t sample_every, generate; // steps between text samples, 0: never; tokens each
@@ -55,41 +57,51 @@ static inline const OptionFlag *option_flags(int *count) {
 #define OFFSET(member) offsetof(Options, member)
 #define BIG 9e15
     static const OptionFlag flags[] = {
-        {"i", NULL, OPTION_TEXT, OFFSET(train), 0, 0, "training shards, a quoted glob pattern"},
-        {"j", NULL, OPTION_TEXT, OFFSET(val), 0, 0, "validation shards, a quoted glob pattern"},
-        {"e", NULL, OPTION_TEXT, OFFSET(init_from), 0, 0,
+        {"i", "train", OPTION_TEXT, OFFSET(train), 0, 0, "training shards, a quoted glob pattern"},
+        {"j", "val-data", OPTION_TEXT, OFFSET(val), 0, 0, "validation shards, a quoted glob pattern"},
+        {"e", "model", OPTION_TEXT, OFFSET(init_from), 0, 0,
          "model to start from: a preset (listed below) or a checkpoint file"},
-        {"o", NULL, OPTION_TEXT, OFFSET(output), 0, 0, "output folder for checkpoints and the log"},
-        {"n", NULL, OPTION_INT, OFFSET(save_every), 0, BIG,
+        {"o", "output", OPTION_TEXT, OFFSET(output), 0, 0, "output folder for checkpoints and the log"},
+        {"n", "save-every", OPTION_INT, OFFSET(save_every), 0, BIG,
          "steps between checkpoints; 0: only after the last step"},
-        {"nk", NULL, OPTION_INT, OFFSET(keep), 1, BIG, "number of newest checkpoints to keep"},
-        {"y", NULL, OPTION_INT, OFFSET(resume), 0, 1,
+        {"nk", "keep", OPTION_INT, OFFSET(keep), 1, BIG, "number of newest checkpoints to keep"},
+        {"y", "resume", OPTION_INT, OFFSET(resume), 0, 1,
          "1: resume from the newest intact checkpoint in -o, if there is one"},
         {"new-data", NULL, OPTION_INT, OFFSET(new_data), 0, 1,
          "1: resume although the shards or the tokenizer are not those of the run; a new epoch begins"},
-        {"b", NULL, OPTION_INT, OFFSET(batch), 1, 1 << 24,
+        {"b", "batch", OPTION_INT, OFFSET(batch), 1, 1 << 24,
          "micro-batch size in sequences, per GPU (with -cp: per group of GPUs)"},
-        {"t", NULL, OPTION_INT, OFFSET(seq_len), 0, 1 << 30,
+        {"t", "context", OPTION_INT, OFFSET(seq_len), 0, 1 << 30,
          "sequence length in tokens; 0: that of the preset or checkpoint"},
-        {"d", NULL, OPTION_INT, OFFSET(total_batch), 0, BIG,
+        {"d", "total-batch", OPTION_INT, OFFSET(total_batch), 0, BIG,
          "batch size of a step in tokens, a multiple of b*t times the number of GPUs (with -cp: of groups); "
          "0: one micro-batch"},
-        {"x", NULL, OPTION_INT, OFFSET(max_steps), 1, BIG, "number of training steps"},
-        {"l", NULL, OPTION_REAL, OFFSET(lr), 0, 1e6, "maximum learning rate"},
-        {"u", NULL, OPTION_INT, OFFSET(warmup), 0, BIG,
-         "warm-up in steps, in which the learning rate rises linearly"},
-        {"q", NULL, OPTION_REAL, OFFSET(final_frac), 0, 1,
+        {"x", "steps", OPTION_INT, OFFSET(max_steps), -1, BIG, "number of training steps; -1: one epoch"},
+        {"l", "lr", OPTION_REAL, OFFSET(lr), 0, 1e6,
+         "maximum learning rate (default: the preset's or the checkpoint's)"},
+        {"u", "warmup", OPTION_INT, OFFSET(warmup), 0, BIG,
+         "warm-up in steps, in which the learning rate rises linearly (default: likewise)"},
+        {"k", "lr-schedule", OPTION_TEXT, OFFSET(schedule), 0, 0,
+         "learning rate after the warm-up: cosine, linear, constant, or wsd (stable, then decay in the last "
+         "fifth)"},
+        {"sl", "skip-loss-z", OPTION_REAL, OFFSET(max_loss_z), 0, 1e9,
+         "skip a step whose loss is so many standard deviations above the mean of the last 128; 0: never"},
+        {"sg", "skip-norm-z", OPTION_REAL, OFFSET(max_norm_z), 0, 1e9,
+         "skip a step whose gradient norm is so many standard deviations above that mean; 0: never"},
+        {"q", "final-lr-frac", OPTION_REAL, OFFSET(final_frac), 0, 1,
          "learning rate after the last step, as a fraction of -l"},
-        {"c", NULL, OPTION_REAL, OFFSET(weight_decay), 0, 1e6, "weight decay of AdamW, on matrices only"},
+        {"c", "weight-decay", OPTION_REAL, OFFSET(weight_decay), 0, 1e6,
+         "weight decay of AdamW, on matrices only"},
         {"beta1", NULL, OPTION_REAL, OFFSET(beta1), 0, 0.999999999, "decay rate of AdamW's first moment"},
         {"beta2", NULL, OPTION_REAL, OFFSET(beta2), 0, 0.999999999, "decay rate of AdamW's second moment"},
         {"eps", NULL, OPTION_REAL, OFFSET(eps), 1e-30, 1, "epsilon of AdamW"},
         {"clip", NULL, OPTION_REAL, OFFSET(clip), 0, 1e30, "maximum gradient norm; 0: no clipping"},
-        {"v", NULL, OPTION_INT, OFFSET(val_every), 0, BIG, "steps between validations; 0: never"},
-        {"m", NULL, OPTION_INT, OFFSET(val_batches), 0, BIG,
+        {"v", "val-every", OPTION_INT, OFFSET(val_every), 0, BIG, "steps between validations; 0: never"},
+        {"m", "val-batches", OPTION_INT, OFFSET(val_batches), 0, BIG,
          "batches of -b sequences per validation, of all processes together; 0: all of -j"},
-        {"s", NULL, OPTION_INT, OFFSET(sample_every), 0, BIG, "steps between text samples; 0: never"},
-        {"g", NULL, OPTION_INT, OFFSET(generate), 1, 1 << 30, "tokens to generate per text sample"},
+        {"s", "sample-every", OPTION_INT, OFFSET(sample_every), 0, BIG,
+         "steps between text samples; 0: never"},
+        {"g", "generate", OPTION_INT, OFFSET(generate), 1, 1 << 30, "tokens to generate per text sample"},
         {"a", "overfit", OPTION_INT, OFFSET(overfit), 0, 1,
          "1: train on the first batch only, to see whether the model overfits it"},
         {"val", NULL, OPTION_INT, OFFSET(val_only), 0, 1,
@@ -107,7 +119,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "1: attention never crosses document boundaries"},
         {"skip", NULL, OPTION_INT, OFFSET(skip_nonfinite), 0, 1,
          "action on a NaN or Inf loss or gradient: 0 stop, 1 skip the step"},
-#ifdef TRAINER_GPU
+        // in the GPU trainer alone; option_is_gpu lists them, too
         {"r", "recompute", OPTION_INT, OFFSET(recompute), 0, 2,
          "activations recomputed in the backward pass to save memory: 0 none, 1 RMSNorm and SwiGLU, 2 whole "
          "layers"},
@@ -121,12 +133,29 @@ static inline const OptionFlag *option_flags(int *count) {
          "ZeRO stage: 0 none, 1 optimizer state, 2 and gradients"},
         {"cp", NULL, OPTION_INT, OFFSET(cp_size), 1, 1 << 20,
          "context parallel size, the number of GPUs that share the tokens of each micro-batch"},
-#endif
     };
 #undef BIG
 #undef OFFSET
     *count = (int)(sizeof flags / sizeof flags[0]);
     return flags;
+}
+
+// Returns whether only the GPU trainer has a flag.
+static inline int option_is_gpu(const OptionFlag *f) {
+    static const char *const names[] = {"r", "profile", "block-indices", "peak-tflops", "z", "cp"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(f->flag, names[i]) == 0) return 1;
+    return 0;
+}
+
+// Returns the commit that was built, or "" if it is unknown.
+static inline const char *build_commit(void) {
+#ifdef LLMC_COMMIT
+    return LLMC_COMMIT;
+#else
+    const char *commit = getenv("COMMIT");
+    return commit ? commit : "";
+#endif
 }
 
 // Sets the default of every flag.
@@ -135,6 +164,7 @@ static inline void options_defaults(Options *o) {
     o->init_from = "recall";
     o->save_every = 1000, o->keep = 3;
     o->batch = 4;
+    o->schedule = "cosine";
     o->max_steps = 1000, o->lr = 1e-3, o->final_frac = 0.1;
     o->weight_decay = 0.1, o->beta1 = 0.9, o->beta2 = 0.95, o->eps = 1e-8, o->clip = 1;
     o->val_every = 250, o->val_batches = 20, o->generate = 128;
@@ -166,13 +196,15 @@ static inline void options_help(const char *program) {
     options_defaults(&defaults);
     int count;
     char value[64];
-    printf("Trains a transformer with Native Sparse Attention, validates it, and generates text.\n"
-           "usage: %s [-flag value]...\n\n",
-           program);
+    printf(
+        "Trains a transformer with Native Sparse Attention, validates it, and generates text.\n"
+        "usage: %s [-flag value]...    (also --flag value, -flag=value)\n"
+        "Flags marked [GPU] are of the GPU trainer, train_gpt_nsa; all others also of train_gpt_nsa_cpu.\n\n",
+        program);
     const OptionFlag *f = option_flags(&count);
     for (int i = 0; i < count; i++) {
         const char *default_value = (const char *)&defaults + f[i].offset, *text = NULL;
-        char name[32];
+        char name[40];
         snprintf(name, sizeof name, "-%s%s%s", f[i].flag, f[i].alias ? ", -" : "",
                  f[i].alias ? f[i].alias : "");
         if (f[i].type == OPTION_TEXT) {
@@ -187,7 +219,11 @@ static inline void options_help(const char *program) {
             memcpy(&x, default_value, sizeof x);
             options_number(value, sizeof value, 0, x);
         }
-        printf("  %-20s %s (default: %s)\n", name, f[i].help, value);
+        const char *gpu = option_is_gpu(&f[i]) ? "[GPU] " : "";
+        if (strstr(f[i].help, "(default: "))
+            printf("  %-20s %s%s\n", name, gpu, f[i].help);
+        else
+            printf("  %-20s %s%s (default: %s)\n", name, gpu, f[i].help, value);
     }
     printf("\nModel (default: the value of the preset or checkpoint -e):\n");
     const ModelField *m = model_fields(&count);
@@ -199,9 +235,10 @@ static inline void options_help(const char *program) {
     printf("\nPresets:\n");
     const Preset *p = presets(&count);
     for (int i = 0; i < count; i++) {
-        printf("  %-12s %s: %d layers, %d channels, %d query / %d KV heads, head size %d, context %d\n",
+        printf("  %-12s %s: %d layers, %d channels, %d query / %d KV heads, head size %d, context %d, "
+               "learning rate %g, warm-up %d\n",
                p[i].name, p[i].help, p[i].layers, p[i].channels, p[i].q_heads, p[i].kv_heads, p[i].head_dim,
-               p[i].seq_len);
+               p[i].seq_len, p[i].lr, p[i].warmup);
     }
 }
 
@@ -228,13 +265,24 @@ static inline int options_distance(const char *a, const char *b) {
     return table[na][nb];
 }
 
-// Returns the index of the flag `arg`, which starts with one or two dashes: an index in option_flags, or
+// Writes the name in `arg`, which starts with one or two dashes, to name [size]: without the dashes, up to a
+// `=`, with dashes for underscores. Returns the text behind the `=`, or NULL.
+static inline const char *options_split(const char *arg, char *name, size_t size) {
+    const char *begin = arg[0] != '-' ? arg : arg[1] == '-' ? arg + 2 : arg + 1, *equal = strchr(begin, '=');
+    snprintf(name, size, "%.*s", (int)(equal ? equal - begin : (long)strlen(begin)), begin);
+    for (char *c = name; *c; c++)
+        if (*c == '_') *c = '-';
+    return equal ? equal + 1 : NULL;
+}
+
+// Returns the index of the flag in `arg`, which starts with one or two dashes: an index in option_flags, or
 // OPTIONS_MAX + an index in model_fields, or -1 if there is no such flag.
 static inline int options_find(const char *arg) {
     if (arg[0] != '-' || arg[1] == '\0') return -1;
-    const char *name = arg[1] == '-' ? arg + 2 : arg + 1;
+    char name[64];
     int count;
-    if (strcmp(name, "choice") == 0) name = "block-indices"; // kept for old scripts, not in the help
+    options_split(arg, name, sizeof name);
+    if (strcmp(name, "choice") == 0) snprintf(name, sizeof name, "block-indices"); // former name
     const OptionFlag *f = option_flags(&count);
     for (int i = 0; i < count; i++)
         if (strcmp(f[i].flag, name) == 0 || (f[i].alias && strcmp(f[i].alias, name) == 0)) return i;
@@ -244,11 +292,64 @@ static inline int options_find(const char *arg) {
     return -1;
 }
 
+// Returns the flag that other programs call `name`, or NULL.
+static inline const char *options_synonym(const char *name) {
+    static const char *const table[][2] = {
+        {"learning-rate", "lr"},
+        {"batch-size", "batch"},
+        {"micro-batch-size", "batch"},
+        {"max-steps", "steps"},
+        {"max-iters", "steps"},
+        {"num-iterations", "steps"},
+        {"iterations", "steps"},
+        {"epochs", "steps"},
+        {"num-epochs", "steps"},
+        {"warmup-steps", "warmup"},
+        {"warmup-iters", "warmup"},
+        {"out", "output"},
+        {"out-dir", "output"},
+        {"output-dir", "output"},
+        {"data", "train"},
+        {"input", "train"},
+        {"train-data", "train"},
+        {"preset", "model"},
+        {"checkpoint", "model"},
+        {"init-from", "model"},
+        {"seq-len", "context"},
+        {"seq-length", "context"},
+        {"context-length", "context"},
+        {"block-size", "context"},
+        {"wd", "weight-decay"},
+        {"grad-clip", "clip"},
+        {"max-grad-norm", "clip"},
+        {"temperature", "temp"},
+        {"top-p", "topp"},
+        {"num-layers", "layers"},
+        {"n-layer", "layers"},
+        {"n-head", "heads"},
+        {"num-heads", "heads"},
+        {"hidden-size", "channels"},
+        {"n-embd", "channels"},
+        {"dim", "channels"},
+        {"vocab-size", "vocab"},
+        {"schedule", "lr-schedule"},
+        {"scheduler", "lr-schedule"},
+        {"top-k", "topk"},
+        {"validate", "val"},
+        {"generate-only", "sample"},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
+        if (strcmp(table[i][0], name) == 0) return table[i][1];
+    return NULL;
+}
+
 // Dies because `arg` is not a flag; suggests the most similar flag.
 LLMC_NORETURN static inline void options_unknown(const char *arg) {
     if (arg[0] != '-') die("%s: not a flag; flags start with a dash, -h lists all", arg);
-    const char *name = arg[1] == '-' ? arg + 2 : arg + 1, *nearest = NULL;
-    int count, best = strlen(name) < 5 ? 1 : 2; // largest edit distance of a suggestion
+    char name[64];
+    options_split(arg, name, sizeof name);
+    const char *nearest = options_synonym(name);
+    int count, best = nearest ? 0 : strlen(name) < 5 ? 1 : 2; // largest edit distance of a suggestion
     const OptionFlag *f = option_flags(&count);
     for (int i = 0; i < count; i++) {
         for (int k = 0; k < 2; k++) {
@@ -264,6 +365,8 @@ LLMC_NORETURN static inline void options_unknown(const char *arg) {
         int distance = options_distance(name, m[i].name);
         if (distance < best || (distance == best && !nearest)) best = distance, nearest = m[i].name;
     }
+    for (int i = 0; i < count && !nearest && strlen(name) > 2; i++) // the start of a name
+        if (m[i].help && strncmp(name, m[i].name, strlen(name)) == 0) nearest = m[i].name;
     if (nearest) die("%s: unknown flag; did you mean -%s? -h lists all", arg, nearest);
     die("%s: unknown flag; -h lists all", arg);
 }
@@ -335,9 +438,33 @@ static inline void options_check(const Options *o) {
         die("-nk %lld: needs a folder for checkpoints; give it with -o", (long long)o->keep);
     if (o->val_every > 0 && options_given(o, "v") && !o->val)
         die("-v %lld: needs validation shards; give them with -j", (long long)o->val_every);
-    if (o->warmup > o->max_steps)
+    if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant") &&
+        strcmp(o->schedule, "wsd"))
+        die("-k %s: must be one of cosine|linear|constant|wsd", o->schedule);
+    if (o->max_steps == 0) die("-x 0: must be at least 1, or -1 for one epoch");
+    if (o->max_steps > 0 && o->warmup > o->max_steps)
         die("-u %lld: warm-up is longer than the %lld steps of -x; lower -u or raise -x",
             (long long)o->warmup, (long long)o->max_steps);
+}
+
+// Returns the name of flag number i of options_find, with its dash.
+static inline const char *options_canonical(int i) {
+    static char name[64];
+    int count;
+    snprintf(name, sizeof name, "-%s",
+             i < OPTIONS_MAX ? option_flags(&count)[i].flag : model_fields(&count)[i - OPTIONS_MAX].name);
+    return name;
+}
+
+// Prints the versions of the program and the library.
+static inline void options_version(void) {
+#ifdef TRAINER_GPU
+    const char *program = "train_gpt_nsa";
+#else
+    const char *program = "train_gpt_nsa_cpu";
+#endif
+    printf("%s %d.%d%s%s\n", program, FSA_VERSION_MAJOR, FSA_VERSION_MINOR,
+           build_commit()[0] ? ", commit " : "", build_commit());
 }
 
 // Fills *o from the command line. If a flag is given twice, the last one counts. -h prints the help and exits
@@ -347,8 +474,14 @@ static inline void options_parse(Options *o, int argc, char **argv) {
     int count;
     const OptionFlag *flags = option_flags(&count);
     const ModelField *fields = model_fields(&count);
-    for (int a = 1; a < argc; a += 2) {
+    for (int a = 1; a < argc; a++) {
         const char *arg = argv[a];
+        char name[64];
+        if (!strcmp(arg, "-version") || !strcmp(arg, "--version")) {
+            options_version();
+            finish_stdout();
+            exit(0);
+        }
         if (!strcmp(arg, "-h") || !strcmp(arg, "-help") || !strcmp(arg, "--help")) {
             options_help(argv[0]);
             finish_stdout();
@@ -356,9 +489,11 @@ static inline void options_parse(Options *o, int argc, char **argv) {
         }
         int i = options_find(arg);
         if (i < 0) options_unknown(arg);
-        if (a + 1 >= argc || options_find(argv[a + 1]) >= 0)
+        const char *text = options_split(arg, name, sizeof name);
+        if (!text && (a + 1 >= argc || options_find(argv[a + 1]) >= 0))
             die("%s: its value is missing; -h explains the flag", arg);
-        const char *text = argv[a + 1];
+        if (!text) text = argv[++a];
+        if (strchr(arg, '=')) arg = options_canonical(i);
         if (text[0] == '\0' && strcmp(arg, "-prompt") != 0)
             die("%s: its value is empty; -h explains the flag", arg);
         if (i >= OPTIONS_MAX) {
@@ -367,6 +502,10 @@ static inline void options_parse(Options *o, int argc, char **argv) {
             o->model_given[i] = 1;
             continue;
         }
+#ifndef TRAINER_GPU
+        if (option_is_gpu(&flags[i]))
+            die("%s: only the GPU trainer has this flag; drop it, or run train_gpt_nsa", arg);
+#endif
         char *field = (char *)o + flags[i].offset;
         o->given[i] = 1;
         if (flags[i].type == OPTION_TEXT) {
@@ -440,6 +579,22 @@ static inline void options_check_model(Options *o, ModelConfig *c, int64_t train
         die("-e %s: its %s is %s, but the checkpoint's model has %s; drop -e, or choose another -o",
             o->init_from, f[i].name, given_text, stored_text);
     }
+}
+
+// Sets -x -1 to the steps of an epoch, and -l and -u unless they are given: to those of the checkpoint that
+// the run resumes (saved_lr 0: unknown), else of the preset. epoch_steps: steps of an epoch.
+static inline void options_set_schedule(Options *o, double saved_lr, int64_t saved_warmup,
+                                        int64_t epoch_steps) {
+    if (o->max_steps < 0) o->max_steps = epoch_steps > 0 ? epoch_steps : 1;
+    if (!options_given(o, "l")) o->lr = saved_lr > 0 ? saved_lr : o->preset ? o->preset->lr : o->lr;
+    if (!options_given(o, "u")) {
+        int64_t tenth = o->max_steps / 10;
+        o->warmup = o->preset && o->preset->warmup < tenth ? o->preset->warmup : o->preset ? tenth : 0;
+        if (saved_lr > 0 && saved_warmup <= o->max_steps) o->warmup = saved_warmup;
+    }
+    if (o->warmup > o->max_steps)
+        die("-u %lld: warm-up is longer than the %lld steps of -x; lower -u or raise -x",
+            (long long)o->warmup, (long long)o->max_steps);
 }
 
 // Returns the number of micro-batches per step, each of b*t tokens on each of `ranks` data-parallel ranks;

@@ -220,6 +220,23 @@ static inline int run_check_data(const Run *r, const DataIdentity *saved) {
     return 0;
 }
 
+// Dies if a glob pattern of shards matches nothing, a folder, or a file that is no shard. flag: for messages.
+static inline void run_check_shards(const char *flag, const char *pattern) {
+    glob_t found;
+    struct stat st;
+    Shard s;
+    if (!pattern) return;
+    if (glob(pattern, 0, NULL, &found) != 0)
+        die("no shard matches '%s': check the pattern, or make data first with data/recall or data/text",
+            pattern);
+    if (stat(found.gl_pathv[0], &st) == 0 && S_ISDIR(st.st_mode))
+        die("%s %s: is a folder; give a quoted pattern of the shards in it, such as %s '%s/*_train_*.bin'",
+            flag, found.gl_pathv[0], flag, found.gl_pathv[0]);
+    shard_open(&s, found.gl_pathv[0]);
+    shard_close(&s);
+    globfree(&found);
+}
+
 // Sets up a run: parses the command line, connects the processes, chooses the checkpoint to start from, sets
 // the model's configuration and opens the data. Creates the output folder and its log; writes nothing else.
 static inline void run_start(Run *r, int argc, char **argv) {
@@ -230,6 +247,8 @@ static inline void run_start(Run *r, int argc, char **argv) {
     run_connect_ranks(r, argc, argv);
     char msg[CHECKPOINT_MSG_BYTES];
     TrainState saved;
+    memset(&saved, 0, sizeof saved);
+    if (!o->sample_only) run_check_shards("-i", o->train), run_check_shards("-j", o->val);
     int training = !o->sample_only && !o->val_only && !o->profile_steps;
     if (training) signal(SIGPIPE, SIG_IGN); // a closed console does not end a training run
     // only rank 0 searches, because that reads whole checkpoints; an empty path means that there is none
@@ -253,6 +272,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
         options_model(o, &r->config);
     }
     run_set_vocab(r, r->checkpoint[0] != 0);
+    if (training && !r->checkpoint[0] && !options_given(o, "e") &&
+        !(r->has_tokenizer && r->tokenizer.kind == TOKENIZER_WORDS))
+        die("-e: choose a model for this data: a preset such as tiny (CPU) or gpt-124m (GPU), or a "
+            "checkpoint; "
+            "-h lists the presets");
     if (config_check(&r->config, msg, sizeof msg)) die("%s", msg);
     r->micro_batches = options_micro_batches(o, r->dp_size);
 
@@ -271,6 +295,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
             found += answers_load(&r->answers[s], r->val.shards[s].path) == 0;
         if (!found) free(r->answers), r->answers = NULL;
     }
+    if (training)
+        options_set_schedule(o, saved.lr, saved.warmup,
+                             r->train.samples / (r->micro_batches * o->batch * r->dp_size));
+    r->state.lr = o->lr;
+    r->state.warmup = o->warmup;
     r->inputs = (int32_t *)xcalloc(tokens, sizeof *r->inputs);
     r->targets = (int32_t *)xcalloc(tokens, sizeof *r->targets);
     r->cu_seqlens = (int64_t *)xcalloc(tokens + 1, sizeof *r->cu_seqlens);
@@ -335,6 +364,9 @@ static inline void run_print_summary(const Run *r, int64_t num_params, size_t by
             (long long)r->train.tokens, (long long)r->train.shard_count, (long long)r->train.samples,
             (long long)o->seq_len, (long long)r->state.total_batch, (long long)r->micro_batches,
             (long long)o->batch, (long long)o->seq_len, dp_ranks);
+    if (r->train.samples > 0)
+        printf("learning rate: %g after %lld steps of warm-up, %s to %g at step %lld\n", o->lr,
+               (long long)o->warmup, o->schedule, o->lr * o->final_frac, (long long)o->max_steps);
     printf("memory: %.0f MiB\n", (double)bytes / 1048576.0);
     fflush(stdout);
 }
@@ -350,6 +382,7 @@ static inline void run_load_batch(Run *r, DataLoader *l) {
 static inline void run_begin_training(const Run *r) {
     const long long step = (long long)r->state.step, max_steps = (long long)r->opt.max_steps;
     run_install_signal_handlers();
+    if (!r->opt.output) printf("no -o: neither checkpoints nor the log will be saved\n");
     if (r->resuming && step < max_steps)
         printf("resuming after step %lld of %lld\n", step, max_steps);
     else if (r->resuming)
@@ -384,6 +417,32 @@ static inline int run_check_step(const Run *r, double loss, double norm) {
             loss, norm, r->opt.output ? " (earlier checkpoints stay)" : "");
     if (r->comm.rank == 0)
         fprintf(stderr, "warning: step %lld: loss %g, gradient norm %g: skipped\n", step, loss, norm);
+    return 0;
+}
+
+// Returns the loss above which the next step is an outlier (-sl); infinity: there is no limit.
+static inline double run_loss_limit(const Run *r) {
+    return outlier_limit(&r->state.losses, r->opt.max_loss_z);
+}
+
+// Likewise the gradient norm (-sg).
+static inline double run_norm_limit(const Run *r) {
+    return outlier_limit(&r->state.norms, r->opt.max_norm_z);
+}
+
+// Returns 1 if the step is to update the weights: its loss and norm are finite and no outliers. Otherwise
+// returns 0 with a warning, or dies (run_check_step). Call it once a step, since it counts the loss and the
+// norm.
+static inline int run_accept_step(Run *r, double loss, double norm) {
+    const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);
+    if (!run_check_step(r, loss, norm)) return 0;
+    outlier_add(&r->state.losses, loss);
+    outlier_add(&r->state.norms, norm);
+    if (loss <= loss_limit && norm <= norm_limit) return 1;
+    if (r->comm.rank == 0)
+        fprintf(stderr,
+                "warning: step %lld: outlier skipped: loss %g (limit %g), gradient norm %g (limit %g)\n",
+                (long long)r->state.step + 1, loss, loss_limit, norm, norm_limit);
     return 0;
 }
 

@@ -169,8 +169,13 @@ head -c 1024 /dev/zero >zero_000.bin
 expect_error "magic" $BARE -i 'zero_*.bin' -vocab 68
 cp data/recall_train_000000.bin v_000.bin && printf '\x09' | dd of=v_000.bin bs=1 seek=4 conv=notrunc 2>/dev/null
 expect_error "version" $BARE -i 'v_*.bin' -vocab 68
-expect_error "vocab" $BARE -i v_000.bin
 mkdir -p small && cp data/recall_train_000000.bin small/
+expect_error "vocabulary size is unknown" $BARE -i 'small/*.bin'
+expect_error "-i data: is a folder; give a quoted pattern" $BARE -i data
+expect_error "-j data: is a folder" $BARE -i 'small/*.bin' -j data
+expect_error "data/tokenizer.bin is not a shard" $BARE -i data/tokenizer.bin
+expect_error "no shard matches 'nothing*'" $BARE -i 'nothing*'
+expect_error "-e: choose a model for this data" -t 64 -b 2 -x 1 -i 'small/*.bin' -vocab 68
 expect_error "outside the vocabulary of 20" $BARE -i 'small/*.bin' -vocab 20
 expect_error "nothing_*.bin" $BARE -i 'nothing_*.bin' -vocab 20
 expect_error "4097" $BARE -i 'small/*.bin' -vocab 68 -t 4096
@@ -200,8 +205,8 @@ expect_error "-o a: holds checkpoints up to step 6; resume with -y 1" $TINY $DAT
 expect_error "-layers 3: the checkpoint's model has 2" $TINY $DATA -o a -y 1 -layers 3
 expect_error "-attn window: the checkpoint's model has nsa" $TINY $DATA -o a -y 1 -attn window
 expect_error "-vocab 100: tokenizer.bin has 68 tokens" $TINY $DATA -vocab 100
-expect_error "-r: unknown flag" $TINY $DATA -r 1 # a flag of the GPU trainer
-expect_error "-choice: unknown flag" $TINY $DATA -choice f # likewise
+expect_error "-r: only the GPU trainer has this flag" $TINY $DATA -r 1
+expect_error "-choice: only the GPU trainer has this flag" $TINY $DATA -choice f
 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "OMPI_COMM_WORLD_SIZE 8: mpirun started several processes" $TINY $DATA -o many
 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 expect_error "SLURM_STEP_NUM_TASKS 4: srun started several processes" $TINY $DATA -o many
 touch plain
@@ -226,7 +231,23 @@ else
     skipped=$((skipped + 1)) && echo "skipped: a folder that root may not write"
 fi
 run -h
-check '[ $code -eq 0 ] && grep -q -- "-attn" out' "-h"
+check '[ $code -eq 0 ] && grep -q -- "-attn" out && grep -q "^  -z, -zero *\[GPU\]" out && ! grep -q "^  -b,.*\[GPU\]" out' "-h"
+run --version
+check '[ $code -eq 0 ] && grep -q "^train_gpt_nsa_cpu [0-9]*\.[0-9]" out' "--version: $(cat out err)"
+
+# ---- defaults, long forms, schedules, outliers
+run --train=data/recall_train_*.bin --context=64 --batch 2 -steps=3
+check '[ $code -eq 0 ] && grep -q "^learning rate: 0.002 after 0 steps of warm-up, cosine to 0.0002 at step 3" out && grep -q "^no -o: neither" out' "long forms: $(cat out err)"
+run -i data/recall_train_*.bin -t 64 -b 4 -x -1
+check '[ $code -eq 0 ] && grep -q "^step 10/10" out' "-x -1 is not one epoch of 40 samples: $(cat err; tail -1 out)"
+run $BARE -i data/recall_train_*.bin -l 0.01 -u 1 -x 2 -k wsd -o lr
+run -t 64 -b 2 -i data/recall_train_*.bin -x 10 -k wsd -o lr -y 1
+check '[ $code -eq 0 ] && grep -q "^learning rate: 0.01 after 1 steps of warm-up, wsd" out' "a resumed run does not keep -l: $(cat out err)"
+run -t 64 -b 2 -i data/recall_train_*.bin -x 150 -l 1e-6 -sl 1 -sg 1 -o outliers -n 140
+check '[ $code -eq 0 ] && grep -q "^warning: step 1[0-9]*: outlier skipped" err && ! grep -q "step [0-9][0-9]:" err' "-sl 1 -sg 1 skip nothing: $(cat err)"
+rm outliers/ckpt_00000150.bin; grep outlier err | grep "step 14[1-9]\|step 150" >first
+run -t 64 -b 2 -i data/recall_train_*.bin -x 150 -l 1e-6 -sl 1 -sg 1 -o outliers -n 140 -y 1
+check '[ $code -eq 0 ] && cmp -s err first' "outliers of a resumed run: $(cat err first)"
 
 # ---- byte shards, and shards in llm.c's format
 printf 'The quick brown fox jumps over the lazy dog. %.0s' $(seq 60) >fox.txt

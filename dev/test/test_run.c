@@ -230,9 +230,11 @@ static void test_param_table(void) {
     static const struct {
         const char *preset;
         long long total; // parameters of the published model
-    } known[] = {{"llama3-8b", 8030261248}, {"qwen3-14b", 14768307200}, {"qwen2.5-7b", 7615616512}};
+    } known[] = {{"llama3-8b", 8030261248},   {"qwen3-14b", 14768307200}, {"qwen2.5-7b", 7615616512},
+                 {"smollm2-360m", 361821120}, {"qwen3-0.6b", 596049920},  {"llama3.2-1b", 1235814400},
+                 {"llama3.2-3b", 3212749824}};
     int64_t total;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 7; i++) {
         ModelConfig c = preset_config(known[i].preset, 0);
         c.attn = ATTN_FULL;
         param_table(&c, NULL, &total);
@@ -443,6 +445,26 @@ static void test_options(void) {
           "values");
     parse(&o, "-i a --overfit 1 -prompt ''");
     CHECK(o.overfit == 1 && options_given(&o, "a") && o.prompt[0] == '\0', "-overfit");
+    parse(&o, "--train=a --batch=6 -steps 70 -warmup=7 -lr 3e-3 --weight_decay 0.5 -attn=full --kv_heads=1 "
+              "--prompt=a=b");
+    CHECK(!strcmp(o.train, "a") && o.batch == 6 && o.max_steps == 70 && o.warmup == 7 && o.lr == 3e-3 &&
+              o.weight_decay == 0.5 && !strcmp(o.prompt, "a=b") && options_given(&o, "attn") &&
+              options_given(&o, "kv-heads") && options_given(&o, "l"),
+          "long forms");
+    // -l, -u and -x from the preset, the checkpoint or the epoch
+    parse(&o, "-i a -e gpt-124m -x 5000");
+    options_set_schedule(&o, 0, 0, 99);
+    CHECK(o.lr == 6e-4 && o.warmup == 500 && o.max_steps == 5000, "preset: %g %lld", o.lr,
+          (long long)o.warmup);
+    parse(&o, "-i a -e gpt-124m -x -1");
+    options_set_schedule(&o, 0, 0, 90000);
+    CHECK(o.warmup == 700 && o.max_steps == 90000, "one epoch");
+    parse(&o, "-i a -e gpt-124m -x 5000");
+    options_set_schedule(&o, 2e-3, 40, 99);
+    CHECK(o.lr == 2e-3 && o.warmup == 40, "resumed");
+    parse(&o, "-i a -e gpt-124m -l 1e-3 -u 3");
+    options_set_schedule(&o, 2e-3, 40, 99);
+    CHECK(o.lr == 1e-3 && o.warmup == 3, "given");
     parse(&o, "-i a -b 2 -b 5");
     CHECK(o.batch == 5, "the last one counts");
     parse(&o, "-i a");
@@ -480,7 +502,8 @@ static void test_options(void) {
         {"-i a -padded-vocab 256", "-padded-vocab: unknown flag", "-h"},
         {"-i a -zzzzz 1", "-zzzzz: unknown flag", "-h lists all"},
         {"-i a - 1", "-: unknown flag", "-h"},
-        {"-i a -choice f", "-choice: unknown flag", "-h"}, // a flag of the GPU trainer
+        {"-i a -choice f", "-choice: only the GPU trainer", "train_gpt_nsa"},
+        {"-i a --z=1", "-z: only the GPU trainer", "train_gpt_nsa"},
         {"-i a extra", "extra", "not a flag"},
         {"-i a -b", "-b", "missing"},
         {"-i -j b", "-i", "missing"},
@@ -495,7 +518,16 @@ static void test_options(void) {
         {"-i a -l 1e999", "-l 1e999", "must be a number"},
         {"-i a -b 0", "-b 0", "must be from 1 to"},
         {"-i a -b -3", "-b -3", "must be from 1 to"},
-        {"-i a -x 99999999999999999999", "-x 99999999999999999999", "must be from 1 to"},
+        {"-i a -x 99999999999999999999", "-x 99999999999999999999", "must be from -1 to"},
+        {"-i a -x 0", "-x 0", "-1 for one epoch"},
+        {"-i a -k cosin", "-k cosin", "cosine|linear|constant|wsd"},
+        {"-i a -learning-rate 1", "-learning-rate", "did you mean -lr?"},
+        {"-i a --batch_size=4", "--batch_size=4", "did you mean -batch?"},
+        {"-i a --max-steps 4", "--max-steps", "did you mean -steps?"},
+        {"-i a -chan 64", "-chan", "did you mean -channels?"},
+        {"-i a --batch=4x", "-b 4x", "must be a whole number"},
+        {"-i a -steps", "-steps", "missing"},
+        {"-i a --steps=", "-x", "empty"},
         {"-i a -q 1.5", "-q 1.5", "from 0 to 1"},
         {"-i a -beta2 1", "-beta2 1", "must be from 0 to"},
         {"-i a -topp 0", "-topp 0", "must be from"},
@@ -525,8 +557,8 @@ static void test_options(void) {
         check_died(&r, bad[i][0], bad[i][1], bad[i][2]);
     }
     static const char *const good[] = {
-        "-sample 1 -e /dev/null", "-val 1 -e /dev/null -j b", "-i a -v 0", "-i a -n 0", "-i a -u 10 -x 10",
-        "-i a -t 0 -d 0"};
+        "-sample 1 -e /dev/null", "-val 1 -e /dev/null -j b", "-i a -v 0",       "-i a -n 0",
+        "-i a -u 10 -x 10",       "-i a -t 0 -d 0",           "-i a -x -1 -u 20"};
     for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
         Child r = child(run_parse, (void *)good[i]);
         CHECK(r.code == 0 && r.err[0] == '\0', "%s: %s", good[i], r.err);
@@ -541,6 +573,7 @@ static void test_options(void) {
         for (int i = 0; i < count; i++) {
             snprintf(name, sizeof name, "  -%s", f[i].flag);
             CHECK(strstr(r.out, name) && strstr(r.out, f[i].help), "help misses %s", name);
+            CHECK(!strstr(r.out, "[GPU]") == 0, "the GPU trainer's flags are not marked");
         }
         const ModelField *m = model_fields(&count);
         for (int i = 0; i < count; i++) {
@@ -1221,6 +1254,36 @@ static void test_cadence(void) {
     }
 }
 
+// The expected values follow llm.c's schedulers.
+static void test_schedule(void) {
+    Options o;
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k linear");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 &&
+              fabs(schedule_rate(&o, 55) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
+          "linear");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k constant");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 99) == 1,
+          "constant");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k wsd");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 80) == 1 &&
+              fabs(schedule_rate(&o, 85) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
+          "wsd");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1");
+    for (int i = 0; i <= 100; i++)
+        CHECK(schedule_rate(&o, i) == learning_rate(i, 1, 10, 100, 0.1), "cosine is the default");
+
+    OutlierWindow w;
+    memset(&w, 0, sizeof w);
+    for (int i = 0; i < 200; i++) {
+        CHECK(isinf(outlier_limit(&w, 2)) == (i < OUTLIER_WINDOW), "value %d", i);
+        outlier_add(&w, i < 72 ? 1000 : i % 2 ? 5 : 3); // mean 4, standard deviation 1
+    }
+    outlier_add(&w, NAN);
+    outlier_add(&w, INFINITY);
+    CHECK(w.count == 200 && fabs(outlier_limit(&w, 3) - 7) < 1e-12, "limit %g", outlier_limit(&w, 3));
+    CHECK(isinf(outlier_limit(&w, 0)), "off");
+}
+
 static void run_log_full(void *unused) {
     (void)unused;
     Logger l;
@@ -1347,6 +1410,7 @@ int main(void) {
     test_kill();
     test_validate();
     test_cadence();
+    test_schedule();
     test_logger();
     test_params_init(); // last, because a fork must not happen while its OpenMP threads run
     for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
