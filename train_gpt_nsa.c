@@ -517,8 +517,6 @@ int main(int argc, char **argv) {
 
     if (training) {
         run_begin_training(&run);
-        int64_t first_step = run.state.step;
-        double train_seconds = 0; // in training steps, without validation, samples and checkpoints
         int stop = 0;
         for (int first_iteration = 1;; first_iteration = 0) {
             Cadence due = run_due(&run, first_iteration);
@@ -532,13 +530,7 @@ int main(int argc, char **argv) {
             StepLog line = {.memory_bytes = (int64_t)model.bytes};
             double start = now_seconds();
             train_step(&run, &model, &line);
-            double elapsed = now_seconds() - start;
-            train_seconds += elapsed;
-            line.ms = elapsed * 1e3;
-            line.tokens_per_second = (double)run.state.total_batch / elapsed;
-            logger_train(
-                &run.log, &line, o->max_steps,
-                eta_seconds(train_seconds, run.state.step - first_step, o->max_steps - run.state.step));
+            run_log_step(&run, &line, now_seconds() - start);
         }
         if (stop) run_print_stopped(&run);
     }

@@ -991,8 +991,6 @@ static void train(Run *r, Model *model, double peak) {
     Feed feed;
     run_begin_training(r);
     feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
-    int64_t first_step = r->state.step;
-    double train_seconds = 0; // in training steps, without validation, samples and checkpoints
     int stop = 0;
     for (int first_iteration = 1;; first_iteration = 0) {
         Cadence due = run_due(r, first_iteration);
@@ -1007,13 +1005,9 @@ static void train(Run *r, Model *model, double peak) {
         double start = now_seconds();
         double flops = train_step(r, model, &feed, &line);
         double elapsed = now_seconds() - start;
-        train_seconds += elapsed;
-        line.ms = elapsed * 1e3;
-        line.tokens_per_second = (double)r->state.total_batch / elapsed;
         line.mfu = peak > 0 ? flops / elapsed / (peak * 1e12) : 0;
         line.memory_bytes = (int64_t)arenas_bytes(model->arenas);
-        logger_train(&r->log, &line, o->max_steps,
-                     eta_seconds(train_seconds, r->state.step - first_step, o->max_steps - r->state.step));
+        run_log_step(r, &line, elapsed);
     }
     if (stop) run_print_stopped(r);
     feed_stop(&feed);
@@ -1062,6 +1056,7 @@ int main(int argc, char **argv) {
     const Comm *comm = &run.comm;
     cudaDeviceProp gpu = gpu_init(comm->local_rank, (const void *)skip_update_if_loss_not_finite_kernel);
     int training = !o->sample_only && !o->val_only;
+    run.gpu = gpu.name;
     double peak = o->peak_tflops;
     if (peak == 0 && !attn_needs_convert) peak = peak_tflops(gpu.name); // of 16-bit matmuls
     gpus_init(&gpus, &run.comm, (int)o->cp_size);

@@ -30,6 +30,7 @@ static inline void format_seconds(char *out, size_t size, double seconds) {
 typedef struct {
     FILE *file; // NULL: console only
     char path[PATH_BYTES];
+    int64_t tokens;   // tokens trained on until the logged step
     int console_only; // 1: nothing is added to the file
     double printed;   // now_seconds() of the last step on the console; 0: none yet
 } Logger;
@@ -80,6 +81,7 @@ static inline int64_t logger_parse_step(const char *line, size_t length) {
 static inline void logger_open(Logger *l, const char *dir, int64_t last_step) {
     l->file = NULL;
     l->console_only = 0;
+    l->tokens = 0;
     l->printed = 0;
     if (!dir) return;
     if (snprintf(l->path, sizeof l->path, "%s/log.jsonl", dir) >= (int)sizeof l->path)
@@ -127,10 +129,10 @@ static inline void logger_train(Logger *l, const StepLog *t, int64_t max_steps, 
     }
     snprintf(line, sizeof line,
              "{\"step\":%lld,\"loss\":%s,\"lr\":%s,\"norm\":%s,\"ms\":%.3f,\"tokens_per_second\":%.1f,"
-             "\"mfu\":%.5f,\"memory_bytes\":%lld}\n",
+             "\"mfu\":%.5f,\"memory_bytes\":%lld,\"tokens\":%lld}\n",
              (long long)t->step, logger_format_number(loss, sizeof loss, t->loss),
              logger_format_number(lr, sizeof lr, t->lr), logger_format_number(norm, sizeof norm, t->norm),
-             t->ms, t->tokens_per_second, t->mfu, (long long)t->memory_bytes);
+             t->ms, t->tokens_per_second, t->mfu, (long long)t->memory_bytes, (long long)l->tokens);
     logger_write(l, line);
 }
 
@@ -139,8 +141,8 @@ static inline void logger_val(Logger *l, int64_t step, double val_loss) {
     char line[128], loss[32];
     printf("val loss %.4f\n", val_loss);
     fflush(stdout);
-    snprintf(line, sizeof line, "{\"step\":%lld,\"val_loss\":%s}\n", (long long)step,
-             logger_format_number(loss, sizeof loss, val_loss));
+    snprintf(line, sizeof line, "{\"step\":%lld,\"tokens\":%lld,\"val_loss\":%s}\n", (long long)step,
+             (long long)l->tokens, logger_format_number(loss, sizeof loss, val_loss));
     logger_write(l, line);
 }
 
@@ -149,8 +151,8 @@ static inline void logger_val(Logger *l, int64_t step, double val_loss) {
 static inline void logger_recall(Logger *l, int64_t step, int buckets, const int64_t *distances,
                                  const int64_t *asked, const int64_t *right, double chance) {
     char line[8192];
-    int length =
-        snprintf(line, sizeof line, "{\"step\":%lld,\"chance\":%.5g,\"recall\":[", (long long)step, chance);
+    int length = snprintf(line, sizeof line, "{\"step\":%lld,\"tokens\":%lld,\"chance\":%.5g,\"recall\":[",
+                          (long long)step, (long long)l->tokens, chance);
     printf("recall by distance (chance %.1f%%):", 100 * chance);
     for (int i = 0; i < buckets && length < (int)sizeof line - 128; i++) {
         if (asked[i] == 0)

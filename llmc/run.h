@@ -30,7 +30,10 @@ typedef struct {
     int64_t *cu_seqlens;       // [num_seqs + 1], of the current batch
     int64_t num_seqs;
     Logger log;
-    Comm comm; // this process among all; alone: rank 0 of 1
+    const char *gpu;      // name of the GPU; NULL: none
+    int64_t timed_steps;  // steps of this process
+    double timed_seconds; // in them, without validation, samples and checkpoints
+    Comm comm;            // this process among all; alone: rank 0 of 1
     // A data-parallel rank is a group of opt.cp_size processes. dp_size: number of groups; dp_rank: the group
     // of this process.
     int dp_size, dp_rank;
@@ -378,15 +381,100 @@ static inline void run_load_batch(Run *r, DataLoader *l) {
         doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
 }
 
-// Installs the signal handlers; says where a resumed run continues.
-static inline void run_begin_training(const Run *r) {
+// Writes text as a JSON string, or null.
+static inline void run_json_text(FILE *f, const char *text) {
+    if (!text) {
+        fprintf(f, "null");
+        return;
+    }
+    fputc('"', f);
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\')
+            fprintf(f, "\\%c", *text);
+        else if ((unsigned char)*text < 32)
+            fprintf(f, "\\u%04x", *text);
+        else
+            fputc(*text, f);
+    }
+    fputc('"', f);
+}
+
+// Logs the start of a run: all flags, the model, the commit, the GPU, the number of processes and the date.
+static inline void run_log_start(Run *r) {
+    char *line = NULL, date[32], value[64];
+    size_t size = 0;
+    int count;
+    FILE *f = open_memstream(&line, &size);
+    if (!f) die("out of memory: the first line of the log");
+    time_t now = time(NULL);
+    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
+    fprintf(f,
+            "{\"step\":%lld,\"tokens\":%lld,\"start\":{\"date\":\"%s\",\"commit\":", (long long)r->state.step,
+            (long long)r->state.tokens, date);
+    run_json_text(f, build_commit());
+    fprintf(f, ",\"gpu\":");
+    run_json_text(f, r->gpu);
+    fprintf(f, ",\"processes\":%d,\"flags\":{", r->comm.ranks);
+    const OptionFlag *flags = option_flags(&count);
+    for (int i = 0; i < count; i++) {
+        const char *field = (const char *)&r->opt + flags[i].offset, *text;
+        double real;
+        int64_t integer;
+        fprintf(f, "%s\"%s\":", i ? "," : "", flags[i].flag);
+        if (flags[i].type == OPTION_TEXT) {
+            memcpy(&text, field, sizeof text);
+            run_json_text(f, text);
+        } else if (flags[i].type == OPTION_INT) {
+            memcpy(&integer, field, sizeof integer);
+            fprintf(f, "%lld", (long long)integer);
+        } else {
+            memcpy(&real, field, sizeof real);
+            fprintf(f, "%.12g", real);
+        }
+    }
+    fprintf(f, "},\"model\":{");
+    const ModelField *fields = model_fields(&count);
+    for (int i = 0; i < count; i++) {
+        model_field_print(&fields[i], model_field_get(&r->config, &fields[i]), value, sizeof value);
+        const char *quote = fields[i].enum_names ? "\"" : "";
+        fprintf(f, "%s\"%s\":%s%s%s", i ? "," : "", fields[i].name, quote, value, quote);
+    }
+    fprintf(f, "}}}\n");
+    if (fclose(f) != 0) die("out of memory: the first line of the log");
+    logger_write(&r->log, line);
+    free(line);
+}
+
+// Installs the signal handlers; logs the start; says where a resumed run continues.
+static inline void run_begin_training(Run *r) {
     const long long step = (long long)r->state.step, max_steps = (long long)r->opt.max_steps;
     run_install_signal_handlers();
+    r->log.tokens = r->state.tokens;
+    if (!r->resuming || step < max_steps) run_log_start(r);
     if (!r->opt.output) printf("no -o: neither checkpoints nor the log will be saved\n");
     if (r->resuming && step < max_steps)
         printf("resuming after step %lld of %lld\n", step, max_steps);
     else if (r->resuming)
         printf("all %lld steps are done; train on with -x above %lld\n", max_steps, step);
+}
+
+// Logs a finished step that took `seconds`, whose times and rates it fills in. After the third step prints
+// the expected time of the rest.
+static inline void run_log_step(Run *r, StepLog *line, double seconds) {
+    enum { EXPECTED_AFTER = 3 }; // the first steps are slower than the rest
+    const int64_t left = r->opt.max_steps - r->state.step;
+    r->timed_steps++;
+    r->timed_seconds += seconds;
+    line->ms = seconds * 1e3;
+    line->tokens_per_second = (double)r->state.total_batch / seconds;
+    r->log.tokens = r->state.tokens;
+    logger_train(&r->log, line, r->opt.max_steps, eta_seconds(r->timed_seconds, r->timed_steps, left));
+    if (r->timed_steps != EXPECTED_AFTER || left == 0) return;
+    char text[32];
+    format_seconds(text, sizeof text, (double)left * seconds);
+    printf("expected: %s for the other %lld steps, without validation and text samples\n", text,
+           (long long)left);
+    fflush(stdout);
 }
 
 // Returns what is due after r->state.step steps. first: 1 at the start of training. A checkpoint is written

@@ -18,6 +18,18 @@ check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
 check 'grep -q "^recall by distance" out' "no recall accuracy"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl does not have 6 steps"
 check '[ -f a/ckpt_00000003.bin ] && [ -f a/ckpt_00000006.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
+check 'grep -q "^expected: .* for the other 3 steps" out' "the expected time: $(cat out)"
+if command -v python3 >/dev/null; then
+    check 'python3 - a/log.jsonl <<"END"
+import json, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+start = rows[0]["start"]
+assert all("step" in row and row["tokens"] == 128 * row["step"] for row in rows), "step, tokens"
+assert start["flags"]["x"] == 6 and start["flags"]["i"].startswith("data/") and start["flags"]["l"] == 1e-3, "flags"
+assert start["model"]["layers"] == 2 and start["model"]["attn"] == "nsa" and start["gpu"] is None, "model"
+assert start["processes"] == 1 and start["date"].endswith("Z") and "commit" in start, "start"
+END' "the first line of log.jsonl: $(head -1 a/log.jsonl)"
+fi
 mkdir b && cp a/ckpt_00000003.bin a/tokenizer.bin b/ && grep "\"step\":[0-3]," a/log.jsonl >b/log.jsonl
 run $TINY $DATA -o b -n 3 -y 1
 check 'cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a resumed run gives other bits"

@@ -1297,6 +1297,7 @@ static void run_log_full(void *unused) {
 static void run_log(void *folder) {
     Logger l;
     logger_open(&l, (const char *)folder, -1);
+    l.tokens = 77;
     const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
     logger_val(&l, 0, 4.5);
     for (int64_t step = 1; step <= 4; step++) {
@@ -1341,12 +1342,12 @@ static void test_logger(void) {
         strstr(
             text,
             "{\"step\":2,\"loss\":0.5,\"lr\":0.001,\"norm\":0.5,\"ms\":12.500,\"tokens_per_second\":10000.0,"
-            "\"mfu\":0.42100,\"memory_bytes\":0}\n"),
+            "\"mfu\":0.42100,\"memory_bytes\":0,\"tokens\":77}\n"),
         "%s", text);
     CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
-    CHECK(strstr(text, "{\"step\":4,\"val_loss\":1.25}\n"), "%s", text);
+    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25}\n"), "%s", text);
     CHECK(strstr(text,
-                 "{\"step\":4,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,\"right\":0},{\"from\":2,"
+                 "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,\"right\":0},{\"from\":2,"
                  "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
           "%s", text);
 
@@ -1359,7 +1360,7 @@ static void test_logger(void) {
     logger_close(&l);
     read_text(path, text, sizeof text);
     CHECK(count_lines(text) == 4, "%s", text);
-    CHECK(strncmp(text, "{\"step\":0,\"val_loss\":4.5}\n{\"step\":1,", 35) == 0 &&
+    CHECK(strncmp(text, "{\"step\":0,\"tokens\":77,\"val_loss\":4.5}\n{\"step\":1,", 47) == 0 &&
               strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
               !strstr(text, "\"step\":4") && !strstr(text, "null"),
           "%s", text);
