@@ -137,7 +137,28 @@ static real *tensor_at(real *base, int64_t offset) {
 // Returns count zeroed elements of `size` bytes, and counts them in model->bytes.
 static void *model_alloc(Model *model, size_t count, size_t size) {
     model->bytes += count * size;
-    return xcalloc(count, size);
+    void *p = calloc(count > 0 ? count : 1, size);
+    if (!p) die("out of memory: %zu more bytes; free host memory or use a smaller model", count * size);
+    return p;
+}
+
+// Dies if the model needs more memory than the machine has. A lower bound: parameters and the largest
+// activations. Linux would grant the memory and kill the program later, without a message.
+static void model_check_memory(const ModelConfig *config, int64_t n, int training) {
+    const FsaConfig *f = &config->fsa;
+    int64_t num_params, heads = (int64_t)f->q_heads + 2 * f->kv_heads;
+    param_table(config, NULL, &num_params);
+    double layer = 4.0 * config->channels + 3.0 * config->hidden + (double)(heads + f->q_heads) * f->head_dim;
+    double params = (training ? 4.0 : 1.0) * (double)num_params * sizeof(real);
+    double activations = (double)n * sizeof(real) * (layer * config->layers + config->padded_vocab);
+    double total = params + activations;
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), gib = 1 << 30;
+    if (total <= memory) return;
+    die("out of memory: at least %.1f GiB needed, %.1f GiB in this machine: %.1f GiB for %.0fM parameters%s, "
+        "%.1f GiB for the activations of %lld tokens; lower %s, or choose a smaller model with -e or -layers",
+        total / gib, memory / gib, params / gib, 1e-6 * (double)num_params,
+        training ? ", gradients and AdamW" : "", activations / gib, (long long)n,
+        activations > params ? "-b or -t" : "-channels or -hidden");
 }
 
 // Allocates the attention's State. The modes full and window use q, k and one lse of it.
@@ -155,6 +176,7 @@ static void alloc_attention_state(Model *model, LayerActivations *a, int64_t n) 
 
 void model_build(Model *model, const ModelConfig *config, int64_t n, int training) {
     memset(model, 0, sizeof *model);
+    model_check_memory(config, n, training);
     model->config = *config;
     model->max_tokens = n;
     const FsaConfig *f = &model->config.fsa;
@@ -496,8 +518,23 @@ static void train_step(Run *r, Model *model, StepLog *line) {
     line->step = run_finish_step(r, r->train.epoch, r->train.position);
 }
 
+// OpenMP threads that wait for work sleep almost at once, unless the environment says otherwise: spinning
+// threads take the cores from the working ones on a busy machine (a step of `tiny` took three times as long).
+// OpenMP reads the environment before main, so the program starts again.
+static void wait_passively(char **argv) {
+#ifdef _OPENMP
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "2000", 1); // GCC's OpenMP: sleeps after a few microseconds
+    execv("/proc/self/exe", argv);
+#else
+    (void)argv;
+#endif
+}
+
 int main(int argc, char **argv) {
     static Run run;
+    wait_passively(argv);
     Model model;
     run_start(&run, argc, argv);
     const Options *o = &run.opt;

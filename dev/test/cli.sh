@@ -247,6 +247,13 @@ check '[ $code -eq 0 ] && grep -q -- "-attn" out && grep -q "^  -z, -zero *\[GPU
 run --version
 check '[ $code -eq 0 ] && grep -q "^train_gpt_nsa_cpu [0-9]*\.[0-9]" out' "--version: $(cat out err)"
 
+for wait in "" ACTIVE; do
+    env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT ${wait:+OMP_WAIT_POLICY=$wait} OMP_DISPLAY_ENV=true "$PROGRAM" -h >out 2>err
+    check 'grep OMP_WAIT_POLICY err | tail -1 | grep -q "${wait:-PASSIVE}"' "OpenMP threads do not wait ${wait:-passively}: $(cat err)"
+done
+expect_error "GiB needed, " -e qwen3-14b -vocab 68 -layers 4000 -t 64 -b 2 -x 1 -i 'small/*.bin'
+expect_error "lower -b or -t" -e tiny -vocab 68 -t 64 -b 16777216 -x 1 -i 'small/*.bin'
+
 # ---- defaults, long forms, schedules, outliers
 run --train=data/recall_train_*.bin --context=64 --batch 2 -steps=3
 check '[ $code -eq 0 ] && grep -q "^learning rate: 0.002 after 0 steps of warm-up, cosine to 0.0002 at step 3" out && grep -q "^no -o: neither" out' "long forms: $(cat out err)"
