@@ -16,6 +16,7 @@ loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-
 # ---- runs, exact resume, recomputation
 run $MODEL $RUN $DATA -o a -n 2
 check '[ $code -eq 0 ] && grep -q "^gpu: " out && grep -q "^  activations " out' "a short run: $(cat err)"
+check 'head -1 a/log.jsonl | grep -q "\"start\":.*\"gpu\":\"[^\"]"' "the log does not name the GPU: $(head -1 a/log.jsonl)"
 check 'grep -q "^val loss [0-9]*\.[0-9]*$" out && grep -q "^recall by distance" out' "no validation: $(cat out)"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl does not have 4 steps"
 check '[ -f a/ckpt_00000002.bin ] && [ -f a/ckpt_00000004.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
@@ -66,6 +67,19 @@ run $BLOW -o x -n 1
 check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: step" err && [ -f x/ckpt_00000001.bin ]' "a loss that is not finite: $(cat err)"
 run $BLOW -skip 1
 check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 6/6" out' "-skip 1: $(tail -3 out) $(cat err)"
+
+# ---- outliers: a skipped step changes no parameter
+OUTLIERS="$MODEL $DATA -v 0 -l 1e-6 -u 0 -sl 0.5 -sg 1 -o z -y 1"
+run $OUTLIERS -x 130 -n 130
+run $OUTLIERS -x 138 -n 1 -nk 20
+check '[ $code -eq 0 ] && grep -q "^warning: step 13[1-8]: outlier skipped" err' "-sl 0.5 -sg 1 skip nothing: $(cat err)"
+good=1
+for step in $(seq 131 138); do
+    grep -q "step $step:" err && want=0 || want=1
+    cmp -s -i 4096 z/ckpt_00000$((step - 1)).bin z/ckpt_00000$step.bin
+    [ $? -eq $want ] || good=0
+done
+check '[ $good -eq 1 ]' "skipped steps change the parameters, or others do not: $(cat err)"
 
 # ---- -profile
 RESULTS=$T/results.jsonl "$PROGRAM" $MODEL -vocab 100 -profile 1 >out 2>err; code=$?
