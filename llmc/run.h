@@ -295,7 +295,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
         r->answers = (Answers *)xcalloc(r->val.shard_count, sizeof *r->answers);
         int found = 0;
         for (int64_t s = 0; s < r->val.shard_count; s++)
-            found += answers_load(&r->answers[s], r->val.shards[s].path) == 0;
+            found += answers_load(&r->answers[s], &r->val.shards[s]) == 0;
         if (!found) free(r->answers), r->answers = NULL;
     }
     if (training)

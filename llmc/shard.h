@@ -7,7 +7,7 @@
 #ifndef LLMC_SHARD_H
 #define LLMC_SHARD_H
 
-#include "utils.h"
+#include "input.h"
 
 #define SHARD_MAGIC16 20240520
 #define SHARD_VERSION16 1
@@ -32,10 +32,8 @@ static inline void shard_open(Shard *s, const char *path) {
         die("the file name has %zu characters: choose one of at most %d", strlen(path), PATH_BYTES - 1);
     }
     memmove(s->path, path, strlen(path) + 1); // `path` may be s->path
-    s->fd = open(path, O_RDONLY);
-    if (s->fd < 0 || fstat(s->fd, &st) != 0)
-        die("cannot read shard %s: %s; check the path", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("cannot read shard %s: it is not a file; check the path", path);
+    s->fd = input_open("shard ", path, &st);
+    if (s->fd < 0) die("cannot read shard %s: %s; check the path", path, strerror(errno));
     long long size = st.st_size;
     if (size < SHARD_HEADER_BYTES) {
         die("shard %s is truncated: %lld bytes found, its header alone has %d; download or make it again",
@@ -159,7 +157,8 @@ static inline void shard_writer_commit(ShardWriter *w) {
 }
 
 // The answer file SHARD.answers of a recall shard SHARD.bin lists the tokens that answer a question. It holds
-// int64 {magic 20260802, version 1, count, seq_len} and then `count` pairs {index, distance}, ascending.
+// int64 {magic 20260802, version 1, count, seq_len} and then `count` pairs {index, distance}, ascending by
+// index.
 typedef struct {
     int64_t index;    // of the answer token in the shard
     int64_t distance; // in tokens, from the thing in the last earlier statement about the same name
@@ -186,17 +185,17 @@ static inline void answers_free(Answers *a) {
     memset(a, 0, sizeof(*a));
 }
 
-// Reads a shard's answer file. Returns 0, or 1 if the shard has none; dies if the file is invalid.
-static inline int answers_load(Answers *a, const char *shard_path) {
+// Reads the answer file of a shard, which may be closed. Returns 0, or 1 if the shard has none; dies if the
+// file is invalid. Every index is in [1, tokens of the shard), and every distance in [1, index].
+static inline int answers_load(Answers *a, const Shard *shard) {
     char path[PATH_BYTES];
     int64_t header[4];
     struct stat st;
     memset(a, 0, sizeof(*a));
-    answers_path(path, shard_path);
-    FILE *f = fopen(path, "rb");
+    answers_path(path, shard->path);
+    FILE *f = input_fopen("", path, &st);
     if (f == NULL && errno == ENOENT) return 1;
-    if (f == NULL || fstat(fileno(f), &st) != 0)
-        die("cannot read %s: %s; check its permissions", path, strerror(errno));
+    if (f == NULL) die("cannot read %s: %s; check its permissions", path, strerror(errno));
     if (fread(header, sizeof(header), 1, f) != 1) {
         die("%s is truncated: %lld bytes found, its header alone has %zu; make the data again", path,
             (long long)st.st_size, sizeof(header));
@@ -207,7 +206,12 @@ static inline int answers_load(Answers *a, const char *shard_path) {
             path, (long long)header[0], (long long)header[1], ANSWERS_MAGIC, ANSWERS_VERSION);
     }
     int64_t size = (int64_t)st.st_size - (int64_t)sizeof(header);
-    if (header[2] < 0 || header[2] != size / 16 || size % 16 != 0 || header[3] < 1) {
+    if (header[2] < 0 || header[2] >= shard->count || header[3] < 1 || header[3] >= shard->count) {
+        die("%s is invalid: %lld answers, documents of %lld + 1 tokens, but its shard has %lld tokens; make "
+            "the data again",
+            path, (long long)header[2], (long long)header[3], (long long)shard->count);
+    }
+    if (header[2] != size / 16 || size % 16 != 0) {
         die("%s has the wrong size: %lld answers need %lld bytes, %lld found; make the data again", path,
             (long long)header[2], (long long)(32 + 16 * header[2]), (long long)st.st_size);
     }
@@ -218,6 +222,16 @@ static inline int answers_load(Answers *a, const char *shard_path) {
         die("cannot read %s: check its disk, or make the data again", path);
     }
     fclose(f);
+    for (int64_t i = 0, last = 0; i < a->count; i++) {
+        int64_t index = a->answers[i].index, distance = a->answers[i].distance;
+        if (index <= last || index >= shard->count || distance < 1 || distance > index) {
+            die("%s is invalid: answer %lld has index %lld and distance %lld; %lld < index < %lld and 1 <= "
+                "distance <= index expected; make the data again",
+                path, (long long)i, (long long)index, (long long)distance, (long long)last,
+                (long long)shard->count);
+        }
+        last = index;
+    }
     return 0;
 }
 

@@ -17,11 +17,12 @@
 #define LLMC_TOKENIZER_H
 
 #include "unicode.h"
-#include "utils.h"
+#include "input.h"
 
 #define TOKENIZER_MAGIC 20260801
 #define TOKENIZER_VERSION 1
 #define TOKENIZER_LLMC_MAGIC 20240328
+#define TOKENIZER_MAX_BYTES (1 << 28) // of a file
 enum { TOKENIZER_BYTES = 0, TOKENIZER_WORDS = 1, TOKENIZER_BPE = 2 };
 // Pre-tokenizers. Llama 3's groups up to three digits, Qwen's takes digits one by one. cl100k is Llama 3's
 // except for white space at the end of the text.
@@ -75,11 +76,13 @@ static inline int tokenizer_load(Tokenizer *t, const char *path) {
     uint32_t header[256];
     struct stat st;
     memset(t, 0, sizeof(*t));
-    FILE *f = fopen(path, "rb");
+    FILE *f = input_fopen("tokenizer ", path, &st);
     if (f == NULL && (errno == ENOENT || errno == ENOTDIR)) return 1;
-    if (f == NULL || fstat(fileno(f), &st) != 0)
-        die("cannot read tokenizer %s: %s; check its permissions", path, strerror(errno));
-    if (!S_ISREG(st.st_mode)) die("cannot read tokenizer %s: it is not a file; check the path", path);
+    if (f == NULL) die("cannot read tokenizer %s: %s; check its permissions", path, strerror(errno));
+    if (st.st_size > TOKENIZER_MAX_BYTES) {
+        die("tokenizer %s is too long: %lld bytes, at most %d expected; check the path", path,
+            (long long)st.st_size, TOKENIZER_MAX_BYTES);
+    }
     if (fread(header, sizeof(header), 1, f) != 1) {
         die("tokenizer %s is truncated: %lld bytes found, its header alone has %zu; make it again", path,
             (long long)st.st_size, sizeof(header));

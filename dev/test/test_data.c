@@ -8,6 +8,8 @@
 #include <glob.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -355,9 +357,25 @@ static void test_shards(void) {
     shard_close(&s);
 }
 
-static void load_answers(const char *path) {
+// Loads the answers of a shard of `tokens` tokens, which is not opened. Returns what answers_load returns.
+static int load_answers(Answers *a, const char *path, int64_t tokens) {
+    static Shard s;
+    snprintf(s.path, sizeof(s.path), "%s", path);
+    s.count = tokens;
+    return answers_load(a, &s);
+}
+
+static const int64_t BIG_SHARD = ((int64_t)1 << 40) + 2; // tokens
+
+// Checks that the answer file {header, answers} of 3 answers with one word changed is refused.
+static void check_bad_answers(const char *text, int word, int64_t value) {
+    const char *path = in_root("some.answers");
+    int64_t raw[10] = {ANSWERS_MAGIC,          ANSWERS_VERSION, 3, 64, 3, 1, 9, 5,
+                       ((int64_t)1 << 40) + 1, (int64_t)1 << 33};
     Answers a;
-    answers_load(&a, path);
+    raw[word] = value;
+    write_file(path, raw, sizeof(raw));
+    DIES(text, load_answers(&a, in_root("some.bin"), BIG_SHARD));
 }
 
 static void test_answers(void) {
@@ -366,20 +384,94 @@ static void test_answers(void) {
     char raw[80], path[PATH_BYTES];
     answers_path(path, "x/y_000000.bin");
     CHECK(strcmp(path, "x/y_000000.answers") == 0, "%s", path);
-    CHECK(answers_load(&b, in_root("none.bin")) == 1, "answers that are not there");
+    CHECK(load_answers(&b, in_root("none.bin"), BIG_SHARD) == 1, "answers that are not there");
     answers_save(&a, in_root("some.bin"));
-    CHECK(answers_load(&b, in_root("some.bin")) == 0 && b.count == 3 && b.seq_len == 64 &&
+    CHECK(load_answers(&b, in_root("some.bin"), BIG_SHARD) == 0 && b.count == 3 && b.seq_len == 64 &&
               memcmp(b.answers, list, sizeof(list)) == 0,
           "answers come back otherwise");
     answers_free(&b);
     CHECK(read_file(in_root("some.answers"), raw, sizeof(raw)) == 80, "size");
     write_file(in_root("some.answers"), raw, 79);
-    DIES("has the wrong size", load_answers(in_root("some.bin")));
+    DIES("has the wrong size", load_answers(&b, in_root("some.bin"), BIG_SHARD));
     write_file(in_root("some.answers"), raw, 20);
-    DIES("is truncated", load_answers(in_root("some.bin")));
+    DIES("is truncated", load_answers(&b, in_root("some.bin"), BIG_SHARD));
     raw[0]++;
     write_file(in_root("some.answers"), raw, 80);
-    DIES("is not an answer file", load_answers(in_root("some.bin")));
+    DIES("is not an answer file", load_answers(&b, in_root("some.bin"), BIG_SHARD));
+
+    // counts that no shard has; the message must not overflow
+    check_bad_answers("is invalid: -1 answers", 2, -1);
+    check_bad_answers("is invalid: 9223372036854775807 answers", 2, INT64_MAX);
+    check_bad_answers("4 answers need 96 bytes, 80 found", 2, 4);
+    check_bad_answers("documents of 0 + 1 tokens", 3, 0);
+    check_bad_answers("documents of 9223372036854775807 + 1 tokens", 3, INT64_MAX);
+    check_bad_answers("documents of 1099511627778 + 1 tokens", 3, BIG_SHARD);
+    // indices: ascending, in the shard, and not its first token, which nothing predicts
+    check_bad_answers("answer 0 has index -9223372036854775808", 4, INT64_MIN);
+    check_bad_answers("answer 0 has index 0", 4, 0);
+    check_bad_answers("answer 1 has index 3", 6, 3);
+    check_bad_answers("answer 1 has index 2", 6, 2);
+    check_bad_answers("answer 2 has index 1099511627778", 8, BIG_SHARD);
+    check_bad_answers("answer 2 has index 9223372036854775807", 8, INT64_MAX);
+    // distances: backwards, within the shard
+    check_bad_answers("distance 0", 7, 0);
+    check_bad_answers("distance -9223372036854775808", 7, INT64_MIN);
+    check_bad_answers("distance 10", 7, 10);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// input.h
+
+// Loads a file of each kind from `path`, which is not a regular file.
+static void load_kind(int kind, const char *path) {
+    Shard s;
+    Answers a;
+    Tokenizer t;
+    alarm(5); // it must not block
+    if (kind == 0) shard_open(&s, path);
+    if (kind == 1) load_answers(&a, path, 100);
+    if (kind == 2) tokenizer_load(&t, path);
+}
+
+static void test_file_types(void) {
+    static const char *const names[] = {"shard.bin", "shard.answers", "tokenizer.bin"};
+    static const char *const types[] = {"a folder", "a FIFO", "a device", "a socket"};
+    struct sockaddr_un address;
+    make_dirs(in_root("types"));
+    for (int type = 0; type < 4; type++) {
+        for (int kind = 0; kind < 3; kind++) {
+            const char *path = in_root(line_of("types/%s", names[kind]));
+            if (type == 0) make_dirs(path);
+            if (type == 1 && mkfifo(path, 0600) != 0) die("the test cannot make a FIFO");
+            if (type == 2 && symlink("/dev/zero", path) != 0) die("the test cannot make a link");
+            if (type == 3) {
+                int s = socket(AF_UNIX, SOCK_STREAM, 0);
+                memset(&address, 0, sizeof(address));
+                address.sun_family = AF_UNIX;
+                snprintf(address.sun_path, sizeof(address.sun_path), "%.100s", path);
+                if (bind(s, (struct sockaddr *)&address, sizeof(address)) != 0)
+                    die("the test cannot make a socket");
+                close(s);
+            }
+            DIES(line_of("it is not a file but %s", types[type]),
+                 load_kind(kind, in_root(line_of("types/%s", names[kind == 1 ? 0 : kind]))));
+            remove(path);
+        }
+    }
+    write_file(in_root("real.bin"), "x", 1);
+    CHECK(symlink(in_root("real.bin"), in_root("types/link")) == 0, "link");
+    struct stat st;
+    int fd = input_open("", in_root("types/link"), &st);
+    CHECK(fd >= 0 && st.st_size == 1, "a link to a file is a file");
+    close(fd);
+    CHECK(input_open("", in_root("types/none"), &st) == -1 && errno == ENOENT, "a file that is not there");
+    // a tokenizer of 1 TiB, without blocks on disk, is not read
+    int32_t header[256] = {TOKENIZER_MAGIC, 1, 1000, -1, 1};
+    Tokenizer t;
+    write_file(in_root("types/huge.bin"), header, sizeof(header));
+    if (truncate(in_root("types/huge.bin"), (off_t)1 << 40) == 0)
+        DIES("is too long: 1099511627776 bytes", tokenizer_load(&t, in_root("types/huge.bin")));
+    unlink(in_root("types/huge.bin"));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -978,7 +1070,7 @@ static void check_recall_shard(const char *path, int64_t seq_len, int names, int
     int64_t answer = 0, wrong = 0, misplaced = 0, grammar = 0;
     memset(stats, 0, sizeof(*stats));
     shard_open(&s, path);
-    CHECK(answers_load(&a, path) == 0 && a.seq_len == seq_len, "answers of %s", path);
+    CHECK(answers_load(&a, &s) == 0 && a.seq_len == seq_len, "answers of %s", path);
     CHECK(s.count % (seq_len + 1) == 0, "%lld tokens are not whole documents", (long long)s.count);
     uint32_t name0 = 4, thing0 = 4 + (uint32_t)names, filler0 = thing0 + (uint32_t)things;
     for (int64_t first = 0; first < s.count; first += seq_len + 1) {
@@ -1309,6 +1401,7 @@ int main(int argc, char **argv) {
     test_random();
     test_shards();
     test_answers();
+    test_file_types();
     test_loader_errors();
     test_loader_order();
     test_loader_shards_differ();
