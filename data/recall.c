@@ -14,9 +14,12 @@
 //   delayed:  a Remember in the first quarter of the document and a Recall in the last, no statement between;
 //   periodic: a Recall every period/2 to period tokens. The periods are seq_len/2, seq_len/4, ...
 // data/README.md has all rules and the file formats.
+#include "../llmc/folder_lock.h"
 #include "../llmc/shard.h"
+#include "../llmc/standard_streams.h"
 #include "../llmc/rand.h"
 #include "../llmc/tokenizer.h"
+#include <dirent.h>
 
 enum { EOT, REMEMBER, RECALL, PERIOD, FIRST_NAME };
 enum { SENTENCE_TOKENS = 4, THING_OFFSET = 2 }; // THING_OFFSET: index of the thing in a statement
@@ -282,11 +285,6 @@ static int64_t make_part(const RecallConfig *c, const char *folder, int val, int
         manifest_add(manifest, path);
         manifest_add(manifest, answers_file);
     }
-    for (;; shard++) { // removes the shards of an earlier run that had more of them
-        part_path(path, folder, val, shard);
-        answers_path(answers_file, path);
-        if (unlink(answers_file) + unlink(path) == -2) break;
-    }
     free(d.tokens);
     free(d.answers);
     free(d.thing_token);
@@ -295,6 +293,28 @@ static int64_t make_part(const RecallConfig *c, const char *folder, int val, int
     free(d.period);
     free(d.permutation);
     return made;
+}
+
+// Removes the shards and answers files that an earlier run left in the folder, complete or not.
+static void remove_old_files(const char *folder) {
+    static const char *const suffixes[] = {".bin", ".answers", ".bin.tmp", ".answers.tmp"};
+    char path[PATH_BYTES];
+    DIR *entries = opendir(folder);
+    if (entries == NULL) die("cannot read folder %s: %s", folder, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(entries)) != NULL;) {
+        const char *name = entry->d_name;
+        size_t prefix = strncmp(name, "recall_train_", 13) == 0 ? 13
+                        : strncmp(name, "recall_val_", 11) == 0 ? 11
+                                                                : 0;
+        size_t digits = prefix > 0 ? strspn(name + prefix, "0123456789") : 0;
+        for (int i = 0; i < 4 && digits >= 6; i++) {
+            if (strcmp(name + prefix + digits, suffixes[i]) != 0) continue;
+            if (snprintf(path, sizeof(path), "%s/%s", folder, name) >= PATH_BYTES || unlink(path) != 0)
+                die("cannot remove the old file %s/%s: %s; remove it yourself", folder, name,
+                    strerror(errno));
+        }
+    }
+    closedir(entries);
 }
 
 // Appends n words to pieces and lengths: those of list [size], then numbered ones (key2, ..., key3, ...),
@@ -333,7 +353,7 @@ static int is_complete(const char *folder, const char *manifest_path, const char
     char line[PATH_BYTES], name[PATH_BYTES], path[2 * PATH_BYTES];
     size_t n = strlen(parameters), files = 0;
     struct stat st;
-    FILE *f = fopen(manifest_path, "rb");
+    FILE *f = input_fopen("", manifest_path, &st);
     if (f == NULL) return 0;
     int same = fread(line, 1, n, f) == n && memcmp(line, parameters, n) == 0;
     while (same && fgets(line, sizeof(line), f) != NULL) {
@@ -373,10 +393,12 @@ static const char USAGE[] =
 int main(int argc, char **argv) {
     RecallConfig c = {256, 0, 0, 1, 16, 16, 32};
     const char *folder = NULL;
+    streams_begin();
     for (int i = 1; i < argc; i += 2) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(flag, "-h") == 0 || strcmp(flag, "-help") == 0 || strcmp(flag, "--help") == 0) {
             fputs(USAGE, stdout);
+            streams_end();
             return 0;
         } else if (strcmp(flag, "-o") == 0 && value != NULL)
             folder = value;
@@ -417,15 +439,18 @@ int main(int argc, char **argv) {
     if (is_complete(folder, manifest_path, parameters)) {
         printf("%s already has this data: nothing to do (remove %s to generate it again)\n", folder,
                manifest_path);
+        streams_end();
         return 0;
     }
 
-    // The old manifest is removed first and the new one appears last. A folder without one is unfinished.
+    // The old manifest is removed first, then the old shards, and the new manifest appears last. A folder
+    // without one is unfinished, and holds no mix of old and new shards.
     AtomicFile manifest;
     Tokenizer old;
     int64_t counts[2][BUCKETS];
     memset(counts, 0, sizeof(counts));
     make_dirs(folder);
+    folder_lock("-o", folder);
     snprintf(path, sizeof(path), "%s/tokenizer.bin", folder);
     if (tokenizer_load(&old, path) == 0 && old.kind != TOKENIZER_WORDS) {
         die("%s belongs to other data (vocabulary of %d tokens); choose another folder with -o", path,
@@ -436,6 +461,7 @@ int main(int argc, char **argv) {
     atomic_write(&manifest, parameters, strlen(parameters));
     if (unlink(manifest_path) != 0 && errno != ENOENT)
         die("cannot replace %s: %s", manifest_path, strerror(errno));
+    remove_old_files(folder);
     int64_t vocab_size = make_tokenizer(&c, path);
     manifest_add(&manifest, path);
     int64_t train_docs = make_part(&c, folder, 0, vocab_size, counts[0], &manifest);
@@ -444,5 +470,6 @@ int main(int argc, char **argv) {
     printf("%s: %lld training and %lld validation documents of %lld tokens, vocabulary %lld\n", folder,
            (long long)train_docs, (long long)val_made, (long long)(c.seq_len + 1), (long long)vocab_size);
     print_table((const int64_t(*)[BUCKETS])counts, c.seq_len);
+    streams_end();
     return 0;
 }

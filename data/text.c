@@ -1,6 +1,8 @@
 // text.c: converts text files to shards of byte tokens. A file is a document: an end-of-text token, then its
 // bytes. The end of each file is held out for validation. data/README.md has the file formats.
+#include "../llmc/folder_lock.h"
 #include "../llmc/shard.h"
+#include "../llmc/standard_streams.h"
 #include "../llmc/tokenizer.h"
 #include <dirent.h>
 
@@ -91,18 +93,48 @@ static void shard_set_add(ShardSet *s, const int32_t *tokens, int64_t n) {
     }
 }
 
-// Renames the shards from their temporary names. Removes the shards of an earlier run that had more of them.
+// Returns whether `name` is the name of a shard of the set, followed by `suffix`.
+static int shard_set_has_name(const ShardSet *s, const char *name, const char *suffix) {
+    size_t name_bytes = strlen(s->name), part_bytes = strlen(s->part);
+    if (strncmp(name, s->name, name_bytes) != 0 || name[name_bytes] != '_') return 0;
+    name += name_bytes + 1;
+    if (strncmp(name, s->part, part_bytes) != 0 || name[part_bytes] != '_') return 0;
+    name += part_bytes + 1;
+    size_t digits = strspn(name, "0123456789");
+    return digits >= 6 && strncmp(name + digits, ".bin", 4) == 0 && strcmp(name + digits + 4, suffix) == 0;
+}
+
+// Removes the shards that an earlier run left in the folder under their names and `suffix`.
+static void shard_set_remove(const ShardSet *s, const char *suffix) {
+    struct dirent **entries;
+    int n = scandir(s->folder, &entries, NULL, compare_names);
+    if (n < 0) die("cannot read folder %s: %s", s->folder, strerror(errno));
+    for (int i = n - 1; i >= 0; i--) {
+        char path[PATH_BYTES];
+        if (shard_set_has_name(s, entries[i]->d_name, suffix)) {
+            if (snprintf(path, sizeof(path), "%s/%s", s->folder, entries[i]->d_name) >= PATH_BYTES)
+                die("%s/%s: path is too long; use a shorter -o", s->folder, entries[i]->d_name);
+            if (unlink(path) != 0)
+                die("cannot remove the old shard %s: %s; remove it yourself", path, strerror(errno));
+        }
+        free(entries[i]);
+    }
+    free(entries);
+}
+
+// Completes the last shard, which keeps its temporary name.
+static void shard_set_sync(ShardSet *s) {
+    if (s->shards > 0 && s->writers[s->shards - 1]->file.f != NULL)
+        shard_writer_sync(s->writers[s->shards - 1]);
+}
+
+// Renames the shards from their temporary names.
 static void shard_set_commit(ShardSet *s) {
     for (int64_t i = 0; i < s->shards; i++) {
         shard_writer_commit(s->writers[i]);
         free(s->writers[i]);
     }
     free(s->writers);
-    for (int64_t i = s->shards;; i++) {
-        char path[PATH_BYTES];
-        shard_set_path(s, i, path);
-        if (unlink(path) != 0) break;
-    }
 }
 
 // Adds a file's bytes: the last val_fraction of them to val, the others to train. Each part begins with
@@ -111,8 +143,8 @@ static void add_file(const char *path, double val_fraction, ShardSet *train, Sha
     struct stat st;
     unsigned char bytes[4096];
     int32_t tokens[4096], eot = EOT;
-    FILE *f = fopen(path, "rb");
-    if (f == NULL || fstat(fileno(f), &st) != 0) die("cannot read %s: %s", path, strerror(errno));
+    FILE *f = input_fopen("", path, &st);
+    if (f == NULL) die("cannot read %s: %s", path, strerror(errno));
     int64_t size = st.st_size, held_out = (int64_t)((double)size * val_fraction), done = 0;
     while (done < size) {
         ShardSet *s = done < size - held_out ? train : val;
@@ -170,10 +202,12 @@ int main(int argc, char **argv) {
     double val_fraction = 0.1;
     int64_t max_shard_tokens = 100000000;
     FileList files = {NULL, 0, 0};
+    streams_begin();
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(flag, "-h") == 0 || strcmp(flag, "-help") == 0 || strcmp(flag, "--help") == 0) {
             fputs(USAGE, stdout);
+            streams_end();
             return 0;
         }
         if (flag[0] != '-')
@@ -196,9 +230,18 @@ int main(int argc, char **argv) {
     ShardSet train = {folder, name, "train", NULL, 0, max_shard_tokens, 0};
     ShardSet val = {folder, name, "val", NULL, 0, max_shard_tokens, 0};
     make_dirs(folder);
+    folder_lock("-o", folder);
     check_tokenizer(folder);
+    shard_set_remove(&train, ".tmp"); // of a run that was killed
+    shard_set_remove(&val, ".tmp");
     for (int64_t i = 0; i < files.count; i++) add_file(files.paths[i], val_fraction, &train, &val);
     make_tokenizer(folder);
+    // All old shards are removed before the first new one gets its name. So a run that is killed here leaves
+    // old shards or new ones, never both.
+    shard_set_sync(&train);
+    shard_set_sync(&val);
+    shard_set_remove(&train, "");
+    shard_set_remove(&val, "");
     shard_set_commit(&train);
     shard_set_commit(&val);
     printf("%s: %lld files, %lld training tokens in %lld shards, %lld validation tokens in %lld\n", folder,
@@ -206,5 +249,6 @@ int main(int argc, char **argv) {
            (long long)val.shards);
     for (int64_t i = 0; i < files.count; i++) free(files.paths[i]);
     free(files.paths);
+    streams_end();
     return 0;
 }

@@ -20,6 +20,23 @@
 #endif
 #endif
 
+// These replace the C library's functions, so that a test can kill a program before its n-th change of names.
+static int changes_left = -1; // changes of names until the process is killed; -1: never
+
+static void count_change(void) {
+    if (changes_left >= 0 && changes_left-- == 0) kill(getpid(), SIGKILL);
+}
+
+int rename(const char *from, const char *to) {
+    count_change();
+    return renameat(AT_FDCWD, from, AT_FDCWD, to);
+}
+
+int unlink(const char *path) {
+    count_change();
+    return unlinkat(AT_FDCWD, path, 0);
+}
+
 // Includes the two programs of data/ as functions, and renames the names that both define.
 #define main recall_main
 #define EOT RECALL_EOT
@@ -1390,6 +1407,165 @@ static void test_text(void) {
           "a full disk left something behind");
 }
 
+// ---------------------------------------------------------------------------------------------------------
+// Both programs of data/: kills, locks, stdout
+
+// Copies in_root(from)/PATTERN to in_root(to), which is emptied first.
+static void copy_files(const char *from, const char *to, const char *pattern) {
+    char command[4 * PATH_BYTES];
+    snprintf(command, sizeof(command), "rm -rf '%s/%s' && mkdir '%s/%s' && cp '%s/%s'/%s '%s/%s'", root, to,
+             root, to, root, from, pattern, root, to);
+    if (system(command) != 0) die("the test cannot copy %s to %s", from, to);
+}
+
+// Returns whether each file of in_root(folder)/PATTERN has the content of the file of the same name in
+// in_root(whole).
+static int all_equal(const char *folder, const char *whole, const char *pattern) {
+    static char a[1 << 20], b[1 << 20];
+    glob_t found;
+    int equal = 1;
+    if (glob(in_root(line_of("%s/%s", folder, pattern)), 0, NULL, &found) != 0) return 1;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        int64_t n = read_file(found.gl_pathv[i], a, sizeof(a));
+        const char *name = strrchr(found.gl_pathv[i], '/') + 1;
+        equal &= read_file(in_root(line_of("%s/%s", whole, name)), b, sizeof(b)) == n &&
+                 memcmp(a, b, (size_t)n) == 0;
+    }
+    globfree(&found);
+    return equal;
+}
+
+// Kills a program before each of its changes of names: over the old data only old or only new shards may
+// remain, and a second run must give the new data.
+static void check_kills(int (*program_main)(int, char **), const char *old_arguments,
+                        const char *new_arguments, const char *pattern) {
+    static char old_line[3 * PATH_BYTES], new_line[3 * PATH_BYTES], again_line[3 * PATH_BYTES];
+    snprintf(old_line, sizeof(old_line), "-o %s/kill_old %s", root, old_arguments);
+    snprintf(new_line, sizeof(new_line), "-o %s/kill_new %s", root, new_arguments);
+    snprintf(again_line, sizeof(again_line), "-o %s/kill %s", root, new_arguments);
+    CHECK(run_program(program_main, old_line) == 0 && run_program(program_main, new_line) == 0, "%s",
+          child_err);
+    int killed = 1, kills = 0, mixed = 0, wrong = 0;
+    for (int n = 0; killed && n < 1000; n++) {
+        copy_files("kill_old", "kill", "*");
+        changes_left = n;
+        killed = run_program(program_main, again_line) == -1;
+        changes_left = -1;
+        mixed += !all_equal("kill", "kill_old", pattern) && !all_equal("kill", "kill_new", pattern);
+        wrong += run_program(program_main, again_line) != 0 || !all_equal("kill", "kill_new", "*") ||
+                 !all_equal("kill_new", "kill", "*") || count_files("kill/*.tmp") > 0;
+        kills += killed;
+    }
+    CHECK(kills > 5 && kills < 999, "%d kills", kills);
+    CHECK(mixed == 0, "%d of %d kills left old and new shards", mixed, kills);
+    CHECK(wrong == 0, "the run after %d of %d kills gives other data", wrong, kills);
+    if (system(line_of("rm -rf %s/kill %s/kill_old %s/kill_new", root, root, root)) != 0)
+        die("the test cannot remove a folder");
+}
+
+static void test_kills(void) {
+    char old_arguments[2 * PATH_BYTES], new_arguments[2 * PATH_BYTES];
+    make_dirs(in_root("kill_a"));
+    make_dirs(in_root("kill_b"));
+    for (int i = 0; i < 4; i++) {
+        static char text[5000];
+        memset(text, 'a' + i, sizeof(text));
+        write_file(in_root(line_of("kill_%c/text", i < 2 ? 'a' : 'b')), text, i < 2 ? 5000 : 3500);
+    }
+    snprintf(old_arguments, sizeof(old_arguments), "-shard 1024 %s/kill_a", root);
+    snprintf(new_arguments, sizeof(new_arguments), "-shard 1024 -val 0.3 %s/kill_b", root);
+    check_kills(text_main, old_arguments, new_arguments, "*_*.bin");
+    check_kills(text_main, new_arguments, old_arguments, "*_*.bin");
+    check_kills(recall_main, "-t 64 -n 20 -m 5", "-t 64 -n 20 -m 5 -seed 2", "recall_*[ns]");
+}
+
+static void test_lock(void) {
+    char host[256] = "", wanted[512];
+    int pipes[2];
+    static const struct {
+        int (*program_main)(int, char **);
+        const char *arguments;
+    } programs[] = {{text_main, "-o %s/locked %s/in"}, {recall_main, "-o %s/locked -n 3 -m 3"}};
+    gethostname(host, sizeof(host) - 1);
+    for (int i = 0; i < 2; i++) {
+        make_dirs(in_root("locked"));
+        if (pipe(pipes) != 0) die("the test cannot make a pipe");
+        pid_t owner = fork();
+        if (owner == 0) {
+            folder_lock("-o", in_root("locked"));
+            if (write(pipes[1], "x", 1) != 1) _exit(1);
+            pause();
+            _exit(0);
+        }
+        char ready;
+        CHECK(read(pipes[0], &ready, 1) == 1, "the owner has no lock");
+        snprintf(wanted, sizeof(wanted), "process %d on host %s is writing there", (int)owner, host);
+        int code = run_program(programs[i].program_main, line_of(programs[i].arguments, root, root));
+        CHECK(code == 1 && strstr(child_err, wanted) && strchr(child_err, '\n')[1] == 0,
+              "%d, '%s' has no '%s'", code, child_err, wanted);
+        CHECK(count_files("locked/*") == 0, "a run without the lock wrote files");
+        kill(owner, SIGKILL); // the lock ends with its owner
+        waitpid(owner, NULL, 0);
+        code = run_program(programs[i].program_main, line_of(programs[i].arguments, root, root));
+        CHECK(code == 0, "%s", child_err);
+        close(pipes[0]), close(pipes[1]);
+        if (system(line_of("rm -rf %s/locked", root)) != 0) die("the test cannot remove a folder");
+    }
+    make_dirs(in_root("locked"));
+    CHECK(symlink(in_root("lock_target"), in_root("locked/.lock")) == 0, "link");
+    CHECK(run_program(text_main, line_of("-o %s/locked %s/in", root, root)) == 1 &&
+              !exists(in_root("lock_target")),
+          "a lock follows a link: %s", child_err);
+}
+
+// Runs a program of data/ with file descriptor `fd` closed (to == NULL), or connected to the file `to`, or to
+// a pipe that nobody reads ("|").
+static int run_with_stream(int (*program_main)(int, char **), const char *line, int fd, const char *to) {
+    char copy[PATH_BYTES * 2], *argv[64];
+    int argc = 0, pipes[2];
+    snprintf(copy, sizeof(copy), "program %s", line);
+    for (char *word = strtok(copy, " "); word != NULL; word = strtok(NULL, " ")) argv[argc++] = word;
+    argv[argc] = NULL;
+    pid_t pid = child_begin();
+    if (pid == 0) {
+        if (to == NULL) {
+            close(fd);
+        } else if (strcmp(to, "|") == 0) {
+            if (pipe(pipes) != 0) _exit(99);
+            dup2(pipes[1], fd);
+            close(pipes[0]), close(pipes[1]);
+        } else {
+            dup2(open(to, O_WRONLY), fd);
+        }
+        exit(program_main(argc, argv));
+    }
+    return child_end(pid);
+}
+
+static void test_standard_streams(void) {
+    static char lines[4][PATH_BYTES];
+    snprintf(lines[0], sizeof(lines[0]), "-o %s/streams %s/in", root, root);
+    snprintf(lines[1], sizeof(lines[1]), "-h");
+    snprintf(lines[2], sizeof(lines[2]), "-o %s/streams_r -n 3 -m 3", root);
+    snprintf(lines[3], sizeof(lines[3]), "-o %s/streams_r -n 3 -m 3", root); // nothing to do
+    for (int i = 0; i < 5; i++) {
+        int (*program_main)(int, char **) = i < 2 ? text_main : recall_main;
+        const char *line = lines[i == 4 ? 1 : i];
+        int code = run_with_stream(program_main, line, 1, "/dev/full");
+        CHECK(code == 1 && strstr(child_err, "cannot write to stdout: No space left"), "full: %d, '%s'", code,
+              child_err);
+        code = run_with_stream(program_main, line, 1, "|");
+        CHECK(code == 1 && strstr(child_err, "cannot write to stdout: Broken pipe"), "pipe: %d, '%s'", code,
+              child_err);
+        code = run_with_stream(program_main, line, 1, NULL);
+        CHECK(code == 1 && strstr(child_err, "stdout is closed"), "closed: %d, '%s'", code, child_err);
+    }
+    // with stderr closed, no message may end up in a shard
+    CHECK(run_with_stream(text_main, line_of("-o %s/streams2 %s/in", root, root), 2, NULL) == 0 &&
+              all_equal("streams2", "streams", "*.bin"),
+          "stderr closed");
+}
+
 int main(int argc, char **argv) {
     char made[] = "/tmp/test_data_XXXXXX";
     if (argc > 1)
@@ -1415,6 +1591,9 @@ int main(int argc, char **argv) {
     test_schedule();
     test_recall();
     test_text();
+    test_kills();
+    test_lock();
+    test_standard_streams();
     if (argc < 2 && fork() == 0) execlp("rm", "rm", "-rf", made, (char *)NULL);
     wait(NULL);
     return test_end("data");
