@@ -450,7 +450,7 @@ int main(int argc, char **argv) {
     int64_t counts[2][BUCKETS];
     memset(counts, 0, sizeof(counts));
     make_dirs(folder);
-    folder_lock("-o", folder);
+    lock_output_folder("-o", folder);
     snprintf(path, sizeof(path), "%s/tokenizer.bin", folder);
     if (tokenizer_load(&old, path) == 0 && old.kind != TOKENIZER_WORDS) {
         die("%s belongs to other data (vocabulary of %d tokens); choose another folder with -o", path,

@@ -10,20 +10,25 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
+import traceback
 
 HEADER_BYTES = 1024
 FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token: (magic, version)
 SAVE_INTERVAL = 0.5  # seconds; a kill loses at most this much work
 MAX_SHARD_TOKENS = 2**31 - 1
+MAX_INPUT_BYTES = 1 << 28  # of a file that is read as a whole
 
 
 def die(message):
     """Ends the program with one line on stderr and exit code 1. In a worker, the main process ends."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + message.replace("\n", "\\n"))
 
 
 def one_line(error):
@@ -32,9 +37,44 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def open_input(path):
+    """Opens a regular file, or a link to one, for reading. Dies for a folder, a FIFO, a device or a socket,
+    because opening these can block or have side effects."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        # O_NONBLOCK: does not block if a FIFO has replaced the file since stat
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode):
+            return open(fd, "rb")
+    die(f"cannot read {path}: it is not a file but {file_type_name(mode)}; check the path")
+
+
+def file_type_name(mode):
+    names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+def read_input(path):
+    """Returns the bytes of a file. Dies if it is not a regular file, or too long to be read as a whole."""
+    with open_input(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > MAX_INPUT_BYTES:
+            die(f"{path} has {size} bytes, at most {MAX_INPUT_BYTES} expected; check the path")
+        return f.read()
+
+
+def create_file(path):
+    """Opens a new file for writing. Removes an older file or link of that name, so that a link is never
+    followed."""
+    if os.path.lexists(path):
+        os.unlink(path)
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+
+
 def write_file(path, content):
     """Writes a file atomically and syncs it to disk."""
-    with open(path + ".tmp", "wb") as f:
+    with create_file(path + ".tmp") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
@@ -62,6 +102,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         die(f"{message}; {os.path.basename(self.prog)} -h lists the flags")
+
+    def _print_message(self, message, file=None):
+        (file or sys.stderr).write(message)  # argparse's own function ignores failed writes
 
 
 def number_type(low, high, kind=int):
@@ -141,7 +184,7 @@ class ShardSet:
                 self.path(tokens // max_shard_tokens) + ".tmp",
                 HEADER_BYTES + tokens % max_shard_tokens * self.token_bytes,
             )
-            if not os.path.exists(path) or os.path.getsize(path) < size:
+            if not os.path.isfile(path) or os.path.islink(path) or os.path.getsize(path) < size:
                 die(
                     f"{path}: unfinished shard of an earlier run is missing or too short; remove {name}.json "
                     f"and its shards, then start again"
@@ -157,7 +200,7 @@ class ShardSet:
         """Appends tokens, an array. Starts a new shard when one is full."""
         while len(tokens):
             if self.file is None:
-                self.file = open(self.path(self.tokens // self.max_shard_tokens) + ".tmp", "wb")
+                self.file = create_file(self.path(self.tokens // self.max_shard_tokens) + ".tmp")
                 self.file.write(bytes(HEADER_BYTES))
             chunk = tokens[: self.max_shard_tokens - self.tokens % self.max_shard_tokens]
             self.file.write(chunk.tobytes())
@@ -205,29 +248,52 @@ class ShardSet:
             sync_folder(os.path.dirname(self.prefix) or ".")
 
 
+def lock_output_folder(folder):
+    """Locks a folder until the process ends; dies if another process holds the lock. llmc/folder_lock.h
+    describes the lock. Returns the descriptor, which must stay open."""
+    path = os.path.join(folder, ".lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.05)  # the owner may have the lock, but not yet have written its pid
+        owner = os.pread(fd, 320, 0).decode("ascii", "replace").strip()
+        owner = re.fullmatch(r"process \d+ on host [\w.-]+", owner)
+        die(
+            f"-o {folder}: {owner[0] if owner else 'another process'} writes to this folder; wait until it "
+            f"ends, or choose another folder"
+        )
+    except OSError as e:
+        print(
+            f"warning: cannot lock {path}: {e.strerror}; make sure that no other program writes to {folder}",
+            file=sys.stderr,
+        )
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+    except OSError:  # for the message of the other process only, so a full disk is no error
+        pass
+    return fd
+
+
 class Output:
     """The shards and the tokenizer that a run writes to a folder, and the state in NAME.json that a later run
     resumes from.
 
     Args:
         settings: dict of whatever determines the shards. A later run must have the same settings.
+        is_position: function that says whether a position, which is not None, is valid for this input.
     """
 
-    def __init__(self, folder, name, settings):
+    def __init__(self, folder, name, settings, is_position):
         check_name(name)
         self.folder, self.name, self.settings = folder, name, settings
+        self.is_position = is_position
         try:
             os.makedirs(folder, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             die(f"-o {folder}: cannot create the folder, a file has this name or that of a parent folder")
-        self.lock = os.open(folder, os.O_RDONLY)  # held until the process ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            die(
-                f"{folder}: another run is writing shards there; wait for it, or choose another folder "
-                f"with -o"
-            )
+        self.lock = lock_output_folder(folder)  # held until the process ends
         self.state_path = os.path.join(folder, name + ".json")
         self.state = {
             "settings": settings,
@@ -255,12 +321,12 @@ class Output:
 
     def _load(self):
         try:
-            with open(self.state_path) as f:
-                state = json.load(f)
-            old = state["settings"]
-            assert state.keys() == self.state.keys() and isinstance(old, dict)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            die(f"{self.state_path} is broken; remove it and its shards, then start again")
+            state = json.loads(read_input(self.state_path))
+        except (ValueError, RecursionError):
+            state = None
+        if not self._is_state(state):
+            self.die_broken()
+        old = state["settings"]
         for key in [*self.settings, *old]:
             if self.settings.get(key) != old.get(key):
                 die(
@@ -269,14 +335,30 @@ class Output:
                     f"or remove {self.state_path} and its shards"
                 )
         self.state = state
+        if state["position"] is not None and not self.is_position(state["position"]):
+            self.die_broken()
+
+    def die_broken(self):
+        die(f"{self.state_path} is broken; remove it and its shards, then start again")
+
+    def _is_state(self, state):
+        """Returns whether a state that was read from a file has the right fields and types."""
+        counts = ("train", "val", "bytes", "documents")
+        return (
+            isinstance(state, dict)
+            and state.keys() == self.state.keys()
+            and isinstance(state["settings"], dict)
+            and isinstance(state["done"], bool)
+            and all(type(state[key]) is int and 0 <= state[key] < 1 << 62 for key in counts)
+            and (not state["done"] or state["train"] + state["val"] > 0)
+        )
 
     def write_tokenizer(self, vocabulary):
         """Writes tokenizer.bin. Dies if the folder has another one already."""
         path, content = os.path.join(self.folder, "tokenizer.bin"), vocabulary.tokenizer_bin()
         if os.path.exists(path):
-            with open(path, "rb") as f:
-                if f.read() == content:
-                    return
+            if read_input(path) == content:
+                return
             die(f"{path} belongs to other data; choose another folder with -o, or remove the file")
         write_file(path, content)
 
@@ -468,7 +550,28 @@ def run_main(main):
     def stop(*_):
         raise KeyboardInterrupt
 
+    if sys.stdout is None:
+        die("stdout is closed; redirect it to a file or to /dev/null")
+    for fd in (0, 2):  # a file that is opened later must not take the number of a closed stream
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open("/dev/null", os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+    sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
+    try:
+        _run(main)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as e:
+            os.dup2(os.open("/dev/null", os.O_WRONLY), 1)  # for the interpreter's own flush
+            die(f"cannot write to stdout: {e.strerror}; check the free disk space, or what reads it")
+
+
+def _run(main):
     try:
         main()
     except KeyboardInterrupt:
@@ -479,4 +582,10 @@ def run_main(main):
     except ImportError as e:
         die(f"Python package {e.name} is missing; run pip install -r requirements.txt")
     except MemoryError:
-        die("out of memory")
+        die("out of memory; free host memory, or use smaller inputs")
+    except SystemExit:
+        raise
+    except BaseException as e:  # also panics of the tokenizers' libraries
+        frames = traceback.extract_tb(e.__traceback__)
+        where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown"
+        die(f"{one_line(e)} ({where}); this is a defect of the program: please report it")

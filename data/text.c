@@ -230,7 +230,7 @@ int main(int argc, char **argv) {
     ShardSet train = {folder, name, "train", NULL, 0, max_shard_tokens, 0};
     ShardSet val = {folder, name, "val", NULL, 0, max_shard_tokens, 0};
     make_dirs(folder);
-    folder_lock("-o", folder);
+    lock_output_folder("-o", folder);
     check_tokenizer(folder);
     shard_set_remove(&train, ".tmp"); // of a run that was killed
     shard_set_remove(&val, ".tmp");

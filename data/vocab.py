@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from shards import die, one_line
+from shards import die, one_line, read_input
 
 # Usual end-of-text tokens.
 EOT_TOKENS = ["<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "<|im_end|>"]
@@ -60,6 +60,7 @@ def _byte_characters():
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
+MAX_VOCAB_SIZE = 1 << 20  # bounds the memory for a file with huge ids
 MAX_TRAINED_TOKEN_BYTES = 128  # longer ones would be lines of dashes and the like
 _LONG_WORD = re.compile(r"\S{512}|\s{512}")  # training time is quadratic in the length of a word
 
@@ -222,6 +223,72 @@ def _adds_prefix_space(part):
     )
 
 
+def _parse_hf(source, name):
+    """Parses a tokenizer.json and checks the fields that from_hf reads.
+
+    Returns:
+        (the parsed file, {text: added token}, list of merges [left, right], {text: id} of all tokens)
+    """
+
+    def need(condition, what):
+        if not condition:
+            die(f"{name} is not a valid tokenizer.json: {what}")
+
+    def is_text(value):
+        return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+    def check_ids(tokens):
+        for text, i in tokens:
+            need(is_text(text), f"the token {str(text)[:40]!a} is not text")
+            need(type(i) is int and i >= 0, f"the token {text[:40]!r} has no id")
+            if i >= MAX_VOCAB_SIZE:
+                die(f"{name}: the token {text[:40]!r} has id {i}, at most {MAX_VOCAB_SIZE - 1} is possible")
+
+    def check_pre_tokenizer(part):
+        need(part is None or isinstance(part, dict), "'pre_tokenizer' is not an object")
+        children = (part or {}).get("pretokenizers", [])
+        need(isinstance(children, list), "'pretokenizers' is not a list")
+        split = (part or {}).get("type") == "Split"
+        need(not split or isinstance(part.get("pattern"), dict), "a Split has no pattern")
+        for child in children:
+            need(isinstance(child, dict), "one of 'pretokenizers' is not an object")
+            check_pre_tokenizer(child)
+
+    try:
+        j = json.loads(source)
+    except (ValueError, RecursionError) as e:
+        die(f"{name} is not a valid tokenizer.json: {one_line(e)}")
+    need(isinstance(j, dict), "not an object")
+    model = j.get("model")
+    need(isinstance(model, dict), "no 'model'")
+    if model.get("type", "BPE") != "BPE":
+        die(f"{name} is a {str(model['type'])[:40]} tokenizer; choose a byte-level BPE")
+    vocab, added = model.get("vocab"), j.get("added_tokens") or []
+    need(isinstance(vocab, dict), "no 'vocab'")
+    check_ids(vocab.items())
+    need(
+        isinstance(added, list) and all(isinstance(t, dict) for t in added),
+        "'added_tokens' is not a list of objects",
+    )
+    check_ids((t.get("content"), t.get("id")) for t in added)
+    need(all(t["content"] for t in added), "an added token has no text")
+    ids = {**vocab, **{t["content"]: t["id"] for t in added}}
+    need(len(set(ids.values())) == len(ids), "two tokens have the same id")
+    need(isinstance(model.get("merges"), list), "no 'merges'")
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    for m in merges:
+        need(
+            isinstance(m, list) and len(m) == 2 and is_text(m[0]) and is_text(m[1]),
+            f"{str(m)[:40]!a} does not merge two tokens",
+        )
+    try:
+        check_pre_tokenizer(j.get("pre_tokenizer"))
+    except RecursionError:
+        need(False, "'pre_tokenizer' is nested too deeply")
+    need(isinstance(j.get("normalizer") or {}, dict), "'normalizer' is not an object")
+    return j, {t["content"]: t for t in added}, merges, ids
+
+
 def from_hf(source, name, eot_text):
     """Returns the Vocabulary of a tokenizer.json.
 
@@ -230,18 +297,11 @@ def from_hf(source, name, eot_text):
         name: path of the file, for messages.
         eot_text: the end-of-text token; None takes the first of EOT_TOKENS that the file has.
     """
-    try:
-        j = json.loads(source)
-        model = j["model"]
-        if model.get("type", "BPE") != "BPE":
-            die(f"{name} is a {model['type']} tokenizer; choose a byte-level BPE")
-        vocab, added = model["vocab"], {t["content"]: t for t in j.get("added_tokens", [])}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        ids = {**vocab, **{t["content"]: t["id"] for t in j.get("added_tokens", [])}}
-        pre_tokenizer_json = j.get("pre_tokenizer") or {}
-        normalizer = (j.get("normalizer") or {}).get("type")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        die(f"{name} is not a valid tokenizer.json: {type(e).__name__}: {e}")
+    j, added, merges, ids = _parse_hf(source, name)
+    model = j["model"]
+    vocab = model["vocab"]
+    pre_tokenizer_json = j.get("pre_tokenizer") or {}
+    normalizer = (j.get("normalizer") or {}).get("type")
     if any(c not in vocab for c in BYTE_OF):
         missing = next(b for c, b in BYTE_OF.items() if c not in vocab)
         die(f"{name} is not a byte-level BPE: no token for byte 0x{missing:02x}; choose another tokenizer")
@@ -391,12 +451,16 @@ def load(name, eot_text):
         if os.sep in name or name.endswith((".json", ".tiktoken", ".model")):
             die(f"cannot read tokenizer {path}: no such file")
         return _from_tiktoken_name(name, eot_text)
-    with open(path, "rb") as f:
-        content = f.read()
+    content = read_input(path)
     if not content.strip():
         die(f"tokenizer {path} is empty; choose another")
     if content.lstrip()[:1] == b"{":
-        return from_hf(content.decode("utf-8", "replace"), path, eot_text)
+        try:
+            return from_hf(content.decode("utf-8", "replace"), path, eot_text)
+        except (SystemExit, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as e:  # whatever the libraries raise for a file that they cannot use
+            die(f"{path} is not a valid tokenizer.json: {one_line(e)}")
     return _from_tiktoken_file(content.splitlines(), path, eot_text)
 
 

@@ -5,6 +5,7 @@ folder with the program of dev/test/encode.c). Tests are skipped if packages of 
 
 import base64
 import concurrent.futures
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -65,6 +67,7 @@ def run(program, *args, env=None, limit=None):
         text=True,
         env={**os.environ, **(env or {})},
         preexec_fn=set_limit if limit else None,
+        timeout=300,
     )
 
 
@@ -76,12 +79,12 @@ def run_ok(program, *args, **kw):
 
 
 def read_folder(folder):
-    """Returns {relative path: bytes} of all files in a folder."""
+    """Returns {relative path: bytes} of all files in a folder, without its lock file."""
     found = {}
     for subfolder, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(subfolder, name)
-            if os.path.isfile(path):
+            if os.path.isfile(path) and name != ".lock":
                 with open(path, "rb") as f:
                     found[os.path.relpath(path, folder)] = f.read()
     return found
@@ -270,6 +273,11 @@ def test_get(tmp):
     )
     count = len(Handler.requests)
     check(fetch() == "" and len(Handler.requests) == count, "get downloads an existing file again")
+    with open(f"{served}/who/x/c1/x-0.txt", "ab") as f:
+        f.truncate(get.MAX_DOWNLOAD_BYTES + 1)
+    os.remove(f"{tmp}/g/books/x.txt")
+    check("more than 67108864 bytes" in fetch(), "get reads a download of any length")
+    write(f"{tmp}/g/books/x.txt", "another text")
     shutil.rmtree(f"{served}/who/x")
     os.remove(f"{tmp}/g/books/x.txt")
     check("404" in fetch(), "get does not report a file that the server does not have")
@@ -458,19 +466,15 @@ def children(pid):
 
 
 def test_disk(tmp, tokenizer):
-    """A full disk and a file size limit cause one line on stderr and no shard; the same command resumes."""
+    """A file size limit causes one line on stderr and no shard; the same command resumes. A link in the place
+    of a temporary file is not followed."""
     write(f"{tmp}/d.txt", sentences(random.Random(1), 700_000))
     args = ["--tokenizer", tokenizer, f"{tmp}/d.txt"]
     run_ok("bpe", "-o", f"{tmp}/d_whole", *args)
     os.makedirs(f"{tmp}/d")
-    os.symlink("/dev/full", f"{tmp}/d/text_train_000000.bin.tmp")
-    r = run("bpe", "-o", f"{tmp}/d", *args)
-    check(
-        r.returncode == 1 and r.stderr.count("\n") == 1 and "No space left on device" in r.stderr,
-        f"full disk: {r.stderr!r}",
-    )
-    check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
-    os.remove(f"{tmp}/d/text_train_000000.bin.tmp")
+    victim = write(f"{tmp}/victim", "not ours")
+    for name in ("text_train_000000.bin", "text_val_000000.bin", "text.json", "tokenizer.bin"):
+        os.symlink(victim, f"{tmp}/d/{name}.tmp")
     r = run("bpe", "-o", f"{tmp}/d", *args, limit=200_000)
     check(
         r.returncode == 1 and r.stderr.count("\n") == 1 and "File too large" in r.stderr,
@@ -479,6 +483,144 @@ def test_disk(tmp, tokenizer):
     check(not glob.glob(f"{tmp}/d/text_*.bin"), "a full disk leaves a shard")
     run_ok("bpe", "-o", f"{tmp}/d", *args)
     check(read_folder(f"{tmp}/d") == read_folder(f"{tmp}/d_whole"), "a full disk leads to other files")
+    with open(victim) as f:
+        check(f.read() == "not ours", "a temporary file follows a link")
+
+
+def test_streams_and_lock(tmp, tokenizer):
+    """A full, closed or unread stdout, and a folder that another process has locked, are errors of one line."""
+    text, host = write(f"{tmp}/streams.txt", "some words here\n" * 100), socket.gethostname()
+    args = ["--tokenizer", tokenizer, text]
+    for number, (program_args, stream) in enumerate(
+        itertools.product((["-o", f"{tmp}/streams", *args], ["-h"]), ("full", "pipe", "closed"))
+    ):
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        r = subprocess.run(
+            command("bpe", *program_args),
+            stdout=os.open("/dev/full", os.O_WRONLY) if stream == "full" else write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=(lambda: os.close(1)) if stream == "closed" else None,
+        )
+        os.close(write_end)
+        wanted = {"full": "No space left on device", "pipe": "Broken pipe", "closed": "stdout is closed"}
+        check(
+            r.returncode == 1 and r.stderr.count("\n") == 1 and wanted[stream] in r.stderr,
+            f"stdout {number} {stream}: code {r.returncode}, {r.stderr!r}",
+        )
+    run_ok("bpe", "-o", f"{tmp}/plain_streams", *args)
+    subprocess.run(
+        command("bpe", "-o", f"{tmp}/no_stderr", *args), stdout=subprocess.DEVNULL, preexec_fn=lambda: os.close(2)
+    )
+    check(read_folder(f"{tmp}/no_stderr") == read_folder(f"{tmp}/plain_streams"), "stderr closed")
+    os.makedirs(f"{tmp}/locked")
+    with open(f"{tmp}/locked/.lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write("process 1234 on host some-host.x\n")
+        f.flush()
+        expect_error("process 1234 on host some-host.x writes to", "bpe", "-o", f"{tmp}/locked", *args)
+    run_ok("bpe", "-o", f"{tmp}/locked", *args)
+    with open(f"{tmp}/locked/.lock") as f:
+        check(re.fullmatch(rf"process \d+ on host {re.escape(host)}\n", f.read()), "the lock file has no owner")
+    os.makedirs(f"{tmp}/link_lock")
+    os.symlink(f"{tmp}/not_made", f"{tmp}/link_lock/.lock")
+    expect_error(".lock", "bpe", "-o", f"{tmp}/link_lock", *args)
+    check(not os.path.lexists(f"{tmp}/not_made"), "a lock follows a link")
+
+
+def expect_exit(wanted, program, *args):
+    """Runs a program of data/ in this process. It must end with one line that contains `wanted`. Any other
+    exception is a failure."""
+    argv, sys.argv = sys.argv, [program, *map(str, args)]
+    try:
+        load_program(program).main()
+        message = "it ran"
+    except SystemExit as e:
+        message = str(e)
+    except BaseException as e:
+        message = f"traceback of {type(e).__name__}: {e}"
+    finally:
+        sys.argv = argv
+    check(
+        message.startswith("error: ") and wanted in message and "\n" not in message,
+        f"{wanted!r} is not in {message[:300]!r} of {program} {' '.join(map(str, args))}",
+    )
+
+
+def test_malformed(tmp, tokenizer, shards):
+    """Every malformed tokenizer.json or NAME.json, and every input that is no file, is an error of one line."""
+    with open(tokenizer) as f:
+        base = json.load(f)
+    text = write(f"{tmp}/malformed.txt", "some words here\n" * 100)
+    model, numbers = base["model"], itertools.count()
+    deep = '{"model":' + "[" * 200_000
+
+    def add(wanted, content):
+        if not isinstance(content, (str, bytes)):
+            content = json.dumps(content)
+        path = write(f"{tmp}/malformed/{next(numbers)}.json", content)
+        expect_exit(wanted, "bpe", "-o", f"{tmp}/not_made", "--tokenizer", path, text)
+
+    def with_model(**changes):
+        return {**base, "model": {**model, **changes}}
+
+    def with_added(*tokens):
+        return {**base, "added_tokens": [*base["added_tokens"], *tokens]}
+
+    invalid = "is not a valid tokenizer.json"
+    for content in (deep, b"{\xff", "{" + "9" * 5000, {**base, "model": 3}, {**base, "model": [1]}, {"model": {}}):
+        add(invalid, content)
+    for vocab in (3, [1], {**model["vocab"], "zz": "7"}, {**model["vocab"], "zz": -1}, {**model["vocab"], "zz": 1.5}):
+        add(invalid, with_model(vocab=vocab))
+    for vocab in ({**model["vocab"], "zz": True}, {**model["vocab"], "zz": None}, {**model["vocab"], "zz": 5}):
+        add(invalid, with_model(vocab=vocab))
+    add(invalid, with_model(vocab={**model["vocab"], "\ud800": 9999}))
+    for i in (1 << 20, 10**12, 10**30):
+        add("at most 1048575 is possible", with_model(vocab={**model["vocab"], "zz": i}))
+        add("at most 1048575 is possible", with_added({"content": "zz", "id": i, "special": True}))
+    for merges in (3, None, {}, [1], [[1, 2]], ["a"], ["a b c"], [["a"]], [["a", None]], ["\ud800 a"]):
+        add(invalid, with_model(merges=merges))
+    for token in (3, {}, {"content": 3, "id": 9999}, {"content": "zz"}, {"content": "", "id": 9999}):
+        add(invalid, with_added(token))
+    add(invalid, {**base, "added_tokens": {"a": 1}})
+    for part in (3, [1], {"type": "Sequence", "pretokenizers": 3}, {"type": "Sequence", "pretokenizers": [3]}):
+        add(invalid, {**base, "pre_tokenizer": part})
+    add(invalid, {**base, "pre_tokenizer": {"type": "Split", "behavior": "Isolated", "pattern": 3}})
+    add(invalid, {**base, "normalizer": 3})
+    for depth in (400, 900):
+        nested = '{"type": "Sequence", "pretokenizers": [' * depth + "]}" * depth
+        add(invalid, json.dumps({**base, "pre_tokenizer": "NESTED"}).replace('"NESTED"', nested))
+
+    state = json.loads(shards["text.json"])
+    states = [3, [], {}, None, {**state, "extra": 1}, {**state, "settings": 3}, {**state, "done": 1}]
+    for key in ("train", "val", "bytes", "documents"):
+        states += [{**state, key: value} for value in ("7", -1, 1.5, None, True, 10**30)]
+    states += [{**state, "train": 0, "val": 0}]
+    for position in (3, "x", [], [1], [1, 2, 3], [-1, 0], [0, -1], [10**9, 0], [0, 10**15], ["0", 0], {"a": 1}):
+        states += [{**state, "done": False, "position": position}]
+    for number, content in enumerate([*map(json.dumps, states), "[" * 200_000, b"\xff\xfe"]):
+        folder = f"{tmp}/states/{number}"
+        write(f"{folder}/text.json", content)
+        args = ["-o", folder, "--train-vocab", 1000, "--shard", 100_000, f"{tmp}/texts"]
+        expect_exit("text.json is broken", "bpe", *args)
+
+    os.makedirs(f"{tmp}/types")
+    for name in ("a.json", "a.jsonl", "b/text.json", "c/tokenizer.bin"):
+        os.makedirs(os.path.dirname(f"{tmp}/types/{name}"), exist_ok=True)
+        os.mkfifo(f"{tmp}/types/{name}")
+    flags = ["-o", f"{tmp}/not_made", "--tokenizer"]
+    expect_exit("it is not a file but a FIFO", "bpe", *flags, f"{tmp}/types/a.json", text)
+    expect_exit("it is not a file but a device", "bpe", *flags, "/dev/zero", text)
+    expect_exit("it is a FIFO, neither", "bpe", *flags, tokenizer, f"{tmp}/types/a.json")
+    expect_exit("a FIFO", "bpe", "-o", f"{tmp}/types/b", "--tokenizer", tokenizer, text)
+    expect_exit("a FIFO", "bpe", "-o", f"{tmp}/types/c", "--tokenizer", tokenizer, text)
+    expect_exit("a FIFO", "hub", *flags, tokenizer, f"{tmp}/types/a.jsonl")
+    huge = f"{tmp}/types/huge.json"
+    with open(huge, "wb") as f:
+        f.truncate(1 << 40)  # without blocks on disk
+    expect_exit("at most 268435456 expected", "bpe", *flags, huge, text)
+    check(not os.path.exists(f"{tmp}/not_made"), "an error makes the output folder")
 
 
 def test_vocabularies(tmp, tokenizer):
@@ -957,6 +1099,7 @@ def main():
         else:
             shards = test_text(tmp, random.Random(SEED))
             tokenizer = f"{tmp}/t/tokenizer.json"
+            test_malformed(tmp, tokenizer, shards)
             tests = [
                 lambda: test_kills(tmp, tokenizer),
                 lambda: test_hub(tmp, tokenizer),
@@ -967,6 +1110,7 @@ def main():
                 lambda: test_tiktoken(tmp),
                 *bad_hub_tests(tmp, tokenizer),
                 *bad_input_tests(tmp, tokenizer),
+                lambda: test_streams_and_lock(tmp, tokenizer),
             ]
             with concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count())) as pool:
                 for future in [pool.submit(test) for test in tests]:

@@ -1492,14 +1492,14 @@ static void test_lock(void) {
         if (pipe(pipes) != 0) die("the test cannot make a pipe");
         pid_t owner = fork();
         if (owner == 0) {
-            folder_lock("-o", in_root("locked"));
+            lock_output_folder("-o", in_root("locked"));
             if (write(pipes[1], "x", 1) != 1) _exit(1);
             pause();
             _exit(0);
         }
         char ready;
         CHECK(read(pipes[0], &ready, 1) == 1, "the owner has no lock");
-        snprintf(wanted, sizeof(wanted), "process %d on host %s is writing there", (int)owner, host);
+        snprintf(wanted, sizeof(wanted), "process %d on host %s writes to this folder", (int)owner, host);
         int code = run_program(programs[i].program_main, line_of(programs[i].arguments, root, root));
         CHECK(code == 1 && strstr(child_err, wanted) && strchr(child_err, '\n')[1] == 0,
               "%d, '%s' has no '%s'", code, child_err, wanted);
