@@ -2,6 +2,7 @@
 encodes text; writes the tokenizer.bin that the trainer reads (format: data/README.md)."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -439,6 +440,19 @@ def _from_tiktoken_file(lines, name, eot_text):
     )
 
 
+@contextlib.contextmanager
+def _without_stderr():
+    """Discards what is written to stderr: the tokenizers' libraries print many lines before they raise."""
+    saved, null = os.dup(2), os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
 def load(name, eot_text):
     """Returns a Vocabulary.
 
@@ -456,7 +470,8 @@ def load(name, eot_text):
         die(f"tokenizer {path} is empty; choose another")
     if content.lstrip()[:1] == b"{":
         try:
-            return from_hf(content.decode("utf-8", "replace"), path, eot_text)
+            with _without_stderr():
+                return from_hf(content.decode("utf-8", "replace"), path, eot_text)
         except (SystemExit, KeyboardInterrupt, MemoryError):
             raise
         except BaseException as e:  # whatever the libraries raise for a file that they cannot use
