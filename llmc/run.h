@@ -719,8 +719,9 @@ static inline void run_sample(Run *r, RunLogits logits, void *model) {
                                 order, probs);
         if (next == r->eot) break;
         if (n == capacity) {
-            memmove(tokens, tokens + capacity / 2, (size_t)(capacity - capacity / 2) * sizeof *tokens);
-            n = printed = capacity - capacity / 2;
+            int64_t dropped = capacity > 1 ? capacity / 2 : 1;
+            memmove(tokens, tokens + dropped, (size_t)(capacity - dropped) * sizeof *tokens);
+            n = printed = capacity - dropped;
             begin = 0;
         }
         tokens[n++] = next;
