@@ -14,7 +14,8 @@ TEST_TOOLS := $(BUILD)/encode $(CPU_TRAINER) $(MAKERS)
 $(BUILD)/test_reference $(BUILD)/test_golden $(BUILD)/bench_reference: $(REFERENCE)
 $(BUILD)/test_model $(BUILD)/test_model_golden: $(BUILD)/train_gpt_nsa_f64.o $(REFERENCE)
 $(BUILD)/test_run $(BUILD)/test_parallel: $(BUILD)/fsa/config.o
-$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
+$(BUILD)/fuzz_files: $(addprefix $(BUILD)/,fsa/config.o llmc/comm.o)
+$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
 $(BUILD)/test_comm: $(BUILD)/dev/test/test_comm_mpi.o $(BUILD)/mpi.flags ; $(LINK_C) $(MPI_LIBS)
 $(BUILD)/bench_reference: $(BUILD)/dev/bench_reference.o ; $(LINK_C)
 
@@ -76,3 +77,13 @@ $(BUILD)/racecheck/%.o: fsa/sm90/%.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
 $(BUILD)/racecheck/%.o: private DEFINES := -DFSA_RACECHECK
 RACECHECK := $(patsubst fsa/sm90/%.cu,$(BUILD)/racecheck/%.o,$(wildcard fsa/sm90/*.cu))
 $(BUILD)/test_fsa_racecheck: $(BUILD)/dev/test/test_fsa.o $(RACECHECK) $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
+
+# Mutated files, random flags, kills, and hostile peers: each program runs for SECONDS. COUNT=20000 sets a least number
+# of files, flags or kills. SAN=1 builds with the sanitizers.
+SECONDS ?= 5
+fuzz: $(BUILD)/fuzz_files $(BUILD)/test_comm $(CPU_TRAINER) $(MAKERS)
+	SECONDS=$(SECONDS) $(BUILD)/fuzz_files
+	SECONDS=$(SECONDS) python3 dev/test/fuzz_flags.py ./$(CPU_TRAINER) $(BUILD)/recall
+	SECONDS=$(SECONDS) python3 dev/test/fuzz_kills.py ./$(CPU_TRAINER) $(BUILD)/recall
+	SECONDS=$(SECONDS) python3 dev/test/fuzz_json.py
+	SECONDS=$(SECONDS) $(BUILD)/test_comm
