@@ -14,7 +14,6 @@
 //   delayed:  a Remember in the first quarter of the document and a Recall in the last, no statement between;
 //   periodic: a Recall every period/2 to period tokens. The periods are seq_len/2, seq_len/4, ...
 // data/README.md has all rules and the file formats.
-#include "../llmc/folder_lock.h"
 #include "../llmc/shard.h"
 #include "../llmc/standard_streams.h"
 #include "../llmc/rand.h"
@@ -450,7 +449,7 @@ int main(int argc, char **argv) {
     int64_t counts[2][BUCKETS];
     memset(counts, 0, sizeof(counts));
     make_dirs(folder);
-    lock_output_folder("-o", folder);
+    folder_lock("-o", folder);
     snprintf(path, sizeof(path), "%s/tokenizer.bin", folder);
     if (tokenizer_load(&old, path) == 0 && old.kind != TOKENIZER_WORDS) {
         die("%s belongs to other data (vocabulary of %d tokens); choose another folder with -o", path,

@@ -249,7 +249,7 @@ class ShardSet:
 
 
 def lock_output_folder(folder):
-    """Locks a folder until the process ends; dies if another process holds the lock. llmc/folder_lock.h
+    """Locks a folder until the process ends; dies if another process holds the lock. llmc/utils.h
     describes the lock. Returns the descriptor, which must stay open."""
     path = os.path.join(folder, ".lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -1,6 +1,5 @@
 // text.c: converts text files to shards of byte tokens. A file is a document: an end-of-text token, then its
 // bytes. The end of each file is held out for validation. data/README.md has the file formats.
-#include "../llmc/folder_lock.h"
 #include "../llmc/shard.h"
 #include "../llmc/standard_streams.h"
 #include "../llmc/tokenizer.h"
@@ -230,7 +229,7 @@ int main(int argc, char **argv) {
     ShardSet train = {folder, name, "train", NULL, 0, max_shard_tokens, 0};
     ShardSet val = {folder, name, "val", NULL, 0, max_shard_tokens, 0};
     make_dirs(folder);
-    lock_output_folder("-o", folder);
+    folder_lock("-o", folder);
     check_tokenizer(folder);
     shard_set_remove(&train, ".tmp"); // of a run that was killed
     shard_set_remove(&val, ".tmp");

@@ -226,7 +226,7 @@ static inline int folder_lock(const char *flag, const char *dir) {
     char path[PATH_BYTES], owner[320] = "", host[256] = "";
     if (snprintf(path, sizeof path, "%s/.lock", dir) >= (int)sizeof path)
         die("%s %s: the name is too long; choose a shorter path", flag, dir);
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (fd < 0)
         die("%s %s: cannot write to the folder: %s; choose another folder", flag, dir, strerror(errno));
     if (flock(fd, LOCK_EX | LOCK_NB) != 0) {

@@ -1492,7 +1492,7 @@ static void test_lock(void) {
         if (pipe(pipes) != 0) die("the test cannot make a pipe");
         pid_t owner = fork();
         if (owner == 0) {
-            lock_output_folder("-o", in_root("locked"));
+            folder_lock("-o", in_root("locked"));
             if (write(pipes[1], "x", 1) != 1) _exit(1);
             pause();
             _exit(0);
