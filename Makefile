@@ -73,13 +73,13 @@ data: $(MAKERS)
 train: $(TRAINER) data
 	@$(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make train would use the GPU"))
 	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
-	@printf "\nNext:\n"
+	@printf "\nNext, with the default task:\n"
 	@echo "  sample:             ./$(TRAINER) -e \$$(ls log/$(TASK)/ckpt_*.bin | tail -1) -sample 1 -temp 0 -g 24 -prompt 'Remember Mara : lamp . Remember Ruth : key . Recall Mara :'"
 	@echo "  go on training:     make train ARGS='-x 2000'"
 	@echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(TRAINER) -e $(if $(filter recall,$(TASK)),tiny,shakespeare) -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
 
 clean:
-	rm -rf build train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so libfsa.so.0
+	rm -rf $(BUILD) $(addprefix $(OUT),train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so libfsa.so.0)
 
 # ---- the C programs ----------------------------------------------------------------------------------------------
 # No -ffast-math: it would break the checks for NaN. -fno-math-errno lets sqrt be one instruction.

@@ -5,12 +5,13 @@
     python3 fsa/docs/times.py --check   fails if a page's table differs from the rows
 
 A page has the table between <!-- times --> and <!-- /times -->. TABLES states its columns and rows. A cell is the
-mean of all rows of bf16 inputs and random block indices that match the column and the shape.
+median of all rows of bf16 inputs and random block indices that match the column and the shape.
 """
 
 import json
 import os
 import re
+import statistics
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -74,7 +75,7 @@ def milliseconds(column, shape):
               (commit, program, part, direction, version)
               and (r["n"], r["hq"], r["hkv"], r["d"], r["block"], r["topk"]) == shape
               and r["dtype"] == "bf16" and r.get("indices", "random") == "random"]
-    return sum(values) / len(values) if values else None
+    return statistics.median(values) if values else None
 
 
 def format_ms(ms):
