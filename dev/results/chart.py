@@ -49,7 +49,7 @@ def axes():
         ]
         n *= 2
     parts += [
-        text((LEFT + RIGHT) / 2, BOTTOM + 40, "tokens in the sequence", color=GRAY, anchor="middle"),
+        text((LEFT + RIGHT) / 2, BOTTOM + 40, "tokens in the sequence (both axes are logarithmic)", color=GRAY, anchor="middle"),
         text(LEFT - 8, TOP - 10, "ms", color=GRAY, anchor="end"),
     ]
     return parts
@@ -82,7 +82,7 @@ def draw(gpu, commit, lines):
         text(
             20,
             46,
-            "bf16, one sequence, 32 query heads and 8 KV heads of 128; NSA: 16 blocks of 64, window 512. Both axes are logarithmic",
+            "bf16, one sequence, 32 query heads and 8 KV heads of 128; NSA: 16 blocks of 64, window 512",
             13,
             GRAY,
         ),
