@@ -103,7 +103,7 @@ static void save_checkpoint(Run *r, const Params *p, const Optimizer *a, const P
         snprintf(path, sizeof path, "%s", file.tmp);
     }
     comm_broadcast(comm, path, sizeof path);
-    int fd = open(path, O_WRONLY);
+    int fd = open(path, O_WRONLY | O_NOFOLLOW);
     if (fd < 0)
         die("cannot write %s: %s%s", path, strerror(errno),
             comm->rank > 0 ? "; the folder -o must be shared by all hosts" : "");
