@@ -535,6 +535,7 @@ def summary(output):
         f"{output.train.num_complete(True)} shards, {state['val']} validation tokens in "
         f"{output.val.num_complete(True)}, "
         f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes per token"
+        + ("" if state["val"] else "; nothing is held out for validation: use a larger --val or more documents")
     )
 
 
