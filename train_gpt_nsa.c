@@ -518,8 +518,8 @@ static void train_step(Run *r, Model *model, StepLog *line) {
     line->step = run_finish_step(r, r->train.epoch, r->train.position);
 }
 
-// OpenMP threads that wait for work sleep almost at once, unless the environment says otherwise: spinning
-// threads take the cores from the working ones on a busy machine (a step of `tiny` took three times as long).
+// OpenMP threads that wait for work sleep almost at once, unless the environment says otherwise: on a busy
+// machine, spinning threads take the cores from the working ones.
 // OpenMP reads the environment before main, so the program starts again.
 static void wait_passively(char **argv) {
 #ifdef _OPENMP

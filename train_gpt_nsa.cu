@@ -81,8 +81,8 @@ typedef struct {
     int32_t *argmax;          // [n] of the logits
 } Activations;
 
-// What a layer, a chunk of the LM head or the end of a step needs only for itself; n tokens. The gradients of
-// activations have their shapes.
+// Memory that layers, chunks of the LM head and the end of a step use one after another; n tokens. Gradients
+// of activations have their shapes.
 typedef struct {
     floatX *logits;         // [lm_head_rows, Vp]
     int64_t lm_head_rows;   // tokens that the LM head processes at a time
@@ -107,7 +107,7 @@ typedef struct {
     char *feed[2]; // [bytes] for training
 } BatchBuffers;
 
-// What the host reads and writes. The arrays are in pinned memory unless they say otherwise.
+// Host memory. The arrays are pinned unless they say otherwise.
 typedef struct {
     Arena pinned;
     char *eval_batch;       // [batch_buffers.bytes] arrays of a Batch

@@ -15,9 +15,9 @@
 //   periodic: a Recall every period/2 to period tokens. The periods are seq_len/2, seq_len/4, ...
 // data/README.md has all rules and the file formats.
 #include "../llmc/shard.h"
-#include "../llmc/standard_streams.h"
 #include "../llmc/rand.h"
 #include "../llmc/tokenizer.h"
+#include <signal.h>
 #include <dirent.h>
 
 enum { EOT, REMEMBER, RECALL, PERIOD, FIRST_NAME };
@@ -392,12 +392,13 @@ static const char USAGE[] =
 int main(int argc, char **argv) {
     RecallConfig c = {256, 0, 0, 1, 16, 16, 32};
     const char *folder = NULL;
-    streams_begin();
+    open_standard_files();
+    signal(SIGPIPE, SIG_IGN); // a write to a closed pipe is an error, which finish_stdout reports
     for (int i = 1; i < argc; i += 2) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(flag, "-h") == 0 || strcmp(flag, "-help") == 0 || strcmp(flag, "--help") == 0) {
             fputs(USAGE, stdout);
-            streams_end();
+            finish_stdout();
             return 0;
         } else if (strcmp(flag, "-o") == 0 && value != NULL)
             folder = value;
@@ -438,7 +439,7 @@ int main(int argc, char **argv) {
     if (is_complete(folder, manifest_path, parameters)) {
         printf("%s already has this data: nothing to do (remove %s to generate it again)\n", folder,
                manifest_path);
-        streams_end();
+        finish_stdout();
         return 0;
     }
 
@@ -469,6 +470,6 @@ int main(int argc, char **argv) {
     printf("%s: %lld training and %lld validation documents of %lld tokens, vocabulary %lld\n", folder,
            (long long)train_docs, (long long)val_made, (long long)(c.seq_len + 1), (long long)vocab_size);
     print_table((const int64_t(*)[BUCKETS])counts, c.seq_len);
-    streams_end();
+    finish_stdout();
     return 0;
 }

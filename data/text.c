@@ -1,8 +1,8 @@
 // text.c: converts text files to shards of byte tokens. A file is a document: an end-of-text token, then its
 // bytes. The end of each file is held out for validation. data/README.md has the file formats.
 #include "../llmc/shard.h"
-#include "../llmc/standard_streams.h"
 #include "../llmc/tokenizer.h"
+#include <signal.h>
 #include <dirent.h>
 
 enum { EOT = 256, VOCAB_SIZE = 257 };
@@ -201,12 +201,13 @@ int main(int argc, char **argv) {
     double val_fraction = 0.1;
     int64_t max_shard_tokens = 100000000;
     FileList files = {NULL, 0, 0};
-    streams_begin();
+    open_standard_files();
+    signal(SIGPIPE, SIG_IGN); // a write to a closed pipe is an error, which finish_stdout reports
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (strcmp(flag, "-h") == 0 || strcmp(flag, "-help") == 0 || strcmp(flag, "--help") == 0) {
             fputs(USAGE, stdout);
-            streams_end();
+            finish_stdout();
             return 0;
         }
         if (flag[0] != '-')
@@ -248,6 +249,6 @@ int main(int argc, char **argv) {
            (long long)val.shards);
     for (int64_t i = 0; i < files.count; i++) free(files.paths[i]);
     free(files.paths);
-    streams_end();
+    finish_stdout();
     return 0;
 }

@@ -21,7 +21,7 @@
 #define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
 #define CHECKPOINT_MSG_BYTES (PATH_BYTES + 512) // size of an error message's buffer
 
-// What tells whether a resumed run has the training data of its checkpoint. Names are without folders.
+// Identifies the training data, so that a resumed run notices other data. Names are without folders.
 typedef struct {
     int64_t shards;           // number of training shards; 0: unknown, a checkpoint of an older program
     int64_t tokens;           // in all shards

@@ -34,7 +34,7 @@ static File seeds[KINDS];
 static ModelConfig model;
 static int64_t num_params;
 
-// What a child did; in memory that it shares with its parent.
+// The result of a child, in memory that it shares with its parent.
 static struct {
     int64_t index; // of the file that it loads
     int64_t loaded[KINDS], refused[KINDS];
