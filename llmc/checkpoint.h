@@ -12,6 +12,7 @@
 #define LLMC_CHECKPOINT_H
 #include "utils.h"
 #include "config.h"
+#include "input.h"
 #include <dirent.h>
 
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
@@ -271,15 +272,23 @@ static inline void checkpoint_save(const char *dir, const ModelConfig *c, const 
 // ----------------------------------------------------------------------------
 // Reading
 
+// Opens a checkpoint for reading. Returns NULL with one line in msg [CHECKPOINT_MSG_BYTES] if it cannot.
+static inline FILE *checkpoint_fopen(const char *path, char *msg) {
+    struct stat st;
+    int fd = input_try_open(path, &st);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (!f)
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s%s", path,
+                 errno ? strerror(errno) : "it is not a file but ", errno ? "" : file_type_name(st.st_mode));
+    return f;
+}
+
 // Reads and checks the header and the file's size. Returns 0, or -1 with one line in msg
 // [CHECKPOINT_MSG_BYTES] that names the file.
 static inline int checkpoint_read_header(const char *path, ModelConfig *c, TrainState *state, char *msg) {
     unsigned char header[CHECKPOINT_HEADER_BYTES];
-    FILE *f = fopen(path, "rb");
-    if (!f) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s", path, strerror(errno));
-        return -1;
-    }
+    FILE *f = checkpoint_fopen(path, msg);
+    if (!f) return -1;
     size_t bytes_read = fread(header, 1, sizeof header, f);
     struct stat st;
     int failed = ferror(f) || fstat(fileno(f), &st) != 0;
@@ -451,8 +460,8 @@ static inline FILE *checkpoint_open(const char *path, const ModelConfig *c, Trai
         die("%s: a checkpoint of another model: its %s is %s, not %s; use one of the same model", path,
             f[i].name, stored_text, own_text);
     }
-    FILE *file = fopen(path, "rb");
-    if (!file) die("%s: cannot open the checkpoint: %s; check the path", path, strerror(errno));
+    FILE *file = checkpoint_fopen(path, msg);
+    if (!file) die("%s; check the path", msg);
     return file;
 }
 
@@ -482,11 +491,8 @@ static inline int checkpoint_verify(const char *path, char *msg) {
     int64_t n;
     if (checkpoint_read_header(path, &c, &state, msg) != 0) return -1;
     param_table(&c, NULL, &n);
-    FILE *f = fopen(path, "rb");
-    if (!f) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s", path, strerror(errno));
-        return -1;
-    }
+    FILE *f = checkpoint_fopen(path, msg);
+    if (!f) return -1;
     int error = 0;
     for (int a = 0; a < 3 && error == 0; a++) error = checkpoint_read_stored(f, path, a, n, 0, n, NULL, msg);
     fclose(f);

@@ -230,6 +230,14 @@ expect_error "truncated" -e cut.bin -sample 1
 cp a/ckpt_00000006.bin flip.bin && printf '\x5a' | dd of=flip.bin bs=1 seek=70001 conv=notrunc 2>/dev/null
 expect_error "flip.bin: damaged: wrong checksum of the parameters" -e flip.bin -sample 1
 expect_error "data/tokenizer.bin: not a checkpoint" -e data/tokenizer.bin -sample 1
+mkfifo fifo.bin
+for file in fifo.bin /dev/zero; do
+    timeout 10 "$PROGRAM" -e $file -sample 1 >out 2>err; code=$?
+    check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: $file: cannot open the checkpoint: it is not a file but a " err' "-e $file: $code $(cat err)"
+done
+cp -r a special && mkfifo special/ckpt_00000008.bin && mkdir special/ckpt_00000009.bin special/ckpt_00000002.bin
+timeout 60 "$PROGRAM" $TINY $DATA -x 7 -nk 4 -o special -y 1 >out 2>err; code=$?
+check '[ $code -eq 0 ] && grep -q "after step 6 of 7" out && [ "$(grep -c "^warning: skipped: .*it is not a file but" err)" -eq 2 ]' "a FIFO and folders named as checkpoints: $code $(cat out err)"
 cp flip.bin b/ckpt_00000006.bin # resume falls back to the checkpoint before
 run $TINY $DATA -o b -n 3 -y 1
 check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s a/ckpt_00000006.bin b/ckpt_00000006.bin' "a bad newest checkpoint: $(cat out err)"
