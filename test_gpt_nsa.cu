@@ -15,7 +15,7 @@
 #define CP_HEAD_GROUP_BYTES 1 // several head groups even in these small models
 #include "train_gpt_nsa.cu"
 #include "train_gpt_nsa.h" // the C model, in namespace cpu
-#include "dev/test/checkpoint_v1.h"
+#include "dev/test/checkpoint_old.h"
 #include "dev/test/golden.h"
 #include "dev/test/ranks.h"
 
@@ -367,7 +367,8 @@ static void test_training(const Variant *v) {
     o.lr = 1e-3;
     cpu::Model cpu_model;
     cpu::model_build(&cpu_model, &c, n, 1);
-    params_init(&c, cpu_model.params.weights, seed);
+    const ParamInit init = {seed, {-1, 0, 1}};
+    params_init(&c, cpu_model.params.weights, &init);
     std::vector<float> start(cpu_model.params.weights,
                              cpu_model.params.weights + cpu_model.layout.num_params);
     Model *model = build(&c, start, n, 0);
@@ -409,7 +410,7 @@ static void test_training(const Variant *v) {
     checkpoint_path(path, sizeof path, folder, 15);
     std::vector<float> arrays[3];
     for (std::vector<float> &a : arrays) a.resize(model->layout.num_params);
-    checkpoint_load(path, &c, &state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
+    checkpoint_load(path, &c, &init, &state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
                     model->layout.num_params);
     Model *resumed = build(&c, arrays[0], n, 2);
     model_set(resumed, arrays[0].data(), arrays[1].data(), arrays[2].data());
@@ -430,23 +431,30 @@ static void test_training(const Variant *v) {
     cpu::model_free(&cpu_model);
 }
 
-// Tests that the trainer loads parameters and moments of a checkpoint of version 1.
-static void test_checkpoint_v1(const Variant *v) {
+// Tests that the trainer loads parameters and moments of a checkpoint of version 1 or 2. The gates' biases
+// are 0 then.
+static void test_checkpoint_old(const Variant *v, int version) {
     static Run r;
     r.config = make_config(v), r.resuming = 1;
     std::vector<float> arrays[3];
     for (int i = 0; i < 3; i++) arrays[i] = random_params(&r.config, 10 + i);
     const int64_t count = (int64_t)arrays[0].size();
     Model *model = build(&r.config, std::vector<float>(count, 0.0f), 16, 0);
+    for (int64_t i = 0; i < model->layout.num_tensors; i++) {
+        const ParamTensor *t = &model->layout.tensors[i];
+        for (std::vector<float> &a : arrays)
+            if (param_is(t, "bgate")) std::fill_n(a.begin() + t->offset, t->size, 0.0f);
+    }
     char folder[] = "/tmp/test_gpt_nsa.XXXXXX";
     if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
-    checkpoint_v1_save(folder, &r.config, &r.state, arrays[0].data(), arrays[1].data(), arrays[2].data(),
-                       count);
+    checkpoint_old_save(folder, &r.config, &r.state, version, arrays[0].data(), arrays[1].data(),
+                        arrays[2].data());
     checkpoint_path(r.checkpoint, sizeof r.checkpoint, folder, 0);
     load_params(&r, &model->params, &model->optimizer, model->stream);
     const float *device[3] = {model->optimizer.master, model->optimizer.m, model->optimizer.v};
     for (int i = 0; i < 3; i++)
-        CHECK(download(device[i], count) == arrays[i], "%s: array %d of version 1 differs", v->name, i);
+        CHECK(download(device[i], count) == arrays[i], "%s: array %d of version %d differs", v->name, i,
+              version);
     unlink(r.checkpoint);
     rmdir(folder);
     destroy(model);
@@ -656,7 +664,8 @@ int main(int argc, char **argv) {
     for (const Variant *v : {&nsa, &full, &window}) test_same_bits(v);
     test_accumulation(&full);
     test_training(&nsa);
-    test_checkpoint_v1(&nsa);
+    test_checkpoint_old(&nsa, 1);
+    test_checkpoint_old(&nsa, 2);
     test_inference(&nsa);
     test_inference(&full);
     printf("largest errors: losses %.2e, logits %.2e, of the next token %.2e, gradients %.2e, losses of 20 "

@@ -108,9 +108,10 @@ void crossentropy_forward(real *losses, real *lse, int32_t *argmax, const real *
         for (int j = 1; j < v; j++) {
             if (row[j] > row[argmax[i]]) argmax[i] = j;
         }
-        real max = row[argmax[i]], sum = 0;
+        real max = row[argmax[i]];
+        double sum = 0; // in fp32, 50,000 terms one after another would lose 4e-5 of the loss
         for (int j = 0; j < v; j++) sum += EXP(row[j] - max);
-        lse[i] = max + (real)log((double)sum);
+        lse[i] = (real)(max + log(sum));
         losses[i] = lse[i] - row[targets[i]];
     }
 }
@@ -337,7 +338,7 @@ static void layer_forward(Model *model, int l, real *residual_out) {
         rmsnorm_forward(a->q, a->q_rstd, a->q_raw, p + w->qnorm, n * f->q_heads, d, c->norm_eps);
         rmsnorm_forward(a->k, a->k_rstd, a->k_raw, p + w->knorm, n * f->kv_heads, d, c->norm_eps);
     }
-    if (a->gate_logits) matmul_forward(a->gate_logits, a->ln1, p + w->wgate, NULL, n, C, num_gate_logits(f));
+    if (a->gate_logits) matmul_forward(a->gate_logits, a->ln1, p + w->wgate, p + w->bgate, n, C, num_gate_logits(f));
     attention_forward(model, l);
     matmul_forward(a->residual_mid, a->attn_out, p + w->wo, NULL, n, qd, C);
     for (int64_t i = 0; i < n * C; i++) a->residual_mid[i] += a->residual_in[i];
@@ -386,7 +387,7 @@ static void layer_backward(Model *model, int l) {
     matmul_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->scratch.dv, a->ln1, p + wv, n, C,
                     kd);
     if (a->gate_logits) {
-        matmul_backward(dnorm, 1, g + w->wgate, NULL, model->scratch.dgate_logits, a->ln1, p + w->wgate, n, C,
+        matmul_backward(dnorm, 1, g + w->wgate, g + w->bgate, model->scratch.dgate_logits, a->ln1, p + w->wgate, n, C,
                         num_gate_logits(f));
     }
     rmsnorm_backward(dresidual, g + w->ln1, dnorm, a->residual_in, p + w->ln1, a->ln1_rstd, n, C);
@@ -542,11 +543,11 @@ int main(int argc, char **argv) {
     model_build(&model, &run.config, o->batch * o->seq_len, training);
     if (run.checkpoint[0]) {
         TrainState state;
-        checkpoint_load(run.checkpoint, &run.config, &state, model.params.weights,
+        checkpoint_load(run.checkpoint, &run.config, &run.init, &state, model.params.weights,
                         run.resuming ? model.optimizer.m : NULL, run.resuming ? model.optimizer.v : NULL,
                         model.layout.num_params);
     } else {
-        params_init(&run.config, model.params.weights, (uint64_t)o->seed);
+        params_init(&run.config, model.params.weights, &run.init);
     }
     run_print_summary(&run, model.layout.num_params, model.bytes);
     if (o->sample_only) run_sample(&run, next_logits, &model);

@@ -38,7 +38,7 @@
 #include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
 #include "llmc/arena.cuh"       // Arena, arena_alloc, die_out_of_memory
 #include "llmc/param_layout.h"  // ParamLayout, LayerParams
-#include "llmc/qkv_layout.h"    // QkvLayout, QkvPart, qkv_parts
+#include "llmc/qkv_matmul.cuh"  // QkvLayout, QkvPart, qkv_part_forward, qkv_part_backward
 #include "llmc/params.cuh"      // Params, params_use_unit, params_begin_gradients, params_end_gradients
 #include "llmc/optimizer.cuh"   // Optimizer, adamw
 #include "llmc/head_groups.cuh" // HeadGroups, all_gather_kv, reduce_scatter_dkv
@@ -437,8 +437,8 @@ static void qkv_forward(Model *model, int l) {
         const QkvPart *p = &parts[i];
         floatX *out = a->qkv + p->column;
         profile_part(model, PART_MATMUL);
-        matmul_forward(&model->matmul, out, stride, a->ln1, C, weight(model, p->weight),
-                       weight(model, p->bias), n, C, p->width, model->stream);
+        qkv_part_forward(&model->matmul, p, out, stride, a->ln1, weight(model, p->weight),
+                         weight(model, p->bias), n, C, model->stream);
         if (attn_needs_convert)
             convert_columns(a->attn_qkv + p->column, out, n, p->width, stride, model->stream);
         for (int j = 0, num_norms = part_qk_norms(model, l, p, norms); j < num_norms; j++) {
@@ -645,8 +645,8 @@ static void model_lm_head(Model *model, int training) {
         classifier(s->logits, acts->losses + t, acts->argmax + t, b->targets + t, training ? 1.0f : 0.0f,
                    rows, V, Vp, model->stream);
         if (!training) continue;
-        matmul_backward_weight(&model->matmul, gradient(model, layout->lm_head), NULL, s->logits, Vp, x, C,
-                               rows, C, Vp, model->stream);
+        matmul_backward_weight(&model->matmul, gradient(model, layout->lm_head), s->logits, Vp, x, C, rows, C,
+                               Vp, model->stream);
         matmul_backward_input(&model->matmul, s->dnorm + t * C, 0, s->logits, Vp, lm_head, rows, C, Vp,
                               model->stream);
     }
@@ -731,10 +731,9 @@ static void qkv_backward(Model *model, int l) {
                                    (int)d, s->workspace, stream);
         }
         profile_part(model, PART_MATMUL);
-        matmul_backward_weight(&model->matmul, gradient(model, p->weight), gradient(model, p->bias), dout,
-                               stride, a->ln1, C, n, C, p->width, stream);
-        matmul_backward_input(&model->matmul, s->dnorm, i < count - 1, dout, stride, weight(model, p->weight),
-                              n, C, p->width, stream);
+        qkv_part_backward(&model->matmul, p, s->dnorm, i < count - 1, gradient(model, p->weight),
+                          gradient(model, p->bias), dout, stride, a->ln1, weight(model, p->weight), n, C,
+                          stream);
     }
 }
 
@@ -760,22 +759,22 @@ static void layer_backward(Model *model, int l) {
                         (float)c->norm_eps, stream);
     }
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wdown), NULL, s->dresidual, C, a->swiglu, H, n,
-                           H, C, stream);
+    matmul_backward_weight(&model->matmul, gradient(model, w->wdown), s->dresidual, C, a->swiglu, H, n, H, C,
+                           stream);
     matmul_backward_input(&model->matmul, a->swiglu, 0, s->dresidual, C, weight(model, w->wdown), n, H, C,
                           stream);
     profile_part(model, PART_NORMS);
     swiglu_backward(a->gate_up, a->swiglu, a->gate_up, n, H, stream);
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wgu), NULL, a->gate_up, 2 * H, a->ln2, C, n, C,
-                           2 * H, stream);
+    matmul_backward_weight(&model->matmul, gradient(model, w->wgu), a->gate_up, 2 * H, a->ln2, C, n, C, 2 * H,
+                           stream);
     matmul_backward_input(&model->matmul, s->dnorm, 0, a->gate_up, 2 * H, weight(model, w->wgu), n, C, 2 * H,
                           stream);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln2), s->dnorm, a->residual_mid,
                      weight(model, w->ln2), a->ln2_rstd, n, (int)C, s->workspace, stream);
     profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wo), NULL, s->dresidual, C, a->attn_out,
+    matmul_backward_weight(&model->matmul, gradient(model, w->wo), s->dresidual, C, a->attn_out,
                            model->qkv.o_stride, n, qd, C, stream);
     matmul_backward_input(&model->matmul, s->dattn_out, 0, s->dresidual, C, weight(model, w->wo), n, qd, C,
                           stream);

@@ -40,25 +40,31 @@ static void set_unit_params(const Params *p, const Optimizer *a, int64_t u, cons
 // Each process reads only what it owns.
 static void load_params(const Run *r, const Params *p, const Optimizer *a, cudaStream_t stream) {
     const ZeroPartition *z = &p->zero;
-    TrainState state;
-    char why[CHECKPOINT_MSG_BYTES];
-    FILE *file = r->checkpoint[0] ? checkpoint_open(r->checkpoint, &r->config, &state) : NULL;
+    char msg[CHECKPOINT_MSG_BYTES];
+    const bool from_file = r->checkpoint[0];
+    Checkpoint file;
+    if (from_file) {
+        if (checkpoint_open(&file, r->checkpoint, msg)) die("%s; choose another checkpoint", msg);
+        checkpoint_check_model(&file, &r->config);
+    }
     for (int64_t u = 0; u < z->num_units; u++) {
         int64_t begin = z->units[u].begin, end = z->units[u].end;
         if (a->master) zero_owned(z, u, z->rank, &begin, &end);
         std::vector<float> arrays[3];
         for (int i = 0; i < (r->resuming ? 3 : 1); i++) {
             arrays[i].resize(end - begin);
-            if (!file)
-                params_init_part(&r->config, arrays[i].data(), begin, end, (uint64_t)r->opt.seed);
-            else if (checkpoint_read_part(file, r->checkpoint, &r->config, i, begin, end - begin,
-                                          arrays[i].data(), why))
-                die("%s; choose another checkpoint", why);
+            if (!from_file)
+                params_init_part(&r->config, arrays[i].data(), begin, end, &r->init);
+            else if (i == 0)
+                checkpoint_init_missing(&file, &r->config, begin, end, arrays[i].data(), &r->init);
+            if (from_file &&
+                checkpoint_read_part(&file, &r->config, i, begin, end - begin, arrays[i].data(), msg))
+                die("%s; choose another checkpoint", msg);
         }
         set_unit_params(p, a, u, arrays[0].data(), r->resuming ? arrays[1].data() : NULL,
                         r->resuming ? arrays[2].data() : NULL, stream);
     }
-    if (file) fclose(file);
+    if (from_file) checkpoint_close(&file);
 }
 
 // Copies elements [begin, end) of an array (0: master weights, 1: m, 2: v) to out on the host, on every
@@ -99,7 +105,7 @@ static void save_checkpoint(Run *r, const Params *p, const Optimizer *a, const P
     AtomicFile file;
     char path[PATH_BYTES + 4] = "";
     if (comm->rank == 0) {
-        checkpoint_begin(&file, r->opt.output, &r->config, &r->state, count);
+        checkpoint_begin(&file, r->opt.output, &r->config, &r->state, count, 3);
         snprintf(path, sizeof path, "%s", file.tmp);
     }
     comm_broadcast(comm, path, sizeof path);
@@ -110,7 +116,7 @@ static void save_checkpoint(Run *r, const Params *p, const Optimizer *a, const P
     float *part = (float *)xmalloc((end - begin) * sizeof(float));
     for (int i = 0; i < 3; i++) {
         gather_state(p, a, i, begin, end, part, stream);
-        checkpoint_write_part(fd, path, i, count, begin, end - begin, part);
+        checkpoint_write_part(fd, path, 3, i, count, begin, end - begin, part);
     }
     free(part);
     if (fsync(fd) != 0 || close(fd) != 0)

@@ -2,10 +2,11 @@
 // format, little-endian:
 //   header, 4096 bytes: magic, version, counts, all model fields, all of TrainState, and in the last 8 bytes
 //     a checksum of the bytes before
-//   params, then AdamW's m, then v: n fp32 each, in the order of param_table (config.h); in version 1 each
-//     layer's wgate was right before its wo
-//   3 tables of 64-bit checksums, for params, m and v: one for each 1 MiB chunk of the array (the last chunk
-//     may be shorter)
+//   params, then AdamW's m, then v: n fp32 each, in the order of param_table (config.h)
+//   a table of 64-bit checksums for each array: one for each 1 MiB chunk of it (the last chunk may be
+//   shorter)
+// A file of weights alone has no m and v, and one table. A run can start from it, but not resume. Version 2
+// always had three arrays, and no bgate; in version 1 each layer's wgate was also right before its wo.
 // No chunk spans two arrays. So several processes can write chunks in any order, and a reader of the weights
 // verifies only their chunks. The checksums detect every flipped byte, and the counts every truncation.
 #ifndef LLMC_CHECKPOINT_H
@@ -16,7 +17,7 @@
 #include <dirent.h>
 
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
-#define CHECKPOINT_VERSION 2                  // version 1 can be read, too
+#define CHECKPOINT_VERSION 3                  // versions 1 and 2 can be read, too
 #define CHECKPOINT_HEADER_BYTES 4096
 #define CHECKPOINT_CHUNK_BYTES 1048576 // bytes per checksum
 #define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
@@ -97,9 +98,20 @@ static inline int64_t checkpoint_num_chunks(int64_t n) {
     return (4 * n + CHECKPOINT_CHUNK_BYTES - 1) / CHECKPOINT_CHUNK_BYTES;
 }
 
-// Returns the file size in bytes of a checkpoint with n parameters.
-static inline int64_t checkpoint_bytes(int64_t n) {
-    return CHECKPOINT_HEADER_BYTES + 12 * n + 24 * checkpoint_num_chunks(n);
+// Returns the offset in bytes of element `index` of an array of n fp32.
+static inline int64_t checkpoint_offset(int64_t n, int array, int64_t index) {
+    return CHECKPOINT_HEADER_BYTES + 4 * (n * array + index);
+}
+
+// Returns the offset in bytes of the checksum of a chunk, in a file of `arrays` arrays of n fp32. The first
+// chunk behind the last array gives the size of the file.
+static inline int64_t checkpoint_checksum_offset(int64_t n, int arrays, int array, int64_t chunk) {
+    return checkpoint_offset(n, arrays, 0) + 8 * (checkpoint_num_chunks(n) * array + chunk);
+}
+
+// Returns the file size in bytes of a checkpoint with `arrays` arrays of n fp32.
+static inline int64_t checkpoint_bytes(int64_t n, int arrays) {
+    return checkpoint_checksum_offset(n, arrays, arrays, 0);
 }
 
 // Writes the path of the checkpoint after `step` steps.
@@ -192,10 +204,10 @@ static inline int64_t checkpoint_get_word(const unsigned char *header, int word)
 }
 
 // Fills a header [CHECKPOINT_HEADER_BYTES]. Words: 0 magic, 1 version, 2 number of parameters n, 3 number of
-// model fields, 4 number of TrainState fields; from word 8 the model fields as doubles, then the fields of
-// TrainState before `data`; from word 64 the rest of TrainState; word 511 checksum.
+// model fields, 4 number of TrainState fields, 5 number of arrays; from word 8 the model fields as doubles,
+// then the fields of TrainState before `data`; from word 64 the rest of TrainState; word 511 checksum.
 static inline void checkpoint_header(unsigned char *header, const ModelConfig *c, const TrainState *state,
-                                     int64_t n) {
+                                     int64_t n, int arrays) {
     int count;
     const ModelField *f = model_fields(&count);
     memset(header, 0, CHECKPOINT_HEADER_BYTES);
@@ -204,6 +216,7 @@ static inline void checkpoint_header(unsigned char *header, const ModelConfig *c
     checkpoint_put_word(header, 2, n);
     checkpoint_put_word(header, 3, count);
     checkpoint_put_word(header, 4, TRAIN_STATE_FIELDS);
+    checkpoint_put_word(header, 5, arrays);
     for (int i = 0; i < count; i++) {
         double value = model_field_get(c, &f[i]);
         memcpy(header + 8 * (8 + i), &value, 8);
@@ -216,10 +229,10 @@ static inline void checkpoint_header(unsigned char *header, const ModelConfig *c
 // Opens DIR/ckpt_<state->step>.bin.tmp and writes the header. One process calls it; then all processes write
 // their parts with checkpoint_write_part; then the first process calls atomic_commit.
 static inline void checkpoint_begin(AtomicFile *file, const char *dir, const ModelConfig *c,
-                                    const TrainState *state, int64_t n) {
+                                    const TrainState *state, int64_t n, int arrays) {
     unsigned char header[CHECKPOINT_HEADER_BYTES];
     char path[PATH_BYTES];
-    checkpoint_header(header, c, state, n);
+    checkpoint_header(header, c, state, n, arrays);
     checkpoint_path(path, sizeof path, dir, state->step);
     atomic_open(file, path);
     atomic_write(file, header, sizeof header);
@@ -240,11 +253,11 @@ static inline void checkpoint_write_at(int fd, const char *path, const void *dat
     }
 }
 
-// Writes elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32, and their checksums.
-// begin is a multiple of CHECKPOINT_CHUNK_FLOATS; so is count, except at the array's end.
-static inline void checkpoint_write_part(int fd, const char *path, int array, int64_t n, int64_t begin,
-                                         int64_t count, const float *data) {
-    int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS, total_chunks = checkpoint_num_chunks(n);
+// Writes elements [begin, begin + count) of one of `arrays` arrays (0 params, 1 m, 2 v) of n fp32, and their
+// checksums. begin is a multiple of CHECKPOINT_CHUNK_FLOATS; so is count, except at the array's end.
+static inline void checkpoint_write_part(int fd, const char *path, int arrays, int array, int64_t n,
+                                         int64_t begin, int64_t count, const float *data) {
+    int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS;
     int64_t num_chunks = (count + CHECKPOINT_CHUNK_FLOATS - 1) / CHECKPOINT_CHUNK_FLOATS;
     uint64_t *checksums = (uint64_t *)xmalloc((size_t)num_chunks * sizeof *checksums);
     for (int64_t i = 0; i < num_chunks; i++) {
@@ -253,126 +266,172 @@ static inline void checkpoint_write_part(int fd, const char *path, int array, in
                                 4 * (size_t)(left < CHECKPOINT_CHUNK_FLOATS ? left : CHECKPOINT_CHUNK_FLOATS),
                                 checkpoint_chunk_seed(array, first_chunk + i));
     }
-    checkpoint_write_at(fd, path, data, 4 * (size_t)count, CHECKPOINT_HEADER_BYTES + 4 * (n * array + begin));
+    checkpoint_write_at(fd, path, data, 4 * (size_t)count, checkpoint_offset(n, array, begin));
     checkpoint_write_at(fd, path, checksums, (size_t)num_chunks * sizeof *checksums,
-                        CHECKPOINT_HEADER_BYTES + 12 * n + 8 * (total_chunks * array + first_chunk));
+                        checkpoint_checksum_offset(n, arrays, array, first_chunk));
     free(checksums);
 }
 
-// Writes DIR/ckpt_<state->step>.bin atomically, from params, m and v [n]; dies if it cannot.
+// Writes DIR/ckpt_<state->step>.bin atomically, from params, m and v [n]; m and v NULL: the weights alone.
+// Dies if it cannot.
 static inline void checkpoint_save(const char *dir, const ModelConfig *c, const TrainState *state,
                                    const float *params, const float *m, const float *v, int64_t n) {
     AtomicFile file;
-    const float *arrays[3] = {params, m, v};
-    checkpoint_begin(&file, dir, c, state, n);
-    for (int a = 0; a < 3; a++) checkpoint_write_part(fileno(file.f), file.tmp, a, n, 0, n, arrays[a]);
+    const float *data[3] = {params, m, v};
+    const int arrays = m ? 3 : 1;
+    checkpoint_begin(&file, dir, c, state, n, arrays);
+    for (int a = 0; a < arrays; a++)
+        checkpoint_write_part(fileno(file.f), file.tmp, arrays, a, n, 0, n, data[a]);
     atomic_commit(&file);
 }
 
 // ----------------------------------------------------------------------------
 // Reading
 
-// Opens a checkpoint for reading. Returns NULL with one line in msg [CHECKPOINT_MSG_BYTES] if it cannot.
-static inline FILE *checkpoint_fopen(const char *path, char *msg) {
-    struct stat st;
-    int fd = input_try_open(path, &st);
-    FILE *f = fd < 0 ? NULL : fdopen(fd, "rb");
-    if (!f)
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot open the checkpoint: %s%s", path,
-                 errno ? strerror(errno) : "it is not a file but ", errno ? "" : file_type_name(st.st_mode));
-    return f;
+// An open checkpoint.
+typedef struct {
+    FILE *file;
+    const char *path; // the caller's
+    ModelConfig config;
+    TrainState state;
+    int version, arrays; // arrays: 1 weights alone, 3 also AdamW's m and v
+    int64_t n;           // stored elements of each array
+} Checkpoint;
+
+static inline void checkpoint_close(Checkpoint *k) {
+    if (k->file) fclose(k->file);
+    k->file = NULL;
 }
 
-// Reads and checks the header and the file's size. Returns 0, or -1 with one line in msg
-// [CHECKPOINT_MSG_BYTES] that names the file.
-static inline int checkpoint_read_header(const char *path, ModelConfig *c, TrainState *state, char *msg) {
+// Closes the checkpoint, writes one line about it to msg [CHECKPOINT_MSG_BYTES], and returns -1.
+__attribute__((format(printf, 3, 4))) static inline int checkpoint_refuse(Checkpoint *k, char *msg,
+                                                                          const char *format, ...) {
+    va_list args;
+    int used = snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: ", k->path);
+    va_start(args, format);
+    if (used < CHECKPOINT_MSG_BYTES)
+        vsnprintf(msg + used, (size_t)(CHECKPOINT_MSG_BYTES - used), format, args);
+    va_end(args);
+    checkpoint_close(k);
+    return -1;
+}
+
+// Fills the offset in the file's arrays of each tensor of `table` [count], which is of any model; -1: the
+// file has no such tensor of this size. The version of the file tells its order of tensors.
+static inline void checkpoint_tensor_offsets(const Checkpoint *k, const ParamTensor *table, int64_t count,
+                                             int64_t *offsets) {
+    int64_t n, stored_count = param_table(&k->config, NULL, &n), end = 0, gate = -1;
+    ParamTensor *stored = (ParamTensor *)xcalloc((size_t)stored_count, sizeof *stored);
+    param_table(&k->config, stored, &n);
+    for (int64_t i = 0; i < stored_count; i++) {
+        ParamTensor *t = &stored[i];
+        t->offset = -1;
+        if (k->version < 3 && param_is(t, "bgate")) continue;
+        if (k->version == 1 && param_is(t, "wgate")) {
+            gate = i;
+            continue;
+        }
+        if (gate >= 0 && param_is(t, "wo")) stored[gate].offset = end, end += stored[gate].size, gate = -1;
+        t->offset = end, end += t->size;
+    }
+    // the tensors of both models that have the same name are in the same order
+    for (int64_t i = 0, next = 0; i < count; i++) {
+        int64_t j = next;
+        while (j < stored_count && strcmp(stored[j].name, table[i].name) != 0) j++;
+        const int found = j < stored_count && stored[j].size == table[i].size;
+        offsets[i] = found ? stored[j].offset : -1;
+        if (j < stored_count) next = j + 1;
+    }
+    free(stored);
+}
+
+// Returns the stored elements of each array: those of the model, without the tensors of later versions.
+static inline int64_t checkpoint_num_stored(const Checkpoint *k) {
+    int64_t n, total = 0, count = param_table(&k->config, NULL, &n);
+    ParamTensor *table = (ParamTensor *)xcalloc((size_t)count, sizeof *table);
+    param_table(&k->config, table, &n);
+    for (int64_t i = 0; i < count; i++)
+        if (k->version >= 3 || !param_is(&table[i], "bgate")) total += table[i].size;
+    free(table);
+    return total;
+}
+
+// Opens a checkpoint, and reads and checks its header and its size. Returns 0, or -1 with one line in msg
+// [CHECKPOINT_MSG_BYTES] that names the file. The caller ends with checkpoint_close, and keeps `path` until
+// then.
+static inline int checkpoint_open(Checkpoint *k, const char *path, char *msg) {
     unsigned char header[CHECKPOINT_HEADER_BYTES];
-    FILE *f = checkpoint_fopen(path, msg);
-    if (!f) return -1;
-    size_t bytes_read = fread(header, 1, sizeof header, f);
     struct stat st;
-    int failed = ferror(f) || fstat(fileno(f), &st) != 0;
-    int reason = errno;
-    fclose(f);
-    if (failed) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path, strerror(reason));
-        return -1;
-    }
-    if (bytes_read < 16 || checkpoint_get_word(header, 0) != CHECKPOINT_MAGIC) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: not a checkpoint", path);
-        return -1;
-    }
-    if (bytes_read < sizeof header) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: truncated: %lld bytes, less than its header", path,
-                 (long long)st.st_size);
-        return -1;
-    }
-    int64_t version = checkpoint_get_word(header, 1);
-    int count, intact = (uint64_t)checkpoint_get_word(header, 511) ==
-                        checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0);
+    memset(k, 0, sizeof *k);
+    k->path = path;
+    int fd = input_try_open(path, &st);
+    if (fd < 0)
+        return checkpoint_refuse(k, msg, "cannot open the checkpoint: %s%s",
+                                 errno ? strerror(errno) : "it is not a file but ",
+                                 errno ? "" : file_type_name(st.st_mode));
+    k->file = fdopen(fd, "rb");
+    if (!k->file) die("%s: cannot open the checkpoint: %s; free host memory", path, strerror(errno));
+    size_t bytes_read = fread(header, 1, sizeof header, k->file);
+    if (ferror(k->file)) return checkpoint_refuse(k, msg, "cannot read the checkpoint: %s", strerror(errno));
+    if (bytes_read < 16 || checkpoint_get_word(header, 0) != CHECKPOINT_MAGIC)
+        return checkpoint_refuse(k, msg, "not a checkpoint");
+    if (bytes_read < sizeof header)
+        return checkpoint_refuse(k, msg, "truncated: %lld bytes, less than its header",
+                                 (long long)st.st_size);
+    const int64_t version = checkpoint_get_word(header, 1);
+    const int intact =
+        (uint64_t)checkpoint_get_word(header, 511) == checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0);
+    int count;
     const ModelField *fields = model_fields(&count);
+    const int64_t arrays = version < 3 ? 3 : checkpoint_get_word(header, 5);
     if (intact && (version < 1 || version > CHECKPOINT_VERSION || checkpoint_get_word(header, 3) != count ||
-                   checkpoint_get_word(header, 4) != TRAIN_STATE_FIELDS)) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES,
-                 "%s: checkpoint version %lld, this program reads versions 1 to %d", path, (long long)version,
-                 CHECKPOINT_VERSION);
-        return -1;
-    }
-    if (!intact) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: damaged: its header has a wrong checksum", path);
-        return -1;
-    }
-    memset(c, 0, sizeof *c);
+                   checkpoint_get_word(header, 4) != TRAIN_STATE_FIELDS || (arrays != 1 && arrays != 3)))
+        return checkpoint_refuse(k, msg, "checkpoint version %lld, this program reads versions 1 to %d",
+                                 (long long)version, CHECKPOINT_VERSION);
+    if (!intact) return checkpoint_refuse(k, msg, "damaged: its header has a wrong checksum");
+    k->version = (int)version;
+    k->arrays = (int)arrays;
     for (int i = 0; i < count; i++) {
         double value;
         memcpy(&value, header + 8 * (8 + i), 8);
-        model_field_set(c, &fields[i], value);
+        model_field_set(&k->config, &fields[i], value);
     }
-    memcpy(state, header + 8 * (8 + count), 8 * TRAIN_STATE_FIELDS);
-    memcpy(&state->data, header + 8 * CHECKPOINT_REST_WORD, TRAIN_STATE_REST_BYTES);
-    int64_t total, num_params = checkpoint_get_word(header, 2);
+    memcpy(&k->state, header + 8 * (8 + count), 8 * TRAIN_STATE_FIELDS);
+    memcpy(&k->state.data, header + 8 * CHECKPOINT_REST_WORD, TRAIN_STATE_REST_BYTES);
     char config_msg[256];
-    if (config_check(c, config_msg, sizeof config_msg) != 0) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: invalid model: %s", path, config_msg);
-        return -1;
-    }
-    param_table(c, NULL, &total);
-    if (num_params != total) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: %lld parameters found, its model has %lld", path,
-                 (long long)num_params, (long long)total);
-        return -1;
-    }
-    if (st.st_size != checkpoint_bytes(num_params)) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: %s: %lld bytes found, %lld expected", path,
-                 st.st_size < checkpoint_bytes(num_params) ? "truncated" : "too long", (long long)st.st_size,
-                 (long long)checkpoint_bytes(num_params));
-        return -1;
-    }
+    if (config_check(&k->config, config_msg, sizeof config_msg) != 0)
+        return checkpoint_refuse(k, msg, "invalid model: %s", config_msg);
+    k->n = checkpoint_get_word(header, 2);
+    if (k->n != checkpoint_num_stored(k))
+        return checkpoint_refuse(k, msg, "%lld parameters found, its model has %lld", (long long)k->n,
+                                 (long long)checkpoint_num_stored(k));
+    const int64_t bytes = checkpoint_bytes(k->n, k->arrays);
+    if (st.st_size != bytes)
+        return checkpoint_refuse(k, msg, "%s: %lld bytes found, %lld expected",
+                                 st.st_size < bytes ? "truncated" : "too long", (long long)st.st_size,
+                                 (long long)bytes);
     return 0;
 }
 
-// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of n fp32, in the file's order of
-// tensors, into dest, and verifies the checksums of their chunks. dest NULL: only verifies. Returns 0, or -1
-// with one line in msg [CHECKPOINT_MSG_BYTES].
-static inline int checkpoint_read_stored(FILE *f, const char *path, int array, int64_t n, int64_t begin,
-                                         int64_t count, float *dest, char *msg) {
+// Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v), in the file's order of tensors,
+// into dest, and verifies the checksums of their chunks. dest NULL: only verifies. Returns 0, or -1 with one
+// line in msg [CHECKPOINT_MSG_BYTES].
+static inline int checkpoint_read_stored(const Checkpoint *k, int array, int64_t begin, int64_t count,
+                                         float *dest, char *msg) {
     static const char *const names[3] = {"parameters", "AdamW m", "AdamW v"};
-    const int64_t first_chunk = begin / CHECKPOINT_CHUNK_FLOATS;
+    const int64_t n = k->n, first_chunk = begin / CHECKPOINT_CHUNK_FLOATS;
     const int64_t num_chunks =
         count > 0 ? (begin + count + CHECKPOINT_CHUNK_FLOATS - 1) / CHECKPOINT_CHUNK_FLOATS - first_chunk : 0;
     size_t table_bytes = (size_t)num_chunks * sizeof(uint64_t);
     uint64_t *expected = (uint64_t *)xmalloc(table_bytes);
     float *buffer = (float *)xmalloc(CHECKPOINT_CHUNK_BYTES);
+    FILE *f = k->file;
     int ok =
-        fseeko(
-            f,
-            (off_t)(CHECKPOINT_HEADER_BYTES + 12 * n + 8 * (checkpoint_num_chunks(n) * array + first_chunk)),
-            SEEK_SET) == 0 &&
+        fseeko(f, (off_t)checkpoint_checksum_offset(n, k->arrays, array, first_chunk), SEEK_SET) == 0 &&
         fread(expected, 1, table_bytes, f) == table_bytes &&
-        fseeko(f, (off_t)(CHECKPOINT_HEADER_BYTES + 4 * n * array + first_chunk * CHECKPOINT_CHUNK_BYTES),
-               SEEK_SET) == 0;
+        fseeko(f, (off_t)checkpoint_offset(n, array, first_chunk * CHECKPOINT_CHUNK_FLOATS), SEEK_SET) == 0;
     if (!ok)
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
+        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", k->path,
                  ferror(f) ? strerror(errno) : "it is truncated");
     for (int64_t i = first_chunk; ok && i < first_chunk + num_chunks; i++) {
         const int64_t chunk_begin = i * CHECKPOINT_CHUNK_FLOATS, left = n - chunk_begin;
@@ -381,14 +440,13 @@ static inline int checkpoint_read_stored(FILE *f, const char *path, int array, i
         float *data = dest && entire ? dest + (chunk_begin - begin) : buffer;
         if (fread(data, 4, floats, f) != floats) {
             ok = 0;
-            snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
+            snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", k->path,
                      ferror(f) ? strerror(errno) : "it is truncated");
         } else if (checksum(data, 4 * floats, checkpoint_chunk_seed(array, i)) != expected[i - first_chunk]) {
             ok = 0;
             snprintf(msg, CHECKPOINT_MSG_BYTES,
-                     "%s: damaged: wrong checksum of the %s in the 1 MiB chunk at byte %lld", path,
-                     names[array],
-                     (long long)(CHECKPOINT_HEADER_BYTES + 4 * n * array + i * CHECKPOINT_CHUNK_BYTES));
+                     "%s: damaged: wrong checksum of the %s in the 1 MiB chunk at byte %lld", k->path,
+                     names[array], (long long)checkpoint_offset(n, array, chunk_begin));
         } else if (dest && !entire) {
             int64_t copy_begin = chunk_begin > begin ? chunk_begin : begin,
                     copy_end = chunk_begin + (int64_t)floats;
@@ -402,100 +460,86 @@ static inline int checkpoint_read_stored(FILE *f, const char *path, int array, i
     return ok ? 0 : -1;
 }
 
-// Sets offsets [count] to where version 1 had the tensors of `table` [count]: wgate was right before wo.
-static inline void checkpoint_offsets_v1(const ParamTensor *table, int64_t count, int64_t *offsets) {
-    int64_t end = 0, gate = -1;
-    for (int64_t i = 0; i < count; i++) {
-        if (param_is(&table[i], "wgate")) {
-            gate = i;
-            continue;
-        }
-        if (param_is(&table[i], "wo") && gate >= 0) offsets[gate] = end, end += table[gate].size, gate = -1;
-        offsets[i] = end, end += table[i].size;
-    }
-}
-
 // Reads elements [begin, begin + count) of an array (0 params, 1 m, 2 v) of model `c`, in the order of
-// param_table, from a checkpoint of any version whose header is intact. Otherwise as checkpoint_read_stored.
-static inline int checkpoint_read_part(FILE *f, const char *path, const ModelConfig *c, int array,
-                                       int64_t begin, int64_t count, float *dest, char *msg) {
-    int64_t words[2], n, num_tensors = param_table(c, NULL, &n);
-    if (fseeko(f, 0, SEEK_SET) != 0 || fread(words, sizeof words, 1, f) != 1) {
-        snprintf(msg, CHECKPOINT_MSG_BYTES, "%s: cannot read the checkpoint: %s", path,
-                 ferror(f) ? strerror(errno) : "it is truncated");
-        return -1;
-    }
-    if (words[1] == CHECKPOINT_VERSION)
-        return checkpoint_read_stored(f, path, array, n, begin, count, dest, msg);
+// param_table, into dest. The file's model may have another attention: elements of tensors that the file has
+// not stay as they are. Returns 0, or -1 with one line in msg [CHECKPOINT_MSG_BYTES].
+static inline int checkpoint_read_part(const Checkpoint *k, const ModelConfig *c, int array, int64_t begin,
+                                       int64_t count, float *dest, char *msg) {
+    int64_t n, num_tensors = param_table(c, NULL, &n);
     ParamTensor *table = (ParamTensor *)xcalloc((size_t)num_tensors, sizeof *table);
     int64_t *offsets = (int64_t *)xcalloc((size_t)num_tensors, sizeof *offsets);
     int error = 0;
     param_table(c, table, &n);
-    checkpoint_offsets_v1(table, num_tensors, offsets);
-    for (int64_t i = 0; i < num_tensors && error == 0; i++) {
-        const ParamTensor *t = &table[i];
-        int64_t first = begin > t->offset ? begin : t->offset, last = t->offset + t->size;
-        if (last > begin + count) last = begin + count;
-        if (first < last)
-            error = checkpoint_read_stored(f, path, array, n, offsets[i] + first - t->offset, last - first,
+    checkpoint_tensor_offsets(k, table, num_tensors, offsets);
+    for (int64_t i = 0; i < num_tensors && error == 0;) {
+        // consecutive tensors that are consecutive in the file, too, are one part
+        int64_t size = table[i].size, next = i + 1;
+        while (next < num_tensors && offsets[i] >= 0 && offsets[next] == offsets[i] + size)
+            size += table[next++].size;
+        const int64_t offset = table[i].offset, first = begin > offset ? begin : offset;
+        const int64_t last = offset + size < begin + count ? offset + size : begin + count;
+        if (offsets[i] >= 0 && first < last)
+            error = checkpoint_read_stored(k, array, offsets[i] + first - offset, last - first,
                                            dest + (first - begin), msg);
+        i = next;
     }
     free(table), free(offsets);
     return error;
 }
 
-// Opens a checkpoint of model `c` and fills *state. Dies if the header is damaged or the model differs,
-// except in RoPE's frequencies.
-static inline FILE *checkpoint_open(const char *path, const ModelConfig *c, TrainState *state) {
-    ModelConfig stored;
-    char msg[CHECKPOINT_MSG_BYTES], stored_text[64], own_text[64];
-    int count;
-    const ModelField *f = model_fields(&count);
-    if (checkpoint_read_header(path, &stored, state, msg) != 0) die("%s; choose another checkpoint", msg);
-    for (int i = 0; i < count; i++) {
-        double stored_value = model_field_get(&stored, &f[i]), own_value = model_field_get(c, &f[i]);
-        if (stored_value == own_value || model_field_is_rope(&f[i])) continue;
-        model_field_print(&f[i], stored_value, stored_text, sizeof stored_text);
-        model_field_print(&f[i], own_value, own_text, sizeof own_text);
-        die("%s: a checkpoint of another model: its %s is %s, not %s; use one of the same model", path,
-            f[i].name, stored_text, own_text);
-    }
-    FILE *file = checkpoint_fopen(path, msg);
-    if (!file) die("%s; check the path", msg);
-    return file;
+// Writes to values [end - begin] the initial values of elements [begin, end) of the parameter array of `c`
+// that the checkpoint k has not, if there are any. A gate of an older version had no bias, that is 0.
+static inline void checkpoint_init_missing(const Checkpoint *k, const ModelConfig *c, int64_t begin,
+                                           int64_t end, float *values, const ParamInit *init) {
+    if (k->config.attn == c->attn && k->version >= 3) return;
+    if (k->config.attn == c->attn)
+        memset(values, 0, (size_t)(end - begin) * sizeof *values);
+    else
+        params_init_part(c, values, begin, end, init);
 }
 
-// Reads params, m and v [n]; m and v may be NULL to read only the weights. Dies as checkpoint_open does, and
-// if the file is damaged.
-static inline void checkpoint_load(const char *path, const ModelConfig *c, TrainState *state, float *params,
-                                   float *m, float *v, int64_t n) {
+// Dies if the checkpoint's model is not `c`. RoPE's frequencies may differ, and with another attention mode
+// the fields of the attention.
+static inline void checkpoint_check_model(const Checkpoint *k, const ModelConfig *c) {
+    char stored_text[64], own_text[64];
+    int count;
+    const ModelField *f = model_fields(&count);
+    for (int i = 0; i < count; i++) {
+        double stored_value = model_field_get(&k->config, &f[i]), own_value = model_field_get(c, &f[i]);
+        if (stored_value == own_value || model_field_is_rope(&f[i])) continue;
+        if (k->config.attn != c->attn && model_field_is_attention(&f[i])) continue;
+        model_field_print(&f[i], stored_value, stored_text, sizeof stored_text);
+        model_field_print(&f[i], own_value, own_text, sizeof own_text);
+        die("%s: a checkpoint of another model: its %s is %s, not %s; use one of the same model", k->path,
+            f[i].name, stored_text, own_text);
+    }
+}
+
+// Reads params, m and v [n] of model `c`; m and v may be NULL to read only the weights. Tensors that the file
+// has not get initial values. Dies if the file is damaged or of another model.
+static inline void checkpoint_load(const char *path, const ModelConfig *c, const ParamInit *init,
+                                   TrainState *state, float *params, float *m, float *v, int64_t n) {
     char msg[CHECKPOINT_MSG_BYTES];
-    int64_t total;
-    FILE *file = checkpoint_open(path, c, state);
-    param_table(c, NULL, &total);
-    if (n != total)
-        die("%s: has %lld parameters, not %lld; use a checkpoint of the same model", path, (long long)total,
-            (long long)n);
-    float *arrays[3] = {params, m, v};
+    Checkpoint k;
+    if (checkpoint_open(&k, path, msg) != 0) die("%s; choose another checkpoint", msg);
+    checkpoint_check_model(&k, c);
+    *state = k.state;
+    float *data[3] = {params, m, v};
+    checkpoint_init_missing(&k, c, 0, n, params, init);
     for (int a = 0; a < 3; a++)
-        if (arrays[a] && checkpoint_read_part(file, path, c, a, 0, n, arrays[a], msg) != 0)
+        if (data[a] && checkpoint_read_part(&k, c, a, 0, n, data[a], msg) != 0)
             die("%s; choose another checkpoint", msg);
-    fclose(file);
+    checkpoint_close(&k);
 }
 
 // Reads a whole checkpoint and verifies all checksums. Returns 0, or -1 with one line in msg
 // [CHECKPOINT_MSG_BYTES].
 static inline int checkpoint_verify(const char *path, char *msg) {
-    ModelConfig c;
-    TrainState state;
-    int64_t n;
-    if (checkpoint_read_header(path, &c, &state, msg) != 0) return -1;
-    param_table(&c, NULL, &n);
-    FILE *f = checkpoint_fopen(path, msg);
-    if (!f) return -1;
+    Checkpoint k;
+    if (checkpoint_open(&k, path, msg) != 0) return -1;
     int error = 0;
-    for (int a = 0; a < 3 && error == 0; a++) error = checkpoint_read_stored(f, path, a, n, 0, n, NULL, msg);
-    fclose(f);
+    for (int a = 0; a < k.arrays && error == 0; a++) error = checkpoint_read_stored(&k, a, 0, k.n, NULL, msg);
+    checkpoint_close(&k);
     return error;
 }
 

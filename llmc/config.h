@@ -32,6 +32,11 @@ static inline int num_gate_logits(const FsaConfig *f) {
     return f->gate_per_token ? 3 : 3 * f->q_heads;
 }
 
+// Returns the elements of bgate: the gate logits of a token, rounded up so that all tensors stay aligned.
+static inline int gate_bias_size(const FsaConfig *f) {
+    return (num_gate_logits(f) + 7) / 8 * 8;
+}
+
 // ----------------------------------------------------------------------------
 // The table of fields, which flags, checkpoints and messages use
 
@@ -157,6 +162,14 @@ static inline void model_field_print(const ModelField *f, double value, char *ou
         snprintf(out, size, "%.0f", value);
     else
         snprintf(out, size, "%.12g", value);
+}
+
+// Returns whether the field is the attention mode, or belongs to one mode. A new run can change these fields
+// of a checkpoint's model together with -attn.
+static inline int model_field_is_attention(const ModelField *f) {
+    return f->offset == offsetof(ModelConfig, attn) ||
+           (f->offset >= offsetof(ModelConfig, fsa.cmp_len) &&
+            f->offset <= offsetof(ModelConfig, fsa.gate_per_token));
 }
 
 // Returns whether the field only affects RoPE's frequencies. Training can continue with another value of it.
@@ -310,7 +323,14 @@ typedef enum {
     INIT_ONES,
     INIT_ZEROS,
     INIT_MEAN, // weights of phi: the mean over the window, plus normal noise with the tensor's std
+    INIT_GATE, // bias of the gate logits: ParamInit.gate_bias for each head
 } InitKind;
+
+// What the initial values of a new model depend on, beside its configuration.
+typedef struct {
+    uint64_t seed;
+    double gate_bias[3]; // initial biases of the gate logits: compressed, selected, sliding
+} ParamInit;
 
 // A tensor of the model. All parameters are in one array. Weight matrices are [out, in].
 typedef struct {
@@ -352,6 +372,7 @@ static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total,
 //     ln1 [C], wqkv [(Hq+2Hkv)*d, C] (rows: q heads, k heads, v heads)
 //     with attn nsa: wgate [3*Hq, C], or [3, C] with gate_per_token; with wqkv it is one matrix in memory
 //     with qkv_bias: bqkv [(Hq+2Hkv)*d]
+//     with attn nsa: bgate [3*Hq], or [3] with gate_per_token, and zeros up to a multiple of 8
 //     with qk_norm: qnorm [d], knorm [d]
 //     with attn nsa and phi linear: phi_wk [Hkv, l*d, d], phi_pe [Hkv, l, d], phi_wv [Hkv, l*d, d]
 //     wo [C, Hq*d], ln2 [C], wgu [2*hidden, C] (rows: gate, then up), wdown [C, hidden]
@@ -372,6 +393,8 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
         if (c->attn == ATTN_NSA)
             param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
         if (c->qkv_bias) param_add(table, &n, total, l, "bqkv", 1, qkv, 0, INIT_ZEROS, 0);
+        if (c->attn == ATTN_NSA)
+            param_add(table, &n, total, l, "bgate", 1, gate_bias_size(&c->fsa), 0, INIT_GATE, 0);
         if (c->qk_norm) {
             param_add(table, &n, total, l, "qnorm", 1, d, 0, INIT_ONES, 0);
             param_add(table, &n, total, l, "knorm", 1, d, 0, INIT_ONES, 0);
@@ -392,9 +415,9 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
 }
 
 // Writes the initial values of elements [begin, end) of a tensor to values [end - begin]. `index` is the
-// tensor's index in the table. Element i depends only on (seed, index, i).
+// tensor's index in the table. Element i depends only on (init, index, i).
 static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_t index, int64_t begin,
-                              int64_t end, float *values, uint64_t seed) {
+                              int64_t end, float *values, const ParamInit *init) {
     int64_t i;
 #ifdef _OPENMP
 #pragma omp parallel for
@@ -402,7 +425,8 @@ static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_
     for (i = begin; i < end; i++) {
         double x = p->init == INIT_ONES ? 1 : 0;
         if (p->init == INIT_NORMAL || p->init == INIT_MEAN)
-            x = p->std * rng_normal_at(seed, (uint64_t)index, i);
+            x = p->std * rng_normal_at(init->seed, (uint64_t)index, i);
+        if (p->init == INIT_GATE && i < num_gate_logits(&c->fsa)) x = init->gate_bias[i % 3];
         // row r*d + i of a kv head's weight belongs to token r of the window and channel i
         if (p->init == INIT_MEAN && i / p->cols % p->cols == i % p->cols) x += 1.0 / c->fsa.cmp_len;
         values[i - begin] = (float)x;
@@ -411,7 +435,7 @@ static inline void param_init(const ModelConfig *c, const ParamTensor *p, int64_
 
 // Writes the initial values of elements [begin, end) of the parameter array to params [end - begin].
 static inline void params_init_part(const ModelConfig *c, float *params, int64_t begin, int64_t end,
-                                    uint64_t seed) {
+                                    const ParamInit *init) {
     int64_t total, count = param_table(c, NULL, &total);
     ParamTensor *table = (ParamTensor *)xcalloc((size_t)count, sizeof *table);
     param_table(c, table, &total);
@@ -420,15 +444,15 @@ static inline void params_init_part(const ModelConfig *c, float *params, int64_t
         int64_t first = begin > p->offset ? begin : p->offset;
         int64_t last = end < p->offset + p->size ? end : p->offset + p->size;
         if (first < last)
-            param_init(c, p, t, first - p->offset, last - p->offset, params + first - begin, seed);
+            param_init(c, p, t, first - p->offset, last - p->offset, params + first - begin, init);
     }
     free(table);
 }
 
 // Writes the initial values of all parameters to params [total], where `total` is from param_table.
-static inline void params_init(const ModelConfig *c, float *params, uint64_t seed) {
+static inline void params_init(const ModelConfig *c, float *params, const ParamInit *init) {
     int64_t total;
     param_table(c, NULL, &total);
-    params_init_part(c, params, 0, total, seed);
+    params_init_part(c, params, 0, total, init);
 }
 #endif

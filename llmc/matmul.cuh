@@ -177,53 +177,82 @@ static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const 
 }
 
 // partial [gridDim.y, o]: column sums of dout, whose rows are cut into gridDim.y parts. Each thread block
-// sums 32 packs of columns over one part: warp w of 8 sums rows w, w + 8, w + 16, ..., then the sums of the
+// sums 32 packs of P columns over one part: warp w of 8 sums rows w, w + 8, w + 16, ..., then the sums of the
 // warps are added in order. Memory-bound. It reads 2*o bytes per row in 16 bits.
+template <int P>
 static __global__ void __launch_bounds__(256)
     column_sums_kernel(float *partial, const floatX *dout, int64_t ldo, int64_t n, int64_t o) {
-    __shared__ float sums[8][32 * PACK];
+    __shared__ float sums[8][32 * P];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int64_t column = (blockIdx.x * 32ll + lane) * PACK, rows = (n + gridDim.y - 1) / gridDim.y;
+    int64_t column = (blockIdx.x * 32ll + lane) * P, rows = (n + gridDim.y - 1) / gridDim.y;
     int64_t first = blockIdx.y * rows, last = first + rows < n ? first + rows : n;
-    float sum[PACK] = {};
+    float sum[P] = {};
     if (column < o) {
 #pragma unroll 4
         for (int64_t row = first + warp; row < last; row += 8) {
-            float x[PACK];
-            load_pack(x, dout + row * ldo + column);
+            float x[P];
+            if constexpr (P == PACK)
+                load_pack(x, dout + row * ldo + column);
+            else
+                x[0] = (float)dout[row * ldo + column];
 #pragma unroll
-            for (int i = 0; i < PACK; i++) sum[i] += x[i];
+            for (int i = 0; i < P; i++) sum[i] += x[i];
         }
     }
 #pragma unroll
-    for (int i = 0; i < PACK; i++) sums[warp][lane * PACK + i] = sum[i];
+    for (int i = 0; i < P; i++) sums[warp][lane * P + i] = sum[i];
     __syncthreads();
-    for (int i = threadIdx.x; i < 32 * PACK; i += 256) {
+    for (int i = threadIdx.x; i < 32 * P; i += 256) {
         float total = 0;
         for (int w = 0; w < 8; w++) total += sums[w][i];
-        if (blockIdx.x * 32ll * PACK + i < o) partial[blockIdx.y * o + blockIdx.x * 32ll * PACK + i] = total;
+        if (blockIdx.x * 32ll * P + i < o) partial[blockIdx.y * o + blockIdx.x * 32ll * P + i] = total;
     }
 }
 
-// dweight += dout^T x, and dbias += the column sums of dout: dweight [o, c] and dbias [o] (or NULL) are fp32;
-// dout [n, o] has rows ldo elements apart, x [n, c] rows ldx elements apart. With dbias, o and ldo must be
-// multiples of PACK. 2*n*c*o FLOPs.
-static inline void matmul_backward_weight(Matmul *mm, float *dweight, float *dbias, const floatX *dout,
-                                          int64_t ldo, const floatX *x, int64_t ldx, int64_t n, int64_t c,
-                                          int64_t o, cudaStream_t stream) {
+// dbias [o] += the column sums of dout [n, o], whose rows are ldo elements apart; dbias is fp32.
+static inline void bias_backward(Matmul *mm, float *dbias, const floatX *dout, int64_t ldo, int64_t n,
+                                 int64_t o, cudaStream_t stream) {
     if (n == 0) return;
-    matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
-    if (!dbias) return;
-    check_packs("bias gradient", o), check_packs("bias gradient", ldo);
+    const bool packed = o % PACK == 0 && ldo % PACK == 0 && matmul_align(dout) == 16;
     int64_t parts = (n + 63) / 64, max_parts = (int64_t)(mm->workspace_bytes / sizeof(float)) / o;
     if (parts > 64) parts = 64;
     if (parts > max_parts) parts = max_parts;
     if (parts == 0)
         die("bias gradient: a workspace of %zu bytes is too small for a row of %lld fp32 elements",
             mm->workspace_bytes, (long long)o);
-    dim3 grid((unsigned)((o + 32 * PACK - 1) / (32 * PACK)), (unsigned)parts);
-    column_sums_kernel<<<grid, 256, 0, stream>>>((float *)mm->workspace, dout, ldo, n, o);
+    const int64_t columns = 32 * (packed ? PACK : 1); // of a thread block
+    dim3 grid((unsigned)((o + columns - 1) / columns), (unsigned)parts);
+    float *partial = (float *)mm->workspace;
+    if (packed)
+        column_sums_kernel<PACK><<<grid, 256, 0, stream>>>(partial, dout, ldo, n, o);
+    else
+        column_sums_kernel<1><<<grid, 256, 0, stream>>>(partial, dout, ldo, n, o);
     cuda_check(cudaGetLastError());
-    add_partial_sums(dbias, (const float *)mm->workspace, (int)parts, o, stream);
+    add_partial_sums(dbias, partial, (int)parts, o, stream);
+}
+
+// One thread per element of out.
+static __global__ void __launch_bounds__(256)
+    add_bias_kernel(floatX *out, int64_t ldo, const floatX *bias, int64_t n, int o) {
+    const int64_t i = blockIdx.x * 256ll + threadIdx.x, row = i / o, column = i % o;
+    if (row < n) out[row * ldo + column] = (floatX)((float)out[row * ldo + column] + (float)bias[column]);
+}
+
+// out [n, o] += bias [o]; rows of out are ldo elements apart. For columns whose matmul has no bias. Memory-
+// bound: 4 bytes per element in 16 bits.
+static inline void add_bias(floatX *out, int64_t ldo, const floatX *bias, int64_t n, int64_t o,
+                            cudaStream_t stream) {
+    if (n == 0) return;
+    add_bias_kernel<<<(unsigned)((n * o + 255) / 256), 256, 0, stream>>>(out, ldo, bias, n, (int)o);
+    cuda_check(cudaGetLastError());
+}
+
+// dweight += dout^T x: dweight [o, c] is fp32, dout [n, o] has rows ldo elements apart, x [n, c] rows ldx
+// elements apart. 2*n*c*o FLOPs.
+static inline void matmul_backward_weight(Matmul *mm, float *dweight, const floatX *dout, int64_t ldo,
+                                          const floatX *x, int64_t ldx, int64_t n, int64_t c, int64_t o,
+                                          cudaStream_t stream) {
+    if (n == 0) return;
+    matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
 }
 #endif

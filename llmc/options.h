@@ -30,6 +30,7 @@ typedef struct {
     double temperature, top_p;
     int64_t seed, doc_mask;
     int64_t skip_nonfinite; // 1: skip a step whose loss or gradient is NaN or Inf
+    const char *gate_bias;  // initial biases of the gates; NULL: the default
     // only in the GPU trainer
     int64_t recompute, profile_steps;
     double peak_tflops;        // 0: look up by the GPU's name
@@ -38,6 +39,7 @@ typedef struct {
     int64_t cp_size; // GPUs that share each batch (context parallel)
     // set by the parser
     const Preset *preset;             // NULL: init_from is a checkpoint
+    double gate_bias_value[3];        // the numbers of gate_bias
     unsigned char given[OPTIONS_MAX]; // [index in option_flags], 1: on the command line
     double model_value[OPTIONS_MAX];  // [index in model_fields], valid if model_given
     unsigned char model_given[OPTIONS_MAX];
@@ -119,6 +121,9 @@ static inline const OptionFlag *option_flags(int *count) {
          "1: attention never crosses document boundaries"},
         {"skip", NULL, OPTION_INT, OFFSET(skip_nonfinite), 0, 1,
          "action on a NaN or Inf loss or gradient: 0 stop, 1 skip the step"},
+        {"gate-bias", NULL, OPTION_TEXT, OFFSET(gate_bias), 0, 0,
+         "initial biases of new gates before the sigmoid, three numbers C,S,W for compressed, selected, "
+         "sliding (default: 0,0,0; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
         // in the GPU trainer alone; option_is_gpu lists them, too
         {"r", "recompute", OPTION_INT, OFFSET(recompute), 0, 2,
          "activations recomputed in the backward pass to save memory: 0 none, 1 RMSNorm and SwiGLU, 2 whole "
@@ -397,8 +402,8 @@ static inline double options_parse_model(const char *arg, const char *text, cons
     die("%s %s: must be one of %s", arg, text, f->enum_names);
 }
 
-// Dies if flags contradict each other.
-static inline void options_check(const Options *o) {
+// Dies if flags contradict each other. Sets o->gate_bias_value.
+static inline void options_check(Options *o) {
     struct stat st;
     if (!o->preset) {
         int count;
@@ -441,6 +446,15 @@ static inline void options_check(const Options *o) {
     if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant") &&
         strcmp(o->schedule, "wsd"))
         die("-k %s: must be one of cosine|linear|constant|wsd", o->schedule);
+    if (o->gate_bias) {
+        char rest;
+        if (sscanf(o->gate_bias, "%lf,%lf,%lf%c", &o->gate_bias_value[0], &o->gate_bias_value[1],
+                   &o->gate_bias_value[2], &rest) != 3)
+            die("-gate-bias %s: must be three numbers, such as -2,0,2", o->gate_bias);
+        for (int i = 0; i < 3; i++)
+            if (!(fabs(o->gate_bias_value[i]) <= 100))
+                die("-gate-bias %s: its numbers must be from -100 to 100", o->gate_bias);
+    }
     if (o->max_steps == 0) die("-x 0: must be at least 1, or -1 for one epoch");
     if (o->max_steps > 0 && o->warmup > o->max_steps)
         die("-u %lld: warm-up is longer than the %lld steps of -x; lower -u or raise -x",
@@ -546,8 +560,9 @@ static inline void options_model(Options *o, ModelConfig *c) {
 
 // Checks the flags against *c, the model of a checkpoint that was trained at sequence length trained_len.
 // Sets o->seq_len to trained_len unless -t is given. Dies if a flag or a preset -e contradicts the
-// checkpoint. If -t is longer than trained_len, RoPE's flags may differ, and are applied to *c.
-static inline void options_check_model(Options *o, ModelConfig *c, int64_t trained_len) {
+// checkpoint. If -t is longer than trained_len, RoPE's flags may differ, and are applied to *c. So is another
+// -attn, with the flags that belong to it, unless the run resumes.
+static inline void options_check_model(Options *o, ModelConfig *c, int64_t trained_len, int resuming) {
     if (o->seq_len == 0) o->seq_len = trained_len;
     int count;
     const ModelField *f = model_fields(&count);
@@ -557,13 +572,14 @@ static inline void options_check_model(Options *o, ModelConfig *c, int64_t train
         config_set_vocab(&wanted, c->vocab_size);
     }
     options_override(o, &wanted);
+    const int other_attention = wanted.attn != c->attn && options_given(o, "attn") && !resuming;
     for (int i = 0; i < count; i++) {
         double given_value = model_field_get(&wanted, &f[i]), stored_value = model_field_get(c, &f[i]);
         if (given_value == stored_value || !f[i].help) continue;
         int rope = model_field_is_rope(&f[i]);
         // a preset beside the checkpoint does not undo the RoPE flags of an earlier run at a longer context
         if (rope && !o->model_given[i]) continue;
-        if (rope && o->seq_len > trained_len) {
+        if ((rope && o->seq_len > trained_len) || (other_attention && model_field_is_attention(&f[i]))) {
             model_field_set(c, &f[i], given_value);
             continue;
         }

@@ -5,7 +5,7 @@
 
 // Offsets of a layer's tensors; -1 if the model has no such tensor. param_table (config.h) has their shapes.
 typedef struct {
-    int64_t ln1, wqkv, wgate, bqkv, qnorm, knorm, phi_wk, phi_pe, phi_wv, wo, ln2, wgu, wdown;
+    int64_t ln1, wqkv, wgate, bqkv, bgate, qnorm, knorm, phi_wk, phi_pe, phi_wv, wo, ln2, wgu, wdown;
 } LayerParams;
 
 typedef struct {
@@ -37,8 +37,8 @@ static inline size_t param_layout_build(ParamLayout *p, const ModelConfig *c) {
     for (int l = 0; l < c->layers; l++) {
         LayerParams *w = &p->layers[l];
 #define OFFSET(name) w->name = param_offset(p, l, #name)
-        OFFSET(ln1), OFFSET(wqkv), OFFSET(wgate), OFFSET(bqkv), OFFSET(qnorm), OFFSET(knorm), OFFSET(phi_wk);
-        OFFSET(phi_pe), OFFSET(phi_wv), OFFSET(wo), OFFSET(ln2), OFFSET(wgu), OFFSET(wdown);
+        OFFSET(ln1), OFFSET(wqkv), OFFSET(wgate), OFFSET(bqkv), OFFSET(bgate), OFFSET(qnorm), OFFSET(knorm);
+        OFFSET(phi_wk), OFFSET(phi_pe), OFFSET(phi_wv), OFFSET(wo), OFFSET(ln2), OFFSET(wgu), OFFSET(wdown);
 #undef OFFSET
     }
     return (size_t)p->num_tensors * sizeof *p->tensors + (size_t)c->layers * sizeof *p->layers;

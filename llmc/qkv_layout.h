@@ -33,27 +33,31 @@ static inline QkvLayout qkv_layout(const ModelConfig *c) {
 // A range of columns that one matmul computes.
 typedef struct {
     int64_t column, width;
-    int64_t weight, bias; // offsets of the columns' first rows in the parameters; bias -1: none
+    int64_t weight;            // offset in the parameters of the first column's row
+    int64_t bias, bias_column; // offset of the bias of the columns from bias_column on; -1: none
 } QkvPart;
 enum { QKV_PARTS = 3 };
 
-// Fills parts [QKV_PARTS] and returns their number: one for all columns. The gate is a part of its own if q,
-// k and v have a bias, which the gate has not, or if its logits are no multiple of 8: a matmul of such a
-// width cannot use 16-byte accesses. If the keys and values are gathered from several GPUs (sharded != 0),
-// [k|v] comes first, so that the gather starts early. The backward pass goes through the parts in reverse.
+// Fills parts [QKV_PARTS] and returns their number: one for all columns. The gate is a part of its own if its
+// logits are no multiple of 8: a matmul of such a width cannot use 16-byte accesses. If the keys and values
+// are gathered from several GPUs (sharded != 0), [k|v] comes first, so that the gather starts early. The
+// backward pass goes through the parts in reverse. bgate is right behind bqkv.
 static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int sharded, QkvPart *parts) {
     const QkvLayout x = qkv_layout(c);
     const int64_t k_weight = w->wqkv + x.k * c->channels, k_bias = w->bqkv < 0 ? -1 : w->bqkv + x.k;
-    const QkvPart kv = {x.k, x.gate - x.k, k_weight, k_bias}, q = {0, x.k, w->wqkv, w->bqkv};
-    const QkvPart qkv = {0, x.gate, w->wqkv, w->bqkv}, gate = {x.gate, x.width - x.gate, w->wgate, -1};
+    const QkvPart kv = {x.k, x.gate - x.k, k_weight, k_bias, x.k}, q = {0, x.k, w->wqkv, w->bqkv, 0};
+    const QkvPart qkv = {0, x.gate, w->wqkv, w->bqkv, 0};
+    const QkvPart gate = {x.gate, x.width - x.gate, w->wgate, w->bgate, x.gate};
     int count = 0;
     if (sharded) parts[count++] = kv;
     parts[count++] = sharded ? q : qkv;
     if (w->wgate < 0) return count;
-    if (!sharded && w->bqkv < 0 && gate.width % 8 == 0)
-        parts[0].width = x.width;
-    else
+    if (sharded || gate.width % 8 != 0) {
         parts[count++] = gate;
+    } else {
+        parts[0].width = x.width;
+        if (w->bqkv < 0) parts[0].bias = gate.bias, parts[0].bias_column = gate.bias_column;
+    }
     return count;
 }
 #endif

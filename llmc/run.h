@@ -20,6 +20,7 @@ typedef struct {
     TrainState state;
     char checkpoint[PATH_BYTES]; // path of the checkpoint to load the parameters from; empty: a new model
     int resuming;                // 1: load AdamW's moments and the state too
+    ParamInit init;              // of the parameters that no checkpoint has
     Tokenizer tokenizer;
     char tokenizer_path[PATH_BYTES];
     int has_tokenizer, eot; // eot: id of the end-of-text token, -1: none
@@ -240,6 +241,30 @@ static inline void run_check_shards(const char *flag, const char *pattern) {
     globfree(&found);
 }
 
+// Sets the model's configuration, the initial values of parameters that the checkpoint has not, and *saved,
+// the checkpoint's state. Dies if it contradicts the command line.
+static inline void run_read_checkpoint(Run *r, TrainState *saved) {
+    char msg[CHECKPOINT_MSG_BYTES];
+    Checkpoint k;
+    if (checkpoint_open(&k, r->checkpoint, msg) != 0) die("%s; choose another checkpoint", msg);
+    checkpoint_close(&k);
+    if (r->resuming && k.arrays == 1)
+        die("%s: holds weights alone, so no run can resume from it; start one with -e %s and another -o",
+            r->checkpoint, r->checkpoint);
+    r->config = k.config;
+    *saved = k.state;
+    options_check_model(&r->opt, &r->config, saved->seq_len, r->resuming);
+    if (r->resuming) r->state = *saved;
+    const int new_gates = r->config.attn == ATTN_NSA && k.config.attn != ATTN_NSA;
+    if (r->opt.gate_bias && r->config.attn == ATTN_NSA && !new_gates && !r->resuming)
+        die("-gate-bias %s: the checkpoint has gates; drop the flag", r->opt.gate_bias);
+    if (!new_gates || r->opt.gate_bias) return;
+    // The selected branch sees all tokens of short texts. With this gate, a model that was trained with full
+    // attention loses least.
+    static const double gates[3] = {0.05, 0.9, 0.05};
+    for (int i = 0; i < 3; i++) r->init.gate_bias[i] = log(gates[i] / (1 - gates[i]));
+}
+
 // Sets up a run: parses the command line, connects the processes, chooses the checkpoint to start from, sets
 // the model's configuration and opens the data. Creates the output folder and its log; writes nothing else.
 static inline void run_start(Run *r, int argc, char **argv) {
@@ -266,14 +291,14 @@ static inline void run_start(Run *r, int argc, char **argv) {
     } else if (!o->preset) {
         snprintf(r->checkpoint, sizeof r->checkpoint, "%s", o->init_from);
     }
-    if (r->checkpoint[0]) {
-        if (checkpoint_read_header(r->checkpoint, &r->config, &saved, msg))
-            die("%s; choose another checkpoint", msg);
-        options_check_model(o, &r->config, saved.seq_len);
-        if (r->resuming) r->state = saved;
-    } else {
+    r->init.seed = (uint64_t)o->seed;
+    memcpy(r->init.gate_bias, o->gate_bias_value, sizeof r->init.gate_bias);
+    if (r->checkpoint[0])
+        run_read_checkpoint(r, &saved);
+    else
         options_model(o, &r->config);
-    }
+    if (o->gate_bias && r->config.attn != ATTN_NSA)
+        die("-gate-bias %s: only -attn nsa has gates; drop the flag", o->gate_bias);
     run_set_vocab(r, r->checkpoint[0] != 0);
     if (training && !r->checkpoint[0] && !options_given(o, "e") &&
         !(r->has_tokenizer && r->tokenizer.kind == TOKENIZER_WORDS))

@@ -206,7 +206,7 @@ static void mutate(File *f, Rng *r, int number_bytes) {
 static void repair_checksums(File *f) {
     if (f->size < CHECKPOINT_HEADER_BYTES) return;
     checkpoint_put_word(f->data, 511, (int64_t)checksum(f->data, CHECKPOINT_HEADER_BYTES - 8, 0));
-    if (f->size != checkpoint_bytes(num_params)) return;
+    if (f->size != checkpoint_bytes(num_params, 3)) return;
     for (int a = 0; a < 3; a++) {
         uint64_t sum = checksum(f->data + CHECKPOINT_HEADER_BYTES + 4 * num_params * a,
                                 4 * (size_t)num_params, checkpoint_chunk_seed(a, 0));
@@ -274,15 +274,17 @@ static void load_tokenizer(const char *path) {
 
 static void load_checkpoint(const char *path) {
     char msg[CHECKPOINT_MSG_BYTES];
-    ModelConfig c;
+    const ParamInit init = {1, {0, 0, 0}};
+    Checkpoint k;
     TrainState state;
     int64_t n;
-    if (checkpoint_read_header(path, &c, &state, msg) != 0 || checkpoint_verify(path, msg) != 0)
-        die("%s", msg);
-    param_table(&c, NULL, &n);
+    if (checkpoint_open(&k, path, msg) != 0 || checkpoint_verify(path, msg) != 0) die("%s", msg);
+    checkpoint_close(&k);
+    param_table(&k.config, NULL, &n);
     if (n > 1000000) die("the model is too large for its file");
     float *values = (float *)xmalloc(3 * (size_t)n * sizeof *values);
-    checkpoint_load(path, &c, &state, values, values + n, values + 2 * n, n);
+    checkpoint_load(path, &k.config, &init, &state, values, k.arrays == 3 ? values + n : NULL,
+                    k.arrays == 3 ? values + 2 * n : NULL, n);
     free(values);
 }
 

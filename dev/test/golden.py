@@ -357,7 +357,7 @@ def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.
             phi = (w("phi_wk", 0.25 * scale(l * d, 64), Hkv * l * d, d).reshape(Hkv, l * d, d),
                    w("phi_pe", 0.5, Hkv * l, d).reshape(Hkv, l, d),
                    w("phi_wv", 0.25 * scale(l * d, 64), Hkv * l * d, d).reshape(Hkv, l * d, d))
-            gate = (y @ w("wgate", 0.5 * scale(C, 16), 3 * Hq, C).T).reshape(N, Hq, 3)
+            gate = (y @ w("wgate", 0.5 * scale(C, 16), 3 * Hq, C).T + w("bgate", 1.0, 3 * Hq)).reshape(N, Hq, 3)
             r = nsa(a, layout, q, k, v, phi, gate, inv_freq)
             o = r["o"]
             f.ints(f"layers.{i}.indices", r["indices"])

@@ -5,10 +5,10 @@
 
 static const double tolerance = 1e-10;
 
-// Returns the rows of a tensor without the vocabulary's padding.
-static int64_t real_rows(const ModelConfig *c, const ParamTensor *t) {
-    int padded = strcmp(t->name, "wte") == 0 || strcmp(t->name, "lm_head") == 0;
-    return padded ? c->vocab_size : t->rows;
+// Returns the elements of a tensor without padding: of the vocabulary, or of the gate's bias.
+static int64_t real_size(const ModelConfig *c, const ParamTensor *t) {
+    if (param_is(t, "wte") || param_is(t, "lm_head")) return c->vocab_size * t->cols;
+    return param_is(t, "bgate") ? num_gate_logits(&c->fsa) : t->size;
 }
 
 static void test_case(const char *name) {
@@ -35,12 +35,11 @@ static void test_case(const char *name) {
     Model model;
     model_build(&model, &c, n, 1);
     golden_check(g, "", "inv_freq", model.inv_freq, c.fsa.head_dim / 2, tolerance);
-    // the padding must not matter, so its rows are not 0
+    // the padding must not matter, so it is not 0
     for (int64_t i = 0; i < model.layout.num_params; i++) model.params.weights[i] = 0.5;
     for (int64_t i = 0; i < model.layout.num_tensors; i++) {
         const ParamTensor *t = &model.layout.tensors[i];
-        int64_t rows = real_rows(&c, t);
-        golden_fill(g, t->name, model.params.weights + t->offset, rows * t->cols);
+        golden_fill(g, t->name, model.params.weights + t->offset, real_size(&c, t));
     }
 
     double loss = model_forward(&model, tokens, targets, cu_seqlens, num_seqs);
@@ -62,10 +61,10 @@ static void test_case(const char *name) {
     model_backward(&model, 1.0);
     for (int64_t i = 0; i < model.layout.num_tensors; i++) {
         const ParamTensor *t = &model.layout.tensors[i];
-        int64_t rows = real_rows(&c, t);
-        golden_check(g, "grad.", t->name, model.params.grads + t->offset, rows * t->cols, tolerance);
+        golden_check(g, "grad.", t->name, model.params.grads + t->offset, real_size(&c, t), tolerance);
         int64_t nonzero = 0;
-        for (int64_t j = rows * t->cols; j < t->size; j++) nonzero += model.params.grads[t->offset + j] != 0;
+        for (int64_t j = real_size(&c, t); j < t->size; j++)
+            nonzero += model.params.grads[t->offset + j] != 0;
         CHECK(nonzero == 0, "%s: %s: the padding has a gradient", name, t->name);
     }
     free(logits);

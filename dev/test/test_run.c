@@ -10,7 +10,7 @@
 #include "../../llmc/qkv_layout.h"
 #include "../../llmc/run.h"
 #include "../../llmc/schedule.h"
-#include "checkpoint_v1.h"
+#include "checkpoint_old.h"
 #include "test.h"
 #include <signal.h>
 #include <sys/resource.h>
@@ -249,17 +249,25 @@ static void test_param_table(void) {
         int64_t rows, cols;
         int decay, layer;
     } want[] = {
-        {"wte", 256, 24, 1, -1},           {"layers.0.ln1", 1, 24, 0, 0},
-        {"layers.0.wqkv", 100, 24, 1, 0},  {"layers.0.wgate", 18, 24, 1, 0},
-        {"layers.0.bqkv", 1, 100, 0, 0},   {"layers.0.qnorm", 1, 10, 0, 0},
-        {"layers.0.knorm", 1, 10, 0, 0},   {"layers.0.phi_wk", 640, 10, 1, 0},
-        {"layers.0.phi_pe", 64, 10, 0, 0}, {"layers.0.phi_wv", 640, 10, 1, 0},
-        {"layers.0.wo", 24, 60, 1, 0},     {"layers.0.ln2", 1, 24, 0, 0},
-        {"layers.0.wgu", 80, 24, 1, 0},    {"layers.0.wdown", 24, 40, 1, 0},
+        {"wte", 256, 24, 1, -1},
+        {"layers.0.ln1", 1, 24, 0, 0},
+        {"layers.0.wqkv", 100, 24, 1, 0},
+        {"layers.0.wgate", 18, 24, 1, 0},
+        {"layers.0.bqkv", 1, 100, 0, 0},
+        {"layers.0.bgate", 1, 24, 0, 0},
+        {"layers.0.qnorm", 1, 10, 0, 0},
+        {"layers.0.knorm", 1, 10, 0, 0},
+        {"layers.0.phi_wk", 640, 10, 1, 0},
+        {"layers.0.phi_pe", 64, 10, 0, 0},
+        {"layers.0.phi_wv", 640, 10, 1, 0},
+        {"layers.0.wo", 24, 60, 1, 0},
+        {"layers.0.ln2", 1, 24, 0, 0},
+        {"layers.0.wgu", 80, 24, 1, 0},
+        {"layers.0.wdown", 24, 40, 1, 0},
     };
     ParamTensor t[64];
     int64_t n = param_table(&c, t, &total), at = 0;
-    CHECK(n == 1 + 2 * 13 + 2, "%lld tensors", (long long)n);
+    CHECK(n == 1 + 2 * 14 + 2, "%lld tensors", (long long)n);
     for (int64_t i = 0; i < n; i++) {
         CHECK(t[i].offset == at && t[i].size == t[i].rows * t[i].cols, "%s", t[i].name);
         at += t[i].size;
@@ -269,13 +277,13 @@ static void test_param_table(void) {
         CHECK(!strcmp(t[i].name, want[i].name) && t[i].rows == want[i].rows && t[i].cols == want[i].cols &&
                   t[i].decay == want[i].decay && t[i].layer == want[i].layer,
               "%s [%lld, %lld]", t[i].name, (long long)t[i].rows, (long long)t[i].cols);
-    CHECK(!strcmp(t[14].name, "layers.1.ln1") && !strcmp(t[n - 2].name, "lnf") &&
+    CHECK(!strcmp(t[15].name, "layers.1.ln1") && !strcmp(t[n - 2].name, "lnf") &&
               !strcmp(t[n - 1].name, "lm_head"),
-          "%s %s %s", t[14].name, t[n - 2].name, t[n - 1].name);
+          "%s %s %s", t[15].name, t[n - 2].name, t[n - 1].name);
     c.tied = 1, c.fsa.gate_per_token = 1, c.fsa.phi = FSA_PHI_MEAN;
     n = param_table(&c, t, &total);
-    CHECK(n == 1 + 2 * 10 + 1 && !strcmp(t[3].name, "layers.0.wgate") && t[3].rows == 3, "%lld",
-          (long long)n);
+    CHECK(n == 1 + 2 * 11 + 1 && !strcmp(t[3].name, "layers.0.wgate") && t[3].rows == 3 && t[5].cols == 8,
+          "%lld", (long long)n);
     c.attn = ATTN_WINDOW;
     CHECK(param_table(&c, NULL, &total) == 1 + 2 * 9 + 1, "no gate");
 }
@@ -301,33 +309,37 @@ static void test_qkv_layout(void) {
         int64_t sum = 0, wrong = 0;
         for (int i = 0; i < count; i++) {
             const QkvPart *p = &parts[i];
-            const int has_bias = c.qkv_bias && p->column < x.gate;
+            const int64_t end = p->column + p->width;
+            // the first biased column: of q, k and v if they have a bias, and of the gates
+            const int64_t biased = c.qkv_bias || p->column >= x.gate ? p->column : x.gate;
             sum += p->width;
             for (int k = 0; k < i; k++) // parts do not overlap
                 wrong +=
                     p->column < parts[k].column + parts[k].width && parts[k].column < p->column + p->width;
             wrong += p->weight != w->wqkv + p->column * c.channels;
-            wrong += p->bias != (has_bias ? w->bqkv + p->column : -1);
-            wrong += has_bias && p->column + p->width > x.gate; // the gate has no bias
+            const int64_t bias = biased < x.gate ? w->bqkv + biased : w->bgate + biased - x.gate;
+            wrong += p->bias != (biased < end ? bias : -1);
+            wrong += biased < end && p->bias_column != biased;
         }
         CHECK(sum == x.width && wrong == 0, "variant %d: parts", variant);
-        CHECK(count == (sharded ? 2 + nsa : 1 + (nsa && (c.qkv_bias || gates % 8))), "variant %d: %d parts",
-              variant, count);
+        CHECK(!nsa || !c.qkv_bias || w->bgate == w->bqkv + x.gate, "bgate is not right behind bqkv");
+        CHECK(count == (sharded ? 2 + nsa : 1 + (nsa && gates % 8)), "variant %d: %d parts", variant, count);
         CHECK(parts[0].column <= x.k && parts[0].column + parts[0].width >= x.gate, "k and v come first");
         param_layout_free(&layout);
     }
 }
 
 static void test_params_init(void) {
+    const ParamInit seed7 = {7, {-2, 0, 2}}, seed8 = {8, {-2, 0, 2}};
     ModelConfig c = preset_config("tiny", 300);
     ParamTensor t[64];
     int64_t total, n = param_table(&c, t, &total);
     float *a = (float *)xmalloc((size_t)total * sizeof *a), *b = (float *)xmalloc((size_t)total * sizeof *b);
     for (int64_t i = 0; i < total; i++) a[i] = b[i] = NAN;
-    params_init(&c, a, 7);
-    params_init(&c, b, 7);
+    params_init(&c, a, &seed7);
+    params_init(&c, b, &seed7);
     CHECK(memcmp(a, b, (size_t)total * sizeof *a) == 0, "same seed, same bits");
-    params_init(&c, b, 8);
+    params_init(&c, b, &seed8);
     for (int64_t k = 0; k < n; k++) {
         const float *x = a + t[k].offset;
         double sum = 0, squares = 0;
@@ -335,6 +347,7 @@ static void test_params_init(void) {
         for (int64_t i = 0; i < t[k].size; i++) {
             double mean = 0;
             if (t[k].init == INIT_ONES) mean = 1;
+            if (strstr(t[k].name, "bgate") && i < 12) mean = (double)(i % 3) * 2 - 2; // 4 heads, 4 zeros
             // the diagonal of each [d, d] matrix in [Hkv, l, d, d]
             if (strstr(t[k].name, "phi_w") && i % 32 == (i / 32) % 32) mean = 1.0 / 16;
             sum += x[i] - mean;
@@ -597,7 +610,14 @@ static void run_check_model(void *argument) {
     ModelCheck *a = (ModelCheck *)argument;
     Options o;
     parse(&o, a->line);
-    options_check_model(&o, &a->model, 256);
+    options_check_model(&o, &a->model, 256, 0);
+}
+
+static void run_resume_model(void *argument) {
+    ModelCheck *a = (ModelCheck *)argument;
+    Options o;
+    parse(&o, a->line);
+    options_check_model(&o, &a->model, 256, 1);
 }
 
 static void run_micro_batches(void *argument) {
@@ -612,7 +632,9 @@ static void test_options_checkpoint(void) {
     ModelCheck a;
     static const char *const bad[][3] = {
         {"-i a -layers 3", "-layers 3", "has 2"},
-        {"-i a -attn full", "-attn full", "has nsa"},
+        {"-i a -attn full -layers 3", "-layers 3", "has 2"},
+        {"-i a -attn nsa -topk 8", "-topk 8", "has 4"},
+        {"-i a -attn full -heads 2", "-heads 2", "has 4"},
         {"-i a -phi mean", "-phi mean", "has linear"},
         {"-i a -vocab 71", "-vocab 71", "has 70"},
         {"-i a -t 512 -topk 8", "-topk 8", "has 4"},
@@ -635,19 +657,29 @@ static void test_options_checkpoint(void) {
     }
     c = trained;
     parse(&o, "-i a -e recall");
-    options_check_model(&o, &c, 300);
+    options_check_model(&o, &c, 300, 0);
     CHECK(o.seq_len == 300 && memcmp(&c, &trained, sizeof c) == 0, "nothing changed");
     parse(&o, "-i a -t 512 -theta 1e6 -rope-factor 4");
-    options_check_model(&o, &c, 256);
+    options_check_model(&o, &c, 256, 0);
     CHECK(o.seq_len == 512 && c.rope_theta == 1e6 && c.rope_factor == 4 && c.rope_original_len == 256 &&
               c.layers == 2,
           "a longer context");
     parse(&o, "-i a -e recall -t 512 -theta 1e6 -rope-factor 4"); // resumed
-    options_check_model(&o, &c, 512);
+    options_check_model(&o, &c, 512, 1);
     CHECK(o.seq_len == 512 && c.rope_theta == 1e6 && c.rope_factor == 4, "resumed at the longer context");
+    c = trained;
+    parse(&o, "-i a -attn window -window 128");
+    options_check_model(&o, &c, 256, 0);
+    CHECK(c.attn == ATTN_WINDOW && c.fsa.window == 128 && c.layers == 2, "another attention");
+    parse(&o, "-i a -attn nsa -window 16 -topk 8 -phi mean");
+    options_check_model(&o, &c, 256, 0);
+    CHECK(c.attn == ATTN_NSA && c.fsa.topk == 8 && c.fsa.phi == FSA_PHI_MEAN, "to nsa");
+    a.line = "-i a -attn full", a.model = trained;
+    Child r = child(run_resume_model, &a);
+    check_died(&r, a.line, "-attn full", "has nsa");
     a.line = "-i a -e recall", a.model = trained,
     a.model.rope_theta = 1e6; // changed by an earlier run at a longer context
-    Child r = child(run_check_model, &a);
+    r = child(run_check_model, &a);
     CHECK(r.code == 0, "a preset must not override RoPE's fields: %s", r.err);
     r = child(run_micro_batches, (void *)"-i a -t 64 -b 2 -d 128");
     check_died(&r, "-d", "-d 128: must be a multiple of b*t*data-parallel ranks = 256", "try -d 256");
@@ -681,10 +713,13 @@ static void save(const char *folder, int64_t step) {
     checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
 }
 
+static const ParamInit no_init;
+
 static void load(const char *path, TrainState *s, int all) {
     for (int a = 0; a < 3; a++)
         for (int64_t i = 0; i < model_size; i++) loaded[a][i] = NAN;
-    checkpoint_load(path, &model, s, loaded[0], all ? loaded[1] : NULL, all ? loaded[2] : NULL, model_size);
+    checkpoint_load(path, &model, &no_init, s, loaded[0], all ? loaded[1] : NULL, all ? loaded[2] : NULL,
+                    model_size);
 }
 
 // Returns the number of elements of array a that differ from what save(step) wrote.
@@ -813,14 +848,15 @@ static void test_checkpoint_file(void) {
     checkpoint_path(path, sizeof path, folder, 12);
     CHECK(strstr(path, "/a/b/ckpt_00000012.bin") != NULL, "%s", path);
     CHECK(!exists(folder, "ckpt_00000012.bin.tmp"), "temporary file left");
-    ModelConfig c;
+    Checkpoint k;
     TrainState s, want = make_state(12);
-    CHECK(checkpoint_read_header(path, &c, &s, msg) == 0, "%s", msg);
-    CHECK(memcmp(&s, &want, sizeof s) == 0, "state");
+    CHECK(checkpoint_open(&k, path, msg) == 0, "%s", msg);
+    checkpoint_close(&k);
+    CHECK(memcmp(&k.state, &want, sizeof want) == 0, "state");
     int count;
     const ModelField *f = model_fields(&count);
     for (int i = 0; i < count; i++)
-        CHECK(model_field_get(&c, &f[i]) == model_field_get(&model, &f[i]), "%s", f[i].name);
+        CHECK(model_field_get(&k.config, &f[i]) == model_field_get(&model, &f[i]), "%s", f[i].name);
     load(path, &s, 1);
     for (int a = 0; a < 3; a++)
         CHECK(num_wrong(a, 12) == 0, "array %d: %lld differ", a, (long long)num_wrong(a, 12));
@@ -831,13 +867,13 @@ static void test_checkpoint_file(void) {
 
     // flip one bit of: each header byte, the ends of each chunk, random bytes of the arrays, each checksum
     // byte
-    int64_t size = checkpoint_bytes(model_size), chunks = checkpoint_num_chunks(model_size),
+    int64_t size = checkpoint_bytes(model_size, 3), chunks = checkpoint_num_chunks(model_size),
             table = 24 * chunks;
     int missed = 0;
     CHECK(chunks == 3, "%lld chunks", (long long)chunks);
     for (int64_t at = 0; at < CHECKPOINT_HEADER_BYTES; at++) {
         flip(path, at, (int)(at % 8));
-        missed += checkpoint_read_header(path, &c, &s, msg) == 0 || count_lines(msg);
+        missed += checkpoint_open(&k, path, msg) == 0 || count_lines(msg);
         flip(path, at, (int)(at % 8));
     }
     CHECK(missed == 0, "%d flips in the header missed", missed);
@@ -918,7 +954,7 @@ static void test_checkpoint_file(void) {
     r = child(run_load, (void *)"/no/such/file.bin");
     check_died(&r, "missing", "/no/such/file.bin", "No such file");
     r = child(run_load, folder);
-    check_died(&r, "folder", folder, "directory");
+    check_died(&r, "folder", folder, "not a file but a folder");
     save(folder, 12);
     unsigned char header[CHECKPOINT_HEADER_BYTES];
     file = fopen(path, "r+b");
@@ -928,17 +964,17 @@ static void test_checkpoint_file(void) {
     if (fseeko(file, 0, SEEK_SET) || fwrite(header, 1, sizeof header, file) != sizeof header || fclose(file))
         die("cannot write");
     r = child(run_load, path);
-    check_died(&r, "version", "version 9", "versions 1 to 2");
+    check_died(&r, "version", "version 9", "versions 1 to 3");
 
-    // another model: the same size, but another topk; then another attention mode
+    // another model: the same size, but another topk; then a bias that the file has not
     save(folder, 12);
     model.fsa.topk = 5;
     r = child(run_load, path);
     check_died(&r, "topk", "topk is 4, not 5", path);
-    model.fsa.topk = 4, model.attn = ATTN_FULL;
+    model.fsa.topk = 4, model.qkv_bias = 1;
     r = child(run_load, path);
-    check_died(&r, "attn", "attn is nsa, not full", path);
-    model.attn = ATTN_NSA, model.rope_theta = 5e5;
+    check_died(&r, "bias", "qkv-bias is 0, not 1", path);
+    model.qkv_bias = 0, model.rope_theta = 5e5;
     r = child(run_load, path);
     CHECK(r.code == 0, "RoPE may change: %s", r.err);
     model.rope_theta = 1e4;
@@ -969,55 +1005,103 @@ static void test_checkpoint_file(void) {
     CHECK(exists(folder, "ckpt_00000009.bin.tmp") && !exists(folder, "ckpt_00000009.bin"), "another writer");
 }
 
-// Tests that a checkpoint of version 1 loads to the same arrays, as a whole and in parts at any place.
-static void test_checkpoint_v1(const char *name, int attn, int linear, int bias_and_norm) {
+// Tests that a checkpoint of version 1 or 2 loads to the same arrays, as a whole and in parts at any place,
+// and that its gates have the bias 0.
+static void test_checkpoint_old(const char *name, int version, int attn, int linear, int bias_and_norm) {
     char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES];
-    snprintf(folder, sizeof folder, "%s/v1", dir);
+    snprintf(folder, sizeof folder, "%s/old", dir);
     checkpoint_dir_check(folder, 1);
     ModelConfig c = preset_config("recall", 3000);
     c.attn = attn, c.fsa.phi = linear ? FSA_PHI_LINEAR : FSA_PHI_MEAN;
     c.qkv_bias = c.qk_norm = bias_and_norm, c.fsa.gate_per_token = !linear;
+    const ParamInit init = {1, {1, 2, 3}}; // an older gate has no such bias
     TrainState s, want = make_state(40);
-    int64_t n;
-    param_table(&c, NULL, &n);
+    int64_t n, num_tensors = param_table(&c, NULL, &n);
+    ParamTensor table[64];
+    param_table(&c, table, &n);
     float *saved[3], *read[3];
     for (int a = 0; a < 3; a++) {
         saved[a] = (float *)xmalloc((size_t)n * sizeof(float));
-        read[a] = (float *)xmalloc((size_t)n * sizeof(float));
+        read[a] = (float *)xcalloc((size_t)n, sizeof(float));
         for (int64_t i = 0; i < n; i++) saved[a][i] = (float)i + 0.25f * (float)a; // exact below 2^22
+        for (int64_t t = 0; t < num_tensors; t++)
+            for (int64_t i = 0; i < table[t].size && param_is(&table[t], "bgate"); i++)
+                saved[a][table[t].offset + i] = 0;
     }
-    checkpoint_v1_save(folder, &c, &want, saved[0], saved[1], saved[2], n);
+    int64_t stored = checkpoint_old_save(folder, &c, &want, version, saved[0], saved[1], saved[2]);
+    CHECK(stored == n - (attn == ATTN_NSA ? 2 * gate_bias_size(&c.fsa) : 0), "%s: %lld stored", name,
+          (long long)stored);
     checkpoint_path(path, sizeof path, folder, 40);
     CHECK(checkpoint_verify(path, msg) == 0, "%s: %s", name, msg);
-    checkpoint_load(path, &c, &s, read[0], read[1], read[2], n);
+    checkpoint_load(path, &c, &init, &s, read[0], read[1], read[2], n);
     CHECK(memcmp(&s, &want, sizeof s) == 0, "%s: state", name);
     for (int a = 0; a < 3; a++)
         CHECK(memcmp(read[a], saved[a], (size_t)n * sizeof(float)) == 0, "%s: array %d differs", name, a);
 
-    FILE *f = checkpoint_open(path, &c, &s);
+    Checkpoint k;
+    if (checkpoint_open(&k, path, msg) != 0) die("%s", msg);
     int64_t wrong = 0;
     Rng rng;
     rng_seed(&rng, 1, 1);
     for (int i = 0; i < 50; i++) {
         int64_t begin = rng_below(&rng, n), count = i == 0 ? 0 : 1 + rng_below(&rng, n - begin);
         int a = i % 3;
-        if (checkpoint_read_part(f, path, &c, a, begin, count, read[a], msg) != 0) die("%s", msg);
+        memset(read[a], 0, (size_t)n * sizeof(float));
+        if (checkpoint_read_part(&k, &c, a, begin, count, read[a], msg) != 0) die("%s", msg);
         wrong += memcmp(read[a], saved[a] + begin, (size_t)count * sizeof(float)) != 0;
     }
     CHECK(wrong == 0, "%s: %lld parts differ", name, (long long)wrong);
-    // without the conversion the arrays differ, if tensors were in another order
-    if (checkpoint_read_stored(f, path, 2, n, 0, n, read[2], msg) != 0) die("%s", msg);
-    CHECK((memcmp(read[2], saved[2], (size_t)n * sizeof(float)) != 0) == (attn == ATTN_NSA && linear),
-          "%s: the file's order", name);
-    fclose(f);
-    flip(path, CHECKPOINT_HEADER_BYTES + 4 * n + 5, 3);
+    checkpoint_close(&k);
+    flip(path, CHECKPOINT_HEADER_BYTES + 4 * stored + 5, 3);
     CHECK(checkpoint_verify(path, msg) != 0 && strstr(msg, "AdamW m"), "%s: %s", name, msg);
-    f = checkpoint_open(path, &c, &s);
-    CHECK(checkpoint_read_part(f, path, &c, 1, 0, n, read[1], msg) != 0 && strstr(msg, "AdamW m"), "%s: %s",
-          name, msg);
-    fclose(f);
+    if (checkpoint_open(&k, path, msg) != 0) die("%s", msg);
+    CHECK(checkpoint_read_part(&k, &c, 1, 0, n, read[1], msg) != 0 && strstr(msg, "AdamW m"), "%s: %s", name,
+          msg);
+    checkpoint_close(&k);
     unlink(path);
     for (int a = 0; a < 3; a++) free(saved[a]), free(read[a]);
+}
+
+// Tests a checkpoint of weights alone, loaded into a model with another attention: common tensors are the
+// file's, the others have initial values.
+static void test_checkpoint_weights(int from, int to) {
+    char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES];
+    snprintf(folder, sizeof folder, "%s/weights", dir);
+    checkpoint_dir_check(folder, 1);
+    ModelConfig stored = preset_config("recall", 300), c = stored;
+    stored.attn = from, c.attn = to;
+    const ParamInit init = {1, {-2, 0, 2}};
+    TrainState s, want = make_state(0);
+    int64_t n, stored_n, wrong = 0, common = 0, count = param_table(&c, NULL, &n);
+    int64_t stored_count = param_table(&stored, NULL, &stored_n);
+    ParamTensor table[64], stored_table[64];
+    param_table(&c, table, &n), param_table(&stored, stored_table, &stored_n);
+    float *values = (float *)xmalloc((size_t)stored_n * sizeof *values);
+    float *read = (float *)xmalloc((size_t)n * sizeof *read),
+          *fresh = (float *)xmalloc((size_t)n * sizeof *fresh);
+    for (int64_t i = 0; i < stored_n; i++) values[i] = (float)i;
+    checkpoint_save(folder, &stored, &want, values, NULL, NULL, stored_n);
+    checkpoint_path(path, sizeof path, folder, 0);
+    struct stat st;
+    CHECK(stat(path, &st) == 0 && st.st_size == checkpoint_bytes(stored_n, 1) && st.st_size < 5 * stored_n,
+          "%lld bytes", (long long)st.st_size);
+    CHECK(checkpoint_verify(path, msg) == 0, "%s", msg);
+    checkpoint_load(path, &c, &init, &s, read, NULL, NULL, n);
+    params_init(&c, fresh, &init);
+    for (int64_t t = 0; t < count; t++) {
+        const float *expected = fresh + table[t].offset;
+        for (int64_t k = 0; k < stored_count; k++)
+            if (strcmp(stored_table[k].name, table[t].name) == 0)
+                expected = values + stored_table[k].offset, common++;
+        wrong += memcmp(read + table[t].offset, expected, (size_t)table[t].size * sizeof *read) != 0;
+    }
+    const int64_t gates = 2 * 5; // wgate, bgate and phi's three of each layer
+    CHECK(wrong == 0 && common == (to == ATTN_NSA && from != to ? count - gates : count),
+          "%d to %d: %lld tensors differ, %lld in common", from, to, (long long)wrong, (long long)common);
+    flip(path, checkpoint_bytes(stored_n, 1) - 1, 4);
+    CHECK(checkpoint_verify(path, msg) != 0 && strstr(msg, "parameters"), "%s", msg);
+    unlink(path);
+    free(values), free(read), free(fresh);
 }
 
 static void test_checkpoint_folder(void) {
@@ -1119,11 +1203,9 @@ static void test_kill(void) {
         usleep((useconds_t)rng_below(&rng, 60000));
         kill(pid, SIGKILL);
         waitpid(pid, NULL, 0);
-        ModelConfig c;
         TrainState s;
         memset(&s, 0, sizeof s);
         CHECK(checkpoint_newest(folder, path) == 1, "kill %d: no checkpoint", i);
-        CHECK(checkpoint_read_header(path, &c, &s, msg) == 0, "%s", msg);
         load(path, &s, 1);
         for (int a = 0; a < 3; a++)
             CHECK(num_wrong(a, s.step) == 0, "kill %d: step %lld", i, (long long)s.step);
@@ -1346,9 +1428,9 @@ static void test_logger(void) {
         "%s", text);
     CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
     CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25}\n"), "%s", text);
-    CHECK(strstr(text,
-                 "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,\"right\":0},{\"from\":2,"
-                 "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
+    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,"
+                       "\"right\":0},{\"from\":2,"
+                       "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
           "%s", text);
 
     // resume after step 2; a kill has truncated the last line
@@ -1402,10 +1484,16 @@ int main(void) {
     test_options_checkpoint();
     test_checksum();
     test_checkpoint_file();
-    test_checkpoint_v1("nsa, linear, bias, QK-norm", ATTN_NSA, 1, 1);
-    test_checkpoint_v1("nsa, linear", ATTN_NSA, 1, 0);
-    test_checkpoint_v1("nsa, mean, a gate a token", ATTN_NSA, 0, 0);
-    test_checkpoint_v1("full", ATTN_FULL, 1, 1);
+    for (int version = 1; version <= 2; version++) {
+        test_checkpoint_old("nsa, linear, bias, QK-norm", version, ATTN_NSA, 1, 1);
+        test_checkpoint_old("nsa, linear", version, ATTN_NSA, 1, 0);
+        test_checkpoint_old("nsa, mean, a gate a token", version, ATTN_NSA, 0, 0);
+        test_checkpoint_old("full", version, ATTN_FULL, 1, 1);
+    }
+    for (int mode = ATTN_NSA; mode <= ATTN_WINDOW; mode++) {
+        test_checkpoint_weights(ATTN_FULL, mode);
+        test_checkpoint_weights(ATTN_NSA, mode);
+    }
     test_checkpoint_folder();
     test_folder_lock();
     test_kill();

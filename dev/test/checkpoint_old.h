@@ -1,22 +1,25 @@
-// checkpoint_v1.h: writes checkpoints of version 1, for tests of their readers.
-#ifndef CHECKPOINT_V1_H
-#define CHECKPOINT_V1_H
+// checkpoint_old.h: writes checkpoints of versions 1 and 2, for tests of their readers.
+#ifndef CHECKPOINT_OLD_H
+#define CHECKPOINT_OLD_H
 #include "../../llmc/checkpoint.h"
 
-// Writes DIR/ckpt_<state->step>.bin as version 1 had it, from params, m and v [n] in today's order.
-static void checkpoint_v1_save(const char *folder, const ModelConfig *c, const TrainState *state,
-                               const float *params, const float *m, const float *v, int64_t n) {
-    static const char *const layer_names[] = {"ln1",    "wqkv",  "bqkv", "qnorm", "knorm", "phi_wk", "phi_pe",
-                                              "phi_wv", "wgate", "wo",   "ln2",   "wgu",   "wdown"};
+// Writes DIR/ckpt_<state->step>.bin as version 1 or 2 had it, from params, m and v in today's order, without
+// the gates' biases. Returns the stored elements of each array.
+static int64_t checkpoint_old_save(const char *folder, const ModelConfig *c, const TrainState *state,
+                                   int version, const float *params, const float *m, const float *v) {
+    static const char *const names_v1[] = {"ln1",    "wqkv",  "bqkv", "qnorm", "knorm", "phi_wk", "phi_pe",
+                                           "phi_wv", "wgate", "wo",   "ln2",   "wgu",   "wdown"};
+    static const char *const names_v2[] = {"ln1",    "wqkv",   "wgate", "bqkv", "qnorm", "knorm", "phi_wk",
+                                           "phi_pe", "phi_wv", "wo",    "ln2",  "wgu",   "wdown"};
     static const char *const first[] = {"wte"}, *const last[] = {"lnf", "lm_head"};
     const float *arrays[3] = {params, m, v};
     float *stored[3];
     int64_t total, num_tensors = param_table(c, NULL, &total), end = 0;
     ParamTensor *table = (ParamTensor *)xcalloc((size_t)num_tensors, sizeof *table);
     param_table(c, table, &total);
-    for (int a = 0; a < 3; a++) stored[a] = (float *)xmalloc((size_t)n * sizeof(float));
+    for (int a = 0; a < 3; a++) stored[a] = (float *)xmalloc((size_t)total * sizeof(float));
     for (int l = -1; l <= c->layers; l++) { // -1: before the layers, c->layers: after them
-        const char *const *names = l < 0 ? first : l < c->layers ? layer_names : last;
+        const char *const *names = l < 0 ? first : l == c->layers ? last : version == 1 ? names_v1 : names_v2;
         const int num_names = l < 0 ? 1 : l < c->layers ? 13 : 2;
         for (int k = 0; k < num_names; k++) {
             for (int64_t i = 0; i < num_tensors; i++) {
@@ -30,8 +33,7 @@ static void checkpoint_v1_save(const char *folder, const ModelConfig *c, const T
             }
         }
     }
-    if (end != n) die("checkpoint_v1_save: %lld of %lld parameters", (long long)end, (long long)n);
-    checkpoint_save(folder, c, state, stored[0], stored[1], stored[2], n);
+    checkpoint_save(folder, c, state, stored[0], stored[1], stored[2], end);
     for (int a = 0; a < 3; a++) free(stored[a]);
     free(table);
 
@@ -40,9 +42,11 @@ static void checkpoint_v1_save(const char *folder, const ModelConfig *c, const T
     checkpoint_path(path, sizeof path, folder, state->step);
     FILE *f = fopen(path, "r+b");
     if (!f || fread(header, sizeof header, 1, f) != 1) die("cannot read %s", path);
-    checkpoint_put_word(header, 1, 1);
+    checkpoint_put_word(header, 1, version);
+    checkpoint_put_word(header, 5, 0);
     checkpoint_put_word(header, 511, (int64_t)checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0));
     if (fseeko(f, 0, SEEK_SET) || fwrite(header, sizeof header, 1, f) != 1 || fclose(f))
         die("cannot write %s", path);
+    return end;
 }
 #endif
