@@ -261,7 +261,33 @@ static inline void config_from_preset(ModelConfig *c, const Preset *p) {
     c->fsa.window = p->window, c->fsa.phi = FSA_PHI_LINEAR;
 }
 
-// Checks a configuration. Returns 0, or -1 with one line in msg that names the field, its value and the rule.
+// Copies a message of fsa_config_check to out [size], with the flags' names instead of the fields':
+// "-heads 34" for "q_heads 34".
+static inline void config_name_flags(const char *message, char *out, size_t size) {
+    int count;
+    const ModelField *f = model_fields(&count);
+    size_t length = 0;
+    if (size > 0) out[0] = '\0';
+    while (*message && length + 1 < size) {
+        size_t n = strspn(message, "abcdefghijklmnopqrstuvwxyz_");
+        char word[32];
+        snprintf(word, sizeof word, "%.*s", (int)n, message);
+        for (char *c = word; *c; c++)
+            if (*c == '_') *c = '-';
+        const char *name = strcmp(word, "q-heads") == 0 ? "heads" : word, *dash = "";
+        int known = 0;
+        for (int i = 0; i < count; i++) known |= strcmp(f[i].name, name) == 0;
+        if (known && message[n] == ' ' && strchr("-0123456789", message[n + 1])) dash = "-"; // with its value
+        if (known)
+            snprintf(out + length, size - length, "%s%s", dash, name);
+        else
+            snprintf(out + length, size - length, "%.*s", n > 0 ? (int)n : 1, message);
+        length += strlen(out + length);
+        message += n > 0 ? n : 1;
+    }
+}
+
+// Checks a configuration. Returns 0, or -1 with one line in msg that names the flag, its value and the rule.
 static inline int config_check(const ModelConfig *c, char *msg, size_t msg_size) {
     int count;
     const ModelField *f = model_fields(&count);
@@ -273,26 +299,29 @@ static inline int config_check(const ModelConfig *c, char *msg, size_t msg_size)
     for (int i = 0; i < count; i++) {
         double value = model_field_get(c, &f[i]);
         if (!(value >= f[i].min && value <= f[i].max)) {
-            snprintf(msg, msg_size, "%s %.12g: must be from %.12g to %.12g", f[i].name, value, f[i].min,
-                     f[i].max);
+            snprintf(msg, msg_size, "%s%s %.12g: must be from %.12g to %.12g", f[i].help ? "-" : "",
+                     f[i].name, value, f[i].min, f[i].max);
             return -1;
         }
     }
     if (c->padded_vocab % 128 != 0 || c->padded_vocab < c->vocab_size) {
-        snprintf(msg, msg_size, "padded-vocab %d: must be a multiple of 128 and at least vocab %d",
+        snprintf(msg, msg_size, "padded-vocab %d: must be a multiple of 128 and at least -vocab %d",
                  c->padded_vocab, c->vocab_size);
         return -1;
     }
     if (c->rope_factor != 0 && c->rope_factor < 1) {
-        snprintf(msg, msg_size, "rope-factor %g: must be 0 (no scaling) or at least 1", c->rope_factor);
+        snprintf(msg, msg_size, "-rope-factor %g: must be 0 (no scaling) or at least 1", c->rope_factor);
         return -1;
     }
     if (c->rope_factor != 0 && !(c->rope_low_freq > 0 && c->rope_low_freq < c->rope_high_freq)) {
-        snprintf(msg, msg_size, "rope-low-freq %g: must be above 0 and below rope-high-freq %g",
+        snprintf(msg, msg_size, "-rope-low-freq %g: must be above 0 and below -rope-high-freq %g",
                  c->rope_low_freq, c->rope_high_freq);
         return -1;
     }
-    return fsa_config_check(&c->fsa, msg, msg_size);
+    char text[256];
+    if (fsa_config_check(&c->fsa, text, sizeof text) == 0) return 0;
+    config_name_flags(text, msg, msg_size);
+    return -1;
 }
 
 // Writes RoPE's inv_freq [d/2]: RoPE rotates channels i and i + d/2 by position * inv_freq[i]. If rope_factor

@@ -197,13 +197,14 @@ expect_error "-atn: unknown flag" $TINY $DATA -atn full
 expect_error "-x: its value is missing" $DATA -x
 expect_error "-b 12x: must be a whole number" $TINY $DATA -b 12x
 expect_error "-l -1: must be from 0" $TINY $DATA -l -1
-expect_error "3" $TINY $DATA -heads 4 -kv-heads 3
-expect_error "topk" $TINY $DATA -topk 2
-expect_error "topk 5000" $TINY $DATA -topk 5000
-expect_error "head_dim 1024" $TINY $DATA -head-dim 1024
-expect_error "cmp" $TINY $DATA -cmp-len 10
-expect_error "block" $TINY $DATA -block 24
-expect_error "at most 16" $TINY $DATA -heads 34 -kv-heads 2
+expect_error "error: -heads 4: must be a multiple of -kv-heads 3; try -heads 3" $TINY $DATA -heads 4 -kv-heads 3
+expect_error "error: -topk 2: must be at least -init-blocks 1 + -local-blocks 2 = 3" $TINY $DATA -topk 2
+expect_error "error: -topk 5000" $TINY $DATA -topk 5000
+expect_error "error: -head-dim 1024" $TINY $DATA -head-dim 1024
+expect_error "error: -cmp-stride 4: must divide -cmp-len 10; try -cmp-len 8" $TINY $DATA -cmp-len 10
+expect_error "error: -block 24: must be a multiple of 16, at least 16; try -block 16" $TINY $DATA -block 24
+expect_error "error: -heads 34: must be at most 16 times -kv-heads 2; try -heads 32" $TINY $DATA -heads 34 -kv-heads 2
+expect_error "error: -rope-factor 0.5: must be 0" $TINY $DATA -rope-factor 0.5
 expect_error "-d 300: must be a multiple of b*t = 128; try -d 384" $TINY $DATA -d 300
 expect_error "-u 100: warm-up is longer" $TINY $DATA -u 100
 expect_error "-y 1: needs the folder" $TINY $DATA -y 1
@@ -260,6 +261,11 @@ for wait in "" ACTIVE; do
     check 'grep OMP_WAIT_POLICY err | tail -1 | grep -q "${wait:-PASSIVE}"' "OpenMP threads do not wait ${wait:-passively}: $(cat err)"
 done
 expect_error "GiB needed, " -e qwen3-14b -vocab 68 -layers 4000 -t 64 -b 2 -x 1 -i 'small/*.bin'
+limited() { (ulimit -v 700000; OMP_NUM_THREADS=1 exec "$PROGRAM" -vocab 68 -x 1 -i small/recall_train_000000.bin "$@") >out 2>err; code=$?; }
+limited -e tiny -t 128 -b 512
+check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: out of memory: [0-9.]* GiB needed, 0\.[0-9]* GiB granted by the system (ulimit -v): .*; lower -b or -t" err' "too little memory is granted: $code $(cat err)"
+limited -e tiny -t 64 -b 1048576
+check '[ $code -eq 1 ] && grep -q "^error: out of memory: 1.00 GiB for batches of 67108864 tokens; lower -b or -t$" err' "a large batch: $code $(cat err)"
 expect_error "lower -b or -t" -e tiny -vocab 68 -t 64 -b 16777216 -x 1 -i 'small/*.bin'
 
 # ---- defaults, long forms, schedules, outliers
