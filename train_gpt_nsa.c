@@ -135,31 +135,26 @@ static real *tensor_at(real *base, int64_t offset) {
     return offset < 0 ? NULL : base + offset;
 }
 
-// Returns count zeroed elements of `size` bytes, and counts them in model->bytes.
-static void *model_alloc(Model *model, size_t count, size_t size) {
-    model->bytes += count * size;
-    void *p = calloc(count > 0 ? count : 1, size);
-    if (!p) die("out of memory: %zu more bytes; free host memory or use a smaller model", count * size);
-    return p;
+// Dies because the model needs more than `limit` bytes. whose: of what the limit is.
+static _Noreturn void die_out_of_memory(const Model *model, double limit, const char *whose) {
+    const double gib = 1 << 30;
+    double params = (model->training ? 4.0 : 1.0) * (double)model->layout.num_params * sizeof(real);
+    double activations = model->needed - params;
+    die("out of memory: %.2f GiB needed, %.2f GiB %s: %.2f GiB for %.1fM parameters%s, %.2f GiB for the "
+        "activations of %lld tokens; lower %s, or choose a smaller model with -e or -layers",
+        model->needed / gib, limit / gib, whose, params / gib, 1e-6 * (double)model->layout.num_params,
+        model->training ? ", gradients and AdamW" : "", activations / gib, (long long)model->max_tokens,
+        activations > params ? "-b or -t" : "-channels or -hidden");
 }
 
-// Dies if the model needs more memory than the machine has. A lower bound: parameters and the largest
-// activations. Linux would grant the memory and kill the program later, without a message.
-static void model_check_memory(const ModelConfig *config, int64_t n, int training) {
-    const FsaConfig *f = &config->fsa;
-    int64_t num_params, heads = (int64_t)f->q_heads + 2 * f->kv_heads;
-    param_table(config, NULL, &num_params);
-    double layer = 4.0 * config->channels + 3.0 * config->hidden + (double)(heads + f->q_heads) * f->head_dim;
-    double params = (training ? 4.0 : 1.0) * (double)num_params * sizeof(real);
-    double activations = (double)n * sizeof(real) * (layer * config->layers + config->padded_vocab);
-    double total = params + activations;
-    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), gib = 1 << 30;
-    if (total <= memory) return;
-    die("out of memory: at least %.1f GiB needed, %.1f GiB in this machine: %.1f GiB for %.0fM parameters%s, "
-        "%.1f GiB for the activations of %lld tokens; lower %s, or choose a smaller model with -e or -layers",
-        total / gib, memory / gib, params / gib, 1e-6 * (double)num_params,
-        training ? ", gradients and AdamW" : "", activations / gib, (long long)n,
-        activations > params ? "-b or -t" : "-channels or -hidden");
+// Returns count zeroed elements of `size` bytes, and counts them. While model->needed is 0 it only counts.
+static void *model_alloc(Model *model, size_t count, size_t size) {
+    model->bytes += count * size;
+    if (model->needed == 0) return NULL;
+    void *p = calloc(count > 0 ? count : 1, size);
+    if (!p)
+        die_out_of_memory(model, (double)(model->bytes - count * size), "granted by the system (ulimit -v)");
+    return p;
 }
 
 // Allocates the attention's State. The modes full and window use q, k and one lse of it.
@@ -175,19 +170,14 @@ static void alloc_attention_state(Model *model, LayerActivations *a, int64_t n) 
     a->saved.lse[0] = model_alloc(model, n * f->q_heads, sizeof(real));
 }
 
-void model_build(Model *model, const ModelConfig *config, int64_t n, int training) {
-    memset(model, 0, sizeof *model);
-    model_check_memory(config, n, training);
-    model->config = *config;
-    model->max_tokens = n;
-    const FsaConfig *f = &model->config.fsa;
-    int64_t C = config->channels, d = f->head_dim, qd = f->q_heads * d, kd = f->kv_heads * d,
-            H = config->hidden;
+// Allocates all arrays but the layout's, or only counts their bytes (model_alloc).
+static void model_allocate(Model *model) {
+    const ModelConfig *config = &model->config;
+    const FsaConfig *f = &config->fsa;
+    int64_t n = model->max_tokens, C = config->channels, d = f->head_dim, qd = f->q_heads * d,
+            kd = f->kv_heads * d, H = config->hidden;
 
     model->inv_freq = model_alloc(model, d / 2, sizeof(double));
-    rope_inv_freq(config, model->inv_freq);
-    model->bytes += param_layout_build(&model->layout, config);
-    model->acts.layers = model_alloc(model, config->layers, sizeof(LayerActivations));
     for (int l = 0; l < config->layers; l++) {
         LayerActivations *a = &model->acts.layers[l];
         a->residual_in = model_alloc(model, n * C, sizeof(real));
@@ -223,7 +213,7 @@ void model_build(Model *model, const ModelConfig *config, int64_t n, int trainin
     model->acts.lse = model_alloc(model, n, sizeof(real));
     model->acts.argmax = model_alloc(model, n, sizeof(int32_t));
     model->segments = model_alloc(model, n, sizeof(FsaSegment));
-    if (!training) return;
+    if (!model->training) return;
     model->params.grads = model_alloc(model, model->layout.num_params, sizeof(real));
     model->optimizer.m = model_alloc(model, model->layout.num_params, sizeof(real));
     model->optimizer.v = model_alloc(model, model->layout.num_params, sizeof(real));
@@ -236,6 +226,23 @@ void model_build(Model *model, const ModelConfig *config, int64_t n, int trainin
     model->scratch.dgate_logits = model_alloc(model, n * num_gate_logits(f), sizeof(real));
     model->scratch.dgate_up = model_alloc(model, n * 2 * H, sizeof(real));
     model->scratch.dswiglu = model_alloc(model, n * H, sizeof(real));
+}
+
+void model_build(Model *model, const ModelConfig *config, int64_t n, int training) {
+    memset(model, 0, sizeof *model);
+    model->config = *config;
+    model->max_tokens = n;
+    model->training = training;
+    size_t bytes = param_layout_build(&model->layout, config) + config->layers * sizeof(LayerActivations);
+    model->acts.layers = xcalloc(config->layers, sizeof(LayerActivations));
+    model_allocate(model);
+    model->needed = (double)(model->bytes + bytes);
+    model->bytes = bytes;
+    // Linux would grant more memory than the machine has, and kill the program later, without a message
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    if (model->needed > memory) die_out_of_memory(model, memory, "in this machine");
+    model_allocate(model);
+    rope_inv_freq(config, model->inv_freq);
 }
 
 void model_free(Model *model) {

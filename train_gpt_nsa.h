@@ -110,7 +110,9 @@ typedef struct {
 typedef struct {
     ModelConfig config;
     int64_t max_tokens; // of a pass
-    size_t bytes;       // of all arrays
+    int training;       // 1: with gradients and AdamW's moments
+    size_t bytes;       // of the arrays so far; needed: of all arrays, 0 while they are counted
+    double needed;
     // They last as long as the model.
     ParamLayout layout; // where the tensors are in params.weights and params.grads
     Params params;

@@ -328,9 +328,12 @@ static inline void run_start(Run *r, int argc, char **argv) {
                              r->train.samples / (r->micro_batches * o->batch * r->dp_size));
     r->state.lr = o->lr;
     r->state.warmup = o->warmup;
-    r->inputs = (int32_t *)xcalloc(tokens, sizeof *r->inputs);
-    r->targets = (int32_t *)xcalloc(tokens, sizeof *r->targets);
-    r->cu_seqlens = (int64_t *)xcalloc(tokens + 1, sizeof *r->cu_seqlens);
+    r->inputs = (int32_t *)calloc(tokens, sizeof *r->inputs);
+    r->targets = (int32_t *)calloc(tokens, sizeof *r->targets);
+    r->cu_seqlens = (int64_t *)calloc(tokens + 1, sizeof *r->cu_seqlens);
+    if (!r->inputs || !r->targets || !r->cu_seqlens)
+        die("out of memory: %.2f GiB for batches of %lld tokens; lower -b or -t", 16.0 * tokens / (1 << 30),
+            (long long)tokens);
     if (!training) return;
 
     int same_data = 1;
