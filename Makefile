@@ -2,6 +2,7 @@
 # rules of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
 #   CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD is the folder of objects, and of
 #   the trainers and the library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands.
+#   COMMIT is the commit that the trainers report, for a copy without git.
 #   SAN=1 builds with the address and undefined-behaviour sanitizers, without GPU and MPI.
 MAKEFLAGS += -r
 ifeq ($(filter -j%,$(MAKEFLAGS)),) # nvcc takes minutes on one core
@@ -9,6 +10,7 @@ MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 endif
 BUILD := build$(if $(filter 1,$(SAN)),/san)
 OUT := $(if $(filter build,$(BUILD)),,$(BUILD)/)
+COMMIT ?= $(or $(shell git --git-dir=.git describe --always --dirty 2>/dev/null),unknown)
 
 # ---- what this machine has ---------------------------------------------------------------------------------------
 comma := ,
@@ -97,6 +99,7 @@ $(BUILD)/$1.flags: $(if $(findstring [$(strip $(FLAGS_$1))],[$(file <$(BUILD)/$1
 	@mkdir -p $$(@D); echo '$$(subst ','\'',$$(strip $$(FLAGS_$1)))' >$$@
 endef
 FLAGS_c := $(CC) $(CFLAGS_ALL) $(LDLIBS)
+FLAGS_commit := $(COMMIT)
 FLAGS_mpi := $(MPI_FLAGS) $(MPI_LIBS)
 
 # -MMD writes the headers that an object includes. DEFINES: macros, where a source has several objects.
@@ -106,11 +109,13 @@ $(BUILD)/%.o: %.c $(BUILD)/c.flags ; $(COMPILE_C)
 $(BUILD)/%_f32.o: %.c $(BUILD)/c.flags ; $(COMPILE_C)
 $(BUILD)/%_mpi.o: %.c $(BUILD)/c.flags $(BUILD)/mpi.flags ; $(COMPILE_C)
 $(BUILD)/llmc/comm_mpi.o: private DEFINES := $(MPI_FLAGS)
-$(CPU_TRAINER): $(addprefix $(BUILD)/,train_gpt_nsa.o fsa/config.o fsa/reference_f32.o llmc/comm.o) ; $(LINK_C)
+$(BUILD)/llmc/commit.o: private DEFINES := -DLLMC_COMMIT='"$(COMMIT)"'
+$(BUILD)/llmc/commit.o: $(BUILD)/commit.flags
+$(CPU_TRAINER): $(addprefix $(BUILD)/,train_gpt_nsa.o fsa/config.o fsa/reference_f32.o llmc/comm.o llmc/commit.o) ; $(LINK_C)
 $(MAKERS): $(BUILD)/%: $(BUILD)/data/%.o ; $(LINK_C)
 
 include dev/cuda/cuda.mk dev/test/test.mk dev/emulator/emulator.mk
-$(foreach f,c mpi nvcc trainer emulator,$(eval $(call FLAGS_RULE,$f)))
+$(foreach f,c commit mpi nvcc trainer emulator,$(eval $(call FLAGS_RULE,$f)))
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 # ---- the library, the GPU trainer, and all CUDA code -------------------------------------------------------------
@@ -119,11 +124,11 @@ $(LIBFSA).so.0: $(FSA)
 	$(START)$(NVCC) $(GENCODE) -shared -Xlinker -soname=$(@F) $^ -o $@
 	@! nm -D --defined-only $@ | grep -v ' T fsa_' || { echo "error: $@ exports these symbols, which fsa.h does not declare" >&2; rm $@; exit 1; }
 $(LIBFSA).so: $(LIBFSA).so.0 ; $(START)ln -sf $(<F) $@
-$(OUT)train_gpt_nsa: $(BUILD)/train_gpt_nsa_bf16.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
-$(OUT)train_gpt_nsa_fp16 $(OUT)train_gpt_nsa_fp32: $(OUT)%: $(BUILD)/%.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
+$(OUT)train_gpt_nsa: $(BUILD)/train_gpt_nsa_bf16.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
+$(OUT)train_gpt_nsa_fp16 $(OUT)train_gpt_nsa_fp32: $(OUT)%: $(BUILD)/%.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 
 cuda: $(LIBFSA).a $(LIBFSA).so $(BUILD)/example $(KERNELS) $(LAYERS) $(GPU_TRAINER) $(GPU_TEST_PROGRAMS)
 cuda-all:
 	@$(MAKE) --no-print-directory cuda BUILD=$(BUILD)/all GPU= ARCHS="80 90" PTX=80
 bench: $(if $(USE_GPU),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)
-	@for program in $^; do COMMIT=$(shell git rev-parse --short HEAD 2>/dev/null) $$program || exit 1; done
+	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done

@@ -4,6 +4,7 @@
 #ifndef LLMC_OPTIONS_H
 #define LLMC_OPTIONS_H
 #include "utils.h"
+#include "commit.h"
 #include "config.h"
 
 #define OPTIONS_MAX 96 // at least the number of flags, model flags included
@@ -100,14 +101,17 @@ static inline const OptionFlag *option_flags(int *count) {
         {"clip", NULL, OPTION_REAL, OFFSET(clip), 0, 1e30, "maximum gradient norm; 0: no clipping"},
         {"v", "val-every", OPTION_INT, OFFSET(val_every), 0, BIG, "steps between validations; 0: never"},
         {"m", "val-batches", OPTION_INT, OFFSET(val_batches), 0, BIG,
-         "batches of -b sequences per validation, of all processes together; 0: all of -j"},
+         "batches of -b sequences per validation, of all processes together; 0: all of -j (default: 20; with "
+         "-val 1 all)"},
         {"s", "sample-every", OPTION_INT, OFFSET(sample_every), 0, BIG,
          "steps between text samples; 0: never"},
         {"g", "generate", OPTION_INT, OFFSET(generate), 1, 1 << 30, "tokens to generate per text sample"},
         {"a", "overfit", OPTION_INT, OFFSET(overfit), 0, 1,
          "1: train on the first batch only, to see whether the model overfits it"},
         {"val", NULL, OPTION_INT, OFFSET(val_only), 0, 1,
-         "1: only compute the loss of the checkpoint -e on the shards -j"},
+         "1: only compute the loss, perplexity, bits per byte and recall accuracy of the checkpoint -e on "
+         "the "
+         "shards -j"},
         {"sample", NULL, OPTION_INT, OFFSET(sample_only), 0, 1,
          "1: only generate text with the checkpoint -e"},
         {"prompt", NULL, OPTION_TEXT, OFFSET(prompt), 0, 0, "prompt for text generation"},
@@ -151,16 +155,6 @@ static inline int option_is_gpu(const OptionFlag *f) {
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (strcmp(f->flag, names[i]) == 0) return 1;
     return 0;
-}
-
-// Returns the commit that was built, or "" if it is unknown.
-static inline const char *build_commit(void) {
-#ifdef LLMC_COMMIT
-    return LLMC_COMMIT;
-#else
-    const char *commit = getenv("COMMIT");
-    return commit ? commit : "";
-#endif
 }
 
 // Sets the default of every flag.
@@ -477,8 +471,7 @@ static inline void options_version(void) {
 #else
     const char *program = "train_gpt_nsa_cpu";
 #endif
-    printf("%s %d.%d%s%s\n", program, FSA_VERSION_MAJOR, FSA_VERSION_MINOR,
-           build_commit()[0] ? ", commit " : "", build_commit());
+    printf("%s %d.%d, commit %s\n", program, FSA_VERSION_MAJOR, FSA_VERSION_MINOR, build_commit());
 }
 
 // Fills *o from the command line. If a flag is given twice, the last one counts. -h prints the help and exits
@@ -534,6 +527,7 @@ static inline void options_parse(Options *o, int argc, char **argv) {
                 memcpy(field, &value, sizeof value);
         }
     }
+    if (o->val_only && !options_given(o, "m")) o->val_batches = 0;
     o->preset = preset_find(o->init_from);
     options_check(o);
 }

@@ -26,7 +26,7 @@ static void profile_record(const Run *r, const char *gpu, double peak, size_t me
     static const char *const modes[] = {"nsa", "full", "window"};
     const ModelConfig *c = &r->config;
     const FsaConfig *f = &c->fsa;
-    FILE *file = r->comm.rank == 0 ? results_open(gpu, r->comm.ranks, "train_gpt_nsa") : NULL;
+    FILE *file = r->comm.rank == 0 ? results_open(gpu, r->comm.ranks, "train_gpt_nsa", build_commit()) : NULL;
     if (!file) return;
     fprintf(file,
             ",\"part\":\"step\",\"attn\":\"%s\",\"dir\":\"%s\",\"n\":%lld,\"hq\":%d,\"hkv\":%d,\"d\":%d,"

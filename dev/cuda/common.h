@@ -420,7 +420,7 @@ struct Result {
 static inline FILE *record_start(const char *program) {
     cudaDeviceProp prop;
     CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
-    return results_open(prop.name, 1, program);
+    return results_open(prop.name, 1, program, "");
 }
 
 // Appends a result as one line.

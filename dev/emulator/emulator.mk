@@ -35,6 +35,7 @@ $(EMU)/fsa.a: $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU_PARTS) $(C_PARTS)
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a $(BUILD)/mpi.flags
 	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) \
 	    -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
+$(EMU)/train_gpt_nsa.out: $(BUILD)/llmc/commit.o
 $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%.o
 

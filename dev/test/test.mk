@@ -14,7 +14,8 @@ TEST_TOOLS := $(BUILD)/encode $(CPU_TRAINER) $(MAKERS)
 $(BUILD)/test_reference $(BUILD)/test_golden $(BUILD)/bench_reference: $(REFERENCE)
 $(BUILD)/test_model $(BUILD)/test_model_golden: $(BUILD)/train_gpt_nsa_f64.o $(REFERENCE)
 $(BUILD)/test_run $(BUILD)/test_parallel: $(BUILD)/fsa/config.o
-$(BUILD)/fuzz_files: $(addprefix $(BUILD)/,fsa/config.o llmc/comm.o)
+$(BUILD)/test_run: $(BUILD)/llmc/commit.o
+$(BUILD)/fuzz_files: $(addprefix $(BUILD)/,fsa/config.o llmc/comm.o llmc/commit.o)
 $(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
 $(BUILD)/test_comm: $(BUILD)/dev/test/test_comm_mpi.o $(BUILD)/mpi.flags ; $(LINK_C) $(MPI_LIBS)
 $(BUILD)/bench_reference: $(BUILD)/dev/bench_reference.o ; $(LINK_C)
@@ -43,7 +44,7 @@ GPU_TESTS := $(if $(USE_GPU),$(BUILD)/example $(filter-out %/core,$(KERNELS)) $(
 # Tests run LANES at a time: 2 on two cores, 4 on 16. Much of the time of a CUDA test is the C reference's.
 CORES := $(shell nproc 2>/dev/null || echo 1)
 LANES := $(shell echo $$(($(CORES) > 12 ? $(CORES) / 4 : $(CORES) > 2 ? 3 : 2)))
-RUN = CPU=$(CPU_TRAINER) BUILD=$(BUILD) MPI=$(MPI) LANES=$(LANES) CORES=$(CORES)
+RUN = COMMIT="$(COMMIT)" CPU=$(CPU_TRAINER) BUILD=$(BUILD) MPI=$(MPI) LANES=$(LANES) CORES=$(CORES)
 PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py" \
     "python3 dev/test/test_performance.py",\
     "echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
