@@ -136,13 +136,23 @@ static inline void logger_train(Logger *l, const StepLog *t, int64_t max_steps, 
     logger_write(l, line);
 }
 
-// Logs a validation loss.
-static inline void logger_val(Logger *l, int64_t step, double val_loss) {
-    char line[128], loss[32];
-    printf("val loss %.4f\n", val_loss);
+// Logs the mean loss of a validation over val_tokens target tokens, whose text has val_bytes bytes (0:
+// unknown), and what follows from it.
+static inline void logger_val(Logger *l, int64_t step, double val_loss, int64_t val_tokens,
+                              int64_t val_bytes) {
+    char line[256], loss[32], perplexity[32], bits[32], bits_text[48] = "";
+    double bits_per_byte = val_loss / log(2) * (double)val_tokens / (double)val_bytes;
+    if (val_bytes > 0) snprintf(bits_text, sizeof bits_text, " | %.6f bits/byte", bits_per_byte);
+    printf("val loss %.6f | perplexity %.6g%s | %lld tokens | step %lld\n", val_loss, exp(val_loss),
+           bits_text, (long long)val_tokens, (long long)step);
     fflush(stdout);
-    snprintf(line, sizeof line, "{\"step\":%lld,\"tokens\":%lld,\"val_loss\":%s}\n", (long long)step,
-             (long long)l->tokens, logger_format_number(loss, sizeof loss, val_loss));
+    snprintf(line, sizeof line,
+             "{\"step\":%lld,\"tokens\":%lld,\"val_loss\":%s,\"val_perplexity\":%s,\"val_bits_per_byte\":%s,"
+             "\"val_tokens\":%lld}\n",
+             (long long)step, (long long)l->tokens, logger_format_number(loss, sizeof loss, val_loss),
+             logger_format_number(perplexity, sizeof perplexity, exp(val_loss)),
+             logger_format_number(bits, sizeof bits, val_bytes > 0 ? bits_per_byte : NAN),
+             (long long)val_tokens);
     logger_write(l, line);
 }
 
@@ -153,7 +163,7 @@ static inline void logger_recall(Logger *l, int64_t step, int buckets, const int
     char line[8192];
     int length = snprintf(line, sizeof line, "{\"step\":%lld,\"tokens\":%lld,\"chance\":%.5g,\"recall\":[",
                           (long long)step, (long long)l->tokens, chance);
-    printf("recall by distance (chance %.1f%%):", 100 * chance);
+    printf("recall by distance at step %lld (chance %.1f%%):", (long long)step, 100 * chance);
     for (int i = 0; i < buckets && length < (int)sizeof line - 128; i++) {
         if (asked[i] == 0)
             printf(" | %lld+: none", (long long)distances[i]);

@@ -255,6 +255,7 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     *saved = k.state;
     options_check_model(&r->opt, &r->config, saved->seq_len, r->resuming);
     if (r->resuming) r->state = *saved;
+    if (r->opt.val_only) r->state.step = saved->step; // for the output
     const int new_gates = r->config.attn == ATTN_NSA && k.config.attn != ATTN_NSA;
     if (r->opt.gate_bias && r->config.attn == ATTN_NSA && !new_gates && !r->resuming)
         die("-gate-bias %s: the checkpoint has gates; drop the flag", r->opt.gate_bias);
@@ -442,7 +443,10 @@ static inline void run_log_start(Run *r) {
     run_json_text(f, build_commit());
     fprintf(f, ",\"gpu\":");
     run_json_text(f, r->gpu);
-    fprintf(f, ",\"processes\":%d,\"flags\":{", r->comm.ranks);
+    fprintf(f, ",\"processes\":%d", r->comm.ranks);
+    if (r->has_tokenizer) // a checksum, to compare runs
+        fprintf(f, ",\"tokenizer\":\"%016llx\"", (unsigned long long)r->state.data.tokenizer);
+    fprintf(f, ",\"flags\":{");
     const OptionFlag *flags = option_flags(&count);
     for (int i = 0; i < count; i++) {
         const char *field = (const char *)&r->opt + flags[i].offset, *text;
@@ -603,6 +607,7 @@ static inline void run_save(Run *r, const float *params, const float *m, const f
 typedef struct {
     double loss_sum;            // over the tokens of all rows
     int64_t rows;               // validated samples
+    int64_t bytes;              // of the target tokens' text; 0: there is no tokenizer
     int64_t asked[RUN_BUCKETS]; // answers by distance
     int64_t right[RUN_BUCKETS]; // correctly predicted answers
     unsigned char seen[];       // [vocab_size], 1: the token is an answer
@@ -646,7 +651,7 @@ static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes
          i += (int)r->opt.cp_size) { // the ranks of a -cp group have the same counts
         const ValidationCounts *c = (const ValidationCounts *)(all + bytes * (size_t)i);
         counts->loss_sum += c->loss_sum;
-        counts->rows += c->rows;
+        counts->rows += c->rows, counts->bytes += c->bytes;
         for (int k = 0; k < RUN_BUCKETS; k++)
             counts->asked[k] += c->asked[k], counts->right[k] += c->right[k];
         for (int k = 0; k < r->config.vocab_size; k++) counts->seen[k] |= c->seen[k];
@@ -658,9 +663,9 @@ static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes
 // the loss and the argmax token at each position, [batch, seq_len] each.
 typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, const int32_t **argmax);
 
-// Computes and logs the mean loss over the first -m batches of -b sequences of the validation shards (0: all
-// sequences), the same sequences on any number of processes. For the recall task also logs the accuracy by
-// distance. Returns the loss. All processes call it.
+// Computes and logs the mean loss, perplexity and bits per byte over the first -m batches of -b sequences of
+// the validation shards (0: all sequences), the same sequences on any number of processes. For the recall
+// task also logs the accuracy by distance. Returns the loss. All processes call it.
 static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
     const int64_t global_batch = l->batch * r->dp_size; // samples per batch of all ranks
@@ -680,14 +685,18 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
         evaluate(model, r, &losses, &argmax);
         for (int64_t b = 0; b < l->batch && first + b < samples;
              b++, counts->rows++) { // the rows behind the last sample do not count
-            for (int64_t t = 0; t < l->seq_len; t++) counts->loss_sum += losses[b * l->seq_len + t];
+            for (int64_t t = b * l->seq_len; t < (b + 1) * l->seq_len; t++) {
+                counts->loss_sum += losses[t];
+                if (r->has_tokenizer) counts->bytes += tokenizer_text_bytes(&r->tokenizer, r->targets[t]);
+            }
             if (r->answers)
                 run_count_recall(r, first + b, argmax + b * l->seq_len, r->targets + b * l->seq_len, counts);
         }
     }
     run_sum_counts(r, counts, bytes);
-    double loss = counts->loss_sum / (double)(counts->rows * l->seq_len);
-    logger_val(&r->log, r->state.step, loss);
+    const int64_t val_tokens = counts->rows * l->seq_len;
+    double loss = counts->loss_sum / (double)val_tokens;
+    logger_val(&r->log, r->state.step, loss, val_tokens, counts->bytes);
     if (r->answers) {
         int first = 0, last = RUN_BUCKETS, answers = 0; // answers: number of distinct answers
         for (int i = 0; i < r->config.vocab_size; i++) answers += counts->seen[i];

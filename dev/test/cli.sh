@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests the C trainer from the command line: runs, exact resume, signals, text generation, and every error path.
-# Needs CPU (the trainer) and BUILD (the folder of recall and text), which make test sets.
+# Needs CPU (the trainer), BUILD (the folder of recall and text) and COMMIT (the trainer's), which make test sets.
 set -u
 PROGRAM=${CPU:-./train_gpt_nsa_cpu}
 . dev/test/checks.sh
@@ -14,7 +14,7 @@ set -f # the shell does not expand glob patterns
 # ---- runs, and exact resume
 run $TINY $DATA -o a -n 3
 check '[ $code -eq 0 ]' "a short run: $(cat err)"
-check 'grep -q "^val loss [0-9]*\.[0-9]*$" out' "no line 'val loss': $(cat out)"
+check 'grep -q "^val loss [0-9]*\.[0-9]* | perplexity [0-9.]* | [0-9.]* bits/byte | [0-9]* tokens | step " out' "no line 'val loss': $(cat out)"
 check 'grep -q "^recall by distance" out' "no recall accuracy"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 6 ]' "log.jsonl does not have 6 steps"
 check '[ -f a/ckpt_00000003.bin ] && [ -f a/ckpt_00000006.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
@@ -59,7 +59,7 @@ check 'awk "/^step 1\//{a=\$5} /^step 60\//{b=\$5} END{exit !(b > 0 && b < a / 3
 
 # ---- validation only, samples
 run -e a/ckpt_00000006.bin -val 1 -j 'data/recall_val_*.bin' -b 2 -m 2
-check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
+check '[ "$(grep -o "^val loss [0-9.]*" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*\"val_loss\":\([0-9.]*\).*/\1/" | xargs printf "val loss %.6f")" ]' "-val 1 gives another loss: $(cat out err)"
 run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
@@ -299,5 +299,19 @@ mkdir gpt2 && {
 } >gpt2/fineweb_train_000001.bin
 run -e recall -vocab 50257 -layers 1 -channels 16 -t 32 -b 1 -x 1 -i 'gpt2/fineweb_train_*.bin'
 check '[ $code -eq 0 ] && grep -q "vocabulary 50257" out' "llm.c's GPT-2 shards: $(cat err)"
+
+# ---- the numbers of a validation, and the commit
+run -e a/ckpt_00000006.bin -val 1 -b 3 -j 'data/recall_val_*.bin'
+check 'grep -q "^val loss .* | 1280 tokens | step 6$" out && grep -q "^recall by distance at step 6" out' "-val 1 does not validate all 20 samples: $(cat out err)"
+run -e a/ckpt_00000006.bin -val 1 -b 2 -m 1 -j 'data/recall_val_*.bin'
+check 'grep -q " | 128 tokens | step 6$" out' "-val 1 -m 1: $(cat out err)"
+mkdir docs && for i in 1 2 3; do printf 'The quick brown fox jumps. %.0s' $(seq 20) >docs/$i.txt; done
+"$BUILD/text" -o several -name docs docs >/dev/null
+run -e tiny -layers 1 -t 32 -b 2 -x 2 -v 2 -m 0 -i 'several/docs_train_*.bin' -j 'several/docs_train_*.bin' -o bytes
+check 'awk -F"[ |]+" "/^val loss/ { bits = \$3 / log(2) * \$8 / (\$8 - 2); e = bits / \$6 - 1; p = exp(\$3) / \$5 - 1
+    n += e * e < 1e-10 && p * p < 1e-10 && \$6 > 0 } END { exit n != 2 }" out' "perplexity, bits per byte without the 2 end-of-text tokens: $(grep val out)"
+check '[ "$(head -1 bytes/log.jsonl | grep -c "\"tokenizer\":\"[0-9a-f]*\"")" -eq 1 ]' "no checksum of the tokenizer in the log"
+run --version
+check 'grep -q "commit $COMMIT$" out && head -1 bytes/log.jsonl | grep -qF "\"commit\":\"$COMMIT\""' "the commit is not $COMMIT: $(cat out) $(head -c 200 bytes/log.jsonl)"
 
 finish_test

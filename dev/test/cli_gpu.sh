@@ -17,7 +17,7 @@ loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-
 run $MODEL $RUN $DATA -o a -n 2
 check '[ $code -eq 0 ] && grep -q "^gpu: " out && grep -q "^  activations " out' "a short run: $(cat err)"
 check 'head -1 a/log.jsonl | grep -q "\"start\":.*\"gpu\":\"[^\"]"' "the log does not name the GPU: $(head -1 a/log.jsonl)"
-check 'grep -q "^val loss [0-9]*\.[0-9]*$" out && grep -q "^recall by distance" out' "no validation: $(cat out)"
+check 'grep -q "^val loss [0-9]*\.[0-9]* | perplexity [0-9.]* | [0-9.]* bits/byte | [0-9]* tokens | step " out && grep -q "^recall by distance" out' "no validation: $(cat out)"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl does not have 4 steps"
 check '[ -f a/ckpt_00000002.bin ] && [ -f a/ckpt_00000004.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
 mkdir b && cp a/ckpt_00000002.bin a/tokenizer.bin b/ && grep "\"step\":[0-2]," a/log.jsonl >b/log.jsonl
@@ -44,7 +44,7 @@ check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), th
 
 # ---- validation only, text generation, signals
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
-check '[ "$(grep "^val loss" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*:\([0-9.]*\)}/\1/" | xargs printf "val loss %.4f")" ]' "-val 1 gives another loss: $(cat out err)"
+check '[ "$(grep -o "^val loss [0-9.]*" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*\"val_loss\":\([0-9.]*\).*/\1/" | xargs printf "val loss %.6f")" ]' "-val 1 gives another loss: $(cat out err)"
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -block-indices indices.bin
 check '[ $code -eq 0 ] && [ "$(head -c 8 indices.bin)" = nsachose ]' "-block-indices: $(cat err)"
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice former.bin # the former name

@@ -1372,7 +1372,7 @@ static void run_log_full(void *unused) {
     memset(&l, 0, sizeof l);
     l.file = fopen("/dev/full", "w");
     snprintf(l.path, sizeof l.path, "/dev/full");
-    logger_val(&l, 1, 1);
+    logger_val(&l, 1, 1, 1, 0);
 }
 
 // Logs some steps. The parent checks the console output and the file.
@@ -1381,13 +1381,13 @@ static void run_log(void *folder) {
     logger_open(&l, (const char *)folder, -1);
     l.tokens = 77;
     const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
-    logger_val(&l, 0, 4.5);
+    logger_val(&l, 0, 4.5, 300, 0);
     for (int64_t step = 1; step <= 4; step++) {
         StepLog t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
         logger_train(&l, &t, 10, 65);
     }
     logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
-    logger_val(&l, 4, 1.25);
+    logger_val(&l, 4, 1.25, 300, 900);
     fflush(stdout);
     _exit(0); // without closing: every line is already in the file
 }
@@ -1396,10 +1396,10 @@ static void run_log_removed(void *folder) {
     Logger l;
     char path[400];
     logger_open(&l, (const char *)folder, -1);
-    logger_val(&l, 1, 1);
+    logger_val(&l, 1, 1, 1, 0);
     snprintf(path, sizeof path, "%s/log.jsonl", (const char *)folder);
     unlink(path);
-    logger_val(&l, 2, 1);
+    logger_val(&l, 2, 1, 1, 0);
 }
 
 static void test_logger(void) {
@@ -1410,13 +1410,17 @@ static void test_logger(void) {
     make_file(folder, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
     Child r = child(run_log, folder);
     CHECK(r.code == 0, "%d %s", r.code, r.err);
-    CHECK(strstr(r.out, "val loss 4.5000\n") && strstr(r.out, "val loss 1.2500\n"), "%s", r.out);
+    CHECK(strstr(r.out, "val loss 4.500000 | perplexity 90.0171 | 300 tokens | step 0\n"), "%s", r.out);
+    CHECK(
+        strstr(r.out, "val loss 1.250000 | perplexity 3.49034 | 0.601123 bits/byte | 300 tokens | step 4\n"),
+        "%s", r.out);
     CHECK(strstr(r.out,
                  "step 1/10 | loss 1.0000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
                  "| 1m05s left\n"),
           "%s", r.out);
     CHECK(!strstr(r.out, "step 2/10"), "more than one line per second: %s", r.out);
-    CHECK(strstr(r.out, "chance 6.2%") && strstr(r.out, "4+: 95.0% of 400") && strstr(r.out, "1+: none"),
+    CHECK(strstr(r.out, "recall by distance at step 4 (chance 6.2%)") && strstr(r.out, "4+: 95.0% of 400") &&
+              strstr(r.out, "1+: none"),
           "%s", r.out);
     read_text(path, text, sizeof text);
     CHECK(count_lines(text) == 7 && !strstr(text, "older"), "%s", text);
@@ -1427,7 +1431,9 @@ static void test_logger(void) {
             "\"mfu\":0.42100,\"memory_bytes\":0,\"tokens\":77}\n"),
         "%s", text);
     CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
-    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25}\n"), "%s", text);
+    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25,\"val_perplexity\":3.49034296,"
+                       "\"val_bits_per_byte\":0.601122934,\"val_tokens\":300}\n"),
+          "%s", text);
     CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,"
                        "\"right\":0},{\"from\":2,"
                        "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
@@ -1442,9 +1448,10 @@ static void test_logger(void) {
     logger_close(&l);
     read_text(path, text, sizeof text);
     CHECK(count_lines(text) == 4, "%s", text);
-    CHECK(strncmp(text, "{\"step\":0,\"tokens\":77,\"val_loss\":4.5}\n{\"step\":1,", 47) == 0 &&
+    CHECK(strncmp(text, "{\"step\":0,\"tokens\":77,\"val_loss\":4.5,", 37) == 0 &&
+              strstr(text, "\"val_bits_per_byte\":null,\"val_tokens\":300}\n{\"step\":1,") &&
               strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
-              !strstr(text, "\"step\":4") && !strstr(text, "null"),
+              !strstr(text, "\"step\":4") && !strstr(text, "\"loss\":null"),
           "%s", text);
     CHECK(!exists(folder, "log.jsonl.tmp"), "temporary file left");
     unlink(path);
