@@ -1,55 +1,17 @@
-"""Plots training runs from their log.jsonl: training and validation loss, and recall by distance if logged.
+"""Plots training runs from their log.jsonl: loss, learning rate, gradient norm, tokens/s, and recall by
+distance if logged.
 
     python3 scripts/plot_log.py log/nsa log/full log/window -o runs.png     (needs Matplotlib)
 
 A run is an output folder of the trainer (-o) or its log.jsonl. The legend shows the name of the folder, or
-NAME for an argument NAME=FOLDER. --tokens plots over tokens instead of steps. --smooth N averages the
-training loss over N steps.
+NAME for an argument NAME=FOLDER, with the data and the attention mode. The loss is in bits per byte if the runs
+have different tokenizers. The axes show the part after the warm-up; outliers may lie outside.
 """
 import argparse
-import json
 import math
-import os
 import sys
 
-
-def die(message):
-    sys.exit("error: " + message)
-
-
-def read_run(argument):
-    """Returns (name, training rows, validation rows, last recall row or None). A row is a dict."""
-    name, _, path = argument.rpartition("=")
-    file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
-    name = name or os.path.basename(os.path.dirname(os.path.abspath(file)))
-    train, val, recall = [], [], None
-    try:
-        with open(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    die(f"{file}: line {number} is not JSON; remove it")
-                if row.get("loss") is not None:
-                    train.append(row)
-                elif row.get("val_loss") is not None:
-                    val.append(row)
-                elif "recall" in row:
-                    recall = row
-    except OSError as e:
-        die(f"{file}: {e.strerror}")
-    if not train and not val:
-        die(f"{file}: has no losses; name the folder of a run that has trained")
-    return name, train, val, recall
-
-
-def tokens_at(train):
-    """Returns {step: tokens trained on so far}. The tokens of a step are its tokens/s times its time."""
-    total, tokens = 0.0, {0: 0.0}
-    for row in train:
-        total += row["tokens_per_second"] * row["ms"] / 1000
-        tokens[row["step"]] = total
-    return tokens
+from train_log import die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
 
 
 def smoothed(values, width):
@@ -61,61 +23,127 @@ def smoothed(values, width):
     return out
 
 
+def percentile(values, fraction):
+    values = sorted(values)
+    return values[round(fraction * (len(values) - 1))]
+
+
+def settled(run, rows, values):
+    """Returns the values of the rows after the warm-up and the first tenth of the run; all if there are none."""
+    steps = [row["step"] for row in run.train or run.val]
+    begin = max(steps[0] + (steps[-1] - steps[0]) / 10, run.start.get("flags", {}).get("u") or 0)
+    return [value for row, value in zip(rows, values) if row["step"] >= begin] or values
+
+
+def loss_scales(runs):
+    """Returns ({run: factor}, unit) of the losses: bits per byte if the tokenizers differ."""
+    tokenizers = {run.start.get("tokenizer") for run in runs} - {None}
+    vocabularies = {run.start.get("model", {}).get("vocab") for run in runs} - {None}
+    if len(tokenizers) > 1 or len(vocabularies) > 1:
+        without = [run.name for run in runs if not run.bits_per_byte]
+        if not without:
+            return {run: run.bits_per_byte for run in runs}, "bits per byte"
+        print(f"note: the runs have different tokenizers, but {', '.join(without)} logged no bits per byte: "
+              "the losses cannot be compared", file=sys.stderr)
+    return {run: 1 for run in runs}, "nats per token"
+
+
+def plot_loss(axis, runs, styles, x, smooth):
+    scales, unit = loss_scales(runs)
+    lows, highs = [], []
+    for run in runs:
+        val = [row["val_loss"] * scales[run] for row in run.val]
+        train = [row["loss"] * scales[run] for row in run.train]
+        width = smooth or max(1, len(train) // 50)
+        steps = [row[x] for row in run.train]
+        if width > 1 and len(runs) <= 2:
+            axis.plot(steps, train, **styles[run], alpha=0.15, linewidth=0.8)
+        train = smoothed(train, width)
+        axis.plot(steps, train, **styles[run], alpha=0.6, linewidth=1)
+        axis.plot([row[x] for row in run.val], val, **styles[run], marker="o", markersize=4, linewidth=1.8)
+        for rows, values in ((run.train, train), (run.val, val)):
+            if values:
+                lows.append(percentile(settled(run, rows, values), 0.01))
+                highs.append(percentile(settled(run, rows, values), 0.98))
+    margin = 0.07 * (max(highs) - min(lows)) or 0.07 * max(highs) or 1
+    axis.set(ylabel=f"loss, {unit}", title="loss: training (thin) and validation (dots)",
+             ylim=(min(lows) - margin, max(highs) + margin))
+
+
+def plot_panel(axis, runs, styles, x, field, title, smooth):
+    """Plots a field of the training rows over steps or tokens, from 0 on."""
+    tops = []
+    for run in runs:
+        rows = [row for row in run.train if row.get(field) is not None]
+        if not rows:
+            continue
+        values = [row[field] for row in rows]
+        if field == "lr":
+            tops.append(max(values))
+        else:
+            values = smoothed(values, smooth or max(1, len(values) // 50))
+            tops.append(percentile(settled(run, rows, values), 0.99))
+        axis.plot([row[x] for row in rows], values, **styles[run], linewidth=1)
+    axis.set_title(title, fontsize=10)
+    axis.set_ylim(0, 1.1 * (max(tops, default=0) or 1))
+    axis.tick_params(labelsize=8)
+
+
+def draw(plt, runs, x, smooth):
+    """Returns the figure. x: "step" or "tokens". smooth: steps to average, 0: 2% of each run."""
+    from matplotlib.ticker import EngFormatter
+
+    has_recall = any(run.recall for run in runs)
+    figure = plt.figure(figsize=(15.5 if has_recall else 11, 5.5), layout="constrained")
+    grid = figure.add_gridspec(3, 3 if has_recall else 2, width_ratios=([5.5, 4.5] if has_recall else [6.5]) + [4])
+    loss_axis = figure.add_subplot(grid[:, 0])
+    styles = {run: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, run in enumerate(runs)}
+    plot_loss(loss_axis, runs, styles, x, smooth)
+    panels = [("lr", "learning rate"), ("norm", "gradient norm"), ("tokens_per_second", "tokens per second")]
+    axes = [loss_axis]
+    for row, (field, title) in enumerate(panels):
+        axis = figure.add_subplot(grid[row, -1], sharex=loss_axis)
+        plot_panel(axis, runs, styles, x, field, title, smooth)
+        axis.tick_params(labelbottom=row == len(panels) - 1)
+        axes.append(axis)
+    axes[1].yaxis.set_major_formatter("{x:.2g}")
+    axes[3].yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in (axes[0], axes[-1]):
+        axis.set_xlabel("tokens trained on" if x == "tokens" else "step")
+    if x == "tokens":
+        loss_axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if has_recall:
+        axis = figure.add_subplot(grid[:, 1])
+        for run in runs:
+            if run.recall:
+                plot_recall(axis, run.recall[-1], **styles[run], marker="o", markersize=4)
+        format_recall_axis(axis, max(run.recall[-1]["chance"] for run in runs if run.recall))
+        axis.set_title("recall at the last validation")
+        axes.append(axis)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    lines = [plt.Line2D([], [], linewidth=2, **styles[run]) for run in runs]
+    figure.legend(lines, [run.label for run in runs], loc="outside lower center", ncols=min(3, len(runs)))
+    return figure
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("-o", default="runs.png", metavar="FILE", help="output picture (default: runs.png)")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average the loss over N steps")
+    parser.add_argument("--smooth", type=int, default=0, metavar="N",
+                        help="average training curves over N steps (default: 0, 2%% of each run)")
     parser.add_argument("--tokens", action="store_true", help="plot over tokens instead of steps")
     args = parser.parse_args()
-    if args.smooth < 1:
-        die(f"--smooth {args.smooth}: must be at least 1")
+    if args.smooth < 0:
+        die(f"--smooth {args.smooth}: must be at least 1, or 0 for 2% of each run")
     runs = [read_run(argument) for argument in args.runs]
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        die("Matplotlib is missing; run pip install matplotlib")
-
-    has_recall = any(recall for _, _, _, recall in runs)
-    figure, axes = plt.subplots(1, 1 + has_recall, figsize=(6.5 * (1 + has_recall), 4.5), squeeze=False)
-    loss_axis = axes[0][0]
-    for i, (name, train, val, recall) in enumerate(runs):
-        color = f"C{i % 10}"
-        x = tokens_at(train) if args.tokens else None
-        if train:
-            loss_axis.plot([x[r["step"]] if x else r["step"] for r in train],
-                           smoothed([r["loss"] for r in train], args.smooth), color=color, alpha=0.35,
-                           linewidth=1, label=None if val else name)
-        if val:
-            rows = [r for r in val if not x or r["step"] in x]
-            loss_axis.plot([x[r["step"]] if x else r["step"] for r in rows], [r["val_loss"] for r in rows],
-                           color=color, marker="o", markersize=3, label=name)
-        if recall:
-            buckets = [b for b in recall["recall"] if b["asked"]]
-            axes[0][1].plot([b["from"] * math.sqrt(2) for b in buckets],
-                            [100 * b["right"] / b["asked"] for b in buckets], color=color, marker="o",
-                            label=name)
-    loss_axis.set(xlabel="tokens" if args.tokens else "step", ylabel="loss, nats per token",
-                  title="training (pale) and validation (dots)")
-    if has_recall:
-        chance = max(100 * recall["chance"] for _, _, _, recall in runs if recall)
-        axes[0][1].axhline(chance, color="grey", linestyle=":", label="chance")
-        axes[0][1].set_xscale("log", base=2)
-        axes[0][1].xaxis.set_major_formatter("{x:,.0f}")
-        axes[0][1].set(xlabel="distance, tokens", ylabel="recalled, %", ylim=(0, 102),
-                       title="recall at the last validation")
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    try:
-        figure.savefig(args.o, dpi=150)
-    except (OSError, ValueError) as e:
-        die(f"-o {args.o}: {getattr(e, 'strerror', None) or e}")
-    print(f"wrote {args.o}")
+    for run in runs:  # NaN and Inf are null in the log
+        run.train = [row for row in run.train if row["loss"] is not None and math.isfinite(row["loss"])]
+        run.val = [row for row in run.val if row["val_loss"] is not None]
+        if not run.train and not run.val:
+            die(f"{run.file}: all losses are NaN or Inf; drop this run")
+    save_figure(draw(import_pyplot(), runs, "tokens" if args.tokens else "step", args.smooth), args.o)
 
 
 if __name__ == "__main__":

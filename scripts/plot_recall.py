@@ -2,67 +2,63 @@
 
     python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 
-The accuracy is that of the last validation in the log.jsonl of each run. Folder names must end in
-_CONTEXT_MODE, like those of scripts/recall.sh. Needs Matplotlib.
+The accuracy is that of the last validation in the log.jsonl of each run. The context and the mode are those of
+the log; for an old log those of the folder's name, _CONTEXT_MODE at its end. Needs Matplotlib.
 """
 import argparse
 import math
 import re
 
-from plot_log import die, read_run
+from train_log import die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
+
+COLORS = {"nsa": "C0", "full": "C1", "window": "C2"}
+
+
+def context_and_mode(folder, run):
+    if run.start:
+        return run.start["flags"]["t"], run.start["model"]["attn"]
+    found = re.search(r"_(\d+)_(nsa|full|window)$", run.name)
+    if not found:
+        die(f"{folder}: its log does not tell the context and the attention mode; name the folder "
+            "NAME_CONTEXT_MODE, such as recall_1024_nsa")
+    return int(found[1]), found[2]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="FOLDER")
-    parser.add_argument("-o", default="recall.png", metavar="FILE",
-                        help="output picture (default: recall.png)")
+    parser.add_argument("-o", default="recall.png", metavar="FILE", help="output picture (default: recall.png)")
     args = parser.parse_args()
     panels = {}
     for folder in args.runs:
-        name, _, _, recall = read_run(folder)
-        found = re.search(r"_(\d+)_(nsa|full|window)$", name)
-        if not found:
-            die(f"{folder}: must end in _CONTEXT_MODE, such as recall_1024_nsa")
-        if not recall:
+        run = read_run(folder)
+        context, mode = context_and_mode(folder, run)
+        if not run.recall:
             die(f"{folder}: its log has no recall; validate on recall shards (-j)")
-        panels.setdefault(int(found[1]), {})[found[2]] = recall
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        die("Matplotlib is missing; run pip install matplotlib")
+        if mode in panels.setdefault(context, {}):
+            die(f"{folder}: a second run with context {context} and mode {mode}; give one of them")
+        panels[context][mode] = run.recall[-1]
+    plt = import_pyplot()
 
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(4 * columns, 5), 3.2 * rows + 0.4), squeeze=False,
+                                sharey=True, layout="constrained")
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis, context in zip(axes.flat, sorted(panels)):
-        for mode, color in (("nsa", "C0"), ("full", "C1"), ("window", "C2")):
-            if mode not in panels[context]:
-                continue
-            recall = panels[context][mode]
-            buckets = [b for b in recall["recall"] if b["asked"]]
-            axis.plot([b["from"] * math.sqrt(2) for b in buckets],
-                      [100 * b["right"] / b["asked"] for b in buckets], color=color, marker="o", markersize=3,
-                      label=mode)
-        axis.axhline(100 * recall["chance"], color="grey", linestyle=":", label="chance")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set(title=f"context {context:,}", xlabel="distance, tokens", ylim=(0, 102))
+        for mode, color in COLORS.items():
+            if mode in panels[context]:
+                plot_recall(axis, panels[context][mode], color=color, marker="o", markersize=3)
+        format_recall_axis(axis, max(row["chance"] for row in panels[context].values()))
+        axis.set_title(f"context {context:,}")
         axis.grid(alpha=0.3)
-    for row in axes:
-        row[0].set_ylabel("recalled, %")
-    axes[0][0].legend(loc="center right")
-    figure.tight_layout()
-    try:
-        figure.savefig(args.o, dpi=150)
-    except (OSError, ValueError) as e:
-        die(f"-o {args.o}: {getattr(e, 'strerror', None) or e}")
-    print(f"wrote {args.o}")
+        if axis not in axes[:, 0]:
+            axis.set_ylabel("")
+    modes = [mode for mode in COLORS if any(mode in panel for panel in panels.values())]
+    lines = [plt.Line2D([], [], color=COLORS[mode], marker="o", markersize=3) for mode in modes]
+    figure.legend(lines, modes, loc="outside lower center", ncols=3)
+    save_figure(figure, args.o)
 
 
 if __name__ == "__main__":
