@@ -1,0 +1,286 @@
+"""scripts/train_log.py, plot_log.py, plot_recall.py and log_export.py, on logs of resumed, killed and old runs; and
+-h of all scripts. make test runs it. The parts that need Matplotlib, tensorboard or wandb are skipped without them."""
+
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
+SCRIPTS = os.path.join(ROOT, "scripts")
+sys.path.insert(0, SCRIPTS)
+from train_log import read_run  # noqa: E402
+
+MODES = ("nsa", "full", "window")
+passed = failed = skipped = 0
+
+
+def check(condition: bool, what: str) -> None:
+    global passed, failed
+    if condition:
+        passed += 1
+    else:
+        failed += 1
+        print(f"FAILED test_plots.py: {what}", flush=True)
+
+
+def has(package: str) -> bool:
+    global skipped
+    if importlib.util.find_spec(package):
+        return True
+    skipped += 1
+    print(f"skipped: test_plots.py: {package} is not installed")
+    return False
+
+
+def run(script: str, *args: str) -> tuple[int, str, str]:
+    program = [sys.executable, os.path.join(SCRIPTS, script), *args]
+    result = subprocess.run(program, capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr
+
+
+def expect_error(contents: str, script: str, *args: str) -> None:
+    code, out, err = run(script, *args)
+    right = code == 1 and err.startswith("error: ") and err.count("\n") == 1 and contents in err and not out
+    check(right, f"{script} {args}: {code} {out} {err}; expected one line with {contents!r}")
+
+
+# ---- logs ------------------------------------------------------------------------------------------------
+def start_line(step: int, attn: str = "nsa", tokenizer: str = "aa", date: str = "2026-11-28T10:00:00Z") -> dict:
+    flags = {"i": "data/books/books_train_*.bin", "t": 128, "u": 10}
+    start = {"date": date, "commit": "abc", "flags": flags, "tokenizer": tokenizer}
+    return {"step": step, "tokens": 256 * step, "start": {**start, "model": {"attn": attn, "vocab": 68}}}
+
+
+def train_line(step: int, extra: float = 0) -> dict:
+    loss = extra + 1 + 50 * 0.5**step  # the first losses are far above the rest
+    return {"step": step, "loss": loss, "lr": 1e-3, "norm": 0.5, "ms": 1000.0, "tokens_per_second": 256.0,
+            "mfu": 0.0, "memory_bytes": 1, "tokens": 256 * step}  # fmt: skip
+
+
+def val_line(step: int, loss: float) -> dict:
+    return {"step": step, "tokens": 256 * step, "val_loss": loss, "val_perplexity": 2.0, "val_bits_per_byte": loss / 2,
+            "val_tokens": 10}  # fmt: skip
+
+
+def recall_line(step: int) -> dict:
+    buckets = [{"from": 4, "asked": 10, "right": 5}, {"from": 8, "asked": 30, "right": 30}, {"from": 16, "asked": 0, "right": 0}]
+    return {"step": step, "tokens": 256 * step, "chance": 0.1, "recall": buckets}
+
+
+def whole_log(**start: str) -> list:
+    middle = [line for step in range(1, 41) for line in [train_line(step)] + ([val_line(step, 1.5)] if step % 10 == 0 else [])]
+    return [start_line(0, **start), val_line(0, 50.0), *middle, recall_line(40)]
+
+
+def resumed_log() -> list:
+    """Stopped after step 40, resumed after step 25; steps 26 to 40 are there twice."""
+    again = [train_line(step, extra=1) for step in range(26, 46)]
+    return whole_log() + [start_line(25, date="2026-11-28T12:00:00Z"), *again, val_line(45, 2.5)]
+
+
+def write_log(tmp: str, name: str, lines: list, end: str = "\n") -> str:
+    folder = os.path.join(tmp, name)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "log.jsonl"), "w", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(line) for line in lines) + end)
+    return folder
+
+
+# ---- tests -----------------------------------------------------------------------------------------------
+def test_reader(tmp: str) -> None:
+    resumed = read_run(write_log(tmp, "resumed", resumed_log()))
+    check([row["step"] for row in resumed.train] == list(range(1, 46)), "a resumed run has each step once")
+    check(all((row["loss"] > 1.9) == (row["step"] > 25) for row in resumed.train[9:]), "repeated steps are the later ones")
+    check([row["step"] for row in resumed.val] == [0, 10, 20, 45] and not resumed.recall, "validations of dropped steps")
+    check(resumed.label == "resumed: books, nsa", resumed.label)
+    hours = (resumed.train[-1]["time"] - resumed.train[0]["time"]) / 3600
+    check(abs(hours - 2 - 19 / 3600) < 1e-6, f"{hours} hours: the second part begins at its own date")
+    check(abs((resumed.bits_per_byte or 0) - 0.5) < 1e-12, f"bits per byte {resumed.bits_per_byte}")
+
+    torn = read_run(write_log(tmp, "torn", whole_log(), '\n{"step":41,"los'))
+    check(len(torn.train) == 40 and len(torn.recall) == 1, "a log with a torn last line")
+    old_lines = [{k: v for k, v in line.items() if k != "tokens"} for line in whole_log()[1:]]
+    old = read_run(write_log(tmp, "old", old_lines))
+    check([row["tokens"] for row in old.train] == [256 * step for step in range(1, 41)], "tokens of an old log")
+    check(old.label == "old" and old.val[-1]["tokens"] == 256 * 40, f"an old log: {old.label}")
+    check(old.train[-1]["time"] - old.train[0]["time"] == 39, "times of an old log")
+    check(read_run("a=" + os.path.join(tmp, "old", "log.jsonl")).name == "a", "NAME=FOLDER")
+
+
+def test_errors(tmp: str) -> None:
+    bad = write_log(tmp, "bad", whole_log())
+    with open(os.path.join(bad, "log.jsonl"), "r+b") as file:
+        file.write(b"\xff\x00")
+    expect_error("line 1 is not a line of a training log", "plot_log.py", bad)
+    expect_error("No such file", "plot_log.py", os.path.join(tmp, "none"))
+    expect_error("has no losses", "plot_log.py", write_log(tmp, "empty", [start_line(0)]))
+    expect_error("all losses are NaN or Inf", "plot_log.py", write_log(tmp, "nan", [{**train_line(1), "loss": None}]))
+    expect_error("nothing to export to", "log_export.py", bad)
+    expect_error("two runs have the name torn", "log_export.py", *[os.path.join(tmp, "torn")] * 2, "--tensorboard", tmp)
+    for package in ("tensorboard", "wandb"):
+        if not importlib.util.find_spec(package):
+            expect_error(f"the package {package} is missing", "log_export.py", os.path.join(tmp, "torn"), "--" + package, tmp)
+    expect_error("name the folder NAME_CONTEXT_MODE", "plot_recall.py", os.path.join(tmp, "old"))
+
+
+def test_plots(tmp: str) -> None:
+    other = write_log(tmp, "other", whole_log(attn="full", tokenizer="bb"))
+    folders = [os.path.join(tmp, name) for name in ("resumed", "torn", "old", "other")]
+    for count in (1, 2, 4):
+        picture = os.path.join(tmp, f"{count}.png")
+        code, out, err = run("plot_log.py", *folders[:count], "-o", picture, *["--tokens"] * (count == 2))
+        size = os.path.getsize(picture) if os.path.exists(picture) else 0
+        check((code, err) == (0, "") and size > 20000 and out == f"wrote {picture}\n", f"{count} runs: {code} {out} {err}")
+    code, _, err = run("plot_recall.py", os.path.join(tmp, "torn"), other, "-o", os.path.join(tmp, "recall.png"))
+    check((code, err) == (0, ""), f"plot_recall.py: {code} {err}")
+    expect_error("a second run with context 128 and mode nsa", "plot_recall.py", *[os.path.join(tmp, "torn")] * 2)
+    expect_error("No such file", "plot_log.py", folders[0], "-o", os.path.join(tmp, "none/a.png"))
+
+    from plot_log import draw
+    from train_log import import_pyplot
+
+    plt = import_pyplot()
+    figure = draw(plt, [read_run(folders[1])], "step", 0)
+    low, high = figure.axes[0].get_ylim()
+    check(0.9 < low < 1 and 1.5 < high < 3, f"loss axis from {low} to {high}; the first loss is 26")
+    check(len(figure.axes) == 5 and figure.axes[0].get_ylabel() == "loss, nats per token", "five panels")
+    figure = draw(plt, [read_run(folders[1]), read_run(other)], "tokens", 0)
+    check(figure.axes[0].get_ylabel() == "loss, bits per byte", "runs with different tokenizers")
+    check(figure.axes[0].get_ylim()[1] < 1.5, "bits per byte are half of the losses")
+    check([t.get_text() for t in figure.legends[0].texts] == ["torn: books, nsa", "other: books, full"], "legend")
+
+
+def test_tensorboard(tmp: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = os.path.join(tmp, "tb")
+    for _ in range(2):  # a second export replaces the first one
+        code, out, err = run("log_export.py", "a=" + os.path.join(tmp, "resumed"), os.path.join(tmp, "torn"), "--tensorboard", folder)
+        check((code, err) == (0, ""), f"--tensorboard: {code} {out} {err}")
+    events = EventAccumulator(os.path.join(folder, "a")).Reload()
+    losses = events.Scalars("train/loss")
+    check([e.step for e in losses] == list(range(1, 46)), f"steps: {[e.step for e in losses]}")
+    check(abs(losses[-1].value - 2) < 1e-6 and losses[-1].wall_time - losses[0].wall_time > 7200, f"{losses[-1]}")
+    check([e.value for e in events.Scalars("validation/loss")] == [50, 1.5, 1.5, 2.5], "validation losses")
+    check(b"| flags.t | 128 |" in events.Tensors("configuration")[0].tensor_proto.string_val[0], "configuration")
+    recall = EventAccumulator(os.path.join(folder, "torn")).Reload().Scalars("recall/all")
+    check([(e.step, e.value) for e in recall] == [(40, 0.875)], f"recall: {recall}")
+
+
+def wandb_history(path: str) -> list:
+    """Returns [{name: value}] of a .wandb file: a LevelDB log of protocol buffers behind 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    with open(path, "rb") as file:
+        data = file.read()
+    position, body, history = 7, b"", []
+    while position + 7 <= len(data):
+        block_left = 32768 - position % 32768
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if block_left < 7 or kind == 0:
+            position += block_left
+            continue
+        body += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record = Record.FromString(body)
+            body = b""
+            if record.WhichOneof("record_type") == "history":
+                history.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item})
+    return history
+
+
+def test_wandb(tmp: str) -> None:
+    args = ("log_export.py", "a=" + os.path.join(tmp, "resumed"), "--wandb", os.path.join(tmp, "wb"))
+    code, out, err = run(*args)
+    check((code, err) == (0, "") and out.startswith("wrote "), f"--wandb: {code} {out} {err}")
+    if code == 0:
+        folder = out.split()[1].rstrip(":")
+        history = wandb_history(os.path.join(folder, [f for f in os.listdir(folder) if f.endswith(".wandb")][0]))
+        check([row["_step"] for row in history] == list(range(46)), f"steps: {[row['_step'] for row in history]}")
+        check(history[45]["train/loss"] > 2 and history[45]["validation/loss"] == 2.5, f"last step: {history[-1]}")
+    expect_error("already exported", *args)
+
+
+def test_help() -> None:
+    """Every script explains itself with -h and --help, changes nothing, and says how it is used."""
+    programs = [os.path.join("scripts", f) for f in sorted(os.listdir(SCRIPTS)) if f.endswith((".sh", ".py"))]
+    programs = [p for p in programs if not p.endswith("train_log.py")] + ["data/get", "data/bpe", "data/hub"]
+    for program in programs:
+        path = os.path.join(ROOT, program)
+        with open(path, encoding="utf-8") as file:
+            command = [sys.executable, path] if program.endswith(".py") or "python3" in file.readline() else [path]
+        for flag in ("-h", "--help"):
+            with tempfile.TemporaryDirectory() as empty:
+                result = subprocess.run([*command, flag], capture_output=True, text=True, cwd=empty)
+                right = result.returncode == 0 and os.path.basename(program) in result.stdout and not result.stderr
+                check(right and not os.listdir(empty), f"{program} {flag}: {result.returncode} {result.stdout} {result.stderr}")
+
+
+def test_runs_are_kept(tmp: str) -> None:
+    """The scripts of known data resume a run that exists, and stop with one line where a program is missing. The
+    trainer and the makers of data are replaced by a program that logs its flags."""
+    root = os.path.join(tmp, "root")
+    shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
+    for folder in ("build", "data/corpora/books"):
+        os.makedirs(os.path.join(root, folder))
+    with open(os.path.join(root, "data/corpora/tinyshakespeare.txt"), "w", encoding="utf-8") as file:
+        file.write("text")
+    fake = """#!/bin/bash
+while [ $# -gt 0 ]; do
+    case $1 in -o) out=$2 ;; -y) resume=$2 ;; esac
+    shift
+done
+case $out in log/*)
+    [ "${resume:-}" = 1 ] && [ -f $out/ckpt_00000001.bin ] && touch $out/resumed
+    echo '{"step":1,"val_loss":2.5,"val_perplexity":12}' >>$out/log.jsonl
+esac
+"""
+    for script in ("books_124m.sh", "shakespeare.sh", "recall.sh"):
+        result = subprocess.run([os.path.join(root, "scripts", script)], capture_output=True, text=True)
+        right = result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        check(right and "build it with make" in result.stderr, f"{script} without programs: {result}")
+    for program in ("train_gpt_nsa", "build/text", "build/recall"):
+        path = os.path.join(root, program)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(fake)
+        os.chmod(path, 0o755)
+    runs = {
+        "books_124m.sh": [f"books_124m_{mode}" for mode in MODES],
+        "shakespeare.sh": [f"shakespeare_{mode}_{seed}" for mode in MODES for seed in (1, 2, 3)],
+        "recall.sh": [f"recall_256_{mode}" for mode in MODES],
+    }
+    for script, names in runs.items():
+        for name in names:
+            os.makedirs(os.path.join(root, "log", name))
+            with open(os.path.join(root, "log", name, "ckpt_00000001.bin"), "w", encoding="utf-8"):
+                pass
+        args = ["256"] if script == "recall.sh" else []
+        result = subprocess.run([os.path.join(root, "scripts", script), *args], capture_output=True, text=True)
+        kept = [name for name in names if {"ckpt_00000001.bin", "resumed"} <= set(os.listdir(os.path.join(root, "log", name)))]
+        check(result.returncode == 0 and kept == names, f"{script} resumes only {kept}: {result}")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as tmp:
+        test_reader(tmp)
+        test_errors(tmp)
+        if has("matplotlib"):
+            test_plots(tmp)
+        if has("tensorboard"):
+            test_tensorboard(tmp)
+        if has("wandb"):
+            test_wandb(tmp)
+        test_runs_are_kept(tmp)
+    test_help()
+    print(f"test_plots.py: {passed} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
