@@ -7,6 +7,7 @@
 # SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C reach each process once: it finishes the step and writes a
 # checkpoint, as a single process does.
 set -u
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=${TRAINER:-./train_gpt_nsa} GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 [ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 [ "$GPUS" -ge 1 ] || { echo "error: GPUS=$GPUS: must be at least 1; see nvidia-smi -L" >&2; exit 1; }

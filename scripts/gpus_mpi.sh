@@ -10,8 +10,9 @@
 # SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C make the processes finish the step and write a checkpoint. They
 # reach the processes as SIGUSR1 or SIGUSR2, which mpirun forwards; mpirun kills the processes after the others.
 set -eu
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") GPUS=${GPUS:-8}
-[ $# -ge 1 ] || { sed -n 's/^# //p' "$0" >&2; exit 1; }
+[ $# -ge 1 ] || { echo "error: no hosts: gpus_mpi.sh HOST[,HOST...] FLAG...; -h explains it" >&2; exit 1; }
 hosts=$1
 shift
 count=$(echo "$hosts" | tr ',' '\n' | wc -l)

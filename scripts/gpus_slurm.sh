@@ -14,6 +14,7 @@
 #   sbatch --nodes=4 scripts/gpus_slurm.sh -e llama3-8b -i '/shared/data/train_*.bin' -b 1 -t 65536 -cp 8 \
 #       -z 2 -r 2 -o /shared/log -y 1
 set -eu
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=${TRAINER:-./train_gpt_nsa}
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: not in a Slurm job; start this script with sbatch" >&2; exit 1; }
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -5,13 +5,13 @@
 #   make && scripts/llama3_8b_step.sh
 # Environment: LENGTHS ("8192 16384 32768 65536"), MODES ("nsa full"), STEPS (5), TRAINER (./train_gpt_nsa).
 set -eu
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} LENGTHS=${LENGTHS:-"8192 16384 32768 65536"} MODES=${MODES:-"nsa full"}
 STEPS=${STEPS:-5}
 [ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 for t in $LENGTHS; do
     for attn in $MODES; do
-        COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || true)} \
-            "$TRAINER" -e llama3-8b -layers 4 -vocab 32768 -attn "$attn" -t "$t" -b 1 -profile "$STEPS"
+        "$TRAINER" -e llama3-8b -layers 4 -vocab 32768 -attn "$attn" -t "$t" -b 1 -profile "$STEPS"
     done
 done

@@ -4,25 +4,28 @@
 # standard deviation for each mode. nsa uses mean compression: linear compression has 1.6M weights, which
 # overfit a megabyte of text.
 #   data/get && make && scripts/shakespeare.sh
+# Run again, the script resumes where it stopped; to start anew, remove or rename log/shakespeare_MODE_SEED.
 # Environment: TRAINER (./train_gpt_nsa), STEPS (1500), SEEDS ("1 2 3"), JOBS (parallel runs; 3), TEXT (input
 # file).
 set -eu
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} STEPS=${STEPS:-1500} SEEDS=${SEEDS:-"1 2 3"} JOBS=${JOBS:-3}
 TEXT=${TEXT:-data/corpora/tinyshakespeare.txt}
 [ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 [ -f "$TEXT" ] || { echo "error: $TEXT: no such file; download it with data/get" >&2; exit 1; }
+[ -x build/text ] || { echo "error: build/text: no such program; build it with make" >&2; exit 1; }
 build/text -o data/shakespeare -name shakespeare "$TEXT"
 mkdir -p log
 for seed in $SEEDS; do
     for attn in nsa full window; do echo "$seed $attn"; done
 done | xargs -P "$JOBS" -L 1 bash -c '
     out=log/shakespeare_$2_$1
-    rm -rf "$out" && mkdir -p "$out"
+    mkdir -p "$out"
     '"$TRAINER"' -e shakespeare -attn "$2" -phi mean -seed "$1" -b 16 -x '"$STEPS"' -l 1e-3 \
-        -u '$((STEPS / 15))' -q 0.1 -c 0.1 -beta2 0.99 -v 50 -m 0 -n 0 -o "$out" \
+        -u '$((STEPS / 15))' -q 0.1 -c 0.1 -beta2 0.99 -v 50 -m 0 -n 0 -o "$out" -y 1 \
         -i "data/shakespeare/shakespeare_train_*.bin" -j "data/shakespeare/shakespeare_val_*.bin" \
-        >"$out/stdout.txt"' _
+        >>"$out/stdout.txt"' _
 for attn in nsa full window; do
     for seed in $SEEDS; do
         grep -o '"val_loss": *[0-9.]*' "log/shakespeare_${attn}_$seed/log.jsonl" | grep -o '[0-9.]*$' |
