@@ -43,6 +43,7 @@ all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
 help:
 	@echo "make train          build, make the recall data, train on it; ARGS='-flag value ...' adds flags,"
 	@echo "                    GPU= trains on the CPU, PRECISION=fp16 or fp32 builds the GPU trainer for these"
+	@echo "make libfsa.a       build the attention alone, as a static library; libfsa.so: as a shared one (needs nvcc)"
 	@echo "make test           build and run the tests of this machine; SAN=1: with address and undefined-behaviour sanitizers"
 	@echo "make test-emulator  run the GPU trainer and every kernel on the CPU, at small sizes (needs the CUDA Toolkit's headers)"
 	@echo "make test-large     test the GPU library with up to 1,000,000 tokens (needs a GPU)"

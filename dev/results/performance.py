@@ -1,10 +1,11 @@
-"""Writes the tables of performance.md and README.md, and the chart attention.svg, from the .jsonl files here.
+"""Writes the tables of README.md, dev/results/performance.md and fsa/docs/*.md, and the chart attention.svg.
 
     python3 dev/results/performance.py            # rewrites what lies between the markers, and the chart
     python3 dev/results/performance.py --check    # changes nothing; exits 1 and names what does not agree
 
-A table lies between <!-- table NAME --> and <!-- end -->; NAME is a function of TABLES below. A number is the
-median of the rows with the same shape. After new measurements, change MEASURED and run the program.
+The numbers come from the .jsonl files of this folder. A table lies between <!-- table NAME GPU --> and <!-- end -->;
+NAME is a function of TABLES below. Each table names its GPU model, commit and date. A number is the median of the
+rows with the same shape. After new measurements, change MEASURED and run the program.
 """
 
 import argparse
@@ -16,10 +17,26 @@ import sys
 
 import chart
 
-# The measurements that the tables show: for each GPU a file and a commit. H200 is also in the chart.
-MEASURED = {"H200": ("h200_68a9f7d_a01a9ab.jsonl", "a01a9ab"), "H100": ("h100.jsonl", "b7e2b0a")}
+# The rows that the tables show: file and commit, for each GPU model and kind of measurement. H200 is also in the chart.
+#   attention  build/core: the whole attention and its parts
+#   kernels    the programs of single kernels (make bench)
+#   step       scripts/llama3_8b_step.sh: a training step on one GPU
+#   scaling    train_gpt_nsa -profile on one GPU and on several, each GPU with the same micro-batches. Without this
+#              entry the tables of it keep the text that they have.
+MEASURED = {
+    "H200": {
+        "attention": ("h200_68a9f7d_a01a9ab.jsonl", "a01a9ab"),
+        "kernels": ("h200.jsonl", "d0f31a2"),
+        "step": ("h200_68a9f7d_a01a9ab.jsonl", "a01a9ab"),
+    },
+    "H100": {
+        "attention": ("h100.jsonl", "b7e2b0a"),
+        "kernels": ("h100.jsonl", "b7e2b0a"),
+        "step": ("h100.jsonl", "b7e2b0a"),
+    },
+}
 PEERS = {"H200": "peers_h200.jsonl"}  # other systems on the same GPU model
-PAGES = ["dev/results/performance.md", "README.md"]
+PAGES = ["README.md", "dev/results/performance.md"]
 CHART = "dev/results/attention.svg"
 
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
@@ -28,6 +45,39 @@ SHAPES = [(n, (32, 8)) for n in LENGTHS] + [(65536, heads) for heads in HEADS[1:
 # FSA publishes no function for the whole attention: its time is the sum of these parts. "cmp+topk" includes
 # the compressed branch. The compression of V and the gate are left out.
 FSA_PARTS = {"fwd": ["compress_k", "cmp+topk", "sel", "swa"], "bwd": ["compress_k", "cmp", "sel", "swa"]}
+
+# The tables of fsa/docs. A shape: tokens, query heads, KV heads, d, B, T.
+DENSE = [
+    (8192, 32, 8, 128, 64, 16),
+    (32768, 32, 8, 128, 64, 16),
+    (65536, 32, 8, 128, 64, 16),
+    (65536, 32, 32, 128, 64, 16),
+    (65536, 64, 4, 128, 64, 16),
+    (65536, 32, 8, 64, 64, 16),
+]
+COMPRESS = DENSE[:5]
+SELECTED = [DENSE[0], *DENSE[2:5], (65536, 32, 8, 128, 128, 8), (65536, 32, 32, 128, 128, 8)]
+MASKS = [("full", "causal"), ("cmp", "compressed"), ("win", "window 512")]
+# For each page: kind of measurement, shapes, columns. A column: program, part, direction, version, heading.
+KERNEL_PAGES = {
+    "dense_fwd": ("kernels", DENSE, [("dense_forward", part, "fwd", "library", name) for part, name in MASKS]),
+    "dense_bwd": ("kernels", DENSE, [("dense_backward", part, "bwd", "library", name) for part, name in MASKS]),
+    "selected_fwd": ("attention", SELECTED, [("core", "sel", "fwd", "library", "selected branch")]),
+    "selected_bwd": ("attention", SELECTED, [("core", "sel", "bwd", "library", "selected branch")]),
+    "topk": ("attention", COMPRESS, [("core", "topk", "fwd", "library", "block selection")]),
+    "sm80": ("kernels", COMPRESS, [("topk", "topk", "fwd", "portable", "block selection, portable")]),
+    "query_lists": ("kernels", DENSE[:4], [("lists", "lists", "fwd", "library", "query lists")]),
+    "compress": (
+        "kernels",
+        COMPRESS,
+        [
+            (program, "compress", direction, "library", f"{kind}, {name}")
+            for program, kind in (("compress", "linear"), ("compress mean", "mean"))
+            for direction, name in (("fwd", "forward"), ("bwd", "backward"))
+        ],
+    ),
+    "gate": ("kernels", [DENSE[0], DENSE[2]], [("gate", "gate", "bwd", "library", "gate backward")]),
+}
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
 
@@ -52,31 +102,31 @@ def read_rows(file):
 
 
 class Times:
-    """The measurements on one GPU model. ms: {(system, part, tokens, heads, direction): [milliseconds]}; the
-    training steps are in `steps`: {(system, tokens): [row]}."""
+    """The measurements on one GPU model. rows: {kind: [row]} of MEASURED. ms: {(system, part, tokens, heads,
+    direction): [milliseconds]}. steps: {(system, tokens): [row]}."""
 
     def __init__(self, gpu):
-        self.gpu, (file, self.commit) = gpu, MEASURED[gpu]
-        self.ms, self.steps, self.dates = {}, {}, set()
-        rows = [row for row in read_rows(file) if row["commit"] == self.commit]
-        if not rows:
-            die(f"dev/results/{file} has no row of commit {self.commit}; see MEASURED in performance.py")
-        for row in rows:
-            self.add_ours(row)
-        for row in read_rows(PEERS[gpu]) if gpu in PEERS else []:
+        self.gpu, self.rows, self.ms, self.steps = gpu, {}, {}, {}
+        for kind, (file, commit) in MEASURED[gpu].items():
+            self.rows[kind] = [row for row in read_rows(file) if row["commit"] == commit]
+            if not self.rows[kind]:
+                die(f"dev/results/{file} has no row of commit {commit}; see MEASURED in performance.py")
+        self.peers = read_rows(PEERS[gpu]) if gpu in PEERS else []
+        for row in self.rows["attention"]:
+            self.add_attention(row)
+        for row in self.rows["step"]:
+            if is_step(row) and row.get("gpus", 1) == 1:
+                self.steps.setdefault((row["attn"], row["n"]), []).append(row)
+        for row in self.peers:
             self.add_peer(row)
 
     def add(self, system, part, row, direction, ms):
         key = system, part, row["n"], (row["hq"], row["hkv"]), direction
         self.ms.setdefault(key, []).append(ms)
 
-    def add_ours(self, row):
-        """Adds a row of build/core, or of the trainer's -profile."""
-        if row["program"] == "train_gpt_nsa" and row["dir"] == "step" and row["gpus"] == 1:
-            self.steps.setdefault((row["attn"], row["n"]), []).append(row)
+    def add_attention(self, row):
         default = (row.get("d"), row.get("block"), row.get("topk"), row.get("dtype")) == (128, 64, 16, "bf16")
         if row["program"] == "core" and default:
-            self.dates.add(row["date"])
             part = "recompute" if row["version"] == "recompute" else row["part"]
             self.add("ours", part, row, row["dir"], row["ms"])
 
@@ -107,6 +157,32 @@ class Times:
         values = [row[field] for row in self.steps.get((system, n), [])]
         return statistics.median(values) if values else None
 
+    def kernel(self, kind, column, shape):
+        """Returns the median of a program's rows with this shape, or None."""
+        values = [
+            row["ms"]
+            for row in self.rows[kind]
+            if (row["program"], row["part"], row["dir"], row.get("version")) == column
+            and (row["n"], row["hq"], row["hkv"], row["d"], row["block"], row["topk"]) == shape
+            and row["dtype"] == "bf16"
+            and row.get("indices", "random") == "random"
+        ]
+        return statistics.median(values) if values else None
+
+    def caption(self, kind, gpus="One {}"):
+        """The GPU, commit and date of a table."""
+        dates = sorted({row["date"] for row in self.rows[kind]})
+        return f"{gpus.format(self.gpu)}, commit {MEASURED[self.gpu][kind][1]}, {' and '.join(dates)}"
+
+    def caption_with_peers(self, kind):
+        dates = sorted({row["date"] for row in self.peers})
+        others = f" The other systems: another {self.gpu}, {' and '.join(dates)}." if dates else ""
+        return f"{self.caption(kind)}.{others}"
+
+
+def is_step(row):
+    return row["program"] == "train_gpt_nsa" and row["dir"] == "step"
+
 
 # ---- Markdown --------------------------------------------------------------------------------------------
 def number(ms):
@@ -128,10 +204,13 @@ def tokens(n):
     return f"{n // 1024}K"
 
 
+LABELS = ("tokens", "heads", "heads, d, (B, T)", "attention", "model", "micro-batches x sequences", "GPUs", "flags")
+
+
 def markdown(head, rows):
-    """Returns a table without the columns and rows that hold nothing but "-". The cells under "tokens" and
-    "heads" name a row."""
-    labels = sum(1 for title in head if title in ("tokens", "heads"))
+    """Returns a table without the columns and rows that hold nothing but "-". The columns of LABELS name a
+    row."""
+    labels = sum(1 for title in head if title in LABELS)
     keep = [i for i in range(len(head)) if i < labels or any(row[i] != "-" for row in rows)]
     rows = [row for row in rows if any(cell != "-" for cell in row[labels:])]
     lines = [head, ["---"] * len(head)] + rows
@@ -146,11 +225,15 @@ FULL = [
 ]
 
 
+def captioned(caption, table):
+    return caption + "\n\n" + table
+
+
 def table_summary(times):
     """README: forward plus backward of NSA and full attention, (32, 8) heads."""
     head = ["tokens"] + [title + " (ms)" for _, _, title in NSA + FULL]
     rows = [[tokens(n)] + [number(times.total(s, p, n, (32, 8))) for s, p, _ in NSA + FULL] for n in LENGTHS]
-    return markdown(head, rows)
+    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
 
 
 def table_attention(times):
@@ -160,20 +243,18 @@ def table_attention(times):
         [tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in NSA + FULL]
         for n, heads in SHAPES
     ]
-    return markdown(head, rows).replace("- / -", "-")
+    table = markdown(head, rows).replace("- / -", "-")
+    return captioned(times.caption_with_peers("attention"), table)
 
 
 def table_selected(times):
     """Forward / backward of the selected branch."""
     systems = [("ours", "ours"), ("flash_nsa", "flash_nsa"), ("fsa", "FSA"), ("nsa", "NSA (Triton)")]
     head = ["tokens", "heads"] + [title + " (ms)" for _, title in systems]
-    return markdown(
-        head,
-        [
-            [tokens(n), str(heads)] + [pair(times, s, "sel", n, heads) for s, _ in systems]
-            for n, heads in SHAPES
-        ],
-    )
+    rows = [
+        [tokens(n), str(heads)] + [pair(times, s, "sel", n, heads) for s, _ in systems] for n, heads in SHAPES
+    ]
+    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
 
 
 def table_parts(times):
@@ -187,13 +268,10 @@ def table_parts(times):
         ("recompute", "whole NSA, `recompute`"),
     ]
     head = ["tokens", "heads"] + [title + " (ms)" for _, title in parts]
-    return markdown(
-        head,
-        [
-            [tokens(n), str(heads)] + [pair(times, "ours", p, n, heads) for p, _ in parts]
-            for n, heads in SHAPES
-        ],
-    )
+    rows = [
+        [tokens(n), str(heads)] + [pair(times, "ours", p, n, heads) for p, _ in parts] for n, heads in SHAPES
+    ]
+    return captioned(times.caption("attention") + ".", markdown(head, rows))
 
 
 def table_step(times):
@@ -209,11 +287,12 @@ def table_step(times):
     for n in LENGTHS:
         values = [times.step(s, n, "step_ms" if s.startswith("PyTorch") else "ms") for s, _ in systems]
         rows.append([tokens(n)] + [number(value) for value in values])
-    return markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
+    table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
+    return captioned(times.caption_with_peers("step"), table)
 
 
 def table_step_parts(times):
-    """Where the time of our training step goes, and what it needs."""
+    """Where the time of our training steps goes, and what they need."""
     split = [
         ("products", "matmuls (ms)"),
         ("attention_forward", "attention, forward (ms)"),
@@ -223,16 +302,69 @@ def table_step_parts(times):
         ("optimizer", "optimizer (ms)"),
     ]
     rows = []
-    for n in LENGTHS:
-        steps = times.steps.get(("nsa", n))
-        if not steps:
-            continue
-        row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in split]
-        speed, mfu, memory = (times.step("nsa", n, f) for f in ("tokens_per_second", "mfu", "memory_bytes"))
-        rows.append([tokens(n)] + row + [f"{speed:,.0f}", f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"])
-    return markdown(
-        ["tokens"] + [title for _, title in split] + ["tokens/s", "MFU (%)", "memory (GiB)"], rows
-    )
+    for mode in ("nsa", "full"):
+        for n in LENGTHS:
+            steps = times.steps.get((mode, n))
+            if not steps:
+                continue
+            row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in split]
+            speed, mfu, memory = (times.step(mode, n, f) for f in ("tokens_per_second", "mfu", "memory_bytes"))
+            row += [f"{speed:,.0f}", f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"]
+            rows.append([tokens(n), mode] + row)
+    head = ["tokens", "attention"] + [title for _, title in split] + ["tokens/s", "MFU (%)", "memory (GiB)"]
+    return captioned(times.caption("step") + ".", markdown(head, rows))
+
+
+def scaling_runs(times):
+    """Returns the runs of `scaling`, sorted: (shape, GPUs, ZeRO stage, cp) and, from medians, step, tokens/s, MFU, memory
+    of a GPU and the ratio to one GPU. A shape: attention, tokens, layers, channels, vocabulary, sequences,
+    micro-batches, -r."""
+    runs = {}
+    for row in filter(is_step, times.rows["scaling"]):
+        names = ("attn", "n", "layers", "channels", "vocab")
+        shape = (*(row[name] for name in names), row.get("sequences", 1), row["micro_batches"], row["recompute"])
+        key = shape, row.get("gpus", 1), row.get("zero", 0), row.get("cp", 1)
+        runs.setdefault(key, []).append(row)
+    fields = ("ms", "tokens_per_second", "mfu", "memory_bytes")
+    medians = {key: [statistics.median(row[f] for row in rows) for f in fields] for key, rows in runs.items()}
+    result = []
+    for key in sorted(runs):
+        one = medians.get((key[0], 1, 0, 1))
+        result.append((key, *medians[key], medians[key][1] / one[1] if one else None))
+    return result
+
+
+def table_scaling(times):
+    """Training steps on one GPU and on several."""
+    if "scaling" not in times.rows:
+        return None
+    rows = []
+    for (shape, gpus, zero, cp), ms, speed, mfu, memory, ratio in scaling_runs(times):
+        attention, n, layers, channels, vocab, sequences, micro_batches, recompute = shape
+        flags = [f"-z {zero}"] * (gpus > 1) + [f"-cp {cp}"] * (cp > 1) + [f"-r {recompute}"] * (recompute > 0)
+        model = f"{attention}, {layers} layers, {channels:,} channels, vocabulary {vocab:,}"
+        row = [tokens(n), model, f"{micro_batches} x {sequences}", str(gpus), f"`{' '.join(flags)}`" if flags else ""]
+        row += [number(ms), f"{speed:,.0f}", f"{ratio:.2f}" if ratio else "-"]
+        rows.append(row + [f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"])
+    head = ["tokens", "model", "micro-batches x sequences", "GPUs", "flags", "step (ms)", "tokens/s", "times one GPU"]
+    head += ["MFU (%)", "memory of a GPU (GiB)"]
+    return captioned(times.caption("scaling", "{}s of one host") + ".", markdown(head, rows))
+
+
+def table_scaling_sentence(times):
+    """README: one sentence. It takes the most GPUs with NSA and -z 1, and the shortest context."""
+    if "scaling" not in times.rows:
+        return None
+    runs = [
+        (-gpus, shape[1], ratio)
+        for (shape, gpus, zero, cp), *_, ratio in scaling_runs(times)
+        if shape[0] == "nsa" and (zero, cp) == (1, 1) and gpus > 1 and ratio
+    ]
+    if not runs:
+        die(f"{times.gpu}, commit {MEASURED[times.gpu]['scaling'][1]}: no step of NSA with -z 1 on one and on more GPUs")
+    gpus, n, ratio = min(runs)
+    caption = times.caption("scaling", f"{-gpus} {{}}s of one host")
+    return f"With `-z 1`, {-gpus} GPUs train {ratio:.2f} times as fast as one\n({caption}, {tokens(n)} tokens)."
 
 
 def table_headline(times):
@@ -242,7 +374,7 @@ def table_headline(times):
     flash_nsa, fa4 = times.total("flash_nsa", "core", n, heads), times.total("fa4", "full", n, heads)
     if None in (ours, flash_nsa, fa4):
         die(
-            f"{times.gpu}, commit {times.commit}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
+            f"{times.gpu}, commit {MEASURED[times.gpu]['attention'][1]}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
             f"{tokens(n)} tokens"
         )
     return (
@@ -252,9 +384,18 @@ def table_headline(times):
     )
 
 
-def table_measured(times):
-    """The GPU, commit and date of the tables that follow."""
-    return f"One {times.gpu}, commit {times.commit}, {' and '.join(sorted(times.dates))}."
+def kernel_table(times, page):
+    """fsa/docs: a kernel alone."""
+    kind, shapes, columns = KERNEL_PAGES[page]
+    programs = {column[0].split()[0] for column in columns}
+    program = {"lists": "query_lists"}.get(*programs, *programs)
+    rows = []
+    for shape in shapes:
+        n, hq, hkv, d, block, topk = shape
+        cells = [number(times.kernel(kind, column[:4], shape)) for column in columns]
+        rows.append([tokens(n), f"({hq}, {hkv}), {d}, ({block}, {topk})"] + cells)
+    head = ["tokens", "heads, d, (B, T)"] + [column[4] + " (ms)" for column in columns]
+    return captioned(f"{times.caption(kind)}, `build/{program}`:", markdown(head, rows))
 
 
 TABLES = {name[6:]: function for name, function in globals().items() if name.startswith("table_")}
@@ -266,17 +407,21 @@ def render(page, text, all_times):
     changed = []
 
     def replace(match):
-        name, gpu = match[2], match[3] or "H200"
-        if name not in TABLES or gpu not in all_times:
-            die(f"{page}: no table {match[0].splitlines()[0]}; there are {', '.join(TABLES)}")
-        block = f"{match[1]}\n{TABLES[name](all_times[gpu])}\n<!-- end -->"
+        name, gpu = match[2], match[3]
+        if gpu not in all_times or not (name in TABLES or name == "kernel" and kernel in KERNEL_PAGES):
+            die(f"{page}: no table {match[0].splitlines()[0]}; there are kernel (in fsa/docs), {', '.join(TABLES)}")
+        table = kernel_table(all_times[gpu], kernel) if name == "kernel" else TABLES[name](all_times[gpu])
+        if table is None:
+            return match[0]
+        block = f"{match[1]}\n{table}\n<!-- end -->"
         if block != match[0]:
             changed.append(f"{page}: table {name} {gpu}")
         return block
 
+    kernel = os.path.basename(page)[:-3]
     if text.count("<!-- table ") != text.count("<!-- end -->"):
         die(f"{page}: every <!-- table NAME --> needs an <!-- end -->")
-    pattern = r"(<!-- table (\w+)(?: (\w+))? -->)\n.*?<!-- end -->"
+    pattern = r"(<!-- table (\w+) (\w+) -->)\n.*?<!-- end -->"
     return re.sub(pattern, replace, text, flags=re.DOTALL), changed
 
 
@@ -286,7 +431,7 @@ def draw(times):
     for system, part, _ in [*NSA, FULL[1]]:
         points = [(n, times.total(system, part, n, (32, 8))) for n in LENGTHS]
         lines[system] = [(n, ms) for n, ms in points if ms is not None]
-    return chart.draw(times.gpu, times.commit, lines)
+    return chart.draw(times.gpu, MEASURED[times.gpu]["attention"][1], lines)
 
 
 def main():
@@ -299,7 +444,7 @@ def main():
     check = parser.parse_args().check
     all_times = {gpu: Times(gpu) for gpu in MEASURED}
     changed, outputs = [], {}
-    for page in PAGES:
+    for page in [*PAGES, *(f"fsa/docs/{name}.md" for name in KERNEL_PAGES)]:
         with open(os.path.join(ROOT, page), encoding="utf-8") as file:
             outputs[page], names = render(page, file.read(), all_times)
         changed += names

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # run.sh TEST...: runs these test commands, LANES at a time in the order given, and prints a line when each ends, with
-# its time and its last line ("name: N passed, N failed, N skipped"). The output of a test that fails follows its line.
-# The last line has the sums. A test without a summary line counts as one failure.
+# its time, its program and the counts of its last line ("...: N passed, N failed, N skipped"). The output of a test that
+# fails follows its line. The last line has the sums. A test without a summary line counts as one failure.
 #   LANES (2): tests that run at the same time. CORES (nproc): each test has CORES / LANES threads, but at least two.
 set -u
 LANES=${LANES:-2} CORES=${CORES:-$(nproc)}
@@ -24,6 +24,16 @@ run() {
     echo "$code $(($(now) - start)) $2" >"$T/$1.tmp" && mv "$T/$1.tmp" "$T/$1.done"
 }
 
+# name_of COMMAND: the program (the first word with a folder) without folder and suffix, and the kernels that FSA_KERNELS
+# selects. A command without a program: what it echoes.
+name_of() {
+    local name kernels=
+    [[ $1 == *FSA_KERNELS=* ]] && kernels=" ($(expr "$1" : '.*FSA_KERNELS=\([a-z0-9]*\)'))"
+    name=$(tr ' ' '\n' <<<"$1" | grep -m 1 /) || name=$(expr "$1" : 'echo \([^:]*\)')
+    name=${name##*/}
+    echo "${name%.*}$kernels"
+}
+
 # Prints the tests that have ended since the last call.
 report() {
     local file code ms command last ok
@@ -34,13 +44,13 @@ report() {
         if [[ $last =~ ([0-9]+)\ passed,\ ([0-9]+)\ failed(,\ ([0-9]+)\ skipped)?$ ]]; then
             passed=$((passed + BASH_REMATCH[1])) failed=$((failed + BASH_REMATCH[2]))
             skipped=$((skipped + ${BASH_REMATCH[4]:-0}))
+            last="${BASH_REMATCH[1]} passed, ${BASH_REMATCH[2]} failed, ${BASH_REMATCH[4]:-0} skipped"
             if [ "${BASH_REMATCH[2]}" -ne 0 ]; then ok=0
             elif [ "$code" -ne 0 ]; then ok=0 failed=$((failed + 1)) last="$last, but exit code $code"; fi
         else
             ok=0 failed=$((failed + 1)) last="exit code $code, without a summary line"
         fi
-        [[ $command == *FSA_KERNELS=* ]] && last="$last ($(expr "$command" : '.*FSA_KERNELS=\([a-z0-9]*\)'))"
-        printf '%s %8s  %s\n' "$([ $ok -eq 1 ] && echo "ok    " || echo "FAILED")" "$(seconds "$ms")" "[$ended/$count] $last"
+        printf '%s %8s  %s\n' "$([ $ok -eq 1 ] && echo "ok    " || echo "FAILED")" "$(seconds "$ms")" "[$ended/$count] $(name_of "$command"): $last"
         if [ $ok -eq 1 ]; then grep '^skipped: ' "${file%.done}.out" | sed 's/^/                   /'
         else echo "---- $command"; cat "${file%.done}.out"; echo "----"; fi
         rm "$file" "${file%.done}.out"

@@ -1,6 +1,7 @@
 """dev/results/performance.py: its tables and chart agree with the rows, and --check notices when they do not.
 make test runs it; it needs python3 alone."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/results"))
 from performance import CHART, MEASURED, PEERS  # noqa: E402
 
-FILE, COMMIT = MEASURED["H200"]
+FILE, COMMIT = MEASURED["H200"]["attention"]
 PEERS_FILE = "dev/results/" + PEERS["H200"]
 passed = failed = 0
 
@@ -33,9 +34,10 @@ def run(root: str, *args: str) -> tuple[int, str, str]:
 
 
 def copy(tmp: str, name: str) -> str:
-    """Returns a new folder with README.md and dev/results."""
+    """Returns a new folder with README.md, dev/results and fsa/docs."""
     root = os.path.join(tmp, name)
-    shutil.copytree(os.path.join(ROOT, "dev/results"), os.path.join(root, "dev/results"))
+    for folder in ("dev/results", "fsa/docs"):
+        shutil.copytree(os.path.join(ROOT, folder), os.path.join(root, folder))
     shutil.copy(os.path.join(ROOT, "README.md"), root)
     return root
 
@@ -63,6 +65,7 @@ def test_differences(tmp: str) -> None:
     changes = {
         "a number in a table": ("README.md", "| 64K |", "| 64K | 1", "README.md: table summary"),
         "the chart": (CHART, "ms</text>", "s</text>", CHART),
+        "a kernel's page": ("fsa/docs/topk.md", "| 64K |", "| 64K | 1", "fsa/docs/topk.md: table kernel H200"),
         "a row": (PEERS_FILE, '"ms": ', '"ms": 9', "performance.md: table attention"),
     }
     for i, (what, (file, old, new, message)) in enumerate(changes.items()):
@@ -74,17 +77,54 @@ def test_differences(tmp: str) -> None:
         check(run(root, "--check") == (0, "", ""), f"{what}: agrees when it is written")
 
 
-def test_kernel_pages() -> None:
-    """The tables of the kernels' pages agree with the rows."""
-    result = subprocess.run([sys.executable, "fsa/docs/times.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    check(result.returncode == 0, f"fsa/docs/times.py --check: {result.stdout}{result.stderr}")
+def step(attn: str, n: int, gpus: int, speed: float, **other: object) -> dict[str, object]:
+    """Returns a row of a training step, as train_gpt_nsa -profile writes it."""
+    row = {"commit": "abc1234", "date": "2026-12-01", "gpu": "NVIDIA H200", "gpus": gpus, "program": "train_gpt_nsa"}
+    row |= {"part": "step", "attn": attn, "dir": "step", "n": n, "hq": 32, "hkv": 8, "d": 128, "dtype": "bf16"}
+    row |= {"ms": 1e3 * n * gpus / speed, "layers": 4, "channels": 4096, "vocab": 32768, "micro_batches": 1}
+    row |= {"recompute": 0, "tokens_per_second": speed, "mfu": 0.5, "memory_bytes": 2**34}
+    parts = "products attention_forward attention_backward classifier norms optimizer"
+    return row | {"split": dict.fromkeys(parts.split(), 1.5)} | other
+
+
+def test_scaling(tmp: str) -> None:
+    """Rows of several GPUs, and of full attention at all lengths: the tables and the sentence of them."""
+    root = copy(tmp, "scaling")
+    lengths = (8192, 16384, 32768, 65536)
+    rows = [step(attn, n, 1, 80000) for attn in ("nsa", "full") for n in lengths]
+    rows += [step("nsa", n, 2, speed, zero=1, cp=1) for n, speed in ((8192, 156000), (16384, 154000))]
+    rows += [step("nsa", 8192, 2, 150000, zero=0, cp=1), step("nsa", 131072, 2, 90000, zero=1, cp=2, recompute=1)]
+    del rows[0]["gpus"]  # absent: one GPU
+    with open(os.path.join(root, "dev/results/h200_new.jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    new = 'MEASURED["H200"] |= dict.fromkeys(("step", "scaling"), ("h200_new.jsonl", "abc1234"))'
+    replace(os.path.join(root, "dev/results/performance.py"), "\nPEERS = ", f"\n{new}\nPEERS = ")
+    expect("rows of several GPUs", run(root), 0, "wrote README.md: table scaling_sentence H200")
+    check(run(root, "--check") == (0, "", ""), "tables of several GPUs agree when they are written")
+    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    sentence = "With `-z 1`, 2 GPUs train 1.95 times as fast as one\n(2 H200s of one host, commit abc1234, 2026-12-01, 8K"
+    check(sentence in readme, "README has the sentence on two GPUs")
+    with open(os.path.join(root, "dev/results/performance.md"), encoding="utf-8") as file:
+        page = file.read()
+    model = "nsa, 4 layers, 4,096 channels, vocabulary 32,768 | 1 x 1"
+    for line in (
+        "H200s of one host, commit abc1234, 2026-12-01.",
+        f"| 8K | {model} | 1 |  | 102 | 80,000 | 1.00 | 50.0 | 16.0 |",
+        f"| 8K | {model} | 2 | `-z 0` | 109 | 150,000 | 1.88 | 50.0 | 16.0 |",
+        f"| 8K | {model} | 2 | `-z 1` | 105 | 156,000 | 1.95 | 50.0 | 16.0 |",
+        f"| 128K | {model} | 2 | `-z 1 -cp 2 -r 1` | 2,913 | 90,000 | - | 50.0 | 16.0 |",
+        *(f"| {n // 1024}K | full | 1.50 | 1.50 |" for n in lengths),
+    ):
+        check(line in page, f"performance.md has no {line!r}")
 
 
 def test_errors(tmp: str) -> None:
     """Every error is one line that names the file."""
     program = "dev/results/performance.py"
     changes = {
-        "no such table": ("README.md", "<!-- table summary -->", "<!-- table sumary -->", "no table"),
+        "no such table": ("README.md", "<!-- table summary H200 -->", "<!-- table sumary H200 -->", "no table"),
+        "no such GPU": ("README.md", "<!-- table summary H200 -->", "<!-- table summary H300 -->", "no table"),
         "no end": ("README.md", "<!-- end -->", "", "needs an <!-- end -->"),
         "no JSON": (PEERS_FILE, "{", "", "line 1 is not JSON"),
         "no such file": (program, f'"{FILE}"', '"none.jsonl"', "none.jsonl: No such file"),
@@ -101,8 +141,8 @@ def test_errors(tmp: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_repo()
-        test_kernel_pages()
         test_differences(tmp)
+        test_scaling(tmp)
         test_errors(tmp)
     print(f"test_performance.py: {passed} passed, {failed} failed, 0 skipped")
     sys.exit(failed > 0)
