@@ -2,11 +2,11 @@
 # empty folder, $T, which is removed when the script exits.
 BUILD=$(realpath "${BUILD:-build}") PROGRAM=$(realpath "$PROGRAM")
 T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$T"' EXIT
 cd "$T" || exit 1
 passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED $(basename "$0"): $*"; }
+bad() { failed=$((failed + 1)); echo "FAILED $(basename "$0"): $*"; [ -z "${FIRST_FAILURE:-}" ] || exit 1; }
 check() { if eval "$1"; then ok; else bad "$2"; fi; }
 finish_test() { echo "$(basename "$0" .sh): $passed passed, $failed failed, $skipped skipped"; [ $failed -eq 0 ]; }
 

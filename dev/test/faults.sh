@@ -1,37 +1,21 @@
 #!/usr/bin/env bash
 # faults.sh: mutation tests. Plants one fault at a time in a copy of the sources and runs the tests that should
-# notice it. Prints a line for each fault. Fails if a fault is missed or cannot be planted.
+# notice it, LANES (2) faults at a time. Prints a line for each fault, with the first check that failed. Fails if a
+# fault is missed or cannot be planted, or if a test fails without a fault.
+#   ONLY=TEXT plants only the faults whose names contain TEXT.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
+LANES=${LANES:-2}
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
-noticed=0 missed=0
+export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+names=() files=() expressions=() tests=()
 
-# Only the objects of a file with a fault are compiled again.
-export OMP_WAIT_POLICY=passive
-mkdir -p "$T/src/data" && cp -r Makefile ./*.[ch] fsa llmc dev "$T/src/" && cp data/*.c "$T/src/data/"
-
-# fault NAME FILE SED_EXPRESSION TESTS: plants a fault by a sed expression, which must change the file.
+# fault NAME FILE SED_EXPRESSION TESTS: a fault that a sed expression makes, and the test programs and scripts that
+# should notice it.
 fault() {
-    sed -i -E "$3" "$T/src/$2"
-    if cmp -s "$2" "$T/src/$2"; then
-        echo "NOT PLANTED  $1"
-        missed=$((missed + 1))
-        return
-    fi
-    local failed=0 by=""
-    for test in $4; do
-        (cd "$T/src" && make -s CFLAGS=-O1 "build/$test" >/dev/null 2>"$T/err") || { by="the compiler"; failed=1; break; }
-        (cd "$T/src" && exec "build/$test" >"$T/out" 2>&1) 2>/dev/null || { by="$by $test ($(grep -c FAILED "$T/out") checks)"; failed=1; }
-    done
-    cp "$2" "$T/src/$2"
-    if [ $failed -eq 1 ]; then
-        echo "noticed      $1: $by"
-        noticed=$((noticed + 1))
-    else
-        echo "MISSED       $1"
-        missed=$((missed + 1))
-    fi
+    [[ $1 == *"${ONLY:-}"* ]] || return 0
+    names+=("$1") files+=("$2") expressions+=("$3") tests+=("$4")
 }
 
 A="test_reference test_golden"
@@ -51,14 +35,91 @@ fault "queries of a segment rotated from position 0" $R 's/b->segments\[s\]\.pos
 fault "position embedding missing in the weight's gradient" $R 's/axpy\(dw \+ row, x\[r \* stride \+ i\] \+ \(pe \? pe\[r \* d \+ i\] : 0\)/axpy(dw + row, x[r * stride + i]/' "$A"
 fault "the gate's gradient without 1 - g" $R 's/\* gate \* \(1 - gate\)/* gate/' "$A"
 fault "RoPE angles in float" $R 's/double angle = \(double\)\(first/float angle = (float)(first/' "$A"
+
+# ---- the model
 M="test_model test_model_golden"
-fault "RMSNorm's gradient without the term of the mean" train_gpt_nsa.c 's/- xi\[j\] \* rstd\[i\] \* mean//' "$M"
-fault "the derivative of SiLU is the sigmoid" train_gpt_nsa.c 's/ \* \(1 \+ gate\[j\] \* \(1 - s\)\)//' "$M"
-fault "weight decay on norms too" train_gpt_nsa.c 's/tensor->decay \? lr \* weight_decay : 0/lr * weight_decay/' "test_model"
-fault "AdamW without bias correction" train_gpt_nsa.c 's/lr \/ bias_correction1/lr/' "test_model"
+C=train_gpt_nsa.c
+fault "RMSNorm's gradient without the term of the mean" $C 's/- xi\[j\] \* rstd\[i\] \* mean//' "$M"
+fault "the derivative of SiLU is the sigmoid" $C 's/ \* \(1 \+ gate\[j\] \* \(1 - s\)\)//' "$M"
+fault "a tied head has no gradient" $C 's/matmul_backward\(model->scratch.dnorm, 0, model->params.grads \+ model->layout.lm_head/static real none[1 << 16];\n    matmul_backward(model->scratch.dnorm, 0, c->tied ? none : model->params.grads + model->layout.lm_head/' "$M"
+fault "RoPE's base is always 10,000" llmc/config.h 's/pow\(c->rope_theta,/pow(1e4,/' "$M test_run"
+fault "the padded vocabulary has a probability" $C 's/for \(int j = 0; j < v; j\+\+\) sum \+= EXP/for (int j = 0; j < vp; j++) sum += EXP/' "$M"
+
+# ---- AdamW and the learning rate
+fault "weight decay on norms too" $C 's/tensor->decay \? lr \* weight_decay : 0/lr * weight_decay/' "test_model"
+fault "AdamW without bias correction" $C 's/lr \/ bias_correction1/lr/' "test_model"
+fault "weight decay in the gradient" $C 's/real gi = g\[i\] \* scale;/real gi = g[i] * scale + (decay ? (real)weight_decay * p[i] : 0);/; s/ \+ decay \* p\[i\];$/;/' "test_model"
+fault "warm-up begins one step too early" llmc/schedule.h 's/max_lr \* \(double\)\(step \+ 1\)/max_lr * (double)step/' "test_data test_run"
+fault "WSD decays from nine tenths" llmc/schedule.h 's/begin = 0.8/begin = 0.9/' "test_run"
+fault "the outlier window is one value short" llmc/schedule.h 's/w->count < OUTLIER_WINDOW\)/w->count < OUTLIER_WINDOW - 1)/' "test_run"
+fault "a step's own loss and norm count for its outlier limit" llmc/run.h '/const double loss_limit = run_loss_limit/d; s/(    )(if \(loss <= loss_limit && norm)/\1const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);\n\1\2/' "cli.sh"
+
+# ---- the training step
+S="cli.sh"
+fault "-clip is ignored" $C 's/double scale = o->clip > 0 .*;/double scale = 1;/' "$S"
+fault "gradients below -clip are scaled up to it" $C 's/o->clip > 0 && line->norm > o->clip \?/o->clip > 0 ?/' "$S"
+fault "the norm is logged after clipping" $C 's/(model_update\(model, r->state.step \+ 1, .*)/line->norm *= scale;\n        \1/' "$S"
+fault "AdamW's step number is one too small" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step ? r->state.step : 1,/' "$S"
+fault "AdamW's step number is one too large" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step + 2,/' "$S"
+fault "beta1 for beta2" $C 's/line->lr, o->beta1, o->beta2,/line->lr, o->beta1, o->beta1,/' "$S"
+fault "weight decay is ignored" $C 's/o->eps, o->weight_decay, scale/o->eps, 0, scale/' "$S"
+fault "the next step's learning rate" $C 's/line->lr = schedule_rate\(o, r->state.step\)/line->lr = schedule_rate(o, r->state.step + 1)/' "$S"
+fault "the next step's learning rate, but the right one in the log" $C 's/model_update\(model, r->state.step \+ 1, line->lr,/model_update(model, r->state.step + 1, schedule_rate(o, r->state.step + 1),/' "$S"
+fault "-skip 1 updates with NaN" $C 's/if \(run_accept_step\(r, loss, line->norm\)\) \{/run_accept_step(r, loss, line->norm);\n    {/' "$S"
+fault "gradients of micro-batches are not divided" $C 's/model_backward\(model, 1.0 \/ \(double\)r->micro_batches\)/model_backward(model, 1.0)/' "$S"
+fault "gradients are not zeroed" $C 's/^    model_zero_grad\(model\);/    if (r->state.step == 0) model_zero_grad(model);/' "$S"
+fault "gradients are zeroed at every micro-batch" $C 's/^        model_backward\(model, 1.0/        model_zero_grad(model);\n        model_backward(model, 1.0/' "$S"
+fault "the loss of the last micro-batch alone" $C 's/loss \+= model_forward\(model, r->inputs/loss = model_forward(model, r->inputs/; s/\(double\)r->micro_batches;/1.0;/' "$S"
+fault "the log's lines have the step before" llmc/run.h 's/return \+\+r->state.step;/return r->state.step++;/' "$S"
+fault "tokens are not counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/(void)0;/' "$S"
+fault "tokens of one micro-batch are counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/r->state.tokens += r->opt.batch * r->opt.seq_len;/' "$S"
+fault "-a 1 trains on new batches" $C 's/if \(o->overfit\) loader_seek/if (0) loader_seek/' "$S"
+
+# ---- data
 fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
-fault "checksums of checkpoint chunks are not compared" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
+fault "-seed does not change the order of the data" llmc/run.h 's/loader_open\(&r->train, o->train, (.*) 1, o->seed,/loader_open(\&r->train, o->train, \1 1, 0,/' "$S"
+fault "-doc-mask 0 is ignored" llmc/run.h 's/r->eot, \(int\)r->opt.doc_mask,/r->eot, 1,/' "test_run $S"
+fault "shards without a tokenizer have no end-of-text" llmc/run.h 's/r->tokenizer.eot : c->vocab_size - 1;/r->tokenizer.eot : -1;/' "test_run $S"
+fault "a tokenizer's end-of-text is not used" llmc/run.h 's/r->eot = r->has_tokenizer \? r->tokenizer.eot : /r->eot = /' "test_run $S"
+fault "end-of-text ends a document instead of beginning it" llmc/dataloader.h 's/inputs\[i\] == eot\)\)/i > 0 \&\& inputs[i - 1] == eot))/' "test_data"
 fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
+
+# ---- validation
+fault "recall answers are read one place late" llmc/run.h 's/a->answers\[lo\].index - sample \* sample_tokens -$/a->answers[lo].index - sample * sample_tokens + 0 */' "test_run $S"
+fault "recall answers of a sample's first half alone" llmc/run.h 's/a->answers\[lo\].index < \(sample \+ 1\) \* sample_tokens; lo\+\+/a->answers[lo].index < sample * sample_tokens + sample_tokens \/ 2; lo++/' "test_run $S"
+fault "recall answers of the first shard alone" llmc/run.h 's/const Answers \*a = &r->answers\[shard\];/const Answers *a = \&r->answers[0];/' "test_run $S"
+fault "a distance bucket ends one too late" llmc/run.h 's/a->answers\[lo\].distance >> \(bucket \+ 1\)/(a->answers[lo].distance - 1) >> (bucket + 1)/' "test_run $S"
+fault "distance buckets are named by the next power of two" llmc/run.h 's/distances\[k\] = \(int64_t\)1 << k;/distances[k] = (int64_t)2 << k;/' "test_run $S"
+fault "chance is that of the whole vocabulary" llmc/run.h 's/answers \? 1.0 \/ answers : 0/answers ? 1.0 \/ r->config.vocab_size : 0/' "test_run $S"
+fault "rows behind the last validation sample count" llmc/run.h 's/b < l->batch && first \+ b < samples;/b < l->batch;/' "test_run"
+fault "validation is a batch short" llmc/run.h 's/const int64_t batches = \(samples \+ global_batch - 1\) \/ global_batch;/const int64_t batches = samples \/ global_batch;/' "test_run"
+fault "validation goes on where the last one ended" llmc/run.h 's/^    loader_seek\(l, 0, 0\);$//' "test_run $S"
+fault "validation samples are shuffled" llmc/run.h 's/r->config.vocab_size, 0, o->seed, r->dp_rank,/r->config.vocab_size, 1, o->seed, r->dp_rank,/' "$S"
+
+# ---- text generation
+fault "-seed does not change the text" llmc/run.h 's/rng_seed\(&rng, \(uint64_t\)o->seed, 0x73616d70\)/rng_seed(\&rng, 0, 0x73616d70)/' "test_run $S"
+fault "draws are not stored" llmc/run.h 's/r->state.draws = \(int64_t\)rng.counter;/(void)0;/' "test_run $S"
+fault "draws are not restored" llmc/run.h 's/rng.counter = \(uint64_t\)r->state.draws;/(void)0;/' "test_run $S"
+fault "text does not end at end-of-text" llmc/run.h 's/if \(next == r->eot\) break;/(void)0;/' "test_run $S"
+fault "text does not begin with end-of-text" llmc/run.h 's/if \(r->eot >= 0\) tokens\[n\+\+\] = r->eot;/(void)0;/' "test_run $S"
+fault "the newer half of a full context is dropped" llmc/run.h 's/memmove\(tokens, tokens \+ dropped, .*;/(void)dropped;/' "test_run $S"
+fault "-temp is ignored" llmc/run.h 's/vocab, o->temperature, o->top_p/vocab, 1, o->top_p/' "test_run $S"
+
+# ---- checkpoints and resume
+fault "checksums of checkpoint chunks are not compared" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
+fault "m and v of a checkpoint are swapped" $C 's/run_save\(&run, model.params.weights, model.optimizer.m, model.optimizer.v,/run_save(\&run, model.params.weights, model.optimizer.v, model.optimizer.m,/' "$S"
+fault "a resumed run begins without v" $C 's/run.resuming \? model.optimizer.v : NULL/NULL/' "$S"
+fault "a resumed run repeats a sample" llmc/run.h 's/loader_seek\(&r->train, saved.epoch, saved.position\)/loader_seek(\&r->train, saved.epoch, saved.position ? saved.position - 1 : 0)/' "$S"
+fault "a new -t keeps the epoch" llmc/run.h '/changed since the checkpoint/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "$S"
+fault "other data keeps the epoch" llmc/run.h '/if \(!same_data\)/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "$S"
+fault "a new -t keeps the position" llmc/run.h 's/\} else if \(saved.seq_len == o->seq_len && saved.epoch_samples == r->train.samples &&/} else if (/' "$S"
+fault "a new -seed keeps the position" llmc/run.h 's/^( +)saved.seed == o->seed\) \{/\11) {/' "$S"
+fault "no checkpoint after the last step" llmc/schedule.h 's/\(step == o->max_steps \|\| cadence_due\(step, o->save_every, o->max_steps\)\)/o->save_every > 0 \&\& step % o->save_every == 0/' "test_run"
+fault "a checkpoint is not synced to disk" llmc/utils.h 's/if \(fflush\(a->f\) != 0 \|\| fsync\(fileno\(a->f\)\) != 0\) \{/if (fflush(a->f) != 0) {/' "test_run"
+fault "the folder of a checkpoint is not synced to disk" llmc/utils.h 's/\(fsync\(fd\) != 0 && errno != EINVAL\)/0/' "test_run"
+fault "a checkpoint is renamed before it is synced" llmc/utils.h 's/^    if \(a->f != NULL\) atomic_sync\(a\);$/    rename(a->tmp, a->path); if (a->f != NULL) atomic_sync(a); rename(a->path, a->tmp);/' "test_run"
+
+# ---- several processes
 fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank < z->ranks - 1 \? \*begin \+ unit->partition_size : unit->end/*begin + unit->partition_size/' "test_parallel"
 fault "context-parallel chunks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
 fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
@@ -66,5 +127,58 @@ fault "all ranks read the samples of rank 0" llmc/dataloader.h 's/l->position \+
 fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\& comm_receive\(p\)/\1 \&\& 0/' "test_comm"
 fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
 fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
-echo "$noticed noticed, $missed missed"
-[ $missed -eq 0 ]
+
+# ---- the sources, built once, in a folder for each lane
+programs=$(printf '%s\n' ${tests[*]} | sort -u | grep -v '\.sh$' | sed 's|^|build/|')
+mkdir -p "$T/1/data" && cp -r Makefile .clang-format ./*.[ch] fsa llmc dev "$T/1/" && cp data/*.c "$T/1/data/"
+build() { make -s CFLAGS=-O1 GPU= MPI= NCCL= "$@" >/dev/null 2>"$T/err.$lane"; }
+lane=1
+(cd "$T/1" && build $programs build/recall build/text train_gpt_nsa_cpu) || { cat "$T/err.1"; exit 1; }
+for lane in $(seq 2 "$LANES"); do cp -a "$T/1" "$T/$lane"; done
+
+# run_test TEST: runs a test in the lane's folder, up to the first failed check of a script.
+run_test() {
+    case $1 in
+    *.sh) CPU=./train_gpt_nsa_cpu BUILD=build FIRST_FAILURE=1 timeout 300 bash "dev/test/$1" >"$T/out.$lane" 2>&1 ;;
+    *) timeout 300 "build/$1" >"$T/out.$lane" 2>&1 ;;
+    esac 2>/dev/null
+}
+
+# plant INDEX: plants a fault in the lane's folder, runs its tests until one fails, and takes the fault away again.
+plant() {
+    local name=${names[$1]} file=${files[$1]} test
+    sed -i -E "${expressions[$1]}" "$file"
+    if cmp -s "$file" "$T/$file.good"; then
+        echo "NOT PLANTED  $name: nothing in $file matches"
+        return
+    fi
+    for test in ${tests[$1]}; do
+        build "$([[ $test == *.sh ]] && echo train_gpt_nsa_cpu || echo "build/$test")"
+        if [ $? -ne 0 ]; then
+            echo "NOT PLANTED  $name: $(grep -m 1 error "$T/err.$lane")"
+            break
+        fi
+        if ! run_test "$test"; then
+            echo "noticed      $name: $test: $(grep -m 1 FAILED "$T/out.$lane" | cut -c 1-150)"
+            break
+        fi
+        [ "$test" = "${tests[$1]##* }" ] && echo "MISSED       $name"
+    done
+    cp "$T/$file.good" "$file"
+}
+
+# Each lane takes the next index until none is left.
+work() {
+    cd "$T/$lane" || exit 1
+    local i
+    for i in "${!names[@]}"; do mkdir "$T/taken.$i" 2>/dev/null && plant "$i"; done
+}
+
+for file in $(printf '%s\n' "${files[@]}" | sort -u); do mkdir -p "$T/$(dirname "$file")" && cp "$file" "$T/$file.good"; done
+for test in $(printf '%s\n' ${tests[*]} | sort -u); do
+    lane=1
+    (cd "$T/1" && run_test "$test") || { echo "error: $test fails without a fault: $(cat "$T/out.1")" >&2; exit 1; }
+done
+for lane in $(seq "$LANES"); do work & done | tee "$T/report"
+echo "$(grep -c ^noticed "$T/report") of ${#names[@]} noticed, $(grep -c ^MISSED "$T/report") missed, $(grep -c '^NOT PLANTED' "$T/report") not planted"
+[ "$(grep -c ^noticed "$T/report")" -eq ${#names[@]} ]

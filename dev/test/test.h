@@ -9,26 +9,28 @@
 
 static int test_passed, test_failed, test_skipped;
 
-// Counts a check as passed or failed. A failed check prints the message, in printf's format.
-#define CHECK(condition, ...)                                                       \
-    do {                                                                            \
-        if (condition) {                                                            \
-            test_passed++;                                                          \
-        } else {                                                                    \
-            test_failed++;                                                          \
-            printf("FAILED %s:%d: %s: ", __FILE__, __LINE__, #condition);           \
-            printf(__VA_ARGS__);                                                    \
-            printf("\n");                                                           \
-        }                                                                           \
+// Counts a check as passed or failed. A failed check prints the message, in printf's format. With
+// FIRST_FAILURE in the environment it ends the program, since dev/test/faults.sh need not know about more.
+#define CHECK(condition, ...)                                                                                \
+    do {                                                                                                     \
+        if (condition) {                                                                                     \
+            test_passed++;                                                                                   \
+        } else {                                                                                             \
+            test_failed++;                                                                                   \
+            printf("FAILED %s:%d: %s: ", __FILE__, __LINE__, #condition);                                    \
+            printf(__VA_ARGS__);                                                                             \
+            printf("\n");                                                                                    \
+            if (getenv("FIRST_FAILURE")) exit(1);                                                            \
+        }                                                                                                    \
     } while (0)
 
 // Counts a skipped check and prints the reason, in printf's format.
-#define SKIP(...)                \
-    do {                         \
-        test_skipped++;          \
-        printf("skipped: ");     \
-        printf(__VA_ARGS__);     \
-        printf("\n");            \
+#define SKIP(...)                                                                                            \
+    do {                                                                                                     \
+        test_skipped++;                                                                                      \
+        printf("skipped: ");                                                                                 \
+        printf(__VA_ARGS__);                                                                                 \
+        printf("\n");                                                                                        \
     } while (0)
 
 // Prints the counts in one line. Returns the exit code: 1 if a check failed, else 0.

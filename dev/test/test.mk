@@ -10,13 +10,15 @@ $(BUILD)/dev/test/test_comm_mpi.o: private DEFINES := $(MPI_FLAGS)
 
 CPU_TESTS := $(addprefix $(BUILD)/,test_comm test_reference test_model test_run test_data test_golden \
     test_model_golden test_parallel)
-TEST_TOOLS := $(BUILD)/encode $(CPU_TRAINER) $(MAKERS)
+TEST_TOOLS := $(BUILD)/encode $(BUILD)/adamw_step $(CPU_TRAINER) $(MAKERS)
 $(BUILD)/test_reference $(BUILD)/test_golden $(BUILD)/bench_reference: $(REFERENCE)
 $(BUILD)/test_model $(BUILD)/test_model_golden: $(BUILD)/train_gpt_nsa_f64.o $(REFERENCE)
-$(BUILD)/test_run $(BUILD)/test_parallel: $(BUILD)/fsa/config.o
+$(BUILD)/test_run $(BUILD)/test_parallel $(BUILD)/adamw_step: $(BUILD)/fsa/config.o
 $(BUILD)/test_run: $(BUILD)/llmc/commit.o
 $(BUILD)/fuzz_files: $(addprefix $(BUILD)/,fsa/config.o llmc/comm.o llmc/commit.o)
-$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
+# test_run counts the calls of fsync and rename.
+$(BUILD)/test_run: private LDLIBS += -Wl,--wrap=fsync,--wrap=rename
+$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/adamw_step $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
 $(BUILD)/test_comm: $(BUILD)/dev/test/test_comm_mpi.o $(BUILD)/mpi.flags ; $(LINK_C) $(MPI_LIBS)
 $(BUILD)/bench_reference: $(BUILD)/dev/bench_reference.o ; $(LINK_C)
 
