@@ -32,3 +32,10 @@ expect_error() {
 
 # near A B LIMIT: returns whether |A - B| < LIMIT * A.
 near() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { exit !(a > 0 && b > 0 && (a - b) ^ 2 < (limit * a) ^ 2) }'; }
+
+# same_numbers A B LIMIT: returns whether two files have the same words, numbers up to |a - b| <= LIMIT * |a|.
+same_numbers() {
+    paste -d '\n' "$1" "$2" | awk -v limit="$3" 'NR % 2 { n = split($0, a); next }
+        NF != n { exit 1 }
+        { for (i = 1; i <= n; i++) if (a[i] != $i && !(a[i] + 0 != 0 && (a[i] - $i) ^ 2 <= (limit * a[i]) ^ 2)) exit 1 }'
+}

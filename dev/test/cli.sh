@@ -45,13 +45,37 @@ for attn in full window; do
     run $TINY $DATA -attn $attn
     check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
 done
-run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean
+run $TINY $DATA -d 512 -x 2 -doc-mask 0 -gate-per-token 1 -phi mean -o accumulated
 check '[ $code -eq 0 ] && grep -q "512 tokens per step (4 x 2 x 64)" out' "gradient accumulation: $(cat out err)"
+check 'grep -q "^{\"step\":2,.*\"tokens\":1024}" accumulated/log.jsonl' "tokens of two steps of 512: $(tail -1 accumulated/log.jsonl)"
 
 # one step of 4 micro-batches equals one step of a batch of 4, up to rounding
 run -e recall -t 64 -b 4 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >one
 run -e recall -t 64 -b 1 -d 256 -x 2 $DATA && grep "^step 2" out | sed 's/.*loss \([0-9.]*\).*norm \([0-9.]*\).*/\1 \2/' >four
 check '[ -s one ] && cmp -s one four' "accumulation differs: $(cat one four)"
+
+# ---- the updates: each checkpoint is AdamW's next step after the one before, with the rate and the clipping of the flags
+# updates DIR: prints the norm and the learning rate of each step's update, as the checkpoints have them.
+updates() {
+    local before=new after
+    for after in $(find "$1" -name 'ckpt_*' | sort); do
+        "$BUILD/adamw_step" $before "$after" 0.8 0.9 1e-6 2 || return 1
+        before=$after
+    done | sed 's/ tokens.*norm/ norm/'
+}
+# logged DIR CLIP: the same from the log, with the norms clipped.
+logged() {
+    sed -n 's/.*"step":\([0-9]*\),"loss":[^,]*,"lr":\([^,]*\),"norm":\([^,]*\),.*/\1 \2 \3/p' "$1/log.jsonl" |
+        awk -v clip="$2" '{ printf "step %d norm %.6g lr %.6g\n", $1, (clip > 0 && $3 > clip ? clip : $3), $2 }'
+}
+UPDATES="-e recall -t 64 -b 2 -l 1e-3 -u 4 -k linear -q 0 -x 8 -v 0 -n 1 -nk 9 -beta1 0.8 -beta2 0.9 -eps 1e-6 -c 2 $DATA"
+for clip in 0 0.5 100; do
+    run $UPDATES -clip $clip -o clip$clip
+    updates clip$clip >is 2>err; logged clip$clip $clip >want
+    check '[ ! -s err ] && [ "$(wc -l <is)" -eq 8 ] && same_numbers is want 1e-3' "-clip $clip: the updates are $(cat is), the log has $(cat want) $(cat err)"
+done
+check 'grep "\"loss\"" clip0.5/log.jsonl | sed "s/.*\"lr\":\([^,]*\).*/\1/" | diff - <(printf "%s\n" 0.00025 0.0005 0.00075 0.001 0.001 0.00075 0.0005 0.00025)' "learning rates: $(cat clip0.5/log.jsonl)"
+check 'same_numbers <(head -1 want) <(logged clip0.5 0 | head -1) 1e-6' "-clip changes the norm in the log"
 
 # -a 1: the loss on one batch becomes much smaller
 run -e recall -t 64 -b 2 -l 5e-3 -x 60 -a 1 -v 0 $DATA
@@ -245,6 +269,9 @@ check 'grep -q "after step 3 of 6" out && grep -q "ckpt_00000006" err && cmp -s 
 expect_error "training stopped; try a lower -l" $TINY $DATA -l 1e6 -clip 0 -u 0 -x 20 -v 0
 run $TINY $DATA -l 1e6 -c 1e6 -clip 0 -u 0 -x 20 -v 0 -skip 1
 check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 20/20" out' "-skip 1: $(tail -2 out) $(head -3 err)"
+run $TINY $DATA -l 1e6 -c 1e6 -clip 0 -u 0 -x 9 -v 0 -skip 1 -n 1 -nk 9 -o nonfinite
+last=$(sed -n 's/^warning: step \([0-9]*\): loss.*skipped$/\1/p' err | tail -1)
+check 'cmp -s -i 4096 nonfinite/ckpt_0000000$((last - 1)).bin nonfinite/ckpt_0000000$last.bin' "-skip 1 updates with a loss that is not finite, step $last: $(cat err)"
 if [ "$(id -u)" -ne 0 ]; then
     mkdir locked && chmod 500 locked
     expect_error "cannot create folder locked/x: Permission denied" $TINY $DATA -o locked/x

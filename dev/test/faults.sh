@@ -124,29 +124,30 @@ fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank 
 fault "context-parallel chunks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
 fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
 fault "all ranks read the samples of rank 0" llmc/dataloader.h 's/l->position \+ l->rank \* l->batch/l->position/' "test_parallel"
-fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\& comm_receive\(p\)/\1 \&\& 0/' "test_comm"
+fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\&$/\1 \&\& 0 \&\&/' "test_comm"
 fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
 fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
 
 # ---- the sources, built once, in a folder for each lane
 programs=$(printf '%s\n' ${tests[*]} | sort -u | grep -v '\.sh$' | sed 's|^|build/|')
+scripts=$(printf '%s\n' ${tests[*]} | sort -u | grep '\.sh$')
 mkdir -p "$T/1/data" && cp -r Makefile .clang-format ./*.[ch] fsa llmc dev "$T/1/" && cp data/*.c "$T/1/data/"
 build() { make -s CFLAGS=-O1 GPU= MPI= NCCL= "$@" >/dev/null 2>"$T/err.$lane"; }
 lane=1
-(cd "$T/1" && build $programs build/recall build/text train_gpt_nsa_cpu) || { cat "$T/err.1"; exit 1; }
+(cd "$T/1" && build $programs ${scripts:+build/adamw_step build/recall build/text train_gpt_nsa_cpu}) || { cat "$T/err.1"; exit 1; }
 for lane in $(seq 2 "$LANES"); do cp -a "$T/1" "$T/$lane"; done
 
-# run_test TEST: runs a test in the lane's folder, up to the first failed check of a script.
+# run_test TEST: runs a test in the lane's folder up to its first failed check.
 run_test() {
     case $1 in
     *.sh) CPU=./train_gpt_nsa_cpu BUILD=build FIRST_FAILURE=1 timeout 300 bash "dev/test/$1" >"$T/out.$lane" 2>&1 ;;
-    *) timeout 300 "build/$1" >"$T/out.$lane" 2>&1 ;;
+    *) FIRST_FAILURE=1 timeout 300 "build/$1" >"$T/out.$lane" 2>&1 ;;
     esac 2>/dev/null
 }
 
 # plant INDEX: plants a fault in the lane's folder, runs its tests until one fails, and takes the fault away again.
 plant() {
-    local name=${names[$1]} file=${files[$1]} test
+    local name=${names[$1]} file=${files[$1]} test code why
     sed -i -E "${expressions[$1]}" "$file"
     if cmp -s "$file" "$T/$file.good"; then
         echo "NOT PLANTED  $name: nothing in $file matches"
@@ -158,8 +159,11 @@ plant() {
             echo "NOT PLANTED  $name: $(grep -m 1 error "$T/err.$lane")"
             break
         fi
-        if ! run_test "$test"; then
-            echo "noticed      $name: $test: $(grep -m 1 FAILED "$T/out.$lane" | cut -c 1-150)"
+        run_test "$test"
+        code=$?
+        if [ $code -ne 0 ]; then
+            why=$(grep -m 1 FAILED "$T/out.$lane" | cut -c 1-150)
+            echo "noticed      $name: $test: ${why:-it ends with code $code}"
             break
         fi
         [ "$test" = "${tests[$1]##* }" ] && echo "MISSED       $name"
