@@ -39,3 +39,30 @@ same_numbers() {
         NF != n { exit 1 }
         { for (i = 1; i <= n; i++) if (a[i] != $i && !(a[i] + 0 != 0 && (a[i] - $i) ^ 2 <= (limit * a[i]) ^ 2)) exit 1 }'
 }
+
+# updates DIR BETA1 BETA2 EPS WEIGHT_DECAY: prints the norm and the learning rate of each step's update, as the checkpoints
+# of a run with -n 1 have them. Stops with an error if one is not AdamW's next step after the one before.
+updates() {
+    local before=new after
+    for after in $(find "$1" -name 'ckpt_*' | sort); do
+        "$BUILD/adamw_step" $before "$after" "${@:2}" || return 1
+        before=$after
+    done | sed 's/ tokens.*norm/ norm/'
+}
+
+# logged DIR CLIP: prints the same from the log, with the norms clipped.
+logged() {
+    sed -n 's/.*"step":\([0-9]*\),"loss":[^,]*,"lr":\([^,]*\),"norm":\([^,]*\),.*/\1 \2 \3/p' "$1/log.jsonl" |
+        awk -v clip="$2" '{ printf "step %d norm %.6g lr %.6g\n", $1, (clip > 0 && $3 > clip ? clip : $3), $2 }'
+}
+
+# skipped_steps_change_nothing DIR: returns whether err has warnings about skipped steps, and the checkpoints of these steps,
+# of a run with -n 1, have the parameters of the checkpoints before.
+skipped_steps_change_nothing() {
+    local steps step
+    steps=$(sed -n 's/^warning: step \([0-9]*\): .*skipped.*/\1/p' err)
+    [ -n "$steps" ] || return 1
+    for step in $steps; do
+        cmp -s -i 4096 "$1/$(printf 'ckpt_%08d.bin' $((step - 1)))" "$1/$(printf 'ckpt_%08d.bin' "$step")" || return 1
+    done
+}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests the GPU trainer from the command line: exact resume, checkpoints exchanged with the C trainer, recomputation,
 # text generation, -profile, and its own errors. Needs TRAINER (the trainer, or its build for the emulator), CPU (the
-# C trainer) and BUILD (the folder of recall and text), which make test sets.
+# C trainer) and BUILD (the folder of recall, text and adamw_step), which make test sets.
 set -u
 PROGRAM=${TRAINER:-./train_gpt_nsa} CPU=$(realpath "${CPU:-./train_gpt_nsa_cpu}")
 . dev/test/checks.sh
@@ -20,6 +20,16 @@ check 'head -1 a/log.jsonl | grep -q "\"start\":.*\"gpu\":\"[^\"]"' "the log doe
 check 'grep -q "^val loss [0-9]*\.[0-9]* | perplexity [0-9.]* | [0-9.]* bits/byte | [0-9]* tokens | step " out && grep -q "^recall by distance" out' "no validation: $(cat out)"
 check '[ "$(grep -c "^{\"step\":[0-9]*,\"loss\"" a/log.jsonl)" -eq 4 ]' "log.jsonl does not have 4 steps"
 check '[ -f a/ckpt_00000002.bin ] && [ -f a/ckpt_00000004.bin ] && [ -f a/tokenizer.bin ]' "checkpoints are missing"
+
+# ---- the updates: each checkpoint is AdamW's next step after the one before, with the rate and the clipping of the flags
+for clip in 0.5 100; do
+    run $MODEL $DATA -l 1e-3 -u 2 -k linear -q 0 -x 4 -v 0 -n 1 -nk 9 -beta1 0.8 -beta2 0.9 -eps 1e-6 -c 2 -clip $clip -o clip$clip
+    updates clip$clip 0.8 0.9 1e-6 2 >is 2>err; logged clip$clip $clip >want
+    check '[ ! -s err ] && [ "$(wc -l <is)" -eq 4 ] && same_numbers is want 1e-3' "-clip $clip: the updates are $(cat is), the log has $(cat want) $(cat err)"
+done
+check 'grep "\"loss\"" clip0.5/log.jsonl | sed "s/.*\"lr\":\([^,]*\).*/\1/" | diff - <(printf "%s\n" 0.0005 0.001 0.001 0.0005)' "learning rates: $(cat clip0.5/log.jsonl)"
+check 'same_numbers <(head -1 want) <(logged clip0.5 0 | head -1) 1e-6' "-clip changes the norm in the log"
+
 mkdir b && cp a/ckpt_00000002.bin a/tokenizer.bin b/ && grep "\"step\":[0-2]," a/log.jsonl >b/log.jsonl
 run $MODEL $RUN $DATA -o b -y 1
 check 'cmp -s a/ckpt_00000004.bin b/ckpt_00000004.bin' "a resumed run gives other bits: $(cat err)"
@@ -65,8 +75,8 @@ check '[ $code -eq 143 ] && ls s | grep -q "^ckpt_"' "SIGTERM: $(cat err)"
 BLOW="$MODEL $DATA -v 0 -l 1e6 -c 1e6 -clip 0 -u 0 -x 6"
 run $BLOW -o x -n 1
 check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: step" err && [ -f x/ckpt_00000001.bin ]' "a loss that is not finite: $(cat err)"
-run $BLOW -skip 1
-check '[ $code -eq 0 ] && grep -q "warning: step" err && grep -q "^step 6/6" out' "-skip 1: $(tail -3 out) $(cat err)"
+run $BLOW -skip 1 -n 1 -nk 6 -o nonfinite
+check '[ $code -eq 0 ] && grep -q "^step 6/6" out && skipped_steps_change_nothing nonfinite' "-skip 1: $(tail -3 out) $(cat err)"
 
 # ---- outliers: a skipped step changes no parameter
 OUTLIERS="$MODEL $DATA -v 0 -l 1e-6 -u 0 -sl 0.5 -sg 1 -o z -y 1"

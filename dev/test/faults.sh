@@ -52,7 +52,7 @@ fault "weight decay in the gradient" $C 's/real gi = g\[i\] \* scale;/real gi = 
 fault "warm-up begins one step too early" llmc/schedule.h 's/max_lr \* \(double\)\(step \+ 1\)/max_lr * (double)step/' "test_data test_run"
 fault "WSD decays from nine tenths" llmc/schedule.h 's/begin = 0.8/begin = 0.9/' "test_run"
 fault "the outlier window is one value short" llmc/schedule.h 's/w->count < OUTLIER_WINDOW\)/w->count < OUTLIER_WINDOW - 1)/' "test_run"
-fault "a step's own loss and norm count for its outlier limit" llmc/run.h '/const double loss_limit = run_loss_limit/d; s/(    )(if \(loss <= loss_limit && norm)/\1const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);\n\1\2/' "cli.sh"
+fault "a step's own loss and norm count for its outlier limit" llmc/run.h '/const double loss_limit = run_loss_limit/d; s/(    )(if \(loss <= loss_limit && norm)/\1const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);\n\1\2/' "test_run"
 
 # ---- the training step
 S="cli.sh"
