@@ -134,10 +134,20 @@ def add_common_flags(parser, val):
     parser.add_argument(
         "--tokenizer",
         metavar="T",
-        help="a tokenizer.json, a tiktoken file, or the name of a tiktoken vocabulary (gpt2, ...)",
+        help="a tokenizer.json, a GGUF file, a tiktoken file, or the name of a tiktoken vocabulary (gpt2, ...)",
     )
     parser.add_argument(
         "--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one"
+    )
+    parser.add_argument(
+        "--bos", metavar="TOKEN", help="the token before a prompt, or none (what the tokenizer says)"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        metavar="0|1",
+        type=number_type(0, 1),
+        default=0,
+        help="1: special tokens in the text become their ids instead of ordinary text (0)",
     )
     parser.add_argument(
         "--val",

@@ -109,18 +109,22 @@ static inline void run_copy_tokenizer(const Run *r) {
     atomic_commit(&copy);
 }
 
-// Sets the vocabulary size from the tokenizer, if there is one; dies if it contradicts -vocab or the
-// checkpoint.
+// Sets the vocabulary size from the tokenizer, if there is one; dies if the tokenizer has more tokens than
+// -vocab or the checkpoint. It may have fewer, since some models pad their vocabulary.
 static inline void run_set_vocab(Run *r, int from_checkpoint) {
     run_find_tokenizer(r);
     ModelConfig *c = &r->config;
+    int tokens = r->tokenizer.vocab_size, given = from_checkpoint || options_given(&r->opt, "vocab");
+    const char *source = from_checkpoint ? "the checkpoint's vocabulary" : "-vocab";
     r->eot = r->has_tokenizer ? r->tokenizer.eot : c->vocab_size - 1; // the last token, as in GPT-2
     if (!r->has_tokenizer) return;
-    if ((from_checkpoint || options_given(&r->opt, "vocab")) && c->vocab_size != r->tokenizer.vocab_size)
-        die("%s %d: tokenizer.bin has %d tokens; use data of the same tokenizer",
-            from_checkpoint ? "the checkpoint's vocabulary" : "-vocab", c->vocab_size,
-            r->tokenizer.vocab_size);
-    config_set_vocab(c, r->tokenizer.vocab_size);
+    if (given && c->vocab_size < tokens)
+        die("%s %d: tokenizer.bin has %d tokens; use data of the same tokenizer", source, c->vocab_size,
+            tokens);
+    if (given && c->vocab_size > tokens && r->comm.rank == 0)
+        fprintf(stderr, "note: %s %d: tokenizer.bin has %d tokens; text samples contain only these\n", source,
+                c->vocab_size, tokens);
+    if (!given) config_set_vocab(c, tokens);
 }
 
 // Connects to the other processes if a launcher has started several. Dies if this build supports only one
@@ -716,57 +720,81 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
 // The trainer's function that returns the logits [vocab_size] of the token that follows tokens [n].
 typedef const float *(*RunLogits)(void *model, const int32_t *tokens, int64_t n);
 
-// Prints -prompt and -g generated tokens, or fewer if the model generates end-of-text. The context has at
-// most sample_context tokens; when it is full, its older half is dropped.
+// Fills tokens [capacity + 1] with BOS, if the tokenizer has one, and -prompt. Without both, a text begins
+// behind end-of-text. Sets *hidden to the number of tokens that are not to be printed: 1 or 0. Returns the
+// number of tokens.
+static inline int64_t run_encode_prompt(const Run *r, int32_t *tokens, int64_t capacity, int64_t *hidden) {
+    const char *prompt = r->opt.prompt ? r->opt.prompt : "";
+    const Tokenizer *t = &r->tokenizer;
+    int bos = r->has_tokenizer ? t->bos : r->eot;
+    if (*prompt && !r->has_tokenizer)
+        die("-prompt: needs a tokenizer.bin beside the shards or the checkpoint; copy it there");
+    if (!*prompt && bos < 0) bos = r->eot;
+    if (!*prompt && bos < 0)
+        die("-sample 1: the vocabulary has no end-of-text token to start from; give -prompt");
+    *hidden = bos >= 0;
+    tokens[0] = bos;
+    if (!*prompt) return 1;
+    int32_t first;
+    int64_t bytes = (int64_t)strlen(prompt);
+    if (tokenizer_encode(t, prompt, bytes, 1, &first, 1) > 0 && first == bos)
+        *hidden = 0; // the prompt itself begins with BOS
+    int64_t space = capacity - *hidden;
+    int64_t count = tokenizer_encode(t, prompt, bytes, 1, tokens + *hidden, space);
+    if (count > space - 1)
+        die("-prompt: %lld tokens, but the context of %lld has space for %lld; shorten it", (long long)count,
+            (long long)capacity, (long long)(space - 1));
+    return *hidden + count;
+}
+
+// Copies logits [vocab_size] to `masked`, with -INFINITY for each token that the tokenizer does not have.
+static inline void run_mask_logits(const Run *r, const float *logits, float *masked) {
+    for (int i = 0; i < r->config.vocab_size; i++) {
+        int len = 1;
+        if (r->has_tokenizer) tokenizer_piece(&r->tokenizer, i, &len);
+        masked[i] = len > 0 ? logits[i] : -INFINITY;
+    }
+}
+
+// Prints -prompt and -g generated tokens, or fewer if the model generates end-of-text or an end-of-sequence
+// token. The context has at most sample_context tokens; when it is full, its older half is dropped.
 static inline void run_sample(Run *r, RunLogits logits, void *model) {
     const Options *o = &r->opt;
-    int64_t capacity = r->sample_context, n = 0;
-    int vocab = r->config.vocab_size;
+    int64_t capacity = r->sample_context, printed;
+    int vocab = r->config.vocab_size, first = 1;
     int32_t *tokens = (int32_t *)xmalloc((size_t)(capacity + 1) * sizeof *tokens);
     int32_t *order = (int32_t *)xmalloc((size_t)vocab * sizeof *order);
     float *probs = (float *)xmalloc((size_t)vocab * sizeof *probs);
-    if (r->eot >= 0) tokens[n++] = r->eot;
-    if (o->prompt && o->prompt[0]) {
-        if (!r->has_tokenizer)
-            die("-prompt: needs a tokenizer.bin beside the shards or the checkpoint; copy it there");
-        int64_t count =
-            tokenizer_encode(&r->tokenizer, o->prompt, (int64_t)strlen(o->prompt), tokens + n, capacity - n);
-        if (count > capacity - n - 1)
-            die("-prompt: %lld tokens, but the context of %lld has space for %lld; shorten it",
-                (long long)count, (long long)capacity, (long long)(capacity - n - 1));
-        n += count;
-    }
-    if (n == 0) die("-sample 1: the vocabulary has no end-of-text token to start from; give -prompt");
-    int64_t begin = n > 0 && tokens[0] == r->eot ? 1 : 0, printed = begin;
+    float *masked = (float *)xmalloc((size_t)vocab * sizeof *masked);
+    int64_t n = run_encode_prompt(r, tokens, capacity, &printed);
     Rng rng;
     rng_seed(&rng, (uint64_t)o->seed, 0x73616d70);
     rng.counter = (uint64_t)r->state.draws;
     printf("sample: ");
     for (int64_t i = 0; i <= o->generate; i++) {
         if (r->has_tokenizer) {
-            if (printed > begin && r->tokenizer.kind == TOKENIZER_WORDS) printf(" ");
-            tokenizer_print(&r->tokenizer, stdout, tokens + printed, n - printed);
+            tokenizer_print(&r->tokenizer, stdout, tokens + printed, n - printed, first);
+            if (n > printed) first = 0;
         } else {
             for (int64_t j = printed; j < n; j++) printf("%d ", tokens[j]);
         }
         fflush(stdout);
         printed = n;
         if (i == o->generate) break;
-        int next = sample_token(logits(model, tokens, n), vocab, o->temperature, o->top_p, rng_uniform(&rng),
-                                order, probs);
-        if (next == r->eot) break;
+        run_mask_logits(r, logits(model, tokens, n), masked);
+        int next = sample_token(masked, vocab, o->temperature, o->top_p, rng_uniform(&rng), order, probs);
+        if (next == r->eot || (r->has_tokenizer && tokenizer_is_eos(&r->tokenizer, next))) break;
         if (n == capacity) {
             int64_t dropped = capacity > 1 ? capacity / 2 : 1;
             memmove(tokens, tokens + dropped, (size_t)(capacity - dropped) * sizeof *tokens);
             n = printed = capacity - dropped;
-            begin = 0;
         }
         tokens[n++] = next;
     }
     printf("\n");
     fflush(stdout);
     r->state.draws = (int64_t)rng.counter;
-    free(tokens), free(order), free(probs);
+    free(tokens), free(order), free(probs), free(masked);
 }
 
 // Closes the log and the data, frees the memory, and disconnects the processes. Dies if the console output is

@@ -76,6 +76,8 @@ run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check 'cmp -s out first' "the same seed generates another text"
+run $TINY $DATA -vocab 100 -x 1 -s 1 -g 150 -temp 1e6 # a padded vocabulary: nearly uniform among 68 tokens
+check '[ $code -eq 0 ] && [ "$(grep -c "^note: -vocab 100: tokenizer.bin has 68 tokens" err)" -eq 1 ] && grep -q "vocabulary 100" out' "-vocab 100: $(cat out err)"
 run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # more tokens than the context
 check '[ $code -eq 0 ]' "a sample longer than the context: $(cat err)"
 run $TINY $DATA -s 3 -g 5
@@ -229,7 +231,7 @@ expect_error "-prompt: 160 tokens, but the context of 64 has space for 62" -e a/
 expect_error "-o a: holds checkpoints up to step 6; resume with -y 1" $TINY $DATA -o a
 expect_error "-layers 3: the checkpoint's model has 2" $TINY $DATA -o a -y 1 -layers 3
 expect_error "-attn window: the checkpoint's model has nsa" $TINY $DATA -o a -y 1 -attn window
-expect_error "-vocab 100: tokenizer.bin has 68 tokens" $TINY $DATA -vocab 100
+expect_error "-vocab 60: tokenizer.bin has 68 tokens" $TINY $DATA -vocab 60
 expect_error "-r: only the GPU trainer has this flag" $TINY $DATA -r 1
 expect_error "-choice: only the GPU trainer has this flag" $TINY $DATA -choice f
 OMPI_COMM_WORLD_SIZE=8 OMPI_COMM_WORLD_RANK=3 expect_error "OMPI_COMM_WORLD_SIZE 8: mpirun started several processes" $TINY $DATA -o many

@@ -6,18 +6,20 @@
 // files (0). SEED=N repeats a run. A file that fails stays in FOLDER (by default a new one in /tmp).
 #include "../../llmc/run.h"
 #include "test.h"
+#include "tokenizer_bin.h"
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-enum { SHARD16, SHARD32, ANSWERS, BYTES, WORDS, BPE, LLMC, CHECKPOINT, LOG, KINDS };
+enum { SHARD16, SHARD32, ANSWERS, BYTES, WORDS, BPE, SENTENCEPIECE, LLMC, CHECKPOINT, LOG, KINDS };
 static const char *const KIND_NAMES[KINDS] = {"shard of 16-bit tokens",
                                               "shard of 32-bit tokens",
                                               "answers",
                                               "tokenizer of bytes",
                                               "tokenizer of words",
                                               "tokenizer of BPE",
+                                              "tokenizer of SentencePiece",
                                               "llm.c's tokenizer",
                                               "checkpoint",
                                               "log"};
@@ -114,6 +116,8 @@ static void make_seeds(void) {
     read_seed(BYTES, "tokenizer.bin");
     tokenizer_write(path, TOKENIZER_BPE, VOCAB, 299, pieces, lengths, ranks);
     read_seed(BPE, "tokenizer.bin");
+    write_sentencepiece(path, PREFIX_ALWAYS, 0, SP_UNKNOWN);
+    read_seed(SENTENCEPIECE, "tokenizer.bin");
     for (int i = 0; i < 6; i++) pieces[i] = words[i], lengths[i] = (int)strlen(words[i]);
     tokenizer_write(path, TOKENIZER_WORDS, 6, 0, pieces, lengths, NULL);
     read_seed(WORDS, "tokenizer.bin");
@@ -254,20 +258,22 @@ static void load_answers(const char *path) {
 
 static void load_tokenizer(const char *path) {
     static const char *const texts[] = {"Mara : lamp a ab abc", "abc ab  12345 it's\n\n x",
-                                        "\xff\xc3\xa9 \xe2\x82", "lamp"};
+                                        "\xff\xc3\xa9 \xe2\x82 he<|a|>b  hello <|strip|> \xe6\xbc\xa2",
+                                        "lamp"};
     Tokenizer t;
     int32_t tokens[64];
     if (tokenizer_load(&t, path) != 0) return;
     FILE *null = fopen("/dev/null", "w");
     for (int i = 0; i < t.vocab_size && i < 400; i++) {
         int32_t token = i;
-        tokenizer_print(&t, null, &token, 1);
+        tokenizer_print(&t, null, &token, 1, i == 0);
     }
     // the vocabulary of words has only the words of texts[0]
     for (int i = t.kind == TOKENIZER_WORDS ? 0 : 3; i >= 0; i--) {
-        int64_t n = tokenizer_encode(&t, texts[i], (int64_t)strlen(texts[i]), tokens, 64);
-        tokenizer_print(&t, null, tokens, n < 64 ? n : 64);
+        int64_t n = tokenizer_encode(&t, texts[i], (int64_t)strlen(texts[i]), i & 1, tokens, 64);
+        tokenizer_print(&t, null, tokens, n < 64 ? n : 64, 1);
     }
+    tokenizer_is_eos(&t, 1);
     tokenizer_free(&t);
     fclose(null);
 }
@@ -297,8 +303,8 @@ static void load_log(void) {
 // Loads a file. Returns whether it was loaded; otherwise `message` says why not.
 static int load_file(const File *f, int kind) {
     static const char *const names[KINDS] = {
-        "s.bin",         "s.bin",         "s.answers",         "tokenizer.bin", "tokenizer.bin",
-        "tokenizer.bin", "tokenizer.bin", "ckpt_00000003.bin", "log.jsonl"};
+        "s.bin",         "s.bin",         "s.answers",     "tokenizer.bin",     "tokenizer.bin",
+        "tokenizer.bin", "tokenizer.bin", "tokenizer.bin", "ckpt_00000003.bin", "log.jsonl"};
     char path[PATH_BYTES];
     write_whole(names[kind], f->data, f->size);
     path_of(path, kind == ANSWERS ? "s.bin" : names[kind]);

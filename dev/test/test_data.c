@@ -5,6 +5,7 @@
 #include "../../llmc/schedule.h"
 #include "../../llmc/tokenizer.h"
 #include "test.h"
+#include "tokenizer_bin.h"
 #include <glob.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -735,7 +736,7 @@ static void test_doc_boundaries(void) {
 // tokenizer.h
 
 static int64_t encode(const Tokenizer *t, const char *text, int32_t *out) {
-    return tokenizer_encode(t, text, (int64_t)strlen(text), out, 64);
+    return tokenizer_encode(t, text, (int64_t)strlen(text), 0, out, 64);
 }
 
 static void check_tokens(const Tokenizer *t, const char *text, const char *expected) {
@@ -753,7 +754,7 @@ static void check_tokens(const Tokenizer *t, const char *text, const char *expec
 static const char *printed(const Tokenizer *t, const int32_t *tokens, int64_t n) {
     static char text[256];
     FILE *f = fopen(in_root("printed"), "wb");
-    tokenizer_print(t, f, tokens, n);
+    tokenizer_print(t, f, tokens, n, 1);
     fclose(f);
     int64_t length = read_file(in_root("printed"), text, sizeof(text) - 1);
     text[length > 0 ? length : 0] = 0;
@@ -790,9 +791,9 @@ static void test_multiword_tokens(void) {
     check_tokens(&t, "new york :", "[new york][:]"); // text never encodes to the end-of-text token
     CHECK(encode(&t, "new york", out) == 1 && out[0] == 2, "of tokens with the same text the first one wins");
     out[1] = -7;
-    CHECK(tokenizer_encode(&t, "new york city", 13, out, 1) == 2 && out[0] == 2 && out[1] == -7,
+    CHECK(tokenizer_encode(&t, "new york city", 13, 0, out, 1) == 2 && out[0] == 2 && out[1] == -7,
           "more tokens than room");
-    CHECK(tokenizer_encode(&t, "new york city", 8, out, 64) == 1 && out[0] == 2, "text that ends early");
+    CHECK(tokenizer_encode(&t, "new york city", 8, 0, out, 64) == 1 && out[0] == 2, "text that ends early");
     CHECK(strcmp(printed(&t, ids, 3), "new york city new") == 0, "'%s'", printed(&t, ids, 3));
     DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_or_die(&t, "new san"));
     DIES("no word 'san' (did you mean 'san jose :'?)\n", encode_or_die(&t, "san jose city"));
@@ -821,7 +822,7 @@ static void test_word_tokenizer(void) {
     CHECK(encode(&t, "", out) == 0 && encode(&t, " \n", out) == 0, "nothing to encode");
     CHECK(strcmp(printed(&t, ids, 6), "the cat sat .") == 0, "'%s'", printed(&t, ids, 6));
     out[2] = -7;
-    CHECK(tokenizer_encode(&t, "the cat sat", 11, out, 2) == 3 && out[2] == -7, "more tokens than room");
+    CHECK(tokenizer_encode(&t, "the cat sat", 11, 0, out, 2) == 3 && out[2] == -7, "more tokens than room");
     DIES("no word 'dog'", encode_or_die(&t, "the dog sat"));
     DIES("no word 'cat.'", encode_or_die(&t, "the cat."));
     DIES("no word '<|end|>'", encode_or_die(&t, "<|end|>"));
@@ -909,6 +910,112 @@ static void test_bpe_tokenizer(void) {
     tokenizer_free(&t);
 }
 
+static void encode_zero(const Tokenizer *t) {
+    int32_t out[4];
+    tokenizer_encode(t, "h\0", 2, 0, out, 4);
+}
+
+static void check_ids(const Tokenizer *t, const char *text, int special, const char *expected) {
+    int32_t out[64];
+    char got[1024] = "";
+    int64_t n = tokenizer_encode(t, text, (int64_t)strlen(text), special, out, 64);
+    for (int64_t i = 0; i < n && i < 64; i++)
+        snprintf(got + strlen(got), sizeof(got) - strlen(got), "%s%d", i > 0 ? " " : "", out[i]);
+    CHECK(strcmp(got, expected) == 0, "'%s' became %s, not %s", text, got, expected);
+}
+
+// Version 2: merges of pairs, byte tokens, prefixes, added tokens, BOS and end-of-sequence tokens.
+static void test_sentencepiece_tokenizer(void) {
+    enum { LONG = 1 << 20 };
+    Tokenizer t;
+    char path[PATH_BYTES], wanted[256];
+    snprintf(path, sizeof(path), "%s", in_root("sp.bin"));
+    write_sentencepiece(path, PREFIX_ALWAYS, 0, -1);
+    CHECK(tokenizer_load(&t, path) == 0 && t.kind == TOKENIZER_SENTENCEPIECE && t.bos == SP_BOS &&
+              t.eot == SP_EOS && t.num_eos == 2 && tokenizer_is_eos(&t, SP_USER) &&
+              !tokenizer_is_eos(&t, SP_H),
+          "load");
+#define EXPECT(text, special, ...)                                                                           \
+    do {                                                                                                     \
+        const int ids_[] = {__VA_ARGS__};                                                                    \
+        wanted[0] = 0;                                                                                       \
+        for (size_t i_ = 0; i_ < sizeof(ids_) / sizeof(ids_[0]); i_++)                                       \
+            snprintf(wanted + strlen(wanted), sizeof(wanted) - strlen(wanted), "%s%d", i_ ? " " : "",        \
+                     ids_[i_]);                                                                              \
+        check_ids(&t, text, special, wanted);                                                                \
+    } while (0)
+#define BYTE(b) (SP_BYTES - 1 + (b))
+    check_ids(&t, "", 1, "");
+    EXPECT("hello", 0, SP__HELLO);
+    EXPECT("hello hello", 0, SP__HELLO, SP__HELLO);
+    EXPECT(" hello", 0, SP_SPACES2, SP_HELLO); // two spaces merge first
+    EXPECT("    o", 0, SP_SPACES4, SP_SPACE, SP_O);
+    EXPECT("h\xe2\x96\x81h", 0, SP_SPACE, SP_H, SP_SPACE, SP_H); // U+2581 is a space
+    EXPECT("\xe6\xbc\xa2\n", 0, SP_SPACE, SP_CJK, BYTE('\n'));
+    EXPECT("\xc3\xa9", 0, SP_SPACE, BYTE(0xc3), BYTE(0xa9));
+    EXPECT("h\xff\xe6o", 0, SP_SPACE, SP_H, BYTE(0xff), BYTE(0xe6), SP_O); // not UTF-8
+    EXPECT("h<|a|>h", 1, SP_SPACE, SP_H, SP_USER, SP_SPACE, SP_H);         // each part gets the prefix
+    EXPECT("<|a|>bh", 1, SP_USER_LONG, SP_SPACE, SP_H);                    // the longest one
+    EXPECT("<|a|>", 0, SP_SPACE, BYTE('<'), BYTE('|'), BYTE('a'), BYTE('|'), BYTE('>'));
+    EXPECT("h \n<|strip|>\xe3\x80\x80 o", 1, SP_SPACE, SP_H, SP_STRIP, SP_SPACE, SP_O);
+    EXPECT("h<|a|> <|strip|>", 1, SP_SPACE, SP_H, SP_USER, SP_STRIP); // takes no space of another token
+    EXPECT("\xe2\x96\x81<P>h", 1, SP_META, SP_SPACE, SP_H);
+    EXPECT(" <P>", 1, SP_SPACES2, BYTE('<'), BYTE('P'), BYTE('>'));
+    EXPECT("h\n\no", 0, SP_SPACE, SP_H, SP_WIDE, SP_SPACE, SP_O); // not special: also in training text
+    EXPECT("<n>h <n>", 0, SP_NORMAL, SP_H, SP_NORMAL);            // its normalized form begins with a space
+    int32_t ids[] = {SP__HELLO, SP__HELLO, BYTE(0xc3), BYTE(0xa9), SP_META};
+    CHECK(strcmp(printed(&t, ids, 5), "hello hello\xc3\xa9 <P>") == 0, "'%s'", printed(&t, ids, 5));
+    DIES("no token for byte 0x00", encode_zero(&t));
+    tokenizer_free(&t);
+
+    write_sentencepiece(path, PREFIX_FIRST, 1, SP_UNKNOWN);
+    tokenizer_load(&t, path);
+    EXPECT("hello<|a|>hello", 1, SP__HELLO, SP_USER, SP_HELLO); // only the first part
+    EXPECT(" hello", 0, SP__HELLO);
+    EXPECT("    o", 0, SP_SPACE, SP_SPACE, SP_SPACE, SP_SPACE, SP_O); // each space begins a pre-token
+    int32_t out[4];
+    CHECK(tokenizer_encode(&t, "\0\0h", 3, 0, out, 4) == 3 && out[0] == SP_SPACE && out[1] == SP_UNKNOWN &&
+              out[2] == SP_H,
+          "unknown tokens in a row become one");
+    tokenizer_free(&t);
+
+    write_sentencepiece(path, PREFIX_UNLESS_SPACE, 0, SP_UNKNOWN);
+    tokenizer_load(&t, path);
+    EXPECT("hello<|a|>hello", 1, SP__HELLO, SP_USER, SP__HELLO);
+    EXPECT(" hello", 0, SP__HELLO);
+    char *text = (char *)xmalloc(LONG); // one pre-token, in much less than quadratic time
+    int32_t *tokens = (int32_t *)xmalloc(LONG * sizeof(int32_t));
+    for (int i = 0; i < LONG; i++) text[i] = "hello"[i % 5];
+    double begin = now_seconds();
+    int64_t n = tokenizer_encode(&t, text, LONG, 0, tokens, LONG);
+    CHECK(n == LONG / 5 + 1 && tokens[n - 2] == SP_HELLO && tokens[n - 1] == SP_H, "%lld tokens",
+          (long long)n);
+    CHECK(now_seconds() - begin < 10, "1 MiB takes %.1f s", now_seconds() - begin);
+    free(text), free(tokens);
+    tokenizer_free(&t);
+
+    static char raw[8192];
+    int64_t size = read_file(path, raw, sizeof(raw));
+    for (int field = 7; field < 15; field++) { // an invalid value in each field of version 2
+        static const char *const expected[] = {
+            "BOS 7777",    "unknown 7777",      "fuse_unknown 7777",    "7777 merges",
+            "prefix 7777", "split_spaces 7777", "7777 end-of-sequence", "end-of-sequence 7777"};
+        int32_t value = 7777;
+        char bad[8192];
+        memcpy(bad, raw, (size_t)size);
+        memcpy(bad + 4 * field, &value, 4);
+        write_file(in_root("cut.bin"), bad, size);
+        DIES(expected[field - 7], load_tokenizer(in_root("cut.bin")));
+    }
+    write_file(in_root("cut.bin"), raw, size - 1);
+    DIES("is too short", load_tokenizer(in_root("cut.bin")));
+    memset(raw + size - 4, 0x7f, 4);
+    write_file(in_root("cut.bin"), raw, size);
+    DIES("merge 6 has token 2139062143", load_tokenizer(in_root("cut.bin")));
+#undef EXPECT
+#undef BYTE
+}
+
 // Pre-tokenizers. test_bpe.py compares whole encodings with the tokenizer libraries.
 static void test_pretokens(void) {
     static const struct {
@@ -941,6 +1048,9 @@ static void test_pretokens(void) {
         {PRETOKENIZER_QWEN, "a| |1|2|3|a"},
         {PRETOKENIZER_CL100K, "a| \n|b|  \n  "},
         {PRETOKENIZER_CL100K, "123|4"},
+        {PRETOKENIZER_SMOLLM, "a| |1|2| x|  |3|'s|'|S"},
+        {PRETOKENIZER_SMOLLM, "a| |\xd9\xa3|\xc2\xbd| \n |4| !|5|   "},
+        {PRETOKENIZER_SMOLLM, "DON|'|T| |\xe3\x80\x80|b| |\xff|1"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         char text[64], got[128] = "";
@@ -1175,8 +1285,8 @@ static void test_recall(void) {
     for (int i = 0; i < 68; i++) { // every token encodes to itself
         int length;
         const char *piece = tokenizer_piece(&t, i, &length);
-        CHECK(i == 0 || (tokenizer_encode(&t, piece, length, tokens, 8) == 1 && tokens[0] == i), "token %d",
-              i);
+        CHECK(i == 0 || (tokenizer_encode(&t, piece, length, 0, tokens, 8) == 1 && tokens[0] == i),
+              "token %d", i);
     }
     tokenizer_free(&t);
 
@@ -1586,6 +1696,7 @@ int main(int argc, char **argv) {
     test_doc_boundaries();
     test_word_tokenizer();
     test_bpe_tokenizer();
+    test_sentencepiece_tokenizer();
     test_pretokens();
     test_llmc_tokenizer();
     test_sampler();
