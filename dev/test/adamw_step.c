@@ -27,20 +27,23 @@ int main(int argc, char **argv) {
     const double beta1 = parse_double("BETA1", argv[3], 0, 1), beta2 = parse_double("BETA2", argv[4], 0, 1);
     const double eps = parse_double("EPS", argv[5], 0, 1),
                  decay = parse_double("WEIGHT_DECAY", argv[6], 0, 1e9);
-    ModelConfig c;
+    Checkpoint k;
     TrainState old = {.step = 0}, state;
     char msg[CHECKPOINT_MSG_BYTES];
-    if (checkpoint_read_header(after, &c, &state, msg)) die("%s; choose another checkpoint", msg);
+    if (checkpoint_open(&k, after, msg)) die("%s; choose another checkpoint", msg);
+    checkpoint_close(&k);
+    const ModelConfig c = k.config;
+    const ParamInit init = {(uint64_t)k.state.seed, {0, 0, 0}};
     int64_t n, num_tensors = param_table(&c, NULL, &n);
     ParamTensor *tensors = (ParamTensor *)xmalloc((size_t)num_tensors * sizeof *tensors);
     param_table(&c, tensors, &n);
     Arrays a, b;
     arrays_alloc(&a, n), arrays_alloc(&b, n);
-    checkpoint_load(after, &c, &state, b.params, b.m, b.v, n);
+    checkpoint_load(after, &c, &init, &state, b.params, b.m, b.v, n);
     if (strcmp(before, "new") == 0)
-        params_init(&c, a.params, (uint64_t)state.seed);
+        params_init(&c, a.params, &init);
     else
-        checkpoint_load(before, &c, &old, a.params, a.m, a.v, n);
+        checkpoint_load(before, &c, &init, &old, a.params, a.m, a.v, n);
     if (state.step != old.step + 1)
         die("%s: step %lld does not follow step %lld; choose consecutive checkpoints", after,
             (long long)state.step, (long long)old.step);
