@@ -543,9 +543,11 @@ static void test_golden(const char *name) {
     param_table(&c, table.data(), &total);
     std::vector<float> params(total, 0.5f);
     std::vector<double> values(total);
-    auto real_size = [&](const ParamTensor &t) { // without the vocabulary's padding
-        return strcmp(t.name, "wte") == 0 || strcmp(t.name, "lm_head") == 0 ? V * t.cols : t.size;
-    };
+    auto real_size =
+        [&](const ParamTensor &t) { // without the padding of the vocabulary or of the gate's bias
+            if (param_is(&t, "wte") || param_is(&t, "lm_head")) return V * t.cols;
+            return param_is(&t, "bgate") ? (int64_t)num_gate_logits(&c.fsa) : t.size;
+        };
     for (const ParamTensor &t : table) {
         golden_fill(g, t.name, values.data(), real_size(t));
         for (int64_t i = 0; i < real_size(t); i++) params[t.offset + i] = (float)values[i];

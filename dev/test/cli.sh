@@ -76,7 +76,7 @@ run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check 'cmp -s out first' "the same seed generates another text"
-run $TINY $DATA -vocab 100 -x 1 -s 1 -g 150 -temp 1e6 # a padded vocabulary: nearly uniform among 68 tokens
+run $TINY $DATA -vocab 100 -x 1 -u 1 -s 1 -g 150 -temp 1e6 # a padded vocabulary: nearly uniform among 68 tokens
 check '[ $code -eq 0 ] && [ "$(grep -c "^note: -vocab 100: tokenizer.bin has 68 tokens" err)" -eq 1 ] && grep -q "vocabulary 100" out' "-vocab 100: $(cat out err)"
 run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # more tokens than the context
 check '[ $code -eq 0 ]' "a sample longer than the context: $(cat err)"

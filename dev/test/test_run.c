@@ -1434,19 +1434,23 @@ static void test_recall_accuracy(void) {
     // 6 distinct answers: 10, 11, 70, 12, 71, 13; of the first two samples 10, 11, 70, 12
     static const char *const cases[][2] = {
         {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 0 -i last.bin -j recall_*.bin",
-         "recall by distance (chance 16.7%): | 1+: 50.0% of 2 | 2+: 50.0% of 2 | 4+: 100.0% of 2 | 8+: 50.0% "
+         "recall by distance at step 0 (chance 16.7%): | 1+: 50.0% of 2 | 2+: 50.0% of 2 | 4+: 100.0% of 2 | "
+         "8+: 50.0% "
          "of 2\n"},
         {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 1 -i last.bin -j recall_*.bin",
-         "recall by distance (chance 25.0%): | 1+: 100.0% of 1 | 2+: 50.0% of 2 | 4+: 100.0% of 2\n"},
+         "recall by distance at step 0 (chance 25.0%): | 1+: 100.0% of 1 | 2+: 50.0% of 2 | 4+: 100.0% of "
+         "2\n"},
     };
     for (int i = 0; i < 2; i++) {
         double sum = 0;
         int rows = i == 0 ? 5 : 2;
         for (int row = 0; row < rows; row++)
             for (int t = 0; t < 7; t++) sum += row < 3 ? tokens0[8 * row + t] : tokens1[8 * (row - 3) + t];
-        char want[512];
-        snprintf(want, sizeof want, "val loss %.4f\n%sval loss %.4f\n%s", sum / (7 * rows), cases[i][1],
-                 sum / (7 * rows), cases[i][1]);
+        const double loss = sum / (7 * rows);
+        char once[512], want[1024];
+        snprintf(once, sizeof once, "val loss %.6f | perplexity %.6g | %d tokens | step 0\n%s", loss,
+                 exp(loss), 7 * rows, cases[i][1]);
+        snprintf(want, sizeof want, "%s%s", once, once);
         Child r = child(run_recall, (void *)cases[i][0]);
         CHECK(r.code == 0 && strcmp(r.out, want) == 0, "'%s', not '%s' %s", r.out, want, r.err);
     }
