@@ -37,7 +37,7 @@ GPU_TRAINER := $(OUT)train_gpt_nsa$(if $(filter-out bf16,$(PRECISION)),_$(PRECIS
 LIBFSA := $(OUT)libfsa
 MAKERS := $(BUILD)/recall $(BUILD)/text
 
-.PHONY: all help train data test test-large test-emulator faults fuzz sanitize bench cuda cuda-all clean FORCE
+.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench cuda cuda-all clean FORCE
 all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
 
 help:
@@ -51,7 +51,8 @@ help:
 	@echo "make cuda           compile all CUDA code for this GPU; without a GPU, for sm_80 and sm_90a (needs nvcc)"
 	@echo "make cuda-all       compile all CUDA code for all architectures, into $(BUILD)/all (needs nvcc)"
 	@echo "make sanitize       compute-sanitizer over the GPU library's tests (needs a GPU)"
-	@echo "make faults         plant faults in the reference, one at a time, and check that a test fails for each"
+	@echo "make faults         plant faults in the C sources, one at a time, and check that a test fails for each"
+	@echo "make faults-emulator  the same in the GPU trainer (needs the CUDA Toolkit's headers)"
 	@echo "make fuzz           mutated files, random flags, kills, hostile peers; SECONDS=600: ten minutes each"
 	@echo "make clean          remove what was built; data and checkpoints stay"
 	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none); NCCL: $(or $(NCCL),no); MPI: $(or $(MPI),no)"

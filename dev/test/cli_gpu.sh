@@ -12,6 +12,7 @@ RUN="-l 1e-3 -u 2 -x 4 -v 4 -m 2"
 DATA="-i data/recall_train_*.bin -j data/recall_val_*.bin"
 set -f # the shell does not expand glob patterns
 loss() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"loss":\([0-9.]*\).*/\1/'; }
+norm() { grep -h "^{\"step\":$2,\"loss\"" "$1/log.jsonl" | sed 's/.*"norm":\([0-9.]*\).*/\1/'; }
 
 # ---- runs, exact resume, recomputation
 run $MODEL $RUN $DATA -o a -n 2
@@ -38,7 +39,9 @@ for r in 1 2; do
     check 'cmp -s a/ckpt_00000004.bin r$r/ckpt_00000004.bin' "-r $r gives other bits: $(cat err)"
 done
 run $MODEL $RUN $DATA -v 0 -b 2 -x 2 -o two && run $MODEL $RUN $DATA -v 0 -d 64 -x 2 -o one
-check 'near "$(loss one 2)" "$(loss two 2)" 1e-3' "accumulation: $(loss one 2) $(loss two 2)"
+check 'near "$(loss one 2)" "$(loss two 2)" 1e-3 && near "$(norm one 2)" "$(norm two 2)" 1e-2' "accumulation: $(tail -1 one/log.jsonl) $(tail -1 two/log.jsonl)"
+for mask in 0 1; do run $MODEL $DATA -t 64 -x 1 -v 0 -u 0 -doc-mask $mask -o mask$mask; done # documents of 33 tokens
+check '[ "$(loss mask0 1)" != "$(loss mask1 1)" ]' "-doc-mask has no effect: $(loss mask0 1) $(cat err)"
 for attn in full window; do
     run $MODEL $DATA -x 1 -v 0 -attn $attn -doc-mask 0
     check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
@@ -55,6 +58,8 @@ check 'near "$(loss g 5)" "$(loss c 5)" 0.02' "the GPU's step 5: $(loss g 5), th
 # ---- validation only, text generation, signals
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2
 check '[ "$(grep -o "^val loss [0-9.]*" out)" = "$(grep -h "val_loss" a/log.jsonl | tail -1 | sed "s/.*\"val_loss\":\([0-9.]*\).*/\1/" | xargs printf "val loss %.6f")" ]' "-val 1 gives another loss: $(cat out err)"
+"$CPU" -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 >c_out 2>err
+check 'near "$(sed -n "s/^val loss \([0-9.]*\).*/\1/p" out)" "$(sed -n "s/^val loss \([0-9.]*\).*/\1/p" c_out)" 0.01' "-val 1, the C trainer: $(cat c_out err), the GPU trainer: $(cat out)"
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -block-indices indices.bin
 check '[ $code -eq 0 ] && [ "$(head -c 8 indices.bin)" = nsachose ]' "-block-indices: $(cat err)"
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice former.bin # the former name

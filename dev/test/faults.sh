@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# faults.sh: mutation tests. Plants one fault at a time in a copy of the sources and runs the tests that should
-# notice it, LANES (2) faults at a time. Prints a line for each fault, with the first check that failed. Fails if a
+# faults.sh [cpu|emulator]: mutation tests. Plants one fault at a time in a copy of the sources and runs the tests that
+# should notice it up to the first failed check, LANES (2) faults at a time. Prints a line for each fault. Fails if a
 # fault is missed or cannot be planted, or if a test fails without a fault.
 #   ONLY=TEXT plants only the faults whose names contain TEXT.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
-LANES=${LANES:-2}
+LANES=${LANES:-2} kind=${1:-cpu}
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
@@ -18,171 +18,216 @@ fault() {
     names+=("$1") files+=("$2") expressions+=("$3") tests+=("$4")
 }
 
-A="test_reference test_golden"
-R=fsa/reference.c
-fault "each window counts only for its first block (block j misses window 4j-1)" $R 's/cell < c->cmp_len \/ s; cell/cell < 1; cell/' "$A"
-fault "scores of the group's first head instead of the sum over the group" $R 's/for \(int r = 0; r < g; r\+\+\) (p \+= EXP)/for (int r = 0; r < 1; r++) \1/' "$A"
-fault "a tie selects the larger block index" $R 's/scores\[j\] > scores\[argmax\]/scores[j] >= scores[argmax]/' "$A"
-fault "causal mask off by one" $R 's/case FSA_CAUSAL: r\[0\].end = pos \+ 1/case FSA_CAUSAL: r[0].end = pos/; s/(r\[0\]\.end = pos) \+ 1;$/\1;/' "$A"
-fault "no causal limit within the query's own block" $R 's/if \(end > pos \+ 1\) end = pos \+ 1;/if (end > pos + 2) end = pos + 2;/' "$A"
-fault "a window is visible before its last token" $R 's/return fsa_num_windows\(c, pos \+ 1\)/return fsa_num_windows(c, pos + 2)/' "$A"
-fault "sliding window of W + 1 tokens" $R 's/r\[0\]\.begin = pos \+ 1 - c->window/r[0].begin = pos - c->window > 0 ? pos - c->window : 0/' "$A"
-fault "compressed keys rotated to the next position" $R 's/\(kc, m, c->kv_heads, c->head_dim, 0, c->cmp_stride/(kc, m, c->kv_heads, c->head_dim, 1, c->cmp_stride/' "$A"
-fault "the initial blocks are not always selected" $R 's/j < c->init_blocks; j\+\+\) scores\[j\] = INFINITY/j < 0; j++) scores[j] = INFINITY/' "$A"
-fault "one local block too few" $R 's/j = blocks - c->local_blocks; j < blocks/j = blocks - c->local_blocks + 1; j < blocks/' "$A"
-fault "lse 0 for a row without visible keys" $R 's/max \+ LOG\(sum\) : -INFINITY/max + LOG(sum) : 0/' "$A"
-fault "queries of a segment rotated from position 0" $R 's/b->segments\[s\]\.pos, 1, inv_freq/0, 1, inv_freq/' "$A"
-fault "position embedding missing in the weight's gradient" $R 's/axpy\(dw \+ row, x\[r \* stride \+ i\] \+ \(pe \? pe\[r \* d \+ i\] : 0\)/axpy(dw + row, x[r * stride + i]/' "$A"
-fault "the gate's gradient without 1 - g" $R 's/\* gate \* \(1 - gate\)/* gate/' "$A"
-fault "RoPE angles in float" $R 's/double angle = \(double\)\(first/float angle = (float)(first/' "$A"
+# The C reference, the C trainer and what all trainers share.
+cpu_faults() {
+    A="test_reference test_golden"
+    R=fsa/reference.c
+    fault "each window counts only for its first block (block j misses window 4j-1)" $R 's/cell < c->cmp_len \/ s; cell/cell < 1; cell/' "$A"
+    fault "scores of the group's first head instead of the sum over the group" $R 's/for \(int r = 0; r < g; r\+\+\) (p \+= EXP)/for (int r = 0; r < 1; r++) \1/' "$A"
+    fault "a tie selects the larger block index" $R 's/scores\[j\] > scores\[argmax\]/scores[j] >= scores[argmax]/' "$A"
+    fault "causal mask off by one" $R 's/case FSA_CAUSAL: r\[0\].end = pos \+ 1/case FSA_CAUSAL: r[0].end = pos/; s/(r\[0\]\.end = pos) \+ 1;$/\1;/' "$A"
+    fault "no causal limit within the query's own block" $R 's/if \(end > pos \+ 1\) end = pos \+ 1;/if (end > pos + 2) end = pos + 2;/' "$A"
+    fault "a window is visible before its last token" $R 's/return fsa_num_windows\(c, pos \+ 1\)/return fsa_num_windows(c, pos + 2)/' "$A"
+    fault "sliding window of W + 1 tokens" $R 's/r\[0\]\.begin = pos \+ 1 - c->window/r[0].begin = pos - c->window > 0 ? pos - c->window : 0/' "$A"
+    fault "compressed keys rotated to the next position" $R 's/\(kc, m, c->kv_heads, c->head_dim, 0, c->cmp_stride/(kc, m, c->kv_heads, c->head_dim, 1, c->cmp_stride/' "$A"
+    fault "the initial blocks are not always selected" $R 's/j < c->init_blocks; j\+\+\) scores\[j\] = INFINITY/j < 0; j++) scores[j] = INFINITY/' "$A"
+    fault "one local block too few" $R 's/j = blocks - c->local_blocks; j < blocks/j = blocks - c->local_blocks + 1; j < blocks/' "$A"
+    fault "lse 0 for a row without visible keys" $R 's/max \+ LOG\(sum\) : -INFINITY/max + LOG(sum) : 0/' "$A"
+    fault "queries of a segment rotated from position 0" $R 's/b->segments\[s\]\.pos, 1, inv_freq/0, 1, inv_freq/' "$A"
+    fault "position embedding missing in the weight's gradient" $R 's/axpy\(dw \+ row, x\[r \* stride \+ i\] \+ \(pe \? pe\[r \* d \+ i\] : 0\)/axpy(dw + row, x[r * stride + i]/' "$A"
+    fault "the gate's gradient without 1 - g" $R 's/\* gate \* \(1 - gate\)/* gate/' "$A"
+    fault "RoPE angles in float" $R 's/double angle = \(double\)\(first/float angle = (float)(first/' "$A"
 
-# ---- the model
-M="test_model test_model_golden"
-C=train_gpt_nsa.c
-fault "RMSNorm's gradient without the term of the mean" $C 's/- xi\[j\] \* rstd\[i\] \* mean//' "$M"
-fault "the derivative of SiLU is the sigmoid" $C 's/ \* \(1 \+ gate\[j\] \* \(1 - s\)\)//' "$M"
-fault "a tied head has no gradient" $C 's/matmul_backward\(model->scratch.dnorm, 0, model->params.grads \+ model->layout.lm_head/static real none[1 << 16];\n    matmul_backward(model->scratch.dnorm, 0, c->tied ? none : model->params.grads + model->layout.lm_head/' "$M"
-fault "RoPE's base is always 10,000" llmc/config.h 's/pow\(c->rope_theta,/pow(1e4,/' "$M test_run"
-fault "the padded vocabulary has a probability" $C 's/for \(int j = 0; j < v; j\+\+\) sum \+= EXP/for (int j = 0; j < vp; j++) sum += EXP/' "$M"
+    # ---- the model
+    M="test_model test_model_golden"
+    C=train_gpt_nsa.c
+    fault "RMSNorm's gradient without the term of the mean" $C 's/- xi\[j\] \* rstd\[i\] \* mean//' "$M"
+    fault "the derivative of SiLU is the sigmoid" $C 's/ \* \(1 \+ gate\[j\] \* \(1 - s\)\)//' "$M"
+    fault "a tied head has no gradient" $C 's/matmul_backward\(model->scratch.dnorm, 0, model->params.grads \+ model->layout.lm_head/static real none[1 << 16];\n    matmul_backward(model->scratch.dnorm, 0, c->tied ? none : model->params.grads + model->layout.lm_head/' "$M"
+    fault "RoPE's base is always 10,000" llmc/config.h 's/pow\(c->rope_theta,/pow(1e4,/' "$M test_run"
+    fault "the padded vocabulary has a probability" $C 's/for \(int j = 0; j < v; j\+\+\) sum \+= EXP/for (int j = 0; j < vp; j++) sum += EXP/' "$M"
 
-# ---- AdamW and the learning rate
-fault "weight decay on norms too" $C 's/tensor->decay \? lr \* weight_decay : 0/lr * weight_decay/' "test_model"
-fault "AdamW without bias correction" $C 's/lr \/ bias_correction1/lr/' "test_model"
-fault "weight decay in the gradient" $C 's/real gi = g\[i\] \* scale;/real gi = g[i] * scale + (decay ? (real)weight_decay * p[i] : 0);/; s/ \+ decay \* p\[i\];$/;/' "test_model"
-fault "warm-up begins one step too early" llmc/schedule.h 's/max_lr \* \(double\)\(step \+ 1\)/max_lr * (double)step/' "test_data test_run"
-fault "WSD decays from nine tenths" llmc/schedule.h 's/begin = 0.8/begin = 0.9/' "test_run"
-fault "the outlier window is one value short" llmc/schedule.h 's/w->count < OUTLIER_WINDOW\)/w->count < OUTLIER_WINDOW - 1)/' "test_run"
-fault "a step's own loss and norm count for its outlier limit" llmc/run.h '/const double loss_limit = run_loss_limit/d; s/(    )(if \(loss <= loss_limit && norm)/\1const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);\n\1\2/' "test_run"
+    # ---- AdamW and the learning rate
+    fault "weight decay on norms too" $C 's/tensor->decay \? lr \* weight_decay : 0/lr * weight_decay/' "test_model"
+    fault "AdamW without bias correction" $C 's/lr \/ bias_correction1/lr/' "test_model"
+    fault "weight decay in the gradient" $C 's/real gi = g\[i\] \* scale;/real gi = g[i] * scale + (decay ? (real)weight_decay * p[i] : 0);/; s/ \+ decay \* p\[i\];$/;/' "test_model"
+    fault "warm-up begins one step too early" llmc/schedule.h 's/max_lr \* \(double\)\(step \+ 1\)/max_lr * (double)step/' "test_data test_run"
+    fault "WSD decays from nine tenths" llmc/schedule.h 's/begin = 0.8/begin = 0.9/' "test_run"
+    fault "the outlier window is one value short" llmc/schedule.h 's/w->count < OUTLIER_WINDOW\)/w->count < OUTLIER_WINDOW - 1)/' "test_run"
+    fault "a step's own loss and norm count for its outlier limit" llmc/run.h '/const double loss_limit = run_loss_limit/d; s/(    )(if \(loss <= loss_limit && norm)/\1const double loss_limit = run_loss_limit(r), norm_limit = run_norm_limit(r);\n\1\2/' "test_run"
 
-# ---- the training step
-S="cli.sh"
-fault "-clip is ignored" $C 's/double scale = o->clip > 0 .*;/double scale = 1;/' "$S"
-fault "gradients below -clip are scaled up to it" $C 's/o->clip > 0 && line->norm > o->clip \?/o->clip > 0 ?/' "$S"
-fault "the norm is logged after clipping" $C 's/(model_update\(model, r->state.step \+ 1, .*)/line->norm *= scale;\n        \1/' "$S"
-fault "AdamW's step number is one too small" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step ? r->state.step : 1,/' "$S"
-fault "AdamW's step number is one too large" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step + 2,/' "$S"
-fault "beta1 for beta2" $C 's/line->lr, o->beta1, o->beta2,/line->lr, o->beta1, o->beta1,/' "$S"
-fault "weight decay is ignored" $C 's/o->eps, o->weight_decay, scale/o->eps, 0, scale/' "$S"
-fault "the next step's learning rate" $C 's/line->lr = schedule_rate\(o, r->state.step\)/line->lr = schedule_rate(o, r->state.step + 1)/' "$S"
-fault "the next step's learning rate, but the right one in the log" $C 's/model_update\(model, r->state.step \+ 1, line->lr,/model_update(model, r->state.step + 1, schedule_rate(o, r->state.step + 1),/' "$S"
-fault "-skip 1 updates with NaN" $C 's/if \(run_accept_step\(r, loss, line->norm\)\) \{/run_accept_step(r, loss, line->norm);\n    {/' "$S"
-fault "gradients of micro-batches are not divided" $C 's/model_backward\(model, 1.0 \/ \(double\)r->micro_batches\)/model_backward(model, 1.0)/' "$S"
-fault "gradients are not zeroed" $C 's/^    model_zero_grad\(model\);/    if (r->state.step == 0) model_zero_grad(model);/' "$S"
-fault "gradients are zeroed at every micro-batch" $C 's/^        model_backward\(model, 1.0/        model_zero_grad(model);\n        model_backward(model, 1.0/' "$S"
-fault "the loss of the last micro-batch alone" $C 's/loss \+= model_forward\(model, r->inputs/loss = model_forward(model, r->inputs/; s/\(double\)r->micro_batches;/1.0;/' "$S"
-fault "the log's lines have the step before" llmc/run.h 's/return \+\+r->state.step;/return r->state.step++;/' "$S"
-fault "tokens are not counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/(void)0;/' "$S"
-fault "tokens of one micro-batch are counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/r->state.tokens += r->opt.batch * r->opt.seq_len;/' "$S"
-fault "-a 1 trains on new batches" $C 's/if \(o->overfit\) loader_seek/if (0) loader_seek/' "$S"
+    # ---- the training step
+    S="cli.sh"
+    fault "-clip is ignored" $C 's/double scale = o->clip > 0 .*;/double scale = 1;/' "$S"
+    fault "gradients below -clip are scaled up to it" $C 's/o->clip > 0 && line->norm > o->clip \?/o->clip > 0 ?/' "$S"
+    fault "the norm is logged after clipping" $C 's/(model_update\(model, r->state.step \+ 1, .*)/line->norm *= scale;\n        \1/' "$S"
+    fault "AdamW's step number is one too small" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step ? r->state.step : 1,/' "$S"
+    fault "AdamW's step number is one too large" $C 's/model_update\(model, r->state.step \+ 1,/model_update(model, r->state.step + 2,/' "$S"
+    fault "beta1 for beta2" $C 's/line->lr, o->beta1, o->beta2,/line->lr, o->beta1, o->beta1,/' "$S"
+    fault "weight decay is ignored" $C 's/o->eps, o->weight_decay, scale/o->eps, 0, scale/' "$S"
+    fault "the next step's learning rate" $C 's/line->lr = schedule_rate\(o, r->state.step\)/line->lr = schedule_rate(o, r->state.step + 1)/' "$S"
+    fault "the next step's learning rate, but the right one in the log" $C 's/model_update\(model, r->state.step \+ 1, line->lr,/model_update(model, r->state.step + 1, schedule_rate(o, r->state.step + 1),/' "$S"
+    fault "-skip 1 updates with NaN" $C 's/if \(run_accept_step\(r, loss, line->norm\)\) \{/run_accept_step(r, loss, line->norm);\n    {/' "$S"
+    fault "gradients of micro-batches are not divided" $C 's/model_backward\(model, 1.0 \/ \(double\)r->micro_batches\)/model_backward(model, 1.0)/' "$S"
+    fault "gradients are not zeroed" $C 's/^    model_zero_grad\(model\);/    if (r->state.step == 0) model_zero_grad(model);/' "$S"
+    fault "gradients are zeroed at every micro-batch" $C 's/^        model_backward\(model, 1.0/        model_zero_grad(model);\n        model_backward(model, 1.0/' "$S"
+    fault "the loss of the last micro-batch alone" $C 's/loss \+= model_forward\(model, r->inputs/loss = model_forward(model, r->inputs/; s/\(double\)r->micro_batches;/1.0;/' "$S"
+    fault "the log's lines have the step before" llmc/run.h 's/return \+\+r->state.step;/return r->state.step++;/' "$S"
+    fault "tokens are not counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/(void)0;/' "$S"
+    fault "tokens of one micro-batch are counted" llmc/run.h 's/r->state.tokens \+= r->state.total_batch;/r->state.tokens += r->opt.batch * r->opt.seq_len;/' "$S"
+    fault "-a 1 trains on new batches" $C 's/if \(o->overfit\) loader_seek/if (0) loader_seek/' "$S"
 
-# ---- data
-fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
-fault "-seed does not change the order of the data" llmc/run.h 's/loader_open\(&r->train, o->train, (.*) 1, o->seed,/loader_open(\&r->train, o->train, \1 1, 0,/' "$S"
-fault "-doc-mask 0 is ignored" llmc/run.h 's/r->eot, \(int\)r->opt.doc_mask,/r->eot, 1,/' "test_run $S"
-fault "shards without a tokenizer have no end-of-text" llmc/run.h 's/r->tokenizer.eot : c->vocab_size - 1;/r->tokenizer.eot : -1;/' "test_run $S"
-fault "a tokenizer's end-of-text is not used" llmc/run.h 's/r->eot = r->has_tokenizer \? r->tokenizer.eot : /r->eot = /' "test_run $S"
-fault "end-of-text ends a document instead of beginning it" llmc/dataloader.h 's/inputs\[i\] == eot\)\)/i > 0 \&\& inputs[i - 1] == eot))/' "test_data"
-fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
+    # ---- data
+    fault "samples overlap by a token" llmc/dataloader.h 's/(->count|\.count) \/ \(l->seq_len \+ 1\)/\1 \/ l->seq_len/' "test_data"
+    fault "-seed does not change the order of the data" llmc/run.h 's/loader_open\(&r->train, o->train, (.*) 1, o->seed,/loader_open(\&r->train, o->train, \1 1, 0,/' "test_run"
+    fault "-doc-mask 0 is ignored" llmc/run.h 's/r->eot, \(int\)r->opt.doc_mask,/r->eot, 1,/' "test_run"
+    fault "shards without a tokenizer have no end-of-text" llmc/run.h 's/r->tokenizer.eot : c->vocab_size - 1;/r->tokenizer.eot : -1;/' "test_run"
+    fault "a tokenizer's end-of-text is not used" llmc/run.h 's/r->eot = r->has_tokenizer \? r->tokenizer.eot : /r->eot = /' "test_run"
+    fault "end-of-text ends a document instead of beginning it" llmc/dataloader.h 's/inputs\[i\] == eot\)\)/i > 0 \&\& inputs[i - 1] == eot))/' "test_data"
+    fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
 
-# ---- validation
-fault "recall answers are read one place late" llmc/run.h 's/a->answers\[lo\].index - sample \* sample_tokens -$/a->answers[lo].index - sample * sample_tokens + 0 */' "test_run $S"
-fault "recall answers of a sample's first half alone" llmc/run.h 's/a->answers\[lo\].index < \(sample \+ 1\) \* sample_tokens; lo\+\+/a->answers[lo].index < sample * sample_tokens + sample_tokens \/ 2; lo++/' "test_run $S"
-fault "recall answers of the first shard alone" llmc/run.h 's/const Answers \*a = &r->answers\[shard\];/const Answers *a = \&r->answers[0];/' "test_run $S"
-fault "a distance bucket ends one too late" llmc/run.h 's/a->answers\[lo\].distance >> \(bucket \+ 1\)/(a->answers[lo].distance - 1) >> (bucket + 1)/' "test_run $S"
-fault "distance buckets are named by the next power of two" llmc/run.h 's/distances\[k\] = \(int64_t\)1 << k;/distances[k] = (int64_t)2 << k;/' "test_run $S"
-fault "chance is that of the whole vocabulary" llmc/run.h 's/answers \? 1.0 \/ answers : 0/answers ? 1.0 \/ r->config.vocab_size : 0/' "test_run $S"
-fault "rows behind the last validation sample count" llmc/run.h 's/b < l->batch && first \+ b < samples;/b < l->batch;/' "test_run"
-fault "validation is a batch short" llmc/run.h 's/const int64_t batches = \(samples \+ global_batch - 1\) \/ global_batch;/const int64_t batches = samples \/ global_batch;/' "test_run"
-fault "validation goes on where the last one ended" llmc/run.h 's/^    loader_seek\(l, 0, 0\);$//' "test_run $S"
-fault "validation samples are shuffled" llmc/run.h 's/r->config.vocab_size, 0, o->seed, r->dp_rank,/r->config.vocab_size, 1, o->seed, r->dp_rank,/' "$S"
+    # ---- validation
+    fault "recall answers are read one place late" llmc/run.h 's/a->answers\[lo\].index - sample \* sample_tokens -$/a->answers[lo].index - sample * sample_tokens + 0 */' "test_run"
+    fault "recall answers of a sample's first half alone" llmc/run.h 's/a->answers\[lo\].index < \(sample \+ 1\) \* sample_tokens; lo\+\+/a->answers[lo].index < sample * sample_tokens + sample_tokens \/ 2; lo++/' "test_run"
+    fault "recall answers of the first shard alone" llmc/run.h 's/const Answers \*a = &r->answers\[shard\];/const Answers *a = \&r->answers[0];/' "test_run"
+    fault "a distance bucket ends one too late" llmc/run.h 's/a->answers\[lo\].distance >> \(bucket \+ 1\)/(a->answers[lo].distance - 1) >> (bucket + 1)/' "test_run"
+    fault "distance buckets are named by the next power of two" llmc/run.h 's/distances\[k\] = \(int64_t\)1 << k;/distances[k] = (int64_t)2 << k;/' "test_run"
+    fault "chance is that of the whole vocabulary" llmc/run.h 's/answers \? 1.0 \/ answers : 0/answers ? 1.0 \/ r->config.vocab_size : 0/' "test_run"
+    fault "rows behind the last validation sample count" llmc/run.h 's/b < l->batch && first \+ b < samples;/b < l->batch;/' "test_run"
+    fault "validation is a batch short" llmc/run.h 's/const int64_t batches = \(samples \+ global_batch - 1\) \/ global_batch;/const int64_t batches = samples \/ global_batch;/' "test_run"
+    fault "validation goes on where the last one ended" llmc/run.h 's/^    loader_seek\(l, 0, 0\);$//' "test_run"
+    fault "validation samples are shuffled" llmc/run.h 's/r->config.vocab_size, 0, o->seed, r->dp_rank,/r->config.vocab_size, 1, o->seed, r->dp_rank,/' "test_run"
 
-# ---- text generation
-fault "-seed does not change the text" llmc/run.h 's/rng_seed\(&rng, \(uint64_t\)o->seed, 0x73616d70\)/rng_seed(\&rng, 0, 0x73616d70)/' "test_run $S"
-fault "draws are not stored" llmc/run.h 's/r->state.draws = \(int64_t\)rng.counter;/(void)0;/' "test_run $S"
-fault "draws are not restored" llmc/run.h 's/rng.counter = \(uint64_t\)r->state.draws;/(void)0;/' "test_run $S"
-fault "text does not end at end-of-text" llmc/run.h 's/if \(next == r->eot\) break;/(void)0;/' "test_run $S"
-fault "text does not begin with end-of-text" llmc/run.h 's/if \(r->eot >= 0\) tokens\[n\+\+\] = r->eot;/(void)0;/' "test_run $S"
-fault "the newer half of a full context is dropped" llmc/run.h 's/memmove\(tokens, tokens \+ dropped, .*;/(void)dropped;/' "test_run $S"
-fault "-temp is ignored" llmc/run.h 's/vocab, o->temperature, o->top_p/vocab, 1, o->top_p/' "test_run $S"
+    # ---- text generation
+    fault "-seed does not change the text" llmc/run.h 's/rng_seed\(&rng, \(uint64_t\)o->seed, 0x73616d70\)/rng_seed(\&rng, 0, 0x73616d70)/' "test_run"
+    fault "draws are not stored" llmc/run.h 's/r->state.draws = \(int64_t\)rng.counter;/(void)0;/' "test_run"
+    fault "draws are not restored" llmc/run.h 's/rng.counter = \(uint64_t\)r->state.draws;/(void)0;/' "test_run"
+    fault "text does not end at end-of-text" llmc/run.h 's/if \(next == r->eot\) break;/(void)0;/' "test_run"
+    fault "text does not begin with end-of-text" llmc/run.h 's/if \(r->eot >= 0\) tokens\[n\+\+\] = r->eot;/(void)0;/' "test_run"
+    fault "the newer half of a full context is dropped" llmc/run.h 's/memmove\(tokens, tokens \+ dropped, .*;/(void)dropped;/' "test_run"
+    fault "-temp is ignored" llmc/run.h 's/vocab, o->temperature, o->top_p/vocab, 1, o->top_p/' "test_run"
 
-# ---- checkpoints and resume
-fault "checksums of checkpoint chunks are not compared" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
-fault "m and v of a checkpoint are swapped" $C 's/run_save\(&run, model.params.weights, model.optimizer.m, model.optimizer.v,/run_save(\&run, model.params.weights, model.optimizer.v, model.optimizer.m,/' "$S"
-fault "a resumed run begins without v" $C 's/run.resuming \? model.optimizer.v : NULL/NULL/' "$S"
-fault "a resumed run repeats a sample" llmc/run.h 's/loader_seek\(&r->train, saved.epoch, saved.position\)/loader_seek(\&r->train, saved.epoch, saved.position ? saved.position - 1 : 0)/' "$S"
-fault "a new -t keeps the epoch" llmc/run.h '/changed since the checkpoint/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "$S"
-fault "other data keeps the epoch" llmc/run.h '/if \(!same_data\)/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "$S"
-fault "a new -t keeps the position" llmc/run.h 's/\} else if \(saved.seq_len == o->seq_len && saved.epoch_samples == r->train.samples &&/} else if (/' "$S"
-fault "a new -seed keeps the position" llmc/run.h 's/^( +)saved.seed == o->seed\) \{/\11) {/' "$S"
-fault "no checkpoint after the last step" llmc/schedule.h 's/\(step == o->max_steps \|\| cadence_due\(step, o->save_every, o->max_steps\)\)/o->save_every > 0 \&\& step % o->save_every == 0/' "test_run"
-fault "a checkpoint is not synced to disk" llmc/utils.h 's/if \(fflush\(a->f\) != 0 \|\| fsync\(fileno\(a->f\)\) != 0\) \{/if (fflush(a->f) != 0) {/' "test_run"
-fault "the folder of a checkpoint is not synced to disk" llmc/utils.h 's/\(fsync\(fd\) != 0 && errno != EINVAL\)/0/' "test_run"
-fault "a checkpoint is renamed before it is synced" llmc/utils.h 's/^    if \(a->f != NULL\) atomic_sync\(a\);$/    rename(a->tmp, a->path); if (a->f != NULL) atomic_sync(a); rename(a->path, a->tmp);/' "test_run"
+    # ---- checkpoints and resume
+    fault "checksums of checkpoint chunks are not compared" llmc/checkpoint.h 's/else if \(checksum\(data.*$/else if (0) {/' "test_run"
+    fault "m and v of a checkpoint are swapped" $C 's/run_save\(&run, model.params.weights, model.optimizer.m, model.optimizer.v,/run_save(\&run, model.params.weights, model.optimizer.v, model.optimizer.m,/' "$S"
+    fault "a resumed run begins without v" $C 's/run.resuming \? model.optimizer.v : NULL/NULL/' "$S"
+    fault "a resumed run repeats a sample" llmc/run.h 's/loader_seek\(&r->train, saved.epoch, saved.position\)/loader_seek(\&r->train, saved.epoch, saved.position ? saved.position - 1 : 0)/' "$S"
+    fault "a new -t keeps the epoch" llmc/run.h '/changed since the checkpoint/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "test_run"
+    fault "other data keeps the epoch" llmc/run.h '/if \(!same_data\)/,/loader_seek/s/saved.epoch \+ 1, 0/saved.epoch, 0/' "test_run"
+    fault "a new -t keeps the position" llmc/run.h 's/\} else if \(saved.seq_len == o->seq_len && saved.epoch_samples == r->train.samples &&/} else if (/' "test_run"
+    fault "a new -seed keeps the position" llmc/run.h 's/^( +)saved.seed == o->seed\) \{/\11) {/' "test_run"
+    fault "no checkpoint after the last step" llmc/schedule.h 's/\(step == o->max_steps \|\| cadence_due\(step, o->save_every, o->max_steps\)\)/o->save_every > 0 \&\& step % o->save_every == 0/' "test_run"
+    fault "a checkpoint is not synced to disk" llmc/utils.h 's/if \(fflush\(a->f\) != 0 \|\| fsync\(fileno\(a->f\)\) != 0\) \{/if (fflush(a->f) != 0) {/' "test_run"
+    fault "the folder of a checkpoint is not synced to disk" llmc/utils.h 's/\(fsync\(fd\) != 0 && errno != EINVAL\)/0/' "test_run"
+    fault "a checkpoint is renamed before it is synced" llmc/utils.h 's/^    if \(a->f != NULL\) atomic_sync\(a\);$/    rename(a->tmp, a->path); if (a->f != NULL) atomic_sync(a); rename(a->path, a->tmp);/' "test_run"
 
-# ---- several processes
-fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank < z->ranks - 1 \? \*begin \+ unit->partition_size : unit->end/*begin + unit->partition_size/' "test_parallel"
-fault "context-parallel chunks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
-fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
-fault "all ranks read the samples of rank 0" llmc/dataloader.h 's/l->position \+ l->rank \* l->batch/l->position/' "test_parallel"
-fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\&$/\1 \&\& 0 \&\&/' "test_comm"
-fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
-fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
-
-# ---- the sources, built once, in a folder for each lane
-programs=$(printf '%s\n' ${tests[*]} | sort -u | grep -v '\.sh$' | sed 's|^|build/|')
-scripts=$(printf '%s\n' ${tests[*]} | sort -u | grep '\.sh$')
-mkdir -p "$T/1/data" && cp -r Makefile .clang-format ./*.[ch] fsa llmc dev "$T/1/" && cp data/*.c "$T/1/data/"
-build() { make -s CFLAGS=-O1 GPU= MPI= NCCL= "$@" >/dev/null 2>"$T/err.$lane"; }
-lane=1
-(cd "$T/1" && build $programs ${scripts:+build/adamw_step build/recall build/text train_gpt_nsa_cpu}) || { cat "$T/err.1"; exit 1; }
-for lane in $(seq 2 "$LANES"); do cp -a "$T/1" "$T/$lane"; done
-
-# run_test TEST: runs a test in the lane's folder up to its first failed check.
-run_test() {
-    case $1 in
-    *.sh) CPU=./train_gpt_nsa_cpu BUILD=build FIRST_FAILURE=1 timeout 300 bash "dev/test/$1" >"$T/out.$lane" 2>&1 ;;
-    *) FIRST_FAILURE=1 timeout 300 "build/$1" >"$T/out.$lane" 2>&1 ;;
-    esac 2>/dev/null
+    # ---- several processes
+    fault "the last rank does not own the remainder of a layer" llmc/zero.h 's/rank < z->ranks - 1 \? \*begin \+ unit->partition_size : unit->end/*begin + unit->partition_size/' "test_parallel"
+    fault "context-parallel chunks are not balanced by work" llmc/context_parallel.h 's/ \|\| sum\[r\] < sum\[min_rank\]//' "test_parallel"
+    fault "positions of a context-parallel slice begin at 0" llmc/context_parallel.h 's/pos = first - cu_seqlens\[s\]/pos = 0/' "test_parallel"
+    fault "all ranks read the samples of rank 0" llmc/dataloader.h 's/l->position \+ l->rank \* l->batch/l->position/' "test_parallel"
+    fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\&$/\1 \&\& 0 \&\&/' "test_comm"
+    fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
+    fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
 }
 
-# plant INDEX: plants a fault in the lane's folder, runs its tests until one fails, and takes the fault away again.
+# The GPU trainer's own code, on the emulator. The rest of a run is in llmc/*.h, which both trainers share.
+emulator_faults() {
+    local U=train_gpt_nsa.cu S=cli_gpu.sh
+    fault "-clip is ignored" $U 's/\(float\)o->clip, stream/0, stream/' "$S"
+    fault "gradients below -clip are scaled up to it" llmc/global_norm.cuh 's/clip > 0 && norm > clip \?/clip > 0 ?/' "$S"
+    fault "the norm is logged after clipping" llmc/global_norm.cuh 's/out\[NORM_VALUE\] = norm;/out[NORM_VALUE] = clip > 0 \&\& norm > clip ? clip : norm;/' "$S"
+    fault "AdamW's step number is one too large" $U 's/r->state.step \+ 1, line->lr/r->state.step + 2, line->lr/' "$S"
+    fault "beta1 for beta2" $U 's/lr, o->beta1, o->beta2,/lr, o->beta1, o->beta1,/' "$S"
+    fault "weight decay on norms too" llmc/optimizer.cuh 's/begin, 0\), t->decay\}/begin, 0), 1}/' "$S"
+    fault "the next step's learning rate" $U 's/schedule_rate\(o, r->state.step\)/schedule_rate(o, r->state.step + 1)/' "$S"
+    fault "-skip 1 updates with NaN" llmc/adamw.cuh 's/ \|\| a.norm\[NORM_FINITE\] == 0\) return/) return/' "$S"
+    fault "outliers update" $U 's/^    skip_update_above\(.*$//' "$S"
+    fault "gradients of micro-batches are not divided" $U 's/line->lr, r->state.total_batch\)/line->lr, o->batch * o->seq_len)/' "$S"
+    fault "gradients are not zeroed" $U 's/^    model_zero_grad\(model\);/    if (r->state.step == 0) model_zero_grad(model);/' "$S"
+    fault "-doc-mask 0 is ignored" llmc/feed.cuh 's/\(int\)o->doc_mask, cu_seqlens/1, cu_seqlens/' "$S"
+    fault "the position of the batch read ahead is saved" $U 's/epoch = slot->epoch, position = slot->position;/epoch = r->train.epoch, position = r->train.position;/' "$S"
+    fault "m and v of a checkpoint are swapped" llmc/checkpoint.cuh 's/arrays\[3\] = \{a->master, a->m, a->v\}/arrays[3] = {a->master, a->v, a->m}/' "$S"
+    fault "the rounded weights are saved" llmc/checkpoint.cuh 's/^        checkpoint_write_part\(fd, path, i,/        for (int64_t k = 0; i == 0 \&\& k < end - begin; k++) part[k] = (float)(floatX)part[k];\n&/' "$S"
+    fault "a resumed run begins without v" llmc/checkpoint.cuh 's/if \(v\) cuda_check/if (0) cuda_check/' "$S"
+}
+
+"${kind}_faults"
+
+# ---- the programs are built once; each lane has a copy of them and of the sources, and builds what depends on a fault
+case $kind in
+cpu) BUILD=build/faults CPU=build/faults/train_gpt_nsa_cpu flags="BUILD=build/faults CFLAGS=-O2 GPU=" ;; # compiles fast
+emulator) BUILD=build CPU=train_gpt_nsa_cpu flags="" ;;
+esac
+TRAINER=$BUILD/emulator/train_gpt_nsa.out
+
+# program TEST: prints the file to build before TEST runs.
+program() {
+    case $1 in
+    cli.sh) echo "$CPU" ;;
+    cli_gpu.sh) echo "$TRAINER" ;;
+    *) echo "$BUILD/$1" ;;
+    esac
+}
+
+# run_test LANE TEST: runs a test in the lane's folder up to its first failed check.
+run_test() {
+    local command=$BUILD/$2
+    [[ $2 != *.sh ]] || command="bash dev/test/$2"
+    CPU=$CPU TRAINER=$TRAINER BUILD=$BUILD FIRST_FAILURE=1 timeout 600 $command >"$T/out.$1" 2>&1
+} 2>/dev/null
+
+# plant LANE INDEX: plants a fault in the lane's folder, runs its tests until one fails, and takes the fault away again.
 plant() {
-    local name=${names[$1]} file=${files[$1]} test code why
-    sed -i -E "${expressions[$1]}" "$file"
-    if cmp -s "$file" "$T/$file.good"; then
+    local name=${names[$2]} file=${files[$2]} test code why
+    sed -i -E "${expressions[$2]}" "$file"
+    if cmp -s "$file" "$T/good/$file"; then
         echo "NOT PLANTED  $name: nothing in $file matches"
         return
     fi
-    for test in ${tests[$1]}; do
-        build "$([[ $test == *.sh ]] && echo train_gpt_nsa_cpu || echo "build/$test")"
-        if [ $? -ne 0 ]; then
-            echo "NOT PLANTED  $name: $(grep -m 1 error "$T/err.$lane")"
+    for test in ${tests[$2]}; do
+        if ! make -s $flags "$(program "$test")" >"$T/err.$1" 2>&1; then
+            echo "NOT PLANTED  $name: $(grep -m 1 error "$T/err.$1")"
             break
         fi
-        run_test "$test"
+        run_test "$1" "$test"
         code=$?
         if [ $code -ne 0 ]; then
-            why=$(grep -m 1 FAILED "$T/out.$lane" | cut -c 1-150)
+            why=$(grep -m 1 FAILED "$T/out.$1" | cut -c 1-150)
             echo "noticed      $name: $test: ${why:-it ends with code $code}"
             break
         fi
-        [ "$test" = "${tests[$1]##* }" ] && echo "MISSED       $name"
+        [ "$test" != "${tests[$2]##* }" ] || echo "MISSED       $name"
     done
-    cp "$T/$file.good" "$file"
+    cp "$T/good/$file" "$file"
 }
 
-# Each lane takes the next index until none is left.
+# work LANE: takes the next fault until none is left.
 work() {
-    cd "$T/$lane" || exit 1
+    cd "$T/$1" || exit 1
     local i
-    for i in "${!names[@]}"; do mkdir "$T/taken.$i" 2>/dev/null && plant "$i"; done
+    for i in "${!names[@]}"; do
+        mkdir "$T/taken.$i" 2>/dev/null && plant "$1" "$i" | tee -a "$T/report"
+    done
 }
 
-for file in $(printf '%s\n' "${files[@]}" | sort -u); do mkdir -p "$T/$(dirname "$file")" && cp "$file" "$T/$file.good"; done
-for test in $(printf '%s\n' ${tests[*]} | sort -u); do
-    lane=1
-    (cd "$T/1" && run_test "$test") || { echo "error: $test fails without a fault: $(cat "$T/out.1")" >&2; exit 1; }
+all=$(printf '%s\n' ${tests[*]} | sort -u)
+make -s $flags $(for test in $all; do program "$test"; done) "$CPU" "$BUILD"/{recall,text,adamw_step} >"$T/err" 2>&1 ||
+    { cat "$T/err" >&2; exit 1; }
+for lane in $(seq "$LANES"); do
+    mkdir -p "$T/$lane/data" "$T/$lane/$(dirname "$BUILD")"
+    cp -a Makefile .clang-format ./*.[ch] ./*.cu fsa llmc dev "$T/$lane/" && cp -a data/*.c "$T/$lane/data/" &&
+        cp -a "$BUILD" "$T/$lane/$BUILD" && { [ -e "$T/$lane/$CPU" ] || cp -a "$CPU" "$T/$lane/"; } || exit 1
 done
-for lane in $(seq "$LANES"); do work & done | tee "$T/report"
-echo "$(grep -c ^noticed "$T/report") of ${#names[@]} noticed, $(grep -c ^MISSED "$T/report") missed, $(grep -c '^NOT PLANTED' "$T/report") not planted"
-[ "$(grep -c ^noticed "$T/report")" -eq ${#names[@]} ]
+for file in $(printf '%s\n' "${files[@]}" | sort -u); do
+    mkdir -p "$T/good/$(dirname "$file")" && cp "$file" "$T/good/$file"
+done
+for test in $all; do
+    (cd "$T/1" && run_test 1 "$test") ||
+        { echo "error: $test fails without a fault: $(tail -n 3 "$T/out.1"); repair it first" >&2; exit 1; }
+done
+for lane in $(seq "$LANES"); do work "$lane" & done
+wait
+noticed=$(grep -c '^noticed' "$T/report") missed=$(grep -c '^MISSED' "$T/report")
+echo "${#names[@]} faults: $noticed noticed, $missed missed, $((${#names[@]} - noticed - missed)) not planted"
+[ "$noticed" -eq ${#names[@]} ]

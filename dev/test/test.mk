@@ -63,8 +63,11 @@ test-large: $(if $(USE_GPU),$(BUILD)/test_fsa)
 	@$(if $(USE_GPU),,echo "error: make test-large needs a GPU and nvcc" >&2; exit 1)
 	@$(RUN) LANES=1 bash dev/test/run.sh $(foreach k,$(GPU_KINDS),"env FSA_KERNELS=$k $(BUILD)/test_fsa large")
 
+# Plants faults in a copy of the sources, and checks that a test fails for each.
 faults:
-	@bash dev/test/faults.sh
+	@bash dev/test/faults.sh cpu
+faults-emulator:
+	@bash dev/test/faults.sh emulator
 
 # compute-sanitizer over the library's test and the layers' checks at few shapes. racecheck needs its own build
 # (FSA_RACECHECK in fsa/sm90/ptx.cuh).
