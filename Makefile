@@ -59,7 +59,7 @@ help:
 
 # The default task: recall facts from up to 256 tokens ago on the CPU, 1,024 on a GPU. A second run resumes from
 # the newest checkpoint; once all steps are done, it says so and shows the result.
-PROMPT := "Remember Mara : lamp . Remember Ruth : key . Recall Mara :"
+PROMPT := Remember Mara : lamp . Remember Ruth : key . Recall Mara :
 ifneq ($(USE_GPU),)
 TRAINER := $(GPU_TRAINER)
 TASK := recall1k
@@ -70,17 +70,30 @@ TRAINER := $(CPU_TRAINER)
 TASK := recall
 TASK_FLAGS := -e recall -b 2 -x 1200 -l 2e-3 -u 150 -q 0 -beta2 0.98 -v 300 -m 0 -n 300 -s 600 -g 16
 endif
-RECALL := -i 'data/$(TASK)/recall_train_*.bin' -j 'data/$(TASK)/recall_val_*.bin' -o log/$(TASK) -y 1 -prompt $(PROMPT)
+RECALL := -i 'data/$(TASK)/recall_train_*.bin' -j 'data/$(TASK)/recall_val_*.bin' -o log/$(TASK) -y 1 -prompt "$(PROMPT)"
 
 data: $(MAKERS)
 	@$(BUILD)/recall -o data/$(TASK) $(TASK_DATA)
 train: $(TRAINER) data
 	@$(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make train would use the GPU"))
 	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
-	@printf "\nNext, with the default task:\n"
-	@echo "  sample:             ./$(TRAINER) -e \$$(ls log/$(TASK)/ckpt_*.bin | tail -1) -sample 1 -temp 0 -g 24 -prompt 'Remember Mara : lamp . Remember Ruth : key . Recall Mara :'"
-	@echo "  go on training:     make train ARGS='-x 2000'"
-	@echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(TRAINER) -e $(if $(filter recall,$(TASK)),tiny,shakespeare) -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
+	@$(NEXT)
+
+# Prints what was run, read from its folder and its log, and what can be run next. ARGS may name another folder.
+define NEXT
+out=log/$(TASK); last=; for word in $(subst =, ,$(ARGS)); do \
+    case $$last in -o | --o | -output | --output) out=$$word ;; esac; last=$$word; done; \
+ckpt=$$(ls $$out/ckpt_*.bin 2>/dev/null | tail -n 1); [ -n "$$ckpt" ] || exit 0; \
+attn=$$(sed -n 's/.*"model":.*"attn":"\([a-z]*\)".*/\1/p' $$out/log.jsonl | tail -n 1); \
+step=$$(basename $$ckpt .bin | sed 's/ckpt_0*//'); \
+printf '\nThis was %s: attention %s, %s steps. The log is %s, the newest checkpoint %s. Next:\n' \
+    $$out $$attn $$step $$out/log.jsonl $$ckpt; \
+echo "  sample:             ./$(TRAINER) -e $$ckpt -sample 1 -temp 0 -g 24 -prompt '$(PROMPT)'"; \
+args=$$(printf '%s' "$$ARGS" | sed "s/'/'\\\\''/g"); \
+echo "  go on training:     make train ARGS='$${args:+$$args }-x $$((step + 800))'"; \
+echo "  plot:               python3 scripts/plot_log.py $$out -o $$out/log.png"; \
+echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(TRAINER) -e $(if $(filter recall,$(TASK)),tiny,shakespeare) -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
+endef
 
 clean:
 	rm -rf $(BUILD) $(addprefix $(OUT),train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so libfsa.so.0)
