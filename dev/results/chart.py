@@ -71,6 +71,18 @@ def curve(system, points):
     return parts
 
 
+def footnote(lines):
+    """Says which lengths were not measured."""
+    measured = {system: {n for n, _ in points} for system, points in lines.items()}
+    note = f"* measured at {' and '.join(f'{n // 1024}K' for n in sorted(measured['fsa']))}"
+    note += "; the compression of V and the gate are left out."
+    for system, lengths in measured.items():
+        missing = [f"{n // 1024}K" for n in sorted(set().union(*measured.values()) - lengths)]
+        if missing and system != "fsa":
+            note += f" {STYLES[system][1]} was not measured at {' and '.join(missing)}"
+    return note
+
+
 def draw(gpu, commit, lines):
     """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}."""
     parts = [
@@ -94,7 +106,7 @@ def draw(gpu, commit, lines):
         text(
             20,
             HEIGHT - 12,
-            "* measured at 8K and 64K; the compression of V and the gate are left out. FlashAttention-4 was not measured at 128K",
+            footnote(lines),
             12,
             GRAY,
         ),

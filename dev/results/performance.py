@@ -86,7 +86,8 @@ def die(message):
     sys.exit("error: " + message)
 
 
-def read_rows(file):
+def read_rows(file, gpu):
+    """Returns the rows of a file in this folder, all of which must be of this GPU model."""
     path = os.path.join(ROOT, "dev/results", file)
     rows = []
     try:
@@ -98,6 +99,9 @@ def read_rows(file):
                     die(f"dev/results/{file}: line {number} is not JSON; remove it")
     except OSError as e:
         die(f"dev/results/{file}: {e.strerror}; see MEASURED and PEERS in dev/results/performance.py")
+    for number, row in enumerate(rows, 1):
+        if gpu not in row["gpu"]:
+            die(f"dev/results/{file}: line {number} is of an {row['gpu']}, not of an {gpu}; move it to another file")
     return rows
 
 
@@ -108,10 +112,10 @@ class Times:
     def __init__(self, gpu):
         self.gpu, self.rows, self.ms, self.steps = gpu, {}, {}, {}
         for kind, (file, commit) in MEASURED[gpu].items():
-            self.rows[kind] = [row for row in read_rows(file) if row["commit"] == commit]
+            self.rows[kind] = [row for row in read_rows(file, gpu) if row["commit"] == commit]
             if not self.rows[kind]:
                 die(f"dev/results/{file} has no row of commit {commit}; see MEASURED in performance.py")
-        self.peers = read_rows(PEERS[gpu]) if gpu in PEERS else []
+        self.peers = read_rows(PEERS[gpu], gpu) if gpu in PEERS else []
         for row in self.rows["attention"]:
             self.add_attention(row)
         for row in self.rows["step"]:

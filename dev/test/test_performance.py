@@ -127,6 +127,7 @@ def test_errors(tmp: str) -> None:
         "no such GPU": ("README.md", "<!-- table summary H200 -->", "<!-- table summary H300 -->", "no table"),
         "no end": ("README.md", "<!-- end -->", "", "needs an <!-- end -->"),
         "no JSON": (PEERS_FILE, "{", "", "line 1 is not JSON"),
+        "another GPU": (PEERS_FILE, "NVIDIA H200", "NVIDIA H100", "line 1 is of an NVIDIA H100, not of an H200"),
         "no such file": (program, f'"{FILE}"', '"none.jsonl"', "none.jsonl: No such file"),
         "no such commit": (program, f'"{COMMIT}"', '"none"', "no row of commit none"),
     }
