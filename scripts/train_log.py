@@ -149,4 +149,4 @@ def format_recall_axis(axis, chance):
                   textcoords="offset points", color="grey", fontsize=8)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set(xlabel="distance, tokens", ylabel="recalled, %", ylim=(0, 102))
+    axis.set(xlabel="distance, tokens", ylabel="recalled, %", ylim=(-2, 102))
