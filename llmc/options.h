@@ -6,6 +6,7 @@
 #include "utils.h"
 #include "commit.h"
 #include "config.h"
+#include <ctype.h>
 
 #define OPTIONS_MAX 96 // at least the number of flags, model flags included
 
@@ -295,12 +296,14 @@ static inline int options_find(const char *arg) {
 static inline const char *options_synonym(const char *name) {
     static const char *const table[][2] = {
         {"learning-rate", "lr"},
+        {"lrate", "lr"},
         {"batch-size", "batch"},
         {"micro-batch-size", "batch"},
         {"max-steps", "steps"},
         {"max-iters", "steps"},
         {"num-iterations", "steps"},
         {"iterations", "steps"},
+        {"epoch", "steps"},
         {"epochs", "steps"},
         {"num-epochs", "steps"},
         {"warmup-steps", "warmup"},
@@ -315,6 +318,7 @@ static inline const char *options_synonym(const char *name) {
         {"checkpoint", "model"},
         {"init-from", "model"},
         {"seq-len", "context"},
+        {"max-seq-len", "context"},
         {"seq-length", "context"},
         {"context-length", "context"},
         {"block-size", "context"},
@@ -335,6 +339,9 @@ static inline const char *options_synonym(const char *name) {
         {"scheduler", "lr-schedule"},
         {"top-k", "topk"},
         {"validate", "val"},
+        {"eval-every", "val-every"},
+        {"eval-interval", "val-every"},
+        {"save-interval", "save-every"},
         {"generate-only", "sample"},
     };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++)
@@ -347,6 +354,7 @@ LLMC_NORETURN static inline void options_unknown(const char *arg) {
     if (arg[0] != '-') die("%s: not a flag; flags start with a dash, -h lists all", arg);
     char name[64];
     options_split(arg, name, sizeof name);
+    for (char *c = name; *c; c++) *c = (char)tolower((unsigned char)*c);
     const char *nearest = options_synonym(name);
     int count, best = nearest ? 0 : strlen(name) < 5 ? 1 : 2; // largest edit distance of a suggestion
     const OptionFlag *f = option_flags(&count);
@@ -366,6 +374,9 @@ LLMC_NORETURN static inline void options_unknown(const char *arg) {
     }
     for (int i = 0; i < count && !nearest && strlen(name) > 2; i++) // the start of a name
         if (m[i].help && strncmp(name, m[i].name, strlen(name)) == 0) nearest = m[i].name;
+    f = option_flags(&count);
+    for (int i = 0; i < count && !nearest && strlen(name) > 2; i++)
+        if (f[i].alias && strncmp(name, f[i].alias, strlen(name)) == 0) nearest = f[i].alias;
     if (nearest) die("%s: unknown flag; did you mean -%s? -h lists all", arg, nearest);
     die("%s: unknown flag; -h lists all", arg);
 }

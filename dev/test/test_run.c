@@ -204,8 +204,13 @@ static void test_model_config(void) {
     BAD(norm_eps, 0, "norm-eps 0");
     BAD(rope_factor, 0.5, "rope-factor 0.5");
     BAD(rope_original_len, 0, "rope-original-len 0");
-    BAD(fsa.topk, 2, "topk 2");
+    BAD(fsa.topk, 2, "-topk 2: must be at least -init-blocks 1 + -local-blocks 2 = 3");
+    BAD(fsa.q_heads, 5, "-heads 5: must be a multiple of -kv-heads 2; try -heads 4");
+    BAD(fsa.reserved[0], 1, "reserved[0] 1: must be 0; set all fields of FsaConfig to zero first");
 #undef BAD
+    c = good, c.fsa.q_heads = 5;
+    memset(msg, 'x', sizeof msg);
+    CHECK(config_check(&c, msg, 9) == -1 && strcmp(msg, "-heads 5") == 0 && msg[9] == 'x', "cut: '%s'", msg);
     c = good, c.rope_factor = 8, c.rope_low_freq = 4;
     CHECK(config_check(&c, msg, sizeof msg) == -1 && strstr(msg, "rope-low-freq 4"), "%s", msg);
 
@@ -559,6 +564,11 @@ static void test_options(void) {
         {"-i a --batch_size=4", "--batch_size=4", "did you mean -batch?"},
         {"-i a --max-steps 4", "--max-steps", "did you mean -steps?"},
         {"-i a -chan 64", "-chan", "did you mean -channels?"},
+        {"-i a -warm 5", "-warm", "did you mean -warmup?"},
+        {"-i a -LR 1", "-LR", "did you mean -lr?"},
+        {"-i a -lrate 1", "-lrate", "did you mean -lr?"},
+        {"-i a --epoch 1", "--epoch", "did you mean -steps?"},
+        {"-i a -eval-interval 1", "-eval-interval", "did you mean -val-every?"},
         {"-i a --batch=4x", "-b 4x", "must be a whole number"},
         {"-i a -steps", "-steps", "missing"},
         {"-i a --steps=", "-x", "empty"},
