@@ -47,7 +47,11 @@ static size_t head_group_workspace_bytes(const ModelConfig *c, const HeadGroups 
     const FsaDeviceBatch b = fsa_device_batch(max_batch);
     bool nsa = c->attn == ATTN_NSA;
     size_t bytes = fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_FORWARD : FSA_ATTENTION_FORWARD);
-    if (bytes == 0) die("%s", fsa_last_error());
+    if (bytes == 0) {
+        char message[512];
+        config_name_flags(fsa_last_error(), message, sizeof message);
+        die("%s", message);
+    }
     if (!training) return bytes;
     return std::max(bytes,
                     fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_BACKWARD : FSA_ATTENTION_BACKWARD));
