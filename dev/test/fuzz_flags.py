@@ -29,7 +29,7 @@ LATER = (
 )
 GPU_FLAGS = ("-r", "-profile", "-block-indices", "-peak-tflops", "-z", "-cp")
 NUMBERS = "0 1 2 3 7 64 -1 65 1e9 2147483647 9223372036854775807 99999999999999999999 x nan inf 0.5 1e-9".split()
-BASE = {"-e": "recall", "-t": "64", "-b": "1", "-x": "1", "-v": "0", "-g": "2"}
+BASE = {"-e": "recall", "-head-dim": "64", "-t": "64", "-b": "1", "-x": "1", "-v": "0", "-g": "2"}
 
 
 def choices(folder):
