@@ -718,26 +718,29 @@ static inline int tokenizer_space_before(const char *text, int64_t end, int64_t 
     return *n <= end && tokenizer_char_class(text + end - *n, *n, &length) == CHAR_SPACE && length == *n;
 }
 
-// Finds the first added token of the list in text [len], at offset `from` or later. Returns its id and the
-// part [*begin, *end) that it takes, with its white space; or -1 and the end of the text.
+// Finds the next added token of the list in text [len], at offset *next or later, and moves *next behind it.
+// Returns its id and the part [*begin, *end) that it takes, with its white space from `done` on; or -1 and
+// the end of the text.
 static inline int32_t tokenizer_find_added(const TokenizerEncoder *e, const TokenizerAddedList *a,
-                                           const char *text, int64_t len, int64_t from, int64_t *begin,
-                                           int64_t *end) {
+                                           const char *text, int64_t len, int64_t done, int64_t *next,
+                                           int64_t *begin, int64_t *end) {
     // behind the normalization U+2581 stands for a space, and is no white space
     int strip_spaces = a == &e->t->raw || e->t->kind != TOKENIZER_SENTENCEPIECE;
-    for (int64_t i = from; a->count > 0 && i < len; i++) {
-        for (int k = a->first[(unsigned char)text[i]]; k < a->first[(unsigned char)text[i] + 1]; k++) {
+    for (; a->count > 0 && *next < len; ++*next) {
+        unsigned char first = (unsigned char)text[*next];
+        for (int k = a->first[first]; k < a->first[first + 1]; k++) {
             const TokenizerAdded *added = &a->list[k];
-            if (added->len > len - i || memcmp(added->text, text + i, (size_t)added->len) != 0) continue;
+            if (added->len > len - *next || memcmp(added->text, text + *next, (size_t)added->len) != 0)
+                continue;
             int flags = e->t->flags[added->id];
             int64_t n;
             if (flags & TOKEN_SPECIAL && !e->special) { // is ordinary text as a whole
-                i += added->len - 1;
+                *next += added->len - 1;
                 break;
             }
-            *begin = i;
-            *end = i + added->len;
-            while (flags & TOKEN_LSTRIP && *begin > from && tokenizer_space_before(text, *begin, &n) &&
+            *begin = *next;
+            *next = *end = *begin + added->len;
+            while (flags & TOKEN_LSTRIP && *begin > done && tokenizer_space_before(text, *begin, &n) &&
                    (strip_spaces || text[*begin - 1] != ' '))
                 *begin -= n;
             while (flags & TOKEN_RSTRIP && tokenizer_char_class(text + *end, len - *end, &n) == CHAR_SPACE &&
@@ -751,26 +754,27 @@ static inline int32_t tokenizer_find_added(const TokenizerEncoder *e, const Toke
 }
 
 // Encodes text. normalized: 0: finds the raw added tokens, then normalizes the text between them; 1: finds
-// the normalized added tokens, then encodes the text between them. text[-1] may be overwritten.
+// the normalized added tokens, then encodes the text between them. text[-1] may be overwritten. As in the
+// tokenizers library, an added token that begins in the white space of the one before it counts too.
 static inline void tokenizer_encode_text(TokenizerEncoder *e, char *text, int64_t len, int first,
                                          int normalized) {
     const Tokenizer *t = e->t;
-    int64_t begin, end, n = 0;
-    for (int64_t done = 0; done < len; done = end) {
-        int32_t id =
-            tokenizer_find_added(e, normalized ? &t->normalized : &t->raw, text, len, done, &begin, &end);
+    const TokenizerAddedList *added = normalized ? &t->normalized : &t->raw;
+    int64_t done = 0, next = 0, begin, end, n;
+    for (int32_t id = 0; id >= 0; done = end) {
+        id = tokenizer_find_added(e, added, text, len, done, &next, &begin, &end);
         if (begin > done && normalized)
             tokenizer_encode_ordinary(e, text + done, begin - done, first && done == 0);
         if (begin > done && !normalized) {
-            char *copy = (char *)xmalloc((size_t)(begin - done) + 2), *next = copy + 1;
-            if (t->prefix == PREFIX_ALWAYS) *next++ = ' ';
+            char *copy = (char *)xmalloc((size_t)(begin - done) + 2), *to = copy + 1;
+            if (t->prefix == PREFIX_ALWAYS) *to++ = ' ';
             for (int64_t i = done; i < begin; i += n) {
                 int metaspace = t->kind == TOKENIZER_SENTENCEPIECE && begin - i >= 3 &&
                                 memcmp(text + i, "\xe2\x96\x81", 3) == 0;
-                *next++ = metaspace ? ' ' : text[i];
+                *to++ = metaspace ? ' ' : text[i];
                 n = metaspace ? 3 : 1;
             }
-            tokenizer_encode_text(e, copy + 1, next - copy - 1, first && done == 0, 1);
+            tokenizer_encode_text(e, copy + 1, to - copy - 1, first && done == 0, 1);
             free(copy);
         }
         if (id >= 0) tokenizer_emit(e, id);

@@ -153,8 +153,8 @@ def read_tokenizer(folder):
     for _ in range(header[2]):
         (n,) = struct.unpack_from("<H", content, offset)
         pieces.append(content[offset + 2 : offset + 2 + n])
-        offset += 2 + n + 4
-    assert header[0] == 20260801 and header[4] == 2 and offset == len(content)
+        offset += 2 + n + 5
+    assert header[:2] == (20260801, 2) and header[4] in (2, 3) and offset + 12 * header[10] == len(content)
     return pieces, header[3], header[5]
 
 
@@ -171,11 +171,42 @@ def decode_documents(tokens, pieces, eot):
     return texts
 
 
-def encode_in_c(folder, text):
-    """Returns the tokens that the C encoder (llmc/tokenizer.h) makes of bytes."""
-    r = subprocess.run([ENCODE, os.path.join(folder, "tokenizer.bin")], input=text, capture_output=True)
+def run_encode(folder, items, kind, *mode):
+    """Runs the C encoder (llmc/tokenizer.h) on a list of inputs and returns the list of outputs, as bytes. kind: bytes
+    of an item of an input."""
+    data = b"".join(struct.pack("<I", len(x) // kind) + x for x in items)
+    r = subprocess.run([ENCODE, os.path.join(folder, "tokenizer.bin"), *mode], input=data, capture_output=True)
     check(r.returncode == 0, f"encode: {r.stderr}")
-    return [int(x) for x in r.stdout.split()]
+    out, at, width = [], 0, 5 - kind
+    while at < len(r.stdout):
+        end = at + 4 + width * struct.unpack_from("<I", r.stdout, at)[0]
+        out.append(r.stdout[at + 4 : end])
+        at = end
+    return out
+
+
+def encode_in_c(folder, text, *mode):
+    """Returns the tokens that the C encoder makes of bytes."""
+    return encode_all_in_c(folder, [text], *mode)[0]
+
+
+def encode_all_in_c(folder, texts, *mode):
+    """Returns the tokens that the C encoder makes of each text. mode "special": special tokens become their ids."""
+    found = [list(struct.unpack(f"<{len(x) // 4}i", x)) for x in run_encode(folder, texts, 1, *mode)]
+    check(len(found) == len(texts), f"encode: {len(found)} results of {len(texts)} texts")
+    return found
+
+
+def decode_in_c(folder, lists):
+    """Returns the text that the C decoder makes of each list of tokens."""
+    return run_encode(folder, [struct.pack(f"<{len(x)}i", *x) for x in lists], 4, "decode")
+
+
+def bos_and_eos(folder):
+    """Returns (id of BOS, ids of the end-of-sequence tokens) of a tokenizer.bin."""
+    with open(os.path.join(folder, "tokenizer.bin"), "rb") as f:
+        header = struct.unpack("<256i", f.read(1024))
+    return header[7], list(header[14 : 14 + header[13]])
 
 
 def val_start(text, val_fraction=0.1):
@@ -590,7 +621,8 @@ def test_malformed(tmp, tokenizer, shards):
     add(invalid, {**base, "normalizer": 3})
     for depth in (400, 900):
         nested = '{"type": "Sequence", "pretokenizers": [' * depth + "]}" * depth
-        add(invalid, json.dumps({**base, "pre_tokenizer": "NESTED"}).replace('"NESTED"', nested))
+        wanted = "neither a byte-level nor" if depth == 400 else invalid
+        add(wanted, json.dumps({**base, "pre_tokenizer": "NESTED"}).replace('"NESTED"', nested))
 
     state = json.loads(shards["text.json"])
     states = [3, [], {}, None, {**state, "extra": 1}, {**state, "settings": 3}, {**state, "done": 1}]
@@ -703,6 +735,11 @@ def test_vocabularies(tmp, tokenizer):
     )
     other = with_pattern(r"\p{L}+|\s+|[^\s\p{L}]+")
     other["model"]["dropout"] = 0.5
+    smollm = json.loads(json.dumps(base))
+    smollm["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}],
+    }
     odd = json.loads(json.dumps(base))  # the bytes of a token do not merge to that token
     odd["model"]["vocab"]["kilu1"] = 1000
     odd["model"]["merges"] = [m for m in odd["model"]["merges"] if "".join(m) not in ("kilu",)]
@@ -717,7 +754,8 @@ def test_vocabularies(tmp, tokenizer):
         ("llama3", with_pattern(vocab.PATTERNS[1][0]), True, True),
         ("qwen", qwen, True, False),
         ("other", other, False, False),
-        ("odd", odd, False, False),
+        ("smollm", smollm, True, True),
+        ("odd", odd, False, True),
         ("cl100k", vocab.PATTERNS[3][0], True, True),
         ("r50k", vocab.PATTERNS[0][1], True, True),
     ]
@@ -750,6 +788,352 @@ def test_vocabularies(tmp, tokenizer):
                 encode_in_c(f"{tmp}/{name}", b"\xff".join(t.encode() for t in texts)) == joined,
                 f"{name}: the C encoder makes other tokens (seed {SEED})",
             )
+
+
+def printable(text):
+    """Returns the bytes of text that the trainer prints."""
+    return bytes(c for c in text.encode() if (c >= 32 and c != 127) or c in b"\n\r\t")
+
+
+def random_texts(rng, count):
+    """Texts of words, white space, special tokens and characters of all kinds."""
+    pool = ["ba", "ki", "lu", "don't", " ", "  ", "    ", "\n", "\n\n", "\t", "\u3000", "1", "1984", "٣", "½", "é", "e\u0301"]
+    pool += ["漢字", "🙂", "👩\u200d👧", "—", "...", "\u2581", "\x00", "<0x41>", "<s>", "</s>", "<unk>", "<user>", "<user>:"]
+    pool += ["▁<fill>", " <fill>", "<strip>", "the ki", "한국어", "ﬁ", "\ufeff", "<|endoftext|>"]
+    texts = ["", " ", "  a"] + ["".join(rng.choices(pool, k=rng.randint(1, 12))) for _ in range(count)]
+    texts += [sentences(rng, 40).decode(errors="ignore") for _ in range(count // 4)]
+    return texts + ["".join(chr(rng.randrange(1, 0xD800)) for _ in range(10)) for _ in range(count // 4)]
+
+
+def compare_encoders(tmp, name, json_object, texts, config=None):
+    """Compares the tokens of the C encoder, of data/vocab.py and of the tokenizers library, with special tokens as
+    ordinary text and as themselves, and the decoded texts. Returns the Vocabulary."""
+    import tokenizers
+    import vocab
+
+    v = vocab.from_hf(json.dumps(json_object), name, None, config)
+    check(v.note is None, f"{name}: note {v.note}")
+    write(f"{tmp}/{name}/tokenizer.bin", v.tokenizer_bin())
+    library = tokenizers.Tokenizer.from_str(json.dumps(json_object))
+    normalized = any(t.get("normalized") for t in json_object["added_tokens"])
+    for mode in ([], ["special"]):
+        library.encode_special_tokens = not mode
+        all_wanted = [library.encode(text, add_special_tokens=False).ids for text in texts]
+        in_c = encode_all_in_c(f"{tmp}/{name}", [text.encode() for text in texts], *mode)
+        decoded_in_c = decode_in_c(f"{tmp}/{name}", all_wanted)
+        for text, wanted, got, decoded in zip(texts, all_wanted, in_c, decoded_in_c):
+            check(got == wanted, f"{name} {mode}: {text!r} (seed {SEED}): C makes {got}, the library {wanted}")
+            if not mode:
+                got = v.encode(text.encode(), False).tolist()
+                check(got == wanted, f"{name}: {text!r} (seed {SEED}): vocab makes {got}, the library {wanted}")
+            # the library prints a normalized added token with the space of its normalized form
+            want = library.decode(wanted, skip_special_tokens=False)
+            if not normalized and "\ufffd" not in want:
+                check(decoded == printable(want), f"{name}: C decodes {text!r} to {decoded!r}, the library to {want!r}")
+    return v
+
+
+def sentencepiece_json(rng):
+    """Returns a small tokenizer.json of the kind of Llama 2's, trained on made-up words."""
+    import tokenizers
+
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    added = ["<unk>", "<s>", "</s>", "<user>", "<user>:", "\u2581<fill>", "<strip>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=added, initial_alphabet=["\u2581"], show_progress=False
+    )
+    t.train_from_iterator([sentences(rng, 100_000).decode(errors="ignore").replace("漢", ""), "     a        b"], trainer)
+    j = json.loads(t.to_str())
+    ids = j["model"]["vocab"]
+    for token in [f"<0x{b:02X}>" for b in range(256)] + ["\u2581" * n for n in (2, 4, 8)] + ["\n\n"]:
+        ids.setdefault(token, len(ids))
+    spaces = [["\u2581" * n, "\u2581" * n] for n in (1, 2, 4)]
+    j["model"]["merges"] = spaces + [m for m in j["model"]["merges"] if m not in spaces]
+    j["model"]["byte_fallback"] = True
+    for token in j["added_tokens"]:
+        token["normalized"] = False
+        token["lstrip"] = token["rstrip"] = token["content"] == "<strip>"
+    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    j["added_tokens"].append({"id": ids["\n\n"], "content": "\n\n", **fields})
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    j["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
+    j["pre_tokenizer"] = None
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    j["decoder"] = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
+    return j
+
+
+def test_sentencepiece(tmp):
+    """Llama 2's kind of tokenizer, in all forms of its files."""
+    import tokenizers
+    import vocab
+
+    rng = random.Random(SEED)
+    base = sentencepiece_json(rng)
+
+    def changed(change):
+        j = json.loads(json.dumps(base))
+        change(j)
+        return j
+
+    def metaspace(scheme, split):
+        def change(j):
+            rule = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": split}
+            j.update(normalizer=None, pre_tokenizer=rule)
+            if scheme == "never":
+                j["decoder"]["decoders"].pop()
+
+        return change
+
+    def gemma(j):
+        j["normalizer"] = j["normalizer"]["normalizers"][1]
+        j["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+        j["decoder"]["decoders"].pop()
+
+    def normalized(j):
+        for token in j["added_tokens"]:
+            token["normalized"] = True
+
+    def no_bytes(j):
+        j["model"]["byte_fallback"] = False
+
+    cases = {"llama2": lambda j: None, "gemma": gemma, "normalized": normalized, "no_bytes": no_bytes}
+    cases.update({f"{s}_{p}": metaspace(s, p) for s in ("first", "always", "never") for p in (False, True)})
+    for name, change in cases.items():
+        compare_encoders(tmp, f"sp_{name}", changed(change), random_texts(rng, 100))
+    check(bos_and_eos(f"{tmp}/sp_llama2")[1] == [base["model"]["vocab"]["</s>"]], "the end-of-sequence token")
+
+    # shards decode to their text, also with bytes that are not UTF-8
+    base["added_tokens"].pop()  # the library puts a space after each added token
+    write(f"{tmp}/sp.json", json.dumps(base))
+    texts = {
+        "a.txt": sentences(rng, 60_000),
+        "b.txt": bytes(rng.randrange(256) for _ in range(5000)) + b"\xff",
+        "c.txt": "a\ufffd\U000f0041\U000f00ff".encode() + b"\xff\xff\x80 b\xe6\xbc",
+    }
+    for name, text in texts.items():
+        write(f"{tmp}/sp_texts/{name}", text)
+    run_ok("bpe", "-o", f"{tmp}/sp", "--tokenizer", f"{tmp}/sp.json", "--val", 0, f"{tmp}/sp_texts")
+    pieces, eot, _ = read_tokenizer(f"{tmp}/sp")
+    tokens = read_shards(f"{tmp}/sp", "text", "train")[0]
+    check(decode_documents(tokens, pieces, eot) == [b" " + t for _, t in sorted(texts.items())], "SentencePiece shards")
+    at = 0
+    for name, text in sorted(texts.items()):
+        end = tokens.index(eot, at)
+        check(tokens[at:end] == encode_in_c(f"{tmp}/sp", text), f"the C encoder makes other tokens of {name}")
+        at = end + 1
+
+    # one pre-token of 1 MB
+    text = b"ba" * 250_000 + b" do" * 160_000
+    begin = time.monotonic()
+    ids = encode_in_c(f"{tmp}/sp", text)
+    check(time.monotonic() - begin < 20, f"1 MB takes {time.monotonic() - begin:.1f} s")
+    library = tokenizers.Tokenizer.from_str(json.dumps(base))
+    check(ids == library.encode(text.decode(), add_special_tokens=False).ids, "1 MB: other tokens")
+
+    for name, change, wanted in (
+        ("byte merge", lambda j: j["model"].update(merges=[["<0x41>", "<0x42>"]]), "does not have"),
+        ("no unknown", lambda j: j["model"].update(byte_fallback=False, unk_token=None), "neither a token for each byte"),
+        ("prefix", lambda j: j["normalizer"]["normalizers"][0].update(prepend="x"), "neither a byte-level nor a"),
+    ):
+        try:
+            vocab.from_hf(json.dumps(changed(change)), name, None)
+            check(False, f"{name}: loaded")
+        except SystemExit as e:
+            check(wanted in str(e), f"{name}: {e}")
+
+
+def gguf_file(fields):
+    """Returns the content of a GGUF file with this metadata."""
+
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    def value(v):
+        if isinstance(v, bool):
+            return struct.pack("<I?", 7, v)
+        if isinstance(v, int):
+            return struct.pack("<II", 4, v)
+        if isinstance(v, str):
+            return struct.pack("<I", 8) + string(v)
+        kind, form = {str: (8, None), int: (5, "<i"), float: (6, "<f")}[type(v[0])]
+        items = b"".join(string(x) if form is None else struct.pack(form, x) for x in v)
+        return struct.pack("<IIQ", 9, kind, len(v)) + items
+
+    out = b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields))
+    return out + b"".join(string(k) + value(v) for k, v in fields.items())
+
+
+def test_gguf(tmp, tokenizer):
+    """The tokenizer of a GGUF file is that of the tokenizer.json from which it was made."""
+    import vocab
+
+    rng = random.Random(SEED)
+    with open(tokenizer) as f:
+        base = json.load(f)
+    base["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}],
+    }
+    ids = base["model"]["vocab"]
+    smollm = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": sorted(ids, key=ids.get),
+        "tokenizer.ggml.token_type": [3 if t == "<|endoftext|>" else 1 for t in sorted(ids, key=ids.get)],
+        "tokenizer.ggml.merges": [" ".join(m) for m in base["model"]["merges"]],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.eos_token_id": 7,
+        "tokenizer.ggml.eot_token_id": ids["<|endoftext|>"],
+    }
+    sp = sentencepiece_json(rng)
+    ids = sp["model"]["vocab"]
+    tokens = sorted(ids, key=ids.get)
+    sp["added_tokens"].pop()
+    for token in sp["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = False
+    rank = {}
+    for i, (a, b) in enumerate(sp["model"]["merges"]):
+        rank.setdefault(a + b, i)
+    special = {t["content"] for t in sp["added_tokens"]}
+    llama = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(rank.get(t, 5000)) for t in tokens],
+        "tokenizer.ggml.token_type": [3 if t in special else 6 if re.match("<0x..>", t) else 1 for t in tokens],
+        "tokenizer.ggml.bos_token_id": ids["<s>"],
+        "tokenizer.ggml.eos_token_id": ids["</s>"],
+        "tokenizer.ggml.unknown_token_id": ids["<unk>"],
+    }
+    for name, fields, json_object, wanted in (
+        ("smollm", smollm, base, (-1, [7, base["model"]["vocab"]["<|endoftext|>"]])),
+        ("llama", llama, sp, (ids["<s>"], [ids["</s>"]])),
+    ):
+        path = write(f"{tmp}/{name}.gguf", gguf_file(fields) + b"tensors")
+        v = vocab.load(path, None)
+        made = compare_encoders(tmp, f"gguf_json_{name}", json_object, [])
+        write(f"{tmp}/gguf_{name}/tokenizer.bin", v.tokenizer_bin())
+        check(bos_and_eos(f"{tmp}/gguf_{name}") == wanted, f"{name}: {bos_and_eos(f'{tmp}/gguf_{name}')}")
+        texts = random_texts(rng, 60)
+        in_c = encode_all_in_c(f"{tmp}/gguf_{name}", [text.encode() for text in texts])
+        for text, c in zip(texts, in_c):
+            a, b = v.encode(text.encode(), True).tolist(), made.encode(text.encode(), True).tolist()
+            check(a == b, f"{name}.gguf: other tokens of {text!r} (seed {SEED}): {a}, {b}")
+            check(a[:-1] == c, f"{name}.gguf: C: {text!r}")
+    whole = gguf_file(smollm)
+    flags = ["bpe", "-o", f"{tmp}/not_made", "--tokenizer"]
+    text = write(f"{tmp}/gguf.txt", "text\n")
+    for cut in (4, 20, 100, len(whole) // 2, len(whole) - 1):
+        expect_exit("is truncated", *flags, write(f"{tmp}/cut.gguf", whole[:cut]), text)
+    for field, value, wanted in (
+        ("model", "bert", "only gpt2 and llama"),
+        ("pre", "new", "known are gpt-2"),
+        ("tokens", ["a"], "two lists of the same length"),
+        ("merges", ["a"], "does not merge two tokens"),
+        ("eos_token_id", 10**6, "eos_token_id"),
+    ):
+        changed = gguf_file({**smollm, f"tokenizer.ggml.{field}": value})
+        expect_exit(wanted, *flags, write(f"{tmp}/changed.gguf", changed), text)
+
+
+def test_bos_and_eos(tmp, tokenizer):
+    """BOS and the end-of-sequence tokens come from --bos, tokenizer_config.json, the post_processor and
+    generation_config.json."""
+    import vocab
+
+    with open(tokenizer) as f:
+        base = json.load(f)
+    eot, n = base["added_tokens"][0]["id"], len(base["model"]["vocab"])
+    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    base["added_tokens"] += [{"id": n, "content": "<s>", **fields}, {"id": n + 1, "content": "<end>", **fields}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [n], "tokens": ["<s>"]}},
+    }
+    processors = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}
+    content = {"content": "<s>", "lstrip": False}
+    # (post_processor, tokenizer_config, generation_config, BOS, end-of-sequence)
+    cases = [
+        (None, None, None, eot, [eot]),
+        (template, None, None, n, [eot]),
+        (processors, {"bos_token": "<end>"}, {"eos_token_id": n + 1}, n, [n + 1]),
+        (None, {"bos_token": content, "add_bos_token": True}, {"eos_token_id": [n + 1, eot]}, n, [n + 1, eot]),
+        (template, {"bos_token": "<s>", "add_bos_token": False, "eos_token": "<end>"}, {}, -1, [n + 1]),
+        (None, {"bos_token": "<s>", "eos_token": None}, None, -1, [eot]),
+    ]
+    for number, (processor, config, generation, bos, eos) in enumerate(cases):
+        folder = f"{tmp}/config{number}"
+        write(f"{folder}/tokenizer.json", json.dumps({**base, "post_processor": processor}))
+        for name, value in (("tokenizer_config", config), ("generation_config", generation)):
+            if value is not None:
+                write(f"{folder}/{name}.json", json.dumps(value))
+        write(f"{folder}/tokenizer.bin", vocab.load(folder, None).tokenizer_bin())
+        check(bos_and_eos(folder) == (bos, eos), f"BOS of case {number}: {bos_and_eos(folder)}, not {(bos, eos)}")
+        for choice, wanted in (("none", -1), ("<end>", n + 1)):
+            write(f"{folder}/tokenizer.bin", vocab.load(folder, None, choice).tokenizer_bin())
+            check(bos_and_eos(folder) == (wanted, eos), f"--bos {choice}, case {number}: {bos_and_eos(folder)}")
+    text = write(f"{tmp}/bos.txt", "some words\n" * 20)
+    run_ok("bpe", "-o", f"{tmp}/bos", "--tokenizer", f"{tmp}/config1", "--bos", "<end>", text)
+    check(bos_and_eos(f"{tmp}/bos") == (n + 1, [eot]), "data/bpe --bos")
+    for name, value, wanted in (
+        ("tokenizer_config", "[", "is not valid json"),
+        ("tokenizer_config", "3", "is not a json object"),
+        ("tokenizer_config", '{"add_bos_token": true, "bos_token": "<no>"}', "--bos <no>"),
+        ("generation_config", '{"eos_token_id": 99999}', "eos_token_id [99999]"),
+        ("generation_config", '{"eos_token_id": "a"}', "eos_token_id"),
+        ("generation_config", json.dumps({"eos_token_id": [1] * 33}), "at most 32"),
+    ):
+        folder = f"{tmp}/bad_{name}"
+        write(f"{folder}/tokenizer.json", json.dumps(base))
+        write(f"{folder}/{name}.json", value)
+        expect_exit(wanted, "bpe", "-o", f"{tmp}/not_made", "--tokenizer", folder, text)
+
+
+def test_missing_bytes(tmp, tokenizer):
+    """A byte-level BPE without some bytes encodes what it can; a missing byte is an error or the unknown token."""
+    with open(tokenizer) as f:
+        base = json.load(f)
+    texts = ["some words", "1984 ki lu\n", "don't 漢字"]
+    for name, byte, unknown, fuse in (("none", "z", None, False), ("each", "z", "Z", False), ("fused", "z", "Z", True)):
+        j = json.loads(json.dumps(base))
+        del j["model"]["vocab"][byte]
+        j["model"].update(unk_token=unknown, fuse_unk=fuse)
+        j["model"]["merges"] = [m for m in j["model"]["merges"] if byte not in "".join(m)]
+        more = ["z", "azzz b zz", "zaz"] if unknown else []
+        v = compare_encoders(tmp, f"missing_{name}", j, texts + more)
+        if unknown:
+            check(v.encode(b"a\xff", False).tolist() == encode_in_c(f"{tmp}/missing_{name}", b"a\xff"), "byte 255")
+        else:
+            try:
+                v.encode(b"a z", False)
+                check(False, "a missing byte is dropped")
+            except SystemExit as e:
+                check("no token for byte 0x7a" in str(e), f"a missing byte: {e}")
+            r = subprocess.run([ENCODE, f"{tmp}/missing_none/tokenizer.bin"], input=b"\3\0\0\0a z", capture_output=True)
+            check(r.returncode == 1 and b"no token for byte 0x7a" in r.stderr, f"a missing byte in C: {r.stderr}")
+
+
+def test_special_tokens(tmp, tokenizer):
+    """--special-tokens 1: special tokens in a text become their ids."""
+    with open(tokenizer) as f:
+        base = json.load(f)
+    n = len(base["model"]["vocab"])
+    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    base["added_tokens"].append({"id": n, "content": "<|im_start|>", **fields})
+    path, text = write(f"{tmp}/special.json", json.dumps(base)), b"<|im_start|>user\nsome words\n" * 30
+    write(f"{tmp}/special.txt", text)
+    for value, count in ((0, 0), (1, 30)):
+        folder = f"{tmp}/special{value}"
+        run_ok("bpe", "-o", folder, "--tokenizer", path, "--val", 0, "--special-tokens", value, f"{tmp}/special.txt")
+        tokens = read_shards(folder, "text", "train")[0]
+        check(tokens.count(n) == count, f"--special-tokens {value}: {tokens.count(n)} special tokens")
+        check(decode_documents(tokens, *read_tokenizer(folder)[:2]) == [text], f"--special-tokens {value}: decoded")
+        mode = ["special"] if value else []
+        check(tokens[:-1] == encode_in_c(folder, text, *mode), f"--special-tokens {value}: C makes other tokens")
 
 
 def test_wide(tmp, tokenizer):
@@ -921,8 +1305,13 @@ def bad_input_tests(tmp, tokenizer):
         ([*bpe, variant("noend", added_tokens=[]), text], "no known end-of-text token"),
         ([*bpe, tokenizer, "--eot", "<|no|>", text], "--eot <|no|>"),
         ([*bpe, model("unigram", type="Unigram"), text], "Unigram"),
-        ([*bpe, model("nobytes", vocab=missing), text], "no token for byte 0x20"),
+        ([*bpe, model("nobytes", vocab=missing, merges=[]), text], "no token for byte 0x20"),
         ([*bpe, model("merge", merges=[["q", "qqq"]]), text], "does not have"),
+        ([*bpe, variant("words", pre_tokenizer={"type": "Whitespace"}), text], "neither a byte-level nor a"),
+        ([*bpe, tokenizer, "--bos", "<|no|>", text], "--bos <|no|>"),
+        ([*bpe, tokenizer, "--special-tokens", "2", text], "--special-tokens"),
+        (["bpe", "-o", f"{tmp}/x", "--train-vocab", 1000, "--bos", "e", text], "--bos e: only for"),
+        ([*bpe, write(f"{tmp}/bad/g.gguf", b"GGUF" + bytes(8)), text], "g.gguf is not a valid GGUF file"),
         (
             [*bpe, variant("prefix", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), text],
             "add_prefix_space",
@@ -1106,6 +1495,11 @@ def main():
                 lambda: test_trainer(tmp),
                 lambda: test_disk(tmp, tokenizer),
                 lambda: test_vocabularies(tmp, tokenizer),
+                lambda: test_sentencepiece(tmp),
+                lambda: test_gguf(tmp, tokenizer),
+                lambda: test_bos_and_eos(tmp, tokenizer),
+                lambda: test_missing_bytes(tmp, tokenizer),
+                lambda: test_special_tokens(tmp, tokenizer),
                 lambda: test_wide(tmp, tokenizer),
                 lambda: test_tiktoken(tmp),
                 *bad_hub_tests(tmp, tokenizer),
