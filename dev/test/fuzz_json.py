@@ -1,5 +1,5 @@
-"""Loads mutated tokenizer.json and NAME.json files with data/vocab.py and data/shards.py. Each must be loaded or
-refused with one line, in 4 GiB of memory.
+"""Loads mutated tokenizer.json, tokenizer_config.json, GGUF and NAME.json files with data/vocab.py and
+data/shards.py. Each must be loaded or refused with one line, in 4 GiB of memory.
 
 usage: fuzz_json.py. SECONDS=N runs for N seconds (5), COUNT=N for at least N files (0). SEED=N repeats a run.
 """
@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -35,8 +36,27 @@ def places(value, parent=None, key=None):
         yield from places(child, value, k)
 
 
+def mutate_bytes(rng, content):
+    """Returns changed bytes."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(content) - 8)
+        kind = rng.randrange(4)
+        if kind == 0:
+            content[at] = rng.randrange(256)
+        elif kind == 1:
+            content[at : at + 8] = struct.pack("<Q", rng.choice([0, 1, 255, 1 << 31, 1 << 40, (1 << 64) - 1]))
+        elif kind == 2:
+            del content[at : at + rng.randint(1, 9)]
+        elif rng.random() < 0.3:
+            del content[at:]
+    return bytes(content)
+
+
 def mutate(rng, base):
-    """Returns the bytes of a changed copy of a JSON value."""
+    """Returns the bytes of a changed copy of a JSON value, or of bytes."""
+    if isinstance(base, bytes):
+        return mutate_bytes(rng, base)
     j = copy.deepcopy(base)
     for _ in range(rng.randint(1, 3)):
         found = list(places(j))
@@ -73,6 +93,11 @@ def main():
     seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(10**6))
     rng, folder = random.Random(seed), tempfile.mkdtemp(prefix="fuzz_json.")
     tokenizer = json.loads(vocab.train([b"some words and some more words, 123 of them\n" * 50], 300).hf_json)
+    import test_bpe
+
+    sentencepiece = test_bpe.sentencepiece_json(rng)
+    config = {"bos_token": {"content": "<s>"}, "add_bos_token": True, "eos_token": "</s>"}
+    gguf = test_bpe.gguf_file(test_bpe.gguf_fields(tokenizer))
     state = {
         "settings": {"val": 0.1, "shard": 2000},
         "done": False,
@@ -97,10 +122,24 @@ def main():
     def hang(*_):
         raise Hang
 
+    def load_config(path):
+        shutil.copy(path, f"{folder}/model/tokenizer_config.json")
+        load_tokenizer(f"{folder}/model/tokenizer.json")
+
+    os.mkdir(f"{folder}/model")
+    with open(f"{folder}/model/tokenizer.json", "w") as f:
+        json.dump(sentencepiece, f)
+    cases = [
+        (tokenizer, load_tokenizer, "t.json"),
+        (sentencepiece, load_tokenizer, "s.json"),
+        (config, load_config, "c.json"),
+        (gguf, load_tokenizer, "g.gguf"),
+        (state, load_state, "text.json"),
+    ]
     signal.signal(signal.SIGALRM, hang)
     begin, runs, loaded, failures = time.monotonic(), 0, 0, 0
     while (time.monotonic() - begin < seconds or runs < count) and failures < 20:
-        base, load, name = ((tokenizer, load_tokenizer, "t.json"), (state, load_state, "text.json"))[runs % 2]
+        base, load, name = cases[runs % len(cases)]
         path, problem = os.path.join(folder, name), None
         with open(path, "wb") as f:
             f.write(mutate(rng, base))

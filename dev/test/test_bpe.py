@@ -966,6 +966,22 @@ def gguf_file(fields):
     return out + b"".join(string(k) + value(v) for k, v in fields.items())
 
 
+def gguf_fields(tokenizer):
+    """Returns the metadata of a GGUF file with the tokens of a byte-level tokenizer.json."""
+    ids = tokenizer["model"]["vocab"]
+    tokens = sorted(ids, key=ids.get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if t == "<|endoftext|>" else 1 for t in tokens],
+        "tokenizer.ggml.merges": [" ".join(m) for m in tokenizer["model"]["merges"]],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.eos_token_id": 7,
+        "tokenizer.ggml.eot_token_id": ids["<|endoftext|>"],
+    }
+
+
 def test_gguf(tmp, tokenizer):
     """The tokenizer of a GGUF file is that of the tokenizer.json from which it was made."""
     import vocab
@@ -977,17 +993,7 @@ def test_gguf(tmp, tokenizer):
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}],
     }
-    ids = base["model"]["vocab"]
-    smollm = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": sorted(ids, key=ids.get),
-        "tokenizer.ggml.token_type": [3 if t == "<|endoftext|>" else 1 for t in sorted(ids, key=ids.get)],
-        "tokenizer.ggml.merges": [" ".join(m) for m in base["model"]["merges"]],
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.eos_token_id": 7,
-        "tokenizer.ggml.eot_token_id": ids["<|endoftext|>"],
-    }
+    smollm = gguf_fields(base)
     sp = sentencepiece_json(rng)
     ids = sp["model"]["vocab"]
     tokens = sorted(ids, key=ids.get)
