@@ -85,6 +85,9 @@ cpu_faults() {
     fault "a tokenizer's end-of-text is not used" llmc/run.h 's/r->eot = r->has_tokenizer \? r->tokenizer.eot : /r->eot = /' "test_run"
     fault "end-of-text ends a document instead of beginning it" llmc/dataloader.h 's/inputs\[i\] == eot\)\)/i > 0 \&\& inputs[i - 1] == eot))/' "test_data"
     fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
+    fault "a merge that an earlier one has made impossible" llmc/tokenizer.h 's/if \(left->len \+ right->len != merge.len\) continue;//' "test_data"
+    fault "an added token keeps the white space before it" llmc/tokenizer.h 's/flags \& TOKEN_LSTRIP \&\&/0 \&\&/' "test_data"
+    fault "a second BOS before a prompt" llmc/run.h 's/> 0 \&\& first == bos/> 0 \&\& 0/' "test_run"
 
     # ---- validation
     fault "recall answers are read one place late" llmc/run.h 's/a->answers\[lo\].index - sample \* sample_tokens -$/a->answers[lo].index - sample * sample_tokens + 0 */' "test_run"
