@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""from_hf.py: makes a checkpoint of the trainers from a Hugging Face folder or from a GGUF file."""
+
+import math
+import os
+import sys
+
+sys.path[:0] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), d) for d in ("hf", "../data")]
+from shards import Parser, die, number_type, read_input, run_main, write_file  # noqa: E402
+
+GATES = (0.05, 0.9, 0.05)  # compressed, selected, sliding
+
+
+def parse_gates(text):
+    try:
+        gates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        gates = ()
+    if len(gates) != 3 or not all(0 < g < 1 for g in gates):
+        raise ValueError
+    return gates
+
+
+def parse_args():
+    parser = Parser(
+        description="Makes a checkpoint of the trainers from a Hugging Face folder or a GGUF file. It holds "
+        "the weights alone: start from it with -e."
+    )
+    parser.add_argument("source", help="a folder with config.json and safetensors, or a .gguf file")
+    parser.add_argument("-o", metavar="CHECKPOINT", required=True, dest="output", help="file to write")
+    parser.add_argument(
+        "--attn",
+        choices=["full", "nsa", "window"],
+        help="attention of the checkpoint (that of the source)",
+    )
+    parser.add_argument(
+        "--gate",
+        metavar="C,S,W",
+        type=parse_gates,
+        default=GATES,
+        help="with --attn nsa, gates of the compressed, selected and sliding branch, each between 0 and 1 "
+        f"({','.join(map(str, GATES))})",
+    )
+    sizes = [
+        ("cmp-len", "length of a compression window"),
+        ("cmp-stride", "stride of the compression windows"),
+        ("block", "size of a selection block"),
+        ("topk", "number of blocks that a query selects"),
+        ("init-blocks", "number of initial blocks, always selected"),
+        ("local-blocks", "number of local blocks, always selected"),
+        ("window", "size of the sliding window, also of --attn window"),
+    ]
+    for flag, what in sizes:
+        parser.add_argument(f"--{flag}", type=number_type(0, 1 << 30), metavar="N", dest=flag, help=what)
+    parser.add_argument("--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one")
+    args = parser.parse_args()
+    args.sizes = {flag: getattr(args, flag) for flag, _ in sizes if getattr(args, flag) is not None}
+    return args
+
+
+def choose_attention(model, args, name):
+    """Returns the model fields of the checkpoint: those of the source, with the attention of the flags."""
+    import config
+    from checkpoint import ATTN_NAMES, NSA, WINDOW, check_model
+
+    source = model["attn"]
+    attn = ATTN_NAMES.index(args.attn) if args.attn else source
+    if source == NSA and (attn != NSA or args.sizes):
+        flag = f"--attn {args.attn}" if attn != NSA else f"--{next(iter(args.sizes))}"
+        die(f"{flag}: {name} already has nsa; its attention cannot be changed here; leave out {flag}")
+    if attn != NSA and set(args.sizes) - {"window"}:
+        die(f"--{next(f for f in args.sizes if f != 'window')}: only nsa has it; add --attn nsa")
+    if "window" in args.sizes and attn not in (NSA, WINDOW):
+        die("--window: full attention has no window; add --attn nsa or --attn window")
+    if attn == WINDOW and source != WINDOW and "window" not in args.sizes:
+        die(f"--attn window: {name} has no window; give its size with --window")
+    if attn == NSA and source == WINDOW and "window" not in args.sizes:
+        model = {**model, "window": config.NSA_DEFAULTS["window"]}
+    model = {**model, "attn": attn, **args.sizes}
+    check_model(model, "the model")
+    return model
+
+
+def tensor_values(source, tensor, source_model, gates):
+    """Yields the values of a checkpoint's tensor, in pieces."""
+    import numpy as np
+    import weights
+    from checkpoint import NSA
+
+    if tensor.name in ("wgate", "bgate") and source_model["attn"] != NSA:
+        values = np.zeros((tensor.rows, tensor.cols), np.float32)
+        if tensor.name == "bgate":  # wgate 0 and these biases: the gates of all tokens
+            values[0] = np.tile([math.log(g / (1 - g)) for g in gates], tensor.cols // 3)
+        yield values
+        return
+    filled = 0
+    for part in weights.parts(tensor, source_model):
+        for piece in source.read(part.name):
+            filled += piece.size
+            yield piece
+    padding = tensor.rows * tensor.cols - filled
+    if padding:
+        yield np.zeros(padding, np.float32)
+
+
+def make_tokenizer_bin(source, args, vocab_size, path):
+    """Returns the content of tokenizer.bin, or None if the source has no tokenizer. Tokens that only the model
+    has are unused. Dies if `path` is there with another content."""
+    import vocab
+
+    if not os.path.exists(os.path.join(source, "tokenizer.json")):
+        print(f"note: {source} has no tokenizer.json: the trainers can neither read a prompt nor print samples")
+        return None
+    tokenizer = vocab.load(source, args.eot)
+    unused = vocab_size - len(tokenizer.pieces)
+    if unused < 0:
+        die(
+            f"{source}/tokenizer.json has {len(tokenizer.pieces)} tokens, the model {vocab_size}; choose the "
+            f"tokenizer of the model"
+        )
+    tokenizer.pieces += [b""] * unused
+    tokenizer.ranks += [-1] * unused
+    content = tokenizer.tokenizer_bin()
+    if os.path.exists(path) and read_input(path) != content:
+        die(f"{path} is another tokenizer; choose another folder for -o")
+    if tokenizer.note:
+        print(f"note: {source}/tokenizer.json {tokenizer.note}")
+    return content
+
+
+def main():
+    args = parse_args()
+    import checkpoint
+    import config
+    import hub_files
+    import safetensors_files
+    import weights
+
+    path = os.path.join(args.source, "config.json")
+    values = safetensors_files.parse_json(read_input(path), path)
+    source_model, seq_len = config.to_model(values, path)
+    source = safetensors_files.Folder(args.source)
+    weights.check_source(source, source_model, args.source)
+    model = choose_attention(source_model, args, args.source)
+    folder = os.path.dirname(args.output) or "."
+    tokenizer_path = os.path.join(folder, "tokenizer.bin")
+    tokenizer_bin = make_tokenizer_bin(args.source, args, model["vocab"], tokenizer_path)
+    files = hub_files.read(args.source)
+    os.makedirs(folder, exist_ok=True)
+    with checkpoint.Writer(args.output, model, seq_len) as out:
+        for tensor in checkpoint.param_table(model):
+            for values in tensor_values(source, tensor, source_model, args.gate):
+                out.write(values)
+        if tokenizer_bin is not None:
+            write_file(tokenizer_path, tokenizer_bin)
+        hub_files.write(hub_files.side_folder(args.output), files)
+    print(f"{args.output}: {out.total:,} parameters, attention {checkpoint.ATTN_NAMES[model['attn']]}")
+
+
+if __name__ == "__main__":
+    run_main(main)
