@@ -83,14 +83,15 @@ def choose_attention(model, args, name):
 
 def tensor_values(source, tensor, source_model, gates):
     """Yields the values of a checkpoint's tensor, in pieces."""
+    import checkpoint
     import numpy as np
     import weights
-    from checkpoint import NSA
 
-    if tensor.name in ("wgate", "bgate") and source_model["attn"] != NSA:
+    if tensor.name in ("wgate", "bgate") and source_model["attn"] != checkpoint.NSA:
         values = np.zeros((tensor.rows, tensor.cols), np.float32)
         if tensor.name == "bgate":  # wgate 0 and these biases: the gates of all tokens
-            values[0] = np.tile([math.log(g / (1 - g)) for g in gates], tensor.cols // 3)
+            logits = checkpoint.num_gate_logits(source_model)
+            values[0, :logits] = np.tile([math.log(g / (1 - g)) for g in gates], logits // 3)
         yield values
         return
     filled = 0

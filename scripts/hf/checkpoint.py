@@ -65,6 +65,11 @@ def num_gate_logits(model):
     return 3 if model["gate-per-token"] else 3 * model["heads"]
 
 
+def gate_bias_size(model):
+    """Returns the elements of bgate: num_gate_logits, rounded up to a multiple of 8."""
+    return (num_gate_logits(model) + 7) // 8 * 8
+
+
 def check_model(model, name):
     """Dies with one line that begins with `name` if no trainer could run the model (config_check in
     llmc/config.h, fsa_config_check)."""
@@ -126,7 +131,7 @@ def param_table(model, version=VERSION):
         if model["qkv-bias"]:
             add("bqkv", 1, qkv)
         if nsa and version > 2:
-            add("bgate", 1, num_gate_logits(model))
+            add("bgate", 1, gate_bias_size(model))
         if model["qk-norm"]:
             add("qnorm", 1, d)
             add("knorm", 1, d)
@@ -327,20 +332,17 @@ class Reader:
             die(f"{path}: {what}: {size} bytes found, {expected} expected; choose another checkpoint")
         self.file.seek(self.sums_offset)
         self.sums = np.fromfile(self.file, "<u8", chunks)
+        self.batches, self.left = self._batches(), np.empty(0, "<f4")
 
-    def tensors(self):
-        """Yields (Tensor, fp32 values of its next rows) for all tensors in the order of the file; a tensor
-        comes in one or more pieces of whole rows. Checksums are verified first."""
-        batches, left = self._batches(), np.empty(0, "<f4")
-        for tensor in self.table:
-            rows = tensor.rows
-            while rows > 0:
-                if left.size < tensor.cols:
-                    left = np.concatenate([left, next(batches)])
-                count = min(rows, left.size // tensor.cols)
-                yield tensor, left[: count * tensor.cols].reshape(count, tensor.cols)
-                left = left[count * tensor.cols :]
-                rows -= count
+    def read(self, count):
+        """Yields the next `count` parameters in the order of the file, in pieces. Their checksums are verified
+        before."""
+        while count > 0:
+            if not self.left.size:
+                self.left = next(self.batches)
+            piece, self.left = self.left[:count], self.left[count:]
+            count -= piece.size
+            yield piece
 
     def _batches(self):
         """Yields the verified parameters, BATCH_CHUNKS chunks at a time."""

@@ -7,68 +7,52 @@ import checkpoint
 import numpy as np
 from shards import die
 
-# Rows [first, first + rows) of a checkpoint's tensor are the tensor `name`, of this shape.
-Part = namedtuple("Part", "name first rows shape")
+# A tensor of a Hugging Face folder.
+Part = namedtuple("Part", "name shape")
 
 # Buffers of old releases of transformers: no parameters.
 IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_ATTENTION, _MLP = "model.layers.{}.self_attn.{}", "model.layers.{}.mlp.{}"
 
 
 def parts(tensor, model):
-    """Returns the Parts of a checkpoint's tensor, in the order of its rows. The rows behind them are padding,
-    which is 0."""
-    layer, cols = tensor.layer, tensor.cols
+    """Returns the Parts of a checkpoint's tensor: their elements one after another are its first elements. The
+    elements behind them are padding, which is 0."""
+    layer, cols, name = tensor.layer, tensor.cols, tensor.name
     d, heads, kv_heads = model["head-dim"], model["heads"], model["kv-heads"]
-
-    def one(name, rows=tensor.rows, shape=None):
-        return [Part(name, 0, rows, shape or ((cols,) if tensor.rows == 1 else (rows, cols)))]
-
-    def several(names, rows, shape):
-        found, first = [], 0
-        for name, n in zip(names, rows):
-            found.append(Part(name, first, n, shape(n)))
-            first += n
-        return found
-
-    qkv, qkv_rows = ("q_proj", "k_proj", "v_proj"), (heads * d, kv_heads * d, kv_heads * d)
-    window = (kv_heads, model["cmp-len"])
-    name = tensor.name
-    if name in ("wte", "lm_head"):
-        hf_name = "model.embed_tokens.weight" if name == "wte" else "lm_head.weight"
-        return one(hf_name, model["vocab"])
-    if name == "wqkv":
-        names = [_ATTENTION.format(layer, f"{x}.weight") for x in qkv]
-        return several(names, qkv_rows, lambda n: (n, cols))
-    if name == "bqkv":  # one row, whose columns are the parts
-        names = [_ATTENTION.format(layer, f"{x}.bias") for x in qkv]
-        return several(names, qkv_rows, lambda n: (n,))
-    if name == "wgu":
-        names = [_MLP.format(layer, f"{x}_proj.weight") for x in ("gate", "up")]
-        return several(names, (model["hidden"],) * 2, lambda n: (n, cols))
-    if name in ("phi_wk", "phi_wv"):
-        shape = (kv_heads, model["cmp-len"] * d, d)
-        return one(_ATTENTION.format(layer, f"compress_{name[-1]}"), shape=shape)
-    if name == "phi_pe":
-        return one(_ATTENTION.format(layer, "compress_pe"), shape=(*window, d))
-    if name == "wgate":  # a matrix even if it has one row
-        return one(_ATTENTION.format(layer, "gate_proj.weight"), shape=(tensor.rows, cols))
-    names = {
-        "ln1": "model.layers.{}.input_layernorm.weight",
-        "ln2": "model.layers.{}.post_attention_layernorm.weight",
-        "lnf": "model.norm.weight",
-        "wdown": _MLP.format("{}", "down_proj.weight"),
-        "wo": _ATTENTION.format("{}", "o_proj.weight"),
-        "bgate": _ATTENTION.format("{}", "gate_proj.bias"),
-        "qnorm": _ATTENTION.format("{}", "q_norm.weight"),
-        "knorm": _ATTENTION.format("{}", "k_norm.weight"),
+    qkv_rows = {"q_proj": heads * d, "k_proj": kv_heads * d, "v_proj": kv_heads * d}
+    gates = checkpoint.num_gate_logits(model)
+    outside = {
+        "wte": Part("model.embed_tokens.weight", (model["vocab"], cols)),
+        "lnf": Part("model.norm.weight", (cols,)),
+        "lm_head": Part("lm_head.weight", (model["vocab"], cols)),
     }
-    return one(names[name].format(layer))
+    attention = {
+        "wqkv": [(f"{key}.weight", (rows, cols)) for key, rows in qkv_rows.items()],
+        "bqkv": [(f"{key}.bias", (rows,)) for key, rows in qkv_rows.items()],
+        "wgate": [("gate_proj.weight", (gates, cols))],
+        "bgate": [("gate_proj.bias", (gates,))],
+        "qnorm": [("q_norm.weight", (d,))],
+        "knorm": [("k_norm.weight", (d,))],
+        "phi_wk": [("compress_k", (kv_heads, model["cmp-len"] * d, d))],
+        "phi_pe": [("compress_pe", (kv_heads, model["cmp-len"], d))],
+        "phi_wv": [("compress_v", (kv_heads, model["cmp-len"] * d, d))],
+        "wo": [("o_proj.weight", (tensor.rows, cols))],
+    }
+    others = {
+        "ln1": [("input_layernorm.weight", (cols,))],
+        "ln2": [("post_attention_layernorm.weight", (cols,))],
+        "wgu": [(f"mlp.{key}_proj.weight", (model["hidden"], cols)) for key in ("gate", "up")],
+        "wdown": [("mlp.down_proj.weight", (tensor.rows, cols))],
+    }
+    if layer < 0:
+        return [outside[name]]
+    prefix, found = ("self_attn.", attention[name]) if name in attention else ("", others[name])
+    return [Part(f"model.layers.{layer}.{prefix}{key}", shape) for key, shape in found]
 
 
 def o_bias_names(model):
     """Returns the names of the biases that transformers wants with attention_bias, but no trainer has."""
-    return [_ATTENTION.format(layer, "o_proj.bias") for layer in range(model["layers"])]
+    return [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(model["layers"])]
 
 
 def check_source(source, model, name):
