@@ -37,7 +37,6 @@ def parse_args():
         "--gate",
         metavar="C,S,W",
         type=parse_gates,
-        default=GATES,
         help="with --attn nsa, gates of the compressed, selected and sliding branch, each between 0 and 1 "
         f"({','.join(map(str, GATES))})",
     )
@@ -52,28 +51,37 @@ def parse_args():
     ]
     for flag, what in sizes:
         parser.add_argument(f"--{flag}", type=number_type(0, 1 << 30), metavar="N", dest=flag, help=what)
+    parser.add_argument(
+        "--phi",
+        choices=["mean", "linear"],
+        help="with --attn nsa, compression of a window; linear begins as the mean, and can be trained (mean)",
+    )
     parser.add_argument("--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one")
     args = parser.parse_args()
     args.sizes = {flag: getattr(args, flag) for flag, _ in sizes if getattr(args, flag) is not None}
+    if args.phi:
+        args.sizes["phi"] = ("mean", "linear").index(args.phi)
     return args
 
 
-def choose_attention(model, args, name):
+def choose_attention(model, args):
     """Returns the model fields of the checkpoint: those of the source, with the attention of the flags."""
     import config
     from checkpoint import ATTN_NAMES, NSA, WINDOW, check_model
 
     source = model["attn"]
     attn = ATTN_NAMES.index(args.attn) if args.attn else source
+    if args.gate and (attn != NSA or source == NSA):
+        die("--gate: only for new gates; " + ("leave it out" if source == NSA else "add --attn nsa"))
     if source == NSA and (attn != NSA or args.sizes):
         flag = f"--attn {args.attn}" if attn != NSA else f"--{next(iter(args.sizes))}"
-        die(f"{flag}: {name} already has nsa; its attention cannot be changed here; leave out {flag}")
+        die(f"{flag}: {args.source} already has nsa; its attention cannot be changed here; leave out {flag}")
     if attn != NSA and set(args.sizes) - {"window"}:
         die(f"--{next(f for f in args.sizes if f != 'window')}: only nsa has it; add --attn nsa")
     if "window" in args.sizes and attn not in (NSA, WINDOW):
         die("--window: full attention has no window; add --attn nsa or --attn window")
     if attn == WINDOW and source != WINDOW and "window" not in args.sizes:
-        die(f"--attn window: {name} has no window; give its size with --window")
+        die(f"--attn window: {args.source} has no window; give its size with --window")
     if attn == NSA and source == WINDOW and "window" not in args.sizes:
         model = {**model, "window": config.NSA_DEFAULTS["window"]}
     model = {**model, "attn": attn, **args.sizes}
@@ -81,52 +89,85 @@ def choose_attention(model, args, name):
     return model
 
 
-def tensor_values(source, tensor, source_model, gates):
+def new_values(tensor, model, gates):
+    """Returns the values of a tensor that only nsa has: the gates of all tokens are `gates`, and the compression
+    is the mean."""
+    import checkpoint
+    import numpy as np
+
+    values = np.zeros((tensor.rows, tensor.cols), np.float32)
+    if tensor.name == "bgate":
+        logits = checkpoint.num_gate_logits(model)
+        values[0, :logits] = np.tile([math.log(g / (1 - g)) for g in gates], logits // 3)
+    elif tensor.name in ("phi_wk", "phi_wv"):  # row r*d + c of a KV head: token r of the window, channel c
+        values[:] = np.tile(np.eye(tensor.cols), (tensor.rows // tensor.cols, 1)) / model["cmp-len"]
+    return values
+
+
+def tensor_values(source, tensor, source_model, model, gates):
     """Yields the values of a checkpoint's tensor, in pieces."""
     import checkpoint
     import numpy as np
     import weights
 
-    if tensor.name in ("wgate", "bgate") and source_model["attn"] != checkpoint.NSA:
-        values = np.zeros((tensor.rows, tensor.cols), np.float32)
-        if tensor.name == "bgate":  # wgate 0 and these biases: the gates of all tokens
-            logits = checkpoint.num_gate_logits(source_model)
-            values[0, :logits] = np.tile([math.log(g / (1 - g)) for g in gates], logits // 3)
-        yield values
+    if source_model["attn"] != checkpoint.NSA and tensor.name in checkpoint.NSA_TENSORS:
+        yield new_values(tensor, model, gates)
         return
     filled = 0
     for part in weights.parts(tensor, source_model):
         for piece in source.read(part.name):
             filled += piece.size
             yield piece
-    padding = tensor.rows * tensor.cols - filled
-    if padding:
-        yield np.zeros(padding, np.float32)
+    yield np.zeros(tensor.rows * tensor.cols - filled, np.float32)
 
 
-def make_tokenizer_bin(source, args, vocab_size, path):
+def make_tokenizer_bin(source, eot_text, vocab_size, path):
     """Returns the content of tokenizer.bin, or None if the source has no tokenizer. Tokens that only the model
-    has are unused. Dies if `path` is there with another content."""
+    has are unused. Dies if `path` is there with another content.
+
+    Args:
+        source: a folder or a GGUF file.
+        eot_text: the end-of-text token; None: a usual one.
+        vocab_size: of the model.
+        path: of tokenizer.bin.
+    """
     import vocab
 
-    if not os.path.exists(os.path.join(source, "tokenizer.json")):
-        print(f"note: {source} has no tokenizer.json: the trainers can neither read a prompt nor print samples")
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
+        print(f"note: {source} has no tokenizer.json, so the trainers can neither read a prompt nor print samples")
         return None
-    tokenizer = vocab.load(source, args.eot)
+    tokenizer = vocab.load(source, eot_text)
     unused = vocab_size - len(tokenizer.pieces)
     if unused < 0:
         die(
-            f"{source}/tokenizer.json has {len(tokenizer.pieces)} tokens, the model {vocab_size}; choose the "
-            f"tokenizer of the model"
+            f"{source}: its tokenizer has {len(tokenizer.pieces)} tokens, its model {vocab_size}; put the "
+            f"tokenizer of the model there"
         )
     tokenizer.pieces += [b""] * unused
     tokenizer.ranks += [-1] * unused
+    tokenizer.flags += [0] * unused
     content = tokenizer.tokenizer_bin()
     if os.path.exists(path) and read_input(path) != content:
         die(f"{path} is another tokenizer; choose another folder for -o")
     if tokenizer.note:
-        print(f"note: {source}/tokenizer.json {tokenizer.note}")
+        print(f"note: the tokenizer of {source} {tokenizer.note}")
     return content
+
+
+def open_source(path):
+    """Returns (tensors, values of config.json, name of these for messages) of a folder or a GGUF file."""
+    import safetensors_files
+
+    if os.path.isdir(path):
+        name = os.path.join(path, "config.json")
+        values = safetensors_files.parse_json(read_input(name), name)
+        return safetensors_files.Folder(path), values, name
+    if not path.endswith(".gguf"):
+        die(f"{path}: neither a folder nor a .gguf file; check the path")
+    import gguf_file
+
+    source = gguf_file.Gguf(path)
+    return source, source.config, path
 
 
 def main():
@@ -134,23 +175,20 @@ def main():
     import checkpoint
     import config
     import hub_files
-    import safetensors_files
     import weights
 
-    path = os.path.join(args.source, "config.json")
-    values = safetensors_files.parse_json(read_input(path), path)
-    source_model, seq_len = config.to_model(values, path)
-    source = safetensors_files.Folder(args.source)
+    source, values, name = open_source(args.source)
+    source_model, seq_len = config.to_model(values, name)
     weights.check_source(source, source_model, args.source)
-    model = choose_attention(source_model, args, args.source)
+    model = choose_attention(source_model, args)
     folder = os.path.dirname(args.output) or "."
     tokenizer_path = os.path.join(folder, "tokenizer.bin")
-    tokenizer_bin = make_tokenizer_bin(args.source, args, model["vocab"], tokenizer_path)
+    tokenizer_bin = make_tokenizer_bin(args.source, args.eot, model["vocab"], tokenizer_path)
     files = hub_files.read(args.source)
     os.makedirs(folder, exist_ok=True)
     with checkpoint.Writer(args.output, model, seq_len) as out:
         for tensor in checkpoint.param_table(model):
-            for values in tensor_values(source, tensor, source_model, args.gate):
+            for values in tensor_values(source, tensor, source_model, model, args.gate or GATES):
                 out.write(values)
         if tokenizer_bin is not None:
             write_file(tokenizer_path, tokenizer_bin)

@@ -18,6 +18,7 @@ SEQ_LEN_FIELD = 6
 NSA, FULL, WINDOW = 0, 1, 2
 ATTN_NAMES = ("nsa", "full", "window")
 PHI_MEAN, PHI_LINEAR = 0, 1
+NSA_TENSORS = ("wgate", "bgate", "phi_wk", "phi_pe", "phi_wv")
 
 # The model's fields in the order of the header: name and range (model_fields in llmc/config.h).
 FIELDS = {
