@@ -1,0 +1,299 @@
+"""A transformer with grouped-query attention and native sparse attention (arXiv 2502.11089) in plain PyTorch.
+
+The attention of query t combines three branches by gates: compressed windows of keys, the blocks of keys with the
+highest scores of the compressed branch, and a sliding window. All masks are dense: this code shows what the model
+computes, and is slower than the kernels that it was trained with."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_nsa import NsaConfig
+
+
+class NsaRMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def inv_freq(config, device):
+    """Returns RoPE's frequencies, float64 [head_dim / 2], with Llama 3.1's scaling if the model has it."""
+    half = config.head_dim // 2
+    f = config.rope_theta ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    if config.rope_factor:
+        wavelength, original = 2 * math.pi / f, config.rope_original_len
+        low, high = config.rope_low_freq, config.rope_high_freq
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+        f = (1 - smooth) * f / config.rope_factor + smooth * f
+    return f
+
+
+def rotate(x, positions, frequencies):
+    """RoPE: rotates the channels c and c + d/2 of x [B, H, N, d] by the angle positions [B, N] * frequencies [d/2]. The
+    angles are computed in float64, because in float32 they are off by 0.03 rad at position 1,000,000."""
+    angle = positions[:, None, :, None].double() * frequencies
+    cos, sin = angle.cos().float(), angle.sin().float()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class NsaAttention(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        c, d = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(c, heads * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(c, kv_heads * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(c, kv_heads * d, bias=config.attention_bias)
+        self.o_proj = nn.Linear(heads * d, c, bias=False)
+        self.gate_proj = nn.Linear(c, 3 if config.nsa_gate_per_token else 3 * heads)
+        if config.nsa_qk_norm:
+            self.q_norm = NsaRMSNorm(d, config.rms_norm_eps)
+            self.k_norm = NsaRMSNorm(d, config.rms_norm_eps)
+        if config.nsa_phi == "linear":
+            length = config.nsa_cmp_len
+            mean = torch.eye(d).repeat(kv_heads, length, 1) / length
+            self.compress_k = nn.Parameter(mean.clone())
+            self.compress_pe = nn.Parameter(torch.zeros(kv_heads, length, d))
+            self.compress_v = nn.Parameter(mean.clone())
+
+    def compress(self, x, weight, pe):
+        """Returns the compressed windows [B, H, windows, d] of x [B, H, N, d]."""
+        x = x.unfold(2, self.config.nsa_cmp_len, self.config.nsa_cmp_stride)  # [B, H, windows, d, length]
+        if weight is None:
+            return x.mean(-1, dtype=torch.float32).to(x.dtype)
+        x = x.transpose(-1, -2)
+        if pe is not None:
+            x = x + pe[:, None]
+        return torch.matmul(x.flatten(-2), weight)
+
+    def select_blocks(self, p, positions, num_blocks):
+        """Returns which blocks each query selects, bool [B, Hkv, Nq, num_blocks].
+
+        Args:
+            p: probabilities of the compressed branch, [B, Hkv, Nq, windows], summed over the heads of a KV head.
+            positions: of the queries, [B, Nq].
+        """
+        c = self.config
+        # strides that window i and block j share: cell r of window i is the stride i + r
+        scores = p.new_zeros(*p.shape[:3], num_blocks)
+        first = torch.arange(p.shape[-1], device=p.device) * c.nsa_cmp_stride
+        for cell in range(c.nsa_cmp_len // c.nsa_cmp_stride):
+            scores.index_add_(3, (first + cell * c.nsa_cmp_stride) // c.nsa_block, p)
+        block = torch.arange(num_blocks, device=p.device)
+        own = (positions // c.nsa_block)[:, None, :, None]  # the query's block
+        always = (block < c.nsa_init_blocks) | (block > own - c.nsa_local_blocks)
+        scores = scores.masked_fill(always, torch.inf).masked_fill(block > own, -torch.inf)
+        # a stable sort: of equal scores, the lower index comes first
+        chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., : c.nsa_topk]
+        selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(3, chosen, True)
+        return selected & (block <= own)
+
+    def attend(self, q, k, v, positions, frequencies):
+        """Returns the outputs of the three branches, [B, H, Nq, d] each.
+
+        Args:
+            q: [B, H, Nq, d] before RoPE.
+            k, v: [B, Hkv, N, d] before RoPE; key n is at position n.
+            positions: of the queries, [B, Nq].
+        """
+        c = self.config
+        batch, heads, nq, d = q.shape
+        kv_heads, n = k.shape[1:3]
+        group = heads // kv_heads
+        scale = c.nsa_scale or d**-0.5
+        # positions of keys, the same for all sequences
+        q = rotate(q, positions, frequencies)
+        key = torch.arange(n, device=q.device)
+        rotated = rotate(k, key[None], frequencies)
+        row = positions[:, None, :, None]  # [B, 1, Nq, 1]
+
+        # compressed branch: windows that lie in the query's past
+        blocks = (n + c.nsa_block - 1) // c.nsa_block
+        if n >= c.nsa_cmp_len:
+            linear = c.nsa_phi == "linear"
+            kc = self.compress(k, self.compress_k if linear else None, self.compress_pe if linear else None)
+            vc = self.compress(v, self.compress_v if linear else None, None)
+            first = torch.arange(kc.shape[2], device=q.device) * c.nsa_cmp_stride
+            kc = rotate(kc, first[None], frequencies)
+            visible = (first + c.nsa_cmp_len - 1 <= row)[:, :, None]  # [B, 1, 1, Nq, windows]
+            grouped = q.view(batch, kv_heads, group, nq, d)
+            s = scale * torch.matmul(grouped, kc[:, :, None].transpose(-1, -2)).float()
+            s = s.masked_fill(~visible, torch.finfo(s.dtype).min)
+            p = s.softmax(-1) * visible  # 0 for a query that sees no window
+            compressed = torch.matmul(p.to(v.dtype), vc[:, :, None]).view(batch, heads, nq, d)
+            selected = self.select_blocks(p.sum(2).detach(), positions, blocks)
+        else:
+            compressed = torch.zeros_like(q)
+            selected = torch.ones(batch, kv_heads, nq, blocks, dtype=torch.bool, device=q.device)
+
+        def branch(mask):  # softmax attention to the keys of mask [B, Hkv or 1, Nq, N]
+            mask = mask.expand(batch, kv_heads, nq, n).repeat_interleave(group, dim=1)
+            keys, values = (x.repeat_interleave(group, dim=1) for x in (rotated, v))
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+
+        causal = key <= row
+        in_blocks = selected.repeat_interleave(c.nsa_block, dim=-1)[..., :n]
+        return compressed, branch(causal & in_blocks), branch(causal & (key > row - c.nsa_window))
+
+    def forward(self, x, positions, order, frequencies, past_key_values=None):
+        """x [B, Nq, C] -> [B, Nq, C]. `order` [B, N] sorts the keys by their positions; None: they are sorted."""
+        c = self.config
+        batch, nq, _ = x.shape
+        q, k, v = (
+            proj(x).view(batch, nq, -1, c.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if c.nsa_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if past_key_values is not None:
+            # the cache holds k before RoPE, which the compression reads
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        if order is not None:
+            index = order[:, None, :, None].expand_as(k)
+            k, v = k.gather(2, index), v.gather(2, index)
+        branches = self.attend(q, k, v, positions, frequencies)
+        gates = self.gate_proj(x).float().sigmoid().view(batch, nq, -1, 3).transpose(1, 2)
+        o = sum(gates[..., i, None] * o_i for i, o_i in enumerate(branches))
+        return self.o_proj(o.to(x.dtype).transpose(1, 2).reshape(batch, nq, -1))
+
+
+class NsaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NsaDecoderLayer(nn.Module):
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.self_attn = NsaAttention(config, layer_idx)
+        self.mlp = NsaMLP(config)
+        self.input_layernorm = NsaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = NsaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, positions, order, frequencies, past_key_values=None):
+        x = x + self.self_attn(self.input_layernorm(x), positions, order, frequencies, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class NsaPreTrainedModel(PreTrainedModel):
+    config_class = NsaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["NsaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, NsaRMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class NsaModel(NsaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NsaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = NsaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ):
+        """attention_mask [B, N] is 0 for padding, on any side, of the N tokens up to the last one. Positions count the
+        tokens that are no padding, so position_ids is not read."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        n = past + x.shape[1]
+        order = None
+        if attention_mask is None or bool(attention_mask.all()):
+            positions = torch.arange(past, n, device=x.device).expand(x.shape[0], -1)
+        else:
+            # the keys of a sequence, then its padding: key n is at position n
+            order = attention_mask.to(torch.int).sort(dim=1, descending=True, stable=True).indices
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        frequencies = inv_freq(self.config, x.device)
+        for layer in self.layers:
+            x = layer(x, positions, order, frequencies, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NsaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""to_hf.py: makes a Hugging Face folder from a checkpoint of the trainers."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, d) for d in ("hf", "../data")]
+from shards import Parser, die, read_input, run_main, sync_folder, write_file  # noqa: E402
+
+DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}
+
+
+def parse_args():
+    parser = Parser(
+        description="Makes a Hugging Face folder from a checkpoint, for AutoModelForCausalLM.from_pretrained. "
+        "full and window become a Llama, Mistral, Qwen2 or Qwen3 model, which needs no code of ours. nsa "
+        "brings its code along: load it with trust_remote_code=True."
+    )
+    parser.add_argument("checkpoint", help="a ckpt_*.bin of a run, or a file of from_hf.py")
+    parser.add_argument("-o", metavar="FOLDER", required=True, dest="folder", help="new folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="bf16",
+        help="type of the weights: bf16 is the usual one; fp32 keeps all bits of a trained checkpoint (bf16)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="a tokenizer.json, or a folder with the tokenizer's files (those that from_hf.py has kept beside the "
+        "checkpoint, or else one made from tokenizer.bin)",
+    )
+    return parser.parse_args()
+
+
+def find_tokenizer_files(args, vocab_size):
+    """Returns {name: content} of the tokenizer's files and generation_config.json."""
+    import hub_files
+    import tokenizer_json
+
+    path = args.tokenizer
+    if path is None and os.path.isdir(hub_files.side_folder(args.checkpoint)):
+        path = hub_files.side_folder(args.checkpoint)
+    if path is not None:
+        files = hub_files.read(path) if os.path.isdir(path) else {"tokenizer.json": read_input(path)}
+        if args.tokenizer and not files:
+            die(f"--tokenizer {path}: the folder has no tokenizer.json; check the path")
+        if "tokenizer.json" in files or args.tokenizer:
+            return files
+    else:
+        files = {}
+    binary = os.path.join(os.path.dirname(args.checkpoint) or ".", "tokenizer.bin")
+    if not os.path.exists(binary):
+        print(f"note: no tokenizer: {binary} does not exist; name one with --tokenizer", file=sys.stderr)
+        return files
+    return {**files, **tokenizer_json.from_bin(read_input(binary), binary, vocab_size)}
+
+
+def generation_config(files):
+    """Returns the content of generation_config.json: the one that is there, or the ids of the tokenizer."""
+    if "generation_config.json" in files:
+        return files["generation_config.json"]
+    return b"{}\n"
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Creates path.tmp, which becomes the folder `path`. An error removes it."""
+    if os.path.lexists(path):
+        die(f"-o {path}: exists; choose a new folder")
+    tmp = path.rstrip("/") + ".tmp"
+    os.makedirs(tmp)
+    try:
+        yield tmp
+        os.rename(tmp, path)
+        sync_folder(os.path.dirname(path.rstrip("/")) or ".")
+    finally:
+        if os.path.isdir(tmp):
+            shutil.rmtree(tmp)
+
+
+def write_weights(reader, out, parts_of):
+    """Copies all tensors, in the order of the checkpoint. parts_of(tensor): its Parts."""
+    import math
+
+    import numpy as np
+
+    for tensor in reader.table:
+        left = tensor.rows * tensor.cols
+        for part in parts_of(tensor):
+            size, cols = math.prod(part.shape), part.shape[-1]
+            left -= size
+            row = np.empty(0, np.float32)  # the begin of a row whose end is in the next piece
+            for piece in reader.read(size):
+                piece = np.concatenate([row, piece]) if row.size else piece
+                whole = piece.size // cols * cols
+                if whole:
+                    out.write(piece[:whole].reshape(-1, cols))
+                row = piece[whole:]
+        for _ in reader.read(left):  # padding
+            pass
+
+
+def main():
+    args = parse_args()
+    import checkpoint
+    import config
+    import safetensors_files
+    import weights
+
+    reader = checkpoint.Reader(args.checkpoint)
+    model = reader.model
+    dtype, dtype_name = DTYPES[args.dtype]
+    values = config.from_model(model, args.checkpoint, reader.seq_len, dtype_name)
+    files = find_tokenizer_files(args, model["vocab"])
+    tensors = [part for tensor in reader.table for part in weights.parts(tensor, model)]
+    with new_folder(args.folder) as tmp:
+        out = safetensors_files.FolderWriter(tmp, tensors, dtype)
+        write_weights(reader, out, lambda tensor: weights.parts(tensor, model))
+        out.finish()
+        files = {**files, "generation_config.json": generation_config(files)}
+        files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
+        if model["attn"] == checkpoint.NSA:
+            for name in ("configuration_nsa.py", "modeling_nsa.py"):
+                files[name] = read_input(os.path.join(HERE, "hf", name))
+        for name, content in files.items():
+            write_file(os.path.join(tmp, name), content)
+    rounded = f", {100 * out.rounded / out.count:.0f}% of them rounded" if out.rounded else ""
+    print(f"{args.folder}: {values['architectures'][0]}, {out.count:,} parameters in {args.dtype}{rounded}")
+
+
+if __name__ == "__main__":
+    run_main(main)
