@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,34 +38,26 @@ def parse_args():
     return parser.parse_args()
 
 
-def find_tokenizer_files(args, vocab_size):
+def find_tokenizer_files(args):
     """Returns {name: content} of the tokenizer's files and generation_config.json."""
     import hub_files
     import tokenizer_json
 
-    path = args.tokenizer
-    if path is None and os.path.isdir(hub_files.side_folder(args.checkpoint)):
-        path = hub_files.side_folder(args.checkpoint)
-    if path is not None:
-        files = hub_files.read(path) if os.path.isdir(path) else {"tokenizer.json": read_input(path)}
-        if args.tokenizer and not files:
-            die(f"--tokenizer {path}: the folder has no tokenizer.json; check the path")
-        if "tokenizer.json" in files or args.tokenizer:
-            return files
-    else:
-        files = {}
-    binary = os.path.join(os.path.dirname(args.checkpoint) or ".", "tokenizer.bin")
-    if not os.path.exists(binary):
-        print(f"note: no tokenizer: {binary} does not exist; name one with --tokenizer", file=sys.stderr)
+    path = args.tokenizer or hub_files.side_folder(args.checkpoint)
+    files = {}
+    if os.path.isdir(path):
+        files = hub_files.read(path)
+    elif args.tokenizer:
+        files = {"tokenizer.json": read_input(path)}
+    if "tokenizer.json" in files:
         return files
-    return {**files, **tokenizer_json.from_bin(read_input(binary), binary, vocab_size)}
-
-
-def generation_config(files):
-    """Returns the content of generation_config.json: the one that is there, or the ids of the tokenizer."""
-    if "generation_config.json" in files:
-        return files["generation_config.json"]
-    return b"{}\n"
+    if args.tokenizer:
+        die(f"--tokenizer {path}: the folder has no tokenizer.json; check the path")
+    binary = os.path.join(os.path.dirname(args.checkpoint) or ".", "tokenizer.bin")
+    if os.path.exists(binary):
+        return {**tokenizer_json.from_bin(read_input(binary), binary), **files}
+    print(f"note: no tokenizer: {binary} does not exist; name one with --tokenizer", file=sys.stderr)
+    return files
 
 
 @contextlib.contextmanager
@@ -83,25 +76,23 @@ def new_folder(path):
             shutil.rmtree(tmp)
 
 
-def write_weights(reader, out, parts_of):
-    """Copies all tensors, in the order of the checkpoint. parts_of(tensor): its Parts."""
-    import math
-
+def write_weights(reader, out):
+    """Writes all tensors of the folder, in the order of the checkpoint."""
     import numpy as np
+    import weights
 
     for tensor in reader.table:
-        left = tensor.rows * tensor.cols
-        for part in parts_of(tensor):
+        pieces, left = reader.read(tensor), np.empty(0, np.float32)
+        for part in weights.parts(tensor, reader.model):
             size, cols = math.prod(part.shape), part.shape[-1]
-            left -= size
-            row = np.empty(0, np.float32)  # the begin of a row whose end is in the next piece
-            for piece in reader.read(size):
-                piece = np.concatenate([row, piece]) if row.size else piece
-                whole = piece.size // cols * cols
-                if whole:
-                    out.write(piece[:whole].reshape(-1, cols))
-                row = piece[whole:]
-        for _ in reader.read(left):  # padding
+            while size > 0:
+                while left.size < min(size, cols):
+                    left = np.concatenate([left, next(pieces)])
+                count = min(size, left.size) // cols * cols
+                out.write(left[:count].reshape(-1, cols))
+                left = left[count:]
+                size -= count
+        for _ in pieces:  # padding
             pass
 
 
@@ -116,13 +107,12 @@ def main():
     model = reader.model
     dtype, dtype_name = DTYPES[args.dtype]
     values = config.from_model(model, args.checkpoint, reader.seq_len, dtype_name)
-    files = find_tokenizer_files(args, model["vocab"])
+    files = find_tokenizer_files(args)
     tensors = [part for tensor in reader.table for part in weights.parts(tensor, model)]
     with new_folder(args.folder) as tmp:
         out = safetensors_files.FolderWriter(tmp, tensors, dtype)
-        write_weights(reader, out, lambda tensor: weights.parts(tensor, model))
+        write_weights(reader, out)
         out.finish()
-        files = {**files, "generation_config.json": generation_config(files)}
         files["config.json"] = (json.dumps(values, indent=2) + "\n").encode()
         if model["attn"] == checkpoint.NSA:
             for name in ("configuration_nsa.py", "modeling_nsa.py"):

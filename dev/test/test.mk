@@ -10,15 +10,16 @@ $(BUILD)/dev/test/test_comm_mpi.o: private DEFINES := $(MPI_FLAGS)
 
 CPU_TESTS := $(addprefix $(BUILD)/,test_comm test_reference test_model test_run test_data test_golden \
     test_model_golden test_parallel)
-TEST_TOOLS := $(BUILD)/encode $(BUILD)/adamw_step $(CPU_TRAINER) $(MAKERS)
+TEST_TOOLS := $(BUILD)/encode $(BUILD)/logits $(BUILD)/adamw_step $(CPU_TRAINER) $(MAKERS)
 $(BUILD)/test_reference $(BUILD)/test_golden $(BUILD)/bench_reference: $(REFERENCE)
 $(BUILD)/test_model $(BUILD)/test_model_golden: $(BUILD)/train_gpt_nsa_f64.o $(REFERENCE)
 $(BUILD)/test_run $(BUILD)/test_parallel $(BUILD)/adamw_step: $(BUILD)/fsa/config.o
 $(BUILD)/test_run: $(BUILD)/llmc/commit.o
+$(BUILD)/logits: $(addprefix $(BUILD)/,train_gpt_nsa_f32.o fsa/config.o fsa/reference_f32.o)
 $(BUILD)/fuzz_files: $(addprefix $(BUILD)/,fsa/config.o llmc/comm.o llmc/commit.o)
 # test_run counts the calls of fsync and rename.
 $(BUILD)/test_run: private LDLIBS += -Wl,--wrap=fsync,--wrap=rename
-$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/adamw_step $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
+$(filter-out %test_comm,$(CPU_TESTS)) $(BUILD)/encode $(BUILD)/logits $(BUILD)/adamw_step $(BUILD)/fuzz_files: $(BUILD)/%: $(BUILD)/dev/test/%.o ; $(LINK_C)
 $(BUILD)/test_comm: $(BUILD)/dev/test/test_comm_mpi.o $(BUILD)/mpi.flags ; $(LINK_C) $(MPI_LIBS)
 $(BUILD)/bench_reference: $(BUILD)/dev/bench_reference.o ; $(LINK_C)
 
@@ -48,7 +49,7 @@ CORES := $(shell nproc 2>/dev/null || echo 1)
 LANES := $(shell echo $$(($(CORES) > 12 ? $(CORES) / 4 : $(CORES) > 2 ? 3 : 2)))
 RUN = COMMIT="$(COMMIT)" CPU=$(CPU_TRAINER) BUILD=$(BUILD) MPI=$(MPI) LANES=$(LANES) CORES=$(CORES)
 PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_bpe.py" "python3 dev/test/test_compare_sass.py" \
-    "python3 dev/test/test_performance.py" "python3 dev/test/test_plots.py",\
+    "python3 dev/test/test_performance.py" "python3 dev/test/test_plots.py" "python3 dev/test/test_hf.py",\
     "echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
 SCRIPTS := $(PYTHON_TESTS) "bash dev/test/cli.sh" "bash dev/test/headers.sh" "bash dev/test/translate.sh"
 GPUS = $(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0)

@@ -114,8 +114,8 @@ def check_model(model, name):
 
 
 def param_table(model, version=VERSION):
-    """Returns the Tensors of a model in the order in which a checkpoint of this version stores them
-    (param_table in llmc/config.h). Version 2 has no bgate; in version 1 wgate is right before wo, too."""
+    """Returns the Tensors of a model in the order in which a checkpoint of this version has them (param_table in
+    llmc/config.h): in version 1, wgate is right before wo."""
     channels, d, heads, kv_heads = (model[f] for f in ("channels", "head-dim", "heads", "kv-heads"))
     qkv, nsa = (heads + 2 * kv_heads) * d, model["attn"] == NSA
     window_rows = kv_heads * model["cmp-len"]
@@ -131,7 +131,7 @@ def param_table(model, version=VERSION):
             add("wgate", num_gate_logits(model), channels)
         if model["qkv-bias"]:
             add("bqkv", 1, qkv)
-        if nsa and version > 2:
+        if nsa:
             add("bgate", 1, gate_bias_size(model))
         if model["qk-norm"]:
             add("qnorm", 1, d)
@@ -293,7 +293,7 @@ class Reader:
     Attributes:
         model: {field: value}.
         seq_len: tokens per training sequence; 0 if unknown.
-        table: the stored Tensors, in the order of the file.
+        table: the Tensors of the model, in the order of the file.
     """
 
     def __init__(self, path):
@@ -319,7 +319,8 @@ class Reader:
         state = struct.unpack_from(f"<{num_state}q", header, 64 + 8 * num_fields)
         self.seq_len = state[SEQ_LEN_FIELD]
         self.table = param_table(self.model, version)
-        self.total = sum(t.rows * t.cols for t in self.table)
+        self.has_gate_bias = version >= 3
+        self.total = sum(t.rows * t.cols for t in self.table if self._is_stored(t))
         arrays = arrays if version >= 3 else 3
         if n != self.total:
             die(f"{path}: {n} parameters found, its model has {self.total}; choose another checkpoint")
@@ -335,9 +336,15 @@ class Reader:
         self.sums = np.fromfile(self.file, "<u8", chunks)
         self.batches, self.left = self._batches(), np.empty(0, "<f4")
 
-    def read(self, count):
-        """Yields the next `count` parameters in the order of the file, in pieces. Their checksums are verified
-        before."""
+    def _is_stored(self, tensor):
+        return self.has_gate_bias or tensor.name != "bgate"
+
+    def read(self, tensor):
+        """Yields the elements of the next tensor of the table, in pieces whose checksums are verified."""
+        count = tensor.rows * tensor.cols
+        if not self._is_stored(tensor):
+            yield np.zeros(count, "<f4")  # a gate of an older version has no bias
+            return
         while count > 0:
             if not self.left.size:
                 self.left = next(self.batches)

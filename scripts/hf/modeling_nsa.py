@@ -15,6 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_nsa import NsaConfig
 
+# Newer releases of transformers call the cache `cache`, older ones `past_key_values`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class NsaRMSNorm(nn.Module):
     def __init__(self, size, eps):
@@ -149,7 +152,7 @@ class NsaAttention(nn.Module):
         in_blocks = selected.repeat_interleave(c.nsa_block, dim=-1)[..., :n]
         return compressed, branch(causal & in_blocks), branch(causal & (key > row - c.nsa_window))
 
-    def forward(self, x, positions, order, frequencies, past_key_values=None):
+    def forward(self, x, positions, order, frequencies, cache=None):
         """x [B, Nq, C] -> [B, Nq, C]. `order` [B, N] sorts the keys by their positions; None: they are sorted."""
         c = self.config
         batch, nq, _ = x.shape
@@ -159,9 +162,9 @@ class NsaAttention(nn.Module):
         if c.nsa_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        if past_key_values is not None:
+        if cache is not None:
             # the cache holds k before RoPE, which the compression reads
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx)
         if order is not None:
             index = order[:, None, :, None].expand_as(k)
             k, v = k.gather(2, index), v.gather(2, index)
@@ -190,8 +193,8 @@ class NsaDecoderLayer(nn.Module):
         self.input_layernorm = NsaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = NsaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, positions, order, frequencies, past_key_values=None):
-        x = x + self.self_attn(self.input_layernorm(x), positions, order, frequencies, past_key_values)
+    def forward(self, x, positions, order, frequencies, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), positions, order, frequencies, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -200,7 +203,7 @@ class NsaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _no_split_modules = ["NsaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -225,6 +228,7 @@ class NsaModel(NsaPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
@@ -234,9 +238,10 @@ class NsaModel(NsaPreTrainedModel):
         tokens that are no padding, so position_ids is not read."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         n = past + x.shape[1]
         order = None
         if attention_mask is None or bool(attention_mask.all()):
@@ -247,8 +252,8 @@ class NsaModel(NsaPreTrainedModel):
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         frequencies = inv_freq(self.config, x.device)
         for layer in self.layers:
-            x = layer(x, positions, order, frequencies, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, positions, order, frequencies, cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: cache})
 
 
 class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
@@ -277,6 +282,7 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         inputs_embeds=None,
         labels=None,
@@ -287,7 +293,7 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
@@ -296,4 +302,4 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
