@@ -1410,503 +1410,496 @@ static void test_sample(void) {
     const SampleCase longer = {"<|a|><|a|><|a|><|a|><|a|><|a|><|a|><|a|>", SP_BOS, {0}, "", "", 0};
     Child c = child(run_sample_case, (void *)&longer);
     check_died(&c, "a long prompt", "-prompt: 8 tokens", "context of 8 has space for 6");
+}
 
-    // ----------------------------------------------------------------------------
-    // Runs without a model: run_start sets them up from a command line, and the test calls the parts of a
-    // step
+// ----------------------------------------------------------------------------
+// Runs without a model: run_start sets them up from a command line, and the test calls the parts of a
+// step
 
-    // Writes the shard `name` of n tokens in the test's folder, and answers [count] beside it.
-    static void make_shard(const char *name, int vocab, const int32_t *tokens, int64_t n,
-                           const Answer *answers, int64_t count) {
-        char path[300];
-        ShardWriter w;
-        snprintf(path, sizeof path, "%s/%s", dir, name);
-        shard_writer_open(&w, path, vocab);
-        shard_writer_add(&w, tokens, n);
-        shard_writer_commit(&w);
-        if (count == 0) return;
-        Answers a = {count, 7, (Answer *)xmalloc((size_t)count * sizeof *answers)};
-        memcpy(a.answers, answers, (size_t)count * sizeof *answers);
-        answers_save(&a, path);
-        answers_free(&a);
+// Writes the shard `name` of n tokens in the folder of these runs, and answers [count] beside it.
+static void make_shard(const char *name, int vocab, const int32_t *tokens, int64_t n, const Answer *answers,
+                       int64_t count) {
+    char path[300];
+    ShardWriter w;
+    snprintf(path, sizeof path, "%s/run", dir);
+    make_dirs(path);
+    snprintf(path, sizeof path, "%s/run/%s", dir, name);
+    shard_writer_open(&w, path, vocab);
+    shard_writer_add(&w, tokens, n);
+    shard_writer_commit(&w);
+    if (count == 0) return;
+    Answers a = {count, 7, (Answer *)xmalloc((size_t)count * sizeof *answers)};
+    memcpy(a.answers, answers, (size_t)count * sizeof *answers);
+    answers_save(&a, path);
+    answers_free(&a);
+}
+
+// Sets up a run in a child process. Paths are relative to the folder of these runs.
+static Run *start(const char *line) {
+    static Run r;
+    static char text[1024], *argv[60];
+    int argc = 1;
+    if (chdir(dir) != 0 || chdir("run") != 0) die("cannot change to %s/run: %s", dir, strerror(errno));
+    snprintf(text, sizeof text, "%s", line);
+    own_rank = 0;
+    argv[0] = (char *)"trainer";
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
+    run_start(&r, argc, argv);
+    return &r;
+}
+
+// Prints where the sequences of the first batch of validation data begin.
+static void run_documents(void *line) {
+    Run *r = start((const char *)line);
+    run_load_batch(r, &r->val);
+    for (int64_t i = 0; i <= r->num_seqs; i++) printf("%lld ", (long long)r->cu_seqlens[i]);
+}
+
+// Tests that attention stays within documents, which begin with the tokenizer's end-of-text token, or
+// without a tokenizer with the last token of the vocabulary.
+static void test_documents(void) {
+    const int32_t last[] = {1, 99, 2, 3, 99, 4, 5, 99}, first[] = {1, 0, 2, 3, 0, 4, 5, 0};
+    const char *pieces[6] = {"<|end|>", "a", "b", "c", "d", "e"};
+    const int lengths[6] = {7, 1, 1, 1, 1, 1};
+    char path[300];
+    make_shard("last.bin", 100, last, 8, NULL, 0);
+    snprintf(path, sizeof path, "%s/run/words", dir);
+    make_dirs(path);
+    make_shard("words/first.bin", 6, first, 8, NULL, 0);
+    snprintf(path, sizeof path, "%s/run/words/tokenizer.bin", dir);
+    tokenizer_write(path, TOKENIZER_WORDS, 6, 0, pieces, lengths, NULL);
+    static const char *const cases[][2] = {
+        {"-e recall -t 3 -b 2 -x 1 -vocab 100 -i last.bin -j last.bin", "0 1 3 6 "},
+        {"-e recall -t 3 -b 2 -x 1 -vocab 100 -i last.bin -j last.bin -doc-mask 0", "0 3 6 "},
+        {"-e recall -t 3 -b 2 -x 1 -i words/first.bin -j words/first.bin", "0 1 3 6 "},
+        {"-e recall -t 3 -b 2 -x 1 -i words/first.bin -j words/first.bin -doc-mask 0", "0 3 6 "},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        Child r = child(run_documents, (void *)cases[i][0]);
+        CHECK(r.code == 0 && strcmp(r.out, cases[i][1]) == 0, "%s: '%s', not '%s' %s", cases[i][0], r.out,
+              cases[i][1], r.err);
     }
+}
 
-    // Sets up a run in a child process. Paths are relative to the test's folder.
-    static Run *start(const char *line) {
-        static Run r;
-        static char text[1024], *argv[60];
-        int argc = 1;
-        if (chdir(dir) != 0) die("cannot change to %s: %s", dir, strerror(errno));
-        snprintf(text, sizeof text, "%s", line);
-        own_rank = 0;
-        argv[0] = (char *)"trainer";
-        for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
-        run_start(&r, argc, argv);
-        return &r;
+// Tokens below 50 are predicted, others are not.
+static void evaluate_below_50(void *losses, const Run *r, const float **out, const int32_t **argmax) {
+    static int32_t predicted[64];
+    for (int64_t i = 0; i < r->val.batch * r->val.seq_len; i++)
+        predicted[i] = r->targets[i] < 50 ? r->targets[i] : 0, ((float *)losses)[i] = (float)r->inputs[i];
+    *out = (float *)losses, *argmax = predicted;
+}
+
+// Validates twice, which must give the same.
+static void run_recall(void *line) {
+    Run *r = start((const char *)line);
+    float losses[64];
+    for (int i = 0; i < 2; i++) run_validate(r, evaluate_below_50, losses);
+}
+
+// Tests the losses and the recall accuracy of two shards with 3 and 2 samples of 8 tokens.
+static void test_recall_accuracy(void) {
+    // {index, distance}; a sample's first token is not predicted, so it does not count
+    static const Answer a0[] = {{3, 1}, {5, 2}, {7, 3}, {12, 4}, {15, 7}, {16, 8}, {20, 8}},
+                        a1[] = {{1, 1}, {9, 8}};
+    static const int32_t right0[] = {10, 11, 70, 10, 12, 80, 71}, right1[] = {70, 13}; // the answers' tokens
+    int32_t tokens0[24], tokens1[16];
+    for (int i = 0; i < 24; i++) tokens0[i] = 60;
+    for (int i = 0; i < 16; i++) tokens1[i] = 61;
+    for (int i = 0; i < 7; i++) tokens0[a0[i].index] = right0[i];
+    for (int i = 0; i < 2; i++) tokens1[a1[i].index] = right1[i];
+    make_shard("recall_0.bin", 100, tokens0, 24, a0, 7);
+    make_shard("recall_1.bin", 100, tokens1, 16, a1, 2);
+    // 6 distinct answers: 10, 11, 70, 12, 71, 13; of the first two samples 10, 11, 70, 12
+    static const char *const cases[][2] = {
+        {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 0 -i last.bin -j recall_*.bin",
+         "recall by distance at step 0 (chance 16.7%): | 1+: 50.0% of 2 | 2+: 50.0% of 2 | 4+: 100.0% of "
+         "2 | "
+         "8+: 50.0% "
+         "of 2\n"},
+        {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 1 -i last.bin -j recall_*.bin",
+         "recall by distance at step 0 (chance 25.0%): | 1+: 100.0% of 1 | 2+: 50.0% of 2 | 4+: 100.0% "
+         "of "
+         "2\n"},
+    };
+    for (int i = 0; i < 2; i++) {
+        double sum = 0;
+        int rows = i == 0 ? 5 : 2;
+        for (int row = 0; row < rows; row++)
+            for (int t = 0; t < 7; t++) sum += row < 3 ? tokens0[8 * row + t] : tokens1[8 * (row - 3) + t];
+        const double loss = sum / (7 * rows);
+        char once[512], want[1024];
+        snprintf(once, sizeof once, "val loss %.6f | perplexity %.6g | %d tokens | step 0\n%s", loss,
+                 exp(loss), 7 * rows, cases[i][1]);
+        snprintf(want, sizeof want, "%s%s", once, once);
+        Child r = child(run_recall, (void *)cases[i][0]);
+        CHECK(r.code == 0 && strcmp(r.out, want) == 0, "'%s', not '%s' %s", r.out, want, r.err);
     }
+}
 
-    // Prints where the sequences of the first batch of validation data begin.
-    static void run_documents(void *line) {
-        Run *r = start((const char *)line);
-        run_load_batch(r, &r->val);
-        for (int64_t i = 0; i <= r->num_seqs; i++) printf("%lld ", (long long)r->cu_seqlens[i]);
+// Prints the first batch of training data.
+static void run_batch(void *line) {
+    Run *r = start((const char *)line);
+    run_load_batch(r, &r->train);
+    for (int64_t i = 0; i < r->opt.batch * r->opt.seq_len; i++) printf("%d ", r->inputs[i]);
+}
+
+static void run_resume(void *line) {
+    Run *r = start((const char *)line);
+    printf("step %lld tokens %lld draws %lld epoch %lld position %lld", (long long)r->state.step,
+           (long long)r->state.tokens, (long long)r->state.draws, (long long)r->train.epoch,
+           (long long)r->train.position);
+    if (r->state.epoch != r->train.epoch || r->state.position != r->train.position)
+        die("the state is elsewhere");
+}
+
+// Tests the order of the data by -seed, and where a resumed run goes on.
+static void test_data_position(void) {
+    char folder[300];
+    int32_t tokens[700];
+    for (int i = 0; i < 700; i++) tokens[i] = i % 100;
+    make_shard("order.bin", 100, tokens, 700, NULL, 0);
+    Child one = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 1");
+    Child again = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 1");
+    Child two = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 2");
+    CHECK(one.code == 0 && strcmp(one.out, again.out) == 0, "one seed, two orders: %s %s", one.out,
+          again.out);
+    CHECK(two.code == 0 && strcmp(one.out, two.out) != 0, "two seeds, one order: %s", one.out);
+
+    TrainState s = make_state(3);
+    s.seq_len = 6, s.epoch_samples = 100, s.position = 30, s.data.shards = 0;
+    snprintf(folder, sizeof folder, "%s/run/position", dir);
+    make_dirs(folder);
+    checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
+    s.step = 4, s.data.shards = 1, s.data.tokens = 699; // other data than order.bin
+    snprintf(folder, sizeof folder, "%s/run/position_data", dir);
+    make_dirs(folder);
+    checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
+    static const char *const cases[][3] = {
+        // flags, state, text in stderr
+        {"-y 1 -o position -t 6 -seed 5", "step 3 tokens 30 draws 8 epoch 2 position 30", ""},
+        {"-y 1 -o position -t 6 -seed 5 -b 4", "step 3 tokens 30 draws 8 epoch 2 position 30", ""},
+        {"-y 1 -o position -t 9 -seed 5", "step 3 tokens 30 draws 8 epoch 3 position 0", "-t changed"},
+        {"-y 1 -o position -t 6 -seed 6", "step 3 tokens 30 draws 8 epoch 3 position 0", "-seed changed"},
+        {"-y 1 -o position_data -t 6 -seed 5 -new-data 1", "step 4 tokens 30 draws 8 epoch 3 position 0",
+         "of 700 tokens, but the run has 1 shards"},
+        {"-e position/ckpt_00000003.bin -t 6 -seed 5", "step 0 tokens 0 draws 0 epoch 0 position 0", ""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char line[256];
+        snprintf(line, sizeof line, "-x 9 -l 1e-3 -i order.bin %s", cases[i][0]);
+        Child r = child(run_resume, line);
+        CHECK(r.code == 0 && strcmp(r.out, cases[i][1]) == 0 && strstr(r.err, cases[i][2]),
+              "%s: '%s', not '%s' %s", line, r.out, cases[i][1], r.err);
+        CHECK(cases[i][2][0] || !r.err[0], "%s: %s", line, r.err);
     }
+}
 
-    // Tests that attention stays within documents, which begin with the tokenizer's end-of-text token, or
-    // without a tokenizer with the last token of the vocabulary.
-    static void test_documents(void) {
-        const int32_t last[] = {1, 99, 2, 3, 99, 4, 5, 99}, first[] = {1, 0, 2, 3, 0, 4, 5, 0};
-        const char *pieces[6] = {"<|end|>", "a", "b", "c", "d", "e"};
-        const int lengths[6] = {7, 1, 1, 1, 1, 1};
-        char path[300];
-        make_shard("last.bin", 100, last, 8, NULL, 0);
-        snprintf(path, sizeof path, "%s/words", dir);
-        make_dirs(path);
-        make_shard("words/first.bin", 6, first, 8, NULL, 0);
-        snprintf(path, sizeof path, "%s/words/tokenizer.bin", dir);
-        tokenizer_write(path, TOKENIZER_WORDS, 6, 0, pieces, lengths, NULL);
-        static const char *const cases[][2] = {
-            {"-e recall -t 3 -b 2 -x 1 -vocab 100 -i last.bin -j last.bin", "0 1 3 6 "},
-            {"-e recall -t 3 -b 2 -x 1 -vocab 100 -i last.bin -j last.bin -doc-mask 0", "0 3 6 "},
-            {"-e recall -t 3 -b 2 -x 1 -i words/first.bin -j words/first.bin", "0 1 3 6 "},
-            {"-e recall -t 3 -b 2 -x 1 -i words/first.bin -j words/first.bin -doc-mask 0", "0 3 6 "},
-        };
-        for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-            Child r = child(run_documents, (void *)cases[i][0]);
-            CHECK(r.code == 0 && strcmp(r.out, cases[i][1]) == 0, "%s: '%s', not '%s' %s", cases[i][0], r.out,
-                  cases[i][1], r.err);
-        }
+static void run_outliers(void *unused) {
+    (void)unused;
+    Run r;
+    memset(&r, 0, sizeof r);
+    r.comm.ranks = 1, r.opt.max_loss_z = 3, r.opt.max_norm_z = 3, r.opt.skip_nonfinite = 1;
+    for (int i = 0; i < OUTLIER_WINDOW; i++)
+        outlier_add(&r.state.losses, i % 2 ? 3 : 5), outlier_add(&r.state.norms, 2);
+    printf("%d ", run_accept_step(&r, 7.5, 2)); // the mean is 4, the standard deviation 1
+    printf("%d ", run_accept_step(&r, 4, 2));
+    printf("%d ", run_accept_step(&r, NAN, 2));
+    printf("%d ", run_accept_step(&r, 4, INFINITY));
+    printf("%d", (int)r.state.losses.count);
+}
+
+// Tests which steps update the weights.
+static void test_accept_step(void) {
+    Child r = child(run_outliers, NULL);
+    CHECK(r.code == 0 && strcmp(r.out, "0 1 0 0 130") == 0, "%s", r.out);
+    CHECK(strstr(r.err, "step 1: outlier skipped: loss 7.5 (limit 7), gradient norm 2 (limit 2)\n") &&
+              strstr(r.err, "step 1: loss nan, gradient norm 2: skipped\n") &&
+              strstr(r.err, "step 1: loss 4, gradient norm inf: skipped\n") && count_lines(r.err) == 3,
+          "%s", r.err);
+}
+
+// A model of 32 tokens that counts from 0, and ends the text after token *last. Prints its contexts to
+// stderr.
+static const float *count_logits(void *last, const int32_t *tokens, int64_t n) {
+    static float logits[32];
+    int token = tokens[n - 1];
+    memset(logits, 0, sizeof logits);
+    logits[token == 31 ? 0 : token == *(int *)last ? 31 : token + 1] = 1;
+    fprintf(stderr, "%d..%d of %lld ", tokens[0], token, (long long)n);
+    return logits;
+}
+
+// A model that generates all tokens but end-of-text with the same probability.
+static const float *equal_logits(void *unused, const int32_t *tokens, int64_t n) {
+    static float logits[32];
+    (void)unused, (void)tokens, (void)n;
+    logits[31] = -INFINITY;
+    return logits;
+}
+
+// Prints the text samples of a command line; the state has `draws` draws. last: -1: equal_logits.
+typedef struct {
+    const char *line;
+    int64_t draws;
+    int samples, last;
+} TextRun;
+
+static void run_text(void *argument) {
+    TextRun *t = (TextRun *)argument;
+    Run r;
+    memset(&r, 0, sizeof r);
+    parse(&r.opt, t->line);
+    r.config.vocab_size = 32, r.eot = 31, r.sample_context = 8, r.state.draws = t->draws;
+    for (int i = 0; i < t->samples; i++) run_sample(&r, t->last < 0 ? equal_logits : count_logits, &t->last);
+}
+
+static void test_text(void) {
+    TextRun t = {"-i a -g 14 -temp 0", 0, 1, 99};
+    Child r = child(run_text, &t);
+    CHECK(r.code == 0 && strcmp(r.out, "sample: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 \n") == 0, "%s", r.out);
+    // the context starts with end-of-text; when 8 tokens are in it, the older 4 are dropped
+    CHECK(strcmp(r.err,
+                 "31..31 of 1 31..0 of 2 31..1 of 3 31..2 of 4 31..3 of 5 31..4 of 6 31..5 of 7 31..6 of 8 "
+                 "3..7 of 5 3..8 of 6 3..9 of 7 3..10 of 8 7..11 of 5 7..12 of 6 ") == 0,
+          "%s", r.err);
+    t.last = 4;
+    r = child(run_text, &t);
+    CHECK(r.code == 0 && strcmp(r.out, "sample: 0 1 2 3 4 \n") == 0, "text goes on after its end: %s", r.out);
+
+    // random numbers: those of -seed, and each one once, in later samples and in a resumed run too
+    TextRun whole = {"-i a -g 12 -temp 1 -topp 1 -seed 1", 0, 1, -1},
+            half = {"-i a -g 6 -temp 1 -topp 1 -seed 1", 0, 2, -1},
+            resumed = {"-i a -g 6 -temp 1 -topp 1 -seed 1", 6, 1, -1},
+            other = {"-i a -g 12 -temp 1 -topp 1 -seed 2", 0, 1, -1};
+    Child a = child(run_text, &whole), b = child(run_text, &half), c = child(run_text, &resumed),
+          d = child(run_text, &other);
+    char text[256];
+    const char *second = strstr(b.out, "\nsample: ");
+    snprintf(text, sizeof text, "%.*s%s", second ? (int)(second - b.out) : 0, b.out,
+             second ? second + 9 : "");
+    CHECK(a.code == 0 && b.code == 0 && strcmp(a.out, text) == 0, "'%s', in two samples '%s'", a.out, b.out);
+    CHECK(c.code == 0 && second && strcmp(c.out, second + 1) == 0, "resumed '%s', without a stop '%s'", c.out,
+          b.out);
+    CHECK(d.code == 0 && strcmp(a.out, d.out) != 0, "two seeds, one text: %s", d.out);
+}
+
+// ----------------------------------------------------------------------------
+// Log
+
+static void test_cadence(void) {
+    CHECK(cadence_due(0, 10, 25) && cadence_due(10, 10, 25) && cadence_due(20, 10, 25) &&
+              cadence_due(25, 10, 25),
+          "due");
+    CHECK(!cadence_due(5, 10, 25) && !cadence_due(24, 10, 25), "not due");
+    CHECK(!cadence_due(0, 0, 25) && !cadence_due(25, 0, 25), "never");
+    Options o;
+    parse(&o, "-i a -j b -o d -x 25 -n 10 -v 5 -s 20");
+    for (int64_t step = 0; step <= 25; step++) {
+        Cadence c = cadence_at(&o, step);
+        CHECK(c.validate == (step % 5 == 0), "val %lld", (long long)step);
+        CHECK(c.sample == (step == 20 || step == 25), "sample %lld", (long long)step);
+        CHECK(c.save == (step == 10 || step == 20 || step == 25), "save %lld", (long long)step);
     }
-
-    // Tokens below 50 are predicted, others are not.
-    static void evaluate_below_50(void *losses, const Run *r, const float **out, const int32_t **argmax) {
-        static int32_t predicted[64];
-        for (int64_t i = 0; i < r->val.batch * r->val.seq_len; i++)
-            predicted[i] = r->targets[i] < 50 ? r->targets[i] : 0, ((float *)losses)[i] = (float)r->inputs[i];
-        *out = (float *)losses, *argmax = predicted;
+    parse(&o, "-i a -o d -x 25 -n 0");
+    CHECK(!cadence_at(&o, 24).save && cadence_at(&o, 25).save && !cadence_at(&o, 25).validate &&
+              !cadence_at(&o, 25).sample,
+          "only at the end");
+    parse(&o, "-i a -x 25");
+    CHECK(!cadence_at(&o, 25).save, "nowhere to save");
+    CHECK(eta_seconds(10, 5, 20) == 40 && eta_seconds(10, 0, 20) == 0, "time left");
+    static const struct {
+        double seconds;
+        const char *text;
+    } times[] = {{0, "0s"},         {59.4, "59s"},    {59.6, "1m00s"},  {125, "2m05s"},
+                 {3599.9, "1h00m"}, {10920, "3h02m"}, {86400, "1d00h"}, {1e6, "11d13h"}};
+    for (size_t i = 0; i < sizeof times / sizeof times[0]; i++) {
+        char text[32];
+        format_seconds(text, sizeof text, times[i].seconds);
+        CHECK(strcmp(text, times[i].text) == 0, "%s", text);
     }
+}
 
-    // Validates twice, which must give the same.
-    static void run_recall(void *line) {
-        Run *r = start((const char *)line);
-        float losses[64];
-        for (int i = 0; i < 2; i++) run_validate(r, evaluate_below_50, losses);
+// The expected values follow llm.c's schedulers.
+static void test_schedule(void) {
+    Options o;
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k linear");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 &&
+              fabs(schedule_rate(&o, 55) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
+          "linear");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k constant");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 99) == 1,
+          "constant");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k wsd");
+    CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 80) == 1 &&
+              fabs(schedule_rate(&o, 85) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
+          "wsd");
+    parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1");
+    for (int i = 0; i <= 100; i++)
+        CHECK(schedule_rate(&o, i) == learning_rate(i, 1, 10, 100, 0.1), "cosine is the default");
+
+    OutlierWindow w;
+    memset(&w, 0, sizeof w);
+    for (int i = 0; i < 200; i++) {
+        CHECK(isinf(outlier_limit(&w, 2)) == (i < OUTLIER_WINDOW), "value %d", i);
+        outlier_add(&w, i < 72 ? 1000 : i % 2 ? 5 : 3); // mean 4, standard deviation 1
     }
+    outlier_add(&w, NAN);
+    outlier_add(&w, INFINITY);
+    CHECK(w.count == 200 && fabs(outlier_limit(&w, 3) - 7) < 1e-12, "limit %g", outlier_limit(&w, 3));
+    CHECK(isinf(outlier_limit(&w, 0)), "off");
+}
 
-    // Tests the losses and the recall accuracy of two shards with 3 and 2 samples of 8 tokens.
-    static void test_recall_accuracy(void) {
-        // {index, distance}; a sample's first token is not predicted, so it does not count
-        static const Answer a0[] = {{3, 1}, {5, 2}, {7, 3}, {12, 4}, {15, 7}, {16, 8}, {20, 8}},
-                            a1[] = {{1, 1}, {9, 8}};
-        static const int32_t right0[] = {10, 11, 70, 10, 12, 80, 71},
-                             right1[] = {70, 13}; // the answers' tokens
-        int32_t tokens0[24], tokens1[16];
-        for (int i = 0; i < 24; i++) tokens0[i] = 60;
-        for (int i = 0; i < 16; i++) tokens1[i] = 61;
-        for (int i = 0; i < 7; i++) tokens0[a0[i].index] = right0[i];
-        for (int i = 0; i < 2; i++) tokens1[a1[i].index] = right1[i];
-        make_shard("recall_0.bin", 100, tokens0, 24, a0, 7);
-        make_shard("recall_1.bin", 100, tokens1, 16, a1, 2);
-        // 6 distinct answers: 10, 11, 70, 12, 71, 13; of the first two samples 10, 11, 70, 12
-        static const char *const cases[][2] = {
-            {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 0 -i last.bin -j recall_*.bin",
-             "recall by distance at step 0 (chance 16.7%): | 1+: 50.0% of 2 | 2+: 50.0% of 2 | 4+: 100.0% of "
-             "2 | "
-             "8+: 50.0% "
-             "of 2\n"},
-            {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 1 -i last.bin -j recall_*.bin",
-             "recall by distance at step 0 (chance 25.0%): | 1+: 100.0% of 1 | 2+: 50.0% of 2 | 4+: 100.0% "
-             "of "
-             "2\n"},
-        };
-        for (int i = 0; i < 2; i++) {
-            double sum = 0;
-            int rows = i == 0 ? 5 : 2;
-            for (int row = 0; row < rows; row++)
-                for (int t = 0; t < 7; t++)
-                    sum += row < 3 ? tokens0[8 * row + t] : tokens1[8 * (row - 3) + t];
-            const double loss = sum / (7 * rows);
-            char once[512], want[1024];
-            snprintf(once, sizeof once, "val loss %.6f | perplexity %.6g | %d tokens | step 0\n%s", loss,
-                     exp(loss), 7 * rows, cases[i][1]);
-            snprintf(want, sizeof want, "%s%s", once, once);
-            Child r = child(run_recall, (void *)cases[i][0]);
-            CHECK(r.code == 0 && strcmp(r.out, want) == 0, "'%s', not '%s' %s", r.out, want, r.err);
-        }
+static void run_log_full(void *unused) {
+    (void)unused;
+    Logger l;
+    memset(&l, 0, sizeof l);
+    l.file = fopen("/dev/full", "w");
+    snprintf(l.path, sizeof l.path, "/dev/full");
+    logger_val(&l, 1, 1, 1, 0);
+}
+
+// Logs some steps. The parent checks the console output and the file.
+static void run_log(void *folder) {
+    Logger l;
+    logger_open(&l, (const char *)folder, -1);
+    l.tokens = 77;
+    const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
+    logger_val(&l, 0, 4.5, 300, 0);
+    for (int64_t step = 1; step <= 4; step++) {
+        StepLog t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
+        logger_train(&l, &t, 10, 65);
     }
+    logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
+    logger_val(&l, 4, 1.25, 300, 900);
+    fflush(stdout);
+    _exit(0); // without closing: every line is already in the file
+}
 
-    // Prints the first batch of training data.
-    static void run_batch(void *line) {
-        Run *r = start((const char *)line);
-        run_load_batch(r, &r->train);
-        for (int64_t i = 0; i < r->opt.batch * r->opt.seq_len; i++) printf("%d ", r->inputs[i]);
+static void run_log_removed(void *folder) {
+    Logger l;
+    char path[400];
+    logger_open(&l, (const char *)folder, -1);
+    logger_val(&l, 1, 1, 1, 0);
+    snprintf(path, sizeof path, "%s/log.jsonl", (const char *)folder);
+    unlink(path);
+    logger_val(&l, 2, 1, 1, 0);
+}
+
+static void test_logger(void) {
+    char folder[300], path[400], text[8192];
+    snprintf(folder, sizeof folder, "%s/log", dir);
+    snprintf(path, sizeof path, "%s/log.jsonl", folder);
+    make_dirs(folder);
+    make_file(folder, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
+    Child r = child(run_log, folder);
+    CHECK(r.code == 0, "%d %s", r.code, r.err);
+    CHECK(strstr(r.out, "val loss 4.500000 | perplexity 90.0171 | 300 tokens | step 0\n"), "%s", r.out);
+    CHECK(
+        strstr(r.out, "val loss 1.250000 | perplexity 3.49034 | 0.601123 bits/byte | 300 tokens | step 4\n"),
+        "%s", r.out);
+    CHECK(strstr(r.out,
+                 "step 1/10 | loss 1.0000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
+                 "| 1m05s left\n"),
+          "%s", r.out);
+    CHECK(!strstr(r.out, "step 2/10"), "more than one line per second: %s", r.out);
+    CHECK(strstr(r.out, "recall by distance at step 4 (chance 6.2%)") && strstr(r.out, "4+: 95.0% of 400") &&
+              strstr(r.out, "1+: none"),
+          "%s", r.out);
+    read_text(path, text, sizeof text);
+    CHECK(count_lines(text) == 7 && !strstr(text, "older"), "%s", text);
+    CHECK(strstr(text, "{\"step\":2,\"loss\":0.5,\"lr\":0.001,\"norm\":0.5,\"ms\":12.500,\"tokens_per_"
+                       "second\":10000.0,"
+                       "\"mfu\":0.42100,\"memory_bytes\":0,\"tokens\":77}\n"),
+          "%s", text);
+    CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
+    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25,\"val_perplexity\":3.49034296,"
+                       "\"val_bits_per_byte\":0.601122934,\"val_tokens\":300}\n"),
+          "%s", text);
+    CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,"
+                       "\"right\":0},{\"from\":2,"
+                       "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
+          "%s", text);
+
+    // resume after step 2; a kill has truncated the last line
+    FILE *f = fopen(path, "ab");
+    if (!f || fputs("{\"step\":2,\"recall\":[{\"from\":1}", f) < 0 || fclose(f) != 0) die("cannot append");
+    Logger l;
+    logger_open(&l, folder, 2);
+    logger_write(&l, "{\"step\":3,\"loss\":9}\n");
+    logger_close(&l);
+    read_text(path, text, sizeof text);
+    CHECK(count_lines(text) == 4, "%s", text);
+    CHECK(strncmp(text, "{\"step\":0,\"tokens\":77,\"val_loss\":4.5,", 37) == 0 &&
+              strstr(text, "\"val_bits_per_byte\":null,\"val_tokens\":300}\n{\"step\":1,") &&
+              strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
+              !strstr(text, "\"step\":4") && !strstr(text, "\"loss\":null"),
+          "%s", text);
+    CHECK(!exists(folder, "log.jsonl.tmp"), "temporary file left");
+    unlink(path);
+    logger_open(&l, folder, 5); // a checkpoint, but no log
+    logger_close(&l);
+    CHECK(exists(folder, "log.jsonl"), "no new log");
+    logger_open(&l, NULL, -1);
+    logger_write(&l, "nowhere");
+    logger_close(&l);
+    r = child(run_log_removed, folder);
+    check_died(&r, "a removed log", "log.jsonl is gone", folder);
+    if (access("/dev/full", W_OK) == 0) {
+        r = child(run_log_full, NULL);
+        check_died(&r, "full disk", "/dev/full", "cannot write");
+    } else {
+        SKIP("full disk: no /dev/full");
     }
+}
 
-    static void run_resume(void *line) {
-        Run *r = start((const char *)line);
-        printf("step %lld tokens %lld draws %lld epoch %lld position %lld", (long long)r->state.step,
-               (long long)r->state.tokens, (long long)r->state.draws, (long long)r->train.epoch,
-               (long long)r->train.position);
-        if (r->state.epoch != r->train.epoch || r->state.position != r->train.position)
-            die("the state is elsewhere");
+int main(void) {
+    const char *base = getenv("TMPDIR");
+    snprintf(dir, sizeof dir, "%.200s/test_run_XXXXXX", base && base[0] ? base : "/tmp");
+    if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
+    model = preset_config("recall", 3000); // three chunks per array
+    param_table(&model, NULL, &model_size);
+    for (int a = 0; a < 3; a++) {
+        arrays[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
+        loaded[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
     }
-
-    // Tests the order of the data by -seed, and where a resumed run goes on.
-    static void test_data_position(void) {
-        char folder[300];
-        int32_t tokens[700];
-        for (int i = 0; i < 700; i++) tokens[i] = i % 100;
-        make_shard("order.bin", 100, tokens, 700, NULL, 0);
-        Child one = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 1");
-        Child again = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 1");
-        Child two = child(run_batch, (void *)"-e recall -t 6 -b 8 -x 1 -vocab 100 -i order.bin -seed 2");
-        CHECK(one.code == 0 && strcmp(one.out, again.out) == 0, "one seed, two orders: %s %s", one.out,
-              again.out);
-        CHECK(two.code == 0 && strcmp(one.out, two.out) != 0, "two seeds, one order: %s", one.out);
-
-        TrainState s = make_state(3);
-        s.seq_len = 6, s.epoch_samples = 100, s.position = 30, s.data.shards = 0;
-        snprintf(folder, sizeof folder, "%s/position", dir);
-        make_dirs(folder);
-        checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
-        s.step = 4, s.data.shards = 1, s.data.tokens = 699; // other data than order.bin
-        snprintf(folder, sizeof folder, "%s/position_data", dir);
-        make_dirs(folder);
-        checkpoint_save(folder, &model, &s, arrays[0], arrays[1], arrays[2], model_size);
-        static const char *const cases[][3] = {
-            // flags, state, text in stderr
-            {"-y 1 -o position -t 6 -seed 5", "step 3 tokens 30 draws 8 epoch 2 position 30", ""},
-            {"-y 1 -o position -t 6 -seed 5 -b 4", "step 3 tokens 30 draws 8 epoch 2 position 30", ""},
-            {"-y 1 -o position -t 9 -seed 5", "step 3 tokens 30 draws 8 epoch 3 position 0", "-t changed"},
-            {"-y 1 -o position -t 6 -seed 6", "step 3 tokens 30 draws 8 epoch 3 position 0", "-seed changed"},
-            {"-y 1 -o position_data -t 6 -seed 5 -new-data 1", "step 4 tokens 30 draws 8 epoch 3 position 0",
-             "of 700 tokens, but the run has 1 shards"},
-            {"-e position/ckpt_00000003.bin -t 6 -seed 5", "step 0 tokens 0 draws 0 epoch 0 position 0", ""},
-        };
-        for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-            char line[256];
-            snprintf(line, sizeof line, "-x 9 -l 1e-3 -i order.bin %s", cases[i][0]);
-            Child r = child(run_resume, line);
-            CHECK(r.code == 0 && strcmp(r.out, cases[i][1]) == 0 && strstr(r.err, cases[i][2]),
-                  "%s: '%s', not '%s' %s", line, r.out, cases[i][1], r.err);
-            CHECK(cases[i][2][0] || !r.err[0], "%s: %s", line, r.err);
-        }
+    test_fsa_config();
+    test_model_config();
+    test_rope();
+    test_param_table();
+    test_qkv_layout();
+    test_flops();
+    test_options();
+    test_options_checkpoint();
+    test_checksum();
+    test_checkpoint_file();
+    test_sync();
+    for (int version = 1; version <= 2; version++) {
+        test_checkpoint_old("nsa, linear, bias, QK-norm", version, ATTN_NSA, 1, 1);
+        test_checkpoint_old("nsa, linear", version, ATTN_NSA, 1, 0);
+        test_checkpoint_old("nsa, mean, a gate a token", version, ATTN_NSA, 0, 0);
+        test_checkpoint_old("full", version, ATTN_FULL, 1, 1);
     }
-
-    static void run_outliers(void *unused) {
-        (void)unused;
-        Run r;
-        memset(&r, 0, sizeof r);
-        r.comm.ranks = 1, r.opt.max_loss_z = 3, r.opt.max_norm_z = 3, r.opt.skip_nonfinite = 1;
-        for (int i = 0; i < OUTLIER_WINDOW; i++)
-            outlier_add(&r.state.losses, i % 2 ? 3 : 5), outlier_add(&r.state.norms, 2);
-        printf("%d ", run_accept_step(&r, 7.5, 2)); // the mean is 4, the standard deviation 1
-        printf("%d ", run_accept_step(&r, 4, 2));
-        printf("%d ", run_accept_step(&r, NAN, 2));
-        printf("%d ", run_accept_step(&r, 4, INFINITY));
-        printf("%d", (int)r.state.losses.count);
+    for (int mode = ATTN_NSA; mode <= ATTN_WINDOW; mode++) {
+        test_checkpoint_weights(ATTN_FULL, mode);
+        test_checkpoint_weights(ATTN_NSA, mode);
     }
-
-    // Tests which steps update the weights.
-    static void test_accept_step(void) {
-        Child r = child(run_outliers, NULL);
-        CHECK(r.code == 0 && strcmp(r.out, "0 1 0 0 130") == 0, "%s", r.out);
-        CHECK(strstr(r.err, "step 1: outlier skipped: loss 7.5 (limit 7), gradient norm 2 (limit 2)\n") &&
-                  strstr(r.err, "step 1: loss nan, gradient norm 2: skipped\n") &&
-                  strstr(r.err, "step 1: loss 4, gradient norm inf: skipped\n") && count_lines(r.err) == 3,
-              "%s", r.err);
-    }
-
-    // A model of 32 tokens that counts from 0, and ends the text after token *last. Prints its contexts to
-    // stderr.
-    static const float *count_logits(void *last, const int32_t *tokens, int64_t n) {
-        static float logits[32];
-        int token = tokens[n - 1];
-        memset(logits, 0, sizeof logits);
-        logits[token == 31 ? 0 : token == *(int *)last ? 31 : token + 1] = 1;
-        fprintf(stderr, "%d..%d of %lld ", tokens[0], token, (long long)n);
-        return logits;
-    }
-
-    // A model that generates all tokens but end-of-text with the same probability.
-    static const float *equal_logits(void *unused, const int32_t *tokens, int64_t n) {
-        static float logits[32];
-        (void)unused, (void)tokens, (void)n;
-        logits[31] = -INFINITY;
-        return logits;
-    }
-
-    // Prints the text samples of a command line; the state has `draws` draws. last: -1: equal_logits.
-    typedef struct {
-        const char *line;
-        int64_t draws;
-        int samples, last;
-    } TextRun;
-
-    static void run_text(void *argument) {
-        TextRun *t = (TextRun *)argument;
-        Run r;
-        memset(&r, 0, sizeof r);
-        parse(&r.opt, t->line);
-        r.config.vocab_size = 32, r.eot = 31, r.sample_context = 8, r.state.draws = t->draws;
-        for (int i = 0; i < t->samples; i++)
-            run_sample(&r, t->last < 0 ? equal_logits : count_logits, &t->last);
-    }
-
-    static void test_text(void) {
-        TextRun t = {"-i a -g 14 -temp 0", 0, 1, 99};
-        Child r = child(run_text, &t);
-        CHECK(r.code == 0 && strcmp(r.out, "sample: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 \n") == 0, "%s", r.out);
-        // the context starts with end-of-text; when 8 tokens are in it, the older 4 are dropped
-        CHECK(
-            strcmp(r.err,
-                   "31..31 of 1 31..0 of 2 31..1 of 3 31..2 of 4 31..3 of 5 31..4 of 6 31..5 of 7 31..6 of 8 "
-                   "3..7 of 5 3..8 of 6 3..9 of 7 3..10 of 8 7..11 of 5 7..12 of 6 ") == 0,
-            "%s", r.err);
-        t.last = 4;
-        r = child(run_text, &t);
-        CHECK(r.code == 0 && strcmp(r.out, "sample: 0 1 2 3 4 \n") == 0, "text goes on after its end: %s",
-              r.out);
-
-        // random numbers: those of -seed, and each one once, in later samples and in a resumed run too
-        TextRun whole = {"-i a -g 12 -temp 1 -topp 1 -seed 1", 0, 1, -1},
-                half = {"-i a -g 6 -temp 1 -topp 1 -seed 1", 0, 2, -1},
-                resumed = {"-i a -g 6 -temp 1 -topp 1 -seed 1", 6, 1, -1},
-                other = {"-i a -g 12 -temp 1 -topp 1 -seed 2", 0, 1, -1};
-        Child a = child(run_text, &whole), b = child(run_text, &half), c = child(run_text, &resumed),
-              d = child(run_text, &other);
-        char text[256];
-        const char *second = strstr(b.out, "\nsample: ");
-        snprintf(text, sizeof text, "%.*s%s", second ? (int)(second - b.out) : 0, b.out,
-                 second ? second + 9 : "");
-        CHECK(a.code == 0 && b.code == 0 && strcmp(a.out, text) == 0, "'%s', in two samples '%s'", a.out,
-              b.out);
-        CHECK(c.code == 0 && second && strcmp(c.out, second + 1) == 0, "resumed '%s', without a stop '%s'",
-              c.out, b.out);
-        CHECK(d.code == 0 && strcmp(a.out, d.out) != 0, "two seeds, one text: %s", d.out);
-    }
-
-    // ----------------------------------------------------------------------------
-    // Log
-
-    static void test_cadence(void) {
-        CHECK(cadence_due(0, 10, 25) && cadence_due(10, 10, 25) && cadence_due(20, 10, 25) &&
-                  cadence_due(25, 10, 25),
-              "due");
-        CHECK(!cadence_due(5, 10, 25) && !cadence_due(24, 10, 25), "not due");
-        CHECK(!cadence_due(0, 0, 25) && !cadence_due(25, 0, 25), "never");
-        Options o;
-        parse(&o, "-i a -j b -o d -x 25 -n 10 -v 5 -s 20");
-        for (int64_t step = 0; step <= 25; step++) {
-            Cadence c = cadence_at(&o, step);
-            CHECK(c.validate == (step % 5 == 0), "val %lld", (long long)step);
-            CHECK(c.sample == (step == 20 || step == 25), "sample %lld", (long long)step);
-            CHECK(c.save == (step == 10 || step == 20 || step == 25), "save %lld", (long long)step);
-        }
-        parse(&o, "-i a -o d -x 25 -n 0");
-        CHECK(!cadence_at(&o, 24).save && cadence_at(&o, 25).save && !cadence_at(&o, 25).validate &&
-                  !cadence_at(&o, 25).sample,
-              "only at the end");
-        parse(&o, "-i a -x 25");
-        CHECK(!cadence_at(&o, 25).save, "nowhere to save");
-        CHECK(eta_seconds(10, 5, 20) == 40 && eta_seconds(10, 0, 20) == 0, "time left");
-        static const struct {
-            double seconds;
-            const char *text;
-        } times[] = {{0, "0s"},         {59.4, "59s"},    {59.6, "1m00s"},  {125, "2m05s"},
-                     {3599.9, "1h00m"}, {10920, "3h02m"}, {86400, "1d00h"}, {1e6, "11d13h"}};
-        for (size_t i = 0; i < sizeof times / sizeof times[0]; i++) {
-            char text[32];
-            format_seconds(text, sizeof text, times[i].seconds);
-            CHECK(strcmp(text, times[i].text) == 0, "%s", text);
-        }
-    }
-
-    // The expected values follow llm.c's schedulers.
-    static void test_schedule(void) {
-        Options o;
-        parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k linear");
-        CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 &&
-                  fabs(schedule_rate(&o, 55) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
-              "linear");
-        parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k constant");
-        CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 99) == 1,
-              "constant");
-        parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1 -k wsd");
-        CHECK(schedule_rate(&o, 4) == 0.5 && schedule_rate(&o, 10) == 1 && schedule_rate(&o, 80) == 1 &&
-                  fabs(schedule_rate(&o, 85) - 0.55) < 1e-15 && schedule_rate(&o, 100) == 0.1,
-              "wsd");
-        parse(&o, "-i a -x 100 -u 10 -l 1 -q 0.1");
-        for (int i = 0; i <= 100; i++)
-            CHECK(schedule_rate(&o, i) == learning_rate(i, 1, 10, 100, 0.1), "cosine is the default");
-
-        OutlierWindow w;
-        memset(&w, 0, sizeof w);
-        for (int i = 0; i < 200; i++) {
-            CHECK(isinf(outlier_limit(&w, 2)) == (i < OUTLIER_WINDOW), "value %d", i);
-            outlier_add(&w, i < 72 ? 1000 : i % 2 ? 5 : 3); // mean 4, standard deviation 1
-        }
-        outlier_add(&w, NAN);
-        outlier_add(&w, INFINITY);
-        CHECK(w.count == 200 && fabs(outlier_limit(&w, 3) - 7) < 1e-12, "limit %g", outlier_limit(&w, 3));
-        CHECK(isinf(outlier_limit(&w, 0)), "off");
-    }
-
-    static void run_log_full(void *unused) {
-        (void)unused;
-        Logger l;
-        memset(&l, 0, sizeof l);
-        l.file = fopen("/dev/full", "w");
-        snprintf(l.path, sizeof l.path, "/dev/full");
-        logger_val(&l, 1, 1, 1, 0);
-    }
-
-    // Logs some steps. The parent checks the console output and the file.
-    static void run_log(void *folder) {
-        Logger l;
-        logger_open(&l, (const char *)folder, -1);
-        l.tokens = 77;
-        const int64_t from[] = {1, 2, 4}, asked[] = {0, 8, 400}, right[] = {0, 1, 380};
-        logger_val(&l, 0, 4.5, 300, 0);
-        for (int64_t step = 1; step <= 4; step++) {
-            StepLog t = {step, step == 3 ? NAN : 1.0 / (double)step, 1e-3, 0.5, 12.5, 1e4, 0.421, 0};
-            logger_train(&l, &t, 10, 65);
-        }
-        logger_recall(&l, 4, 3, from, asked, right, 1.0 / 16);
-        logger_val(&l, 4, 1.25, 300, 900);
-        fflush(stdout);
-        _exit(0); // without closing: every line is already in the file
-    }
-
-    static void run_log_removed(void *folder) {
-        Logger l;
-        char path[400];
-        logger_open(&l, (const char *)folder, -1);
-        logger_val(&l, 1, 1, 1, 0);
-        snprintf(path, sizeof path, "%s/log.jsonl", (const char *)folder);
-        unlink(path);
-        logger_val(&l, 2, 1, 1, 0);
-    }
-
-    static void test_logger(void) {
-        char folder[300], path[400], text[8192];
-        snprintf(folder, sizeof folder, "%s/log", dir);
-        snprintf(path, sizeof path, "%s/log.jsonl", folder);
-        make_dirs(folder);
-        make_file(folder, "log.jsonl", "{\"step\":1,\"of\":\"an older run\"}\n");
-        Child r = child(run_log, folder);
-        CHECK(r.code == 0, "%d %s", r.code, r.err);
-        CHECK(strstr(r.out, "val loss 4.500000 | perplexity 90.0171 | 300 tokens | step 0\n"), "%s", r.out);
-        CHECK(strstr(r.out,
-                     "val loss 1.250000 | perplexity 3.49034 | 0.601123 bits/byte | 300 tokens | step 4\n"),
-              "%s", r.out);
-        CHECK(strstr(
-                  r.out,
-                  "step 1/10 | loss 1.0000 | norm 0.500 | lr 1.00e-03 | 12.5 ms | 10000 tokens/s | mfu 42.1% "
-                  "| 1m05s left\n"),
-              "%s", r.out);
-        CHECK(!strstr(r.out, "step 2/10"), "more than one line per second: %s", r.out);
-        CHECK(strstr(r.out, "recall by distance at step 4 (chance 6.2%)") &&
-                  strstr(r.out, "4+: 95.0% of 400") && strstr(r.out, "1+: none"),
-              "%s", r.out);
-        read_text(path, text, sizeof text);
-        CHECK(count_lines(text) == 7 && !strstr(text, "older"), "%s", text);
-        CHECK(strstr(text, "{\"step\":2,\"loss\":0.5,\"lr\":0.001,\"norm\":0.5,\"ms\":12.500,\"tokens_per_"
-                           "second\":10000.0,"
-                           "\"mfu\":0.42100,\"memory_bytes\":0,\"tokens\":77}\n"),
-              "%s", text);
-        CHECK(strstr(text, "{\"step\":3,\"loss\":null,"), "NaN: %s", text);
-        CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"val_loss\":1.25,\"val_perplexity\":3.49034296,"
-                           "\"val_bits_per_byte\":0.601122934,\"val_tokens\":300}\n"),
-              "%s", text);
-        CHECK(strstr(text, "{\"step\":4,\"tokens\":77,\"chance\":0.0625,\"recall\":[{\"from\":1,\"asked\":0,"
-                           "\"right\":0},{\"from\":2,"
-                           "\"asked\":8,\"right\":1},{\"from\":4,\"asked\":400,\"right\":380}]}\n"),
-              "%s", text);
-
-        // resume after step 2; a kill has truncated the last line
-        FILE *f = fopen(path, "ab");
-        if (!f || fputs("{\"step\":2,\"recall\":[{\"from\":1}", f) < 0 || fclose(f) != 0)
-            die("cannot append");
-        Logger l;
-        logger_open(&l, folder, 2);
-        logger_write(&l, "{\"step\":3,\"loss\":9}\n");
-        logger_close(&l);
-        read_text(path, text, sizeof text);
-        CHECK(count_lines(text) == 4, "%s", text);
-        CHECK(strncmp(text, "{\"step\":0,\"tokens\":77,\"val_loss\":4.5,", 37) == 0 &&
-                  strstr(text, "\"val_bits_per_byte\":null,\"val_tokens\":300}\n{\"step\":1,") &&
-                  strstr(text, "\n{\"step\":2,") && strstr(text, "}\n{\"step\":3,\"loss\":9}\n") &&
-                  !strstr(text, "\"step\":4") && !strstr(text, "\"loss\":null"),
-              "%s", text);
-        CHECK(!exists(folder, "log.jsonl.tmp"), "temporary file left");
-        unlink(path);
-        logger_open(&l, folder, 5); // a checkpoint, but no log
-        logger_close(&l);
-        CHECK(exists(folder, "log.jsonl"), "no new log");
-        logger_open(&l, NULL, -1);
-        logger_write(&l, "nowhere");
-        logger_close(&l);
-        r = child(run_log_removed, folder);
-        check_died(&r, "a removed log", "log.jsonl is gone", folder);
-        if (access("/dev/full", W_OK) == 0) {
-            r = child(run_log_full, NULL);
-            check_died(&r, "full disk", "/dev/full", "cannot write");
-        } else {
-            SKIP("full disk: no /dev/full");
-        }
-    }
-
-    int main(void) {
-        const char *base = getenv("TMPDIR");
-        snprintf(dir, sizeof dir, "%.200s/test_run_XXXXXX", base && base[0] ? base : "/tmp");
-        if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
-        model = preset_config("recall", 3000); // three chunks per array
-        param_table(&model, NULL, &model_size);
-        for (int a = 0; a < 3; a++) {
-            arrays[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
-            loaded[a] = (float *)xmalloc((size_t)model_size * sizeof(float));
-        }
-        test_fsa_config();
-        test_model_config();
-        test_rope();
-        test_param_table();
-        test_qkv_layout();
-        test_flops();
-        test_options();
-        test_options_checkpoint();
-        test_checksum();
-        test_checkpoint_file();
-        test_sync();
-        for (int version = 1; version <= 2; version++) {
-            test_checkpoint_old("nsa, linear, bias, QK-norm", version, ATTN_NSA, 1, 1);
-            test_checkpoint_old("nsa, linear", version, ATTN_NSA, 1, 0);
-            test_checkpoint_old("nsa, mean, a gate a token", version, ATTN_NSA, 0, 0);
-            test_checkpoint_old("full", version, ATTN_FULL, 1, 1);
-        }
-        for (int mode = ATTN_NSA; mode <= ATTN_WINDOW; mode++) {
-            test_checkpoint_weights(ATTN_FULL, mode);
-            test_checkpoint_weights(ATTN_NSA, mode);
-        }
-        test_checkpoint_folder();
-        test_folder_lock();
-        test_kill();
-        test_validate();
-        test_sample();
-
-        // ----------------------------------------------------------------------------
-        test_documents();
-        test_recall_accuracy();
-        test_data_position();
-        test_accept_step();
-        test_text();
-        test_cadence();
-        test_schedule();
-        test_logger();
-        test_params_init(); // last, because a fork must not happen while its OpenMP threads run
-        for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
-        char command[400];
-        snprintf(command, sizeof command, "rm -rf '%s'", dir);
-        if (system(command) != 0) printf("cannot remove %s\n", dir);
-        return test_end("test_run");
-    }
+    test_checkpoint_folder();
+    test_folder_lock();
+    test_kill();
+    test_validate();
+    test_sample();
+    test_documents();
+    test_recall_accuracy();
+    test_data_position();
+    test_accept_step();
+    test_text();
+    test_cadence();
+    test_schedule();
+    test_logger();
+    test_params_init(); // last, because a fork must not happen while its OpenMP threads run
+    for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
+    char command[400];
+    snprintf(command, sizeof command, "rm -rf '%s'", dir);
+    if (system(command) != 0) printf("cannot remove %s\n", dir);
+    return test_end("test_run");
+}
