@@ -105,8 +105,8 @@ cpu_faults() {
     fault "-seed does not change the text" llmc/run.h 's/rng_seed\(&rng, \(uint64_t\)o->seed, 0x73616d70\)/rng_seed(\&rng, 0, 0x73616d70)/' "test_run"
     fault "draws are not stored" llmc/run.h 's/r->state.draws = \(int64_t\)rng.counter;/(void)0;/' "test_run"
     fault "draws are not restored" llmc/run.h 's/rng.counter = \(uint64_t\)r->state.draws;/(void)0;/' "test_run"
-    fault "text does not end at end-of-text" llmc/run.h 's/if \(next == r->eot\) break;/(void)0;/' "test_run"
-    fault "text does not begin with end-of-text" llmc/run.h 's/if \(r->eot >= 0\) tokens\[n\+\+\] = r->eot;/(void)0;/' "test_run"
+    fault "text does not end at end-of-text" llmc/run.h 's/if \(next == r->eot \|\| /if (0 \&\& /' "test_run"
+    fault "text does not begin with end-of-text" llmc/run.h 's/^    tokens\[0\] = bos;/    tokens[0] = 0;/' "test_run"
     fault "the newer half of a full context is dropped" llmc/run.h 's/memmove\(tokens, tokens \+ dropped, .*;/(void)dropped;/' "test_run"
     fault "-temp is ignored" llmc/run.h 's/vocab, o->temperature, o->top_p/vocab, 1, o->top_p/' "test_run"
 
@@ -151,7 +151,7 @@ emulator_faults() {
     fault "-doc-mask 0 is ignored" llmc/feed.cuh 's/\(int\)o->doc_mask, cu_seqlens/1, cu_seqlens/' "$S"
     fault "the position of the batch read ahead is saved" $U 's/epoch = slot->epoch, position = slot->position;/epoch = r->train.epoch, position = r->train.position;/' "$S"
     fault "m and v of a checkpoint are swapped" llmc/checkpoint.cuh 's/arrays\[3\] = \{a->master, a->m, a->v\}/arrays[3] = {a->master, a->v, a->m}/' "$S"
-    fault "the rounded weights are saved" llmc/checkpoint.cuh 's/^        checkpoint_write_part\(fd, path, i,/        for (int64_t k = 0; i == 0 \&\& k < end - begin; k++) part[k] = (float)(floatX)part[k];\n&/' "$S"
+    fault "the rounded weights are saved" llmc/checkpoint.cuh 's/^        checkpoint_write_part\(fd, path, 3, i,/        for (int64_t k = 0; i == 0 \&\& k < end - begin; k++) part[k] = (float)(floatX)part[k];\n&/' "$S"
     fault "a resumed run begins without v" llmc/checkpoint.cuh 's/if \(v\) cuda_check/if (0) cuda_check/' "$S"
 }
 
