@@ -9,6 +9,8 @@ LANES=${LANES:-2} kind=${1:-cpu}
 T=$(mktemp -d)
 trap 'rm -rf "$T"' EXIT
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+# The copies are no git repository; they report the commit of this one.
+export COMMIT=${COMMIT:-$(git --git-dir=.git describe --always --dirty 2>/dev/null || echo unknown)}
 names=() files=() expressions=() tests=()
 
 # fault NAME FILE SED_EXPRESSION TESTS: a fault that a sed expression makes, and the test programs and scripts that
