@@ -40,9 +40,7 @@ _CL100K = (
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGITS = r"\p{N}"
-_SMOLLM = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-)
+_SMOLLM = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 PATTERNS = [
     [
         _GPT2,
@@ -54,8 +52,8 @@ PATTERNS = [
     [_CL100K],
     [_SMOLLM],
 ]
-# The pattern of each known pre_tokenizer of a tokenizer.json, by the patterns of its parts. They mean the same to
-# the regular expression engines of tokenizers and of tiktoken.
+# The pattern of each known pre_tokenizer of a tokenizer.json, by the patterns of its parts. They mean the
+# same to the regular expression engines of tokenizers and of tiktoken.
 HF_PATTERNS = {
     **{(p,): p for p in (_GPT2, PATTERNS[0][2], _LLAMA3, PATTERNS[2][0])},
     (_DIGITS, _GPT2): _SMOLLM,
@@ -140,10 +138,26 @@ class Vocabulary:
     """
 
     def __init__(
-        self, pieces, ranks, eot, pattern, ignore_merges, flags, hf_json=None, merges=(), kind=BPE, nfc=False,
-        use_tiktoken=True, differs=None, bos=None, eos=(), unknown=None, fuse_unknown=False,
-        prefix=PREFIX_NONE, split_spaces=False,
-    ):  # fmt: skip
+        self,
+        pieces,
+        ranks,
+        eot,
+        pattern,
+        ignore_merges,
+        flags,
+        hf_json=None,
+        merges=(),
+        kind=BPE,
+        nfc=False,
+        use_tiktoken=True,
+        differs=None,
+        bos=None,
+        eos=(),
+        unknown=None,
+        fuse_unknown=False,
+        prefix=PREFIX_NONE,
+        split_spaces=False,
+    ):
         self.pieces, self.ranks, self.eot, self.pattern = pieces, ranks, eot, pattern
         self.ignore_merges, self.flags, self.merges, self.kind = ignore_merges, flags, merges, kind
         self.hf_json, self.nfc, self.bos, self.eos = hf_json, nfc, bos, list(eos)
@@ -219,10 +233,7 @@ class Vocabulary:
         self.hf.encode_special_tokens = not self.use_special
 
     def _encode_text(self, text):
-        if self.nfc and self.missing or self.nfc and self.tiktoken is not None:
-            normal = unicodedata.normalize("NFC", text)
-        else:
-            normal = text
+        normal = unicodedata.normalize("NFC", text) if self.nfc else text
         if self.missing and self.kind == BPE and self.unknown is None:
             for byte in self.missing.intersection(normal.encode()):
                 self._die_missing(byte)
@@ -244,16 +255,20 @@ class Vocabulary:
         return ids.astype(self.dtype)
 
     def _encode_sentencepiece(self, text):
-        """Encodes text with bytes that are not UTF-8. Each is encoded as a character that is no token, so that the
-        text is not split there; the tokens of the character become the token of the byte."""
+        """Encodes text with bytes that are not UTF-8. Each is encoded as a character that is no token, so that
+        the text is not split there; the tokens of the character become the token of the byte."""
         ids = {self.pieces[i] for i, f in enumerate(self.flags) if f & TOKEN_VOCAB}
         for base in range(0xF0000, 0x10FF00, 256):  # private characters
             stand_ins = [chr(base + b) for b in range(256)]
             if not any(c in text or c.encode() in ids for c in stand_ins):
                 break
         tokens = {c: self._encode_bytes(c.encode()).tolist() for c in stand_ins}
-        out, encoded = [], self._encode_text(re.sub(_NOT_UTF8, lambda m: "".join(
-            stand_ins[ord(c) - 0xDC00] for c in m.group()), text)).tolist()  # fmt: skip
+        out, encoded = (
+            [],
+            self._encode_text(
+                re.sub(_NOT_UTF8, lambda m: "".join(stand_ins[ord(c) - 0xDC00] for c in m.group()), text)
+            ).tolist(),
+        )
         byte_of = {tuple(t): b for b, t in enumerate(tokens[c] for c in stand_ins)}
         at = 0
         while at < len(encoded):
@@ -287,11 +302,23 @@ class Vocabulary:
             pretokenizer = 1 if self.kind == BPE else 0
         bos, unknown = (-1 if i is None else i for i in (self.bos, self.unknown))
         header[:9] = [
-            20260801, 2, len(self.pieces), self.eot, self.kind, pretokenizer, int(self.ignore_merges), bos, unknown,
-        ]  # fmt: skip
+            20260801,
+            2,
+            len(self.pieces),
+            self.eot,
+            self.kind,
+            pretokenizer,
+            int(self.ignore_merges),
+            bos,
+            unknown,
+        ]
         header[9:14] = [
-            int(self.fuse_unknown), len(self.merges), self.prefix, int(self.split_spaces), len(self.eos),
-        ]  # fmt: skip
+            int(self.fuse_unknown),
+            len(self.merges),
+            self.prefix,
+            int(self.split_spaces),
+            len(self.eos),
+        ]
         header[14 : 14 + len(self.eos)] = self.eos
         out = [header.tobytes()]
         for piece, rank, flags in zip(self.pieces, self.ranks, self.flags):
@@ -331,14 +358,16 @@ def _patterns(parts):
 
 
 def _sentencepiece_rules(normalizers, pre_tokenizers):
-    """Returns (prefix, split_spaces) of a SentencePiece BPE by the parts of its normalizer and pre_tokenizer, or
-    None for other parts."""
+    """Returns (prefix, split_spaces) of a SentencePiece BPE by the parts of its normalizer and
+    pre_tokenizer, or None for other parts."""
     replaces, prefix, split = False, PREFIX_NONE, False
     for part in normalizers:
         if part.get("type") == "Prepend" and part.get("prepend") == METASPACE and not prefix and not replaces:
             prefix = PREFIX_ALWAYS
         elif (
-            part.get("type") == "Replace" and part.get("pattern") == {"String": " "} and part.get("content") == METASPACE
+            part.get("type") == "Replace"
+            and part.get("pattern") == {"String": " "}
+            and part.get("content") == METASPACE
         ):
             replaces = True
         else:
@@ -419,7 +448,9 @@ def _parse_hf(source, name):
         )
     for key, children in (("normalizer", "normalizers"), ("post_processor", "processors")):
         need(isinstance(j.get(key) or {}, dict), f"'{key}' is not an object")
-        check_children(j.get(key), children, lambda child: need(child.get("type") != "Sequence", f"nested '{key}'"))
+        check_children(
+            j.get(key), children, lambda child: need(child.get("type") != "Sequence", f"nested '{key}'")
+        )
     try:
         check_pre_tokenizer(j.get("pre_tokenizer"))
     except RecursionError:
@@ -444,7 +475,12 @@ def _find_bos(j, config, ids, bos_text, eot, name):
         return None
     if bos_text is None:
         template = next(
-            (p for p in _parts(j.get("post_processor"), "processors") if p.get("type") == "TemplateProcessing"), {}
+            (
+                p
+                for p in _parts(j.get("post_processor"), "processors")
+                if p.get("type") == "TemplateProcessing"
+            ),
+            {},
         )
         single = template.get("single")
         first = single[0] if isinstance(single, list) and single and isinstance(single[0], dict) else {}
@@ -484,8 +520,8 @@ def from_hf(source, name, eot_text, config=None, generation_config=None, bos_tex
         eot_text: the end-of-text token; None takes the first of EOT_TOKENS that the file has.
         config: the content of tokenizer_config.json, as an object; None: there is none.
         generation_config: likewise of generation_config.json.
-        bos_text: the token before a prompt; "none": there is none; None takes what config or the file says, or
-            end-of-text if neither says anything.
+        bos_text: the token before a prompt; "none": there is none; None takes what config or the file says,
+            or end-of-text if neither says anything.
     """
     config, generation_config = config or {}, generation_config or {}
     j, added, merges, ids = _parse_hf(source, name)
@@ -498,8 +534,8 @@ def from_hf(source, name, eot_text, config=None, generation_config=None, bos_tex
     if not byte_level and rules is None:
         parts = [str(p.get("type"))[:40] for p in normalizers + pre_tokenizers]
         die(
-            f"{name} is neither a byte-level nor a SentencePiece BPE (it has {', '.join(parts[:12]) or 'no rules'}); "
-            f"choose another tokenizer"
+            f"{name} is neither a byte-level nor a SentencePiece BPE (it has "
+            f"{', '.join(parts[:12]) or 'no rules'}); choose another tokenizer"
         )
     if any(p.get("type") == "ByteLevel" and p.get("add_prefix_space", True) for p in pre_tokenizers):
         die(f"{name} puts a space before every text; set add_prefix_space to false in the file")
@@ -550,7 +586,9 @@ def from_hf(source, name, eot_text, config=None, generation_config=None, bos_tex
     rank_of, merge_ids = {}, {}
     for rank, (a, b) in enumerate(merges):
         if a + b not in vocab or a not in vocab or b not in vocab:
-            die(f"{name} merges {a!r} and {b!r}, but does not have one of them or the result; repair the file")
+            die(
+                f"{name} merges {a!r} and {b!r}, but does not have one of them or the result; repair the file"
+            )
         if (flags[vocab[a]] | flags[vocab[b]]) & TOKEN_BYTE:
             die(f"{name} merges {a!r} and {b!r}: a byte token is never merged; repair the file")
         if ranks[vocab[a + b]] < 0:
@@ -705,7 +743,10 @@ def _split_json(pattern):
     return {"type": "Sequence", "pretokenizers": [split, {**_BYTE_LEVEL, "use_regex": False}]}
 
 
-_SMOLLM_JSON = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]}
+_SMOLLM_JSON = {
+    "type": "Sequence",
+    "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+}
 GGUF_PRE_TOKENIZERS = {
     "gpt-2": _BYTE_LEVEL,
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _SMOLLM_JSON),
@@ -761,9 +802,9 @@ def read_gguf(path):
 
 
 def _merges_by_score(tokens, scores, mergeable):
-    """Returns the merges of a SentencePiece BPE: all pairs of tokens that spell a token, highest score first. They are
-    in the order of the tokenizer.json files that transformers converts from SentencePiece: of equal scores, the
-    longest left token first."""
+    """Returns the merges of a SentencePiece BPE: all pairs of tokens that spell a token, highest score
+    first. They are in the order of the tokenizer.json files that transformers converts from SentencePiece: of
+    equal scores, the longest left token first."""
     ids = {text: i for i, text in enumerate(tokens) if i in mergeable}
     merges = []
     for text, i in ids.items():
@@ -780,7 +821,8 @@ def from_gguf(fields, name, eot_text, bos_text=None):
     Args:
         fields: {key: value} of the file's metadata (read_gguf).
         name: path of the file, for messages.
-        eot_text: the end-of-text token; None takes the first of EOT_TOKENS that the file has, or its eos token.
+        eot_text: the end-of-text token; None takes the first of EOT_TOKENS that the file has, or its eos
+            token.
         bos_text: the token before a prompt; "none": there is none; None takes what the file says.
     """
     control, user_defined, byte = 3, 4, 6  # types of tokens
@@ -790,16 +832,23 @@ def from_gguf(fields, name, eot_text, bos_text=None):
         die(f"{name} has the tokenizer {str(model)[:40]!r}; only gpt2 and llama are supported")
     if model == "gpt2" and pre not in GGUF_PRE_TOKENIZERS:
         die(
-            f"{name} splits text as {str(pre)[:40]!r}; known are {', '.join(GGUF_PRE_TOKENIZERS)}; use the model's "
-            f"tokenizer.json"
+            f"{name} splits text as {str(pre)[:40]!r}; known are {', '.join(GGUF_PRE_TOKENIZERS)}; use the "
+            f"model's tokenizer.json"
         )
 
     def is_list(value, kind):
         return isinstance(value, list) and len(value) == len(tokens) and all(type(v) is kind for v in value)
 
     scores = fields.get("tokenizer.ggml.scores")
-    if not (isinstance(tokens, list) and is_list(tokens, str) and is_list(types, int) and len(set(tokens)) == len(tokens)):
-        die(f"{name} is not a valid GGUF file: its tokens and their types are not two lists of the same length")
+    if not (
+        isinstance(tokens, list)
+        and is_list(tokens, str)
+        and is_list(types, int)
+        and len(set(tokens)) == len(tokens)
+    ):
+        die(
+            f"{name} is not a valid GGUF file: its tokens and their types are not two lists of the same length"
+        )
     if model == "llama" and not is_list(scores, float):
         die(f"{name} is not a valid GGUF file: its tokens have no scores")
 
@@ -808,32 +857,53 @@ def from_gguf(fields, name, eot_text, bos_text=None):
         return tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
 
     added = [
-        {"id": i, "content": text, "special": types[i] == control, "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False}
-        for i, text in enumerate(tokens) if types[i] in (control, user_defined) and text
-    ]  # fmt: skip
+        {
+            "id": i,
+            "content": text,
+            "special": types[i] == control,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for i, text in enumerate(tokens)
+        if types[i] in (control, user_defined) and text
+    ]
     special = {t["content"] for t in added if t["special"]}
     if eot_text is None and not special.intersection(EOT_TOKENS):
         eot_text = token("eos")
     j = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None, "decoder": None}
-    bpe = {"type": "BPE", "vocab": {text: i for i, text in enumerate(tokens)}, "unk_token": None, "fuse_unk": False}
+    bpe = {
+        "type": "BPE",
+        "vocab": {text: i for i, text in enumerate(tokens)},
+        "unk_token": None,
+        "fuse_unk": False,
+    }
     if model == "gpt2":
         bpe["merges"] = fields.get("tokenizer.ggml.merges")
         bpe["ignore_merges"] = pre in ("llama-bpe", "llama3", "llama-v3")
         j["pre_tokenizer"] = GGUF_PRE_TOKENIZERS[pre]
         adds_bos = bpe["ignore_merges"]
     else:
-        mergeable = {i for i in range(len(tokens)) if types[i] not in (control, byte) and tokens[i] != token("unknown")}
+        mergeable = {
+            i for i in range(len(tokens)) if types[i] not in (control, byte) and tokens[i] != token("unknown")
+        }
         bpe["merges"] = _merges_by_score(tokens, scores, mergeable)
         bpe.update(byte_fallback=True, unk_token=token("unknown"), fuse_unk=True)
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
         prepend = {"type": "Prepend", "prepend": METASPACE}
         adds_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
-        j["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace] if adds_prefix else [replace]}
+        j["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [prepend, replace] if adds_prefix else [replace],
+        }
         j["pre_tokenizer"] = None
         adds_bos = True
     j["model"] = bpe
-    config = {"add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", adds_bos)), "bos_token": token("bos")}
+    config = {
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", adds_bos)),
+        "bos_token": token("bos"),
+    }
     ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     generation_config = {"eos_token_id": [i for i in dict.fromkeys(ends) if i is not None] or None}
     return from_hf(json.dumps(j), name, eot_text, config, generation_config, bos_text)
@@ -880,7 +950,9 @@ def load(name, eot_text, bos_text=None):
             if is_gguf:
                 return from_gguf(read_gguf(path), path, eot_text, bos_text)
             folder = os.path.dirname(path)
-            config, generation = (_read_config(folder, n) for n in ("tokenizer_config.json", "generation_config.json"))
+            config, generation = (
+                _read_config(folder, n) for n in ("tokenizer_config.json", "generation_config.json")
+            )
             return from_hf(content.decode("utf-8", "replace"), path, eot_text, config, generation, bos_text)
     except (SystemExit, KeyboardInterrupt, MemoryError):
         raise
