@@ -131,11 +131,12 @@ static inline const char *tokenizer_piece(const Tokenizer *t, int id, int *len) 
     return t->bytes + t->offsets[id];
 }
 
-// Returns the bytes that a token adds to the text: none for end-of-text; a word's include a space.
+// Returns the bytes that a token adds to the text: none for a special token; a word's include a space.
 static inline int64_t tokenizer_text_bytes(const Tokenizer *t, int id) {
     int bytes;
     tokenizer_piece(t, id, &bytes);
-    return id == t->eot ? 0 : bytes + (t->kind == TOKENIZER_WORDS);
+    if (bytes == 0 || id == t->eot || id == t->bos || (t->flags[id] & TOKEN_SPECIAL)) return 0;
+    return bytes + (t->kind == TOKENIZER_WORDS);
 }
 
 // Returns the hash table's slot of this text, or the empty slot where it would be inserted.

@@ -1785,6 +1785,25 @@ static void run_log_removed(void *folder) {
     logger_val(&l, 2, 1, 1, 0);
 }
 
+// The text of a special token has no bytes, that of a word begins with a space.
+static void test_text_bytes(void) {
+    int64_t offsets[] = {0, 3, 8, 13, 13, 18};
+    uint8_t flags[] = {TOKEN_VOCAB, 0, TOKEN_ADDED | TOKEN_SPECIAL, 0, TOKEN_ADDED};
+    const int64_t want[] = {3, 0, 0, 0, 5};
+    Tokenizer t;
+    memset(&t, 0, sizeof t);
+    t.kind = TOKENIZER_BPE, t.vocab_size = 5, t.eot = 1, t.bos = -1;
+    t.bytes = (char *)"the<eot><pad><tab>", t.offsets = offsets, t.flags = flags;
+    for (int i = 0; i < 5; i++) {
+        int64_t bytes = tokenizer_text_bytes(&t, i);
+        CHECK(bytes == want[i], "token %d: %lld bytes", i, (long long)bytes);
+    }
+    t.bos = 0;
+    CHECK(tokenizer_text_bytes(&t, 0) == 0, "BOS has bytes");
+    t.bos = -1, t.kind = TOKENIZER_WORDS;
+    CHECK(tokenizer_text_bytes(&t, 0) == 4 && tokenizer_text_bytes(&t, 3) == 0, "words");
+}
+
 static void test_logger(void) {
     char folder[300], path[400], text[8192];
     snprintf(folder, sizeof folder, "%s/log", dir);
@@ -1895,6 +1914,7 @@ int main(void) {
     test_text();
     test_cadence();
     test_schedule();
+    test_text_bytes();
     test_logger();
     test_params_init(); // last, because a fork must not happen while its OpenMP threads run
     for (int a = 0; a < 3; a++) free(arrays[a]), free(loaded[a]);
