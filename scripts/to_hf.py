@@ -39,7 +39,8 @@ def parse_args():
 
 
 def find_tokenizer_files(args):
-    """Returns {name: content} of the tokenizer's files and generation_config.json."""
+    """Returns ({name: content} of the tokenizer's files and generation_config.json, reason that there is no
+    tokenizer or None)."""
     import hub_files
     import tokenizer_json
 
@@ -50,14 +51,14 @@ def find_tokenizer_files(args):
     elif args.tokenizer:
         files = {"tokenizer.json": read_input(path)}
     if "tokenizer.json" in files:
-        return files
+        return files, None
     if args.tokenizer:
         die(f"--tokenizer {path}: the folder has no tokenizer.json; check the path")
     binary = os.path.join(os.path.dirname(args.checkpoint) or ".", "tokenizer.bin")
-    if os.path.exists(binary):
-        return {**tokenizer_json.from_bin(read_input(binary), binary), **files}
-    print(f"note: no tokenizer: {binary} does not exist; name one with --tokenizer", file=sys.stderr)
-    return files
+    if not os.path.exists(binary):
+        return files, f"{binary} does not exist; name one with --tokenizer"
+    made = tokenizer_json.from_bin(read_input(binary), binary)
+    return {**made, **files}, None if made else f"{binary} has words, which a tokenizer.json cannot have"
 
 
 @contextlib.contextmanager
@@ -107,7 +108,7 @@ def main():
     model = reader.model
     dtype, dtype_name = DTYPES[args.dtype]
     values = config.from_model(model, args.checkpoint, reader.seq_len, dtype_name)
-    files = find_tokenizer_files(args)
+    files, no_tokenizer = find_tokenizer_files(args)
     tensors = [part for tensor in reader.table for part in weights.parts(tensor, model)]
     with new_folder(args.folder) as tmp:
         out = safetensors_files.FolderWriter(tmp, tensors, dtype)
@@ -119,6 +120,8 @@ def main():
                 files[name] = read_input(os.path.join(HERE, "hf", name))
         for name, content in files.items():
             write_file(os.path.join(tmp, name), content)
+    if no_tokenizer:
+        print(f"note: no tokenizer: {no_tokenizer}", file=sys.stderr)
     rounded = f", {100 * out.rounded / out.count:.0f}% of them rounded" if out.rounded else ""
     print(f"{args.folder}: {values['architectures'][0]}, {out.count:,} parameters in {args.dtype}{rounded}")
 

@@ -27,7 +27,7 @@ _NSA_KEYS = {  # of the config.json of an nsa model, and the model fields
     **{"nsa_cmp_len": "cmp-len", "nsa_cmp_stride": "cmp-stride", "nsa_block": "block", "nsa_topk": "topk"},
     **{"nsa_init_blocks": "init-blocks", "nsa_local_blocks": "local-blocks", "nsa_window": "window"},
     **{"rope_factor": "rope-factor", "rope_low_freq": "rope-low-freq", "rope_high_freq": "rope-high-freq"},
-    **{"rope_original_len": "rope-original-len", "nsa_scale": "scale", "nsa_qk_norm": "qk-norm"},
+    **{"rope_original_len": "rope-original-len", "nsa_scale": "scale"},
 }
 
 
@@ -187,6 +187,7 @@ def to_model(values, name):
         for key, field in _NSA_KEYS.items():
             model[field] = c.number(key, kind=float if field in checkpoint.REAL_FIELDS else int)
         model["theta"] = c.number("rope_theta", kind=float)
+        model["qk-norm"] = int(c.flag("nsa_qk_norm"))
         model["attn"] = NSA
         model["phi"] = {"mean": 0, "linear": 1}.get(c.raw("nsa_phi"), -1)
         model["gate-per-token"] = int(c.flag("nsa_gate_per_token"))
@@ -222,7 +223,7 @@ def from_model(model, name, seq_len, dtype):
     if model["attn"] == NSA:
         config.update({key: model[field] for key, field in _NSA_KEYS.items()})
         config.update(rope_theta=model["theta"], nsa_phi=("mean", "linear")[model["phi"]])
-        config.update(nsa_gate_per_token=bool(model["gate-per-token"]))
+        config.update(nsa_gate_per_token=bool(model["gate-per-token"]), nsa_qk_norm=bool(model["qk-norm"]))
         auto = {"AutoConfig": "configuration_nsa.NsaConfig", "AutoModelForCausalLM": f"modeling_nsa.{NSA_ARCHITECTURE}"}
         return {"architectures": [NSA_ARCHITECTURE], "model_type": "nsa", "auto_map": auto, **config}
     if model["scale"] not in (0, model["head-dim"] ** -0.5):
@@ -230,17 +231,13 @@ def from_model(model, name, seq_len, dtype):
             f"{name}: scale {model['scale']:g}: transformers has 1/sqrt(head-dim) alone for this attention; "
             f"export a model with scale 0"
         )
-    # transformers 5 reads rope_parameters; older releases read rope_theta and rope_scaling
     config["rope_theta"] = model["theta"]
-    scaling = None
     if factor:
-        scaling = {
+        config["rope_scaling"] = {
             **{"rope_type": "llama3", "factor": factor, "low_freq_factor": model["rope-low-freq"]},
             "high_freq_factor": model["rope-high-freq"],
             "original_max_position_embeddings": model["rope-original-len"],
         }
-    config["rope_scaling"] = scaling
-    config["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": model["theta"]}
     window = model["window"] if model["attn"] == WINDOW else None
     if model["qk-norm"] or model["qkv-bias"]:
         kind = "Qwen3" if model["qk-norm"] else "Qwen2"

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 
 import numpy as np
 import vocab
@@ -147,8 +146,8 @@ def _bos_template(bos):
 
 
 def from_bin(data, path):
-    """Returns {name: content} of tokenizer.json, tokenizer_config.json and generation_config.json. Prints a note and
-    returns {} if transformers has no such tokenizer.
+    """Returns {name: content} of tokenizer.json, tokenizer_config.json and generation_config.json; {} for a tokenizer of
+    words, because a tokenizer.json cannot have it.
 
     Args:
         data: content of a tokenizer.bin.
@@ -156,7 +155,6 @@ def from_bin(data, path):
     """
     t = _TokenizerBin(data, path)
     if t.kind == WORDS:
-        print(f"note: no tokenizer: {path} has words, which a tokenizer.json cannot have", file=sys.stderr)
         return {}
     ids = [i for i, piece in enumerate(t.pieces) if piece]
     texts = {}
