@@ -56,7 +56,9 @@ def parse_args():
         choices=["mean", "linear"],
         help="with --attn nsa, compression of a window; linear begins as the mean, and can be trained (mean)",
     )
-    parser.add_argument("--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one")
+    parser.add_argument(
+        "--eot", metavar="TOKEN", help="the tokenizer's end-of-text token, if it is not a usual one"
+    )
     args = parser.parse_args()
     args.sizes = {flag: getattr(args, flag) for flag, _ in sizes if getattr(args, flag) is not None}
     if args.phi:
@@ -90,8 +92,8 @@ def choose_attention(model, args):
 
 
 def new_values(tensor, model, gates):
-    """Returns the values of a tensor that only nsa has: the gates of all tokens are `gates`, and the compression
-    is the mean."""
+    """Returns the values of a tensor that only nsa has: the gates of all tokens are `gates`, and the
+    compression is the mean."""
     import checkpoint
     import numpy as np
 
@@ -134,7 +136,9 @@ def make_tokenizer_bin(source, eot_text, vocab_size, path):
     import vocab
 
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
-        print(f"note: {source} has no tokenizer.json, so the trainers can neither read a prompt nor print samples")
+        print(
+            f"note: {source} has no tokenizer.json, so the trainers can neither read a prompt nor print samples"
+        )
         return None
     tokenizer = vocab.load(source, eot_text)
     unused = vocab_size - len(tokenizer.pieces)

@@ -53,12 +53,21 @@ LLAMA3_ROPE = {
 }
 NSA = {
     **{"architectures": ["NsaForCausalLM"], "model_type": "nsa", "attention_bias": False, "head_dim": 12},
-    **{"rope_theta": 1e4, "rope_factor": 0, "rope_low_freq": 1, "rope_high_freq": 4, "rope_original_len": 256},
+    **{
+        "rope_theta": 1e4,
+        "rope_factor": 0,
+        "rope_low_freq": 1,
+        "rope_high_freq": 4,
+        "rope_original_len": 256,
+    },
     **{"nsa_cmp_len": 8, "nsa_cmp_stride": 4, "nsa_block": 16, "nsa_topk": 3, "nsa_init_blocks": 1},
     **{"nsa_local_blocks": 1, "nsa_window": 12, "nsa_scale": 0.0, "nsa_qk_norm": False, "nsa_phi": "mean"},
     "nsa_gate_per_token": False,
     "auto_map": {
-        **{"AutoConfig": "configuration_nsa.NsaConfig", "AutoModelForCausalLM": "modeling_nsa.NsaForCausalLM"},
+        **{
+            "AutoConfig": "configuration_nsa.NsaConfig",
+            "AutoModelForCausalLM": "modeling_nsa.NsaForCausalLM",
+        },
     },
 }
 
@@ -225,7 +234,9 @@ def c_logits(path, tokens):
     """Returns the C trainer's logits [tokens, vocabulary]."""
     import numpy as np
 
-    result = subprocess.run([os.path.join(BUILD, "logits"), path, *map(str, tokens)], capture_output=True, text=True)
+    result = subprocess.run(
+        [os.path.join(BUILD, "logits"), path, *map(str, tokens)], capture_output=True, text=True
+    )
     if result.returncode:
         check(False, f"logits {path}: {result.stderr.strip()}")
         return np.zeros((len(tokens), 1))
@@ -292,7 +303,9 @@ def test_families():
             out = os.path.join(TMP, f"{name}.{dtype}")
             run_ok("to_hf.py", path, "-o", out, "--dtype", dtype)
             tensors = read_tensors(out)
-            check(tensors.keys() == source.keys(), f"{name}: exported {sorted(tensors.keys() ^ source.keys())}")
+            check(
+                tensors.keys() == source.keys(), f"{name}: exported {sorted(tensors.keys() ^ source.keys())}"
+            )
             if dtype == "fp32":
                 expected = {key: values.astype(np.float32) for key, values in source.items()}
             elif family["dtype"] == "BF16":
@@ -323,7 +336,10 @@ def test_attention_flags():
         reader = checkpoint.Reader(path)
         check((reader.model["topk"], reader.model["window"]) == (99, 200), "flags: sizes not stored")
         check(reader.model["phi"] == (phi == "linear"), "flags: phi not stored")
-        check(error(c_logits(path, test_tokens()), full) < 1e-5, f"nsa, phi {phi}: gates 0, 1, 0 are not full attention")
+        check(
+            error(c_logits(path, test_tokens()), full) < 1e-5,
+            f"nsa, phi {phi}: gates 0, 1, 0 are not full attention",
+        )
     path = os.path.join(TMP, "gates.bin")
     run_ok("from_hf.py", source, "-o", path, "--attn", "nsa", "--gate", "0.25,0.5,0.75")
     reader = checkpoint.Reader(path)
@@ -353,7 +369,11 @@ def test_large():
     check(read_tensors(out) == expected, "large: not the same after import and export")
     # small pieces and shards, in this process
     sizes = checkpoint.BATCH_CHUNKS, safetensors_files.PIECE_FLOATS, safetensors_files.MAX_SHARD_BYTES
-    checkpoint.BATCH_CHUNKS, safetensors_files.PIECE_FLOATS, safetensors_files.MAX_SHARD_BYTES = 1, 1000, 10**6
+    checkpoint.BATCH_CHUNKS, safetensors_files.PIECE_FLOATS, safetensors_files.MAX_SHARD_BYTES = (
+        1,
+        1000,
+        10**6,
+    )
     import weights as names
 
     reader = checkpoint.Reader(path)
@@ -415,7 +435,10 @@ def test_old_versions():
             for name, values in weights(FAMILIES[family]).items():
                 values = values.astype(np.float32)
                 values = np.zeros_like(values) if name.endswith("gate_proj.bias") else values
-                check(found[name] == ("F32", values.shape, values.tobytes()), f"{family} version {version}: {name}")
+                check(
+                    found[name] == ("F32", values.shape, values.tobytes()),
+                    f"{family} version {version}: {name}",
+                )
             run_ok("from_hf.py", out, "-o", old + ".again")
             worst = error(c_logits(old + ".again", test_tokens()), c_logits(old, test_tokens()))
             check(worst == 0, f"{family} version {version}: the C trainer reads another model")
@@ -432,7 +455,23 @@ def test_trained_checkpoint():
     log = os.path.join(TMP, "log")
     commands = [
         [os.path.join(BUILD, "text"), "-o", data, "-name", "text", text],
-        [CPU, "-e", "tiny", "-layers", 1, "-i", f"{data}/text_train_*.bin", "-o", log, "-x", 2, "-b", 1, "-t", 64],
+        [
+            CPU,
+            "-e",
+            "tiny",
+            "-layers",
+            1,
+            "-i",
+            f"{data}/text_train_*.bin",
+            "-o",
+            log,
+            "-x",
+            2,
+            "-b",
+            1,
+            "-t",
+            64,
+        ],
     ]
     for command in commands:
         result = subprocess.run([*map(str, command)], capture_output=True, text=True)
@@ -445,9 +484,13 @@ def test_trained_checkpoint():
     a, b = checkpoint.Reader(path), checkpoint.Reader(again)
     for tensor in a.table:
         x, y = (np.concatenate(list(reader.read(tensor))) for reader in (a, b))
-        size = a.model["vocab"] * tensor.cols if tensor.name in ("wte", "lm_head") else x.size  # without padding
+        size = (
+            a.model["vocab"] * tensor.cols if tensor.name in ("wte", "lm_head") else x.size
+        )  # without padding
         check(np.array_equal(x[:size], y[:size]), f"trained checkpoint: {tensor} differs")
-    check(os.path.exists(os.path.join(TMP, "trained_again/tokenizer.bin")), "no tokenizer.bin from a run's own")
+    check(
+        os.path.exists(os.path.join(TMP, "trained_again/tokenizer.bin")), "no tokenizer.bin from a run's own"
+    )
     import tokenizers
 
     t = tokenizers.Tokenizer.from_file(os.path.join(out, "tokenizer.json"))
@@ -461,7 +504,9 @@ def test_tokenizer():
     import tokenizers
     import vocab
 
-    text = " ".join(f"{a}{b} it's 12{a}, the {b}" for a in ("sparse", "tokén", "ab") for b in ("rows", "cols", "\n"))
+    text = " ".join(
+        f"{a}{b} it's 12{a}, the {b}" for a in ("sparse", "tokén", "ab") for b in ("rows", "cols", "\n")
+    )
     made = vocab.train([text.encode()] * 8, VOCAB + 256)
     for name, source in (("kept", True), ("rebuilt", False)):
         family = _family("LlamaForCausalLM", vocab_size=VOCAB + 300)
@@ -482,19 +527,120 @@ def test_tokenizer():
         out = os.path.join(place, "hf")
         run_ok("to_hf.py", path, "-o", out)
         if source:
-            check(read_bytes(os.path.join(out, "tokenizer.json")) == made.hf_json.encode(), "tokenizer.json is not kept")
+            check(
+                read_bytes(os.path.join(out, "tokenizer.json")) == made.hf_json.encode(),
+                "tokenizer.json is not kept",
+            )
         a = tokenizers.Tokenizer.from_str(made.hf_json)
         b = tokenizers.Tokenizer.from_file(os.path.join(out, "tokenizer.json"))
         for line in (text, "  two  spaces\t\r\n x", "naïve 1234 'll don't", "<|endoftext|>the"):
             x, y = (t.encode(line, add_special_tokens=False).ids for t in (a, b))
             check(x == y, f"{name} tokenizer.json: {line!r} is {y}, not {x}")
-            check(b.decode(y, skip_special_tokens=False) == line, f"{name} tokenizer.json: {line!r} decodes wrong")
+            check(
+                b.decode(y, skip_special_tokens=False) == line,
+                f"{name} tokenizer.json: {line!r} decodes wrong",
+            )
     # one folder has one tokenizer
     other = vocab.train([b"other text " * 50], VOCAB + 256)
     write(os.path.join(TMP, "tokenizer_kept/tokenizer.json"), other.hf_json.encode())
     result = run("from_hf.py", os.path.join(TMP, "tokenizer_kept"), "-o", os.path.join(place, "second.bin"))
-    check(result.returncode == 1 and "is another tokenizer" in result.stderr, "another tokenizer in the folder")
+    check(
+        result.returncode == 1 and "is another tokenizer" in result.stderr, "another tokenizer in the folder"
+    )
     check("second.bin" not in os.listdir(place), "another tokenizer: left a checkpoint")
+
+
+def write_gguf(path, family, tensors, permuted, rope_freqs=None, **fields):
+    """Writes a GGUF file as llama.cpp's converter does. permuted: the rows of q and k are in llama's order."""
+    import gguf
+    import numpy as np
+    import vocab
+
+    config, kind = family["config"], family["config"]["model_type"]
+    d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_key_length(d)
+    for key, value in fields.items():
+        writer.add_uint32(f"{kind}.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*vocab.BYTE_OF, "th", "<|endoftext|>"])
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(257)
+    parts = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+    }
+    parts |= {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
+    parts |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}
+    parts |= {f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"}
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    names |= {"lm_head.weight": "output.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for end in ("weight", "bias"):
+            names |= {f"model.layers.{layer}.{x}.{end}": f"blk.{layer}.{y}.{end}" for x, y in parts.items()}
+    for name, values in tensors.items():
+        if permuted and ("q_proj" in name or "k_proj" in name):
+            pairs = values.reshape(-1, 2, d // 2, *values.shape[1:])
+            values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
+        writer.add_tensor(names[name], values)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf():
+    import numpy as np
+
+    rope = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
+    wavelength = 2 * np.pi * 5e5 ** (np.arange(6) / 6)
+    smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
+    freqs = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    families = {
+        "llama": (
+            _family("LlamaForCausalLM", vocab_size=300, rope_theta=5e5, rope_scaling=rope),
+            True,
+            freqs,
+        ),
+        "qwen2": (_family("Qwen2ForCausalLM", vocab_size=300, rope_theta=1e6), False, None),
+        "qwen3": (_family("Qwen3ForCausalLM", vocab_size=300, rope_theta=1e6, head_dim=20), False, None),
+    }
+    for name, (family, permuted, rope_freqs) in families.items():
+        place = os.path.join(TMP, f"gguf_{name}")
+        folder, tensors = make_folder(place, family), weights(family)
+        write_gguf(os.path.join(place, "a.gguf"), family, tensors, permuted, rope_freqs)
+        run_ok("from_hf.py", folder, "-o", os.path.join(place, "folder.bin"))
+        run_ok("from_hf.py", os.path.join(place, "a.gguf"), "-o", os.path.join(place, "gguf.bin"))
+        same = read_bytes(os.path.join(place, "folder.bin")) == read_bytes(os.path.join(place, "gguf.bin"))
+        check(same, f"GGUF, {name}: another checkpoint than that of the folder")
+        check(os.path.exists(os.path.join(place, "tokenizer.bin")), f"GGUF, {name}: no tokenizer.bin")
+    family, path = families["llama"][0], os.path.join(TMP, "wrong.gguf")
+    whole = read_bytes(os.path.join(TMP, "gguf_llama/a.gguf"))
+    cases = [("truncated", whole[:-100], "GGUF"), ("half the metadata", whole[:2000], "GGUF")]
+    cases.append(("many tensors", whole[:8] + struct.pack("<Q", 1 << 40) + whole[16:], "GGUF"))
+    for what, content, expected in cases:
+        write(path, content)
+        refused(what, expected, "from_hf.py", path)
+    for what, expected, arguments in (
+        ("experts", "num_experts 8", {"expert_count": 8}),
+        ("partial rotary", "partial_rotary_factor 6 of 12", {"rope.dimension_count": 6}),
+        ("other rope_freqs", "rope_freqs.weight: not supported", {"rope_freqs": freqs * freqs}),
+    ):
+        write_gguf(path, family, weights(family), True, **arguments)
+        refused(f"GGUF, {what}", expected, "from_hf.py", path)
 
 
 def test_refused_configs():
@@ -595,11 +741,23 @@ def test_refused_tensors():
     cases = [
         ("missing tensor", variant(model__norm__weight=None), "no tensor model.norm.weight"),
         ("missing head", variant(lm_head__weight=None), "no tensor lm_head.weight"),
-        ("wrong shape", variant(model__norm__weight=np.ones(47, np.float32)), "model.norm.weight has shape [47]"),
-        ("transposed", variant(**{q.replace(".", "__"): np.ones((48, 24), np.float32)}), "has shape [48, 24]"),
+        (
+            "wrong shape",
+            variant(model__norm__weight=np.ones(47, np.float32)),
+            "model.norm.weight has shape [47]",
+        ),
+        (
+            "transposed",
+            variant(**{q.replace(".", "__"): np.ones((48, 24), np.float32)}),
+            "has shape [48, 24]",
+        ),
         ("o bias", variant(**{"model.layers.0.self_attn.o_proj.bias": extra}), "o_proj.bias: not supported"),
         ("q bias", variant(**{"model.layers.0.self_attn.q_proj.bias": extra}), "q_proj.bias: not supported"),
-        ("experts", variant(**{"model.layers.0.mlp.experts.0.up_proj.weight": extra}), "experts.0.up_proj.weight"),
+        (
+            "experts",
+            variant(**{"model.layers.0.mlp.experts.0.up_proj.weight": extra}),
+            "experts.0.up_proj.weight",
+        ),
         ("wrong dtype", change(dtype="I32"), f"{q}: dtype I32"),
         ("unknown dtype", change(dtype="F4"), "unknown dtype F4"),
         ("dtype list", change(dtype=["F32"]), "unknown dtype"),
@@ -644,7 +802,10 @@ def test_refused_tensors():
     tensors["model.layers.0.self_attn.o_proj.bias"] = 0 * head[0]
     path = os.path.join(TMP, "extras.bin")
     run_ok("from_hf.py", make_folder(os.path.join(TMP, "extras"), tied, tensors), "-o", path)
-    check(read_bytes(path) == read_bytes(os.path.join(TMP, "llama3.bin")), "ignored tensors change the checkpoint")
+    check(
+        read_bytes(path) == read_bytes(os.path.join(TMP, "llama3.bin")),
+        "ignored tensors change the checkpoint",
+    )
     tensors["lm_head.weight"] = head + 1
     refused("an untied head", "lm_head.weight: not supported", "from_hf.py",
             make_folder(os.path.join(TMP, "extras2"), tied, tensors))  # fmt: skip
@@ -674,7 +835,9 @@ def test_refused_folders():
         damage(folder)
         runs.append((what, expected, "from_hf.py", folder))
     all_refused(runs)
-    refused("no GGUF", "not a valid GGUF", "from_hf.py", (write(TMP + "/a.gguf", b"GGML"), TMP + "/a.gguf")[1])
+    refused(
+        "no GGUF", "not a valid GGUF", "from_hf.py", (write(TMP + "/a.gguf", b"GGML"), TMP + "/a.gguf")[1]
+    )
 
 
 def test_refused_checkpoints():
@@ -687,7 +850,11 @@ def test_refused_checkpoints():
         ("truncated", good[:-1], "truncated"),
         ("too long", good + b"1", "too long"),
         ("a flipped bit of the header", good[:100] + bytes([good[100] ^ 1]) + good[101:], "its header"),
-        ("a flipped bit", good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "wrong checksum of the parameters"),
+        (
+            "a flipped bit",
+            good[:5000] + bytes([good[5000] ^ 1]) + good[5001:],
+            "wrong checksum of the parameters",
+        ),
     ]
     for what, content, expected in cases:
         write(os.path.join(TMP, "damaged.bin"), content)
@@ -695,7 +862,9 @@ def test_refused_checkpoints():
     refused("no checkpoint", "No such file", "to_hf.py", os.path.join(TMP, "nothing.bin"))
     refused("no tokenizer", "no tokenizer.json", "to_hf.py", path, "--tokenizer", TMP)
     result = run("to_hf.py", path, "-o", TMP)
-    check(result.returncode == 1 and "exists" in result.stderr, f"-o of a folder that exists: {result.stderr}")
+    check(
+        result.returncode == 1 and "exists" in result.stderr, f"-o of a folder that exists: {result.stderr}"
+    )
 
 
 def test_transformers():
@@ -719,9 +888,24 @@ def test_transformers():
             continue
         out = model(tokens, labels=tokens)
         out.loss.backward()
-        check(all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), f"{name}: no gradient")
+        check(
+            all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()),
+            f"{name}: no gradient",
+        )
         # the trainer's sample begins with end-of-text, the last token of a model without tokenizer
-        command = [CPU, "-e", os.path.join(TMP, name + ".bin"), "-sample", "1", "-temp", "0", "-g", "60", "-t", "128"]
+        command = [
+            CPU,
+            "-e",
+            os.path.join(TMP, name + ".bin"),
+            "-sample",
+            "1",
+            "-temp",
+            "0",
+            "-g",
+            "60",
+            "-t",
+            "128",
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         line = [line for line in result.stdout.splitlines() if line.startswith("sample:")]
         sampled = [int(word) for word in line[0].split()[1:]] if line else result.stderr
@@ -760,13 +944,21 @@ def main():
         print("hf: 0 passed, 0 failed, 1 skipped")
         return 0
     tests = [test_families, test_attention_flags, test_large, test_old_versions, test_trained_checkpoint]
-    tests += [test_tokenizer, test_refused_configs, test_refused_flags, test_refused_tensors, test_refused_folders]
+    tests += [
+        test_tokenizer,
+        test_refused_configs,
+        test_refused_flags,
+        test_refused_tensors,
+        test_refused_folders,
+    ]
     tests += [test_refused_checkpoints]
     if all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
         tests.append(test_transformers)
     else:
         skipped = 1
-        print("skipped: a comparison with transformers itself needs the Python packages torch and transformers")
+        print(
+            "skipped: a comparison with transformers itself needs the Python packages torch and transformers"
+        )
     with tempfile.TemporaryDirectory() as TMP:
         for test in tests:
             try:

@@ -114,8 +114,8 @@ def check_model(model, name):
 
 
 def param_table(model, version=VERSION):
-    """Returns the Tensors of a model in the order in which a checkpoint of this version has them (param_table in
-    llmc/config.h): in version 1, wgate is right before wo."""
+    """Returns the Tensors of a model in the order in which a checkpoint of this version has them (param_table
+    in llmc/config.h): in version 1, wgate is right before wo."""
     channels, d, heads, kv_heads = (model[f] for f in ("channels", "head-dim", "heads", "kv-heads"))
     qkv, nsa = (heads + 2 * kv_heads) * d, model["attn"] == NSA
     window_rows = kv_heads * model["cmp-len"]

@@ -176,7 +176,10 @@ def to_model(values, name):
     model = {
         **{"vocab": vocab, "padded-vocab": checkpoint.padded_vocab(vocab), "layers": layers},
         **{"channels": channels, "hidden": c.number("intermediate_size"), "attn": FULL, "heads": heads},
-        **{"kv-heads": c.number("num_key_value_heads", heads), "head-dim": c.number("head_dim", channels // heads)},
+        **{
+            "kv-heads": c.number("num_key_value_heads", heads),
+            "head-dim": c.number("head_dim", channels // heads),
+        },
         "tied": int(c.flag("tie_word_embeddings")),
         "qkv-bias": int(architecture == "Qwen2ForCausalLM" or c.flag("attention_bias")),
         "qk-norm": int(architecture == "Qwen3ForCausalLM"),
@@ -224,7 +227,10 @@ def from_model(model, name, seq_len, dtype):
         config.update({key: model[field] for key, field in _NSA_KEYS.items()})
         config.update(rope_theta=model["theta"], nsa_phi=("mean", "linear")[model["phi"]])
         config.update(nsa_gate_per_token=bool(model["gate-per-token"]), nsa_qk_norm=bool(model["qk-norm"]))
-        auto = {"AutoConfig": "configuration_nsa.NsaConfig", "AutoModelForCausalLM": f"modeling_nsa.{NSA_ARCHITECTURE}"}
+        auto = {
+            "AutoConfig": "configuration_nsa.NsaConfig",
+            "AutoModelForCausalLM": f"modeling_nsa.{NSA_ARCHITECTURE}",
+        }
         return {"architectures": [NSA_ARCHITECTURE], "model_type": "nsa", "auto_map": auto, **config}
     if model["scale"] not in (0, model["head-dim"] ** -0.5):
         die(

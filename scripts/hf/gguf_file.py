@@ -87,7 +87,9 @@ class Gguf:
         )
         missing = [name for name in names if name not in config]
         if missing or not all(isinstance(n, int) and n > 0 for n in (heads, channels)):
-            die(f"{self.path}: no valid {(missing or ['number of heads'])[0]} in its metadata; choose another file")
+            die(
+                f"{self.path}: no valid {(missing or ['number of heads'])[0]} in its metadata; choose another file"
+            )
         self.head_dim = get("attention.key_length", channels // heads)
         config["head_dim"] = self.head_dim
         rotary = get("rope.dimension_count", self.head_dim)

@@ -27,7 +27,9 @@ class _TokenizerBin:
         if header[0] != 20260801 or header[1] not in (1, 2) or not 0 < header[2] <= vocab.MAX_VOCAB_SIZE:
             raise ValueError
         version, size, self.eot, self.kind, self.pretokenizer, self.ignore_merges = header[1:7]
-        self.bos, self.unknown, self.fuse_unknown, num_merges, self.prefix, self.split_spaces, num_eos = header[7:14]
+        self.bos, self.unknown, self.fuse_unknown, num_merges, self.prefix, self.split_spaces, num_eos = (
+            header[7:14]
+        )
         self.eos = list(header[14 : 14 + num_eos])
         ranked, position = self.kind >= vocab.BPE, 1024
         self.pieces, self.ranks, self.flags = [], [], []
@@ -69,7 +71,9 @@ class _TokenizerBin:
     def merges_by_rank(self):
         """Returns the merges [(left, right)] of a file that has the ranks of tokens alone: a token is made of the two
         parts to which the tokens of lower rank merge its bytes."""
-        rank = {p: r for p, r, f in zip(self.pieces, self.ranks, self.flags) if r >= 0 and f & vocab.TOKEN_VOCAB}
+        rank = {
+            p: r for p, r, f in zip(self.pieces, self.ranks, self.flags) if r >= 0 and f & vocab.TOKEN_VOCAB
+        }
         merges = []
         for piece, r in sorted(rank.items(), key=lambda item: item[1]):
             parts = [piece[i : i + 1] for i in range(len(piece))]
@@ -186,4 +190,6 @@ def from_bin(data, path):
     contents = {
         **{"tokenizer.json": tokenizer, "tokenizer_config.json": config, "generation_config.json": generation}
     }
-    return {name: (json.dumps(c, ensure_ascii=False, indent=2) + "\n").encode() for name, c in contents.items()}
+    return {
+        name: (json.dumps(c, ensure_ascii=False, indent=2) + "\n").encode() for name, c in contents.items()
+    }
