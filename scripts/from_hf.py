@@ -124,8 +124,8 @@ def tensor_values(source, tensor, source_model, model, gates):
 
 
 def make_tokenizer_bin(source, eot_text, vocab_size, path):
-    """Returns the content of tokenizer.bin, or None if the source has no tokenizer. Tokens that only the model
-    has are unused. Dies if `path` is there with another content.
+    """Returns the content of tokenizer.bin, or None if the source has no tokenizer. Tokens that only the
+    model has are unused. Dies if `path` is there with another content.
 
     Args:
         source: a folder or a GGUF file.
@@ -137,7 +137,7 @@ def make_tokenizer_bin(source, eot_text, vocab_size, path):
 
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
         print(
-            f"note: {source} has no tokenizer.json, so the trainers can neither read a prompt nor print samples"
+            f"note: {source} has no tokenizer.json, so the trainers cannot read a prompt or print samples"
         )
         return None
     tokenizer = vocab.load(source, eot_text)

@@ -17,7 +17,7 @@ DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}
 
 def parse_args():
     parser = Parser(
-        description="Makes a Hugging Face folder from a checkpoint, for AutoModelForCausalLM.from_pretrained. "
+        description="Makes a Hugging Face folder from a checkpoint, for transformers. "
         "full and window become a Llama, Mistral, Qwen2 or Qwen3 model, which needs no code of ours. nsa "
         "brings its code along: load it with trust_remote_code=True."
     )
@@ -32,8 +32,8 @@ def parse_args():
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="a tokenizer.json, or a folder with the tokenizer's files (those that from_hf.py has kept beside the "
-        "checkpoint, or else one made from tokenizer.bin)",
+        help="a tokenizer.json, or a folder with the tokenizer's files (those that from_hf.py has kept beside "
+        "the checkpoint, or else one made from tokenizer.bin)",
     )
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes golden/hf.txt: logits of the tiny models of test_hf.py, computed by transformers in float32. A line has the
-name of a model and the logits of one position. Needs torch and transformers; made with transformers 5.24.0, and
-4.57.1 gives the same to 1e-5."""
+"""Writes golden/hf.txt: logits of the tiny models of test_hf.py, computed by transformers in float32. A line
+has the name of a model and the logits of one position. Needs torch and transformers; made with transformers
+5.24.0, and 4.57.1 gives the same to 1e-5."""
 
 import os
 import tempfile

@@ -1,8 +1,8 @@
 """Tests scripts/from_hf.py and scripts/to_hf.py from the command line. Tiny random models of every family are
-imported; the C trainer's logits must equal those that transformers gave (golden/hf.txt, made by golden_hf.py); what
-is exported must equal what was imported, bit for bit; every wrong folder is refused with one line. `make test` sets
-CPU (the trainer) and BUILD (the folder with the program of dev/test/logits.c). With transformers and torch, all
-families are also compared with it anew."""
+imported; the C trainer's logits must equal those that transformers gave (golden/hf.txt, made by
+golden_hf.py); what is exported must equal what was imported, bit for bit; every wrong folder is refused with
+one line. `make test` sets CPU (the trainer) and BUILD (the folder with the program of dev/test/logits.c).
+With transformers and torch, all families are also compared with it anew."""
 
 import concurrent.futures
 import glob
@@ -218,7 +218,7 @@ def all_refused(cases):
 
 
 def refused(what, expected, program, *args):
-    """Checks that a program ends with one line on stderr that has the text `expected`, and leaves nothing behind."""
+    """Checks that a program ends with one line on stderr with `expected`, and leaves nothing behind."""
     folder = tempfile.mkdtemp(dir=TMP)
     result = run(program, *args, "-o", os.path.join(folder, "out.bin"))
     line = result.stderr.strip()
@@ -321,7 +321,7 @@ def test_families():
 
 
 def test_attention_flags():
-    """llama to nsa: the C trainer's flags must know every field, and the gates must be those that were asked for."""
+    """llama to nsa: every flag reaches the model, and the gates are those that were asked for."""
     import checkpoint
     import numpy as np
 
@@ -551,7 +551,7 @@ def test_tokenizer():
 
 
 def write_gguf(path, family, tensors, permuted, rope_freqs=None, **fields):
-    """Writes a GGUF file as llama.cpp's converter does. permuted: the rows of q and k are in llama's order."""
+    """Writes a GGUF file as llama.cpp does. permuted: the rows of q and k are in its order for llama."""
     import gguf
     import numpy as np
     import vocab

@@ -147,9 +147,10 @@ def _sliding_window(c, architecture, layers):
     if all(t == "full_attention" for t in types):
         return None
     if window is None or any(t != "sliding_attention" for t in types):
+        kinds = ", ".join(sorted({str(t)[:40] for t in types}))
         die(
-            f"{c.name}: its layers differ in their attention ({', '.join(sorted({str(t)[:40] for t in types}))}): "
-            f"not supported; the trainers have full or sliding layers, not both"
+            f"{c.name}: its layers differ in their attention ({kinds}): not supported; "
+            f" the trainers have full or sliding layers, not both"
         )
     return c.number("sliding_window")
 

@@ -11,13 +11,13 @@ class NsaConfig(PretrainedConfig):
         nsa_qk_norm: RMSNorm on each q and k head.
         nsa_cmp_len, nsa_cmp_stride: length and stride of a compression window, in tokens.
         nsa_phi: compression of a window, "mean" or "linear".
-        nsa_block, nsa_topk: size of a selection block in tokens, and the number of blocks that a query selects.
+        nsa_block, nsa_topk: size of a selection block in tokens, and how many of them a query selects.
         nsa_init_blocks, nsa_local_blocks: numbers of initial and local blocks, which are always selected.
         nsa_window: size of the sliding window in tokens.
         nsa_gate_per_token: all heads of a token share the three gates.
         nsa_scale: softmax scale; 0: 1/sqrt(head_dim).
-        rope_factor, rope_low_freq, rope_high_freq, rope_original_len: Llama 3.1's RoPE scaling; rope_factor 0:
-            no scaling.
+        rope_factor, rope_low_freq, rope_high_freq, rope_original_len: Llama 3.1's RoPE scaling; rope_factor
+            0: no scaling.
     """
 
     model_type = "nsa"

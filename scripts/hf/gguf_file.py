@@ -1,5 +1,5 @@
-"""Reads a GGUF file as if it were a Hugging Face folder: its metadata as config.json, its tensors by their names
-in transformers."""
+"""Reads a GGUF file as if it were a Hugging Face folder: its metadata as config.json, its tensors by their
+names in transformers."""
 
 import math
 import mmap
@@ -88,7 +88,7 @@ class Gguf:
         missing = [name for name in names if name not in config]
         if missing or not all(isinstance(n, int) and n > 0 for n in (heads, channels)):
             die(
-                f"{self.path}: no valid {(missing or ['number of heads'])[0]} in its metadata; choose another file"
+                f"{self.path}: no valid {(missing or ['number of heads'])[0]} in its metadata; choose another"
             )
         self.head_dim = get("attention.key_length", channels // heads)
         config["head_dim"] = self.head_dim
@@ -103,8 +103,8 @@ class Gguf:
         return config
 
     def _llama3_scaling(self, config):
-        """Returns Llama 3.1's RoPE scaling, of which the file has the factor of each frequency alone: the largest
-        is the scaling's factor, and the others are checked."""
+        """Returns Llama 3.1's RoPE scaling, of which the file has the factor of each frequency alone: the
+        largest is the scaling's factor, and the others are checked."""
         found = np.array(self.rope_freqs.data, np.float64).reshape(-1)
         low, high, original, factor = 1.0, 4.0, 8192, float(found.max(initial=0))
         wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(found.size) / found.size)
@@ -139,7 +139,7 @@ class Gguf:
         self.mapping.madvise(mmap.MADV_DONTNEED)  # else pages that were read count as memory of this program
 
     def _unpermute(self, values):
-        """Returns rows of Llama's q or k in the order of transformers. GGUF has the channels c and c + d/2 of a head,
-        which RoPE rotates together, side by side."""
+        """Returns rows of Llama's q or k in the order of transformers. GGUF has the channels c and c + d/2 of
+        a head, which RoPE rotates together, side by side."""
         pairs = values.reshape(-1, self.head_dim // 2, 2, values.shape[-1])
         return pairs.swapaxes(1, 2).reshape(values.shape)

@@ -1,5 +1,5 @@
-"""The files of a Hugging Face folder besides config.json and the weights. from_hf.py keeps them in a folder beside
-the checkpoint (NAME.hf for NAME.bin), and to_hf.py puts them into the folder that it makes."""
+"""The files of a Hugging Face folder besides config.json and the weights. from_hf.py keeps them in a folder
+beside the checkpoint (NAME.hf for NAME.bin), and to_hf.py puts them into the folder that it makes."""
 
 import os
 

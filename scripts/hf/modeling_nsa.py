@@ -1,8 +1,8 @@
 """A transformer with grouped-query attention and native sparse attention (arXiv 2502.11089) in plain PyTorch.
 
-The attention of query t combines three branches by gates: compressed windows of keys, the blocks of keys with the
-highest scores of the compressed branch, and a sliding window. All masks are dense: this code shows what the model
-computes, and is slower than the kernels that it was trained with."""
+The attention of query t combines three branches by gates: compressed windows of keys, the blocks of keys with
+the highest scores of the compressed branch, and a sliding window. All masks are dense: this code shows what
+the model computes, and is slower than the kernels that it was trained with."""
 
 import math
 
@@ -44,8 +44,9 @@ def inv_freq(config, device):
 
 
 def rotate(x, positions, frequencies):
-    """RoPE: rotates the channels c and c + d/2 of x [B, H, N, d] by the angle positions [B, N] * frequencies [d/2]. The
-    angles are computed in float64, because in float32 they are off by 0.03 rad at position 1,000,000."""
+    """RoPE: rotates the channels c and c + d/2 of x [B, H, N, d] by the angle positions [B, N] * frequencies
+    [d/2]. The angles are computed in float64, because in float32 they are off by 0.03 rad at position
+    1,000,000."""
     angle = positions[:, None, :, None].double() * frequencies
     cos, sin = angle.cos().float(), angle.sin().float()
     a, b = x.float().chunk(2, dim=-1)
@@ -153,7 +154,8 @@ class NsaAttention(nn.Module):
         return compressed, branch(causal & in_blocks), branch(causal & (key > row - c.nsa_window))
 
     def forward(self, x, positions, order, frequencies, cache=None):
-        """x [B, Nq, C] -> [B, Nq, C]. `order` [B, N] sorts the keys by their positions; None: they are sorted."""
+        """x [B, Nq, C] -> [B, Nq, C]. `order` [B, N] sorts the keys by their positions; None: they are
+        sorted."""
         c = self.config
         batch, nq, _ = x.shape
         q, k, v = (
@@ -234,8 +236,8 @@ class NsaModel(NsaPreTrainedModel):
         use_cache=None,
         **kwargs,
     ):
-        """attention_mask [B, N] is 0 for padding, on any side, of the N tokens up to the last one. Positions count the
-        tokens that are no padding, so position_ids is not read."""
+        """attention_mask [B, N] is 0 for padding, on any side, of the N tokens up to the last one. Positions
+        count the tokens that are no padding, so position_ids is not read."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache

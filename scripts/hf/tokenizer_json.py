@@ -13,7 +13,8 @@ _CHARACTER_OF = {b: c for c, b in vocab.BYTE_OF.items()}
 
 
 class _TokenizerBin:
-    """The content of a tokenizer.bin. Version 1 has no flags: there, a token that no merge makes is special."""
+    """The content of a tokenizer.bin. Version 1 has no flags: there, a token that no merge makes is
+    special."""
 
     def __init__(self, data, path):
         self.kind = None
@@ -69,8 +70,8 @@ class _TokenizerBin:
         return piece.decode("utf-8", "replace").replace(" ", vocab.METASPACE)
 
     def merges_by_rank(self):
-        """Returns the merges [(left, right)] of a file that has the ranks of tokens alone: a token is made of the two
-        parts to which the tokens of lower rank merge its bytes."""
+        """Returns the merges [(left, right)] of a file that has the ranks of tokens alone: a token is made of
+        the two parts to which the tokens of lower rank merge its bytes."""
         rank = {
             p: r for p, r, f in zip(self.pieces, self.ranks, self.flags) if r >= 0 and f & vocab.TOKEN_VOCAB
         }
@@ -150,8 +151,8 @@ def _bos_template(bos):
 
 
 def from_bin(data, path):
-    """Returns {name: content} of tokenizer.json, tokenizer_config.json and generation_config.json; {} for a tokenizer of
-    words, because a tokenizer.json cannot have it.
+    """Returns {name: content} of tokenizer.json, tokenizer_config.json and generation_config.json; {} for a
+    tokenizer of words, because a tokenizer.json cannot have it.
 
     Args:
         data: content of a tokenizer.bin.

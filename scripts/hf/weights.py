@@ -15,8 +15,8 @@ IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq
 
 
 def parts(tensor, model):
-    """Returns the Parts of a checkpoint's tensor: their elements one after another are its first elements. The
-    elements behind them are padding, which is 0."""
+    """Returns the Parts of a checkpoint's tensor: their elements one after another are its first elements.
+    The elements behind them are padding, which is 0."""
     layer, cols, name = tensor.layer, tensor.cols, tensor.name
     d, heads, kv_heads = model["head-dim"], model["heads"], model["kv-heads"]
     qkv_rows = {"q_proj": heads * d, "k_proj": kv_heads * d, "v_proj": kv_heads * d}
