@@ -102,7 +102,7 @@ check '[ $code -eq 0 ] && grep -q "^training step" out && grep -q "attention_bac
 check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 ]' "-profile records nothing: $(cat results.jsonl)"
 
 # ---- errors
-expect_error "head_dim 32" -e recall -t 32 -b 1 $DATA
+expect_error "-head-dim 32" -e recall -t 32 -b 1 $DATA
 expect_error "-channels 60" $MODEL $DATA -channels 60
 expect_error "-r 3: must be from 0 to 2" $MODEL $DATA -r 3
 expect_error "out of GPU memory" $MODEL $DATA -layers 1000 -channels 8192 -hidden 65536
