@@ -25,9 +25,10 @@ import chart
 #              entry the tables of it keep the text that they have.
 MEASURED = {
     "H200": {
-        "attention": ("h200_68a9f7d_a01a9ab.jsonl", "a01a9ab"),
-        "kernels": ("h200.jsonl", "d0f31a2"),
-        "step": ("h200_68a9f7d_a01a9ab.jsonl", "a01a9ab"),
+        "attention": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
+        "kernels": ("h200.jsonl", "7cecab2"),
+        "step": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
+        "scaling": ("h200.jsonl", "7cecab2"),
     },
     "H100": {
         "attention": ("h100.jsonl", "b7e2b0a"),
