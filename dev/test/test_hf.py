@@ -946,6 +946,7 @@ def main():
     tests = [test_families, test_attention_flags, test_large, test_old_versions, test_trained_checkpoint]
     tests += [
         test_tokenizer,
+        test_gguf,
         test_refused_configs,
         test_refused_flags,
         test_refused_tensors,
