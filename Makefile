@@ -1,5 +1,5 @@
-# Makefile: builds what this machine can build. `make help` lists the goals and what it found. dev/cuda/cuda.mk has the
-# rules of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
+# Makefile: builds what this machine can build. `make help` lists the goals and what it found. fsa/fsa.mk has the
+# rules of the library, dev/cuda/cuda.mk those of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
 #   CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD is the folder of objects, and of
 #   the trainers and the library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands.
 #   COMMIT is the commit that the trainers report, for a copy without git.
@@ -37,13 +37,14 @@ GPU_TRAINER := $(OUT)train_gpt_nsa$(if $(filter-out bf16,$(PRECISION)),_$(PRECIS
 LIBFSA := $(OUT)libfsa
 MAKERS := $(BUILD)/recall $(BUILD)/text
 
-.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench cuda cuda-all clean FORCE
+.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench install uninstall cuda cuda-all clean FORCE
 all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
 
 help:
 	@echo "make train          build, make the recall data, train on it; ARGS='-flag value ...' adds flags,"
 	@echo "                    GPU= trains on the CPU, PRECISION=fp16 or fp32 builds the GPU trainer for these"
 	@echo "make libfsa.a       build the attention alone, as a static library; libfsa.so: as a shared one (needs nvcc)"
+	@echo "make install        install both, fsa.h and fsa.pc below PREFIX (/usr/local); DESTDIR=; make uninstall removes them"
 	@echo "make test           build and run the tests of this machine; SAN=1: with address and undefined-behaviour sanitizers"
 	@echo "make test-emulator  run the GPU trainer and every kernel on the CPU, at small sizes (needs the CUDA Toolkit's headers)"
 	@echo "make test-large     test the GPU library with up to 1,000,000 tokens (needs a GPU)"
@@ -77,23 +78,7 @@ data: $(MAKERS)
 train: $(TRAINER) data
 	@$(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make train would use the GPU"))
 	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
-	@$(NEXT)
-
-# Prints what was run, read from its folder and its log, and what can be run next. ARGS may name another folder.
-define NEXT
-out=log/$(TASK); last=; for word in $(subst =, ,$(ARGS)); do \
-    case $$last in -o | --o | -output | --output) out=$$word ;; esac; last=$$word; done; \
-ckpt=$$(ls $$out/ckpt_*.bin 2>/dev/null | tail -n 1); [ -n "$$ckpt" ] || exit 0; \
-attn=$$(sed -n 's/.*"model":.*"attn":"\([a-z]*\)".*/\1/p' $$out/log.jsonl | tail -n 1); \
-step=$$(basename $$ckpt .bin | sed 's/ckpt_0*//'); \
-printf '\nThis was %s: attention %s, %s steps. The log is %s, the newest checkpoint %s. Next:\n' \
-    $$out $$attn $$step $$out/log.jsonl $$ckpt; \
-echo "  sample:             ./$(TRAINER) -e $$ckpt -sample 1 -temp 0 -g 24 -prompt '$(PROMPT)'"; \
-args=$$(printf '%s' "$$ARGS" | sed "s/'/'\\\\''/g"); \
-echo "  go on training:     make train ARGS='$${args:+$$args }-x $$((step + 800))'"; \
-echo "  plot:               python3 scripts/plot_log.py $$out -o $$out/log.png"; \
-echo "  train on your text: $(BUILD)/text -o data/mytext -name mytext README.md fsa llmc && ./$(TRAINER) -e $(if $(filter recall,$(TASK)),tiny,shakespeare) -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100"
-endef
+	@ARGS='$(subst ','\'',$(ARGS))' PROMPT='$(PROMPT)' BUILD=$(BUILD) bash scripts/after_train.sh $(TASK) $(TRAINER)
 
 clean:
 	rm -rf $(BUILD) $(addprefix $(OUT),train_gpt_nsa_cpu train_gpt_nsa train_gpt_nsa_fp16 train_gpt_nsa_fp32 libfsa.a libfsa.so libfsa.so.0)
@@ -129,16 +114,11 @@ $(BUILD)/llmc/commit.o: $(BUILD)/commit.flags
 $(CPU_TRAINER): $(addprefix $(BUILD)/,train_gpt_nsa.o fsa/config.o fsa/reference_f32.o llmc/comm.o llmc/commit.o) ; $(LINK_C)
 $(MAKERS): $(BUILD)/%: $(BUILD)/data/%.o ; $(LINK_C)
 
-include dev/cuda/cuda.mk dev/test/test.mk dev/emulator/emulator.mk
+include fsa/fsa.mk dev/cuda/cuda.mk dev/test/test.mk dev/emulator/emulator.mk
 $(foreach f,c commit mpi nvcc trainer emulator,$(eval $(call FLAGS_RULE,$f)))
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
-# ---- the library, the GPU trainer, and all CUDA code -------------------------------------------------------------
-$(LIBFSA).a: $(FSA) ; $(START)rm -f $@ && ar qcs $@ $^
-$(LIBFSA).so.0: $(FSA)
-	$(START)$(NVCC) $(GENCODE) -shared -Xlinker -soname=$(@F) $^ -o $@
-	@! nm -D --defined-only $@ | grep -v ' T fsa_' || { echo "error: $@ exports these symbols, which fsa.h does not declare" >&2; rm $@; exit 1; }
-$(LIBFSA).so: $(LIBFSA).so.0 ; $(START)ln -sf $(<F) $@
+# ---- the GPU trainer, and all CUDA code -------------------------------------------------------------
 $(OUT)train_gpt_nsa: $(BUILD)/train_gpt_nsa_bf16.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 $(OUT)train_gpt_nsa_fp16 $(OUT)train_gpt_nsa_fp32: $(OUT)%: $(BUILD)/%.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 

@@ -12,9 +12,11 @@
 extern "C" {
 #endif
 
-// The version of this header. A function or field that MAJOR.MINOR has stays in all later versions of MAJOR.
+// The version of this header, and of the whole project. A function or field that MAJOR.MINOR has stays in all
+// later versions of MAJOR.
 #define FSA_VERSION_MAJOR 0
 #define FSA_VERSION_MINOR 1
+#define FSA_VERSION_PATCH 0
 
 #pragma GCC visibility push(default) // libfsa.so exports the functions of this header, no others
 

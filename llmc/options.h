@@ -482,7 +482,8 @@ static inline void options_version(void) {
 #else
     const char *program = "train_gpt_nsa_cpu";
 #endif
-    printf("%s %d.%d, commit %s\n", program, FSA_VERSION_MAJOR, FSA_VERSION_MINOR, build_commit());
+    printf("%s %d.%d.%d, commit %s\n", program, FSA_VERSION_MAJOR, FSA_VERSION_MINOR, FSA_VERSION_PATCH,
+           build_commit());
 }
 
 // Fills *o from the command line. If a flag is given twice, the last one counts. -h prints the help and exits

@@ -1,4 +1,4 @@
-# cuda.mk: how CUDA code is compiled and linked, the objects of libfsa, and a program for each kernel.
+# cuda.mk: how CUDA code is compiled and linked, a program for each kernel, and the GPU trainer.
 
 # Code for this machine's GPU; without one, for all that libfsa is tuned for. PTX is for later GPUs (make cuda-all).
 ARCHS := $(or $(GPU),80 90a)
@@ -13,15 +13,6 @@ COMPILE_CUDA = $(START)$(or $(NVCC),$(NO_NVCC)) $(NVCCFLAGS) $(GENCODE) $(DEFINE
 LINK_CUDA = $(START)$(NVCC) $(GENCODE) $(filter %.o,$^) $(filter %.a,$^) $(if $(HAS_OPENMP),-lgomp) -o $@
 FLAGS_nvcc := $(NVCC) $(NVCCFLAGS) $(GENCODE)
 $(BUILD)/%.o: %.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
-
-# ---- libfsa ----------------------------------------------------------------------------------------------------------
-# config_lib.o has no -march=native, so that the library runs on other CPUs too.
-FSA_SOURCES := $(wildcard fsa/*.cu fsa/sm80/*.cu fsa/sm90/*.cu)
-FSA := $(FSA_SOURCES:%.cu=$(BUILD)/%.o) $(BUILD)/fsa/config_lib.o
-$(BUILD)/fsa/config_lib.o: fsa/config.c $(BUILD)/c.flags
-	$(START)$(CC) -std=gnu11 -O2 -fPIC -fvisibility=hidden -MMD -MP -c $< -o $@
-$(BUILD)/example: fsa/example.c fsa/fsa.h $(LIBFSA).a $(BUILD)/nvcc.flags
-	$(START)$(NVCC) $(GENCODE) $(filter %.c %.a,$^) -o $@
 
 # ---- programs: a kernel of libfsa, or a layer of llmc, against the C reference --------------------------------------
 LAYERS := $(addprefix $(BUILD)/,adamw classifier embedding global_norm matmul rmsnorm swiglu)
