@@ -8,7 +8,7 @@ LANES=${LANES:-2} CORES=${CORES:-$(nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES >= 2 * LANES ? CORES / LANES : 2))}
 export OMP_WAIT_POLICY=passive # threads that wait for others leave the cores to the other lanes
 T=$(mktemp -d)
-trap 'rm -rf "$T"' EXIT
+trap 'kill "${watcher:-}" 2>/dev/null; rm -rf "$T"' EXIT
 passed=0 failed=0 skipped=0 ended=0
 
 seconds() { awk -v ms="$1" 'BEGIN { printf "%.1f s", ms / 1000 }'; }
@@ -19,8 +19,10 @@ begin=$(now)
 run() {
     local start code
     start=$(now)
+    name_of "$2" >"$T/$1.name"
     $2 >"$T/$1.out" 2>&1 </dev/null
     code=$?
+    rm "$T/$1.name"
     echo "$code $(($(now) - start)) $2" >"$T/$1.tmp" && mv "$T/$1.tmp" "$T/$1.done"
 }
 
@@ -56,6 +58,19 @@ report() {
         rm "$file" "${file%.done}.out"
     done
 }
+
+# Names the tests that run, once a minute, while none ends.
+watch() {
+    local before= after
+    while sleep 60; do
+        after=$(cat "$T"/*.name 2>/dev/null | paste -sd,)
+        [ -z "$after" ] || [ "$after" != "$before" ] || printf 'running           %s\n' "${after//,/, }"
+        before=$after
+    done
+}
+watch &
+watcher=$!
+disown $watcher # it is no job to wait for
 
 count=$#
 echo "$count tests, $LANES at a time, $OMP_NUM_THREADS threads each"
