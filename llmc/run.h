@@ -386,9 +386,10 @@ static inline void run_print_summary(const Run *r, int64_t num_params, size_t by
            (double)num_params * 1e-6, r->checkpoint[0] ? r->checkpoint : "new");
     printf("attention: %s", modes[c->attn]);
     if (c->attn == ATTN_NSA)
-        printf(", l %d, s %d, block %d, topk %d (%d initial, %d local), window %d, phi %s", f->cmp_len,
-               f->cmp_stride, f->block, f->topk, f->init_blocks, f->local_blocks, f->window,
-               f->phi == FSA_PHI_LINEAR ? "linear" : "mean");
+        printf(", %s compression of %d tokens every %d, %d of the blocks of %d (%d initial, %d local), "
+               "window %d",
+               f->phi == FSA_PHI_LINEAR ? "linear" : "mean", f->cmp_len, f->cmp_stride, f->topk, f->block,
+               f->init_blocks, f->local_blocks, f->window);
     if (c->attn == ATTN_WINDOW) printf(", window %d", f->window);
     printf("\n");
     char dp_ranks[48] = "";
