@@ -2,7 +2,10 @@
 imported; the C trainer's logits must equal those that transformers gave (golden/hf.txt, made by
 golden_hf.py); what is exported must equal what was imported, bit for bit; every wrong folder is refused with
 one line. `make test` sets CPU (the trainer) and BUILD (the folder with the program of dev/test/logits.c).
-With transformers and torch, all families are also compared with it anew."""
+With transformers and torch, all families are also compared with it anew.
+
+test_hf.py [NAME...]: names of tests run these tests alone (gguf: test_gguf); names of families limit the tests
+`families` and `transformers` to them. FIRST_FAILURE=1 stops at the first failed check."""
 
 import concurrent.futures
 import glob
@@ -37,6 +40,8 @@ def check(condition, message):
         passed, failed = passed + bool(condition), failed + (not condition)
         if not condition:
             print(f"FAILED test_hf.py: {message}", flush=True)
+    if not condition and os.environ.get("FIRST_FAILURE"):
+        sys.exit(1)
 
 
 # ----------------------------------------------------------------------------
@@ -192,6 +197,23 @@ def make_folder(path, family, tensors=None):
     return path
 
 
+def imported(name):
+    """Returns the checkpoint of a family, which the first call imports from its folder."""
+    folder, path = os.path.join(TMP, name), os.path.join(TMP, name + ".bin")
+    if not os.path.exists(folder):
+        make_folder(folder, FAMILIES[name])
+        run_ok("from_hf.py", folder, "-o", path)
+    return path
+
+
+def exported(name, dtype):
+    """Returns the folder of an exported family, which the first call exports from its checkpoint."""
+    folder = os.path.join(TMP, f"{name}.{dtype}")
+    if not os.path.exists(folder):
+        run_ok("to_hf.py", imported(name), "-o", folder, "--dtype", dtype)
+    return folder
+
+
 def test_tokens():
     return [(i * i * 31 + 7 * i) % VOCAB for i in range(TOKENS)]
 
@@ -286,36 +308,45 @@ def read_bytes(path):
 
 
 def test_families():
+    import checkpoint
+    import ml_dtypes
     import numpy as np
+    import weights as names
 
     golden = read_golden()
     check(golden.keys() == FAMILIES.keys(), f"golden/hf.txt has {sorted(golden)}; run golden_hf.py")
-    for name, family in FAMILIES.items():
-        folder = make_folder(os.path.join(TMP, name), family)
-        path = os.path.join(TMP, name + ".bin")
-        if not run_ok("from_hf.py", folder, "-o", path):
+    for name in families:
+        family, path = FAMILIES[name], imported(name)
+        if not os.path.exists(path):
             continue
         logits = c_logits(path, test_tokens())[GOLDEN_POSITIONS]
         worst = error(logits, golden[name])
         check(worst < TOLERANCE, f"{name}: logits differ from those of transformers by {worst:.1e}")
+        reader, padding = checkpoint.Reader(path), []
+        for tensor in reader.table:
+            size = sum(math.prod(part.shape) for part in names.parts(tensor, reader.model))
+            padding.append(np.concatenate(list(reader.read(tensor)))[size:])
+        padding = np.concatenate(padding)
+        check(padding.size and not padding.any(), f"{name}: padded rows are not 0")
+        max_len = json.loads(read_bytes(os.path.join(exported(name, "fp32"), "config.json")))[
+            "max_position_embeddings"
+        ]
+        expected_len = max(256, reader.model["rope-original-len"] * max(reader.model["rope-factor"], 1))
+        check((reader.seq_len, max_len) == (256, expected_len), f"{name}: context of {reader.seq_len}, {max_len}")
         source = weights(family)
         for dtype, code in (("fp32", "F32"), ("bf16", "BF16")):
-            out = os.path.join(TMP, f"{name}.{dtype}")
-            run_ok("to_hf.py", path, "-o", out, "--dtype", dtype)
-            tensors = read_tensors(out)
+            tensors = read_tensors(exported(name, dtype))
             check(
                 tensors.keys() == source.keys(), f"{name}: exported {sorted(tensors.keys() ^ source.keys())}"
             )
             if dtype == "fp32":
                 expected = {key: values.astype(np.float32) for key, values in source.items()}
-            elif family["dtype"] == "BF16":
-                expected = source
             else:
-                continue
+                expected = {key: values.astype(ml_dtypes.bfloat16) for key, values in source.items()}
             for key, values in expected.items():
                 same = tensors.get(key) == (code, values.shape, values.tobytes())
                 check(same, f"{name}: {key} is not the same after import and export as {dtype}")
-        run_ok("from_hf.py", os.path.join(TMP, name + ".fp32"), "-o", path + ".again")
+        run_ok("from_hf.py", exported(name, "fp32"), "-o", path + ".again")
         same = read_bytes(path) == read_bytes(path + ".again")
         check(same, f"{name}: the exported folder makes another checkpoint")
 
@@ -325,7 +356,7 @@ def test_attention_flags():
     import checkpoint
     import numpy as np
 
-    source = os.path.join(TMP, "llama")
+    source = imported("llama").removesuffix(".bin")
     sizes = ["--attn", "nsa", "--cmp-len", 8, "--cmp-stride", 4, "--block", 16, "--topk", 99, "--window", 200]
     sizes += ["--local-blocks", 3, "--init-blocks", 2]
     full = c_logits(source + ".bin", test_tokens())
@@ -367,6 +398,11 @@ def test_large():
     run_ok("to_hf.py", path, "-o", out, "--dtype", "fp32")
     expected = {name: ("F32", v.shape, v.tobytes()) for name, v in weights(LARGE).items()}
     check(read_tensors(out) == expected, "large: not the same after import and export")
+    good = read_bytes(path)
+    end = len(good) - 8 * len(checkpoint.Reader(path).sums)
+    for at in (4096 + 5, 4096 + (2 << 20) + 5, end - 5):  # the last one is in the last, shorter chunk
+        write(os.path.join(TMP, "large_damaged.bin"), good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        refused(f"a flipped bit at {at}", "wrong checksum", "to_hf.py", os.path.join(TMP, "large_damaged.bin"))
     # small pieces and shards, in this process
     sizes = checkpoint.BATCH_CHUNKS, safetensors_files.PIECE_FLOATS, safetensors_files.MAX_SHARD_BYTES
     checkpoint.BATCH_CHUNKS, safetensors_files.PIECE_FLOATS, safetensors_files.MAX_SHARD_BYTES = (
@@ -425,7 +461,7 @@ def test_old_versions():
     import numpy as np
 
     for family in ("nsa_linear", "nsa_token"):
-        path = os.path.join(TMP, family + ".bin")
+        path = imported(family)
         for version in (1, 2):
             old = os.path.join(TMP, f"{family}_v{version}.bin")
             old_checkpoint(path, version, old)
@@ -548,6 +584,47 @@ def test_tokenizer():
         result.returncode == 1 and "is another tokenizer" in result.stderr, "another tokenizer in the folder"
     )
     check("second.bin" not in os.listdir(place), "another tokenizer: left a checkpoint")
+
+
+def test_sentencepiece():
+    """tokenizer.bin of SentencePiece's kind, and a tokenizer.json made from it alone: the same tokens and text."""
+    import random
+
+    import test_bpe
+    import tokenizer_json
+    import tokenizers
+    import vocab
+
+    rng = random.Random(5)
+    base = test_bpe.sentencepiece_json(rng)
+    metaspace = {"type": "Metaspace", "replacement": vocab.METASPACE}
+    replace = base["normalizer"]["normalizers"][1]
+    decoders = base["decoder"]["decoders"]
+    no_strip = {"type": "Sequence", "decoders": decoders[:-1]}
+    normalized = [{**token, "normalized": True} for token in base["added_tokens"]]
+    cases = {"llama2": {}, "normalized": {"added_tokens": normalized}}
+    cases["gemma"] = {"normalizer": replace, "decoder": no_strip}
+    cases["no_bytes"] = {"model": {**base["model"], "byte_fallback": False}}
+    for scheme in ("first", "always", "never"):
+        for split in (False, True):
+            rule = {**metaspace, "prepend_scheme": scheme, "split": split}
+            change = {"normalizer": None, "pre_tokenizer": rule}
+            cases[f"{scheme}_{split}"] = {**change, **({"decoder": no_strip} if scheme == "never" else {})}
+    texts = test_bpe.random_texts(rng, 100)
+    texts += ["", " ", "the rows", "  two  spaces", "tokén 漢\x00\x7f", "<s>a</s> b<user>: <strip> c\n\n d", "\n\n"]
+    for name, change in cases.items():
+        text = json.dumps({**base, **change})
+        made = vocab.from_hf(text, name, None)
+        files = tokenizer_json.from_bin(made.tokenizer_bin(), name)
+        a = tokenizers.Tokenizer.from_str(text)
+        b = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        for line in texts:
+            x, y = (t.encode(line, add_special_tokens=False).ids for t in (a, b))
+            check(x == y, f"SentencePiece, {name}: {line!r} is {y}, not {x}")
+            x, y = (t.decode(x, skip_special_tokens=False) for t in (a, b))
+            check(x == y, f"SentencePiece, {name}: {line!r} decodes to {y!r}, not {x!r}")
+        found = json.loads(files["generation_config.json"])
+        check(found["eos_token_id"] == [base["model"]["vocab"]["</s>"]], f"SentencePiece, {name}: {found}")
 
 
 def write_gguf(path, family, tensors, permuted, rope_freqs=None, **fields):
@@ -691,7 +768,7 @@ def test_refused_configs():
 
 
 def test_refused_flags():
-    llama, nsa, mistral = (os.path.join(TMP, name) for name in ("llama", "nsa", "mistral"))
+    llama, nsa, mistral = (imported(name).removesuffix(".bin") for name in ("llama", "nsa", "mistral"))
     cases = [
         ([llama, "--attn", "nsa", "--topk", "2"], "topk 2: must be at least"),
         ([llama, "--attn", "nsa", "--cmp-stride", "12"], "cmp-stride 12: must divide"),
@@ -803,7 +880,7 @@ def test_refused_tensors():
     path = os.path.join(TMP, "extras.bin")
     run_ok("from_hf.py", make_folder(os.path.join(TMP, "extras"), tied, tensors), "-o", path)
     check(
-        read_bytes(path) == read_bytes(os.path.join(TMP, "llama3.bin")),
+        read_bytes(path) == read_bytes(imported("llama3")),
         "ignored tensors change the checkpoint",
     )
     tensors["lm_head.weight"] = head + 1
@@ -841,7 +918,7 @@ def test_refused_folders():
 
 
 def test_refused_checkpoints():
-    path = os.path.join(TMP, "llama.bin")
+    path = imported("llama")
     good = read_bytes(path)
     cases = [
         ("another file", b"#!/bin/sh\n" * 1000, "not a checkpoint"),
@@ -872,16 +949,18 @@ def test_transformers():
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # more are slower for models as small as these
+
     def load_model(folder):
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 
     tokens = torch.tensor([test_tokens()])
-    for name in FAMILIES:
-        model = load_model(os.path.join(TMP, name))
-        exported = load_model(os.path.join(TMP, name + ".fp32"))
+    for name in families:
+        path = imported(name)
+        model, second = load_model(os.path.join(TMP, name)), load_model(exported(name, "fp32"))
         with torch.no_grad():
-            logits, again = model(tokens).logits[0], exported(tokens).logits[0]
-        worst = error(c_logits(os.path.join(TMP, name + ".bin"), test_tokens()), logits.double().numpy())
+            logits, again = model(tokens).logits[0], second(tokens).logits[0]
+        worst = error(c_logits(path, test_tokens()), logits.double().numpy())
         check(worst < TOLERANCE, f"{name}: logits differ from those of transformers by {worst:.1e}")
         check(torch.equal(logits, again), f"{name}: the exported folder gives other logits")
         if not name.startswith("nsa"):
@@ -896,7 +975,7 @@ def test_transformers():
         command = [
             CPU,
             "-e",
-            os.path.join(TMP, name + ".bin"),
+            path,
             "-sample",
             "1",
             "-temp",
@@ -934,7 +1013,15 @@ def test_transformers():
 
 
 def main():
-    global TMP, failed
+    global TMP, failed, families
+    tests = {name: test for name, test in globals().items() if name.startswith("test_") and name != "test_tokens"}
+    unknown = set(sys.argv[1:]) - {name.removeprefix("test_") for name in tests} - FAMILIES.keys()
+    if unknown:
+        print(f"error: {unknown.pop()}: neither a test nor a family; see test_hf.py", file=sys.stderr)
+        return 1
+    families = [name for name in FAMILIES if name in sys.argv] or list(FAMILIES)
+    chosen = [test for name, test in tests.items() if name.removeprefix("test_") in sys.argv]
+    tests = chosen or list(tests.values())
     needed = ("numpy", "ml_dtypes", "tokenizers", "tiktoken", "gguf")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     skipped = 0
@@ -943,24 +1030,16 @@ def main():
               f"python3 -m pip install -r requirements.txt")  # fmt: skip
         print("hf: 0 passed, 0 failed, 1 skipped")
         return 0
-    tests = [test_families, test_attention_flags, test_large, test_old_versions, test_trained_checkpoint]
-    tests += [
-        test_tokenizer,
-        test_gguf,
-        test_refused_configs,
-        test_refused_flags,
-        test_refused_tensors,
-        test_refused_folders,
-    ]
-    tests += [test_refused_checkpoints]
-    if all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
-        tests.append(test_transformers)
-    else:
+    if test_transformers in tests and any(
+        importlib.util.find_spec(package) is None for package in ("torch", "transformers")
+    ):
+        tests.remove(test_transformers)
         skipped = 1
         print(
             "skipped: a comparison with transformers itself needs the Python packages torch and transformers"
         )
     with tempfile.TemporaryDirectory() as TMP:
+        os.environ["HF_MODULES_CACHE"] = os.path.join(TMP, "modules")  # transformers keeps modeling_nsa.py there
         for test in tests:
             try:
                 test()

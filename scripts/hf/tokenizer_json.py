@@ -168,11 +168,11 @@ def from_bin(data, path):
     merges = [(t.text(left), t.text(right)) for left, right, _ in t.merges]
     if t.kind == vocab.BPE and not merges:
         merges = t.merges_by_rank()
-    sentencepiece = t.kind == vocab.SENTENCEPIECE
+    byte_fallback = any(flags & vocab.TOKEN_BYTE for flags in t.flags)
     model = {
         **{"type": "BPE", "dropout": None, "unk_token": t.text(t.unknown) if t.unknown >= 0 else None},
         **{"continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": bool(t.fuse_unknown)},
-        **{"byte_fallback": sentencepiece, "ignore_merges": bool(t.ignore_merges)},
+        **{"byte_fallback": byte_fallback, "ignore_merges": bool(t.ignore_merges)},
         **{"vocab": texts, "merges": merges},
     }
     added = [_added(t, i) for i in ids if t.is_added(i) and texts[t.text(i)] == i]
