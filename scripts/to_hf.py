@@ -88,7 +88,8 @@ def write_weights(reader, out):
             size, cols = math.prod(part.shape), part.shape[-1]
             while size > 0:
                 while left.size < min(size, cols):
-                    left = np.concatenate([left, next(pieces)])
+                    left = left.copy()  # the next piece takes its place
+                    left = np.concatenate([left, next(pieces)]) if left.size else next(pieces)
                 count = min(size, left.size) // cols * cols
                 out.write(left[:count].reshape(-1, cols))
                 left = left[count:]

@@ -134,6 +134,112 @@ cpu_faults() {
     fault "the end of a process is not detected" llmc/comm.c 's/if \(closed\) (comm_die\(c, "rank %d is gone: its process ended without)/if (0) \1/; s/(COMM_HEARTBEAT, NULL, 0\)) \&\&$/\1 \&\& 0 \&\&/' "test_comm"
     fault "a missing heartbeat is not detected" llmc/comm.c 's/now - p->last_received > COMM_TIMEOUT_SECONDS/0/' "test_comm"
     fault "two processes may connect with the same rank" llmc/comm.c 's/ \|\| s->peers\[h\.rank\]\.fd >= 0//' "test_comm"
+
+    hf_faults
+}
+
+# Import and export (scripts/*_hf.py, scripts/hf/). A test hf:NAME:NAME is `test_hf.py NAME NAME`.
+hf_faults() {
+    local H=scripts/hf
+    if ! python3 -c "import numpy, ml_dtypes, tokenizers, tiktoken, gguf" 2>/dev/null; then
+        echo "skipped: faults in scripts/hf need the Python packages of requirements.txt"
+        return
+    fi
+    # ---- import
+    fault "hf: rope_scaling is ignored" $H/config.py 's/if kind == "llama3":/if kind == "llama3" and False:/; s/elif kind != "default":/elif kind not in ("default", "llama3"):/' "hf:families:llama3"
+    fault "hf: low and high of Llama 3's RoPE are swapped" $H/config.py 's/rope.number\("low_freq_factor"/rope.number("X"/; s/rope.number\("high_freq_factor"/rope.number("low_freq_factor"/; s/rope.number\("X"/rope.number("high_freq_factor"/' "hf:families:llama3"
+    fault "hf: the original length of Llama 3's RoPE is that of the model" $H/config.py '/original_max_position_embeddings"\)$/d' "hf:families:llama3"
+    fault "hf: rope_theta in rope_parameters is ignored" $H/config.py 's/rope.number\("rope_theta", (c.number\("rope_theta", 10000.0, float\)), float\)/\1/' "hf:families:llama3_new"
+    fault "hf: head_dim is hidden_size / heads" $H/config.py 's/c.number\("head_dim", channels \/\/ heads\)/channels \/\/ heads/' "hf:families:qwen3"
+    fault "hf: rms_norm_eps is ignored" $H/config.py 's/c.number\("rms_norm_eps", 1e-6, float\)/1e-6/' "hf:families:llama"
+    fault "hf: sliding_window is one too large" $H/config.py 's/return c.number\("sliding_window"\)/return c.number("sliding_window") + 1/' "hf:families:mistral"
+    fault "hf: sliding_window is ignored" $H/config.py 's/        window = _sliding_window\(.*/        window = None/' "hf:families:mistral"
+    fault "hf: Qwen2's window without use_sliding_window" $H/config.py 's/ and not c.flag\("use_sliding_window"\)//' "hf:families:qwen2"
+    fault "hf: the first layers of max_window_layers are not full" $H/config.py 's/full = min\(c.number\("max_window_layers", 28\), layers\)/full = 0/' "hf:refused_configs"
+    fault "hf: biases of q, k and v are dropped" $H/config.py 's/"qkv-bias": int\(architecture == "Qwen2ForCausalLM" or /"qkv-bias": int(/' "hf:families:qwen2"
+    fault "hf: attention_bias is ignored" $H/config.py 's/ or c.flag\("attention_bias"\)\)/)/' "hf:families:nsa_linear"
+    fault "hf: norms of q and k are swapped" $H/weights.py 's/\("q_norm.weight"/("X"/; s/\("k_norm.weight"/("q_norm.weight"/; s/\("X"/("k_norm.weight"/' "hf:families:qwen3"
+    fault "hf: k and v are swapped" $H/weights.py 's/"k_proj": kv_heads \* d, "v_proj"/"v_proj": kv_heads * d, "k_proj"/' "hf:families:llama"
+    fault "hf: gate and up of the MLP are swapped" $H/weights.py 's/\("gate", "up"\)/("up", "gate")/' "hf:families:llama"
+    fault "hf: the compressions of k and v are swapped" $H/weights.py 's/\("compress_k"/("X"/; s/\("compress_v"/("compress_k"/; s/\("X"/("compress_v"/' "hf:families:nsa_linear"
+    fault "hf: a tied model has a head of its own" $H/config.py 's/int\(c.flag\("tie_word_embeddings"\)\)/0/' "hf:families:llama3"
+    fault "hf: a stored head of a tied model is not compared" $H/weights.py 's/all\(np.array_equal\(x, y\) for x, y/all(x is not y for x, y/' "hf:refused_tensors"
+    fault "hf: tensors that no trainer has are ignored" $H/weights.py 's/^        die\(f"\{name\}: \{tensor\[:80\]\}: not supported.*/        pass/' "hf:refused_tensors"
+    fault "hf: a bias of o_proj is ignored" $H/weights.py 's/if tensor in biases and .*:$/if tensor in biases:/' "hf:refused_tensors"
+    fault "hf: padded rows are not 0" scripts/from_hf.py 's/yield np.zeros\(tensor.rows \* tensor.cols - filled/yield np.ones(tensor.rows * tensor.cols - filled/' "hf:families:llama"
+    fault "hf: the sequence length of a model is not stored" $H/checkpoint.py 's/state\[SEQ_LEN_FIELD\] = seq_len/state[SEQ_LEN_FIELD] = 0/' "hf:families:llama"
+    fault "hf: new gates of selected and sliding are swapped" scripts/from_hf.py 's/for g in gates\], logits/for g in (gates[0], gates[2], gates[1])], logits/' "hf:attention_flags"
+    fault "hf: a new compression is the sum" scripts/from_hf.py 's/ \/ model\["cmp-len"\]$//' "hf:attention_flags"
+    fault "hf: --phi is ignored" scripts/from_hf.py 's/^    if args.phi:/    if False:/' "hf:attention_flags"
+    fault "hf: another tokenizer in the folder is replaced" scripts/from_hf.py 's/ and read_input\(path\) != content:/ and False:/' "hf:tokenizer"
+    fault "hf: tokens that only the model has are missing" scripts/from_hf.py 's/b""\] \* unused/b""] * 0/; s/-1\] \* unused/-1] * 0/; s/ \[0\] \* unused/ [0] * 0/' "hf:tokenizer"
+    fault "hf: files of a tokenizer are not kept" scripts/from_hf.py '/hub_files.write\(/d' "hf:tokenizer"
+
+    # ---- GGUF
+    fault "hf: rows of GGUF's q and k stay in its order" $H/gguf_file.py 's/if self.architecture == "llama" and re/if False and re/' "hf:gguf"
+    fault "hf: rows of GGUF's q alone are reordered" $H/gguf_file.py 's/\(q\|k\)_proj/(q)_proj/' "hf:gguf"
+    fault "hf: rows of q and k are reordered in each GGUF" $H/gguf_file.py 's/if self.architecture == "llama" and re/if re/' "hf:gguf"
+    fault "hf: GGUF's rope_freqs are ignored" $H/gguf_file.py 's/elif self.rope_freqs is not None:/elif False:/' "hf:gguf"
+    fault "hf: GGUF's rope_freqs are not checked" $H/gguf_file.py 's/ or not np.allclose\(found, expected, rtol=1e-3\)//' "hf:gguf"
+    fault "hf: GGUF's head_dim is hidden_size / heads" $H/gguf_file.py 's/get\("attention.key_length", channels \/\/ heads\)/channels \/\/ heads/' "hf:gguf"
+    fault "hf: GGUF's sliding window is ignored" $H/gguf_file.py 's/window = get\("attention.sliding_window"\)/window = None/' "hf:gguf"
+
+    # ---- files
+    fault "hf: overlapping tensors are not refused" $H/safetensors_files.py 's/entry.begin == position,/entry.begin >= 0,/' "hf:refused_tensors"
+    fault "hf: a truncated safetensors file is not refused" $H/safetensors_files.py '/need\(position <= size/d' "hf:refused_tensors"
+    fault "hf: bytes behind the last tensor are not refused" $H/safetensors_files.py '/need\(position >= size/d' "hf:refused_tensors"
+    fault "hf: sizes that differ from the shape are not refused" $H/safetensors_files.py 's/end - begin == math.prod\(shape\) \* DTYPE_BYTES\[dtype\]/True/' "hf:refused_tensors"
+    fault "hf: a tensor in two shards is not refused" $H/safetensors_files.py 's/if name in entries:/if False:/' "hf:refused_folders"
+    fault "hf: an index can name a file outside the folder" $H/safetensors_files.py 's/os.path.basename\(file\) != file or //' "hf:refused_folders"
+    fault "hf: all shards have the tensors of the first" $H/safetensors_files.py 's/in self.shards\[self.shard\]:/in self.shards[0]:/' "hf:large"
+
+    # ---- export
+    fault "hf: bf16 is cut, not rounded" $H/safetensors_files.py 's/data = piece.astype\(DTYPES\[self.dtype\]\)/data = (piece.view("u4") \& 0xFFFF0000).view("f4").astype(DTYPES[self.dtype])/' "hf:families:llama"
+    fault "hf: the header's checksum is not verified" $H/checkpoint.py 's/!= checksum\(header\[:-8\]\):/== 0:/' "hf:refused_checkpoints"
+    fault "hf: checksums of the parameters are not verified" $H/checkpoint.py 's/if value != self.sums\[first \+ i\]:/if False:/' "hf:refused_checkpoints"
+    fault "hf: the last chunk's checksum is not verified" $H/checkpoint.py 's/if value != self.sums\[first \+ i\]:/if value != self.sums[first + i] and data.size - i * CHUNK_FLOATS >= CHUNK_FLOATS:/' "hf:large"
+    fault "hf: a checkpoint that is too long is not refused" $H/checkpoint.py 's/if size != expected:/if size < expected:/' "hf:refused_checkpoints"
+    fault "hf: version 1 has the order of version 2" $H/checkpoint.py 's/if nsa and version > 1:/if nsa:/; s/if nsa and version == 1:/if False:/' "hf:old_versions"
+    fault "hf: gates of old versions have a bias" $H/checkpoint.py 's/yield np.zeros\(count, "<f4"\)/yield np.ones(count, "<f4")/' "hf:old_versions"
+    fault "hf: AdamW's m is exported" $H/checkpoint.py 's/^            self.file.seek\(HEADER_BYTES \+ 4 \* begin\)/            self.file.seek(HEADER_BYTES + 4 * (begin + self.total * (self.sums_offset > HEADER_BYTES + 4 * self.total)))/; s/if value != self.sums\[first \+ i\]:/if False:/' "hf:old_versions hf:trained_checkpoint"
+    fault "hf: the factor of Llama 3's RoPE is not exported" $H/config.py 's/^    if factor:/    if False:/' "hf:families:llama3"
+    fault "hf: the window is not exported" $H/config.py 's/window = model\["window"\] if model\["attn"\] == WINDOW else None/window = None/' "hf:families:mistral"
+    fault "hf: eps is not exported" $H/config.py 's/"rms_norm_eps": model\["norm-eps"\]/"rms_norm_eps": 1e-6/' "hf:families:llama"
+    fault "hf: a scale that transformers lacks is exported" $H/config.py 's/if model\["scale"\] not in \(0, .*:$/if False:/' "hf:refused_checkpoints"
+    fault "hf: generation_config.json is not exported" $H/hub_files.py 's/, "generation_config.json"//' "hf:tokenizer"
+    fault "hf: a rebuilt tokenizer.json lacks its merges" $H/tokenizer_json.py 's/if t.kind == vocab.BPE and not merges:/if False:/; s/for left, right, _ in t.merges\]/for left, right, _ in t.merges[:9]]/' "hf:tokenizer"
+    fault "hf: a rebuilt SentencePiece has no byte fallback" $H/tokenizer_json.py 's/byte_fallback = any\(.*/byte_fallback = False/' "hf:sentencepiece"
+    fault "hf: a rebuilt SentencePiece always has byte fallback" $H/tokenizer_json.py 's/byte_fallback = any\(.*/byte_fallback = t.kind == vocab.SENTENCEPIECE/' "hf:sentencepiece"
+    fault "hf: a rebuilt SentencePiece puts no space before a text" $H/tokenizer_json.py 's/t.prefix != vocab.PREFIX_ALWAYS:/t.prefix != -1:/; s/if t.prefix == vocab.PREFIX_ALWAYS:/if False:/' "hf:sentencepiece"
+    fault "hf: a rebuilt SentencePiece splits no pre-tokens" $H/tokenizer_json.py 's/bool\(t.split_spaces\)/False/' "hf:sentencepiece"
+    fault "hf: added tokens of a rebuilt tokenizer keep white space" $H/tokenizer_json.py 's/bool\(flags \& vocab.TOKEN_LSTRIP\)/False/' "hf:sentencepiece"
+
+    # ---- the modeling file
+    if ! python3 -c "import torch, transformers" 2>/dev/null; then
+        echo "skipped: faults in modeling_nsa.py need the Python packages torch and transformers"
+        return
+    fi
+    local P=$H/modeling_nsa.py N=hf:transformers:nsa L=hf:transformers:nsa_linear K=hf:transformers:nsa_token
+    fault "hf: a window is visible before its last token" $P 's/first \+ c.nsa_cmp_len - 1 <= row/first + c.nsa_cmp_len - 2 <= row/' "$N"
+    fault "hf: block scores of the group's first head" $P 's/p.sum\(2\).detach/p[:, :, 0].detach/' "$N"
+    fault "hf: a window counts for the block of its first stride alone" $P 's/range\(c.nsa_cmp_len \/\/ c.nsa_cmp_stride\)/range(1)/' "$N"
+    fault "hf: one local block too few" $P 's/block > own - c.nsa_local_blocks/block > own - c.nsa_local_blocks + 1/' "$N"
+    fault "hf: no initial blocks" $P 's/\(block < c.nsa_init_blocks\) \| //' "$N"
+    fault "hf: one block too many is selected" $P 's/\[\.\.\., : c.nsa_topk\]/[..., : c.nsa_topk + 1]/' "$N"
+    fault "hf: sliding window of W + 1 tokens" $P 's/key > row - c.nsa_window/key >= row - c.nsa_window/' "$N"
+    fault "hf: gates of compressed and selected are swapped" $P 's/return compressed, branch\(causal \& in_blocks\),/return branch(causal \& in_blocks), compressed,/' "$N"
+    fault "hf: gates without bias" $P 's/gates = self.gate_proj\(x\)/gates = F.linear(x, self.gate_proj.weight)/' "$N"
+    fault "hf: compressed keys are not rotated" $P 's/^            kc = rotate\(kc, first.*$//' "$N"
+    fault "hf: the compression of keys has no position embedding" $P 's/x = x \+ pe\[:, None\]/x = x + 0 * pe[:, None]/' "$L"
+    fault "hf: the position embedding is added to values too" $P 's/self.compress_v if linear else None, None\)/self.compress_v if linear else None, self.compress_pe if linear else None)/' "$L"
+    fault "hf: nsa_scale is ignored" $P 's/scale = c.nsa_scale or d/scale = d/' "$K"
+    fault "hf: RoPE scaling of nsa is ignored" $P 's/if config.rope_factor:/if False:/' "$K"
+    fault "hf: k is not normalized" $P 's/self.q_norm\(q\), self.k_norm\(k\)/self.q_norm(q), k/' "$K"
+    fault "hf: positions of a cached step begin one too late" $P 's/torch.arange\(past, n, device=x.device\)/(torch.arange(past, n, device=x.device) + (past > 0))/' "$N"
+    fault "hf: padding on the left counts as positions" $P 's/positions = \(attention_mask.*$/positions = torch.arange(past, n, device=x.device).expand(x.shape[0], -1)/' "$N"
+    fault "hf: keys are not sorted before padding" $P 's/^        if order is not None:/        if False:/' "$N"
+    fault "hf: the cache holds rotated keys" $P 's/k, v = cache.update\(k, v, self.layer_idx\)/k, v = cache.update(rotate(k, positions, frequencies), v, self.layer_idx)/' "$N"
+    fault "hf: no logits but the last are kept" $P 's/logits_to_keep=0,/logits_to_keep=1,/' "$N"
 }
 
 # The GPU trainer's own code, on the emulator. The rest of a run is in llmc/*.h, which both trainers share.
@@ -171,6 +277,7 @@ program() {
     case $1 in
     cli.sh) echo "$CPU" ;;
     cli_gpu.sh) echo "$TRAINER" ;;
+    hf:*) echo "$BUILD/logits" ;;
     *) echo "$BUILD/$1" ;;
     esac
 }
@@ -179,7 +286,8 @@ program() {
 run_test() {
     local command=$BUILD/$2
     [[ $2 != *.sh ]] || command="bash dev/test/$2"
-    CPU=$CPU TRAINER=$TRAINER BUILD=$BUILD FIRST_FAILURE=1 timeout 600 $command >"$T/out.$1" 2>&1
+    [[ $2 != hf:* ]] || command="python3 dev/test/test_hf.py$(tr ':' ' ' <<<"${2#hf}")"
+    CPU=$CPU TRAINER=$TRAINER BUILD=$BUILD FIRST_FAILURE=1 PYTHONDONTWRITEBYTECODE=1 timeout 600 $command >"$T/out.$1" 2>&1
 } 2>/dev/null
 
 # plant LANE INDEX: plants a fault in the lane's folder, runs its tests until one fails, and takes the fault away again.
@@ -221,7 +329,7 @@ make -s $flags $(for test in $all; do program "$test"; done) "$CPU" "$BUILD"/{re
     { cat "$T/err" >&2; exit 1; }
 for lane in $(seq "$LANES"); do
     mkdir -p "$T/$lane/data" "$T/$lane/$(dirname "$BUILD")"
-    cp -a Makefile .clang-format ./*.[ch] ./*.cu fsa llmc dev "$T/$lane/" && cp -a data/*.c "$T/$lane/data/" &&
+    cp -a Makefile .clang-format ./*.[ch] ./*.cu fsa llmc dev scripts "$T/$lane/" && cp -a data/*.{c,py} "$T/$lane/data/" &&
         cp -a "$BUILD" "$T/$lane/$BUILD" && { [ -e "$T/$lane/$CPU" ] || cp -a "$CPU" "$T/$lane/"; } || exit 1
 done
 for file in $(printf '%s\n' "${files[@]}" | sort -u); do

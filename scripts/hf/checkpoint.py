@@ -157,7 +157,7 @@ def param_table(model, version=VERSION):
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-_STEPS = 64  # steps whose words are transposed together
+_STEPS = 32  # steps whose words are transposed together
 
 
 def _mix(z):
@@ -182,9 +182,14 @@ def checksums(chunks, seeds):
     words = chunks[:, : 32 * steps].view("<u8").reshape(number, steps, 4)
     golden, shift = np.uint64(_GOLDEN), (np.uint64(29), np.uint64(35))
     high = np.empty_like(lane)
+    # Rows that are a power of two apart would share few sets of the cache: rows of the copy are not.
+    rows = np.empty((number, _STEPS + 1, 4), np.uint64)
+    block = np.empty((_STEPS, number, 4), np.uint64)
     for begin in range(0, steps, _STEPS):
-        block = words[:, begin : begin + _STEPS].transpose(1, 0, 2).reshape(-1, 4 * number)
-        for word in block:
+        count = min(_STEPS, steps - begin)
+        rows[:, :count] = words[:, begin : begin + count]
+        block[:count] = rows[:, :count].transpose(1, 0, 2)
+        for word in block[:count].reshape(count, 4 * number):
             np.bitwise_xor(lane, word, out=lane)
             np.multiply(lane, golden, out=lane)
             np.left_shift(lane, shift[0], out=high)
@@ -340,7 +345,8 @@ class Reader:
         return self.has_gate_bias or tensor.name != "bgate"
 
     def read(self, tensor):
-        """Yields the elements of the next tensor of the table, in pieces whose checksums are verified."""
+        """Yields the elements of the next tensor of the table, in pieces whose checksums are verified. The next
+        piece can take the memory of a piece."""
         count = tensor.rows * tensor.cols
         if not self._is_stored(tensor):
             yield np.zeros(count, "<f4")  # a gate of an older version has no bias
@@ -353,13 +359,14 @@ class Reader:
             yield piece
 
     def _batches(self):
-        """Yields the verified parameters, BATCH_CHUNKS chunks at a time."""
+        """Yields the verified parameters, BATCH_CHUNKS chunks at a time, in the same memory."""
+        buffer = np.empty(min(BATCH_CHUNKS * CHUNK_FLOATS, self.total), "<f4")
         for first in range(0, len(self.sums), BATCH_CHUNKS):
             begin = first * CHUNK_FLOATS
             count = min(BATCH_CHUNKS * CHUNK_FLOATS, self.total - begin)
             self.file.seek(HEADER_BYTES + 4 * begin)
-            data = np.fromfile(self.file, "<f4", count)
-            if data.size != count:
+            data = buffer[:count]
+            if self.file.readinto(data) != data.nbytes:
                 die(f"{self.path}: cannot read the checkpoint: it is truncated; choose another")
             for i, value in enumerate(_chunk_sums(data, first)):
                 if value != self.sums[first + i]:

@@ -12,7 +12,7 @@ from shards import create_file, die, one_line, open_input, read_input, sync_fold
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_SHARD_BYTES = 5 * 10**9
-PIECE_FLOATS = 1 << 24  # elements that are converted at a time
+PIECE_FLOATS = 1 << 16  # elements that are converted at a time: they fit in a core's cache
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_BYTES = {  # all types of the format; those that are not in DTYPES hold no weights that we can read
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -201,7 +201,7 @@ class FolderWriter:
             data = piece.astype(DTYPES[self.dtype])
             self.rounded += np.count_nonzero(data.astype(np.float32) != piece)
             self.count += piece.size
-            self.file.write(data.tobytes())
+            self.file.write(data.view(np.uint8))
             self.left -= data.nbytes
         if self.left == 0:
             self.file.flush()
