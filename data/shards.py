@@ -555,8 +555,12 @@ def shorten(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def run_main(main):
-    """Runs a program's main(). Signals, system errors and missing packages end it with one line on stderr."""
+def run_main(main, interrupted="run the same command to resume from the last save"):
+    """Runs a program's main(). Signals, system errors and missing packages end it with one line on stderr.
+
+    Args:
+        interrupted: what the line says when a signal ends it.
+    """
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -572,8 +576,10 @@ def run_main(main):
                 os.dup2(null, fd)
     sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, stop)
     try:
-        _run(main)
+        _run(main, interrupted)
     finally:
         try:
             sys.stdout.flush()
@@ -582,11 +588,11 @@ def run_main(main):
             die(f"cannot write to stdout: {e.strerror}; check the free disk space, or what reads it")
 
 
-def _run(main):
+def _run(main, interrupted):
     try:
         main()
     except KeyboardInterrupt:
-        die("interrupted; run the same command to resume from the last save")
+        die(f"interrupted; {interrupted}")
     except OSError as e:
         where = f"{e.filename}: " if e.filename else ""
         die(f"{where}{e.strerror or e}")

@@ -682,7 +682,12 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     size_t bytes = (sizeof(ValidationCounts) + (size_t)r->config.vocab_size + 7) / 8 * 8;
     ValidationCounts *counts = (ValidationCounts *)xcalloc(bytes, 1);
     loader_seek(l, 0, 0);
+    double told = now_seconds();
     for (int64_t i = 0; i < batches; i++) {
+        if (r->opt.val_only && r->comm.rank == 0 && now_seconds() - told > 10) {
+            fprintf(stderr, "validated %lld of %lld batches\n", (long long)i, (long long)batches);
+            told = now_seconds();
+        }
         const float *losses;
         const int32_t *argmax;
         int64_t first = i * global_batch + r->dp_rank * l->batch;

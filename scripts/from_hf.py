@@ -4,6 +4,7 @@
 import math
 import os
 import sys
+from argparse import ArgumentTypeError
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), d) for d in ("hf", "../data")]
 from shards import Parser, die, number_type, read_input, run_main, write_file  # noqa: E402
@@ -17,7 +18,7 @@ def parse_gates(text):
     except ValueError:
         gates = ()
     if len(gates) != 3 or not all(0 < g < 1 for g in gates):
-        raise ValueError
+        raise ArgumentTypeError(f"{text}: must be three numbers between 0 and 1, such as 0.05,0.9,0.05")
     return gates
 
 
@@ -179,7 +180,13 @@ def main():
     import checkpoint
     import config
     import hub_files
+    import tokenizer_json
     import weights
+
+    if args.output.endswith("/") or os.path.isdir(args.output):
+        die(f"-o {args.output}: is a folder; give a file, such as {os.path.join(args.output, 'start.bin')}")
+    if os.path.lexists(args.output):
+        die(f"-o {args.output}: exists; choose another name, or remove it")
 
     source, values, name = open_source(args.source)
     source_model, seq_len = config.to_model(values, name)
@@ -188,7 +195,11 @@ def main():
     folder = os.path.dirname(args.output) or "."
     tokenizer_path = os.path.join(folder, "tokenizer.bin")
     tokenizer_bin = make_tokenizer_bin(args.source, args.eot, model["vocab"], tokenizer_path)
-    files = hub_files.read(args.source)
+    files = hub_files.read(args.source) if os.path.isdir(args.source) else dict(source.files)
+    if tokenizer_bin is not None and "tokenizer.json" not in files and not os.path.isdir(args.source):
+        files = {**tokenizer_json.from_bin(tokenizer_bin, args.source), **files}
+    if model["head-dim"] not in (64, 128):
+        print(f"note: heads of {model['head-dim']} train on the CPU alone; the GPU trainer takes 64 and 128")
     os.makedirs(folder, exist_ok=True)
     with checkpoint.Writer(args.output, model, seq_len) as out:
         for tensor in checkpoint.param_table(model):
@@ -196,9 +207,11 @@ def main():
                 out.write(values)
         if tokenizer_bin is not None:
             write_file(tokenizer_path, tokenizer_bin)
-        hub_files.write(hub_files.side_folder(args.output), files)
-    print(f"{args.output}: {out.total:,} parameters, attention {checkpoint.ATTN_NAMES[model['attn']]}")
+        if files:
+            hub_files.write(hub_files.side_folder(args.output), files)
+    count = sum(math.prod(p.shape) for t in checkpoint.param_table(model) for p in weights.parts(t, model))
+    print(f"{args.output}: {count:,} parameters, attention {checkpoint.ATTN_NAMES[model['attn']]}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "nothing was written; run the same command again")

@@ -38,13 +38,32 @@ def parse_args():
     return parser.parse_args()
 
 
+def find_side_folder(path):
+    """Returns the folder of tokenizer files that from_hf.py has kept beside the checkpoint `path`, or beside the one
+    from which its run started, which the run's log names."""
+    import hub_files
+
+    seen = set()
+    while path not in seen:
+        seen.add(path)
+        side = hub_files.side_folder(path)
+        if os.path.isdir(side):
+            return side
+        try:
+            with open(os.path.join(os.path.dirname(path), "log.jsonl"), encoding="utf-8") as log:
+                path = str(json.loads(log.readline())["start"]["flags"]["e"])
+        except (OSError, ValueError, KeyError, TypeError):
+            break
+    return hub_files.side_folder(path)
+
+
 def find_tokenizer_files(args):
     """Returns ({name: content} of the tokenizer's files and generation_config.json, reason that there is no
     tokenizer or None)."""
     import hub_files
     import tokenizer_json
 
-    path = args.tokenizer or hub_files.side_folder(args.checkpoint)
+    path = args.tokenizer or find_side_folder(args.checkpoint)
     files = {}
     if os.path.isdir(path):
         files = hub_files.read(path)
@@ -58,6 +77,8 @@ def find_tokenizer_files(args):
     if not os.path.exists(binary):
         return files, f"{binary} does not exist; name one with --tokenizer"
     made = tokenizer_json.from_bin(read_input(binary), binary)
+    if made:
+        print(f"note: tokenizer.json is made from {binary}; a chat template is not in it (--tokenizer)", file=sys.stderr)
     return {**made, **files}, None if made else f"{binary} has words, which a tokenizer.json cannot have"
 
 
@@ -67,6 +88,8 @@ def new_folder(path):
     if os.path.lexists(path):
         die(f"-o {path}: exists; choose a new folder")
     tmp = path.rstrip("/") + ".tmp"
+    if os.path.isdir(tmp) and not os.path.islink(tmp):  # of a killed export
+        shutil.rmtree(tmp)
     os.makedirs(tmp)
     try:
         yield tmp
@@ -105,6 +128,8 @@ def main():
     import safetensors_files
     import weights
 
+    if not args.checkpoint:
+        die("no checkpoint: its name is empty; give a ckpt_*.bin")
     reader = checkpoint.Reader(args.checkpoint)
     model = reader.model
     dtype, dtype_name = DTYPES[args.dtype]
@@ -123,9 +148,9 @@ def main():
             write_file(os.path.join(tmp, name), content)
     if no_tokenizer:
         print(f"note: no tokenizer: {no_tokenizer}", file=sys.stderr)
-    rounded = f", {100 * out.rounded / out.count:.0f}% of them rounded" if out.rounded else ""
+    rounded = ", rounded from fp32 (--dtype fp32 keeps all bits)" if out.rounded else ""
     print(f"{args.folder}: {values['architectures'][0]}, {out.count:,} parameters in {args.dtype}{rounded}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "nothing was written; run the same command again")

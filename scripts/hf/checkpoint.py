@@ -5,6 +5,7 @@ import struct
 from collections import namedtuple
 
 import numpy as np
+from output import Output
 from shards import create_file, die, open_input, sync_folder
 
 MAGIC = 0x54504B4341534E0A
@@ -254,7 +255,8 @@ class Writer:
 
     def __enter__(self):
         self.file = create_file(self.path + ".tmp")
-        self.file.write(self.header)
+        self.output = Output(self.file, self.path, 4 * self.total)
+        self.output.write(self.header)
         return self
 
     def write(self, values):
@@ -271,7 +273,7 @@ class Writer:
     def _flush(self):
         data = self.buffer[: self.used]
         self.sums += _chunk_sums(data, self.written // CHUNK_FLOATS)
-        self.file.write(data)
+        self.output.write(data)
         self.written += self.used
         self.used = 0
 
@@ -280,7 +282,7 @@ class Writer:
             if error is None:
                 self._flush()
                 assert self.written == self.total
-                self.file.write(struct.pack(f"<{len(self.sums)}Q", *self.sums))
+                self.output.write(struct.pack(f"<{len(self.sums)}Q", *self.sums))
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 self.file.close()

@@ -38,6 +38,7 @@ class Gguf:
 
     Attributes:
         config: the values of a config.json.
+        files: {name: content} of hub_files.NAMES that the metadata has.
         shapes: {name in transformers: shape}.
     """
 
@@ -61,6 +62,8 @@ class Gguf:
                 f"{', '.join(ARCHITECTURES)}"
             )
         self.config = self._config(fields)
+        template = fields.get("tokenizer.chat_template")
+        self.files = {"chat_template.jinja": template.encode()} if isinstance(template, str) else {}
 
     def _config(self, fields):
         def get(key, default=None):

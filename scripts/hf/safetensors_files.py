@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import ml_dtypes
 import numpy as np
+from output import Output
 from shards import create_file, die, one_line, open_input, read_input, sync_folder
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -178,7 +179,7 @@ class FolderWriter:
         self.names = ["model.safetensors"]
         if len(shards) > 1:
             self.names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        self.file, self.shard, self.left = None, -1, 0
+        self.file, self.output, self.shard, self.left = None, None, -1, 0
 
     def _begin_shard(self):
         self.shard += 1
@@ -188,8 +189,11 @@ class FolderWriter:
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self.file = create_file(os.path.join(self.path, self.names[self.shard]))
-        self.file.write(struct.pack("<Q", len(text)) + text)
+        path = os.path.join(self.path, self.names[self.shard])
+        self.file = create_file(path)
+        total = sum(size for shard in self.shards for _, _, size in shard)
+        self.output = Output(self.file, path, total, self.output.written if self.output else 0)
+        self.output.write(struct.pack("<Q", len(text)) + text)
         self.left = end
 
     def write(self, values):
@@ -201,7 +205,7 @@ class FolderWriter:
             data = piece.astype(DTYPES[self.dtype])
             self.rounded += np.count_nonzero(data.astype(np.float32) != piece)
             self.count += piece.size
-            self.file.write(data.view(np.uint8))
+            self.output.write(data.view(np.uint8))
             self.left -= data.nbytes
         if self.left == 0:
             self.file.flush()
