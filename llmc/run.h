@@ -493,6 +493,7 @@ static inline void run_begin_training(Run *r) {
         printf("resuming after step %lld of %lld\n", step, max_steps);
     else if (r->resuming)
         printf("all %lld steps are done; train on with -x above %lld\n", max_steps, step);
+    fflush(stdout);
 }
 
 // Logs a finished step that took `seconds`, whose times and rates it fills in. After the third step prints
