@@ -96,7 +96,7 @@ FAMILIES = {
     "mistral_full": _family("MistralForCausalLM", sliding_window=None),
     "qwen2": _family(
         *("Qwen2ForCausalLM", "BF16"), tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6,
-        "rope_type": "default"}
+        "rope_type": "default"}, use_sliding_window=False, sliding_window=24, max_window_layers=0
     ),  # fmt: skip
     "qwen2_window": _family(
         "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=24, max_window_layers=0, rope_theta=1e4
@@ -633,7 +633,7 @@ def write_gguf(path, family, tensors, permuted, rope_freqs=None, **fields):
     import numpy as np
     import vocab
 
-    config, kind = family["config"], family["config"]["model_type"]
+    config, kind = family["config"], family["config"]["model_type"].replace("mistral", "llama")
     d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(config["num_hidden_layers"])
@@ -694,11 +694,17 @@ def test_gguf():
         ),
         "qwen2": (_family("Qwen2ForCausalLM", vocab_size=300, rope_theta=1e6), False, None),
         "qwen3": (_family("Qwen3ForCausalLM", vocab_size=300, rope_theta=1e6, head_dim=20), False, None),
+        "mistral": (
+            _family("MistralForCausalLM", vocab_size=300, rope_theta=1e6, sliding_window=20),
+            True,
+            None,
+        ),
     }
     for name, (family, permuted, rope_freqs) in families.items():
         place = os.path.join(TMP, f"gguf_{name}")
         folder, tensors = make_folder(place, family), weights(family)
-        write_gguf(os.path.join(place, "a.gguf"), family, tensors, permuted, rope_freqs)
+        fields = {"attention.sliding_window": 20} if name == "mistral" else {}
+        write_gguf(os.path.join(place, "a.gguf"), family, tensors, permuted, rope_freqs, **fields)
         run_ok("from_hf.py", folder, "-o", os.path.join(place, "folder.bin"))
         run_ok("from_hf.py", os.path.join(place, "a.gguf"), "-o", os.path.join(place, "gguf.bin"))
         same = read_bytes(os.path.join(place, "folder.bin")) == read_bytes(os.path.join(place, "gguf.bin"))
@@ -918,6 +924,9 @@ def test_refused_folders():
 
 
 def test_refused_checkpoints():
+    import checkpoint
+    import numpy as np
+
     path = imported("llama")
     good = read_bytes(path)
     cases = [
@@ -936,6 +945,10 @@ def test_refused_checkpoints():
     for what, content, expected in cases:
         write(os.path.join(TMP, "damaged.bin"), content)
         refused(what, expected, "to_hf.py", os.path.join(TMP, "damaged.bin"))
+    model = {**checkpoint.Reader(path).model, "scale": 0.5}
+    with checkpoint.Writer(os.path.join(TMP, "scaled.bin"), model, 64) as out:
+        out.write(np.zeros(out.total, np.float32))
+    refused("a scale of full attention", "scale 0.5", "to_hf.py", os.path.join(TMP, "scaled.bin"))
     refused("no checkpoint", "No such file", "to_hf.py", os.path.join(TMP, "nothing.bin"))
     refused("no tokenizer", "no tokenizer.json", "to_hf.py", path, "--tokenizer", TMP)
     result = run("to_hf.py", path, "-o", TMP)
