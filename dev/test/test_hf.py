@@ -371,6 +371,14 @@ def test_attention_flags():
             error(c_logits(path, test_tokens()), full) < 1e-5,
             f"nsa, phi {phi}: gates 0, 1, 0 are not full attention",
         )
+    small = ["--attn", "nsa", "--cmp-len", 8, "--cmp-stride", 4, "--block", 16, "--topk", 4, "--window", 16]
+    logits = []
+    for phi in ("mean", "linear"):
+        path = os.path.join(TMP, f"begins_{phi}.bin")
+        run_ok("from_hf.py", source, "-o", path, *small, "--gate", "0.5,0.5,0.5", "--phi", phi)
+        logits.append(c_logits(path, test_tokens()))
+    check(error(*logits) < 1e-5, "a new linear compression is not the mean")
+    check(error(logits[0], full) > 0.01, "nsa with a small window is full attention")
     path = os.path.join(TMP, "gates.bin")
     run_ok("from_hf.py", source, "-o", path, "--attn", "nsa", "--gate", "0.25,0.5,0.75")
     reader = checkpoint.Reader(path)
@@ -553,6 +561,8 @@ def test_tokenizer():
         os.makedirs(place)
         path = os.path.join(place, "model.bin")
         run_ok("from_hf.py", folder, "-o", path)
+        size = struct.unpack_from("<3i", read_bytes(os.path.join(place, "tokenizer.bin")))[2]
+        check(size == VOCAB + 300, f"tokenizer.bin has {size} tokens, the model {VOCAB + 300}")
         side = os.path.join(place, "model.hf")
         check(sorted(os.listdir(side)) == ["generation_config.json", "tokenizer.json"], "side folder")
         command = [CPU, "-e", path, "-sample", "1", "-g", "3", "-t", "64", "-prompt", "the tokén"]
