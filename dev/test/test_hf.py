@@ -865,7 +865,7 @@ def test_refused_tensors():
         ("overlap", header_edit(lambda h: offset(h, -4, -4)), "gap or overlap"),
         ("gap", header_edit(lambda h: offset(h, 4, 4)), "gap or overlap"),
         ("offsets behind the end", header_edit(lambda h: offset(h, 1 << 40, 1 << 40)), "gap or overlap"),
-        ("truncated", good[:-4], "truncated"),
+        ("truncated", good[:-4], f"truncated: {len(good) - 4} bytes found"),
         ("too long", good + b"1234", "too long"),
         ("truncated header", good[:200], "truncated"),
         ("empty", b"", "0 bytes"),
