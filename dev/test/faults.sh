@@ -154,7 +154,7 @@ hf_faults() {
     fault "hf: rms_norm_eps is ignored" $H/config.py 's/c.number\("rms_norm_eps", 1e-6, float\)/1e-6/' "hf:families:llama"
     fault "hf: sliding_window is one too large" $H/config.py 's/return c.number\("sliding_window"\)/return c.number("sliding_window") + 1/' "hf:families:mistral"
     fault "hf: sliding_window is ignored" $H/config.py 's/        window = _sliding_window\(.*/        window = None/' "hf:families:mistral"
-    fault "hf: Qwen2's window without use_sliding_window" $H/config.py 's/ and not c.flag\("use_sliding_window"\)//' "hf:families:qwen2"
+    fault "hf: Qwen2's window without use_sliding_window" $H/config.py 's/ and not c.flag\("use_sliding_window"\):/ and False:/' "hf:families:qwen2"
     fault "hf: the first layers of max_window_layers are not full" $H/config.py 's/full = min\(c.number\("max_window_layers", 28\), layers\)/full = 0/' "hf:refused_configs"
     fault "hf: biases of q, k and v are dropped" $H/config.py 's/"qkv-bias": int\(architecture == "Qwen2ForCausalLM" or /"qkv-bias": int(/' "hf:families:qwen2"
     fault "hf: attention_bias is ignored" $H/config.py 's/ or c.flag\("attention_bias"\)\)/)/' "hf:families:nsa_linear"
@@ -173,7 +173,7 @@ hf_faults() {
     fault "hf: --phi is ignored" scripts/from_hf.py 's/^    if args.phi:/    if False:/' "hf:attention_flags"
     fault "hf: another tokenizer in the folder is replaced" scripts/from_hf.py 's/ and read_input\(path\) != content:/ and False:/' "hf:tokenizer"
     fault "hf: tokens that only the model has are missing" scripts/from_hf.py 's/b""\] \* unused/b""] * 0/; s/-1\] \* unused/-1] * 0/; s/ \[0\] \* unused/ [0] * 0/' "hf:tokenizer"
-    fault "hf: files of a tokenizer are not kept" scripts/from_hf.py '/hub_files.write\(/d' "hf:tokenizer"
+    fault "hf: files of a tokenizer are not kept" scripts/from_hf.py 's/^        if files:$/        if False:/' "hf:tokenizer"
 
     # ---- GGUF
     fault "hf: rows of GGUF's q and k stay in its order" $H/gguf_file.py 's/if self.architecture == "llama" and re/if False and re/' "hf:gguf"

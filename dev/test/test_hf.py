@@ -564,7 +564,7 @@ def test_tokenizer():
         size = struct.unpack_from("<3i", read_bytes(os.path.join(place, "tokenizer.bin")))[2]
         check(size == VOCAB + 300, f"tokenizer.bin has {size} tokens, the model {VOCAB + 300}")
         side = os.path.join(place, "model.hf")
-        check(sorted(os.listdir(side)) == ["generation_config.json", "tokenizer.json"], "side folder")
+        check(os.path.isdir(side) and sorted(os.listdir(side)) == ["generation_config.json", "tokenizer.json"], "side folder")
         command = [CPU, "-e", path, "-sample", "1", "-g", "3", "-t", "64", "-prompt", "the tokén"]
         sample = subprocess.run(command, capture_output=True)
         check(sample.returncode == 0, f"the trainer cannot use tokenizer.bin: {sample.stderr}")
