@@ -195,6 +195,7 @@ hf_faults() {
 
     # ---- export
     fault "hf: bf16 is cut, not rounded" $H/safetensors_files.py 's/data = piece.astype\(DTYPES\[self.dtype\]\)/data = (piece.view("u4") \& 0xFFFF0000).view("f4").astype(DTYPES[self.dtype])/' "hf:families:llama"
+    fault "hf: the next piece overwrites the begin of a row" scripts/to_hf.py '/left = left.copy\(\)/d' "hf:large"
     fault "hf: the header's checksum is not verified" $H/checkpoint.py 's/!= checksum\(header\[:-8\]\):/== 0:/' "hf:refused_checkpoints"
     fault "hf: checksums of the parameters are not verified" $H/checkpoint.py 's/if value != self.sums\[first \+ i\]:/if False:/' "hf:refused_checkpoints"
     fault "hf: the last chunk's checksum is not verified" $H/checkpoint.py 's/if value != self.sums\[first \+ i\]:/if value != self.sums[first + i] and data.size - i * CHUNK_FLOATS >= CHUNK_FLOATS:/' "hf:large"
