@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests make install: the example builds against the installed tree alone, with gcc, clang and g++, shared and static;
+# Tests make install: the example builds against the installed tree alone, with gcc and clang, and a C++ program with g++,
+# shared and static;
 # the version is that of fsa.h; make uninstall removes all files. Needs libfsa.a and libfsa.so, which make cuda builds.
 set -u
 root=$PWD PROGRAM=$(command -v make)
@@ -22,7 +23,18 @@ version=$(sed -n 's/#define FSA_VERSION_[A-Z]* //p' "$root/fsa/fsa.h" | paste -s
 check '[ "$(sed -n "s/^Version: //p" "$tree/lib/pkgconfig/fsa.pc")" = "$version" ]' "fsa.pc is not of version $version"
 
 # pkg-config's flags, with the stage in front of the paths
-cp "$root/fsa/example.c" . && cp example.c example.cpp
+cp "$root/fsa/example.c" .
+cat >program.cpp <<'END'
+#include <fsa.h>
+#include <cstdio>
+int main() {
+    FsaConfig config = {};
+    char message[256];
+    if (fsa_version() == 1000 * FSA_VERSION_MAJOR + FSA_VERSION_MINOR && fsa_config_check(&config, message, sizeof message) == -1)
+        std::fprintf(stderr, "error: %s\n", message);
+    return 1;
+}
+END
 if command -v pkg-config >/dev/null; then
     pc() { PKG_CONFIG_PATH=$tree/lib/pkgconfig pkg-config --define-variable=prefix="$tree" \
         --define-variable=libdir="$tree/lib" --define-variable=includedir="$tree/include" "$@" fsa; }
@@ -39,7 +51,7 @@ for compiler in gcc clang g++; do
         continue
     fi
     source=example.c
-    [ $compiler = g++ ] && source=example.cpp
+    [ $compiler = g++ ] && source=program.cpp
     $compiler $source $(pc --cflags) $runtime $(pc --libs) -lcudart -lm -o shared >out 2>&1
     check '[ $? -eq 0 ] && [ ! -s out ]' "$compiler, shared: $(cat out)"
     check 'readelf -d shared | grep -q "NEEDED.*libfsa.so.0"' "$compiler: the program does not need libfsa.so.0"
