@@ -1330,6 +1330,14 @@ def bad_input_tests(tmp, tokenizer):
             "no parquet or json file",
         ),
     ]
+    # the cases run at the same time, and a program locks its output folder
+    for i, (command, _) in enumerate(cases):
+        for j, argument in enumerate(command):
+            if argument == f"{tmp}/x":
+                command[j] = f"{tmp}/error{i}"
+            elif argument == f"{tmp}/t":
+                command[j] = f"{tmp}/t{i}"
+                shutil.copytree(argument, command[j])
     return [lambda c=c, w=w: expect_error(w, *c) for c, w in cases]
 
 
