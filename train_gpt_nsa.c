@@ -345,7 +345,8 @@ static void layer_forward(Model *model, int l, real *residual_out) {
         rmsnorm_forward(a->q, a->q_rstd, a->q_raw, p + w->qnorm, n * f->q_heads, d, c->norm_eps);
         rmsnorm_forward(a->k, a->k_rstd, a->k_raw, p + w->knorm, n * f->kv_heads, d, c->norm_eps);
     }
-    if (a->gate_logits) matmul_forward(a->gate_logits, a->ln1, p + w->wgate, p + w->bgate, n, C, num_gate_logits(f));
+    if (a->gate_logits)
+        matmul_forward(a->gate_logits, a->ln1, p + w->wgate, p + w->bgate, n, C, num_gate_logits(f));
     attention_forward(model, l);
     matmul_forward(a->residual_mid, a->attn_out, p + w->wo, NULL, n, qd, C);
     for (int64_t i = 0; i < n * C; i++) a->residual_mid[i] += a->residual_in[i];
@@ -394,8 +395,8 @@ static void layer_backward(Model *model, int l) {
     matmul_backward(dnorm, 1, g + wv, dbias ? dbias + qd + kd : NULL, model->scratch.dv, a->ln1, p + wv, n, C,
                     kd);
     if (a->gate_logits) {
-        matmul_backward(dnorm, 1, g + w->wgate, g + w->bgate, model->scratch.dgate_logits, a->ln1, p + w->wgate, n, C,
-                        num_gate_logits(f));
+        matmul_backward(dnorm, 1, g + w->wgate, g + w->bgate, model->scratch.dgate_logits, a->ln1,
+                        p + w->wgate, n, C, num_gate_logits(f));
     }
     rmsnorm_backward(dresidual, g + w->ln1, dnorm, a->residual_in, p + w->ln1, a->ln1_rstd, n, C);
 }

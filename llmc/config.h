@@ -355,7 +355,7 @@ typedef enum {
     INIT_GATE, // bias of the gate logits: ParamInit.gate_bias for each head
 } InitKind;
 
-// What the initial values of a new model depend on, beside its configuration.
+// The initial values of a new model follow from its configuration and from these.
 typedef struct {
     uint64_t seed;
     double gate_bias[3]; // initial biases of the gate logits: compressed, selected, sliding
