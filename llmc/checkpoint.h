@@ -317,9 +317,10 @@ __attribute__((format(printf, 3, 4))) static inline int checkpoint_refuse(Checkp
 }
 
 // Fills the offset in the file's arrays of each tensor of `table` [count], which is of any model; -1: the
-// file has no such tensor of this size. The version of the file tells its order of tensors.
-static inline void checkpoint_tensor_offsets(const Checkpoint *k, const ParamTensor *table, int64_t count,
-                                             int64_t *offsets) {
+// file has no such tensor of this size. Returns the elements of each of the file's arrays. The version of the
+// file tells which tensors it has, and in which order.
+static inline int64_t checkpoint_tensor_offsets(const Checkpoint *k, const ParamTensor *table, int64_t count,
+                                                int64_t *offsets) {
     int64_t n, stored_count = param_table(&k->config, NULL, &n), end = 0, gate = -1;
     ParamTensor *stored = (ParamTensor *)xcalloc((size_t)stored_count, sizeof *stored);
     param_table(&k->config, stored, &n);
@@ -343,17 +344,7 @@ static inline void checkpoint_tensor_offsets(const Checkpoint *k, const ParamTen
         if (j < stored_count) next = j + 1;
     }
     free(stored);
-}
-
-// Returns the stored elements of each array: those of the model, without the tensors of later versions.
-static inline int64_t checkpoint_num_stored(const Checkpoint *k) {
-    int64_t n, total = 0, count = param_table(&k->config, NULL, &n);
-    ParamTensor *table = (ParamTensor *)xcalloc((size_t)count, sizeof *table);
-    param_table(&k->config, table, &n);
-    for (int64_t i = 0; i < count; i++)
-        if (k->version >= 3 || !param_is(&table[i], "bgate")) total += table[i].size;
-    free(table);
-    return total;
+    return end;
 }
 
 // Opens a checkpoint, and reads and checks its header and its size. Returns 0, or -1 with one line in msg
@@ -402,9 +393,10 @@ static inline int checkpoint_open(Checkpoint *k, const char *path, char *msg) {
     if (config_check(&k->config, config_msg, sizeof config_msg) != 0)
         return checkpoint_refuse(k, msg, "invalid model: %s", config_msg);
     k->n = checkpoint_get_word(header, 2);
-    if (k->n != checkpoint_num_stored(k))
+    const int64_t n = checkpoint_tensor_offsets(k, NULL, 0, NULL);
+    if (k->n != n)
         return checkpoint_refuse(k, msg, "%lld parameters found, its model has %lld", (long long)k->n,
-                                 (long long)checkpoint_num_stored(k));
+                                 (long long)n);
     const int64_t bytes = checkpoint_bytes(k->n, k->arrays);
     if (st.st_size != bytes)
         return checkpoint_refuse(k, msg, "%s: %lld bytes found, %lld expected",
