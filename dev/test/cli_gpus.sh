@@ -4,7 +4,7 @@
 # failures. Needs TRAINER, BUILD (the folder of recall and text), GPUS (the number of GPUs) and MPI (empty: the trainer is
 # built without MPI), which make test sets.
 set -u
-HOST=$(realpath scripts/gpus_host.sh) PROGRAM=${TRAINER:-./train_gpt_nsa}
+HOST=$(realpath scripts/gpus_host.sh) LLAMA3_8B=$(realpath scripts/llama3_8b.sh) PROGRAM=${TRAINER:-./train_gpt_nsa}
 . dev/test/checks.sh
 export OMP_NUM_THREADS=1 # of each process on the emulator
 
@@ -135,6 +135,20 @@ GPUS=2 TRAINER=$PROGRAM bash "$HOST" $FLAGS -i none -b 2 >0.out 2>0.err
 code=$?
 check '[ $code -ne 0 ] && grep -q "no shard matches" 0.err' "gpus_host.sh hides an error: $(cat 0.err)"
 
+# ---- llama3_8b.sh counts the memory that the trainer needs; the emulator's GPUs have too little, and the trainer says how
+# much is missing
+if [ "$GPUS" -ge 4 ] && [[ $PROGRAM == *emulator* ]]; then
+    for mode in nsa full; do
+        for length in 32768 131072; do
+            DRY=1 GPUS=4 MEMORY=81559 MODES=$mode LENGTHS=$length bash "$LLAMA3_8B" >plan
+            check '[ "$(grep -c "fits$" plan)" -eq 1 ]' "llama3_8b.sh, $mode, $length tokens: $(cat plan)"
+            FLAGS= many 4 -e llama3-8b -attn $mode -t $length -b 1 $(sed -n '/fits$/s/:.*//p' plan) -profile 1
+            check 'near "$(sed -n "s/.* = \([0-9]*\) MiB, fits/\1/p" plan)" "$(sed -n "s/.*memory: \([0-9]*\) MiB needed.*/\1/p" 0.err)" 0.02' \
+                "llama3_8b.sh, $mode, $length tokens: $(cat plan 0.err)"
+        done
+    done
+fi
+
 # ---- signals and killed processes
 running() { for i in $(seq 100); do grep -q '"step":1,"loss"' "$1/log.jsonl" 2>/dev/null && return; sleep 0.1; done; bad "$1 has not begun"; }
 start 2 -b 1 -x 100000 -v 0 -o term -z 1
@@ -152,6 +166,51 @@ for who in 0 1; do
     check '[ $((SECONDS - begin)) -lt 60 ] && [ "$(wc -l <$other.err)" -eq 1 ] && grep -q "error: rank $other: rank $who is gone" $other.err' \
         "rank $who was killed: $codes $(cat $other.err)"
 done
+
+# ---- one of four processes is killed, stopped, or cannot write its part of a checkpoint: the others end within a
+# minute, each with one line, and two processes resume from the last checkpoint
+# ended WHO TEXT WHAT: the processes of `start` but WHO end so, and TEXT is in their lines
+ended() {
+    local who=$1 text=$2 what=$3 begin=$SECONDS r
+    for r in 0 1 2 3; do [ $r -eq $who ] || wait "${pids[$r]}"; done
+    check '[ $((SECONDS - begin)) -lt 60 ]' "$what: the others ended after $((SECONDS - begin)) s"
+    for r in 0 1 2 3; do
+        [ $r -eq $who ] || check '[ "$(wc -l <$r.err)" -eq 1 ] && grep -q "^error: rank $r: $text" $r.err' "$what, rank $r: $(cat $r.err)"
+    done
+    kill -KILL "${pids[$who]}" 2>/dev/null
+    wait "${pids[$who]}" 2>/dev/null
+}
+resumes() { # FOLDER WHAT: two processes train one more step from the last checkpoint in FOLDER
+    local what=$2 last=$(ls $1 | sed -n 's/^ckpt_0*\([0-9]*\)\.bin$/\1/p' | sort -n | tail -1)
+    many 2 -b 1 -d 128 -z 1 -n 1 -v 0 -o $1 -y 1 -x $((${last:-0} + 1))
+    check '[ "$codes" = "0 0 " ] && grep -q "^step $((last + 1))/" 0.out' "$what: two processes do not resume step ${last:-none}: $(cat 0.err)"
+}
+if [ "$GPUS" -ge 4 ]; then
+    for fault in KILL STOP; do
+        for who in 0 2; do
+            [ $fault$who != STOP0 ] || continue # as rank 2; waiting for a heartbeat takes half a minute
+            start 4 -b 1 -cp 2 -z 2 -x 100000 -v 0 -n 1 -keep 2 -o $fault$who
+            running $fault$who
+            kill -$fault "${pids[$who]}"
+            ended $who "rank $who is gone" "rank $who of four, SIG$fault"
+            resumes $fault$who "rank $who of four, SIG$fault"
+        done
+    done
+    many 4 -b 1 -z 1 -x 2 -n 1 -v 0 -o disk
+    size=$(stat -c %s disk/ckpt_00000002.bin)
+    pids=() port=$((port + 1))
+    for r in 0 1 2 3; do
+        (
+            [ $r -lt 3 ] || { ulimit -f $((size / 2048)); trap '' XFSZ; } # in KiB: half of a checkpoint
+            RANK=$r WORLD_SIZE=4 MASTER_PORT=$port exec "$PROGRAM" $FLAGS -b 1 -z 1 -x 9 -n 1 -v 0 -o disk -y 1 >$r.out 2>$r.err
+        ) &
+        pids+=($!)
+    done
+    ended 3 "rank 3 failed: cannot write disk/" "rank 3 of four cannot write"
+    check 'grep -q "^error: rank 3: cannot write disk/.*check the free disk space" 3.err' "rank 3 cannot write: $(cat 3.err)"
+    check '[ "$(ls disk | grep -c "ckpt_00000003\|tmp")" -eq 0 ]' "a checkpoint that failed left $(ls disk)"
+    resumes disk "rank 3 of four could not write"
+fi
 
 # ---- mpirun
 # mpi N FLAG...: N processes, which write to 0.out and 0.err; rank R writes its id to R.pid
