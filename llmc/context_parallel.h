@@ -13,10 +13,10 @@
 #define LLMC_CONTEXT_PARALLEL_H
 #include "mfu.h"
 
-// Minimum bytes of keys in one all-gather. At NVLink's 400 GB/s 16 MiB take 40 us, so that the launch
-// latency of 10 to 20 us matters little. Tests set less.
+// Minimum bytes of keys in one all-gather: all KV heads of Llama 3 8B up to 128K tokens. The transfers of each
+// head group take SMs from the attention's kernels, so few groups are faster, and need more memory. Tests set less.
 #ifndef CP_HEAD_GROUP_BYTES
-#define CP_HEAD_GROUP_BYTES (16 << 20)
+#define CP_HEAD_GROUP_BYTES (256 << 20)
 #endif
 
 // Returns how many equal head groups the KV heads are cut into. The keys and values of n tokens are gathered

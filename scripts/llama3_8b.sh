@@ -2,7 +2,8 @@
 # llama3_8b.sh: times training steps of Llama 3 8B, all 32 layers, on all GPUs of this host: 32K, 64K and 128K
 # tokens, native sparse and full attention, random weights and random tokens. For each it takes the fewest GPUs
 # per sequence (-cp), then the least recomputation (-r), then the lowest ZeRO stage (-z) that memory allows, and
-# prints the arithmetic. The times of each part are printed and appended to dev/results.
+# prints the arithmetic. A GPU gets at most 64K tokens, so that all runs together take less than ten minutes on four
+# GPUs. The times of each part are printed and appended to dev/results.
 #   make && scripts/llama3_8b.sh
 #   DRY=1 GPUS=8 MEMORY=81559 scripts/llama3_8b.sh            # the arithmetic alone, also without a GPU
 # Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), STEPS (3), LAYERS (32), GPUS (number of GPUs;
@@ -33,12 +34,12 @@ choose() {
         available = memory - 3072 # CUDA, NCCL
         printf "%s, %dK tokens: %.2fB parameters, GPUs: %d of %d MiB\n", mode, t / 1024, P / 1e9, N, memory
         for (cp = 1; cp <= N; cp *= 2) for (r = 0; r <= 2; r++) for (z = N > 1 ? 1 : 0; z <= (N > 1 ? 2 : 0); z++) {
-            if (N % cp) continue
             n = t / cp
+            if (N % cp || n > 65536) continue
             weights = 2 * P + 12 * P / N
             gradients = z == 2 ? 4 * P / N + 4 * (2 * layer + V * C) : 4 * P
             activations = n * ((L + 1) * 2 * C + (r == 2 ? kept : L * kept) + (r == 0 ? L * cheap : cheap))
-            scratch = 1300 * M + n * 80000
+            scratch = 1300 * M + n * 80000 + (cp > 1 ? t * 20000 : 0) # with -cp also gathered keys and values
             total = (weights + gradients + activations + scratch) / M
             line = sprintf("-cp %d -r %d -z %d", cp, r, z)
             if (r == 2 || total <= available)
