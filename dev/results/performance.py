@@ -21,14 +21,16 @@ import chart
 #   attention  build/core: the whole attention and its parts
 #   kernels    the programs of single kernels (make bench)
 #   step       scripts/llama3_8b_step.sh: a training step on one GPU
-#   scaling    train_gpt_nsa -profile on one GPU and on several, each GPU with the same micro-batches. Without this
+#   scaling    scripts/gpus_scaling.sh: one GPU and several, each GPU with the same micro-batches. Without this
 #              entry the tables of it keep the text that they have.
+#   llama3_8b  scripts/llama3_8b.sh: all layers of Llama 3 8B on all GPUs of a host. The same.
 MEASURED = {
     "H200": {
         "attention": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
         "kernels": ("h200.jsonl", "7cecab2"),
         "step": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
-        "scaling": ("h200.jsonl", "7cecab2"),
+        "scaling": ("h200.jsonl", "010f8d1"),
+        "llama3_8b": ("h200.jsonl", "51a42fb"),
     },
     "H100": {
         "attention": ("h100.jsonl", "b7e2b0a"),
@@ -36,6 +38,10 @@ MEASURED = {
         "step": ("h100.jsonl", "b7e2b0a"),
     },
 }
+PREDICTIONS = {"H200": "predictions_h200.jsonl"}  # tokens/s of llama3_8b, written before the runs
+# torchtitan's published tokens/s a GPU of Llama 3 8B on 8 H100s, full attention with fp8 matmuls and full recomputation:
+# benchmarks/llama3_h100_202412 in its repository.
+TORCHTITAN = {32768: 3890, 65536: 2540, 131072: 1071}
 PEERS = {"H200": "peers_h200.jsonl"}  # other systems on the same GPU model
 PAGES = ["README.md", "dev/results/performance.md"]
 CHART = "dev/results/attention.svg"
@@ -117,6 +123,7 @@ class Times:
             if not self.rows[kind]:
                 die(f"dev/results/{file} has no row of commit {commit}; see MEASURED in performance.py")
         self.peers = read_rows(PEERS[gpu], gpu) if gpu in PEERS else []
+        self.predictions = read_rows(PREDICTIONS[gpu], gpu) if gpu in PREDICTIONS else []
         for row in self.rows["attention"]:
             self.add_attention(row)
         for row in self.rows["step"]:
@@ -206,7 +213,7 @@ def pair(times, system, part, n, heads):
 
 
 def tokens(n):
-    return f"{n // 1024}K"
+    return f"{n // 1024}K" if n < 2**20 else f"{n // 2**20}M"
 
 
 LABELS = ("tokens", "heads", "heads, d, (B, T)", "attention", "model", "micro-batches x sequences", "GPUs", "flags")
@@ -296,27 +303,30 @@ def table_step(times):
     return captioned(times.caption_with_peers("step"), table)
 
 
+# Parts of a step: key in `split`, heading.
+STEP_SPLIT = [
+    ("products", "matmuls (ms)"),
+    ("attention_forward", "attention, forward (ms)"),
+    ("attention_backward", "attention, backward (ms)"),
+    ("classifier", "classifier (ms)"),
+    ("norms", "norms, SwiGLU (ms)"),
+    ("optimizer", "optimizer (ms)"),
+]
+
+
 def table_step_parts(times):
     """Where the time of our training steps goes, and what they need."""
-    split = [
-        ("products", "matmuls (ms)"),
-        ("attention_forward", "attention, forward (ms)"),
-        ("attention_backward", "attention, backward (ms)"),
-        ("classifier", "classifier (ms)"),
-        ("norms", "norms, SwiGLU (ms)"),
-        ("optimizer", "optimizer (ms)"),
-    ]
     rows = []
     for mode in ("nsa", "full"):
         for n in LENGTHS:
             steps = times.steps.get((mode, n))
             if not steps:
                 continue
-            row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in split]
+            row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in STEP_SPLIT]
             speed, mfu, memory = (times.step(mode, n, f) for f in ("tokens_per_second", "mfu", "memory_bytes"))
             row += [f"{speed:,.0f}", f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"]
             rows.append([tokens(n), mode] + row)
-    head = ["tokens", "attention"] + [title for _, title in split] + ["tokens/s", "MFU (%)", "memory (GiB)"]
+    head = ["tokens", "attention"] + [title for _, title in STEP_SPLIT] + ["tokens/s", "MFU (%)", "memory (GiB)"]
     return captioned(times.caption("step") + ".", markdown(head, rows))
 
 
@@ -347,7 +357,7 @@ def table_scaling(times):
     for (shape, gpus, zero, cp), ms, speed, mfu, memory, ratio in scaling_runs(times):
         attention, n, layers, channels, vocab, sequences, micro_batches, recompute = shape
         flags = [f"-z {zero}"] * (gpus > 1) + [f"-cp {cp}"] * (cp > 1) + [f"-r {recompute}"] * (recompute > 0)
-        model = f"{attention}, {layers} layers, {channels:,} channels, vocabulary {vocab:,}"
+        model = f"{attention}, {layers} layer{'s' * (layers > 1)}, {channels:,} channels, vocabulary {vocab:,}"
         row = [tokens(n), model, f"{micro_batches} x {sequences}", str(gpus), f"`{' '.join(flags)}`" if flags else ""]
         row += [number(ms), f"{speed:,.0f}", f"{ratio:.2f}" if ratio else "-"]
         rows.append(row + [f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"])
@@ -369,7 +379,59 @@ def table_scaling_sentence(times):
         die(f"{times.gpu}, commit {MEASURED[times.gpu]['scaling'][1]}: no step of NSA with -z 1 on one and on more GPUs")
     gpus, n, ratio = min(runs)
     caption = times.caption("scaling", f"{-gpus} {{}}s of one host")
-    return f"With `-z 1`, {-gpus} GPUs train {ratio:.2f} times as fast as one\n({caption}, {tokens(n)} tokens)."
+    return f"With `-z 1`, {-gpus} GPUs train {ratio:.2f} times as fast as one ({caption}, {tokens(n)} tokens)."
+
+
+def llama3_8b_steps(times):
+    """Returns {(tokens, attention): the row of a training step} of `llama3_8b`. There must be one number of GPUs."""
+    rows = {(row["n"], row["attn"]): row for row in times.rows["llama3_8b"] if is_step(row)}
+    if len({row["gpus"] for row in rows.values()}) != 1:
+        die(f"{times.gpu}, commit {MEASURED[times.gpu]['llama3_8b'][1]}: llama3_8b needs rows of one number of GPUs")
+    return rows
+
+
+def predicted(times, row):
+    """Returns the predicted tokens/s of a row, or None."""
+    names = ("attn", "n", "layers", "channels", "vocab", "gpus", "zero", "cp", "recompute")
+    for other in times.predictions:
+        if all(other[name] == row[name] for name in names):
+            return other["tokens_per_second"]
+    return None
+
+
+def table_llama3_8b(times):
+    """Llama 3 8B: tokens/s a GPU, measured, predicted and torchtitan's."""
+    if "llama3_8b" not in times.rows:
+        return None
+    steps = llama3_8b_steps(times)
+    gpus = next(iter(steps.values()))["gpus"]
+    rows = []
+    for n in sorted({n for n, _ in steps}):
+        cells = []
+        for mode in ("nsa", "full"):
+            row = steps.get((n, mode))
+            for speed in (row and row["tokens_per_second"], row and predicted(times, row)):
+                cells.append(f"{speed / gpus:,.0f}" if speed else "-")
+        both = [steps[n, mode]["tokens_per_second"] for mode in ("nsa", "full") if (n, mode) in steps]
+        cells.append(f"{both[0] / both[1]:.2f}" if len(both) == 2 else "-")
+        rows.append([tokens(n), *cells, f"{TORCHTITAN[n]:,}" if n in TORCHTITAN else "-"])
+    head = ["tokens", "NSA", "predicted", "full", "predicted", "NSA / full", "torchtitan, full, fp8"]
+    return captioned(times.caption("llama3_8b", f"{gpus} {{}}s of one host") + ", bf16. torchtitan: 8 H100s.", markdown(head, rows))
+
+
+def table_llama3_8b_parts(times):
+    """Llama 3 8B: flags, the parts of a step, memory."""
+    if "llama3_8b" not in times.rows:
+        return None
+    steps, rows = llama3_8b_steps(times), []
+    for n, mode in sorted(steps, key=lambda key: (key[1], key[0])):
+        row = steps[n, mode]
+        flags = f"`-z {row['zero']} -cp {row['cp']} -r {row['recompute']}`"
+        parts = [number(row["split"][name]) for name, _ in STEP_SPLIT]
+        rows.append([tokens(n), mode, flags, number(row["ms"]), *parts, f"{100 * row['mfu']:.1f}", f"{row['memory_bytes'] / 2**30:.1f}"])
+    head = ["tokens", "attention", "flags", "step (ms)"] + [title for _, title in STEP_SPLIT] + ["MFU (%)", "memory of a GPU (GiB)"]
+    gpus = next(iter(steps.values()))["gpus"]
+    return captioned(times.caption("llama3_8b", f"{gpus} {{}}s of one host") + ".", markdown(head, rows))
 
 
 def table_headline(times):
@@ -383,9 +445,9 @@ def table_headline(times):
             f"{tokens(n)} tokens"
         )
     return (
-        f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}. "
-        f"That is\n{flash_nsa / ours:.1f} times as fast as flash_nsa (NSA in Triton), and {fa4 / ours:.1f} "
-        "times as fast as full attention\nwith FlashAttention-4."
+        f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}: {flash_nsa / ours:.1f} times as "
+        f"fast as flash_nsa (NSA in Triton), and\n{fa4 / ours:.1f} times as fast as full attention with FlashAttention-4 "
+        f"({times.caption('attention', 'both on {}s')})."
     )
 
 

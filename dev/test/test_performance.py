@@ -95,15 +95,19 @@ def test_scaling(tmp: str) -> None:
     rows += [step("nsa", n, 2, speed, zero=1, cp=1) for n, speed in ((8192, 156000), (16384, 154000))]
     rows += [step("nsa", 8192, 2, 150000, zero=0, cp=1), step("nsa", 131072, 2, 90000, zero=1, cp=2, recompute=1)]
     del rows[0]["gpus"]  # absent: one GPU
+    llama = {"layers": 32, "vocab": 128256, "recompute": 2, "zero": 1, "commit": "abc1235"}
+    for n, cp, nsa, full in ((32768, 1, 32000, 20000), (131072, 2, 28000, 10000)):
+        rows += [step("nsa", n, 4, nsa, cp=cp, **llama), step("full", n, 4, full, cp=cp, **llama)]
     with open(os.path.join(root, "dev/results/h200_new.jsonl"), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     new = 'MEASURED["H200"] |= dict.fromkeys(("step", "scaling"), ("h200_new.jsonl", "abc1234"))'
+    new += '; MEASURED["H200"]["llama3_8b"] = ("h200_new.jsonl", "abc1235")'
     replace(os.path.join(root, "dev/results/performance.py"), "\nPEERS = ", f"\n{new}\nPEERS = ")
     expect("rows of several GPUs", run(root), 0, "wrote README.md: table scaling_sentence H200")
     check(run(root, "--check") == (0, "", ""), "tables of several GPUs agree when they are written")
     with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
         readme = file.read()
-    sentence = "With `-z 1`, 2 GPUs train 1.95 times as fast as one\n(2 H200s of one host, commit abc1234, 2026-12-01, 8K"
+    sentence = "With `-z 1`, 2 GPUs train 1.95 times as fast as one (2 H200s of one host, commit abc1234, 2026-12-01, 8K"
     check(sentence in readme, "README has the sentence on two GPUs")
     with open(os.path.join(root, "dev/results/performance.md"), encoding="utf-8") as file:
         page = file.read()
@@ -115,6 +119,8 @@ def test_scaling(tmp: str) -> None:
         f"| 8K | {model} | 2 | `-z 1` | 105 | 156,000 | 1.95 | 50.0 | 16.0 |",
         f"| 128K | {model} | 2 | `-z 1 -cp 2 -r 1` | 2,913 | 90,000 | - | 50.0 | 16.0 |",
         *(f"| {n // 1024}K | full | 1.50 | 1.50 |" for n in lengths),
+        "| 32K | 8,000 | 8,400 | 5,000 | 5,960 | 1.60 | 3,890 |",  # the predictions are those of the repo
+        "| 128K | nsa | `-z 1 -cp 2 -r 2` |",
     ):
         check(line in page, f"performance.md has no {line!r}")
 
