@@ -1,0 +1,29 @@
+"""Native sparse attention (NSA, arXiv 2502.11089) for PyTorch, by the CUDA kernels of libfsa.
+
+GPU tensors are computed by libfsa, CPU tensors by the plain PyTorch of `reference`.
+"""
+
+from . import reference
+from .library import VERSION
+from .module import NativeSparseAttention, rope_frequencies
+from .ops import (
+    FSA_topk_sparse_attention,
+    attention,
+    native_sparse_attention,
+    select_blocks,
+    selected_attention,
+    whole_sequences,
+)
+
+__version__ = f"{VERSION[0]}.{VERSION[1]}.0"
+__all__ = [
+    "FSA_topk_sparse_attention",
+    "NativeSparseAttention",
+    "attention",
+    "native_sparse_attention",
+    "reference",
+    "rope_frequencies",
+    "select_blocks",
+    "selected_attention",
+    "whole_sequences",
+]

@@ -1,0 +1,167 @@
+"""Checks of arguments. An error names the argument, its value and the rule.
+
+Shapes, types and devices are checked on every call. Values (cu_seqlens, segments, block indices) are checked on demand,
+since that waits for the GPU: check=True, or FSA_CHECK=1 in the environment when the package is imported.
+"""
+
+import os
+
+import torch
+
+from . import reference
+
+CHECK_VALUES = os.environ.get("FSA_CHECK") == "1"
+
+
+def wanted(check):
+    """Returns whether values are checked; `check` is the caller's argument. A compiled graph checks no values."""
+    return (CHECK_VALUES if check is None else check) and not torch.compiler.is_compiling()
+
+
+def shape(name, tensor, rule, *sizes):
+    """Checks a shape. A size of None may be any; `rule` states the shape in words."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} {type(tensor).__name__}: must be a tensor {rule}")
+    if tensor.dim() != len(sizes) or any(s is not None and n != s for n, s in zip(tensor.shape, sizes)):
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)}: must be {rule}")
+
+
+def same_kind(q, **tensors):
+    """Checks the type and device of q, and that the tensors have the same; None is skipped."""
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"q on {q.device}: must be on a GPU (cuda) or on the cpu")
+    if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"q of type {q.dtype}: must be torch.bfloat16 or torch.float16 on a GPU; try q.bfloat16()")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q of type {q.dtype}: must be a float type")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != q.device:
+            raise ValueError(f"{name} on {tensor.device}: must be on {q.device}, the device of q")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} of type {tensor.dtype}: must be {q.dtype}, the type of q")
+
+
+def of_type(q, name, tensor, *dtypes):
+    """Checks that a tensor has one of the types, and the device of q."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} of type {tensor.dtype}: must be {' or '.join(str(t) for t in dtypes)}")
+    if tensor.device != q.device:
+        raise ValueError(f"{name} on {tensor.device}: must be on {q.device}, the device of q")
+
+
+def heads(q, k, v):
+    """Checks the shapes of q [Nq, Hq, d] and k, v [N, Hkv, d], and the number of heads."""
+    shape("q", q, "[Nq, Hq, d]", None, None, None)
+    shape("k", k, f"[N, Hkv, d] with d = {q.shape[2]} of q", None, None, q.shape[2])
+    if v is not None:
+        shape("v", v, f"{tuple(k.shape)}, the shape of k", *k.shape)
+    q_heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads or q_heads > 16 * kv_heads:
+        raise ValueError(f"q of {q_heads} heads, k of {kv_heads}: must have 1 to 16 query heads for each KV head")
+    if q.shape[2] < 2 or q.shape[2] % 2:
+        raise ValueError(f"q of head size d = {q.shape[2]}: must be even and at least 2; 64 or 128 on a GPU")
+
+
+def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blocks=0, window=1, scale=None):
+    """Checks the sizes against the rules of FsaConfig in fsa.h."""
+
+    def rule(holds, name, value, text):
+        if not holds:
+            raise ValueError(f"{name} {value}: must be {text}")
+
+    rule(cmp_len >= 1, "cmp_len", cmp_len, "at least 1")
+    rule(cmp_stride >= 1, "cmp_stride", cmp_stride, "at least 1")
+    rule(block >= 16 and block % 16 == 0, "block", block, "a multiple of 16, at least 16")
+    rule(cmp_len % cmp_stride == 0, "cmp_stride", cmp_stride, f"a divisor of cmp_len {cmp_len}")
+    rule(block % cmp_stride == 0, "cmp_stride", cmp_stride, f"a divisor of block {block}")
+    rule(cmp_len <= block, "cmp_len", cmp_len, f"at most block {block}")
+    rule(1 <= topk <= 4096, "topk", topk, "from 1 to 4096")
+    rule(init_blocks >= 0, "init_blocks", init_blocks, "at least 0")
+    rule(local_blocks >= 0, "local_blocks", local_blocks, "at least 0")
+    least = init_blocks + local_blocks
+    rule(topk >= least, "topk", topk, f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {least}")
+    rule(window >= 1, "window", window, "at least 1")
+    rule(scale is None or 0 < scale < float("inf"), "scale", scale, "positive and finite, or None for 1/sqrt(d)")
+
+
+def phi(q, kv_heads, cmp_len, wk, pe, wv):
+    """Checks the shapes of the compression weights."""
+    if wk is None and wv is None and pe is None:
+        return
+    d = q.shape[2]
+    if wk is None or wv is None:
+        name = "wk" if wk is None else "wv"
+        raise ValueError(f"{name} None: must be given with {'wv' if wv is not None else 'wk' if wk is not None else 'pe'}; "
+                         "leave out wk, pe and wv for the mean")  # fmt: skip
+    for name, tensor in (("wk", wk), ("wv", wv)):
+        shape(name, tensor, f"[Hkv, cmp_len*d, d] = {(kv_heads, cmp_len * d, d)}", kv_heads, cmp_len * d, d)
+    if pe is not None:
+        shape("pe", pe, f"[Hkv, cmp_len, d] = {(kv_heads, cmp_len, d)}", kv_heads, cmp_len, d)
+
+
+def rope(q, inv_freq):
+    """Checks the RoPE frequencies."""
+    if inv_freq is not None:
+        shape("inv_freq", inv_freq, f"[d/2] = ({q.shape[2] // 2},)", q.shape[2] // 2)
+        of_type(q, "inv_freq", inv_freq, torch.float64)
+
+
+def batch(q, cu_seqlens, segments):
+    """Checks the shapes and types of cu_seqlens and segments."""
+    shape("cu_seqlens", cu_seqlens, "[num_seqs + 1]", None)
+    of_type(q, "cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    if segments is not None:
+        shape("segments", segments, "[num_segments, 3]", None, 3)
+        of_type(q, "segments", segments, torch.int32, torch.int64)
+
+
+def batch_values(num_queries, num_keys, cu_seqlens, segments):
+    """Checks the values of cu_seqlens and segments. Waits for the GPU."""
+    cu = cu_seqlens.tolist()
+    if not cu or cu[0] != 0:
+        raise ValueError(f"cu_seqlens[0] {cu[0] if cu else 'missing'}: must be 0")
+    for i in range(1, len(cu)):
+        if cu[i] < cu[i - 1]:
+            raise ValueError(f"cu_seqlens[{i}] {cu[i]}: must be at least cu_seqlens[{i - 1}] {cu[i - 1]}")
+    if cu[-1] != num_keys:
+        raise ValueError(f"cu_seqlens[{len(cu) - 1}] {cu[-1]}: must be {num_keys}, the number of keys")
+    total, end = 0, (0, 0)
+    for i, (seq, pos, length) in enumerate(segments.tolist()):
+        name = f"segments[{i}] {(seq, pos, length)}"
+        if not 0 <= seq < len(cu) - 1:
+            raise ValueError(f"{name}: the sequence must be from 0 to {len(cu) - 2}")
+        if pos < 0 or length < 0 or pos + length > cu[seq + 1] - cu[seq]:
+            raise ValueError(f"{name}: must lie in its sequence of {cu[seq + 1] - cu[seq]} tokens")
+        if (seq, pos) < end:
+            raise ValueError(f"{name}: must not begin before {end}, the end of the segment before it")
+        total, end = total + length, (seq, pos + length)
+    if total != num_queries:
+        raise ValueError(f"segments of {total} queries: must have {num_queries}, the number of rows of q")
+
+
+def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_blocks, local_blocks):
+    """Checks that the block indices ascend, are padded with -1 at the end, are not after the query's own block, and
+    contain the initial and local blocks. Waits for the GPU. cu_seqlens and segments must have been checked."""
+    layout = reference.BatchLayout(cu_seqlens, segments, block_indices.shape[1], num_keys)
+    own = layout.query_pos // block
+    x = block_indices.long()
+
+    def rule(wrong, text):
+        at = wrong.nonzero()
+        if len(at):
+            h, query, slot = at[0].tolist()
+            value = x[h, query, slot].item()
+            raise ValueError(f"block_indices[{h}, {query}, {slot}] {value}: {text.format(own=own[query].item())}")
+
+    rule(x < -1, "must be -1 or a block of the query's sequence")
+    rule(x > own[:, None], "must be at most {own}, the query's own block")
+    before, after = x[..., :-1], x[..., 1:]
+    wrong = (after >= 0) & (after <= before) | (after >= 0) & (before < 0)
+    rule(torch.nn.functional.pad(wrong, (1, 0)), "blocks must ascend, and -1 come after them")
+    for i in range(init_blocks + local_blocks):
+        needed = own.clamp(max=i) if i < init_blocks else (own - (i - init_blocks)).clamp(min=0)
+        missing = ~(x == needed[:, None]).any(-1, keepdim=True)
+        kind = "initial" if i < init_blocks else "local"
+        rule(missing, f"the list must contain the {kind} blocks; set init_blocks and local_blocks to 0 for other lists")

@@ -1,0 +1,98 @@
+"""NativeSparseAttention: an attention layer with its projections, gate, compression and RoPE."""
+
+import torch
+from torch import nn
+
+from .ops import native_sparse_attention
+
+
+def rope_frequencies(head_dim, theta=10000.0, device=None):
+    """Returns the RoPE frequencies theta^(-2i/d), float64 [d/2], in radians per token."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    return theta**-exponent
+
+
+class NativeSparseAttention(nn.Module):
+    """A layer of native sparse attention (NSA, arXiv 2502.11089): y = W_o nsa(W_q x, W_k x, W_v x, W_g x).
+
+    One matmul computes q, k and v; the attention reads them where they are. The gate has three logits for each query
+    head. The linear compression begins as the mean of a window.
+
+    Args:
+        hidden_size: channels C of x and y.
+        q_heads, kv_heads: Hq and Hkv; Hq is a multiple of Hkv, at most 16 times.
+        head_dim: d; 64 or 128 on a GPU. None: hidden_size // q_heads.
+        phi: compression, "linear" (with weights) or "mean".
+        rope_theta: base of RoPE's frequencies; None: no RoPE.
+        cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window, scale, recompute: as of
+            `native_sparse_attention`.
+        device, dtype: of the parameters. On a GPU without autocast, dtype must be bf16 or fp16.
+
+    Raises:
+        ValueError: phi is unknown.
+    """
+
+    def __init__(self, hidden_size, q_heads, kv_heads, head_dim=None, *, phi="linear", rope_theta=10000.0, cmp_len=32,
+                 cmp_stride=16, block=64, topk=16, init_blocks=1, local_blocks=2, window=512, scale=None,
+                 recompute=False, device=None, dtype=None):  # fmt: skip
+        super().__init__()
+        if phi not in ("linear", "mean"):
+            raise ValueError(f"phi {phi!r}: must be 'linear' or 'mean'")
+        d = head_dim or hidden_size // q_heads
+        self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, d
+        self.sizes = dict(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
+                          local_blocks=local_blocks, window=window, scale=scale, recompute=recompute)  # fmt: skip
+        kind = dict(device=device, dtype=dtype)
+        self.qkv = nn.Linear(hidden_size, (q_heads + 2 * kv_heads) * d, bias=False, **kind)
+        self.gate = nn.Linear(hidden_size, 3 * q_heads, **kind)
+        self.o = nn.Linear(q_heads * d, hidden_size, bias=False, **kind)
+        if phi == "linear":
+            self.wk = nn.Parameter(torch.empty(kv_heads, cmp_len * d, d, **kind))
+            self.pe = nn.Parameter(torch.empty(kv_heads, cmp_len, d, **kind))
+            self.wv = nn.Parameter(torch.empty(kv_heads, cmp_len * d, d, **kind))
+        else:
+            self.wk = self.pe = self.wv = None
+        # The bits of the float64 frequencies as integers: .to(dtype) of the module does not round integers.
+        bits = None if rope_theta is None else rope_frequencies(d, rope_theta, device).view(torch.int64)
+        self.register_buffer("inv_freq_bits", bits, persistent=False)
+        self.reset_compression()
+
+    @torch.no_grad()
+    def reset_compression(self):
+        """Sets the linear compression to the mean of a window."""
+        if self.wk is None:
+            return
+        cmp_len = self.sizes["cmp_len"]
+        mean = torch.eye(self.head_dim, device=self.wk.device, dtype=self.wk.dtype).repeat(cmp_len, 1) / cmp_len
+        self.wk.copy_(mean.expand_as(self.wk))
+        self.wv.copy_(mean.expand_as(self.wv))
+        self.pe.zero_()
+
+    def forward(self, x, cu_seqlens=None, *, segments=None, check=None):
+        """Computes the layer.
+
+        Args:
+            x: [N, C], packed sequences, or [batch, n, C], sequences of n tokens.
+            cu_seqlens: int [num_seqs + 1] of packed sequences; None: one sequence. Must be None for [batch, n, C].
+            segments: `whole_sequences(cu_seqlens)`, made once for many layers, or None.
+            check: check the values of cu_seqlens; waits for the GPU. None: FSA_CHECK=1.
+
+        Returns:
+            y of x's shape.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
+        """
+        shape = x.shape
+        if x.dim() == 3:
+            if cu_seqlens is not None:
+                raise ValueError(f"cu_seqlens of a tensor: must be None for x of shape {tuple(shape)}")
+            cu_seqlens = shape[1] * torch.arange(shape[0] + 1, device=x.device)
+            x = x.flatten(0, 1)
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.q_heads, self.kv_heads, self.kv_heads], dim=1)
+        gate_logits = self.gate(x).unflatten(-1, (self.q_heads, 3))
+        inv_freq = None if self.inv_freq_bits is None else self.inv_freq_bits.view(torch.float64)
+        o = native_sparse_attention(q, k, v, gate_logits, self.wk, self.pe, self.wv, cu_seqlens, inv_freq=inv_freq,
+                                    segments=segments, check=check, **self.sizes)  # fmt: skip
+        return self.o(o.flatten(1)).view(shape)
