@@ -1,0 +1,46 @@
+"""Builds the wheel: `make` builds libfsa.so for sm_80, sm_90a and, as PTX, later GPUs; the wheel holds it beside the
+Python files. One wheel serves all versions of Python and PyTorch, since nothing is compiled against them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+
+
+def version():
+    with open(os.path.join(ROOT, "fsa/fsa.h")) as f:
+        numbers = re.findall(r"#define FSA_VERSION_(?:MAJOR|MINOR) (\d+)", f.read())
+    return ".".join([*numbers, "0"])
+
+
+class BuildLibrary(build_py):
+    def run(self):
+        super().run()
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        if not shutil.which(nvcc):
+            sys.exit(f"error: libfsa.so needs nvcc, which was not found at {nvcc}: install the CUDA Toolkit or set NVCC")
+        make = ["make", "--no-print-directory", "-C", ROOT, f"NVCC={nvcc}", "GPU=", "ARCHS=80 90a", "PTX=80"]
+        subprocess.run([*make, "BUILD=build/wheel", "build/wheel/libfsa.so.0"], check=True)
+        folder = HERE if self.editable_mode else self.build_lib
+        target = os.path.join(folder, "flash_sparse_attention/libfsa.so")
+        self.copy_file(os.path.join(ROOT, "build/wheel/libfsa.so.0"), target)
+
+
+class PlatformWheel(bdist_wheel):
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(version=version(), cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel})
