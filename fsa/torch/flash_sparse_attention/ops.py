@@ -244,8 +244,8 @@ def _rows(name, tensor, heads_axis=True, multiple=8):
             raise ValueError(f"{name} of strides {tensor.stride()}: a token's row must be contiguous; "
                              f"try {name}.contiguous()")  # fmt: skip
         row *= size
-    stride = tensor.stride(0) if tensor.shape[0] > 1 else 0
-    if stride and (stride < row or stride % multiple):
+    stride = tensor.stride(0) if tensor.shape[0] > 1 else 0  # 0: packed
+    if tensor.shape[0] > 1 and (stride < row or stride % multiple):
         raise ValueError(f"{name} of row stride {stride}: must be at least {row}, the elements of a row, and a multiple "
                          f"of {multiple}; try {name}.contiguous()")  # fmt: skip
     return tensor.data_ptr(), stride
@@ -439,10 +439,9 @@ def _attention_backward(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, r
     dout = _dense_gradient(dout)
     call = _attention_call(q, k, cu_seqlens, segments, num_keys, sizes, scale)
     dq = q.new_empty(q.shape)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    if rule == "compressed":  # the library writes num_keys // cmp_stride rows; k and v may have more
-        for x in (dk, dv):
-            x[num_keys // sizes[1] :].zero_()
+    # The library does not write the rows after the last window.
+    new = torch.zeros if rule == "compressed" else torch.empty
+    dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     arguments = lib.FsaAttentionBackward(
         rule=lib.RULES[rule], **_strided(q=q, k=k, v=v, o=o, dout=dout, dq=dq, dk=dk, dv=dv),
         inv_freq=_packed("inv_freq", inv_freq), lse=lse.data_ptr(),
@@ -467,9 +466,9 @@ class _NativeSparseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, _):
-        gradients = _OPS.nsa_backward(dout, *ctx.saved_tensors, *ctx.rest)
-        wk, pe, wv = ctx.saved_tensors[3:6]
-        dphi = [None if w is None else dw for w, dw in zip((wk, pe, wv), gradients[4:])]
+        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+        gradients = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
+        dphi = [None if w is None else dw for w, dw in zip(saved_tensors[3:6], gradients[4:])]
         return (*gradients[:4], *dphi, None, None, None, None, None, None, None)
 
 

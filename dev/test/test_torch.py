@@ -1,0 +1,539 @@
+"""The PyTorch package fsa/torch on the CPU: its reference against the golden values in float64 (golden.py), gradients
+against central differences, torch.compile, autocast, checkpointing, opcheck, bad input, and the ctypes structs against
+a C compiler's. make test runs it. It is skipped without PyTorch 2.5 or later."""
+
+import importlib.util
+import inspect
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
+PACKAGE = os.path.join(ROOT, "fsa/torch")
+GOLDEN = os.path.join(ROOT, "dev/test/golden")
+passed = failed = skipped = 0
+
+if importlib.util.find_spec("torch") is None:
+    print("skipped: test_torch.py: PyTorch is not installed")
+    print("test_torch: 0 passed, 0 failed, 1 skipped")
+    sys.exit(0)
+
+import torch  # noqa: E402
+
+sys.path.insert(0, PACKAGE)
+import flash_sparse_attention as fsa  # noqa: E402
+from flash_sparse_attention import checks, library, ops, reference  # noqa: E402
+
+torch.manual_seed(0)
+
+
+def check(condition, what):
+    global passed, failed
+    if condition:
+        passed += 1
+    else:
+        failed += 1
+        print(f"FAILED test_torch.py: {what}", flush=True)
+
+
+def expect(error, contents, function, *args, **kwargs):
+    """Checks that a call raises `error` with `contents` in its one line of text."""
+    try:
+        function(*args, **kwargs)
+    except Exception as e:
+        right = type(e) is error and contents in str(e) and "\n" not in str(e)
+        check(right, f"{type(e).__name__}: {e}; expected {error.__name__} with {contents!r}")
+    else:
+        check(False, f"no error; expected {error.__name__} with {contents!r}")
+
+
+def close(name, got, want, tolerance=1e-12):
+    """Checks two tensors: equal infinities, and a relative Frobenius error up to the tolerance."""
+    got, want = got.detach().double(), want.detach().double()
+    finite = torch.isfinite(want)
+    same = got.shape == want.shape and torch.equal(finite, torch.isfinite(got))
+    error = (got - want)[finite].norm() / (want[finite].norm() + 1e-300) if same else math.inf
+    check(same and error <= tolerance, f"{name}: error {error:.1e}, shapes {tuple(got.shape)}, {tuple(want.shape)}")
+
+
+# ---- golden values ---------------------------------------------------------------------------------------------------
+MASK64 = (1 << 64) - 1
+
+
+def uniform(name, *shape):
+    """Returns the random numbers that golden.py generates from a name: multiples of 2^-19 in [-1, 1)."""
+    seed = 0xCBF29CE484222325
+    for byte in name.encode():
+        seed = ((seed ^ byte) * 0x100000001B3) & MASK64
+    out = []
+    for i in range(math.prod(shape)):
+        z = (seed + (i + 1) * 0x9E3779B97F4A7C15) & MASK64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+        out.append(((z ^ (z >> 31)) >> 44) / 2.0**19 - 1.0)
+    return torch.tensor(out, dtype=torch.float64).reshape(shape)
+
+
+def read_golden(name):
+    """Returns the tensors of dev/test/golden/NAME.txt."""
+    tensors = {}
+    with open(os.path.join(GOLDEN, name + ".txt")) as f:
+        for line in f:
+            if line.startswith("#"):
+                continue
+            head, values = line.split("=")
+            key, kind, *dims = head.split()
+            values = values.split()
+            if kind == "f":
+                t = torch.tensor([struct.unpack(">d", bytes.fromhex(x))[0] for x in values], dtype=torch.float64)
+            else:
+                t = torch.tensor([int(x) for x in values])
+            tensors[key] = t.reshape([int(d) for d in dims])
+    return tensors
+
+
+def folded(t, keep):
+    """Returns the dot products of t's rows, all axes but the first `keep`, with golden.py's fixed vector."""
+    rows = t.detach().reshape(*t.shape[:keep], -1)
+    return (rows * uniform("fold", rows.shape[-1])).sum(-1)
+
+
+def test_golden(name):
+    g = read_golden(name)
+    Hq, Hkv, d, l, s, block, topk, init, local, window, linear, per_token = g["config"].tolist()
+    N, Nq = int(g["cu_seqlens"][-1]), int(g["segments"][:, 2].sum())
+    shapes = {"q": (Nq, Hq, d), "k": (N, Hkv, d), "v": (N, Hkv, d), "gate": (Nq, 3) if per_token else (Nq, Hq, 3)}
+    if linear:
+        shapes.update(wk=(Hkv, l * d, d), pe=(Hkv, l, d), wv=(Hkv, l * d, d))
+    leaves = {}
+    for x, shape in shapes.items():
+        offset, amplitude = g["fill." + x].tolist()
+        leaves[x] = (offset + amplitude * uniform(f"{name}.{x}", *shape)).requires_grad_()
+    dout = uniform(f"{name}.dout", Nq, Hq, d)
+    q, k, v = leaves["q"], leaves["k"], leaves["v"]
+    scale, inv_freq, cu, segments = g["scale"].item() or None, g.get("inv_freq"), g["cu_seqlens"], g["segments"]
+    batch = dict(segments=segments, scale=scale, check=True)
+    sizes = dict(cmp_len=l, cmp_stride=s, block=block, topk=topk, init_blocks=init, local_blocks=local)
+
+    o, indices = fsa.native_sparse_attention(*leaves.values(), cu_seqlens=cu, inv_freq=inv_freq, window=window,
+                                             return_block_indices=True, **sizes, **batch)  # fmt: skip
+    close(f"{name}: o", folded(o, 1), g["o"])
+    check(torch.equal(indices.long(), g["indices"]), f"{name}: block indices")
+    o.backward(dout)
+    for x, t in leaves.items():
+        # Golden sums run over one gate with a heads axis of 1.
+        close(f"{name}: d{x}", folded(t.grad, 2 if x in ("wk", "wv", "pe") else 1), g["d" + x], 1e-11)
+        t.grad = None
+
+    # The branches one by one, of rotated q and k.
+    layout = reference.BatchLayout(cu, segments, Nq, N, l, s)
+    rotated_q = reference.rotate(q, layout.query_pos, inv_freq).detach()
+    rotated_k = reference.rotate(k, layout.key_pos, inv_freq).detach()
+    phi = tuple(leaves.get(x) for x in ("wk", "pe", "wv"))
+    kc, vc = (x.detach() for x in reference.compress(layout, k, v, l, phi, inv_freq))
+    kc, vc = (torch.cat([x, torch.full_like(x[:2], math.nan)]) for x in (kc, vc))  # rows that nobody reads
+    compressed = dict(cmp_len=l, cmp_stride=s, num_keys=N, **batch)
+    o, lse = fsa.attention(rotated_q, kc, vc, cu, rule="compressed", return_lse=True, **compressed)
+    close(f"{name}: o_c", folded(o, 1), g["o_c"])
+    close(f"{name}: lse_c", lse, g["lse_c"])
+    indices = fsa.select_blocks(rotated_q, kc, lse, cu, num_keys=N, **sizes, **batch)
+    check(torch.equal(indices.long(), g["indices"]), f"{name}: select_blocks")
+    for forced in (dict(init_blocks=init, local_blocks=local), {}):
+        o, lse = fsa.selected_attention(rotated_q, rotated_k, v, indices, cu, block=block, return_lse=True,
+                                        **forced, **batch)  # fmt: skip
+        close(f"{name}: o_s", folded(o, 1), g["o_s"])
+        close(f"{name}: lse_s", folded(lse, 1), g["lse_s"])
+    arguments = dict(inv_freq=inv_freq, return_lse=True, **batch)
+    o, lse = fsa.attention(q, k, v, cu, rule="window", window=window, **arguments)
+    close(f"{name}: o_w", folded(o, 1), g["o_w"])
+    close(f"{name}: lse_w", folded(lse, 1), g["lse_w"])
+    o, lse = fsa.attention(q, k, v, cu, **arguments)
+    close(f"{name}: full_o", folded(o, 1), g["full_o"])
+    close(f"{name}: full_lse", folded(lse, 1), g["full_lse"])
+    o.backward(dout)
+    for x in ("q", "k", "v"):
+        close(f"{name}: full_d{x}", folded(leaves[x].grad, 1), g["full_d" + x], 1e-11)
+
+
+# ---- gradients, compile, autocast, checkpointing ---------------------------------------------------------------------
+SIZES = dict(cmp_len=8, cmp_stride=4, block=16, topk=2, init_blocks=1, local_blocks=1, window=6)
+CU = torch.tensor([0, 29, 29, 40])
+
+
+def inputs(dtype, N=40, Hq=4, Hkv=2, d=8, requires_grad=True):
+    """Returns q, k, v, gate_logits, wk, pe, wv."""
+    l = SIZES["cmp_len"]
+    shapes = [(N, Hq, d), (N, Hkv, d), (N, Hkv, d), (N, Hq, 3), (Hkv, l * d, d), (Hkv, l, d), (Hkv, l * d, d)]
+    factors = [1, 1, 1, 1, 0.2, 1, 0.2]
+    return [(f * torch.randn(s)).to(dtype).requires_grad_(requires_grad) for s, f in zip(shapes, factors)]
+
+
+def nsa(*leaves, **kwargs):
+    cu = kwargs.pop("cu_seqlens", CU)
+    inv_freq = fsa.rope_frequencies(leaves[0].shape[2])
+    return fsa.native_sparse_attention(*leaves, cu_seqlens=cu, inv_freq=inv_freq, **SIZES, **kwargs)
+
+
+def functions():
+    """Returns the differentiable functions: (name, function of tensors, its tensors in float64)."""
+    x = inputs(torch.float64)
+    q, k, v = x[:3]
+    _, indices = nsa(*x, return_block_indices=True)
+    layout = reference.BatchLayout(CU, ops.whole_sequences(CU), 40, 40, 8, 4)
+    kc, vc = (t.detach().requires_grad_() for t in reference.compress(layout, k, v, 8, x[4:]))
+    freq = fsa.rope_frequencies(8)
+    return [
+        # The indices are given: central differences must not change the selection.
+        ("native_sparse_attention", lambda *x: nsa(*x, block_indices=indices), x),
+        ("mean compression", lambda *x: nsa(*x, block_indices=indices), x[:4]),
+        ("selected_attention", lambda *x: fsa.selected_attention(*x, indices, CU, block=16), x[:3]),
+        ("causal", lambda *x: fsa.attention(*x, CU, inv_freq=freq), x[:3]),
+        ("window", lambda *x: fsa.attention(*x, CU, rule="window", window=6), x[:3]),
+        ("compressed", lambda *x: fsa.attention(*x, CU, rule="compressed", cmp_len=8, cmp_stride=4), [q, kc, vc]),
+    ]
+
+
+def gradients(function, leaves):
+    """Returns o and the gradients of a fixed sum over it, which is not contiguous: autograd expands it."""
+    for t in leaves:
+        t.grad = None
+    o = function(*leaves)
+    (o * torch.linspace(-1, 1, o.shape[0])[:, None, None]).sum().backward()
+    return [o, *(t.grad for t in leaves)]
+
+
+def test_functions():
+    for name, function, leaves in functions():
+        check(torch.autograd.gradcheck(function, leaves, fast_mode=True), f"gradcheck: {name}")
+        want = gradients(function, leaves)
+        torch._dynamo.reset()
+        for dynamic in (False, True):
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for i, (a, b) in enumerate(zip(gradients(compiled, leaves), want)):
+                close(f"compile, dynamic={dynamic}: {name}, result {i}", a, b)
+        checkpointed = lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)  # noqa: E731
+        for i, (a, b) in enumerate(zip(gradients(checkpointed, leaves), want)):
+            close(f"checkpoint: {name}, result {i}", a, b, 0)
+    o = fsa.native_sparse_attention(*[t.detach().to("meta") for t in inputs(torch.float64)], **SIZES)
+    check(o.shape == (40, 4, 8) and o.device.type == "meta", "meta tensors")
+
+
+def test_dynamic_shapes():
+    """One compiled graph serves two lengths."""
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nsa, fullgraph=True, backend=backend, dynamic=True)
+    for n in (40, 57, 73):
+        x, cu = inputs(torch.float64, N=n, requires_grad=False), torch.tensor([0, 29, 29, n])
+        close(f"dynamic shapes: {n}", compiled(*x, cu_seqlens=cu), nsa(*x, cu_seqlens=cu))
+    check(len(graphs) == 1, f"dynamic shapes: {len(graphs)} graphs; must be 1")
+
+
+def test_autocast():
+    x = inputs(torch.float32)
+    want = gradients(nsa, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(nsa, x)
+        compiled = torch.compile(nsa, fullgraph=True, backend="aot_eager")(*x)
+    check(got[0].dtype == torch.bfloat16 == compiled.dtype, f"autocast: {got[0].dtype}, {compiled.dtype}")
+    for i, (a, b) in enumerate(zip(got, want)):
+        check(i == 0 or a.dtype == torch.float32, f"autocast: gradient {i} of {a.dtype}")
+        close(f"autocast: result {i}", a, b, 0.15)  # rounding may change a block index
+    check(nsa(*inputs(torch.float64)).dtype == torch.float64, "autocast leaves float64")
+
+
+def test_types():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = inputs(dtype)
+        want, indices = nsa(*[t.detach().double() for t in x], return_block_indices=True)
+        o, own = nsa(*x, return_block_indices=True)
+        check(o.dtype == dtype and torch.equal(own, indices), f"{dtype}: type {o.dtype}, block indices")
+        close(f"{dtype}", o, want, {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
+        lse = fsa.attention(*x[:3], CU, return_lse=True)[1]
+        check(lse.dtype == torch.float32, f"{dtype}: lse of {lse.dtype}")
+
+
+def test_views():
+    """Slices of one matrix give the results of contiguous tensors, and their gradients."""
+    qkv = torch.randn(40, 8 * 8 + 12, dtype=torch.float64)
+
+    def views(m):
+        q, k, v = m[:, :64].unflatten(1, (8, 8)).split([4, 2, 2], dim=1)
+        return [q, k, v, m[:, 64:].unflatten(1, (4, 3))]
+
+    a, b = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    strided, packed = nsa(*views(a)), nsa(*[x.contiguous() for x in views(b)])
+    close("views: o", strided, packed, 0)
+    strided.sum().backward()
+    packed.sum().backward()
+    close("views: gradient", a.grad, b.grad, 0)
+
+
+def test_opcheck():
+    x = inputs(torch.float64, requires_grad=False)
+    q, k, v = x[:3]
+    segments, op, freq = ops.whole_sequences(CU), torch.ops.flash_sparse_attention, fsa.rope_frequencies(8)
+    sizes, batch = list(SIZES.values()), (CU, segments)
+    for weights in (x[4:], [None] * 3):
+        arguments = (*x[:4], *weights, *batch, freq, None, sizes, 0.0, False)
+        o, saved = op.nsa_forward(*arguments)
+        indices = ops._saved_block_indices(saved, 2, 40, 2).clone()
+        calls = [(op.nsa_forward, arguments),
+                 (op.nsa_backward, (o, *x[1:4], *weights, *batch, freq, saved, sizes, 0.0, False))]  # fmt: skip
+        for f, arguments in calls:
+            torch.library.opcheck(f.default, arguments)
+            check(True, f"opcheck: {f}")
+    o, lse = op.selected_forward(q, k, v, indices, *batch, [16, 1, 1], 0.0)
+    compressed = ("compressed", 40, [8, 4, 1], 0.0)
+    for f, arguments in (
+        (op.selected_forward, (q, k, v, indices, *batch, [16, 1, 1], 0.0)),
+        (op.selected_backward, (o, q, k, v, o, lse, indices, *batch, [16, 1, 1], 0.0)),
+        (op.select_blocks, (q, k[:10], lse, *batch, 40, sizes[:6], 0.0)),
+        (op.attention_forward, (q, k, v, *batch, freq, "causal", 40, [16, 16, 1], 0.0)),
+        (op.attention_forward, (q, k[:12], v[:12], *batch, None, *compressed)),
+        (op.attention_backward, (o, q, k, v, o, lse, *batch, freq, "window", 40, [16, 16, 5], 0.0)),
+    ):
+        torch.library.opcheck(f.default, arguments)
+        check(True, f"opcheck: {f}")
+
+
+def test_fsa_signature():
+    q, k, v, *_ = x = inputs(torch.float64)
+    _, indices = nsa(*x, return_block_indices=True)
+    want = fsa.selected_attention(q, k, v, indices, CU, block=16, scale=0.5)
+    got = fsa.FSA_topk_sparse_attention(q, k, v, indices.long(), 16, CU.int(), softmax_scale=0.5)
+    close("FSA_topk_sparse_attention", got, want, 0)
+    names = list(inspect.signature(fsa.FSA_topk_sparse_attention).parameters)
+    check(names == ["q", "k", "v", "topk_idx", "block_size", "cu_seqlens", "softmax_scale"], f"signature {names}")
+
+
+def test_module():
+    layer = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
+    check(torch.equal(layer.inv_freq_bits.view(torch.float64), fsa.rope_frequencies(8)), "module: frequencies")
+    half = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).to(torch.bfloat16)
+    check(torch.equal(half.inv_freq_bits, layer.inv_freq_bits), "module: .to(bfloat16) keeps the frequencies")
+    check(half(torch.randn(40, 48).bfloat16(), CU).dtype == torch.bfloat16, "module: bfloat16")
+    x = torch.randn(3, 20, 48, dtype=torch.float64)
+    y = layer(x)
+    rows = torch.cat([layer(x[i]) for i in range(3)]).view(3, 20, 48)
+    close("module: a batch is its sequences", y, rows)
+    close("module: packed", layer(x.flatten(0, 1), torch.tensor([0, 20, 40, 60])).view(3, 20, 48), y)
+    y.sum().backward()
+    missing = [n for n, p in layer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    check(not missing, f"module: no gradient for {missing}")
+    torch._dynamo.reset()
+    close("module: compile", torch.compile(layer, fullgraph=True, backend="aot_eager")(x), y)
+    mean = fsa.NativeSparseAttention(48, 4, 2, 8, phi="mean", **SIZES).double()
+    mean.load_state_dict({n: t for n, t in layer.state_dict().items() if n not in ("wk", "pe", "wv")})
+    close("module: linear compression begins as the mean", mean(x), y)
+    expect(ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max")
+    expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input():
+    x = inputs(torch.float32, requires_grad=False)
+    q, k, v, gate, wk, pe, wv = x
+    expect(ValueError, "k of shape (40, 2, 6): must be [N, Hkv, d] with d = 8 of q", nsa, q, k[..., :6], v, gate)
+    expect(ValueError, "v of shape (39, 2, 8): must be (40, 2, 8), the shape of k", nsa, q, k, v[1:], gate)
+    expect(ValueError, "q of 3 heads, k of 2: must have 1 to 16 query heads", nsa, q[:, :3], k, v, gate[:, :3])
+    expect(ValueError, "gate_logits of shape (40, 4, 2)", nsa, q, k, v, gate[..., :2])
+    expect(TypeError, "k of type torch.float64: must be torch.float32, the type of q", nsa, q, k.double(), v, gate)
+    expect(ValueError, "v on meta: must be on cpu, the device of q", nsa, q, k, v.to("meta"), gate)
+    expect(TypeError, "q of type torch.int32: must be a float type", nsa, q.int(), k, v, gate)
+    expect(TypeError, "q list: must be a tensor", nsa, [1], k, v, gate)
+    expect(ValueError, "wk of shape (2, 63, 8): must be [Hkv, cmp_len*d, d] = (2, 64, 8)", nsa, *x[:4], wk[:, 1:], pe, wv)
+    expect(ValueError, "wv None: must be given with wk", nsa, *x[:4], wk)
+    expect(ValueError, "pe of shape (2, 7, 8)", nsa, *x[:4], wk, pe[:, 1:], wv)
+    call = fsa.native_sparse_attention
+    expect(ValueError, "inv_freq of shape (8,): must be [d/2] = (4,)", call, *x[:4], inv_freq=fsa.rope_frequencies(16))
+    expect(TypeError, "inv_freq of type torch.float32: must be torch.float64", call, *x[:4], inv_freq=torch.ones(4))
+    expect(TypeError, "cu_seqlens of type torch.float32", call, *x[:4], cu_seqlens=torch.ones(2))
+    expect(ValueError, "segments of shape (1, 2)", call, *x[:4], segments=torch.ones(1, 2).int())
+    expect(ValueError, "segments None: must be given, as q has 39 rows", call, q[1:], k, v, gate[1:])
+    for name, value, rule in (
+        ("cmp_len", 0, "must be at least 1"),
+        ("cmp_stride", 3, "must be a divisor of cmp_len 8"),
+        ("cmp_len", 32, "must be at most block 16"),
+        ("block", 24, "must be a multiple of 16"),
+        ("topk", 1, "must be at least init_blocks 1 + local_blocks 1 = 2"),
+        ("topk", 5000, "must be from 1 to 4096"),
+        ("init_blocks", -1, "must be at least 0"),
+        ("window", 0, "must be at least 1"),
+        ("scale", -1.0, "must be positive and finite"),
+        ("scale", math.nan, "must be positive and finite"),
+    ):
+        sizes = {**SIZES, name: value}
+        expect(ValueError, f"{name if name != 'cmp_stride' else 'cmp_stride'} {value}: {rule}", call, *x[:4], **sizes)
+    attention = fsa.attention
+    expect(ValueError, "rule 'full': must be one of causal, window, compressed", attention, q, k, v, rule="full")
+    expect(ValueError, "window None: must be given for rule='window'", attention, q, k, v, rule="window")
+    expect(ValueError, "window 5: must be given for rule='window'", attention, q, k, v, window=5)
+    short = dict(rule="compressed", cmp_len=8, cmp_stride=4)
+    expect(ValueError, "k of 9 rows: must have at least num_keys // cmp_stride = 40 // 4 = 10", attention, q, k[:9],
+           v[:9], **short)  # fmt: skip
+    expect(ValueError, "cmp_stride 0: must be at least 1", attention, q, k, v, rule="compressed", cmp_stride=0)
+    expect(ValueError, "inv_freq of a tensor: must be None for rule='compressed'", attention, q, k[:10], v[:10],
+           inv_freq=fsa.rope_frequencies(8), **short)  # fmt: skip
+
+    # Values: checked on demand.
+    for cu, message in (
+        ([1, 40], "cu_seqlens[0] 1: must be 0"),
+        ([0, 30, 20, 40], "cu_seqlens[2] 20: must be at least cu_seqlens[1] 30"),
+        ([0, 20, 39], "cu_seqlens[2] 39: must be 40, the number of keys"),
+    ):
+        expect(ValueError, message, nsa, *x, cu_seqlens=torch.tensor(cu), check=True)
+    for segments, message in (
+        ([[3, 0, 40]], "segments[0] (3, 0, 40): the sequence must be from 0 to 2"),
+        ([[0, 0, 30], [2, 0, 10]], "segments[0] (0, 0, 30): must lie in its sequence of 29 tokens"),
+        ([[2, 0, 11], [0, 0, 29]], "segments[1] (0, 0, 29): must not begin before (2, 11)"),
+        ([[0, 0, 29]], "segments of 29 queries: must have 40"),
+    ):
+        expect(ValueError, message, nsa, *x, segments=torch.tensor(segments), check=True)
+    _, indices = nsa(*x, return_block_indices=True)
+    check(nsa(*x, block_indices=indices, check=True).isfinite().all(), "right block indices pass")
+    for at, value, message in (
+        ((1, 20, 0), -2, "block_indices[1, 20, 0] -2: must be -1 or a block"),
+        ((0, 20, 1), 2, "block_indices[0, 20, 1] 2: must be at most 1, the query's own block"),
+        ((0, 20, 1), 0, "block_indices[0, 20, 1] 0: blocks must ascend"),
+        ((1, 20, 0), -1, "block_indices[1, 20, 1] 1: blocks must ascend, and -1 come after them"),
+        ((1, 28, 1), -1, "block_indices[1, 28, 0] 0: the list must contain the local blocks"),
+    ):
+        wrong = indices.clone()
+        wrong[at] = value
+        expect(ValueError, message, nsa, *x, block_indices=wrong, check=True)
+    wrong = indices.clone()
+    wrong[0, 20] = torch.tensor([1, -1])
+    expect(ValueError, "block_indices[0, 20, 0] 1: the list must contain the initial blocks", nsa, *x, block_indices=wrong,
+           check=True)  # fmt: skip
+    fsa.selected_attention(q, k, v, wrong, CU, block=16, check=True)  # any list, since it forces no blocks
+    checks.CHECK_VALUES = True
+    expect(ValueError, "cu_seqlens[0] 1", nsa, *x, cu_seqlens=torch.tensor([1, 40]))
+    checks.CHECK_VALUES = False
+    code = "import flash_sparse_attention.checks as c; print(c.CHECK_VALUES)"
+    env = {**os.environ, "FSA_CHECK": "1", "PYTHONPATH": PACKAGE}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    check(out == "True\n", f"FSA_CHECK=1: {out!r}")
+
+
+def test_strides():
+    """The layouts that libfsa reads: ops._rows returns pointer and stride, or says what is wrong."""
+    m = torch.zeros(9, 512, dtype=torch.bfloat16)
+    q = m[:, 128:256].unflatten(1, (2, 64))
+    check(ops._rows("q", q) == (m.data_ptr() + 256, 512), "strides: a view")
+    check(ops._rows("q", q[:1])[1] == 0, "strides: one row is packed")
+    check(ops._rows("gate_logits", m[:, :6].unflatten(1, (2, 3)), multiple=1)[1] == 512, "strides: gate logits")
+    expect(ValueError, "q of strides (64, 576, 1): a token's row must be contiguous; try q.contiguous()", ops._rows, "q",
+           torch.zeros(2, 9, 64).transpose(0, 1))  # fmt: skip
+    expect(ValueError, "k of row stride 132: must be at least 128, the elements of a row, and a multiple of 8", ops._rows,
+           "k", torch.zeros(9, 132)[:, :128].unflatten(1, (2, 64)))  # fmt: skip
+    expect(ValueError, "k of row stride 64: must be at least 128", ops._rows, "k",
+           torch.zeros(700).as_strided((9, 2, 64), (64, 64, 1)))  # fmt: skip
+    expect(ValueError, "k of row stride 0: must be at least 128", ops._rows, "k", torch.zeros(2, 64).expand(9, 2, 64))
+    expect(ValueError, "pe of strides (1, 4): must be contiguous", ops._packed, "pe", torch.zeros(4, 3).T)
+    for dout in (torch.ones(1, 1, 1).expand(9, 2, 64), torch.zeros(2, 9, 64).transpose(0, 1), torch.zeros(1153)[1:].view(9, 2, 64)):
+        copy = ops._dense_gradient(dout)
+        right = torch.equal(copy, dout) and ops._rows("dout", copy) and copy.data_ptr() % 16 == 0
+        check(right, f"strides: dout of {dout.stride()}")
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+def test_structs():
+    """Sizes and offsets of the ctypes structs are those of a C compiler, constants and version those of fsa.h."""
+    lines = []
+    for s in library.STRUCTS:
+        lines.append(f'printf("{s.__name__} %zu\\n", sizeof({s.__name__}));')
+        for field, _ in s._fields_:
+            at = f"offsetof({s.__name__}, {field}), sizeof((({s.__name__} *)0)->{field})"
+            lines.append(f'printf("{s.__name__}.{field} %zu %zu\\n", {at});')
+    names = ("PHI_MEAN PHI_LINEAR BF16 FP16 FORWARD BACKWARD SELECTED_FORWARD SELECTED_BACKWARD SELECT_BLOCKS "
+             "ATTENTION_FORWARD ATTENTION_BACKWARD ERROR_CONFIG ERROR_ARGUMENT").split()  # fmt: skip
+    constants = {n: getattr(library, n) for n in names}
+    constants.update({n.upper(): value for n, value in library.RULES.items()})
+    constants.update(VERSION_MAJOR=library.VERSION[0], VERSION_MINOR=library.VERSION[1])
+    lines += [f'printf("{n} %d\\n", (int)FSA_{n});' for n in constants]
+    want = [f"{n} {value}" for n, value in constants.items()]
+    got = []
+    for s in library.STRUCTS:
+        got.append(f"{s.__name__} {library.ctypes.sizeof(s)}")
+        for field, _ in s._fields_:
+            descriptor = getattr(s, field)
+            got.append(f"{s.__name__}.{field} {descriptor.offset} {descriptor.size}")
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = os.path.join(folder, "structs.c"), os.path.join(folder, "structs")
+        with open(source, "w") as f:
+            f.write('#include "fsa.h"\n#include <stdio.h>\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0;\n}\n")
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-I" + os.path.join(ROOT, "fsa"), source, "-o", program], check=True)
+        out = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    got += want
+    check(len(out) == len(got), f"structs: {len(out)} lines from C, {len(got)} from Python")
+    for a, b in zip(out, got):
+        check(a == b, f"structs: C has {a!r}, Python {b!r}")
+    # No field of the header is missing here, and no struct or function.
+    with open(os.path.join(ROOT, "fsa/fsa.h")) as f:
+        header = re.sub(r"//[^\n]*", "", f.read())
+    structs = set(re.findall(r"\} (Fsa\w+);", header)) - {"FsaPhi", "FsaVisibility", "FsaDtype", "FsaStatus"}
+    known = {s.__name__ for s in library.STRUCTS} | {"FsaSegment", "FsaOperation"}
+    check(structs == known, f"structs of fsa.h: {structs ^ known}")
+    for body, name in re.findall(r"typedef struct \{(.*?)\} (Fsa\w+);", header, re.S):
+        if name != "FsaSegment":
+            fields = re.findall(r"(\w+)(?:\[\d+\])?(?=[,;])", body)
+            mine = [field for field, _ in getattr(library, name)._fields_]
+            check(fields == mine, f"fields of {name}: {fields} in fsa.h, {mine} in Python")
+    check(fsa.__version__ == "{}.{}.0".format(*library.VERSION), f"version {fsa.__version__}")
+
+
+def test_library():
+    """A library that is missing, broken or of another version; an import without one."""
+    code = ("import flash_sparse_attention.library as l\ntry: l.load(); print('loaded')\n"
+            "except RuntimeError as e: print(e)")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        text, other = os.path.join(folder, "text.so"), os.path.join(folder, "other.so")
+        with open(text, "w") as f:
+            f.write("no library")
+        source = os.path.join(folder, "other.c")
+        with open(source, "w") as f:
+            f.write("int fsa_version(void) { return 1000 * 7 + 3; }\n")
+        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", source, "-o", other], check=True)
+        missing = os.path.join(folder, "missing.so")
+        for path, message in (
+            (missing, f"libfsa.so: not found at {missing}; build it with `make libfsa.so` and set LIBFSA"),
+            (text, f"libfsa.so: cannot be loaded from {text}: "),
+            (other, f"libfsa.so: version 7.3 at {other}; must be 0.1 or a later 0.x"),
+        ):
+            env = {**os.environ, "LIBFSA": path, "PYTHONPATH": PACKAGE}
+            r = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+            right = r.returncode == 0 and r.stdout.startswith(message) and r.stdout.count("\n") == 1
+            check(right, f"library {path}: {r.stdout}{r.stderr}; expected {message!r}")
+
+
+def test_example():
+    """The example runs, is at most 60 lines long, and learns. The test runs fewer steps."""
+    path = os.path.join(PACKAGE, "example.py")
+    with open(path) as f:
+        source = f.read()
+    check(source.count("\n") <= 60, f"example.py: {source.count(chr(10))} lines; must be at most 60")
+
+
+for name in ("gqa1", "gqa3", "gqa4", "slice", "edges"):
+    test_golden(name)
+import time
+for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_opcheck, test_fsa_signature,
+             test_module, test_bad_input, test_strides, test_structs, test_library, test_example):  # fmt: skip
+    t0 = time.time(); test(); print(test.__name__, time.time() - t0)
+print(f"test_torch: {passed} passed, {failed} failed, {skipped} skipped")
+sys.exit(failed > 0)
