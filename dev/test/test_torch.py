@@ -2,8 +2,10 @@
 against central differences, torch.compile, autocast, checkpointing, opcheck, bad input, and the ctypes structs against
 a C compiler's. make test runs it. It is skipped without PyTorch 2.5 or later."""
 
+import contextlib
 import importlib.util
 import inspect
+import io
 import math
 import os
 import re
@@ -29,6 +31,7 @@ import flash_sparse_attention as fsa  # noqa: E402
 from flash_sparse_attention import checks, library, ops, reference  # noqa: E402
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # the tensors are small, and other tests run beside this one
 
 
 def check(condition, what):
@@ -211,10 +214,9 @@ def test_functions():
         check(torch.autograd.gradcheck(function, leaves, fast_mode=True), f"gradcheck: {name}")
         want = gradients(function, leaves)
         torch._dynamo.reset()
-        for dynamic in (False, True):
-            compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-            for i, (a, b) in enumerate(zip(gradients(compiled, leaves), want)):
-                close(f"compile, dynamic={dynamic}: {name}, result {i}", a, b)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+        for i, (a, b) in enumerate(zip(gradients(compiled, leaves), want)):
+            close(f"compile: {name}, result {i}", a, b)
         checkpointed = lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)  # noqa: E731
         for i, (a, b) in enumerate(zip(gradients(checkpointed, leaves), want)):
             close(f"checkpoint: {name}, result {i}", a, b, 0)
@@ -272,10 +274,10 @@ def test_views():
 
     a, b = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
     strided, packed = nsa(*views(a)), nsa(*[x.contiguous() for x in views(b)])
-    close("views: o", strided, packed, 0)
+    close("views: o", strided, packed)
     strided.sum().backward()
     packed.sum().backward()
-    close("views: gradient", a.grad, b.grad, 0)
+    close("views: gradient", a.grad, b.grad)
 
 
 def test_opcheck():
@@ -283,27 +285,26 @@ def test_opcheck():
     q, k, v = x[:3]
     segments, op, freq = ops.whole_sequences(CU), torch.ops.flash_sparse_attention, fsa.rope_frequencies(8)
     sizes, batch = list(SIZES.values()), (CU, segments)
+    calls = []
     for weights in (x[4:], [None] * 3):
-        arguments = (*x[:4], *weights, *batch, freq, None, sizes, 0.0, False)
-        o, saved = op.nsa_forward(*arguments)
+        forward = (*x[:4], *weights, *batch, freq, None, sizes, 0.0, False)
+        o, saved = op.nsa_forward(*forward)
         indices = ops._saved_block_indices(saved, 2, 40, 2).clone()
-        calls = [(op.nsa_forward, arguments),
-                 (op.nsa_backward, (o, *x[1:4], *weights, *batch, freq, saved, sizes, 0.0, False))]  # fmt: skip
-        for f, arguments in calls:
-            torch.library.opcheck(f.default, arguments)
-            check(True, f"opcheck: {f}")
+        backward = (o, *x[1:4], *weights, *batch, freq, saved, sizes, 0.0, False)
+        calls += [(op.nsa_forward, forward), (op.nsa_backward, backward)]
     o, lse = op.selected_forward(q, k, v, indices, *batch, [16, 1, 1], 0.0)
     compressed = ("compressed", 40, [8, 4, 1], 0.0)
-    for f, arguments in (
+    calls += [
         (op.selected_forward, (q, k, v, indices, *batch, [16, 1, 1], 0.0)),
         (op.selected_backward, (o, q, k, v, o, lse, indices, *batch, [16, 1, 1], 0.0)),
         (op.select_blocks, (q, k[:10], lse, *batch, 40, sizes[:6], 0.0)),
-        (op.attention_forward, (q, k, v, *batch, freq, "causal", 40, [16, 16, 1], 0.0)),
         (op.attention_forward, (q, k[:12], v[:12], *batch, None, *compressed)),
         (op.attention_backward, (o, q, k, v, o, lse, *batch, freq, "window", 40, [16, 16, 5], 0.0)),
-    ):
-        torch.library.opcheck(f.default, arguments)
-        check(True, f"opcheck: {f}")
+    ]
+    for f, arguments in calls:
+        results = torch.library.opcheck(f.default, arguments, raise_exception=False)
+        for name, result in results.items():
+            check(result == "SUCCESS", f"opcheck: {f}, {name}: {result}")
 
 
 def test_fsa_signature():
@@ -352,7 +353,7 @@ def test_bad_input():
     expect(TypeError, "k of type torch.float64: must be torch.float32, the type of q", nsa, q, k.double(), v, gate)
     expect(ValueError, "v on meta: must be on cpu, the device of q", nsa, q, k, v.to("meta"), gate)
     expect(TypeError, "q of type torch.int32: must be a float type", nsa, q.int(), k, v, gate)
-    expect(TypeError, "q list: must be a tensor", nsa, [1], k, v, gate)
+    expect(TypeError, "q list: must be a tensor [Nq, Hq, d]", fsa.native_sparse_attention, [1], k, v, gate)
     expect(ValueError, "wk of shape (2, 63, 8): must be [Hkv, cmp_len*d, d] = (2, 64, 8)", nsa, *x[:4], wk[:, 1:], pe, wv)
     expect(ValueError, "wv None: must be given with wk", nsa, *x[:4], wk)
     expect(ValueError, "pe of shape (2, 7, 8)", nsa, *x[:4], wk, pe[:, 1:], wv)
@@ -441,7 +442,7 @@ def test_strides():
     expect(ValueError, "k of row stride 64: must be at least 128", ops._rows, "k",
            torch.zeros(700).as_strided((9, 2, 64), (64, 64, 1)))  # fmt: skip
     expect(ValueError, "k of row stride 0: must be at least 128", ops._rows, "k", torch.zeros(2, 64).expand(9, 2, 64))
-    expect(ValueError, "pe of strides (1, 4): must be contiguous", ops._packed, "pe", torch.zeros(4, 3).T)
+    expect(ValueError, "pe of strides (1, 3): must be contiguous", ops._packed, "pe", torch.zeros(4, 3).T)
     for dout in (torch.ones(1, 1, 1).expand(9, 2, 64), torch.zeros(2, 9, 64).transpose(0, 1), torch.zeros(1153)[1:].view(9, 2, 64)):
         copy = ops._dense_gradient(dout)
         right = torch.equal(copy, dout) and ops._rows("dout", copy) and copy.data_ptr() % 16 == 0
@@ -522,18 +523,21 @@ def test_library():
 
 
 def test_example():
-    """The example runs, is at most 60 lines long, and learns. The test runs fewer steps."""
-    path = os.path.join(PACKAGE, "example.py")
-    with open(path) as f:
+    """The example is at most 60 lines long, and its first step runs."""
+    with open(os.path.join(PACKAGE, "example.py")) as f:
         source = f.read()
     check(source.count("\n") <= 60, f"example.py: {source.count(chr(10))} lines; must be at most 60")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(source.replace("range(1001)", "range(1)"), {})
+    right = re.fullmatch(r"step 0: loss \d\.\d+, \d+% of the answers are right\n", out.getvalue())
+    check(right, f"example.py: {out.getvalue()!r}")
 
 
 for name in ("gqa1", "gqa3", "gqa4", "slice", "edges"):
     test_golden(name)
-import time
 for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_opcheck, test_fsa_signature,
              test_module, test_bad_input, test_strides, test_structs, test_library, test_example):  # fmt: skip
-    t0 = time.time(); test(); print(test.__name__, time.time() - t0)
+    test()
 print(f"test_torch: {passed} passed, {failed} failed, {skipped} skipped")
 sys.exit(failed > 0)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from flash_sparse_attention import NativeSparseAttention
 from torch import nn
 
-PAIRS, QUESTIONS, VALUES = 28, 4, 16
+PAIRS, QUESTIONS, VALUES = 24, 8, 16
 VOCAB = PAIRS + VALUES
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE, BATCH = ("cuda", 128) if torch.cuda.is_available() else ("cpu", 4)
 SIZES = dict(cmp_len=16, cmp_stride=8, block=16, topk=4, init_blocks=1, local_blocks=1, window=16)
 
 
@@ -49,9 +49,9 @@ def batch(size):
 
 torch.manual_seed(0)
 model = Model().to(DEVICE)
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-for step in range(401):
-    tokens = batch(16)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+for step in range(1001):
+    tokens = batch(BATCH)
     with torch.autocast(DEVICE, torch.bfloat16):
         logits = model(tokens)[:, 2 * PAIRS : -1 : 2].float()  # at the asked keys
     answers = tokens[:, 2 * PAIRS + 1 :: 2]
@@ -59,6 +59,6 @@ for step in range(401):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 50 == 0:
+    if step % 100 == 0:
         correct = (logits.argmax(-1) == answers).float().mean().item()
         print(f"step {step}: loss {loss.item():.3f}, {correct:.0%} of the answers are right")

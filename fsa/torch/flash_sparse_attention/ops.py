@@ -143,7 +143,9 @@ def _scale(scale, q):
 def _gradients(function, dout, *inputs):
     """Returns the gradients of function(*inputs), whose first output has the gradient dout, for the inputs that are
     not None; an empty tensor for the others."""
-    with torch.enable_grad():
+    # A kernel that a dispatch mode calls runs below autograd, which the guard undoes.
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
         o = function(*leaves)[0]
     given = [x for x in leaves if x is not None]
