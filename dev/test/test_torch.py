@@ -280,6 +280,34 @@ def test_views():
     close("views: gradient", a.grad, b.grad)
 
 
+def test_empty():
+    """No tokens, no queries, a sequence shorter than a window."""
+    nothing = inputs(torch.float64, N=0)
+    for cu in ([0], [0, 0]):
+        o = nsa(*nothing, cu_seqlens=torch.tensor(cu), check=True)
+        o.sum().backward()
+        check(o.shape == (0, 4, 8) and nothing[1].grad.shape == (0, 2, 8), f"empty: {cu}")
+    x = inputs(torch.float64)
+    o = nsa(x[0][:0], x[1], x[2], x[3][:0], *x[4:], segments=torch.zeros(0, 3, dtype=torch.long), check=True)
+    o.sum().backward()
+    check(o.shape == (0, 4, 8) and not any(t.grad.any() for t in x), "empty: no queries")
+    x = inputs(torch.float64, N=3)
+    o = nsa(*x, cu_seqlens=None, check=True)
+    gate = torch.sigmoid(x[3])[..., None]
+    full = fsa.attention(*x[:3], inv_freq=fsa.rope_frequencies(8))
+    close("empty: no windows", o, (gate[:, :, 1] + gate[:, :, 2]) * full)
+    o, lse = fsa.attention(x[0], x[1][:0], x[2][:0], rule="compressed", cmp_len=8, cmp_stride=4, return_lse=True)
+    check(not o.any() and torch.equal(lse, torch.full_like(lse, -math.inf)), "empty: no compressed keys")
+
+
+def test_second_gradient():
+    """A gradient of a gradient is refused; it would be wrong in silence."""
+    x = inputs(torch.float64)
+    (dq,) = torch.autograd.grad(nsa(*x).square().sum(), x[:1], create_graph=True)
+    message = "differentiate twice a function that is marked with @once_differentiable"
+    expect(RuntimeError, message, dq.sum().backward)
+
+
 def test_opcheck():
     x = inputs(torch.float64, requires_grad=False)
     q, k, v = x[:3]
@@ -536,7 +564,7 @@ def test_example():
 
 for name in ("gqa1", "gqa3", "gqa4", "slice", "edges"):
     test_golden(name)
-for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_opcheck, test_fsa_signature,
+for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient, test_opcheck, test_fsa_signature,
              test_module, test_bad_input, test_strides, test_structs, test_library, test_example):  # fmt: skip
     test()
 print(f"test_torch: {passed} passed, {failed} failed, {skipped} skipped")

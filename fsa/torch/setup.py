@@ -13,6 +13,7 @@ from setuptools.command.build_py import build_py
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+SCRATCH = os.path.join(ROOT, "build/wheel/python")  # git ignores it, and `make clean` removes it
 
 
 def version():
@@ -44,8 +45,10 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+os.makedirs(SCRATCH, exist_ok=True)
 setup(
     version=version(),
+    options={"build": {"build_base": SCRATCH}, "egg_info": {"egg_base": SCRATCH}},
     distclass=PlatformDistribution,
     cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -12,6 +12,7 @@ import functools
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import checks, reference
 from . import library as lib
@@ -306,11 +307,15 @@ class _Call:
         self.library = lib.load()
 
     def saved_bytes(self):
+        if self.batch.num_keys == 0:
+            return 0
         size = self.library.fsa_saved_size(self.config, self.dtype, self.batch)
         return size or lib.fail(0)
 
     def run(self, function, operation, arguments):
-        """Calls a function of libfsa with these fields of its argument struct, and a workspace for the operation."""
+        """Calls a function of libfsa with its argument struct, and a workspace for the operation."""
+        if self.batch.num_keys == 0:  # the outputs are empty, and so are the inputs, whose pointers are NULL
+            return
         with _on_device(self.device) as stream:
             size = self.library.fsa_workspace_size(self.config, self.dtype, self.batch, operation)
             workspace = _new_bytes(size or lib.fail(0), self.device)
@@ -467,6 +472,7 @@ class _NativeSparseAttention(torch.autograd.Function):
         return o, saved
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _):
         saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
         gradients = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
@@ -484,6 +490,7 @@ class _SelectedAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _):
         dq, dk, dv = _OPS.selected_backward(dout, *ctx.saved_tensors, *ctx.rest)
         return dq, dk, dv, None, None, None, None, None
@@ -499,6 +506,7 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, _):
         dq, dk, dv = _OPS.attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
         return dq, dk, dv, None, None, None, None, None, None, None
