@@ -60,8 +60,15 @@ def close(name, got, want, tolerance=1e-12, floor=1e-300):
     got, want = got.detach().double(), want.detach().double()
     finite = torch.isfinite(want)
     same = got.shape == want.shape and torch.equal(finite, torch.isfinite(got))
-    error = (got - want)[finite].norm() / max(want[finite].norm(), floor * want.numel() ** 0.5) if same else math.inf
-    check(same and error <= tolerance, f"{name}: error {error:.1e}, shapes {tuple(got.shape)}, {tuple(want.shape)}")
+    error = (
+        (got - want)[finite].norm() / max(want[finite].norm(), floor * want.numel() ** 0.5)
+        if same
+        else math.inf
+    )
+    check(
+        same and error <= tolerance,
+        f"{name}: error {error:.1e}, shapes {tuple(got.shape)}, {tuple(want.shape)}",
+    )
 
 
 # ---- golden values ---------------------------------------------------------------------------------------------------
@@ -93,7 +100,9 @@ def read_golden(name):
             key, kind, *dims = head.split()
             values = values.split()
             if kind == "f":
-                t = torch.tensor([struct.unpack(">d", bytes.fromhex(x))[0] for x in values], dtype=torch.float64)
+                t = torch.tensor(
+                    [struct.unpack(">d", bytes.fromhex(x))[0] for x in values], dtype=torch.float64
+                )
             else:
                 t = torch.tensor([int(x) for x in values])
             tensors[key] = t.reshape([int(d) for d in dims])
@@ -110,7 +119,12 @@ def test_golden(name):
     g = read_golden(name)
     Hq, Hkv, d, l, s, block, topk, init, local, window, linear, per_token = g["config"].tolist()
     N, Nq = int(g["cu_seqlens"][-1]), int(g["segments"][:, 2].sum())
-    shapes = {"q": (Nq, Hq, d), "k": (N, Hkv, d), "v": (N, Hkv, d), "gate": (Nq, 3) if per_token else (Nq, Hq, 3)}
+    shapes = {
+        "q": (Nq, Hq, d),
+        "k": (N, Hkv, d),
+        "v": (N, Hkv, d),
+        "gate": (Nq, 3) if per_token else (Nq, Hq, 3),
+    }
     if linear:
         shapes.update(wk=(Hkv, l * d, d), pe=(Hkv, l, d), wv=(Hkv, l * d, d))
     leaves = {}
@@ -119,7 +133,12 @@ def test_golden(name):
         leaves[x] = (offset + amplitude * uniform(f"{name}.{x}", *shape)).requires_grad_()
     dout = uniform(f"{name}.dout", Nq, Hq, d)
     q, k, v = leaves["q"], leaves["k"], leaves["v"]
-    scale, inv_freq, cu, segments = g["scale"].item() or None, g.get("inv_freq"), g["cu_seqlens"], g["segments"]
+    scale, inv_freq, cu, segments = (
+        g["scale"].item() or None,
+        g.get("inv_freq"),
+        g["cu_seqlens"],
+        g["segments"],
+    )
     batch = dict(segments=segments, scale=scale, check=True)
     sizes = dict(cmp_len=l, cmp_stride=s, block=block, topk=topk, init_blocks=init, local_blocks=local)
 
@@ -197,7 +216,11 @@ def functions():
         ("selected_attention", lambda *x: fsa.selected_attention(*x, indices, CU, block=16), x[:3]),
         ("causal", lambda *x: fsa.attention(*x, CU, inv_freq=freq), x[:3]),
         ("window", lambda *x: fsa.attention(*x, CU, rule="window", window=6), x[:3]),
-        ("compressed", lambda *x: fsa.attention(*x, CU, rule="compressed", cmp_len=8, cmp_stride=4), [q, kc, vc]),
+        (
+            "compressed",
+            lambda *x: fsa.attention(*x, CU, rule="compressed", cmp_len=8, cmp_stride=4),
+            [q, kc, vc],
+        ),
     ]
 
 
@@ -218,7 +241,9 @@ def test_functions():
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
         for i, (a, b) in enumerate(zip(gradients(compiled, leaves), want)):
             close(f"compile: {name}, result {i}", a, b)
-        checkpointed = lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)  # noqa: E731
+        checkpointed = lambda *x: torch.utils.checkpoint.checkpoint(
+            function, *x, use_reentrant=False
+        )  # noqa: E731
         for i, (a, b) in enumerate(zip(gradients(checkpointed, leaves), want)):
             close(f"checkpoint: {name}, result {i}", a, b, 0)
     o = fsa.native_sparse_attention(*[t.detach().to("meta") for t in inputs(torch.float64)], **SIZES)
@@ -297,7 +322,9 @@ def test_empty():
     gate = torch.sigmoid(x[3])[..., None]
     full = fsa.attention(*x[:3], inv_freq=fsa.rope_frequencies(8))
     close("empty: no windows", o, (gate[:, :, 1] + gate[:, :, 2]) * full)
-    o, lse = fsa.attention(x[0], x[1][:0], x[2][:0], rule="compressed", cmp_len=8, cmp_stride=4, return_lse=True)
+    o, lse = fsa.attention(
+        x[0], x[1][:0], x[2][:0], rule="compressed", cmp_len=8, cmp_stride=4, return_lse=True
+    )
     check(not o.any() and torch.equal(lse, torch.full_like(lse, -math.inf)), "empty: no compressed keys")
 
 
@@ -343,12 +370,17 @@ def test_fsa_signature():
     got = fsa.FSA_topk_sparse_attention(q, k, v, indices.long(), 16, CU.int(), softmax_scale=0.5)
     close("FSA_topk_sparse_attention", got, want, 0)
     names = list(inspect.signature(fsa.FSA_topk_sparse_attention).parameters)
-    check(names == ["q", "k", "v", "topk_idx", "block_size", "cu_seqlens", "softmax_scale"], f"signature {names}")
+    check(
+        names == ["q", "k", "v", "topk_idx", "block_size", "cu_seqlens", "softmax_scale"],
+        f"signature {names}",
+    )
 
 
 def test_module():
     layer = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
-    check(torch.equal(layer.inv_freq_bits.view(torch.float64), fsa.rope_frequencies(8)), "module: frequencies")
+    check(
+        torch.equal(layer.inv_freq_bits.view(torch.float64), fsa.rope_frequencies(8)), "module: frequencies"
+    )
     half = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).to(torch.bfloat16)
     check(torch.equal(half.inv_freq_bits, layer.inv_freq_bits), "module: .to(bfloat16) keeps the frequencies")
     check(half(torch.randn(40, 48).bfloat16(), CU).dtype == torch.bfloat16, "module: bfloat16")
@@ -365,7 +397,9 @@ def test_module():
     mean = fsa.NativeSparseAttention(48, 4, 2, 8, phi="mean", **SIZES).double()
     mean.load_state_dict({n: t for n, t in layer.state_dict().items() if n not in ("wk", "pe", "wv")})
     close("module: linear compression begins as the mean", mean(x), y)
-    expect(ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max")
+    expect(
+        ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max"
+    )
     expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
 
 
@@ -375,20 +409,52 @@ def test_module():
 def test_bad_input():
     x = inputs(torch.float32, requires_grad=False)
     q, k, v, gate, wk, pe, wv = x
-    expect(ValueError, "k of shape (40, 2, 6): must be [N, Hkv, d] with d = 8 of q", nsa, q, k[..., :6], v, gate)
+    expect(
+        ValueError, "k of shape (40, 2, 6): must be [N, Hkv, d] with d = 8 of q", nsa, q, k[..., :6], v, gate
+    )
     expect(ValueError, "v of shape (39, 2, 8): must be (40, 2, 8), the shape of k", nsa, q, k, v[1:], gate)
-    expect(ValueError, "q of 3 heads, k of 2: must have 1 to 16 query heads", nsa, q[:, :3], k, v, gate[:, :3])
+    expect(
+        ValueError, "q of 3 heads, k of 2: must have 1 to 16 query heads", nsa, q[:, :3], k, v, gate[:, :3]
+    )
     expect(ValueError, "gate_logits of shape (40, 4, 2)", nsa, q, k, v, gate[..., :2])
-    expect(TypeError, "k of type torch.float64: must be torch.float32, the type of q", nsa, q, k.double(), v, gate)
+    expect(
+        TypeError,
+        "k of type torch.float64: must be torch.float32, the type of q",
+        nsa,
+        q,
+        k.double(),
+        v,
+        gate,
+    )
     expect(ValueError, "v on meta: must be on cpu, the device of q", nsa, q, k, v.to("meta"), gate)
     expect(TypeError, "q of type torch.int32: must be a float type", nsa, q.int(), k, v, gate)
     expect(TypeError, "q list: must be a tensor [Nq, Hq, d]", fsa.native_sparse_attention, [1], k, v, gate)
-    expect(ValueError, "wk of shape (2, 63, 8): must be [Hkv, cmp_len*d, d] = (2, 64, 8)", nsa, *x[:4], wk[:, 1:], pe, wv)
+    expect(
+        ValueError,
+        "wk of shape (2, 63, 8): must be [Hkv, cmp_len*d, d] = (2, 64, 8)",
+        nsa,
+        *x[:4],
+        wk[:, 1:],
+        pe,
+        wv,
+    )
     expect(ValueError, "wv None: must be given with wk", nsa, *x[:4], wk)
     expect(ValueError, "pe of shape (2, 7, 8)", nsa, *x[:4], wk, pe[:, 1:], wv)
     call = fsa.native_sparse_attention
-    expect(ValueError, "inv_freq of shape (8,): must be [d/2] = (4,)", call, *x[:4], inv_freq=fsa.rope_frequencies(16))
-    expect(TypeError, "inv_freq of type torch.float32: must be torch.float64", call, *x[:4], inv_freq=torch.ones(4))
+    expect(
+        ValueError,
+        "inv_freq of shape (8,): must be [d/2] = (4,)",
+        call,
+        *x[:4],
+        inv_freq=fsa.rope_frequencies(16),
+    )
+    expect(
+        TypeError,
+        "inv_freq of type torch.float32: must be torch.float64",
+        call,
+        *x[:4],
+        inv_freq=torch.ones(4),
+    )
     expect(TypeError, "cu_seqlens of type torch.float32", call, *x[:4], cu_seqlens=torch.ones(2))
     expect(ValueError, "segments of shape (1, 2)", call, *x[:4], segments=torch.ones(1, 2).int())
     expect(ValueError, "segments None: must be given, as q has 39 rows", call, q[1:], k, v, gate[1:])
@@ -405,15 +471,25 @@ def test_bad_input():
         ("scale", math.nan, "must be positive and finite"),
     ):
         sizes = {**SIZES, name: value}
-        expect(ValueError, f"{name if name != 'cmp_stride' else 'cmp_stride'} {value}: {rule}", call, *x[:4], **sizes)
+        expect(
+            ValueError,
+            f"{name if name != 'cmp_stride' else 'cmp_stride'} {value}: {rule}",
+            call,
+            *x[:4],
+            **sizes,
+        )
     attention = fsa.attention
-    expect(ValueError, "rule 'full': must be one of causal, window, compressed", attention, q, k, v, rule="full")
+    expect(
+        ValueError, "rule 'full': must be one of causal, window, compressed", attention, q, k, v, rule="full"
+    )
     expect(ValueError, "window None: must be given for rule='window'", attention, q, k, v, rule="window")
     expect(ValueError, "window 5: must be given for rule='window'", attention, q, k, v, window=5)
     short = dict(rule="compressed", cmp_len=8, cmp_stride=4)
     expect(ValueError, "k of 9 rows: must have at least num_keys // cmp_stride = 40 // 4 = 10", attention, q, k[:9],
            v[:9], **short)  # fmt: skip
-    expect(ValueError, "cmp_stride 0: must be at least 1", attention, q, k, v, rule="compressed", cmp_stride=0)
+    expect(
+        ValueError, "cmp_stride 0: must be at least 1", attention, q, k, v, rule="compressed", cmp_stride=0
+    )
     expect(ValueError, "inv_freq of a tensor: must be None for rule='compressed'", attention, q, k[:10], v[:10],
            inv_freq=fsa.rope_frequencies(8), **short)  # fmt: skip
 
@@ -463,16 +539,28 @@ def test_strides():
     q = m[:, 128:256].unflatten(1, (2, 64))
     check(ops._rows("q", q) == (m.data_ptr() + 256, 512), "strides: a view")
     check(ops._rows("q", q[:1])[1] == 0, "strides: one row is packed")
-    check(ops._rows("gate_logits", m[:, :6].unflatten(1, (2, 3)), multiple=1)[1] == 512, "strides: gate logits")
+    check(
+        ops._rows("gate_logits", m[:, :6].unflatten(1, (2, 3)), multiple=1)[1] == 512, "strides: gate logits"
+    )
     expect(ValueError, "q of strides (64, 576, 1): a token's row must be contiguous; try q.contiguous()", ops._rows, "q",
            torch.zeros(2, 9, 64).transpose(0, 1))  # fmt: skip
     expect(ValueError, "k of row stride 132: must be at least 128, the elements of a row, and a multiple of 8", ops._rows,
            "k", torch.zeros(9, 132)[:, :128].unflatten(1, (2, 64)))  # fmt: skip
     expect(ValueError, "k of row stride 64: must be at least 128", ops._rows, "k",
            torch.zeros(700).as_strided((9, 2, 64), (64, 64, 1)))  # fmt: skip
-    expect(ValueError, "k of row stride 0: must be at least 128", ops._rows, "k", torch.zeros(2, 64).expand(9, 2, 64))
+    expect(
+        ValueError,
+        "k of row stride 0: must be at least 128",
+        ops._rows,
+        "k",
+        torch.zeros(2, 64).expand(9, 2, 64),
+    )
     expect(ValueError, "pe of strides (1, 3): must be contiguous", ops._packed, "pe", torch.zeros(4, 3).T)
-    for dout in (torch.ones(1, 1, 1).expand(9, 2, 64), torch.zeros(2, 9, 64).transpose(0, 1), torch.zeros(1153)[1:].view(9, 2, 64)):
+    for dout in (
+        torch.ones(1, 1, 1).expand(9, 2, 64),
+        torch.zeros(2, 9, 64).transpose(0, 1),
+        torch.zeros(1153)[1:].view(9, 2, 64),
+    ):
         copy = ops._dense_gradient(dout)
         right = torch.equal(copy, dout) and ops._rows("dout", copy) and copy.data_ptr() % 16 == 0
         check(right, f"strides: dout of {dout.stride()}")
@@ -493,7 +581,9 @@ def test_structs():
              "ATTENTION_FORWARD ATTENTION_BACKWARD ERROR_CONFIG ERROR_ARGUMENT").split()  # fmt: skip
     constants = {n: getattr(library, n) for n in names}
     constants.update({n.upper(): value for n, value in library.RULES.items()})
-    constants.update(VERSION_MAJOR=library.VERSION[0], VERSION_MINOR=library.VERSION[1])
+    constants.update(
+        VERSION_MAJOR=library.VERSION[0], VERSION_MINOR=library.VERSION[1], VERSION_PATCH=library.VERSION[2]
+    )
     lines += [f'printf("{n} %d\\n", (int)FSA_{n});' for n in constants]
     want = [f"{n} {value}" for n, value in constants.items()]
     got = []
@@ -505,7 +595,11 @@ def test_structs():
     with tempfile.TemporaryDirectory() as folder:
         source, program = os.path.join(folder, "structs.c"), os.path.join(folder, "structs")
         with open(source, "w") as f:
-            f.write('#include "fsa.h"\n#include <stdio.h>\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0;\n}\n")
+            f.write(
+                '#include "fsa.h"\n#include <stdio.h>\nint main(void) {\n'
+                + "\n".join(lines)
+                + "\nreturn 0;\n}\n"
+            )
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-I" + os.path.join(ROOT, "fsa"), source, "-o", program], check=True)
         out = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
@@ -524,7 +618,7 @@ def test_structs():
             fields = re.findall(r"(\w+)(?:\[\d+\])?(?=[,;])", body)
             mine = [field for field, _ in getattr(library, name)._fields_]
             check(fields == mine, f"fields of {name}: {fields} in fsa.h, {mine} in Python")
-    check(fsa.__version__ == "{}.{}.0".format(*library.VERSION), f"version {fsa.__version__}")
+    check(fsa.__version__ == "{}.{}.{}".format(*library.VERSION), f"version {fsa.__version__}")
 
 
 def test_library():
@@ -588,7 +682,9 @@ def gpu_case(dtype, device="cuda"):
     if pick(0, 1):  # the second half of each sequence
         halves = [(i, n // 2, n - n // 2) for i, n in enumerate(lengths)]
         segments = torch.tensor(halves, device=device)
-        rows = torch.cat([torch.arange(c + p, c + p + n) for c, (_, p, n) in zip(cu.tolist(), halves)]).to(device)
+        rows = torch.cat([torch.arange(c + p, c + p + n) for c, (_, p, n) in zip(cu.tolist(), halves)]).to(
+            device
+        )
         q, gate = q[rows], gate[rows]
     inv_freq = fsa.rope_frequencies(d, device=device) if pick(0, 1) else None
     leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, gate, *phi)]
@@ -650,8 +746,14 @@ def test_gpu_shapes(cases=12, device="cuda"):
         # The reference gets the GPU's indices: rounding may change them.
         _, indices = fsa.native_sparse_attention(*leaves, cu, return_block_indices=True, **sizes, **batch)
         compare("native_sparse_attention", whole, leaves, indices)
-        a, b = (gpu_results(lambda *x: whole(batch, cu, sizes["inv_freq"], i, *x), leaves, dout) for i in (None, indices))
-        check(all(x is y or torch.equal(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1])), f"GPU: given indices, {name}")
+        a, b = (
+            gpu_results(lambda *x: whole(batch, cu, sizes["inv_freq"], i, *x), leaves, dout)
+            for i in (None, indices)
+        )
+        check(
+            all(x is y or torch.equal(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1])),
+            f"GPU: given indices, {name}",
+        )
         for forced in (dict(init_blocks=1, local_blocks=2), {}):
             compare(f"selected_attention {forced}", lambda batch, cu, freq, indices, *x: fsa.selected_attention(
                 *x, indices, cu, return_lse=True, **forced, **batch), leaves[:3], indices)  # fmt: skip
@@ -660,7 +762,9 @@ def test_gpu_shapes(cases=12, device="cuda"):
                 *x, cu, inv_freq=freq, return_lse=True, **rule, **batch), leaves[:3])  # fmt: skip
         layout = reference.BatchLayout(cu, ops.whole_sequences(cu), N, N, 32, 16)
         kc, vc = (x.to(dtype) for x in reference.compress(layout, k.float(), v.float(), 32))
-        kc, vc = (torch.cat([x, torch.full_like(k[:2], math.nan)]).detach().requires_grad_() for x in (kc, vc))
+        kc, vc = (
+            torch.cat([x, torch.full_like(k[:2], math.nan)]).detach().requires_grad_() for x in (kc, vc)
+        )
         o, lse = compare("compressed", lambda batch, cu, freq, indices, *x: fsa.attention(
             *x, cu, rule="compressed", num_keys=N, return_lse=True, **batch), [q, kc, vc])  # fmt: skip
         i = fsa.select_blocks(q, kc, lse, cu, num_keys=N, topk=4, **batch)
@@ -691,7 +795,9 @@ def test_gpu_use():
     torch.cuda.synchronize()
     check(all(torch.equal(x, want) for r in results for x in r), "GPU: two streams")
 
-    graph, fixed = torch.cuda.CUDAGraph(), [None if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    graph, fixed = torch.cuda.CUDAGraph(), [
+        None if x is None else x.detach().clone().requires_grad_() for x in leaves
+    ]
     with torch.cuda.stream(streams[0]):
         gpu_results(function, fixed, dout)
     torch.cuda.synchronize()
@@ -714,7 +820,14 @@ def test_gpu_use():
     for name, result in results.items():
         check(result == "SUCCESS", f"GPU: opcheck, {name}: {result}")
     q, k, v = (x.detach() for x in leaves[:3])
-    expect(TypeError, "must be torch.bfloat16 or torch.float16 on a GPU", fsa.attention, q.float(), k.float(), v.float())
+    expect(
+        TypeError,
+        "must be torch.bfloat16 or torch.float16 on a GPU",
+        fsa.attention,
+        q.float(),
+        k.float(),
+        v.float(),
+    )
     expect(ValueError, "k on cpu: must be on cuda:0", fsa.attention, q, k.cpu(), v.cpu())
     x = torch.zeros(9, 2, 96, device="cuda", dtype=torch.bfloat16)
     expect(ValueError, "head_dim 96: must be 64 or 128 on the GPU", fsa.attention, x, x, x)
@@ -722,8 +835,9 @@ def test_gpu_use():
 
 for name in ("gqa1", "gqa3", "gqa4", "slice", "edges"):
     test_golden(name)
-for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient, test_opcheck, test_fsa_signature,
-             test_module, test_bad_input, test_strides, test_structs, test_library, test_example):  # fmt: skip
+for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty,
+             test_second_gradient, test_opcheck, test_fsa_signature, test_module, test_bad_input, test_strides,
+             test_structs, test_library, test_example):  # fmt: skip
     test()
 if not torch.cuda.is_available():
     skipped += 1

@@ -18,8 +18,7 @@ SCRATCH = os.path.join(ROOT, "build/wheel/python")  # git ignores it, and `make 
 
 def version():
     with open(os.path.join(ROOT, "fsa/fsa.h")) as f:
-        numbers = re.findall(r"#define FSA_VERSION_(?:MAJOR|MINOR) (\d+)", f.read())
-    return ".".join([*numbers, "0"])
+        return ".".join(re.findall(r"#define FSA_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", f.read()))
 
 
 class BuildLibrary(build_py):
@@ -27,7 +26,9 @@ class BuildLibrary(build_py):
         super().run()
         nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         if not shutil.which(nvcc):
-            sys.exit(f"error: libfsa.so needs nvcc, which was not found at {nvcc}: install the CUDA Toolkit or set NVCC")
+            sys.exit(
+                f"error: libfsa.so needs nvcc, which was not found at {nvcc}: install the CUDA Toolkit or set NVCC"
+            )
         make = ["make", "--no-print-directory", "-C", ROOT, f"NVCC={nvcc}", "GPU=", "ARCHS=80 90a", "PTX=80"]
         subprocess.run([*make, "BUILD=build/wheel", "build/wheel/libfsa.so.0"], check=True)
         folder = HERE if self.editable_mode else self.build_lib

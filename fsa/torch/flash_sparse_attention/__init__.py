@@ -15,7 +15,7 @@ from .ops import (
     whole_sequences,
 )
 
-__version__ = f"{VERSION[0]}.{VERSION[1]}.0"
+__version__ = ".".join(str(number) for number in VERSION)
 __all__ = [
     "FSA_topk_sparse_attention",
     "NativeSparseAttention",

@@ -31,7 +31,9 @@ def same_kind(q, **tensors):
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"q on {q.device}: must be on a GPU (cuda) or on the cpu")
     if q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"q of type {q.dtype}: must be torch.bfloat16 or torch.float16 on a GPU; try q.bfloat16()")
+        raise TypeError(
+            f"q of type {q.dtype}: must be torch.bfloat16 or torch.float16 on a GPU; try q.bfloat16()"
+        )
     if not q.dtype.is_floating_point:
         raise TypeError(f"q of type {q.dtype}: must be a float type")
     for name, tensor in tensors.items():
@@ -59,7 +61,9 @@ def heads(q, k, v):
         shape("v", v, f"{tuple(k.shape)}, the shape of k", *k.shape)
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads or q_heads > 16 * kv_heads:
-        raise ValueError(f"q of {q_heads} heads, k of {kv_heads}: must have 1 to 16 query heads for each KV head")
+        raise ValueError(
+            f"q of {q_heads} heads, k of {kv_heads}: must have 1 to 16 query heads for each KV head"
+        )
     if q.shape[2] < 2 or q.shape[2] % 2:
         raise ValueError(f"q of head size d = {q.shape[2]}: must be even and at least 2; 64 or 128 on a GPU")
 
@@ -81,9 +85,19 @@ def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blo
     rule(init_blocks >= 0, "init_blocks", init_blocks, "at least 0")
     rule(local_blocks >= 0, "local_blocks", local_blocks, "at least 0")
     least = init_blocks + local_blocks
-    rule(topk >= least, "topk", topk, f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {least}")
+    rule(
+        topk >= least,
+        "topk",
+        topk,
+        f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {least}",
+    )
     rule(window >= 1, "window", window, "at least 1")
-    rule(scale is None or 0 < scale < float("inf"), "scale", scale, "positive and finite, or None for 1/sqrt(d)")
+    rule(
+        scale is None or 0 < scale < float("inf"),
+        "scale",
+        scale,
+        "positive and finite, or None for 1/sqrt(d)",
+    )
 
 
 def phi(q, kv_heads, cmp_len, wk, pe, wv):
@@ -143,7 +157,8 @@ def batch_values(num_queries, num_keys, cu_seqlens, segments):
 
 def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_blocks, local_blocks):
     """Checks that the block indices ascend, are padded with -1 at the end, are not after the query's own block, and
-    contain the initial and local blocks. Waits for the GPU. cu_seqlens and segments must have been checked."""
+    contain the initial and local blocks. Waits for the GPU. cu_seqlens and segments must have been checked.
+    """
     layout = reference.BatchLayout(cu_seqlens, segments, block_indices.shape[1], num_keys)
     own = layout.query_pos // block
     x = block_indices.long()
@@ -153,7 +168,9 @@ def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_bloc
         if len(at):
             h, query, slot = at[0].tolist()
             value = x[h, query, slot].item()
-            raise ValueError(f"block_indices[{h}, {query}, {slot}] {value}: {text.format(own=own[query].item())}")
+            raise ValueError(
+                f"block_indices[{h}, {query}, {slot}] {value}: {text.format(own=own[query].item())}"
+            )
 
     rule(x < -1, "must be -1 or a block of the query's sequence")
     rule(x > own[:, None], "must be at most {own}, the query's own block")
@@ -164,4 +181,7 @@ def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_bloc
         needed = own.clamp(max=i) if i < init_blocks else (own - (i - init_blocks)).clamp(min=0)
         missing = ~(x == needed[:, None]).any(-1, keepdim=True)
         kind = "initial" if i < init_blocks else "local"
-        rule(missing, f"the list must contain the {kind} blocks; set init_blocks and local_blocks to 0 for other lists")
+        rule(
+            missing,
+            f"the list must contain the {kind} blocks; set init_blocks and local_blocks to 0 for other lists",
+        )

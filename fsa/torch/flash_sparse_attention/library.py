@@ -9,12 +9,20 @@ import functools
 import os
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 
-VERSION = (0, 1)  # FSA_VERSION_MAJOR, FSA_VERSION_MINOR of the fsa.h that the structs below mirror
+VERSION = (0, 1, 0)  # FSA_VERSION_MAJOR, MINOR and PATCH of the fsa.h that the structs below mirror
 
 PHI_MEAN, PHI_LINEAR = 0, 1
 RULES = {"causal": 0, "window": 1, "compressed": 2}  # FsaVisibility
 BF16, FP16 = 0, 1
-(FORWARD, BACKWARD, SELECTED_FORWARD, SELECTED_BACKWARD, SELECT_BLOCKS, ATTENTION_FORWARD, ATTENTION_BACKWARD) = range(7)
+(
+    FORWARD,
+    BACKWARD,
+    SELECTED_FORWARD,
+    SELECTED_BACKWARD,
+    SELECT_BLOCKS,
+    ATTENTION_FORWARD,
+    ATTENTION_BACKWARD,
+) = range(7)
 ERROR_CONFIG, ERROR_ARGUMENT = 1, 2
 
 

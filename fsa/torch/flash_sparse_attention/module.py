@@ -63,7 +63,9 @@ class NativeSparseAttention(nn.Module):
         if self.wk is None:
             return
         cmp_len = self.sizes["cmp_len"]
-        mean = torch.eye(self.head_dim, device=self.wk.device, dtype=self.wk.dtype).repeat(cmp_len, 1) / cmp_len
+        mean = (
+            torch.eye(self.head_dim, device=self.wk.device, dtype=self.wk.dtype).repeat(cmp_len, 1) / cmp_len
+        )
         self.wk.copy_(mean.expand_as(self.wk))
         self.wv.copy_(mean.expand_as(self.wv))
         self.pe.zero_()

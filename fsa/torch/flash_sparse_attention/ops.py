@@ -98,7 +98,9 @@ def _new_lse(q):
 
 
 @_kernel("nsa_forward", "fake")
-def _(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute):
+def _(
+    q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute
+):
     saved = q.new_empty(_saved_bytes(q, k, sizes[1], sizes[3], recompute), dtype=torch.uint8)
     return q.new_empty(q.shape), saved
 
@@ -155,7 +157,9 @@ def _gradients(function, dout, *inputs):
 
 
 @_kernel("nsa_forward", "CPU")
-def _(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute):
+def _(
+    q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute
+):
     o, block_indices = reference.native_sparse_attention(
         q, k, v, gate_logits, (wk, pe, wv), cu_seqlens, segments, inv_freq, block_indices, *sizes, _scale(scale, q)
     )  # fmt: skip
@@ -179,14 +183,18 @@ def _(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved
 
 @_kernel("selected_forward", "CPU")
 def _(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
-    o, lse = reference.selected_attention(q, k, v, block_indices, cu_seqlens, segments, sizes[0], _scale(scale, q))
+    o, lse = reference.selected_attention(
+        q, k, v, block_indices, cu_seqlens, segments, sizes[0], _scale(scale, q)
+    )
     return o.contiguous(), lse
 
 
 @_kernel("selected_backward", "CPU")
 def _(dout, q, k, v, o, lse, block_indices, cu_seqlens, segments, sizes, scale):
     def forward(q, k, v):
-        return reference.selected_attention(q, k, v, block_indices, cu_seqlens, segments, sizes[0], _scale(scale, q))
+        return reference.selected_attention(
+            q, k, v, block_indices, cu_seqlens, segments, sizes[0], _scale(scale, q)
+        )
 
     return _gradients(forward, dout, q, k, v)
 
@@ -207,7 +215,9 @@ def _(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
 @_kernel("attention_backward", "CPU")
 def _(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
     def forward(q, k, v):
-        return reference.attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, *sizes, _scale(scale, q))
+        return reference.attention(
+            q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, *sizes, _scale(scale, q)
+        )
 
     return _gradients(forward, dout, q, k, v)
 
@@ -219,7 +229,9 @@ def _(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, rule, num_keys, siz
 def _check_gpu(device):
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        raise RuntimeError(f"GPU {device} of compute capability {major}.{minor}: must be at least 8.0 (Ampere)")
+        raise RuntimeError(
+            f"GPU {device} of compute capability {major}.{minor}: must be at least 8.0 (Ampere)"
+        )
 
 
 @contextlib.contextmanager
@@ -357,7 +369,9 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
 
 
 @_kernel("nsa_backward", "CUDA")
-def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute):
+def _nsa_backward(
+    dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute
+):
     dout = _dense_gradient(dout)
     call = _nsa_call(dout, k, wk, cu_seqlens, segments, gate_logits, sizes, scale, recompute)
     dq, dk, dv, dgate = (x.new_empty(x.shape) for x in (dout, k, v, gate_logits))
@@ -383,7 +397,9 @@ def _selected_forward(q, k, v, block_indices, cu_seqlens, segments, sizes, scale
     call = _selected_call(q, k, block_indices, cu_seqlens, segments, sizes, scale)
     o, lse = q.new_empty(q.shape), _new_lse(q)
     arguments = lib.FsaSelectedForward(
-        **_strided(q=q, k=k, v=v, o=o), block_indices=_packed("block_indices", block_indices), lse=lse.data_ptr()
+        **_strided(q=q, k=k, v=v, o=o),
+        block_indices=_packed("block_indices", block_indices),
+        lse=lse.data_ptr(),
     )
     call.run(call.library.fsa_selected_forward, lib.SELECTED_FORWARD, arguments)
     return o, lse
@@ -528,7 +544,9 @@ def whole_sequences(cu_seqlens):
         int64 [num_seqs, 3].
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    return torch.stack([torch.arange(lengths.shape[0], device=lengths.device), torch.zeros_like(lengths), lengths], 1)
+    return torch.stack(
+        [torch.arange(lengths.shape[0], device=lengths.device), torch.zeros_like(lengths), lengths], 1
+    )
 
 
 def _cast(*tensors):
@@ -547,7 +565,9 @@ def _batch(q, num_keys, cu_seqlens, segments, check):
     checks.batch(q, cu_seqlens, segments)
     if segments is None:
         if q.shape[0] != num_keys:
-            raise ValueError(f"segments None: must be given, as q has {q.shape[0]} rows and there are {num_keys} keys")
+            raise ValueError(
+                f"segments None: must be given, as q has {q.shape[0]} rows and there are {num_keys} keys"
+            )
         segments = whole_sequences(cu_seqlens)
     if checks.wanted(check):
         checks.batch_values(q.shape[0], num_keys, cu_seqlens, segments)
@@ -614,7 +634,9 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         checks.shape("block_indices", block_indices, rule, k.shape[1], num_queries, topk)
         checks.of_type(q, "block_indices", block_indices, torch.int32)
         if checks.wanted(check):
-            checks.block_values(block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks)
+            checks.block_values(
+                block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
+            )
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window]
     o, saved = _NativeSparseAttention.apply(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
                                             block_indices, sizes, scale or 0.0, recompute)  # fmt: skip
@@ -730,11 +752,15 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
     if rule not in lib.RULES:
         raise ValueError(f"rule {rule!r}: must be one of {', '.join(lib.RULES)}")
     if (rule == "window") != (window is not None):
-        raise ValueError(f"window {window}: must be given for rule='window', and for no other rule; rule is {rule!r}")
+        raise ValueError(
+            f"window {window}: must be given for rule='window', and for no other rule; rule is {rule!r}"
+        )
     checks.rope(q, inv_freq)
     if rule == "compressed":
         if inv_freq is not None:
-            raise ValueError("inv_freq of a tensor: must be None for rule='compressed'; rotate q and kc before")
+            raise ValueError(
+                "inv_freq of a tensor: must be None for rule='compressed'; rotate q and kc before"
+            )
         num_keys = q.shape[0] if num_keys is None else num_keys
         checks.config(cmp_len, cmp_stride, _smallest_block(cmp_len, cmp_stride), scale=scale)
         _check_windows("k", k, num_keys, cmp_stride)
