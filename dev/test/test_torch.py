@@ -332,7 +332,7 @@ def test_second_gradient():
     """A gradient of a gradient is refused; it would be wrong in silence."""
     x = inputs(torch.float64)
     (dq,) = torch.autograd.grad(nsa(*x).square().sum(), x[:1], create_graph=True)
-    message = "differentiate twice a function that is marked with @once_differentiable"
+    message = "trying to differentiate twice a function that was marked with @once_differentiable"
     expect(RuntimeError, message, dq.sum().backward)
 
 
