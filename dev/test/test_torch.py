@@ -659,7 +659,8 @@ def test_example():
 
 
 # ---- the GPU ---------------------------------------------------------------------------------------------------------
-GPU_TOLERANCE = {torch.bfloat16: (5e-3, 1e-2), torch.float16: (8e-4, 2e-3)}  # outputs, gradients
+# Outputs, gradients. test_fsa has the kernels' own bounds; the reference here does not round the rotated q and k.
+GPU_TOLERANCE = {torch.bfloat16: (5e-3, 2.5e-2), torch.float16: (8e-4, 4e-3)}
 
 
 def gpu_case(dtype, device="cuda"):
