@@ -13,11 +13,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
-ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
-PACKAGE = os.path.join(ROOT, "fsa/torch")
-GOLDEN = os.path.join(ROOT, "dev/test/golden")
-passed = failed = skipped = 0
+GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
 if importlib.util.find_spec("torch") is None:
     print("skipped: test_torch.py: PyTorch is not installed")
@@ -25,50 +23,24 @@ if importlib.util.find_spec("torch") is None:
     sys.exit(0)
 
 import torch  # noqa: E402
+from torch_checks import (  # noqa: E402
+    PACKAGE,
+    ROOT,
+    check,
+    check_operators,
+    check_ranks,
+    close,
+    expect,
+    finish,
+    fsa,
+    run,
+    skip,
+)
 
-sys.path.insert(0, PACKAGE)
-import flash_sparse_attention as fsa  # noqa: E402
 from flash_sparse_attention import checks, library, ops, reference  # noqa: E402
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the tensors are small, and other tests run beside this one
-
-
-def check(condition, what):
-    global passed, failed
-    if condition:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED test_torch.py: {what}", flush=True)
-
-
-def expect(error, contents, function, *args, **kwargs):
-    """Checks that a call raises `error` with `contents` in its one line of text."""
-    try:
-        function(*args, **kwargs)
-    except Exception as e:
-        right = type(e) is error and contents in str(e) and "\n" not in str(e)
-        check(right, f"{type(e).__name__}: {e}; expected {error.__name__} with {contents!r}")
-    else:
-        check(False, f"no error; expected {error.__name__} with {contents!r}")
-
-
-def close(name, got, want, tolerance=1e-12, floor=1e-300):
-    """Checks two tensors: equal infinities, and an error (Frobenius) up to the tolerance, relative to `want` or, if that
-    is greater, to a tensor whose elements are `floor`."""
-    got, want = got.detach().double(), want.detach().double()
-    finite = torch.isfinite(want)
-    same = got.shape == want.shape and torch.equal(finite, torch.isfinite(got))
-    error = (
-        (got - want)[finite].norm() / max(want[finite].norm(), floor * want.numel() ** 0.5)
-        if same
-        else math.inf
-    )
-    check(
-        same and error <= tolerance,
-        f"{name}: error {error:.1e}, shapes {tuple(got.shape)}, {tuple(want.shape)}",
-    )
 
 
 # ---- golden values ---------------------------------------------------------------------------------------------------
@@ -337,31 +309,14 @@ def test_second_gradient():
     expect(RuntimeError, message, dq.sum().backward)
 
 
-def test_opcheck():
+def test_operators():
     x = inputs(torch.float64, requires_grad=False)
-    q, k, v = x[:3]
-    segments, op, freq = ops.whole_sequences(CU), torch.ops.flash_sparse_attention, fsa.rope_frequencies(8)
-    sizes, batch = list(SIZES.values()), (CU, segments)
-    calls = []
-    for weights in (x[4:], [None] * 3):
-        forward = (*x[:4], *weights, *batch, freq, None, sizes, 0.0, False)
-        o, saved = op.nsa_forward(*forward)
-        indices = ops._saved_block_indices(saved, 2, 40, 2).clone()
-        backward = (o, *x[1:4], *weights, *batch, freq, saved, sizes, 0.0, False)
-        calls += [(op.nsa_forward, forward), (op.nsa_backward, backward)]
-    o, lse = op.selected_forward(q, k, v, indices, *batch, [16, 1, 1], 0.0)
-    compressed = ("compressed", 40, [8, 4, 1], 0.0)
-    calls += [
-        (op.selected_forward, (q, k, v, indices, *batch, [16, 1, 1], 0.0)),
-        (op.selected_backward, (o, q, k, v, o, lse, indices, *batch, [16, 1, 1], 0.0)),
-        (op.select_blocks, (q, k[:10], lse, *batch, 40, sizes[:6], 0.0)),
-        (op.attention_forward, (q, k[:12], v[:12], *batch, None, *compressed)),
-        (op.attention_backward, (o, q, k, v, o, lse, *batch, freq, "window", 40, [16, 16, 5], 0.0)),
-    ]
-    for f, arguments in calls:
-        results = torch.library.opcheck(f.default, arguments, raise_exception=False)
-        for name, result in results.items():
-            check(result == "SUCCESS", f"opcheck: {f}, {name}: {result}")
+    check_operators(*x[:4], x[4:], CU, SIZES)
+
+
+def test_ranks():
+    """DDP and FSDP2 with two processes."""
+    check_ranks("cpu", 2)
 
 
 def test_fsa_signature():
@@ -658,197 +613,18 @@ def test_example():
     check(right, f"example.py: {out.getvalue()!r}")
 
 
-# ---- the GPU ---------------------------------------------------------------------------------------------------------
-# Outputs, gradients. test_fsa has the kernels' own bounds; the reference here does not round the rotated q and k.
-GPU_TOLERANCE = {torch.bfloat16: (5e-3, 2.5e-2), torch.float16: (8e-4, 4e-3)}
+if __name__ == "__main__":
+    run(*[partial(test_golden, name) for name in ("gqa1", "gqa3", "gqa4", "slice", "edges")])
+    run(test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient,
+        test_operators, test_fsa_signature, test_module, test_bad_input, test_strides, test_structs, test_library,
+        test_ranks, test_example)  # fmt: skip
+    if torch.cuda.is_available():
+        import test_torch_gpu
 
-
-def gpu_case(dtype, device="cuda"):
-    """Returns a random case: leaves, the batch, the arguments of native_sparse_attention."""
-    pick = lambda *x: x[int(torch.randint(len(x), ()))]  # noqa: E731
-    Hkv, g, d = pick(1, 2, 3), pick(1, 2, 4, 5), pick(64, 128)
-    Hq, l = Hkv * g, 32
-    lengths = [pick(1, 31, 63, 130, 300) for _ in range(3)]
-    N = sum(lengths)
-    cu = torch.tensor([0, *lengths], device=device).cumsum(0)
-    random = lambda *s: torch.randn(s, device=device)  # noqa: E731
-    rows = random(N, (Hq + 2 * Hkv) * d + 8).to(dtype)[:, 8:].unflatten(1, (-1, d))
-    q, k, v = rows.split([Hq, Hkv, Hkv], dim=1)
-    gate = random(N, 3 * Hq + pick(0, 1, 5)).to(dtype)
-    gate = gate[:, : 3 * Hq].unflatten(1, (Hq, 3)) if pick(0, 1) else gate[:, :3]
-    phi = [None] * 3
-    if pick(0, 1):
-        wk, wv = ((l * d) ** -0.5 * random(Hkv, l * d, d).to(dtype) for _ in range(2))
-        phi = [wk, 0.5 * random(Hkv, l, d).to(dtype) if pick(0, 1) else None, wv]
-    segments = None
-    if pick(0, 1):  # the second half of each sequence
-        halves = [(i, n // 2, n - n // 2) for i, n in enumerate(lengths)]
-        segments = torch.tensor(halves, device=device)
-        rows = torch.cat([torch.arange(c + p, c + p + n) for c, (_, p, n) in zip(cu.tolist(), halves)]).to(
-            device
-        )
-        q, gate = q[rows], gate[rows]
-    inv_freq = fsa.rope_frequencies(d, device=device) if pick(0, 1) else None
-    leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, gate, *phi)]
-    arguments = dict(segments=segments, check=True)
-    sizes = dict(topk=pick(3, 4, 16), window=pick(1, 50, 512), recompute=bool(pick(0, 1)), inv_freq=inv_freq)
-    return leaves, cu, arguments, sizes
-
-
-def gpu_results(function, leaves, dout):
-    """Returns the outputs of a function, the first of which has the gradient dout, and the gradients."""
-    for x in leaves:
-        if x is not None:
-            x.grad = None
-    out = function(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    out[0].backward(dout.to(out[0].device, out[0].dtype))
-    return [x.detach() for x in out], [None if x is None or x.grad is None else x.grad for x in leaves]
-
-
-def gpu_compare(name, dtype, got, want):
-    """Compares results of the GPU with those of the reference in float64."""
-    for kind in range(2):
-        for i, (a, b) in enumerate(zip(got[kind], want[kind])):
-            if a is not None:
-                what = f"GPU, {name}: {('output', 'gradient')[kind]} {i}"
-                close(what, a.cpu(), b.cpu(), GPU_TOLERANCE[dtype][kind], floor=0.05)
-
-
-def in_double(leaves):
-    """Returns the leaves in float64 on the CPU."""
-    return [None if x is None else x.detach().cpu().double().requires_grad_() for x in leaves]
-
-
-def test_gpu_shapes(cases=12, device="cuda"):
-    """All functions, forward and backward, at random shapes and strides, against the reference."""
-    cpu = lambda x: x.cpu() if isinstance(x, torch.Tensor) else x  # noqa: E731
-    for case in range(cases):
-        dtype = (torch.bfloat16, torch.float16)[case % 2]
-        leaves, cu, batch, sizes = gpu_case(dtype, device)
-        q, k, v = leaves[:3]
-        N, dout = k.shape[0], torch.randn(q.shape, device=device)
-        cpu_batch = {n: cpu(x) for n, x in batch.items()}
-        name = f"case {case}, {dtype}, {tuple(q.shape)}, {tuple(k.shape)}, {cu.tolist()}, {sizes['topk']}"
-
-        def compare(what, function, leaves, indices=None):
-            """function(batch, cu, inv_freq, indices, *leaves) on both devices."""
-            freq = sizes["inv_freq"]
-            got = gpu_results(lambda *x: function(batch, cu, freq, indices, *x), leaves, dout)
-            want = gpu_results(lambda *x: function(cpu_batch, cu.cpu(), cpu(freq), cpu(indices), *x),
-                               in_double(leaves), dout)  # fmt: skip
-            gpu_compare(f"{what}, {name}", dtype, got, want)
-            return got[0]
-
-        rest = {n: x for n, x in sizes.items() if n != "inv_freq"}
-
-        def whole(batch, cu, freq, indices, *x):
-            return fsa.native_sparse_attention(*x, cu, inv_freq=freq, block_indices=indices, **rest, **batch)
-
-        # The reference gets the GPU's indices: rounding may change them.
-        _, indices = fsa.native_sparse_attention(*leaves, cu, return_block_indices=True, **sizes, **batch)
-        compare("native_sparse_attention", whole, leaves, indices)
-        a, b = (
-            gpu_results(lambda *x: whole(batch, cu, sizes["inv_freq"], i, *x), leaves, dout)
-            for i in (None, indices)
-        )
-        check(
-            all(x is y or torch.equal(x, y) for x, y in zip(a[0] + a[1], b[0] + b[1])),
-            f"GPU: given indices, {name}",
-        )
-        for forced in (dict(init_blocks=1, local_blocks=2), {}):
-            compare(f"selected_attention {forced}", lambda batch, cu, freq, indices, *x: fsa.selected_attention(
-                *x, indices, cu, return_lse=True, **forced, **batch), leaves[:3], indices)  # fmt: skip
-        for rule in (dict(rule="causal"), dict(rule="window", window=sizes["window"])):
-            compare(f"{rule}", lambda batch, cu, freq, indices, *x: fsa.attention(
-                *x, cu, inv_freq=freq, return_lse=True, **rule, **batch), leaves[:3])  # fmt: skip
-        layout = reference.BatchLayout(cu, ops.whole_sequences(cu), N, N, 32, 16)
-        kc, vc = (x.to(dtype) for x in reference.compress(layout, k.float(), v.float(), 32))
-        kc, vc = kc.detach(), vc.detach()
-        kc[~layout.is_window], vc[~layout.is_window] = math.nan, math.nan  # rows that nobody reads
-        kc, vc = (
-            torch.cat([x, torch.full_like(k[:2], math.nan)]).detach().requires_grad_() for x in (kc, vc)
-        )
-        o, lse = compare("compressed", lambda batch, cu, freq, indices, *x: fsa.attention(
-            *x, cu, rule="compressed", num_keys=N, return_lse=True, **batch), [q, kc, vc])  # fmt: skip
-        i = fsa.select_blocks(q, kc, lse, cu, num_keys=N, topk=4, **batch)
-        j = fsa.select_blocks(q.cpu().double(), kc.cpu().double(), lse.cpu().double(), cu.cpu(), num_keys=N, topk=4,
-                              **cpu_batch)  # fmt: skip
-        check((i.cpu() != j).double().mean() < 0.02, f"GPU, select_blocks, {name}")
-
-
-def test_gpu_use():
-    """opcheck, torch.compile, CUDA graphs, two streams and bad input on the GPU."""
-    leaves, cu, batch, sizes = gpu_case(torch.bfloat16)
-    batch["check"] = False
-    batch["segments"] = batch["segments"] if batch["segments"] is not None else fsa.whole_sequences(cu)
-    function = lambda *x: fsa.native_sparse_attention(*x, cu, **sizes, **batch)  # noqa: E731
-    dout = torch.randn(leaves[0].shape, device="cuda")
-    (want,), gradients = gpu_results(function, leaves, dout)
-    torch._dynamo.reset()
-    got = gpu_results(torch.compile(function, fullgraph=True), leaves, dout)
-    for i, (a, b) in enumerate(zip(got[0] + got[1], [want] + gradients)):
-        check(a is b or torch.equal(a, b), f"GPU: compile, result {i}")
-
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results = []
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            results.append([function(*leaves).detach() for _ in range(8)])
-    torch.cuda.synchronize()
-    check(all(torch.equal(x, want) for r in results for x in r), "GPU: two streams")
-
-    graph, fixed = torch.cuda.CUDAGraph(), [
-        None if x is None else x.detach().clone().requires_grad_() for x in leaves
-    ]
-    with torch.cuda.stream(streams[0]):
-        gpu_results(function, fixed, dout)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=streams[0]):
-        (o,), captured = gpu_results(function, fixed, dout)
-    graph.replay()
-    torch.cuda.synchronize()
-    for i, (a, b) in enumerate(zip([o] + captured, [want] + gradients)):
-        check(a is b or torch.equal(a, b), f"GPU: graph, result {i}")
-
-    names = ("cmp_len", "cmp_stride", "block", "topk", "init_blocks", "local_blocks", "window")
-    defaults = dict(cmp_len=32, cmp_stride=16, block=64, init_blocks=1, local_blocks=2)
-    arguments = [None if x is None else x.detach() for x in leaves]
-    sizes_list = [{**defaults, **sizes}[n] for n in names]
-    results = torch.library.opcheck(
-        torch.ops.flash_sparse_attention.nsa_forward.default,
-        (*arguments, cu, batch["segments"], sizes["inv_freq"], None, sizes_list, 0.0, sizes["recompute"]),
-        raise_exception=False,
-    )
-    for name, result in results.items():
-        check(result == "SUCCESS", f"GPU: opcheck, {name}: {result}")
-    q, k, v = (x.detach() for x in leaves[:3])
-    expect(
-        TypeError,
-        "must be torch.bfloat16 or torch.float16 on a GPU",
-        fsa.attention,
-        q.float(),
-        k.float(),
-        v.float(),
-    )
-    expect(ValueError, "k on cpu: must be on cuda:0", fsa.attention, q, k.cpu(), v.cpu())
-    x = torch.zeros(9, 2, 96, device="cuda", dtype=torch.bfloat16)
-    expect(ValueError, "head_dim 96: must be 64 or 128 on the GPU", fsa.attention, x, x, x)
-
-
-for name in ("gqa1", "gqa3", "gqa4", "slice", "edges"):
-    test_golden(name)
-for test in (test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty,
-             test_second_gradient, test_opcheck, test_fsa_signature, test_module, test_bad_input, test_strides,
-             test_structs, test_library, test_example):  # fmt: skip
-    test()
-if not torch.cuda.is_available():
-    skipped += 1
-    print("skipped: test_torch.py: the GPU's part: PyTorch sees no GPU")
-else:
-    os.environ.setdefault("LIBFSA", os.path.join(ROOT, "libfsa.so"))
-    test_gpu_shapes()
-    test_gpu_use()
-print(f"test_torch: {passed} passed, {failed} failed, {skipped} skipped")
-sys.exit(failed > 0)
+        torch.set_num_threads(os.cpu_count() // 2)
+        run(*test_torch_gpu.TESTS)
+        if sys.argv[1:] != ["check"]:
+            run(*test_torch_gpu.TIMES)
+    else:
+        skip("the GPU's part: PyTorch sees no GPU")
+    finish()
