@@ -178,7 +178,7 @@ def test_million_tokens(N=1_000_000, Hq=4, d=64):
         "1M tokens, native_sparse_attention",
         lambda *x: fsa.native_sparse_attention(*x, cu, inv_freq=inv_freq, return_block_indices=True),
         lambda indices, q, k, v, gate, *phi: reference.native_sparse_attention(
-            q, k, v, gate, phi, cu, segments, inv_freq, indices[:, rows], *SIZES.values(), d**-0.5),
+            q, k, v, gate, *phi, cu, segments, inv_freq, indices[:, rows], *SIZES.values(), d**-0.5),
         [q, k, v, gate, *phi])  # fmt: skip
     compare_rows(
         "1M tokens, causal",

@@ -108,7 +108,7 @@ def check_operators(q, k, v, gate_logits, phi, cu_seqlens, sizes):
     for weights in (phi, [None] * 3):
         inputs = (q, k, v, gate_logits, *weights, *batch, inv_freq, None, sizes, 0.0, False)
         o, saved = op.nsa_forward(*inputs)
-        indices = ops._saved_block_indices(saved, k.shape[1], q.shape[0], topk).clone()
+        indices = ops.saved_block_indices(saved, k.shape[1], q.shape[0], topk).clone()
         calls += [
             (op.nsa_forward, inputs),
             (op.nsa_backward, (o, k, v, gate_logits, *weights, *batch, inv_freq, saved, sizes, 0.0, False)),
@@ -147,7 +147,13 @@ def check_ranks(device, ranks):
             process.kill()
             outputs.append(process.communicate()[0] + "\nno end after 150 s")
     errors = dict(re.findall(r"^(DDP|FSDP2\S*) (\S+)$", outputs[0], re.M))
-    for name, tolerance in (("DDP", 1e-5), ("FSDP2", 1e-5), *[("FSDP2-bf16", 3e-2)] * (device == "cuda")):
+    wanted = {"DDP": 1e-5, "FSDP2": 1e-5, "FSDP2-bf16": 3e-2}
+    if device == "cpu":
+        del wanted["FSDP2-bf16"]
+        if torch.__version__.startswith("2.5"):
+            del wanted["FSDP2"]
+            skip("FSDP2 on the CPU: PyTorch 2.5 has it for GPUs only")
+    for name, tolerance in wanted.items():
         error = float(errors.get(name, "nan"))
         check(error <= tolerance, f"{name}, {ranks} ranks, {device}: error {error:.1e}")
     for rank, process in enumerate(processes):

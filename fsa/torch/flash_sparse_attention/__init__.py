@@ -4,9 +4,7 @@ GPU tensors are computed by libfsa, CPU tensors by the plain PyTorch of `referen
 """
 
 from . import reference
-from .library import VERSION
-from .module import NativeSparseAttention, rope_frequencies
-from .ops import (
+from .functions import (
     FSA_topk_sparse_attention,
     attention,
     native_sparse_attention,
@@ -14,6 +12,8 @@ from .ops import (
     selected_attention,
     whole_sequences,
 )
+from .library import VERSION
+from .module import NativeSparseAttention, rope_frequencies
 
 __version__ = ".".join(str(number) for number in VERSION)
 __all__ = [

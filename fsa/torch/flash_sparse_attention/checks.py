@@ -4,11 +4,13 @@ Shapes, types and devices are checked on every call. Values (cu_seqlens, segment
 since that waits for the GPU: check=True, or FSA_CHECK=1 in the environment when the package is imported.
 """
 
+import math
 import os
 
 import torch
 
 from . import reference
+from .library import RULES
 
 CHECK_VALUES = os.environ.get("FSA_CHECK") == "1"
 
@@ -68,51 +70,94 @@ def heads(q, k, v):
         raise ValueError(f"q of head size d = {q.shape[2]}: must be even and at least 2; 64 or 128 on a GPU")
 
 
-def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blocks=0, window=1, scale=None):
+def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blocks=0, window=1):
     """Checks the sizes against the rules of FsaConfig in fsa.h."""
-
-    def rule(holds, name, value, text):
+    always = init_blocks + local_blocks
+    for holds, name, value, text in (
+        (cmp_len >= 1, "cmp_len", cmp_len, "at least 1"),
+        (cmp_stride >= 1, "cmp_stride", cmp_stride, "at least 1"),
+        (block >= 16 and block % 16 == 0, "block", block, "a multiple of 16, at least 16"),
+        (cmp_len % max(cmp_stride, 1) == 0, "cmp_stride", cmp_stride, f"a divisor of cmp_len {cmp_len}"),
+        (block % max(cmp_stride, 1) == 0, "cmp_stride", cmp_stride, f"a divisor of block {block}"),
+        (cmp_len <= block, "cmp_len", cmp_len, f"at most block {block}"),
+        (1 <= topk <= 4096, "topk", topk, "from 1 to 4096"),
+        (init_blocks >= 0, "init_blocks", init_blocks, "at least 0"),
+        (local_blocks >= 0, "local_blocks", local_blocks, "at least 0"),
+        (topk >= always, "topk", topk,
+         f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {always}"),
+        (window >= 1, "window", window, "at least 1"),
+    ):  # fmt: skip
         if not holds:
             raise ValueError(f"{name} {value}: must be {text}")
 
-    rule(cmp_len >= 1, "cmp_len", cmp_len, "at least 1")
-    rule(cmp_stride >= 1, "cmp_stride", cmp_stride, "at least 1")
-    rule(block >= 16 and block % 16 == 0, "block", block, "a multiple of 16, at least 16")
-    rule(cmp_len % cmp_stride == 0, "cmp_stride", cmp_stride, f"a divisor of cmp_len {cmp_len}")
-    rule(block % cmp_stride == 0, "cmp_stride", cmp_stride, f"a divisor of block {block}")
-    rule(cmp_len <= block, "cmp_len", cmp_len, f"at most block {block}")
-    rule(1 <= topk <= 4096, "topk", topk, "from 1 to 4096")
-    rule(init_blocks >= 0, "init_blocks", init_blocks, "at least 0")
-    rule(local_blocks >= 0, "local_blocks", local_blocks, "at least 0")
-    least = init_blocks + local_blocks
-    rule(
-        topk >= least,
-        "topk",
-        topk,
-        f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {least}",
-    )
-    rule(window >= 1, "window", window, "at least 1")
-    rule(
-        scale is None or 0 < scale < float("inf"),
-        "scale",
-        scale,
-        "positive and finite, or None for 1/sqrt(d)",
-    )
+
+def batch(q, cu_seqlens, segments):
+    """Checks the shapes and types of cu_seqlens and segments. segments may be None."""
+    shape("cu_seqlens", cu_seqlens, "[num_seqs + 1]", None)
+    of_type(q, "cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    if segments is not None:
+        shape("segments", segments, "[num_segments, 3]", None, 3)
+        of_type(q, "segments", segments, torch.int32, torch.int64)
 
 
-def phi(q, kv_heads, cmp_len, wk, pe, wv):
-    """Checks the shapes of the compression weights."""
-    if wk is None and wv is None and pe is None:
-        return
-    d = q.shape[2]
-    if wk is None or wv is None:
-        name = "wk" if wk is None else "wv"
-        raise ValueError(f"{name} None: must be given with {'wv' if wv is not None else 'wk' if wk is not None else 'pe'}; "
-                         "leave out wk, pe and wv for the mean")  # fmt: skip
-    for name, tensor in (("wk", wk), ("wv", wv)):
-        shape(name, tensor, f"[Hkv, cmp_len*d, d] = {(kv_heads, cmp_len * d, d)}", kv_heads, cmp_len * d, d)
-    if pe is not None:
-        shape("pe", pe, f"[Hkv, cmp_len, d] = {(kv_heads, cmp_len, d)}", kv_heads, cmp_len, d)
+# ---- the arguments of the operators of ops.py ------------------------------------------------------------------------
+
+
+def nsa(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute):
+    heads(q, k, v)
+    same_kind(q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv)
+    config(*sizes)
+    (num_queries, q_heads, d), kv_heads, cmp_len, topk = q.shape, k.shape[1], sizes[0], sizes[3]
+    if gate_logits.dim() == 2:
+        shape("gate_logits", gate_logits, f"[Nq, 3] = {(num_queries, 3)}", num_queries, 3)
+    else:
+        rule = f"[Nq, Hq, 3] = {(num_queries, q_heads, 3)} or [Nq, 3]"
+        shape("gate_logits", gate_logits, rule, num_queries, q_heads, 3)
+    if (wk is None) != (wv is None) or (wk is None and pe is not None):
+        missing, given = ("wk", "wv" if wv is not None else "pe") if wk is None else ("wv", "wk")
+        raise ValueError(f"{missing} None: must be given with {given}; leave out wk, pe and wv for the mean")
+    for name, weight, rows in (("wk", wk, cmp_len * d), ("pe", pe, cmp_len), ("wv", wv, cmp_len * d)):
+        if weight is not None:
+            rule = f"[Hkv, {'cmp_len' if name == 'pe' else 'cmp_len*d'}, d] = {(kv_heads, rows, d)}"
+            shape(name, weight, rule, kv_heads, rows, d)
+    rope(q, inv_freq)
+    batch(q, cu_seqlens, segments)
+    if block_indices is not None:
+        indices(q, k, block_indices, topk)
+
+
+def selected(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
+    heads(q, k, v)
+    same_kind(q, k=k, v=v)
+    indices(q, k, block_indices, None)
+    block, init_blocks, local_blocks = sizes
+    config(block=block, topk=block_indices.shape[2], init_blocks=init_blocks, local_blocks=local_blocks)
+    batch(q, cu_seqlens, segments)
+
+
+def select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
+    heads(q, kc, None)
+    same_kind(q, kc=kc)
+    config(*sizes)
+    shape("lse_c", lse_c, f"[Nq, Hq] = {tuple(q.shape[:2])}", *q.shape[:2])
+    of_type(q, "lse_c", lse_c, reference.compute_dtype(q.dtype))
+    windows("kc", kc, num_keys, sizes[1])
+    batch(q, cu_seqlens, segments)
+
+
+def attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
+    heads(q, k, v)
+    same_kind(q, k=k, v=v)
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
+    rope(q, inv_freq)
+    cmp_len, cmp_stride, window = sizes
+    config(cmp_len, cmp_stride, smallest_block(cmp_len, cmp_stride), window=window)
+    if rule == "compressed":
+        if inv_freq is not None:
+            raise ValueError("inv_freq of a tensor: must be None for rule='compressed'; rotate q and kc before")
+        windows("k", k, num_keys, cmp_stride)
+    batch(q, cu_seqlens, segments)
 
 
 def rope(q, inv_freq):
@@ -122,16 +167,30 @@ def rope(q, inv_freq):
         of_type(q, "inv_freq", inv_freq, torch.float64)
 
 
-def batch(q, cu_seqlens, segments):
-    """Checks the shapes and types of cu_seqlens and segments."""
-    shape("cu_seqlens", cu_seqlens, "[num_seqs + 1]", None)
-    of_type(q, "cu_seqlens", cu_seqlens, torch.int32, torch.int64)
-    if segments is not None:
-        shape("segments", segments, "[num_segments, 3]", None, 3)
-        of_type(q, "segments", segments, torch.int32, torch.int64)
+def indices(q, k, block_indices, topk):
+    """Checks the shape and type of block indices; topk None may be any."""
+    rule = f"[Hkv, Nq, T] with Hkv = {k.shape[1]}, Nq = {q.shape[0]}, T = {topk or 'any'}"
+    shape("block_indices", block_indices, rule, k.shape[1], q.shape[0], topk)
+    of_type(q, "block_indices", block_indices, torch.int32)
 
 
-def batch_values(num_queries, num_keys, cu_seqlens, segments):
+def windows(name, kc, num_keys, cmp_stride):
+    """Checks the number of rows of compressed keys."""
+    if kc.shape[0] < num_keys // cmp_stride:
+        raise ValueError(f"{name} of {kc.shape[0]} rows: must have at least num_keys // cmp_stride = "
+                         f"{num_keys} // {cmp_stride} = {num_keys // cmp_stride}")  # fmt: skip
+
+
+def smallest_block(cmp_len, cmp_stride):
+    """Returns a `block` that is valid with these sizes; dense attention does not use it."""
+    multiple = math.lcm(16, max(cmp_stride, 1))
+    return max(-(-cmp_len // multiple), 1) * multiple
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def batch_values(q, num_keys, cu_seqlens, segments):
     """Checks the values of cu_seqlens and segments. Waits for the GPU."""
     cu = cu_seqlens.tolist()
     if not cu or cu[0] != 0:
@@ -151,8 +210,8 @@ def batch_values(num_queries, num_keys, cu_seqlens, segments):
         if (seq, pos) < end:
             raise ValueError(f"{name}: must not begin before {end}, the end of the segment before it")
         total, end = total + length, (seq, pos + length)
-    if total != num_queries:
-        raise ValueError(f"segments of {total} queries: must have {num_queries}, the number of rows of q")
+    if total != q.shape[0]:
+        raise ValueError(f"segments of {total} queries: must have {q.shape[0]}, the number of rows of q")
 
 
 def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_blocks, local_blocks):

@@ -11,18 +11,10 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_size
 
 VERSION = (0, 1, 0)  # FSA_VERSION_MAJOR, MINOR and PATCH of the fsa.h that the structs below mirror
 
-PHI_MEAN, PHI_LINEAR = 0, 1
+PHI_MEAN, PHI_LINEAR = 0, 1  # FsaPhi
 RULES = {"causal": 0, "window": 1, "compressed": 2}  # FsaVisibility
-BF16, FP16 = 0, 1
-(
-    FORWARD,
-    BACKWARD,
-    SELECTED_FORWARD,
-    SELECTED_BACKWARD,
-    SELECT_BLOCKS,
-    ATTENTION_FORWARD,
-    ATTENTION_BACKWARD,
-) = range(7)
+BF16, FP16 = 0, 1  # FsaDtype
+FORWARD, BACKWARD, SELECTED_FORWARD, SELECTED_BACKWARD, SELECT_BLOCKS, ATTENTION_FORWARD, ATTENTION_BACKWARD = range(7)
 ERROR_CONFIG, ERROR_ARGUMENT = 1, 2
 
 
@@ -65,6 +57,7 @@ class _Arguments(Structure):
 
 
 class FsaForward(_Arguments):
+    _anonymous_ = ("phi",)  # its fields are attributes of this struct too
     _fields_ = _fields(
         size=c_size_t,
         q__k__v__gate_logits=c_void_p,
@@ -78,6 +71,7 @@ class FsaForward(_Arguments):
 
 
 class FsaBackward(_Arguments):
+    _anonymous_ = ("phi", "dphi")
     _fields_ = _fields(
         size=c_size_t,
         k__v__gate_logits__dout=c_void_p,
@@ -153,15 +147,15 @@ class FsaAttentionBackward(_Arguments):
 
 STRUCTS = (FsaConfig, FsaDeviceBatch, FsaPhiWeights, FsaPhiGradients, FsaForward, FsaBackward, FsaSelectedForward,
            FsaSelectedBackward, FsaSelectBlocks, FsaAttentionForward, FsaAttentionBackward)  # fmt: skip
-_OPERATIONS = {
-    "fsa_forward": FsaForward,
-    "fsa_backward": FsaBackward,
-    "fsa_selected_forward": FsaSelectedForward,
-    "fsa_selected_backward": FsaSelectedBackward,
-    "fsa_select_blocks": FsaSelectBlocks,
-    "fsa_attention_forward": FsaAttentionForward,
-    "fsa_attention_backward": FsaAttentionBackward,
-}
+OPERATIONS = (  # the functions and their argument structs, in the order of FsaOperation
+    ("fsa_forward", FsaForward),
+    ("fsa_backward", FsaBackward),
+    ("fsa_selected_forward", FsaSelectedForward),
+    ("fsa_selected_backward", FsaSelectedBackward),
+    ("fsa_select_blocks", FsaSelectBlocks),
+    ("fsa_attention_forward", FsaAttentionForward),
+    ("fsa_attention_backward", FsaAttentionBackward),
+)
 
 
 @functools.lru_cache(maxsize=None)
@@ -185,7 +179,7 @@ def load():
         raise RuntimeError(f"libfsa.so: version {version[0]}.{version[1]} at {path}; must be {VERSION[0]}.{VERSION[1]} "
                            f"or a later {VERSION[0]}.x; build it from the sources of this package")  # fmt: skip
     config, batch = POINTER(FsaConfig), POINTER(FsaDeviceBatch)
-    for name, arguments in _OPERATIONS.items():
+    for name, arguments in OPERATIONS:
         getattr(library, name).argtypes = [config, c_int, batch, POINTER(arguments), c_void_p]
     library.fsa_last_error.restype = c_char_p
     library.fsa_workspace_size.argtypes = [config, c_int, batch, c_int]

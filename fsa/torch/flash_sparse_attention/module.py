@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .ops import native_sparse_attention
+from .functions import native_sparse_attention
 
 
 def rope_frequencies(head_dim, theta=10000.0, device=None):

@@ -194,13 +194,13 @@ def select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, cmp_len, cmp_str
     return select(layout, p, cmp_len, cmp_stride, block, topk, init_blocks, local_blocks)
 
 
-def native_sparse_attention(q, k, v, gate_logits, phi, cu_seqlens, segments, inv_freq, block_indices, cmp_len,
+def native_sparse_attention(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, cmp_len,
                             cmp_stride, block, topk, init_blocks, local_blocks, window, scale):  # fmt: skip
     """Computes native sparse attention, all steps. Returns o and the block indices [Hkv, Nq, topk];
     flash_sparse_attention.native_sparse_attention has the shapes. block_indices None: blocks are selected."""
     layout = BatchLayout(cu_seqlens, segments, q.shape[0], k.shape[0], cmp_len, cmp_stride)
     dtype = q.dtype
-    q, k, v, gate_logits, *phi = _compute(q, k, v, gate_logits, *phi)
+    q, k, v, gate_logits, *phi = _compute(q, k, v, gate_logits, wk, pe, wv)
     kc, vc = compress(layout, k, v, cmp_len, phi, inv_freq)
     q, k = rotate(q, layout.query_pos, inv_freq), rotate(k, layout.key_pos, inv_freq)
     o_c, _, p = attend(q, kc, vc, layout.visible("compressed", cmp_len=cmp_len), scale)

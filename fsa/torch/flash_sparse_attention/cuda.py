@@ -1,0 +1,290 @@
+"""The kernels of the operators for the GPU: calls of libfsa. Workspaces come from PyTorch's allocator, on the current
+stream.
+
+What depends only on the layout of the arguments (shapes, strides, types, device) and on the sizes is checked and computed
+once, and kept in a _Plan. A call then looks the plan up, and fills in the pointers.
+"""
+
+import functools
+
+import torch
+
+from . import checks
+from . import library as lib
+from .ops import kernel, new_like, new_lse, saved_bytes
+
+
+@functools.lru_cache(maxsize=None)
+def _check_gpu(device):
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"GPU {device} of compute capability {major}.{minor}: must be at least 8.0 (Ampere)"
+        )
+
+
+def _new_bytes(num_bytes, device):
+    """Returns device memory whose address is a multiple of 256, as those of PyTorch's allocator are."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+# ---- strides ---------------------------------------------------------------------------------------------------------
+
+
+def _row_stride(name, tensor, multiple=8):
+    """Returns the row stride of a tensor whose rows (all axes but the first) are contiguous; 0: packed.
+
+    Raises:
+        ValueError: a row is not contiguous, rows overlap, or the row stride is not a multiple of `multiple` elements.
+    """
+    row = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:])):
+        if size != 1 and stride != row:
+            raise ValueError(f"{name} of strides {tensor.stride()}: a token's row must be contiguous; "
+                             f"try {name}.contiguous()")  # fmt: skip
+        row *= size
+    if tensor.shape[0] < 2:
+        return 0
+    stride = tensor.stride(0)
+    if stride < row or stride % multiple:
+        raise ValueError(f"{name} of row stride {stride}: must be at least {row}, the elements of a row, and a multiple "
+                         f"of {multiple}; try {name}.contiguous()")  # fmt: skip
+    return stride
+
+
+def _strides(**tensors):
+    """Returns the fields NAME_stride of an argument struct."""
+    return {name + "_stride": _row_stride(name, tensor) for name, tensor in tensors.items()}
+
+
+def _check_packed(**tensors):
+    """Checks that the tensors are contiguous or None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} of strides {tensor.stride()}: must be contiguous; try {name}.contiguous()")
+
+
+def _readable(dout):
+    """Returns dout, or a copy if the library cannot read it. Autograd makes such gradients, as an expanded one."""
+    if not dout.is_contiguous():
+        try:
+            _row_stride("dout", dout)
+        except ValueError:
+            return dout.contiguous()
+    return dout if dout.data_ptr() % 16 == 0 else dout.clone()
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """What all calls of an operation with one layout of arguments and one configuration share.
+
+    Args:
+        operation: of FsaOperation.
+        fields: of the argument struct, but for pointers.
+        config: of FsaConfig, but for the shape of q and k.
+    """
+
+    def __init__(self, operation, fields, q, kv_heads, num_keys, cu_seqlens, segments, scale, **config):
+        _check_gpu(q.device)
+        _check_packed(cu_seqlens=cu_seqlens, segments=segments)
+        library = lib.load()
+        name, self.struct = lib.OPERATIONS[operation]
+        self.function, self.device = getattr(library, name), q.device
+        self.arguments = self.struct(**fields)
+        num_queries, q_heads, d = q.shape
+        config = {**dict(cmp_len=16, cmp_stride=16, block=64, topk=1, window=1), **config}
+        self.config = lib.FsaConfig(q_heads=q_heads, kv_heads=kv_heads, head_dim=d, scale=scale, **config)
+        self.dtype = lib.BF16 if q.dtype == torch.bfloat16 else lib.FP16
+        self.batch = lib.FsaDeviceBatch(num_queries=num_queries, num_keys=num_keys, num_seqs=cu_seqlens.shape[0] - 1,
+                                        num_segments=segments.shape[0])  # fmt: skip
+        with torch.cuda.device(self.device):
+            size = library.fsa_workspace_size(self.config, self.dtype, self.batch, operation)
+        self.arguments.workspace_bytes = size or lib.fail(0)
+
+    def run(self, cu_seqlens, segments, **tensors):
+        """Calls the function with a new workspace. tensors: by the fields of the argument struct; may be None."""
+        batch = lib.FsaDeviceBatch.from_buffer_copy(self.batch)
+        batch.cu_seqlens, batch.segments = cu_seqlens.data_ptr(), segments.data_ptr()
+        arguments = self.struct.from_buffer_copy(self.arguments)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                setattr(arguments, name, tensor.data_ptr())
+        workspace = _new_bytes(arguments.workspace_bytes, self.device)
+        arguments.workspace = workspace.data_ptr()
+        if torch.cuda.current_device() == self.device.index:
+            status = self._call(batch, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                status = self._call(batch, arguments)
+        if status:
+            lib.fail(status)
+
+    def _call(self, batch, arguments):
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        return self.function(self.config, self.dtype, batch, arguments, stream)
+
+
+_PLANS = {}
+
+
+def _plan(build, tensors, *rest):
+    """Returns build(*tensors, *rest), from the second call with this layout and `rest` on from a cache."""
+    key = (build, *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+           *[tuple(x) if isinstance(x, list) else x for x in rest])  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        if len(_PLANS) >= 4096:  # of batches that always differ, none comes again
+            _PLANS.clear()
+        plan = _PLANS[key] = build(*tensors, *rest)
+    return plan
+
+
+# ---- native sparse attention -----------------------------------------------------------------------------------------
+
+
+def _nsa_plan(operation, fields, q, k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, sizes, scale, recompute):
+    _check_packed(wk=wk, pe=pe, wv=wv, inv_freq=inv_freq)
+    fields["gate_stride"] = _row_stride("gate_logits", gate_logits, multiple=1)
+    names = ("cmp_len", "cmp_stride", "block", "topk", "init_blocks", "local_blocks", "window")
+    phi = lib.PHI_MEAN if wk is None else lib.PHI_LINEAR
+    return _Plan(operation, fields, q, k.shape[1], k.shape[0], cu_seqlens, segments, scale, phi=phi,
+                 gate_per_token=gate_logits.dim() == 2, recompute=recompute, **dict(zip(names, sizes)))  # fmt: skip
+
+
+def _nsa_forward_plan(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
+                      recompute):  # fmt: skip
+    checks.nsa(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute)
+    _check_packed(block_indices=block_indices)
+    plan = _nsa_plan(lib.FORWARD, _strides(q=q, k=k, v=v), q, k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
+                     sizes, scale, recompute)  # fmt: skip
+    plan.saved_bytes = saved_bytes(q, k, sizes[1], sizes[3], recompute)
+    needed = lib.load().fsa_saved_size(plan.config, plan.dtype, plan.batch)
+    if needed != plan.saved_bytes:
+        raise RuntimeError(f"fsa_saved_size {needed}: must be {plan.saved_bytes}; libfsa.so is of other sources than the "
+                           "Python package")  # fmt: skip
+    return plan
+
+
+@kernel("nsa_forward", "CUDA")
+def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
+                 recompute):  # fmt: skip
+    inputs = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
+    plan = _plan(_nsa_forward_plan, inputs, sizes, scale, recompute)
+    o, saved = new_like(q), _new_bytes(plan.saved_bytes, q.device)
+    plan.run(cu_seqlens, segments, q=q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
+             block_indices=block_indices, o=o, saved=saved)  # fmt: skip
+    return o, saved
+
+
+def _nsa_backward_plan(dout, k, v, gate_logits, *rest):
+    return _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, gate_logits, *rest)
+
+
+@kernel("nsa_backward", "CUDA")
+def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute):
+    dout = _readable(dout)
+    inputs = dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq
+    plan = _plan(_nsa_backward_plan, inputs, sizes, scale, recompute)
+    dq, dk, dv, dgate_logits = map(new_like, inputs[:4])
+    # The library adds to the gradients of the weights, in float32.
+    dphi = [None if w is None else torch.zeros_like(w, dtype=torch.float32) for w in (wk, pe, wv)]
+    plan.run(cu_seqlens, segments, dout=dout, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
+             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dphi[0], dpe=dphi[1],
+             dwv=dphi[2])  # fmt: skip
+    return dq, dk, dv, dgate_logits, *(dout.new_empty(0) if x is None else x.to(dout.dtype) for x in dphi)
+
+
+# ---- selected attention, block selection -----------------------------------------------------------------------------
+
+
+def _selected_plan(operation, tensors, q, k, block_indices, cu_seqlens, segments, sizes, scale):
+    _check_packed(block_indices=block_indices)
+    block, init_blocks, local_blocks = sizes
+    return _Plan(operation, _strides(**tensors), q, k.shape[1], k.shape[0], cu_seqlens, segments, scale, block=block,
+                 topk=block_indices.shape[2], init_blocks=init_blocks, local_blocks=local_blocks)  # fmt: skip
+
+
+def _selected_forward_plan(q, k, v, block_indices, *rest):
+    checks.selected(q, k, v, block_indices, *rest)
+    return _selected_plan(lib.SELECTED_FORWARD, dict(q=q, k=k, v=v), q, k, block_indices, *rest)
+
+
+@kernel("selected_forward", "CUDA")
+def _selected_forward(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
+    plan = _plan(_selected_forward_plan, (q, k, v, block_indices, cu_seqlens, segments), sizes, scale)
+    o, lse = new_like(q), new_lse(q)
+    plan.run(cu_seqlens, segments, q=q, k=k, v=v, block_indices=block_indices, o=o, lse=lse)
+    return o, lse
+
+
+def _selected_backward_plan(dout, q, k, v, *rest):
+    return _selected_plan(lib.SELECTED_BACKWARD, dict(dout=dout, q=q, k=k, v=v), q, k, *rest)
+
+
+@kernel("selected_backward", "CUDA")
+def _selected_backward(dout, q, k, v, o, lse, block_indices, cu_seqlens, segments, sizes, scale):
+    dout = _readable(dout)
+    plan = _plan(_selected_backward_plan, (dout, q, k, v, block_indices, cu_seqlens, segments), sizes, scale)
+    dq, dk, dv = map(new_like, (q, k, v))
+    plan.run(cu_seqlens, segments, dout=dout, q=q, k=k, v=v, o=o, lse=lse, block_indices=block_indices, dq=dq, dk=dk,
+             dv=dv)  # fmt: skip
+    return dq, dk, dv
+
+
+def _select_blocks_plan(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
+    checks.select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale)
+    _check_packed(lse_c=lse_c)
+    names = ("cmp_len", "cmp_stride", "block", "topk", "init_blocks", "local_blocks")
+    return _Plan(lib.SELECT_BLOCKS, _strides(q=q, kc=kc), q, kc.shape[1], num_keys, cu_seqlens, segments, scale,
+                 **dict(zip(names, sizes)))  # fmt: skip
+
+
+@kernel("select_blocks", "CUDA")
+def _select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
+    plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), num_keys, sizes, scale)
+    block_indices = q.new_empty(kc.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
+    plan.run(cu_seqlens, segments, q=q, kc=kc, lse_c=lse_c, block_indices=block_indices)
+    return block_indices
+
+
+# ---- dense attention -------------------------------------------------------------------------------------------------
+
+
+def _attention_plan(operation, tensors, q, k, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
+    _check_packed(inv_freq=inv_freq)
+    cmp_len, cmp_stride, window = sizes
+    fields = dict(rule=lib.RULES[rule], **_strides(**tensors))
+    return _Plan(operation, fields, q, k.shape[1], num_keys, cu_seqlens, segments, scale, cmp_len=cmp_len,
+                 cmp_stride=cmp_stride, block=checks.smallest_block(cmp_len, cmp_stride), window=window)  # fmt: skip
+
+
+def _attention_forward_plan(q, k, v, *rest):
+    checks.attention(q, k, v, *rest)
+    return _attention_plan(lib.ATTENTION_FORWARD, dict(q=q, k=k, v=v), q, k, *rest)
+
+
+@kernel("attention_forward", "CUDA")
+def _attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
+    plan = _plan(_attention_forward_plan, (q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes, scale)
+    o, lse = new_like(q), new_lse(q)
+    plan.run(cu_seqlens, segments, q=q, k=k, v=v, inv_freq=inv_freq, o=o, lse=lse)
+    return o, lse
+
+
+def _attention_backward_plan(dout, q, k, v, *rest):
+    return _attention_plan(lib.ATTENTION_BACKWARD, dict(dout=dout, q=q, k=k, v=v), q, k, *rest)
+
+
+@kernel("attention_backward", "CUDA")
+def _attention_backward(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
+    dout = _readable(dout)
+    plan = _plan(_attention_backward_plan, (dout, q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes,
+                 scale)  # fmt: skip
+    dq, dk, dv = map(new_like, (q, k, v))
+    if rule == "compressed":  # the library does not write the rows after the last window
+        dk.zero_(), dv.zero_()
+    plan.run(cu_seqlens, segments, dout=dout, q=q, k=k, v=v, o=o, lse=lse, inv_freq=inv_freq, dq=dq, dk=dk,
+             dv=dv)  # fmt: skip
+    return dq, dk, dv
