@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 
 import torch
 from torch_checks import ROOT, finish, fsa, run
@@ -44,20 +43,15 @@ OPERATION(fsa_attention_backward, FsaAttentionBackward)
 """
 
 
-def use_gpu_kernels():
-    """Registers the kernels for the GPU for the CPU, too."""
+def use_gpu_kernels(choose):
+    """Registers choose(kernel for the GPU, kernel for the CPU) as the kernel for the CPU, for all operators."""
     library = torch.library.Library("flash_sparse_attention", "IMPL")
     for name in ops._SCHEMAS:
-        kernels = getattr(cuda, "_" + name), getattr(ops, "_" + name)
-
-        def call(*arguments, kernels=kernels):
-            return kernels[not on_gpu or arguments[0].dtype not in (torch.bfloat16, torch.float16)](*arguments)
-
         torch.library._impls.discard(f"flash_sparse_attention/{name}/CPU")
-        library.impl(name, call, "CPU")
+        library.impl(name, choose(getattr(cuda, "_" + name), getattr(ops, "_" + name)), "CPU")
     torch.cuda.device = lambda device: contextlib.nullcontext()
     torch.cuda.current_device = lambda: None  # the index of the device "cpu"
-    torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=None)
+    torch._C._cuda_getCurrentRawStream = lambda index: None
     torch.cuda.get_device_capability = lambda device: (9, 0)
     return library
 
@@ -66,7 +60,15 @@ def emulator(path, cases=2):
     import test_torch_gpu
 
     os.environ["LIBFSA"] = os.path.abspath(path)
-    library = use_gpu_kernels()  # noqa: F841  registers as long as it lives
+
+    def by_type(gpu_kernel, cpu_kernel):
+        def call(*arguments):
+            to_gpu = on_gpu and arguments[0].dtype in (torch.bfloat16, torch.float16)
+            return (gpu_kernel if to_gpu else cpu_kernel)(*arguments)
+
+        return call
+
+    library = use_gpu_kernels(by_type)  # noqa: F841  registers as long as it lives
     reference_in = test_torch_gpu.reference_in
 
     def new_bytes(num_bytes, device):  # the CPU's allocator does not align to 256 bytes
@@ -101,14 +103,14 @@ def time_host():
         compiler = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-I" + os.path.join(ROOT, "fsa")]
         subprocess.run([*compiler, source, "-o", stub], check=True)
         os.environ["LIBFSA"] = stub
-        library = use_gpu_kernels()  # noqa: F841
-        shapes = [(64, 8, 64), (64, 2, 64), (64, 2, 64), (64, 8, 3), (2, 512, 64), (2, 8, 64), (2, 512, 64)]
+        library = use_gpu_kernels(lambda gpu_kernel, cpu_kernel: gpu_kernel)  # noqa: F841
+        shapes = [(64, 8, 64), (64, 2, 64), (64, 2, 64), (64, 8, 3), (2, 64, 64), (2, 1, 64), (2, 64, 64)]
         leaves = [torch.zeros(s, dtype=torch.bfloat16).requires_grad_() for s in shapes]
         cu, inv_freq = torch.tensor([0, 64]), fsa.rope_frequencies(64)
         segments, dout = fsa.whole_sequences(cu), torch.zeros(64, 8, 64, dtype=torch.bfloat16)
 
         def forward():
-            return fsa.native_sparse_attention(*leaves, cu, inv_freq=inv_freq, segments=segments, cmp_len=8, cmp_stride=8)
+            return fsa.native_sparse_attention(*leaves, cu, inv_freq=inv_freq, segments=segments, cmp_len=1, cmp_stride=1)
 
         o = forward()
         for name, function in (

@@ -11,7 +11,7 @@ import torch
 
 from . import checks
 from . import library as lib
-from .ops import kernel, new_like, new_lse, saved_bytes
+from .ops import kernel, new_like, new_lse, phi_sizes, saved_bytes
 
 
 @functools.lru_cache(maxsize=None)
@@ -122,7 +122,7 @@ class _Plan:
             lib.fail(status)
 
     def _call(self, batch, arguments):
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         return self.function(self.config, self.dtype, batch, arguments, stream)
 
 
@@ -178,8 +178,10 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
     return o, saved
 
 
-def _nsa_backward_plan(dout, k, v, gate_logits, *rest):
-    return _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, gate_logits, *rest)
+def _nsa_backward_plan(dout, k, v, gate_logits, wk, pe, wv, *rest):
+    plan = _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, gate_logits, wk, pe, wv, *rest)
+    plan.phi_sizes = phi_sizes(wk, pe, wv)
+    return plan
 
 
 @kernel("nsa_backward", "CUDA")
@@ -189,11 +191,12 @@ def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv
     plan = _plan(_nsa_backward_plan, inputs, sizes, scale, recompute)
     dq, dk, dv, dgate_logits = map(new_like, inputs[:4])
     # The library adds to the gradients of the weights, in float32.
-    dphi = [None if w is None else torch.zeros_like(w, dtype=torch.float32) for w in (wk, pe, wv)]
+    dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=dout.device)
+    dwk, dpe, dwv = dphi.split(plan.phi_sizes)
     plan.run(cu_seqlens, segments, dout=dout, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
-             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dphi[0], dpe=dphi[1],
-             dwv=dphi[2])  # fmt: skip
-    return dq, dk, dv, dgate_logits, *(dout.new_empty(0) if x is None else x.to(dout.dtype) for x in dphi)
+             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dwk, dpe=dpe,
+             dwv=dwv)  # fmt: skip
+    return dq, dk, dv, dgate_logits, dphi.to(dout.dtype)
 
 
 # ---- selected attention, block selection -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import checks, cuda  # noqa: F401  cuda registers the kernels of the GPU
-from .ops import saved_block_indices
+from .ops import phi_sizes, saved_block_indices
 
 _OPS = torch.ops.flash_sparse_attention
 
@@ -36,9 +36,10 @@ class _NativeSparseAttention(torch.autograd.Function):
         if dout is None:
             return (None,) * 14
         saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-        gradients = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
-        dphi = [None if w is None else dw for w, dw in zip(saved_tensors[3:6], gradients[4:])]
-        return (*gradients[:4], *dphi, None, None, None, None, None, None, None)
+        *gradients, dphi = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
+        weights = saved_tensors[3:6]
+        dphi = [None if w is None else dw.view(w.shape) for w, dw in zip(weights, dphi.split(phi_sizes(*weights)))]
+        return *gradients, *dphi, None, None, None, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -98,16 +99,19 @@ def whole_sequences(cu_seqlens):
     )
 
 
-def _cast(**tensors):
-    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays."""
+def _require_tensors(**tensors):
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) and x is not None:
+        if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
-    device = tensors["q"].device.type
+
+
+def _cast(*tensors):
+    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays."""
+    device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return tensors.values()
+        return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors.values()]
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 def _batch(q, num_keys, cu_seqlens, segments):
@@ -179,7 +183,8 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         ValueError, TypeError: an argument breaks its rule.
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
-    q, k, v, gate_logits, wk, pe, wv = _cast(q=q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv)
+    _require_tensors(q=q, k=k, v=v, gate_logits=gate_logits)
+    q, k, v, gate_logits, wk, pe, wv = _cast(q, k, v, gate_logits, wk, pe, wv)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window]
     arguments = (q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, _scale(scale),
@@ -216,7 +221,8 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    q, k, v = _cast(q=q, k=k, v=v)
+    _require_tensors(q=q, k=k, v=v)
+    q, k, v = _cast(q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
     arguments = (q, k, v, block_indices, cu_seqlens, segments, sizes, _scale(scale))
@@ -250,7 +256,8 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    q, kc = _cast(q=q, kc=kc)
+    _require_tensors(q=q, kc=kc)
+    q, kc = _cast(q, kc)
     num_keys = q.shape[0] if num_keys is None else num_keys
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks]
@@ -284,7 +291,8 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    q, k, v = _cast(q=q, k=k, v=v)
+    _require_tensors(q=q, k=k, v=v)
+    q, k, v = _cast(q, k, v)
     if (rule == "window") != (window is not None):
         raise ValueError(
             f"window {window}: must be given for rule='window', and for no other rule; rule is {rule!r}"

@@ -16,10 +16,10 @@ _SCHEMAS = {
     # sizes: cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window. Returns o, saved.
     "nsa_forward": f"(Tensor q, Tensor k, Tensor v, Tensor gate_logits, {_PHI}, {_BATCH}, Tensor? inv_freq, "
     "Tensor? block_indices, SymInt[] sizes, float scale, bool recompute) -> (Tensor, Tensor)",
-    # Returns dq, dk, dv, dgate_logits, dwk, dpe, dwv; a gradient of a weight that is None is empty.
+    # Returns dq, dk, dv, dgate_logits, and dwk, dpe, dwv one after another in one array: so they need one memset.
     "nsa_backward": f"(Tensor dout, Tensor k, Tensor v, Tensor gate_logits, {_PHI}, {_BATCH}, Tensor? inv_freq, "
     "Tensor saved, SymInt[] sizes, float scale, bool recompute) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # sizes: block, init_blocks, local_blocks. Returns o, lse.
     "selected_forward": f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_BATCH}, SymInt[] sizes, float scale) "
     "-> (Tensor, Tensor)",
@@ -78,6 +78,11 @@ def saved_block_indices(saved, kv_heads, num_queries, topk):
     return saved[start : start + num_bytes].view(torch.int32).view(kv_heads, num_queries, topk)
 
 
+def phi_sizes(*weights):
+    """Returns the numbers of elements of wk, pe and wv, each of which may be None."""
+    return [0 if w is None else w.numel() for w in weights]
+
+
 def new_lse(q):
     return q.new_empty(q.shape[:2], dtype=reference.compute_dtype(q.dtype))
 
@@ -128,8 +133,7 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
 
 @kernel("nsa_backward", "fake")
 def _(dout, k, v, gate_logits, wk, pe, wv, *_):
-    weights = (dout.new_empty(0) if w is None else new_like(w) for w in (wk, pe, wv))
-    return *map(new_like, (dout, k, v, gate_logits)), *weights
+    return *map(new_like, (dout, k, v, gate_logits)), dout.new_empty(sum(phi_sizes(wk, pe, wv)))
 
 
 @kernel("nsa_backward", "CPU")
@@ -137,7 +141,8 @@ def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv
     q = saved[: dout.numel() * dout.dtype.itemsize].view(dout.dtype).view(dout.shape)
     rest = cu_seqlens, segments, inv_freq, saved_block_indices(saved, k.shape[1], q.shape[0], sizes[3])
     function = lambda *x: reference.native_sparse_attention(*x, *rest, *sizes, _scale(scale, q))  # noqa: E731
-    return _gradients(function, dout, q, k, v, gate_logits, wk, pe, wv)
+    *gradients, dwk, dpe, dwv = _gradients(function, dout, q, k, v, gate_logits, wk, pe, wv)
+    return *gradients, torch.cat([x.flatten() for x in (dwk, dpe, dwv)])
 
 
 @kernel("selected_forward", "fake")
