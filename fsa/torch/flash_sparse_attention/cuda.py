@@ -103,14 +103,14 @@ class _Plan:
             size = library.fsa_workspace_size(self.config, self.dtype, self.batch, operation)
         self.arguments.workspace_bytes = size or lib.fail(0)
 
-    def run(self, cu_seqlens, segments, **tensors):
-        """Calls the function with a new workspace. tensors: by the fields of the argument struct; may be None."""
+    def run(self, cu_seqlens, segments, **fields):
+        """Calls the function with a new workspace. fields: of the argument struct, as tensors, addresses, or None."""
         batch = lib.FsaDeviceBatch.from_buffer_copy(self.batch)
         batch.cu_seqlens, batch.segments = cu_seqlens.data_ptr(), segments.data_ptr()
         arguments = self.struct.from_buffer_copy(self.arguments)
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                setattr(arguments, name, tensor.data_ptr())
+        for name, x in fields.items():
+            if x is not None:
+                setattr(arguments, name, x if type(x) is int else x.data_ptr())
         workspace = _new_bytes(arguments.workspace_bytes, self.device)
         arguments.workspace = workspace.data_ptr()
         if torch.cuda.current_device() == self.device.index:
@@ -192,7 +192,9 @@ def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv
     dq, dk, dv, dgate_logits = map(new_like, inputs[:4])
     # The library adds to the gradients of the weights, in float32.
     dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=dout.device)
-    dwk, dpe, dwv = dphi.split(plan.phi_sizes)
+    dwk = dphi.data_ptr()
+    dpe = dwk + 4 * plan.phi_sizes[0]
+    dwv = dpe + 4 * plan.phi_sizes[1]
     plan.run(cu_seqlens, segments, dout=dout, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
              saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dwk, dpe=dpe,
              dwv=dwv)  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import checks, cuda  # noqa: F401  cuda registers the kernels of the GPU
-from .ops import phi_sizes, saved_block_indices
+from .ops import saved_block_indices
 
 _OPS = torch.ops.flash_sparse_attention
 
@@ -37,9 +37,11 @@ class _NativeSparseAttention(torch.autograd.Function):
             return (None,) * 14
         saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
         *gradients, dphi = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
-        weights = saved_tensors[3:6]
-        dphi = [None if w is None else dw.view(w.shape) for w, dw in zip(weights, dphi.split(phi_sizes(*weights)))]
-        return *gradients, *dphi, None, None, None, None, None, None, None
+        offset, weights = 0, []
+        for w in saved_tensors[3:6]:
+            weights.append(None if w is None else dphi.as_strided(w.shape, w.stride(), offset))
+            offset += 0 if w is None else w.numel()
+        return *gradients, *weights, None, None, None, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):
