@@ -37,7 +37,7 @@ GPU_TRAINER := $(OUT)train_gpt_nsa$(if $(filter-out bf16,$(PRECISION)),_$(PRECIS
 LIBFSA := $(OUT)libfsa
 MAKERS := $(BUILD)/recall $(BUILD)/text
 
-.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench install uninstall cuda cuda-all clean FORCE
+.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench peers install uninstall cuda cuda-all clean FORCE
 all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make test-emulator  run the GPU trainer and every kernel on the CPU, at small sizes (needs the CUDA Toolkit's headers)"
 	@echo "make test-large     test the GPU library with up to 1,000,000 tokens (needs a GPU)"
 	@echo "make bench          time the kernels of this machine"
+	@echo "make peers          time other people's attention kernels beside ours (needs a GPU and PyTorch); ARGS= adds flags"
 	@echo "make cuda           compile all CUDA code for this GPU; without a GPU, for sm_80 and sm_90a (needs nvcc)"
 	@echo "make cuda-all       compile all CUDA code for all architectures, into $(BUILD)/all (needs nvcc)"
 	@echo "make sanitize       compute-sanitizer over the GPU library's tests (needs a GPU)"
@@ -127,3 +128,5 @@ cuda-all:
 	@$(MAKE) --no-print-directory cuda BUILD=$(BUILD)/all GPU= ARCHS="80 90" PTX=80
 bench: $(if $(USE_GPU),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)
 	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done
+peers: $(LIBFSA).so
+	@LIBFSA=$(abspath $<) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)
