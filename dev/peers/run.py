@@ -163,7 +163,8 @@ def run_system(run, name, jobs):
     """Runs a system's jobs. After a crash or a time-out a new process takes the jobs that remain."""
     while jobs:
         command = [sys.executable, os.path.join(HERE, "harness.py"), name, run.args.device]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, text=True, **pipes)
         try:
             process.stdin.write(json.dumps(jobs))
             process.stdin.close()
@@ -175,7 +176,8 @@ def run_system(run, name, jobs):
                 line = lines.get(timeout=run.args.limit if now else START_LIMIT)
             except queue.Empty:
                 process.kill()
-                line, reason = None, f"no result in {run.args.limit} s; --limit allows more" if now else "cannot be imported in time"
+                line = None
+                reason = f"no result in {run.args.limit} s; --limit allows more" if now else "the import takes too long"
             else:
                 reason = None
             if line is None:

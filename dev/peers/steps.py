@@ -1,8 +1,9 @@
 """A training step of a model of Llama 3 8B's shape in PyTorch, with the attention of a system.
 
 4 layers, 4,096 channels, 14,336 in the feed-forward layers, a vocabulary of 32,768, one sequence. Weights, gradients and
-AdamW's moments are bf16, which is less work and memory than mixed precision with fp32 master weights. torch.compile fuses
-all but the attention: norms, RoPE, SwiGLU and the loss. AdamW is PyTorch's fused one. RoPE is applied before the attention.
+AdamW's moments are bf16, which is less work and memory than mixed precision with fp32 master weights. torch.compile
+fuses all but the attention: norms, RoPE, SwiGLU and the loss. AdamW is PyTorch's fused one. RoPE comes before the
+attention.
 """
 
 import statistics
@@ -18,6 +19,10 @@ WARM_UP, STEPS = 3, 5
 
 def weight(*shape):
     return nn.Parameter(0.02 * torch.randn(*shape, device="cuda", dtype=torch.bfloat16))
+
+
+def norm_weight():
+    return nn.Parameter(torch.ones(CHANNELS, device="cuda", dtype=torch.bfloat16))
 
 
 def norm(x, scale):
@@ -53,7 +58,7 @@ class Layer(nn.Module):
     def __init__(self, hq, hkv, linear):
         super().__init__()
         self.hq, self.hkv = hq, hkv
-        self.norm1, self.norm2 = (nn.Parameter(torch.ones(CHANNELS, device="cuda", dtype=torch.bfloat16)) for _ in range(2))
+        self.norm1, self.norm2 = norm_weight(), norm_weight()
         self.qkv = weight((hq + 2 * hkv) * HEAD_DIM, CHANNELS)
         self.gate = weight(3 * hq, CHANNELS)
         self.out = weight(CHANNELS, hq * HEAD_DIM)
@@ -70,7 +75,7 @@ class Model(nn.Module):
     def __init__(self, n, hq, hkv, linear):
         super().__init__()
         self.embedding, self.head = weight(VOCAB, CHANNELS), weight(VOCAB, CHANNELS)
-        self.norm = nn.Parameter(torch.ones(CHANNELS, device="cuda", dtype=torch.bfloat16))
+        self.norm = norm_weight()
         self.layers = nn.ModuleList(Layer(hq, hkv, linear) for _ in range(LAYERS))
         frequency = THETA ** (-torch.arange(0, HEAD_DIM, 2, device="cuda").double() / HEAD_DIM)
         angle = torch.arange(n, device="cuda")[:, None, None] * frequency

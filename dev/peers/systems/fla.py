@@ -10,7 +10,6 @@ from systems import window
 
 if nsa.flash_attn_func is None:  # it calls FlashAttention-2 for its sliding window
     nsa.flash_attn_func = lambda q, k, v, causal, window_size: window.FUNCTION(q, k, v, window_size[0])
-STEP = None
 SIZES = dict(block_counts=SELECTION["topk"], block_size=SELECTION["block"])
 
 

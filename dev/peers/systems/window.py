@@ -1,5 +1,5 @@
-"""The sliding window of the systems that call FlashAttention for it: FlashAttention-3 or FlashAttention-4 if it is installed,
-otherwise the FlashAttention-2 inside PyTorch."""
+"""The sliding window of the systems that call FlashAttention for it: FlashAttention-3 or FlashAttention-4 if it is
+installed, otherwise the FlashAttention-2 inside PyTorch."""
 
 import importlib.metadata
 
