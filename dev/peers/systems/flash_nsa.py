@@ -1,11 +1,12 @@
 """flash_nsa: NSA in Triton for Hopper, with mean compression."""
 
+import functools
 import sys
 import types
 
 import torch
 from sizes import BLOCKS as SELECTION
-from sizes import CMP, WINDOW
+from sizes import CMP, HEAD_DIM, WINDOW
 from systems import checkout, window
 
 # flash_nsa imports its sliding window from FlashAttention-3 or -2. Where they are not installed, it gets `window`.
@@ -42,9 +43,13 @@ def begin(x):
     flash_nsa.NSAHelper.init_cu_seqlens(x.cu_seqlens32)
 
 
+@functools.lru_cache(maxsize=None)
+def whole(hq, hkv):
+    return flash_nsa.HFNSACore(flash_nsa.NSAConfig(num_heads=hq, num_kv_heads=hkv, head_dim=HEAD_DIM, **SIZES))
+
+
 def core_mean(x):
-    config = flash_nsa.NSAConfig(num_heads=x.q.shape[1], num_kv_heads=x.k.shape[1], head_dim=x.q.shape[2], **SIZES)
-    return flash_nsa.HFNSACore(config)(x.q, x.k, x.v, x.gate, x.cu_seqlens32)
+    return whole(x.q.shape[1], x.k.shape[1])(x.q, x.k, x.v, x.gate, x.cu_seqlens32)
 
 
 def blocks(x):
