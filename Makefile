@@ -128,5 +128,3 @@ cuda-all:
 	@$(MAKE) --no-print-directory cuda BUILD=$(BUILD)/all GPU= ARCHS="80 90" PTX=80
 bench: $(if $(USE_GPU),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)
 	@for program in $^; do COMMIT=$(COMMIT) $$program || exit 1; done
-peers: $(LIBFSA).so
-	@LIBFSA=$(abspath $<) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)

@@ -36,3 +36,7 @@ $(BUILD)/%_fp32.o: %.cu $(BUILD)/trainer.flags ; $(COMPILE_CUDA)
 $(BUILD)/%_bf16.o: private DEFINES := $(TRAINER_FLAGS)
 $(BUILD)/%_fp16.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP16
 $(BUILD)/%_fp32.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP32
+
+# ---- other people's kernels beside ours --------------------------------------------------------------------------------
+peers: $(LIBFSA).so
+	@LIBFSA=$(abspath $<) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)

@@ -161,17 +161,17 @@ static void test_context_parallel(void) {
         CHECK(max_imbalance_documents < 1.1, "attention %d, documents: %.4f times the mean work", attn,
               max_imbalance_documents);
     }
-    // head groups: equal groups with at least 16 MiB of keys
-    FsaConfig *f = &c.fsa; // (32, 8) heads of 128: the keys of 65,536 tokens and one head have 16 MiB
-    CHECK(cp_num_head_groups(f, 65536, 2) == 8 && cp_num_head_groups(f, 65536, 1) == 1,
-          "llama3-8b: groups of 64K tokens");
-    CHECK(cp_num_head_groups(f, 65535, 2) == 4 && cp_num_head_groups(f, 16384, 2) == 2 &&
-              cp_num_head_groups(f, 4096, 2) == 1,
+    // head groups: equal groups with at least 256 MiB of keys
+    FsaConfig *f = &c.fsa; // (32, 8) heads of 128: the keys of 1M tokens and one head have 256 MiB
+    CHECK(cp_num_head_groups(f, 1048576, 2) == 8 && cp_num_head_groups(f, 1048576, 1) == 1,
+          "llama3-8b: groups of 1M tokens");
+    CHECK(cp_num_head_groups(f, 1048575, 2) == 4 && cp_num_head_groups(f, 262144, 2) == 2 &&
+              cp_num_head_groups(f, 131072, 2) == 1,
           "llama3-8b: groups of fewer tokens");
     CHECK(cp_num_head_groups(f, (int64_t)1 << 32, 16) == 8, "llama3-8b: groups of 4G tokens");
     f->kv_heads = 6;
-    CHECK(cp_num_head_groups(f, 16384, 2) == 1 && cp_num_head_groups(f, 24576, 2) == 2 &&
-              cp_num_head_groups(f, 40000, 2) == 3,
+    CHECK(cp_num_head_groups(f, 262144, 2) == 1 && cp_num_head_groups(f, 393216, 2) == 2 &&
+              cp_num_head_groups(f, 640000, 2) == 3,
           "6 kv heads");
     // with one sequence, rank r has chunks r and 2*ranks - 1 - r
     int64_t cu[2] = {0, 8192};
