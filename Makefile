@@ -37,7 +37,7 @@ GPU_TRAINER := $(OUT)train_gpt_nsa$(if $(filter-out bf16,$(PRECISION)),_$(PRECIS
 LIBFSA := $(OUT)libfsa
 MAKERS := $(BUILD)/recall $(BUILD)/text
 
-.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench peers install uninstall cuda cuda-all clean FORCE
+.PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench peers install uninstall wheel cuda cuda-all clean FORCE
 all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo "                    GPU= trains on the CPU, PRECISION=fp16 or fp32 builds the GPU trainer for these"
 	@echo "make libfsa.a       build the attention alone, as a static library; libfsa.so: as a shared one (needs nvcc)"
 	@echo "make install        install both, fsa.h and fsa.pc below PREFIX (/usr/local); DESTDIR=; make uninstall removes them"
+	@echo "make wheel          build the PyTorch package, a wheel with libfsa.so, into $(BUILD)/dist (needs nvcc and pip)"
 	@echo "make test           build and run the tests of this machine; SAN=1: with address and undefined-behaviour sanitizers"
 	@echo "make test-emulator  run the GPU trainer and every kernel on the CPU, at small sizes (needs the CUDA Toolkit's headers)"
 	@echo "make test-large     test the GPU library with up to 1,000,000 tokens (needs a GPU)"

@@ -1,4 +1,4 @@
-# fsa.mk: the library libfsa, its example, and its installation.
+# fsa.mk: the library libfsa, its example, its installation, and the wheel of the PyTorch package.
 
 # config_lib.o has no -march=native, so that the library runs on other CPUs too.
 FSA_SOURCES := $(wildcard fsa/*.cu fsa/sm80/*.cu fsa/sm90/*.cu)
@@ -13,6 +13,13 @@ $(LIBFSA).so.0: $(FSA)
 	$(START)$(NVCC) $(GENCODE) -shared -Xlinker -soname=$(@F) $^ -o $@
 	@! nm -D --defined-only $@ | grep -v ' T fsa_' || { echo "error: $@ exports these symbols, which fsa.h does not declare" >&2; rm $@; exit 1; }
 $(LIBFSA).so: $(LIBFSA).so.0 ; $(START)ln -sf $(<F) $@
+
+# ---- the PyTorch package (torch/): a wheel with libfsa.so for sm_80, sm_90a and, as PTX, later GPUs -------------------
+# setup.py runs make again, with its own BUILD. pip needs no network if setuptools can build wheels.
+wheel:
+	@env -u MAKEFLAGS NVCC=$(or $(NVCC),$(NO_NVCC)) python3 -m pip wheel -q --no-deps -w $(BUILD)/dist ./fsa/torch \
+	    $$(python3 -c 'import setuptools.command.bdist_wheel' 2>/dev/null && echo --no-build-isolation)
+	@ls $(BUILD)/dist/flash_sparse_attention-$(FSA_VERSION)-*.whl
 
 # ---- installation: libfsa.a, libfsa.so, fsa.h, and fsa.pc for pkg-config; DESTDIR is a staging folder ---------------
 PREFIX ?= /usr/local

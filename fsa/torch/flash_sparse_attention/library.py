@@ -172,20 +172,20 @@ def load():
     try:
         library = ctypes.CDLL(path)
         library.fsa_version.restype = c_int
+        version = divmod(library.fsa_version(), 1000)
+        if version[0] != VERSION[0] or version[1] < VERSION[1]:
+            raise RuntimeError(f"libfsa.so: version {version[0]}.{version[1]} at {path}; must be {VERSION[0]}.{VERSION[1]} "
+                               f"or a later {VERSION[0]}.x; build it from the sources of this package")  # fmt: skip
+        config, batch = POINTER(FsaConfig), POINTER(FsaDeviceBatch)
+        for name, arguments in OPERATIONS:
+            getattr(library, name).argtypes = [config, c_int, batch, POINTER(arguments), c_void_p]
+        library.fsa_last_error.restype = c_char_p
+        library.fsa_workspace_size.argtypes = [config, c_int, batch, c_int]
+        library.fsa_workspace_size.restype = c_size_t
+        library.fsa_saved_size.argtypes = [config, c_int, batch]
+        library.fsa_saved_size.restype = c_size_t
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"libfsa.so: cannot be loaded from {path}: {error}") from None
-    version = divmod(library.fsa_version(), 1000)
-    if version[0] != VERSION[0] or version[1] < VERSION[1]:
-        raise RuntimeError(f"libfsa.so: version {version[0]}.{version[1]} at {path}; must be {VERSION[0]}.{VERSION[1]} "
-                           f"or a later {VERSION[0]}.x; build it from the sources of this package")  # fmt: skip
-    config, batch = POINTER(FsaConfig), POINTER(FsaDeviceBatch)
-    for name, arguments in OPERATIONS:
-        getattr(library, name).argtypes = [config, c_int, batch, POINTER(arguments), c_void_p]
-    library.fsa_last_error.restype = c_char_p
-    library.fsa_workspace_size.argtypes = [config, c_int, batch, c_int]
-    library.fsa_workspace_size.restype = c_size_t
-    library.fsa_saved_size.argtypes = [config, c_int, batch]
-    library.fsa_saved_size.restype = c_size_t
     return library
 
 
