@@ -1,5 +1,5 @@
-// example.c: libfsa from plain C: forward, backward and a check of native sparse attention, for one sequence
-// of 1,000 tokens and one of 500, with 4 query heads and 2 key-value heads.
+// example.c: libfsa from C (or C++): forward, backward and a check of native sparse attention, for one
+// sequence of 1,000 tokens and one of 500, with 4 query heads and 2 key-value heads.
 //   nvcc fsa/example.c libfsa.a -o example        or: cc fsa/example.c -L. -lfsa -lcudart -lm -o example
 #include "fsa.h"
 #include <cuda_runtime_api.h>
@@ -53,7 +53,7 @@ static void *to_device(const void *x, size_t bytes) {
 }
 // Allocates n values on the host.
 static bf16 *host(int64_t n) {
-    bf16 *x = malloc((size_t)n * sizeof *x);
+    bf16 *x = (bf16 *)malloc((size_t)n * sizeof *x);
     if (!x) {
         fprintf(stderr, "error: no memory for %lld values\n", (long long)n);
         exit(1);
@@ -97,8 +97,8 @@ static FsaDeviceBatch make_batch(void) {
     const int64_t cu_seqlens[] = {0, 1000, 1500};
     const FsaSegment segments[] = {{0, 0, 1000}, {1, 0, 500}};
     FsaDeviceBatch batch = {.num_queries = 1500, .num_keys = 1500, .num_seqs = 2, .num_segments = 2};
-    batch.cu_seqlens = to_device(cu_seqlens, sizeof cu_seqlens);
-    batch.segments = to_device(segments, sizeof segments);
+    batch.cu_seqlens = (const int64_t *)to_device(cu_seqlens, sizeof cu_seqlens);
+    batch.segments = (const FsaSegment *)to_device(segments, sizeof segments);
     return batch;
 }
 
@@ -109,9 +109,9 @@ static void make_phi(const FsaConfig *c, FsaPhiWeights *phi, FsaPhiGradients *dp
     phi->wk = random_values(w_size, 0.04f);
     phi->pe = random_values(pe_size, 0.5f);
     phi->wv = random_values(w_size, 0.04f);
-    dphi->dwk = zeros((size_t)w_size * sizeof(float));
-    dphi->dpe = zeros((size_t)pe_size * sizeof(float));
-    dphi->dwv = zeros((size_t)w_size * sizeof(float));
+    dphi->dwk = (float *)zeros((size_t)w_size * sizeof(float));
+    dphi->dpe = (float *)zeros((size_t)pe_size * sizeof(float));
+    dphi->dwv = (float *)zeros((size_t)w_size * sizeof(float));
 }
 
 // Computes o from the matrix qkv, and the gradient dqkv of the loss |o|^2 / 2 from dout = o. A row of qkv and
@@ -131,7 +131,7 @@ static void forward_backward(const FsaConfig *c, const FsaDeviceBatch *batch, bf
     backward.phi = forward.phi;
     double inv_freq[FSA_MAX_HEAD_DIM / 2];
     for (int i = 0; i < c->head_dim / 2; i++) inv_freq[i] = pow(10000, -2.0 * i / c->head_dim);
-    forward.inv_freq = backward.inv_freq = to_device(inv_freq, sizeof inv_freq);
+    forward.inv_freq = backward.inv_freq = (const double *)to_device(inv_freq, sizeof inv_freq);
     forward.o = o;
 
     // Memory that forward saves for backward, and one workspace for both.
@@ -162,12 +162,12 @@ int main(void) {
         .head_dim = 64,
         .cmp_len = 32,
         .cmp_stride = 16,
-        .phi = FSA_PHI_LINEAR,
         .block = 64,
         .topk = 6,
         .init_blocks = 1,
         .local_blocks = 2,
         .window = 128,
+        .phi = FSA_PHI_LINEAR,
     };
     const FsaDeviceBatch batch = make_batch();
 
@@ -176,8 +176,9 @@ int main(void) {
     const int64_t n = batch.num_queries, q_row = c.q_heads * c.head_dim, kv_row = c.kv_heads * c.head_dim;
     const int64_t columns[4] = {0, q_row, q_row + kv_row, q_row + 2 * kv_row};
     const int64_t stride = (columns[3] + 3 * c.q_heads + 7) / 8 * 8;
-    bf16 *qkv = random_values(n * stride, 2), *dqkv = zeros((size_t)(n * stride) * sizeof *dqkv);
-    bf16 *o = device((size_t)(n * q_row) * sizeof *o);
+    bf16 *qkv = (bf16 *)random_values(n * stride, 2),
+         *dqkv = (bf16 *)zeros((size_t)(n * stride) * sizeof *dqkv);
+    bf16 *o = (bf16 *)device((size_t)(n * q_row) * sizeof *o);
     forward_backward(&c, &batch, qkv, dqkv, columns, stride, o);
 
     // o is linear in v, and dout = o, so <v, dv> = <o, o>.

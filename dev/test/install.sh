@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Tests make install: the example builds against the installed tree alone, with gcc and clang, and a C++ program with g++,
-# shared and static;
-# the version is that of fsa.h; make uninstall removes all files. Needs libfsa.a and libfsa.so, which make cuda builds.
+# Tests make install: the example builds against the installed tree alone, with gcc, clang and, as C++, g++, shared and
+# static; the version is that of fsa.h; make uninstall removes all files. Needs libfsa.a and libfsa.so, which make cuda builds.
 set -u
 root=$PWD PROGRAM=$(command -v make)
 . dev/test/checks.sh
@@ -24,17 +23,6 @@ check '[ "$(sed -n "s/^Version: //p" "$tree/lib/pkgconfig/fsa.pc")" = "$version"
 
 # pkg-config's flags, with the stage in front of the paths
 cp "$root/fsa/example.c" .
-cat >program.cpp <<'END'
-#include <fsa.h>
-#include <cstdio>
-int main() {
-    FsaConfig config = {};
-    char message[256];
-    if (fsa_version() == 1000 * FSA_VERSION_MAJOR + FSA_VERSION_MINOR && fsa_config_check(&config, message, sizeof message) == -1)
-        std::fprintf(stderr, "error: %s\n", message);
-    return 1;
-}
-END
 if command -v pkg-config >/dev/null; then
     pc() { PKG_CONFIG_PATH=$tree/lib/pkgconfig pkg-config --define-variable=prefix="$tree" \
         --define-variable=libdir="$tree/lib" --define-variable=includedir="$tree/include" "$@" fsa; }
@@ -50,20 +38,21 @@ for compiler in gcc clang g++; do
         skipped=1
         continue
     fi
-    source=example.c
-    [ $compiler = g++ ] && source=program.cpp
-    $compiler $source $(pc --cflags) $runtime $(pc --libs) -lcudart -lm -o shared >out 2>&1
-    check '[ $? -eq 0 ] && [ ! -s out ]' "$compiler, shared: $(cat out)"
+    $compiler example.c $(pc --cflags) $runtime $(pc --libs) -lcudart -lm -o shared >out 2>&1
+    code=$?
+    check '[ $code -eq 0 ] && [ ! -s out ]' "$compiler, shared: $(cat out)"
     check 'readelf -d shared | grep -q "NEEDED.*libfsa.so.0"' "$compiler: the program does not need libfsa.so.0"
     mkdir -p only && mv "$tree"/lib/libfsa.so* only/
-    $compiler $source $(pc --cflags) $runtime $(pc --static --libs) -o static >out 2>&1
-    check '[ $? -eq 0 ] && [ ! -s out ]' "$compiler, static: $(cat out)"
+    $compiler example.c $(pc --cflags) $runtime $(pc --static --libs) -o static >out 2>&1
+    code=$?
+    check '[ $code -eq 0 ] && [ ! -s out ]' "$compiler, static: $(cat out)"
     mv only/libfsa.so* "$tree/lib/"
     LD_LIBRARY_PATH=$tree/lib:$cuda/lib64 ./shared >out 2>err
     code=$?
     if [ $code -eq 0 ]; then
         ./static >out 2>err
-        check '[ $? -eq 0 ]' "$compiler, static program: $(cat out err)"
+        code=$?
+        check '[ $code -eq 0 ]' "$compiler, static program: $(cat out err)"
     else # without a GPU it ends with one line
         check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: " err' "$compiler: exit code $code: $(cat out err)"
     fi
