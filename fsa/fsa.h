@@ -318,7 +318,8 @@ typedef struct {
     void *workspace;
     size_t workspace_bytes;
 } FsaAttentionBackward;
-// Computes the gradients of fsa_attention_forward. Errors: those of forward.
+// Computes the gradients of fsa_attention_forward. For FSA_COMPRESSED the rows of dk and dv from M on are not
+// written. Errors: those of forward.
 int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                            const FsaAttentionBackward *args, FsaStream stream);
 
