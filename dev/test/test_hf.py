@@ -1030,6 +1030,24 @@ def test_transformers():
         alone = model.generate(short, attention_mask=torch.ones_like(short), use_cache=False, **options)
         alone = alone[0, TOKENS - 30 :].tolist()
         check(generated == alone, f"{name}: generate with padding and cache gives other tokens")
+        # the kernels' path gives the same; on the CPU, the package flash_sparse_attention is plain PyTorch, too
+        module = sys.modules[type(model.model).__module__]
+        calls, compute = [], module.native_sparse_attention
+        module.kernels_take = lambda q: True
+        module.native_sparse_attention = lambda *x, **y: calls.append(1) or compute(*x, **y)
+        batch = tokens[0, : 2 * (TOKENS // 2)].view(2, -1)
+        with torch.no_grad():
+            by_kernels = model(tokens).logits[0], model(batch).logits
+        generated = model.generate(short, attention_mask=torch.ones_like(short), **options)
+        module.kernels_take = lambda q: False
+        with torch.no_grad():
+            plain = logits, model(batch).logits
+        for got, want in zip(by_kernels, plain):
+            worst = error(got.double().numpy(), want.double().numpy())
+            check(worst < 1e-5, f"{name}: the kernels' path changes logits by {worst:.1e}")
+        check(generated[0, TOKENS - 30 :].tolist() == alone, f"{name}: the kernels' path generates other tokens")
+        layers = model.config.num_hidden_layers
+        check(len(calls) == 62 * layers, f"{name}: {len(calls)} calls of the kernels, not {62 * layers}")
         with torch.no_grad():
             half = model.to(torch.bfloat16)(tokens).logits[0]
         check(half.dtype == torch.bfloat16 and bool(half.isfinite().all()), f"{name}: bf16")
@@ -1062,6 +1080,7 @@ def main():
             "skipped: a comparison with transformers itself needs the Python packages torch and transformers"
         )
     with tempfile.TemporaryDirectory() as TMP:
+        sys.path.insert(0, os.path.join(ROOT, "fsa/torch"))
         os.environ["HF_MODULES_CACHE"] = os.path.join(TMP, "modules")  # transformers keeps modeling_nsa.py there
         for test in tests:
             try:

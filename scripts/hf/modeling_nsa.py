@@ -2,7 +2,8 @@
 
 The attention of query t combines three branches by gates: compressed windows of keys, the blocks of keys with
 the highest scores of the compressed branch, and a sliding window. All masks are dense: this code shows what
-the model computes, and is slower than the kernels that it was trained with."""
+the model computes, and is slower than the kernels that it was trained with. Where the Python package
+flash_sparse_attention is installed, batches without padding on a GPU are computed by these kernels."""
 
 import math
 
@@ -14,6 +15,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_nsa import NsaConfig
+
+try:
+    from flash_sparse_attention import native_sparse_attention
+except ImportError:
+    native_sparse_attention = None
 
 # Newer releases of transformers call the cache `cache`, older ones `past_key_values`.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -51,6 +57,17 @@ def rotate(x, positions, frequencies):
     cos, sin = angle.cos().float(), angle.sin().float()
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def kernels_take(q):
+    """Returns whether the kernels of flash_sparse_attention compute attention for q [B, H, Nq, d]."""
+    return (
+        native_sparse_attention is not None
+        and q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] in (64, 128)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 class NsaAttention(nn.Module):
@@ -153,6 +170,39 @@ class NsaAttention(nn.Module):
         in_blocks = selected.repeat_interleave(c.nsa_block, dim=-1)[..., :n]
         return compressed, branch(causal & in_blocks), branch(causal & (key > row - c.nsa_window))
 
+    def attend_by_kernels(self, q, k, v, gate_logits, frequencies):
+        """Returns the gated sum of the three branches, [B, Nq, H, d]. The queries are the last ones of their
+        sequences.
+
+        Args:
+            q, k, v: as for `attend`.
+            gate_logits: [B, Nq, H or 1, 3].
+        """
+        c = self.config
+        batch, _, nq, _ = q.shape
+        n, linear = k.shape[2], c.nsa_phi == "linear"
+        sequence = torch.arange(batch + 1, device=q.device)
+        segments = torch.tensor([[0, n - nq, nq]], device=q.device).repeat(batch, 1)
+        segments[:, 0] = sequence[:-1]
+        q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+        gate_logits = gate_logits.flatten(0, 1)
+        o = native_sparse_attention(
+            *(q, k, v, gate_logits[:, 0] if c.nsa_gate_per_token else gate_logits),
+            *((self.compress_k, self.compress_pe, self.compress_v) if linear else (None, None, None)),
+            n * sequence,
+            segments=segments,
+            inv_freq=frequencies,
+            cmp_len=c.nsa_cmp_len,
+            cmp_stride=c.nsa_cmp_stride,
+            block=c.nsa_block,
+            topk=c.nsa_topk,
+            init_blocks=c.nsa_init_blocks,
+            local_blocks=c.nsa_local_blocks,
+            window=c.nsa_window,
+            scale=c.nsa_scale or None,
+        )
+        return o.unflatten(0, (batch, nq))
+
     def forward(self, x, positions, order, frequencies, cache=None):
         """x [B, Nq, C] -> [B, Nq, C]. `order` [B, N] sorts the keys by their positions; None: they are
         sorted."""
@@ -170,10 +220,14 @@ class NsaAttention(nn.Module):
         if order is not None:
             index = order[:, None, :, None].expand_as(k)
             k, v = k.gather(2, index), v.gather(2, index)
-        branches = self.attend(q, k, v, positions, frequencies)
-        gates = self.gate_proj(x).float().sigmoid().view(batch, nq, -1, 3).transpose(1, 2)
-        o = sum(gates[..., i, None] * o_i for i, o_i in enumerate(branches))
-        return self.o_proj(o.to(x.dtype).transpose(1, 2).reshape(batch, nq, -1))
+        gate_logits = self.gate_proj(x).view(batch, nq, -1, 3)
+        if order is None and kernels_take(q):
+            o = self.attend_by_kernels(q, k, v, gate_logits, frequencies)
+        else:
+            branches = self.attend(q, k, v, positions, frequencies)
+            gates = gate_logits.float().sigmoid().transpose(1, 2)
+            o = sum(gates[..., i, None] * o_i for i, o_i in enumerate(branches)).transpose(1, 2)
+        return self.o_proj(o.to(x.dtype).reshape(batch, nq, -1))
 
 
 class NsaMLP(nn.Module):
