@@ -2,8 +2,7 @@
 # rules of the library, dev/cuda/cuda.mk those of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
 #   CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD is the folder of objects, and of
 #   the trainers and the library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands.
-#   COMMIT is the commit that the trainers report, for a copy without git.
-#   SAN=1 builds with the address and undefined-behaviour sanitizers, without GPU and MPI.
+#   COMMIT: the trainers' commit, for a copy without git. SAN=1: address and undefined-behaviour sanitizers, no GPU, no MPI.
 MAKEFLAGS += -r
 ifeq ($(filter -j%,$(MAKEFLAGS)),) # nvcc takes minutes on one core
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)

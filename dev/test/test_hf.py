@@ -1077,7 +1077,8 @@ def main():
         tests.remove(test_transformers)
         skipped = 1
         print(
-            "skipped: a comparison with transformers itself needs the Python packages torch and transformers"
+            "skipped: a comparison with transformers itself needs torch and transformers: "
+            "python3 -m pip install -r dev/test/requirements.txt"
         )
     with tempfile.TemporaryDirectory() as TMP:
         sys.path.insert(0, os.path.join(ROOT, "fsa/torch"))

@@ -1,6 +1,7 @@
 """The PyTorch package fsa/torch on the CPU: its reference against the golden values in float64 (golden.py), gradients
-against central differences, torch.compile, autocast, checkpointing, opcheck, bad input, and the ctypes structs against
-a C compiler's. make test runs it. It is skipped without PyTorch 2.5 or later."""
+against central differences, torch.compile, autocast, checkpointing, opcheck, DDP and FSDP2, bad input, host time, and the
+ctypes structs against a C compiler's. On a GPU test_torch_gpu.py follows; `test_torch.py check`, which make test runs,
+measures no times there. It is skipped without PyTorch."""
 
 import contextlib
 import importlib.util
@@ -18,7 +19,7 @@ from functools import partial
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
 if importlib.util.find_spec("torch") is None:
-    print("skipped: test_torch.py: PyTorch is not installed")
+    print("skipped: test_torch.py: PyTorch is not installed: python3 -m pip install -r dev/test/requirements.txt")
     print("test_torch: 0 passed, 0 failed, 1 skipped")
     sys.exit(0)
 
@@ -596,6 +597,16 @@ def test_library():
             check(right, f"library {path}: {r.stdout}{r.stderr}; expected {message!r}")
 
 
+def test_host_time():
+    """The host time of the calls without those of libfsa. The bars are wide, for machines that are busy; test_torch_gpu.py has
+    those that count."""
+    program = os.path.join(ROOT, "dev/test/torch_host_time.py")
+    r = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True)
+    found = dict(re.findall(r"^(forward|backward) (\S+) us$", r.stdout, re.M))
+    for name, bar in (("forward", 150), ("backward", 500)):
+        check(float(found.get(name, "inf")) <= bar, f"host time, {name}: {found.get(name)} us, bar {bar}: {r.stderr[-300:]}")
+
+
 def test_example():
     """The example is at most 60 lines long, and its first step runs."""
     with open(os.path.join(PACKAGE, "example.py")) as f:
@@ -612,7 +623,7 @@ if __name__ == "__main__":
     run(*[partial(test_golden, name) for name in ("gqa1", "gqa3", "gqa4", "slice", "edges")])
     run(test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient,
         test_operators, test_fsa_signature, test_module, test_bad_input, test_strides, test_structs, test_library,
-        test_ranks, test_example)  # fmt: skip
+        test_ranks, test_host_time, test_example)  # fmt: skip
     if torch.cuda.is_available():
         import test_torch_gpu
 
