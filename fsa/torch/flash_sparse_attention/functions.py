@@ -101,8 +101,8 @@ def whole_sequences(cu_seqlens):
     )
 
 
-def _require_tensors(**tensors):
-    for name, x in tensors.items():
+def _require_tensors(names, *tensors):
+    for name, x in zip(names, tensors):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
 
@@ -185,7 +185,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         ValueError, TypeError: an argument breaks its rule.
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
-    _require_tensors(q=q, k=k, v=v, gate_logits=gate_logits)
+    _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
     q, k, v, gate_logits, wk, pe, wv = _cast(q, k, v, gate_logits, wk, pe, wv)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window]
@@ -223,7 +223,7 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    _require_tensors(q=q, k=k, v=v)
+    _require_tensors("qkv", q, k, v)
     q, k, v = _cast(q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
@@ -258,7 +258,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    _require_tensors(q=q, kc=kc)
+    _require_tensors(("q", "kc"), q, kc)
     q, kc = _cast(q, kc)
     num_keys = q.shape[0] if num_keys is None else num_keys
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
@@ -293,7 +293,7 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    _require_tensors(q=q, k=k, v=v)
+    _require_tensors("qkv", q, k, v)
     q, k, v = _cast(q, k, v)
     if (rule == "window") != (window is not None):
         raise ValueError(

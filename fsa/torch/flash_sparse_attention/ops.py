@@ -15,24 +15,24 @@ _PHI = "Tensor? wk, Tensor? pe, Tensor? wv"
 _SCHEMAS = {
     # sizes: cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window. Returns o, saved.
     "nsa_forward": f"(Tensor q, Tensor k, Tensor v, Tensor gate_logits, {_PHI}, {_BATCH}, Tensor? inv_freq, "
-    "Tensor? block_indices, SymInt[] sizes, float scale, bool recompute) -> (Tensor, Tensor)",
+    "Tensor? block_indices, int[] sizes, float scale, bool recompute) -> (Tensor, Tensor)",
     # Returns dq, dk, dv, dgate_logits, and dwk, dpe, dwv one after another in one array: so they need one memset.
     "nsa_backward": f"(Tensor dout, Tensor k, Tensor v, Tensor gate_logits, {_PHI}, {_BATCH}, Tensor? inv_freq, "
-    "Tensor saved, SymInt[] sizes, float scale, bool recompute) "
+    "Tensor saved, int[] sizes, float scale, bool recompute) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # sizes: block, init_blocks, local_blocks. Returns o, lse.
-    "selected_forward": f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_BATCH}, SymInt[] sizes, float scale) "
+    "selected_forward": f"(Tensor q, Tensor k, Tensor v, Tensor block_indices, {_BATCH}, int[] sizes, float scale) "
     "-> (Tensor, Tensor)",
     "selected_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor block_indices, "
-    f"{_BATCH}, SymInt[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
+    f"{_BATCH}, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
     # sizes: cmp_len, cmp_stride, block, topk, init_blocks, local_blocks. Returns the block indices.
-    "select_blocks": f"(Tensor q, Tensor kc, Tensor lse_c, {_BATCH}, SymInt num_keys, SymInt[] sizes, float scale) "
+    "select_blocks": f"(Tensor q, Tensor kc, Tensor lse_c, {_BATCH}, SymInt num_keys, int[] sizes, float scale) "
     "-> Tensor",
     # sizes: cmp_len, cmp_stride, window. Returns o, lse.
     "attention_forward": f"(Tensor q, Tensor k, Tensor v, {_BATCH}, Tensor? inv_freq, str rule, SymInt num_keys, "
-    "SymInt[] sizes, float scale) -> (Tensor, Tensor)",
+    "int[] sizes, float scale) -> (Tensor, Tensor)",
     "attention_backward": f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_BATCH}, "
-    "Tensor? inv_freq, str rule, SymInt num_keys, SymInt[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor? inv_freq, str rule, SymInt num_keys, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
