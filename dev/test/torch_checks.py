@@ -124,7 +124,7 @@ def check_operators(q, k, v, gate_logits, phi, cu_seqlens, sizes):
          (q, k[:windows], v[:windows], *batch, None, "compressed", num_keys, [cmp_len, cmp_stride, 1], 0.0)),
         (op.attention_backward, (o, q, k, v, o, lse, *batch, inv_freq, "window", num_keys, [16, 16, 5], 0.0)),
     ]  # fmt: skip
-    torch.use_deterministic_algorithms(True)  # bytes that no kernel writes have the same value in all calls, too
+    torch.use_deterministic_algorithms(True, warn_only=True)  # bytes that no kernel writes are the same in all calls, too
     for f, arguments in calls:
         for name, result in opcheck(f.default, arguments, raise_exception=False).items():
             check(result == "SUCCESS", f"opcheck on {q.device}: {f}, {name}: {str(result).splitlines()[0]}")
