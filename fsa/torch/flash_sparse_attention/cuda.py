@@ -149,56 +149,74 @@ def _nsa_plan(operation, fields, q, k, gate_logits, wk, pe, wv, cu_seqlens, segm
     fields["gate_stride"] = _row_stride("gate_logits", gate_logits, multiple=1)
     names = ("cmp_len", "cmp_stride", "block", "topk", "init_blocks", "local_blocks", "window")
     phi = lib.PHI_MEAN if wk is None else lib.PHI_LINEAR
-    return _Plan(operation, fields, q, k.shape[1], k.shape[0], cu_seqlens, segments, scale, phi=phi,
+    plan = _Plan(operation, fields, q, k.shape[1], k.shape[0], cu_seqlens, segments, scale, phi=phi,
                  gate_per_token=gate_logits.dim() == 2, recompute=recompute, **dict(zip(names, sizes)))  # fmt: skip
+    plan.phi_sizes = phi_sizes(wk, pe, wv)
+    return plan
 
 
 def _nsa_forward_plan(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
                       recompute):  # fmt: skip
+    rest = k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, sizes, scale, recompute
     checks.nsa(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute)
     _check_packed(block_indices=block_indices)
-    plan = _nsa_plan(lib.FORWARD, _strides(q=q, k=k, v=v), q, k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
-                     sizes, scale, recompute)  # fmt: skip
+    strides = _strides(k=k, v=v)
+    plan = _nsa_plan(lib.FORWARD, {**strides, **_strides(q=q)}, q, *rest)
     plan.saved_bytes = saved_bytes(q, k, sizes[1], sizes[3], recompute)
     needed = lib.load().fsa_saved_size(plan.config, plan.dtype, plan.batch)
     if needed != plan.saved_bytes:
         raise RuntimeError(f"fsa_saved_size {needed}: must be {plan.saved_bytes}; libfsa.so is of other sources than the "
                            "Python package")  # fmt: skip
+    plan.backward = _nsa_plan(lib.BACKWARD, strides, q, *rest)  # of a contiguous dout, and of tensors with these strides:
+    plan.strides = k.stride(), v.stride(), gate_logits.stride()
     return plan
 
 
-@kernel("nsa_forward", "CUDA")
-def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
-                 recompute):  # fmt: skip
-    inputs = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
-    plan = _plan(_nsa_forward_plan, inputs, sizes, scale, recompute)
+def _nsa_backward_plan(dout, k, v, *rest):
+    return _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, *rest)
+
+
+def nsa_plan(*arguments):
+    """Returns the plan of a call of nsa_forward and of its backward pass."""
+    return _plan(_nsa_forward_plan, arguments[:-3], *arguments[-3:])
+
+
+def nsa_forward(plan, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, *_):
+    """Computes the operator nsa_forward."""
     o, saved = new_like(q), _new_bytes(plan.saved_bytes, q.device)
     plan.run(cu_seqlens, segments, q=q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
              block_indices=block_indices, o=o, saved=saved)  # fmt: skip
     return o, saved
 
 
-def _nsa_backward_plan(dout, k, v, gate_logits, wk, pe, wv, *rest):
-    plan = _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, gate_logits, wk, pe, wv, *rest)
-    plan.phi_sizes = phi_sizes(wk, pe, wv)
-    return plan
-
-
-@kernel("nsa_backward", "CUDA")
-def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute):
-    dout = _readable(dout)
-    inputs = dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq
-    plan = _plan(_nsa_backward_plan, inputs, sizes, scale, recompute)
-    dq, dk, dv, dgate_logits = map(new_like, inputs[:4])
+def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, *sizes):
+    """Computes the operator nsa_backward. plan: of forward, or None."""
+    strides = k.stride(), v.stride(), gate_logits.stride()
+    if plan is not None and plan.strides == strides and dout.is_contiguous() and dout.data_ptr() % 16 == 0:
+        plan = plan.backward
+    else:  # saved_tensors_hooks may change the strides
+        dout = _readable(dout)
+        inputs = dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq
+        plan = _plan(_nsa_backward_plan, inputs, *sizes)
+    dq, dk, dv, dgate_logits = map(new_like, (dout, k, v, gate_logits))
     # The library adds to the gradients of the weights, in float32.
     dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=dout.device)
     dwk = dphi.data_ptr()
     dpe = dwk + 4 * plan.phi_sizes[0]
     dwv = dpe + 4 * plan.phi_sizes[1]
     plan.run(cu_seqlens, segments, dout=dout, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
-             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dwk, dpe=dpe,
-             dwv=dwv)  # fmt: skip
+             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dwk, dpe=dpe, dwv=dwv)  # fmt: skip
     return dq, dk, dv, dgate_logits, dphi.to(dout.dtype)
+
+
+@kernel("nsa_forward", "CUDA")
+def _nsa_forward(*arguments):
+    return nsa_forward(nsa_plan(*arguments), *arguments)
+
+
+@kernel("nsa_backward", "CUDA")
+def _nsa_backward(*arguments):
+    return nsa_backward(None, *arguments)
 
 
 # ---- selected attention, block selection -----------------------------------------------------------------------------

@@ -1,14 +1,32 @@
 """Differentiable functions around the operators of ops.py."""
 
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import checks, cuda  # noqa: F401  cuda registers the kernels of the GPU
+from . import checks, cuda
 from .ops import saved_block_indices
 
 _OPS = torch.ops.flash_sparse_attention
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+_GPU = "cuda"
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), list, float, bool))
+
+
+def _direct(arguments):
+    """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: nothing
+    traces or watches operators, and no tensor is of a subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and arguments[0].device.type == _GPU
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and all([type(x) in _PLAIN for x in arguments])
+    )
 
 
 def _outputs(ctx, second):
@@ -20,28 +38,30 @@ def _outputs(ctx, second):
 
 
 class _NativeSparseAttention(torch.autograd.Function):
+    """plan: cuda.nsa_plan(*arguments), to call the kernels for the GPU; None: to call the operators."""
+
     @staticmethod
-    def forward(ctx, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
-                recompute):  # fmt: skip
-        o, saved = _OPS.nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices,
-                                    sizes, scale, recompute)  # fmt: skip
+    def forward(ctx, plan, *arguments):
+        forward = _OPS.nsa_forward if plan is None else partial(cuda.nsa_forward, plan)
+        o, saved = forward(*arguments)
         _outputs(ctx, saved)
-        ctx.save_for_backward(k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved)
-        ctx.rest = sizes, scale, recompute
+        ctx.save_for_backward(*arguments[1:10], saved)  # all but q and block_indices
+        ctx.plan, ctx.rest = plan, arguments[11:]
         return o, saved
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, _):
         if dout is None:
-            return (None,) * 14
+            return (None,) * 15
         saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-        *gradients, dphi = _OPS.nsa_backward(dout, *saved_tensors, *ctx.rest)
+        backward = _OPS.nsa_backward if ctx.plan is None else partial(cuda.nsa_backward, ctx.plan)
+        *gradients, dphi = backward(dout, *saved_tensors, *ctx.rest)
         offset, weights = 0, []
         for w in saved_tensors[3:6]:
             weights.append(None if w is None else dphi.as_strided(w.shape, w.stride(), offset))
             offset += 0 if w is None else w.numel()
-        return *gradients, *weights, None, None, None, None, None, None, None
+        return None, *gradients, *weights, None, None, None, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -196,7 +216,8 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         checks.batch_values(q, k.shape[0], cu_seqlens, segments)
         if block_indices is not None:
             checks.block_values(block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks)
-    o, saved = _NativeSparseAttention.apply(*arguments)
+    plan = cuda.nsa_plan(*arguments) if _direct(arguments) else None
+    o, saved = _NativeSparseAttention.apply(plan, *arguments)
     return (o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)) if return_block_indices else o
 
 
