@@ -14,6 +14,7 @@ import threading
 import time
 
 import torch
+import torch.utils.flop_counter
 from torch_checks import (
     PACKAGE,
     ROOT,
@@ -29,7 +30,7 @@ from torch_checks import (
     skip,
 )
 
-from flash_sparse_attention import library, reference
+from flash_sparse_attention import cuda, library, reference
 
 os.environ.setdefault("LIBFSA", os.path.join(ROOT, "libfsa.so"))
 SIZES = dict(cmp_len=32, cmp_stride=16, block=64, topk=16, init_blocks=1, local_blocks=2, window=512)
@@ -194,7 +195,10 @@ def fixed_case(N=700, Hq=4, Hkv=2, d=64, dtype=torch.bfloat16):
     """Returns leaves, dout and a function of the leaves."""
     shapes = [(N, Hq, d), (N, Hkv, d), (N, Hkv, d), (N, Hq, 3), (Hkv, 32 * d, d), (Hkv, 32, d), (Hkv, 32 * d, d)]
     factors = [1, 1, 1, 1, (32 * d) ** -0.5, 0.5, (32 * d) ** -0.5]
-    leaves = [(f * torch.randn(s, device="cuda")).to(dtype).requires_grad_() for f, s in zip(factors, shapes)]
+    leaves = [(f * torch.randn(s, device="cuda")).to(dtype) for f, s in zip(factors, shapes)]
+    rows = torch.randn(N, Hq + 2 * Hkv, d, device="cuda").to(dtype)
+    leaves[:3] = rows.split([Hq, Hkv, Hkv], dim=1)  # views
+    leaves = [x.detach().requires_grad_() for x in leaves]
     cu = torch.tensor([0, N // 3, N], device="cuda")
     segments, inv_freq = fsa.whole_sequences(cu), fsa.rope_frequencies(d, device="cuda")
 
@@ -205,12 +209,17 @@ def fixed_case(N=700, Hq=4, Hkv=2, d=64, dtype=torch.bfloat16):
 
 
 def test_reproducible():
-    """The same input gives the same bits, with checkpointing, and under torch.compile in one graph."""
+    """The same input gives the same bits, by the operators, with checkpointing, with offloading, and under torch.compile in
+    one graph."""
     leaves, dout, function = fixed_case()
     want = results(function, leaves, dout)
     same("second call", results(function, leaves, dout), want)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):  # a mode of the dispatcher
+        same("operators", results(function, leaves, dout), want)
     checkpoint = lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)  # noqa: E731
     same("checkpoint", results(checkpoint, leaves, dout), want)
+    with torch.autograd.graph.save_on_cpu():  # what comes back has other strides than the views that were saved
+        same("save_on_cpu", results(function, leaves, dout), want)
     torch._dynamo.reset()
     same("compile", results(torch.compile(function, fullgraph=True), leaves, dout), want)
 
@@ -387,24 +396,24 @@ class Calls:
 
 
 class Nothing(torch.autograd.Function):
-    """Has the inputs and gradients of native sparse attention, and computes nothing: PyTorch's own host time."""
+    """Has the inputs, outputs and gradients of native sparse attention, and computes nothing: PyTorch's own host time."""
 
     @staticmethod
-    def forward(ctx, o, gradients, *inputs):
+    def forward(ctx, q, *inputs):
         ctx.save_for_backward(*inputs)
-        ctx.gradients = gradients
-        return o
+        return torch.empty_like(q)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        return None, None, *ctx.gradients, None, None, None
+        inputs = ctx.saved_tensors
+        return torch.empty_like(dout), *map(torch.empty_like, inputs[:6]), None, None, None
 
 
 def timed_functions(N, Hq, Hkv, d=128):
     """Returns for forward and backward: the call of the package, the call of libfsa, and a function that does nothing."""
     leaves, dout, _ = fixed_case(N, Hq, Hkv, d)
-    dout = dout.bfloat16()
+    leaves, dout = [x.detach().contiguous().requires_grad_() for x in leaves], dout.bfloat16()
     cu, inv_freq = torch.tensor([0, N], device="cuda"), fsa.rope_frequencies(d, device="cuda")
     segments = fsa.whole_sequences(cu)
 
@@ -413,7 +422,7 @@ def timed_functions(N, Hq, Hkv, d=128):
 
     o = forward()
     calls = Calls(leaves, dout, inv_freq, segments, cu)
-    nothing = lambda: Nothing.apply(o.detach(), leaves, *leaves, cu, segments, inv_freq)  # noqa: E731
+    nothing = lambda: Nothing.apply(*leaves, cu, segments, inv_freq)  # noqa: E731
     p = nothing()
     return {
         "fwd": (forward, calls.forward, nothing),
@@ -440,10 +449,27 @@ def record(part, direction, N, Hq, Hkv, **fields):
 
 
 def time_host():
-    """Microseconds of host time that the package needs beyond the call of libfsa."""
-    for direction, functions in timed_functions(256, 32, 8).items():
+    """Microseconds of host time that the package needs beyond libfsa's, and beyond those of a function that makes the same
+    outputs and computes nothing."""
+    in_libfsa = []
+
+    def timed(function):
+        def call(*arguments):
+            begin = time.perf_counter()
+            status = function(*arguments)
+            in_libfsa.append(1e6 * (time.perf_counter() - begin))
+            return status
+
+        return call
+
+    cuda._PLANS.clear()
+    functions = timed_functions(256, 32, 8)
+    (plan,) = cuda._PLANS.values()
+    plan.function, plan.backward.function = timed(plan.function), timed(plan.backward.function)
+    for direction, (package, _, nothing) in functions.items():
+        in_libfsa.clear()
         us = []
-        for function in functions:
+        for function in (package, nothing):
             times = []
             for _ in range(40):
                 torch.cuda.synchronize()
@@ -452,21 +478,23 @@ def time_host():
                     function()
                     times.append(1e6 * (time.perf_counter() - begin))
             us.append(statistics.median(times))
-        bar = dict(fwd=40, bwd=80)[direction]
-        check(us[0] - us[1] <= bar, f"host time, {direction}: {us[0] - us[1]:.1f} us beyond the C call; bar {bar} us")
-        record("host", direction, 256, 32, 8, us=round(us[0], 1), c_us=round(us[1], 1), nothing_us=round(us[2], 1))
+        us, c_us, nothing_us = us[0], statistics.median(in_libfsa), us[1]
+        bar, more = dict(fwd=40, bwd=80)[direction], us - c_us - nothing_us
+        check(more <= bar, f"host time, {direction}: {us:.1f} us; without libfsa's {c_us:.1f} and PyTorch's {nothing_us:.1f} "
+              f"{more:.1f} us; bar {bar} us")  # fmt: skip
+        record("host", direction, 256, 32, 8, us=round(us, 1), c_us=round(c_us, 1), nothing_us=round(nothing_us, 1))
 
 
 def time_gpu():
     """GPU time of the package and of the calls of libfsa, by turns. Each has a flushed L2."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")  # 0.6 ms: the host is ahead of the GPU
     for N in (16384, 65536):
         for direction, functions in timed_functions(N, 32, 8).items():
             times = [[], []]
             for i in range(22):
                 function = functions[i % 2]
                 events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                flush.fill_(i)  # while it runs, the host launches the kernels
+                flush.fill_(i)
                 events[0].record()
                 function()
                 events[1].record()

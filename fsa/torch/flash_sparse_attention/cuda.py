@@ -5,6 +5,7 @@ What depends only on the layout of the arguments (shapes, strides, types, device
 once, and kept in a _Plan. A call then looks the plan up, and fills in the pointers.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -77,6 +78,9 @@ def _readable(dout):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
+_ON_THIS_GPU = contextlib.nullcontext()
+
+
 class _Plan:
     """What all calls of an operation with one layout of arguments and one configuration share.
 
@@ -89,8 +93,7 @@ class _Plan:
     def __init__(self, operation, fields, q, kv_heads, num_keys, cu_seqlens, segments, scale, **config):
         _check_gpu(q.device)
         _check_packed(cu_seqlens=cu_seqlens, segments=segments)
-        library = lib.load()
-        name, self.struct = lib.OPERATIONS[operation]
+        library, (name, self.struct) = lib.load(), lib.OPERATIONS[operation]
         self.function, self.device = getattr(library, name), q.device
         self.arguments = self.struct(**fields)
         num_queries, q_heads, d = q.shape
@@ -101,7 +104,7 @@ class _Plan:
                                         num_segments=segments.shape[0])  # fmt: skip
         with torch.cuda.device(self.device):
             size = library.fsa_workspace_size(self.config, self.dtype, self.batch, operation)
-        self.arguments.workspace_bytes = size or lib.fail(0)
+        self.workspace_bytes = self.arguments.workspace_bytes = size or lib.fail(0)
 
     def run(self, cu_seqlens, segments, **fields):
         """Calls the function with a new workspace. fields: of the argument struct, as tensors, addresses, or None."""
@@ -111,19 +114,14 @@ class _Plan:
         for name, x in fields.items():
             if x is not None:
                 setattr(arguments, name, x if type(x) is int else x.data_ptr())
-        workspace = _new_bytes(arguments.workspace_bytes, self.device)
+        workspace = _new_bytes(self.workspace_bytes, self.device)
         arguments.workspace = workspace.data_ptr()
-        if torch.cuda.current_device() == self.device.index:
-            status = self._call(batch, arguments)
-        else:
-            with torch.cuda.device(self.device):
-                status = self._call(batch, arguments)
+        index = self.device.index
+        with _ON_THIS_GPU if torch.cuda.current_device() == index else torch.cuda.device(index):
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            status = self.function(self.config, self.dtype, batch, arguments, stream)
         if status:
             lib.fail(status)
-
-    def _call(self, batch, arguments):
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        return self.function(self.config, self.dtype, batch, arguments, stream)
 
 
 _PLANS = {}
