@@ -19,7 +19,9 @@ from functools import partial
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
 if importlib.util.find_spec("torch") is None:
-    print("skipped: test_torch.py: PyTorch is not installed: python3 -m pip install -r dev/test/requirements.txt")
+    print(
+        "skipped: test_torch.py: PyTorch is not installed: python3 -m pip install -r dev/test/requirements.txt"
+    )
     print("test_torch: 0 passed, 0 failed, 1 skipped")
     sys.exit(0)
 
@@ -139,9 +141,9 @@ def test_golden(name):
     close(f"{name}: lse_c", lse, g["lse_c"])
     indices = fsa.select_blocks(rotated_q, kc, lse, cu, num_keys=N, **sizes, **batch)
     check(torch.equal(indices.long(), g["indices"]), f"{name}: select_blocks")
-    for forced in (dict(init_blocks=init, local_blocks=local), {}):
+    for always in (dict(init_blocks=init, local_blocks=local), {}):
         o, lse = fsa.selected_attention(rotated_q, rotated_k, v, indices, cu, block=block, return_lse=True,
-                                        **forced, **batch)  # fmt: skip
+                                        **always, **batch)  # fmt: skip
         close(f"{name}: o_s", folded(o, 1), g["o_s"])
         close(f"{name}: lse_s", folded(lse, 1), g["lse_s"])
     arguments = dict(inv_freq=inv_freq, return_lse=True, **batch)
@@ -480,7 +482,7 @@ def test_bad_input():
     wrong[0, 20] = torch.tensor([1, -1])
     expect(ValueError, "block_indices[0, 20, 0] 1: the list must contain the initial blocks", nsa, *x, block_indices=wrong,
            check=True)  # fmt: skip
-    fsa.selected_attention(q, k, v, wrong, CU, block=16, check=True)  # any list, since it forces no blocks
+    fsa.selected_attention(q, k, v, wrong, CU, block=16, check=True)  # any list: no block is always selected
     checks.CHECK_VALUES = True
     expect(ValueError, "cu_seqlens[0] 1", nsa, *x, cu_seqlens=torch.tensor([1, 40]))
     checks.CHECK_VALUES = False
@@ -495,7 +497,10 @@ def test_strides():
     row_stride = cuda._row_stride
     m = torch.zeros(9, 512, dtype=torch.bfloat16)
     q = m[:, 128:256].unflatten(1, (2, 64))
-    check(row_stride("q", q) == 512 and row_stride("q", q[:1]) == 0, "strides: a view, and one row, which is packed")
+    check(
+        row_stride("q", q) == 512 and row_stride("q", q[:1]) == 0,
+        "strides: a view, and one row, which is packed",
+    )
     gate_logits = m[:, :6].unflatten(1, (2, 3))
     check(row_stride("gate_logits", gate_logits, multiple=1) == 512, "strides: gate logits")
     expect(ValueError, "q of strides (64, 576, 1): a token's row must be contiguous; try q.contiguous()", row_stride, "q",
@@ -604,7 +609,10 @@ def test_host_time():
     r = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True)
     found = dict(re.findall(r"^(forward|backward) (\S+) us$", r.stdout, re.M))
     for name, bar in (("forward", 150), ("backward", 500)):
-        check(float(found.get(name, "inf")) <= bar, f"host time, {name}: {found.get(name)} us, bar {bar}: {r.stderr[-300:]}")
+        check(
+            float(found.get(name, "inf")) <= bar,
+            f"host time, {name}: {found.get(name)} us, bar {bar}: {r.stderr[-300:]}",
+        )
 
 
 def test_example():

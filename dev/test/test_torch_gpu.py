@@ -124,7 +124,9 @@ def test_shapes(cases=12, device="cuda"):
         _, indices = fsa.native_sparse_attention(*leaves, cu, inv_freq=inv_freq, segments=segments,
                                                  return_block_indices=True, **sizes)  # fmt: skip
         compare(f"native_sparse_attention, {name}", whole, leaves, dout, cu, segments, inv_freq, indices)
-        a, b = (results(lambda *x: whole(cu, segments, inv_freq, i, *x), leaves, dout) for i in (None, indices))
+        a, b = (
+            results(lambda *x: whole(cu, segments, inv_freq, i, *x), leaves, dout) for i in (None, indices)
+        )
         same(f"given indices, {name}", a, b)
         for always in (dict(init_blocks=1, local_blocks=2), {}):
             compare(f"selected_attention {always}, {name}", lambda cu, segments, indices, *x: fsa.selected_attention(
@@ -138,7 +140,9 @@ def test_shapes(cases=12, device="cuda"):
         kc, vc = (x.to(dtype) for x in reference.compress(layout, k.float(), v.float(), 32))
         kc, vc = kc.detach(), vc.detach()
         kc[~layout.is_window], vc[~layout.is_window] = math.nan, math.nan  # rows that nobody reads
-        kc, vc = (torch.cat([x, torch.full_like(k[:2], math.nan)]).detach().requires_grad_() for x in (kc, vc))
+        kc, vc = (
+            torch.cat([x, torch.full_like(k[:2], math.nan)]).detach().requires_grad_() for x in (kc, vc)
+        )
         _, lse = compare(f"compressed, {name}", lambda cu, segments, *x: fsa.attention(
             *x, cu, rule="compressed", num_keys=N, segments=segments, return_lse=True, check=True), [q, kc, vc], dout,
             cu, segments)  # fmt: skip
@@ -148,6 +152,46 @@ def test_shapes(cases=12, device="cuda"):
                               segments=on_cpu(segments), **options)  # fmt: skip
         wrong = (i.cpu() != j).double().mean()
         check(wrong < 0.02, f"select_blocks, {name}: {wrong:.1%} of the block indices differ")
+
+
+def test_empty(device="cuda"):
+    """No tokens, no queries, no windows."""
+    for N, Nq in ((0, 0), (40, 0), (5, 5)):
+        shapes = [
+            (Nq, 4, 64),
+            (N, 2, 64),
+            (N, 2, 64),
+            (Nq, 4, 3),
+            (2, 64 * 32, 64),
+            (2, 32, 64),
+            (2, 64 * 32, 64),
+        ]
+        leaves = [torch.randn(s, device=device).bfloat16().requires_grad_() for s in shapes]
+        none = torch.zeros(2, Nq, 3, dtype=torch.int32, device=device) - 1
+        cu = torch.tensor([0, N], device=device)
+        segments = torch.tensor([[0, 0, Nq]], device=device)
+        for name, function, inputs in (
+            ("native_sparse_attention", lambda *x: fsa.native_sparse_attention(*x, cu, segments=segments), leaves),
+            ("mean", lambda *x: fsa.native_sparse_attention(*x, cu_seqlens=cu, segments=segments), leaves[:4]),
+            ("causal", lambda *x: fsa.attention(*x, cu, segments=segments), leaves[:3]),
+            ("selected", lambda *x: fsa.selected_attention(*x, none, cu, segments=segments), leaves[:3]),
+            ("compressed",
+             lambda q, k, v: fsa.attention(q, k[:0], v[:0], cu, rule="compressed", segments=segments, num_keys=min(N, 5)),
+             leaves[:3]),
+        ):  # fmt: skip
+            if name == "compressed" and N == 40:
+                continue  # has windows
+            o = function(*inputs)
+            o.sum().backward()
+            finite = all(x.isfinite().all() for x in (o, *(t.grad for t in inputs)))
+            check(o.shape == (Nq, 4, 64) and finite, f"empty: {name}, {N} keys, {Nq} queries")
+            none_seen = name in ("selected", "compressed")
+            check(not none_seen or not o.any(), f"empty: {name}: o of queries that see no key")
+        if N < 40:
+            lse = torch.full((Nq, 4), -math.inf, device=device)
+            blocks = fsa.select_blocks(leaves[0], leaves[1][:0], lse, cu, segments=segments, topk=3)
+            own = torch.tensor([0, -1, -1], device=device, dtype=torch.int32).expand(2, Nq, 3)
+            check(torch.equal(blocks, own), f"empty: select_blocks, {N} keys: {blocks[0, :1].tolist()}")
 
 
 def test_million_tokens(N=1_000_000, Hq=4, d=64):
@@ -193,7 +237,8 @@ def test_million_tokens(N=1_000_000, Hq=4, d=64):
 
 def fixed_case(N=700, Hq=4, Hkv=2, d=64, dtype=torch.bfloat16):
     """Returns leaves, dout and a function of the leaves."""
-    shapes = [(N, Hq, d), (N, Hkv, d), (N, Hkv, d), (N, Hq, 3), (Hkv, 32 * d, d), (Hkv, 32, d), (Hkv, 32 * d, d)]
+    weight = (Hkv, 32 * d, d)
+    shapes = [(N, Hq, d), (N, Hkv, d), (N, Hkv, d), (N, Hq, 3), weight, (Hkv, 32, d), weight]
     factors = [1, 1, 1, 1, (32 * d) ** -0.5, 0.5, (32 * d) ** -0.5]
     leaves = [(f * torch.randn(s, device="cuda")).to(dtype) for f, s in zip(factors, shapes)]
     rows = torch.randn(N, Hq + 2 * Hkv, d, device="cuda").to(dtype)
@@ -297,7 +342,9 @@ def test_module():
     out = subprocess.run([sys.executable, os.path.join(PACKAGE, "example.py")], capture_output=True, text=True,
                          env={**os.environ, "PYTHONPATH": PACKAGE})  # fmt: skip
     right = re.findall(r"(\d+)% of the answers", out.stdout)
-    check(right and int(right[-1]) >= 90, f"example.py: {(out.stdout + out.stderr).strip().splitlines()[-1:]}")
+    check(
+        right and int(right[-1]) >= 90, f"example.py: {(out.stdout + out.stderr).strip().splitlines()[-1:]}"
+    )
 
 
 def test_bad_input():
@@ -343,7 +390,10 @@ def test_processes():
         env = {**os.environ, "PYTHONPATH": PACKAGE, **extra}
         r = subprocess.run([sys.executable, "-c", head + code], env=env, capture_output=True, text=True)
         last = ((r.stdout + r.stderr).strip().splitlines() or [""])[-1]
-        check(want in r.stdout + r.stderr and r.returncode in (0, 1), f"{name}: exit code {r.returncode}: {last}")
+        check(
+            want in r.stdout + r.stderr and r.returncode in (0, 1),
+            f"{name}: exit code {r.returncode}: {last}",
+        )
 
 
 def test_ranks():
@@ -369,7 +419,9 @@ class Calls:
         self.batch = library.FsaDeviceBatch(num_queries=N, num_keys=N, num_seqs=len(cu) - 1, num_segments=len(segments),
                                             cu_seqlens=p(cu), segments=p(segments))  # fmt: skip
         common = (self.config, library.BF16, self.batch)
-        num_bytes = max(self.lib.fsa_workspace_size(*common, op) for op in (library.FORWARD, library.BACKWARD))
+        num_bytes = max(
+            self.lib.fsa_workspace_size(*common, op) for op in (library.FORWARD, library.BACKWARD)
+        )
         new = lambda n: torch.empty(n, dtype=torch.uint8, device="cuda")  # noqa: E731
         workspace, saved, o = new(num_bytes), new(self.lib.fsa_saved_size(*common)), torch.empty_like(q)
         gradients = [torch.empty_like(x) for x in (q, k, v, gate)]
@@ -437,7 +489,9 @@ def record(part, direction, N, Hq, Hkv, **fields):
     known = [x for x in ("GB200", "B200", "H200", "H100", "A100") if x in name]
     path = os.environ.get("RESULTS", os.path.join(ROOT, f"dev/results/{(known or ['gpu'])[0].lower()}.jsonl"))
     describe = ["git", "-C", ROOT, "--git-dir=.git", "describe", "--always", "--dirty"]
-    commit = os.environ.get("COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = (
+        os.environ.get("COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    )
     row = dict(commit=commit or "unknown", date=time.strftime("%Y-%m-%d", time.gmtime()), gpu=name, gpus=1,
                program="test_torch", part=part, attn="nsa", dir=direction, n=N, hq=Hq, hkv=Hkv, d=128, block=64, topk=16,
                dtype="bf16", **fields, torch=torch.__version__)  # fmt: skip
@@ -482,11 +536,12 @@ def time_host():
         bar, more = dict(fwd=40, bwd=80)[direction], us - c_us - nothing_us
         check(more <= bar, f"host time, {direction}: {us:.1f} us; without libfsa's {c_us:.1f} and PyTorch's {nothing_us:.1f} "
               f"{more:.1f} us; bar {bar} us")  # fmt: skip
-        record("host", direction, 256, 32, 8, us=round(us, 1), c_us=round(c_us, 1), nothing_us=round(nothing_us, 1))
+        times = dict(us=round(us, 1), c_us=round(c_us, 1), nothing_us=round(nothing_us, 1))
+        record("host", direction, 256, 32, 8, **times)
 
 
 def time_gpu():
-    """GPU time of the package and of the calls of libfsa, by turns. Each has a flushed L2."""
+    """GPU time of the package and of the calls of libfsa, one after the other. The L2 is flushed before each."""
     flush = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")  # 0.6 ms: the host is ahead of the GPU
     for N in (16384, 65536):
         for direction, functions in timed_functions(N, 32, 8).items():
@@ -502,10 +557,13 @@ def time_gpu():
                 if i >= 2:
                     times[i % 2].append(events[0].elapsed_time(events[1]))
             ms, c_ms = (statistics.median(x) for x in times)
-            check(ms <= 1.02 * c_ms, f"GPU time, {N} tokens, {direction}: {ms:.3f} ms; the C calls take {c_ms:.3f} ms")
+            check(
+                ms <= 1.02 * c_ms,
+                f"GPU time, {N} tokens, {direction}: {ms:.3f} ms; the C calls take {c_ms:.3f} ms",
+            )
             record("core", direction, N, 32, 8, ms=round(ms, 4), c_ms=round(c_ms, 4))
 
 
-TESTS = [test_shapes, test_reproducible, test_streams, test_graph, test_operators, test_module, test_bad_input,
+TESTS = [test_shapes, test_empty, test_reproducible, test_streams, test_graph, test_operators, test_module, test_bad_input,
          test_processes, test_million_tokens, test_ranks]  # fmt: skip
 TIMES = [time_host, time_gpu]

@@ -124,7 +124,8 @@ def check_operators(q, k, v, gate_logits, phi, cu_seqlens, sizes):
          (q, k[:windows], v[:windows], *batch, None, "compressed", num_keys, [cmp_len, cmp_stride, 1], 0.0)),
         (op.attention_backward, (o, q, k, v, o, lse, *batch, inv_freq, "window", num_keys, [16, 16, 5], 0.0)),
     ]  # fmt: skip
-    torch.use_deterministic_algorithms(True, warn_only=True)  # bytes that no kernel writes are the same in all calls, too
+    # Then also bytes that no kernel writes are the same in all calls.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     for f, arguments in calls:
         for name, result in opcheck(f.default, arguments, raise_exception=False).items():
             check(result == "SUCCESS", f"opcheck on {q.device}: {f}, {name}: {str(result).splitlines()[0]}")
@@ -160,4 +161,7 @@ def check_ranks(device, ranks):
         check(error <= tolerance, f"{name}, {ranks} ranks, {device}: error {error:.1e}")
     for rank, process in enumerate(processes):
         last = (outputs[rank].strip().splitlines() or [""])[-1]
-        check(process.returncode == 0, f"rank {rank} of {ranks}, {device}: exit code {process.returncode}: {last}")
+        check(
+            process.returncode == 0,
+            f"rank {rank} of {ranks}, {device}: exit code {process.returncode}: {last}",
+        )

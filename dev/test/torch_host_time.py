@@ -1,5 +1,6 @@
 """Prints the host time in microseconds of a forward and of a backward call of native sparse attention, without the calls
-of libfsa: CPU tensors go to the package's kernels for the GPU, which call a library whose functions return at once."""
+of libfsa: CPU tensors go to the package's kernels for the GPU, which call a library whose functions return at once.
+"""
 
 import contextlib
 import os
@@ -60,7 +61,9 @@ segments, dout = fsa.whole_sequences(cu), torch.zeros(64, 8, 64, dtype=torch.bfl
 
 
 def forward():
-    return fsa.native_sparse_attention(*leaves, cu, inv_freq=inv_freq, segments=segments, cmp_len=1, cmp_stride=1)
+    return fsa.native_sparse_attention(
+        *leaves, cu, inv_freq=inv_freq, segments=segments, cmp_len=1, cmp_stride=1
+    )
 
 
 def backward():

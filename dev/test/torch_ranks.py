@@ -27,7 +27,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(CHANNELS)
         self.attention = fsa.NativeSparseAttention(CHANNELS, 4, 2, 64, topk=4, window=64)
-        self.mlp = nn.Sequential(nn.Linear(CHANNELS, 2 * CHANNELS), nn.GELU(), nn.Linear(2 * CHANNELS, CHANNELS))
+        self.mlp = nn.Sequential(
+            nn.Linear(CHANNELS, 2 * CHANNELS), nn.GELU(), nn.Linear(2 * CHANNELS, CHANNELS)
+        )
 
     def forward(self, x, cu_seqlens):
         x = x + self.attention(self.norm(x), cu_seqlens)
@@ -83,7 +85,9 @@ policies = []
 if device == "cuda" or not torch.__version__.startswith("2.5"):  # whose FSDP2 needs a GPU
     policies.append(("FSDP2", MixedPrecisionPolicy()))
 if device == "cuda":
-    policies.append(("FSDP2-bf16", MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)))
+    policies.append(
+        ("FSDP2-bf16", MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    )
 mesh = dist.device_mesh.init_device_mesh(device, (ranks,))
 for name, policy in policies:
     sharded = copy.deepcopy(model)

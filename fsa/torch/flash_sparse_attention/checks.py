@@ -103,7 +103,9 @@ def batch(q, cu_seqlens, segments):
 # ---- the arguments of the operators of ops.py ------------------------------------------------------------------------
 
 
-def nsa(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute):
+def nsa(
+    q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute
+):
     heads(q, k, v)
     same_kind(q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv)
     config(*sizes)
@@ -155,7 +157,9 @@ def attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, sc
     config(cmp_len, cmp_stride, smallest_block(cmp_len, cmp_stride), window=window)
     if rule == "compressed":
         if inv_freq is not None:
-            raise ValueError("inv_freq of a tensor: must be None for rule='compressed'; rotate q and kc before")
+            raise ValueError(
+                "inv_freq of a tensor: must be None for rule='compressed'; rotate q and kc before"
+            )
         windows("k", k, num_keys, cmp_stride)
     batch(q, cu_seqlens, segments)
 

@@ -38,6 +38,8 @@ def _row_stride(name, tensor, multiple=8):
     Raises:
         ValueError: a row is not contiguous, rows overlap, or the row stride is not a multiple of `multiple` elements.
     """
+    if tensor.numel() == 0:
+        return 0
     row = 1
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:])):
         if size != 1 and stride != row:
@@ -62,7 +64,9 @@ def _check_packed(**tensors):
     """Checks that the tensors are contiguous or None."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} of strides {tensor.stride()}: must be contiguous; try {name}.contiguous()")
+            raise ValueError(
+                f"{name} of strides {tensor.stride()}: must be contiguous; try {name}.contiguous()"
+            )
 
 
 def _readable(dout):
@@ -142,7 +146,9 @@ def _plan(build, tensors, *rest):
 # ---- native sparse attention -----------------------------------------------------------------------------------------
 
 
-def _nsa_plan(operation, fields, q, k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, sizes, scale, recompute):
+def _nsa_plan(
+    operation, fields, q, k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, sizes, scale, recompute
+):
     _check_packed(wk=wk, pe=pe, wv=wv, inv_freq=inv_freq)
     fields["gate_stride"] = _row_stride("gate_logits", gate_logits, multiple=1)
     names = ("cmp_len", "cmp_stride", "block", "topk", "init_blocks", "local_blocks", "window")
@@ -153,19 +159,20 @@ def _nsa_plan(operation, fields, q, k, gate_logits, wk, pe, wv, cu_seqlens, segm
     return plan
 
 
-def _nsa_forward_plan(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale,
-                      recompute):  # fmt: skip
-    rest = k, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, sizes, scale, recompute
-    checks.nsa(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, scale, recompute)
+def _nsa_forward_plan(*arguments):
+    checks.nsa(*arguments)
+    q, k, v, *rest, block_indices, sizes, scale, recompute = arguments
+    gate_logits = rest[0]
     _check_packed(block_indices=block_indices)
     strides = _strides(k=k, v=v)
-    plan = _nsa_plan(lib.FORWARD, {**strides, **_strides(q=q)}, q, *rest)
+    plan = _nsa_plan(lib.FORWARD, {**strides, **_strides(q=q)}, q, k, *rest, sizes, scale, recompute)
     plan.saved_bytes = saved_bytes(q, k, sizes[1], sizes[3], recompute)
     needed = lib.load().fsa_saved_size(plan.config, plan.dtype, plan.batch)
     if needed != plan.saved_bytes:
         raise RuntimeError(f"fsa_saved_size {needed}: must be {plan.saved_bytes}; libfsa.so is of other sources than the "
                            "Python package")  # fmt: skip
-    plan.backward = _nsa_plan(lib.BACKWARD, strides, q, *rest)  # of a contiguous dout, and of tensors with these strides:
+    # The plan of a backward pass with a contiguous dout, and tensors of these strides.
+    plan.backward = _nsa_plan(lib.BACKWARD, strides, q, k, *rest, sizes, scale, recompute)
     plan.strides = k.stride(), v.stride(), gate_logits.stride()
     return plan
 
@@ -266,6 +273,7 @@ def _select_blocks_plan(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, sca
 def _select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
     plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), num_keys, sizes, scale)
     block_indices = q.new_empty(kc.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
+    kc = kc if kc.shape[0] else q  # no rows are read, but the pointer must not be NULL
     plan.run(cu_seqlens, segments, q=q, kc=kc, lse_c=lse_c, block_indices=block_indices)
     return block_indices
 
@@ -288,8 +296,11 @@ def _attention_forward_plan(q, k, v, *rest):
 
 @kernel("attention_forward", "CUDA")
 def _attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
-    plan = _plan(_attention_forward_plan, (q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes, scale)
+    plan = _plan(
+        _attention_forward_plan, (q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes, scale
+    )
     o, lse = new_like(q), new_lse(q)
+    k, v = (x if x.shape[0] else q for x in (k, v))  # no rows are read, but the pointers must not be NULL
     plan.run(cu_seqlens, segments, q=q, k=k, v=v, inv_freq=inv_freq, o=o, lse=lse)
     return o, lse
 

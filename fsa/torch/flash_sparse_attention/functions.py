@@ -215,7 +215,9 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         checks.nsa(*arguments)
         checks.batch_values(q, k.shape[0], cu_seqlens, segments)
         if block_indices is not None:
-            checks.block_values(block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks)
+            checks.block_values(
+                block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
+            )
     plan = cuda.nsa_plan(*arguments) if _direct(arguments) else None
     o, saved = _NativeSparseAttention.apply(plan, *arguments)
     return (o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)) if return_block_indices else o

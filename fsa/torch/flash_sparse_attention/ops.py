@@ -63,7 +63,9 @@ def saved_bytes(q, k, cmp_stride, topk, recompute):
     the block indices."""
     num_queries, q_heads, d = q.shape
     q_bytes = num_queries * q_heads * d * q.dtype.itemsize
-    k_bytes, kc_bytes = (n * k.shape[1] * d * k.dtype.itemsize for n in (k.shape[0], k.shape[0] // cmp_stride))
+    k_bytes, kc_bytes = (
+        n * k.shape[1] * d * k.dtype.itemsize for n in (k.shape[0], k.shape[0] // cmp_stride)
+    )
     outputs = 1 if recompute else 4  # q, and the outputs of three branches
     return (
         outputs * _round_up(q_bytes) + _round_up(k_bytes) + 2 * _round_up(kc_bytes)
@@ -137,7 +139,9 @@ def _(dout, k, v, gate_logits, wk, pe, wv, *_):
 
 
 @kernel("nsa_backward", "CPU")
-def _nsa_backward(dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute):
+def _nsa_backward(
+    dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, sizes, scale, recompute
+):
     q = saved[: dout.numel() * dout.dtype.itemsize].view(dout.dtype).view(dout.shape)
     rest = cu_seqlens, segments, inv_freq, saved_block_indices(saved, k.shape[1], q.shape[0], sizes[3])
     function = lambda *x: reference.native_sparse_attention(*x, *rest, *sizes, _scale(scale, q))  # noqa: E731
