@@ -261,6 +261,10 @@ def test_reproducible():
     same("second call", results(function, leaves, dout), want)
     with torch.utils.flop_counter.FlopCounterMode(display=False):  # a mode of the dispatcher
         same("operators", results(function, leaves, dout), want)
+    o = function(*leaves)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        gradients = torch.autograd.grad(o, leaves, dout.to(o.dtype))
+    same("the backward operator alone", ([o], gradients), want)
     checkpoint = lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)  # noqa: E731
     same("checkpoint", results(checkpoint, leaves, dout), want)
     with torch.autograd.graph.save_on_cpu():  # what comes back has other strides than the views that were saved

@@ -12,21 +12,23 @@ _OPS = torch.ops.flash_sparse_attention
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
-
 _GPU = "cuda"
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), list, float, bool))
 
 
-def _direct(arguments):
-    """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: nothing
-    traces or watches operators, and no tensor is of a subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and arguments[0].device.type == _GPU
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, arguments))
+def _unwatched():
+    """Returns whether nothing traces or watches operators: no compiler, no mode of PyTorch's dispatcher, no profiler."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
     )
+
+
+def _direct(arguments):
+    """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: no tensor
+    is of a subclass."""
+    return _unwatched() and arguments[0].device.type == _GPU and _PLAIN.issuperset(map(type, arguments))
 
 
 def _outputs(ctx, second):
@@ -55,7 +57,8 @@ class _NativeSparseAttention(torch.autograd.Function):
         if dout is None:
             return (None,) * 15
         saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-        backward = _OPS.nsa_backward if ctx.plan is None else partial(cuda.nsa_backward, ctx.plan)
+        direct = ctx.plan is not None and _unwatched()
+        backward = partial(cuda.nsa_backward, ctx.plan) if direct else _OPS.nsa_backward
         *gradients, dphi = backward(dout, *saved_tensors, *ctx.rest)
         offset, weights = 0, []
         for w in saved_tensors[3:6]:
