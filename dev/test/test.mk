@@ -55,7 +55,7 @@ PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_hf.py" "
 SCRIPTS := $(PYTHON_TESTS) "bash dev/test/cli.sh" "bash dev/test/headers.sh" "bash dev/test/translate.sh" \
     "bash dev/test/install.sh" "bash dev/test/wheel.sh"
 GPUS = $(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0)
-test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER))
+test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER) $(LIBFSA).so)
 	@$(if $(USE_GPU),,echo "No $(if $(GPU),nvcc,GPU): CUDA kernels are not tested. make test-emulator tests them on the CPU.")
 	@$(RUN) TRAINER=$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
 	    $(if $(USE_GPU),$(call commands,$(GPU_TESTS),$(GPU_KINDS),check) "bash dev/test/cli_gpu.sh" "bash dev/test/cli_gpus.sh") \
