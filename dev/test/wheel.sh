@@ -3,6 +3,7 @@
 # what counts here is what the wheel contains. Needs pip, and setuptools 70.1 or later.
 set -u
 root=$PWD PROGRAM=$(command -v make)
+unset LIBFSA MAKEFLAGS # of the make that runs this test
 . dev/test/checks.sh
 if ! python3 -m pip --version >out 2>&1 || ! python3 -c 'import setuptools.command.bdist_wheel' 2>err; then
     echo "skipped: make wheel: python3 has no pip, or no setuptools from 70.1 on"
@@ -23,7 +24,7 @@ END
 chmod +x nvcc
 files() { (cd tree && find . -path ./build -prune -o -name __pycache__ -prune -o -print | sort); }
 files >before
-make -C tree NVCC="$T/nvcc" GPU= COMMIT=test wheel >out 2>err
+make -C tree NVCC="$T/nvcc" GPU= SAN= COMMIT=test wheel >out 2>err
 code=$?
 check '[ $code -eq 0 ]' "make wheel: $(cat out err)"
 files >after
@@ -70,7 +71,7 @@ else
 fi
 
 # Without nvcc: one clear line.
-make -C tree NVCC= wheel >out 2>err
+make -C tree NVCC= SAN= wheel >out 2>err
 code=$?
 check '[ $code -ne 0 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "wheel needs nvcc, which was not found: install the CUDA Toolkit or set NVCC=" err' "make wheel without nvcc: $(cat out err)"
 NVCC=/none/nvcc python3 -m pip wheel --no-deps --no-build-isolation -w none tree/fsa/torch >out 2>&1
