@@ -1,7 +1,7 @@
 """The PyTorch package fsa/torch on the CPU: its reference against the golden values in float64 (golden.py), gradients
 against central differences, torch.compile, autocast, checkpointing, opcheck, DDP and FSDP2, bad input, host time, and the
 ctypes structs against a C compiler's. On a GPU test_torch_gpu.py follows; `test_torch.py check`, which make test runs,
-measures no times there. It is skipped without PyTorch."""
+measures no times there; `seed=N` repeats its random shapes. It is skipped without PyTorch."""
 
 import contextlib
 import importlib.util
@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
@@ -635,9 +636,12 @@ if __name__ == "__main__":
     if torch.cuda.is_available():
         import test_torch_gpu
 
+        seed = next((int(x[5:]) for x in sys.argv[1:] if x.startswith("seed=")), time.time_ns() % 10**6)
+        print(f"seed={seed}")
+        torch.manual_seed(seed)
         torch.set_num_threads(os.cpu_count() // 2)
         run(*test_torch_gpu.TESTS)
-        if sys.argv[1:] != ["check"]:
+        if "check" not in sys.argv:
             run(*test_torch_gpu.TIMES)
     else:
         skip("the GPU's part: PyTorch sees no GPU")

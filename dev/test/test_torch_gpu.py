@@ -97,7 +97,7 @@ def compare(name, function, leaves, dout, *rest):
     for type_ in (torch.float64, dtype):
         with reference_in(type_):
             inputs = [on_cpu(x, type_) for x in leaves]
-            computed.append(results(lambda *x: function(*rest, *x), inputs, dout.cpu()))  # noqa: B023
+            computed.append(results(lambda *x: function(*rest, *x), inputs, dout.cpu()))
     for kind in range(2):
         for i, x in enumerate(got[kind]):
             if x is not None:
@@ -119,7 +119,7 @@ def test_shapes(cases=12, device="cuda"):
 
         def whole(cu, segments, inv_freq, indices, *x):
             return fsa.native_sparse_attention(*x, cu, inv_freq=inv_freq, block_indices=indices, segments=segments,
-                                               check=True, **sizes)  # fmt: skip  # noqa: B023
+                                               check=True, **sizes)  # fmt: skip
 
         # The reference gets the GPU's indices: rounding may change them.
         _, indices = fsa.native_sparse_attention(*leaves, cu, inv_freq=inv_freq, segments=segments,
