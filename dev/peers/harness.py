@@ -99,7 +99,7 @@ def reference_part(part, x, rows, block_indices):
     if block_indices is not None:
         block_indices = block_indices[:, rows]
     return reference.native_sparse_attention(
-        x.q[rows], x.k, x.v, x.gate[rows], phi, x.cu_seqlens, segments, None, block_indices, window=WINDOW,
+        x.q[rows], x.k, x.v, x.gate[rows], *phi, x.cu_seqlens, segments, None, block_indices, window=WINDOW,
         scale=HEAD_DIM**-0.5, **cmp, **BLOCKS,
     )  # fmt: skip
 
