@@ -94,12 +94,12 @@ def reference_part(part, x, rows, block_indices):
     if part == "sel":
         return reference.selected_attention(x.q[rows], x.k, x.v, block_indices[:, rows], x.cu_seqlens, segments,
                                             BLOCKS["block"], HEAD_DIM**-0.5)[0], None  # fmt: skip
-    phi = (x.wk, None, x.wv) if part == "core" else (None, None, None)
+    wk, wv = (x.wk, x.wv) if part == "core" else (None, None)
     cmp = dict(cmp_len=64, cmp_stride=64) if part == "core_mean64" else CMP
     if block_indices is not None:
         block_indices = block_indices[:, rows]
     return reference.native_sparse_attention(
-        x.q[rows], x.k, x.v, x.gate[rows], *phi, x.cu_seqlens, segments, None, block_indices, window=WINDOW,
+        x.q[rows], x.k, x.v, x.gate[rows], wk, None, wv, x.cu_seqlens, segments, None, block_indices, window=WINDOW,
         scale=HEAD_DIM**-0.5, **cmp, **BLOCKS,
     )  # fmt: skip
 
