@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 import types
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
@@ -213,9 +214,10 @@ def load(name):
     return module
 
 
-def first_line(error):
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+def summary(error):
+    """Returns the type of an error and the first and last line of its message."""
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, " ... ".join(dict.fromkeys(text[:1] + text[-1:]))])
 
 
 def main(name, device):
@@ -223,7 +225,7 @@ def main(name, device):
         system = load(name)
         version = system.version()
     except (ImportError, OSError, RuntimeError) as error:
-        report("unavailable", reason=first_line(error))
+        report("unavailable", reason=summary(error))
         return
     gpu = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     report("begin", version=version, gpu=gpu, torch=torch.__version__)
@@ -249,7 +251,8 @@ def main(name, device):
                 x, shape = make_tensors(*now, device), now
             run_part(system, part, job, x, timer)
         except Exception as error:  # of the system: reported, and the next job goes on
-            report("fail", reason=first_line(error), **job)
+            details = [line for line in traceback.format_exc().splitlines() if line.strip()][-16:]
+            report("fail", reason=summary(error), details=details, **job)
             if device == "cuda":
                 torch.cuda.synchronize()  # ends this process if the GPU's context is lost
                 torch.cuda.empty_cache()

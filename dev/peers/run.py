@@ -4,9 +4,9 @@
     make peers                                  # builds libfsa.so and runs all of it
     dev/peers/run.py --peers ours flash_nsa --lengths 65536 --steps
 
-Each system runs in its own process. Its results are compared with float32 on sampled rows. The times are appended to
-dev/results/peers_GPU.jsonl, from which dev/results/performance.py makes the tables. README.md beside this file says where
-to get the systems.
+Each system runs in its own process; on a machine of several GPUs, several systems run at a time, each on its own GPU. The
+results are compared with float32 on sampled rows. The times are appended to dev/results/peers_GPU.jsonl, from which
+dev/results/performance.py makes the tables. README.md beside this file says where to get the systems.
 """
 
 import argparse
@@ -15,13 +15,15 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "../..")
-SYSTEMS = ["ours", "cudnn", "fa4", "flash_nsa", "nsa", "fsa", "fla", "cudnn_nsa"]
+SYSTEMS = ["ours", "flash_nsa", "fsa", "nsa", "cudnn", "fa4", "fla", "cudnn_nsa"]
 PARTS = {
     "core": "whole NSA, linear compression",
     "core_mean": "whole NSA, mean compression",
@@ -71,6 +73,7 @@ def arguments():
     parser.add_argument("--heads", nargs="+", metavar="HQ,HKV", help="default: 32,8, and others at 65536 tokens")
     parser.add_argument("--steps", nargs="*", metavar="N", help="tokens of the training steps; alone: none")
     parser.add_argument("--limit", type=int, default=120, metavar="S", help="seconds for a measurement (120)")
+    parser.add_argument("--deadline", type=int, metavar="S", help="seconds until all of it ends; default: none")
     parser.add_argument("--out", metavar="FILE", help="default: dev/results/peers_GPU.jsonl")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to test these programs")
     args = parser.parse_args()
@@ -80,8 +83,9 @@ def arguments():
     for name in args.parts:
         if name not in PARTS:
             die(f"--parts {name}: must be one of {', '.join(PARTS)}")
-    if args.limit < 1:
-        die(f"--limit {args.limit}: must be at least 1 second")
+    for name in ("limit", "deadline"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            die(f"--{name} {getattr(args, name)}: must be at least 1 second")
     return args
 
 
@@ -104,9 +108,9 @@ def make_jobs(args):
     return jobs
 
 
-# ---- one system ------------------------------------------------------------------------------------------
+# ---- the rows --------------------------------------------------------------------------------------------
 class Run:
-    """The rows of one call of this program."""
+    """The rows of one call of this program, and its processes. Several threads use it."""
 
     def __init__(self, args):
         commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -117,33 +121,60 @@ class Run:
             "run": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "program": "peers",
         }
-        self.args, self.rows, self.failed = args, [], False
+        self.args, self.rows, self.failed, self.error = args, [], False, None
+        self.end = time.monotonic() + args.deadline if args.deadline else float("inf")
+        self.lock, self.processes = threading.Lock(), []
 
     def write(self, row):
-        self.rows.append(row)
         known = re.search("GB200|B200|H200|H100|A100", row["gpu"])
         name = f"dev/results/peers_{known[0].lower() if known else 'gpu'}.jsonl"
         path = self.args.out or os.path.join(ROOT, name)
+        with self.lock:
+            self.rows.append(row)
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                self.error = f"{path}: {error.strerror}; --out names another file"
+
+    def say(self, name, text, details=()):
+        with self.lock:
+            print("\n".join([f"{name:10} {text}", *(f"           | {line}" for line in details)]), flush=True)
+
+    def fail(self, name, job, reason, details=()):
+        self.failed = True
+        self.say(name, f"{where(job) if job else 'start':28} FAILED: {reason}", details)
+
+    def start(self, command, environment):
+        """Starts a process in a group of its own, so that stop() ends its children too."""
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+        with self.lock:
+            self.processes.append(process)
+        return process
+
+    @staticmethod
+    def stop(process):
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            die(f"{path}: {error.strerror}; --out names another file")
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return process.wait()
 
 
 def where(job):
     return f"{job['part']:11} {job['n']:6} ({job['hq']}, {job['hkv']})"
 
 
-def show(name, row):
-    text = f"{name:10} {where(row):28} {row['dir']} {row['ms']:9.3f} ms"
+def text_of(row):
+    text = f"{where(row):28} {row['dir']} {row['ms']:9.3f} ms"
     if "error" in row:
         text += f"  error {row['error']:.1e}"
     if "blocks" in row:
         text += f"  blocks {row['blocks']:.3f}"
     if "tokens_per_second" in row:
         text += f"  forward {row['forward_ms']:.1f} ms  {row['tokens_per_second']:,.0f} tokens/s"
-    print(text + ("  WRONG" if row.get("wrong") else ""), flush=True)
+    return text + ("  WRONG" if row.get("wrong") else "")
 
 
 def lines_of(process):
@@ -159,62 +190,69 @@ def lines_of(process):
     return lines
 
 
-def run_system(run, name, jobs):
-    """Runs a system's jobs. After a crash or a time-out a new process takes the jobs that remain."""
-    while jobs:
-        command = [sys.executable, os.path.join(HERE, "harness.py"), name, run.args.device]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(command, text=True, **pipes)
-        try:
-            process.stdin.write(json.dumps(jobs))
-            process.stdin.close()
-        except BrokenPipeError:
-            pass
-        lines, now, last, common = lines_of(process), None, [], None
-        while True:
-            try:
-                line = lines.get(timeout=run.args.limit if now else START_LIMIT)
-            except queue.Empty:
-                process.kill()
-                line = None
-                reason = f"no result in {run.args.limit} s; --limit allows more" if now else "the import takes too long"
-            else:
-                reason = None
-            if line is None:
-                break
-            if not line.startswith("@@"):
-                last = (last + [line.rstrip()])[-20:] if line.strip() else last
-                continue
-            kind, fields = line[2:].split(" ", 1)
-            fields = json.loads(fields)
-            if kind == "unavailable":
-                print(f"{name:10} skipped: {fields['reason']}", flush=True)
-                process.wait()
-                return
-            if kind == "begin":
-                common = {"peer": os.path.basename(name).removesuffix(".py"), **fields, **run.common}
-                print(f"{name:10} {fields['version']}, PyTorch {fields['torch']}, {fields['gpu']}", flush=True)
-            elif kind == "start":
-                now = fields
-            elif kind == "row":
-                run.write({**common, **fields})
-                show(name, fields)
-            elif kind in ("skip", "fail"):
-                run.failed |= kind == "fail"
-                verb = "skipped" if kind == "skip" else "FAILED"
-                print(f"{name:10} {where(fields):28} {verb}: {fields['reason']}", flush=True)
-            elif kind == "done":
-                process.wait()
-                return
-        code = process.wait()
-        run.failed = True
-        reason = reason or f"exit code {code}: {last[-1] if last else 'no output'}"
-        print(f"{name:10} {where(now) if now else 'start':28} FAILED: {reason}", flush=True)
-        for line in last[:-1]:
-            print(f"           | {line}", flush=True)
-        if now is None:
+def run_system(run, name, jobs, device):
+    """Runs a system's jobs on a GPU. After a crash or a time-out a new process takes the jobs that remain."""
+    file = name
+    name = os.path.basename(name).removesuffix(".py")
+    while jobs and not run.error:
+        if time.monotonic() > run.end:
+            run.fail(name, jobs[0], f"the deadline passed before it and {len(jobs) - 1} more")
             return
-        jobs = jobs[jobs.index(now) + 1 :]
+        command = [sys.executable, os.path.join(HERE, "harness.py"), file, run.args.device]
+        process = run.start(command, {**os.environ, "CUDA_VISIBLE_DEVICES": device})
+        try:
+            now, reason, last = follow(run, name, process, jobs)
+        finally:
+            code = run.stop(process)
+        if reason == "done":
+            return
+        reason = reason or f"exit code {code}: {last[-1] if last else 'no output'}"
+        run.fail(name, now, reason, last[:-1])
+        jobs = jobs[jobs.index(now) + 1 :] if now else []
+
+
+def follow(run, name, process, jobs):
+    """Sends the jobs to a process and reads its reports. Returns the job at which it ended, the reason ("done": it did all of
+    them; None: it crashed) and the last lines of its output."""
+    try:
+        process.stdin.write(json.dumps(jobs))
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    lines, now, last, common = lines_of(process), None, [], None
+    while not run.error:
+        limit = run.args.limit if now else START_LIMIT
+        try:
+            line = lines.get(timeout=max(0, min(limit, run.end - time.monotonic())))
+        except queue.Empty:
+            if time.monotonic() > run.end:
+                return now, "the deadline passed", last
+            return now, f"no result in {limit} s" + ("; --limit allows more" if now else ""), last
+        if line is None:
+            return now, None, last
+        if not line.startswith("@@"):
+            last = (last + [line.rstrip()])[-20:] if line.strip() else last
+            continue
+        kind, fields = line[2:].split(" ", 1)
+        fields = json.loads(fields)
+        if kind == "unavailable":
+            run.say(name, f"skipped: {fields['reason']}")
+            return now, "done", last
+        if kind == "begin":
+            common = {"peer": name, **fields, **run.common}
+            run.say(name, f"{fields['version']}, PyTorch {fields['torch']}, {fields['gpu']}")
+        elif kind == "start":
+            now = fields
+        elif kind == "row":
+            run.write({**common, **fields})
+            run.say(name, text_of(fields))
+        elif kind == "skip":
+            run.say(name, f"{where(fields):28} skipped: {fields['reason']}")
+        elif kind == "fail":
+            run.fail(name, fields, fields["reason"], fields["details"])
+        elif kind == "done":
+            return now, "done", last
+    return now, "done", last
 
 
 def main():
@@ -227,8 +265,34 @@ def main():
         die("PyTorch is not installed; see dev/peers/README.md")
     if args.device == "cuda" and not torch.cuda.is_available():
         die("PyTorch sees no GPU; --device cpu tests these programs without one")
-    for name in args.peers:
-        run_system(run, name, jobs)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if args.device == "cuda" and devices == [""]:
+        devices = [str(i) for i in range(torch.cuda.device_count())]
+    kinds = [[job for job in jobs if (job["part"] == "step") == step] for step in (False, True)]
+    work = queue.Queue()
+    for unit in [(name, some) for some in kinds for name in args.peers if some]:
+        work.put(unit)
+
+    def take(device):
+        while True:
+            try:
+                unit = work.get_nowait()
+            except queue.Empty:
+                return
+            run_system(run, *unit, device)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended by SIGTERM"))
+    threads = [threading.Thread(target=take, args=(device,), daemon=True) for device in devices]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in run.processes:
+            run.stop(process)
+    if run.error:
+        die(run.error)
     wrong = [row for row in run.rows if row.get("wrong")]
     print(f"{len(run.rows)} rows, {len(wrong)} wrong" + ("; some measurements failed, see above" if run.failed else ""))
     if not run.rows or wrong or run.failed:

@@ -85,7 +85,7 @@ def expect_error(message: str, *args: str) -> None:
 
 
 def test_arguments() -> None:
-    names = "ours, cudnn, fa4, flash_nsa, nsa, fsa, fla, cudnn_nsa"
+    names = "ours, flash_nsa, fsa, nsa, cudnn, fa4, fla, cudnn_nsa"
     parts = "core, core_mean, core_mean64, sel, win, full, step"
     expect_error(f"--peers nobody: must be one of {names}, or a Python file that exists", "--peers", "nobody")
     expect_error(f"--peers no.py: must be one of {names}, or a Python file that exists", "--peers", "ours", "no.py")
@@ -98,6 +98,7 @@ def test_arguments() -> None:
         rule = "must be query heads,KV heads with 1 to 16 query heads for each KV head, as 32,8"
         expect_error(f"--heads {heads}: {rule}", "--heads", heads)
     expect_error("--limit 0: must be at least 1 second", "--limit", "0")
+    expect_error("--deadline -1: must be at least 1 second", "--deadline", "-1")
     expect_error("argument --limit: invalid int value: 'x'; see --help", "--limit", "x")
     expect_error("unrecognized arguments: --fast; see --help", "--fast")
     code, out, err = run("--help")
@@ -144,16 +145,41 @@ def test_faulty(folder: str) -> None:
     args = ("--peers", faulty, write(folder, "missing.py", MISSING), "--lengths", "128", "--heads", "2,1")
     code, lines, rows = measure(folder, *args, "--limit", "10")
     check(code == 1, f"exit code {code}")
-    says(lines, "faulty.py", "core ", "fwd", "error inf", "WRONG")
-    says(lines, "core_mean ", "FAILED: ValueError: nothing works")
+    says(lines, "faulty ", "core ", "fwd", "error inf", "WRONG")
+    says(lines, "core_mean ", "FAILED: ValueError: nothing works ... second line")
+    says(lines, "| ", "raise ValueError")
     says(lines, "core_mean64", "FAILED: no result in 10 s; --limit allows more")
     says(lines, "sel ", "FAILED: exit code 3")
-    says(lines, "missing.py", "skipped: ModuleNotFoundError: No module named 'a_package_that_nobody_has'")
+    says(lines, "missing ", "skipped: ModuleNotFoundError: No module named 'a_package_that_nobody_has'")
     check(lines[-1] == "6 rows, 3 wrong; some measurements failed, see above", f"last line: {lines[-1]}")
     wrong = [(row["part"], row["dir"]) for row in rows if row["wrong"]]
     check(wrong == [("core", "fwd"), ("core", "bwd"), ("win", "bwd")], f"wrong: {wrong}")
     check([row["part"] for row in rows if not row["wrong"]] == ["win", "full", "full"], f"rows: {rows}")
     check(all(row["peer"] == "faulty" and row["version"] == "faulty 1.0" for row in rows), f"rows: {rows}")
+
+
+def processes(word: str) -> list[str]:
+    """Returns the running processes with a word in their command line."""
+    result = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return [line for line in result.stdout.splitlines() if word in line and "harness.py" in line]
+
+
+def test_ends(folder: str) -> None:
+    """A deadline and SIGTERM end the systems too."""
+    faulty = os.path.join(folder, "faulty.py")
+    args = ("--peers", faulty, "--lengths", "128", "--heads", "2,1", "--parts", "core_mean64", "full")
+    code, lines, rows = measure(folder, *args, "--deadline", "8")
+    check(code == 1 and rows == [], f"--deadline: {code}, {rows}")
+    says(lines, "faulty ", "FAILED: the deadline passed")
+    check(lines[-1] == "0 rows, 0 wrong; some measurements failed, see above", f"--deadline: {lines}")
+    program = [sys.executable, os.path.join(ROOT, "dev/peers/run.py"), "--device", "cpu", *args]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    check("faulty 1.0" in line and len(processes(faulty)) == 1, f"SIGTERM: {line}, {processes(faulty)}")
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    check((process.returncode, err) == (1, "error: ended by SIGTERM\n"), f"SIGTERM: {process.returncode}, {err!r}")
+    check(processes(faulty) == [], f"SIGTERM: {processes(faulty)}")
 
 
 def test_wrong_blocks(folder: str) -> None:
@@ -186,6 +212,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             test_right(folder)
             test_faulty(folder)
+            test_ends(folder)
             test_wrong_blocks(folder)
     else:
         skipped = 1
