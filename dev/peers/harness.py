@@ -28,6 +28,7 @@ from sizes import BLOCKS, CMP, HEAD_DIM, WINDOW  # noqa: E402
 OUT_TOLERANCE, GRAD_TOLERANCE = 0.01, 0.02
 LEAST_AGREEMENT = 0.5  # of the selected blocks with those of float32. Rounded scores swap blocks that are nearly equal.
 SEED = 1
+GPU_WAIT = 4_000_000  # cycles before each call, 2 ms: more than Python needs to launch all kernels of a call
 INPUTS = {"core": "q k v gate wk wv", "core_mean": "q k v gate", "core_mean64": "q k v gate"}
 
 
@@ -165,7 +166,8 @@ def check(system, part, x, backward):
 # ---- timing ----------------------------------------------------------------------------------------------
 class Timer:
     """Times a function as dev/cuda does: CUDA events around each call, the median of 10 after 2 for warm-up. Below 32K
-    tokens each call starts with a cold L2."""
+    tokens each call starts with a cold L2. The GPU waits before each call, so that it runs without gaps that Python's
+    launches would leave."""
 
     def __init__(self, device):
         self.device = device
@@ -178,6 +180,7 @@ class Timer:
             return 1e3 * (time.perf_counter() - begin)
         if flush:
             self.flush_buffer.zero_()
+        torch.cuda._sleep(GPU_WAIT)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         function()

@@ -42,17 +42,13 @@ PREDICTIONS = {"H200": "predictions_h200.jsonl"}  # tokens/s of llama3_8b, writt
 # torchtitan's published tokens/s a GPU of Llama 3 8B on 8 H100s, full attention with fp8 matmuls and full recomputation:
 # benchmarks/llama3_h100_202412 in its repository.
 TORCHTITAN = {32768: 3890, 65536: 2540, 131072: 1071}
-PEERS = {"H200": "peers_h200.jsonl"}  # other systems on the same GPU model
+PEERS = {"H200": "peers_h200.jsonl"}  # make peers: other systems on the same GPU model, and ours called from PyTorch
 PAGES = ["README.md", "dev/results/performance.md"]
 CHART = "dev/results/attention.svg"
 
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
 HEADS = [(32, 8), (32, 32), (40, 8), (64, 4)]  # query heads, KV heads
 SHAPES = [(n, (32, 8)) for n in LENGTHS] + [(65536, heads) for heads in HEADS[1:]]
-# FSA publishes no function for the whole attention: its time is the sum of these parts. "cmp+topk" includes
-# the compressed branch. The compression of V and the gate are left out.
-FSA_PARTS = {"fwd": ["compress_k", "cmp+topk", "sel", "swa"], "bwd": ["compress_k", "cmp", "sel", "swa"]}
-
 # The tables of fsa/docs. A shape: tokens, query heads, KV heads, d, B, T.
 DENSE = [
     (8192, 32, 8, 128, 64, 16),
@@ -114,10 +110,11 @@ def read_rows(file, gpu):
 
 class Times:
     """The measurements on one GPU model. rows: {kind: [row]} of MEASURED. ms: {(system, part, tokens, heads,
-    direction): [milliseconds]}. steps: {(system, tokens): [row]}."""
+    direction): [milliseconds]}, wrong: those of them with a wrong result. steps: {(system, tokens): [row]}. A system of
+    dev/peers is named "PyTorch NAME"."""
 
     def __init__(self, gpu):
-        self.gpu, self.rows, self.ms, self.steps = gpu, {}, {}, {}
+        self.gpu, self.rows, self.ms, self.wrong, self.steps = gpu, {}, {}, set(), {}
         for kind, (file, commit) in MEASURED[gpu].items():
             self.rows[kind] = [row for row in read_rows(file, gpu) if row["commit"] == commit]
             if not self.rows[kind]:
@@ -143,19 +140,19 @@ class Times:
             self.add("ours", part, row, row["dir"], row["ms"])
 
     def add_peer(self, row):
-        if "att" in row:
-            self.steps.setdefault(("PyTorch " + row["att"], row["n"]), []).append(row)
-        elif "ms" in row:
-            self.add(row["peer"], row["part"], row, row["dir"], row["ms"])
-        else:
-            for direction in ("fwd", "bwd"):
-                self.add(row["peer"], row["part"], row, direction, row[direction])
+        system = "PyTorch " + row["peer"]
+        if row["part"] == "step":
+            self.steps.setdefault((system, row["n"]), []).append(row)
+            return
+        self.add(system, row["part"], row, row["dir"], row["ms"])
+        if row.get("wrong"):
+            self.wrong.add((system, row["part"], row["n"], (row["hq"], row["hkv"]), row["dir"]))
 
     def time(self, system, part, n, heads, direction):
-        """Returns the median in milliseconds, or None if it was not measured."""
-        if (system, part) == ("fsa", "core"):
-            parts = [self.time("fsa", p, n, heads, direction) for p in FSA_PARTS[direction]]
-            return None if None in parts else sum(parts)
+        """Returns the median in milliseconds, or None if it was not measured. "ours beside" is ours in the run of the other
+        systems if all of them were measured in one run."""
+        if system == "ours beside":
+            system = "PyTorch ours" if self.one_run() else "ours"
         values = self.ms.get((system, part, n, heads, direction))
         return statistics.median(values) if values else None
 
@@ -186,10 +183,16 @@ class Times:
         dates = sorted({row["date"] for row in self.rows[kind]})
         return f"{gpus.format(self.gpu)}, commit {MEASURED[self.gpu][kind][1]}, {' and '.join(dates)}"
 
+    def one_run(self):
+        """Returns whether one call of make peers measured all rows of the peers."""
+        runs = {row.get("run") for row in self.peers}
+        return len(runs) == 1 and None not in runs
+
     def caption_with_peers(self, kind):
-        dates = sorted({row["date"] for row in self.peers})
-        others = f" The other systems: another {self.gpu}, {' and '.join(dates)}." if dates else ""
-        return f"{self.caption(kind)}.{others}"
+        dates = " and ".join(sorted({row["date"] for row in self.peers}))
+        if self.one_run():
+            return f"{self.gpu}, commit {self.peers[0]['commit']}, {dates}, all systems in one run of `make peers`."
+        return f"{self.caption(kind)}." + (f" The other systems: other {self.gpu}s, {dates}." if dates else "")
 
 
 def is_step(row):
@@ -205,11 +208,20 @@ def number(ms):
 
 
 def pair(times, system, part, n, heads):
-    """Forward / backward; a part without a backward pass has one number."""
-    forward, backward = (times.time(system, part, n, heads, direction) for direction in ("fwd", "bwd"))
-    if backward is None:
-        return number(forward)
-    return f"{number(forward)} / {number(backward)}"
+    """Forward / backward; a part without a backward pass has one number. A wrong result is marked."""
+    cells = []
+    for direction in ("fwd", "bwd"):
+        ms = times.time(system, part, n, heads, direction)
+        if ms is not None:
+            wrong = (system, part, n, heads, direction) in times.wrong
+            cells.append(number(ms) + (" (wrong)" if wrong else ""))
+    return " / ".join(cells) or "-"
+
+
+def total(times, system, part, n, heads):
+    """Forward plus backward. A wrong result is marked."""
+    wrong = any((system, part, n, heads, direction) in times.wrong for direction in ("fwd", "bwd"))
+    return number(times.total(system, part, n, heads)) + (" (wrong)" if wrong else "")
 
 
 def tokens(n):
@@ -229,11 +241,31 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
 
 
-NSA = [("ours", "core", "NSA, ours"), ("flash_nsa", "core", "NSA, flash_nsa"), ("fsa", "core", "NSA, FSA")]
+# What the tables compare: system, part, heading.
+NSA = [
+    ("ours beside", "core", "NSA, ours"),
+    ("ours beside", "core_mean", "NSA, ours, mean"),
+    ("PyTorch flash_nsa", "core_mean", "NSA, flash_nsa, mean"),
+    ("PyTorch fsa", "core", "NSA, FSA"),
+    ("PyTorch nsa", "core", "NSA, Triton"),
+]
 FULL = [
-    ("ours", "full", "full, ours"),
-    ("fa4", "full", "full, FlashAttention-4"),
-    ("cudnn", "full", "full, cuDNN"),
+    ("ours beside", "full", "full, ours"),
+    ("PyTorch fa4", "full", "full, FlashAttention-4"),
+    ("PyTorch cudnn", "full", "full, cuDNN"),
+]
+SELECTED_BRANCH = [
+    ("ours beside", "sel", "ours"),
+    ("PyTorch flash_nsa", "sel", "flash_nsa"),
+    ("PyTorch fsa", "sel", "FSA"),
+    ("PyTorch nsa", "sel", "NSA, Triton"),
+    ("PyTorch fla", "sel", "fla-core"),
+    ("PyTorch cudnn_nsa", "sel", "cuDNN frontend"),
+]
+SLIDING_BRANCH = [
+    ("ours beside", "win", "ours"),
+    ("PyTorch fa4", "win", "FlashAttention-4"),
+    ("PyTorch cudnn_nsa", "win", "cuDNN frontend"),
 ]
 
 
@@ -244,29 +276,27 @@ def captioned(caption, table):
 def table_summary(times):
     """README: forward plus backward of NSA and full attention, (32, 8) heads."""
     head = ["tokens"] + [title + " (ms)" for _, _, title in NSA + FULL]
-    rows = [[tokens(n)] + [number(times.total(s, p, n, (32, 8))) for s, p, _ in NSA + FULL] for n in LENGTHS]
+    rows = [[tokens(n)] + [total(times, s, p, n, (32, 8)) for s, p, _ in NSA + FULL] for n in LENGTHS]
+    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
+
+
+def compare(times, columns):
+    """Forward / backward of systems, all shapes."""
+    head = ["tokens", "heads"] + [title + " (ms)" for _, _, title in columns]
+    rows = [[tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in columns] for n, heads in SHAPES]
     return captioned(times.caption_with_peers("attention"), markdown(head, rows))
 
 
 def table_attention(times):
-    """Forward / backward of NSA and full attention, all shapes."""
-    head = ["tokens", "heads"] + [title + " (ms)" for _, _, title in NSA + FULL]
-    rows = [
-        [tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in NSA + FULL]
-        for n, heads in SHAPES
-    ]
-    table = markdown(head, rows).replace("- / -", "-")
-    return captioned(times.caption_with_peers("attention"), table)
+    return compare(times, NSA + FULL)
 
 
 def table_selected(times):
-    """Forward / backward of the selected branch."""
-    systems = [("ours", "ours"), ("flash_nsa", "flash_nsa"), ("fsa", "FSA"), ("nsa", "NSA (Triton)")]
-    head = ["tokens", "heads"] + [title + " (ms)" for _, title in systems]
-    rows = [
-        [tokens(n), str(heads)] + [pair(times, s, "sel", n, heads) for s, _ in systems] for n, heads in SHAPES
-    ]
-    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
+    return compare(times, SELECTED_BRANCH)
+
+
+def table_sliding(times):
+    return compare(times, SLIDING_BRANCH)
 
 
 def table_parts(times):
@@ -290,17 +320,17 @@ def table_step(times):
     """A training step."""
     systems = [
         ("nsa", "NSA, ours"),
+        ("PyTorch ours", "NSA, PyTorch with ours"),
         ("PyTorch flash_nsa", "NSA, PyTorch with flash_nsa"),
         ("PyTorch fsa", "NSA, PyTorch with FSA"),
         ("full", "full, ours"),
-        ("PyTorch full", "full, PyTorch with cuDNN"),
+        ("PyTorch fa4", "full, PyTorch with FlashAttention-4"),
+        ("PyTorch cudnn", "full, PyTorch with cuDNN"),
     ]
-    rows = []
-    for n in LENGTHS:
-        values = [times.step(s, n, "step_ms" if s.startswith("PyTorch") else "ms") for s, _ in systems]
-        rows.append([tokens(n)] + [number(value) for value in values])
+    rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in LENGTHS]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
-    return captioned(times.caption_with_peers("step"), table)
+    dates = " and ".join(sorted({row["date"] for row in times.peers}))
+    return captioned(f"{times.caption('step')}." + (f" PyTorch: another {times.gpu}, {dates}." if dates else ""), table)
 
 
 # Parts of a step: key in `split`, heading.
@@ -437,8 +467,7 @@ def table_llama3_8b_parts(times):
 def table_headline(times):
     """README: one sentence."""
     n, heads = 65536, (32, 8)
-    ours = times.total("ours", "core", n, heads)
-    flash_nsa, fa4 = times.total("flash_nsa", "core", n, heads), times.total("fa4", "full", n, heads)
+    ours, flash_nsa, fa4 = (times.total(*column[:2], n, heads) for column in (NSA[0], NSA[2], FULL[1]))
     if None in (ours, flash_nsa, fa4):
         die(
             f"{times.gpu}, commit {MEASURED[times.gpu]['attention'][1]}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
@@ -495,9 +524,9 @@ def render(page, text, all_times):
 def draw(times):
     """The chart: forward plus backward of the attention over the number of tokens."""
     lines = {}
-    for system, part, _ in [*NSA, FULL[1]]:
+    for name, (system, part, _) in zip(chart.STYLES, (FULL[1], NSA[3], NSA[2], NSA[0])):
         points = [(n, times.total(system, part, n, (32, 8))) for n in LENGTHS]
-        lines[system] = [(n, ms) for n, ms in points if ms is not None]
+        lines[name] = [(n, ms) for n, ms in points if ms is not None]
     return chart.draw(times.gpu, MEASURED[times.gpu]["attention"][1], lines)
 
 
