@@ -72,7 +72,7 @@ def arguments():
     parser.add_argument("--lengths", nargs="+", metavar="N", help="tokens; default: those of the tables")
     parser.add_argument("--heads", nargs="+", metavar="HQ,HKV", help="default: 32,8, and others at 65536 tokens")
     parser.add_argument("--steps", nargs="*", metavar="N", help="tokens of the training steps; alone: none")
-    parser.add_argument("--limit", type=int, default=120, metavar="S", help="seconds for a measurement (120)")
+    parser.add_argument("--limit", type=int, default=240, metavar="S", help="seconds for a measurement (240)")
     parser.add_argument("--deadline", type=int, metavar="S", help="seconds until all of it ends; default: none")
     parser.add_argument("--out", metavar="FILE", help="default: dev/results/peers_GPU.jsonl")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to test these programs")
