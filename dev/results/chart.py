@@ -12,7 +12,7 @@ GRAY = "#57606a"
 # how many pixels, and which end of the text is there.
 STYLES = {
     "fa4": ("#8250df", "FlashAttention-4", "full attention", -1, -14, -22, "end"),
-    "fsa": ("#bf8700", "FSA", "NSA, sum of its parts*", 0, 8, -58, "start"),
+    "fsa": ("#bf8700", "FSA", "NSA", 0, 8, -58, "start"),
     "flash_nsa": ("#0969da", "flash_nsa", "NSA", -1, 12, 0, "start"),
     "ours": ("#cf222e", "ours", "NSA", -1, 12, 0, "start"),
 }
@@ -55,9 +55,11 @@ def axes():
     return parts
 
 
-def curve(system, points):
+def curve(system, points, fsa_sum):
     """One system's line with a dot for each measurement, and its label."""
     color, name, what, at, dx, dy, anchor = STYLES[system]
+    if system == "fsa" and fsa_sum:
+        what += ", sum of its parts*"
     path = " ".join(f"{x(n):.1f},{y(ms):.1f}" for n, ms in points)
     width = 3.5 if system == "ours" else 2
     dash = ' stroke-dasharray="6 4"' if system == "fsa" else ""
@@ -71,20 +73,23 @@ def curve(system, points):
     return parts
 
 
-def footnote(lines):
+def footnote(lines, fsa_sum):
     """Says which lengths were not measured."""
     measured = {system: {n for n, _ in points} for system, points in lines.items()}
-    note = f"* measured at {' and '.join(f'{n // 1024}K' for n in sorted(measured['fsa']))}"
-    note += "; the compression of V and the gate are left out."
+    notes = []
+    if fsa_sum and "fsa" in lines:
+        lengths = " and ".join(f"{n // 1024}K" for n in sorted(measured.pop("fsa")))
+        notes.append(f"* measured at {lengths}; the compression of V and the gate are left out.")
     for system, lengths in measured.items():
         missing = [f"{n // 1024}K" for n in sorted(set().union(*measured.values()) - lengths)]
-        if missing and system != "fsa":
-            note += f" {STYLES[system][1]} was not measured at {' and '.join(missing)}"
-    return note
+        if missing:
+            notes.append(f"{STYLES[system][1]} was not measured at {' and '.join(missing)}.")
+    return " ".join(notes)
 
 
-def draw(gpu, commit, lines):
-    """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}."""
+def draw(gpu, commit, lines, fsa_sum):
+    """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}. fsa_sum: FSA's time is the sum of
+    its parts."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
         f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif">',
@@ -101,12 +106,12 @@ def draw(gpu, commit, lines):
     ]
     parts += axes()
     for system, points in lines.items():
-        parts += curve(system, points)
+        parts += curve(system, points, fsa_sum)
     parts += [
         text(
             20,
             HEIGHT - 12,
-            footnote(lines),
+            footnote(lines, fsa_sum),
             12,
             GRAY,
         ),

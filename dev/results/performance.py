@@ -473,10 +473,11 @@ def table_headline(times):
             f"{times.gpu}, commit {MEASURED[times.gpu]['attention'][1]}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
             f"{tokens(n)} tokens"
         )
+    measured = times.caption_with_peers("")[:-1] if times.one_run() else times.caption("attention", "both on {}s")
     return (
         f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}: {flash_nsa / ours:.1f} times as "
         f"fast as flash_nsa (NSA in Triton), and\n{fa4 / ours:.1f} times as fast as full attention with FlashAttention-4 "
-        f"({times.caption('attention', 'both on {}s')})."
+        f"({measured})."
     )
 
 
@@ -526,8 +527,10 @@ def draw(times):
     lines = {}
     for name, (system, part, _) in zip(chart.STYLES, (FULL[1], NSA[3], NSA[2], NSA[0])):
         points = [(n, times.total(system, part, n, (32, 8))) for n in LENGTHS]
-        lines[name] = [(n, ms) for n, ms in points if ms is not None]
-    return chart.draw(times.gpu, MEASURED[times.gpu]["attention"][1], lines)
+        if any(ms is not None for _, ms in points):
+            lines[name] = [(n, ms) for n, ms in points if ms is not None]
+    commit = times.peers[0]["commit"] if times.one_run() else MEASURED[times.gpu]["attention"][1]
+    return chart.draw(times.gpu, commit, lines, fsa_sum=not times.one_run())
 
 
 def main():

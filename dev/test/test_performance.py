@@ -145,11 +145,38 @@ def test_errors(tmp: str) -> None:
         check(result[2].count("\n") == 1 and result[2].startswith("error: "), f"{what}: {result}")
 
 
+def test_one_run(tmp: str) -> None:
+    """Rows of one run of make peers: ours comes from it too, and a wrong result is marked."""
+    root = copy(tmp, "one_run")
+    rows = []
+    systems = {"ours": ("core", "full"), "flash_nsa": ("core_mean", "sel"), "fa4": ("full",), "cudnn_nsa": ("sel",)}
+    for ms, (peer, parts) in enumerate(systems.items(), 1):
+        row = {"peer": peer, "gpu": "NVIDIA H200", "commit": "abc1234", "date": "2026-12-01", "run": "2026-12-01T00:00:00Z"}
+        row |= {"n": 65536, "hq": 32, "hkv": 8, "wrong": False}
+        rows += [row | {"part": part, "dir": dir, "ms": ms} for part in parts for dir in ("fwd", "bwd")]
+    rows.pop()  # the backward pass of cudnn_nsa
+    rows += [rows[0] | {"part": "step", "dir": "step", "ms": 700}]
+    next(row for row in rows if (row["peer"], row["part"]) == ("flash_nsa", "sel"))["wrong"] = True
+    with open(os.path.join(root, PEERS_FILE), "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    expect("one run of make peers", run(root), 0, "wrote dev/results/performance.md: table selected H200")
+    with open(os.path.join(root, "dev/results/performance.md"), encoding="utf-8") as file:
+        page = file.read()
+    for line in (
+        "H200, commit abc1234, 2026-12-01, all systems in one run of `make peers`.",
+        "| 64K | (32, 8) | 1.00 / 1.00 | 2.00 / 2.00 | 1.00 / 1.00 | 3.00 / 3.00 |",  # NSA and full attention
+        "| 64K | (32, 8) | 2.00 (wrong) / 2.00 | 4.00 |",  # the selected branch
+        "NSA, PyTorch with ours (ms)",
+    ):
+        check(line in page, f"performance.md has no {line!r}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_repo()
         test_differences(tmp)
         test_scaling(tmp)
+        test_one_run(tmp)
         test_errors(tmp)
     print(f"test_performance.py: {passed} passed, {failed} failed, 0 skipped")
     sys.exit(failed > 0)
