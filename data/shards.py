@@ -126,7 +126,8 @@ def number_type(low, high, kind=int):
 
 
 def add_common_flags(parser, val):
-    """Adds the flags that bpe and hub share; val is the default of --val."""
+    """Adds the flags that bpe and hub share; val is the default of --val. Returns the group of --val, for flags
+    that exclude it."""
     parser.add_argument(
         "-o", metavar="DIR", required=True, dest="folder", help="folder for the shards and tokenizer.bin"
     )
@@ -149,7 +150,8 @@ def add_common_flags(parser, val):
         default=0,
         help="1: special tokens in the text become their ids instead of ordinary text (0)",
     )
-    parser.add_argument(
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument(
         "--val",
         metavar="X",
         type=number_type(0, 0.9, float),
@@ -163,6 +165,7 @@ def add_common_flags(parser, val):
         default=10**8,
         help="maximum number of tokens in a shard (100000000)",
     )
+    return held_out
 
 
 def check_name(name):

@@ -2,7 +2,7 @@
 // at once. `step` always counts finished steps.
 #ifndef LLMC_LOGGER_H
 #define LLMC_LOGGER_H
-#include "utils.h"
+#include "position_loss.h"
 #include <math.h>
 
 // Estimates the remaining seconds of steps_left steps from the `elapsed` seconds of `steps` steps; 0 if steps
@@ -153,6 +153,27 @@ static inline void logger_val(Logger *l, int64_t step, double val_loss, int64_t 
              logger_format_number(perplexity, sizeof perplexity, exp(val_loss)),
              logger_format_number(bits, sizeof bits, val_bytes > 0 ? bits_per_byte : NAN),
              (long long)val_tokens);
+    logger_write(l, line);
+}
+
+// Logs the loss by position in the document, of the buckets that have tokens.
+static inline void logger_positions(Logger *l, int64_t step, const PositionLoss *p) {
+    char line[4096], loss[32];
+    int length = snprintf(line, sizeof line, "{\"step\":%lld,\"tokens\":%lld,\"position_loss\":[",
+                          (long long)step, (long long)l->tokens);
+    printf("loss by position at step %lld:", (long long)step);
+    for (int i = 0, shown = 0; i < POSITION_BUCKETS; i++) {
+        if (p->tokens[i] == 0) continue;
+        const double mean = p->loss_sum[i] / (double)p->tokens[i];
+        printf(" | %lld+: %.4f of %lld", (long long)position_bucket_start(i), mean, (long long)p->tokens[i]);
+        length += snprintf(line + length, sizeof line - (size_t)length,
+                           "%s{\"from\":%lld,\"tokens\":%lld,\"loss\":%s}", shown++ ? "," : "",
+                           (long long)position_bucket_start(i), (long long)p->tokens[i],
+                           logger_format_number(loss, sizeof loss, mean));
+    }
+    printf("\n");
+    fflush(stdout);
+    snprintf(line + length, sizeof line - (size_t)length, "]}\n");
     logger_write(l, line);
 }
 

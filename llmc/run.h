@@ -9,6 +9,7 @@
 #include "dataloader.h"
 #include "logger.h"
 #include "options.h"
+#include "position_loss.h"
 #include "sampler.h"
 #include "schedule.h"
 #include "tokenizer.h"
@@ -616,7 +617,8 @@ typedef struct {
     int64_t bytes;              // of the target tokens' text; 0: there is no tokenizer
     int64_t asked[RUN_BUCKETS]; // answers by distance
     int64_t right[RUN_BUCKETS]; // correctly predicted answers
-    unsigned char seen[];       // [vocab_size], 1: the token is an answer
+    PositionLoss positions;
+    unsigned char seen[]; // [vocab_size], 1: the token is an answer
 } ValidationCounts;
 
 // Counts the answers in sample number `sample` of the validation shards. argmax [seq_len]: predicted tokens;
@@ -660,6 +662,7 @@ static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes
         counts->rows += c->rows, counts->bytes += c->bytes;
         for (int k = 0; k < RUN_BUCKETS; k++)
             counts->asked[k] += c->asked[k], counts->right[k] += c->right[k];
+        position_loss_sum(&counts->positions, &c->positions);
         for (int k = 0; k < r->config.vocab_size; k++) counts->seen[k] |= c->seen[k];
     }
     free(all);
@@ -670,8 +673,9 @@ static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes
 typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, const int32_t **argmax);
 
 // Computes and logs the mean loss, perplexity and bits per byte over the first -m batches of -b sequences of
-// the validation shards (0: all sequences), the same sequences on any number of processes. For the recall
-// task also logs the accuracy by distance. Returns the loss. All processes call it.
+// the validation shards (0: all sequences), the same sequences on any number of processes. In contexts above
+// 128 tokens also logs the loss by position; for the recall task the accuracy by distance. Returns the loss.
+// All processes call it.
 static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
     const int64_t global_batch = l->batch * r->dp_size; // samples per batch of all ranks
@@ -700,6 +704,8 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
                 counts->loss_sum += losses[t];
                 if (r->has_tokenizer) counts->bytes += tokenizer_text_bytes(&r->tokenizer, r->targets[t]);
             }
+            position_loss_add(&counts->positions, losses, r->cu_seqlens, r->num_seqs, b * l->seq_len,
+                              (b + 1) * l->seq_len);
             if (r->answers)
                 run_count_recall(r, first + b, argmax + b * l->seq_len, r->targets + b * l->seq_len, counts);
         }
@@ -708,6 +714,7 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     const int64_t val_tokens = counts->rows * l->seq_len;
     double loss = counts->loss_sum / (double)val_tokens;
     logger_val(&r->log, r->state.step, loss, val_tokens, counts->bytes);
+    if (l->seq_len > POSITION_FIRST) logger_positions(&r->log, r->state.step, &counts->positions);
     if (r->answers) {
         int first = 0, last = RUN_BUCKETS, answers = 0; // answers: number of distinct answers
         for (int i = 0; i < r->config.vocab_size; i++) answers += counts->seen[i];

@@ -43,13 +43,22 @@ def recall_metrics(row):
     return metrics
 
 
+def position_metrics(row):
+    """Returns the loss for each range of positions, named by its start."""
+    return {f"validation/loss_from_{b['from']:07d}": b["loss"] for b in row["position_loss"] if b["loss"] is not None}
+
+
 def metrics_by_step(run):
     """Returns [(step, time, {metric: value})], in the order of the steps."""
+
+    def named(names):
+        return lambda row: {name: row[field] for field, name in names.items() if row.get(field) is not None}
+
     steps = {}
-    for rows, names in ((run.train, TRAIN_METRICS), (run.val, VAL_METRICS), (run.recall, None)):
+    for rows, metrics_of in ((run.train, named(TRAIN_METRICS)), (run.val, named(VAL_METRICS)),
+                             (run.positions, position_metrics), (run.recall, recall_metrics)):
         for row in rows:
-            found = {name: row[field] for field, name in names.items() if row.get(field) is not None} if names \
-                else recall_metrics(row)
+            found = metrics_of(row)
             time, metrics = steps.setdefault(row["step"], (row["time"], {}))
             metrics.update(found)
     return [(step, *steps[step]) for step in sorted(steps)]

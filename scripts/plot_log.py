@@ -9,9 +9,8 @@ have different tokenizers. The axes show the part after the warm-up; outliers ma
 """
 import argparse
 import math
-import sys
 
-from train_log import die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
+from train_log import die, format_recall_axis, import_pyplot, loss_scales, plot_recall, read_run, save_figure
 
 
 def smoothed(values, width):
@@ -33,19 +32,6 @@ def settled(run, rows, values):
     steps = [row["step"] for row in run.train or run.val]
     begin = max(steps[0] + (steps[-1] - steps[0]) / 10, run.start.get("flags", {}).get("u") or 0)
     return [value for row, value in zip(rows, values) if row["step"] >= begin] or values
-
-
-def loss_scales(runs):
-    """Returns ({run: factor}, unit) of the losses: bits per byte if the tokenizers differ."""
-    tokenizers = {run.start.get("tokenizer") for run in runs} - {None}
-    vocabularies = {run.start.get("model", {}).get("vocab") for run in runs} - {None}
-    if len(tokenizers) > 1 or len(vocabularies) > 1:
-        without = [run.name for run in runs if not run.bits_per_byte]
-        if not without:
-            return {run: run.bits_per_byte for run in runs}, "bits per byte"
-        print(f"note: the runs have different tokenizers, but {', '.join(without)} logged no bits per byte: "
-              "the losses cannot be compared", file=sys.stderr)
-    return {run: 1 for run in runs}, "nats per token"
 
 
 def plot_loss(axis, runs, styles, x, smooth):

@@ -13,17 +13,18 @@ def die(message):
 
 class Run:
     """A training run. `start` is the object of the last "start" line, {} in old logs. The rows of `train`,
-    `val` and `recall` are lines of the log, in the order of their steps, with these fields besides:
+    `val`, `positions` and `recall` are lines of the log, in the order of their steps, with these fields besides:
     "tokens" (old logs lack it) and "time" (seconds since 1970)."""
 
     def __init__(self, name, file):
         self.name, self.file = name, file
         self.start, self.first_date = {}, None
-        self.train, self.val, self.recall = [], [], []
+        self.train, self.val = [], []
+        self.positions, self.recall = [], []  # by the position in the document, by distance
 
     def drop(self, step, keep_equal):
         """Drops rows of a part of the run that was trained again, from `step` on."""
-        for rows in (self.train, self.val, self.recall):
+        for rows in (self.train, self.val, self.positions, self.recall):
             while rows and (rows[-1]["step"] > step or (rows[-1]["step"] == step and not keep_equal)):
                 rows.pop()
 
@@ -38,7 +39,7 @@ class Run:
         if "loss" in row:
             self.drop(step, keep_equal=False)  # a validation belongs after the step of its number
             self.train.append(row)
-        for key, rows in (("val_loss", self.val), ("recall", self.recall)):
+        for key, rows in (("val_loss", self.val), ("position_loss", self.positions), ("recall", self.recall)):
             if key in row:
                 while rows and rows[-1]["step"] >= step:
                     rows.pop()
@@ -115,6 +116,19 @@ def read_run(argument):
     if not run.train and not run.val:
         die(f"{file}: has no losses; name the folder of a run that has trained")
     return run
+
+
+def loss_scales(runs):
+    """Returns ({run: factor}, unit) of the losses: bits per byte if the tokenizers differ."""
+    tokenizers = {run.start.get("tokenizer") for run in runs} - {None}
+    vocabularies = {run.start.get("model", {}).get("vocab") for run in runs} - {None}
+    if len(tokenizers) > 1 or len(vocabularies) > 1:
+        without = [run.name for run in runs if not run.bits_per_byte]
+        if not without:
+            return {run: run.bits_per_byte for run in runs}, "bits per byte"
+        print(f"note: the runs have different tokenizers, but {', '.join(without)} logged no bits per byte: "
+              "the losses cannot be compared", file=sys.stderr)
+    return {run: 1 for run in runs}, "nats per token"
 
 
 def save_figure(figure, file):

@@ -94,6 +94,8 @@ cpu_faults() {
     # ---- validation
     fault "recall answers are read one place late" llmc/run.h 's/a->answers\[lo\].index - sample \* sample_tokens -$/a->answers[lo].index - sample * sample_tokens + 0 */' "test_run"
     fault "recall answers of a sample's first half alone" llmc/run.h 's/a->answers\[lo\].index < \(sample \+ 1\) \* sample_tokens; lo\+\+/a->answers[lo].index < sample * sample_tokens + sample_tokens \/ 2; lo++/' "test_run"
+    fault "loss by position of the sample, not of the document" llmc/position_loss.h 's/t - cu_seqlens\[s\] == position_bucket_start/t % 300 == position_bucket_start/' "test_run"
+    fault "loss by position of the first process alone" llmc/run.h 's/position_loss_sum\(&counts->positions, &c->positions\);/if (i == 0) position_loss_sum(\&counts->positions, \&c->positions);/' "test_run"
     fault "recall answers of the first shard alone" llmc/run.h 's/const Answers \*a = &r->answers\[shard\];/const Answers *a = \&r->answers[0];/' "test_run"
     fault "a distance bucket ends one too late" llmc/run.h 's/a->answers\[lo\].distance >> \(bucket \+ 1\)/(a->answers[lo].distance - 1) >> (bucket + 1)/' "test_run"
     fault "distance buckets are named by the next power of two" llmc/run.h 's/distances\[k\] = \(int64_t\)1 << k;/distances[k] = (int64_t)2 << k;/' "test_run"

@@ -391,6 +391,52 @@ def test_text(tmp, rng):
     return before
 
 
+def test_val_documents(tmp, tokenizer):
+    """--val-documents holds out whole files with at least --min-tokens tokens."""
+    rng = random.Random(5)
+    texts = {
+        f"{i:02d}.txt": sentences(rng, size) for i, size in enumerate([400, 9000, 300, 7000, 8000, 12000])
+    }
+    for name, text in texts.items():
+        write(f"{tmp}/whole/{name}", text)
+    flags = ["--tokenizer", tokenizer, "--val-documents", 2, "--min-tokens", 1500, f"{tmp}/whole"]
+    out = run_ok("bpe", "-o", f"{tmp}/held", *flags)
+    pieces, eot, _ = read_tokenizer(f"{tmp}/held")
+    parts = [read_shards(f"{tmp}/held", "text", part)[0] for part in ("train", "val")]
+    train, val = (decode_documents(tokens, pieces, eot) for tokens in parts)
+    check(len(val) == 2 and sorted(train + val) == sorted(texts.values()), f"not whole files: {out}")
+    ends = [-1] + [i for i, token in enumerate(parts[1]) if token == eot]
+    lengths = [b - a - 1 for a, b in zip(ends, ends[1:])]
+    check(min(lengths) >= 1500, f"held out files of {lengths} tokens")
+    run_ok("bpe", "-o", f"{tmp}/held2", *flags)
+    check(read_shards(f"{tmp}/held2", "text", "val")[0] == parts[1], "a second run holds out other files")
+    longest = max(len(encode_in_c(f"{tmp}/held", text)) for text in texts.values())
+    flags[3], flags[5] = 1, longest
+    run_ok("bpe", "-o", f"{tmp}/held3", *flags)
+    val = decode_documents(read_shards(f"{tmp}/held3", "text", "val")[0], pieces, eot)
+    check(val == [texts["05.txt"]], f"only the longest file has {longest} tokens")
+    flags[5] = longest + 1
+    expect_error(
+        f"only 0 of 6 files have at least {longest + 1} tokens (--min-tokens), the longest has {longest}",
+        "bpe",
+        "-o",
+        f"{tmp}/x",
+        *flags,
+    )
+    run_ok("bpe", "-o", f"{tmp}/held4", "--train-vocab", 300, "--val-documents", 5, f"{tmp}/whole")
+    pieces, eot, _ = read_tokenizer(f"{tmp}/held4")
+    train = decode_documents(read_shards(f"{tmp}/held4", "text", "train")[0], pieces, eot)
+    check(len(train) == 1 and train[0] in texts.values(), f"{len(train)} training files of 6 - 5")
+    # the state of an older version has no such settings
+    with open(f"{tmp}/held4/text.json") as f:
+        state = json.load(f)
+    state["settings"]["val_documents"] = None
+    del state["settings"]["min_tokens"]
+    write(f"{tmp}/held4/text.json", json.dumps(state))
+    out = run_ok("bpe", "-o", f"{tmp}/held4", "--train-vocab", 300, f"{tmp}/whole")
+    check("nothing to do" in out, f"the state of an older version: {out}")
+
+
 def test_trainer(tmp):
     """The trainer trains on the shards, encodes a prompt and prints a sample."""
     flags = ["-e", "recall", "-layers", "1", "-channels", "16", "-t", "32", "-b", "1", "-x", "1", "-g", "8"]
@@ -1289,6 +1335,14 @@ def bad_input_tests(tmp, tokenizer):
         (["bpe", "-o", f"{tmp}/x", "--train-vocab", 1000, "--eot", "e", text], "--eot"),
         ([*bpe, tokenizer, "--val", "0.95", text], "0.95"),
         ([*bpe, tokenizer, "--val", "nan", text], "nan"),
+        ([*bpe, tokenizer, "--val-documents", "0", text], "--val-documents"),
+        ([*bpe, tokenizer, "--val", "0.1", "--val-documents", "1", text], "not allowed with argument --val"),
+        ([*bpe, tokenizer, "--min-tokens", "9", text], "--min-tokens 9: only for --val-documents"),
+        ([*bpe, tokenizer, "--val-documents", "1", text], "there are only 1 files, so none is left"),
+        (
+            ["bpe", "-o", f"{tmp}/x", "--train-vocab", 300, "--val-documents", 1, "--min-tokens", 9, text],
+            "--min-tokens 9: not with --train-vocab",
+        ),
         ([*bpe, tokenizer, "--shard", "1e3", text], "1024"),
         ([*bpe, tokenizer, "--shard", "3e9", text], "2147483647"),
         ([*bpe, tokenizer, "--name", "a/b", text], "a/b"),
@@ -1507,6 +1561,7 @@ def main():
                 lambda: test_kills(tmp, tokenizer),
                 lambda: test_hub(tmp, tokenizer),
                 lambda: test_trainer(tmp),
+                lambda: test_val_documents(tmp, tokenizer),
                 lambda: test_disk(tmp, tokenizer),
                 lambda: test_vocabularies(tmp, tokenizer),
                 lambda: test_sentencepiece(tmp),

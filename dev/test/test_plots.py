@@ -72,9 +72,14 @@ def recall_line(step: int) -> dict:
     return {"step": step, "tokens": 256 * step, "chance": 0.1, "recall": buckets}
 
 
+def position_line(step: int, shift: float) -> dict:
+    buckets = [{"from": 0, "tokens": 128, "loss": 3.0}, {"from": 128, "tokens": 128, "loss": 2.0 + shift}, {"from": 256, "tokens": 9, "loss": None}]
+    return {"step": step, "tokens": 256 * step, "position_loss": buckets}
+
+
 def whole_log(**start: str) -> list:
     middle = [line for step in range(1, 41) for line in [train_line(step)] + ([val_line(step, 1.5)] if step % 10 == 0 else [])]
-    return [start_line(0, **start), val_line(0, 50.0), *middle, recall_line(40)]
+    return [start_line(0, **start), val_line(0, 50.0), *middle, position_line(40, 0), recall_line(40)]
 
 
 def resumed_log() -> list:
@@ -155,6 +160,27 @@ def test_plots(tmp: str) -> None:
     check([t.get_text() for t in figure.legends[0].texts] == ["torn: books, nsa", "other: books, full"], "legend")
 
 
+def test_position(tmp: str) -> None:
+    from plot_position import draw
+    from train_log import import_pyplot
+
+    first, old = (os.path.join(tmp, name) for name in ("torn", "old_positions"))
+    second = write_log(tmp, "second", [*whole_log(attn="full"), position_line(40, 0.5)])  # the last line of a step counts
+    write_log(tmp, "old_positions", [line for line in whole_log() if "position_loss" not in line])
+    picture = os.path.join(tmp, "position.png")
+    code, out, err = run("plot_position.py", first, second, "-o", picture)
+    check((code, err, out) == (0, "", f"wrote {picture}\n") and os.path.getsize(picture) > 20000, f"{code} {out} {err}")
+    figure = draw(import_pyplot(), [read_run(first), read_run(second)])
+    lines = [[list(line.get_ydata()) for line in axis.lines] for axis in figure.axes]
+    check(lines == [[[3, 2], [3, 2.5]], [[0, 0], [0, 0.5]]], f"losses and differences: {lines}")
+    check(list(figure.axes[0].lines[0].get_xdata()) == [64, 128 * 2**0.5], "positions")
+    check([t.get_text() for t in figure.legends[0].texts] == ["torn: books, nsa", "second: books, full"], "legend")
+    check(len(draw(import_pyplot(), [read_run(first)]).axes) == 1, "one run has one panel")
+    expect_error("has no loss by position", "plot_position.py", old)
+    nothing = {"step": 40, "tokens": 1, "position_loss": [{"from": 0, "tokens": 1, "loss": None}]}
+    expect_error("are NaN or Inf", "plot_position.py", write_log(tmp, "nan_positions", [*whole_log(), nothing]))
+
+
 def test_tensorboard(tmp: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -168,6 +194,8 @@ def test_tensorboard(tmp: str) -> None:
     check(abs(losses[-1].value - 2) < 1e-6 and losses[-1].wall_time - losses[0].wall_time > 7200, f"{losses[-1]}")
     check([e.value for e in events.Scalars("validation/loss")] == [50, 1.5, 1.5, 2.5], "validation losses")
     check(b"| flags.t | 128 |" in events.Tensors("configuration")[0].tensor_proto.string_val[0], "configuration")
+    positions = EventAccumulator(os.path.join(folder, "torn")).Reload().Scalars("validation/loss_from_0000128")
+    check([(e.step, e.value) for e in positions] == [(40, 2)], f"loss by position: {positions}")
     recall = EventAccumulator(os.path.join(folder, "torn")).Reload().Scalars("recall/all")
     check([(e.step, e.value) for e in recall] == [(40, 0.875)], f"recall: {recall}")
 
@@ -273,6 +301,7 @@ def main() -> None:
         test_errors(tmp)
         if has("matplotlib"):
             test_plots(tmp)
+            test_position(tmp)
         if has("tensorboard"):
             test_tensorboard(tmp)
         if has("wandb"):

@@ -1536,6 +1536,77 @@ static void test_recall_accuracy(void) {
     }
 }
 
+enum { POSITION_SAMPLES = 3, POSITION_CONTEXT = 300 };
+static int32_t position_tokens[POSITION_SAMPLES * (POSITION_CONTEXT + 1)];
+
+// The loss of a prediction is its place in the sample. Fills in a batch of one sequence.
+static void evaluate_places(void *losses, const Run *r, const float **out, const int32_t **argmax) {
+    for (int64_t i = 0; i < r->val.seq_len; i++) ((float *)losses)[i] = (float)i;
+    *out = (float *)losses, *argmax = r->inputs;
+}
+
+// Validates with `ranks` processes, a sample each at a time, and the documents of doc_mask.
+static void run_positions(void *argument) {
+    static Run r;
+    static float losses[POSITION_CONTEXT];
+    const int ranks = ((const int *)argument)[0], doc_mask = ((const int *)argument)[1];
+    char path[300];
+    snprintf(path, sizeof path, "%s/run/positions.bin", dir);
+    for (own_rank = ranks - 1; own_rank >= 0; own_rank--) { // rank 0 is last, and gets the others' counts
+        memset(&r, 0, sizeof r);
+        r.opt.cp_size = 1, r.opt.doc_mask = doc_mask, r.eot = 99;
+        r.config.vocab_size = 100, r.comm.ranks = r.dp_size = ranks, r.comm.rank = r.dp_rank = own_rank;
+        if (own_rank == 0) logger_open(&r.log, dir, -1);
+        loader_open(&r.val, path, 1, POSITION_CONTEXT, 100, 0, 1, own_rank, ranks);
+        r.inputs = (int32_t *)xcalloc(POSITION_CONTEXT, 4),
+        r.targets = (int32_t *)xcalloc(POSITION_CONTEXT, 4);
+        r.cu_seqlens = (int64_t *)xcalloc(POSITION_CONTEXT + 1, 8);
+        run_validate(&r, evaluate_places, losses);
+    }
+    logger_close(&r.log);
+}
+
+// Tests the loss by position with 1 and 2 processes, with and without document boundaries.
+static void test_position_loss(void) {
+    const int n = POSITION_SAMPLES * (POSITION_CONTEXT + 1);
+    for (int i = 0; i < n; i++) position_tokens[i] = i % 50;
+    // the second sample begins within the first one's last document; the third one has two more boundaries
+    position_tokens[0] = position_tokens[20] = position_tokens[170] = 99;
+    position_tokens[602 + 10] = position_tokens[602 + 11] = 99;
+    make_shard("positions.bin", 100, position_tokens, n, NULL, 0);
+    for (int doc_mask = 0; doc_mask <= 1; doc_mask++) {
+        double sums[3] = {0, 0, 0};
+        int64_t counts[3] = {0, 0, 0};
+        for (int sample = 0; sample < POSITION_SAMPLES; sample++) {
+            for (int t = 0, start = 0; t < POSITION_CONTEXT; t++) {
+                if (doc_mask && position_tokens[sample * (POSITION_CONTEXT + 1) + t] == 99) start = t;
+                const int bucket = t - start < 128 ? 0 : t - start < 256 ? 1 : 2;
+                sums[bucket] += t, counts[bucket]++;
+            }
+        }
+        char line[256], log[400], text[65536], path[300];
+        snprintf(line, sizeof line,
+                 "loss by position at step 0: | 0+: %.4f of %lld | 128+: %.4f of %lld | 256+: %.4f of %lld\n",
+                 sums[0] / counts[0], (long long)counts[0], sums[1] / counts[1], (long long)counts[1],
+                 sums[2] / counts[2], (long long)counts[2]);
+        snprintf(
+            log, sizeof log,
+            "{\"step\":0,\"tokens\":0,\"position_loss\":[{\"from\":0,\"tokens\":%lld,\"loss\":%.9g},"
+            "{\"from\":128,\"tokens\":%lld,\"loss\":%.9g},{\"from\":256,\"tokens\":%lld,\"loss\":%.9g}]}\n",
+            (long long)counts[0], sums[0] / counts[0], (long long)counts[1], sums[1] / counts[1],
+            (long long)counts[2], sums[2] / counts[2]);
+        for (int ranks = 1; ranks <= 2; ranks++) {
+            const int argument[2] = {ranks, doc_mask};
+            Child r = child(run_positions, (void *)argument);
+            snprintf(path, sizeof path, "%s/log.jsonl", dir);
+            read_text(path, text, sizeof text);
+            CHECK(r.code == 0 && strstr(r.out, line), "%d processes: '%s', not '%s' %s", ranks, r.out, line,
+                  r.err);
+            CHECK(strstr(text, log), "%d processes: the log has '%s', not '%s'", ranks, text, log);
+        }
+    }
+}
+
 // Prints the first batch of training data.
 static void run_batch(void *line) {
     Run *r = start((const char *)line);
@@ -1909,6 +1980,7 @@ int main(void) {
     test_sample();
     test_documents();
     test_recall_accuracy();
+    test_position_loss();
     test_data_position();
     test_accept_step();
     test_text();
