@@ -1,4 +1,4 @@
-"""Tests data/bpe, data/hub and data/get from the command line: shards decode to their text, killed runs and
+"""Tests data/bpe, data/hub, data/get and data/corpus from the command line: shards decode to their text, killed runs and
 runs on a full disk resume, and every error is reported. `make test` sets CPU (the trainer) and BUILD (the
 folder with the program of dev/test/encode.c). Tests are skipped if packages of requirements.txt are missing.
 """
@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -316,6 +317,67 @@ def test_get(tmp):
 
 
 # ---- bpe ---------------------------------------------------------------------------------------------------
+
+
+def test_corpus(tmp):
+    """data/corpus writes each file of a tree once, in documents of a least length from one part of the tree."""
+    source, rng = f"{tmp}/tree", random.Random(3)
+    sizes = {"a/1.c": 700, "a/2.c": 500, "a/3.h": 300, "a/b/4.c": 100, "a/b/5.c": 200, "big/6.c": 5000}
+    sizes.update({"7.c": 400, "c/d/8.c": 1000, "c/9.c": 50})
+    texts = {}
+    for name, size in sizes.items():
+        letters = bytes(rng.choice(b"abcdefgh \n") for _ in range(size - 1))
+        texts[name] = b"<" + letters.strip() + b">\n"
+        write(f"{source}/{name}", texts[name][: -1 if name == "a/2.c" else None])  # without its last newline
+    write(f"{source}/c/binary.c", b"\0" * 2000)
+    write(f"{source}/a/.hidden/x.c", "hidden")
+    write(f"{source}/empty.c", "")
+    os.symlink("../big", f"{source}/c/link")
+    with tarfile.open(f"{tmp}/tree.tar.gz", "w:gz") as archive:
+        archive.add(source, arcname="/top")
+        archive.add(f"{source}/7.c", arcname="../outside.c")
+    wanted = {
+        # c/d has a document of its own, 9.c of the same length or more has not, so 9.c goes up with 7.c
+        "a/000.txt": texts["a/b/4.c"] + texts["a/b/5.c"] + texts["a/1.c"],
+        "big/000.txt": texts["big/6.c"],
+        "c/d/000.txt": texts["c/d/8.c"],
+    }
+    wanted["a/000.txt"] += texts["a/2.c"] + texts["a/3.h"]  # too short for a document
+    least = 900
+    out = run_ok("corpus", "-o", f"{tmp}/long", "--min-bytes", least, source)
+    check(
+        read_folder(f"{tmp}/long") == wanted,
+        f"documents {[(k, len(v)) for k, v in read_folder(f'{tmp}/long').items()]}",
+    )
+    rest = len(texts["c/9.c"] + texts["7.c"])
+    check(
+        out.startswith(f"{tmp}/long: 3 documents of ")
+        and f"left out: 1 files that are not text, {rest} bytes" in out,
+        out,
+    )
+    check(min(map(len, wanted.values())) >= least, "the test's documents")
+    run_ok("corpus", "-o", f"{tmp}/long_tar", "--min-bytes", least, f"{tmp}/tree.tar.gz")
+    check(
+        read_folder(f"{tmp}/long_tar") == {f"top/{k}": v for k, v in wanted.items()},
+        "documents of a tar archive",
+    )
+    check(not os.path.exists(f"{tmp}/outside.c"), "a member of an archive is written outside")
+    run_ok("corpus", "-o", f"{tmp}/headers", "--min-bytes", 1, "--suffix", ".h,.x", source)
+    check(read_folder(f"{tmp}/headers") == {"a/000.txt": texts["a/3.h"]}, "--suffix")
+    left = len(b"".join(texts.values()))
+    expect_error(
+        f"has {left} bytes of text, too few", "corpus", "-o", f"{tmp}/x", "--min-bytes", "1e6", source
+    )
+    expect_error("exists already", "corpus", "-o", f"{tmp}/long", source)
+    expect_error("No such file", "corpus", "-o", f"{tmp}/x", f"{tmp}/nowhere")
+    expect_error("--min-bytes", "corpus", "-o", f"{tmp}/x", "--min-bytes", "0", source)
+    with open(f"{tmp}/tree.tar.gz", "rb") as f:
+        cut = write(f"{tmp}/cut.tar.gz", f.read()[:300])
+    for path in (cut, f"{source}/7.c"):
+        expect_error("not a whole tar archive", "corpus", "-o", f"{tmp}/x", path)
+    if not glob.glob("/usr/src/linux-source-*.tar.*"):
+        expect_error("apt-get install linux-source", "corpus", "-o", f"{tmp}/x")
+    check(not glob.glob(f"{tmp}/*.tmp"), f"left: {glob.glob(f'{tmp}/*.tmp')}")
 
 
 def test_text(tmp, rng):
@@ -1542,6 +1604,7 @@ def main():
     tmp = tempfile.mkdtemp(prefix="test_bpe.")
     try:
         test_get(tmp)
+        test_corpus(tmp)
         missing = [
             name
             for name in ("numpy", "tokenizers", "tiktoken", "datasets", "pyarrow")

@@ -238,7 +238,7 @@ def test_wandb(tmp: str) -> None:
 def test_help() -> None:
     """Every script explains itself with -h and --help, changes nothing, and says how it is used."""
     programs = [os.path.join("scripts", f) for f in sorted(os.listdir(SCRIPTS)) if f.endswith((".sh", ".py"))]
-    programs = [p for p in programs if not p.endswith("train_log.py")] + ["data/get", "data/bpe", "data/hub"]
+    programs = [p for p in programs if not p.endswith("train_log.py")] + ["data/get", "data/corpus", "data/bpe", "data/hub"]
     for program in programs:
         path = os.path.join(ROOT, program)
         with open(path, encoding="utf-8") as file:
