@@ -7,6 +7,7 @@ import collections
 import concurrent.futures.process
 import contextlib
 import fcntl
+import http.client
 import json
 import multiprocessing
 import os
@@ -18,12 +19,15 @@ import sys
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 
 HEADER_BYTES = 1024
 FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token: (magic, version)
 SAVE_INTERVAL = 0.5  # seconds; a kill loses at most this much work
 MAX_SHARD_TOKENS = 2**31 - 1
 MAX_INPUT_BYTES = 1 << 28  # of a file that is read as a whole
+MAX_DOWNLOAD_BYTES = 1 << 26  # five times the longest file
 
 
 def die(message):
@@ -62,6 +66,22 @@ def read_input(path):
         if size > MAX_INPUT_BYTES:
             die(f"{path} has {size} bytes, at most {MAX_INPUT_BYTES} expected; check the path")
         return f.read()
+
+
+def download(url):
+    """Returns the content of a URL; dies if it is longer than MAX_DOWNLOAD_BYTES, or cannot be read."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, ValueError, http.client.HTTPException) as e:  # urllib's errors are OSErrors too
+        reason = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", e)
+        die(f"cannot download {url}: {reason}; check the network, or name a mirror with --from")
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        die(
+            f"{url}: more than {MAX_DOWNLOAD_BYTES} bytes, not the expected text; not saved; try another "
+            f"mirror with --from"
+        )
+    return data
 
 
 def create_file(path):
@@ -125,13 +145,7 @@ def number_type(low, high, kind=int):
     return parse
 
 
-def add_common_flags(parser, val):
-    """Adds the flags that bpe and hub share; val is the default of --val. Returns the group of --val, for flags
-    that exclude it."""
-    parser.add_argument(
-        "-o", metavar="DIR", required=True, dest="folder", help="folder for the shards and tokenizer.bin"
-    )
-    parser.add_argument("--name", default="text", help="shards are DIR/NAME_train_000000.bin, ... (text)")
+def add_tokenizer_flags(parser):
     parser.add_argument(
         "--tokenizer",
         metavar="T",
@@ -143,6 +157,16 @@ def add_common_flags(parser, val):
     parser.add_argument(
         "--bos", metavar="TOKEN", help="the token before a prompt, or none (what the tokenizer says)"
     )
+
+
+def add_common_flags(parser, val):
+    """Adds the flags that bpe and hub share; val is the default of --val. Returns the group of --val, for flags
+    that exclude it."""
+    parser.add_argument(
+        "-o", metavar="DIR", required=True, dest="folder", help="folder for the shards and tokenizer.bin"
+    )
+    parser.add_argument("--name", default="text", help="shards are DIR/NAME_train_000000.bin, ... (text)")
+    add_tokenizer_flags(parser)
     parser.add_argument(
         "--special-tokens",
         metavar="0|1",
@@ -548,7 +572,11 @@ def summary(output):
         f"{output.train.num_complete(True)} shards, {state['val']} validation tokens in "
         f"{output.val.num_complete(True)}, "
         f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes per token"
-        + ("" if state["val"] else "; nothing is held out for validation: use a larger --val or more documents")
+        + (
+            ""
+            if state["val"]
+            else "; nothing is held out for validation: use a larger --val or more documents"
+        )
     )
 
 

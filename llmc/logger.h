@@ -2,6 +2,7 @@
 // at once. `step` always counts finished steps.
 #ifndef LLMC_LOGGER_H
 #define LLMC_LOGGER_H
+#include "eval_file.h"
 #include "position_loss.h"
 #include <math.h>
 
@@ -64,6 +65,24 @@ static inline const char *logger_format_number(char *out, size_t size, double x)
     else
         snprintf(out, size, "null");
     return out;
+}
+
+// Writes text as a JSON string, or null.
+static inline void logger_json_text(FILE *f, const char *text) {
+    if (!text) {
+        fprintf(f, "null");
+        return;
+    }
+    fputc('"', f);
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\')
+            fprintf(f, "\\%c", *text);
+        else if ((unsigned char)*text < 32)
+            fprintf(f, "\\u%04x", *text);
+        else
+            fputc(*text, f);
+    }
+    fputc('"', f);
 }
 
 // Returns the step of a line of the log, or -1 if the line is incomplete or has no step.
@@ -199,5 +218,66 @@ static inline void logger_recall(Logger *l, int64_t step, int buckets, const int
     fflush(stdout);
     snprintf(line + length, sizeof line - (size_t)length, "]}\n");
     logger_write(l, line);
+}
+
+// Begins a line of any length, {"step":...,"tokens":..., in *line and *size. Dies without memory.
+static inline FILE *logger_begin_line(const Logger *l, int64_t step, char **line, size_t *size) {
+    FILE *f = open_memstream(line, size);
+    if (!f) die("out of memory: a line of the log");
+    fprintf(f, "{\"step\":%lld,\"tokens\":%lld,", (long long)step, (long long)l->tokens);
+    return f;
+}
+
+// Ends a line of logger_begin_line, whose last text the caller has written, and adds it to the log.
+static inline void logger_end_line(Logger *l, FILE *f, char **line) {
+    if (fclose(f) != 0) die("out of memory: a line of the log");
+    logger_write(l, *line);
+    free(*line);
+}
+
+// Logs the right answers to a multiple-choice file.
+static inline void logger_multiple_choice(Logger *l, int64_t step, const EvalFile *f, const EvalAccuracy *a) {
+    char *line;
+    size_t size;
+    const char *unit = f->llmc_format ? "token" : "character";
+    printf("%s: %lld of %lld right, %.2f%% | by loss per %s %lld, %.2f%% | chance %.1f%% | step %lld\n",
+           f->name, (long long)a->right, (long long)a->examples, 100 * (double)a->right / (double)a->examples,
+           unit, (long long)a->right_normalized, 100 * (double)a->right_normalized / (double)a->examples,
+           100 * a->chance, (long long)step);
+    fflush(stdout);
+    FILE *out = logger_begin_line(l, step, &line, &size);
+    fprintf(out, "\"multiple_choice\":");
+    logger_json_text(out, f->name);
+    fprintf(out, ",\"examples\":%lld,\"right\":%lld,\"right_normalized\":%lld,\"chance\":%.5g}\n",
+            (long long)a->examples, (long long)a->right, (long long)a->right_normalized, a->chance);
+    logger_end_line(l, out, &line);
+}
+
+// Logs the right answers to a needle file: on the console by length, in the log by length and depth. cells
+// [count] by length and depth.
+static inline void logger_needle(Logger *l, int64_t step, const EvalFile *f, const EvalCell *cells,
+                                 int64_t count) {
+    char *line;
+    size_t size;
+    FILE *out = logger_begin_line(l, step, &line, &size);
+    fprintf(out, "\"needle\":");
+    logger_json_text(out, f->name);
+    fprintf(out, ",\"keys\":%lld,\"cells\":[", (long long)f->keys);
+    printf("%s by length at step %lld (keys: %lld):", f->name, (long long)step, (long long)f->keys);
+    int64_t asked = 0, right = 0; // of a length
+    for (int64_t i = 0; i < count; i++) {
+        const EvalCell *c = &cells[i];
+        fprintf(out, "%s{\"length\":%lld,\"depth\":%.3f,\"asked\":%lld,\"right\":%lld}", i ? "," : "",
+                (long long)c->length, (double)c->depth / 1000, (long long)c->asked, (long long)c->right);
+        asked += c->asked, right += c->right;
+        if (i + 1 < count && cells[i + 1].length == c->length) continue;
+        printf(" | %lld: %.1f%% of %lld", (long long)c->length, 100 * (double)right / (double)asked,
+               (long long)asked);
+        asked = right = 0;
+    }
+    printf("\n");
+    fflush(stdout);
+    fprintf(out, "]}\n");
+    logger_end_line(l, out, &line);
 }
 #endif

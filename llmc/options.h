@@ -11,9 +11,10 @@
 #define OPTIONS_MAX 96 // at least the number of flags, model flags included
 
 typedef struct {
-    const char *train, *val;       // glob patterns of shards; NULL: none
-    const char *init_from;         // name of a preset, or path of a checkpoint
-    const char *output;            // folder for checkpoints and the log; NULL: none
+    const char *train, *val;                          // glob patterns of shards; NULL: none
+    const char *hellaswag, *multiple_choice, *needle; // glob patterns of evaluation files; NULL: none
+    const char *init_from;                            // name of a preset, or path of a checkpoint
+    const char *output;                               // folder for checkpoints and the log; NULL: none
     int64_t save_every;            // steps between checkpoints; 0: only after the last step
     int64_t keep;                  // number of checkpoints to keep
     int64_t new_data;              // 1: resume with other data than the checkpoint's
@@ -63,6 +64,12 @@ static inline const OptionFlag *option_flags(int *count) {
     static const OptionFlag flags[] = {
         {"i", "train", OPTION_TEXT, OFFSET(train), 0, 0, "training shards, a quoted glob pattern"},
         {"j", "val-data", OPTION_TEXT, OFFSET(val), 0, 0, "validation shards, a quoted glob pattern"},
+        {"hellaswag", NULL, OPTION_TEXT, OFFSET(hellaswag), 0, 0,
+         "HellaSwag in llm.c's format (data/hellaswag), answered at each validation"},
+        {"mc", "multiple-choice", OPTION_TEXT, OFFSET(multiple_choice), 0, 0,
+         "multiple-choice files (data/mc), a quoted glob pattern, answered at each validation"},
+        {"needle", NULL, OPTION_TEXT, OFFSET(needle), 0, 0,
+         "needle files (data/needle), a quoted glob pattern, answered at each validation"},
         {"e", "model", OPTION_TEXT, OFFSET(init_from), 0, 0,
          "model to start from: a preset (listed below) or a checkpoint file"},
         {"o", "output", OPTION_TEXT, OFFSET(output), 0, 0, "output folder for checkpoints and the log"},
@@ -110,9 +117,7 @@ static inline const OptionFlag *option_flags(int *count) {
         {"a", "overfit", OPTION_INT, OFFSET(overfit), 0, 1,
          "1: train on the first batch only, to see whether the model overfits it"},
         {"val", NULL, OPTION_INT, OFFSET(val_only), 0, 1,
-         "1: only compute the loss, perplexity, bits per byte and recall accuracy of the checkpoint -e on "
-         "the "
-         "shards -j"},
+         "1: only validate the checkpoint -e on the shards -j and the files of -hellaswag, -mc and -needle"},
         {"sample", NULL, OPTION_INT, OFFSET(sample_only), 0, 1,
          "1: only generate text with the checkpoint -e"},
         {"prompt", NULL, OPTION_TEXT, OFFSET(prompt), 0, 0, "prompt for text generation"},
@@ -426,9 +431,15 @@ static inline void options_check(Options *o) {
     if (o->sample_only && o->val_only) die("-sample 1 -val 1: cannot be combined; drop one of them");
     if (o->sample_only && o->preset) die("-sample 1: needs a trained model; give a checkpoint file with -e");
     if (o->val_only && o->preset) die("-val 1: needs a trained model; give a checkpoint file with -e");
-    if (o->val_only && !o->val) die("-val 1: needs validation shards; give them with -j");
+    const int has_eval_files = o->hellaswag || o->multiple_choice || o->needle;
+    if (o->val_only && !o->val && !has_eval_files)
+        die("-val 1: needs validation shards or evaluation files; give them with -j, -hellaswag, -mc or "
+            "-needle");
     if (o->block_indices && !o->val_only)
         die("-block-indices %s: only validation writes block indices; add -val 1", o->block_indices);
+    if (o->block_indices && (!o->val || has_eval_files))
+        die("-block-indices %s: writes those of the shards -j; %s", o->block_indices,
+            o->val ? "drop -hellaswag, -mc and -needle" : "give them");
     if ((o->sample_only || o->val_only) && (o->resume || o->overfit))
         die("%s 1 %s 1: cannot be combined; drop one of them", o->sample_only ? "-sample" : "-val",
             o->resume ? "-y" : "-a");
@@ -446,8 +457,10 @@ static inline void options_check(Options *o) {
         die("-n %lld: needs a folder for checkpoints; give it with -o", (long long)o->save_every);
     if (options_given(o, "nk") && !o->output)
         die("-nk %lld: needs a folder for checkpoints; give it with -o", (long long)o->keep);
-    if (o->val_every > 0 && options_given(o, "v") && !o->val)
-        die("-v %lld: needs validation shards; give them with -j", (long long)o->val_every);
+    if (o->val_every > 0 && options_given(o, "v") && !o->val && !has_eval_files)
+        die("-v %lld: needs validation shards or evaluation files; give them with -j, -hellaswag, -mc or "
+            "-needle",
+            (long long)o->val_every);
     if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant") &&
         strcmp(o->schedule, "wsd"))
         die("-k %s: must be one of cosine|linear|constant|wsd", o->schedule);

@@ -1,6 +1,6 @@
 // run.h: the parts of a run that both trainers share: the setup of configuration, data and checkpoint from
-// the command line; validation with recall accuracy; text generation; signals. The trainer provides the
-// model, as functions that evaluate a batch and return the logits of the next token.
+// the command line; validation, recall accuracy and other evaluations; text generation; signals. The trainer
+// provides the model, as functions that evaluate a batch and return the logits of the next token.
 #ifndef LLMC_RUN_H
 #define LLMC_RUN_H
 #include "utils.h"
@@ -26,7 +26,9 @@ typedef struct {
     char tokenizer_path[PATH_BYTES];
     int has_tokenizer, eot; // eot: id of the end-of-text token, -1: none
     DataLoader train, val;
-    Answers *answers;          // [val.shard_count] for shards of the recall task, else NULL
+    Answers *answers;     // [val.shard_count] for shards of the recall task, else NULL
+    EvalFile *eval_files; // [num_eval_files] of -hellaswag, -mc and -needle
+    int64_t num_eval_files;
     int64_t micro_batches;     // per step
     int32_t *inputs, *targets; // [batch, seq_len] each, the current batch
     int64_t *cu_seqlens;       // [num_seqs + 1], of the current batch
@@ -271,6 +273,42 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     for (int i = 0; i < 3; i++) r->init.gate_bias[i] = log(gates[i] / (1 - gates[i]));
 }
 
+// Loads the files that match a glob pattern, unless it is NULL. flag: for messages. Dies if a file is invalid
+// or has a choice or a needle that does not fit into a context.
+static inline void run_load_eval_files(Run *r, const char *flag, const char *pattern, EvalKind kind) {
+    glob_t found;
+    const int64_t seq_len = r->opt.seq_len;
+    if (!pattern) return;
+    if (glob(pattern, 0, NULL, &found) != 0)
+        die("%s %s: no such file; make it with %s", flag, pattern,
+            kind == EVAL_NEEDLE ? "data/needle" : "data/hellaswag or data/mc");
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        int64_t cut = 0; // contexts that lose their beginning
+        r->eval_files =
+            (EvalFile *)realloc(r->eval_files, (size_t)(r->num_eval_files + 1) * sizeof *r->eval_files);
+        if (!r->eval_files) die("out of memory: %s %s", flag, pattern);
+        EvalFile *f = &r->eval_files[r->num_eval_files++];
+        eval_load(f, flag, found.gl_pathv[i], kind, r->config.vocab_size,
+                  r->has_tokenizer ? r->tokenizer.vocab_size : 0);
+        for (int64_t c = 0; c < f->num_choices; c++) {
+            const int64_t needed =
+                kind == EVAL_NEEDLE ? eval_choice_inputs(f, &f->choices[c]) : f->choices[c].tokens;
+            if (needed > seq_len)
+                die("%s %s: example %lld needs %lld tokens, but the context has %lld; raise -t, or make "
+                    "shorter "
+                    "examples",
+                    flag, f->path, (long long)f->choices[c].example, (long long)needed, (long long)seq_len);
+            cut += eval_choice_inputs(f, &f->choices[c]) > seq_len;
+        }
+        if (cut > 0 && r->comm.rank == 0)
+            fprintf(stderr,
+                    "note: %s %s: %lld of %lld choices need more than -t %lld; their contexts lose their "
+                    "beginning\n",
+                    flag, f->path, (long long)cut, (long long)f->num_choices, (long long)seq_len);
+    }
+    globfree(&found);
+}
+
 // Sets up a run: parses the command line, connects the processes, chooses the checkpoint to start from, sets
 // the model's configuration and opens the data. Creates the output folder and its log; writes nothing else.
 static inline void run_start(Run *r, int argc, char **argv) {
@@ -328,6 +366,11 @@ static inline void run_start(Run *r, int argc, char **argv) {
         for (int64_t s = 0; s < r->val.shard_count; s++)
             found += answers_load(&r->answers[s], &r->val.shards[s]) == 0;
         if (!found) free(r->answers), r->answers = NULL;
+    }
+    if (training || o->val_only) {
+        run_load_eval_files(r, "-hellaswag", o->hellaswag, EVAL_CHOICE);
+        run_load_eval_files(r, "-mc", o->multiple_choice, EVAL_CHOICE);
+        run_load_eval_files(r, "-needle", o->needle, EVAL_NEEDLE);
     }
     if (training)
         options_set_schedule(o, saved.lr, saved.warmup,
@@ -416,39 +459,18 @@ static inline void run_load_batch(Run *r, DataLoader *l) {
         doc_boundaries(r->inputs, l->batch, l->seq_len, r->eot, (int)r->opt.doc_mask, r->cu_seqlens);
 }
 
-// Writes text as a JSON string, or null.
-static inline void run_json_text(FILE *f, const char *text) {
-    if (!text) {
-        fprintf(f, "null");
-        return;
-    }
-    fputc('"', f);
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\')
-            fprintf(f, "\\%c", *text);
-        else if ((unsigned char)*text < 32)
-            fprintf(f, "\\u%04x", *text);
-        else
-            fputc(*text, f);
-    }
-    fputc('"', f);
-}
-
 // Logs the start of a run: all flags, the model, the commit, the GPU, the number of processes and the date.
 static inline void run_log_start(Run *r) {
-    char *line = NULL, date[32], value[64];
-    size_t size = 0;
+    char *line, date[32], value[64];
+    size_t size;
     int count;
-    FILE *f = open_memstream(&line, &size);
-    if (!f) die("out of memory: the first line of the log");
+    FILE *f = logger_begin_line(&r->log, r->state.step, &line, &size);
     time_t now = time(NULL);
     strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", gmtime(&now));
-    fprintf(f,
-            "{\"step\":%lld,\"tokens\":%lld,\"start\":{\"date\":\"%s\",\"commit\":", (long long)r->state.step,
-            (long long)r->state.tokens, date);
-    run_json_text(f, build_commit());
+    fprintf(f, "\"start\":{\"date\":\"%s\",\"commit\":", date);
+    logger_json_text(f, build_commit());
     fprintf(f, ",\"gpu\":");
-    run_json_text(f, r->gpu);
+    logger_json_text(f, r->gpu);
     fprintf(f, ",\"processes\":%d", r->comm.ranks);
     if (r->has_tokenizer) // a checksum, to compare runs
         fprintf(f, ",\"tokenizer\":\"%016llx\"", (unsigned long long)r->state.data.tokenizer);
@@ -461,7 +483,7 @@ static inline void run_log_start(Run *r) {
         fprintf(f, "%s\"%s\":", i ? "," : "", flags[i].flag);
         if (flags[i].type == OPTION_TEXT) {
             memcpy(&text, field, sizeof text);
-            run_json_text(f, text);
+            logger_json_text(f, text);
         } else if (flags[i].type == OPTION_INT) {
             memcpy(&integer, field, sizeof integer);
             fprintf(f, "%lld", (long long)integer);
@@ -478,9 +500,7 @@ static inline void run_log_start(Run *r) {
         fprintf(f, "%s\"%s\":%s%s%s", i ? "," : "", fields[i].name, quote, value, quote);
     }
     fprintf(f, "}}}\n");
-    if (fclose(f) != 0) die("out of memory: the first line of the log");
-    logger_write(&r->log, line);
-    free(line);
+    logger_end_line(&r->log, f, &line);
 }
 
 // Installs the signal handlers; logs the start; says where a resumed run continues.
@@ -676,7 +696,7 @@ typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, con
 // the validation shards (0: all sequences), the same sequences on any number of processes. In contexts above
 // 128 tokens also logs the loss by position; for the recall task the accuracy by distance. Returns the loss.
 // All processes call it.
-static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
+static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
     const int64_t global_batch = l->batch * r->dp_size; // samples per batch of all ranks
     int64_t samples = l->samples, distances[RUN_BUCKETS];
@@ -725,6 +745,61 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
                       counts->right + first, answers ? 1.0 / answers : 0);
     }
     free(counts);
+    return loss;
+}
+
+// Adds up the results [n] of all data-parallel ranks. Each choice has the result of one rank, and 0
+// elsewhere.
+static inline void run_sum_results(Run *r, EvalResult *results, int64_t n) {
+    const size_t bytes = (size_t)n * sizeof *results;
+    EvalResult *all = (EvalResult *)xmalloc(bytes * (size_t)r->comm.ranks);
+    comm_allgather(&r->comm, results, bytes, all);
+    memset(results, 0, bytes);
+    for (int rank = 0; rank < r->comm.ranks; rank += (int)r->opt.cp_size) {
+        const EvalResult *from = all + rank * n;
+        for (int64_t i = 0; i < n; i++) results[i].loss += from[i].loss, results[i].greedy += from[i].greedy;
+    }
+    free(all);
+}
+
+// Scores the model on an evaluation file, and logs the accuracy. All processes call it; each data-parallel
+// rank computes every dp_size-th batch.
+static inline void run_evaluate_file(Run *r, const EvalFile *f, RunEvaluate evaluate, void *model) {
+    EvalResult *results = (EvalResult *)xcalloc((size_t)f->num_choices, sizeof *results);
+    EvalBatch b = {r->inputs, r->targets, r->cu_seqlens, 0, r->opt.batch * r->opt.seq_len};
+    double told = now_seconds();
+    for (int64_t choice = 0, batch = 0; choice < f->num_choices; batch++) {
+        const float *losses;
+        const int32_t *argmax;
+        const int64_t first = choice;
+        if (r->opt.val_only && r->comm.rank == 0 && now_seconds() - told > 10) {
+            fprintf(stderr, "%s: %lld of %lld choices\n", f->name, (long long)choice,
+                    (long long)f->num_choices);
+            told = now_seconds();
+        }
+        choice = eval_fill_batch(f, first, r->opt.seq_len, &b);
+        if (batch % r->dp_size != r->dp_rank) continue;
+        r->num_seqs = b.num_seqs;
+        evaluate(model, r, &losses, &argmax);
+        eval_read_batch(f, first, choice, &b, losses, argmax, results);
+    }
+    run_sum_results(r, results, f->num_choices);
+    if (f->kind == EVAL_CHOICE) {
+        const EvalAccuracy accuracy = eval_accuracy(f, results);
+        logger_multiple_choice(&r->log, r->state.step, f, &accuracy);
+    } else {
+        EvalCell *cells = (EvalCell *)xmalloc((size_t)f->num_examples * sizeof *cells);
+        logger_needle(&r->log, r->state.step, f, cells, eval_cells(f, results, cells));
+        free(cells);
+    }
+    free(results);
+}
+
+// Validates the model: the loss on the shards of -j, which it returns (NaN without -j), then the evaluation
+// files. All processes call it.
+static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
+    const double loss = r->val.samples > 0 ? run_validate_shards(r, evaluate, model) : NAN;
+    for (int64_t i = 0; i < r->num_eval_files; i++) run_evaluate_file(r, &r->eval_files[i], evaluate, model);
     return loss;
 }
 
@@ -825,6 +900,8 @@ static inline void run_end(Run *r) {
         free(r->answers);
     }
     if (r->val.samples > 0) loader_close(&r->val);
+    for (int64_t i = 0; i < r->num_eval_files; i++) eval_free(&r->eval_files[i]);
+    free(r->eval_files);
     if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
     free(r->inputs), free(r->targets), free(r->cu_seqlens);
     if (r->lock > 0) close(r->lock);

@@ -66,7 +66,8 @@ typedef struct {
 // Returns what is due after `step` finished steps; 0: before the first step.
 static inline Cadence cadence_at(const Options *o, int64_t step) {
     Cadence c;
-    c.validate = o->val != NULL && cadence_due(step, o->val_every, o->max_steps);
+    c.validate = (o->val || o->hellaswag || o->multiple_choice || o->needle) &&
+                 cadence_due(step, o->val_every, o->max_steps);
     c.sample = step > 0 && cadence_due(step, o->sample_every, o->max_steps);
     c.save = o->output != NULL && step > 0 &&
              (step == o->max_steps || cadence_due(step, o->save_every, o->max_steps));

@@ -48,6 +48,21 @@ def position_metrics(row):
     return {f"validation/loss_from_{b['from']:07d}": b["loss"] for b in row["position_loss"] if b["loss"] is not None}
 
 
+def choice_metrics(row):
+    name, count = f"multiple_choice/{row['multiple_choice']}", row["examples"]
+    return {name: row["right"] / count, name + "_normalized": row["right_normalized"] / count}
+
+
+def needle_metrics(row):
+    """Returns the accuracy for each length."""
+    metrics = {}
+    for length in sorted({cell["length"] for cell in row["cells"]}):
+        cells = [cell for cell in row["cells"] if cell["length"] == length]
+        right, asked = (sum(cell[field] for cell in cells) for field in ("right", "asked"))
+        metrics[f"needle/{row['needle']}_{length:07d}"] = right / asked
+    return metrics
+
+
 def metrics_by_step(run):
     """Returns [(step, time, {metric: value})], in the order of the steps."""
 
@@ -56,7 +71,8 @@ def metrics_by_step(run):
 
     steps = {}
     for rows, metrics_of in ((run.train, named(TRAIN_METRICS)), (run.val, named(VAL_METRICS)),
-                             (run.positions, position_metrics), (run.recall, recall_metrics)):
+                             (run.positions, position_metrics), (run.recall, recall_metrics),
+                             (run.choices, choice_metrics), (run.needles, needle_metrics)):
         for row in rows:
             found = metrics_of(row)
             time, metrics = steps.setdefault(row["step"], (row["time"], {}))

@@ -13,18 +13,19 @@ def die(message):
 
 class Run:
     """A training run. `start` is the object of the last "start" line, {} in old logs. The rows of `train`,
-    `val`, `positions` and `recall` are lines of the log, in the order of their steps, with these fields besides:
-    "tokens" (old logs lack it) and "time" (seconds since 1970)."""
+    `val`, `positions`, `recall`, `choices` (multiple choice) and `needles` are lines of the log, in the order of
+    their steps, with these fields besides: "tokens" (old logs lack it) and "time" (seconds since 1970)."""
 
     def __init__(self, name, file):
         self.name, self.file = name, file
         self.start, self.first_date = {}, None
         self.train, self.val = [], []
         self.positions, self.recall = [], []  # by the position in the document, by distance
+        self.choices, self.needles = [], []  # of one or several files
 
     def drop(self, step, keep_equal):
         """Drops rows of a part of the run that was trained again, from `step` on."""
-        for rows in (self.train, self.val, self.positions, self.recall):
+        for rows in (self.train, self.val, self.positions, self.recall, self.choices, self.needles):
             while rows and (rows[-1]["step"] > step or (rows[-1]["step"] == step and not keep_equal)):
                 rows.pop()
 
@@ -43,6 +44,10 @@ class Run:
             if key in row:
                 while rows and rows[-1]["step"] >= step:
                     rows.pop()
+                rows.append(row)
+        for key, rows in (("multiple_choice", self.choices), ("needle", self.needles)):
+            if key in row:  # each file has one row of a step, the last one
+                rows[:] = [r for r in rows if r["step"] < step or (r["step"] == step and r[key] != row[key])]
                 rows.append(row)
 
     @property

@@ -66,3 +66,24 @@ skipped_steps_change_nothing() {
         cmp -s -i 4096 "$1/$(printf 'ckpt_%08d.bin' $((step - 1)))" "$1/$(printf 'ckpt_%08d.bin' "$step")" || return 1
     done
 }
+
+# int32 N...: prints numbers as little-endian int32.
+int32() {
+    local n
+    for n; do printf "\\x$(printf %02x $((n & 255)))\\x$(printf %02x $((n >> 8 & 255)))\\x$(printf %02x $((n >> 16 & 255)))\\x$(printf %02x $((n >> 24 & 255)))"; done
+}
+
+# make_eval_files VOCABULARY: writes mc.bin, 6 questions of 3 choices, and needle.bin, 6 needles, of tokens below 60.
+make_eval_files() {
+    local i c
+    for kind in 0 1; do
+        int32 20260803 1 $kind 6 "$1" 1
+        head -c 1000 /dev/zero
+        for i in 1 2 3 4 5 6; do
+            int32 $((kind ? 0 : i % 3)) $((kind ? 1 : 3)) $((i * 100)) 4 $((i * 7)) $((i * 5)) $((i * 9)) $((i * 3))
+            for c in $(seq $((kind ? 1 : 3))); do int32 $c 2 $((i * 8 + c)) $((c * 13)); done
+        done
+    done >both
+    head -c $((1024 + 4 * 6 * 20)) both >mc.bin
+    tail -c +$((1025 + 4 * 6 * 20)) both >needle.bin
+}

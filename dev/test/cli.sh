@@ -328,4 +328,21 @@ check '[ "$(head -1 bytes/log.jsonl | grep -c "\"tokenizer\":\"[0-9a-f]*\"")" -e
 run --version
 check 'grep -q "commit $COMMIT$" out && head -1 bytes/log.jsonl | grep -qF "\"commit\":\"$COMMIT\""' "the commit is not $COMMIT: $(cat out) $(head -c 200 bytes/log.jsonl)"
 
+# ---- evaluation files
+make_eval_files 68
+EVALS="-mc mc.bin -needle needle.bin"
+run $TINY $DATA $EVALS -hellaswag mc.bin -o evals
+check '[ "$(grep -c "^mc: [0-6] of 6 right, .* | by loss per character .* | chance 33.3% | step [036]$" out)" -eq 6 ] && [ "$(grep -c "^needle by length at step [036] (keys: 1): | 6: [0-9.]*% of 6$" out)" -eq 3 ]' "evaluations at each validation: $(cat out err)"
+check 'cmp -s a/ckpt_00000006.bin evals/ckpt_00000006.bin' "evaluations change the training"
+check '[ "$(grep -c "^{\"step\":[036],\"tokens\":[0-9]*,\"multiple_choice\":\"mc\",\"examples\":6," evals/log.jsonl)" -eq 6 ] && [ "$(grep -c "\"needle\":\"needle\",\"keys\":1,\"cells\":\[{\"length\":6,\"depth\":0.100," evals/log.jsonl)" -eq 3 ]' "evaluations in the log: $(cat evals/log.jsonl)"
+grep "^mc.*step 6\|^needle.*step 6" out >want
+run -e a/ckpt_00000006.bin -val 1 $EVALS -hellaswag mc.bin -b 1
+check 'grep "^mc\|^needle" out | cmp -s - want && ! grep -q "^val loss" out' "-val 1 without -j: $(cat out err want)"
+run $TINY -i 'data/recall_train_*.bin' -mc mc.bin
+check '[ $code -eq 0 ] && [ "$(grep -c "^mc: " out)" -eq 3 ] && ! grep -q "^val loss" out' "-mc without -j: $(cat out err)"
+expect_error "-val 1: needs validation shards or evaluation files; give them with -j, -hellaswag, -mc or -needle" -e a/ckpt_00000006.bin -val 1
+expect_error "-v 3: needs validation shards or evaluation files" $TINY -i 'data/recall_train_*.bin'
+expect_error "-needle mc.bin: a file for -mc; give it with that flag" $TINY $DATA -needle mc.bin -o none
+expect_error "-mc none.bin: no such file; make it with data/hellaswag or data/mc" $TINY $DATA -mc none.bin -o none
+
 finish_test

@@ -101,6 +101,14 @@ RESULTS=$T/results.jsonl "$PROGRAM" $MODEL -vocab 100 -profile 1 >out 2>err; cod
 check '[ $code -eq 0 ] && grep -q "^training step" out && grep -q "attention_backward" out' "-profile: $(cat out err)"
 check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 ]' "-profile records nothing: $(cat results.jsonl)"
 
+# ---- evaluation files: the answers of the C trainer
+make_eval_files 68
+EVALS="-e a/ckpt_00000004.bin -val 1 -b 1 -mc mc.bin -needle needle.bin"
+run $EVALS && "$CPU" $EVALS >c_out 2>err; code=$?
+check '[ $code -eq 0 ] && [ "$(grep -c "^mc: \|^needle by" out)" -eq 2 ] && [ "$(grep "^mc: \|^needle by" out)" = "$(grep "^mc: \|^needle by" c_out)" ]' "-mc, -needle: $(cat out c_out err)"
+expect_error "-block-indices f: writes those of the shards -j; give them" $EVALS -block-indices f
+expect_error "-block-indices f: writes those of the shards -j; drop -hellaswag, -mc and -needle" $EVALS -j 'data/recall_val_*.bin' -block-indices f
+
 # ---- errors
 expect_error "-head-dim 32" -e recall -t 32 -b 1 $DATA
 expect_error "-channels 60" $MODEL $DATA -channels 60

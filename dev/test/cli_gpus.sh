@@ -110,6 +110,14 @@ if [ "$GPUS" -ge 4 ]; then
     check 'same two both 3e-3' "-cp 2 in two groups: $(differ two both)"
 fi
 
+# ---- the answers to evaluation files do not depend on the number of processes
+make_eval_files 68
+for n in 1 2 cp; do
+    many ${n/cp/2} -b 1 $([ $n = cp ] && echo -cp 2) -e one/ckpt_00000003.bin -x 3 -val 1 -mc mc.bin -needle needle.bin
+    grep "^mc: \|^needle by" 0.out >answers$n
+    check '[ "$(wc -l <answers$n)" -eq 2 ] && cmp -s answers1 answers$n' "-mc, -needle, $n processes: $codes $(cat answers$n 0.err)"
+done
+
 # ---- checkpoints do not depend on the number of processes
 for n in 1 2; do
     many $n -b 2 -d 128 -n 2 -z $n -o begun$n

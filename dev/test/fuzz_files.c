@@ -1,6 +1,6 @@
-// fuzz_files.c: loads mutated shards, answers, tokenizers, checkpoints and logs with the trainers' own code.
-// Each file must be loaded or refused with one line; a crash, a sanitizer's report or a hang is a failure.
-// Then changes every byte of a checkpoint; no change may be accepted.
+// fuzz_files.c: loads mutated shards, answers, tokenizers, checkpoints, logs and evaluation files with the
+// trainers' own code. Each file must be loaded or refused with one line; a crash, a sanitizer's report or a
+// hang is a failure. Then changes every byte of a checkpoint; no change may be accepted.
 //
 // usage: fuzz_files [FOLDER]. SECONDS=N in the environment runs for N seconds (5), COUNT=N for at least N
 // files (0). SEED=N repeats a run. A file that fails stays in FOLDER (by default a new one in /tmp).
@@ -12,7 +12,21 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
-enum { SHARD16, SHARD32, ANSWERS, BYTES, WORDS, BPE, SENTENCEPIECE, LLMC, CHECKPOINT, LOG, KINDS };
+enum {
+    SHARD16,
+    SHARD32,
+    ANSWERS,
+    BYTES,
+    WORDS,
+    BPE,
+    SENTENCEPIECE,
+    LLMC,
+    CHECKPOINT,
+    LOG,
+    EVAL32,
+    EVAL16,
+    KINDS
+};
 static const char *const KIND_NAMES[KINDS] = {"shard of 16-bit tokens",
                                               "shard of 32-bit tokens",
                                               "answers",
@@ -22,7 +36,9 @@ static const char *const KIND_NAMES[KINDS] = {"shard of 16-bit tokens",
                                               "tokenizer of SentencePiece",
                                               "llm.c's tokenizer",
                                               "checkpoint",
-                                              "log"};
+                                              "log",
+                                              "evaluation file",
+                                              "llm.c's evaluation file"};
 enum { MAX_BYTES = 1 << 16, FILES_PER_CHILD = 250, HANG_SECONDS = 20 };
 enum { SEQ = 16, VOCAB = 300 };
 
@@ -155,6 +171,19 @@ static void make_seeds(void) {
             "{\"step\":%d,\"loss\":%g,\"lr\":0.001,\"norm\":1.5,\"ms\":3.1}\n{\"step\":%d,\"val_loss\":2}\n",
             i, 5.0 / i, i);
     seeds[LOG].size = length;
+
+    // three examples of two choices: the header, then the values from `label` on
+    const int32_t eval_header[256] = {EVAL_MAGIC, 1, EVAL_CHOICE, 3, VOCAB, 1},
+                  llmc_header[256] = {EVAL_LLMC_MAGIC, 1, 3, 40};
+    memcpy(seeds[EVAL32].data, eval_header, 1024), memcpy(seeds[EVAL16].data, llmc_header, 1024);
+    seeds[EVAL32].size = seeds[EVAL16].size = 1024;
+    for (uint16_t i = 0; i < 3; i++) {
+        const int32_t values[] = {i % 2, 2, 500, 3, 5, 6, i, 7, 1, 9, 4, 2, 10, 299};
+        const uint16_t llmc_values[] = {65535, 28, i, i % 2, 2, 3, 5, 6, i, 1, 9, 2, 10, 299};
+        memcpy(seeds[EVAL32].data + seeds[EVAL32].size, values, sizeof values);
+        memcpy(seeds[EVAL16].data + seeds[EVAL16].size, llmc_values, sizeof llmc_values);
+        seeds[EVAL32].size += (int64_t)sizeof values, seeds[EVAL16].size += (int64_t)sizeof llmc_values;
+    }
 }
 
 // Changes a file in one to four ways. number_bytes: size of the numbers in the file; 0: various.
@@ -300,11 +329,32 @@ static void load_log(void) {
     logger_close(&l);
 }
 
+// Loads an evaluation file, and scores it.
+static void load_eval_file(const char *path) {
+    enum { TOKENS = 2 * SEQ };
+    static const float losses[TOKENS];
+    static const int32_t argmax[TOKENS];
+    int32_t inputs[TOKENS], targets[TOKENS];
+    int64_t cu_seqlens[TOKENS + 1];
+    EvalFile f;
+    eval_load(&f, "-mc", path, EVAL_CHOICE, VOCAB, VOCAB);
+    EvalBatch b = {inputs, targets, cu_seqlens, 0, TOKENS};
+    EvalResult *results = (EvalResult *)xcalloc((size_t)f.num_choices, sizeof *results);
+    for (int64_t first = 0, next; first < f.num_choices && f.choices[first].tokens <= SEQ; first = next) {
+        next = eval_fill_batch(&f, first, SEQ, &b);
+        eval_read_batch(&f, first, next, &b, losses, argmax, results);
+    }
+    eval_accuracy(&f, results);
+    free(results);
+    eval_free(&f);
+}
+
 // Loads a file. Returns whether it was loaded; otherwise `message` says why not.
 static int load_file(const File *f, int kind) {
-    static const char *const names[KINDS] = {
-        "s.bin",         "s.bin",         "s.answers",     "tokenizer.bin",     "tokenizer.bin",
-        "tokenizer.bin", "tokenizer.bin", "tokenizer.bin", "ckpt_00000003.bin", "log.jsonl"};
+    static const char *const names[KINDS] = {"s.bin",         "s.bin",         "s.answers",
+                                             "tokenizer.bin", "tokenizer.bin", "tokenizer.bin",
+                                             "tokenizer.bin", "tokenizer.bin", "ckpt_00000003.bin",
+                                             "log.jsonl",     "eval.bin",      "eval.bin"};
     char path[PATH_BYTES];
     write_whole(names[kind], f->data, f->size);
     path_of(path, kind == ANSWERS ? "s.bin" : names[kind]);
@@ -319,6 +369,7 @@ static int load_file(const File *f, int kind) {
     if (kind >= BYTES && kind <= LLMC) load_tokenizer(path);
     if (kind == CHECKPOINT) load_checkpoint(path);
     if (kind == LOG) load_log();
+    if (kind >= EVAL32) load_eval_file(path);
     return 1;
 }
 

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -77,9 +78,18 @@ def position_line(step: int, shift: float) -> dict:
     return {"step": step, "tokens": 256 * step, "position_loss": buckets}
 
 
+def needle_line(step: int, name: str, right: int, lengths: tuple) -> dict:
+    cells = [{"length": n, "depth": d, "asked": 4, "right": right} for n in lengths for d in (0.0, 0.5, 1.0)]
+    return {"step": step, "tokens": 256 * step, "needle": name, "keys": 2, "cells": cells}
+
+
+def choice_line(step: int, name: str, right: int) -> dict:
+    return {"step": step, "tokens": 256 * step, "multiple_choice": name, "examples": 8, "right": right, "right_normalized": 8, "chance": 0.25}
+
+
 def whole_log(**start: str) -> list:
     middle = [line for step in range(1, 41) for line in [train_line(step)] + ([val_line(step, 1.5)] if step % 10 == 0 else [])]
-    return [start_line(0, **start), val_line(0, 50.0), *middle, position_line(40, 0), recall_line(40)]
+    return [start_line(0, **start), val_line(0, 50.0), *middle, position_line(40, 0), recall_line(40), choice_line(40, "arc", 2)]
 
 
 def resumed_log() -> list:
@@ -181,6 +191,97 @@ def test_position(tmp: str) -> None:
     expect_error("are NaN or Inf", "plot_position.py", write_log(tmp, "nan_positions", [*whole_log(), nothing]))
 
 
+def test_needle(tmp: str) -> None:
+    from plot_needle import draw
+    from train_log import import_pyplot
+
+    # two files, and a step that was evaluated again after a resume
+    lines = [needle_line(40, "one", 1, (128, 256)), needle_line(40, "two", 2, (128,)), needle_line(20, "one", 4, (64,))]
+    first = write_log(tmp, "needles", [*whole_log(), lines[2], *lines[:2], needle_line(40, "one", 3, (128, 256))])
+    second = write_log(tmp, "needles2", [*whole_log(attn="full"), needle_line(40, "two", 4, (128, 512))])
+    picture = os.path.join(tmp, "needle.png")
+    code, out, err = run("plot_needle.py", first, second, "-o", picture)
+    check((code, err, out) == (0, "", f"wrote {picture}\n") and os.path.getsize(picture) > 20000, f"{code} {out} {err}")
+    figure = draw(import_pyplot(), [read_run(first), read_run(second)])
+    maps = [axis.images[0].get_array().tolist() if axis.images else None for axis in figure.axes[:4]]
+    check(maps == [[[75, 75]] * 3, None, [[50]] * 3, [[100, 100]] * 3], f"heat maps {maps}")
+    check(figure.axes[0].get_title() == "needles: books, nsa, step 40\none, keys: 2", figure.axes[0].get_title())
+    expect_error("has no needles", "plot_needle.py", os.path.join(tmp, "torn"))
+
+
+def write_blocks(tmp: str, name: str, seed: int, layers: int = 2, lengths: tuple = (40, 150, 200)) -> str:
+    """Writes random block indices of 2 KV heads, blocks of 4 tokens, of which a query selects 5: block 0, the nearest
+    two and two free ones."""
+    rng, rows = random.Random(seed), []
+    for _ in range(layers * 2):
+        for length in lengths:
+            for position in range(length):
+                own = position // 4
+                kept = sorted({0, own, max(0, own - 1), *rng.sample(range(own + 1), min(own + 1, 5))}, key=lambda b: (b not in (0, own, own - 1), rng.random()))[:5]
+                rows.append(sorted(kept) + [-1] * (5 - len(kept)))
+    path = os.path.join(tmp, name)
+    with open(path, "wb") as file:
+        file.write(b"nsachose" + struct.pack("<7q", layers, 4, 2, sum(lengths), 5, 4, len(lengths)))
+        file.write(struct.pack(f"<{len(lengths)}q", *lengths) + struct.pack(f"<{5 * len(rows)}i", *sum(rows, [])))
+    return path
+
+
+def test_blocks(tmp: str) -> None:
+    from plot_blocks import Selection
+
+    lengths = (40, 150, 200)
+    first, second = write_blocks(tmp, "blocks_2.bin", 1), write_blocks(tmp, "blocks_10.bin", 2)
+    with open(first, "rb") as file:
+        flat = struct.unpack(f"<{2 * 2 * 390 * 5}i", file.read()[64 + 24 :])
+    for init in (0, 1):  # with none, block 0 is a free one
+        s = Selection(first, init, 2)
+        for layer in range(2):
+            found, block0, groups = [], [], {size: [] for size in (8, 16, 32, 64)}
+            for head in range(2):
+                begin = 0
+                for length in lengths:
+                    at = lambda p: flat[5 * ((layer * 2 + head) * 390 + begin + p) :][:5]  # noqa: E731
+                    free = [{b for b in at(p) if b >= init and b <= p // 4 - 2} for p in range(length)]
+                    for p in range(20, length):
+                        found += [p // 4 - b for b in free[p]]
+                        block0.append(0 in at(p))
+                    for size, counts in groups.items():
+                        for p in range(0, length - size + 1, size):
+                            if p >= 20:
+                                counts.append(len(set().union(*free[p : p + size])))
+                    begin += length
+            distances = [sum(1 << i <= d < 2 << i for d in found) for i in range(s.distances.shape[1])]
+            check(s.distances[layer].tolist() == distances, f"distances {s.distances[layer]}, not {distances}")
+            wanted = [sum(counts) / len(counts) for counts in groups.values()]
+            check(all(abs(a - b) < 1e-9 for a, b in zip(s.distinct[layer], wanted)), f"distinct {s.distinct[layer]}, not {wanted}")
+            check(abs(s.block0[layer] - sum(block0) / len(block0)) < 1e-9, f"block 0 {s.block0[layer]}")
+            check(abs(s.median[layer] / 4 - sorted(found)[len(found) // 2]) <= 1, f"median {s.median[layer]}")
+    picture = os.path.join(tmp, "blocks.png")
+    code, out, err = run("plot_blocks.py", second, first, "-o", picture)
+    right = out.startswith("step 2: median") and "\nstep 10: median" in out and out.endswith(f"wrote {picture}\n")
+    check((code, err) == (0, "") and right and os.path.getsize(picture) > 20000, f"plot_blocks.py: {code} {out} {err}")
+    with open(first, "rb") as file:
+        data = file.read()
+    for name, content, wanted in (
+        ("none_1.bin", None, "No such file"),
+        ("magic_1.bin", b"x" + data[1:], "not a file of block indices"),
+        ("cut_1.bin", data[:-4], "its size is not that of its header"),
+        ("head_1.bin", data[:20], "not a file of block indices"),
+        ("lengths_1.bin", data[:64] + struct.pack("<q", 41) + data[72:], "do not have as many tokens"),
+        ("negative_1.bin", data[:8] + struct.pack("<q", -2) + data[16:], "its size is not that of its header"),
+    ):
+        path = os.path.join(tmp, name)
+        if content is not None:
+            with open(path, "wb") as file:
+                file.write(content)
+        expect_error(wanted, "plot_blocks.py", path)
+    expect_error("has no number in its name", "plot_blocks.py", os.path.join(tmp, "blocks.bin"))
+    expect_error("so none is free", "plot_blocks.py", first, "--local-blocks", "4")
+    expect_error("all queries select all blocks", "plot_blocks.py", write_blocks(tmp, "short_1.bin", 1, lengths=(20, 9)))
+    code, out, err = run("plot_blocks.py", first, write_blocks(tmp, "three_3.bin", 1, layers=3))
+    check(code == 1 and "three_3.bin: has 3 layers" in err and err.count("\n") == 1, f"layers: {code} {err}")
+
+
 def test_tensorboard(tmp: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -194,6 +295,13 @@ def test_tensorboard(tmp: str) -> None:
     check(abs(losses[-1].value - 2) < 1e-6 and losses[-1].wall_time - losses[0].wall_time > 7200, f"{losses[-1]}")
     check([e.value for e in events.Scalars("validation/loss")] == [50, 1.5, 1.5, 2.5], "validation losses")
     check(b"| flags.t | 128 |" in events.Tensors("configuration")[0].tensor_proto.string_val[0], "configuration")
+    choices = EventAccumulator(os.path.join(folder, "torn")).Reload()
+    values = [choices.Scalars(f"multiple_choice/arc{end}")[0].value for end in ("", "_normalized")]
+    check(values == [0.25, 1], f"multiple choice: {values}")
+    needles = write_log(tmp, "tb_needles", [*whole_log(), needle_line(40, "one", 3, (128, 256))])
+    code, out, err = run("log_export.py", needles, "--tensorboard", folder)
+    found = EventAccumulator(os.path.join(folder, "tb_needles")).Reload().Scalars("needle/one_0000256")
+    check([(e.step, e.value) for e in found] == [(40, 0.75)], f"needles: {code} {err} {found}")
     positions = EventAccumulator(os.path.join(folder, "torn")).Reload().Scalars("validation/loss_from_0000128")
     check([(e.step, e.value) for e in positions] == [(40, 2)], f"loss by position: {positions}")
     recall = EventAccumulator(os.path.join(folder, "torn")).Reload().Scalars("recall/all")
@@ -238,7 +346,8 @@ def test_wandb(tmp: str) -> None:
 def test_help() -> None:
     """Every script explains itself with -h and --help, changes nothing, and says how it is used."""
     programs = [os.path.join("scripts", f) for f in sorted(os.listdir(SCRIPTS)) if f.endswith((".sh", ".py"))]
-    programs = [p for p in programs if not p.endswith("train_log.py")] + ["data/get", "data/corpus", "data/bpe", "data/hub"]
+    programs = [p for p in programs if not p.endswith("train_log.py")]
+    programs += ["data/" + name for name in ("get", "corpus", "bpe", "hub", "hellaswag", "mc", "needle")]
     for program in programs:
         path = os.path.join(ROOT, program)
         with open(path, encoding="utf-8") as file:
@@ -302,6 +411,8 @@ def main() -> None:
         if has("matplotlib"):
             test_plots(tmp)
             test_position(tmp)
+            test_needle(tmp)
+            test_blocks(tmp)
         if has("tensorboard"):
             test_tensorboard(tmp)
         if has("wandb"):

@@ -1607,6 +1607,278 @@ static void test_position_loss(void) {
     }
 }
 
+// ----------------------------------------------------------------------------
+// Evaluation files. The test's model has a loss and a prediction for each token that are made from all tokens
+// of its sequence before it.
+
+enum { EVAL_EXAMPLES = 9, EVAL_CHOICES = 4, EVAL_LONGEST = 24, EVAL_VOCAB = 100 };
+
+// An example of the test: the context, and choices behind it.
+typedef struct {
+    int context, choices, label, depth, lengths[EVAL_CHOICES];
+    int32_t tokens[EVAL_LONGEST], choice_tokens[EVAL_CHOICES][EVAL_LONGEST];
+} TestExample;
+
+static TestExample examples[EVAL_EXAMPLES];
+
+// Returns the test model's loss of `target` behind tokens [n], and its prediction in *predicted.
+static float model_of_prefix(const int32_t *tokens, int64_t n, int32_t target, int32_t *predicted) {
+    uint64_t hash = checksum(tokens, (size_t)n * sizeof *tokens, (uint64_t)target + 1);
+    *predicted = hash % 4 ? target : (target + 1) % EVAL_VOCAB;
+    return (float)(hash % 1000) / 100;
+}
+
+static void evaluate_prefixes(void *unused, const Run *r, const float **losses, const int32_t **argmax) {
+    static float loss[256];
+    static int32_t predicted[256];
+    (void)unused;
+    if (r->cu_seqlens[r->num_seqs] != r->opt.batch * r->opt.seq_len) die("the batch is not full");
+    for (int64_t s = 0; s < r->num_seqs; s++)
+        for (int64_t t = r->cu_seqlens[s]; t < r->cu_seqlens[s + 1]; t++)
+            loss[t] = model_of_prefix(r->inputs + r->cu_seqlens[s], t + 1 - r->cu_seqlens[s], r->targets[t],
+                                      &predicted[t]);
+    *losses = loss, *argmax = predicted;
+}
+
+// The sum of the losses of choice i of an example, whose context and choice have at most seq_len + 1 tokens.
+static double loss_of_choice(const TestExample *e, int i, int seq_len, int *greedy) {
+    int32_t tokens[2 * EVAL_LONGEST], predicted;
+    const int n = e->context + e->lengths[i], first = n > seq_len + 1 ? n - seq_len - 1 : 0;
+    double loss = 0;
+    memcpy(tokens, e->tokens, (size_t)e->context * sizeof *tokens);
+    memcpy(tokens + e->context, e->choice_tokens[i], (size_t)e->lengths[i] * sizeof *tokens);
+    *greedy = 1;
+    for (int t = e->context; t < n; t++) {
+        loss += model_of_prefix(tokens + first, t - first, tokens[t], &predicted);
+        *greedy &= predicted == tokens[t];
+    }
+    return loss;
+}
+
+// Writes the examples: `file` of our format, kind 0 or 1, or llm.c's.
+static void write_eval_file(const char *file, int llmc, int kind) {
+    static int32_t values[8192];
+    int32_t header[256] = {EVAL_MAGIC, 1, kind, EVAL_EXAMPLES, EVAL_VOCAB, 3},
+            llmc_header[256] = {EVAL_LLMC_MAGIC, 1, EVAL_EXAMPLES};
+    char path[300];
+    int n = 0;
+    for (int i = 0; i < EVAL_EXAMPLES; i++) {
+        const TestExample *e = &examples[i];
+        const int begin = n, choices = kind == EVAL_NEEDLE ? 1 : e->choices;
+        if (llmc) values[n++] = 65535, values[n++] = 0, values[n++] = i;
+        values[n++] = kind == EVAL_NEEDLE ? 0 : e->label, values[n++] = choices;
+        if (!llmc) values[n++] = e->depth;
+        values[n++] = e->context;
+        for (int t = 0; t < e->context; t++) values[n++] = e->tokens[t];
+        for (int c = 0; c < choices; c++) {
+            if (!llmc) values[n++] = 3 * c + 1; // its length in characters
+            values[n++] = e->lengths[c];
+            for (int t = 0; t < e->lengths[c]; t++) values[n++] = e->choice_tokens[c][t];
+        }
+        if (llmc) values[begin + 1] = 2 * (n - begin);
+    }
+    snprintf(path, sizeof path, "%s/run/%s", dir, file);
+    FILE *f = fopen(path, "wb");
+    if (!f) die("cannot write %s", path);
+    fwrite(llmc ? llmc_header : header, 1024, 1, f);
+    for (int i = 0; i < n; i++) fwrite(&values[i], llmc ? 2 : 4, 1, f); // little-endian
+    fclose(f);
+}
+
+// Copies a file of these runs, with its 32-bit word number `word` replaced, and cut to `bytes` (-1: whole).
+static void damage_eval_file(const char *from, const char *to, int word, int32_t value, long bytes) {
+    static char data[65536];
+    char path[300];
+    snprintf(path, sizeof path, "%s/run/%s", dir, from);
+    FILE *f = fopen(path, "rb");
+    size_t n = f ? fread(data, 1, sizeof data, f) : 0;
+    if (f) fclose(f);
+    memcpy(data + 4 * word, &value, 4);
+    snprintf(path, sizeof path, "%s/run/%s", dir, to);
+    f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, bytes >= 0 ? (size_t)bytes : n, f) == 0) die("cannot write %s", path);
+    fclose(f);
+}
+
+// Evaluates as one process of several. The argument: their number, and the command line.
+typedef struct {
+    int ranks;
+    const char *line;
+} EvalCase;
+
+static void run_evaluations(void *argument) {
+    const EvalCase *c = (const EvalCase *)argument;
+    Run *r = start(c->line);
+    r->comm.ranks = r->dp_size = c->ranks;
+    memset(gathered, 0, sizeof gathered);
+    for (own_rank = c->ranks - 1; own_rank >= 0; own_rank--) { // rank 0 is last, and gets the others' results
+        r->comm.rank = r->dp_rank = own_rank;
+        if (own_rank > 0 && !freopen("/dev/null", "w", stdout)) die("cannot open /dev/null");
+        if (own_rank == 0 && c->ranks > 1) stdout = stderr;
+        run_validate(r, evaluate_prefixes, NULL);
+    }
+    r->comm.ranks = 1;
+}
+
+static void run_start_only(void *line) {
+    start((const char *)line);
+}
+
+static void make_examples(void) {
+    Rng rng;
+    rng_seed(&rng, 7, 7);
+    for (int i = 0; i < EVAL_EXAMPLES; i++) {
+        TestExample *e = &examples[i];
+        e->context = 1 + (int)rng_below(&rng, EVAL_LONGEST), e->choices = 2 + (int)rng_below(&rng, 3);
+        e->label = (int)rng_below(&rng, e->choices), e->depth = i % 2 ? 500 : 1000;
+        for (int t = 0; t < e->context; t++) e->tokens[t] = (int32_t)rng_below(&rng, EVAL_VOCAB);
+        for (int c = 0; c < e->choices; c++) {
+            e->lengths[c] = 1 + (int)rng_below(&rng, 6);
+            for (int t = 0; t < e->lengths[c]; t++)
+                e->choice_tokens[c][t] = (int32_t)rng_below(&rng, EVAL_VOCAB);
+        }
+        if (i < EVAL_EXAMPLES / 2)
+            e->context = 9 - i % 2, e->lengths[0] = i % 2 + 1; // the same length in sum
+    }
+}
+
+// Tests the answers to files of both formats and to needles, with 1 to 3 processes, and contexts that are
+// cut.
+static void test_evaluations(void) {
+    make_examples();
+    write_eval_file("a.bin", 0, EVAL_CHOICE), write_eval_file("llmc.bin", 1, EVAL_CHOICE);
+    write_eval_file("n.bin", 0, EVAL_NEEDLE);
+    for (int seq_len = 12; seq_len <= 32; seq_len += 20) {
+        double chance = 0;
+        int right = 0, right_normalized[2] = {0, 0}, cut = 0, all = 0, greedy;
+        for (int i = 0; i < EVAL_EXAMPLES; i++) {
+            const TestExample *e = &examples[i];
+            int best[3] = {0, 0, 0}; // by loss, by loss per character, per token
+            double lowest[3] = {INFINITY, INFINITY, INFINITY};
+            for (int c = 0; c < e->choices; c++) {
+                const double loss = loss_of_choice(e, c, seq_len, &greedy);
+                const double losses[3] = {loss, loss / (3 * c + 1), loss / e->lengths[c]};
+                for (int k = 0; k < 3; k++)
+                    if (losses[k] < lowest[k]) lowest[k] = losses[k], best[k] = c;
+                cut += e->context + e->lengths[c] - 1 > seq_len, all++;
+            }
+            right += best[0] == e->label, chance += 100.0 / e->choices / EVAL_EXAMPLES;
+            for (int k = 0; k < 2; k++) right_normalized[k] += best[k + 1] == e->label;
+        }
+        for (int k = 0; k < 2; k++) {
+            static const char *const flags[] = {"-hellaswag llmc.bin", "-mc [a].bin"};
+            char want[512], line[256];
+            snprintf(want, sizeof want,
+                     "%s: %d of 9 right, %.2f%% | by loss per %s %d, %.2f%% | chance %.1f%% | step 0\n",
+                     k ? "a" : "llmc", right, 100.0 * right / 9, k ? "character" : "token",
+                     right_normalized[!k], 100.0 * right_normalized[!k] / 9, chance);
+            snprintf(line, sizeof line, "-e recall -t %d -b 2 -x 1 -vocab 100 -i positions.bin %s", seq_len,
+                     flags[k]);
+            for (int ranks = 1; ranks <= 3; ranks++) {
+                const EvalCase c = {ranks, line};
+                Child r = child(run_evaluations, (void *)&c);
+                CHECK(r.code == 0 && strstr(ranks > 1 ? r.err : r.out, want),
+                      "%s, %d processes: '%s' '%s', not '%s'", line, ranks, r.out, r.err, want);
+                if (ranks > 1) continue;
+                char note[128];
+                snprintf(note, sizeof note, "%d of %d choices need more than -t %d;", cut, all, seq_len);
+                CHECK(cut ? strstr(r.err, note) != NULL : r.err[0] == '\0', "'%s', not '%s'", r.err, note);
+            }
+        }
+    }
+    CHECK(examples[0].context + examples[0].lengths[0] == 10, "needles of the same length");
+    int asked[64][2], right[64][2], asked_of[64], right_of[64];
+    memset(asked, 0, sizeof asked), memset(right, 0, sizeof right);
+    memset(asked_of, 0, sizeof asked_of), memset(right_of, 0, sizeof right_of);
+    for (int i = 0; i < EVAL_EXAMPLES; i++) {
+        int greedy, length = examples[i].context + examples[i].lengths[0], deep = examples[i].depth == 1000;
+        loss_of_choice(&examples[i], 0, 32, &greedy);
+        asked[length][deep]++, right[length][deep] += greedy, asked_of[length]++, right_of[length] += greedy;
+    }
+    char want[1024] = "n by length at step 0 (keys: 3):",
+         log[2048] = "\"needle\":\"n\",\"keys\":3,\"cells\":[";
+    for (int i = 0, first = 1; i < 64; i++) {
+        if (!asked_of[i]) continue;
+        snprintf(want + strlen(want), 64, " | %d: %.1f%% of %d", i, 100.0 * right_of[i] / asked_of[i],
+                 asked_of[i]);
+        for (int deep = 0; deep < 2; deep++) {
+            if (!asked[i][deep]) continue;
+            snprintf(log + strlen(log), 128, "%s{\"length\":%d,\"depth\":%s,\"asked\":%d,\"right\":%d}",
+                     first ? "" : ",", i, deep ? "1.000" : "0.500", asked[i][deep], right[i][deep]);
+            first = 0;
+        }
+    }
+    const EvalCase needle = {
+        1, "-e recall -t 32 -b 1 -x 1 -vocab 100 -i positions.bin -needle n.bin -o needle_log"};
+    Child r = child(run_evaluations, (void *)&needle);
+    CHECK(r.code == 0 && strstr(r.out, want), "'%s' '%s', not '%s'", r.out, r.err, want);
+    static char text[65536];
+    char path[300];
+    snprintf(path, sizeof path, "%s/run/needle_log/log.jsonl", dir);
+    read_text(path, text, sizeof text);
+    CHECK(strstr(text, log), "the log: '%s', not '%s'", text, log);
+}
+
+// Tests that damaged and unfit files end with one line.
+static void test_bad_evaluations(void) {
+    const int context = 256 + 4, token = 256 + 4 + examples[0].context; // words of the first example
+    damage_eval_file("a.bin", "bad_magic.bin", 0, 5, -1);
+    damage_eval_file("a.bin", "bad_version.bin", 1, 2, -1);
+    damage_eval_file("a.bin", "bad_count.bin", 3, 1 << 30, -1);
+    damage_eval_file("a.bin", "bad_zero.bin", 3, 0, -1);
+    damage_eval_file("a.bin", "bad_more.bin", 3, EVAL_EXAMPLES + 1, -1);
+    damage_eval_file("a.bin", "bad_fewer.bin", 3, EVAL_EXAMPLES - 1, -1);
+    damage_eval_file("a.bin", "bad_vocabulary.bin", 4, 5, -1);
+    damage_eval_file("a.bin", "bad_label.bin", 256, 4, -1);
+    damage_eval_file("a.bin", "bad_choices.bin", 257, 1, -1);
+    damage_eval_file("a.bin", "bad_depth.bin", 258, 1001, -1);
+    damage_eval_file("a.bin", "bad_context.bin", context - 1, 0, -1);
+    damage_eval_file("a.bin", "bad_token.bin", context, 100, -1);
+    damage_eval_file("a.bin", "bad_length.bin", token, 0, -1);
+    damage_eval_file("a.bin", "bad_huge.bin", token + 1, INT32_MAX, -1);
+    damage_eval_file("a.bin", "bad_cut.bin", 0, EVAL_MAGIC, 1024 + 4 * 20);
+    damage_eval_file("a.bin", "bad_odd.bin", 0, EVAL_MAGIC, 1024 + 4 * 20 + 1);
+    damage_eval_file("a.bin", "bad_header.bin", 0, EVAL_MAGIC, 500);
+    damage_eval_file("llmc.bin", "bad_start.bin", 256, 7, -1);
+    damage_eval_file("llmc.bin", "bad_bytes.bin", 256, 65535 | 6 << 16, -1);
+    static const char *const bad[][3] = {
+        {"-mc bad_magic.bin", "-mc bad_magic.bin: not an evaluation file", "data/hellaswag"},
+        {"-hellaswag bad_version.bin", "version 2 found, 1 expected", ""},
+        {"-mc bad_count.bin", "invalid: 1073741824 examples", ""},
+        {"-mc bad_zero.bin", "invalid: 0 examples", ""},
+        {"-mc bad_more.bin", "truncated in example 9", ""},
+        {"-mc bad_fewer.bin", "values behind its last example", ""},
+        {"-mc bad_label.bin", "choice 4 is right, but there are", ""},
+        {"-mc bad_choices.bin", "example 0: the number of choices is 1", "from 2"},
+        {"-mc bad_depth.bin", "the depth is 1001", "from 0 to 1000"},
+        {"-mc bad_context.bin", "the context's number of tokens is 0", ""},
+        {"-mc bad_token.bin", "example 0: a token is 100", "from 0 to 99"},
+        {"-mc bad_length.bin", "the length of a choice is 0", ""},
+        {"-mc bad_huge.bin", "bad_huge.bin", "make"},
+        {"-mc bad_cut.bin", "truncated in example", ""},
+        {"-mc bad_odd.bin", "invalid: 9 examples in 81 bytes", ""},
+        {"-mc bad_header.bin", "not an evaluation file", ""},
+        {"-mc bad_start.bin", "its first value is 7", ""},
+        {"-mc bad_bytes.bin", "example 0: has ", "bytes, not 6"},
+        {"-mc positions.bin", "positions.bin: not an evaluation file", ""},
+        {"-mc nothing*.bin", "-mc nothing*.bin: no such file", "data/mc"},
+        {"-needle nothing.bin", "-needle nothing.bin: no such file", "data/needle"},
+        {"-needle a.bin", "-needle a.bin: a file for -mc", ""},
+        {"-hellaswag n.bin", "-hellaswag n.bin: a file for -needle", ""},
+        {"-needle n.bin -t 8", "tokens, but the context has 8; raise -t", ""},
+        {"-mc a.bin -t 3", "tokens, but the context has 3; raise -t", ""},
+        {"-mc . -t 3", "not a file but a folder", ""},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        char line[256];
+        snprintf(line, sizeof line, "-e recall -t 32 -b 2 -x 1 -vocab 100 -i positions.bin %s", bad[i][0]);
+        Child r = child(run_start_only, line);
+        check_died(&r, line, bad[i][1], bad[i][2]);
+    }
+    Child r = child(run_start_only, (void *)"-t 3 -b 2 -x 1 -e recall -i words/first.bin -mc a.bin");
+    check_died(&r, "another tokenizer", "a tokenizer of 100 tokens, but the run's has 6", "");
+}
+
 // Prints the first batch of training data.
 static void run_batch(void *line) {
     Run *r = start((const char *)line);
@@ -1981,6 +2253,8 @@ int main(void) {
     test_documents();
     test_recall_accuracy();
     test_position_loss();
+    test_evaluations();
+    test_bad_evaluations();
     test_data_position();
     test_accept_step();
     test_text();
