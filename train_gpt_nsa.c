@@ -493,6 +493,9 @@ void model_update(Model *model, int64_t step, double lr, double beta1, double be
 static void evaluate(void *arg, const Run *r, const float **losses, const int32_t **argmax) {
     Model *model = arg;
     model_forward(model, r->inputs, r->targets, r->cu_seqlens, r->num_seqs);
+    for (int l = 0; r->gates && l < model->config.layers; l++)
+        gate_sums_add(&r->gates[l], model->acts.layers[l].gate_logits,
+                      model->n * num_gate_logits(&model->config.fsa) / GATE_BRANCHES);
     *losses = model->acts.losses;
     *argmax = model->acts.argmax;
 }

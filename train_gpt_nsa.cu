@@ -33,6 +33,7 @@
 #include "llmc/global_norm.cuh" // sum_of_squares, global_norm
 #include "llmc/convert.cuh"     // convert, convert_columns
 #include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check
+#include "llmc/gate_means.cuh"  // DeviceGateSums, gate_sums_begin, gate_sums_add, gate_sums_end
 // The state of a model, and the GPUs that share it.
 #include "llmc/nccl.cuh"        // Gpus, transfers_wait_for_compute, compute_waits_for_transfers
 #include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
@@ -98,6 +99,7 @@ typedef struct {
     size_t workspace_bytes;
     char *matmul_workspace; // [MATMUL_WORKSPACE_BYTES]
     StepResult *result;     // [1] sums of a step
+    DeviceGateSums gates;   // of a batch of validation
 } Scratch;
 
 // The memory of batches.
@@ -266,6 +268,7 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     arena_alloc(arena, &s->workspace, (int64_t)s->workspace_bytes);
     arena_alloc(arena, &s->matmul_workspace, MATMUL_WORKSPACE_BYTES);
     arena_alloc(arena, &s->result, 1);
+    arena_alloc(arena, &s->gates.sums, c->layers * GATE_BRANCHES);
     if (model->training) gradients_memory_layout(model);
 }
 
@@ -560,6 +563,7 @@ static void attention_forward(Model *model, int l) {
             fsa_check(fsa_attention_forward(&g.config, attn_dtype, &b, &x, model->stream));
         }
     }
+    gate_sums_add(&s->gates, l, a->attn_qkv, &model->qkv, model->batch.n, model->stream);
     if (attn_needs_convert)
         convert_columns(a->attn_out, a->o, model->batch.n, c->fsa.q_heads * c->fsa.head_dim,
                         model->qkv.o_stride, model->stream);
@@ -884,6 +888,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     void *gathered[2] = {model->groups.k[0], model->groups.v[0]},
          *dst[2] = {model->host.losses, model->host.argmax};
     model->batch = b;
+    gate_sums_begin(&model->scratch.gates, r->gates, model->config.layers, stream);
     model_forward(model);
     model_lm_head(model, 0);
     profile_part(model, PART_END);
@@ -902,8 +907,8 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
         cp_scatter_rows(b.num_keys, b.num_chunks, host.chunk_perm, dst[i], rank_ordered.data(),
                         sizeof(int32_t));
     }
-    *losses = model->host.losses;
-    *argmax = model->host.argmax;
+    gate_sums_end(&model->scratch.gates, r->gates, &model->qkv, model->config.layers, b.n, stream);
+    *losses = model->host.losses, *argmax = model->host.argmax;
 }
 
 // Validates, and writes the block indices of the last batch to `path`.

@@ -3,6 +3,7 @@
 #ifndef LLMC_LOGGER_H
 #define LLMC_LOGGER_H
 #include "eval_file.h"
+#include "gate_means.h"
 #include "position_loss.h"
 #include <math.h>
 
@@ -279,5 +280,32 @@ static inline void logger_needle(Logger *l, int64_t step, const EvalFile *f, con
     fflush(stdout);
     fprintf(out, "]}\n");
     logger_end_line(l, out, &line);
+}
+
+// Logs the mean gates: on the console of all layers, in the log of each. gates [layers].
+static inline void logger_gates(Logger *l, int64_t step, const GateSums *gates, int layers) {
+    static const char *const branches[GATE_BRANCHES] = {"compressed", "selected", "sliding"};
+    char *line, mean[32];
+    size_t size;
+    FILE *out = logger_begin_line(l, step, &line, &size);
+    fprintf(out, "\"gates\":[");
+    GateSums all = {{0}, 0};
+    for (int i = 0; i < layers; i++) {
+        gate_sums_merge(&all, &gates[i]);
+        for (int b = 0; b < GATE_BRANCHES; b++)
+            fprintf(out, "%s%s",
+                    b   ? ","
+                    : i ? ",["
+                        : "[",
+                    logger_format_number(mean, sizeof mean, gates[i].sum[b] / (double)gates[i].count));
+        fprintf(out, "]");
+    }
+    fprintf(out, "]}\n");
+    logger_end_line(l, out, &line);
+    printf("mean gates at step %lld:", (long long)step);
+    for (int b = 0; b < GATE_BRANCHES; b++)
+        printf("%s %s %.4f", b ? " |" : "", branches[b], all.sum[b] / (double)all.count);
+    printf("\n");
+    fflush(stdout);
 }
 #endif

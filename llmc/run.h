@@ -7,6 +7,7 @@
 #include "checkpoint.h"
 #include "comm.h"
 #include "dataloader.h"
+#include "gate_means.h"
 #include "logger.h"
 #include "options.h"
 #include "position_loss.h"
@@ -29,7 +30,8 @@ typedef struct {
     Answers *answers;     // [val.shard_count] for shards of the recall task, else NULL
     EvalFile *eval_files; // [num_eval_files] of -hellaswag, -mc and -needle
     int64_t num_eval_files;
-    int64_t micro_batches;     // per step
+    GateSums *gates;       // [layers], to which the trainer adds those of a validated batch; NULL: not wanted
+    int64_t micro_batches; // per step
     int32_t *inputs, *targets; // [batch, seq_len] each, the current batch
     int64_t *cu_seqlens;       // [num_seqs + 1], of the current batch
     int64_t num_seqs;
@@ -638,8 +640,19 @@ typedef struct {
     int64_t asked[RUN_BUCKETS]; // answers by distance
     int64_t right[RUN_BUCKETS]; // correctly predicted answers
     PositionLoss positions;
-    unsigned char seen[]; // [vocab_size], 1: the token is an answer
+    unsigned char seen[]; // [vocab_size], 1: the token is an answer; then GateSums [layers], aligned
 } ValidationCounts;
+
+// Returns the bytes of ValidationCounts without the gates: a multiple of 8, which keeps the gates and
+// consecutive structs aligned.
+static inline size_t run_counts_bytes(const Run *r) {
+    return (sizeof(ValidationCounts) + (size_t)r->config.vocab_size + 7) / 8 * 8;
+}
+
+// Returns the sums of the gates [layers] behind the counts.
+static inline GateSums *run_counts_gates(const Run *r, const ValidationCounts *counts) {
+    return (GateSums *)((char *)counts + run_counts_bytes(r));
+}
 
 // Counts the answers in sample number `sample` of the validation shards. argmax [seq_len]: predicted tokens;
 // targets [seq_len].
@@ -670,11 +683,16 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
 }
 
 // Sums the counts over all data-parallel ranks, in rank order, so that all processes get the same sums, bit
-// for bit.
+// for bit. Sums the gates over all processes, which have those of their own tokens.
 static inline void run_sum_counts(Run *r, ValidationCounts *counts, size_t bytes) {
     char *all = (char *)xmalloc(bytes * (size_t)r->comm.ranks);
     comm_allgather(&r->comm, counts, bytes, all);
     memset(counts, 0, bytes);
+    for (int i = 0; i < r->comm.ranks; i++) {
+        const GateSums *gates = run_counts_gates(r, (const ValidationCounts *)(all + bytes * (size_t)i));
+        for (int l = 0; l < r->config.layers; l++)
+            gate_sums_merge(&run_counts_gates(r, counts)[l], &gates[l]);
+    }
     for (int i = 0; i < r->comm.ranks;
          i += (int)r->opt.cp_size) { // the ranks of a -cp group have the same counts
         const ValidationCounts *c = (const ValidationCounts *)(all + bytes * (size_t)i);
@@ -694,8 +712,8 @@ typedef void (*RunEvaluate)(void *model, const Run *r, const float **losses, con
 
 // Computes and logs the mean loss, perplexity and bits per byte over the first -m batches of -b sequences of
 // the validation shards (0: all sequences), the same sequences on any number of processes. In contexts above
-// 128 tokens also logs the loss by position; for the recall task the accuracy by distance. Returns the loss.
-// All processes call it.
+// 128 tokens also logs the loss by position; for NSA the mean gates; for the recall task the accuracy by
+// distance. Returns the loss. All processes call it.
 static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *model) {
     DataLoader *l = &r->val;
     const int64_t global_batch = l->batch * r->dp_size; // samples per batch of all ranks
@@ -703,8 +721,7 @@ static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *mod
     if (r->opt.val_batches > 0 && r->opt.val_batches < (samples + l->batch - 1) / l->batch)
         samples = r->opt.val_batches * l->batch;
     const int64_t batches = (samples + global_batch - 1) / global_batch;
-    // a multiple of 8 keeps consecutive structs aligned
-    size_t bytes = (sizeof(ValidationCounts) + (size_t)r->config.vocab_size + 7) / 8 * 8;
+    const size_t bytes = run_counts_bytes(r) + (size_t)r->config.layers * sizeof(GateSums);
     ValidationCounts *counts = (ValidationCounts *)xcalloc(bytes, 1);
     loader_seek(l, 0, 0);
     double told = now_seconds();
@@ -717,7 +734,10 @@ static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *mod
         const int32_t *argmax;
         int64_t first = i * global_batch + r->dp_rank * l->batch;
         run_load_batch(r, l);
+        // the gates of a batch with rows behind the last sample do not count
+        if (r->config.attn == ATTN_NSA && first + l->batch <= samples) r->gates = run_counts_gates(r, counts);
         evaluate(model, r, &losses, &argmax);
+        r->gates = NULL;
         for (int64_t b = 0; b < l->batch && first + b < samples;
              b++, counts->rows++) { // the rows behind the last sample do not count
             for (int64_t t = b * l->seq_len; t < (b + 1) * l->seq_len; t++) {
@@ -735,6 +755,8 @@ static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *mod
     double loss = counts->loss_sum / (double)val_tokens;
     logger_val(&r->log, r->state.step, loss, val_tokens, counts->bytes);
     if (l->seq_len > POSITION_FIRST) logger_positions(&r->log, r->state.step, &counts->positions);
+    if (run_counts_gates(r, counts)->count > 0)
+        logger_gates(&r->log, r->state.step, run_counts_gates(r, counts), r->config.layers);
     if (r->answers) {
         int first = 0, last = RUN_BUCKETS, answers = 0; // answers: number of distinct answers
         for (int i = 0; i < r->config.vocab_size; i++) answers += counts->seen[i];

@@ -48,6 +48,13 @@ def position_metrics(row):
     return {f"validation/loss_from_{b['from']:07d}": b["loss"] for b in row["position_loss"] if b["loss"] is not None}
 
 
+def gate_metrics(row):
+    """Returns the mean gate of each branch and layer."""
+    branches = ("compressed", "selected", "sliding")
+    return {f"gates/{branch}/layer_{layer:02d}": gate for layer, gates in enumerate(row["gates"])
+            for branch, gate in zip(branches, gates) if gate is not None}
+
+
 def choice_metrics(row):
     name, count = f"multiple_choice/{row['multiple_choice']}", row["examples"]
     return {name: row["right"] / count, name + "_normalized": row["right_normalized"] / count}
@@ -72,7 +79,7 @@ def metrics_by_step(run):
     steps = {}
     for rows, metrics_of in ((run.train, named(TRAIN_METRICS)), (run.val, named(VAL_METRICS)),
                              (run.positions, position_metrics), (run.recall, recall_metrics),
-                             (run.choices, choice_metrics), (run.needles, needle_metrics)):
+                             (run.gates, gate_metrics), (run.choices, choice_metrics), (run.needles, needle_metrics)):
         for row in rows:
             found = metrics_of(row)
             time, metrics = steps.setdefault(row["step"], (row["time"], {}))

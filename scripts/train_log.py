@@ -13,8 +13,8 @@ def die(message):
 
 class Run:
     """A training run. `start` is the object of the last "start" line, {} in old logs. The rows of `train`,
-    `val`, `positions`, `recall`, `choices` (multiple choice) and `needles` are lines of the log, in the order of
-    their steps, with these fields besides: "tokens" (old logs lack it) and "time" (seconds since 1970)."""
+    `val`, `positions`, `gates`, `recall`, `choices` (multiple choice) and `needles` are lines of the log, in the
+    order of their steps, with these fields besides: "tokens" (old logs lack it) and "time" (seconds since 1970)."""
 
     def __init__(self, name, file):
         self.name, self.file = name, file
@@ -22,10 +22,11 @@ class Run:
         self.train, self.val = [], []
         self.positions, self.recall = [], []  # by the position in the document, by distance
         self.choices, self.needles = [], []  # of one or several files
+        self.gates = []  # mean gates [layer][compressed, selected, sliding]
 
     def drop(self, step, keep_equal):
         """Drops rows of a part of the run that was trained again, from `step` on."""
-        for rows in (self.train, self.val, self.positions, self.recall, self.choices, self.needles):
+        for rows in (self.train, self.val, self.positions, self.recall, self.gates, self.choices, self.needles):
             while rows and (rows[-1]["step"] > step or (rows[-1]["step"] == step and not keep_equal)):
                 rows.pop()
 
@@ -40,7 +41,7 @@ class Run:
         if "loss" in row:
             self.drop(step, keep_equal=False)  # a validation belongs after the step of its number
             self.train.append(row)
-        for key, rows in (("val_loss", self.val), ("position_loss", self.positions), ("recall", self.recall)):
+        for key, rows in (("val_loss", self.val), ("position_loss", self.positions), ("gates", self.gates), ("recall", self.recall)):
             if key in row:
                 while rows and rows[-1]["step"] >= step:
                     rows.pop()

@@ -328,6 +328,15 @@ check '[ "$(head -1 bytes/log.jsonl | grep -c "\"tokenizer\":\"[0-9a-f]*\"")" -e
 run --version
 check 'grep -q "commit $COMMIT$" out && head -1 bytes/log.jsonl | grep -qF "\"commit\":\"$COMMIT\""' "the commit is not $COMMIT: $(cat out) $(head -c 200 bytes/log.jsonl)"
 
+# ---- mean gates: at step 0 they are nearly the sigmoids of their biases
+for per_token in 0 1; do
+    run $TINY $DATA -gate-bias -2,0,2 -gate-per-token $per_token -x 3 -o gates$per_token
+    check 'awk "/^mean gates at step 0:/ { e = (\$7 - 0.1192) ^ 2 + (\$10 - 0.5) ^ 2 + (\$13 - 0.8808) ^ 2; n++ } END { exit !(n == 1 && e < 1e-3) }" out' "mean gates, -gate-per-token $per_token: $(cat out err)"
+    check '[ "$(grep -c "^{\"step\":[03],\"tokens\":[0-9]*,\"gates\":\[\[0.[0-9]*,0.[0-9]*,0.[0-9]*\],\[0.[0-9]*,0.[0-9]*,0.[0-9]*\]\]}$" gates$per_token/log.jsonl)" -eq 2 ]' "gates in the log: $(cat gates$per_token/log.jsonl)"
+done
+run $TINY $DATA -attn full
+check '! grep -q "mean gates" out' "-attn full has gates: $(cat out)"
+
 # ---- evaluation files
 make_eval_files 68
 EVALS="-mc mc.bin -needle needle.bin"

@@ -96,6 +96,8 @@ cpu_faults() {
     fault "recall answers of a sample's first half alone" llmc/run.h 's/a->answers\[lo\].index < \(sample \+ 1\) \* sample_tokens; lo\+\+/a->answers[lo].index < sample * sample_tokens + sample_tokens \/ 2; lo++/' "test_run"
     fault "loss by position of the sample, not of the document" llmc/position_loss.h 's/t - cu_seqlens\[s\] == position_bucket_start/t % 300 == position_bucket_start/' "test_run"
     fault "loss by position of the first process alone" llmc/run.h 's/position_loss_sum\(&counts->positions, &c->positions\);/if (i == 0) position_loss_sum(\&counts->positions, \&c->positions);/' "test_run"
+    fault "gates of batches that are not full" llmc/run.h 's/r->config.attn == ATTN_NSA \&\& first \+ l->batch <= samples/r->config.attn == ATTN_NSA/' "test_run"
+    fault "gates of one process of a -cp group" llmc/run.h '/static inline void run_sum_counts/,/^}/ s/for \(int i = 0; i < r->comm.ranks; i\+\+\) \{/for (int i = 0; i < r->comm.ranks; i += (int)r->opt.cp_size) {/' "test_run"
     fault "the first token of a choice does not count" llmc/eval_file.h 's/t = stop - f->choices\[i\].tokens; t < stop/t = stop - f->choices[i].tokens + 1; t < stop/' "test_run"
     fault "a context that is cut loses a token more" llmc/eval_file.h 's/if \(length > seq_len\) length = seq_len;/if (length > seq_len) length = seq_len - 1;/' "test_run"
     fault "the answer is the last of equal choices, or the worst" llmc/eval_file.h 's/if \(loss < best_loss\) best_loss/if (!(loss < best_loss)) best_loss/' "test_run"

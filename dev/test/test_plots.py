@@ -87,9 +87,13 @@ def choice_line(step: int, name: str, right: int) -> dict:
     return {"step": step, "tokens": 256 * step, "multiple_choice": name, "examples": 8, "right": right, "right_normalized": 8, "chance": 0.25}
 
 
+def gates_line(step: int) -> dict:
+    return {"step": step, "tokens": 256 * step, "gates": [[0.25, 0.5, 0.75], [0.5, 0.5, None]]}
+
+
 def whole_log(**start: str) -> list:
     middle = [line for step in range(1, 41) for line in [train_line(step)] + ([val_line(step, 1.5)] if step % 10 == 0 else [])]
-    return [start_line(0, **start), val_line(0, 50.0), *middle, position_line(40, 0), recall_line(40), choice_line(40, "arc", 2)]
+    return [start_line(0, **start), val_line(0, 50.0), *middle, position_line(40, 0), recall_line(40), choice_line(40, "arc", 2), gates_line(40)]
 
 
 def resumed_log() -> list:
@@ -298,6 +302,9 @@ def test_tensorboard(tmp: str) -> None:
     choices = EventAccumulator(os.path.join(folder, "torn")).Reload()
     values = [choices.Scalars(f"multiple_choice/arc{end}")[0].value for end in ("", "_normalized")]
     check(values == [0.25, 1], f"multiple choice: {values}")
+    names = ("sliding/layer_00", "compressed/layer_01", "sliding/layer_01")
+    gates = {name: choices.Scalars("gates/" + name)[0].value for name in names if "gates/" + name in choices.Tags()["scalars"]}
+    check(gates == {names[0]: 0.75, names[1]: 0.5}, f"gates: {gates}")
     needles = write_log(tmp, "tb_needles", [*whole_log(), needle_line(40, "one", 3, (128, 256))])
     code, out, err = run("log_export.py", needles, "--tensorboard", folder)
     found = EventAccumulator(os.path.join(folder, "tb_needles")).Reload().Scalars("needle/one_0000256")

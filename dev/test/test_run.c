@@ -1607,6 +1607,74 @@ static void test_position_loss(void) {
     }
 }
 
+// Adds the gates of two tokens in each layer, whose logits are made from the batch's first token and the
+// layer. The processes of a -cp group share them.
+static void evaluate_gates(void *losses, const Run *r, const float **out, const int32_t **argmax) {
+    for (int l = 0; r->gates && l < r->config.layers; l++) {
+        const float first = (float)r->inputs[0] / 10, logits[6] = {first, -first, (float)l, 0, 1, -1};
+        const int cp_size = (int)r->opt.cp_size;
+        gate_sums_add(&r->gates[l], logits + 3 * (r->comm.rank % cp_size), 2 / cp_size);
+    }
+    *out = (float *)losses, *argmax = r->inputs;
+}
+
+// Validates with `ranks` processes in groups of cp_size, batches of 2 samples of 3 tokens.
+static void run_gates(void *argument) {
+    static Run r;
+    static float losses[6];
+    const int ranks = ((const int *)argument)[0], cp_size = ((const int *)argument)[1];
+    char path[300];
+    snprintf(path, sizeof path, "%s/run/gates.bin", dir);
+    for (own_rank = ranks - 1; own_rank >= 0; own_rank--) {
+        memset(&r, 0, sizeof r);
+        r.opt.cp_size = cp_size, r.eot = -1, r.config.attn = ATTN_NSA, r.config.layers = 2;
+        r.config.vocab_size = 100, r.comm.ranks = ranks, r.comm.rank = own_rank;
+        r.dp_size = ranks / cp_size, r.dp_rank = own_rank / cp_size;
+        if (own_rank == 0) logger_open(&r.log, dir, -1);
+        loader_open(&r.val, path, 2, 3, 100, 0, 1, r.dp_rank, r.dp_size);
+        r.inputs = (int32_t *)xcalloc(6, 4), r.targets = (int32_t *)xcalloc(6, 4);
+        r.cu_seqlens = (int64_t *)xcalloc(7, 8);
+        run_validate(&r, evaluate_gates, losses);
+    }
+    logger_close(&r.log);
+}
+
+// Tests the mean gates of 5 samples, the last of which is in a batch that is not full and does not count.
+static void test_gates(void) {
+    int32_t tokens[20];
+    double means[2][3], all[3];
+    for (int i = 0; i < 20; i++) tokens[i] = i * 3 % 50;
+    make_shard("gates.bin", 100, tokens, 20, NULL, 0);
+    for (int l = 0; l < 2; l++) {
+        for (int b = 0; b < 3; b++) means[l][b] = 0;
+        for (int batch = 0; batch < 2; batch++) {
+            const double first = (float)tokens[8 * batch] / 10, logits[6] = {first, -first, l, 0, 1, -1};
+            for (int i = 0; i < 6; i++) means[l][i % 3] += 1 / (1 + exp(-(double)(float)logits[i])) / 4;
+        }
+    }
+    for (int b = 0; b < 3; b++) all[b] = (means[0][b] + means[1][b]) / 2;
+    char want[128], log[256], text[65536], path[300];
+    snprintf(want, sizeof want, "mean gates at step 0: compressed %.4f | selected %.4f | sliding %.4f\n",
+             all[0], all[1], all[2]);
+    snprintf(log, sizeof log, "\"gates\":[[%.6f,%.6f,%.6f],[%.6f,%.6f,%.6f]]}\n", means[0][0], means[0][1],
+             means[0][2], means[1][0], means[1][1], means[1][2]);
+    static const int cases[][2] = {{1, 1}, {2, 1}, {2, 2}, {4, 2}};
+    for (int i = 0; i < 4; i++) {
+        Child r = child(run_gates, (void *)cases[i]);
+        CHECK(r.code == 0 && strstr(r.out, want), "%d processes, -cp %d: '%s' %s, not '%s'", cases[i][0],
+              cases[i][1], r.out, r.err, want);
+        snprintf(path, sizeof path, "%s/log.jsonl", dir);
+        read_text(path, text, sizeof text);
+        const char *line = strstr(text, "\"gates\":");
+        double got[6];
+        const int n = line ? sscanf(line, "\"gates\":[[%lf,%lf,%lf],[%lf,%lf,%lf]]}", got, got + 1, got + 2,
+                                    got + 3, got + 4, got + 5)
+                           : 0;
+        for (int k = 0; k < 6; k++)
+            CHECK(n == 6 && fabs(got[k] - means[k / 3][k % 3]) < 1e-6, "the log: %s, not %s", text, log);
+    }
+}
+
 // ----------------------------------------------------------------------------
 // Evaluation files. The test's model has a loss and a prediction for each token that are made from all tokens
 // of its sequence before it.
@@ -2253,6 +2321,7 @@ int main(void) {
     test_documents();
     test_recall_accuracy();
     test_position_loss();
+    test_gates();
     test_evaluations();
     test_bad_evaluations();
     test_data_position();
