@@ -754,9 +754,6 @@ static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *mod
     const int64_t val_tokens = counts->rows * l->seq_len;
     double loss = counts->loss_sum / (double)val_tokens;
     logger_val(&r->log, r->state.step, loss, val_tokens, counts->bytes);
-    if (l->seq_len > POSITION_FIRST) logger_positions(&r->log, r->state.step, &counts->positions);
-    if (run_counts_gates(r, counts)->count > 0)
-        logger_gates(&r->log, r->state.step, run_counts_gates(r, counts), r->config.layers);
     if (r->answers) {
         int first = 0, last = RUN_BUCKETS, answers = 0; // answers: number of distinct answers
         for (int i = 0; i < r->config.vocab_size; i++) answers += counts->seen[i];
@@ -766,6 +763,9 @@ static inline double run_validate_shards(Run *r, RunEvaluate evaluate, void *mod
         logger_recall(&r->log, r->state.step, last - first, distances + first, counts->asked + first,
                       counts->right + first, answers ? 1.0 / answers : 0);
     }
+    if (l->seq_len > POSITION_FIRST) logger_positions(&r->log, r->state.step, &counts->positions);
+    if (run_counts_gates(r, counts)->count > 0)
+        logger_gates(&r->log, r->state.step, run_counts_gates(r, counts), r->config.layers);
     free(counts);
     return loss;
 }
