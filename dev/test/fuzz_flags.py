@@ -39,6 +39,7 @@ def choices(folder):
     return {
         "-i": files,
         "-j": files,
+        **{flag: files for flag in ("-hellaswag", "-mc", "-needle")},
         "-e": ["recall", "tiny", "gpt-124m", "nothing", "", *files],
         "-o": [f"{folder}/out", f"{folder}/fifo", "/dev/null/x", "", f"{folder}/data"],
         "-prompt": ["", "Remember Mara : lamp .", "Mara", "\xff", "lamp " * 300],
