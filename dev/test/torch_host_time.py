@@ -1,5 +1,6 @@
 """Prints the host time in microseconds of a forward and of a backward call of native sparse attention, without the calls
-of libfsa: CPU tensors go to the package's kernels for the GPU, which call a library whose functions return at once.
+of libfsa, and PyTorch's own: that of a function with the same outputs and gradients that computes nothing. CPU tensors go
+to the package's kernels for the GPU, which call a library whose functions return at once.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import tempfile
 import time
 
 import torch
+from test_torch_gpu import Nothing
 from torch_checks import ROOT, fsa
 
 from flash_sparse_attention import cuda, functions
@@ -66,15 +68,22 @@ def forward():
     )
 
 
-def backward():
-    return torch.autograd.grad(o, leaves, dout, retain_graph=True)
+def nothing():
+    return Nothing.apply(*leaves, cu, segments, inv_freq)
 
 
-o = forward()
-for function in (forward, backward):
+def median_us(function):
     times = []
     for _ in range(2000):
         begin = time.perf_counter()
         function()
         times.append(1e6 * (time.perf_counter() - begin))
-    print(f"{function.__name__} {statistics.median(times):.1f} us", flush=True)
+    return statistics.median(times)
+
+
+def backward_us(o):
+    return median_us(lambda: torch.autograd.grad(o, leaves, dout, retain_graph=True))
+
+
+print(f"forward {median_us(forward):.1f} us, PyTorch's own {median_us(nothing):.1f} us", flush=True)
+print(f"backward {backward_us(forward()):.1f} us, PyTorch's own {backward_us(nothing()):.1f} us", flush=True)
