@@ -105,7 +105,7 @@ check '[ "$(grep -c "\"part\":\"step\".*\"split\":{.*}}$" results.jsonl)" -eq 2 
 for per_token in 0 1; do
     run $MODEL $DATA -gate-bias -2,0,2 -gate-per-token $per_token -x 1 -v 1 -m 2 -u 0 -o gates$per_token
     "$CPU" -e gates$per_token/ckpt_00000001.bin -val 1 -b 1 -m 2 -j 'data/recall_val_*.bin' 2>err | grep "^mean gates" >want
-    check '[ -s want ] && same_numbers want <(grep "^mean gates at step 1:" out) 2e-3' "mean gates, -gate-per-token $per_token: $(cat want out err)"
+    check '[ -s want ] && same_numbers want <(grep "^mean gates at step 1:" out) 1e-2' "mean gates, -gate-per-token $per_token: $(cat want out err)"
 done
 
 # ---- evaluation files: the answers of the C trainer

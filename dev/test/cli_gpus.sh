@@ -110,11 +110,13 @@ if [ "$GPUS" -ge 4 ]; then
     check 'same two both 3e-3' "-cp 2 in two groups: $(differ two both)"
 fi
 
-# ---- the answers to evaluation files do not depend on the number of processes
+# ---- the answers to evaluation files and the mean gates do not depend on the number of processes
 make_eval_files 68
 for n in 1 2 cp; do
     many ${n/cp/2} -b 1 $([ $n = cp ] && echo -cp 2) -e one/ckpt_00000003.bin -x 3 -val 1 -mc mc.bin -needle needle.bin
     grep "^mc: \|^needle by" 0.out >answers$n
+    grep "^mean gates" 0.out >gates$n
+    check '[ -s gates$n ] && same_numbers gates1 gates$n 1e-3' "mean gates, $n processes: $(cat gates1 gates$n 0.err)"
     check '[ "$(wc -l <answers$n)" -eq 2 ] && cmp -s answers1 answers$n' "-mc, -needle, $n processes: $codes $(cat answers$n 0.err)"
 done
 
