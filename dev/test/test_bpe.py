@@ -245,6 +245,8 @@ def load_program(name):
 
 
 def test_get(tmp):
+    import shards
+
     get = load_program("get")
     novel = (
         "\ufeffThe Project Gutenberg EBook\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\n\r\n"
@@ -306,7 +308,7 @@ def test_get(tmp):
     count = len(Handler.requests)
     check(fetch() == "" and len(Handler.requests) == count, "get downloads an existing file again")
     with open(f"{served}/who/x/c1/x-0.txt", "ab") as f:
-        f.truncate(get.MAX_DOWNLOAD_BYTES + 1)
+        f.truncate(shards.MAX_DOWNLOAD_BYTES + 1)
     os.remove(f"{tmp}/g/books/x.txt")
     check("more than 67108864 bytes" in fetch(), "get reads a download of any length")
     write(f"{tmp}/g/books/x.txt", "another text")
