@@ -319,9 +319,9 @@ def test_trainer(tmp):
     files = ["-hellaswag", f"{tmp}/eval/h.bin", "-mc", f"{tmp}/eval/[mp].bin", "-needle", f"{tmp}/eval/needle1.bin"]
     r = run(CPU, *trainer_flags(tmp), "-t", "300", *files, "-o", f"{tmp}/run")
     lines = [line for line in r.stdout.split("\n") if re.search("[|] step 2$|^[^,]* at step 2", line)]
-    check(r.returncode == 0 and len(lines) == 6, f"{r.returncode} {r.stderr} {r.stdout}")
+    check(r.returncode == 0 and len(lines) == 7, f"{r.returncode} {r.stderr} {r.stdout}")
     alone = run(CPU, "-e", f"{tmp}/run/ckpt_00000002.bin", "-val", "1", "-b", "1", "-t", "300", *files)
-    check(alone.stdout.split("\n")[-5:-1] == lines[2:], f"-val 1 differs: {alone.stderr} {alone.stdout} {lines}")
+    check(alone.stdout.split("\n")[-5:-1] == lines[3:], f"-val 1 differs: {alone.stderr} {alone.stdout} {lines}")
 
 
 TASK = """task: mine
