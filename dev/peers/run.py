@@ -123,7 +123,7 @@ class Run:
         }
         self.args, self.rows, self.failed, self.error = args, [], False, None
         self.end = time.monotonic() + args.deadline if args.deadline else float("inf")
-        self.lock, self.processes = threading.Lock(), []
+        self.lock, self.processes, self.stopped = threading.Lock(), [], False
 
     def write(self, row):
         known = re.search("GB200|B200|H200|H100|A100", row["gpu"])
@@ -146,19 +146,29 @@ class Run:
         self.say(name, f"{where(job) if job else 'start':28} FAILED: {reason}", details)
 
     def start(self, command, environment):
-        """Starts a process in a group of its own, so that stop() ends its children too."""
+        """Starts a process in a group of its own, so that stop() ends its children too. After stop_all() it ends the calling
+        thread instead."""
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
         with self.lock:
+            if self.stopped:
+                sys.exit()
+            process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
             self.processes.append(process)
         return process
 
+    def stop_all(self):
+        with self.lock:
+            self.stopped = True
+        for process in self.processes:
+            self.stop(process)
+
     @staticmethod
     def stop(process):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if process.returncode is None:  # otherwise its number may be another process's by now
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         return process.wait()
 
 
@@ -289,8 +299,7 @@ def main():
         for thread in threads:
             thread.join()
     finally:
-        for process in run.processes:
-            run.stop(process)
+        run.stop_all()
     if run.error:
         die(run.error)
     wrong = [row for row in run.rows if row.get("wrong")]
