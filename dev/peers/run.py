@@ -146,8 +146,8 @@ class Run:
         self.say(name, f"{where(job) if job else 'start':28} FAILED: {reason}", details)
 
     def start(self, command, environment):
-        """Starts a process in a group of its own, so that stop() ends its children too. After stop_all() it ends the calling
-        thread instead."""
+        """Starts a process in a group of its own, so that stop() ends its children too. After stop_all() it ends the
+        calling thread instead."""
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         with self.lock:
             if self.stopped:
@@ -222,8 +222,8 @@ def run_system(run, name, jobs, device):
 
 
 def follow(run, name, process, jobs):
-    """Sends the jobs to a process and reads its reports. Returns the job at which it ended, the reason ("done": it did all of
-    them; None: it crashed) and the last lines of its output."""
+    """Sends the jobs to a process and reads its reports. Returns the job at which it ended, the reason ("done": it did
+    all of them; None: it crashed) and the last lines of its output."""
     try:
         process.stdin.write(json.dumps(jobs))
         process.stdin.close()
