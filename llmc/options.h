@@ -107,7 +107,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "-val 1 all)"},
         {"hellaswag", NULL, OPTION_TEXT, OFFSET(hellaswag), 0, 0,
          "HellaSwag in llm.c's format (data/hellaswag), answered at each validation"},
-        {"mc", "multiple-choice", OPTION_TEXT, OFFSET(multiple_choice), 0, 0,
+        {"mc", NULL, OPTION_TEXT, OFFSET(multiple_choice), 0, 0,
          "multiple-choice files (data/mc), a quoted glob pattern, answered at each validation"},
         {"needle", NULL, OPTION_TEXT, OFFSET(needle), 0, 0,
          "needle files (data/needle), a quoted glob pattern, answered at each validation"},

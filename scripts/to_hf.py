@@ -64,19 +64,17 @@ def find_tokenizer_files(args):
     import tokenizer_json
 
     path = args.tokenizer or find_side_folder(args.checkpoint)
-    files = {}
-    if os.path.isdir(path):
-        files = hub_files.read(path)
-    elif args.tokenizer:
-        files = {"tokenizer.json": read_input(path)}
+    files = hub_files.read(path) if os.path.isdir(path) else {}
     if "tokenizer.json" in files:
         return files, None
-    if args.tokenizer:
+    if args.tokenizer and os.path.isdir(path):
         die(f"--tokenizer {path}: the folder has no tokenizer.json; check the path")
     binary = os.path.join(os.path.dirname(args.checkpoint) or ".", "tokenizer.bin")
+    made = tokenizer_json.from_bin(read_input(binary), binary) if os.path.exists(binary) else {}
+    if args.tokenizer:  # a tokenizer.json does not say which tokens begin and end a text
+        return {**made, "tokenizer.json": read_input(path)}, None
     if not os.path.exists(binary):
         return files, f"{binary} does not exist; name one with --tokenizer"
-    made = tokenizer_json.from_bin(read_input(binary), binary)
     if made:
         print(f"note: tokenizer.json is made from {binary}; a chat template is not in it (--tokenizer)", file=sys.stderr)
     return {**made, **files}, None if made else f"{binary} has words, which a tokenizer.json cannot have"

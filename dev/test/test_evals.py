@@ -351,14 +351,16 @@ def test_lm_eval(tmp, texts):
     ]  # fmt: skip
     path = write_rows(f"{tmp}/lm/rows.jsonl", rows)
     write(f"{tmp}/lm/mine.yaml", TASK.format(rows=path))
-    run_ok("data/mc", "-o", f"{tmp}/lm/mine.bin", "--tokenizer", texts.tokenizer, path)
     env = {**os.environ, "HF_HOME": f"{tmp}/hf", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     for attn in ("full", "nsa"):
         folder = f"{tmp}/lm/{attn}"
         r = run(CPU, *trainer_flags(tmp), "-t", "128", "-attn", attn, "-x", "30", "-v", "0", "-l", "2e-3", "-o", folder)
+        # this tokenizer.json adds no BOS; the one that is made from tokenizer.bin does
+        given, bos = (["--tokenizer", texts.tokenizer], ["--bos", "none"]) if attn == "full" else ([], [])
+        run_ok("data/mc", "-o", f"{tmp}/lm/mine.bin", "--tokenizer", texts.tokenizer, *bos, path)
         r = run(CPU, "-e", f"{folder}/ckpt_00000030.bin", "-val", "1", "-b", "2", "-mc", f"{tmp}/lm/mine.bin")
         ours = re.search(r"mine: (\d+) of 60 right.*per character (\d+),", r.stdout)
-        run("scripts/to_hf.py", f"{folder}/ckpt_00000030.bin", "-o", f"{folder}_hf", "--dtype", "fp32")
+        run("scripts/to_hf.py", f"{folder}/ckpt_00000030.bin", "-o", f"{folder}_hf", "--dtype", "fp32", *given)
         model = f"pretrained={folder}_hf,trust_remote_code=True,dtype=float32"
         command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", "mine", "--device", "cpu"]
         command += ["--include_path", f"{tmp}/lm", "--output_path", f"{tmp}/lm/out_{attn}", "--batch_size", "8"]
