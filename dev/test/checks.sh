@@ -83,7 +83,7 @@ make_eval_files() {
             int32 $((kind ? 0 : i % 3)) $((kind ? 1 : 3)) $((i * 100)) 4 $((i * 7)) $((i * 5)) $((i * 9)) $((i * 3))
             for c in $(seq $((kind ? 1 : 3))); do int32 $c 2 $((i * 8 + c)) $((c * 13)); done
         done
-    done >both
-    head -c $((1024 + 4 * 6 * 20)) both >mc.bin
-    tail -c +$((1025 + 4 * 6 * 20)) both >needle.bin
+    done >eval_files
+    head -c $((1024 + 4 * 6 * 20)) eval_files >mc.bin
+    tail -c +$((1025 + 4 * 6 * 20)) eval_files >needle.bin
 }
