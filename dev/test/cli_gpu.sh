@@ -65,7 +65,7 @@ check '[ $code -eq 0 ] && [ "$(head -c 8 indices.bin)" = nsachose ]' "-block-ind
 run -e a/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -choice former.bin # the former name
 check '[ $code -eq 0 ] && cmp -s indices.bin former.bin' "-choice: $(cat err)"
 run -h
-check 'grep -q -- "-block-indices" out && ! grep -q -- "-choice" out' "-h lists -choice or not -block-indices"
+check 'grep -q -- "-block-indices" out && ! grep -q -- " -choice" out' "-h lists -choice or not -block-indices"
 run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp ." out' "sample: $(cat err)"
 cp out first; run -e a/ckpt_00000004.bin -sample 1 -prompt 'Remember Mara : lamp .' -g 3 -seed 5
