@@ -10,7 +10,8 @@ EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fo
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
 
 # ---- translated sources ----------------------------------------------------------------------------------------------
-# The first compilation of an object waits for all sources. Later ones depend on those that it includes.
+# The first compilation of an object waits for all sources. Later ones depend on those that it includes. make does not
+# know that a/../b is b, so the rule writes b.
 EMU_HEADERS := $(addprefix $(EMU)/,$(wildcard fsa/*.h fsa/*.cuh fsa/sm*/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h *.h))
 EMU_SOURCES := $(addprefix $(EMU)/,$(FSA_SOURCES) $(wildcard dev/cuda/*.cu dev/test/*.cu *.cu))
 $(EMU_HEADERS) $(EMU_SOURCES): $(EMU)/%: % dev/emulator/translate.sh dev/emulator/untranslated.awk
@@ -21,6 +22,7 @@ NO_HEADERS = $(error $@ needs the headers of the CUDA Toolkit, which were not fo
 COMPILE_EMU = $(START)$(or $(if $(CUDA_INCLUDE),$(CXX)),$(NO_HEADERS)) $(EMUFLAGS) -MMD -MP
 $(EMU)/%.o: $(EMU)/%.cu $(BUILD)/emulator.flags | $(EMU_HEADERS) $(EMU_SOURCES)
 	$(COMPILE_EMU) -include dev/emulator/emulator.h -x c++ -c $< -o $@
+	@sed -i -E ':a;s#[^ /]+/\.\./##;ta' $(@:.o=.d)
 $(EMU)/%.o: dev/emulator/%.cpp $(BUILD)/emulator.flags
 	$(COMPILE_EMU) -c $< -o $@
 $(EMU)/fsa/example.o: fsa/example.c $(BUILD)/c.flags
