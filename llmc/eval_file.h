@@ -48,10 +48,10 @@ typedef struct {
     EvalExample *examples; // [num_examples]
     EvalChoice *choices;   // [num_choices], in the order of the examples
     int32_t *data;         // [count], what follows the header
-    int64_t count, at;     // at: while the file is parsed, index of the next value
+    int64_t count;
 } EvalFile;
 
-// What a model makes of a choice.
+// A model's result for a choice.
 typedef struct {
     double loss;    // sum over the choice's tokens
     int64_t greedy; // 1: the model predicts each of its tokens

@@ -3,7 +3,8 @@
 # trainer's.
 #   scripts/gpus_host.sh -e gpt-124m -i 'data/books/books_train_*.bin' -b 4 -t 8192 -d 262144 -z 1 \
 #       -o log/books
-# Environment: GPUS (number of GPUs; default all), TRAINER (./train_gpt_nsa).
+# Environment: GPUS (number of GPUs; default all), TRAINER (./train_gpt_nsa), OMP_NUM_THREADS (CPU threads of a process;
+# default its share of the cores).
 # SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C reach each process once: it finishes the step and writes a
 # checkpoint, as a single process does.
 set -u
@@ -11,6 +12,7 @@ case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=${TRAINER:-./train_gpt_nsa} GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 [ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
 [ "$GPUS" -ge 1 ] || { echo "error: GPUS=$GPUS: must be at least 1; see nvidia-smi -L" >&2; exit 1; }
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))}
 folder=$(mktemp -d) || exit 1 # rank 0 writes its address and the secret here
 trap 'rm -rf "$folder"' EXIT
 pids=() signals=() started=

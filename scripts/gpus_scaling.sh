@@ -17,7 +17,7 @@ measure() {
     local gpus=$1 tokens=$2
     shift 2
     echo "== $gpus GPUs: $*"
-    GPUS=$gpus OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + gpus - 1) / gpus))} scripts/gpus_host.sh "$@" -d "$tokens" \
+    GPUS=$gpus scripts/gpus_host.sh "$@" -d "$tokens" \
         -profile "$STEPS" || failed=$((failed + 1))
 }
 SMALL="-e gpt-124m -t 16384 -theta 1e6 -b 1"

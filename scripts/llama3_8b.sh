@@ -6,12 +6,12 @@
 # GPUs. The times of each part are printed and appended to dev/results.
 #   make && scripts/llama3_8b.sh
 #   DRY=1 GPUS=8 MEMORY=81559 scripts/llama3_8b.sh            # the arithmetic alone, also without a GPU
-# Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), STEPS (3), LAYERS (32), GPUS (number of GPUs;
+# Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), STEPS (3), GPUS (number of GPUs;
 # default all), MEMORY (MiB of a GPU; default the smallest of this host's), TRAINER (./train_gpt_nsa), DRY.
 set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
-LENGTHS=${LENGTHS:-"32768 65536 131072"} MODES=${MODES:-"nsa full"} STEPS=${STEPS:-3} LAYERS=${LAYERS:-32}
+LENGTHS=${LENGTHS:-"32768 65536 131072"} MODES=${MODES:-"nsa full"} STEPS=${STEPS:-3}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 MEMORY=${MEMORY:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -1)}
 [ "$GPUS" -ge 1 ] && [ -n "$MEMORY" ] || { echo "error: no GPU found; nvidia-smi -L must list one, or set GPUS, MEMORY and DRY=1" >&2; exit 1; }
@@ -21,9 +21,9 @@ MEMORY=${MEMORY:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nou
 # buffers of a layer and one of the LM head), the activations that a layer keeps, and scratch: what one layer after
 # another uses, and the logits of 4,096 tokens.
 choose() {
-    awk -v mode="$1" -v t="$2" -v L="$LAYERS" -v N="$GPUS" -v memory="$MEMORY" '
+    awk -v mode="$1" -v t="$2" -v N="$GPUS" -v memory="$MEMORY" '
     BEGIN {
-        M = 1048576; C = 4096; H = 14336; V = 128256; q = 4096; kv = 1024
+        M = 1048576; L = 32; C = 4096; H = 14336; V = 128256; q = 4096; kv = 1024
         gates = mode == "nsa" ? 96 : 0
         layer = C * (q + 2 * kv + gates) + q * C + 3 * C * H + (mode == "nsa" ? 2 * 8 * 32 * 128 * 128 : 0)
         P = 2 * V * C + L * layer
@@ -59,7 +59,7 @@ for t in $LENGTHS; do
         [ -n "$flags" ] || { echo "  no flags fit: not run"; continue; }
         [ -z "${DRY:-}" ] || continue
         cp=$(echo "$flags" | cut -d' ' -f2)
-        GPUS=$GPUS OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS - 1) / GPUS))} scripts/gpus_host.sh -e llama3-8b -layers "$LAYERS" \
+        GPUS=$GPUS scripts/gpus_host.sh -e llama3-8b \
             -attn "$mode" -t "$t" -b 1 -d $((t * GPUS / cp)) $flags -profile "$STEPS" || failed="$failed $mode/$t"
     done
 done

@@ -38,7 +38,7 @@ class Selection:
 
         numbers = re.findall(r"\d+", os.path.basename(path))
         if not numbers:
-            die(f"{path}: has no number in its name; name it after its step, such as blocks_00001000.bin")
+            die(f"{path}: the name has no step number; name it after its step, such as blocks_00001000.bin")
         self.path, self.step = path, int(numbers[-1])
         self._read(np)
         if init_blocks + local_blocks >= self.topk:

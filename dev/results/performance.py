@@ -241,7 +241,7 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
 
 
-# What the tables compare: system, part, heading.
+# The systems in the tables: system, part, heading.
 NSA = [
     ("ours beside", "core", "NSA, ours"),
     ("ours beside", "core_mean", "NSA, ours, mean"),

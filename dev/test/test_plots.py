@@ -279,7 +279,7 @@ def test_blocks(tmp: str) -> None:
             with open(path, "wb") as file:
                 file.write(content)
         expect_error(wanted, "plot_blocks.py", path)
-    expect_error("has no number in its name", "plot_blocks.py", os.path.join(tmp, "blocks.bin"))
+    expect_error("the name has no step number", "plot_blocks.py", os.path.join(tmp, "blocks.bin"))
     expect_error("so none is free", "plot_blocks.py", first, "--local-blocks", "4")
     expect_error("all queries select all blocks", "plot_blocks.py", write_blocks(tmp, "short_1.bin", 1, lengths=(20, 9)))
     code, out, err = run("plot_blocks.py", first, write_blocks(tmp, "three_3.bin", 1, layers=3))
