@@ -133,6 +133,23 @@ __device__ __forceinline__ float block_reduce_sum(float x, float *shared) {
     return warp_reduce_sum(x);
 }
 
+// The same of the maximum of non-negative integers. Absolute values of floating-point numbers are in order as
+// integers, with NaN above Inf.
+template <int WIDTH> __device__ __forceinline__ uint32_t lanes_reduce_max(uint32_t x) {
+#pragma unroll
+    for (int i = WIDTH / 2; i > 0; i /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+__device__ __forceinline__ uint32_t block_reduce_max(uint32_t x, uint32_t *shared) {
+    int warps = blockDim.x / 32;
+    x = lanes_reduce_max<32>(x);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < warps ? shared[threadIdx.x % 32] : 0;
+    __syncthreads();
+    return lanes_reduce_max<32>(x);
+}
+
 // The second pass of column sums: out[j] += the sum over p of partial[p*c + j]. A thread block reduces 32
 // columns. Warp w of 8 sums p = w, w + 8, w + 16, ...; then the sums of the warps are added in order. Reads 4
 // bytes per partial sum from L2, where the first pass has just written it.

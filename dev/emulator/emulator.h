@@ -11,6 +11,7 @@
 #define EMULATOR_H
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <functional>
 #include <math.h>
@@ -299,6 +300,10 @@ static inline void sincospif(float x, float *s, float *c) {
 }
 static inline unsigned __umulhi(unsigned a, unsigned b) {
     return (unsigned)((uint64_t)a * b >> 32);
+}
+static inline unsigned __vmaxu2(unsigned a, unsigned b) {
+    const unsigned high = max(a >> 16, b >> 16), low = max(a & 0xffff, b & 0xffff);
+    return high << 16 | low;
 }
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
