@@ -6,6 +6,7 @@
 #ifndef LLMC_RMSNORM_CUH
 #define LLMC_RMSNORM_CUH
 #include "cuda_common.cuh"
+#include "fp8.cuh"
 
 enum {
     RMSNORM_PACKS = 4,
@@ -33,13 +34,34 @@ template <int TEAM> __device__ __forceinline__ float team_reduce_sum(float x, fl
     return lanes_reduce_sum<(TEAM < 32 ? TEAM : 32)>(x);
 }
 
+// Quantizes the row of a team, whose packs its threads hold.
+template <int TEAM>
+__device__ __forceinline__ void rmsnorm_quantize(Fp8Matrix q, int64_t row, int c, int packs,
+                                                 const uint4 (&bits)[RMSNORM_PACKS], uint32_t *shared) {
+    const int lane = threadIdx.x % TEAM;
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) {
+        if (lane + i * TEAM >= packs) break;
+        amax = pack_amax(amax, bits[i]);
+    }
+    const Fp8Scale s = fp8_scale(team_reduce_max<TEAM>(amax_bits(amax), shared));
+    if (packs > 0 && lane == 0) q.scale[row] = s.scale;
+#pragma unroll
+    for (int i = 0; i < RMSNORM_PACKS; i++) {
+        if (lane + i * TEAM >= packs) break;
+        store_fp8_pack(q.data + row * c + (lane + i * TEAM) * PACK, bits[i], s.inverse);
+    }
+}
+
 // Each team normalizes one row of x, or of sum = x + y if y is not NULL. Memory-bound. A row reads 2*c bytes
 // and writes 2*c bytes in 16 bits, with y twice as much. Lower bounds for 64K tokens of c = 4096 at 4.5 TB/s:
 //   without y  1.07 GB  0.24 ms
 //   with y     2.15 GB  0.48 ms
-template <int TEAM>
+// With FP8 the row of out goes to q too, quantized after it is rounded to floatX. out may be NULL then.
+template <int TEAM, bool FP8>
 static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
-    rmsnorm_forward_kernel(RmsnormRows r, floatX *out, floatX *sum, float *rstd, const floatX *x,
+    rmsnorm_forward_kernel(RmsnormRows r, floatX *out, Fp8Matrix q, floatX *sum, float *rstd, const floatX *x,
                            int64_t stride, const floatX *y, const floatX *weight, float eps) {
     __shared__ float shared[32];
     int lane = threadIdx.x % TEAM, row = blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
@@ -80,8 +102,10 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
         load_pack(w, weight + column);
 #pragma unroll
         for (int j = 0; j < PACK; j++) v[j] *= scale * w[j];
-        store_pack(out + dst + column, v);
+        bits[i] = pack(v);
+        if (!FP8 || out) store16(out + dst + column, bits[i]);
     }
+    if (FP8) rmsnorm_quantize<TEAM>(q, row, r.c, packs, bits, (uint32_t *)shared);
 }
 
 // With y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y)), and dweight is the sum over rows of dout*y.
@@ -89,12 +113,12 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
 // block adds the sums of its teams in order and writes partial[block] [c] in fp32. Memory-bound. It reads 4*c
 // bytes per row in 16 bits, 6*c with add, and writes 2*c: 64K tokens of c = 4096 with add move 2.1 GB, which
 // takes 0.48 ms at 4.5 TB/s. A thread reads its packs of a row before it writes them, so dx may be x or dout
-// if the strides are equal.
-template <int TEAM>
+// if the strides are equal. With FP8 the row of dx goes to q too, quantized after it is rounded to floatX.
+template <int TEAM, bool FP8>
 static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
-    rmsnorm_backward_kernel(RmsnormRows r, floatX *dx, int64_t dx_stride, int add, float *partial,
-                            const floatX *dout, const floatX *x, int64_t stride, const floatX *weight,
-                            const float *rstd) {
+    rmsnorm_backward_kernel(RmsnormRows r, floatX *dx, Fp8Matrix q, int64_t dx_stride, int add,
+                            float *partial, const floatX *dout, const floatX *x, int64_t stride,
+                            const floatX *weight, const float *rstd) {
     __shared__ float shared[TEAM > 32 ? 32 : 256 * RMSNORM_PACKS * PACK];
     int lane = threadIdx.x % TEAM, team = threadIdx.x / TEAM, teams = blockDim.x / TEAM;
     float dweight[RMSNORM_PACKS][PACK] = {};
@@ -140,8 +164,10 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
 #pragma unroll
                 for (int j = 0; j < PACK; j++) v[j] += d[j];
             }
-            store_pack(dx + dst + column, v);
+            x_bits[i] = pack(v);
+            store16(dx + dst + column, x_bits[i]);
         }
+        if (FP8) rmsnorm_quantize<TEAM>(q, row, r.c, packs, x_bits, (uint32_t *)shared);
     }
     float *team_partial = TEAM > 32 ? partial + (int64_t)blockIdx.x * r.c : shared + team * r.c;
 #pragma unroll
@@ -177,22 +203,22 @@ static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
     return (rows + teams - 1) / teams;
 }
 
-// Launches kernel<TEAM><<<grid, ...>>>(arguments) for the team that c channels need.
-#define RMSNORM_LAUNCH(kernel, grid, c, stream, ...)                                                         \
+// Launches kernel<TEAM, fp8><<<grid, ...>>>(arguments) for the team that c channels need.
+#define RMSNORM_LAUNCH(kernel, fp8, grid, c, stream, ...)                                                    \
     do {                                                                                                     \
         unsigned grid_ = (unsigned)(grid);                                                                   \
         switch (rmsnorm_team(c)) {                                                                           \
         case 8:                                                                                              \
-            kernel<8><<<grid_, rmsnorm_threads(8), 0, stream>>>(__VA_ARGS__);                                \
+            kernel<8, fp8><<<grid_, rmsnorm_threads(8), 0, stream>>>(__VA_ARGS__);                           \
             break;                                                                                           \
         case 32:                                                                                             \
-            kernel<32><<<grid_, rmsnorm_threads(32), 0, stream>>>(__VA_ARGS__);                              \
+            kernel<32, fp8><<<grid_, rmsnorm_threads(32), 0, stream>>>(__VA_ARGS__);                         \
             break;                                                                                           \
         case 128:                                                                                            \
-            kernel<128><<<grid_, rmsnorm_threads(128), 0, stream>>>(__VA_ARGS__);                            \
+            kernel<128, fp8><<<grid_, rmsnorm_threads(128), 0, stream>>>(__VA_ARGS__);                       \
             break;                                                                                           \
         default:                                                                                             \
-            kernel<512><<<grid_, rmsnorm_threads(512), 0, stream>>>(__VA_ARGS__);                            \
+            kernel<512, fp8><<<grid_, rmsnorm_threads(512), 0, stream>>>(__VA_ARGS__);                       \
         }                                                                                                    \
         cuda_check(cudaGetLastError());                                                                      \
     } while (0)
@@ -208,8 +234,8 @@ static inline void rmsnorm_heads_forward(floatX *out, float *rstd, const floatX 
     check_packs("rmsnorm", stride);
     int64_t blocks = rmsnorm_blocks(n * heads, d);
     RmsnormRows rows = {(int)(n * heads), heads, d};
-    RMSNORM_LAUNCH(rmsnorm_forward_kernel, blocks, d, stream, rows, out, (floatX *)NULL, rstd, x, stride,
-                   (const floatX *)NULL, weight, eps);
+    RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, d, stream, rows, out, Fp8Matrix{}, (floatX *)NULL,
+                   rstd, x, stride, (const floatX *)NULL, weight, eps);
 }
 
 // Returns the bytes of scratch that the backward pass of `rows` rows (tokens times heads) of c channels
@@ -218,16 +244,20 @@ static inline size_t rmsnorm_backward_scratch(int64_t rows, int c) {
     int64_t blocks = rmsnorm_blocks(rows, c);
     return (size_t)min(blocks, (int64_t)RMSNORM_BLOCKS) * c * sizeof(float);
 }
-static inline void rmsnorm_launch_backward(floatX *dx, int64_t dx_stride, int add, float *dweight,
-                                           const floatX *dout, const floatX *x, int64_t stride,
-                                           const floatX *weight, const float *rstd, int64_t n, int heads,
-                                           int d, void *scratch, cudaStream_t stream) {
+static inline void rmsnorm_launch_backward(floatX *dx, Fp8Matrix q, int64_t dx_stride, int add,
+                                           float *dweight, const floatX *dout, const floatX *x,
+                                           int64_t stride, const floatX *weight, const float *rstd, int64_t n,
+                                           int heads, int d, void *scratch, cudaStream_t stream) {
     if (n == 0) return;
     check_packs("rmsnorm", stride), check_packs("rmsnorm", dx_stride);
     int blocks = (int)(rmsnorm_backward_scratch(n * heads, d) / (d * sizeof(float)));
     RmsnormRows rows = {(int)(n * heads), heads, d};
-    RMSNORM_LAUNCH(rmsnorm_backward_kernel, blocks, d, stream, rows, dx, dx_stride, add, (float *)scratch,
-                   dout, x, stride, weight, rstd);
+    if (q.data)
+        RMSNORM_LAUNCH(rmsnorm_backward_kernel, true, blocks, d, stream, rows, dx, q, dx_stride, add,
+                       (float *)scratch, dout, x, stride, weight, rstd);
+    else
+        RMSNORM_LAUNCH(rmsnorm_backward_kernel, false, blocks, d, stream, rows, dx, q, dx_stride, add,
+                       (float *)scratch, dout, x, stride, weight, rstd);
     add_partial_sums(dweight, (const float *)scratch, blocks, d, stream);
 }
 // The gradient of rmsnorm_heads_forward: overwrites dx, whose tokens are dx_stride elements apart, and adds
@@ -237,33 +267,49 @@ static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *
                                           const floatX *x, int64_t stride, const floatX *weight,
                                           const float *rstd, int64_t n, int heads, int d, void *scratch,
                                           cudaStream_t stream) {
-    rmsnorm_launch_backward(dx, dx_stride, 0, dweight, dout, x, stride, weight, rstd, n, heads, d, scratch,
-                            stream);
+    rmsnorm_launch_backward(dx, Fp8Matrix{}, dx_stride, 0, dweight, dout, x, stride, weight, rstd, n, heads,
+                            d, scratch, stream);
 }
 
 // ---- rows of a matrix [n, c] ---------------------------------------------------------------------------
+// If q.data is not NULL, the output goes to q [n, c] too, in e4m3 with a scale for each row: what
+// quantize_rows makes of the output. c is then a multiple of FP8_ALIGN, and the output of a forward pass may
+// be NULL.
+
+static inline void rmsnorm_launch_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
+                                          const floatX *y, const floatX *weight, int64_t n, int c, float eps,
+                                          cudaStream_t stream, Fp8Matrix q) {
+    if (n == 0) return;
+    int64_t blocks = rmsnorm_blocks(n, c);
+    RmsnormRows rows = {(int)n, 1, c};
+    if (q.data) check_fp8_row("rmsnorm", c);
+    if (q.data)
+        RMSNORM_LAUNCH(rmsnorm_forward_kernel, true, blocks, c, stream, rows, out, q, sum, rstd, x, c, y,
+                       weight, eps);
+    else
+        RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, c, stream, rows, out, q, sum, rstd, x, c, y,
+                       weight, eps);
+}
 
 // Normalizes the rows of x: out, x [n, c], rstd [n], weight [c].
 static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *weight, int64_t n,
-                                   int c, float eps, cudaStream_t stream) {
-    rmsnorm_heads_forward(out, rstd, x, c, weight, n, 1, c, eps, stream);
+                                   int c, float eps, cudaStream_t stream, Fp8Matrix q = {}) {
+    rmsnorm_launch_forward(out, NULL, rstd, x, NULL, weight, n, c, eps, stream, q);
 }
 
 // sum = x + y, and out = the normalized rows of sum: all [n, c], rstd [n], weight [c]. sum may be x or y.
 static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
                                             const floatX *y, const floatX *weight, int64_t n, int c,
-                                            float eps, cudaStream_t stream) {
-    if (n == 0) return;
-    int64_t blocks = rmsnorm_blocks(n, c);
-    RmsnormRows rows = {(int)n, 1, c};
-    RMSNORM_LAUNCH(rmsnorm_forward_kernel, blocks, c, stream, rows, out, sum, rstd, x, c, y, weight, eps);
+                                            float eps, cudaStream_t stream, Fp8Matrix q = {}) {
+    rmsnorm_launch_forward(out, sum, rstd, x, y, weight, n, c, eps, stream, q);
 }
 
 // The gradient of rmsnorm_forward, given dout [n, c]: overwrites dx [n, c], or adds to it if add != 0, and
 // adds to dweight [c]. rstd is the output of forward; scratch has rmsnorm_backward_scratch(n, c) bytes.
 static inline void rmsnorm_backward(floatX *dx, int add, float *dweight, const floatX *dout, const floatX *x,
                                     const floatX *weight, const float *rstd, int64_t n, int c, void *scratch,
-                                    cudaStream_t stream) {
-    rmsnorm_launch_backward(dx, c, add, dweight, dout, x, c, weight, rstd, n, 1, c, scratch, stream);
+                                    cudaStream_t stream, Fp8Matrix q = {}) {
+    if (q.data) check_fp8_row("rmsnorm", c);
+    rmsnorm_launch_backward(dx, q, c, add, dweight, dout, x, c, weight, rstd, n, 1, c, scratch, stream);
 }
 #endif
