@@ -29,8 +29,19 @@ enum {
 typedef struct {
     int64_t m, n, k, lda, ldb, ldd;
     int32_t trans_a, trans_b, fp32_out, bias;
+    int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8_matmul.cuh)
     int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
 } MatmulShape;
+
+// The arrays of a matmul. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the
+// scales of e4m3 operands.
+typedef struct {
+    void *d;
+    const void *a, *b;
+    float beta;
+    const floatX *bias;
+    const float *a_scale, *b_scale;
+} MatmulArrays;
 
 typedef struct {
     MatmulShape shape;
@@ -85,11 +96,19 @@ static inline void matmul_set_attribute(MatmulCacheEntry *c, cublasLtMatmulDescA
     cublas_check(cublasLtMatmulDescSetAttribute(c->desc, attribute, value, bytes));
 }
 
-// Fills the cache entry c of a new shape: descriptors and algorithm. Exits with an error if cuBLASLt has
-// no algorithm.
-static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const MatmulShape *s,
-                                      const floatX *bias) {
-    cudaDataType_t in = FLOATX_TYPE, out = s->fp32_out ? CUDA_R_32F : FLOATX_TYPE;
+// Sets the arrays that are attributes of the matmul.
+static inline void matmul_set_arrays(MatmulCacheEntry *c, const MatmulArrays *x) {
+    if (x->bias) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &x->bias, sizeof x->bias);
+    if (!c->shape.fp8) return;
+    matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &x->a_scale, sizeof x->a_scale);
+    matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x->b_scale, sizeof x->b_scale);
+}
+
+// Fills the cache entry c of a new shape: descriptors and algorithm. Returns cuBLASLt's status, and *found =
+// 0 if it has no algorithm.
+static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, const MatmulShape *s,
+                                              const MatmulArrays *x, int *found) {
+    cudaDataType_t in = s->fp8 ? CUDA_R_8F_E4M3 : FLOATX_TYPE, out = s->fp32_out ? CUDA_R_32F : FLOATX_TYPE;
     c->shape = *s;
     cublas_check(cublasLtMatmulDescCreate(&c->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     int32_t trans_a = s->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N,
@@ -99,8 +118,20 @@ static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const Mat
     if (s->bias) {
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
-        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
     }
+#if CUBLAS_VERSION >= 120900 // older versions scale whole tensors only
+    if (s->fp8) {
+        const cublasLtMatmulMatrixScale_t modes[] = {CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F,
+                                                     CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F,
+                                                     CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F};
+        const int32_t mode = modes[s->fp8 - 1];
+        const int8_t fast = (int8_t)s->fp8_fast;
+        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast);
+        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode);
+        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode);
+    }
+#endif
+    matmul_set_arrays(c, x);
     cublas_check(
         cublasLtMatrixLayoutCreate(&c->a, in, s->trans_a ? s->k : s->m, s->trans_a ? s->m : s->k, s->lda));
     cublas_check(
@@ -116,15 +147,23 @@ static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const Mat
             cublasLtMatmulPreferenceSetAttribute(mm->preference, attributes[i], &bytes, sizeof bytes));
     }
     cublasLtMatmulHeuristicResult_t result;
-    int found = 0;
+    *found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(mm->handle, c->desc, c->a, c->b, c->d, c->d,
-                                                           mm->preference, 1, &result, &found);
-    if (status == CUBLAS_STATUS_SUCCESS && found > 0) status = result.state;
-    if (status != CUBLAS_STATUS_SUCCESS || found == 0)
-        die("cuBLASLt has no algorithm for a %s matmul of m %lld, n %lld, k %lld: %s", FLOATX_NAME,
-            (long long)s->m, (long long)s->n, (long long)s->k,
-            status == CUBLAS_STATUS_SUCCESS ? "none fits the workspace" : cublasLtGetStatusString(status));
+                                                           mm->preference, 1, &result, found);
+    if (status != CUBLAS_STATUS_SUCCESS || *found == 0) return status;
     c->algo = result.algo;
+    return result.state;
+}
+
+// The same, or exits with an error.
+static inline void matmul_select_algo(Matmul *mm, MatmulCacheEntry *c, const MatmulShape *s,
+                                      const MatmulArrays *x) {
+    int found;
+    const cublasStatus_t status = matmul_find_algo(mm, c, s, x, &found);
+    if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+        die("cuBLASLt has no algorithm for a %s matmul of m %lld, n %lld, k %lld: %s",
+            s->fp8 ? "fp8" : FLOATX_NAME, (long long)s->m, (long long)s->n, (long long)s->k,
+            status == CUBLAS_STATUS_SUCCESS ? "none fits the workspace" : cublasLtGetStatusString(status));
 }
 
 // Returns the alignment of p in bytes, at most 16; 16 for NULL.
@@ -132,14 +171,12 @@ static inline int32_t matmul_align(const void *p) {
     return p == NULL || (uintptr_t)p % 16 == 0 ? 16 : (int32_t)((uintptr_t)p & -(uintptr_t)p);
 }
 
-// d = op(a) op(b) + beta*d + bias, column-major, of shape s. bias [m] has one element per row of d; NULL:
-// none.
-static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *a, const floatX *b,
-                              float beta, const floatX *bias, cudaStream_t stream) {
+// d = op(a) op(b) + beta*d + bias, column-major, of shape s.
+static inline void matmul_run(Matmul *mm, MatmulShape s, const MatmulArrays *x, cudaStream_t stream) {
     if (s.m == 0 || s.n == 0) return;
-    s.bias = bias != NULL;
-    s.align_a = matmul_align(a), s.align_b = matmul_align(b);
-    s.align_d = matmul_align(d), s.align_bias = matmul_align(bias);
+    s.bias = x->bias != NULL;
+    s.align_a = matmul_align(x->a), s.align_b = matmul_align(x->b);
+    s.align_d = matmul_align(x->d), s.align_bias = matmul_align(x->bias);
     MatmulCacheEntry *entry = NULL, *oldest = &mm->cache[0];
     for (int i = 0; i < MATMUL_CACHE_SIZE && !entry; i++) {
         MatmulCacheEntry *c = &mm->cache[i];
@@ -149,14 +186,15 @@ static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *
     }
     if (!entry) {
         matmul_evict(oldest);
-        matmul_select_algo(mm, oldest, &s, bias);
+        matmul_select_algo(mm, oldest, &s, x);
         entry = oldest;
     }
     entry->last_used = ++mm->clock;
-    if (bias) matmul_set_attribute(entry, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    matmul_set_arrays(entry, x);
     const float one = 1;
-    cublas_check(cublasLtMatmul(mm->handle, entry->desc, &one, a, entry->a, b, entry->b, &beta, d, entry->d,
-                                d, entry->d, &entry->algo, mm->workspace, mm->workspace_bytes, stream));
+    cublas_check(cublasLtMatmul(mm->handle, entry->desc, &one, x->a, entry->a, x->b, entry->b, &x->beta, x->d,
+                                entry->d, x->d, entry->d, &entry->algo, mm->workspace, mm->workspace_bytes,
+                                stream));
 }
 
 // out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c] with rows ldx elements apart,
@@ -165,7 +203,8 @@ static inline void matmul_run(Matmul *mm, MatmulShape s, void *d, const floatX *
 static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, int64_t ldx,
                                   const floatX *weight, const floatX *bias, int64_t n, int64_t c, int64_t o,
                                   cudaStream_t stream) {
-    matmul_run(mm, MatmulShape{o, n, c, c, ldx, ldo, 1, 0, 0}, out, weight, x, 0, bias, stream);
+    const MatmulArrays arrays = {out, weight, x, 0, bias};
+    matmul_run(mm, MatmulShape{o, n, c, c, ldx, ldo, 1, 0, 0}, &arrays, stream);
 }
 
 // dx = dout weight, or dx += dout weight if add != 0: dx [n, c], dout [n, o] with rows ldo elements apart,
@@ -173,7 +212,8 @@ static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const fl
 static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const floatX *dout, int64_t ldo,
                                          const floatX *weight, int64_t n, int64_t c, int64_t o,
                                          cudaStream_t stream) {
-    matmul_run(mm, MatmulShape{c, n, o, c, ldo, c, 0, 0, 0}, dx, weight, dout, add ? 1 : 0, NULL, stream);
+    const MatmulArrays arrays = {dx, weight, dout, add ? 1.0f : 0.0f};
+    matmul_run(mm, MatmulShape{c, n, o, c, ldo, c, 0, 0, 0}, &arrays, stream);
 }
 
 // partial [gridDim.y, o]: column sums of dout, whose rows are cut into gridDim.y parts. Each thread block
@@ -253,6 +293,7 @@ static inline void matmul_backward_weight(Matmul *mm, float *dweight, const floa
                                           const floatX *x, int64_t ldx, int64_t n, int64_t c, int64_t o,
                                           cudaStream_t stream) {
     if (n == 0) return;
-    matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, dweight, x, dout, 1, NULL, stream);
+    const MatmulArrays arrays = {dweight, x, dout, 1};
+    matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, &arrays, stream);
 }
 #endif

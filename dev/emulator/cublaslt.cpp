@@ -1,10 +1,12 @@
 // cublaslt.cpp: the part of cuBLASLt that llmc/matmul.cuh calls, on the CPU, for the emulator: descriptors,
-// layouts with leading dimensions, transposes, beta and the bias epilogue. It rejects anything else as not
-// supported. It rejects pointers with less than the alignment that the caller gave for the algorithm's
-// heuristic. It overwrites the workspace, as the library may.
+// layouts with leading dimensions, transposes, beta, the bias epilogue, and e4m3 operands with their scales.
+// It rejects anything else as not supported. It rejects pointers with less than the alignment that the caller
+// gave for the algorithm's heuristic, and e4m3 matmuls that Hopper's kernels do not take. It overwrites the
+// workspace, as the library may.
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +18,9 @@ struct Desc {
     int32_t trans_a, trans_b;
     uint32_t epilogue;
     const void *bias;
+    const float *scale[2]; // of a and b
+    int32_t scale_mode[2];
+    int8_t fast_accumulation;
 };
 struct Layout {
     cudaDataType type;
@@ -34,12 +39,16 @@ struct Algo {
 static_assert(sizeof(Algo) <= sizeof(cublasLtMatmulAlgo_t), "an Algo must fit into a cublasLtMatmulAlgo_t");
 
 size_t type_bytes(cudaDataType type) {
-    return type == CUDA_R_32F ? 4 : type == CUDA_R_16BF || type == CUDA_R_16F ? 2 : 0;
+    return type == CUDA_R_32F                          ? 4
+           : type == CUDA_R_16BF || type == CUDA_R_16F ? 2
+           : type == CUDA_R_8F_E4M3                    ? 1
+                                                       : 0;
 }
 float load(const void *p, cudaDataType type, int64_t i) {
     return type == CUDA_R_32F    ? ((const float *)p)[i]
            : type == CUDA_R_16BF ? __bfloat162float(((const __nv_bfloat16 *)p)[i])
-                                 : __half2float(((const __half *)p)[i]);
+           : type == CUDA_R_16F  ? __half2float(((const __half *)p)[i])
+                                 : (float)((const __nv_fp8_e4m3 *)p)[i];
 }
 void store(void *p, cudaDataType type, int64_t i, float x) {
     if (type == CUDA_R_32F)
@@ -53,6 +62,33 @@ bool same(const Layout &a, const Layout &b) {
     return a.type == b.type && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld;
 }
 
+enum { SCALE_TENSOR = 0, SCALE_ROW = 3, SCALE_BLOCK = 4 }; // cublasLtMatmulMatrixScale_t, from CUDA 12.9 on
+
+// Checks an e4m3 matmul against the rules of Hopper's kernels: a transposed, b not; 16-byte aligned columns;
+// no e4m3 output; the same scale mode for both, and no fast accumulation with scales of 128 elements.
+cublasStatus_t check_fp8_matmul(const Desc &e, const Layout &a, const Layout &b, const Layout &d, uint64_t m,
+                                uint64_t n, uint64_t k) {
+    const int32_t mode = e.scale_mode[0];
+    const uint64_t d_bytes = type_bytes(d.type);
+    if (b.type != a.type || d_bytes == 1 || e.trans_a != CUBLAS_OP_T || e.trans_b != CUBLAS_OP_N ||
+        e.epilogue != CUBLASLT_EPILOGUE_DEFAULT || e.scale_mode[1] != mode ||
+        (mode != SCALE_TENSOR && mode != SCALE_ROW && mode != SCALE_BLOCK))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (k % 16 || a.ld % 16 || b.ld % 16 || m * d_bytes % 16 || d.ld * d_bytes % 16)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (mode == SCALE_BLOCK && (m % 4 || n % 4 || e.fast_accumulation)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// The scale of element (i, p) of an e4m3 operand of `rows` rows.
+float scale_at(const Desc &e, int operand, uint64_t rows, uint64_t i, uint64_t p) {
+    const float *scale = e.scale[operand];
+    if (!scale) return 1;
+    return scale[e.scale_mode[operand] == SCALE_TENSOR ? 0
+                 : e.scale_mode[operand] == SCALE_ROW  ? i
+                                                       : p / 128 * rows + i];
+}
+
 // Checks that the matmul's layouts are consistent and supported. Returns its shape in m, n and k.
 cublasStatus_t check_matmul(const Desc &e, const Layout &a, const Layout &b, const Layout &c, const Layout &d,
                             uint64_t *m, uint64_t *n, uint64_t *k) {
@@ -64,8 +100,9 @@ cublasStatus_t check_matmul(const Desc &e, const Layout &a, const Layout &b, con
     for (const Layout *l : {&a, &b, &d}) {
         if (l->ld < (int64_t)l->rows || l->rows == 0 || l->cols == 0) return CUBLAS_STATUS_INVALID_VALUE;
     }
+    if (a.type == CUDA_R_8F_E4M3) return check_fp8_matmul(e, a, b, d, *m, *n, *k);
     if (a.type != b.type || (d.type != a.type && d.type != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    return CUBLAS_STATUS_SUCCESS;
+    return e.scale[0] || e.scale[1] ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
 }
 
 template <typename Handle, typename T> cublasStatus_t create(Handle *out, const T &value) {
@@ -85,6 +122,9 @@ extern "C" {
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
     return create(handle, 0);
 }
+size_t cublasLtGetVersion(void) {
+    return CUBLAS_VERSION;
+}
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
     delete (int *)handle;
     return CUBLAS_STATUS_SUCCESS;
@@ -99,7 +139,7 @@ const char *cublasLtGetStatusString(cublasStatus_t status) {
 cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute,
                                         cudaDataType_t scale) {
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_NOT_SUPPORTED;
-    return create(desc, Desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL});
+    return create(desc, Desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT});
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
     delete (Desc *)desc;
@@ -125,8 +165,22 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
             return CUBLAS_STATUS_NOT_SUPPORTED;
         return status;
     }
-    if (attribute == CUBLASLT_MATMUL_DESC_BIAS_POINTER) return set(&e->bias, value, bytes);
-    return CUBLAS_STATUS_NOT_SUPPORTED;
+    switch ((int)attribute) {
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+        return set(&e->bias, value, bytes);
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
+        return set(&e->fast_accumulation, value, bytes);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER:
+        return set(&e->scale[0], value, bytes);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER:
+        return set(&e->scale[1], value, bytes);
+    case 31: // CUBLASLT_MATMUL_DESC_A_SCALE_MODE, from CUDA 12.8 on
+        return set(&e->scale_mode[0], value, bytes);
+    case 32:
+        return set(&e->scale_mode[1], value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
 }
 
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType type, uint64_t rows,
@@ -212,24 +266,31 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         return CUBLAS_STATUS_INVALID_VALUE;
     bool bias = e.epilogue == CUBLASLT_EPILOGUE_BIAS;
     if (bias && !e.bias) return CUBLAS_STATUS_INVALID_VALUE;
+    const bool fp8 = la.type == CUDA_R_8F_E4M3, blocks = fp8 && e.scale_mode[0] == SCALE_BLOCK;
+    if (blocks && ((uintptr_t)e.scale[0] % 16 || (uintptr_t)e.scale[1] % 16))
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (workspace) memset(workspace, 0xff, workspace_bytes < 4096 ? workspace_bytes : 4096);
 
     std::vector<float> op_a(k * m); // [k, m]
 #pragma omp parallel for
     for (uint64_t p = 0; p < k; p++) {
-        for (uint64_t i = 0; i < m; i++)
-            op_a[p * m + i] = load(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
+        for (uint64_t i = 0; i < m; i++) {
+            float x = load(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
+            op_a[p * m + i] = blocks ? x * scale_at(e, 0, m, i, p) : x;
+        }
     }
 #pragma omp parallel for
     for (uint64_t j = 0; j < n; j++) {
         std::vector<float> sum(m, 0.0f);
         for (uint64_t p = 0; p < k; p++) {
             float x = load(b, lb.type, e.trans_b ? (int64_t)p * lb.ld + j : (int64_t)j * lb.ld + p);
+            if (blocks) x *= scale_at(e, 1, n, j, p);
             for (uint64_t i = 0; i < m; i++) sum[i] += op_a[p * m + i] * x;
         }
         for (uint64_t i = 0; i < m; i++) {
             int64_t index = (int64_t)j * ld.ld + i;
             float x = alpha * sum[i];
+            if (fp8 && !blocks) x = x * scale_at(e, 0, m, i, 0) * scale_at(e, 1, n, j, 0);
             if (beta != 0) x += beta * load(c, ld.type, index);
             if (bias) x += load(e.bias, ld.type, (int64_t)i);
             store(d, ld.type, index, x);
