@@ -133,6 +133,45 @@ static inline void quantize_rows(Fp8Matrix q, const floatX *x, int64_t ldx, int6
     cuda_check(cudaGetLastError());
 }
 
+// scale [1] = the largest of scales [n]. One thread block.
+static __global__ void __launch_bounds__(1024)
+    max_scale_kernel(float *scale, const float *scales, int64_t n) {
+    __shared__ uint32_t shared[32];
+    uint32_t x = 0;
+    for (int64_t i = threadIdx.x; i < n; i += 1024) x = max(x, __float_as_uint(scales[i]) & 0x7fffffff);
+    x = block_reduce_max(x, shared);
+    if (threadIdx.x == 0) *scale = __uint_as_float(x);
+}
+
+// A thread block for each row of q [n, k]. Reads and writes k bytes per row, but nothing of rows whose scale
+// is the largest one already.
+static __global__ void __launch_bounds__(256)
+    equalize_scales_kernel(Fp8Matrix q, const float *largest, int64_t k) {
+    const float scale = q.scale[blockIdx.x], inverse = 1 / *largest;
+    if (scale == *largest) return;
+    __syncthreads(); // all threads have read the scale
+    if (threadIdx.x == 0) q.scale[blockIdx.x] = *largest;
+    for (int64_t i = threadIdx.x; i < k / 16; i += 256) {
+        uint4 *p = (uint4 *)(q.data + blockIdx.x * k) + i;
+        const uint4 bits = *p;
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 a = unpack_fp8x2(bits, 2 * j), b = unpack_fp8x2(bits, 2 * j + 1);
+            words[j] = pack_fp8x4(a.x * scale * inverse, a.y * scale * inverse, b.x * scale * inverse,
+                                  b.y * scale * inverse);
+        }
+        *p = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+// Makes the scales of all rows of q [n, k] equal to the largest one. The values stay, except for those that
+// e4m3 can no longer represent. For matmuls that take only one scale for a matrix. scratch: [1].
+static inline void equalize_scales(Fp8Matrix q, int64_t n, int64_t k, float *scratch, cudaStream_t stream) {
+    max_scale_kernel<<<1, 1024, 0, stream>>>(scratch, q.scale, n);
+    equalize_scales_kernel<<<(unsigned)n, 256, 0, stream>>>(q, scratch, k);
+    cuda_check(cudaGetLastError());
+}
+
 // ---- transpose -------------------------------------------------------------------------------------------
 // Tiles have 128 tokens and 128 channels. Thread t of 256 reads 16 channels of four neighbouring tokens: of
 // channels 16 * (t % 8) and on, tokens 4 * (t / 8) and on.
@@ -187,16 +226,6 @@ static __global__ void __launch_bounds__(256)
     const uint32_t x_max = tile_channel_max(max16, shared);
     const int64_t c = blockIdx.y * (int64_t)FP8_TILE + threadIdx.x;
     if (threadIdx.x < FP8_TILE && c < k) atomicMax(&amax[c], x_max);
-}
-
-// scale [1] = the largest of scales [n]. One thread block.
-static __global__ void __launch_bounds__(1024)
-    max_scale_kernel(float *scale, const float *scales, int64_t n) {
-    __shared__ uint32_t shared[32];
-    uint32_t x = 0;
-    for (int64_t i = threadIdx.x; i < n; i += 1024) x = max(x, __float_as_uint(scales[i]) & 0x7fffffff);
-    x = block_reduce_max(x, shared);
-    if (threadIdx.x == 0) *scale = __uint_as_float(x);
 }
 
 // q [k, padded] = the transpose of x [n, k], quantized again. The thread block of a tile finds the scales of

@@ -144,5 +144,19 @@ static inline void fp8_transpose(Fp8Matrix q, Fp8Scaling scaling, Fp8Matrix x, i
     for (int64_t i = 0; i < k * padded; i++) q.data[i] = fp8_from_float(tmp[i] * (1 / q.scale[0]));
 }
 
+// Makes the scales of all rows of q [rows, k] equal to the largest one.
+static inline void fp8_equalize_scales(Fp8Matrix q, int64_t rows, int64_t k) {
+    uint32_t bits = 0;
+    float largest;
+    for (int64_t i = 0; i < rows; i++)
+        if (fp8_abs_bits(q.scale[i]) > bits) bits = fp8_abs_bits(q.scale[i]);
+    memcpy(&largest, &bits, sizeof bits);
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < k && q.scale[i] != largest; j++)
+            q.data[i * k + j] = fp8_from_float(fp8_to_float(q.data[i * k + j]) * q.scale[i] * (1 / largest));
+        q.scale[i] = largest;
+    }
+}
+
 #undef FP8_FUNCTION
 #endif

@@ -6,9 +6,10 @@
 // on Hopper, so the input gradient reads the transposed weight, and the weight gradient the transposed
 // operands. Outputs are floatX, or fp32 for gradients of weights.
 //
-// cuBLASLt has scales for rows and for 128 elements since CUDA 12.9, for compute capability 9.0 alone, and
-// scales for 128 elements only if both operands have a multiple of 4 rows. Scales for whole matrices work
-// from 8.9 on.
+// cuBLASLt has scales for rows and for 128 elements since CUDA 12.9, and for compute capability 9.0 alone. It
+// takes scales for 128 elements only if both operands have a multiple of 4 rows. Scales for whole matrices
+// work from compute capability 8.9 and CUDA 12.0 on. Where rows can have no scale, a matmul first makes the
+// scales of an operand's rows equal, which is one more pass over e4m3 elements.
 //
 // Fast accumulation leaves the sum in the tensor core's accumulators, which keep about 14 bits. Precise
 // accumulation adds them to fp32 registers every 128 terms. All matmuls use precise accumulation: a sum over
@@ -54,9 +55,16 @@ static inline bool fp8_matmul_supported(Matmul *mm, Fp8Mode mode, int fp32_out, 
 }
 
 // out = a b^T, or out += a b^T if add != 0: out [rows_a, rows_b], rows ldo elements apart, floatX or fp32.
+// Without row scales a and b get equal ones.
 static inline void fp8_matmul(Matmul *mm, Fp8Mode mode, void *out, int fp32_out, int64_t ldo, int add,
                               Fp8Matrix a, Fp8Matrix b, int64_t rows_a, int64_t rows_b, int64_t k,
                               cudaStream_t stream) {
+    if (rows_a == 0) return;
+    if (mode.scaling == FP8_SCALE_ROW && !mm->row_scales) {
+        mode.scaling = FP8_SCALE_TENSOR;
+        equalize_scales(a, rows_a, k, (float *)mm->workspace, stream);
+        equalize_scales(b, rows_b, k, (float *)mm->workspace, stream);
+    }
     const MatmulArrays arrays = {out, b.data, a.data, add ? 1.0f : 0.0f, NULL, b.scale, a.scale};
     matmul_run(mm, fp8_matmul_shape(mode, fp32_out, ldo, rows_a, rows_b, k), &arrays, stream);
 }
@@ -92,14 +100,9 @@ static inline void fp8_check(const ModelConfig *c, const cudaDeviceProp *gpu) {
     const char *flags[] = {"-channels", "-hidden"};
     if (sizeof(floatX) != 2)
         die("-matmul fp8: this is the %s build: use the bf16 or the fp16 build", FLOATX_NAME);
-    if (CUBLAS_VERSION < 120900 || cublasLtGetVersion() < 120900)
-        die("-matmul fp8: built with cuBLASLt %d, running with %d: needs 120900 (CUDA 12.9) or later; update "
-            "the CUDA Toolkit, or use -matmul bf16",
-            (int)CUBLAS_VERSION, (int)cublasLtGetVersion());
-    if (gpu->major != 9 || gpu->minor != 0)
-        die("-matmul fp8: %s, compute capability %d.%d: cuBLASLt's row scales need 9.0 (H100, H200); use "
-            "-matmul bf16",
-            gpu->name, gpu->major, gpu->minor);
+    if (gpu->major * 10 + gpu->minor < 89)
+        die("-matmul fp8: %s, compute capability %d.%d: must be at least 8.9; use -matmul bf16", gpu->name,
+            gpu->major, gpu->minor);
     for (int i = 0; i < 2; i++)
         if (widths[i] % FP8_ALIGN != 0)
             die("-matmul fp8: %s %d: must be a multiple of %d; try %s %d", flags[i], widths[i],

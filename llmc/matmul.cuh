@@ -57,7 +57,8 @@ typedef struct {
     cublasLtMatmulPreference_t preference;
     void *workspace;
     size_t workspace_bytes;
-    int64_t clock;                             // counts matmuls
+    int row_scales; // 1: e4m3 operands can have a scale for each row (fp8_matmul.cuh)
+    int64_t clock;  // counts matmuls
     MatmulCacheEntry cache[MATMUL_CACHE_SIZE]; // the least recently used entry is evicted
 } Matmul;
 
@@ -68,6 +69,11 @@ static inline void matmul_init(Matmul *mm, void *workspace, size_t bytes) {
     mm->workspace = workspace;
     mm->workspace_bytes = bytes;
     cublas_check(cublasLtCreate(&mm->handle));
+    int device, major, minor;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    mm->row_scales = CUBLAS_VERSION >= 120900 && cublasLtGetVersion() >= 120900 && major == 9 && minor == 0;
     cublas_check(cublasLtMatmulPreferenceCreate(&mm->preference));
     // split-k with fp32 partial sums; no split-k is always allowed
     uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
