@@ -112,13 +112,6 @@ static inline float fp8_scale_at(Fp8Matrix q, Fp8Scaling scaling, int64_t rows, 
     return q.scale[scaling == FP8_SCALE_TENSOR ? 0 : scaling == FP8_SCALE_ROW ? i : j / FP8_BLOCK * rows + i];
 }
 
-// Writes the values of q [rows, k] to x [rows, k].
-static inline void fp8_dequantize(float *x, Fp8Matrix q, Fp8Scaling scaling, int64_t rows, int64_t k) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < k; j++)
-            x[i * k + j] = fp8_to_float(q.data[i * k + j]) * fp8_scale_at(q, scaling, rows, i, j);
-}
-
 // Returns n rounded up to a multiple of FP8_ALIGN: the row length of a transposed matrix of n rows.
 static inline int64_t fp8_padded(int64_t n) {
     return (n + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN;

@@ -15,7 +15,7 @@ FLAGS_nvcc := $(NVCC) $(NVCCFLAGS) $(GENCODE)
 $(BUILD)/%.o: %.cu $(BUILD)/nvcc.flags ; $(COMPILE_CUDA)
 
 # ---- programs: a kernel of libfsa, or a layer of llmc, against the C reference --------------------------------------
-LAYERS := $(addprefix $(BUILD)/,adamw classifier embedding fp8 global_norm matmul rmsnorm swiglu)
+LAYERS := $(addprefix $(BUILD)/,adamw classifier embedding fp8 fp8_matmul global_norm matmul rmsnorm swiglu)
 KERNELS := $(filter-out $(LAYERS),$(patsubst dev/cuda/%.cu,$(BUILD)/%,$(wildcard dev/cuda/*.cu)))
 $(KERNELS): $(BUILD)/%: $(BUILD)/dev/cuda/%.o $(BUILD)/fsa/reference_f32.o $(LIBFSA).a ; $(LINK_CUDA)
 C_MODEL := $(addprefix $(BUILD)/,train_gpt_nsa_f32.o fsa/reference_f32.o fsa/config.o)

@@ -74,7 +74,7 @@ faults-emulator:
 
 # compute-sanitizer over the library's test and the layers' checks at few shapes. racecheck needs its own build
 # (FSA_RACECHECK in fsa/sm90/ptx.cuh).
-SANITIZED := $(filter-out %/matmul,$(LAYERS))
+SANITIZED := $(filter-out %matmul,$(LAYERS))
 sanitize: $(BUILD)/test_fsa $(BUILD)/test_fsa_racecheck $(SANITIZED)
 	for tool in memcheck racecheck initcheck; do \
 	    for kernels in $(GPU_KINDS); do \

@@ -1,0 +1,112 @@
+// fp8_matrix.h: what fp8.cu and fp8_matmul.cu share: e4m3 matrices on the device and on the host, and inputs.
+#ifndef DEV_CUDA_FP8_MATRIX_H
+#define DEV_CUDA_FP8_MATRIX_H
+#include "layers.h"
+#include "../../llmc/fp8.cuh"
+
+static const char *const scaling_names[] = {"tensor", "row", "block"};
+
+// An e4m3 matrix [rows, k] on the host, with room for the scales of each scaling.
+struct Fp8Host {
+    int64_t rows, k;
+    std::vector<uint8_t> data;
+    std::vector<float> scale;
+    Fp8Host(int64_t num_rows, int64_t row_size)
+        : rows(num_rows), k(row_size), data(rows * k), scale((k + FP8_BLOCK - 1) / FP8_BLOCK * rows) {}
+    operator Fp8Matrix() { return {data.data(), scale.data()}; }
+    int64_t scales(Fp8Scaling scaling) const {
+        return scaling == FP8_SCALE_TENSOR ? 1 : scaling == FP8_SCALE_ROW ? rows : (int64_t)scale.size();
+    }
+};
+
+// The same on the device.
+struct Fp8Buffer {
+    int64_t rows, k;
+    Buffer<uint8_t> data;
+    Buffer<float> scale;
+    Fp8Buffer(int64_t num_rows, int64_t row_size)
+        : rows(num_rows), k(row_size), data(rows * k), scale((k + FP8_BLOCK - 1) / FP8_BLOCK * rows) {}
+    operator Fp8Matrix() const { return {data.get(), scale.get()}; }
+    Fp8Host host() const {
+        Fp8Host h(rows, k);
+        h.data = data.host(), h.scale = scale.host();
+        return h;
+    }
+    void poison() { data.poison(), scale.poison(); }
+};
+
+// The same elements and scales, bit for bit, and nothing beyond the scales.
+static void check_bits(const char *what, const char *shape, const Fp8Buffer &got, const Fp8Host &expected,
+                       Fp8Scaling scaling) {
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const std::vector<uint8_t> data = got.data.host();
+    std::vector<float> scale = got.scale.host();
+    const int64_t scales = expected.scales(scaling);
+    int64_t wrong = 0, beyond = 0;
+    for (size_t i = 0; i < data.size(); i++) wrong += data[i] != expected.data[i];
+    for (int64_t i = 0; i < (int64_t)scale.size(); i++) {
+        uint32_t a, b;
+        memcpy(&a, &scale[i], 4), memcpy(&b, &expected.scale[i], 4);
+        if (i < scales)
+            wrong += a != b;
+        else
+            beyond += a != 0xffffffff;
+    }
+    const std::string name = std::string(what) + " " + scaling_names[scaling] + ", " + shape;
+    check_that(wrong == 0, (name + ": bits that differ from fp8.h").c_str(), (double)wrong, 0);
+    check_that(beyond == 0 && got.data.guards_intact() && got.scale.guards_intact(),
+               (name + ": bytes written outside").c_str(), 1, 0);
+}
+
+// Values with heavy tails: normal, times a random power of two for each row, each column and each element.
+static std::vector<floatX> heavy_tailed(Random *r, int64_t rows, int64_t k, int64_t ld) {
+    std::vector<floatX> x(rows * ld, from_float<floatX>(NAN)); // NaN between the rows
+    std::vector<int> column(k);
+    for (int &e : column) e = r->below(50) ? 0 : 5;
+    for (int64_t i = 0; i < rows; i++) {
+        const int row = (int)r->below(9) - 8;
+        for (int64_t j = 0; j < k; j++) {
+            const int element = r->below(100) ? 0 : (int)r->below(8);
+            x[i * ld + j] = from_float<floatX>(ldexpf(r->normal(), row + column[j] + element));
+        }
+    }
+    return x;
+}
+
+// The same with rows of zeros, of one large value, of tiny and of the largest values, and with `special` NaN
+// or Inf.
+static std::vector<floatX> with_special_rows(Random *r, int64_t rows, int64_t k, int64_t ld, bool special) {
+    std::vector<floatX> x = heavy_tailed(r, rows, k, ld);
+    const bool half = std::is_same<floatX, __half>::value;
+    const float largest = half ? 65504 : 3.38e38f, tiny = half ? 6e-8f : 1e-40f;
+    for (int64_t i = 0; i < rows; i += 3) {
+        const int kind = (int)r->below(special ? 7 : 4);
+        for (int64_t j = 0; j < k && kind < 4; j++) {
+            const float v = kind == 0 ? (j % 2 ? -0.0f : 0.0f) : kind == 2 ? tiny : kind == 3 ? largest : -1;
+            if (kind != 1) x[i * ld + j] = from_float<floatX>(v);
+        }
+        const float value = kind == 1 ? 30000 : kind == 4 ? NAN : kind == 5 ? INFINITY : -INFINITY;
+        if (kind == 1 || kind > 3) x[i * ld + r->below(k)] = from_float<floatX>(value);
+    }
+    return x;
+}
+
+static std::vector<float> floats_of(const std::vector<floatX> &x, int64_t rows, int64_t k, int64_t ld) {
+    std::vector<float> f(rows * k);
+    for (int64_t i = 0; i < rows * k; i++) f[i] = to_float(x[i / k * ld + i % k]);
+    return f;
+}
+
+static Fp8Host quantized(const std::vector<float> &x, Fp8Scaling scaling, int64_t rows, int64_t k) {
+    Fp8Host q(rows, k);
+    fp8_quantize(q, scaling, x.data(), k, rows, k);
+    return q;
+}
+static Fp8Host transposed(Fp8Host &x, Fp8Scaling scaling) {
+    Fp8Host q(x.k, fp8_padded(x.rows));
+    std::vector<float> tmp(q.rows * q.k);
+    fp8_transpose(q, scaling, x, x.rows, x.k, tmp.data());
+    return q;
+}
+
+#endif
