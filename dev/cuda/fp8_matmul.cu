@@ -328,6 +328,27 @@ static void compare_errors(Random *r, const char *data, int64_t n, int64_t c, in
     }
 }
 
+// The error of accumulation: against double on the same e4m3 operands, with sums of k terms that cancel
+// ("normal") or not ("positive"), fp32 outputs. Fast accumulation is reported, not checked.
+static void check_accumulation(Random *r, int64_t k, bool record) {
+    const int64_t rows = 64;
+    for (int positive = 0; positive < 2; positive++) {
+        std::vector<float> x(rows * k), y(rows * k);
+        for (std::vector<float> *v : {&x, &y})
+            for (float &f : *v) f = positive ? fabsf(r->normal()) : r->normal();
+        Fp8Host a = quantized(x, FP8_SCALE_ROW, rows, k), b = quantized(y, FP8_SCALE_ROW, rows, k);
+        for (int fast = 0; fast < 2; fast++) {
+            const std::vector<float> got = multiplied({FP8_SCALE_ROW, fast}, a, b);
+            if (got.empty()) continue;
+            const double e = sampled_error(r, got, rows, {}, a, b, FP8_SCALE_ROW);
+            if (!fast) check_that(e < matmul_tolerance, "accumulation", e, matmul_tolerance);
+            if (record)
+                report_error(positive ? "positive" : "normal", "accumulation", fast ? "row fast" : "row",
+                             rows, k, rows, e);
+        }
+    }
+}
+
 // ---- times -----------------------------------------------------------------------------------------------
 
 static void time_matmuls(Random *r, int64_t n, int64_t c, int64_t o) {
@@ -409,6 +430,9 @@ int main(int argc, char **argv) {
     }
     compare_errors(&r, "normal", 128, 256, 384, 0.06);
     compare_errors(&r, "heavy tails", 128, 256, 384, 0.06);
+    const bool check_only = has_flag(argc, argv, "check");
+    for (int64_t k : {4096, 14336, 65536})
+        if (!small || k == 4096) check_accumulation(&r, k, !check_only);
     int presets_count;
     const Preset *preset = presets(&presets_count);
     for (int i = 0; i < presets_count; i++) {
@@ -421,7 +445,7 @@ int main(int argc, char **argv) {
         check_trainer_layer(&r, n, p->channels, 2 * p->hidden, 2 * p->hidden);
         check_trainer_layer(&r, n, p->hidden, p->channels, p->channels);
     }
-    if (!has_flag(argc, argv, "check")) {
+    if (!check_only) {
         compare_errors(&r, "normal", 2048, 4096, 1024, 0.06);
         compare_errors(&r, "heavy tails", 2048, 4096, 1024, 0.06);
         const struct { int64_t c, o; } weights[] = {{4096, 6144}, {4096, 4096}, {4096, 28672}, {14336, 4096}};
