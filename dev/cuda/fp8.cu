@@ -81,8 +81,8 @@ static void check_scales(Random *r) {
 static void check_quantizers(Random *r, int64_t n, int64_t k, int64_t ldx) {
     char shape[64];
     snprintf(shape, sizeof shape, "n %lld k %lld ldx %lld", (long long)n, (long long)k, (long long)ldx);
-    for (int special = 0; special < 2; special++) {
-        const std::vector<floatX> x = with_special_rows(r, n, k, ldx, special);
+    for (int kinds : {0, 3, 4, 7}) {
+        const std::vector<floatX> x = with_special_rows(r, n, k, ldx, kinds);
         BufferX in(x);
         Fp8Buffer q(n, k);
         Fp8Host rows = quantized(floats_of(x, n, k, ldx), FP8_SCALE_ROW, n, k);
@@ -110,7 +110,7 @@ static void check_quantizers(Random *r, int64_t n, int64_t k, int64_t ldx) {
 static void check_weight(Random *r, int64_t out, int64_t in) {
     char shape[64];
     snprintf(shape, sizeof shape, "out %lld in %lld", (long long)out, (long long)in);
-    const std::vector<floatX> weight = with_special_rows(r, out, in, in, false);
+    const std::vector<floatX> weight = with_special_rows(r, out, in, in, 3);
     BufferX w(weight);
     Fp8Buffer q(out, in), q_t(in, out);
     Buffer<uint32_t> scratch(in);
