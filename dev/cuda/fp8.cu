@@ -256,12 +256,14 @@ int main(int argc, char **argv) {
     check_quantizers(&r, 1, 16, 16); // every size of team, and tiles that are not full
     check_quantizers(&r, 33, 48, 56);
     check_quantizers(&r, 129, 1072, 1072);
+    check_quantizers(&r, 40, 1024, 1024);
     check_quantizers(&r, 1030, 16, 16); // two blocks of tokens in the maxima of channels
     check_quantizers(&r, 20, 4112, 4120);
     check_quantizers(&r, 3, 16400, 16400);
     if (!has_flag(argc, argv, "small")) check_quantizers(&r, 4097, 6144, 6240);
     check_weight(&r, 144, 272);
-    check_rmsnorm(&r, 1, 16), check_rmsnorm(&r, 33, 64), check_rmsnorm(&r, 9, 272);
+    check_rmsnorm(&r, 1, 16), check_rmsnorm(&r, 33, 64), check_rmsnorm(&r, 70, 256),
+        check_rmsnorm(&r, 40, 1024);
     check_rmsnorm(&r, 19, 1040), check_rmsnorm(&r, 2, 4112);
     check_swiglu(&r, 1, 16), check_swiglu(&r, 5, 352), check_swiglu(&r, 2, 16400);
     if (has_flag(argc, argv, "check")) return finish("fp8");
