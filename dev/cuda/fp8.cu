@@ -264,7 +264,7 @@ int main(int argc, char **argv) {
     check_weight(&r, 144, 272);
     check_rmsnorm(&r, 1, 16), check_rmsnorm(&r, 33, 64), check_rmsnorm(&r, 70, 256),
         check_rmsnorm(&r, 40, 1024);
-    check_rmsnorm(&r, 19, 1040), check_rmsnorm(&r, 2, 4112);
+    check_rmsnorm(&r, 9, 272), check_rmsnorm(&r, 19, 1040), check_rmsnorm(&r, 2, 4112);
     check_swiglu(&r, 1, 16), check_swiglu(&r, 5, 352), check_swiglu(&r, 2, 16400);
     if (has_flag(argc, argv, "check")) return finish("fp8");
     for (int64_t n : {8192, 65536}) {
