@@ -4,7 +4,7 @@
 //   fast              : fast accumulation
 //   ./fp8_matmul [check [small]] [seed=N]    (check: no timing; small: few shapes, for the slow tools)
 #include "fp8_matrix.h"
-#include "../../llmc/fp8_matmul.cuh"
+#include "../../llmc/fp8_linear.cuh"
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -65,20 +65,18 @@ static void check_matmul(Random *r, const char *what, Fp8Mode mode, Fp8Host &a, 
     snprintf(name, sizeof name, "%s %s%s, [%lld, %lld] x [%lld, %lld]^T ldo %lld", what,
              scaling_names[mode.scaling], mode.fast ? " fast" : "", (long long)rows_a, (long long)k,
              (long long)rows_b, (long long)k, (long long)ldo);
-    const bool equalized = mode.scaling == FP8_SCALE_ROW && !mm.row_scales;
-    if (!equalized && !fp8_matmul_supported(&mm, mode, fp32_out, ldo, rows_a, rows_b, k)) {
+    if (!fp8_matmul_supported(&mm, mode, fp32_out, ldo, rows_a, rows_b, k)) {
         printf("not supported by cuBLASLt: %s\n", name);
-        check_that(mode.scaling == FP8_SCALE_BLOCK, name, 1, 0);
+        check_that(mode.scaling == FP8_SCALE_BLOCK || !mm.row_scales, name, 1, 0);
         return;
     }
     // a few elements can have larger rounding errors than the average of many
     const double tolerance = rows_a * rows_b < 4096 && !fp32_out ? rounded_tolerance : matmul_tolerance;
     Fp8Buffer a_in(rows_a, k), b_in(rows_b, k);
     upload(a_in, a, mode.scaling), upload(b_in, b, mode.scaling);
-    if (equalized) fp8_equalize_scales(a, rows_a, k), fp8_equalize_scales(b, rows_b, k);
     Buffer<T> out(rows_a * ldo), again(rows_a * ldo);
-    fp8_matmul(&mm, mode, out, fp32_out, ldo, 0, a_in, b_in, rows_a, rows_b, k, 0);
-    fp8_matmul(&mm, mode, again, fp32_out, ldo, 0, a_in, b_in, rows_a, rows_b, k, 0);
+    fp8_matmul(&mm, mode, out, fp32_out, ldo, 0, a_in, b_in, k, rows_a, rows_b, k, 0);
+    fp8_matmul(&mm, mode, again, fp32_out, ldo, 0, a_in, b_in, k, rows_a, rows_b, k, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     check_same(name, out, again);
     const std::vector<T> got = out.host();
@@ -90,7 +88,7 @@ static void check_matmul(Random *r, const char *what, Fp8Mode mode, Fp8Host &a, 
         check_that(gaps_poisoned(got, ldo, rows_a, rows_b), "fp8 matmul: bytes written between rows", 1, 0);
     std::vector<float> old(rows_a * rows_b);
     for (int64_t i = 0; i < rows_a * rows_b; i++) old[i] = to_float(got[i / rows_b * ldo + i % rows_b]);
-    fp8_matmul(&mm, mode, out, fp32_out, ldo, 1, a_in, b_in, rows_a, rows_b, k, 0);
+    fp8_matmul(&mm, mode, out, fp32_out, ldo, 1, a_in, b_in, k, rows_a, rows_b, k, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     e = sampled_error(r, out.host(), ldo, old, a, b, mode.scaling);
     check_that(e < tolerance, (std::string(name) + ", added").c_str(), e, tolerance);
@@ -112,62 +110,128 @@ static std::vector<float> scaled_normal(Random *r, int64_t rows, int64_t k) {
     return x;
 }
 
-// The three matmuls of a linear layer of n tokens, c inputs and o outputs, in every mode or with scales of
-// rows alone.
-static void check_layer(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo, bool all_modes) {
+static std::vector<float> transposed_floats(const std::vector<float> &x, int64_t rows, int64_t k) {
+    std::vector<float> t(rows * k);
+    for (int64_t i = 0; i < rows * k; i++) t[i] = x[i % rows * k + i / rows];
+    return t;
+}
+
+// The three matmuls of a linear layer of n tokens, c inputs and o outputs, in every mode.
+static void check_modes(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo) {
     const std::vector<float> x = scaled_normal(r, n, c), w = scaled_normal(r, o, c),
                              dout = scaled_normal(r, n, o);
     Fp8Host x_rows = quantized(x, FP8_SCALE_ROW, n, c), dout_rows = quantized(dout, FP8_SCALE_ROW, n, o);
     for (int scaling = 0; scaling < 3; scaling++) {
         const Fp8Scaling s = (Fp8Scaling)scaling;
-        if (!all_modes && s != FP8_SCALE_ROW) continue;
         Fp8Host x_q = quantized(x, s, n, c), w_q = quantized(w, s, o, c), dout_q = quantized(dout, s, n, o);
-        Fp8Host w_t(c, o), x_t = transposed(x_rows, s), dout_t = transposed(dout_rows, s);
-        std::vector<float> w_transposed(c * o);
-        for (int64_t i = 0; i < c * o; i++) w_transposed[i] = w[i % o * c + i / o];
-        fp8_quantize(w_t, s, w_transposed.data(), o, c, o);
+        Fp8Host w_t = quantized(transposed_floats(w, o, c), s, c, o), x_t = transposed(x_rows, s),
+                dout_t = transposed(dout_rows, s);
         check_matmul<floatX>(r, "fwd", {s, 0}, x_q, w_q, ldo);
         check_matmul<floatX>(r, "dinput", {s, 0}, dout_q, w_t, c);
         check_matmul<float>(r, "dweight", {s, 0}, dout_t, x_t, c);
     }
 }
 
-// The same as the trainer computes them, from 16-bit tensors to results; for large layers. Rows of out are
-// ldo elements apart.
-static void check_trainer_layer(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo) {
-    const Fp8Scaling wide = FP8_WEIGHT_GRADIENT.scaling;
+// ---- the linear layer ------------------------------------------------------------------------------------
+
+static void check_error(const char *what, const char *shape, double e) {
+    double &w = worst[std::string(what) + " layer"];
+    w = std::max(w, e);
+    check_that(e < matmul_tolerance, (std::string(what) + " of a layer, " + shape).c_str(), e,
+               matmul_tolerance);
+}
+
+// Memory of a weight and of scratch, with the trainer's layout.
+struct LinearMemory {
+    Fp8Weight w;
+    Fp8Scratch scratch;
+    Arena arena;
+    Buffer<char> *memory;
+    LinearMemory(int64_t n, int64_t c, int64_t o) : arena() {
+        layout(n, c, o);
+        memory = new Buffer<char>((int64_t)arena.bytes + 256);
+        arena.base = (char *)(((uintptr_t)memory->get() + 255) / 256 * 256), arena.bytes = 0;
+        layout(n, c, o);
+    }
+    ~LinearMemory() { delete memory; }
+    void layout(int64_t n, int64_t c, int64_t o) {
+        fp8_weight_memory_layout(&w, o, c, &arena);
+        fp8_scratch_memory_layout(&scratch, n, o, c, &arena);
+    }
+};
+
+static Fp8Host download(Fp8Matrix q, int64_t rows, int64_t k, int64_t scales) {
+    Fp8Host h(rows, k);
+    CUDA_CHECK(cudaMemcpy(h.data.data(), q.data, rows * k, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(h.scale.data(), q.scale, scales * sizeof(float), cudaMemcpyDeviceToHost));
+    return h;
+}
+
+// A linear layer as the trainer runs it, from 16-bit tensors to results, against double on the e4m3 operands;
+// in two parts of the weight's rows, whose input gradients are added. Rows of out are ldo elements apart.
+static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo) {
+    char shape[96];
+    snprintf(shape, sizeof shape, "n %lld c %lld o %lld%s", (long long)n, (long long)c, (long long)o,
+             mm.row_scales ? "" : ", without row scales");
     BufferX x(n * c), w(o * c), dout(n * o), out(n * ldo), dx(n * c);
     Buffer<float> dw(o * c);
-    Buffer<uint32_t> scratch(std::max(c, o));
     fill_random(x.get(), n * c, r->u64(), 1), fill_random(w.get(), o * c, r->u64(), 0.02f);
-    fill_random(dout.get(), n * o, r->u64(), 1e-3f);
-    Fp8Buffer xq(n, c), wq(o, c), dq(n, o), w_tq(c, o), x_tq(c, fp8_padded(n)), d_tq(o, fp8_padded(n));
-    quantize_weight(wq, w_tq, w, o, c, scratch, 0);
-    quantize_rows(xq, x, c, n, c, 0), quantize_rows(dq, dout, o, n, o, 0);
-    quantize_transpose(x_tq, wide, xq, n, c, scratch, 0),
-        quantize_transpose(d_tq, wide, dq, n, o, scratch, 0);
-    fp8_matmul_forward(&mm, out, ldo, xq, wq, n, c, o, 0);
-    fp8_matmul_backward_input(&mm, dx, 0, dq, w_tq, n, c, o, 0);
-    fp8_matmul_backward_weight(&mm, dw, 0, d_tq, x_tq, n, c, o, 0);
+    fill_random(dout.get(), n * o, r->u64(), 1e-3f), fill_random(dw.get(), o * c, r->u64(), 1e-3f);
     CUDA_CHECK(cudaDeviceSynchronize());
-    Fp8Host a = xq.host(), b = wq.host();
-    double e[3] = {sampled_error(r, out.host(), ldo, {}, a, b, FP8_SCALE_ROW)};
-    a = dq.host(), b = w_tq.host();
-    e[1] = sampled_error(r, dx.host(), c, {}, a, b, FP8_SCALE_ROW);
-    a = d_tq.host(), b = x_tq.host();
-    e[2] = sampled_error(r, dw.host(), c, {}, a, b, wide);
-    const char *const names[] = {"fwd", "dinput", "dweight"};
-    for (int i = 0; i < 3; i++) {
-        char name[96];
-        snprintf(name, sizeof name, "%s as in the trainer, n %lld c %lld o %lld", names[i], (long long)n,
-                 (long long)c, (long long)o);
-        double &w_err = worst[std::string(names[i]) + " trainer"];
-        w_err = std::max(w_err, e[i]);
-        check_that(e[i] < matmul_tolerance, name, e[i], matmul_tolerance);
+    const std::vector<float> dw_old = dw.host();
+    LinearMemory layer(n, c, o);
+    Fp8Buffer xq(n, c), dq(n, o);
+    fp8_weight_quantize(&mm, &layer.w, w, &layer.scratch, 0);
+    quantize_rows(xq, x, c, n, c, 0), quantize_rows(dq, dout, o, n, o, 0);
+    fp8_linear_forward(&mm, &layer.scratch, out, ldo, xq, &layer.w, n, 0);
+    fp8_linear_backward_weight(&mm, &layer.scratch, dw, dq, xq, n, c, o, 0);
+    fp8_linear_backward_input(&mm, &layer.scratch, dx, 0, dq, &layer.w, n, 0);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const Fp8Scaling rows = fp8_mode(&mm, FP8_FORWARD).scaling,
+                     wide = fp8_mode(&mm, FP8_WEIGHT_GRADIENT).scaling;
+    const int64_t padded = fp8_padded(n);
+    {
+        Fp8Host a = download(xq, n, c, n), b = download(layer.w.w, o, c, o);
+        check_error("fwd", shape, sampled_error(r, out.host(), ldo, {}, a, b, rows));
+    }
+    {
+        Fp8Host a = download(dq, n, o, n), b = download(layer.w.w_t, c, o, c);
+        check_error("dinput", shape, sampled_error(r, dx.host(), c, {}, a, b, rows));
+    }
+    {
+        Fp8Host a = download(layer.scratch.dout_t, o, padded, wide == FP8_SCALE_TENSOR ? 1 : o),
+                b = download(layer.scratch.x_t, c, padded, wide == FP8_SCALE_TENSOR ? 1 : c);
+        check_error("dweight", shape, sampled_error(r, dw.host(), c, dw_old, a, b, wide));
     }
     check_that(gaps_poisoned(out.host(), ldo, n, o) && out.guards_intact() && dx.guards_intact() &&
-                   dw.guards_intact(),
-               "fp8 matmul: bytes written outside", 1, 0);
+                   dw.guards_intact() && layer.memory->guards_intact(),
+               "fp8 linear: bytes written outside", 1, 0);
+    if (o < 32) return;
+    // the same in two parts
+    const int64_t first = o / 2 / FP8_ALIGN * FP8_ALIGN;
+    const Fp8Weight parts[] = {fp8_weight_rows(&layer.w, 0, first),
+                               fp8_weight_rows(&layer.w, first, o - first)};
+    BufferX again(n * ldo), dx_sum(n * c);
+    for (int i = 0; i < 2; i++) {
+        const int64_t column = i * first, width = parts[i].out;
+        Fp8Buffer part(n, width);
+        quantize_rows(part, dout + column, o, n, width, 0);
+        fp8_linear_forward(&mm, &layer.scratch, again + column, ldo, xq, &parts[i], n, 0);
+        fp8_linear_backward_input(&mm, &layer.scratch, dx_sum, i, part, &parts[i], n, 0);
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<float> whole, halves;
+    const std::vector<float> out_floats = out.floats(), again_floats = again.floats();
+    for (int64_t i = 0; i < n * o; i++) {
+        whole.push_back(out_floats[i / o * ldo + i % o]);
+        halves.push_back(again_floats[i / o * ldo + i % o]);
+    }
+    // the halves of dout have scales of their own
+    const double out_error = relative_error(halves, whole),
+                 dx_error = relative_error(dx_sum.floats(), dx.floats());
+    check_that(out_error < rounded_tolerance, (std::string("fwd of two parts, ") + shape).c_str(), out_error,
+               rounded_tolerance);
+    check_that(dx_error < 2e-2, (std::string("dinput of two parts, ") + shape).c_str(), dx_error, 2e-2);
 }
 
 // A row with NaN or Inf makes its outputs and the weight's gradient NaN, and with row scales no other row's
@@ -178,15 +242,13 @@ static void check_not_finite(Random *r, float value) {
     x[bad * c + 5] = from_float<floatX>(value);
     BufferX in(x), weight(heavy_tailed(r, o, c, c)), y(n * o), dy(heavy_tailed(r, n, o, o));
     Buffer<float> dw(o * c);
-    Buffer<uint32_t> scratch(64);
-    Fp8Buffer q(n, c), w(o, c), w_t(c, o), dq(n, o), q_t(c, fp8_padded(n)), dq_t(o, fp8_padded(n));
-    quantize_rows(q, in, c, n, c, 0);
-    quantize_rows(dq, dy, o, n, o, 0);
-    quantize_weight(w, w_t, weight, o, c, scratch, 0);
-    quantize_transpose(q_t, FP8_WEIGHT_GRADIENT.scaling, q, n, c, scratch, 0);
-    quantize_transpose(dq_t, FP8_WEIGHT_GRADIENT.scaling, dq, n, o, scratch, 0);
-    fp8_matmul_forward(&mm, y, o, q, w, n, c, o, 0);
-    fp8_matmul_backward_weight(&mm, dw, 0, dq_t, q_t, n, c, o, 0);
+    dw.zero();
+    LinearMemory layer(n, c, o);
+    Fp8Buffer q(n, c), dq(n, o);
+    fp8_weight_quantize(&mm, &layer.w, weight, &layer.scratch, 0);
+    quantize_rows(q, in, c, n, c, 0), quantize_rows(dq, dy, o, n, o, 0);
+    fp8_linear_forward(&mm, &layer.scratch, y, o, q, &layer.w, n, 0);
+    fp8_linear_backward_weight(&mm, &layer.scratch, dw, dq, q, n, c, o, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     bool nan_row = true, others = true, nan_weight = true;
     const std::vector<float> y_host = y.floats(), dw_host = dw.host();
@@ -269,16 +331,10 @@ static std::vector<float> multiplied(Fp8Mode mode, Fp8Host &a, Fp8Host &b) {
     Fp8Buffer a_in(a.rows, a.k), b_in(b.rows, b.k);
     Buffer<float> out(a.rows * b.rows);
     upload(a_in, a, mode.scaling), upload(b_in, b, mode.scaling);
-    fp8_matmul(&mm, mode, out, 1, b.rows, 0, a_in, b_in, a.rows, b.rows, a.k, 0);
+    fp8_matmul(&mm, mode, out, 1, b.rows, 0, a_in, b_in, a.k, a.rows, b.rows, a.k, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     return out.host();
 }
-static std::vector<float> transposed_floats(const std::vector<float> &x, int64_t rows, int64_t k) {
-    std::vector<float> t(rows * k);
-    for (int64_t i = 0; i < rows * k; i++) t[i] = x[i % rows * k + i / rows];
-    return t;
-}
-
 // Relative errors of y, dx and dW in each mode, against the matmuls of llmc/matmul.cuh on the same 16-bit
 // operands. n is a multiple of 128. Quantization twice is the library's path: by rows, then transposed.
 static void compare_errors(Random *r, const char *data, int64_t n, int64_t c, int64_t o, double limit) {
@@ -395,8 +451,8 @@ static void time_matmuls(Random *r, int64_t n, int64_t c, int64_t o) {
                 continue;
             }
             ms = time_ms([&] {
-                fp8_matmul(&mm, mode, t.out, t.fp32_out, t.b->rows, t.add, *t.a, *t.b, t.a->rows, t.b->rows,
-                           t.a->k, 0);
+                fp8_matmul(&mm, mode, t.out, t.fp32_out, t.b->rows, t.add, *t.a, *t.b, t.a->k, t.a->rows,
+                           t.b->rows, t.a->k, 0);
             });
             report("fp8_matmul", t.dir, version.c_str(), n, c, o, ms, t.bytes, flops);
         }
@@ -416,15 +472,16 @@ int main(int argc, char **argv) {
         return finish("fp8_matmul");
     }
     matmul_init(&mm, workspace, MATMUL_WORKSPACE_BYTES);
-    check_layer(&r, 1, 16, 16, 16, true);
-    check_layer(&r, 31, 48, 80, 88, true);
-    check_layer(&r, 130, 256, 144, 144, true);
-    check_layer(&r, 256, 384, 512, 512, true);
+    check_modes(&r, 1, 16, 16, 16);
+    check_modes(&r, 31, 48, 80, 88);
+    check_modes(&r, 130, 256, 144, 144);
+    check_modes(&r, 256, 384, 512, 512);
+    check_linear(&r, 300, 48, 80, 88);
     check_not_finite(&r, NAN), check_not_finite(&r, INFINITY), check_not_finite(&r, -INFINITY);
     if (mm.row_scales) { // the path of GPUs and toolkits without them
         mm.row_scales = 0;
-        check_layer(&r, 31, 48, 80, 88, false);
-        check_layer(&r, 130, 256, 144, 144, false);
+        check_linear(&r, 300, 48, 80, 88);
+        check_linear(&r, 130, 256, 144, 144);
         check_not_finite(&r, NAN);
         mm.row_scales = 1;
     }
@@ -440,10 +497,10 @@ int main(int argc, char **argv) {
         const int64_t n = small ? 67 : 1027, q = p->q_heads * p->head_dim;
         const int64_t qkv = q + 2 * p->kv_heads * p->head_dim;
         if (p->channels > (small ? 256 : 1 << 20)) continue;
-        check_trainer_layer(&r, n, p->channels, qkv, qkv + 32);
-        check_trainer_layer(&r, n, q, p->channels, p->channels);
-        check_trainer_layer(&r, n, p->channels, 2 * p->hidden, 2 * p->hidden);
-        check_trainer_layer(&r, n, p->hidden, p->channels, p->channels);
+        check_linear(&r, n, p->channels, qkv, qkv + 32);
+        check_linear(&r, n, q, p->channels, p->channels);
+        check_linear(&r, n, p->channels, 2 * p->hidden, 2 * p->hidden);
+        check_linear(&r, n, p->hidden, p->channels, p->channels);
     }
     if (!check_only) {
         compare_errors(&r, "normal", 2048, 4096, 1024, 0.06);

@@ -1,0 +1,133 @@
+// fp8_linear.cuh: a linear layer in 8 bits: its quantized weight, its forward pass, and the gradients of its
+// input and of its weight. Activations and gradients come as e4m3 with a scale for each row: from
+// quantize_rows, or from the kernels that produce them (rmsnorm.cuh, swiglu.cuh).
+//
+// The input gradient reads the transposed weight, and the weight gradient the transposed operands, since
+// cuBLASLt sums along rows alone (fp8_matmul.cuh). Where rows can have no scale, the scales of all rows of a
+// matrix are made equal first, which is one more pass over its e4m3 elements.
+#ifndef LLMC_FP8_LINEAR_CUH
+#define LLMC_FP8_LINEAR_CUH
+#include "arena.cuh"
+#include "config.h"
+#include "fp8_matmul.cuh"
+#include "swiglu.cuh"
+
+static const Fp8Mode FP8_FORWARD = {FP8_SCALE_ROW, 0}, FP8_INPUT_GRADIENT = {FP8_SCALE_ROW, 0},
+                     FP8_WEIGHT_GRADIENT = {FP8_SCALE_ROW, 0};
+
+// A quantized weight, or some of its rows.
+typedef struct {
+    int64_t out, in;
+    Fp8Matrix w;   // [out, in]
+    Fp8Matrix w_t; // [in, out], rows ld_t elements apart
+    int64_t ld_t;
+} Fp8Weight;
+
+// Memory that linear layers use one after another.
+typedef struct {
+    Fp8Matrix dout_t, x_t; // transposed operands of a weight gradient
+    uint32_t *amax;        // [largest out or in]
+} Fp8Scratch;
+
+// Assigns the memory of a matrix of `rows` rows of k elements, which have a scale each.
+static inline void fp8_matrix_memory_layout(Fp8Matrix *q, int64_t rows, int64_t k, Arena *arena) {
+    arena_alloc(arena, &q->data, rows * k);
+    arena_alloc(arena, &q->scale, rows);
+}
+
+static inline void fp8_weight_memory_layout(Fp8Weight *w, int64_t out, int64_t in, Arena *arena) {
+    w->out = w->ld_t = out, w->in = in;
+    fp8_matrix_memory_layout(&w->w, out, in, arena);
+    fp8_matrix_memory_layout(&w->w_t, in, out, arena);
+}
+
+// For linear layers of at most n tokens, max_out outputs and max_in inputs.
+static inline void fp8_scratch_memory_layout(Fp8Scratch *s, int64_t n, int64_t max_out, int64_t max_in,
+                                             Arena *arena) {
+    fp8_matrix_memory_layout(&s->dout_t, max_out, fp8_padded(n), arena);
+    fp8_matrix_memory_layout(&s->x_t, max_in, fp8_padded(n), arena);
+    arena_alloc(arena, &s->amax, max_out > max_in ? max_out : max_in);
+}
+
+// Returns rows [first, first + count) of a weight; both are multiples of FP8_ALIGN.
+static inline Fp8Weight fp8_weight_rows(const Fp8Weight *w, int64_t first, int64_t count) {
+    Fp8Weight part = *w;
+    part.out = count;
+    part.w.data += first * w->in, part.w.scale += first;
+    part.w_t.data += first;
+    return part;
+}
+
+// A mode's scaling, or the one that replaces it on this GPU.
+static inline Fp8Mode fp8_mode(const Matmul *mm, Fp8Mode mode) {
+    if (!mm->row_scales) mode.scaling = FP8_SCALE_TENSOR;
+    return mode;
+}
+
+// Quantizes a weight [out, in]. Called once a step, after the update.
+static inline void fp8_weight_quantize(const Matmul *mm, const Fp8Weight *w, const floatX *weight,
+                                       const Fp8Scratch *s, cudaStream_t stream) {
+    quantize_weight(w->w, w->w_t, weight, w->out, w->in, s->amax, stream);
+    if (mm->row_scales) return;
+    equalize_scales(w->w, w->out, w->in, (float *)s->amax, stream);
+    equalize_scales(w->w_t, w->in, w->out, (float *)s->amax, stream);
+}
+
+// out = x weight^T: out [n, out] with rows ldo elements apart, x [n, in].
+static inline void fp8_linear_forward(Matmul *mm, const Fp8Scratch *s, floatX *out, int64_t ldo, Fp8Matrix x,
+                                      const Fp8Weight *w, int64_t n, cudaStream_t stream) {
+    if (n == 0) return;
+    if (!mm->row_scales) equalize_scales(x, n, w->in, (float *)s->amax, stream);
+    fp8_matmul(mm, fp8_mode(mm, FP8_FORWARD), out, 0, ldo, 0, x, w->w, w->in, n, w->out, w->in, stream);
+}
+
+// dx = dout weight, or dx += dout weight if add != 0: dx [n, in], dout [n, out].
+static inline void fp8_linear_backward_input(Matmul *mm, const Fp8Scratch *s, floatX *dx, int add,
+                                             Fp8Matrix dout, const Fp8Weight *w, int64_t n,
+                                             cudaStream_t stream) {
+    if (n == 0) return;
+    if (!mm->row_scales) equalize_scales(dout, n, w->out, (float *)s->amax, stream);
+    fp8_matmul(mm, fp8_mode(mm, FP8_INPUT_GRADIENT), dx, 0, w->in, add, dout, w->w_t, w->ld_t, n, w->in,
+               w->out, stream);
+}
+
+// dweight += dout^T x: dweight [out, in] in fp32, dout [n, out], x [n, in].
+static inline void fp8_linear_backward_weight(Matmul *mm, const Fp8Scratch *s, float *dweight, Fp8Matrix dout,
+                                              Fp8Matrix x, int64_t n, int64_t in, int64_t out,
+                                              cudaStream_t stream) {
+    if (n == 0) return;
+    const Fp8Mode mode = fp8_mode(mm, FP8_WEIGHT_GRADIENT);
+    const int64_t padded = fp8_padded(n);
+    quantize_transpose(s->dout_t, mode.scaling, dout, n, out, s->amax, stream);
+    quantize_transpose(s->x_t, mode.scaling, x, n, in, s->amax, stream);
+    fp8_matmul(mm, mode, dweight, 1, in, 1, s->dout_t, s->x_t, padded, out, in, padded, stream);
+}
+
+// Exits with an error unless -matmul fp8 can train this model with this program on this GPU.
+static inline void fp8_check(const ModelConfig *c, const cudaDeviceProp *gpu) {
+    const int64_t d = c->fsa.head_dim, q = c->fsa.q_heads * d, kv = 2 * c->fsa.kv_heads * d;
+    const int32_t widths[] = {c->channels, c->hidden};
+    const char *flags[] = {"-channels", "-hidden"};
+    if (sizeof(floatX) != 2)
+        die("-matmul fp8: this is the %s build: use the bf16 or the fp16 build", FLOATX_NAME);
+    if (gpu->major * 10 + gpu->minor < 89)
+        die("-matmul fp8: %s, compute capability %d.%d: must be at least 8.9; use -matmul bf16", gpu->name,
+            gpu->major, gpu->minor);
+    for (int i = 0; i < 2; i++)
+        if (widths[i] % FP8_ALIGN != 0)
+            die("-matmul fp8: %s %d: must be a multiple of %d; try %s %d", flags[i], widths[i],
+                (int)FP8_ALIGN, flags[i], (widths[i] + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN);
+    if (c->hidden > SWIGLU_MAX_FP8)
+        die("-matmul fp8: -hidden %d: must be at most %d; use -matmul bf16", c->hidden, (int)SWIGLU_MAX_FP8);
+    if (q % FP8_ALIGN != 0 || kv % FP8_ALIGN != 0)
+        die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: all query heads, and all key and value heads, "
+            "must have a multiple of %d channels; try -head-dim %d",
+            c->fsa.q_heads, c->fsa.kv_heads, c->fsa.head_dim, (int)FP8_ALIGN,
+            (c->fsa.head_dim + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN);
+    if (q + kv > FP8_MAX_ROW)
+        die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: q, k and v have %lld channels: must be at "
+            "most "
+            "%d; use -matmul bf16",
+            c->fsa.q_heads, c->fsa.kv_heads, c->fsa.head_dim, (long long)(q + kv), (int)FP8_MAX_ROW);
+}
+#endif
