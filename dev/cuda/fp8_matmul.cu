@@ -160,6 +160,21 @@ struct LinearMemory {
     }
 };
 
+// Normal values; in matrices small enough for the host each 64 have a power of two of their own, so that rows
+// have different scales.
+static void fill_scaled(Random *r, BufferX &x) {
+    if (x.n > 1000000) {
+        fill_random(x.get(), x.n, r->u64(), 1);
+        return;
+    }
+    std::vector<floatX> values;
+    for (int64_t i = 0, e = 0; i < x.n; i++) {
+        if (i % 64 == 0) e = r->below(6);
+        values.push_back(from_float<floatX>(ldexpf(r->normal(), -(int)e)));
+    }
+    x.set(values);
+}
+
 static Fp8Host download(Fp8Matrix q, int64_t rows, int64_t k, int64_t scales) {
     Fp8Host h(rows, k);
     CUDA_CHECK(cudaMemcpy(h.data.data(), q.data, rows * k, cudaMemcpyDeviceToHost));
@@ -175,8 +190,8 @@ static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo
              mm.row_scales ? "" : ", without row scales");
     BufferX x(n * c), w(o * c), dout(n * o), out(n * ldo), dx(n * c);
     Buffer<float> dw(o * c);
-    fill_random(x.get(), n * c, r->u64(), 1), fill_random(w.get(), o * c, r->u64(), 0.02f);
-    fill_random(dout.get(), n * o, r->u64(), 1e-3f), fill_random(dw.get(), o * c, r->u64(), 1e-3f);
+    fill_scaled(r, x), fill_scaled(r, w), fill_scaled(r, dout);
+    fill_random(dw.get(), o * c, r->u64(), 1e-3f);
     CUDA_CHECK(cudaDeviceSynchronize());
     const std::vector<float> dw_old = dw.host();
     LinearMemory layer(n, c, o);
@@ -187,16 +202,15 @@ static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo
     fp8_linear_backward_weight(&mm, &layer.scratch, dw, dq, xq, n, c, o, 0);
     fp8_linear_backward_input(&mm, &layer.scratch, dx, 0, dq, &layer.w, n, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
-    const Fp8Scaling rows = fp8_mode(&mm, FP8_FORWARD).scaling,
-                     wide = fp8_mode(&mm, FP8_WEIGHT_GRADIENT).scaling;
+    const Fp8Scaling wide = fp8_mode(&mm, FP8_WEIGHT_GRADIENT).scaling;
     const int64_t padded = fp8_padded(n);
     {
         Fp8Host a = download(xq, n, c, n), b = download(layer.w.w, o, c, o);
-        check_error("fwd", shape, sampled_error(r, out.host(), ldo, {}, a, b, rows));
+        check_error("fwd", shape, sampled_error(r, out.host(), ldo, {}, a, b, FP8_SCALE_ROW));
     }
     {
         Fp8Host a = download(dq, n, o, n), b = download(layer.w.w_t, c, o, c);
-        check_error("dinput", shape, sampled_error(r, dx.host(), c, {}, a, b, rows));
+        check_error("dinput", shape, sampled_error(r, dx.host(), c, {}, a, b, FP8_SCALE_ROW));
     }
     {
         Fp8Host a = download(layer.scratch.dout_t, o, padded, wide == FP8_SCALE_TENSOR ? 1 : o),
@@ -305,6 +319,8 @@ static void check_models() {
     c.hidden = 65536;
     check_refused(&c, 9, 0, "-hidden 65536: must be at most 58112");
     c.hidden = 14336, c.fsa.q_heads = 3, c.fsa.kv_heads = 3, c.fsa.head_dim = 24;
+    check_refused(&c, 9, 0, "try -head-dim 32");
+    c.fsa.q_heads = 4, c.fsa.kv_heads = 1, c.fsa.head_dim = 20; // 80 and 40 channels
     check_refused(&c, 9, 0, "try -head-dim 32");
     c.fsa.q_heads = 256, c.fsa.kv_heads = 8, c.fsa.head_dim = 128;
     check_refused(&c, 9, 0, "q, k and v have 34816 channels: must be at most 32768");
