@@ -6,8 +6,9 @@
 //
 // A scale is the smallest power of two that brings the largest absolute value (amax) to at most 448. Scaling
 // by a power of two is exact. So a matrix that was quantized by rows can be quantized again by columns, for
-// the weight gradient, without a second rounding error. With scales of amax / 448 the second rounding makes
-// the error of a weight gradient 1.4 times as large. A power of two wastes at most one of e4m3's 18 binades.
+// the weight gradient, without a second rounding error; only values far below the largest of both become
+// less precise. With scales of amax / 448 the second rounding makes the error of a weight gradient half as
+// large again. A power of two wastes at most one of e4m3's 18 binades.
 //
 // NaN and Inf are never hidden. If a row has one, its scale and all its elements are NaN, so that every
 // matmul that reads the row returns NaN, and the loss or the norm of the gradients stops the run.

@@ -27,11 +27,6 @@ struct Fp8Buffer {
     Fp8Buffer(int64_t num_rows, int64_t row_size)
         : rows(num_rows), k(row_size), data(rows * k), scale((k + FP8_BLOCK - 1) / FP8_BLOCK * rows) {}
     operator Fp8Matrix() const { return {data.get(), scale.get()}; }
-    Fp8Host host() const {
-        Fp8Host h(rows, k);
-        h.data = data.host(), h.scale = scale.host();
-        return h;
-    }
     void poison() { data.poison(), scale.poison(); }
 };
 
