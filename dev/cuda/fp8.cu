@@ -78,6 +78,25 @@ static void check_scales(Random *r) {
 
 // ---- quantizers ------------------------------------------------------------------------------------------
 
+// Heavy-tailed values with special rows: kinds 0 to 2 are a row of zeros, of tiny values, and with one large
+// value; kind 3 is a row of the largest values, which leaves zeros of all others in its columns; kinds 4 to 6
+// have a NaN, Inf or -Inf. Rows have kinds below `kinds`; 0: none is special.
+static std::vector<floatX> with_special_rows(Random *r, int64_t rows, int64_t k, int64_t ld, int kinds) {
+    std::vector<floatX> x = heavy_tailed(r, rows, k, ld);
+    const bool half = std::is_same<floatX, __half>::value;
+    const float largest = half ? 65504 : 3.38e38f, tiny = half ? 6e-8f : 1e-40f;
+    const float one[] = {0, 0, 30000, 0, NAN, INFINITY, -INFINITY};
+    for (int64_t i = 0; i < rows && kinds > 0; i += 3) {
+        const int kind = (int)r->below(kinds);
+        for (int64_t j = 0; j < k && (kind < 2 || kind == 3); j++) {
+            const float v = kind == 0 ? (j % 2 ? -0.0f : 0.0f) : kind == 1 ? tiny : largest;
+            x[i * ld + j] = from_float<floatX>(v);
+        }
+        if (one[kind] != 0) x[i * ld + r->below(k)] = from_float<floatX>(one[kind]);
+    }
+    return x;
+}
+
 static void check_quantizers(Random *r, int64_t n, int64_t k, int64_t ldx) {
     char shape[64];
     snprintf(shape, sizeof shape, "n %lld k %lld ldx %lld", (long long)n, (long long)k, (long long)ldx);

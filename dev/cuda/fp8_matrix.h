@@ -68,25 +68,6 @@ static std::vector<floatX> heavy_tailed(Random *r, int64_t rows, int64_t k, int6
     return x;
 }
 
-// The same with special rows: kinds 0 to 2 are a row of zeros, of tiny values, and with one large value; kind
-// 3 is a row of the largest values, which leaves zeros of all others in its columns; kinds 4 to 6 have a NaN,
-// Inf or -Inf. Rows have kinds below `kinds`; 0: none is special.
-static std::vector<floatX> with_special_rows(Random *r, int64_t rows, int64_t k, int64_t ld, int kinds) {
-    std::vector<floatX> x = heavy_tailed(r, rows, k, ld);
-    const bool half = std::is_same<floatX, __half>::value;
-    const float largest = half ? 65504 : 3.38e38f, tiny = half ? 6e-8f : 1e-40f;
-    const float one[] = {0, 0, 30000, 0, NAN, INFINITY, -INFINITY};
-    for (int64_t i = 0; i < rows && kinds > 0; i += 3) {
-        const int kind = (int)r->below(kinds);
-        for (int64_t j = 0; j < k && (kind < 2 || kind == 3); j++) {
-            const float v = kind == 0 ? (j % 2 ? -0.0f : 0.0f) : kind == 1 ? tiny : largest;
-            x[i * ld + j] = from_float<floatX>(v);
-        }
-        if (one[kind] != 0) x[i * ld + r->below(k)] = from_float<floatX>(one[kind]);
-    }
-    return x;
-}
-
 static std::vector<float> floats_of(const std::vector<floatX> &x, int64_t rows, int64_t k, int64_t ld) {
     std::vector<float> f(rows * k);
     for (int64_t i = 0; i < rows * k; i++) f[i] = to_float(x[i / k * ld + i % k]);
