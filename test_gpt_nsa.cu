@@ -123,7 +123,7 @@ static void model_set(Model *model, const float *params, const float *m, const f
 static Model *build(const ModelConfig *c, const std::vector<float> &params, int64_t tokens, int recompute,
                     Gpus *gpus = NULL) {
     Model *model = new Model;
-    model_build(model, c, tokens, 1, recompute, gpus, 0);
+    model_build(model, c, tokens, 1, recompute, 0, gpus, 0);
     model->last_micro_batch = 1;
     // poison memory with NaN (all bits set): unwritten values must not matter
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
@@ -207,7 +207,7 @@ static void test_against_c(const Variant *v) {
 
     model->batch = d.batch;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out, C,
+    matmul_forward(&model->linears.matmul, model->scratch.logits, Vp, model->acts.lnf_out, C,
                    weight(model, model->layout.lm_head), NULL, n, C, Vp, model->stream);
     std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     Result result = run(model, d);
@@ -470,7 +470,7 @@ static void test_inference(const Variant *v) {
     Result trained = run(model, d);
     destroy(model);
     model = new Model;
-    model_build(model, &c, n, 0, 0, NULL, 0);
+    model_build(model, &c, n, 0, 0, 0, NULL, 0);
     model_set(model, params.data(), NULL, NULL);
     Run r;
     memset(&r, 0, sizeof r);
@@ -555,7 +555,7 @@ static void test_golden(const char *name) {
     Model *model = build(&c, params, n, 0);
     model->batch = d.batch;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out, c.channels,
+    matmul_forward(&model->linears.matmul, model->scratch.logits, Vp, model->acts.lnf_out, c.channels,
                    weight(model, model->layout.lm_head), NULL, n, c.channels, Vp, model->stream);
     std::vector<floatX> logits = download(model->scratch.logits, n * Vp);
     values.clear();

@@ -24,7 +24,8 @@
 #include "llmc/block_indices.h" // BlockIndicesHeader, block_indices_write
 // The layers.
 #include "llmc/cuda_common.cuh" // floatX, cuda_check
-#include "llmc/matmul.cuh"      // Matmul, matmul_forward, matmul_backward_input, matmul_backward_weight
+#include "llmc/matmul.cuh"      // matmul_forward, matmul_backward_input, matmul_backward_weight
+#include "llmc/linear.cuh"      // Linears, Operand, linear_forward, linear_backward
 #include "llmc/rmsnorm.cuh"     // rmsnorm_forward, rmsnorm_residual_forward, rmsnorm_backward
 #include "llmc/swiglu.cuh"      // swiglu_forward, swiglu_backward
 #include "llmc/embedding.cuh"   // embedding_forward, embedding_backward
@@ -71,6 +72,9 @@ typedef struct {
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
+    // With -matmul fp8, in e4m3: [n, C], [n, Hq*d], [n, C], [n, hidden]. ln1 is then for the gate alone,
+    // there is no ln2, and swiglu holds its gradient alone.
+    Fp8Matrix ln1_q, attn_q, ln2_q, swiglu_q;
 } LayerActivations;
 
 // The activations of a micro-batch, from its forward pass to its backward pass; n tokens.
@@ -91,11 +95,13 @@ typedef struct {
     floatX *convert_buffer; // [n, Hq, d] if attn_needs_convert, with QK-norm: q or k, dq or dk as floatX
     attnX *phi[3];          // if attn_needs_convert: phi_wk, phi_pe, phi_wv of one head group
     floatX *dresidual, *dnorm, *dattn_out; // [n, C], [n, C], [n, Hq, d]
-    attnX *dout;      // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
-    floatX *dqkv;     // [n, qkv.stride]
-    attnX *attn_dqkv; // [n, qkv.stride] dqkv as attnX; the same array if the types are equal
-    attnX *dq, *dk;   // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed, dq in proj_out
-    char *workspace;  // [workspace_bytes] of the attention and of the layers
+    attnX *dout;           // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
+    Fp8Matrix dresidual_q; // with -matmul fp8: dresidual in e4m3
+    Fp8Matrix dout_q;      // the same of dgate_up [n, 2*hidden], then of columns of dqkv
+    floatX *dqkv;          // [n, qkv.stride]
+    attnX *attn_dqkv;      // [n, qkv.stride] dqkv as attnX; the same array if the types are equal
+    attnX *dq, *dk;  // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed, dq in proj_out
+    char *workspace; // [workspace_bytes] of the attention and of the layers
     size_t workspace_bytes;
     char *matmul_workspace; // [MATMUL_WORKSPACE_BYTES]
     StepResult *result;     // [1] sums of a step
@@ -145,10 +151,9 @@ typedef struct {
     BatchBuffers batch_buffers;
     HostBuffers host;
     // All passes run on one stream.
-    Matmul matmul;
+    Linears linears;
     cudaStream_t stream;
     cudaEvent_t step_done;
-    Profile *profile; // NULL: nothing is measured
 } Model;
 
 // Assigns the memory of a layer's activations. The first layer gets all arrays. Another layer gets its own
@@ -163,10 +168,17 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
     int keep = model->training && model->recompute < 2; // more than residual_in
     int keep_cheap = model->training && model->recompute < 1;
     if (first || model->training) arena_alloc(arena, &a->residual_in, n * C);
+    const int fp8 = model->linears.fp8;
+    if (first || (keep_cheap && (!fp8 || c->attn == ATTN_NSA))) arena_alloc(arena, &a->ln1, n * C);
     if (first || keep_cheap) {
-        arena_alloc(arena, &a->ln1, n * C);
-        arena_alloc(arena, &a->ln2, n * C);
-        arena_alloc(arena, &a->swiglu, n * H);
+        if (fp8) {
+            fp8_alloc(arena, &a->ln1_q, n, C), fp8_alloc(arena, &a->attn_q, n, q / n);
+            fp8_alloc(arena, &a->ln2_q, n, C), fp8_alloc(arena, &a->swiglu_q, n, H);
+            a->swiglu = (floatX *)model->linears.transposed;
+        } else {
+            arena_alloc(arena, &a->ln2, n * C);
+            arena_alloc(arena, &a->swiglu, n * H);
+        }
     }
     // with nsa the backward pass does not read q, but the rotated q in `saved`
     if (c->qk_norm && (first || (keep && c->attn != ATTN_NSA))) arena_alloc(arena, &a->q, q);
@@ -225,6 +237,10 @@ static void gradients_memory_layout(Model *model) {
     arena_alloc(arena, &s->dattn_out, q);
     s->dout = (attnX *)s->dattn_out;
     if (attn_needs_convert) arena_alloc(arena, &s->dout, q);
+    if (model->linears.fp8) {
+        fp8_alloc(arena, &s->dresidual_q, n, C);
+        fp8_alloc(arena, &s->dout_q, n, std::max<int64_t>(2 * model->config.hidden, model->qkv.gate));
+    }
     arena_alloc(arena, &s->dqkv, n * model->qkv.stride);
     s->attn_dqkv = (attnX *)s->dqkv;
     if (attn_needs_convert) arena_alloc(arena, &s->attn_dqkv, n * model->qkv.stride);
@@ -286,6 +302,8 @@ static void model_memory_layout(Model *model) {
     for (int i = 0; i < ARENAS; i++) arenas[i].bytes = 0;
     params_memory_layout(&model->params, &model->layout, arenas, model->training);
     if (model->training) optimizer_memory_layout(&model->optimizer, &model->params.zero, arenas);
+    linears_memory_layout(&model->linears, c, &model->layout, model->params.weights, model->max_tokens,
+                          model->training, arenas);
     model->groups.saved_bytes = head_group_saved_bytes(c, &model->groups, &max_batch);
     activations_memory_layout(model);
     head_groups_memory_layout(&model->groups, c, model->max_tokens, model->max_keys, model->training,
@@ -328,10 +346,10 @@ static void host_memory_layout(Model *model) {
 
 // Builds a model for at most max_tokens tokens in a pass, counted over all GPUs that share a micro-batch.
 // With training != 0 it has gradients and AdamW's moments. recompute is the value of -r, zero_stage that of
-// -z; gpus may be NULL: one GPU alone. The caller sets the parameters with set_unit_params. Exits with an
-// error if GPU memory is short.
+// -z; fp8 != 0: -matmul fp8; gpus may be NULL: one GPU alone. The caller sets the parameters with
+// set_unit_params. Exits with an error if GPU memory is short.
 static void model_build(Model *model, const ModelConfig *config, int64_t max_tokens, int training,
-                        int recompute, Gpus *gpus, int zero_stage) {
+                        int recompute, int fp8, Gpus *gpus, int zero_stage) {
     memset(model, 0, sizeof *model);
     model->config = *config;
     model->qkv = qkv_layout(config);
@@ -347,6 +365,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     param_layout_build(&model->layout, config);
     params_build(&model->params, config, &model->layout, model->gpus, zero_stage);
     optimizer_build(&model->optimizer, &model->layout, &model->params.zero);
+    linears_build(&model->linears, config, fp8, model->gpus && gpus->cp_size > 1);
     model->acts.layers = (LayerActivations *)xcalloc(config->layers, sizeof *model->acts.layers);
     model_allocate(model);
     host_memory_layout(model); // counts
@@ -359,7 +378,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     rope_inv_freq(config, inv_freq.data());
     cuda_check(cudaMemcpy(model->inv_freq, inv_freq.data(), half * sizeof(double), cudaMemcpyHostToDevice));
     if (training) optimizer_upload_ranges(&model->optimizer, &model->params.zero);
-    matmul_init(&model->matmul, model->scratch.matmul_workspace, MATMUL_WORKSPACE_BYTES);
+    matmul_init(&model->linears.matmul, model->scratch.matmul_workspace, MATMUL_WORKSPACE_BYTES);
     cuda_check(cudaStreamCreateWithFlags(&model->stream, cudaStreamNonBlocking));
     cuda_check(cudaEventCreateWithFlags(&model->step_done, cudaEventDisableTiming));
     cuda_check(cudaDeviceSynchronize()); // model->stream does not wait for the copies above
@@ -368,7 +387,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
 static void model_free(Model *model) {
     cuda_check(cudaStreamSynchronize(model->stream));
     if (model->gpus) cuda_check(cudaStreamSynchronize(model->gpus->stream));
-    matmul_free(&model->matmul);
+    matmul_free(&model->linears.matmul), linears_free(&model->linears);
     arenas_free(model->arenas);
     cuda_check(cudaFreeHost(model->host.pinned.base));
     cuda_check(cudaStreamDestroy(model->stream));
@@ -395,7 +414,7 @@ static float *gradient(const Model *model, int64_t offset) {
 }
 
 static void profile_part(Model *model, ProfilePart part) {
-    profile_mark(model->profile, part, model->stream);
+    profile_mark(model->linears.profile, part, model->stream);
 }
 
 // QK-norm of q or k, which are columns of qkv: RMSNorm of each head.
@@ -421,6 +440,18 @@ static int part_qk_norms(const Model *model, int l, const QkvPart *part, QkNorm 
     return count;
 }
 
+// Returns layer l's linear weight `kind`.
+static const Linear *linear(const Model *model, int l, LinearKind kind) {
+    return &model->linears.weights[l * LINEARS + kind];
+}
+
+// Returns the rows of the weight that compute a part of qkv. The gate's are never in e4m3.
+static Linear qkv_part_weight(const Model *model, int l, const QkvPart *p) {
+    if (model->linears.fp8 && p->column < model->qkv.gate)
+        return linear_rows(linear(model, l, LINEAR_QKV), p->column, p->width);
+    return {weight(model, p->weight), p->width, model->config.channels, p->width};
+}
+
 // Starts to gather head group i of layer l's keys and values from the GPUs.
 static void all_gather_layer_kv(Model *model, int l, int i) {
     const LayerActivations *a = &model->acts.layers[l];
@@ -435,13 +466,14 @@ static void qkv_forward(Model *model, int l) {
     const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = model->qkv.stride;
     QkvPart parts[QKV_PARTS];
     QkNorm norms[2];
-    const int count = qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), parts);
+    const int count =
+        qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), model->linears.fp8, parts);
     for (int i = 0; i < count; i++) {
         const QkvPart *p = &parts[i];
+        const Linear w = qkv_part_weight(model, l, p);
         floatX *out = a->qkv + p->column;
-        profile_part(model, PART_MATMUL);
-        qkv_part_forward(&model->matmul, p, out, stride, a->ln1, weight(model, p->weight),
-                         weight(model, p->bias), n, C, model->stream);
+        qkv_part_forward(&model->linears, p, out, stride, {a->ln1, C, a->ln1_q}, &w, weight(model, p->bias),
+                         n, model->stream);
         if (attn_needs_convert)
             convert_columns(a->attn_qkv + p->column, out, n, p->width, stride, model->stream);
         for (int j = 0, num_norms = part_qk_norms(model, l, p, norms); j < num_norms; j++) {
@@ -574,7 +606,8 @@ static void layer_ln1(Model *model, int l) {
     const LayerActivations *a = &model->acts.layers[l];
     profile_part(model, PART_NORMS);
     rmsnorm_forward(a->ln1, a->ln1_rstd, a->residual_in, weight(model, model->layout.layers[l].ln1),
-                    model->batch.n, model->config.channels, (float)model->config.norm_eps, model->stream);
+                    model->batch.n, model->config.channels, (float)model->config.norm_eps, model->stream,
+                    a->ln1_q);
 }
 
 // ln1 -> swiglu: everything but the layer's first norm and its last matmul.
@@ -584,19 +617,20 @@ static void layer_body(Model *model, int l) {
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
+    const Operand attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
+    linears_quantize(&model->linears, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
-    profile_part(model, PART_MATMUL);
-    matmul_forward(&model->matmul, s->proj_out, C, a->attn_out, model->qkv.o_stride, weight(model, w->wo),
-                   NULL, n, qd, C, model->stream);
-    profile_part(model, PART_NORMS);
-    rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, s->proj_out,
-                             weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream);
-    profile_part(model, PART_MATMUL);
-    matmul_forward(&model->matmul, a->gate_up, 2 * H, a->ln2, C, weight(model, w->wgu), NULL, n, C, 2 * H,
+    operand_quantize(&model->linears, &attn_out, n, qd, model->stream);
+    linear_forward(&model->linears, s->proj_out, C, attn_out, linear(model, l, LINEAR_WO), NULL, n,
                    model->stream);
     profile_part(model, PART_NORMS);
-    swiglu_forward(a->swiglu, a->gate_up, n, H, model->stream);
+    rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, s->proj_out,
+                             weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream, a->ln2_q);
+    linear_forward(&model->linears, a->gate_up, 2 * H, {a->ln2, C, a->ln2_q}, linear(model, l, LINEAR_WGU),
+                   NULL, n, model->stream);
+    profile_part(model, PART_NORMS);
+    swiglu_forward(a->swiglu_q.data ? NULL : a->swiglu, a->gate_up, n, H, model->stream, a->swiglu_q);
 }
 
 // Runs the current batch up to lnf_out, the input of the LM head.
@@ -617,16 +651,15 @@ static void model_forward(Model *model) {
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
         layer_body(model, l);
-        profile_part(model, PART_MATMUL);
-        matmul_forward(&model->matmul, s->proj_out, C, a->swiglu, c->hidden,
-                       weight(model, layout->layers[l].wdown), NULL, n, c->hidden, C, stream);
+        linear_forward(&model->linears, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
+                       linear(model, l, LINEAR_WDOWN), NULL, n, stream);
         profile_part(model, PART_NORMS);
         params_use_unit(params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
                                  next ? next->residual_in : acts->residual_out,
                                  next ? next->ln1_rstd : acts->lnf_rstd, a->residual_mid, s->proj_out,
                                  weight(model, next ? layout->layers[l + 1].ln1 : layout->lnf), n, (int)C,
-                                 (float)c->norm_eps, stream);
+                                 (float)c->norm_eps, stream, next ? next->ln1_q : Fp8Matrix{});
     }
 }
 
@@ -645,14 +678,15 @@ static void model_lm_head(Model *model, int training) {
     for (int64_t t = 0; t < b->n; t += s->lm_head_rows) {
         const int64_t rows = std::min(s->lm_head_rows, b->n - t);
         const floatX *x = acts->lnf_out + t * C;
-        matmul_forward(&model->matmul, s->logits, Vp, x, C, lm_head, NULL, rows, C, Vp, model->stream);
+        matmul_forward(&model->linears.matmul, s->logits, Vp, x, C, lm_head, NULL, rows, C, Vp,
+                       model->stream);
         classifier(s->logits, acts->losses + t, acts->argmax + t, b->targets + t, training ? 1.0f : 0.0f,
                    rows, V, Vp, model->stream);
         if (!training) continue;
-        matmul_backward_weight(&model->matmul, gradient(model, layout->lm_head), s->logits, Vp, x, C, rows, C,
-                               Vp, model->stream);
-        matmul_backward_input(&model->matmul, s->dnorm + t * C, 0, s->logits, Vp, lm_head, rows, C, Vp,
-                              model->stream);
+        matmul_backward_weight(&model->linears.matmul, gradient(model, layout->lm_head), s->logits, Vp, x, C,
+                               rows, C, Vp, model->stream);
+        matmul_backward_input(&model->linears.matmul, s->dnorm + t * C, 0, s->logits, Vp, lm_head, rows, C,
+                              Vp, model->stream);
     }
 }
 
@@ -718,9 +752,11 @@ static void qkv_backward(Model *model, int l) {
     cudaStream_t stream = model->stream;
     QkvPart parts[QKV_PARTS];
     QkNorm norms[2];
-    const int count = qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), parts);
+    const int count =
+        qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), model->linears.fp8, parts);
     for (int i = count - 1; i >= 0; i--) {
         const QkvPart *p = &parts[i];
+        const Linear w = qkv_part_weight(model, l, p);
         floatX *dout = s->dqkv + p->column;
         if (i == 0 && kv_is_sharded(&model->batch)) compute_waits_for_transfers(model->gpus, stream);
         // with QK-norm q and k are overwritten below
@@ -734,9 +770,8 @@ static void qkv_backward(Model *model, int l) {
                                    a->qkv + x->column, stride, weight(model, x->weight), x->rstd, n, x->heads,
                                    (int)d, s->workspace, stream);
         }
-        profile_part(model, PART_MATMUL);
-        qkv_part_backward(&model->matmul, p, s->dnorm, i < count - 1, gradient(model, p->weight),
-                          gradient(model, p->bias), dout, stride, a->ln1, weight(model, p->weight), n, C,
+        qkv_part_backward(&model->linears, p, s->dnorm, i < count - 1, gradient(model, p->weight),
+                          gradient(model, p->bias), {dout, stride, s->dout_q}, {a->ln1, C, a->ln1_q}, &w, n,
                           stream);
     }
 }
@@ -751,6 +786,9 @@ static void layer_backward(Model *model, int l) {
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     cudaStream_t stream = model->stream;
+    const int fp8 = model->linears.fp8;
+    const Operand dresidual = {s->dresidual, C, s->dresidual_q},
+                  attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
     if (model->recompute == 2) {
         layer_ln1(model, l);
         layer_body(model, l);
@@ -758,36 +796,28 @@ static void layer_backward(Model *model, int l) {
     all_gather_layer_kv(model, l, 0);
     if (model->recompute == 1) {
         profile_part(model, PART_NORMS);
-        swiglu_forward(a->swiglu, a->gate_up, n, H, stream);
+        swiglu_forward(fp8 ? NULL : a->swiglu, a->gate_up, n, H, stream, a->swiglu_q);
         rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, w->ln2), n, (int)C,
-                        (float)c->norm_eps, stream);
+                        (float)c->norm_eps, stream, a->ln2_q);
+        operand_quantize(&model->linears, &attn_out, n, qd, stream);
     }
-    profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wdown), s->dresidual, C, a->swiglu, H, n, H, C,
-                           stream);
-    matmul_backward_input(&model->matmul, a->swiglu, 0, s->dresidual, C, weight(model, w->wdown), n, H, C,
-                          stream);
+    linear_backward(&model->linears, a->swiglu, 0, gradient(model, w->wdown), dresidual,
+                    {a->swiglu, H, a->swiglu_q}, linear(model, l, LINEAR_WDOWN), n, stream);
     profile_part(model, PART_NORMS);
-    swiglu_backward(a->gate_up, a->swiglu, a->gate_up, n, H, stream);
-    profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wgu), a->gate_up, 2 * H, a->ln2, C, n, C, 2 * H,
-                           stream);
-    matmul_backward_input(&model->matmul, s->dnorm, 0, a->gate_up, 2 * H, weight(model, w->wgu), n, C, 2 * H,
-                          stream);
+    swiglu_backward(fp8 ? NULL : a->gate_up, a->swiglu, a->gate_up, n, H, stream, s->dout_q);
+    linear_backward(&model->linears, s->dnorm, 0, gradient(model, w->wgu), {a->gate_up, 2 * H, s->dout_q},
+                    {a->ln2, C, a->ln2_q}, linear(model, l, LINEAR_WGU), n, stream);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln2), s->dnorm, a->residual_mid,
-                     weight(model, w->ln2), a->ln2_rstd, n, (int)C, s->workspace, stream);
-    profile_part(model, PART_MATMUL);
-    matmul_backward_weight(&model->matmul, gradient(model, w->wo), s->dresidual, C, a->attn_out,
-                           model->qkv.o_stride, n, qd, C, stream);
-    matmul_backward_input(&model->matmul, s->dattn_out, 0, s->dresidual, C, weight(model, w->wo), n, qd, C,
-                          stream);
+                     weight(model, w->ln2), a->ln2_rstd, n, (int)C, s->workspace, stream, s->dresidual_q);
+    linear_backward(&model->linears, s->dattn_out, 0, gradient(model, w->wo), dresidual, attn_out,
+                    linear(model, l, LINEAR_WO), n, stream);
     attention_backward(model, l);
     if (model->recompute == 1) layer_ln1(model, l);
     qkv_backward(model, l);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln1), s->dnorm, a->residual_in,
-                     weight(model, w->ln1), a->ln1_rstd, n, (int)C, s->workspace, stream);
+                     weight(model, w->ln1), a->ln1_rstd, n, (int)C, s->workspace, stream, s->dresidual_q);
 }
 
 // Adds to grads the gradient of the sum of the token losses of batch b, and adds that sum to
@@ -807,7 +837,8 @@ static void model_forward_backward(Model *model, const Batch *b) {
     loss_sum(&s->result->loss_sum, acts->losses, b->n, stream);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 0, gradient(model, layout->lnf), s->dnorm, acts->residual_out,
-                     weight(model, layout->lnf), acts->lnf_rstd, b->n, c->channels, s->workspace, stream);
+                     weight(model, layout->lnf), acts->lnf_rstd, b->n, c->channels, s->workspace, stream,
+                     s->dresidual_q);
     params_end_gradients(params, layout->lnf, model->last_micro_batch, stream);
     for (int l = c->layers - 1; l >= 0; l--) {
         params_begin_gradients(params, layout->layers[l].ln1, stream);
@@ -868,6 +899,7 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
         if (z->stage > 0) params_gather_unit(p, u, stream);
     }
     cuda_check(cudaMemcpyAsync(model->host.result, r, sizeof *r, cudaMemcpyDeviceToHost, stream));
+    linears_weights_changed(&model->linears, model->config.layers);
     profile_part(model, PART_END);
     cuda_check(cudaEventRecord(model->step_done, stream));
 }
@@ -946,7 +978,7 @@ static const float *next_logits(void *arg, const int32_t *tokens, int64_t n) {
     Batch b = batch_upload(&host, model->batch_buffers.eval, model->stream);
     model->batch = b;
     model_forward(model);
-    matmul_forward(&model->matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C, C,
+    matmul_forward(&model->linears.matmul, model->scratch.logits, Vp, model->acts.lnf_out + (n - 1) * C, C,
                    weight(model, model->layout.lm_head), NULL, 1, C, Vp, model->stream);
     cuda_check(cudaMemcpyAsync(model->host.logits, model->scratch.logits, Vp * sizeof(floatX),
                                cudaMemcpyDeviceToHost, model->stream));
@@ -1024,7 +1056,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
     Profile measure;
     Feed feed;
     feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
-    model->profile = &measure;
+    model->linears.profile = &measure;
     for (bool step : {false, true}) {
         PassTimes times = {step, 0, step ? r->state.total_batch : o->batch * o->seq_len * r->dp_size, {}};
         for (int64_t i = 0; i < o->profile_steps + 2; i++) {
@@ -1046,7 +1078,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
         }
         profile_report(r, gpu, peak, arenas_bytes(model->arenas), &times);
     }
-    model->profile = NULL;
+    model->linears.profile = NULL;
     profile_free(&measure);
     feed_stop(&feed);
 }
@@ -1064,7 +1096,9 @@ int main(int argc, char **argv) {
     double peak = o->peak_tflops;
     if (peak == 0 && !attn_needs_convert) peak = peak_tflops(gpu.name); // of 16-bit matmuls
     gpus_init(&gpus, &run.comm, (int)o->cp_size);
-    model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, &gpus,
+    const int fp8 = strcmp(o->matmul, "fp8") == 0;
+    if (fp8) fp8_check(&run.config, &gpu);
+    model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, fp8, &gpus,
                 (int)o->zero_stage);
     run.sample_context = std::min(run.sample_context, model.max_tokens); // only rank 0 samples
     load_params(&run, &model.params, &model.optimizer, model.stream);

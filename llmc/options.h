@@ -35,6 +35,7 @@ typedef struct {
     int64_t skip_nonfinite; // 1: skip a step whose loss or gradient is NaN or Inf
     const char *gate_bias;  // initial biases of the gates; NULL: the default
     // only in the GPU trainer
+    const char *matmul; // bf16 or fp8
     int64_t recompute, profile_steps;
     double peak_tflops;        // 0: look up by the GPU's name
     const char *block_indices; // output file; NULL: none
@@ -135,6 +136,10 @@ static inline const OptionFlag *option_flags(int *count) {
          "initial biases of new gates before the sigmoid, three numbers C,S,W for compressed, selected, "
          "sliding (default: 0,0,0; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
         // in the GPU trainer alone; option_is_gpu lists them, too
+        {"matmul", NULL, OPTION_TEXT, OFFSET(matmul), 0, 0,
+         "number format of the layers' matmuls: bf16 (that of the build), or fp8 on GPUs of compute "
+         "capability 8.9 and "
+         "higher"},
         {"r", "recompute", OPTION_INT, OFFSET(recompute), 0, 2,
          "activations recomputed in the backward pass to save memory: 0 none, 1 RMSNorm and SwiGLU, 2 whole "
          "layers"},
@@ -157,7 +162,7 @@ static inline const OptionFlag *option_flags(int *count) {
 
 // Returns whether only the GPU trainer has a flag.
 static inline int option_is_gpu(const OptionFlag *f) {
-    static const char *const names[] = {"r", "profile", "block-indices", "peak-tflops", "z", "cp"};
+    static const char *const names[] = {"matmul", "r", "profile", "block-indices", "peak-tflops", "z", "cp"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (strcmp(f->flag, names[i]) == 0) return 1;
     return 0;
@@ -169,7 +174,7 @@ static inline void options_defaults(Options *o) {
     o->init_from = "recall";
     o->save_every = 1000, o->keep = 3;
     o->batch = 4;
-    o->schedule = "cosine";
+    o->schedule = "cosine", o->matmul = "bf16";
     o->max_steps = 1000, o->lr = 1e-3, o->final_frac = 0.1;
     o->weight_decay = 0.1, o->beta1 = 0.9, o->beta2 = 0.95, o->eps = 1e-8, o->clip = 1;
     o->val_every = 250, o->val_batches = 20, o->generate = 128;
@@ -461,6 +466,8 @@ static inline void options_check(Options *o) {
         die("-v %lld: needs validation shards or evaluation files; give them with -j, -hellaswag, -mc or "
             "-needle",
             (long long)o->val_every);
+    if (strcmp(o->matmul, "bf16") && strcmp(o->matmul, "fp8"))
+        die("-matmul %s: must be bf16 or fp8", o->matmul);
     if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant") &&
         strcmp(o->schedule, "wsd"))
         die("-k %s: must be one of cosine|linear|constant|wsd", o->schedule);

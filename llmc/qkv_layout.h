@@ -39,10 +39,12 @@ typedef struct {
 enum { QKV_PARTS = 3 };
 
 // Fills parts [QKV_PARTS] and returns their number: one for all columns. The gate is a part of its own if its
-// logits are no multiple of 8: a matmul of such a width cannot use 16-byte accesses. If the keys and values
-// are gathered from several GPUs (sharded != 0), [k|v] comes first, so that the gather starts early. The
-// backward pass goes through the parts in reverse. bgate is right behind bqkv.
-static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int sharded, QkvPart *parts) {
+// logits are no multiple of 8, since a matmul of such a width cannot use 16-byte accesses, and with fp8 != 0,
+// since the gate is not computed in 8 bits. If the keys and values are gathered from several GPUs (sharded !=
+// 0), [k|v] comes first, so that the gather starts early. The backward pass goes through the parts in
+// reverse. bgate is right behind bqkv.
+static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int sharded, int fp8,
+                            QkvPart *parts) {
     const QkvLayout x = qkv_layout(c);
     const int64_t k_weight = w->wqkv + x.k * c->channels, k_bias = w->bqkv < 0 ? -1 : w->bqkv + x.k;
     const QkvPart kv = {x.k, x.gate - x.k, k_weight, k_bias, x.k}, q = {0, x.k, w->wqkv, w->bqkv, 0};
@@ -52,7 +54,7 @@ static inline int qkv_parts(const ModelConfig *c, const LayerParams *w, int shar
     if (sharded) parts[count++] = kv;
     parts[count++] = sharded ? q : qkv;
     if (w->wgate < 0) return count;
-    if (sharded || gate.width % 8 != 0) {
+    if (sharded || fp8 || gate.width % 8 != 0) {
         parts[count++] = gate;
     } else {
         parts[0].width = x.width;

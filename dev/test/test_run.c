@@ -332,7 +332,7 @@ static void test_qkv_layout(void) {
         CHECK(x.stride % 8 == 0 && x.stride >= x.width && x.stride < x.width + 8, "stride");
         CHECK(!nsa || w->wgate == w->wqkv + x.gate * c.channels, "wgate is not right behind wqkv");
         QkvPart parts[QKV_PARTS];
-        const int count = qkv_parts(&c, w, sharded, parts);
+        const int count = qkv_parts(&c, w, sharded, 0, parts);
         int64_t sum = 0, wrong = 0;
         for (int i = 0; i < count; i++) {
             const QkvPart *p = &parts[i];
