@@ -28,8 +28,8 @@ static const double loss_limit = 8e-3, logit_limit = 3e-2, grad_limit = 8e-2, st
 #endif
 
 static uint64_t seed = 1337;
-static int small;
-static double worst_loss, worst_logit, worst_next, worst_grad, worst_step;
+static int small, fp8; // fp8: build makes models with -matmul fp8
+static double worst_loss, worst_logit, worst_next, worst_grad, worst_step, worst_fp8;
 
 // ---------------------------------------------------------------------------------------------------------
 // Models and batches
@@ -123,7 +123,7 @@ static void model_set(Model *model, const float *params, const float *m, const f
 static Model *build(const ModelConfig *c, const std::vector<float> &params, int64_t tokens, int recompute,
                     Gpus *gpus = NULL) {
     Model *model = new Model;
-    model_build(model, c, tokens, 1, recompute, 0, gpus, 0);
+    model_build(model, c, tokens, 1, recompute, fp8, gpus, 0);
     model->last_micro_batch = 1;
     // poison memory with NaN (all bits set): unwritten values must not matter
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
@@ -288,6 +288,96 @@ static void test_same_bits(const Variant *v) {
               error);
         destroy(model);
     }
+}
+
+// Returns whether a run's losses or gradients have a number that is not finite, so that training stops.
+static bool not_finite(Model *model, const Documents &d) {
+    const Result r = run(model, d);
+    for (const std::vector<float> &x : {r.losses, r.grads})
+        for (float value : x)
+            if (!isfinite(value)) return true;
+    return false;
+}
+
+// Tests -matmul fp8 against the 16-bit matmuls: results are near but other, the same in two runs, with each
+// kind of recomputation and in validation; the e4m3 weights follow an update; NaN and Inf are not hidden.
+static void test_fp8(const Variant *v) {
+    cudaDeviceProp gpu;
+    cuda_check(cudaGetDeviceProperties(&gpu, 0));
+    if (sizeof(floatX) != 2 || gpu.major * 10 + gpu.minor < 89) {
+        SKIP("-matmul fp8: %s, compute capability %d.%d", FLOATX_NAME, gpu.major, gpu.minor);
+        return;
+    }
+    ModelConfig c = make_config(v);
+    std::vector<float> params = random_params(&c, 1);
+    Documents d(&c, test_lengths(), 2), other(&c, {40, 9}, 3);
+    const int64_t n = d.batch.n, size = (int64_t)params.size();
+    Model *model = build(&c, params, n, 0);
+    const Result exact = run(model, d);
+    destroy(model);
+
+    fp8 = 1;
+    Result first;
+    for (int recompute = 0; recompute <= 2; recompute++) {
+        model = build(&c, params, n, recompute);
+        if (recompute == 0) first = run(model, d), run(model, other);
+        CHECK(run(model, d) == first, "fp8, %s: recomputation %d: other bits", v->name, recompute);
+        if (recompute < 2) destroy(model);
+    }
+    double error = relative_error(first.losses.data(), exact.losses.data(), n);
+    CHECK(error > 1e-5 && error < 0.1, "fp8, %s: losses: difference %.2e from 16 bits", v->name, error);
+    for (int64_t i = 0; i < model->layout.num_tensors; i++) {
+        const ParamTensor *t = &model->layout.tensors[i];
+        error = relative_error(&first.grads[t->offset], &exact.grads[t->offset], t->size);
+        worst_fp8 = std::max(worst_fp8, error);
+        CHECK(error > 1e-5 && error < 0.5, "fp8, %s: gradient of %s: difference %.2e from 16 bits", v->name,
+              t->name, error);
+    }
+
+    Options o;
+    options_defaults(&o);
+    model_update(model, &o, 1, 1e-2, n);
+    const std::vector<float> updated = download(model->optimizer.master, size);
+    const Result after = run(model, d);
+    destroy(model);
+    CHECK(!(after.losses == first.losses), "fp8, %s: an update does not change the losses", v->name);
+    model = build(&c, updated, n, 0);
+    CHECK(run(model, d) == after, "fp8, %s: the e4m3 weights are not those of the update", v->name);
+    destroy(model);
+
+    model = new Model;
+    model_build(model, &c, n, 0, 0, 1, NULL, 0);
+    model_set(model, params.data(), NULL, NULL);
+    model->batch = d.batch;
+    model_forward(model);
+    model_lm_head(model, 0);
+    CHECK(download(model->acts.losses, n) == first.losses, "fp8, %s: validation has other losses", v->name);
+    destroy(model);
+
+    fp8 = 0;
+}
+
+// Tests that -matmul fp8 does not hide NaN and Inf in the weights of a layer.
+static void test_fp8_not_finite(const Variant *v) {
+    if (sizeof(floatX) != 2) return;
+    ModelConfig c = make_config(v);
+    std::vector<float> params = random_params(&c, 1);
+    Documents d(&c, {40, 9}, 2);
+    const int64_t n = d.batch.n;
+    fp8 = 1;
+    Model *model;
+    for (const char *name : {"wqkv", "wo", "wgu", "wdown"})
+        for (float bad : {NAN, INFINITY}) {
+            std::vector<float> broken = params;
+            model = build(&c, params, n, 0);
+            for (int64_t i = 0; i < model->layout.num_tensors; i++)
+                if (model->layout.tensors[i].layer == 1 && param_is(&model->layout.tensors[i], name))
+                    broken[model->layout.tensors[i].offset + 33] = bad;
+            model_set(model, broken.data(), NULL, NULL);
+            CHECK(not_finite(model, d), "fp8, %s: %g in %s is hidden", v->name, bad, name);
+            destroy(model);
+        }
+    fp8 = 0;
 }
 
 // Tests that the gradients of two micro-batches are added, and that norm and update are those of the mean
@@ -701,6 +791,8 @@ int main(int argc, char **argv) {
     test_golden("model_gpu");
     test_golden("model_gpu_full");
     for (const Variant *v : {&nsa, &full, &window}) test_same_bits(v);
+    for (const Variant *v : {&nsa, &nsa_mean, &full}) test_fp8(v);
+    test_fp8_not_finite(&nsa);
     test_accumulation(&full);
     test_training(&nsa);
     test_checkpoint_old(&nsa, 1);
@@ -708,7 +800,7 @@ int main(int argc, char **argv) {
     test_inference(&nsa);
     test_inference(&full);
     printf("largest errors: losses %.2e, logits %.2e, of the next token %.2e, gradients %.2e, losses of 20 "
-           "steps %.2e\n",
-           worst_loss, worst_logit, worst_next, worst_grad, worst_step);
+           "steps %.2e; largest difference of a gradient with fp8 %.2e\n",
+           worst_loss, worst_logit, worst_next, worst_grad, worst_step, worst_fp8);
     return test_end("test_gpt_nsa");
 }

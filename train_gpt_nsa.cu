@@ -19,9 +19,9 @@
 // the passes.
 #define TRAINER_GPU
 // The headers, with what this file takes from each. The run: configuration, data, processes.
-#include "llmc/run.h"           // Run, Options, ModelConfig, Comm, run_start, run_validate, run_sample
-#include "llmc/mfu.h"           // peak_tflops
-#include "llmc/block_indices.h" // BlockIndicesHeader, block_indices_write
+#include "llmc/run.h" // Run, Options, ModelConfig, Comm, run_start, run_validate, run_sample
+#include "llmc/mfu.h" // peak_tflops
+#include "llmc/validate_block_indices.h" // validate_block_indices
 // The layers.
 #include "llmc/cuda_common.cuh" // floatX, cuda_check
 #include "llmc/matmul.cuh"      // matmul_forward, matmul_backward_input, matmul_backward_weight
@@ -440,15 +440,10 @@ static int part_qk_norms(const Model *model, int l, const QkvPart *part, QkNorm 
     return count;
 }
 
-// Returns layer l's linear weight `kind`.
-static const Linear *linear(const Model *model, int l, LinearKind kind) {
-    return &model->linears.weights[l * LINEARS + kind];
-}
-
 // Returns the rows of the weight that compute a part of qkv. The gate's are never in e4m3.
 static Linear qkv_part_weight(const Model *model, int l, const QkvPart *p) {
     if (model->linears.fp8 && p->column < model->qkv.gate)
-        return linear_rows(linear(model, l, LINEAR_QKV), p->column, p->width);
+        return linear_rows(linear_weight(&model->linears, l, LINEAR_QKV), p->column, p->width);
     return {weight(model, p->weight), p->width, model->config.channels, p->width};
 }
 
@@ -614,21 +609,21 @@ static void layer_ln1(Model *model, int l) {
 static void layer_body(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
+    Linears *m = &model->linears;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     const Operand attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
-    linears_quantize(&model->linears, l, model->stream);
+    linears_quantize(m, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
-    operand_quantize(&model->linears, &attn_out, n, qd, model->stream);
-    linear_forward(&model->linears, s->proj_out, C, attn_out, linear(model, l, LINEAR_WO), NULL, n,
-                   model->stream);
+    operand_quantize(m, &attn_out, n, qd, model->stream);
+    linear_forward(m, s->proj_out, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream);
     profile_part(model, PART_NORMS);
     rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, s->proj_out,
                              weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream, a->ln2_q);
-    linear_forward(&model->linears, a->gate_up, 2 * H, {a->ln2, C, a->ln2_q}, linear(model, l, LINEAR_WGU),
-                   NULL, n, model->stream);
+    linear_forward(m, a->gate_up, 2 * H, {a->ln2, C, a->ln2_q}, linear_weight(m, l, LINEAR_WGU), NULL, n,
+                   model->stream);
     profile_part(model, PART_NORMS);
     swiglu_forward(a->swiglu_q.data ? NULL : a->swiglu, a->gate_up, n, H, model->stream, a->swiglu_q);
 }
@@ -637,6 +632,7 @@ static void layer_body(Model *model, int l) {
 static void model_forward(Model *model) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
+    Linears *m = &model->linears;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
     const Params *params = &model->params;
@@ -651,8 +647,8 @@ static void model_forward(Model *model) {
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
         layer_body(model, l);
-        linear_forward(&model->linears, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
-                       linear(model, l, LINEAR_WDOWN), NULL, n, stream);
+        linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
+                       linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
         profile_part(model, PART_NORMS);
         params_use_unit(params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
@@ -782,6 +778,7 @@ static void qkv_backward(Model *model, int l) {
 static void layer_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
+    Linears *m = &model->linears;
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
@@ -799,19 +796,19 @@ static void layer_backward(Model *model, int l) {
         swiglu_forward(fp8 ? NULL : a->swiglu, a->gate_up, n, H, stream, a->swiglu_q);
         rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, w->ln2), n, (int)C,
                         (float)c->norm_eps, stream, a->ln2_q);
-        operand_quantize(&model->linears, &attn_out, n, qd, stream);
+        operand_quantize(m, &attn_out, n, qd, stream);
     }
-    linear_backward(&model->linears, a->swiglu, 0, gradient(model, w->wdown), dresidual,
-                    {a->swiglu, H, a->swiglu_q}, linear(model, l, LINEAR_WDOWN), n, stream);
+    linear_backward(m, a->swiglu, 0, gradient(model, w->wdown), dresidual, {a->swiglu, H, a->swiglu_q},
+                    linear_weight(m, l, LINEAR_WDOWN), n, stream);
     profile_part(model, PART_NORMS);
     swiglu_backward(fp8 ? NULL : a->gate_up, a->swiglu, a->gate_up, n, H, stream, s->dout_q);
-    linear_backward(&model->linears, s->dnorm, 0, gradient(model, w->wgu), {a->gate_up, 2 * H, s->dout_q},
-                    {a->ln2, C, a->ln2_q}, linear(model, l, LINEAR_WGU), n, stream);
+    linear_backward(m, s->dnorm, 0, gradient(model, w->wgu), {a->gate_up, 2 * H, s->dout_q},
+                    {a->ln2, C, a->ln2_q}, linear_weight(m, l, LINEAR_WGU), n, stream);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 1, gradient(model, w->ln2), s->dnorm, a->residual_mid,
                      weight(model, w->ln2), a->ln2_rstd, n, (int)C, s->workspace, stream, s->dresidual_q);
-    linear_backward(&model->linears, s->dattn_out, 0, gradient(model, w->wo), dresidual, attn_out,
-                    linear(model, l, LINEAR_WO), n, stream);
+    linear_backward(m, s->dattn_out, 0, gradient(model, w->wo), dresidual, attn_out,
+                    linear_weight(m, l, LINEAR_WO), n, stream);
     attention_backward(model, l);
     if (model->recompute == 1) layer_ln1(model, l);
     qkv_backward(model, l);
@@ -941,26 +938,6 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     }
     gate_sums_end(&model->scratch.gates, r->gates, &model->qkv, model->config.layers, b.n, stream);
     *losses = model->host.losses, *argmax = model->host.argmax;
-}
-
-// Validates, and writes the block indices of the last batch to `path`.
-static void validate_block_indices(Run *r, Model *model, const char *path) {
-    const FsaConfig *f = &r->config.fsa;
-    BlockIndicesHeader h = {"", r->config.layers, f->q_heads, f->kv_heads, 0, f->topk, f->block, 0};
-    memcpy(h.magic, block_indices_magic, sizeof h.magic);
-    if (r->config.attn != ATTN_NSA)
-        die("-block-indices %s: only -attn nsa selects blocks; drop one of them", path);
-    if (r->comm.ranks > 1)
-        die("-block-indices %s: %d processes; start one process alone", path, r->comm.ranks);
-    h.num_queries = r->opt.batch * r->opt.seq_len;
-    model->host.block_indices = (int32_t *)xmalloc(block_indices_count(&h) * sizeof(int32_t));
-    run_validate(r, evaluate, model);
-    h.num_seqs = r->num_seqs;
-    std::vector<int64_t> lengths(h.num_seqs);
-    for (int64_t i = 0; i < h.num_seqs; i++) lengths[i] = r->cu_seqlens[i + 1] - r->cu_seqlens[i];
-    block_indices_write(path, &h, lengths.data(), model->host.block_indices);
-    free(model->host.block_indices);
-    model->host.block_indices = NULL;
 }
 
 // run_sample's callback: the logits [vocab_size] of the token after tokens [n]. Pads the sequence to a
@@ -1102,24 +1079,18 @@ int main(int argc, char **argv) {
                 (int)o->zero_stage);
     run.sample_context = std::min(run.sample_context, model.max_tokens); // only rank 0 samples
     load_params(&run, &model.params, &model.optimizer, model.stream);
-    size_t free_bytes, total;
-    cuda_check(cudaMemGetInfo(&free_bytes, &total));
-    printf("gpu: %s, %d SMs, %zu MiB, %s", gpu.name, gpu.multiProcessorCount, total >> 20, FLOATX_NAME);
-    if (peak > 0) printf(", peak %.0f TFLOP/s", peak);
-    printf("\n");
+    gpu_print(&gpu, fp8, peak);
     if (comm->ranks > 1)
         printf("processes: %d, one GPU each, in %d groups of %d; ZeRO stage %d; memory is per GPU\n",
                comm->ranks, run.dp_size, gpus.cp_size, model.params.zero.stage);
-    if (gpus.cp_size > 1)
-        printf("context parallel: gathers keys and values of %d of the %d kv heads at a time\n",
-               run.config.fsa.kv_heads / model.groups.count, run.config.fsa.kv_heads);
+    head_groups_print(&model.groups, &run.config.fsa);
     peak *= comm->ranks;
     run_print_summary(&run, model.layout.num_params, arenas_bytes(model.arenas));
     arenas_print(model.arenas);
     fflush(stdout);
     if (o->sample_only && comm->rank == 0) run_sample(&run, next_logits, &model);
     if (o->block_indices)
-        validate_block_indices(&run, &model, o->block_indices);
+        validate_block_indices(&run, evaluate, &model, &model.host.block_indices, o->block_indices);
     else if (o->val_only)
         run_validate(&run, evaluate, &model);
     if (o->profile_steps)

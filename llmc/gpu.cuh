@@ -1,4 +1,4 @@
-// gpu.cuh: selects the GPU of a process, and checks that the program can run on it.
+// gpu.cuh: selects the GPU of a process, checks that the program can run on it, and prints what it is.
 #ifndef LLMC_GPU_CUH
 #define LLMC_GPU_CUH
 #include "cuda_common.cuh"
@@ -37,5 +37,16 @@ static cudaDeviceProp gpu_init(int local_rank, const void *kernel) {
             gpu.major, gpu.minor);
     cuda_check(error);
     return gpu;
+}
+
+// Prints the GPU, its memory, the number formats, and the peak of 16-bit matmuls to which the MFU refers; 0:
+// unknown.
+static void gpu_print(const cudaDeviceProp *gpu, int fp8, double peak_tflops) {
+    size_t free_bytes, total;
+    cuda_check(cudaMemGetInfo(&free_bytes, &total));
+    printf("gpu: %s, %d SMs, %zu MiB, %s%s", gpu->name, gpu->multiProcessorCount, total >> 20, FLOATX_NAME,
+           fp8 ? ", matmuls of layers in fp8" : "");
+    if (peak_tflops > 0) printf(", peak %.0f TFLOP/s in 16 bits", peak_tflops);
+    printf("\n");
 }
 #endif

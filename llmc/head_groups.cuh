@@ -25,6 +25,12 @@ static void head_groups_build(HeadGroups *g, const FsaConfig *f, int64_t num_key
     g->kv_width = f->kv_heads / g->count * f->head_dim;
 }
 
+static void head_groups_print(const HeadGroups *g, const FsaConfig *f) {
+    if (g->gpus && g->gpus->cp_size > 1)
+        printf("context parallel: gathers keys and values of %d of the %d kv heads at a time\n",
+               f->kv_heads / g->count, f->kv_heads);
+}
+
 // Returns the attention's configuration for one head group.
 static FsaConfig head_group_config(const FsaConfig *f, const HeadGroups *g) {
     FsaConfig group = *f;

@@ -41,6 +41,11 @@ typedef struct {
     Profile *profile;    // NULL: nothing is measured
 } Linears;
 
+// Returns layer l's linear weight `kind`.
+static const Linear *linear_weight(const Linears *m, int l, LinearKind kind) {
+    return &m->weights[l * LINEARS + kind];
+}
+
 // Returns rows [row, row + out) of w. `row` is 0 or w->split.
 static Linear linear_rows(const Linear *w, int64_t row, int64_t out) {
     Linear part = *w;

@@ -196,7 +196,8 @@ class Times:
 
 
 def is_step(row):
-    return row["program"] == "train_gpt_nsa" and row["dir"] == "step"
+    """Returns whether a row is a training step with 16-bit matmuls."""
+    return row["program"] == "train_gpt_nsa" and row["dir"] == "step" and "matmul" not in row
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------

@@ -47,6 +47,24 @@ for attn in full window; do
     check '[ $code -eq 0 ] && grep -q "attention: $attn" out' "-attn $attn: $(cat err)"
 done
 
+# ---- fp8: near the 16-bit run, exact resume, recomputation, validation; what it cannot take
+run $MODEL $RUN $DATA -o fp8 -n 2 -matmul fp8
+if grep -q "^error: -matmul fp8: .*compute capability" err; then
+    skipped=$((skipped + 1)) && echo "skipped: -matmul fp8: $(cat err)"
+else
+    check '[ $code -eq 0 ] && grep -q "^gpu: .*fp8" out && near "$(loss a 4)" "$(loss fp8 4)" 0.02 && ! cmp -s a/ckpt_00000004.bin fp8/ckpt_00000004.bin' \
+        "-matmul fp8: $(cat err) $(loss fp8 4), 16 bits $(loss a 4)"
+    mkdir fp8b && cp fp8/ckpt_00000002.bin fp8/tokenizer.bin fp8b/ && grep "\"step\":[0-2]," fp8/log.jsonl >fp8b/log.jsonl
+    run $MODEL $RUN $DATA -o fp8b -y 1 -matmul fp8
+    check 'cmp -s fp8/ckpt_00000004.bin fp8b/ckpt_00000004.bin' "-matmul fp8: a resumed run gives other bits: $(cat err)"
+    run $MODEL $RUN $DATA -v 0 -o fp8r -r 2 -matmul fp8
+    check 'cmp -s fp8/ckpt_00000004.bin fp8r/ckpt_00000004.bin' "-matmul fp8 -r 2 gives other bits: $(cat err)"
+    run -e fp8/ckpt_00000004.bin -val 1 -j 'data/recall_val_*.bin' -b 1 -m 2 -matmul fp8
+    check '[ "$(grep -o "^val loss [0-9.]*" out)" = "$(grep -h "val_loss" fp8/log.jsonl | tail -1 | sed "s/.*\"val_loss\":\([0-9.]*\).*/\1/" | xargs printf "val loss %.6f")" ]' "-matmul fp8 -val 1 gives another loss: $(cat out err)"
+    expect_error "-matmul fp8: -hidden 72: must be a multiple of 16; try -hidden 80" $MODEL $DATA -hidden 72 -matmul fp8 -x 1
+fi
+expect_error "-matmul fp4: must be bf16 or fp8" $MODEL $DATA -matmul fp4 -x 1
+
 # ---- the C trainer resumes from the GPU trainer's checkpoint, and the GPU trainer from the C trainer's
 mkdir c && cp a/ckpt_00000002.bin a/tokenizer.bin c/
 "$CPU" $MODEL $RUN $DATA -v 0 -o c -y 1 >out 2>err; code=$?

@@ -76,6 +76,17 @@ else
     skipped=$((skipped + 1)) && echo "skipped: four processes on $GPUS GPUs"
 fi
 
+# ---- fp8: as in 16 bits, data parallel changes only the order of sums
+many 1 -b 2 -d 128 -matmul fp8 -o fp8_one
+if grep -q "compute capability" 0.err; then
+    skipped=$((skipped + 1)) && echo "skipped: -matmul fp8: $(cat 0.err)"
+else
+    for flags in "-z 1" "-z 2" "-cp 2 -b 4"; do
+        many 2 -b 2 -d 128 $flags -matmul fp8 -o "fp8$(echo $flags | tr -d ' ')"
+        check '[ "$codes" = "0 0 " ] && same fp8_one "fp8$(echo $flags | tr -d " ")" 5e-3' "-matmul fp8 $flags: $codes $(differ fp8_one "fp8$(echo $flags | tr -d ' ')") $(cat 0.err)"
+    done
+fi
+
 # ---- context parallel: each rank rounds its part of the key gradients to 16 bits
 for attn in nsa full window; do
     many 1 -b 1 -attn $attn -o whole_$attn
