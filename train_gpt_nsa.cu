@@ -1026,16 +1026,17 @@ static void train(Run *r, Model *model, double peak) {
     feed_stop(&feed);
 }
 
-// Times -profile forward passes of a micro-batch, then as many training steps, each after two that are not
-// timed, on random tokens. gpu: the device name.
+// Times -profile forward passes on random tokens, then as many steps, each after two others. gpu: its name.
 static void profile(Run *r, Model *model, const char *gpu, double peak) {
     const Options *o = &r->opt;
     Profile measure;
     Feed feed;
+    const Ceilings ceilings = ceilings_measure(&model->linears.matmul, &model->arenas[ACTIVATIONS],
+                                               model->linears.fp8, model->stream);
     feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
     model->linears.profile = &measure;
     for (bool step : {false, true}) {
-        PassTimes times = {step, 0, step ? r->state.total_batch : o->batch * o->seq_len * r->dp_size, {}};
+        PassTimes times = profile_pass(r, step, model->layout.num_params, model->params.zero.shard_size);
         for (int64_t i = 0; i < o->profile_steps + 2; i++) {
             std::vector<double> parts(PART_END, 0.0);
             StepLog line;
@@ -1053,7 +1054,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
             profile_collect(&measure, parts.data(), model->stream);
             if (i >= 2) times.ms.push_back(parts);
         }
-        profile_report(r, gpu, peak, arenas_bytes(model->arenas), &times);
+        profile_report(r, gpu, peak, arenas_bytes(model->arenas), &ceilings, &times);
     }
     model->linears.profile = NULL;
     profile_free(&measure);
@@ -1073,8 +1074,7 @@ int main(int argc, char **argv) {
     double peak = o->peak_tflops;
     if (peak == 0 && !attn_needs_convert) peak = peak_tflops(gpu.name); // of 16-bit matmuls
     gpus_init(&gpus, &run.comm, (int)o->cp_size);
-    const int fp8 = strcmp(o->matmul, "fp8") == 0;
-    if (fp8) fp8_check(&run.config, &gpu);
+    const int fp8 = fp8_check(o->matmul, &run.config, &gpu);
     model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, fp8, &gpus,
                 (int)o->zero_stage);
     run.sample_context = std::min(run.sample_context, model.max_tokens); // only rank 0 samples

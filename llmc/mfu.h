@@ -58,26 +58,30 @@ static inline double visible_pairs(const FsaConfig *c, FsaVisibility rule, int64
     return causal_pairs;
 }
 
+// Sets the FLOPs of a layer's attention in the forward and in the backward pass, on one sequence of n tokens:
+// those over the keys that are visible to each query, and those of the compression.
+static inline void attention_flops(const ModelConfig *c, int64_t n, double *forward, double *backward) {
+    const FsaConfig *f = &c->fsa;
+    const double d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
+    const double compressed = c->attn == ATTN_NSA ? visible_pairs(f, FSA_COMPRESSED, n) : 0;
+    double pairs = visible_pairs(f, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, n) + compressed;
+    if (c->attn == ATTN_NSA) pairs += visible_pairs(f, FSA_SELECTED, n);
+    *forward = 4 * d * Hq * pairs; // q.k and p.v have 2d each per pair
+    if (c->attn == ATTN_NSA && f->phi == FSA_PHI_LINEAR)
+        *forward += 4 * (double)f->cmp_len * d * d * Hkv * (double)fsa_num_windows(f, n);
+    *backward = 2 * *forward;
+    *forward += 2 * d * Hq * compressed; // block scores
+}
+
 // Returns the FLOPs of a training step, forward and backward, on one sequence of n tokens, for MFU. Counts
-// the matmuls with weights, and the attention mode's FLOPs over the keys that are visible to each query. Does
-// not count recomputation.
+// the matmuls with weights, and the attention mode's FLOPs. Does not count recomputation.
 static inline double model_flops(const ModelConfig *c, int64_t n) {
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
     double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // per layer
-    double attention = 0;
-    // q.k and p.v have 2d FLOPs each per pair, and the backward pass twice as many
-    if (c->attn == ATTN_FULL) attention = 12 * d * Hq * visible_pairs(f, FSA_CAUSAL, n);
-    if (c->attn == ATTN_WINDOW) attention = 12 * d * Hq * visible_pairs(f, FSA_WINDOW, n);
-    if (c->attn == ATTN_NSA) {
-        double compressed = visible_pairs(f, FSA_COMPRESSED, n);
-        attention =
-            12 * d * Hq * (compressed + visible_pairs(f, FSA_SELECTED, n) + visible_pairs(f, FSA_WINDOW, n));
-        attention += 2 * d * Hq * compressed; // block scores
-        if (f->phi == FSA_PHI_LINEAR)
-            attention += 12 * (double)f->cmp_len * d * d * Hkv * (double)fsa_num_windows(f, n);
-        weights += num_gate_logits(f) * C;
-    }
-    return c->layers * (6 * weights * (double)n + attention) + 6.0 * c->padded_vocab * C * (double)n;
+    double forward, backward;
+    if (c->attn == ATTN_NSA) weights += num_gate_logits(f) * C;
+    attention_flops(c, n, &forward, &backward);
+    return c->layers * (6 * weights * (double)n + forward + backward) + 6.0 * c->padded_vocab * C * (double)n;
 }
 #endif

@@ -3,23 +3,9 @@
 #ifndef LLMC_PROFILE_CUH
 #define LLMC_PROFILE_CUH
 #include "cuda_common.cuh"
+#include "profile_work.h"
 #include <vector>
 
-typedef enum {
-    PART_MATMUL,            // of the layers, forward and backward
-    PART_QUANTIZE,          // to e4m3, in kernels of their own
-    PART_ATTENTION_FORWARD, // fsa_forward or the dense attention, and RoPE
-    PART_ATTENTION_BACKWARD,
-    PART_NORMS, // RMSNorm, residuals, SwiGLU
-    PART_EMBEDDING,
-    PART_CLASSIFIER, // LM head and cross-entropy
-    PART_OPTIMIZER,  // zeroing the gradients, their norm, AdamW
-    PART_END,        // ends the last part
-} ProfilePart;
-
-static const char *const part_names[PART_END] = {
-    "matmul", "quantize",  "attention_forward", "attention_backward",
-    "norms",  "embedding", "classifier",        "optimizer"};
 // Returns the key of a part in dev/results/*.jsonl. "products" is kept for old files.
 static inline const char *part_key(int part) {
     return part == PART_MATMUL ? "products" : part_names[part];

@@ -2,6 +2,7 @@
 // forward pass.
 #ifndef LLMC_PROFILE_REPORT_CUH
 #define LLMC_PROFILE_REPORT_CUH
+#include "ceilings.cuh"
 #include "run.h"
 #include "profile.cuh"
 #include "results.h"
@@ -12,8 +13,35 @@ struct PassTimes {
     bool step;                           // false: a forward pass
     double flops;                        // of a pass, on all GPUs
     int64_t tokens;                      // the same
+    PartWork work[PART_END];             // on one GPU
     std::vector<std::vector<double>> ms; // [passes][PART_END]
 };
+
+// Returns the pass of a profile before its first measurement: a training step or a forward pass of a
+// micro-batch.
+static PassTimes profile_pass(const Run *r, bool step, int64_t num_params, int64_t owned_params) {
+    const Options *o = &r->opt;
+    const PassWork work = {step,
+                           strcmp(o->matmul, "fp8") == 0,
+                           (int)o->recompute,
+                           o->batch,
+                           o->seq_len,
+                           (int)o->cp_size,
+                           r->micro_batches,
+                           owned_params,
+                           num_params};
+    PassTimes t = {step, 0, step ? r->state.total_batch : o->batch * o->seq_len * r->dp_size, {}, {}};
+    profile_work(&r->config, &work, t.work);
+    return t;
+}
+
+// Returns the part's work per second, in TFLOP/s or TB/s, and sets *fraction to its fraction of what the GPU
+// reaches; 0: unknown.
+static double part_rate(const PartWork *w, const Ceilings *ceilings, double ms, double *fraction) {
+    const double ceiling = ceilings->rate[w->limit], rate = ms > 0 ? w->amount / (1e-3 * ms) : 0;
+    *fraction = ceiling > 0 ? rate / ceiling : 0;
+    return 1e-12 * rate;
+}
 
 static double median(std::vector<double> x) {
     std::sort(x.begin(), x.end());
@@ -22,7 +50,7 @@ static double median(std::vector<double> x) {
 
 // Appends the median times `parts` [PART_END] and their total to dev/results.
 static void profile_record(const Run *r, const char *gpu, double peak, size_t memory_bytes,
-                           const PassTimes *t, double total, const double *parts) {
+                           const Ceilings *ceilings, const PassTimes *t, double total, const double *parts) {
     static const char *const modes[] = {"nsa", "full", "window"};
     const ModelConfig *c = &r->config;
     const FsaConfig *f = &c->fsa;
@@ -47,14 +75,23 @@ static void profile_record(const Run *r, const char *gpu, double peak, size_t me
             (int)r->opt.recompute, 1e3 * (double)t->tokens / total,
             peak > 0 ? t->flops / (total * 1e-3) / (peak * 1e12) : 0, memory_bytes);
     for (int i = 0; i < PART_END; i++) fprintf(file, "%s\"%s\":%.4f", i ? "," : "", part_key(i), parts[i]);
+    fprintf(file, "},\"ceilings\":{\"tflops\":%.1f,\"fp8_tflops\":%.1f,\"copy_tbs\":%.3f},\"of_ceiling\":{",
+            1e-12 * ceilings->rate[LIMIT_MATMUL_16], 1e-12 * ceilings->rate[LIMIT_MATMUL_8],
+            1e-12 * ceilings->rate[LIMIT_MEMORY]);
+    for (int i = 0; i < PART_END; i++) {
+        double fraction;
+        part_rate(&t->work[i], ceilings, parts[i], &fraction);
+        fprintf(file, "%s\"%s\":%.3f", i ? "," : "", part_key(i), fraction);
+    }
     fprintf(file, "}}\n");
     fclose(file);
 }
 
-// Prints the median milliseconds of each part, and appends them to dev/results. gpu: the device name; peak:
-// of all GPUs, in TFLOP/s, 0: unknown; memory_bytes: of one GPU.
+// Prints the median milliseconds of each part, its rate and how much that is of what the GPU reaches, and
+// appends them to dev/results. gpu: the device name; peak: of all GPUs, in TFLOP/s, 0: unknown; memory_bytes:
+// of one GPU.
 static void profile_report(const Run *r, const char *gpu, double peak, size_t memory_bytes,
-                           const PassTimes *t) {
+                           const Ceilings *ceilings, const PassTimes *t) {
     std::vector<double> totals, parts[PART_END];
     double medians[PART_END];
     for (const std::vector<double> &pass : t->ms) {
@@ -68,9 +105,18 @@ static void profile_report(const Run *r, const char *gpu, double peak, size_t me
            t->flops / total * 1e-9);
     if (peak > 0) printf(", mfu %.1f%%", 100 * (t->flops / (total * 1e-3) / (peak * 1e12)));
     printf("\n");
-    for (int i = 0; i < PART_END; i++)
-        if (medians[i] > 0)
-            printf("  %-20s %9.2f ms %5.1f%%\n", part_names[i], medians[i], 100 * medians[i] / total);
-    profile_record(r, gpu, peak, memory_bytes, t, total, medians);
+    for (int i = 0; i < PART_END; i++) {
+        static const char *const of[LIMITS] = {"TFLOP/s, %5.1f%% of 16-bit matmuls",
+                                               "TFLOP/s, %5.1f%% of fp8 matmuls",
+                                               "TB/s,    %5.1f%% of a copy"};
+        double fraction, rate = part_rate(&t->work[i], ceilings, medians[i], &fraction);
+        if (medians[i] == 0) continue;
+        printf("  %-20s %9.2f ms %5.1f%%", part_names[i], medians[i], 100 * medians[i] / total);
+        if (fraction > 0)
+            printf("  %7.*f ", t->work[i].limit == LIMIT_MEMORY ? 2 : 0, rate),
+                printf(of[t->work[i].limit], 100 * fraction);
+        printf("\n");
+    }
+    profile_record(r, gpu, peak, memory_bytes, ceilings, t, total, medians);
 }
 #endif

@@ -290,7 +290,7 @@ static void check_refused(const ModelConfig *c, int major, int minor, const char
     const pid_t child = fork();
     if (child == 0) {
         dup2(fds[1], 2);
-        fp8_check(c, &gpu);
+        fp8_check("fp8", c, &gpu);
         _exit(0);
     }
     close(fds[1]);

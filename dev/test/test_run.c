@@ -7,6 +7,7 @@
 #include "../../llmc/logger.h"
 #include "../../llmc/mfu.h"
 #include "../../llmc/options.h"
+#include "../../llmc/profile_work.h"
 #include "../../llmc/qkv_layout.h"
 #include "../../llmc/run.h"
 #include "../../llmc/schedule.h"
@@ -432,6 +433,23 @@ static void test_flops(void) {
            32.0 * 32 * 12 * 128 * (5050 + 5050 + compressed) + 32.0 * 32 * 2 * 128 * compressed +
            32.0 * 8 * 12 * 32 * 128 * 128 * 5;
     CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
+    // -profile counts the same FLOPs, in four micro-batches of three sequences that two GPUs share
+    PassWork pass = {1, 0, 0, 3, n, 2, 4, 0, 0};
+    PartWork work[PART_END];
+    double sum = 0, forward = 0;
+    profile_work(&c, &pass, work);
+    for (int i = 0; i < PART_END; i++)
+        if (work[i].limit != LIMIT_MEMORY) sum += work[i].amount;
+    CHECK(fabs(sum / (model_flops(&c, n) * 4 * 3 / 2) - 1) < 1e-12, "profile: %g FLOPs", sum);
+    CHECK(work[PART_QUANTIZE].amount == 0 && work[PART_NORMS].amount > 0, "profile: bytes");
+    pass.recompute = 2;
+    profile_work(&c, &pass, work);
+    for (int i = 0; i < PART_END; i++)
+        if (work[i].limit != LIMIT_MEMORY) forward += work[i].amount;
+    pass.step = 0, pass.micro_batches = 9;
+    profile_work(&c, &pass, work);
+    forward -= sum + 4 * (work[PART_MATMUL].amount + work[PART_ATTENTION_FORWARD].amount);
+    CHECK(fabs(forward) < 1e-9 * sum, "profile: -r 2 adds a forward pass of the layers: %g", forward);
     c.attn = ATTN_WINDOW, c.fsa.window = 1;
     want = 6 * weights * (double)n + 32.0 * 32 * 12 * 128 * (double)n;
     CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);

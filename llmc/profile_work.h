@@ -1,0 +1,88 @@
+// profile_work.h: the work of each part of a pass on one GPU, for -profile: the FLOPs of parts that the
+// tensor cores limit, the bytes of those that the memory limits. Bytes are those that each kernel must read
+// and write.
+#ifndef LLMC_PROFILE_WORK_H
+#define LLMC_PROFILE_WORK_H
+#include "mfu.h"
+
+typedef enum {
+    PART_MATMUL,            // of the layers, forward and backward
+    PART_QUANTIZE,          // to e4m3, in kernels of their own
+    PART_ATTENTION_FORWARD, // fsa_forward or the dense attention, and RoPE
+    PART_ATTENTION_BACKWARD,
+    PART_NORMS, // RMSNorm, residuals, SwiGLU
+    PART_EMBEDDING,
+    PART_CLASSIFIER, // LM head and cross-entropy
+    PART_OPTIMIZER,  // zeroing the gradients, their norm, AdamW
+    PART_END,        // ends the last part
+} ProfilePart;
+
+static const char *const part_names[PART_END] = {
+    "matmul", "quantize",  "attention_forward", "attention_backward",
+    "norms",  "embedding", "classifier",        "optimizer"};
+
+typedef enum { LIMIT_MATMUL_16, LIMIT_MATMUL_8, LIMIT_MEMORY, LIMITS } Limit;
+
+typedef struct {
+    Limit limit;
+    double amount; // FLOPs, or bytes with LIMIT_MEMORY; 0: not counted
+} PartWork;
+
+// What a pass does on one GPU.
+typedef struct {
+    int step;                   // 1: a training step, 0: a forward pass
+    int fp8, recompute;         // of the flags -matmul and -r
+    int64_t sequences, seq_len; // of a micro-batch; `share` GPUs share them (-cp)
+    int share;
+    int64_t micro_batches;
+    int64_t owned_params,
+        num_params; // parameters that AdamW updates on this GPU, and that have gradients on it
+} PassWork;
+
+// Fills work [PART_END].
+static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWork *work) {
+    const FsaConfig *f = &c->fsa;
+    const double C = c->channels, H = c->hidden, q = (double)f->q_heads * f->head_dim;
+    const double qkv = q + 2.0 * f->kv_heads * f->head_dim,
+                 gates = c->attn == ATTN_NSA ? num_gate_logits(f) : 0;
+    const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate
+    const double n = (double)(p->sequences * p->seq_len) / p->share,
+                 micro_batches = p->step ? (double)p->micro_batches : 1;
+    const double layers = c->layers * micro_batches; // layer passes
+    const int again = p->step && p->recompute == 2;  // layers run twice
+    double forward, backward;
+    attention_flops(c, p->seq_len, &forward, &backward);
+    const double sequences = (double)p->sequences / p->share;
+    memset(work, 0, PART_END * sizeof *work);
+
+    work[PART_MATMUL].limit = p->fp8 ? LIMIT_MATMUL_8 : LIMIT_MATMUL_16;
+    work[PART_MATMUL].amount = 2 * n * (weights + gates * C) * layers * (p->step ? 3 + again : 1);
+    work[PART_CLASSIFIER].limit = LIMIT_MATMUL_16;
+    work[PART_CLASSIFIER].amount = 2 * n * C * c->padded_vocab * micro_batches * (p->step ? 3 : 1);
+    work[PART_ATTENTION_FORWARD].limit = work[PART_ATTENTION_BACKWARD].limit = LIMIT_MATMUL_16;
+    work[PART_ATTENTION_FORWARD].amount = sequences * forward * layers * (1 + again);
+    work[PART_ATTENTION_BACKWARD].amount = p->step ? sequences * backward * layers : 0;
+
+    // attention output by rows; in a step the weights once, and for each weight gradient the rows of dqkv and
+    // both operands transposed, which are read twice
+    work[PART_QUANTIZE].limit = LIMIT_MEMORY;
+    if (p->fp8) {
+        const double operands = (qkv + C) + (C + q) + (2 * H + C) + (C + H);
+        work[PART_QUANTIZE].amount = 3 * n * q * layers * (1 + (p->step && p->recompute > 0));
+        if (p->step)
+            work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
+    }
+    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H; -r 1 computes two
+    // norms of 4C and SwiGLU again. With fp8 an output is one byte instead of two, and RMSNorm's is written
+    // in both.
+    const double saved = p->fp8 ? 1 : 0;
+    const double layer_norms = n * (16 * C + 2 * C * saved + (6 - saved) * H);
+    work[PART_NORMS].limit = LIMIT_MEMORY;
+    work[PART_NORMS].amount = layer_norms * layers * (1 + again);
+    if (p->step) work[PART_NORMS].amount += n * (16 * C + 2 * C * saved + (10 - 2 * saved) * H) * layers;
+    if (p->step && p->recompute == 1) work[PART_NORMS].amount += n * (8 * C + (6 - saved) * H) * layers;
+    // zeros 4 and norm 4 bytes per gradient, AdamW 30 per parameter
+    work[PART_OPTIMIZER].limit = LIMIT_MEMORY;
+    work[PART_OPTIMIZER].amount = p->step ? 4.0 * (double)p->num_params + 34.0 * (double)p->owned_params : 0;
+}
+#endif
