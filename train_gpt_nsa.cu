@@ -31,7 +31,7 @@
 #include "llmc/embedding.cuh"   // embedding_forward, embedding_backward
 #include "llmc/classifier.cuh"  // classifier
 #include "llmc/loss.cuh"        // StepResult, loss_sum, skip_update_if_loss_not_finite, skip_update_above
-#include "llmc/global_norm.cuh" // sum_of_squares, global_norm
+#include "llmc/global_norm.cuh" // global_norm
 #include "llmc/convert.cuh"     // convert, convert_columns
 #include "llmc/fsa_call.cuh"    // attnX, attn_dtype, attn_needs_convert, fsa_check
 #include "llmc/gate_means.cuh"  // DeviceGateSums, gate_sums_begin, gate_sums_add, gate_sums_end
@@ -41,8 +41,8 @@
 #include "llmc/arena.cuh"       // Arena, arena_alloc, die_out_of_memory
 #include "llmc/param_layout.h"  // ParamLayout, LayerParams
 #include "llmc/qkv_matmul.cuh"  // QkvLayout, QkvPart, qkv_part_forward, qkv_part_backward
-#include "llmc/params.cuh"      // Params, params_use_unit, params_begin_gradients, params_end_gradients
-#include "llmc/optimizer.cuh"   // Optimizer, adamw
+#include "llmc/params.cuh"      // Params, params_begin_gradients, params_end_gradients
+#include "llmc/optimizer.cuh" // Optimizer, optimizer_begin, optimizer_update_beside, optimizer_use_unit, ...
 #include "llmc/head_groups.cuh" // HeadGroups, all_gather_kv, reduce_scatter_dkv
 // The program.
 #include "llmc/checkpoint.cuh"     // set_unit_params, load_params, save_checkpoint
@@ -141,8 +141,8 @@ typedef struct {
     Optimizer optimizer; // master weights, m, v
     double *inv_freq;    // [d/2] of RoPE
     // They belong to the current micro-batch.
-    Batch batch;                       // on the device, in batch_buffers
-    int last_micro_batch;              // 1: the last of its step
+    Batch batch;                             // on the device, in batch_buffers
+    int first_micro_batch, last_micro_batch; // 1: of its step
     double loss_sum_limit, norm_limit; // a step above one of them does not update (-sl, -sg); 0: no limit
     Activations acts;
     // They hold one thing after another.
@@ -259,8 +259,7 @@ static size_t workspace_bytes(const Model *model, const Batch *max_batch) {
     if (!model->training) return bytes;
     return std::max({bytes, rmsnorm_backward_scratch(n, c->channels),
                      rmsnorm_backward_scratch(n * f->q_heads, f->head_dim),
-                     embedding_backward_scratch(n, c->channels),
-                     global_norm_scratch(model->layout.num_params)});
+                     embedding_backward_scratch(n, c->channels)});
 }
 
 // Assigns the memory of scratch. max_batch: upper bounds of a batch's counts.
@@ -617,6 +616,9 @@ static void layer_body(Model *model, int l) {
     linears_quantize(m, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
+    optimizer_update_beside(&model->optimizer, &model->params,
+                            l + 1 < c->layers ? model->layout.layers[l + 1].ln1 : model->layout.lnf,
+                            model->stream);
     operand_quantize(m, &attn_out, n, qd, model->stream);
     linear_forward(m, s->proj_out, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream);
     profile_part(model, PART_NORMS);
@@ -636,13 +638,14 @@ static void model_forward(Model *model) {
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
     const Params *params = &model->params;
+    Optimizer *optimizer = &model->optimizer;
     cudaStream_t stream = model->stream;
     const int64_t n = model->batch.n, C = c->channels;
     profile_part(model, PART_EMBEDDING);
-    params_use_unit(params, layout->wte, stream);
+    optimizer_use_unit(optimizer, params, layout->wte, stream);
     embedding_forward(acts->layers[0].residual_in, model->batch.tokens, weight(model, layout->wte), n, (int)C,
                       stream);
-    params_use_unit(params, layout->layers[0].ln1, stream);
+    optimizer_use_unit(optimizer, params, layout->layers[0].ln1, stream);
     layer_ln1(model, 0);
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
@@ -650,7 +653,7 @@ static void model_forward(Model *model) {
         linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
                        linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
         profile_part(model, PART_NORMS);
-        params_use_unit(params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
+        optimizer_use_unit(optimizer, params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
                                  next ? next->residual_in : acts->residual_out,
                                  next ? next->ln1_rstd : acts->lnf_rstd, a->residual_mid, s->proj_out,
@@ -679,8 +682,9 @@ static void model_lm_head(Model *model, int training) {
         classifier(s->logits, acts->losses + t, acts->argmax + t, b->targets + t, training ? 1.0f : 0.0f,
                    rows, V, Vp, model->stream);
         if (!training) continue;
-        matmul_backward_weight(&model->linears.matmul, gradient(model, layout->lm_head), s->logits, Vp, x, C,
-                               rows, C, Vp, model->stream);
+        matmul_backward_weight(&model->linears.matmul, gradient(model, layout->lm_head),
+                               t > 0 || model->linears.add_gradients, s->logits, Vp, x, C, rows, C, Vp,
+                               model->stream);
         matmul_backward_input(&model->linears.matmul, s->dnorm + t * C, 0, s->logits, Vp, lm_head, rows, C,
                               Vp, model->stream);
     }
@@ -817,67 +821,71 @@ static void layer_backward(Model *model, int l) {
                      weight(model, w->ln1), a->ln1_rstd, n, (int)C, s->workspace, stream, s->dresidual_q);
 }
 
+// Called before and after the passes write the gradients of the unit that contains parameter `offset`. After
+// a step's last micro-batch their squares are summed beside the passes.
+static void begin_gradients(Model *model, int64_t offset) {
+    params_begin_gradients(&model->params, &model->layout, offset, model->first_micro_batch, model->stream);
+}
+static void end_gradients(Model *model, int64_t offset) {
+    const Params *p = &model->params;
+    params_end_gradients(p, offset, model->first_micro_batch, model->last_micro_batch, model->stream);
+    if (model->last_micro_batch)
+        optimizer_add_squares(&model->optimizer, p, zero_find_unit(&p->zero, offset),
+                              &model->scratch.result->squares,
+                              model->gpus ? model->gpus->stream : model->stream);
+}
+
 // Adds to grads the gradient of the sum of the token losses of batch b, and adds that sum to
-// result->loss_sum.
+// result->loss_sum. A step's first micro-batch overwrites grads.
 static void model_forward_backward(Model *model, const Batch *b) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
-    const Params *params = &model->params;
     cudaStream_t stream = model->stream;
     model->batch = *b;
+    model->linears.add_gradients = params_add_gradients(&model->params, model->first_micro_batch);
     model_forward(model);
-    params_begin_gradients(params, layout->lnf, stream);
-    if (c->tied) params_begin_gradients(params, layout->wte, stream);
+    begin_gradients(model, layout->lnf);
+    if (c->tied) begin_gradients(model, layout->wte);
     model_lm_head(model, 1);
     loss_sum(&s->result->loss_sum, acts->losses, b->n, stream);
     profile_part(model, PART_NORMS);
     rmsnorm_backward(s->dresidual, 0, gradient(model, layout->lnf), s->dnorm, acts->residual_out,
                      weight(model, layout->lnf), acts->lnf_rstd, b->n, c->channels, s->workspace, stream,
                      s->dresidual_q);
-    params_end_gradients(params, layout->lnf, model->last_micro_batch, stream);
+    end_gradients(model, layout->lnf);
     for (int l = c->layers - 1; l >= 0; l--) {
-        params_begin_gradients(params, layout->layers[l].ln1, stream);
+        begin_gradients(model, layout->layers[l].ln1);
         layer_backward(model, l);
-        params_end_gradients(params, layout->layers[l].ln1, model->last_micro_batch, stream);
+        end_gradients(model, layout->layers[l].ln1);
     }
     profile_part(model, PART_EMBEDDING);
-    if (!c->tied) params_begin_gradients(params, layout->wte, stream);
+    if (!c->tied) begin_gradients(model, layout->wte);
     embedding_backward(gradient(model, layout->wte), b->tokens, s->dresidual, b->n, c->channels,
                        c->padded_vocab, s->workspace, stream);
-    params_end_gradients(params, layout->wte, model->last_micro_batch, stream);
+    end_gradients(model, layout->wte);
+    model->first_micro_batch = 0;
 }
 
-// Zeroes grads and result. model_update has waited for the transfers of gradients; weights may still be in
-// transfer.
+// Begins a step: zeroes the sums of result, and lets the next micro-batch overwrite grads. AdamW may still
+// read grads and result->norm.
 static void model_zero_grad(Model *model) {
-    const int64_t count = params_num_grads(&model->params, &model->layout);
-    profile_part(model, PART_OPTIMIZER);
-    cuda_check(cudaMemsetAsync(model->params.grads, 0, count * sizeof(float), model->stream));
-    cuda_check(cudaMemsetAsync(model->scratch.result, 0, sizeof(StepResult), model->stream));
+    model->first_micro_batch = 1;
+    cuda_check(
+        cudaMemsetAsync(&model->scratch.result->loss_sum, 0, STEP_SUMS * sizeof(double), model->stream));
 }
 
 // AdamW step number `step` (1-based), with the gradient of the mean loss over `tokens` tokens, clipped to the
 // norm o->clip (0: not clipped). If the loss or the norm is NaN or Inf, nothing changes. Copies result to
 // host.result, and records step_done.
 static void model_update(Model *model, const Options *o, int64_t step, double lr, int64_t tokens) {
-    const Params *p = &model->params;
-    const Optimizer *a = &model->optimizer;
+    Optimizer *a = &model->optimizer;
     cudaStream_t stream = model->stream;
     StepResult *r = model->scratch.result;
-    const ZeroPartition *z = &p->zero;
-    int64_t begin, end;
     profile_part(model, PART_OPTIMIZER);
     cuda_check(cudaMemcpyAsync(&r->stop, model->host.stop, sizeof r->stop, cudaMemcpyHostToDevice, stream));
-    cuda_check(cudaMemsetAsync(&r->squares, 0, sizeof r->squares, stream));
-    if (model->gpus)
-        compute_waits_for_transfers(model->gpus, stream); // waits for the reductions of gradients
-    for (int64_t u = 0; u < z->num_units; u++) {
-        zero_partition(z, u, z->rank, &begin, &end);
-        sum_of_squares(&r->squares, p->grads + (z->stage == 2 ? z->units[u].shard_offset : begin),
-                       end - begin, model->scratch.workspace, stream);
-    }
+    stream_waits_for_stream(a, stream, a->stream); // for the sums of squares
     if (model->gpus) {
         transfers_wait_for_compute(model->gpus, stream);
         gpus_all_reduce(model->gpus, &r->loss_sum, STEP_SUMS);
@@ -886,15 +894,7 @@ static void model_update(Model *model, const Options *o, int64_t step, double lr
     global_norm(r->norm, &r->squares, (float)(1.0 / (double)tokens), (float)o->clip, stream);
     skip_update_if_loss_not_finite(r, stream);
     skip_update_above(r, model->loss_sum_limit, model->norm_limit, stream);
-    for (int64_t u = 0; u < z->num_units; u++) {
-        const int64_t shard = z->units[u].shard_offset, first = a->range_offsets[u];
-        zero_owned(z, u, z->rank, &begin, &end);
-        adamw(p->weights + begin, a->master + shard, a->m + shard, a->v + shard,
-              p->grads + (z->stage == 2 ? shard : begin), end - begin, a->ranges + first,
-              (int)(a->range_offsets[u + 1] - first), lr, o->beta1, o->beta2, o->eps, o->weight_decay, step,
-              r->norm, stream);
-        if (z->stage > 0) params_gather_unit(p, u, stream);
-    }
+    optimizer_begin(a, o, step, lr, r->norm, stream);
     cuda_check(cudaMemcpyAsync(model->host.result, r, sizeof *r, cudaMemcpyDeviceToHost, stream));
     linears_weights_changed(&model->linears, model->config.layers);
     profile_part(model, PART_END);

@@ -26,7 +26,7 @@ static void set_unit_params(const Params *p, const Optimizer *a, int64_t u, cons
         if (v) cuda_check(cudaMemcpy(a->v + shard, v, bytes, cudaMemcpyHostToDevice));
         cuda_check(cudaDeviceSynchronize()); // `stream` does not wait for these copies
         convert(p->weights + begin, a->master + shard, count, stream);
-        if (p->zero.stage > 0) params_gather_unit(p, u, stream);
+        params_share_unit(p, u, stream);
     } else { // without training there are no master weights
         std::vector<floatX> rounded(count);
         for (int64_t i = 0; i < count; i++) rounded[i] = (floatX)values[i];
@@ -96,7 +96,7 @@ static void gather_state(const Params *p, const Optimizer *a, int array, int64_t
 
 // Writes a checkpoint; every process writes a part. The file is the same as the C trainer's, whatever the
 // number of processes.
-static void save_checkpoint(Run *r, const Params *p, const Optimizer *a, const ParamLayout *layout,
+static void save_checkpoint(Run *r, const Params *p, Optimizer *a, const ParamLayout *layout,
                             cudaStream_t stream) {
     Comm *comm = &r->comm;
     const int64_t count = layout->num_params, chunks = checkpoint_num_chunks(count);
@@ -114,6 +114,7 @@ static void save_checkpoint(Run *r, const Params *p, const Optimizer *a, const P
         die("cannot write %s: %s%s", path, strerror(errno),
             comm->rank > 0 ? "; the folder -o must be shared by all hosts" : "");
     float *part = (float *)xmalloc((end - begin) * sizeof(float));
+    optimizer_use_unit(a, p, layout->lnf, stream); // the last unit: AdamW is done
     for (int i = 0; i < 3; i++) {
         gather_state(p, a, i, begin, end, part, stream);
         checkpoint_write_part(fd, path, 3, i, count, begin, end - begin, part);

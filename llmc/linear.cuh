@@ -33,6 +33,8 @@ typedef struct {
 typedef struct {
     Matmul matmul;
     int fp8;
+    int add_gradients;   // 1: weight gradients are added to those of the micro-batches before; 0: they
+                         // overwrite them
     Linear *weights;     // [layers][LINEARS]
     int *quantized;      // [layers] 1: q and t are those of the current weights
     uint8_t *transposed; // scratch: the two operands of a weight gradient
@@ -149,14 +151,14 @@ static void linear_forward(Linears *m, floatX *out, int64_t ldo, Operand x, cons
     if (bias) add_bias(out, ldo, bias, n, w->out, stream);
 }
 
-// dweight [w->out, w->in] += dout^T x, in fp32; then dx = dout w, or dx += dout w if add_dx != 0: dout [n,
-// w->out], x [n, w->in], dx [n, w->in]. dx may be x.
+// dweight [w->out, w->in] = dout^T x, or dweight += dout^T x if m->add_gradients, in fp32; then dx = dout w,
+// or dx += dout w if add_dx != 0: dout [n, w->out], x [n, w->in], dx [n, w->in]. dx may be x.
 static void linear_backward(Linears *m, floatX *dx, int add_dx, float *dweight, Operand dout, Operand x,
                             const Linear *w, int64_t n, cudaStream_t stream) {
     if (!w->q.data) {
         profile_mark(m->profile, PART_MATMUL, stream);
-        matmul_backward_weight(&m->matmul, dweight, dout.x, dout.stride, x.x, x.stride, n, w->in, w->out,
-                               stream);
+        matmul_backward_weight(&m->matmul, dweight, m->add_gradients, dout.x, dout.stride, x.x, x.stride, n,
+                               w->in, w->out, stream);
         matmul_backward_input(&m->matmul, dx, add_dx, dout.x, dout.stride, w->weight, n, w->in, w->out,
                               stream);
         return;
@@ -167,7 +169,7 @@ static void linear_backward(Linears *m, floatX *dx, int add_dx, float *dweight, 
     quantize_transpose(dout_t, FP8_SCALE_ROW, dout.q, n, w->out, m->amax, stream);
     quantize_transpose(x_t, FP8_SCALE_ROW, x.q, n, w->in, m->amax, stream);
     profile_mark(m->profile, PART_MATMUL, stream);
-    fp8_matmul_backward_weight(&m->matmul, dweight, 1, dout_t, x_t, n, w->in, w->out, stream);
+    fp8_matmul_backward_weight(&m->matmul, dweight, m->add_gradients, dout_t, x_t, n, w->in, w->out, stream);
     fp8_matmul_backward_input(&m->matmul, dx, add_dx, dout.q, w->t, n, w->in, w->out, stream);
 }
 #endif

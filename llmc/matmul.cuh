@@ -293,13 +293,13 @@ static inline void add_bias(floatX *out, int64_t ldo, const floatX *bias, int64_
     cuda_check(cudaGetLastError());
 }
 
-// dweight += dout^T x: dweight [o, c] is fp32, dout [n, o] has rows ldo elements apart, x [n, c] rows ldx
-// elements apart. 2*n*c*o FLOPs.
-static inline void matmul_backward_weight(Matmul *mm, float *dweight, const floatX *dout, int64_t ldo,
-                                          const floatX *x, int64_t ldx, int64_t n, int64_t c, int64_t o,
-                                          cudaStream_t stream) {
+// dweight = dout^T x, or dweight += dout^T x if add != 0: dweight [o, c] is fp32, dout [n, o] has rows ldo
+// elements apart, x [n, c] rows ldx elements apart. 2*n*c*o FLOPs.
+static inline void matmul_backward_weight(Matmul *mm, float *dweight, int add, const floatX *dout,
+                                          int64_t ldo, const floatX *x, int64_t ldx, int64_t n, int64_t c,
+                                          int64_t o, cudaStream_t stream) {
     if (n == 0) return;
-    const MatmulArrays arrays = {dweight, x, dout, 1};
+    const MatmulArrays arrays = {dweight, x, dout, add ? 1.0f : 0.0f};
     matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, &arrays, stream);
 }
 #endif

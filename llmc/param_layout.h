@@ -16,6 +16,13 @@ typedef struct {
     LayerParams *layers;       // [layers]
 } ParamLayout;
 
+// Returns whether the gradient of tensor t is written by one matmul, which needs no zeros: the linear layers'
+// weights and the LM head. The gradients of the others are only added to.
+static inline int param_is_linear(const ParamLayout *p, const ParamTensor *t) {
+    return param_is(t, "wqkv") || param_is(t, "wgate") || param_is(t, "wo") || param_is(t, "wgu") ||
+           param_is(t, "wdown") || t->offset == p->lm_head;
+}
+
 // Returns the offset of a layer's tensor `name`, or -1; layer -1: a tensor outside the layers.
 static inline int64_t param_offset(const ParamLayout *p, int layer, const char *name) {
     for (int64_t i = 0; i < p->num_tensors; i++) {

@@ -16,7 +16,8 @@ typedef struct {
     float *unit_grad_buffers[UNIT_GRAD_BUFFERS]; // ZeRO stage 2: the gradients of one unit each
     float **unit_grads; // [units], on the host: where the backward pass writes each unit's gradients
     int *unit_buffer;   // [units], on the host: the unit's index in unit_grad_buffers
-    cudaEvent_t *weights_gathered; // [units] the unit's weights have come from their owners
+    cudaEvent_t
+        *weights_ready; // [units] AdamW has updated the unit's weights, and they have come from their owners
     cudaEvent_t unit_grad_buffer_free[UNIT_GRAD_BUFFERS]; // the buffer's gradients have gone to their owners
 } Params;
 
@@ -33,19 +34,19 @@ static void params_build(Params *p, const ModelConfig *c, const ParamLayout *lay
     const int64_t units = p->zero.num_units;
     p->unit_grads = (float **)xcalloc(units, sizeof *p->unit_grads);
     p->unit_buffer = (int *)xcalloc(units, sizeof *p->unit_buffer);
-    p->weights_gathered = (cudaEvent_t *)xcalloc(units, sizeof *p->weights_gathered);
+    p->weights_ready = (cudaEvent_t *)xcalloc(units, sizeof *p->weights_ready);
     for (int64_t u = 0; u < units; u++) {
         p->unit_buffer[u] = u == 0 ? 0 : u == units - 1 ? (c->tied ? 1 : 0) : 2 + (int)(u % 2);
-        cuda_check(cudaEventCreateWithFlags(&p->weights_gathered[u], cudaEventDisableTiming));
+        cuda_check(cudaEventCreateWithFlags(&p->weights_ready[u], cudaEventDisableTiming));
     }
     for (cudaEvent_t &event : p->unit_grad_buffer_free)
         cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
 }
 
 static void params_free(Params *p) {
-    for (int64_t u = 0; u < p->zero.num_units; u++) cuda_check(cudaEventDestroy(p->weights_gathered[u]));
+    for (int64_t u = 0; u < p->zero.num_units; u++) cuda_check(cudaEventDestroy(p->weights_ready[u]));
     for (cudaEvent_t event : p->unit_grad_buffer_free) cuda_check(cudaEventDestroy(event));
-    free(p->unit_grads), free(p->unit_buffer), free(p->weights_gathered);
+    free(p->unit_grads), free(p->unit_buffer), free(p->weights_ready);
     zero_partition_free(&p->zero);
 }
 
@@ -71,35 +72,56 @@ static void params_memory_layout(Params *p, const ParamLayout *layout, Arena *ar
                                          : NULL;
 }
 
-// Starts to gather unit u's weights from their owners. params_use_unit lets work that reads them wait.
-static void params_gather_unit(const Params *p, int64_t u, cudaStream_t stream) {
-    transfers_wait_for_compute(p->gpus, stream);
-    gpus_all_gather_unit(p->gpus, &p->zero, u, p->weights + p->zero.units[u].begin, sizeof(floatX));
-    cuda_check(cudaEventRecord(p->weights_gathered[u], p->gpus->stream));
+// Marks the weights of unit u as updated by the work on `stream`, and with ZeRO starts to gather them from
+// their owners.
+static void params_share_unit(const Params *p, int64_t u, cudaStream_t stream) {
+    if (p->zero.stage > 0) {
+        transfers_wait_for_compute(p->gpus, stream);
+        gpus_all_gather_unit(p->gpus, &p->zero, u, p->weights + p->zero.units[u].begin, sizeof(floatX));
+        stream = p->gpus->stream;
+    }
+    cuda_check(cudaEventRecord(p->weights_ready[u], stream));
 }
 
-// Waits for the gathered weights of the unit that contains parameter `offset`. Called before a pass launches
+// Waits for the updated weights of the unit that contains parameter `offset`. Called before a pass launches
 // the first work that reads them.
 static void params_use_unit(const Params *p, int64_t offset, cudaStream_t stream) {
-    if (p->zero.stage == 0) return;
-    cuda_check(cudaStreamWaitEvent(stream, p->weights_gathered[zero_find_unit(&p->zero, offset)], 0));
+    cuda_check(cudaStreamWaitEvent(stream, p->weights_ready[zero_find_unit(&p->zero, offset)], 0));
 }
 
-// Acquires a gradient buffer for the unit that contains parameter `offset`: with ZeRO stage 2 waits until the
-// unit's buffer is free, and zeroes it. Called before the backward pass launches the first work that adds to
-// the unit's gradients.
-static void params_begin_gradients(const Params *p, int64_t offset, cudaStream_t stream) {
-    if (p->zero.stage < 2) return;
+// Returns whether a micro-batch adds to the gradients of those before; else its matmuls overwrite them. With
+// ZeRO stage 2 every micro-batch begins with new gradients.
+static int params_add_gradients(const Params *p, int first_micro_batch) {
+    return p->zero.stage < 2 && !first_micro_batch;
+}
+
+// Called before the backward pass launches the first work that writes the gradients of the unit that contains
+// parameter `offset`: with ZeRO stage 2 waits until the unit's buffer is free; zeroes the gradients that no
+// matmul overwrites.
+static void params_begin_gradients(const Params *p, const ParamLayout *layout, int64_t offset,
+                                   int first_micro_batch, cudaStream_t stream) {
     const int64_t u = zero_find_unit(&p->zero, offset);
     const ZeroUnit *unit = &p->zero.units[u];
-    cuda_check(cudaStreamWaitEvent(stream, p->unit_grad_buffer_free[p->unit_buffer[u]], 0));
-    cuda_check(cudaMemsetAsync(p->unit_grads[u], 0, (unit->end - unit->begin) * sizeof(float), stream));
+    if (p->zero.stage == 2)
+        cuda_check(cudaStreamWaitEvent(stream, p->unit_grad_buffer_free[p->unit_buffer[u]], 0));
+    if (params_add_gradients(p, first_micro_batch)) return;
+    int64_t begin = unit->begin; // of neighbouring tensors to zero
+    for (int64_t i = 0; i <= layout->num_tensors; i++) {
+        const int64_t end = i < layout->num_tensors ? layout->tensors[i].offset : layout->num_params;
+        if (end < unit->begin || end > unit->end) continue;
+        if (end < unit->end && !param_is_linear(layout, &layout->tensors[i])) continue;
+        if (end > begin)
+            cuda_check(cudaMemsetAsync(p->unit_grads[u] + (begin - unit->begin), 0,
+                                       (end - begin) * sizeof(float), stream));
+        if (end < unit->end) begin = end + layout->tensors[i].size;
+    }
 }
 
 // Reduces the gradients of the unit over all GPUs, beside the following work. ZeRO stages 0 and 1 reduce only
-// after the step's last micro-batch. Called after the backward pass has launched the last work that adds to
+// after the step's last micro-batch. Called after the backward pass has launched the last work that writes
 // the unit's gradients.
-static void params_end_gradients(const Params *p, int64_t offset, int last_micro_batch, cudaStream_t stream) {
+static void params_end_gradients(const Params *p, int64_t offset, int first_micro_batch, int last_micro_batch,
+                                 cudaStream_t stream) {
     const ZeroPartition *z = &p->zero;
     const int64_t u = zero_find_unit(z, offset);
     if (!p->gpus || (z->stage < 2 && !last_micro_batch)) return;
@@ -108,8 +130,13 @@ static void params_end_gradients(const Params *p, int64_t offset, int last_micro
     if (z->stage < 2) return;
     int64_t begin, end;
     zero_partition(z, u, z->rank, &begin, &end);
-    add_arrays(p->grads + z->units[u].shard_offset, p->unit_grads[u] + (begin - z->units[u].begin),
-               end - begin, p->gpus->stream);
+    float *own = p->grads + z->units[u].shard_offset;
+    const float *reduced = p->unit_grads[u] + (begin - z->units[u].begin);
+    if (first_micro_batch)
+        cuda_check(cudaMemcpyAsync(own, reduced, (end - begin) * sizeof(float), cudaMemcpyDeviceToDevice,
+                                   p->gpus->stream));
+    else
+        add_arrays(own, reduced, end - begin, p->gpus->stream);
     cuda_check(cudaEventRecord(p->unit_grad_buffer_free[p->unit_buffer[u]], p->gpus->stream));
 }
 #endif

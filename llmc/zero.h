@@ -39,8 +39,7 @@ static inline void zero_owned(const ZeroPartition *z, int64_t u, int rank, int64
 }
 
 // Cuts the parameters of tensors [num_tensors] into units where the layer changes, and partitions each unit
-// over `ranks` ranks. One rank alone has stage 0 and one unit. Exits with an error if a unit is not
-// aligned.
+// over `ranks` ranks. One rank alone has stage 0. Exits with an error if a unit is not aligned.
 static inline void zero_partition_build(ZeroPartition *z, int stage, int rank, int ranks,
                                         const ParamTensor *tensors, int64_t num_tensors) {
     memset(z, 0, sizeof *z);
@@ -48,7 +47,7 @@ static inline void zero_partition_build(ZeroPartition *z, int stage, int rank, i
     z->units = (ZeroUnit *)xcalloc((size_t)num_tensors, sizeof *z->units);
     for (int64_t i = 0; i < num_tensors; i++) {
         const ParamTensor *t = &tensors[i];
-        if (i == 0 || (ranks > 1 && t->layer != t[-1].layer)) z->units[z->num_units++].begin = t->offset;
+        if (i == 0 || t->layer != t[-1].layer) z->units[z->num_units++].begin = t->offset;
         z->units[z->num_units - 1].end = t->offset + t->size;
     }
     for (int64_t u = 0; u < z->num_units; u++) {

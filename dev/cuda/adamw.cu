@@ -33,7 +33,9 @@ static void adamw_v1(floatX *params, float *master, float *m, float *v, const fl
     }
 }
 
-// Three steps of both versions against the C trainer's cpu::model_update.
+static int few_sms; // 1: the GPU can run AdamW on a few SMs
+
+// Three steps of all versions against the C trainer's cpu::model_update.
 static void check(Random *r, const std::vector<int64_t> &sizes) {
     std::vector<AdamwRange> ranges;
     std::vector<ParamTensor> tensors;
@@ -49,8 +51,9 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
     std::vector<float> p(count), m0(count, 0), g(count);
     for (float &x : p) x = r->normal();
     Buffer<AdamwRange> table(ranges);
-    for (int version = 1; version <= 2; version++) {
-        const char *name = version == 1 ? "1" : "library";
+    for (int version = 1; version <= 3; version++) {
+        const char *name = version == 1 ? "1" : version == 2 ? "library" : "three SMs";
+        if (version == 3 && !few_sms) continue;
         std::vector<float> p_ref = p, m_ref = m0, v_ref = m0;
         cpu::Model cpu_model;
         memset(&cpu_model, 0, sizeof cpu_model);
@@ -68,7 +71,7 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
                 adamw_v1(params, master, m, v, grads, ranges, count, step, factor);
             else
                 adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
-                      weight_decay, step, factor, 0);
+                      weight_decay, step, factor, version == 3 ? 3 : 0, 0);
             if (step != 3) cpu::model_update(&cpu_model, step, lr, beta1, beta2, eps, weight_decay, scale);
             char shape[64];
             snprintf(shape, sizeof shape, "count %lld step %lld", (long long)count, (long long)step);
@@ -91,11 +94,18 @@ static void check(Random *r, const std::vector<int64_t> &sizes) {
 
 int main(int argc, char **argv) {
     Random r(seed_from_args(argc, argv));
-    check(&r, {4});
+    int major;
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    few_sms = major >= 9;
+    check(&r, {8});
     check(&r, {64, 8, 128, 16, 1200});
+    check(&r, {4096, 20000, 8, 12, 4});
     if (!has_flag(argc, argv, "small")) {
         std::vector<int64_t> sizes;
         for (int i = 0; i < 300; i++) sizes.push_back(4 * (1 + r.below(i % 7 == 0 ? 5000 : 50)));
+        int64_t sum = 0;
+        for (int64_t size : sizes) sum += size;
+        sizes.push_back(8 + sum % 8);
         check(&r, sizes);
     }
     for (int64_t count : {124 << 20, 1 << 30}) {
@@ -112,9 +122,21 @@ int main(int argc, char **argv) {
         report("adamw", "step", "1", count, 1, 0, ms, bytes, 0);
         ms = time_ms([&] {
             adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
-                  weight_decay, 1, factor, 0);
+                  weight_decay, 1, factor, 0, 0);
         });
         report("adamw", "step", "library", count, 1, 0, ms, bytes, 0);
+        for (int sms : {8, 16, 32}) {
+            if (!few_sms) break;
+            ms = time_ms([&] {
+                adamw(params, master, m, v, grads, count, table, (int)ranges.size(), lr, beta1, beta2, eps,
+                      weight_decay, 1, factor, sms, 0);
+            });
+            report("adamw", "step",
+                   sms == 8    ? "8 SMs"
+                   : sms == 16 ? "16 SMs"
+                               : "32 SMs",
+                   count, 1, 0, ms, bytes, 0);
+        }
     }
     return finish("adamw");
 }

@@ -72,9 +72,9 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift, in
     matmul_forward(out_ref.data(), x.f.data(), weight.f.data(), bias.f.data(), n, c, o);
     matmul_backward(dx_ref.data(), 0, dw_ref.data(), db_ref.data(), dense.data(), x.f.data(), weight.f.data(),
                     n, c, o);
-    std::vector<float> unused((int64_t)o * c);
-    matmul_backward(added_ref.data(), 1, unused.data(), NULL, dense.data(), x.f.data(), weight.f.data(), n, c,
-                    o);
+    std::vector<float> dw_alone((int64_t)o * c);
+    matmul_backward(added_ref.data(), 1, dw_alone.data(), NULL, dense.data(), x.f.data(), weight.f.data(), n,
+                    c, o);
 
     std::vector<floatX> shifted(shift);
     shifted.insert(shifted.end(), weight.raw.begin(), weight.raw.end());
@@ -127,14 +127,17 @@ static void check(Random *r, int64_t n, int c, int o, int64_t ldo, int shift, in
     dx.set(dx0.raw);
     matmul_backward_input(&mm, dx, 1, d, ldo, w, n, c, o, 0);
     check_close("dinput", "library", shape, dx, added_ref, rounded_tolerance);
-    matmul_backward_weight(&mm, dw, d, ldo, x_in, ldx, n, c, o, 0);
+    matmul_backward_weight(&mm, dw, 1, d, ldo, x_in, ldx, n, c, o, 0);
     bias_backward(&mm, db, d, ldo, n, o, 0);
     check_close("dweight", "library", shape, dw, dw_ref, fp32_tolerance);
     check_close("dbias", "library", shape, db, db_ref, fp32_tolerance);
-    matmul_backward_weight(&mm, dw_again, d, ldo, x_in, ldx, n, c, o, 0);
+    matmul_backward_weight(&mm, dw_again, 1, d, ldo, x_in, ldx, n, c, o, 0);
     bias_backward(&mm, db_again, d, ldo, n, o, 0);
     check_same("matmul dweight", dw, dw_again);
     check_same("matmul dbias", db, db_again);
+    dw.poison();
+    matmul_backward_weight(&mm, dw, 0, d, ldo, x_in, ldx, n, c, o, 0);
+    check_close("dweight, overwritten", "library", shape, dw, dw_alone, fp32_tolerance);
 }
 
 // More shapes than are remembered, then the first ones again.
@@ -187,7 +190,7 @@ int main(int argc, char **argv) {
             dweight.zero(), dbias.zero();
             double flops = 2.0 * (double)n * (double)c * (double)o;
             double bytes = sizeof(floatX) * (double)(n * c + o * c + n * o), ms;
-            ms = time_ms([&] { matmul_backward_weight(&mm, dweight, out, o, x, c, n, c, o, 0); });
+            ms = time_ms([&] { matmul_backward_weight(&mm, dweight, 1, out, o, x, c, n, c, o, 0); });
             report("matmul", "dweight", "library", n, c, o, ms,
                    bytes + (8.0 - sizeof(floatX)) * (double)(o * c), flops);
             ms = time_ms([&] { matmul_backward_input(&mm, x, 0, out, o, weight, n, c, o, 0); });
