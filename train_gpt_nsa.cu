@@ -72,8 +72,7 @@ typedef struct {
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
     floatX *gate_up, *swiglu;   // [n, 2*hidden], [n, hidden]
-    // With -matmul fp8, in e4m3: [n, C], [n, Hq*d], [n, C], [n, hidden]. ln1 is then for the gate alone,
-    // there is no ln2, and swiglu holds its gradient alone.
+    // With -matmul fp8, in e4m3. ln1 is then for the gate alone, ln2 is NULL, swiglu holds its gradient.
     Fp8Matrix ln1_q, attn_q, ln2_q, swiglu_q;
 } LayerActivations;
 
@@ -931,11 +930,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
         cuda_check(cudaMemcpyAsync(dst[i], src, bytes * (b.num_keys / b.n), cudaMemcpyDeviceToHost, stream));
     }
     cuda_check(cudaStreamSynchronize(stream));
-    for (int i = 0; i < 2 && sharded; i++) { // from rank order to sequence order
-        std::vector<int32_t> rank_ordered((int32_t *)dst[i], (int32_t *)dst[i] + b.num_keys);
-        cp_scatter_rows(b.num_keys, b.num_chunks, host.chunk_perm, dst[i], rank_ordered.data(),
-                        sizeof(int32_t));
-    }
+    for (int i = 0; i < 2 && sharded; i++) batch_to_sequence_order(&host, dst[i]);
     gate_sums_end(&model->scratch.gates, r->gates, &model->qkv, model->config.layers, b.n, stream);
     *losses = model->host.losses, *argmax = model->host.argmax;
 }

@@ -91,4 +91,10 @@ static FsaDeviceBatch fsa_device_batch(const Batch *b) {
 static bool kv_is_sharded(const Batch *b) {
     return b->num_keys > b->n;
 }
+
+// Permutes rows [num_keys] of 4 bytes, on the host, from rank order to sequence order. b: of batch_fill.
+static void batch_to_sequence_order(const Batch *b, void *rows) {
+    const std::vector<int32_t> rank_ordered((int32_t *)rows, (int32_t *)rows + b->num_keys);
+    cp_scatter_rows(b->num_keys, b->num_chunks, b->chunk_perm, rows, rank_ordered.data(), sizeof(int32_t));
+}
 #endif
