@@ -171,9 +171,11 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
     if (first || (keep_cheap && (!fp8 || c->attn == ATTN_NSA))) arena_alloc(arena, &a->ln1, n * C);
     if (first || keep_cheap) {
         if (fp8) {
-            fp8_alloc(arena, &a->ln1_q, n, C), fp8_alloc(arena, &a->attn_q, n, q / n);
-            fp8_alloc(arena, &a->ln2_q, n, C), fp8_alloc(arena, &a->swiglu_q, n, H);
-            a->swiglu = (floatX *)model->linears.transposed;
+            fp8_matrix_memory_layout(&a->ln1_q, n, C, arena);
+            fp8_matrix_memory_layout(&a->attn_q, n, q / n, arena);
+            fp8_matrix_memory_layout(&a->ln2_q, n, C, arena);
+            fp8_matrix_memory_layout(&a->swiglu_q, n, H, arena);
+            a->swiglu = (floatX *)model->linears.scratch.dout_t.data;
         } else {
             arena_alloc(arena, &a->ln2, n * C);
             arena_alloc(arena, &a->swiglu, n * H);
@@ -237,8 +239,9 @@ static void gradients_memory_layout(Model *model) {
     s->dout = (attnX *)s->dattn_out;
     if (attn_needs_convert) arena_alloc(arena, &s->dout, q);
     if (model->linears.fp8) {
-        fp8_alloc(arena, &s->dresidual_q, n, C);
-        fp8_alloc(arena, &s->dout_q, n, std::max<int64_t>(2 * model->config.hidden, model->qkv.gate));
+        fp8_matrix_memory_layout(&s->dresidual_q, n, C, arena);
+        fp8_matrix_memory_layout(&s->dout_q, n, std::max<int64_t>(2 * model->config.hidden, model->qkv.gate),
+                                 arena);
     }
     arena_alloc(arena, &s->dqkv, n * model->qkv.stride);
     s->attn_dqkv = (attnX *)s->dqkv;
@@ -363,7 +366,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     param_layout_build(&model->layout, config);
     params_build(&model->params, config, &model->layout, model->gpus, zero_stage);
     optimizer_build(&model->optimizer, &model->layout, &model->params.zero);
-    linears_build(&model->linears, config, fp8, model->gpus && gpus->cp_size > 1);
+    linears_build(&model->linears, config, fp8);
     model->acts.layers = (LayerActivations *)xcalloc(config->layers, sizeof *model->acts.layers);
     model_allocate(model);
     host_memory_layout(model); // counts

@@ -35,10 +35,12 @@ static inline void fp8_matrix_memory_layout(Fp8Matrix *q, int64_t rows, int64_t 
     arena_alloc(arena, &q->scale, rows);
 }
 
-static inline void fp8_weight_memory_layout(Fp8Weight *w, int64_t out, int64_t in, Arena *arena) {
+// Without training there is no w_t.
+static inline void fp8_weight_memory_layout(Fp8Weight *w, int64_t out, int64_t in, int training,
+                                            Arena *arena) {
     w->out = w->ld_t = out, w->in = in;
     fp8_matrix_memory_layout(&w->w, out, in, arena);
-    fp8_matrix_memory_layout(&w->w_t, in, out, arena);
+    if (training) fp8_matrix_memory_layout(&w->w_t, in, out, arena);
 }
 
 // For linear layers of at most n tokens, max_out outputs and max_in inputs.
@@ -53,8 +55,8 @@ static inline void fp8_scratch_memory_layout(Fp8Scratch *s, int64_t n, int64_t m
 static inline Fp8Weight fp8_weight_rows(const Fp8Weight *w, int64_t first, int64_t count) {
     Fp8Weight part = *w;
     part.out = count;
-    part.w.data += first * w->in, part.w.scale += first;
-    part.w_t.data += first;
+    if (w->w.data) part.w.data += first * w->in, part.w.scale += first;
+    if (w->w_t.data) part.w_t.data += first;
     return part;
 }
 
@@ -67,10 +69,13 @@ static inline Fp8Mode fp8_mode(const Matmul *mm, Fp8Mode mode) {
 // Quantizes a weight [out, in]. Called once a step, after the update.
 static inline void fp8_weight_quantize(const Matmul *mm, const Fp8Weight *w, const floatX *weight,
                                        const Fp8Scratch *s, cudaStream_t stream) {
-    quantize_weight(w->w, w->w_t, weight, w->out, w->in, s->amax, stream);
+    if (w->w_t.data)
+        quantize_weight(w->w, w->w_t, weight, w->out, w->in, s->amax, stream);
+    else
+        quantize_rows(w->w, weight, w->in, w->out, w->in, stream);
     if (mm->row_scales) return;
     equalize_scales(w->w, w->out, w->in, (float *)s->amax, stream);
-    equalize_scales(w->w_t, w->in, w->out, (float *)s->amax, stream);
+    if (w->w_t.data) equalize_scales(w->w_t, w->in, w->out, (float *)s->amax, stream);
 }
 
 // out = x weight^T: out [n, out] with rows ldo elements apart, x [n, in].
@@ -91,20 +96,28 @@ static inline void fp8_linear_backward_input(Matmul *mm, const Fp8Scratch *s, fl
                w->out, stream);
 }
 
-// dweight += dout^T x: dweight [out, in] in fp32, dout [n, out], x [n, in].
-static inline void fp8_linear_backward_weight(Matmul *mm, const Fp8Scratch *s, float *dweight, Fp8Matrix dout,
-                                              Fp8Matrix x, int64_t n, int64_t in, int64_t out,
-                                              cudaStream_t stream) {
-    if (n == 0) return;
-    const Fp8Mode mode = fp8_mode(mm, FP8_WEIGHT_GRADIENT);
-    const int64_t padded = fp8_padded(n);
-    quantize_transpose(s->dout_t, mode.scaling, dout, n, out, s->amax, stream);
-    quantize_transpose(s->x_t, mode.scaling, x, n, in, s->amax, stream);
-    fp8_matmul(mm, mode, dweight, 1, in, 1, s->dout_t, s->x_t, padded, out, in, padded, stream);
+// Transposes the operands of a weight gradient to the scratch: dout [n, out], x [n, in].
+static inline void fp8_linear_transpose(const Matmul *mm, const Fp8Scratch *s, Fp8Matrix dout, Fp8Matrix x,
+                                        int64_t n, int64_t in, int64_t out, cudaStream_t stream) {
+    const Fp8Scaling scaling = fp8_mode(mm, FP8_WEIGHT_GRADIENT).scaling;
+    quantize_transpose(s->dout_t, scaling, dout, n, out, s->amax, stream);
+    quantize_transpose(s->x_t, scaling, x, n, in, s->amax, stream);
 }
 
-// Exits with an error unless -matmul fp8 can train this model with this program on this GPU.
-static inline void fp8_check(const ModelConfig *c, const cudaDeviceProp *gpu) {
+// dweight = dout^T x, or dweight += dout^T x if add != 0, of the operands that fp8_linear_transpose has put
+// into the scratch: dweight [out, in] in fp32.
+static inline void fp8_linear_backward_weight(Matmul *mm, const Fp8Scratch *s, float *dweight, int add,
+                                              int64_t n, int64_t in, int64_t out, cudaStream_t stream) {
+    if (n == 0) return;
+    const int64_t padded = fp8_padded(n);
+    fp8_matmul(mm, fp8_mode(mm, FP8_WEIGHT_GRADIENT), dweight, 1, in, add, s->dout_t, s->x_t, padded, out, in,
+               padded, stream);
+}
+
+// Returns whether -matmul is fp8. Exits with an error if it is and cannot train this model with this program
+// on this GPU.
+static inline int fp8_check(const char *matmul, const ModelConfig *c, const cudaDeviceProp *gpu) {
+    if (strcmp(matmul, "fp8") != 0) return 0;
     const int64_t d = c->fsa.head_dim, q = c->fsa.q_heads * d, kv = 2 * c->fsa.kv_heads * d;
     const int32_t widths[] = {c->channels, c->hidden};
     const char *flags[] = {"-channels", "-hidden"};
@@ -129,5 +142,6 @@ static inline void fp8_check(const ModelConfig *c, const cudaDeviceProp *gpu) {
             "most "
             "%d; use -matmul bf16",
             c->fsa.q_heads, c->fsa.kv_heads, c->fsa.head_dim, (long long)(q + kv), (int)FP8_MAX_ROW);
+    return 1;
 }
 #endif

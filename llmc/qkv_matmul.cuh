@@ -25,7 +25,7 @@ static inline void qkv_part_backward(Linears *m, const QkvPart *p, floatX *dx, i
                                      float *dbias, Operand dout, Operand x, const Linear *w, int64_t n,
                                      cudaStream_t stream) {
     const int64_t skipped = p->bias < 0 ? 0 : p->bias_column - p->column;
-    if (w->q.data) operand_quantize(m, &dout, n, p->width, stream);
+    if (w->q.w.data) operand_quantize(m, &dout, n, p->width, stream);
     linear_backward(m, dx, add_dx, dweight, dout, x, w, n, stream);
     if (dbias) bias_backward(&m->matmul, dbias, dout.x + skipped, dout.stride, n, p->width - skipped, stream);
 }

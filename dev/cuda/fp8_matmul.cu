@@ -155,7 +155,7 @@ struct LinearMemory {
     }
     ~LinearMemory() { delete memory; }
     void layout(int64_t n, int64_t c, int64_t o) {
-        fp8_weight_memory_layout(&w, o, c, &arena);
+        fp8_weight_memory_layout(&w, o, c, 1, &arena);
         fp8_scratch_memory_layout(&scratch, n, o, c, &arena);
     }
 };
@@ -199,7 +199,8 @@ static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo
     fp8_weight_quantize(&mm, &layer.w, w, &layer.scratch, 0);
     quantize_rows(xq, x, c, n, c, 0), quantize_rows(dq, dout, o, n, o, 0);
     fp8_linear_forward(&mm, &layer.scratch, out, ldo, xq, &layer.w, n, 0);
-    fp8_linear_backward_weight(&mm, &layer.scratch, dw, dq, xq, n, c, o, 0);
+    fp8_linear_transpose(&mm, &layer.scratch, dq, xq, n, c, o, 0);
+    fp8_linear_backward_weight(&mm, &layer.scratch, dw, 1, n, c, o, 0);
     fp8_linear_backward_input(&mm, &layer.scratch, dx, 0, dq, &layer.w, n, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     const Fp8Scaling wide = fp8_mode(&mm, FP8_WEIGHT_GRADIENT).scaling;
@@ -262,7 +263,8 @@ static void check_not_finite(Random *r, float value) {
     fp8_weight_quantize(&mm, &layer.w, weight, &layer.scratch, 0);
     quantize_rows(q, in, c, n, c, 0), quantize_rows(dq, dy, o, n, o, 0);
     fp8_linear_forward(&mm, &layer.scratch, y, o, q, &layer.w, n, 0);
-    fp8_linear_backward_weight(&mm, &layer.scratch, dw, dq, q, n, c, o, 0);
+    fp8_linear_transpose(&mm, &layer.scratch, dq, q, n, c, o, 0);
+    fp8_linear_backward_weight(&mm, &layer.scratch, dw, 1, n, c, o, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     bool nan_row = true, others = true, nan_weight = true;
     const std::vector<float> y_host = y.floats(), dw_host = dw.host();
@@ -368,7 +370,7 @@ static void compare_errors(Random *r, const char *data, int64_t n, int64_t c, in
     dw.zero();
     matmul_forward(&mm, y, o, x_in, c, w_in, NULL, n, c, o, 0);
     matmul_backward_input(&mm, dx, 0, dy_in, o, w_in, n, c, o, 0);
-    matmul_backward_weight(&mm, dw, dy_in, o, x_in, c, n, c, o, 0);
+    matmul_backward_weight(&mm, dw, 1, dy_in, o, x_in, c, n, c, o, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     const std::vector<float> y_ref = y.floats(), dx_ref = dx.floats(), dw_ref = dw.host();
     Fp8Host x_rows = quantized(xf, FP8_SCALE_ROW, n, c), dy_rows = quantized(dyf, FP8_SCALE_ROW, n, o);
@@ -440,7 +442,7 @@ static void time_matmuls(Random *r, int64_t n, int64_t c, int64_t o) {
     quantize_transpose(y_tq, FP8_SCALE_ROW, yq, n, o, scratch, 0);
     for (Fp8Buffer *q : {&xq, &wq, &yq, &w_tq, &x_tq, &y_tq}) // scales of any mode
         fill_random(q->scale.get(), q->scale.n, r->u64(), 1);
-    double ms = time_ms([&] { matmul_backward_weight(&mm, dw, y, o, x, c, n, c, o, 0); });
+    double ms = time_ms([&] { matmul_backward_weight(&mm, dw, 1, y, o, x, c, n, c, o, 0); });
     report("fp8_matmul", "dweight", FLOATX_NAME, n, c, o, ms, 2 * in + 6.0 * (double)(o * c), flops);
     ms = time_ms([&] { matmul_backward_input(&mm, x, 0, y, o, w, n, c, o, 0); });
     report("fp8_matmul", "dinput", FLOATX_NAME, n, c, o, ms, 2 * in, flops);
