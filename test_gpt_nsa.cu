@@ -138,7 +138,7 @@ static Model *build(const ModelConfig *c, const std::vector<float> &params, int6
 
 // Runs what is left of the last update, which otherwise runs beside the next forward pass.
 static void finish_update(Model *model) {
-    optimizer_use_unit(&model->optimizer, &model->params, model->layout.lnf, model->stream);
+    optimizer_finish(&model->optimizer, &model->params, model->stream);
 }
 
 static void destroy(Model *model) {

@@ -618,8 +618,7 @@ static void layer_body(Model *model, int l) {
     linears_quantize(m, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
-    optimizer_update_beside(&model->optimizer, &model->params,
-                            l + 1 < c->layers ? model->layout.layers[l + 1].ln1 : model->layout.lnf,
+    optimizer_update_beside(&model->optimizer, &model->params, param_after_layer(&model->layout, c, l),
                             model->stream);
     operand_quantize(m, &attn_out, n, qd, model->stream);
     linear_forward(m, s->proj_out, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream);
@@ -655,11 +654,11 @@ static void model_forward(Model *model) {
         linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
                        linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
         profile_part(model, PART_NORMS);
-        optimizer_use_unit(optimizer, params, next ? layout->layers[l + 1].ln1 : layout->lnf, stream);
+        optimizer_use_unit(optimizer, params, param_after_layer(layout, c, l), stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
                                  next ? next->residual_in : acts->residual_out,
                                  next ? next->ln1_rstd : acts->lnf_rstd, a->residual_mid, s->proj_out,
-                                 weight(model, next ? layout->layers[l + 1].ln1 : layout->lnf), n, (int)C,
+                                 weight(model, param_after_layer(layout, c, l)), n, (int)C,
                                  (float)c->norm_eps, stream, next ? next->ln1_q : Fp8Matrix{});
     }
 }
@@ -1006,6 +1005,8 @@ static void train(Run *r, Model *model, double peak) {
     for (int first_iteration = 1;; first_iteration = 0) {
         Cadence due = run_due(r, first_iteration);
         if (due.validate) run_validate(r, evaluate, model);
+        if (due.sample)
+            optimizer_finish(&model->optimizer, &model->params, model->stream); // on all processes
         if (due.sample && r->comm.rank == 0) run_sample(r, next_logits, model);
         stop = run_should_stop(r);
         if (due.save || (stop && o->output))

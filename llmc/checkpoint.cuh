@@ -114,7 +114,7 @@ static void save_checkpoint(Run *r, const Params *p, Optimizer *a, const ParamLa
         die("cannot write %s: %s%s", path, strerror(errno),
             comm->rank > 0 ? "; the folder -o must be shared by all hosts" : "");
     float *part = (float *)xmalloc((end - begin) * sizeof(float));
-    optimizer_use_unit(a, p, layout->lnf, stream); // the last unit: AdamW is done
+    optimizer_finish(a, p, stream);
     for (int i = 0; i < 3; i++) {
         gather_state(p, a, i, begin, end, part, stream);
         checkpoint_write_part(fd, path, 3, i, count, begin, end - begin, part);

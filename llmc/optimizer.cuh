@@ -127,6 +127,13 @@ static void optimizer_use_unit(Optimizer *a, const Params *p, int64_t offset, cu
     params_use_unit(p, offset, stream);
 }
 
+// Finishes the step: lets `stream` wait for the weights and moments of all units. With ZeRO all processes
+// must call it at the same point of the run.
+static void optimizer_finish(Optimizer *a, const Params *p, cudaStream_t stream) {
+    const ZeroUnit *last = &p->zero.units[p->zero.num_units - 1];
+    optimizer_use_unit(a, p, last->begin, stream);
+}
+
 // Launches AdamW for the unit that contains parameter `offset` on a few SMs, beside the work that is launched
 // next on `stream`: matmuls, which lose little to it. Attention would lose more.
 static void optimizer_update_beside(Optimizer *a, const Params *p, int64_t offset, cudaStream_t stream) {

@@ -51,6 +51,11 @@ static inline size_t param_layout_build(ParamLayout *p, const ModelConfig *c) {
     return (size_t)p->num_tensors * sizeof *p->tensors + (size_t)c->layers * sizeof *p->layers;
 }
 
+// Returns the offset of the first tensor after layer l.
+static inline int64_t param_after_layer(const ParamLayout *p, const ModelConfig *c, int l) {
+    return l + 1 < c->layers ? p->layers[l + 1].ln1 : p->lnf;
+}
+
 static inline void param_layout_free(ParamLayout *p) {
     free(p->tensors), free(p->layers);
     memset(p, 0, sizeof *p);
