@@ -37,7 +37,7 @@
 #include "llmc/gate_means.cuh"  // DeviceGateSums, gate_sums_begin, gate_sums_add, gate_sums_end
 // The state of a model, and the GPUs that share it.
 #include "llmc/nccl.cuh"        // Gpus, transfers_wait_for_compute, compute_waits_for_transfers
-#include "llmc/micro_batch.cuh" // Batch, batch_fill, batch_upload, fsa_device_batch
+#include "llmc/micro_batch.cuh" // Batch, BatchBuffers, batch_fill, batch_upload, fsa_device_batch
 #include "llmc/arena.cuh"       // Arena, arena_alloc, die_out_of_memory
 #include "llmc/param_layout.h"  // ParamLayout, LayerParams
 #include "llmc/qkv_matmul.cuh"  // QkvLayout, QkvPart, qkv_part_forward, qkv_part_backward
@@ -106,13 +106,6 @@ typedef struct {
     StepResult *result;     // [1] sums of a step
     DeviceGateSums gates;   // of a batch of validation
 } Scratch;
-
-// The memory of batches.
-typedef struct {
-    size_t bytes;  // of the arrays of the largest Batch
-    char *eval;    // [bytes] for validation and sampling
-    char *feed[2]; // [bytes] for training
-} BatchBuffers;
 
 // Host memory. The arrays are pinned unless they say otherwise.
 typedef struct {
@@ -271,9 +264,9 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     Scratch *s = &model->scratch;
     Arena *arena = &model->arenas[SCRATCH];
     const int64_t n = model->max_tokens, d = f->head_dim;
-    // Each chunk reads and writes the LM head's gradient, 4 bytes per weight. With 4,096 tokens per chunk
-    // that takes at most 6% of the time of the chunk's matmuls, which do 6 FLOPs per weight and token.
-    s->lm_head_rows = std::min<int64_t>(n, 4096);
+    // Each chunk reads and writes the LM head's gradient, 4 bytes per weight, and does 6 FLOPs per weight and
+    // token. With 4,096 tokens the memory takes at most 6% of the matmuls' time, with 8,192 at most 3%.
+    s->lm_head_rows = std::min<int64_t>(n, c->padded_vocab <= 32768 ? 8192 : 4096);
     arena_alloc(arena, &s->logits, s->lm_head_rows * c->padded_vocab);
     arena_alloc(arena, &s->proj_out, n * std::max(c->channels, c->qk_norm ? f->q_heads * (int)d : 0));
     if (attn_needs_convert) {
@@ -287,12 +280,6 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     arena_alloc(arena, &s->result, 1);
     arena_alloc(arena, &s->gates.sums, c->layers * GATE_BRANCHES);
     if (model->training) gradients_memory_layout(model);
-}
-
-static void batch_buffers_memory_layout(BatchBuffers *b, const Batch *max_batch, int training, Arena *arena) {
-    b->bytes = batch_bytes(max_batch);
-    arena_alloc(arena, &b->eval, (int64_t)b->bytes);
-    for (int i = 0; i < 2 && training; i++) arena_alloc(arena, &b->feed[i], (int64_t)b->bytes);
 }
 
 // Assigns memory in the arenas to all device arrays. The first call, with empty arenas, only counts bytes.
@@ -618,8 +605,10 @@ static void layer_body(Model *model, int l) {
     linears_quantize(m, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
-    optimizer_update_beside(&model->optimizer, &model->params, param_after_layer(&model->layout, c, l),
-                            model->stream);
+    if (model->first_micro_batch)
+        m->matmul.sms =
+            optimizer_update_beside(&model->optimizer, &model->params,
+                                    param_after_layer(&model->layout, c, l), n, m->fp8, model->stream);
     operand_quantize(m, &attn_out, n, qd, model->stream);
     linear_forward(m, s->proj_out, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream);
     profile_part(model, PART_NORMS);
@@ -653,6 +642,7 @@ static void model_forward(Model *model) {
         layer_body(model, l);
         linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
                        linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
+        m->matmul.sms = 0;
         profile_part(model, PART_NORMS);
         optimizer_use_unit(optimizer, params, param_after_layer(layout, c, l), stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
@@ -788,17 +778,17 @@ static void layer_backward(Model *model, int l) {
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     cudaStream_t stream = model->stream;
-    const int fp8 = model->linears.fp8;
     const Operand dresidual = {s->dresidual, C, s->dresidual_q},
                   attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
     if (model->recompute == 2) {
         layer_ln1(model, l);
         layer_body(model, l);
+        m->matmul.sms = 0;
     }
     all_gather_layer_kv(model, l, 0);
     if (model->recompute == 1) {
         profile_part(model, PART_NORMS);
-        swiglu_forward(fp8 ? NULL : a->swiglu, a->gate_up, n, H, stream, a->swiglu_q);
+        swiglu_forward(m->fp8 ? NULL : a->swiglu, a->gate_up, n, H, stream, a->swiglu_q);
         rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, w->ln2), n, (int)C,
                         (float)c->norm_eps, stream, a->ln2_q);
         operand_quantize(m, &attn_out, n, qd, stream);
@@ -806,7 +796,7 @@ static void layer_backward(Model *model, int l) {
     linear_backward(m, a->swiglu, 0, gradient(model, w->wdown), dresidual, {a->swiglu, H, a->swiglu_q},
                     linear_weight(m, l, LINEAR_WDOWN), n, stream);
     profile_part(model, PART_NORMS);
-    swiglu_backward(fp8 ? NULL : a->gate_up, a->swiglu, a->gate_up, n, H, stream, s->dout_q);
+    swiglu_backward(m->fp8 ? NULL : a->gate_up, a->swiglu, a->gate_up, n, H, stream, s->dout_q);
     linear_backward(m, s->dnorm, 0, gradient(model, w->wgu), {a->gate_up, 2 * H, s->dout_q},
                     {a->ln2, C, a->ln2_q}, linear_weight(m, l, LINEAR_WGU), n, stream);
     profile_part(model, PART_NORMS);

@@ -25,20 +25,27 @@ typedef struct {
     const float *norm;                         // [NORM_FIELDS] output of global_norm
 } AdamwArgs;
 
-// Updates the four parameters at i: w, m, v are their master weights and moments, g their gradients. Returns
-// the rounded weights. Finds their range by binary search in the table, which stays in L1.
-typedef std::conditional<sizeof(floatX) == 2, uint2, uint4>::type AdamwFour;
-__device__ __forceinline__ AdamwFour adamw_four(const AdamwArgs &a, int64_t i, float4 &w, float4 &m,
-                                                float4 &v, float4 g) {
-    int range = 0, end = a.num_ranges;
-    while (end - range > 1) {
-        int mid = (range + end) / 2;
+// Returns the weight decay of the parameter at i, and sets *end to the first parameter with another one.
+// Searches the table, which stays in L1.
+__device__ __forceinline__ float adamw_decay(const AdamwArgs &a, int64_t i, int64_t *end) {
+    int range = 0, above = a.num_ranges;
+    while (above - range > 1) {
+        const int mid = (range + above) / 2;
         if (a.ranges[mid].begin <= i)
             range = mid;
         else
-            end = mid;
+            above = mid;
     }
-    const float decay = a.ranges[range].decay ? a.decay : 0, grad_scale = a.norm[NORM_GRAD_SCALE];
+    *end = above < a.num_ranges ? a.ranges[above].begin : a.count;
+    return a.ranges[range].decay ? a.decay : 0;
+}
+
+// Updates four parameters: w, m, v are their master weights and moments, g their gradients. Returns the
+// rounded weights. The square root and the quotient are exact to 2 ulp: without the branches of exactly
+// rounded ones, the four parameters' instructions overlap.
+typedef std::conditional<sizeof(floatX) == 2, uint2, uint4>::type AdamwFour;
+__device__ __forceinline__ AdamwFour adamw_four(const AdamwArgs &a, float decay, float grad_scale, float4 &w,
+                                                float4 &m, float4 &v, float4 g) {
     float *ws = &w.x, *ms = &m.x, *vs = &v.x;
     const float *gs = &g.x;
     floatX weights[4];
@@ -47,7 +54,8 @@ __device__ __forceinline__ AdamwFour adamw_four(const AdamwArgs &a, int64_t i, f
         const float grad = gs[j] * grad_scale;
         ms[j] = a.beta1 * ms[j] + (1 - a.beta1) * grad;
         vs[j] = a.beta2 * vs[j] + (1 - a.beta2) * grad * grad;
-        ws[j] -= a.step_size * ms[j] / (sqrtf(vs[j]) * a.inv_sqrt_bias_correction2 + a.eps) + decay * ws[j];
+        const float root = vs[j] == 0 ? 0 : vs[j] * rsqrtf(vs[j]);
+        ws[j] -= __fdividef(a.step_size * ms[j], root * a.inv_sqrt_bias_correction2 + a.eps) + decay * ws[j];
         weights[j] = (floatX)ws[j];
     }
     AdamwFour bits;
@@ -62,7 +70,10 @@ static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
     if (i >= a.count || a.norm[NORM_FINITE] == 0) return;
     float4 w = *(const float4 *)(a.master + i), m = *(const float4 *)(a.m + i),
            v = *(const float4 *)(a.v + i);
-    const AdamwFour bits = adamw_four(a, i, w, m, v, *(const float4 *)(a.grads + i));
+    int64_t end;
+    const float decay = adamw_decay(a, i, &end);
+    const AdamwFour bits =
+        adamw_four(a, decay, a.norm[NORM_GRAD_SCALE], w, m, v, *(const float4 *)(a.grads + i));
     *(float4 *)(a.master + i) = w, *(float4 *)(a.m + i) = m, *(float4 *)(a.v + i) = v;
     *(AdamwFour *)(a.params + i) = bits;
 }
@@ -103,6 +114,9 @@ static __global__ void __launch_bounds__(ADAMW_BULK_THREADS, 1) adamw_bulk_kerne
     for (int k = 0; k < ADAMW_STAGES - 1 && threadIdx.x == 0; k++)
         if (blockIdx.x + k * step < tiles)
             adamw_load(a, blockIdx.x + k * step, stages + k * ADAMW_STAGE_BYTES, smem_address(&full[k]));
+    const float grad_scale = a.norm[NORM_GRAD_SCALE];
+    float decay = 0; // of the parameters before decay_end
+    int64_t decay_end = 0;
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += step) {
         char *const data = stages + stage * ADAMW_STAGE_BYTES;
@@ -111,8 +125,13 @@ static __global__ void __launch_bounds__(ADAMW_BULK_THREADS, 1) adamw_bulk_kerne
         AdamwFour *const weights = (AdamwFour *)(g + ADAMW_TILE / 4);
         const int count = (int)min((int64_t)ADAMW_TILE, a.count - t * ADAMW_TILE);
         mbarrier_wait(smem_address(&full[stage]), parity);
-        for (int i = threadIdx.x; i < count / 4; i += ADAMW_BULK_THREADS)
-            weights[i] = adamw_four(a, t * ADAMW_TILE + 4 * i, w[i], m[i], v[i], g[i]);
+        for (int i = threadIdx.x; i < count / 4; i += ADAMW_BULK_THREADS) {
+            const int64_t first = t * ADAMW_TILE + 4 * i;
+            if (first >= decay_end) decay = adamw_decay(a, first, &decay_end);
+            float4 wi = w[i], mi = m[i], vi = v[i];
+            weights[i] = adamw_four(a, decay, grad_scale, wi, mi, vi, g[i]);
+            w[i] = wi, m[i] = mi, v[i] = vi;
+        }
         fence_proxy_async();
         __syncthreads();
         if (threadIdx.x == 0) {

@@ -31,6 +31,7 @@ typedef struct {
     int32_t trans_a, trans_b, fp32_out, bias;
     int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8_matmul.cuh)
     int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
+    int32_t sms, zero;                             // sms: as in Matmul; zero: 0
 } MatmulShape;
 
 // The arrays of a matmul. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the
@@ -58,6 +59,7 @@ typedef struct {
     void *workspace;
     size_t workspace_bytes;
     int row_scales; // 1: e4m3 operands can have a scale for each row (fp8_matmul.cuh)
+    int sms;        // SMs that matmuls are planned for, beside another kernel that holds the others; 0: all
     int64_t clock;  // counts matmuls
     MatmulCacheEntry cache[MATMUL_CACHE_SIZE]; // the least recently used entry is evicted
 } Matmul;
@@ -121,6 +123,7 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
             trans_b = s->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
+    if (s->sms) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &s->sms, sizeof s->sms);
     if (s->bias) {
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
@@ -180,7 +183,7 @@ static inline int32_t matmul_align(const void *p) {
 // d = op(a) op(b) + beta*d + bias, column-major, of shape s.
 static inline void matmul_run(Matmul *mm, MatmulShape s, const MatmulArrays *x, cudaStream_t stream) {
     if (s.m == 0 || s.n == 0) return;
-    s.bias = x->bias != NULL;
+    s.bias = x->bias != NULL, s.sms = mm->sms;
     s.align_a = matmul_align(x->a), s.align_b = matmul_align(x->b);
     s.align_d = matmul_align(x->d), s.align_bias = matmul_align(x->bias);
     MatmulCacheEntry *entry = NULL, *oldest = &mm->cache[0];

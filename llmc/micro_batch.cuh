@@ -97,4 +97,17 @@ static void batch_to_sequence_order(const Batch *b, void *rows) {
     const std::vector<int32_t> rank_ordered((int32_t *)rows, (int32_t *)rows + b->num_keys);
     cp_scatter_rows(b->num_keys, b->num_chunks, b->chunk_perm, rows, rank_ordered.data(), sizeof(int32_t));
 }
+// The memory of batches.
+typedef struct {
+    size_t bytes;  // of the arrays of the largest Batch
+    char *eval;    // [bytes] for validation and sampling
+    char *feed[2]; // [bytes] for training
+} BatchBuffers;
+
+// Assigns the memory of batches of at most max_batch's counts.
+static void batch_buffers_memory_layout(BatchBuffers *b, const Batch *max_batch, int training, Arena *arena) {
+    b->bytes = batch_bytes(max_batch);
+    arena_alloc(arena, &b->eval, (int64_t)b->bytes);
+    for (int i = 0; i < 2 && training; i++) arena_alloc(arena, &b->feed[i], (int64_t)b->bytes);
+}
 #endif

@@ -19,16 +19,13 @@ typedef struct {
     char *squares_scratch;   // of sum_of_squares
     cudaStream_t stream;
     cudaEvent_t event; // recorded and awaited by stream_waits_for_stream
-    int few_sms;       // 1: the GPU can run AdamW on a few SMs
+    int gpu_sms;       // SMs of the GPU; 0: it cannot run AdamW on a few of them
     // The step whose AdamW is not launched yet for the units from next_unit on.
     int64_t next_unit, step;
     double lr;
     const Options *options;
     const float *norm; // [NORM_FIELDS] output of global_norm
 } Optimizer;
-
-// AdamW beside a forward pass takes so many SMs.
-enum { ADAMW_SMS = 16 };
 
 // Builds the ranges of weight decay.
 static void optimizer_build(Optimizer *a, const ParamLayout *layout, const ZeroPartition *z) {
@@ -39,7 +36,8 @@ static void optimizer_build(Optimizer *a, const ParamLayout *layout, const ZeroP
     int device, major;
     cuda_check(cudaGetDevice(&device));
     cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    a->few_sms = major >= 9;
+    cuda_check(cudaDeviceGetAttribute(&a->gpu_sms, cudaDevAttrMultiProcessorCount, device));
+    if (major < 9) a->gpu_sms = 0;
     int64_t ranges = 0;
     for (int64_t u = 0; u < z->num_units; u++) {
         int64_t begin, end;
@@ -115,7 +113,7 @@ static void optimizer_launch(Optimizer *a, const Params *p, int64_t last, int sm
         adamw(p->weights + begin, a->master + shard, a->m + shard, a->v + shard,
               p->grads + (z->stage == 2 ? shard : begin), end - begin, a->ranges + first,
               (int)(a->range_offsets[u + 1] - first), a->lr, o->beta1, o->beta2, o->eps, o->weight_decay,
-              a->step, a->norm, a->few_sms ? sms : 0, a->stream);
+              a->step, a->norm, sms, a->stream);
         params_share_unit(p, u, a->stream);
     }
 }
@@ -134,12 +132,27 @@ static void optimizer_finish(Optimizer *a, const Params *p, cudaStream_t stream)
     optimizer_use_unit(a, p, last->begin, stream);
 }
 
-// Launches AdamW for the unit that contains parameter `offset` on a few SMs, beside the work that is launched
-// next on `stream`: matmuls, which lose little to it. Attention would lose more.
-static void optimizer_update_beside(Optimizer *a, const Params *p, int64_t offset, cudaStream_t stream) {
+// Returns the number of SMs on which a unit's AdamW takes about as long as the layer's matmuls of n tokens
+// that it runs beside, a fourth of the GPU's at most; 0: all, since the matmuls are too short.
+//   matmuls  2*n FLOPs a parameter at 700 TFLOP/s, 1,300 in fp8: 23 and 13 ps for 8K tokens
+//   AdamW    an SM takes 370 ps a parameter alone, and half more beside matmuls
+static int optimizer_few_sms(const Optimizer *a, int64_t n, int fp8) {
+    const int64_t sms = (fp8 ? 320 : 192) * 1024 / std::max<int64_t>(n, 1);
+    return sms > a->gpu_sms / 2 ? 0 : (int)std::min<int64_t>(std::max<int64_t>(sms, 8), a->gpu_sms / 4);
+}
+
+// Launches AdamW for the unit that contains parameter `offset`, unless it has been launched, beside the
+// matmuls of a layer that are launched next on `stream`. They lose little to it; attention would lose more.
+// Returns the number of SMs to plan these matmuls for (Matmul.sms). It depends on the shape alone, so that a
+// run that resumes here plans the same.
+static int optimizer_update_beside(Optimizer *a, const Params *p, int64_t offset, int64_t n, int fp8,
+                                   cudaStream_t stream) {
     const int64_t u = zero_find_unit(&p->zero, offset);
-    if (!a->options || a->next_unit > u) return;
-    stream_waits_for_stream(a, a->stream, stream);
-    optimizer_launch(a, p, u, ADAMW_SMS);
+    const int sms = optimizer_few_sms(a, n, fp8);
+    if (a->options && a->next_unit <= u) {
+        stream_waits_for_stream(a, a->stream, stream);
+        optimizer_launch(a, p, u, sms);
+    }
+    return sms ? a->gpu_sms - sms : 0;
 }
 #endif

@@ -182,6 +182,19 @@ static Fp8Host download(Fp8Matrix q, int64_t rows, int64_t k, int64_t scales) {
     return h;
 }
 
+// Quantizes x [rows, k]. quantize_rows does not take the longest rows, the gradients of gate and up: in the
+// trainer swiglu_backward writes them. They are quantized in C.
+static void quantize(const Fp8Buffer &q, const BufferX &x) {
+    if (q.k <= FP8_MAX_ROW) {
+        quantize_rows(q, x, q.k, q.rows, q.k, 0);
+        return;
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const Fp8Host host = quantized(x.floats(), FP8_SCALE_ROW, q.rows, q.k);
+    CUDA_CHECK(cudaMemcpy(q.data.get(), host.data.data(), host.data.size(), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(q.scale.get(), host.scale.data(), q.rows * sizeof(float), cudaMemcpyHostToDevice));
+}
+
 // A linear layer as the trainer runs it, from 16-bit tensors to results, against double on the e4m3 operands;
 // in two parts of the weight's rows, whose input gradients are added. Rows of out are ldo elements apart.
 static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo) {
@@ -197,7 +210,7 @@ static void check_linear(Random *r, int64_t n, int64_t c, int64_t o, int64_t ldo
     LinearMemory layer(n, c, o);
     Fp8Buffer xq(n, c), dq(n, o);
     fp8_weight_quantize(&mm, &layer.w, w, &layer.scratch, 0);
-    quantize_rows(xq, x, c, n, c, 0), quantize_rows(dq, dout, o, n, o, 0);
+    quantize(xq, x), quantize(dq, dout);
     fp8_linear_forward(&mm, &layer.scratch, out, ldo, xq, &layer.w, n, 0);
     fp8_linear_transpose(&mm, &layer.scratch, dq, xq, n, c, o, 0);
     fp8_linear_backward_weight(&mm, &layer.scratch, dw, 1, n, c, o, 0);
