@@ -21,7 +21,7 @@
 // The headers, with what this file takes from each. The run: configuration, data, processes.
 #include "llmc/run.h" // Run, Options, ModelConfig, Comm, run_start, run_validate, run_sample
 #include "llmc/mfu.h" // peak_tflops
-#include "llmc/validate_block_indices.h" // validate_block_indices
+#include "llmc/validate_block_indices.cuh" // validate_block_indices
 // The layers.
 #include "llmc/cuda_common.cuh" // floatX, cuda_check
 #include "llmc/matmul.cuh"      // matmul_forward, matmul_backward_input, matmul_backward_weight

@@ -17,8 +17,7 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
     ZeroPartition z[RANKS];
     int good = 1;
     for (int r = 0; r < ranks; r++) zero_partition_build(&z[r], stage, r, ranks, tensors, count);
-    CHECK(z[0].num_units == (ranks > 1 ? c->layers + 2 : 1), "%s: %lld units", name,
-          (long long)z[0].num_units);
+    CHECK(z[0].num_units == c->layers + 2, "%s: %lld units", name, (long long)z[0].num_units);
     for (int64_t u = 0; u < z[0].num_units; u++) {
         CHECK(z[0].units[u].begin == (u ? z[0].units[u - 1].end : 0), "%s: unit %lld", name, (long long)u);
         for (int r = 0; r < ranks; r++) {
@@ -55,7 +54,7 @@ static void check_zero(const ModelConfig *c, const char *name, int stage, int ra
         const ParamTensor *t = &tensors[i];
         int64_t u = zero_find_unit(&z[0], t->offset),
                 last_unit = zero_find_unit(&z[0], t->offset + t->size - 1);
-        int64_t expected = ranks == 1 ? 0 : t->layer >= 0 ? t->layer + 1 : i == 0 ? 0 : c->layers + 1;
+        int64_t expected = t->layer >= 0 ? t->layer + 1 : i == 0 ? 0 : c->layers + 1;
         good &= u == expected && last_unit == expected;
     }
     CHECK(good, "%s, stage %d, %d ranks: a tensor is in another unit", name, stage, ranks);

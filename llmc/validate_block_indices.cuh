@@ -1,6 +1,6 @@
-// validate_block_indices.h: the flag -block-indices of the GPU trainer.
-#ifndef LLMC_VALIDATE_BLOCK_INDICES_H
-#define LLMC_VALIDATE_BLOCK_INDICES_H
+// validate_block_indices.cuh: the flag -block-indices of the GPU trainer.
+#ifndef LLMC_VALIDATE_BLOCK_INDICES_CUH
+#define LLMC_VALIDATE_BLOCK_INDICES_CUH
 #include "block_indices.h"
 #include "run.h"
 #include <vector>
