@@ -139,7 +139,8 @@ def loss_scales(runs):
 
 def save_figure(figure, file):
     try:
-        figure.savefig(file, dpi=150, bbox_inches="tight")
+        metadata = {"Date": None} if file.endswith(".svg") else None  # the same bytes each time
+        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
     except (OSError, ValueError) as e:
         die(f"-o {file}: {getattr(e, 'strerror', None) or e}")
     print(f"wrote {file}")

@@ -1,11 +1,12 @@
-"""Writes the tables of README.md, dev/results/performance.md and fsa/docs/*.md, and the chart attention.svg.
+"""Writes the tables of README.md, dev/results/*.md and fsa/docs/*.md, and the chart attention.svg.
 
     python3 dev/results/performance.py            # rewrites what lies between the markers, and the chart
     python3 dev/results/performance.py --check    # changes nothing; exits 1 and names what does not agree
 
 The numbers come from the .jsonl files of this folder. A table lies between <!-- table NAME GPU --> and <!-- end -->;
 NAME is a function of TABLES below. Each table names its GPU model, commit and date. A number is the median of the
-rows with the same shape. After new measurements, change MEASURED and run the program.
+rows with the same shape. After new measurements, change MEASURED and run the program. The tables of learning.md come from
+curves_GPU.jsonl (learning.py). A table that has no rows yet keeps its text.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import sys
 
 import chart
+import learning
 
 # The rows that the tables show: file and commit, for each GPU model and kind of measurement. H200 is also in the chart.
 #   attention  build/core: the whole attention and its parts
@@ -43,7 +45,7 @@ PREDICTIONS = {"H200": "predictions_h200.jsonl"}  # tokens/s of llama3_8b, writt
 # benchmarks/llama3_h100_202412 in its repository.
 TORCHTITAN = {32768: 3890, 65536: 2540, 131072: 1071}
 PEERS = {"H200": "peers_h200.jsonl"}  # make peers: other systems on the same GPU model, and ours called from PyTorch
-PAGES = ["README.md", "dev/results/performance.md"]
+PAGES = ["README.md", "dev/results/performance.md", "dev/results/learning.md"]
 CHART = "dev/results/attention.svg"
 
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
@@ -111,10 +113,11 @@ def read_rows(file, gpu):
 class Times:
     """The measurements on one GPU model. rows: {kind: [row]} of MEASURED. ms: {(system, part, tokens, heads,
     direction): [milliseconds]}, wrong: those of them with a wrong result. steps: {(system, tokens): [row]}. A system of
-    dev/peers is named "PyTorch NAME"."""
+    dev/peers is named "PyTorch NAME". curves: {name: row} of training runs."""
 
     def __init__(self, gpu):
         self.gpu, self.rows, self.ms, self.wrong, self.steps = gpu, {}, {}, set(), {}
+        self.curves = learning.read_rows(gpu)
         for kind, (file, commit) in MEASURED[gpu].items():
             self.rows[kind] = [row for row in read_rows(file, gpu) if row["commit"] == commit]
             if not self.rows[kind]:
@@ -230,6 +233,7 @@ def tokens(n):
 
 
 LABELS = ("tokens", "heads", "heads, d, (B, T)", "attention", "model", "micro-batches x sequences", "GPUs", "flags")
+LABELS += ("run", "matmuls", "position", "layer")
 
 
 def markdown(head, rows):
@@ -496,7 +500,18 @@ def kernel_table(times, page):
     return captioned(f"{times.caption(kind)}, `build/{program}`:", markdown(head, rows))
 
 
+def learning_table(runs, function):
+    """Returns the function of a table of learning.md."""
+
+    def table(times):
+        measured = [times.curves[name] for name in runs if name in times.curves]
+        return captioned(learning.caption(times.gpu, measured), markdown(*function(times.curves))) if measured else None
+
+    return table
+
+
 TABLES = {name[6:]: function for name, function in globals().items() if name.startswith("table_")}
+TABLES |= {name: learning_table(*table) for name, table in learning.tables().items()}
 
 
 # ---- pages and chart -------------------------------------------------------------------------------------

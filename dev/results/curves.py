@@ -1,0 +1,110 @@
+"""Keeps training runs as rows of dev/results/curves_GPU.jsonl, and draws them.
+
+    python3 dev/results/curves.py add log/learning/*                    # appends a row for each run, or replaces that of its name
+    python3 dev/results/curves.py draw nsa-1 full-1 -o curves.svg       # losses over tokens; needs Matplotlib
+    python3 dev/results/curves.py draw nsa-1 full-1 --time -o time.svg  # over the seconds of the training steps
+
+A row has what log.jsonl says of the run (commit, date, GPU, processes, flags, model), its tokens/s and seconds, at most
+100 points of the training loss, each the mean of its steps, all validations, and the last loss by position and mean gates.
+A point has tokens, seconds and loss. Validations and checkpoints take none of these seconds. performance.py writes the
+tables of learning.md from the rows.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from itertools import accumulate
+
+import learning
+
+sys.path.insert(0, os.path.join(learning.FOLDER, "../../scripts"))
+from train_log import die, import_pyplot, read_run, save_figure  # noqa: E402
+
+POINTS = 100
+
+
+def row_of(run):
+    """Returns the row of a complete run."""
+    start, steps = run.start, run.start["flags"]["x"]
+    last = min(rows[-1]["step"] if rows else 0 for rows in (run.train, run.val))
+    if last < steps:
+        die(f"{run.file}: the losses end at step {last} of {steps}; finish the run, scripts/learning.sh resumes it")
+    seconds = dict(zip((row["step"] for row in run.train), accumulate(row["ms"] / 1000 for row in run.train)))
+    width = -(-len(run.train) // POINTS)
+    groups = [run.train[i : i + width] for i in range(0, len(run.train), width)]
+
+    def point(row, loss):
+        return [row["tokens"], round(seconds.get(row["step"], 0), 1), round(loss, 5)]
+
+    row = {"name": run.name, "commit": start["commit"], "date": start["date"][:10], "gpu": start["gpu"]}
+    row |= {"gpus": start["processes"], "flags": start["flags"], "model": start["model"], "seconds": round(seconds[steps], 1)}
+    row |= {"tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in run.train))}
+    row |= {"loss": [point(g[-1], statistics.fmean(r["loss"] for r in g)) for g in groups]}
+    row |= {"val": [point(r, r["val_loss"]) for r in run.val]}
+    for key, rows in (("position_loss", run.positions), ("gates", run.gates)):
+        if rows:
+            row[key] = rows[-1][key]
+    return row
+
+
+def gpu_model(row):
+    """Returns the model, such as H200: the first word of the GPU's name with a digit."""
+    words = [word for word in (row["gpu"] or "").split() if any(c.isdigit() for c in word)]
+    if not words:
+        die(f"{row['name']}: its log names no GPU; rows are kept of runs on a GPU")
+    return words[0]
+
+
+def add(folders):
+    runs = [row_of(read_run(folder)) for folder in folders]
+    for gpu in sorted({gpu_model(row) for row in runs}):
+        new = {row["name"]: row for row in runs if gpu_model(row) == gpu}
+        rows = learning.read_rows(gpu) | new
+        path = learning.rows_file(gpu)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows.values())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+        print(f"{os.path.relpath(path)}: {len(rows)} runs, {len(new)} of them from these folders")
+
+
+def draw(plt, rows, by_time):
+    """Returns a figure: training losses as thin lines, validation losses as lines with points."""
+    plt.rcParams["svg.hashsalt"] = "curves"  # the same bytes each time
+    figure, axis = plt.subplots(figsize=(8, 5))
+    column, scale = (1, 1) if by_time else (0, 1e-6)
+    for i, row in enumerate(rows):
+        for points, style in ((row["loss"], {"linewidth": 0.8, "alpha": 0.4}), (row["val"], {"marker": "o", "markersize": 4, "label": row["name"]})):
+            axis.plot([p[column] * scale for p in points], [p[2] for p in points], color=f"C{i}", **style)
+    best = min(learning.val_loss(row) for row in rows)
+    axis.set(xlabel="training, seconds" if by_time else "million tokens", ylabel="loss, nats per token", ylim=(best - 0.1, best + 1.5))
+    axis.legend()
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    adds = commands.add_parser("add", help="keep runs")
+    adds.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of the trainer, or NAME=FOLDER")
+    draws = commands.add_parser("draw", help="draw the losses of kept runs")
+    draws.add_argument("names", nargs="+", metavar="NAME")
+    draws.add_argument("-o", required=True, metavar="FILE", help="the picture")
+    draws.add_argument("--time", action="store_true", help="over seconds instead of tokens")
+    draws.add_argument("--gpu", default="H200", metavar="MODEL", help="GPU model of the runs (H200)")
+    args = parser.parse_args()
+    if args.command == "add":
+        add(args.folders)
+        return
+    rows = learning.read_rows(args.gpu)
+    for name in args.names:
+        if name not in rows:
+            die(f"{name}: no such run on {args.gpu}; there are {', '.join(rows) or 'none'}")
+    save_figure(draw(import_pyplot(), [rows[name] for name in args.names], args.time), args.o)
+
+
+if __name__ == "__main__":
+    main()
