@@ -3,6 +3,7 @@ make test runs it; it needs python3 alone."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/results"))
+import learning  # noqa: E402
 from performance import CHART, MEASURED, PEERS  # noqa: E402
 
 FILE, COMMIT = MEASURED["H200"]["attention"]
@@ -125,6 +127,58 @@ def test_scaling(tmp: str) -> None:
         check(line in page, f"performance.md has no {line!r}")
 
 
+def test_learning(tmp: str) -> None:
+    """Rows of training runs: the tables of learning.md, and of none of them where there are no rows."""
+    root = copy(tmp, "learning")
+    page = os.path.join(root, "dev/results/learning.md")
+
+    def row(name: str, loss: float, attn: str = "nsa", **other: object) -> dict[str, object]:
+        result = {"name": name, "commit": "abc1234", "date": "2026-12-01", "gpu": "NVIDIA H200", "gpus": 1, "seconds": 1234.5}
+        result |= {"flags": {"matmul": "bf16"}, "model": {"attn": attn}, "tokens_per_second": 345678}
+        buckets = [{"from": begin, "loss": loss + begin / 2**20} for begin in (0, 128, 256)]
+        result |= {"val": [[0, 0, 9.7], [200, 1234.5, loss]], "position_loss": buckets}
+        return result | ({"gates": [[0.25, 0.5, 0.75], [0.125, 0.5, 1]]} if attn == "nsa" else {}) | other
+
+    def write(*rows: dict[str, object]) -> None:
+        with open(os.path.join(root, "dev/results/curves_h200.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    with open(page, encoding="utf-8") as file:
+        old = file.read()
+    tables = re.findall(r"<!-- table (\w+) ", old)
+    check(sorted(tables) == sorted(learning.tables()), f"learning.md has each of its tables once: {tables}")
+    names = re.search(r"<<'END'\n(.*?)END", open(os.path.join(ROOT, "scripts/learning.sh"), encoding="utf-8").read(), re.DOTALL)
+    runs = {line.split()[0] for line in names[1].splitlines()}
+    shown = {run for group, _ in learning.tables().values() for run in group}
+    check(shown == runs, f"the tables show all runs of learning.sh: {shown ^ runs}")
+    compared = {run: others for table in learning.LOSSES.values() for run, others in table}
+    check(set(compared) == runs and set(filter(None, compared.values())) <= runs, "every run has its loss in a table")
+
+    rows = [row("full-1", 2.5, "full", seconds=2345), row("nsa-1", 2.4875), row("window-1", 2.75, "window")]
+    rows += [row("nsa-fp8-1", 2.5, flags={"matmul": "fp8"}, commit="abc1235"), row("50m-nsa-1", 3)]
+    write(*rows)
+    expect("rows of training runs", run(root), 0, "wrote dev/results/learning.md: table learning_200m H200")
+    check(run(root, "--check") == (0, "", ""), "tables of training runs agree when they are written")
+    with open(page, encoding="utf-8") as file:
+        text = file.read()
+    for line in (
+        "1 H200 a run, commits abc1234, abc1235, 2026-12-01.",
+        "| run | attention | matmuls | validation loss | compared with | difference | tokens/s | time (s) | commit |",
+        "| full-1 | full | bf16 | 2.5000 | - | - | 345,678 | 2,345 | abc1234 |",
+        "| nsa-1 | nsa | bf16 | 2.4875 | full-1 | -0.0125 | 345,678 | 1,234 | abc1234 |",
+        "| nsa-fp8-1 | nsa | fp8 | 2.5000 | nsa-1 | +0.0125 | 345,678 | 1,234 | abc1235 |",
+        "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 |",
+        "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 |",
+        "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 |",
+        "| layer | nsa-1 |",
+        "| 1 | 0.12 / 0.50 / 1.00 |",
+    ):
+        check(line in text, f"learning.md has no {line!r}")
+    check("<!-- table learning_64k H200 -->\n<!-- end -->" in text, "a table without rows is left out")
+    write(rows[0], row("nsa-1", 2.4), *rows[2:])
+    expect("another loss", run(root, "--check"), 1, "dev/results/learning.md: table learning_positions_200m H200 does not agree")
+
+
 def test_errors(tmp: str) -> None:
     """Every error is one line that names the file."""
     program = "dev/results/performance.py"
@@ -177,6 +231,7 @@ def main() -> None:
         test_differences(tmp)
         test_scaling(tmp)
         test_one_run(tmp)
+        test_learning(tmp)
         test_errors(tmp)
     print(f"test_performance.py: {passed} passed, {failed} failed, 0 skipped")
     sys.exit(failed > 0)

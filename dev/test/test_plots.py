@@ -1,5 +1,5 @@
-"""scripts/train_log.py, plot_log.py, plot_recall.py and log_export.py, on logs of resumed, killed and old runs; and
--h of all scripts. make test runs it. The parts that need Matplotlib, tensorboard or wandb are skipped without them."""
+"""scripts/train_log.py, plot_log.py, plot_recall.py, log_export.py and dev/results/curves.py, on logs of resumed, killed and
+old runs; the training scripts with a fake trainer; and -h of all scripts. make test runs it. The parts that need Matplotlib, tensorboard or wandb are skipped without them."""
 
 import importlib.util
 import json
@@ -350,6 +350,149 @@ def test_wandb(tmp: str) -> None:
     expect_error("already exported", *args)
 
 
+def test_learning(tmp: str) -> None:
+    """scripts/learning.sh: the flags of each run; what it skips, resumes, continues and removes; its errors. A program
+    that logs its flags replaces the trainer."""
+    root = os.path.join(tmp, "learning")
+    shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
+    os.makedirs(os.path.join(root, "data/linux"))
+    for part in ("train", "val"):
+        with open(os.path.join(root, f"data/linux/linux_{part}_000000.bin"), "w", encoding="utf-8"):
+            pass
+    fake = """#!/bin/bash
+echo "$WORLD_SIZE $*" >>flags.txt
+while [ $# -gt 0 ]; do
+    case $1 in -o) out=$2 ;; -x) steps=$2 ;; esac
+    shift
+done
+[ -z "$BAD" ] || [ $out != log/learning/$BAD ] || exit 1
+mkdir -p $out && echo "{\\"step\\":$steps,\\"tokens\\":9,\\"val_loss\\":2.5}" >>$out/log.jsonl
+touch $(printf '%s/ckpt_%08d.bin' $out $steps)
+"""
+    trainer = os.path.join(root, "train_gpt_nsa")
+    with open(trainer, "w", encoding="utf-8") as file:
+        file.write(fake)
+    os.chmod(trainer, 0o755)
+
+    def train(runs: str, **env: str) -> tuple[int, str, list[str]]:
+        """Returns the exit code, the errors, and the command line of each run of the trainer."""
+        flags = os.path.join(root, "flags.txt")
+        with open(flags, "w", encoding="utf-8"):
+            pass
+        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS")}
+        full |= {"RUNS": runs, "BAD": "", **env}
+        result = subprocess.run([os.path.join(root, "scripts/learning.sh")], capture_output=True, text=True, env=full)
+        with open(flags, encoding="utf-8") as file:
+            return result.returncode, result.stderr, file.read().splitlines()
+
+    def left(name: str) -> list[str]:
+        return sorted(os.listdir(os.path.join(root, "log/learning", name)))
+
+    code, err, lines = train("nsa-64k")
+    check(code == 1 and not lines and "continues nsa-1" in err, f"a run whose start is missing: {code} {err} {lines}")
+    code, err, lines = train("nsa-64k nsa-1 50m-nsa-2")
+    right = (code, err, len(lines)) == (0, "", 3)
+    check(right, f"three runs: {code} {err} {lines}")
+    if right:
+        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 152 -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1"
+        check(lines[0].startswith(wanted) and lines[0].endswith(" -attn nsa -seed 1"), f"nsa-1: {lines[0]}")
+        wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 15 "
+        check(lines[1].startswith(wanted) and "gpt-124m" not in lines[1], f"nsa-64k: {lines[1]}")
+        check(" -x 381 -u 38 " in lines[2] and lines[2].endswith(" -attn nsa -seed 2"), f"50m-nsa-2: {lines[2]}")
+        kept = [left(name) for name in ("nsa-1", "nsa-64k", "50m-nsa-2")]
+        check(kept == [["ckpt_00001526.bin", "log.jsonl"], ["log.jsonl"], ["log.jsonl"]], f"checkpoints: {kept}")
+    check(train("nsa-64k nsa-1 50m-nsa-2") == (0, "", []), "complete runs are skipped")
+    log = os.path.join(root, "log/learning/50m-nsa-2/log.jsonl")
+    with open(log, "w", encoding="utf-8") as file:
+        file.write('{"step":350,"tokens":9,"val_loss":2.5}\n{"step":381,"loss":2.5}\n')
+    check(len(train("50m-nsa-2")[2]) == 1, "a run without its last validation goes on")
+    os.remove(os.path.join(root, "log/learning/nsa-1/ckpt_00001526.bin"))
+    check(len(train("nsa-1")[2]) == 1, "a run that another one continues, without its checkpoint, goes on")
+    code, err, lines = train("350m-nsa-30m-fp8 full-1", BAD="full-1")
+    check(code == 1 and len(lines) == 2 and "these runs failed: full-1;" in err, f"a run that fails: {code} {err} {lines}")
+    check(" -l 3e-4 -layers 24 " in lines[1] and lines[1].endswith(" -matmul fp8"), f"350m-nsa-30m-fp8: {lines[1]}")
+    code, err, lines = train("full-1 window-1 window-64k", GPUS="4")
+    cp = [line.count(" -cp 2 ") for line in lines]
+    right = code == 0 and cp == [0] * 8 + [1] * 4 and all(line.startswith("4 ") and " -d 131072 " in line for line in lines)
+    check(right, f"four GPUs: {code} {err} {lines}")
+    code, err, lines = train("nsa-1 nsa")
+    check(code == 1 and err.startswith("error: RUNS: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
+    os.remove(trainer)
+    code, err, lines = train("nsa-1")
+    check(code == 1 and "build it with make" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
+
+
+def test_curves(tmp: str) -> None:
+    """dev/results/curves.py: what a row has, its size, replaced rows, incomplete runs; both pictures."""
+    root = os.path.join(tmp, "curves")
+    for folder in ("scripts", "dev/results"):
+        shutil.copytree(os.path.join(ROOT, folder), os.path.join(root, folder))
+    rows_file = os.path.join(root, "dev/results/curves_h300.jsonl")
+    steps = 1526
+
+    def log(seed: int, gpu: str | None = "NVIDIA H300") -> list:
+        start = start_line(0)
+        flags = {f"flag-{i}": 1e-3 for i in range(80)} | {"x": steps, "matmul": "bf16"}
+        start["start"] |= {"gpu": gpu, "processes": 1, "flags": flags}
+        lines = [start, val_line(0, 9.0)]
+        for step in range(1, steps + 1):
+            lines.append({**train_line(step), "loss": 2 + seed + 1 / 3 + 3 / step, "ms": 500.0})
+            if step % 50 == 0 or step == steps:
+                lines += [val_line(step, 2 + seed + 1 / step), position_line(step, 0.5)]
+                lines.append({"step": step, "tokens": 1, "gates": [[0.123456789] * 3] * 24})
+        return lines
+
+    def curves(*args: str) -> tuple[int, str, str]:
+        program = [sys.executable, os.path.join(root, "dev/results/curves.py"), *args]
+        result = subprocess.run(program, capture_output=True, text=True, cwd=root)
+        return result.returncode, result.stdout, result.stderr
+
+    def rows() -> list:
+        with open(rows_file, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        check(max(map(len, lines)) <= 12000, f"bytes of a row: {list(map(len, lines))}")
+        return [json.loads(line) for line in lines]
+
+    first, second = write_log(tmp, "first", log(0)), write_log(tmp, "second", log(1))
+    code, out, err = curves("add", first, second)
+    check((code, err, out) == (0, "", "dev/results/curves_h300.jsonl: 2 runs, 2 of them from these folders\n"), f"{code} {out} {err}")
+    row = rows()[0]
+    head = [row[key] for key in ("name", "commit", "date", "gpu", "gpus", "tokens_per_second", "seconds")]
+    check(head == ["first", "abc", "2026-11-28", "NVIDIA H300", 1, 256, 763.0], f"a row begins with {head}")
+    check(len(row["loss"]) <= 100 and row["loss"][-1][:2] == [256 * steps, 763.0], f"training loss: {row['loss'][-1]}")
+    mean = sum(2 + 1 / 3 + 3 / step for step in range(1, 17)) / 16
+    check(row["loss"][0] == [256 * 16, 8.0, round(mean, 5)], f"the first point is the mean of 16 steps: {row['loss'][0]}")
+    check(row["val"][0] == [0, 0, 9.0] and row["val"][1] == [256 * 50, 25.0, 2.02] and len(row["val"]) == 32, f"{row['val'][:2]}")
+    check(row["position_loss"][1]["loss"] == 2.5 and len(row["gates"]) == 24, "loss by position and gates")
+    code, out, err = curves("add", write_log(tmp, "second", log(2)))
+    check([(r["name"], round(r["val"][-1][2])) for r in rows()] == [("first", 2), ("second", 4)], f"a replaced row: {out} {err}")
+    for name, lines, wanted in (
+        ("stopped", log(0)[:-10], "end at step 1500 of 1526"),
+        ("cpu", log(0, None), "names no GPU"),
+    ):
+        code, out, err = curves("add", write_log(tmp, name, lines))
+        check(code == 1 and wanted in err and err.count("\n") == 1 and len(rows()) == 2, f"{name}: {code} {out} {err}")
+    code, out, err = curves("draw", "third", "-o", "a.svg", "--gpu", "H300")
+    check(code == 1 and err == "error: third: no such run on H300; there are first, second\n", f"{code} {out} {err}")
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    for args in ((), ("--time",)):
+        pictures = []
+        for name in ("a.svg", "b.svg"):
+            code, out, err = curves("draw", "first", "second", "-o", name, "--gpu", "h300", *args)
+            check((code, err) == (0, ""), f"draw {args}: {code} {out} {err}")
+            with open(os.path.join(root, name), encoding="utf-8") as file:
+                pictures.append(file.read())
+        check(pictures[0] == pictures[1] and ("training, seconds" in pictures[0]) == bool(args), f"draw {args}: axis and bytes")
+    sys.path.insert(0, os.path.join(ROOT, "dev/results"))
+    from curves import draw
+    from train_log import import_pyplot
+
+    ends = [draw(import_pyplot(), rows(), time).axes[0].lines[3].get_xydata()[-1].tolist() for time in (False, True)]
+    loss = rows()[1]["val"][-1][2]
+    check(ends == [[256 * steps * 1e-6, loss], [763, loss]], f"the last validation of the second run: {ends}")
+
+
 def test_help() -> None:
     """Every script explains itself with -h and --help, changes nothing, and says how it is used."""
     programs = [os.path.join("scripts", f) for f in sorted(os.listdir(SCRIPTS)) if f.endswith((".sh", ".py"))]
@@ -425,6 +568,8 @@ def main() -> None:
         if has("wandb"):
             test_wandb(tmp)
         test_runs_are_kept(tmp)
+        test_learning(tmp)
+        test_curves(tmp)
     test_help()
     print(f"test_plots.py: {passed} passed, {failed} failed, {skipped} skipped")
     sys.exit(failed > 0)
