@@ -83,7 +83,7 @@ checkpoint() { printf 'log/learning/%s/ckpt_%08d.bin' "$1" "$2"; }
 
 # train NAME MODEL TOKENS FLAGS: trains a run
 train() {
-    local name=$1 model=$2 steps start= settings cp out=log/learning/$1
+    local name=$1 model=$2 steps start="" settings share=() cp out=log/learning/$1
     steps=$(steps "${3%M}")
     if is_complete "$name" "$steps"; then
         echo "== $name: complete"
@@ -100,8 +100,9 @@ train() {
     fi
     read -ra settings <<<"${MODELS[$model]}"
     cp=$((GPUS * settings[0] / 131072)) # GPUs that share a sequence, where there are more GPUs than sequences in a step
+    [ $cp -le 1 ] || share=(-cp "$cp")
     echo "== $name"
-    scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b 1 -d 131072 $([ $cp -le 1 ] || echo -cp $cp) -x "$steps" \
+    scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b 1 -d 131072 "${share[@]}" -x "$steps" \
         -u $((steps / 10)) -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1 -o "$out" -y 1 \
         -i 'data/linux/linux_train_*.bin' -j 'data/linux/linux_val_*.bin' "${@:4}" || return
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
@@ -114,7 +115,7 @@ for name in $RUNS; do
     grep -qxF -e "$name" <<<"$names" || die "RUNS: $name: no such run; there are" $names
 done
 make_corpus
-signal= failed=
+signal="" failed=""
 for s in HUP INT TERM USR1 USR2; do trap 'signal=1' $s; done # the trainer gets the signal too, and writes a checkpoint
 for line in "${TABLE[@]}"; do
     read -ra run <<<"$line"
