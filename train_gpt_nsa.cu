@@ -620,6 +620,13 @@ static void layer_body(Model *model, int l) {
     swiglu_forward(a->swiglu_q.data ? NULL : a->swiglu, a->gate_up, n, H, model->stream, a->swiglu_q);
 }
 
+// Lets the pass wait for the weights of the unit that contains parameter `offset`, which AdamW may still
+// update.
+static void use_weights(Model *model, int64_t offset) {
+    profile_part(model, PART_OPTIMIZER);
+    optimizer_use_unit(&model->optimizer, &model->params, offset, model->stream);
+}
+
 // Runs the current batch up to lnf_out, the input of the LM head.
 static void model_forward(Model *model) {
     const ModelConfig *c = &model->config;
@@ -627,15 +634,13 @@ static void model_forward(Model *model) {
     Linears *m = &model->linears;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
-    const Params *params = &model->params;
-    Optimizer *optimizer = &model->optimizer;
     cudaStream_t stream = model->stream;
     const int64_t n = model->batch.n, C = c->channels;
+    use_weights(model, layout->wte);
     profile_part(model, PART_EMBEDDING);
-    optimizer_use_unit(optimizer, params, layout->wte, stream);
     embedding_forward(acts->layers[0].residual_in, model->batch.tokens, weight(model, layout->wte), n, (int)C,
                       stream);
-    optimizer_use_unit(optimizer, params, layout->layers[0].ln1, stream);
+    use_weights(model, layout->layers[0].ln1);
     layer_ln1(model, 0);
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
@@ -643,8 +648,8 @@ static void model_forward(Model *model) {
         linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
                        linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
         m->matmul.sms = 0;
+        use_weights(model, param_after_layer(layout, c, l));
         profile_part(model, PART_NORMS);
-        optimizer_use_unit(optimizer, params, param_after_layer(layout, c, l), stream);
         rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
                                  next ? next->residual_in : acts->residual_out,
                                  next ? next->ln1_rstd : acts->lnf_rstd, a->residual_mid, s->proj_out,
@@ -1025,7 +1030,7 @@ static void profile(Run *r, Model *model, const char *gpu, double peak) {
     feed_start(&feed, r, model->gpus, model->batch_buffers.feed, model->batch_buffers.bytes);
     model->linears.profile = &measure;
     for (bool step : {false, true}) {
-        PassTimes times = profile_pass(r, step, model->layout.num_params, model->params.zero.shard_size);
+        PassTimes times = profile_pass(r, step);
         for (int64_t i = 0; i < o->profile_steps + 2; i++) {
             std::vector<double> parts(PART_END, 0.0);
             StepLog line;

@@ -19,7 +19,7 @@ struct PassTimes {
 
 // Returns the pass of a profile before its first measurement: a training step or a forward pass of a
 // micro-batch.
-static PassTimes profile_pass(const Run *r, bool step, int64_t num_params, int64_t owned_params) {
+static PassTimes profile_pass(const Run *r, bool step) {
     const Options *o = &r->opt;
     const PassWork work = {step,
                            strcmp(o->matmul, "fp8") == 0,
@@ -27,9 +27,7 @@ static PassTimes profile_pass(const Run *r, bool step, int64_t num_params, int64
                            o->batch,
                            o->seq_len,
                            (int)o->cp_size,
-                           r->micro_batches,
-                           owned_params,
-                           num_params};
+                           r->micro_batches};
     PassTimes t = {step, 0, step ? r->state.total_batch : o->batch * o->seq_len * r->dp_size, {}, {}};
     profile_work(&r->config, &work, t.work);
     return t;

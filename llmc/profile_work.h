@@ -13,7 +13,7 @@ typedef enum {
     PART_NORMS, // RMSNorm, residuals, SwiGLU
     PART_EMBEDDING,
     PART_CLASSIFIER, // LM head and cross-entropy
-    PART_OPTIMIZER,  // zeroing the gradients, their norm, AdamW
+    PART_OPTIMIZER,  // the gradient norm, and waiting for AdamW, which runs beside the forward pass
     PART_END,        // ends the last part
 } ProfilePart;
 
@@ -35,8 +35,6 @@ typedef struct {
     int64_t sequences, seq_len; // of a micro-batch; `share` GPUs share them (-cp)
     int share;
     int64_t micro_batches;
-    int64_t owned_params,
-        num_params; // parameters that AdamW updates on this GPU, and that have gradients on it
 } PassWork;
 
 // Fills work [PART_END].
@@ -81,8 +79,5 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
     work[PART_NORMS].amount = layer_norms * layers * (1 + again);
     if (p->step) work[PART_NORMS].amount += n * (16 * C + 2 * C * saved + (10 - 2 * saved) * H) * layers;
     if (p->step && p->recompute == 1) work[PART_NORMS].amount += n * (8 * C + (6 - saved) * H) * layers;
-    // zeros 4 and norm 4 bytes per gradient, AdamW 30 per parameter
-    work[PART_OPTIMIZER].limit = LIMIT_MEMORY;
-    work[PART_OPTIMIZER].amount = p->step ? 4.0 * (double)p->num_params + 34.0 * (double)p->owned_params : 0;
 }
 #endif

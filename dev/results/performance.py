@@ -127,8 +127,9 @@ class Times:
         for row in self.rows["attention"]:
             self.add_attention(row)
         for row in self.rows["step"]:
-            if is_step(row) and row.get("gpus", 1) == 1:
-                self.steps.setdefault((row["attn"], row["n"]), []).append(row)
+            if is_step(row) and row.get("gpus", 1) == 1 and row["layers"] == 4:
+                system = row["attn"] + (" fp8" if row.get("matmul") == "fp8" else "")
+                self.steps.setdefault((system, row["n"]), []).append(row)
         for row in self.peers:
             self.add_peer(row)
 
@@ -199,8 +200,12 @@ class Times:
 
 
 def is_step(row):
-    """Returns whether a row is a training step with 16-bit matmuls."""
-    return row["program"] == "train_gpt_nsa" and row["dir"] == "step" and "matmul" not in row
+    """Returns whether a row is a training step."""
+    return row["program"] == "train_gpt_nsa" and row["dir"] == "step"
+
+
+def is_16_bit_step(row):
+    return is_step(row) and "matmul" not in row
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------
@@ -325,10 +330,12 @@ def table_step(times):
     """A training step."""
     systems = [
         ("nsa", "NSA, ours"),
+        ("nsa fp8", "NSA, ours, fp8"),
         ("PyTorch ours", "NSA, PyTorch with ours"),
         ("PyTorch flash_nsa", "NSA, PyTorch with flash_nsa"),
         ("PyTorch fsa", "NSA, PyTorch with FSA"),
         ("full", "full, ours"),
+        ("full fp8", "full, ours, fp8"),
         ("PyTorch fa4", "full, PyTorch with FlashAttention-4"),
         ("PyTorch cudnn", "full, PyTorch with cuDNN"),
     ]
@@ -338,9 +345,10 @@ def table_step(times):
     return captioned(f"{times.caption('step')}." + (f" PyTorch: another {times.gpu}, {dates}." if dates else ""), table)
 
 
-# Parts of a step: key in `split`, heading.
+# Parts of a step: key in `split`, heading. Rows from before 2026-11-28 name the matmuls products.
 STEP_SPLIT = [
-    ("products", "matmuls (ms)"),
+    ("matmul", "matmuls (ms)"),
+    ("quantize", "to 8 bits (ms)"),
     ("attention_forward", "attention, forward (ms)"),
     ("attention_backward", "attention, backward (ms)"),
     ("classifier", "classifier (ms)"),
@@ -349,15 +357,22 @@ STEP_SPLIT = [
 ]
 
 
+def part_ms(rows, name):
+    """Returns the median milliseconds of a part of these steps, or None if they have no such part."""
+    names = ("matmul", "products") if name == "matmul" else (name,)
+    values = [row["split"][n] for row in rows for n in names if row["split"].get(n)]
+    return statistics.median(values) if values else None
+
+
 def table_step_parts(times):
     """Where the time of our training steps goes, and what they need."""
     rows = []
-    for mode in ("nsa", "full"):
+    for mode in ("nsa", "nsa fp8", "full", "full fp8"):
         for n in LENGTHS:
             steps = times.steps.get((mode, n))
             if not steps:
                 continue
-            row = [number(statistics.median(r["split"][name] for r in steps)) for name, _ in STEP_SPLIT]
+            row = [number(part_ms(steps, name)) for name, _ in STEP_SPLIT]
             speed, mfu, memory = (times.step(mode, n, f) for f in ("tokens_per_second", "mfu", "memory_bytes"))
             row += [f"{speed:,.0f}", f"{100 * mfu:.1f}", f"{memory / 2**30:.1f}"]
             rows.append([tokens(n), mode] + row)
@@ -370,7 +385,7 @@ def scaling_runs(times):
     of a GPU and the ratio to one GPU. A shape: attention, tokens, layers, channels, vocabulary, sequences,
     micro-batches, -r."""
     runs = {}
-    for row in filter(is_step, times.rows["scaling"]):
+    for row in filter(is_16_bit_step, times.rows["scaling"]):
         names = ("attn", "n", "layers", "channels", "vocab")
         shape = (*(row[name] for name in names), row.get("sequences", 1), row["micro_batches"], row["recompute"])
         key = shape, row.get("gpus", 1), row.get("zero", 0), row.get("cp", 1)
@@ -419,7 +434,7 @@ def table_scaling_sentence(times):
 
 def llama3_8b_steps(times):
     """Returns {(tokens, attention): the row of a training step} of `llama3_8b`. There must be one number of GPUs."""
-    rows = {(row["n"], row["attn"]): row for row in times.rows["llama3_8b"] if is_step(row)}
+    rows = {(row["n"], row["attn"]): row for row in times.rows["llama3_8b"] if is_16_bit_step(row)}
     if len({row["gpus"] for row in rows.values()}) != 1:
         die(f"{times.gpu}, commit {MEASURED[times.gpu]['llama3_8b'][1]}: llama3_8b needs rows of one number of GPUs")
     return rows
@@ -462,7 +477,7 @@ def table_llama3_8b_parts(times):
     for n, mode in sorted(steps, key=lambda key: (key[1], key[0])):
         row = steps[n, mode]
         flags = f"`-z {row['zero']} -cp {row['cp']} -r {row['recompute']}`"
-        parts = [number(row["split"][name]) for name, _ in STEP_SPLIT]
+        parts = [number(part_ms([row], name)) for name, _ in STEP_SPLIT]
         rows.append([tokens(n), mode, flags, number(row["ms"]), *parts, f"{100 * row['mfu']:.1f}", f"{row['memory_bytes'] / 2**30:.1f}"])
     head = ["tokens", "attention", "flags", "step (ms)"] + [title for _, title in STEP_SPLIT] + ["MFU (%)", "memory of a GPU (GiB)"]
     gpus = next(iter(steps.values()))["gpus"]
