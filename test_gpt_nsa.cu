@@ -38,6 +38,7 @@ typedef struct {
     const char *name;
     int attn, tied, bias, qk_norm, q_heads, kv_heads, gate_per_token, phi;
     double rope_factor;
+    int full_every;
 } Variant;
 
 static ModelConfig make_config(const Variant *v) {
@@ -45,7 +46,8 @@ static ModelConfig make_config(const Variant *v) {
     char msg[256];
     memset(&c, 0, sizeof c);
     config_set_vocab(&c, small ? 70 : 1000);
-    c.layers = 2, c.channels = small ? 64 : 256, c.hidden = small ? 96 : 352;
+    c.layers = v->full_every ? 4 : 2, c.full_every = v->full_every;
+    c.channels = small ? 64 : 256, c.hidden = small ? 96 : 352;
     c.attn = v->attn, c.tied = v->tied, c.qkv_bias = v->bias, c.qk_norm = v->qk_norm;
     c.rope_theta = 10000, c.norm_eps = 1e-5, c.rope_factor = v->rope_factor;
     c.rope_low_freq = 1, c.rope_high_freq = 4, c.rope_original_len = 128;
@@ -129,7 +131,7 @@ static Model *build(const ModelConfig *c, const std::vector<float> &params, int6
     cuda_check(cudaMemset(model->arenas[ACTIVATIONS].base, 0xff, model->arenas[ACTIVATIONS].bytes));
     cuda_check(cudaMemset(model->scratch.workspace, 0xff, model->scratch.workspace_bytes));
     cuda_check(cudaMemset(model->scratch.dqkv, 0xff,
-                          tokens / (gpus ? gpus->cp_size : 1) * model->qkv.stride *
+                          tokens / (gpus ? gpus->cp_size : 1) * model->acts.layers[0].layout.stride *
                               sizeof(floatX))); // with its padding columns
     cuda_check(cudaDeviceSynchronize());
     model_set(model, params.data(), NULL, NULL);
@@ -192,6 +194,7 @@ static void copy_block_indices(cpu::Model *cpu_model, const Model *model,
     if (c->attn != ATTN_NSA) return;
     block_indices->resize(c->layers);
     for (int l = 0; l < c->layers; l++) {
+        if (layer_attention(c, l) != ATTN_NSA) continue;
         (*block_indices)[l] =
             download(fsa_saved_block_indices(&c->fsa, attn_dtype, &b, model->acts.layers[l].saved),
                      (int64_t)c->fsa.kv_heads * b.num_queries * c->fsa.topk);
@@ -228,6 +231,7 @@ static void test_against_c(const Variant *v) {
                            d.batch.num_seqs);
     copy_block_indices(&cpu_model, model, &block_indices);
     for (size_t l = 0; l < block_indices.size(); l++) {
+        if (layer_attention(&c, (int)l) != ATTN_NSA) continue;
         const int32_t *selected = cpu_model.acts.layers[l].saved.block_indices;
         int64_t same = 0;
         for (int64_t i = 0; i < num_queries; i++)
@@ -534,8 +538,8 @@ static void test_training(const Variant *v) {
     cpu::model_free(&cpu_model);
 }
 
-// Tests that the trainer loads parameters and moments of a checkpoint of version 1 or 2. The gates' biases
-// are 0 then.
+// Tests that the trainer loads parameters and moments of a checkpoint of version 1, 2 or 3. The gates' biases
+// are 0 in versions 1 and 2.
 static void test_checkpoint_old(const Variant *v, int version) {
     static Run r;
     r.config = make_config(v), r.resuming = 1;
@@ -546,7 +550,7 @@ static void test_checkpoint_old(const Variant *v, int version) {
     for (int64_t i = 0; i < model->layout.num_tensors; i++) {
         const ParamTensor *t = &model->layout.tensors[i];
         for (std::vector<float> &a : arrays)
-            if (param_is(t, "bgate")) std::fill_n(a.begin() + t->offset, t->size, 0.0f);
+            if (version < 3 && param_is(t, "bgate")) std::fill_n(a.begin() + t->offset, t->size, 0.0f);
     }
     char folder[] = "/tmp/test_gpt_nsa.XXXXXX";
     if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
@@ -603,7 +607,7 @@ static void test_inference(const Variant *v) {
         const int64_t padded = model->batch.n, cu_seqlens[2] = {0, padded};
         std::vector<int32_t> tokens(d.tokens.begin(), d.tokens.begin() + length);
         tokens.resize(padded);
-        for (int l = 0; l < c.layers && c.attn == ATTN_NSA; l++)
+        for (int l = 0; l < c.layers && c.attn == ATTN_NSA; l++) // layers of full attention read none
             cpu_model.acts.layers[l].block_indices = block_indices.data() + l * padded * row;
         cpu::model_forward(&cpu_model, tokens.data(), tokens.data(), cu_seqlens, 1);
         double error =
@@ -685,15 +689,14 @@ static std::vector<std::vector<int32_t>> block_indices_by_head(const Model *mode
     const FsaDeviceBatch b = fsa_device_batch(&model->batch);
     const int64_t size = b.num_queries * group.topk;
     std::vector<std::vector<int32_t>> heads;
-    if (model->config.attn != ATTN_NSA) return heads;
     for (int l = 0; l < model->config.layers; l++)
-        for (int i = 0; i < g->count; i++)
+        for (int i = 0; i < g->count && layer_attention(&model->config, l) == ATTN_NSA; i++)
             for (int h = 0; h < group.kv_heads; h++)
-                heads.push_back(
-                    download(fsa_saved_block_indices(&group, attn_dtype, &b,
-                                                     model->acts.layers[l].saved + i * g->saved_bytes) +
-                                 h * size,
-                             size));
+                heads.push_back(download(
+                    fsa_saved_block_indices(&group, attn_dtype, &b,
+                                            model->acts.layers[l].saved + i * g->saved_bytes[ATTN_NSA]) +
+                        h * size,
+                    size));
     return heads;
 }
 
@@ -755,10 +758,11 @@ static void test_shared(const Variant *v, Gpus *gpus) {
 // Runs in each of the two processes. Returns the exit code.
 static int test_rank(void *) {
     static const Variant variants[] = {
-        {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 6, 3, 0, FSA_PHI_LINEAR, 0},
-        {"nsa, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 0},
-        {"full", ATTN_FULL, 0, 1, 0, 4, 2, 0, FSA_PHI_LINEAR, 0},
-        {"window, QK-norm", ATTN_WINDOW, 0, 0, 1, 4, 4, 0, FSA_PHI_LINEAR, 0}};
+        {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 6, 3, 0, FSA_PHI_LINEAR, 0, 0},
+        {"nsa, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 0, 0},
+        {"full", ATTN_FULL, 0, 1, 0, 4, 2, 0, FSA_PHI_LINEAR, 0, 0},
+        {"window, QK-norm", ATTN_WINDOW, 0, 0, 1, 4, 4, 0, FSA_PHI_LINEAR, 0, 0},
+        {"nsa and full", ATTN_NSA, 1, 1, 0, 4, 2, 1, FSA_PHI_LINEAR, 0, 2}};
     Comm comm;
     Gpus gpus;
     comm_start(&comm);
@@ -795,23 +799,33 @@ int main(int argc, char **argv) {
         SKIP("no GPU");
         return test_end("test_gpt_nsa");
     }
-    static const Variant nsa = {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 3, 1, 0, FSA_PHI_LINEAR, 0};
+    static const Variant nsa = {"nsa, bias, QK-norm", ATTN_NSA, 0, 1, 1, 3, 1, 0, FSA_PHI_LINEAR, 0, 0};
     static const Variant nsa_mean = {
-        "nsa, tied, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 8};
-    static const Variant full = {"full, tied, bias", ATTN_FULL, 1, 1, 0, 2, 1, 0, FSA_PHI_LINEAR, 8};
-    static const Variant window = {"window, QK-norm", ATTN_WINDOW, 0, 0, 1, 2, 2, 0, FSA_PHI_LINEAR, 0};
-    for (const Variant *v : {&nsa, &nsa_mean, &full, &window}) test_against_c(v);
+        "nsa, tied, mean, a gate a token", ATTN_NSA, 1, 0, 0, 4, 2, 1, FSA_PHI_MEAN, 8, 0};
+    static const Variant full = {"full, tied, bias", ATTN_FULL, 1, 1, 0, 2, 1, 0, FSA_PHI_LINEAR, 8, 0};
+    static const Variant window = {"window, QK-norm", ATTN_WINDOW, 0, 0, 1, 2, 2, 0, FSA_PHI_LINEAR, 0, 0};
+    static const Variant hybrid = {"nsa and full", ATTN_NSA, 1, 1, 0, 2, 1, 0, FSA_PHI_LINEAR, 8, 2};
+    static const Variant hybrid_norm = {"nsa and full, QK-norm", ATTN_NSA, 0, 0, 1, 2, 2, 0,
+                                        FSA_PHI_LINEAR,          0,        3};
+    static const Variant hybrid_window = {"window and full", ATTN_WINDOW, 0, 0, 0, 2, 1, 0,
+                                          FSA_PHI_LINEAR,    0,           2};
+    for (const Variant *v : {&nsa, &nsa_mean, &full, &window, &hybrid, &hybrid_norm, &hybrid_window})
+        test_against_c(v);
     test_golden("model_gpu");
     test_golden("model_gpu_full");
-    for (const Variant *v : {&nsa, &full, &window}) test_same_bits(v);
-    for (const Variant *v : {&nsa, &nsa_mean, &full}) test_fp8(v);
+    for (const Variant *v : {&nsa, &full, &window, &hybrid, &hybrid_norm, &hybrid_window}) test_same_bits(v);
+    for (const Variant *v : {&nsa, &nsa_mean, &full, &hybrid}) test_fp8(v);
     test_fp8_not_finite(&nsa);
     test_accumulation(&full);
     test_training(&nsa);
+    test_training(&hybrid);
     test_checkpoint_old(&nsa, 1);
     test_checkpoint_old(&nsa, 2);
+    test_checkpoint_old(&nsa, 3);
     test_inference(&nsa);
     test_inference(&full);
+    test_inference(&hybrid);
+    test_inference(&hybrid_window);
     printf("largest errors: losses %.2e, logits %.2e, of the next token %.2e, gradients %.2e, losses of 20 "
            "steps %.2e; largest difference of a gradient with fp8 %.2e\n",
            worst_loss, worst_logit, worst_next, worst_grad, worst_step, worst_fp8);

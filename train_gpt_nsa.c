@@ -157,10 +157,11 @@ static void *model_alloc(Model *model, size_t count, size_t size) {
     return p;
 }
 
-// Allocates the attention's State. The modes full and window use q, k and one lse of it.
-static void alloc_attention_state(Model *model, LayerActivations *a, int64_t n) {
+// Allocates the State of layer l's attention. The modes full and window use q, k and one lse of it.
+static void alloc_attention_state(Model *model, int l, int64_t n) {
     const FsaConfig *f = &model->config.fsa;
-    if (model->config.attn == ATTN_NSA) {
+    LayerActivations *a = &model->acts.layers[l];
+    if (layer_attention(&model->config, l) == ATTN_NSA) {
         size_t bytes = GPT_REF(state_layout)(&a->saved, f, n, n, n, NULL);
         GPT_REF(state_layout)(&a->saved, f, n, n, n, model_alloc(model, bytes, 1));
         return;
@@ -194,9 +195,9 @@ static void model_allocate(Model *model) {
             a->q_rstd = model_alloc(model, n * f->q_heads, sizeof(real));
             a->k_rstd = model_alloc(model, n * f->kv_heads, sizeof(real));
         }
-        if (config->attn == ATTN_NSA)
+        if (layer_attention(config, l) == ATTN_NSA)
             a->gate_logits = model_alloc(model, n * num_gate_logits(f), sizeof(real));
-        alloc_attention_state(model, a, n);
+        alloc_attention_state(model, l, n);
         a->attn_out = model_alloc(model, n * qd, sizeof(real));
         a->residual_mid = model_alloc(model, n * C, sizeof(real));
         a->ln2 = model_alloc(model, n * C, sizeof(real));
@@ -251,7 +252,7 @@ void model_free(Model *model) {
         if (a->q_raw != a->q) free(a->q_raw), free(a->k_raw), free(a->q_rstd), free(a->k_rstd);
         free(a->residual_in), free(a->ln1), free(a->ln1_rstd), free(a->q), free(a->k), free(a->v),
             free(a->gate_logits);
-        if (model->config.attn != ATTN_NSA) free(a->saved.k), free(a->saved.lse[0]);
+        if (layer_attention(&model->config, l) != ATTN_NSA) free(a->saved.k), free(a->saved.lse[0]);
         free(a->saved.q); // with nsa q is the first array of the State's one allocation
         free(a->attn_out), free(a->residual_mid), free(a->ln2), free(a->ln2_rstd), free(a->gate_up),
             free(a->swiglu);
@@ -282,7 +283,8 @@ static void attention_forward(Model *model, int l) {
     const FsaConfig *f = &c->fsa;
     LayerActivations *a = &model->acts.layers[l];
     GPT_REF(State) *s = &a->saved;
-    if (c->attn == ATTN_NSA) {
+    const AttnMode attn = layer_attention(c, l);
+    if (attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(forward)
         (f, &model->batch, a->q, a->k, a->v, &phi, model->inv_freq, a->gate_logits, a->block_indices, s,
@@ -294,7 +296,7 @@ static void attention_forward(Model *model, int l) {
     GPT_REF(rope_queries)(f, &model->batch, s->q, model->inv_freq, 0);
     GPT_REF(rope_keys)(f, &model->batch, s->k, model->inv_freq, 0);
     GPT_REF(attention_forward)
-    (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->attn_out,
+    (f, &model->batch, attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->attn_out,
      s->lse[0]);
 }
 
@@ -305,7 +307,8 @@ static void attention_backward(Model *model, int l) {
     const LayerParams *w = &model->layout.layers[l];
     LayerActivations *a = &model->acts.layers[l];
     GPT_REF(State) *s = &a->saved;
-    if (c->attn == ATTN_NSA) {
+    const AttnMode attn = layer_attention(c, l);
+    if (attn == ATTN_NSA) {
         GPT_REF(PhiWeights) phi = layer_phi(model, l);
         GPT_REF(PhiGradients)
         dphi = {tensor_at(model->params.grads, w->phi_wk), tensor_at(model->params.grads, w->phi_pe),
@@ -320,7 +323,7 @@ static void attention_backward(Model *model, int l) {
     memset(model->scratch.dk, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     memset(model->scratch.dv, 0, sizeof(real) * model->n * f->kv_heads * f->head_dim);
     GPT_REF(attention_backward)
-    (f, &model->batch, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->attn_out,
+    (f, &model->batch, attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, s->q, s->k, a->v, NULL, a->attn_out,
      s->lse[0], model->scratch.dattn_out, model->scratch.dq, model->scratch.dk, model->scratch.dv);
     GPT_REF(rope_queries)(f, &model->batch, model->scratch.dq, model->inv_freq, 1);
     GPT_REF(rope_keys)(f, &model->batch, model->scratch.dk, model->inv_freq, 1);
@@ -493,9 +496,11 @@ void model_update(Model *model, int64_t step, double lr, double beta1, double be
 static void evaluate(void *arg, const Run *r, const float **losses, const int32_t **argmax) {
     Model *model = arg;
     model_forward(model, r->inputs, r->targets, r->cu_seqlens, r->num_seqs);
-    for (int l = 0; r->gates && l < model->config.layers; l++)
-        gate_sums_add(&r->gates[l], model->acts.layers[l].gate_logits,
-                      model->n * num_gate_logits(&model->config.fsa) / GATE_BRANCHES);
+    for (int l = 0; r->gates && l < model->config.layers; l++) {
+        if (model->acts.layers[l].gate_logits)
+            gate_sums_add(&r->gates[l], model->acts.layers[l].gate_logits,
+                          model->n * num_gate_logits(&model->config.fsa) / GATE_BRANCHES);
+    }
     *losses = model->acts.losses;
     *argmax = model->acts.argmax;
 }

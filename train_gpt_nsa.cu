@@ -56,18 +56,18 @@
 // ---------------------------------------------------------------------------------------------------------
 // The model and its memory
 
-// The activations that a layer keeps for its backward pass; n tokens. Layers share the arrays that are
-// recomputed. Model.qkv has the strides of q, k, o and attn_out.
+// The activations that a layer keeps for its backward pass; n tokens. Layers share recomputed arrays.
 typedef struct {
+    QkvLayout layout;       // the columns of qkv, and the strides of q, k, o and attn_out
     floatX *residual_in;    // [n, C] the residual stream before the layer
     floatX *ln1;            // [n, C]
     float *ln1_rstd;        // [n]
-    floatX *qkv;            // [n, qkv.stride] columns q | k | v | gate logits; q and k before QK-norm
-    attnX *attn_qkv;        // [n, qkv.stride] qkv as attnX; the same array if the types are equal
+    floatX *qkv;            // [n, layout.stride] columns q | k | v | gate logits; q and k before QK-norm
+    attnX *attn_qkv;        // [n, layout.stride] qkv as attnX; the same array if the types are equal
     float *q_rstd, *k_rstd; // [n, Hq], [n, Hkv] with QK-norm
     attnX *q, *k;     // [n, Hq, d], [n, Hkv, d] after QK-norm, before RoPE; views of attn_qkv without it
     char *saved;      // [head groups, saved_bytes] `saved` of fsa_forward; full, window: lse [n, Hq]
-    attnX *o;         // [n, Hq, d] the attention's output; a view of attn_qkv with qkv.o_over_q
+    attnX *o;         // [n, Hq, d] the attention's output; a view of attn_qkv with layout.o_over_q
     floatX *attn_out; // [n, Hq, d] o as floatX; the same array if the types are equal
     floatX *residual_mid, *ln2; // [n, C] the residual stream after the attention, and its norm
     float *ln2_rstd;            // [n]
@@ -97,8 +97,8 @@ typedef struct {
     attnX *dout;           // [n, Hq, d] dattn_out as attnX; the same array if the types are equal
     Fp8Matrix dresidual_q; // with -matmul fp8: dresidual in e4m3
     Fp8Matrix dout_q;      // the same of dgate_up [n, 2*hidden], then of columns of dqkv
-    floatX *dqkv;          // [n, qkv.stride]
-    attnX *attn_dqkv;      // [n, qkv.stride] dqkv as attnX; the same array if the types are equal
+    floatX *dqkv;          // [n, layout.stride] of the layer
+    attnX *attn_dqkv;      // [n, layout.stride] dqkv as attnX; the same array if the types are equal
     attnX *dq, *dk;  // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed, dq in proj_out
     char *workspace; // [workspace_bytes] of the attention and of the layers
     size_t workspace_bytes;
@@ -122,7 +122,6 @@ typedef struct {
 
 typedef struct {
     ModelConfig config;
-    QkvLayout qkv;                // the columns of q, k, v and the gate logits
     int64_t max_tokens, max_keys; // tokens of a micro-batch on this GPU, and of its whole sequences
     int training, recompute;      // training 0: no gradients, no AdamW; recompute: the value of -r
     Gpus *gpus;                   // NULL: one GPU alone
@@ -150,9 +149,14 @@ typedef struct {
 
 // Assigns the memory of a layer's activations. The first layer gets all arrays. Another layer gets its own
 // copy of those that its backward pass reads and does not recompute, and shares the rest with the first
-// layer.
-static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
+// layer. If the first layer has o over q, the first layer of -full-every shares its o with the others.
+static void layer_memory_layout(Model *model, int l) {
     const ModelConfig *c = &model->config;
+    LayerActivations *layers = model->acts.layers, *a = &layers[l];
+    const AttnMode attn = layer_attention(c, l);
+    const int first = l == 0, first_full = l == c->full_every - 1;
+    *a = layers[attn != c->attn && !first_full ? c->full_every - 1 : 0];
+    a->layout = qkv_layout(c, l);
     const FsaConfig *f = &c->fsa;
     Arena *arena = &model->arenas[ACTIVATIONS];
     const int64_t n = model->max_tokens, C = c->channels, d = f->head_dim, H = c->hidden;
@@ -175,28 +179,27 @@ static void layer_memory_layout(Model *model, LayerActivations *a, int first) {
         }
     }
     // with nsa the backward pass does not read q, but the rotated q in `saved`
-    if (c->qk_norm && (first || (keep && c->attn != ATTN_NSA))) arena_alloc(arena, &a->q, q);
+    if (c->qk_norm && (first || (keep && attn != ATTN_NSA))) arena_alloc(arena, &a->q, q);
+    if (!a->layout.o_over_q && (first || keep || (first_full && layers[0].layout.o_over_q))) {
+        arena_alloc(arena, &a->o, q);
+        a->attn_out = (floatX *)a->o;
+        if (attn_needs_convert) arena_alloc(arena, &a->attn_out, q);
+    }
     if (!first && !keep) return;
     arena_alloc(arena, &a->ln1_rstd, n);
     arena_alloc(arena, &a->ln2_rstd, n);
-    arena_alloc(arena, &a->qkv, n * model->qkv.stride);
+    arena_alloc(arena, &a->qkv, n * a->layout.stride);
     a->attn_qkv = (attnX *)a->qkv;
-    if (attn_needs_convert) arena_alloc(arena, &a->attn_qkv, n * model->qkv.stride);
+    if (attn_needs_convert) arena_alloc(arena, &a->attn_qkv, n * a->layout.stride);
     if (c->qk_norm) {
         arena_alloc(arena, &a->q_rstd, n * f->q_heads);
         arena_alloc(arena, &a->k_rstd, n * f->kv_heads);
         arena_alloc(arena, &a->k, n * f->kv_heads * d);
     } else {
-        a->q = a->attn_qkv, a->k = a->attn_qkv + model->qkv.k;
+        a->q = a->attn_qkv, a->k = a->attn_qkv + a->layout.k;
     }
-    arena_alloc(arena, &a->saved, model->groups.count * (int64_t)model->groups.saved_bytes);
-    if (model->qkv.o_over_q) {
-        a->o = a->q, a->attn_out = a->qkv;
-    } else {
-        arena_alloc(arena, &a->o, q);
-        a->attn_out = (floatX *)a->o;
-        if (attn_needs_convert) arena_alloc(arena, &a->attn_out, q);
-    }
+    arena_alloc(arena, &a->saved, model->groups.count * (int64_t)model->groups.saved_bytes[attn]);
+    if (a->layout.o_over_q) a->o = a->q, a->attn_out = a->qkv;
     arena_alloc(arena, &a->residual_mid, n * C);
     arena_alloc(arena, &a->gate_up, n * 2 * H);
 }
@@ -206,10 +209,7 @@ static void activations_memory_layout(Model *model) {
     Activations *acts = &model->acts;
     Arena *arena = &model->arenas[ACTIVATIONS];
     const int64_t n = model->max_tokens, C = model->config.channels;
-    for (int l = 0; l < model->config.layers; l++) {
-        acts->layers[l] = acts->layers[0]; // shared, unless layer_memory_layout replaces it
-        layer_memory_layout(model, &acts->layers[l], l == 0);
-    }
+    for (int l = 0; l < model->config.layers; l++) layer_memory_layout(model, l);
     // the last layer's output is residual_out; every other layer's is residual_in of the next layer
     acts->residual_out = acts->layers[0].residual_in, acts->lnf_out = acts->layers[0].ln1;
     if (model->training) arena_alloc(arena, &acts->residual_out, n * C);
@@ -226,6 +226,7 @@ static void gradients_memory_layout(Model *model) {
     Arena *arena = &model->arenas[SCRATCH];
     const int64_t n = model->max_tokens, C = model->config.channels;
     const int64_t q = n * f->q_heads * f->head_dim;
+    const QkvLayout *layout = &model->acts.layers[0].layout; // the largest
     arena_alloc(arena, &s->dresidual, n * C);
     arena_alloc(arena, &s->dnorm, n * C);
     arena_alloc(arena, &s->dattn_out, q);
@@ -233,13 +234,13 @@ static void gradients_memory_layout(Model *model) {
     if (attn_needs_convert) arena_alloc(arena, &s->dout, q);
     if (model->linears.fp8) {
         fp8_matrix_memory_layout(&s->dresidual_q, n, C, arena);
-        fp8_matrix_memory_layout(&s->dout_q, n, std::max<int64_t>(2 * model->config.hidden, model->qkv.gate),
+        fp8_matrix_memory_layout(&s->dout_q, n, std::max<int64_t>(2 * model->config.hidden, layout->gate),
                                  arena);
     }
-    arena_alloc(arena, &s->dqkv, n * model->qkv.stride);
+    arena_alloc(arena, &s->dqkv, n * layout->stride);
     s->attn_dqkv = (attnX *)s->dqkv;
-    if (attn_needs_convert) arena_alloc(arena, &s->attn_dqkv, n * model->qkv.stride);
-    s->dq = s->attn_dqkv, s->dk = s->attn_dqkv + model->qkv.k;
+    if (attn_needs_convert) arena_alloc(arena, &s->attn_dqkv, n * layout->stride);
+    s->dq = s->attn_dqkv, s->dk = s->attn_dqkv + layout->k;
     if (!model->config.qk_norm) return;
     s->dq = (attnX *)s->proj_out; // only the forward pass of a layer uses proj_out otherwise
     arena_alloc(arena, &s->dk, n * f->kv_heads * f->head_dim);
@@ -292,7 +293,7 @@ static void model_memory_layout(Model *model) {
     if (model->training) optimizer_memory_layout(&model->optimizer, &model->params.zero, arenas);
     linears_memory_layout(&model->linears, c, &model->layout, model->params.weights, model->max_tokens,
                           model->training, arenas);
-    model->groups.saved_bytes = head_group_saved_bytes(c, &model->groups, &max_batch);
+    head_groups_set_saved_bytes(&model->groups, &c->fsa, &max_batch);
     activations_memory_layout(model);
     head_groups_memory_layout(&model->groups, c, model->max_tokens, model->max_keys, model->training,
                               &arenas[SCRATCH]);
@@ -340,7 +341,6 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
                         int recompute, int fp8, Gpus *gpus, int zero_stage) {
     memset(model, 0, sizeof *model);
     model->config = *config;
-    model->qkv = qkv_layout(config);
     model->gpus = gpus && gpus->ranks > 1 ? gpus : NULL;
     model->max_keys = max_tokens;
     model->max_tokens = model->gpus ? max_tokens / gpus->cp_size : max_tokens;
@@ -420,7 +420,7 @@ static int part_qk_norms(const Model *model, int l, const QkvPart *part, QkNorm 
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const QkNorm all[2] = {{w->qnorm, 0, f->q_heads, a->q, s->dq, a->q_rstd},
-                           {w->knorm, model->qkv.k, f->kv_heads, a->k, s->dk, a->k_rstd}};
+                           {w->knorm, a->layout.k, f->kv_heads, a->k, s->dk, a->k_rstd}};
     int count = 0;
     for (const QkNorm &norm : all)
         if (norm.weight >= 0 && norm.column >= part->column && norm.column < part->column + part->width)
@@ -430,7 +430,7 @@ static int part_qk_norms(const Model *model, int l, const QkvPart *part, QkNorm 
 
 // Returns the rows of the weight that compute a part of qkv. The gate's are never in e4m3.
 static Linear qkv_part_weight(const Model *model, int l, const QkvPart *p) {
-    if (model->linears.fp8 && p->column < model->qkv.gate)
+    if (model->linears.fp8 && p->column < model->acts.layers[l].layout.gate)
         return linear_rows(linear_weight(&model->linears, l, LINEAR_QKV), p->column, p->width);
     return {weight(model, p->weight), p->width, model->config.channels, p->width};
 }
@@ -438,19 +438,19 @@ static Linear qkv_part_weight(const Model *model, int l, const QkvPart *p) {
 // Starts to gather head group i of layer l's keys and values from the GPUs.
 static void all_gather_layer_kv(Model *model, int l, int i) {
     const LayerActivations *a = &model->acts.layers[l];
-    all_gather_kv(&model->groups, &model->batch, a->k, model->qkv.k_stride, a->attn_qkv + model->qkv.v,
-                  model->qkv.stride, i, model->stream);
+    all_gather_kv(&model->groups, &model->batch, a->k, a->layout.k_stride, a->attn_qkv + a->layout.v,
+                  a->layout.stride, i, model->stream);
 }
 
 // ln1 -> qkv, q and k. Starts the all-gather of the first head group's keys and values.
 static void qkv_forward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const LayerActivations *a = &model->acts.layers[l];
-    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = model->qkv.stride;
+    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = a->layout.stride;
     QkvPart parts[QKV_PARTS];
     QkNorm norms[2];
-    const int count =
-        qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), model->linears.fp8, parts);
+    const int count = qkv_parts(&a->layout, &model->layout.layers[l], C, kv_is_sharded(&model->batch),
+                                model->linears.fp8, parts);
     for (int i = 0; i < count; i++) {
         const QkvPart *p = &parts[i];
         const Linear w = qkv_part_weight(model, l, p);
@@ -515,7 +515,7 @@ static HeadGroup head_group(const Model *model, int l, int i) {
     const Scratch *s = &model->scratch;
     const LayerActivations *a = &model->acts.layers[l];
     const FsaConfig *f = &model->config.fsa;
-    const QkvLayout *qkv = &model->qkv;
+    const QkvLayout *qkv = &a->layout;
     HeadGroup g = {head_group_config(f, groups)};
     const int64_t q = i * g.config.q_heads * f->head_dim, kv_width = groups->kv_width;
     g.q_stride = qkv->q_stride, g.o_stride = qkv->o_stride, g.dout_stride = f->q_heads * f->head_dim;
@@ -536,13 +536,8 @@ static HeadGroup head_group(const Model *model, int l, int i) {
         g.dgate_stride = num_gate_logits(f);
         g.dgate_logits = groups->dgate_logits + i * model->batch.n * g.dgate_stride;
     }
-    g.saved = a->saved + i * groups->saved_bytes;
+    g.saved = a->saved + i * groups->saved_bytes[layer_attention(&model->config, l)];
     return g;
-}
-
-// Returns the visibility rule of -attn full or window.
-static FsaVisibility visibility(const ModelConfig *c) {
-    return c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
 }
 
 // q, k, attn_qkv -> attn_out. With context parallel the caller has started the all-gather of head group 0.
@@ -551,6 +546,7 @@ static void attention_forward(Model *model, int l) {
     const Scratch *s = &model->scratch;
     const LayerActivations *a = &model->acts.layers[l];
     const FsaDeviceBatch b = fsa_device_batch(&model->batch);
+    const AttnMode attn = layer_attention(c, l);
     profile_part(model, PART_ATTENTION_FORWARD);
     for (int i = 0; i < model->groups.count; i++) {
         if (kv_is_sharded(&model->batch)) {
@@ -558,7 +554,7 @@ static void attention_forward(Model *model, int l) {
             all_gather_layer_kv(model, l, i + 1);
         }
         const HeadGroup g = head_group(model, l, i);
-        if (c->attn == ATTN_NSA) {
+        if (attn == ATTN_NSA) {
             FsaForward x = {sizeof x, g.q, g.k, g.v, g.gate_logits};
             x.q_stride = g.q_stride, x.k_stride = g.k_stride, x.v_stride = g.v_stride;
             x.gate_stride = g.gate_stride, x.o = g.o, x.o_stride = g.o_stride;
@@ -571,17 +567,17 @@ static void attention_forward(Model *model, int l) {
                                            fsa_saved_block_indices(&g.config, attn_dtype, &b, g.saved),
                                            count * sizeof(int32_t), cudaMemcpyDeviceToHost, model->stream));
         } else {
-            FsaAttentionForward x = {sizeof x, visibility(c), g.q, g.k, g.v};
+            FsaAttentionForward x = {sizeof x, attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, g.q, g.k, g.v};
             x.q_stride = g.q_stride, x.k_stride = g.k_stride, x.v_stride = g.v_stride;
             x.inv_freq = model->inv_freq, x.o = g.o, x.o_stride = g.o_stride, x.lse = (float *)g.saved;
             x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_attention_forward(&g.config, attn_dtype, &b, &x, model->stream));
         }
     }
-    gate_sums_add(&s->gates, l, a->attn_qkv, &model->qkv, model->batch.n, model->stream);
+    gate_sums_add(&s->gates, l, a->attn_qkv, &a->layout, model->batch.n, model->stream);
     if (attn_needs_convert)
         convert_columns(a->attn_out, a->o, model->batch.n, c->fsa.q_heads * c->fsa.head_dim,
-                        model->qkv.o_stride, model->stream);
+                        a->layout.o_stride, model->stream);
 }
 
 // residual_in -> ln1.
@@ -601,7 +597,7 @@ static void layer_body(Model *model, int l) {
     const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
-    const Operand attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
+    const Operand attn_out = {a->attn_out, a->layout.o_stride, a->attn_q};
     linears_quantize(m, l, model->stream);
     qkv_forward(model, l);
     attention_forward(model, l);
@@ -689,11 +685,13 @@ static void model_lm_head(Model *model, int training) {
 // ---------------------------------------------------------------------------------------------------------
 // The backward pass
 
-// Starts to sum the gradients of head group i's keys and values over the GPUs, into dk and attn_dqkv.
-static void reduce_scatter_layer_dkv(Model *model, int i) {
+// Starts to sum the gradients of head group i's keys and values of layer l over the GPUs, into dk and
+// attn_dqkv.
+static void reduce_scatter_layer_dkv(Model *model, int l, int i) {
     const Scratch *s = &model->scratch;
-    reduce_scatter_dkv(&model->groups, &model->batch, s->dk, model->qkv.k_stride, s->attn_dqkv + model->qkv.v,
-                       model->qkv.stride, i, model->stream);
+    const QkvLayout *qkv = &model->acts.layers[l].layout;
+    reduce_scatter_dkv(&model->groups, &model->batch, s->dk, qkv->k_stride, s->attn_dqkv + qkv->v,
+                       qkv->stride, i, model->stream);
 }
 
 // dattn_out -> dq, dk and attn_dqkv, q and k before RoPE; adds to the gradients of phi. With context parallel
@@ -701,19 +699,20 @@ static void reduce_scatter_layer_dkv(Model *model, int i) {
 static void attention_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
-    const int64_t n = model->batch.n;
+    const int64_t n = model->batch.n, gates = num_gate_logits(&c->fsa);
     const FsaDeviceBatch b = fsa_device_batch(&model->batch);
+    const AttnMode attn = layer_attention(c, l);
     profile_part(model, PART_ATTENTION_BACKWARD);
     if (attn_needs_convert)
         convert(s->dout, s->dattn_out, n * c->fsa.q_heads * c->fsa.head_dim, model->stream);
     for (int i = 0; i < model->groups.count; i++) {
         if (kv_is_sharded(&model->batch)) {
             compute_waits_for_transfers(model->gpus, model->stream);
-            reduce_scatter_layer_dkv(model, i - 1);
+            reduce_scatter_layer_dkv(model, l, i - 1);
             all_gather_layer_kv(model, l, i + 1);
         }
         const HeadGroup g = head_group(model, l, i);
-        if (c->attn == ATTN_NSA) {
+        if (attn == ATTN_NSA) {
             FsaBackward x = {sizeof x, g.k, g.v, g.gate_logits, g.dout};
             x.dq_stride = g.q_stride, x.dout_stride = g.dout_stride;
             x.k_stride = x.dk_stride = g.k_stride, x.v_stride = x.dv_stride = g.v_stride;
@@ -723,7 +722,8 @@ static void attention_backward(Model *model, int l) {
             x.workspace = s->workspace, x.workspace_bytes = s->workspace_bytes;
             fsa_check(fsa_backward(&g.config, attn_dtype, &b, &x, model->stream));
         } else {
-            FsaAttentionBackward x = {sizeof x, visibility(c), g.q, g.k, g.v, g.o, g.dout};
+            const FsaVisibility rule = attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW;
+            FsaAttentionBackward x = {sizeof x, rule, g.q, g.k, g.v, g.o, g.dout};
             x.q_stride = x.dq_stride = g.q_stride, x.o_stride = g.o_stride, x.dout_stride = g.dout_stride;
             x.k_stride = x.dk_stride = g.k_stride, x.v_stride = x.dv_stride = g.v_stride;
             x.inv_freq = model->inv_freq, x.lse = (float *)g.saved, x.dq = g.dq, x.dk = g.dk, x.dv = g.dv;
@@ -731,11 +731,11 @@ static void attention_backward(Model *model, int l) {
             fsa_check(fsa_attention_backward(&g.config, attn_dtype, &b, &x, model->stream));
         }
     }
-    reduce_scatter_layer_dkv(model, model->groups.count - 1);
-    const int64_t gates = num_gate_logits(&c->fsa);
-    if (model->groups.dgate_logits)
-        sum_parts(s->attn_dqkv + model->qkv.gate, model->groups.dgate_logits, model->groups.count, n * gates,
-                  gates, model->qkv.stride, model->stream);
+    reduce_scatter_layer_dkv(model, l, model->groups.count - 1);
+    const QkvLayout *qkv = &model->acts.layers[l].layout;
+    if (attn == ATTN_NSA && model->groups.dgate_logits)
+        sum_parts(s->attn_dqkv + qkv->gate, model->groups.dgate_logits, model->groups.count, n * gates, gates,
+                  qkv->stride, model->stream);
 }
 
 // dq, dk and attn_dqkv -> dnorm, the gradient of ln1; adds to the gradients of the parameters. With context
@@ -744,12 +744,12 @@ static void qkv_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;
     const LayerActivations *a = &model->acts.layers[l];
-    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = model->qkv.stride;
+    const int64_t n = model->batch.n, C = c->channels, d = c->fsa.head_dim, stride = a->layout.stride;
     cudaStream_t stream = model->stream;
     QkvPart parts[QKV_PARTS];
     QkNorm norms[2];
-    const int count =
-        qkv_parts(c, &model->layout.layers[l], kv_is_sharded(&model->batch), model->linears.fp8, parts);
+    const int count = qkv_parts(&a->layout, &model->layout.layers[l], C, kv_is_sharded(&model->batch),
+                                model->linears.fp8, parts);
     for (int i = count - 1; i >= 0; i--) {
         const QkvPart *p = &parts[i];
         const Linear w = qkv_part_weight(model, l, p);
@@ -784,7 +784,7 @@ static void layer_backward(Model *model, int l) {
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     cudaStream_t stream = model->stream;
     const Operand dresidual = {s->dresidual, C, s->dresidual_q},
-                  attn_out = {a->attn_out, model->qkv.o_stride, a->attn_q};
+                  attn_out = {a->attn_out, a->layout.o_stride, a->attn_q};
     if (model->recompute == 2) {
         layer_ln1(model, l);
         layer_body(model, l);
@@ -928,7 +928,7 @@ static void evaluate(void *arg, const Run *r, const float **losses, const int32_
     }
     cuda_check(cudaStreamSynchronize(stream));
     for (int i = 0; i < 2 && sharded; i++) batch_to_sequence_order(&host, dst[i]);
-    gate_sums_end(&model->scratch.gates, r->gates, &model->qkv, model->config.layers, b.n, stream);
+    gate_sums_end(&model->scratch.gates, r->gates, &model->config, b.n, stream);
     *losses = model->host.losses, *argmax = model->host.argmax;
 }
 

@@ -71,7 +71,7 @@ typedef struct {
     real *q_raw, *k_raw;          // [n, Hq, d], [n, Hkv, d] before QK-norm; without it the same as q and k
     real *q_rstd, *k_rstd;        // [n, Hq], [n, Hkv]
     real *q, *k, *v;              // [n, Hq, d], [n, Hkv, d] twice; q and k before RoPE
-    real *gate_logits;            // [n, Hq, 3], or [n, 3] with gate_per_token
+    real *gate_logits;            // [n, Hq, 3], or [n, 3] with gate_per_token; NULL in a layer without gates
     GPT_REF(State) saved;         // the attention's own activations
     const int32_t *block_indices; // [Hkv, n, T] to attend to; NULL: the layer selects the blocks
     real *attn_out;               // [n, Hq, d]

@@ -2,7 +2,8 @@
 // (-block-indices FILE) and dev/cuda/selected reads it (indices=FILE). The format, little-endian:
 //   char magic[8]; int64 layers, q_heads, kv_heads, num_queries, topk, block, num_seqs
 //   int64 lengths[num_seqs]                               tokens of each sequence
-//   int32 indices[layers][kv_heads][num_queries][topk]    ascending, -1 behind the last one, as in fsa.h
+//   int32 indices[layers][kv_heads][num_queries][topk]    ascending, -1 behind the last one, as in fsa.h;
+//                                                         all -1 in a layer of full attention (-full-every)
 #ifndef LLMC_BLOCK_INDICES_H
 #define LLMC_BLOCK_INDICES_H
 #include "utils.h"

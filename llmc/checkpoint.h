@@ -5,10 +5,11 @@
 //   params, then AdamW's m, then v: n fp32 each, in the order of param_table (config.h)
 //   a table of 64-bit checksums for each array: one for each 1 MiB chunk of it (the last chunk may be
 //   shorter)
-// A file of weights alone has no m and v, and one table. A run can start from it, but not resume. Version 2
-// always had three arrays, and no bgate; in version 1 each layer's wgate was also right before its wo.
-// No chunk spans two arrays. So several processes can write chunks in any order, and a reader of the weights
-// verifies only their chunks. The checksums detect every flipped byte, and the counts every truncation.
+// A file of weights alone has no m and v, and one table. A run can start from it, but not resume. Version 3
+// had no field full-every. Version 2 also always had three arrays, and no bgate; in version 1 each layer's
+// wgate was also right before its wo. No chunk spans two arrays. So several processes can write chunks in any
+// order, and a reader of the weights verifies only their chunks. The checksums detect every flipped byte, and
+// the counts every truncation.
 #ifndef LLMC_CHECKPOINT_H
 #define LLMC_CHECKPOINT_H
 #include "utils.h"
@@ -17,7 +18,7 @@
 #include <dirent.h>
 
 #define CHECKPOINT_MAGIC 0x54504B4341534E0All // "\nNSACKPT"
-#define CHECKPOINT_VERSION 3                  // versions 1 and 2 can be read, too
+#define CHECKPOINT_VERSION 4                  // versions 1 to 3 can be read, too
 #define CHECKPOINT_HEADER_BYTES 4096
 #define CHECKPOINT_CHUNK_BYTES 1048576 // bytes per checksum
 #define CHECKPOINT_CHUNK_FLOATS (CHECKPOINT_CHUNK_BYTES / 4)
@@ -196,6 +197,13 @@ static inline void checkpoint_put_word(unsigned char *header, int word, int64_t 
     memcpy(header + 8 * word, &value, 8);
 }
 
+// Returns the number of model fields in a checkpoint of a version. Fields that it has not are 0.
+static inline int checkpoint_num_fields(int64_t version) {
+    int count;
+    model_fields(&count);
+    return version < 4 ? count - 1 : count;
+}
+
 // Returns 64-bit word number `word` of a header.
 static inline int64_t checkpoint_get_word(const unsigned char *header, int word) {
     int64_t value;
@@ -372,8 +380,8 @@ static inline int checkpoint_open(Checkpoint *k, const char *path, char *msg) {
     const int64_t version = checkpoint_get_word(header, 1);
     const int intact =
         (uint64_t)checkpoint_get_word(header, 511) == checksum(header, CHECKPOINT_HEADER_BYTES - 8, 0);
-    int count;
-    const ModelField *fields = model_fields(&count);
+    int count = checkpoint_num_fields(version), all_fields;
+    const ModelField *fields = model_fields(&all_fields);
     const int64_t arrays = version < 3 ? 3 : checkpoint_get_word(header, 5);
     if (intact && (version < 1 || version > CHECKPOINT_VERSION || checkpoint_get_word(header, 3) != count ||
                    checkpoint_get_word(header, 4) != TRAIN_STATE_FIELDS || (arrays != 1 && arrays != 3)))

@@ -16,7 +16,8 @@ typedef struct {
     int32_t layers;       // L
     int32_t channels;     // C
     int32_t hidden;       // hidden width of the SwiGLU
-    int32_t attn;         // an AttnMode
+    int32_t attn;         // an AttnMode, of all layers but those of full_every
+    int32_t full_every;   // every full_every-th layer has full attention; 0: none (layer_attention)
     int32_t tied;         // 1: the LM head shares the weights of wte
     int32_t qkv_bias;     // 1: bias on q, k and v (Qwen2.5)
     int32_t qk_norm;      // 1: RMSNorm on each q and k head (Qwen3)
@@ -26,6 +27,12 @@ typedef struct {
     int64_t rope_original_len; // context length before the scaling
     FsaConfig fsa;             // heads, head size and the parameters of the sparse attention
 } ModelConfig;
+
+// Returns the attention mode of layer l. With full_every, the last layer of each group of so many has full
+// attention.
+static inline AttnMode layer_attention(const ModelConfig *c, int l) {
+    return c->full_every > 0 && (l + 1) % c->full_every == 0 ? ATTN_FULL : (AttnMode)c->attn;
+}
 
 // Returns the gate logits of a token.
 static inline int num_gate_logits(const FsaConfig *f) {
@@ -98,6 +105,9 @@ static inline const ModelField *model_fields(int *count) {
          "1: all heads of a token share the three gates"},
         {"scale", FIELD_FLOAT, OFFSET(fsa.scale), 0, 1e6, NULL,
          "softmax scale, the factor of q.k; 0: 1/sqrt(head-dim)"},
+        {"full-every", FIELD_INT32, OFFSET(full_every), 0, 10000, NULL,
+         "with -attn nsa or window, full attention in every so many-th layer, the last of each group; 0: in "
+         "none"},
     };
 #undef OFFSET
     *count = (int)(sizeof fields / sizeof fields[0]);
@@ -167,7 +177,7 @@ static inline void model_field_print(const ModelField *f, double value, char *ou
 // Returns whether the field is the attention mode, or belongs to one mode. A new run can change these fields
 // of a checkpoint's model together with -attn.
 static inline int model_field_is_attention(const ModelField *f) {
-    return f->offset == offsetof(ModelConfig, attn) ||
+    return f->offset == offsetof(ModelConfig, attn) || f->offset == offsetof(ModelConfig, full_every) ||
            (f->offset >= offsetof(ModelConfig, fsa.cmp_len) &&
             f->offset <= offsetof(ModelConfig, fsa.gate_per_token));
 }
@@ -318,6 +328,16 @@ static inline int config_check(const ModelConfig *c, char *msg, size_t msg_size)
                  c->rope_low_freq, c->rope_high_freq);
         return -1;
     }
+    if (c->full_every > 0 && c->attn == ATTN_FULL) {
+        snprintf(msg, msg_size, "-full-every %d: with -attn full all layers have full attention; drop it",
+                 c->full_every);
+        return -1;
+    }
+    if (c->full_every == 1 || c->full_every > c->layers) {
+        snprintf(msg, msg_size, "-full-every %d: must be 0 (off), or from 2 to -layers %d%s", c->full_every,
+                 c->layers, c->full_every == 1 ? "; for all layers use -attn full" : "");
+        return -1;
+    }
     char text[256];
     if (fsa_config_check(&c->fsa, text, sizeof text) == 0) return 0;
     config_name_flags(text, msg, msg_size);
@@ -397,7 +417,7 @@ static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total,
 // Fills `table` (NULL: only counts) with the model's tensors, in the order of the parameter array and of
 // checkpoints. Returns the number of tensors, and the number of all elements in *total. The tensors:
 //   wte [Vp, C]
-//   for each layer:
+//   for each layer, whose attn is layer_attention's: a layer of full attention has neither gates nor phi
 //     ln1 [C], wqkv [(Hq+2Hkv)*d, C] (rows: q heads, k heads, v heads)
 //     with attn nsa: wgate [3*Hq, C], or [3, C] with gate_per_token; with wqkv it is one matrix in memory
 //     with qkv_bias: bqkv [(Hq+2Hkv)*d]
@@ -417,18 +437,17 @@ static inline int64_t param_table(const ModelConfig *c, ParamTensor *table, int6
     *total = 0;
     param_add(table, &n, total, -1, "wte", c->padded_vocab, C, 1, INIT_NORMAL, std);
     for (int l = 0; l < c->layers; l++) {
+        const int nsa = layer_attention(c, l) == ATTN_NSA;
         param_add(table, &n, total, l, "ln1", 1, C, 0, INIT_ONES, 0);
         param_add(table, &n, total, l, "wqkv", qkv, C, 1, INIT_NORMAL, std);
-        if (c->attn == ATTN_NSA)
-            param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
+        if (nsa) param_add(table, &n, total, l, "wgate", num_gate_logits(&c->fsa), C, 1, INIT_ZEROS, 0);
         if (c->qkv_bias) param_add(table, &n, total, l, "bqkv", 1, qkv, 0, INIT_ZEROS, 0);
-        if (c->attn == ATTN_NSA)
-            param_add(table, &n, total, l, "bgate", 1, gate_bias_size(&c->fsa), 0, INIT_GATE, 0);
+        if (nsa) param_add(table, &n, total, l, "bgate", 1, gate_bias_size(&c->fsa), 0, INIT_GATE, 0);
         if (c->qk_norm) {
             param_add(table, &n, total, l, "qnorm", 1, d, 0, INIT_ONES, 0);
             param_add(table, &n, total, l, "knorm", 1, d, 0, INIT_ONES, 0);
         }
-        if (c->attn == ATTN_NSA && c->fsa.phi == FSA_PHI_LINEAR) {
+        if (nsa && c->fsa.phi == FSA_PHI_LINEAR) {
             param_add(table, &n, total, l, "phi_wk", Hkv * len * d, d, 1, INIT_MEAN, noise);
             param_add(table, &n, total, l, "phi_pe", Hkv * len, d, 0, INIT_ZEROS, 0);
             param_add(table, &n, total, l, "phi_wv", Hkv * len * d, d, 1, INIT_MEAN, noise);

@@ -31,11 +31,12 @@ static __global__ void __launch_bounds__(192)
     if (threadIdx.x < GATE_BRANCHES) atomicAdd(&sums[threadIdx.x], block_sums[threadIdx.x]);
 }
 
-// Adds the gates of layer l. qkv [n, layout->stride]: its columns from layout->gate on are the gate logits.
+// Adds the gates of layer l, if it has any. qkv [n, layout->stride]: its columns from layout->gate on are the
+// gate logits.
 static void gate_sums_add(const DeviceGateSums *g, int l, const attnX *qkv, const QkvLayout *layout,
                           int64_t n, cudaStream_t stream) {
     const int width = (int)(layout->width - layout->gate);
-    if (!g->on || n == 0) return;
+    if (!g->on || n * width == 0) return;
     gate_sums_kernel<<<256, 192, 0, stream>>>(g->sums + l * GATE_BRANCHES, qkv + layout->gate, layout->stride,
                                               n, width);
     cuda_check(cudaGetLastError());
@@ -48,8 +49,9 @@ static void gate_sums_begin(DeviceGateSums *g, const GateSums *wanted, int layer
 }
 
 // Behind a batch of n tokens: adds its sums to those of the layers, sums [layers].
-static void gate_sums_end(DeviceGateSums *g, GateSums *sums, const QkvLayout *layout, int layers, int64_t n,
+static void gate_sums_end(DeviceGateSums *g, GateSums *sums, const ModelConfig *c, int64_t n,
                           cudaStream_t stream) {
+    const int layers = c->layers;
     if (!g->on) return;
     std::vector<unsigned long long> host(layers * GATE_BRANCHES);
     cuda_check(
@@ -58,7 +60,7 @@ static void gate_sums_end(DeviceGateSums *g, GateSums *sums, const QkvLayout *la
     for (int l = 0; l < layers; l++) {
         for (int b = 0; b < GATE_BRANCHES; b++)
             sums[l].sum[b] += (double)host[l * GATE_BRANCHES + b] / GATE_SCALE;
-        sums[l].count += n * (layout->width - layout->gate) / GATE_BRANCHES;
+        if (layer_attention(c, l) == ATTN_NSA) sums[l].count += n * num_gate_logits(&c->fsa) / GATE_BRANCHES;
     }
     g->on = 0;
 }

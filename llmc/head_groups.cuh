@@ -12,7 +12,7 @@ typedef struct {
     Gpus *gpus;            // that share a batch; NULL: one GPU alone
     int count;             // number of head groups
     int64_t kv_width;      // Hkv/count*d: elements of a token's keys in one group
-    size_t saved_bytes;    // of a head group's part of LayerActivations.saved
+    size_t saved_bytes[3]; // of a head group's part of LayerActivations.saved, by AttnMode
     attnX *k[3], *v[3];    // [keys, Hkv/count, d] gathered k and v, or dk and dv (kv_buffer)
     attnX *gather_scratch; // [keys, Hkv/count, d] rows in rank order
     attnX *dgate_logits;   // [count, n, 3] with gate_per_token and several groups; else NULL
@@ -38,12 +38,13 @@ static FsaConfig head_group_config(const FsaConfig *f, const HeadGroups *g) {
     return group;
 }
 
-// Returns the bytes that the attention of one head group keeps for its backward pass.
-static size_t head_group_saved_bytes(const ModelConfig *c, const HeadGroups *g, const Batch *max_batch) {
-    const FsaConfig group = head_group_config(&c->fsa, g);
+// Sets the bytes that the attention of one head group keeps for its backward pass. Those of nsa are the most.
+static void head_groups_set_saved_bytes(HeadGroups *g, const FsaConfig *f, const Batch *max_batch) {
+    const FsaConfig group = head_group_config(f, g);
     const FsaDeviceBatch b = fsa_device_batch(max_batch);
-    if (c->attn == ATTN_NSA) return fsa_saved_size(&group, attn_dtype, &b);
-    return (max_batch->n * group.q_heads * sizeof(float) + 255) / 256 * 256;
+    g->saved_bytes[ATTN_NSA] = fsa_saved_size(&group, attn_dtype, &b);
+    g->saved_bytes[ATTN_FULL] = g->saved_bytes[ATTN_WINDOW] =
+        (max_batch->n * group.q_heads * sizeof(float) + 255) / 256 * 256;
 }
 
 // Returns the workspace that fsa.h needs for one head group, whatever the lengths of the sequences.
@@ -51,16 +52,23 @@ static size_t head_group_workspace_bytes(const ModelConfig *c, const HeadGroups 
                                          int training) {
     const FsaConfig group = head_group_config(&c->fsa, g), *f = &group;
     const FsaDeviceBatch b = fsa_device_batch(max_batch);
-    bool nsa = c->attn == ATTN_NSA;
-    size_t bytes = fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_FORWARD : FSA_ATTENTION_FORWARD);
-    if (bytes == 0) {
-        char message[512];
-        config_name_flags(fsa_last_error(), message, sizeof message);
-        die("%s", message);
+    size_t bytes = 0;
+    for (int attn : {c->attn, (int32_t)ATTN_FULL}) {
+        if (attn != c->attn && c->full_every == 0) continue;
+        const bool nsa = attn == ATTN_NSA;
+        const size_t forward =
+            fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_FORWARD : FSA_ATTENTION_FORWARD);
+        if (forward == 0) {
+            char message[512];
+            config_name_flags(fsa_last_error(), message, sizeof message);
+            die("%s", message);
+        }
+        bytes = std::max(bytes, forward);
+        if (training)
+            bytes = std::max(
+                bytes, fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_BACKWARD : FSA_ATTENTION_BACKWARD));
     }
-    if (!training) return bytes;
-    return std::max(bytes,
-                    fsa_workspace_size(f, attn_dtype, &b, nsa ? FSA_BACKWARD : FSA_ATTENTION_BACKWARD));
+    return bytes;
 }
 
 // Assigns the arrays of one head group in `scratch`. n, num_keys: the largest batch.

@@ -58,30 +58,48 @@ static inline double visible_pairs(const FsaConfig *c, FsaVisibility rule, int64
     return causal_pairs;
 }
 
-// Sets the FLOPs of a layer's attention in the forward and in the backward pass, on one sequence of n tokens:
-// those over the keys that are visible to each query, and those of the compression.
-static inline void attention_flops(const ModelConfig *c, int64_t n, double *forward, double *backward) {
-    const FsaConfig *f = &c->fsa;
+// Sets the FLOPs of a layer's attention of mode `attn` in the forward and in the backward pass, on one
+// sequence of n tokens: those over the keys that are visible to each query, and those of the compression.
+static inline void attention_flops(const FsaConfig *f, AttnMode attn, int64_t n, double *forward,
+                                   double *backward) {
     const double d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
-    const double compressed = c->attn == ATTN_NSA ? visible_pairs(f, FSA_COMPRESSED, n) : 0;
-    double pairs = visible_pairs(f, c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, n) + compressed;
-    if (c->attn == ATTN_NSA) pairs += visible_pairs(f, FSA_SELECTED, n);
+    const double compressed = attn == ATTN_NSA ? visible_pairs(f, FSA_COMPRESSED, n) : 0;
+    double pairs = visible_pairs(f, attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW, n) + compressed;
+    if (attn == ATTN_NSA) pairs += visible_pairs(f, FSA_SELECTED, n);
     *forward = 4 * d * Hq * pairs; // q.k and p.v have 2d each per pair
-    if (c->attn == ATTN_NSA && f->phi == FSA_PHI_LINEAR)
+    if (attn == ATTN_NSA && f->phi == FSA_PHI_LINEAR)
         *forward += 4 * (double)f->cmp_len * d * d * Hkv * (double)fsa_num_windows(f, n);
     *backward = 2 * *forward;
     *forward += 2 * d * Hq * compressed; // block scores
 }
 
+// What layers do that depends on their attention mode, added up over all layers.
+typedef struct {
+    double gates;             // gate logits of a token
+    double forward, backward; // FLOPs of the attention, on one sequence
+} LayersWork;
+
+// Returns the work of all layers on one sequence of n tokens.
+static inline LayersWork layers_work(const ModelConfig *c, int64_t n) {
+    LayersWork sum = {0, 0, 0};
+    for (int l = 0; l < c->layers; l++) {
+        const AttnMode attn = layer_attention(c, l);
+        double forward, backward;
+        attention_flops(&c->fsa, attn, n, &forward, &backward);
+        sum.gates += attn == ATTN_NSA ? num_gate_logits(&c->fsa) : 0;
+        sum.forward += forward, sum.backward += backward;
+    }
+    return sum;
+}
+
 // Returns the FLOPs of a training step, forward and backward, on one sequence of n tokens, for MFU. Counts
-// the matmuls with weights, and the attention mode's FLOPs. Does not count recomputation.
+// the matmuls with weights, and the FLOPs of each layer's attention mode. Does not count recomputation.
 static inline double model_flops(const ModelConfig *c, int64_t n) {
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, d = f->head_dim, Hq = f->q_heads, Hkv = f->kv_heads;
-    double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // per layer
-    double forward, backward;
-    if (c->attn == ATTN_NSA) weights += num_gate_logits(f) * C;
-    attention_flops(c, n, &forward, &backward);
-    return c->layers * (6 * weights * (double)n + forward + backward) + 6.0 * c->padded_vocab * C * (double)n;
+    const double weights = (2 * Hq + 2 * Hkv) * d * C + 3.0 * C * c->hidden; // per layer, without its gate
+    const LayersWork layers = layers_work(c, n);
+    return 6 * (c->layers * weights + layers.gates * C + c->padded_vocab * C) * (double)n + layers.forward +
+           layers.backward;
 }
 #endif

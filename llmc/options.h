@@ -570,6 +570,8 @@ static inline void options_override(const Options *o, ModelConfig *c) {
     const ModelField *f = model_fields(&count);
     for (int i = 0; i < count; i++)
         if (o->model_given[i]) model_field_set(c, &f[i], o->model_value[i]);
+    if (c->attn == ATTN_FULL && !options_given(o, "full-every"))
+        c->full_every = 0; // -attn full on another model
     config_set_vocab(c, c->vocab_size);
 }
 

@@ -3,7 +3,7 @@
 #define LLMC_PARAM_LAYOUT_H
 #include "config.h"
 
-// Offsets of a layer's tensors; -1 if the model has no such tensor. param_table (config.h) has their shapes.
+// Offsets of a layer's tensors; -1 if the layer has no such tensor. param_table (config.h) has their shapes.
 typedef struct {
     int64_t ln1, wqkv, wgate, bqkv, bgate, qnorm, knorm, phi_wk, phi_pe, phi_wv, wo, ln2, wgu, wdown;
 } LayerParams;

@@ -62,6 +62,7 @@ static void profile_record(const Run *r, const char *gpu, double peak, size_t me
     if (f->cmp_len != 32) fprintf(file, ",\"l\":%d", f->cmp_len);
     if (f->cmp_stride != 16) fprintf(file, ",\"s\":%d", f->cmp_stride);
     if (f->window != 512) fprintf(file, ",\"W\":%d", f->window);
+    if (c->full_every > 0) fprintf(file, ",\"full_every\":%d", c->full_every);
     if (strcmp(r->opt.matmul, "bf16")) fprintf(file, ",\"matmul\":\"%s\"", r->opt.matmul);
     if (r->opt.batch > 1) fprintf(file, ",\"sequences\":%lld", (long long)r->opt.batch);
     if (r->comm.ranks > 1)

@@ -41,25 +41,24 @@ typedef struct {
 static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWork *work) {
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, H = c->hidden, q = (double)f->q_heads * f->head_dim;
-    const double qkv = q + 2.0 * f->kv_heads * f->head_dim,
-                 gates = c->attn == ATTN_NSA ? num_gate_logits(f) : 0;
+    const double qkv = q + 2.0 * f->kv_heads * f->head_dim;
     const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate
     const double n = (double)(p->sequences * p->seq_len) / p->share,
                  micro_batches = p->step ? (double)p->micro_batches : 1;
     const double layers = c->layers * micro_batches; // layer passes
     const int again = p->step && p->recompute == 2;  // layers run twice
-    double forward, backward;
-    attention_flops(c, p->seq_len, &forward, &backward);
-    const double sequences = (double)p->sequences / p->share;
+    const LayersWork all = layers_work(c, p->seq_len);
+    const double sequences = (double)p->sequences / p->share * micro_batches;
     memset(work, 0, PART_END * sizeof *work);
 
     work[PART_MATMUL].limit = p->fp8 ? LIMIT_MATMUL_8 : LIMIT_MATMUL_16;
-    work[PART_MATMUL].amount = 2 * n * (weights + gates * C) * layers * (p->step ? 3 + again : 1);
+    work[PART_MATMUL].amount =
+        2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 + again : 1);
     work[PART_CLASSIFIER].limit = LIMIT_MATMUL_16;
     work[PART_CLASSIFIER].amount = 2 * n * C * c->padded_vocab * micro_batches * (p->step ? 3 : 1);
     work[PART_ATTENTION_FORWARD].limit = work[PART_ATTENTION_BACKWARD].limit = LIMIT_MATMUL_16;
-    work[PART_ATTENTION_FORWARD].amount = sequences * forward * layers * (1 + again);
-    work[PART_ATTENTION_BACKWARD].amount = p->step ? sequences * backward * layers : 0;
+    work[PART_ATTENTION_FORWARD].amount = sequences * all.forward * (1 + again);
+    work[PART_ATTENTION_BACKWARD].amount = p->step ? sequences * all.backward : 0;
 
     // attention output by rows; in a step the weights once, and for each weight gradient the rows of dqkv and
     // both operands transposed, which are read twice

@@ -437,6 +437,9 @@ static inline void run_print_summary(const Run *r, int64_t num_params, size_t by
                f->phi == FSA_PHI_LINEAR ? "linear" : "mean", f->cmp_len, f->cmp_stride, f->topk, f->block,
                f->init_blocks, f->local_blocks, f->window);
     if (c->attn == ATTN_WINDOW) printf(", window %d", f->window);
+    if (c->full_every > 0)
+        printf("; %d of %d layers full (-full-every %d)", c->layers / c->full_every, c->layers,
+               c->full_every);
     printf("\n");
     char dp_ranks[48] = "";
     if (r->dp_size > 1) snprintf(dp_ranks, sizeof dp_ranks, " on each of %d data-parallel ranks", r->dp_size);

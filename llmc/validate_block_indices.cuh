@@ -17,7 +17,8 @@ static void validate_block_indices(Run *r, RunEvaluate evaluate, void *model, in
     if (r->comm.ranks > 1)
         die("-block-indices %s: %d processes; start one process alone", path, r->comm.ranks);
     h.num_queries = r->opt.batch * r->opt.seq_len;
-    *indices = (int32_t *)xmalloc(block_indices_count(&h) * sizeof(int32_t));
+    const size_t bytes = block_indices_count(&h) * sizeof(int32_t);
+    *indices = (int32_t *)memset(xmalloc(bytes), 0xff, bytes); // -1: layers of full attention select none
     run_validate(r, evaluate, model);
     h.num_seqs = r->num_seqs;
     std::vector<int64_t> lengths(h.num_seqs);

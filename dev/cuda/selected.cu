@@ -474,6 +474,7 @@ static void time_block_indices(Random *r, const char *path) {
             (long long)x.b.batch.n);
     const int64_t size = block_indices_count(&h) / h.layers;
     for (int64_t layer = 0; layer < h.layers; layer++) {
+        if (block_indices[layer * size] < 0) continue; // of full attention
         x.block_indices.set(
             std::vector<int32_t>(block_indices + layer * size, block_indices + (layer + 1) * size));
         time_library(&x, "trained");

@@ -200,8 +200,8 @@ class Times:
 
 
 def is_step(row):
-    """Returns whether a row is a training step."""
-    return row["program"] == "train_gpt_nsa" and row["dir"] == "step"
+    """Returns whether a row is a training step with one attention mode."""
+    return row["program"] == "train_gpt_nsa" and row["dir"] == "step" and "full_every" not in row
 
 
 def is_16_bit_step(row):

@@ -231,6 +231,10 @@ expect_error "-prompt: 160 tokens, but the context of 64 has space for 62" -e a/
 expect_error "-o a: holds checkpoints up to step 6; resume with -y 1" $TINY $DATA -o a
 expect_error "-layers 3: the checkpoint's model has 2" $TINY $DATA -o a -y 1 -layers 3
 expect_error "-attn window: the checkpoint's model has nsa" $TINY $DATA -o a -y 1 -attn window
+expect_error "-full-every 2: the checkpoint's model has 0" $TINY $DATA -o a -y 1 -full-every 2
+expect_error "-full-every -1: must be from 0 to 10000" $TINY $DATA -full-every -1
+expect_error "-full-every 3: must be 0 (off), or from 2 to -layers 2" $TINY $DATA -full-every 3
+expect_error "-full-every 2: with -attn full all layers have full attention; drop it" $TINY $DATA -attn full -full-every 2
 expect_error "-vocab 60: tokenizer.bin has 68 tokens" $TINY $DATA -vocab 60
 expect_error "-r: only the GPU trainer has this flag" $TINY $DATA -r 1
 expect_error "-choice: only the GPU trainer has this flag" $TINY $DATA -choice f
@@ -336,6 +340,20 @@ for per_token in 0 1; do
 done
 run $TINY $DATA -attn full
 check '! grep -q "mean gates" out' "-attn full has gates: $(cat out)"
+
+# ---- -full-every: training, exact resume with the checkpoint's value, no gates of a full layer, text
+run $TINY $DATA -full-every 2 -gate-bias -2,0,2 -n 3 -o hybrid
+check '[ $code -eq 0 ] && grep -q "^attention: nsa, .*; 1 of 2 layers full (-full-every 2)$" out' "-full-every 2: $(cat out err)"
+check 'awk "/^mean gates at step 0:/ { e = (\$7 - 0.1192) ^ 2 + (\$10 - 0.5) ^ 2 + (\$13 - 0.8808) ^ 2; n++ } END { exit !(n == 1 && e < 1e-3) }" out' "mean gates, -full-every: $(cat out)"
+check 'grep -q "\"gates\":\[\[0.[0-9]*,0.[0-9]*,0.[0-9]*\],\[null,null,null\]\]}$" hybrid/log.jsonl' "gates of a full layer: $(cat hybrid/log.jsonl)"
+mkdir hybrid2 && cp hybrid/ckpt_00000003.bin hybrid/tokenizer.bin hybrid2/
+run $TINY $DATA -n 3 -o hybrid2 -y 1 -full-every 2
+check 'cmp -s hybrid/ckpt_00000006.bin hybrid2/ckpt_00000006.bin' "-full-every 2: a resumed run gives other bits: $(cat err)"
+expect_error "-full-every 0: the checkpoint's model has 2" -full-every 0 $DATA -o hybrid2 -y 1
+run -e hybrid/ckpt_00000006.bin -sample 1 -g 8
+check '[ $code -eq 0 ] && grep -q "^attention: .*(-full-every 2)$" out && grep -q "^sample: " out' "a sample with -full-every: $(cat out err)"
+run -e hybrid/ckpt_00000006.bin $DATA -x 1 -attn full -t 64 -b 2
+check '[ $code -eq 0 ] && grep -q "^attention: full$" out' "-attn full of a checkpoint with -full-every: $(cat out err)"
 
 # ---- evaluation files
 make_eval_files 68

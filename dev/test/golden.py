@@ -312,7 +312,8 @@ def model_case(name, comment, lengths, attn=0, tied=0, bias=1, norm=1, factor=8.
          "kv-heads": Hkv, "head-dim": d, "tied": tied, "qkv-bias": bias, "qk-norm": norm, "norm-eps": 1e-5,
          "theta": 10000.0, "rope-factor": factor, "rope-low-freq": 1.0, "rope-high-freq": 4.0,
          "rope-original-len": 128, "cmp-len": l, "cmp-stride": 4, "block": 16, "topk": T, "init-blocks": 1,
-         "local-blocks": 1, "window": 10, "phi": 1, "gate-per-token": 0, "scale": 0.0}
+         "local-blocks": 1, "window": 10, "phi": 1, "gate-per-token": 0, "scale": 0.0,
+         "full-every": 0}
     f = GoldenFile(name, comment)
     for x, value in c.items():
         f.floats("config." + x, [value])

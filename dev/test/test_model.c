@@ -155,9 +155,9 @@ static double model_loss(void) {
 // Returns a hash of all layers' block indices, to detect that a difference step changed the selected blocks.
 static uint64_t block_indices_hash(void) {
     uint64_t h = 0;
-    if (model.config.attn != ATTN_NSA) return h;
     const FsaConfig *f = &model.config.fsa;
     for (int l = 0; l < model.config.layers; l++) {
+        if (layer_attention(&model.config, l) != ATTN_NSA) continue;
         for (int64_t i = 0; i < f->kv_heads * model.n * f->topk; i++) {
             h = rng_mix(h ^ (uint64_t)(uint32_t)model.acts.layers[l].saved.block_indices[i]);
         }
@@ -206,6 +206,50 @@ static void test_gradients(const char *name, const ModelConfig *config) {
     model_free(&model);
 }
 
+// Tests which layers have full attention with full_every, and that each layer computes what it computes alone
+// in a model of one layer with its attention mode. That model's embedding holds the layer's input.
+static void test_full_every(const char *name, const ModelConfig *config) {
+    enum { TOKENS = 31 };
+    static const struct {
+        int every;
+        const char *layers; // F: full attention
+    } cases[] = {{2, "-F-F-"}, {3, "--F"}, {3, "--F--F-"}, {5, "----F-"}};
+    const int64_t whole[2] = {0, TOKENS};
+    for (int i = 0; i < TOKENS; i++) inputs[i] = i;
+    for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
+        ModelConfig c = *config;
+        char msg[256];
+        c.layers = (int)strlen(cases[k].layers), c.full_every = cases[k].every, c.tied = 0;
+        if (config_check(&c, msg, sizeof msg)) die("%s", msg);
+        model_build(&model, &c, TOKENS, 0);
+        for (int64_t t = 0; t < model.layout.num_tensors; t++)
+            fill_normal(model.params.weights + model.layout.tensors[t].offset, model.layout.tensors[t].size,
+                        100 + (uint64_t)t, 0.5);
+        model_forward(&model, inputs, inputs, whole, 1);
+        for (int l = 0; l < c.layers; l++) {
+            Model one;
+            ModelConfig alone = c;
+            alone.layers = 1, alone.full_every = 0;
+            alone.attn = cases[k].layers[l] == 'F' ? ATTN_FULL : c.attn;
+            model_build(&one, &alone, TOKENS, 0);
+            const int64_t first = one.layout.layers[0].ln1, size = one.layout.lnf - first,
+                          from = model.layout.layers[l].ln1;
+            const int same_size = param_after_layer(&model.layout, &c, l) - from == size;
+            CHECK(same_size, "%s, full-every %d: layer %d has other tensors", name, c.full_every, l);
+            if (same_size)
+                memcpy(one.params.weights + first, model.params.weights + from, sizeof(real) * size);
+            memcpy(one.params.weights, model.acts.layers[l].residual_in, sizeof(real) * TOKENS * c.channels);
+            model_forward(&one, inputs, inputs, whole, 1);
+            const real *out =
+                l + 1 < c.layers ? model.acts.layers[l + 1].residual_in : model.acts.residual_out;
+            CHECK(memcmp(out, one.acts.residual_out, sizeof(real) * TOKENS * c.channels) == 0,
+                  "%s, full-every %d: layer %d has another output than alone", name, c.full_every, l);
+            model_free(&one);
+        }
+        model_free(&model);
+    }
+}
+
 // Tests AdamW on two parameters, one with weight decay and one without, against its formula.
 static void test_adamw(void) {
     ModelConfig c;
@@ -247,12 +291,18 @@ int main(void) {
     c.qkv_bias = c.qk_norm = 1;
     c.rope_theta = 50, c.rope_factor = 4, c.rope_original_len = 20;
     test_gradients("nsa", &c);
+    c.layers = 4, c.full_every = 2;
+    test_gradients("nsa, every second layer full", &c);
+    c.layers = 2, c.full_every = 0;
     c.fsa.gate_per_token = 1, c.fsa.phi = FSA_PHI_MEAN, c.tied = 1, c.qkv_bias = c.qk_norm = 0;
     test_gradients("nsa, mean, a gate per token, tied", &c);
     c.attn = ATTN_FULL;
     test_gradients("full", &c);
     c.attn = ATTN_WINDOW;
     test_gradients("window", &c);
+    test_full_every("window", &c);
+    c.attn = ATTN_NSA, c.fsa.phi = FSA_PHI_LINEAR;
+    test_full_every("nsa", &c);
     test_adamw();
     return test_end("model");
 }

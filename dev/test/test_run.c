@@ -207,8 +207,15 @@ static void test_model_config(void) {
     BAD(rope_factor, 0.5, "rope-factor 0.5");
     BAD(rope_original_len, 0, "rope-original-len 0");
     BAD(fsa.topk, 2, "-topk 2: must be at least -init-blocks 1 + -local-blocks 2 = 3");
+    BAD(full_every, -1, "full-every -1: must be from 0");
+    BAD(full_every, 1,
+        "-full-every 1: must be 0 (off), or from 2 to -layers 4; for all layers use -attn full");
+    BAD(full_every, 5, "-full-every 5: must be 0 (off), or from 2 to -layers 4");
     BAD(fsa.q_heads, 5, "-heads 5: must be a multiple of -kv-heads 2; try -heads 4");
     BAD(fsa.reserved[0], 1, "reserved[0] 1: must be 0; set all fields of FsaConfig to zero first");
+    good.attn = ATTN_FULL;
+    BAD(full_every, 2, "-full-every 2: with -attn full all layers have full attention; drop it");
+    good.attn = ATTN_NSA;
 #undef BAD
     c = good, c.fsa.q_heads = 5;
     memset(msg, 'x', sizeof msg);
@@ -314,26 +321,34 @@ static void test_param_table(void) {
           "%lld", (long long)n);
     c.attn = ATTN_WINDOW;
     CHECK(param_table(&c, NULL, &total) == 1 + 2 * 9 + 1, "no gate");
+    c.attn = ATTN_NSA, c.full_every = 2, c.fsa.phi = FSA_PHI_LINEAR;
+    CHECK(param_table(&c, t, &total) == 1 + 14 + 9 + 1 && strcmp(t[15].name, "layers.1.ln1") == 0 &&
+              strcmp(t[17].name, "layers.1.bqkv") == 0 && strcmp(t[18].name, "layers.1.qnorm") == 0 &&
+              strcmp(t[20].name, "layers.1.wo") == 0,
+          "the second layer is full, and has neither gates nor phi");
 }
 
 // Tests that the matmuls of a layer's q, k, v and gate logits compute each column once, from its own row of
 // the one matrix that wqkv and wgate are, and that k and v come first if they are gathered.
 static void test_qkv_layout(void) {
-    for (int variant = 0; variant < 32; variant++) {
-        const int nsa = variant & 1, sharded = variant >> 4 & 1;
+    for (int variant = 0; variant < 64; variant++) {
+        const int hybrid = variant >> 5, nsa = variant & 1 && !hybrid, sharded = variant >> 4 & 1;
         ModelConfig c = preset_config("tiny", 200);
-        c.attn = nsa ? ATTN_NSA : ATTN_FULL, c.qkv_bias = variant >> 1 & 1, c.qk_norm = variant >> 2 & 1;
+        c.full_every = 2 * hybrid; // the second of four layers is full
+        c.attn = nsa || hybrid ? ATTN_NSA : ATTN_FULL, c.qkv_bias = variant >> 1 & 1,
+        c.qk_norm = variant >> 2 & 1;
         c.fsa.q_heads = 8, c.fsa.kv_heads = 2, c.fsa.gate_per_token = variant >> 3 & 1;
         const int64_t d = c.fsa.head_dim, gates = !nsa ? 0 : c.fsa.gate_per_token ? 3 : 24;
         ParamLayout layout;
         param_layout_build(&layout, &c);
         const LayerParams *w = &layout.layers[1];
-        const QkvLayout x = qkv_layout(&c);
+        const QkvLayout x = qkv_layout(&c, 1);
+        CHECK(x.stride <= qkv_layout(&c, 0).stride && x.o_over_q == (nsa && !c.qk_norm), "layout");
         CHECK(x.k == 8 * d && x.v == 10 * d && x.gate == 12 * d && x.width == 12 * d + gates, "columns");
         CHECK(x.stride % 8 == 0 && x.stride >= x.width && x.stride < x.width + 8, "stride");
         CHECK(!nsa || w->wgate == w->wqkv + x.gate * c.channels, "wgate is not right behind wqkv");
         QkvPart parts[QKV_PARTS];
-        const int count = qkv_parts(&c, w, sharded, 0, parts);
+        const int count = qkv_parts(&x, w, c.channels, sharded, 0, parts);
         int64_t sum = 0, wrong = 0;
         for (int i = 0; i < count; i++) {
             const QkvPart *p = &parts[i];
@@ -450,6 +465,21 @@ static void test_flops(void) {
     profile_work(&c, &pass, work);
     forward -= sum + 4 * (work[PART_MATMUL].amount + work[PART_ATTENTION_FORWARD].amount);
     CHECK(fabs(forward) < 1e-9 * sum, "profile: -r 2 adds a forward pass of the layers: %g", forward);
+    // with full_every, eight of the 32 layers have the FLOPs of full attention, the others those of their own
+    for (int attn = 0; attn < 3; attn += 2) {
+        double hybrid[2], full;
+        c.attn = attn, c.full_every = 4, c.fsa.window = 13, pass.step = 1, pass.recompute = 0, pass.micro_batches = 4;
+        hybrid[0] = model_flops(&c, n), hybrid[1] = 0;
+        profile_work(&c, &pass, work);
+        for (int i = 0; i < PART_END; i++)
+            if (work[i].limit != LIMIT_MEMORY) hybrid[1] += work[i].amount;
+        c.full_every = 0, want = 0.75 * model_flops(&c, n);
+        c.attn = ATTN_FULL, full = model_flops(&c, n);
+        want += 0.25 * full;
+        CHECK(fabs(hybrid[0] / want - 1) < 1e-12 && fabs(want / full - 1) > 1e-3, "%g, expected %g",
+              hybrid[0], want);
+        CHECK(fabs(hybrid[1] / (want * 4 * 3 / 2) - 1) < 1e-12, "profile: %g FLOPs", hybrid[1]);
+    }
     c.attn = ATTN_WINDOW, c.fsa.window = 1;
     want = 6 * weights * (double)n + 32.0 * 32 * 12 * 128 * (double)n;
     CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
@@ -686,6 +716,7 @@ static void test_options_checkpoint(void) {
         {"-i a -attn nsa -topk 8", "-topk 8", "has 4"},
         {"-i a -attn full -heads 2", "-heads 2", "has 4"},
         {"-i a -phi mean", "-phi mean", "has linear"},
+        {"-i a -full-every 2", "-full-every 2", "has 0"},
         {"-i a -vocab 71", "-vocab 71", "has 70"},
         {"-i a -t 512 -topk 8", "-topk 8", "has 4"},
         {"-i a -e tiny", "-e tiny", "layers is 4"},
@@ -724,8 +755,20 @@ static void test_options_checkpoint(void) {
     parse(&o, "-i a -attn nsa -window 16 -topk 8 -phi mean");
     options_check_model(&o, &c, 256, 0);
     CHECK(c.attn == ATTN_NSA && c.fsa.topk == 8 && c.fsa.phi == FSA_PHI_MEAN, "to nsa");
+    parse(&o, "-i a -attn window -full-every 2");
+    options_check_model(&o, &c, 256, 0);
+    CHECK(c.attn == ATTN_WINDOW && c.full_every == 2, "to window and full");
+    parse(&o, "-i a -attn nsa");
+    options_check_model(&o, &c, 256, 0);
+    CHECK(c.attn == ATTN_NSA && c.full_every == 2, "full layers stay full");
+    a.line = "-i a -full-every 0", a.model = c;
+    Child r = child(run_check_model, &a);
+    check_died(&r, a.line, "-full-every 0", "has 2");
+    parse(&o, "-i a -attn full");
+    options_check_model(&o, &c, 256, 0);
+    CHECK(c.attn == ATTN_FULL && c.full_every == 0, "all layers full");
     a.line = "-i a -attn full", a.model = trained;
-    Child r = child(run_resume_model, &a);
+    r = child(run_resume_model, &a);
     check_died(&r, a.line, "-attn full", "has nsa");
     a.line = "-i a -e recall", a.model = trained,
     a.model.rope_theta = 1e6; // changed by an earlier run at a longer context
@@ -1014,7 +1057,7 @@ static void test_checkpoint_file(void) {
     if (fseeko(file, 0, SEEK_SET) || fwrite(header, 1, sizeof header, file) != sizeof header || fclose(file))
         die("cannot write");
     r = child(run_load, path);
-    check_died(&r, "version", "version 9", "versions 1 to 3");
+    check_died(&r, "version", "version 9", "versions 1 to 4");
 
     // another model: the same size, but another topk; then a bias that the file has not
     save(folder, 12);
@@ -1071,8 +1114,8 @@ static void test_sync(void) {
     unlink(path);
 }
 
-// Tests that a checkpoint of version 1 or 2 loads to the same arrays, as a whole and in parts at any place,
-// and that its gates have the bias 0.
+// Tests that a checkpoint of version 1, 2 or 3 loads to the same arrays, as a whole and in parts at any
+// place, and that its gates have the bias 0 in versions 1 and 2.
 static void test_checkpoint_old(const char *name, int version, int attn, int linear, int bias_and_norm) {
     char folder[300], path[PATH_BYTES], msg[CHECKPOINT_MSG_BYTES];
     snprintf(folder, sizeof folder, "%s/old", dir);
@@ -1091,12 +1134,12 @@ static void test_checkpoint_old(const char *name, int version, int attn, int lin
         read[a] = (float *)xcalloc((size_t)n, sizeof(float));
         for (int64_t i = 0; i < n; i++) saved[a][i] = (float)i + 0.25f * (float)a; // exact below 2^22
         for (int64_t t = 0; t < num_tensors; t++)
-            for (int64_t i = 0; i < table[t].size && param_is(&table[t], "bgate"); i++)
+            for (int64_t i = 0; i < table[t].size && version < 3 && param_is(&table[t], "bgate"); i++)
                 saved[a][table[t].offset + i] = 0;
     }
     int64_t stored = checkpoint_old_save(folder, &c, &want, version, saved[0], saved[1], saved[2]);
-    CHECK(stored == n - (attn == ATTN_NSA ? 2 * gate_bias_size(&c.fsa) : 0), "%s: %lld stored", name,
-          (long long)stored);
+    CHECK(stored == n - (attn == ATTN_NSA && version < 3 ? 2 * gate_bias_size(&c.fsa) : 0), "%s: %lld stored",
+          name, (long long)stored);
     checkpoint_path(path, sizeof path, folder, 40);
     CHECK(checkpoint_verify(path, msg) == 0, "%s: %s", name, msg);
     checkpoint_load(path, &c, &init, &s, read[0], read[1], read[2], n);
@@ -2321,7 +2364,7 @@ int main(void) {
     test_checksum();
     test_checkpoint_file();
     test_sync();
-    for (int version = 1; version <= 2; version++) {
+    for (int version = 1; version <= 3; version++) {
         test_checkpoint_old("nsa, linear, bias, QK-norm", version, ATTN_NSA, 1, 1);
         test_checkpoint_old("nsa, linear", version, ATTN_NSA, 1, 0);
         test_checkpoint_old("nsa, mean, a gate a token", version, ATTN_NSA, 0, 0);
