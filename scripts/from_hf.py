@@ -49,6 +49,7 @@ def parse_args():
         ("init-blocks", "number of initial blocks, always selected"),
         ("local-blocks", "number of local blocks, always selected"),
         ("window", "size of the sliding window, also of --attn window"),
+        ("full-every", "with --attn nsa or window, every N-th layer keeps full attention; 0: none (0)"),
     ]
     for flag, what in sizes:
         parser.add_argument(f"--{flag}", type=number_type(0, 1 << 30), metavar="N", dest=flag, help=what)
@@ -70,7 +71,7 @@ def parse_args():
 def choose_attention(model, args):
     """Returns the model fields of the checkpoint: those of the source, with the attention of the flags."""
     import config
-    from checkpoint import ATTN_NAMES, NSA, WINDOW, check_model
+    from checkpoint import ATTN_NAMES, FULL, NSA, WINDOW, check_model
 
     source = model["attn"]
     attn = ATTN_NAMES.index(args.attn) if args.attn else source
@@ -79,14 +80,19 @@ def choose_attention(model, args):
     if source == NSA and (attn != NSA or args.sizes):
         flag = f"--attn {args.attn}" if attn != NSA else f"--{next(iter(args.sizes))}"
         die(f"{flag}: {args.source} already has nsa; its attention cannot be changed here; leave out {flag}")
-    if attn != NSA and set(args.sizes) - {"window"}:
-        die(f"--{next(f for f in args.sizes if f != 'window')}: only nsa has it; add --attn nsa")
-    if "window" in args.sizes and attn not in (NSA, WINDOW):
-        die("--window: full attention has no window; add --attn nsa or --attn window")
+    shared = ("window", "full-every")  # of nsa and window
+    if attn != NSA and set(args.sizes) - set(shared):
+        die(f"--{next(f for f in args.sizes if f not in shared)}: only nsa has it; add --attn nsa")
+    for flag in shared:
+        if flag in args.sizes and attn not in (NSA, WINDOW):
+            what = "no window" if flag == "window" else "full layers alone"
+            die(f"--{flag}: full attention has {what}; add --attn nsa or --attn window")
     if attn == WINDOW and source != WINDOW and "window" not in args.sizes:
         die(f"--attn window: {args.source} has no window; give its size with --window")
     if attn == NSA and source == WINDOW and "window" not in args.sizes:
         model = {**model, "window": config.NSA_DEFAULTS["window"]}
+    if attn == FULL:
+        model = {**model, "full-every": 0}
     model = {**model, "attn": attn, **args.sizes}
     check_model(model, "the model")
     return model
@@ -210,7 +216,8 @@ def main():
         if files:
             hub_files.write(hub_files.side_folder(args.output), files)
     count = sum(math.prod(p.shape) for t in checkpoint.param_table(model) for p in weights.parts(t, model))
-    print(f"{args.output}: {count:,} parameters, attention {checkpoint.ATTN_NAMES[model['attn']]}")
+    full = f", full in one of {model['full-every']} layers" if model["full-every"] else ""
+    print(f"{args.output}: {count:,} parameters, attention {checkpoint.ATTN_NAMES[model['attn']]}{full}")
 
 
 if __name__ == "__main__":

@@ -102,10 +102,18 @@ FAMILIES = {
         "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=24, max_window_layers=0, rope_theta=1e4
     ),
     "qwen3": _family("Qwen3ForCausalLM", shards=3, head_dim=20, rope_theta=1e6),
+    "qwen3_hybrid": _family(
+        *("Qwen3ForCausalLM", "BF16"), num_hidden_layers=5, use_sliding_window=True, sliding_window=12, head_dim=12,
+        max_window_layers=0, rope_theta=1e4, layer_types=2 * ["sliding_attention", "full_attention"] + ["sliding_attention"]
+    ),  # fmt: skip
     "nsa": _family("NsaForCausalLM", **NSA),
     "nsa_linear": _family(
         *("NsaForCausalLM", "BF16"), shards=2, **{**NSA, "nsa_phi": "linear", "attention_bias": True}
     ),
+    "nsa_hybrid": _family(
+        *("NsaForCausalLM", "BF16"), **{**NSA, "num_hidden_layers": 5, "nsa_full_every": 2, "nsa_phi": "linear",
+        "attention_bias": True, "nsa_qk_norm": True}
+    ),  # fmt: skip
     "nsa_token": _family(
         "NsaForCausalLM", **{**NSA, "nsa_gate_per_token": True, "nsa_qk_norm": True, "tie_word_embeddings": True,
         "rope_factor": 8.0, "rope_original_len": 32, "nsa_scale": 0.5}
@@ -134,7 +142,8 @@ def shapes(config):
                 found[a + x + "_proj.bias"] = (n * d,)
         if kind == "Qwen3ForCausalLM" or config.get("nsa_qk_norm"):
             found |= {a + "q_norm.weight": (d,), a + "k_norm.weight": (d,)}
-        if kind == "NsaForCausalLM":
+        every = config.get("nsa_full_every", 0)
+        if kind == "NsaForCausalLM" and not (every and i % every == every - 1):
             gates, length = 3 if config["nsa_gate_per_token"] else 3 * heads, config["nsa_cmp_len"]
             found |= {a + "gate_proj.weight": (gates, c), a + "gate_proj.bias": (gates,)}
             if config["nsa_phi"] == "linear":
@@ -386,6 +395,18 @@ def test_attention_flags():
         values = np.concatenate(list(reader.read(tensor)))
         if tensor.name == "bgate":
             check(np.allclose(1 / (1 + np.exp(-values[:12])), [0.25, 0.5, 0.75] * 4), "--gate: wrong biases")
+    # the window of a Qwen3 model whose every second layer is full becomes nsa, and these layers stay as they are
+    hybrid, path = imported("qwen3_hybrid"), os.path.join(TMP, "hybrid_nsa.bin")
+    run_ok("from_hf.py", hybrid.removesuffix(".bin"), "-o", path, "--attn", "nsa")
+    reader = checkpoint.Reader(path)
+    gates = [t.layer for t in reader.table if t.name == "wgate"]
+    check((reader.model["full-every"], gates) == (2, [0, 2, 4]), f"full-every of a Qwen3: gates of {gates}")
+    path = os.path.join(TMP, "hybrid_full.bin")
+    run_ok("from_hf.py", hybrid.removesuffix(".bin"), "-o", path, "--attn", "full")
+    check(checkpoint.Reader(path).model["full-every"] == 0, "--attn full keeps full-every")
+    path = os.path.join(TMP, "full_every.bin")
+    run_ok("from_hf.py", source, "-o", path, "--attn", "nsa", "--full-every", 2)
+    check(checkpoint.Reader(path).model["full-every"] == 2, "--full-every is not stored")
     path = os.path.join(TMP, "window.bin")
     run_ok("from_hf.py", source, "-o", path, "--attn", "window", "--window", 256)
     check(error(c_logits(path, test_tokens()), full) < 1e-6, "a window of all tokens is not full attention")
@@ -444,18 +465,21 @@ def load(program):
 
 
 def old_checkpoint(path, version, out):
-    """Writes an nsa checkpoint of weights alone as one of version 1 or 2, with m and v."""
+    """Writes an nsa checkpoint of weights alone as one of version 1, 2 or 3, with m and v."""
     import checkpoint
     import numpy as np
 
     reader = checkpoint.Reader(path)
     values = {t: np.concatenate(list(reader.read(t))) for t in reader.table}
     table = checkpoint.param_table(reader.model, version)
-    params = np.concatenate([values[t] for t in table if t.name != "bgate"])
+    params = np.concatenate([values[t] for t in table if version > 2 or t.name != "bgate"])
     arrays = [params, params + 1, params + 2]
     header = bytearray(read_bytes(path)[: checkpoint.HEADER_BYTES])
-    struct.pack_into("<2q", header, 8, version, params.size)
-    struct.pack_into("<q", header, 40, 0)
+    fields = checkpoint.num_fields(version)  # TrainState is right behind them
+    struct.pack_into("<3q", header, 8, version, params.size, fields)
+    struct.pack_into("<q", header, 40, 3 if version > 2 else 0)
+    begin, end = 64 + 8 * fields, 64 + 8 * (len(checkpoint.FIELDS) + checkpoint.TRAIN_STATE_FIELDS)
+    header[begin:end] = header[64 + 8 * len(checkpoint.FIELDS) : end] + bytes(8)
     struct.pack_into("<Q", header, checkpoint.HEADER_BYTES - 8, checkpoint.checksum(bytes(header[:-8])))
     sums = []
     for array, data in enumerate(arrays):
@@ -470,7 +494,7 @@ def test_old_versions():
 
     for family in ("nsa_linear", "nsa_token"):
         path = imported(family)
-        for version in (1, 2):
+        for version in (1, 2, 3):
             old = os.path.join(TMP, f"{family}_v{version}.bin")
             old_checkpoint(path, version, old)
             out = os.path.join(TMP, f"{family}_v{version}")
@@ -478,7 +502,7 @@ def test_old_versions():
             found = read_tensors(out)
             for name, values in weights(FAMILIES[family]).items():
                 values = values.astype(np.float32)
-                values = np.zeros_like(values) if name.endswith("gate_proj.bias") else values
+                values = np.zeros_like(values) if version < 3 and name.endswith("gate_proj.bias") else values
                 check(
                     found[name] == ("F32", values.shape, values.tobytes()),
                     f"{family} version {version}: {name}",
@@ -746,6 +770,10 @@ def test_refused_configs():
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "layers differ"),
         ("qwen3", {"sliding_window": 9, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
          "layers differ"),
+        ("qwen3_hybrid", {"layer_types": 2 * ["sliding_attention", "full_attention"] + ["full_attention"]},
+         "layers differ"),
+        ("qwen3_hybrid", {"layer_types": ["sliding_attention", "full_attention"] + 3 * ["sliding_attention"]},
+         "layers differ"),
         ("llama", {"layer_types": ["full_attention"]}, "layer_types must list"),
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0: not supported"),
         ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0: not supported"),
@@ -773,6 +801,8 @@ def test_refused_configs():
         ("nsa", {"nsa_topk": 1}, "topk 1: must be at least init-blocks 1"),
         ("nsa", {"nsa_phi": "other"}, "phi -1"),
         ("nsa", {"nsa_window": None}, "no nsa_window"),
+        ("nsa", {"nsa_full_every": 3}, "full-every 3: must be 0 (off), or from 2 to layers 2"),
+        ("nsa", {"nsa_full_every": -2}, "full-every -2: must be from 0"),
     ]  # fmt: skip
     runs = []
     for name, change, expected in cases:
@@ -792,6 +822,10 @@ def test_refused_flags():
         ([llama, "--attn", "window"], "give its size with --window"),
         ([llama, "--topk", "8"], "--topk: only nsa has it"),
         ([llama, "--window", "8"], "--window: full attention has no window"),
+        ([llama, "--full-every", "2"], "--full-every: full attention has full layers alone"),
+        ([llama, "--attn", "nsa", "--full-every", "3"], "full-every 3: must be 0 (off), or from 2 to layers 2"),
+        ([llama, "--attn", "nsa", "--full-every", "-1"], "--full-every"),
+        ([nsa, "--full-every", "2"], "--full-every:"),
         ([llama, "--gate", "0.1,0.8,0.1"], "--gate: only for new gates"),
         ([llama, "--attn", "nsa", "--gate", "0,1,0"], "--gate"),
         ([nsa, "--attn", "full"], "--attn full:"),
@@ -959,6 +993,10 @@ def test_refused_checkpoints():
     with checkpoint.Writer(os.path.join(TMP, "scaled.bin"), model, 64) as out:
         out.write(np.zeros(out.total, np.float32))
     refused("a scale of full attention", "scale 0.5", "to_hf.py", os.path.join(TMP, "scaled.bin"))
+    hybrid = {**checkpoint.Reader(path).model, "attn": checkpoint.WINDOW, "full-every": 2}
+    with checkpoint.Writer(os.path.join(TMP, "hybrid.bin"), hybrid, 64) as out:
+        out.write(np.zeros(out.total, np.float32))
+    refused("a window and full layers", "full-every 2", "to_hf.py", os.path.join(TMP, "hybrid.bin"))
     refused("no checkpoint", "No such file", "to_hf.py", os.path.join(TMP, "nothing.bin"))
     refused("no tokenizer", "no tokenizer.json", "to_hf.py", path, "--tokenizer", TMP)
     result = run("to_hf.py", path, "-o", TMP)
@@ -1046,7 +1084,8 @@ def test_transformers():
             worst = error(got.double().numpy(), want.double().numpy())
             check(worst < 1e-5, f"{name}: the kernels' path changes logits by {worst:.1e}")
         check(generated[0, TOKENS - 30 :].tolist() == alone, f"{name}: the kernels' path generates other tokens")
-        layers = model.config.num_hidden_layers
+        every = model.config.nsa_full_every
+        layers = sum(not every or (i + 1) % every > 0 for i in range(model.config.num_hidden_layers))
         check(len(calls) == 62 * layers, f"{name}: {len(calls)} calls of the kernels, not {62 * layers}")
         with torch.no_grad():
             half = model.to(torch.bfloat16)(tokens).logits[0]

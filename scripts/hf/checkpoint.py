@@ -9,7 +9,7 @@ from output import Output
 from shards import create_file, die, open_input, sync_folder
 
 MAGIC = 0x54504B4341534E0A
-VERSION = 3  # versions 1 and 2 can be read, too
+VERSION = 4  # versions 1 to 3 can be read, too
 HEADER_BYTES = 4096
 CHUNK_BYTES = 1 << 20  # bytes per checksum
 CHUNK_FLOATS = CHUNK_BYTES // 4
@@ -51,6 +51,7 @@ FIELDS = {
     "phi": (0, 1),
     "gate-per-token": (0, 1),
     "scale": (0, 1e6),
+    "full-every": (0, 10000),
 }
 REAL_FIELDS = ("norm-eps", "theta", "rope-factor", "rope-low-freq", "rope-high-freq", "scale")
 
@@ -61,6 +62,17 @@ Tensor = namedtuple("Tensor", "name layer rows cols")
 def padded_vocab(vocab):
     """Returns the rows of wte and lm_head: vocab rounded up to a multiple of 128."""
     return (vocab + 127) // 128 * 128
+
+
+def num_fields(version):
+    """Returns how many of FIELDS a checkpoint of this version has; the others are 0 in its model."""
+    return len(FIELDS) if version >= 4 else list(FIELDS).index("full-every")
+
+
+def is_nsa(model, layer):
+    """Returns whether a layer has native sparse attention: no layer that full-every makes full has."""
+    every = model["full-every"]
+    return model["attn"] == NSA and not (every and (layer + 1) % every == 0)
 
 
 def num_gate_logits(model):
@@ -102,6 +114,15 @@ def check_model(model, name):
         f"rope-low-freq {m['rope_low_freq']:g}: must be above 0 and below "
         f"rope-high-freq {m['rope_high_freq']:g}",
     )
+    every, layers = m["full_every"], m["layers"]
+    need(
+        every == 0 or m["attn"] != FULL,
+        f"full-every {every}: with attn full all layers have full attention; it must be 0",
+    )
+    need(
+        every == 0 or 2 <= every <= layers,
+        f"full-every {every}: must be 0 (off), or from 2 to layers {layers}",
+    )
     length, stride, block = m["cmp_len"], m["cmp_stride"], m["block"]
     need(block % 16 == 0, f"block {block}: must be a multiple of 16")
     need(length % stride == 0, f"cmp-stride {stride}: must divide cmp-len {length}")
@@ -118,10 +139,10 @@ def param_table(model, version=VERSION):
     """Returns the Tensors of a model in the order in which a checkpoint of this version has them (param_table
     in llmc/config.h): in version 1, wgate is right before wo."""
     channels, d, heads, kv_heads = (model[f] for f in ("channels", "head-dim", "heads", "kv-heads"))
-    qkv, nsa = (heads + 2 * kv_heads) * d, model["attn"] == NSA
-    window_rows = kv_heads * model["cmp-len"]
+    qkv, window_rows = (heads + 2 * kv_heads) * d, kv_heads * model["cmp-len"]
     table = [Tensor("wte", -1, model["padded-vocab"], channels)]
     for layer in range(model["layers"]):
+        nsa = is_nsa(model, layer)
 
         def add(name, rows, cols, layer=layer):
             table.append(Tensor(name, layer, rows, cols))
@@ -312,18 +333,19 @@ class Reader:
             die(f"{path}: not a checkpoint; give a ckpt_*.bin")
         if len(header) < HEADER_BYTES:
             die(f"{path}: truncated: {size} bytes, less than its header; choose another checkpoint")
-        _, version, n, num_fields, num_state, arrays = struct.unpack("<6q", header[:48])
+        _, version, n, fields, num_state, arrays = struct.unpack("<6q", header[:48])
         if struct.unpack("<Q", header[-8:])[0] != checksum(header[:-8]):
             die(f"{path}: damaged: its header has a wrong checksum; choose another checkpoint")
-        if not 1 <= version <= VERSION or (num_fields, num_state) != (len(FIELDS), TRAIN_STATE_FIELDS):
+        if not 1 <= version <= VERSION or (fields, num_state) != (num_fields(version), TRAIN_STATE_FIELDS):
             die(f"{path}: checkpoint version {version}, this program reads versions 1 to {VERSION}")
-        values = struct.unpack(f"<{num_fields}d", header[64 : 64 + 8 * num_fields])
+        values = struct.unpack(f"<{fields}d", header[64 : 64 + 8 * fields])
+        values += (0.0,) * (len(FIELDS) - fields)
         self.model = {
             field: value if field in REAL_FIELDS or not value.is_integer() else int(value)
             for field, value in zip(FIELDS, values)
         }
         check_model(self.model, path)
-        state = struct.unpack_from(f"<{num_state}q", header, 64 + 8 * num_fields)
+        state = struct.unpack_from(f"<{num_state}q", header, 64 + 8 * fields)
         self.seq_len = state[SEQ_LEN_FIELD]
         self.table = param_table(self.model, version)
         self.has_gate_bias = version >= 3

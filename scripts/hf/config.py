@@ -129,8 +129,14 @@ def _rope(c, max_len):
     return fields
 
 
+def _layer_type(layer, every):
+    """Returns the layer_types entry of a layer with a sliding window, of which every `every`-th (0: none) is
+    full instead."""
+    return "full_attention" if every and (layer + 1) % every == 0 else "sliding_attention"
+
+
 def _sliding_window(c, architecture, layers):
-    """Returns the size of the sliding window that all layers have, or None if none has it."""
+    """Returns (size of the sliding window, or None if no layer has it; full-every)."""
     window = c.raw("sliding_window")
     if architecture == "LlamaForCausalLM":
         window = None
@@ -145,14 +151,16 @@ def _sliding_window(c, architecture, layers):
     if not isinstance(types, list) or len(types) != layers:
         die(f"{c.name}: layer_types must list the attention of {layers} layers; repair the file")
     if all(t == "full_attention" for t in types):
-        return None
-    if window is None or any(t != "sliding_attention" for t in types):
+        return None, 0
+    every = types.index("full_attention") + 1 if "full_attention" in types else 0
+    expected = [_layer_type(layer, every) for layer in range(layers)]
+    if window is None or every == 1 or types != expected:
         kinds = ", ".join(sorted({str(t)[:40] for t in types}))
         die(
             f"{c.name}: its layers differ in their attention ({kinds}): not supported; "
-            f" the trainers have full or sliding layers, not both"
+            f"of sliding layers, the trainers can have every N-th full instead, not others"
         )
-    return c.number("sliding_window")
+    return c.number("sliding_window"), every
 
 
 def to_model(values, name):
@@ -184,7 +192,7 @@ def to_model(values, name):
         "tied": int(c.flag("tie_word_embeddings")),
         "qkv-bias": int(architecture == "Qwen2ForCausalLM" or c.flag("attention_bias")),
         "qk-norm": int(architecture == "Qwen3ForCausalLM"),
-        "norm-eps": c.number("rms_norm_eps", 1e-6, float),
+        **{"norm-eps": c.number("rms_norm_eps", 1e-6, float), "full-every": 0},
         **NSA_DEFAULTS,
     }
     if architecture == NSA_ARCHITECTURE:
@@ -192,14 +200,14 @@ def to_model(values, name):
             model[field] = c.number(key, kind=float if field in checkpoint.REAL_FIELDS else int)
         model["theta"] = c.number("rope_theta", kind=float)
         model["qk-norm"] = int(c.flag("nsa_qk_norm"))
-        model["attn"] = NSA
+        model.update({"attn": NSA, "full-every": c.number("nsa_full_every", 0)})
         model["phi"] = {"mean": 0, "linear": 1}.get(c.raw("nsa_phi"), -1)
         model["gate-per-token"] = int(c.flag("nsa_gate_per_token"))
     else:
         model.update(_rope(c, max_len))
-        window = _sliding_window(c, architecture, layers)
+        window, every = _sliding_window(c, architecture, layers)
         if window is not None:
-            model.update(attn=WINDOW, window=window)
+            model.update({"attn": WINDOW, "window": window, "full-every": every})
     model = {field: model[field] for field in checkpoint.FIELDS}
     checkpoint.check_model(model, name)
     return model, min(max_len, MAX_DEFAULT_SEQ_LEN)
@@ -227,6 +235,7 @@ def from_model(model, name, seq_len, dtype):
     if model["attn"] == NSA:
         config.update({key: model[field] for key, field in _NSA_KEYS.items()})
         config.update(rope_theta=model["theta"], nsa_phi=("mean", "linear")[model["phi"]])
+        config.update(nsa_full_every=model["full-every"])
         config.update(nsa_gate_per_token=bool(model["gate-per-token"]), nsa_qk_norm=bool(model["qk-norm"]))
         auto = {
             "AutoConfig": "configuration_nsa.NsaConfig",
@@ -249,8 +258,13 @@ def from_model(model, name, seq_len, dtype):
     if model["qk-norm"] or model["qkv-bias"]:
         kind = "Qwen3" if model["qk-norm"] else "Qwen2"
         config.update(use_sliding_window=window is not None, sliding_window=window, max_window_layers=0)
-        layer_type = "full_attention" if window is None else "sliding_attention"
-        config["layer_types"] = [layer_type] * model["layers"]
+        every = 1 if window is None else model["full-every"]
+        config["layer_types"] = [_layer_type(layer, every) for layer in range(model["layers"])]
+    elif model["full-every"]:
+        die(
+            f"{name}: full-every {model['full-every']} with attn window: transformers has such a model only "
+            f"with qkv-bias 1 (Qwen2) or qk-norm 1 (Qwen3)"
+        )
     else:
         kind = "Llama" if window is None else "Mistral"
         if window is not None:

@@ -16,6 +16,7 @@ class NsaConfig(PretrainedConfig):
         nsa_window: size of the sliding window in tokens.
         nsa_gate_per_token: all heads of a token share the three gates.
         nsa_scale: softmax scale; 0: 1/sqrt(head_dim).
+        nsa_full_every: every so many-th layer, the last of each group, has full attention; 0: none.
         rope_factor, rope_low_freq, rope_high_freq, rope_original_len: Llama 3.1's RoPE scaling; rope_factor
             0: no scaling.
     """
@@ -55,6 +56,7 @@ class NsaConfig(PretrainedConfig):
         nsa_window=512,
         nsa_gate_per_token=False,
         nsa_scale=0.0,
+        nsa_full_every=0,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -86,4 +88,5 @@ class NsaConfig(PretrainedConfig):
         self.nsa_window = nsa_window
         self.nsa_gate_per_token = nsa_gate_per_token
         self.nsa_scale = nsa_scale
+        self.nsa_full_every = nsa_full_every
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,7 +1,8 @@
 """A transformer with grouped-query attention and native sparse attention (arXiv 2502.11089) in plain PyTorch.
 
 The attention of query t combines three branches by gates: compressed windows of keys, the blocks of keys with
-the highest scores of the compressed branch, and a sliding window. All masks are dense: this code shows what
+the highest scores of the compressed branch, and a sliding window. Every nsa_full_every-th layer has full causal
+attention instead. All masks are dense: this code shows what
 the model computes, and is slower than the kernels that it was trained with. Where the Python package
 flash_sparse_attention is installed, batches without padding on a GPU are computed by these kernels."""
 
@@ -59,6 +60,14 @@ def rotate(x, positions, frequencies):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def dense_attention(q, k, v, mask, scale):
+    """Softmax attention of q [B, H, Nq, d] to the keys of mask [B or 1, H or 1, Nq, N]; None: causal, Nq = N.
+    k, v: [B, Hkv, N, d]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+
+
 def kernels_take(q):
     """Returns whether the kernels of flash_sparse_attention compute attention for q [B, H, Nq, d]."""
     return (
@@ -80,10 +89,13 @@ class NsaAttention(nn.Module):
         self.k_proj = nn.Linear(c, kv_heads * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(c, kv_heads * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * d, c, bias=False)
-        self.gate_proj = nn.Linear(c, 3 if config.nsa_gate_per_token else 3 * heads)
         if config.nsa_qk_norm:
             self.q_norm = NsaRMSNorm(d, config.rms_norm_eps)
             self.k_norm = NsaRMSNorm(d, config.rms_norm_eps)
+        self.is_full = config.nsa_full_every > 0 and (layer_idx + 1) % config.nsa_full_every == 0
+        if self.is_full:
+            return
+        self.gate_proj = nn.Linear(c, 3 if config.nsa_gate_per_token else 3 * heads)
         if config.nsa_phi == "linear":
             length = config.nsa_cmp_len
             mean = torch.eye(d).repeat(kv_heads, length, 1) / length
@@ -163,12 +175,20 @@ class NsaAttention(nn.Module):
 
         def branch(mask):  # softmax attention to the keys of mask [B, Hkv or 1, Nq, N]
             mask = mask.expand(batch, kv_heads, nq, n).repeat_interleave(group, dim=1)
-            keys, values = (x.repeat_interleave(group, dim=1) for x in (rotated, v))
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+            return dense_attention(q, rotated, v, mask, scale)
 
         causal = key <= row
         in_blocks = selected.repeat_interleave(c.nsa_block, dim=-1)[..., :n]
         return compressed, branch(causal & in_blocks), branch(causal & (key > row - c.nsa_window))
+
+    def attend_fully(self, q, k, v, positions, order, frequencies):
+        """Returns the output of full causal attention, [B, Nq, H, d]. Arguments as for `attend` and `forward`."""
+        key = torch.arange(k.shape[2], device=q.device)
+        scale = self.config.nsa_scale or q.shape[-1] ** -0.5
+        q, k = rotate(q, positions, frequencies), rotate(k, key[None], frequencies)
+        square = order is None and q.shape[2] == k.shape[2]  # needs no mask in memory
+        mask = None if square else key <= positions[:, None, :, None]
+        return dense_attention(q, k, v, mask, scale).transpose(1, 2)
 
     def attend_by_kernels(self, q, k, v, gate_logits, frequencies):
         """Returns the gated sum of the three branches, [B, Nq, H, d]. The queries are the last ones of their
@@ -220,8 +240,10 @@ class NsaAttention(nn.Module):
         if order is not None:
             index = order[:, None, :, None].expand_as(k)
             k, v = k.gather(2, index), v.gather(2, index)
-        gate_logits = self.gate_proj(x).view(batch, nq, -1, 3)
-        if order is None and kernels_take(q):
+        gate_logits = None if self.is_full else self.gate_proj(x).view(batch, nq, -1, 3)
+        if self.is_full:
+            o = self.attend_fully(q, k, v, positions, order, frequencies)
+        elif order is None and kernels_take(q):
             o = self.attend_by_kernels(q, k, v, gate_logits, frequencies)
         else:
             branches = self.attend(q, k, v, positions, frequencies)
