@@ -9,6 +9,7 @@ select, and how often block 0 is among them; with several files, over training.
 A file is written by -block-indices; its step is the last number in its name. Only queries with more blocks before them
 than they select are counted. A free block is one that is not selected in any case: the first --init-blocks and the nearest
 --local-blocks, which the trainer's flags of the same names set. The distance is from the query's block to the free one.
+Layers of full attention (-full-every) select no blocks; they stay empty.
 """
 import argparse
 import os
@@ -27,6 +28,7 @@ class Selection:
     Attributes:
         step: of the file's name.
         free: free blocks of a query.
+        selects: [layers] whether the layer selects blocks; in the arrays below, the other layers are NaN.
         distances: [layers, number of distances] free blocks at 1, 2 to 3, 4 to 7, ... blocks before the query's.
         distinct: [layers, len(GROUPS)] different free blocks of so many neighbouring queries, on average.
         block0: [layers] share of the queries that select block 0.
@@ -83,8 +85,13 @@ class Selection:
         columns = int(own.max()).bit_length() + 1
         self.distances, self.distinct = np.zeros((self.layers, columns)), np.zeros((self.layers, len(GROUPS)))
         self.block0, self.median = np.zeros(self.layers), np.zeros(self.layers)
+        self.selects = self.indices[:, 0, 0, 0] >= 0  # the first query selects its own block
+        if not self.selects.any():
+            die(f"{self.path}: no layer selects blocks; write it again")
+        for values in (self.distances, self.distinct, self.block0, self.median):
+            values[~self.selects] = np.nan
         groups = [self._groups(np, size) for size in GROUPS]
-        for layer in range(self.layers):
+        for layer in np.flatnonzero(self.selects):
             found = np.zeros(int(own.max()) + 1, np.int64)  # by distance in blocks
             for head in range(self.heads):
                 selected = np.array(self.indices[layer, head])
@@ -106,11 +113,16 @@ class Selection:
             self.median[layer] = self.block * np.searchsorted(np.cumsum(found), found.sum() / 2)
 
 
+    def mean(self, values):
+        """Returns the mean of values [layers, ...] over the layers that select blocks."""
+        return values[self.selects].mean(axis=0)
+
+
 def describe(s):
     """Returns a line about a file: averages over its layers."""
-    distinct = ", ".join(f"{value:.1f}" for value in s.distinct.mean(axis=0))
-    return (f"step {s.step}: median distance {s.median.mean():,.0f} tokens; distinct free blocks of "
-            f"{', '.join(map(str, GROUPS))} queries: {distinct} ({s.free} a query); block 0: {s.block0.mean():.1%} of the queries")
+    distinct = ", ".join(f"{value:.1f}" for value in s.mean(s.distinct))
+    return (f"step {s.step}: median distance {s.mean(s.median):,.0f} tokens; distinct free blocks of "
+            f"{', '.join(map(str, GROUPS))} queries: {distinct} ({s.free} a query); block 0: {s.mean(s.block0):.1%} of the queries")
 
 
 def draw_last(axes, s):
@@ -140,12 +152,12 @@ def draw_training(axes, selections):
     for layer in range(selections[0].layers):
         axes[0].plot(steps, [s.median[layer] for s in selections], color="C0", alpha=0.3, linewidth=0.8)
         axes[2].plot(steps, [100 * s.block0[layer] for s in selections], color="C0", alpha=0.3, linewidth=0.8)
-    axes[0].plot(steps, [s.median.mean() for s in selections], color="C0", marker="o")
+    axes[0].plot(steps, [s.mean(s.median) for s in selections], color="C0", marker="o")
     axes[0].set(xlabel="step", ylabel="median distance, tokens", title="distance over training")
     for i, size in enumerate(GROUPS):
-        axes[1].plot(steps, [s.distinct[:, i].mean() for s in selections], marker="o", markersize=3, label=f"{size} queries")
+        axes[1].plot(steps, [s.mean(s.distinct)[i] for s in selections], marker="o", markersize=3, label=f"{size} queries")
     axes[1].set(xlabel="step", ylabel="distinct free blocks", title="overlap over training", ylim=(0, None))
-    axes[2].plot(steps, [100 * s.block0.mean() for s in selections], color="C0", marker="o")
+    axes[2].plot(steps, [100 * s.mean(s.block0) for s in selections], color="C0", marker="o")
     axes[2].set(xlabel="step", ylabel="queries that select it, %", title="block 0 over training", ylim=(-2, 102))
 
 

@@ -137,6 +137,25 @@ for per_token in 0 1; do
     check '[ -s want ] && same_numbers want <(grep "^mean gates at step 1:" out) 1e-2' "mean gates, -gate-per-token $per_token: $(cat want out err)"
 done
 
+# ---- -full-every: exact resume, recomputation, the C trainer's loss, gates and sample; a full layer selects no blocks
+HYBRID="$MODEL $RUN -layers 2 -full-every 2"
+run $HYBRID $DATA -o hybrid -n 2
+check '[ $code -eq 0 ] && grep -q "^attention: nsa, .*; 1 of 2 layers full (-full-every 2)$" out' "-full-every 2: $(cat out err)"
+for r in 0 1 2; do
+    mkdir hybrid$r && cp hybrid/ckpt_00000002.bin hybrid/tokenizer.bin hybrid$r/
+    run $HYBRID $DATA -o hybrid$r -y 1 -r $r
+    check 'cmp -s hybrid/ckpt_00000004.bin hybrid$r/ckpt_00000004.bin' "-full-every 2 -r $r: a resumed run gives other bits: $(cat err)"
+done
+VAL="-e hybrid/ckpt_00000004.bin -val 1 -b 1 -m 2 -j data/recall_val_*.bin"
+run $VAL -block-indices hybrid.bin && "$CPU" $VAL 2>err | grep "^mean gates\|^val loss" >want
+check '[ "$(wc -l <want)" -eq 2 ] && same_numbers want <(grep "^mean gates\|^val loss" out) 2e-2' "-full-every: $(cat want out err)"
+# 512 bytes a layer: the first query of the nsa layer selects block 0, those of the full layer none
+check '[ "$(tail -c 1024 hybrid.bin | head -c 4 | od -An -td4)" -eq 0 ] && [ -z "$(tail -c 512 hybrid.bin | tr -d "\377")" ]' "block indices of -full-every: $(od -An -td4 hybrid.bin)"
+run -e hybrid/ckpt_00000004.bin -sample 1 -g 8
+check '[ $code -eq 0 ] && grep -q "^sample: " out' "a sample with -full-every: $(cat out err)"
+RESULTS=$T/hybrid.jsonl "$PROGRAM" $MODEL -layers 2 -full-every 2 -vocab 100 -profile 1 >out 2>err; code=$?
+check '[ $code -eq 0 ] && [ "$(grep -c "\"part\":\"step\".*,\"full_every\":2," hybrid.jsonl)" -eq 2 ]' "-profile with -full-every: $(cat out err)"
+
 # ---- evaluation files: the answers of the C trainer
 make_eval_files 68
 EVALS="-e a/ckpt_00000004.bin -val 1 -b 1 -mc mc.bin -needle needle.bin"

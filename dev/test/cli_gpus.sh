@@ -110,6 +110,14 @@ for attn in nsa full window; do
     many 1 $heads -o shared3_$attn -y 1
     check '[ "$codes" = "0 " ] && same whole3_$attn shared3_$attn 3e-3' "-cp 2, then one: $codes $(differ whole3_$attn shared3_$attn)"
 done
+# layers of full attention among those of nsa, with gates per token
+hybrid="-full-every 2 -gate-per-token 1 -heads 6 -kv-heads 3"
+many 1 -b 2 $hybrid -o whole_hybrid
+for flags in "-b 2 -cp 2" "-b 2 -cp 2 -r 2 -z 1" "-b 1 -z 2"; do
+    out=hybrid$(echo $flags | tr -d ' ')
+    many 2 $flags $hybrid -o $out
+    check '[ "$codes" = "0 0 " ] && same whole_hybrid $out 3e-3' "-full-every 2 $flags: $codes $(differ whole_hybrid $out) $(cat 0.err 1.err)"
+done
 for n in 1 2; do # only rank 0 generates text, without the other ranks' keys
     many $n -b 1 -heads 6 -kv-heads 3 -cp $n -sample 1 -e whole3_nsa/ckpt_00000003.bin -temp 1 -seed 5 -g 8
     sed -n 's/^sample: //p' 0.out >sample$n

@@ -282,6 +282,19 @@ def test_blocks(tmp: str) -> None:
     expect_error("the name has no step number", "plot_blocks.py", os.path.join(tmp, "blocks.bin"))
     expect_error("so none is free", "plot_blocks.py", first, "--local-blocks", "4")
     expect_error("all queries select all blocks", "plot_blocks.py", write_blocks(tmp, "short_1.bin", 1, lengths=(20, 9)))
+    # a layer of full attention, as the second one here, counts in no average
+    with open(os.path.join(tmp, "hybrid_5.bin"), "wb") as file:
+        half = 64 + 24 + 4 * len(flat) // 2
+        file.write(data[:half] + b"\xff" * (len(data) - half))
+    alone = [Selection(os.path.join(tmp, name), 1, 2) for name in ("hybrid_5.bin", "blocks_2.bin")]
+    for values, wanted in zip(*((s.distances, s.distinct, s.block0, s.median) for s in alone)):
+        check((values[0] == wanted[0]).all() and (values[1] != values[1]).all() and (alone[0].mean(values) == wanted[0]).all(),
+              f"a full layer: {values}, not {wanted}")  # fmt: skip
+    code, out, err = run("plot_blocks.py", first, os.path.join(tmp, "hybrid_5.bin"), "-o", picture)
+    check((code, err) == (0, "") and "nan" not in out and "step 5: median" in out, f"a full layer: {code} {out} {err}")
+    with open(os.path.join(tmp, "full_1.bin"), "wb") as file:
+        file.write(data[: 64 + 24] + b"\xff" * (len(data) - 64 - 24))
+    expect_error("no layer selects blocks", "plot_blocks.py", os.path.join(tmp, "full_1.bin"))
     code, out, err = run("plot_blocks.py", first, write_blocks(tmp, "three_3.bin", 1, layers=3))
     check(code == 1 and "three_3.bin: has 3 layers" in err and err.count("\n") == 1, f"layers: {code} {err}")
 
