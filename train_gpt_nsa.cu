@@ -147,9 +147,9 @@ typedef struct {
     cudaEvent_t step_done;
 } Model;
 
-// Assigns the memory of a layer's activations. The first layer gets all arrays. Another layer gets its own
-// copy of those that its backward pass reads and does not recompute, and shares the rest with the first
-// layer. If the first layer has o over q, the first layer of -full-every shares its o with the others.
+// Assigns the memory of layer l's activations. Layer 0 gets all arrays. Another layer gets its own copy of
+// those that its backward pass reads and does not recompute, and shares the rest with layer 0. The layers of
+// -full-every share o and, with fp8, ln1 among themselves, because layer 0 may have o in q and keep ln1.
 static void layer_memory_layout(Model *model, int l) {
     const ModelConfig *c = &model->config;
     LayerActivations *layers = model->acts.layers, *a = &layers[l];
@@ -165,7 +165,7 @@ static void layer_memory_layout(Model *model, int l) {
     int keep_cheap = model->training && model->recompute < 1;
     if (first || model->training) arena_alloc(arena, &a->residual_in, n * C);
     const int fp8 = model->linears.fp8;
-    if (first || (keep_cheap && (!fp8 || c->attn == ATTN_NSA))) arena_alloc(arena, &a->ln1, n * C);
+    if (first || (keep_cheap && (!fp8 || attn == ATTN_NSA || first_full))) arena_alloc(arena, &a->ln1, n * C);
     if (first || keep_cheap) {
         if (fp8) {
             fp8_matrix_memory_layout(&a->ln1_q, n, C, arena);

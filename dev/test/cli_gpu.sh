@@ -138,9 +138,9 @@ for per_token in 0 1; do
 done
 
 # ---- -full-every: exact resume, recomputation, the C trainer's loss, gates and sample; a full layer selects no blocks
-HYBRID="$MODEL $RUN -layers 2 -full-every 2"
+HYBRID="$MODEL $RUN -layers 4 -full-every 2"
 run $HYBRID $DATA -o hybrid -n 2
-check '[ $code -eq 0 ] && grep -q "^attention: nsa, .*; 1 of 2 layers full (-full-every 2)$" out' "-full-every 2: $(cat out err)"
+check '[ $code -eq 0 ] && grep -q "^attention: nsa, .*; 2 of 4 layers full (-full-every 2)$" out' "-full-every 2: $(cat out err)"
 for r in 0 1 2; do
     mkdir hybrid$r && cp hybrid/ckpt_00000002.bin hybrid/tokenizer.bin hybrid$r/
     run $HYBRID $DATA -o hybrid$r -y 1 -r $r
@@ -153,7 +153,7 @@ check '[ "$(wc -l <want)" -eq 2 ] && same_numbers want <(grep "^mean gates\|^val
 check '[ "$(tail -c 1024 hybrid.bin | head -c 4 | od -An -td4)" -eq 0 ] && [ -z "$(tail -c 512 hybrid.bin | tr -d "\377")" ]' "block indices of -full-every: $(od -An -td4 hybrid.bin)"
 run -e hybrid/ckpt_00000004.bin -sample 1 -g 8
 check '[ $code -eq 0 ] && grep -q "^sample: " out' "a sample with -full-every: $(cat out err)"
-RESULTS=$T/hybrid.jsonl "$PROGRAM" $MODEL -layers 2 -full-every 2 -vocab 100 -profile 1 >out 2>err; code=$?
+RESULTS=$T/hybrid.jsonl "$PROGRAM" $MODEL -layers 4 -full-every 2 -vocab 100 -profile 1 >out 2>err; code=$?
 check '[ $code -eq 0 ] && [ "$(grep -c "\"part\":\"step\".*,\"full_every\":2," hybrid.jsonl)" -eq 2 ]' "-profile with -full-every: $(cat out err)"
 
 # ---- evaluation files: the answers of the C trainer

@@ -266,7 +266,6 @@ emulator_faults() {
     fault "the norm is logged after clipping" llmc/global_norm.cuh 's/out\[NORM_VALUE\] = norm;/out[NORM_VALUE] = clip > 0 \&\& norm > clip ? clip : norm;/' "$S"
     fault "AdamW's step number is one too large" $U 's/r->state.step \+ 1, line->lr/r->state.step + 2, line->lr/' "$S"
     fault "layers of -full-every lose their outputs before the backward pass" $U 's/\(first \|\| keep \|\| \(first_full/(first || (first_full/' "$S"
-    fault "layers of -full-every see a window" $U 's/attn == ATTN_FULL \? FSA_CAUSAL : FSA_WINDOW/c->attn == ATTN_FULL ? FSA_CAUSAL : FSA_WINDOW/' "$S"
     fault "beta1 for beta2" llmc/optimizer.cuh 's/a->lr, o->beta1, o->beta2,/a->lr, o->beta1, o->beta1,/' "$S"
     fault "weight decay on norms too" llmc/optimizer.cuh 's/begin, 0\), t->decay\}/begin, 0), 1}/' "$S"
     fault "the next step's learning rate" $U 's/schedule_rate\(o, r->state.step\)/schedule_rate(o, r->state.step + 1)/' "$S"
