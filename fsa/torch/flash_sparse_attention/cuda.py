@@ -5,7 +5,6 @@ What depends only on the layout of the arguments (shapes, strides, types, device
 once, and kept in a _Plan. A call then looks the plan up, and fills in the pointers.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -82,9 +81,6 @@ def _readable(dout):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-_ON_THIS_GPU = contextlib.nullcontext()
-
-
 class _Plan:
     """What all calls of an operation with one layout of arguments and one configuration share.
 
@@ -110,22 +106,31 @@ class _Plan:
             size = library.fsa_workspace_size(self.config, self.dtype, self.batch, operation)
         self.workspace_bytes = self.arguments.workspace_bytes = size or lib.fail(0)
 
-    def run(self, cu_seqlens, segments, **fields):
-        """Calls the function with a new workspace. fields: of the argument struct, as tensors, addresses, or None."""
+    def run(self, arguments, cu_seqlens, segments):
+        """Calls the function with a new workspace. arguments: a copy of self.arguments, complete but for the workspace."""
         batch = lib.FsaDeviceBatch.from_buffer_copy(self.batch)
         batch.cu_seqlens, batch.segments = cu_seqlens.data_ptr(), segments.data_ptr()
-        arguments = self.struct.from_buffer_copy(self.arguments)
-        for name, x in fields.items():
-            if x is not None:
-                setattr(arguments, name, x if type(x) is int else x.data_ptr())
         workspace = _new_bytes(self.workspace_bytes, self.device)
         arguments.workspace = workspace.data_ptr()
-        index = self.device.index
-        with _ON_THIS_GPU if torch.cuda.current_device() == index else torch.cuda.device(index):
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            status = self.function(self.config, self.dtype, batch, arguments, stream)
+        if torch.cuda.current_device() == self.device.index:
+            self._call(batch, arguments)
+        else:
+            with torch.cuda.device(self.device):
+                self._call(batch, arguments)
+
+    def _call(self, batch, arguments):
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        status = self.function(self.config, self.dtype, batch, arguments, stream)
         if status:
             lib.fail(status)
+
+    def new_arguments(self):
+        """Returns a new argument struct. All its fields are set but the pointers."""
+        return self.struct.from_buffer_copy(self.arguments)
+
+
+def _pointer(tensor):
+    return None if tensor is None else tensor.data_ptr()
 
 
 _PLANS = {}
@@ -133,8 +138,8 @@ _PLANS = {}
 
 def _plan(build, tensors, *rest):
     """Returns build(*tensors, *rest), from the second call with this layout and `rest` on from a cache."""
-    key = (build, *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
-           *[tuple(x) if isinstance(x, list) else x for x in rest])  # fmt: skip
+    # The device by its number, -1 for the CPU: torch.device takes longer to hash.
+    key = (build, rest, *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= 4096:  # of batches that always differ, none comes again
@@ -186,15 +191,18 @@ def nsa_plan(*arguments):
     return _plan(_nsa_forward_plan, arguments[:-3], *arguments[-3:])
 
 
-def nsa_forward(plan, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, *_):
+def nsa_forward(plan, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices):
     """Computes the operator nsa_forward."""
-    o, saved = new_like(q), _new_bytes(plan.saved_bytes, q.device)
-    plan.run(cu_seqlens, segments, q=q, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
-             block_indices=block_indices, o=o, saved=saved)  # fmt: skip
+    o, saved = new_like(q), _new_bytes(plan.saved_bytes, plan.device)
+    a = plan.new_arguments()
+    a.q, a.k, a.v, a.gate_logits = q.data_ptr(), k.data_ptr(), v.data_ptr(), gate_logits.data_ptr()
+    a.wk, a.pe, a.wv, a.inv_freq = _pointer(wk), _pointer(pe), _pointer(wv), _pointer(inv_freq)
+    a.block_indices, a.o, a.saved = _pointer(block_indices), o.data_ptr(), saved.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return o, saved
 
 
-def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, *sizes):
+def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved, *rest):
     """Computes the operator nsa_backward. plan: of forward, or None."""
     strides = k.stride(), v.stride(), gate_logits.stride()
     if plan is not None and plan.strides == strides and dout.is_contiguous() and dout.data_ptr() % 16 == 0:
@@ -202,26 +210,31 @@ def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments
     else:  # saved_tensors_hooks may change the strides
         dout = _readable(dout)
         inputs = dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq
-        plan = _plan(_nsa_backward_plan, inputs, *sizes)
-    dq, dk, dv, dgate_logits = map(new_like, (dout, k, v, gate_logits))
+        plan = _plan(_nsa_backward_plan, inputs, *rest)
+    dq, dk, dv, dgate_logits = new_like(dout), new_like(k), new_like(v), new_like(gate_logits)
     # The library adds to the gradients of the weights, in float32.
-    dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=dout.device)
-    dwk = dphi.data_ptr()
-    dpe = dwk + 4 * plan.phi_sizes[0]
-    dwv = dpe + 4 * plan.phi_sizes[1]
-    plan.run(cu_seqlens, segments, dout=dout, k=k, v=v, gate_logits=gate_logits, wk=wk, pe=pe, wv=wv, inv_freq=inv_freq,
-             saved=saved, dq=dq, dk=dk, dv=dv, dgate_logits=dgate_logits, dwk=dwk, dpe=dpe, dwv=dwv)  # fmt: skip
+    dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=plan.device)
+    a = plan.new_arguments()
+    a.k, a.v, a.gate_logits, a.dout = k.data_ptr(), v.data_ptr(), gate_logits.data_ptr(), dout.data_ptr()
+    a.wk, a.pe, a.wv, a.inv_freq = _pointer(wk), _pointer(pe), _pointer(wv), _pointer(inv_freq)
+    a.saved, a.dq, a.dk, a.dv = saved.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    a.dgate_logits, a.dwk = dgate_logits.data_ptr(), dphi.data_ptr()
+    a.dpe = a.dwk + 4 * plan.phi_sizes[0]
+    a.dwv = a.dpe + 4 * plan.phi_sizes[1]
+    plan.run(a, cu_seqlens, segments)
     return dq, dk, dv, dgate_logits, dphi.to(dout.dtype)
 
 
 @kernel("nsa_forward", "CUDA")
 def _nsa_forward(*arguments):
-    return nsa_forward(nsa_plan(*arguments), *arguments)
+    *tensors, sizes, scale, recompute = arguments
+    return nsa_forward(nsa_plan(*tensors, tuple(sizes), scale, recompute), *tensors)
 
 
 @kernel("nsa_backward", "CUDA")
 def _nsa_backward(*arguments):
-    return nsa_backward(None, *arguments)
+    *tensors, sizes, scale, recompute = arguments
+    return nsa_backward(None, *tensors, tuple(sizes), scale, recompute)
 
 
 # ---- selected attention, block selection -----------------------------------------------------------------------------
@@ -241,9 +254,12 @@ def _selected_forward_plan(q, k, v, block_indices, *rest):
 
 @kernel("selected_forward", "CUDA")
 def _selected_forward(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
-    plan = _plan(_selected_forward_plan, (q, k, v, block_indices, cu_seqlens, segments), sizes, scale)
+    plan = _plan(_selected_forward_plan, (q, k, v, block_indices, cu_seqlens, segments), tuple(sizes), scale)
     o, lse = new_like(q), new_lse(q)
-    plan.run(cu_seqlens, segments, q=q, k=k, v=v, block_indices=block_indices, o=o, lse=lse)
+    a = plan.new_arguments()
+    a.q, a.k, a.v, a.block_indices = q.data_ptr(), k.data_ptr(), v.data_ptr(), block_indices.data_ptr()
+    a.o, a.lse = o.data_ptr(), lse.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return o, lse
 
 
@@ -254,10 +270,14 @@ def _selected_backward_plan(dout, q, k, v, *rest):
 @kernel("selected_backward", "CUDA")
 def _selected_backward(dout, q, k, v, o, lse, block_indices, cu_seqlens, segments, sizes, scale):
     dout = _readable(dout)
-    plan = _plan(_selected_backward_plan, (dout, q, k, v, block_indices, cu_seqlens, segments), sizes, scale)
+    inputs = dout, q, k, v, block_indices, cu_seqlens, segments
+    plan = _plan(_selected_backward_plan, inputs, tuple(sizes), scale)
     dq, dk, dv = map(new_like, (q, k, v))
-    plan.run(cu_seqlens, segments, dout=dout, q=q, k=k, v=v, o=o, lse=lse, block_indices=block_indices, dq=dq, dk=dk,
-             dv=dv)  # fmt: skip
+    a = plan.new_arguments()
+    a.q, a.k, a.v, a.o, a.dout = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), dout.data_ptr()
+    a.lse, a.block_indices = lse.data_ptr(), block_indices.data_ptr()
+    a.dq, a.dk, a.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return dq, dk, dv
 
 
@@ -271,10 +291,12 @@ def _select_blocks_plan(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, sca
 
 @kernel("select_blocks", "CUDA")
 def _select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
-    plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), num_keys, sizes, scale)
+    plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), num_keys, tuple(sizes), scale)
     block_indices = q.new_empty(kc.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
     kc = kc if kc.shape[0] else q  # no rows are read, but the pointer must not be NULL
-    plan.run(cu_seqlens, segments, q=q, kc=kc, lse_c=lse_c, block_indices=block_indices)
+    a = plan.new_arguments()
+    a.q, a.kc, a.lse_c, a.block_indices = q.data_ptr(), kc.data_ptr(), lse_c.data_ptr(), block_indices.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return block_indices
 
 
@@ -296,12 +318,14 @@ def _attention_forward_plan(q, k, v, *rest):
 
 @kernel("attention_forward", "CUDA")
 def _attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
-    plan = _plan(
-        _attention_forward_plan, (q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes, scale
-    )
+    inputs = q, k, v, cu_seqlens, segments, inv_freq
+    plan = _plan(_attention_forward_plan, inputs, rule, num_keys, tuple(sizes), scale)
     o, lse = new_like(q), new_lse(q)
     k, v = (x if x.shape[0] else q for x in (k, v))  # no rows are read, but the pointers must not be NULL
-    plan.run(cu_seqlens, segments, q=q, k=k, v=v, inv_freq=inv_freq, o=o, lse=lse)
+    a = plan.new_arguments()
+    a.q, a.k, a.v, a.inv_freq = q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(inv_freq)
+    a.o, a.lse = o.data_ptr(), lse.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return o, lse
 
 
@@ -312,11 +336,14 @@ def _attention_backward_plan(dout, q, k, v, *rest):
 @kernel("attention_backward", "CUDA")
 def _attention_backward(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
     dout = _readable(dout)
-    plan = _plan(_attention_backward_plan, (dout, q, k, v, cu_seqlens, segments, inv_freq), rule, num_keys, sizes,
-                 scale)  # fmt: skip
+    inputs = dout, q, k, v, cu_seqlens, segments, inv_freq
+    plan = _plan(_attention_backward_plan, inputs, rule, num_keys, tuple(sizes), scale)
     dq, dk, dv = map(new_like, (q, k, v))
     if rule == "compressed":  # the library does not write the rows after the last window
         dk.zero_(), dv.zero_()
-    plan.run(cu_seqlens, segments, dout=dout, q=q, k=k, v=v, o=o, lse=lse, inv_freq=inv_freq, dq=dq, dk=dk,
-             dv=dv)  # fmt: skip
+    a = plan.new_arguments()
+    a.q, a.k, a.v, a.o, a.dout = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), dout.data_ptr()
+    a.inv_freq, a.lse = _pointer(inv_freq), lse.data_ptr()
+    a.dq, a.dk, a.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    plan.run(a, cu_seqlens, segments)
     return dq, dk, dv

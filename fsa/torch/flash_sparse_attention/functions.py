@@ -1,6 +1,6 @@
 """Differentiable functions around the operators of ops.py."""
 
-from functools import partial
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -13,7 +13,7 @@ _OPS = torch.ops.flash_sparse_attention
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 _GPU = "cuda"
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), list, float, bool))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def _unwatched():
@@ -25,13 +25,24 @@ def _unwatched():
     )
 
 
-def _direct(arguments):
+def _direct(device, tensors):
     """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: no tensor
-    is of a subclass."""
-    return _unwatched() and arguments[0].device.type == _GPU and _PLAIN.issuperset(map(type, arguments))
+    is of a subclass. device: its type."""
+    return device == _GPU and _unwatched() and _PLAIN.issuperset(map(type, tensors))
 
 
-def _outputs(ctx, second):
+def _once_differentiable(backward):
+    """Is PyTorch's once_differentiable, but without its guard where no graph of the backward pass is made."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx, *gradients):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return call
+
+
+def _second_output(ctx, second):
     """Says that the second output of a function has no gradient, and that PyTorch makes no zeros in its place. A gradient
     of o that is undefined is None then. torch.compile does so anyway."""
     ctx.mark_non_differentiable(second)
@@ -40,44 +51,49 @@ def _outputs(ctx, second):
 
 
 class _NativeSparseAttention(torch.autograd.Function):
-    """plan: cuda.nsa_plan(*arguments), to call the kernels for the GPU; None: to call the operators."""
+    """Returns o, and with return_saved also `saved`.
+
+    plan: cuda.nsa_plan(*tensors, *rest), to call the kernels for the GPU; None: to call the operators.
+    """
 
     @staticmethod
-    def forward(ctx, plan, *arguments):
-        forward = _OPS.nsa_forward if plan is None else partial(cuda.nsa_forward, plan)
-        o, saved = forward(*arguments)
-        _outputs(ctx, saved)
-        ctx.save_for_backward(*arguments[1:10], saved)  # all but q and block_indices
-        ctx.plan, ctx.rest = plan, arguments[11:]
+    def forward(ctx, plan, rest, return_saved, *tensors):
+        o, saved = _OPS.nsa_forward(*tensors, *rest) if plan is None else cuda.nsa_forward(plan, *tensors)
+        ctx.save_for_backward(*tensors[1:10], saved)  # all but q and block_indices
+        ctx.plan, ctx.rest = plan, rest
+        if not return_saved:
+            return o
+        _second_output(ctx, saved)
         return o, saved
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _):
+    @_once_differentiable
+    def backward(ctx, dout, *_):
         if dout is None:
-            return (None,) * 15
-        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-        direct = ctx.plan is not None and _unwatched()
-        backward = partial(cuda.nsa_backward, ctx.plan) if direct else _OPS.nsa_backward
-        *gradients, dphi = backward(dout, *saved_tensors, *ctx.rest)
-        offset, weights = 0, []
-        for w in saved_tensors[3:6]:
-            weights.append(None if w is None else dphi.as_strided(w.shape, w.stride(), offset))
+            return (None,) * 14
+        tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
+        if ctx.plan is not None and _unwatched():
+            *gradients, dphi = cuda.nsa_backward(ctx.plan, dout, *tensors, *ctx.rest)
+        else:
+            *gradients, dphi = _OPS.nsa_backward(dout, *tensors, *ctx.rest)
+        offset = 0
+        for w in tensors[3:6]:
+            gradients.append(None if w is None else dphi.as_strided(w.shape, w.stride(), offset))
             offset += 0 if w is None else w.numel()
-        return None, *gradients, *weights, None, None, None, None, None, None, None
+        return None, None, None, *gradients, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
         o, lse = _OPS.selected_forward(q, k, v, block_indices, cu_seqlens, segments, sizes, scale)
-        _outputs(ctx, lse)
+        _second_output(ctx, lse)
         ctx.save_for_backward(q, k, v, o, lse, block_indices, cu_seqlens, segments)
         ctx.rest = sizes, scale
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 8
@@ -89,13 +105,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
         o, lse = _OPS.attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale)
-        _outputs(ctx, lse)
+        _second_output(ctx, lse)
         ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, segments, inv_freq)
         ctx.rest = rule, num_keys, sizes, scale
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx, dout, _):
         if dout is None:
             return (None,) * 10
@@ -130,9 +146,8 @@ def _require_tensors(names, *tensors):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
 
 
-def _cast(*tensors):
-    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays."""
-    device = tensors[0].device.type
+def _cast(device, *tensors):
+    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays. device: its type."""
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -209,21 +224,23 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
     _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
-    q, k, v, gate_logits, wk, pe, wv = _cast(q, k, v, gate_logits, wk, pe, wv)
+    device = q.device.type
+    q, k, v, gate_logits, wk, pe, wv = _cast(device, q, k, v, gate_logits, wk, pe, wv)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
-    sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window]
-    arguments = (q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices, sizes, _scale(scale),
-                 recompute)  # fmt: skip
+    tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
+    rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), _scale(scale), recompute
     if checks.wanted(check):
-        checks.nsa(*arguments)
+        checks.nsa(*tensors, *rest)
         checks.batch_values(q, k.shape[0], cu_seqlens, segments)
         if block_indices is not None:
             checks.block_values(
                 block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
             )
-    plan = cuda.nsa_plan(*arguments) if _direct(arguments) else None
-    o, saved = _NativeSparseAttention.apply(plan, *arguments)
-    return (o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)) if return_block_indices else o
+    plan = cuda.nsa_plan(*tensors, *rest) if _direct(device, tensors) else None
+    if not return_block_indices:
+        return _NativeSparseAttention.apply(plan, rest, False, *tensors)
+    o, saved = _NativeSparseAttention.apply(plan, rest, True, *tensors)
+    return o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)
 
 
 def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None, block=64, init_blocks=0,
@@ -250,7 +267,7 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors("qkv", q, k, v)
-    q, k, v = _cast(q, k, v)
+    q, k, v = _cast(q.device.type, q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
     arguments = (q, k, v, block_indices, cu_seqlens, segments, sizes, _scale(scale))
@@ -285,7 +302,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors(("q", "kc"), q, kc)
-    q, kc = _cast(q, kc)
+    q, kc = _cast(q.device.type, q, kc)
     num_keys = q.shape[0] if num_keys is None else num_keys
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks]
@@ -320,7 +337,7 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors("qkv", q, k, v)
-    q, k, v = _cast(q, k, v)
+    q, k, v = _cast(q.device.type, q, k, v)
     if (rule == "window") != (window is not None):
         raise ValueError(
             f"window {window}: must be given for rule='window', and for no other rule; rule is {rule!r}"
