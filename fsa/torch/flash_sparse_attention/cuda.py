@@ -108,18 +108,15 @@ class _Plan:
 
     def run(self, arguments, cu_seqlens, segments):
         """Calls the function with a new workspace. arguments: a copy of self.arguments, complete but for the workspace."""
+        device = self.device
+        if torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return self.run(arguments, cu_seqlens, segments)
         batch = lib.FsaDeviceBatch.from_buffer_copy(self.batch)
         batch.cu_seqlens, batch.segments = cu_seqlens.data_ptr(), segments.data_ptr()
-        workspace = _new_bytes(self.workspace_bytes, self.device)
+        workspace = _new_bytes(self.workspace_bytes, device)
         arguments.workspace = workspace.data_ptr()
-        if torch.cuda.current_device() == self.device.index:
-            self._call(batch, arguments)
-        else:
-            with torch.cuda.device(self.device):
-                self._call(batch, arguments)
-
-    def _call(self, batch, arguments):
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
         status = self.function(self.config, self.dtype, batch, arguments, stream)
         if status:
             lib.fail(status)
@@ -136,7 +133,7 @@ def _pointer(tensor):
 _PLANS = {}
 
 
-def _plan(build, tensors, *rest):
+def _plan(build, tensors, rest):
     """Returns build(*tensors, *rest), from the second call with this layout and `rest` on from a cache."""
     # The device by its number, -1 for the CPU: torch.device takes longer to hash.
     key = (build, rest, *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
@@ -186,9 +183,9 @@ def _nsa_backward_plan(dout, k, v, *rest):
     return _nsa_plan(lib.BACKWARD, _strides(dout=dout, k=k, v=v), dout, k, *rest)
 
 
-def nsa_plan(*arguments):
-    """Returns the plan of a call of nsa_forward and of its backward pass."""
-    return _plan(_nsa_forward_plan, arguments[:-3], *arguments[-3:])
+def nsa_plan(tensors, rest):
+    """Returns the plan of a call of nsa_forward and of its backward pass. rest: sizes, a tuple; scale; recompute."""
+    return _plan(_nsa_forward_plan, tensors, rest)
 
 
 def nsa_forward(plan, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices):
@@ -210,7 +207,7 @@ def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments
     else:  # saved_tensors_hooks may change the strides
         dout = _readable(dout)
         inputs = dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq
-        plan = _plan(_nsa_backward_plan, inputs, *rest)
+        plan = _plan(_nsa_backward_plan, inputs, rest)
     dq, dk, dv, dgate_logits = new_like(dout), new_like(k), new_like(v), new_like(gate_logits)
     # The library adds to the gradients of the weights, in float32.
     dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=plan.device)
@@ -228,7 +225,7 @@ def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments
 @kernel("nsa_forward", "CUDA")
 def _nsa_forward(*arguments):
     *tensors, sizes, scale, recompute = arguments
-    return nsa_forward(nsa_plan(*tensors, tuple(sizes), scale, recompute), *tensors)
+    return nsa_forward(nsa_plan(tensors, (tuple(sizes), scale, recompute)), *tensors)
 
 
 @kernel("nsa_backward", "CUDA")
@@ -254,7 +251,7 @@ def _selected_forward_plan(q, k, v, block_indices, *rest):
 
 @kernel("selected_forward", "CUDA")
 def _selected_forward(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
-    plan = _plan(_selected_forward_plan, (q, k, v, block_indices, cu_seqlens, segments), tuple(sizes), scale)
+    plan = _plan(_selected_forward_plan, (q, k, v, block_indices, cu_seqlens, segments), (tuple(sizes), scale))
     o, lse = new_like(q), new_lse(q)
     a = plan.new_arguments()
     a.q, a.k, a.v, a.block_indices = q.data_ptr(), k.data_ptr(), v.data_ptr(), block_indices.data_ptr()
@@ -271,7 +268,7 @@ def _selected_backward_plan(dout, q, k, v, *rest):
 def _selected_backward(dout, q, k, v, o, lse, block_indices, cu_seqlens, segments, sizes, scale):
     dout = _readable(dout)
     inputs = dout, q, k, v, block_indices, cu_seqlens, segments
-    plan = _plan(_selected_backward_plan, inputs, tuple(sizes), scale)
+    plan = _plan(_selected_backward_plan, inputs, (tuple(sizes), scale))
     dq, dk, dv = map(new_like, (q, k, v))
     a = plan.new_arguments()
     a.q, a.k, a.v, a.o, a.dout = q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), dout.data_ptr()
@@ -291,7 +288,7 @@ def _select_blocks_plan(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, sca
 
 @kernel("select_blocks", "CUDA")
 def _select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
-    plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), num_keys, tuple(sizes), scale)
+    plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), (num_keys, tuple(sizes), scale))
     block_indices = q.new_empty(kc.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
     kc = kc if kc.shape[0] else q  # no rows are read, but the pointer must not be NULL
     a = plan.new_arguments()
@@ -319,7 +316,7 @@ def _attention_forward_plan(q, k, v, *rest):
 @kernel("attention_forward", "CUDA")
 def _attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
     inputs = q, k, v, cu_seqlens, segments, inv_freq
-    plan = _plan(_attention_forward_plan, inputs, rule, num_keys, tuple(sizes), scale)
+    plan = _plan(_attention_forward_plan, inputs, (rule, num_keys, tuple(sizes), scale))
     o, lse = new_like(q), new_lse(q)
     k, v = (x if x.shape[0] else q for x in (k, v))  # no rows are read, but the pointers must not be NULL
     a = plan.new_arguments()
@@ -337,7 +334,7 @@ def _attention_backward_plan(dout, q, k, v, *rest):
 def _attention_backward(dout, q, k, v, o, lse, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
     dout = _readable(dout)
     inputs = dout, q, k, v, cu_seqlens, segments, inv_freq
-    plan = _plan(_attention_backward_plan, inputs, rule, num_keys, tuple(sizes), scale)
+    plan = _plan(_attention_backward_plan, inputs, (rule, num_keys, tuple(sizes), scale))
     dq, dk, dv = map(new_like, (q, k, v))
     if rule == "compressed":  # the library does not write the rows after the last window
         dk.zero_(), dv.zero_()

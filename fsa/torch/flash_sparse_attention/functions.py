@@ -53,13 +53,15 @@ def _second_output(ctx, second):
 class _NativeSparseAttention(torch.autograd.Function):
     """Returns o, and with return_saved also `saved`.
 
-    plan: cuda.nsa_plan(*tensors, *rest), to call the kernels for the GPU; None: to call the operators.
+    plan: cuda.nsa_plan(tensors, rest), to call the kernels for the GPU; None: to call the operators.
     """
 
     @staticmethod
-    def forward(ctx, plan, rest, return_saved, *tensors):
+    def forward(ctx, plan, rest, return_saved, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
+                block_indices):  # fmt: skip
+        tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
         o, saved = _OPS.nsa_forward(*tensors, *rest) if plan is None else cuda.nsa_forward(plan, *tensors)
-        ctx.save_for_backward(*tensors[1:10], saved)  # all but q and block_indices
+        ctx.save_for_backward(k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved)
         ctx.plan, ctx.rest = plan, rest
         if not return_saved:
             return o
@@ -236,7 +238,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
             checks.block_values(
                 block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
             )
-    plan = cuda.nsa_plan(*tensors, *rest) if _direct(device, tensors) else None
+    plan = cuda.nsa_plan(tensors, rest) if _direct(device, tensors) else None
     if not return_block_indices:
         return _NativeSparseAttention.apply(plan, rest, False, *tensors)
     o, saved = _NativeSparseAttention.apply(plan, rest, True, *tensors)
