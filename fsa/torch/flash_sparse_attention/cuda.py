@@ -133,10 +133,14 @@ def _pointer(tensor):
 _PLANS = {}
 
 
+def _key(build, tensors, rest):
+    # A device by its number, -1 for the CPU: torch.device takes longer to hash.
+    return (build, rest, *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+
+
 def _plan(build, tensors, rest):
     """Returns build(*tensors, *rest), from the second call with this layout and `rest` on from a cache."""
-    # The device by its number, -1 for the CPU: torch.device takes longer to hash.
-    key = (build, rest, *[x if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors])
+    key = _key(build, tensors, rest)
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= 4096:  # of batches that always differ, none comes again
@@ -188,6 +192,11 @@ def nsa_plan(tensors, rest):
     return _plan(_nsa_forward_plan, tensors, rest)
 
 
+def known_nsa_plan(tensors, rest):
+    """Returns this plan if nsa_plan has made it before, else None. Neither tensors nor rest need be valid."""
+    return _PLANS.get(_key(_nsa_forward_plan, tensors, rest))
+
+
 def nsa_forward(plan, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices):
     """Computes the operator nsa_forward."""
     o, saved = new_like(q), _new_bytes(plan.saved_bytes, plan.device)
@@ -219,7 +228,7 @@ def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments
     a.dpe = a.dwk + 4 * plan.phi_sizes[0]
     a.dwv = a.dpe + 4 * plan.phi_sizes[1]
     plan.run(a, cu_seqlens, segments)
-    return dq, dk, dv, dgate_logits, dphi.to(dout.dtype)
+    return dq, dk, dv, dgate_logits, dphi.to(dtype=dout.dtype)
 
 
 @kernel("nsa_forward", "CUDA")

@@ -25,10 +25,11 @@ def _unwatched():
     )
 
 
-def _direct(device, tensors):
+def _direct(q, tensors):
     """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: no tensor
-    is of a subclass. device: its type."""
-    return device == _GPU and _unwatched() and _PLAIN.issuperset(map(type, tensors))
+    is of a subclass."""
+    on_gpu = isinstance(q, torch.Tensor) and q.device.type == _GPU
+    return on_gpu and _unwatched() and _PLAIN.issuperset(map(type, tensors))
 
 
 def _once_differentiable(backward):
@@ -148,8 +149,9 @@ def _require_tensors(names, *tensors):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
 
 
-def _cast(device, *tensors):
-    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays. device: its type."""
+def _cast(*tensors):
+    """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays."""
+    device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -225,20 +227,23 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         ValueError, TypeError: an argument breaks its rule.
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
-    _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
-    device = q.device.type
-    q, k, v, gate_logits, wk, pe, wv = _cast(device, q, k, v, gate_logits, wk, pe, wv)
-    cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
     rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), _scale(scale), recompute
-    if checks.wanted(check):
-        checks.nsa(*tensors, *rest)
-        checks.batch_values(q, k.shape[0], cu_seqlens, segments)
-        if block_indices is not None:
-            checks.block_values(
-                block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
-            )
-    plan = cuda.nsa_plan(tensors, rest) if _direct(device, tensors) else None
+    direct, plan = _direct(q, tensors), None
+    if direct and not (torch.is_autocast_enabled(_GPU) or checks.wanted(check)):
+        plan = cuda.known_nsa_plan(tensors, rest)
+    if plan is None:  # else this layout needs no checks and no conversions
+        _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
+        cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
+        tensors = *_cast(*tensors[:7]), cu_seqlens, segments, inv_freq, block_indices
+        if checks.wanted(check):
+            checks.nsa(*tensors, *rest)
+            checks.batch_values(q, k.shape[0], cu_seqlens, segments)
+            if block_indices is not None:
+                checks.block_values(
+                    block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
+                )
+        plan = cuda.nsa_plan(tensors, rest) if direct else None
     if not return_block_indices:
         return _NativeSparseAttention.apply(plan, rest, False, *tensors)
     o, saved = _NativeSparseAttention.apply(plan, rest, True, *tensors)
@@ -269,7 +274,7 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors("qkv", q, k, v)
-    q, k, v = _cast(q.device.type, q, k, v)
+    q, k, v = _cast(q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
     arguments = (q, k, v, block_indices, cu_seqlens, segments, sizes, _scale(scale))
@@ -304,7 +309,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors(("q", "kc"), q, kc)
-    q, kc = _cast(q.device.type, q, kc)
+    q, kc = _cast(q, kc)
     num_keys = q.shape[0] if num_keys is None else num_keys
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks]
@@ -339,7 +344,7 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors("qkv", q, k, v)
-    q, k, v = _cast(q.device.type, q, k, v)
+    q, k, v = _cast(q, k, v)
     if (rule == "window") != (window is not None):
         raise ValueError(
             f"window {window}: must be given for rule='window', and for no other rule; rule is {rule!r}"
