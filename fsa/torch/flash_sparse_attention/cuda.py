@@ -11,7 +11,7 @@ import torch
 
 from . import checks
 from . import library as lib
-from .ops import kernel, new_like, new_lse, phi_sizes, saved_bytes
+from .ops import kernel, new_like, new_lse, phi_layouts, saved_bytes
 
 
 @functools.lru_cache(maxsize=None)
@@ -161,7 +161,9 @@ def _nsa_plan(
     phi = lib.PHI_MEAN if wk is None else lib.PHI_LINEAR
     plan = _Plan(operation, fields, q, k.shape[1], k.shape[0], cu_seqlens, segments, scale, phi=phi,
                  gate_per_token=gate_logits.dim() == 2, recompute=recompute, **dict(zip(names, sizes)))  # fmt: skip
-    plan.phi_sizes = phi_sizes(wk, pe, wv)
+    plan.phi_layouts, plan.phi_size = phi_layouts(wk, pe, wv)
+    # In bytes of the float32 array. The library ignores the gradient of a weight that is None.
+    plan.dpe_offset, plan.dwv_offset = (4 * x[2] if x else 0 for x in plan.phi_layouts[1:])
     return plan
 
 
@@ -219,14 +221,13 @@ def nsa_backward(plan, dout, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments
         plan = _plan(_nsa_backward_plan, inputs, rest)
     dq, dk, dv, dgate_logits = new_like(dout), new_like(k), new_like(v), new_like(gate_logits)
     # The library adds to the gradients of the weights, in float32.
-    dphi = torch.zeros(sum(plan.phi_sizes), dtype=torch.float32, device=plan.device)
+    dphi = torch.zeros(plan.phi_size, dtype=torch.float32, device=plan.device)
     a = plan.new_arguments()
     a.k, a.v, a.gate_logits, a.dout = k.data_ptr(), v.data_ptr(), gate_logits.data_ptr(), dout.data_ptr()
     a.wk, a.pe, a.wv, a.inv_freq = _pointer(wk), _pointer(pe), _pointer(wv), _pointer(inv_freq)
     a.saved, a.dq, a.dk, a.dv = saved.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
-    a.dgate_logits, a.dwk = dgate_logits.data_ptr(), dphi.data_ptr()
-    a.dpe = a.dwk + 4 * plan.phi_sizes[0]
-    a.dwv = a.dpe + 4 * plan.phi_sizes[1]
+    a.dgate_logits, dwk = dgate_logits.data_ptr(), dphi.data_ptr()
+    a.dwk, a.dpe, a.dwv = dwk, dwk + plan.dpe_offset, dwk + plan.dwv_offset
     plan.run(a, cu_seqlens, segments)
     return dq, dk, dv, dgate_logits, dphi.to(dtype=dout.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import checks, cuda
-from .ops import saved_block_indices
+from .ops import phi_layouts, saved_block_indices
 
 _OPS = torch.ops.flash_sparse_attention
 
@@ -77,13 +77,12 @@ class _NativeSparseAttention(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
         if ctx.plan is not None and _unwatched():
             *gradients, dphi = cuda.nsa_backward(ctx.plan, dout, *tensors, *ctx.rest)
+            layouts = ctx.plan.phi_layouts
         else:
             *gradients, dphi = _OPS.nsa_backward(dout, *tensors, *ctx.rest)
-        offset = 0
-        for w in tensors[3:6]:
-            gradients.append(None if w is None else dphi.as_strided(w.shape, w.stride(), offset))
-            offset += 0 if w is None else w.numel()
-        return None, None, None, *gradients, None, None, None, None
+            layouts, _ = phi_layouts(*tensors[3:6])
+        weights = [None if x is None else dphi.as_strided(*x) for x in layouts]
+        return None, None, None, *gradients, *weights, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):

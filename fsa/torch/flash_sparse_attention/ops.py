@@ -80,9 +80,14 @@ def saved_block_indices(saved, kv_heads, num_queries, topk):
     return saved[start : start + num_bytes].view(torch.int32).view(kv_heads, num_queries, topk)
 
 
-def phi_sizes(*weights):
-    """Returns the numbers of elements of wk, pe and wv, each of which may be None."""
-    return [0 if w is None else w.numel() for w in weights]
+def phi_layouts(*weights):
+    """Returns where the array that nsa_backward returns holds the gradients of wk, pe and wv: a list of (shape, strides,
+    offset), or None for a weight that is None; and the number of elements of the array."""
+    layouts, size = [], 0
+    for w in weights:
+        layouts.append(None if w is None else (w.shape, w.stride(), size))
+        size += 0 if w is None else w.numel()
+    return layouts, size
 
 
 def new_lse(q):
@@ -135,7 +140,7 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
 
 @kernel("nsa_backward", "fake")
 def _(dout, k, v, gate_logits, wk, pe, wv, *_):
-    return *map(new_like, (dout, k, v, gate_logits)), dout.new_empty(sum(phi_sizes(wk, pe, wv)))
+    return *map(new_like, (dout, k, v, gate_logits)), dout.new_empty(phi_layouts(wk, pe, wv)[1])
 
 
 @kernel("nsa_backward", "CPU")
