@@ -12,7 +12,6 @@ _OPS = torch.ops.flash_sparse_attention
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
-_GPU = "cuda"
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -25,11 +24,14 @@ def _unwatched():
     )
 
 
+def _on_gpu(x):
+    return isinstance(x, torch.Tensor) and x.is_cuda
+
+
 def _direct(q, tensors):
     """Returns whether the kernels for the GPU may be called without PyTorch's dispatcher, which takes 10 us a call: no tensor
     is of a subclass."""
-    on_gpu = isinstance(q, torch.Tensor) and q.device.type == _GPU
-    return on_gpu and _unwatched() and _PLAIN.issuperset(map(type, tensors))
+    return _on_gpu(q) and _unwatched() and _PLAIN.issuperset(map(type, tensors))
 
 
 def _once_differentiable(backward):
@@ -229,7 +231,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
     tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
     rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), _scale(scale), recompute
     direct, plan = _direct(q, tensors), None
-    if direct and not (torch.is_autocast_enabled(_GPU) or checks.wanted(check)):
+    if direct and not (torch.is_autocast_enabled("cuda") or checks.wanted(check)):
         plan = cuda.known_nsa_plan(tensors, rest)
     if plan is None:  # else this layout needs no checks and no conversions
         _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
