@@ -56,16 +56,17 @@ def _second_output(ctx, second):
 class _NativeSparseAttention(torch.autograd.Function):
     """Returns o, and with return_saved also `saved`.
 
-    plan: cuda.nsa_plan(tensors, rest), to call the kernels for the GPU; None: to call the operators.
+    call: (plan, rest, return_saved); plan: cuda.nsa_plan(tensors, rest), to call the kernels for the GPU; None: to call the
+    operators.
     """
 
     @staticmethod
-    def forward(ctx, plan, rest, return_saved, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
+    def forward(ctx, call, q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq,
                 block_indices):  # fmt: skip
+        plan, rest, return_saved = ctx.call = call
         tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
         o, saved = _OPS.nsa_forward(*tensors, *rest) if plan is None else cuda.nsa_forward(plan, *tensors)
         ctx.save_for_backward(k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, saved)
-        ctx.plan, ctx.rest = plan, rest
         if not return_saved:
             return o
         _second_output(ctx, saved)
@@ -75,16 +76,17 @@ class _NativeSparseAttention(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx, dout, *_):
         if dout is None:
-            return (None,) * 14
+            return (None,) * 12
+        plan, rest, _ = ctx.call
         tensors = ctx.saved_tensors  # once: checkpointing unpacks a tensor only once
-        if ctx.plan is not None and _unwatched():
-            *gradients, dphi = cuda.nsa_backward(ctx.plan, dout, *tensors, *ctx.rest)
-            layouts = ctx.plan.phi_layouts
+        if plan is not None and _unwatched():
+            *gradients, dphi = cuda.nsa_backward(plan, dout, *tensors, *rest)
+            layouts = plan.phi_layouts
         else:
-            *gradients, dphi = _OPS.nsa_backward(dout, *tensors, *ctx.rest)
+            *gradients, dphi = _OPS.nsa_backward(dout, *tensors, *rest)
             layouts, _ = phi_layouts(*tensors[3:6])
         weights = [None if x is None else dphi.as_strided(*x) for x in layouts]
-        return None, None, None, *gradients, *weights, None, None, None, None
+        return None, *gradients, *weights, None, None, None, None
 
 
 class _SelectedAttention(torch.autograd.Function):
@@ -245,9 +247,10 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
                     block_indices, cu_seqlens, segments, k.shape[0], block, init_blocks, local_blocks
                 )
         plan = cuda.nsa_plan(tensors, rest) if direct else None
+    output = _NativeSparseAttention.apply((plan, rest, return_block_indices), *tensors)
     if not return_block_indices:
-        return _NativeSparseAttention.apply(plan, rest, False, *tensors)
-    o, saved = _NativeSparseAttention.apply(plan, rest, True, *tensors)
+        return output
+    o, saved = output
     return o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)
 
 
