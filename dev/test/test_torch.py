@@ -1,7 +1,7 @@
 """The PyTorch package fsa/torch on the CPU: its reference against the golden values in float64 (golden.py), gradients
-against central differences, torch.compile, autocast, checkpointing, opcheck, DDP and FSDP2, bad input, host time, and the
-ctypes structs against a C compiler's. On a GPU test_torch_gpu.py follows; `test_torch.py check`, which make test runs,
-measures no times there; `seed=N` repeats its random shapes. It is skipped without PyTorch."""
+against central differences, torch.compile, autocast, checkpointing, opcheck, DDP and FSDP2, bad input, the calls of libfsa,
+host time, and the ctypes structs against a C compiler's. On a GPU test_torch_gpu.py follows; `test_torch.py check`, which
+make test runs, measures no times there; `seed=N` repeats its random shapes. It is skipped without PyTorch."""
 
 import contextlib
 import importlib.util
@@ -603,6 +603,14 @@ def test_library():
             check(right, f"library {path}: {r.stdout}{r.stderr}; expected {message!r}")
 
 
+def test_calls():
+    """The arguments of the calls of libfsa: torch_calls.py."""
+    program = os.path.join(ROOT, "dev/test/torch_calls.py")
+    r = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True)
+    lines = (r.stdout + r.stderr).splitlines()
+    check(r.returncode == 0, f"torch_calls.py: {lines[0] if r.stdout.startswith('FAILED') else lines[-1:]}")
+
+
 def test_host_time():
     """The host time of the calls without those of libfsa. The bars are wide, for machines that are busy; test_torch_gpu.py has
     those that count."""
@@ -632,7 +640,7 @@ if __name__ == "__main__":
     run(*[partial(test_golden, name) for name in ("gqa1", "gqa3", "gqa4", "slice", "edges")])
     run(test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient,
         test_operators, test_fsa_signature, test_module, test_bad_input, test_strides, test_structs, test_library,
-        test_ranks, test_host_time, test_example)  # fmt: skip
+        test_ranks, test_calls, test_host_time, test_example)  # fmt: skip
     if torch.cuda.is_available():
         import test_torch_gpu
 
