@@ -264,11 +264,12 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     const FsaConfig *f = &c->fsa;
     Scratch *s = &model->scratch;
     Arena *arena = &model->arenas[SCRATCH];
-    const int64_t n = model->max_tokens, d = f->head_dim;
-    // Each chunk reads and writes the LM head's gradient, 4 bytes per weight, and does 6 FLOPs per weight and
-    // token. With 4,096 tokens the memory takes at most 6% of the matmuls' time, with 8,192 at most 3%.
-    s->lm_head_rows = std::min<int64_t>(n, c->padded_vocab <= 32768 ? 8192 : 4096);
-    arena_alloc(arena, &s->logits, s->lm_head_rows * c->padded_vocab);
+    const int64_t n = model->max_tokens, d = f->head_dim, Vp = c->padded_vocab;
+    // The logits lie in dqkv, which no one uses meanwhile, if there is room. Reading and writing the LM
+    // head's gradient takes at most 6% of the time of a chunk's matmuls with 4,096 rows, 3% with 8,192.
+    const int64_t room = model->training ? n * model->acts.layers[0].layout.stride : 0;
+    s->lm_head_rows = std::min<int64_t>(n, 8192 * Vp <= room ? 8192 : 4096);
+    if (s->lm_head_rows * Vp > room) arena_alloc(arena, &s->logits, s->lm_head_rows * Vp);
     arena_alloc(arena, &s->proj_out, n * std::max(c->channels, c->qk_norm ? f->q_heads * (int)d : 0));
     if (attn_needs_convert) {
         int64_t window_rows = (int64_t)f->kv_heads / model->groups.count * f->cmp_len;
@@ -281,6 +282,7 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     arena_alloc(arena, &s->result, 1);
     arena_alloc(arena, &s->gates.sums, c->layers * GATE_BRANCHES);
     if (model->training) gradients_memory_layout(model);
+    if (s->lm_head_rows * Vp <= room) s->logits = s->dqkv;
 }
 
 // Assigns memory in the arenas to all device arrays. The first call, with empty arenas, only counts bytes.
@@ -345,8 +347,7 @@ static void model_build(Model *model, const ModelConfig *config, int64_t max_tok
     model->max_keys = max_tokens;
     model->max_tokens = model->gpus ? max_tokens / gpus->cp_size : max_tokens;
     head_groups_build(&model->groups, &config->fsa, max_tokens, model->gpus);
-    model->training = training;
-    model->recompute = recompute;
+    model->training = training, model->recompute = recompute;
     if (config->channels % 8 != 0 || config->hidden % 8 != 0)
         die("-channels %d -hidden %d: both must be multiples of 8 on the GPU", config->channels,
             config->hidden);
