@@ -36,6 +36,7 @@ PARTS = {
 LENGTHS, STEPS = [8192, 16384, 32768, 65536, 131072], [8192, 16384, 32768, 65536]
 HEADS = [(32, 8), (32, 32), (40, 8), (64, 4)]
 START_LIMIT = 300  # seconds until a system is imported
+MARKS = {"wrong": "wrong", "other_blocks": "with other blocks"}  # fields of rows that make the exit code 1, in words
 
 
 def die(message):
@@ -184,7 +185,7 @@ def text_of(row):
         text += f"  blocks {row['blocks']:.3f}"
     if "tokens_per_second" in row:
         text += f"  forward {row['forward_ms']:.1f} ms  {row['tokens_per_second']:,.0f} tokens/s"
-    return text + ("  WRONG" if row.get("wrong") else "")
+    return text + "".join("  " + name.replace("_", " ").upper() for name in MARKS if row.get(name))
 
 
 def lines_of(process):
@@ -302,9 +303,10 @@ def main():
         run.stop_all()
     if run.error:
         die(run.error)
-    wrong = [row for row in run.rows if row.get("wrong")]
-    print(f"{len(run.rows)} rows, {len(wrong)} wrong" + ("; some measurements failed, see above" if run.failed else ""))
-    if not run.rows or wrong or run.failed:
+    marked = [f"{sum(bool(row.get(name)) for row in run.rows)} {mark}" for name, mark in MARKS.items()]
+    failed = "; some measurements failed, see above" if run.failed else ""
+    print(", ".join([f"{len(run.rows)} rows", *marked]) + failed)
+    if not run.rows or run.failed or any(row.get(name) for row in run.rows for name in MARKS):
         sys.exit(1)
 
 
