@@ -112,11 +112,11 @@ def read_rows(file, gpu):
 
 class Times:
     """The measurements on one GPU model. rows: {kind: [row]} of MEASURED. ms: {(system, part, tokens, heads,
-    direction): [milliseconds]}, wrong: those of them with a wrong result. steps: {(system, tokens): [row]}. A system of
-    dev/peers is named "PyTorch NAME". curves: {name: row} of training runs."""
+    direction): [milliseconds]}, marks: {the same key: "wrong" or "other blocks"} (dev/peers/README.md). steps: {(system,
+    tokens): [row]}. A system of dev/peers is named "PyTorch NAME". curves: {name: row} of training runs."""
 
     def __init__(self, gpu):
-        self.gpu, self.rows, self.ms, self.wrong, self.steps = gpu, {}, {}, set(), {}
+        self.gpu, self.rows, self.ms, self.marks, self.steps = gpu, {}, {}, {}, {}
         self.curves = learning.read_rows(gpu)
         for kind, (file, commit) in MEASURED[gpu].items():
             self.rows[kind] = [row for row in read_rows(file, gpu) if row["commit"] == commit]
@@ -149,8 +149,9 @@ class Times:
             self.steps.setdefault((system, row["n"]), []).append(row)
             return
         self.add(system, row["part"], row, row["dir"], row["ms"])
-        if row.get("wrong"):
-            self.wrong.add((system, row["part"], row["n"], (row["hq"], row["hkv"]), row["dir"]))
+        mark = "wrong" if row.get("wrong") else "other blocks" if row.get("other_blocks") else None
+        if mark:
+            self.marks[system, row["part"], row["n"], (row["hq"], row["hkv"]), row["dir"]] = mark
 
     def time(self, system, part, n, heads, direction):
         """Returns the median in milliseconds, or None if it was not measured. "ours beside" is ours in the run of the other
@@ -216,21 +217,26 @@ def number(ms):
     return f"{ms:,.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
 
 
+def marked(times, text, system, part, n, heads, directions):
+    """Returns the text, and the marks of these results: wrong, or of other blocks."""
+    marks = [times.marks.get((system, part, n, heads, direction)) for direction in directions]
+    return text + "".join(f" ({mark})" for mark in ("wrong", "other blocks") if mark in marks)
+
+
 def pair(times, system, part, n, heads):
-    """Forward / backward; a part without a backward pass has one number. A wrong result is marked."""
+    """Forward / backward; a part without a backward pass has one number."""
     cells = []
     for direction in ("fwd", "bwd"):
         ms = times.time(system, part, n, heads, direction)
         if ms is not None:
-            wrong = (system, part, n, heads, direction) in times.wrong
-            cells.append(number(ms) + (" (wrong)" if wrong else ""))
+            cells.append(marked(times, number(ms), system, part, n, heads, [direction]))
     return " / ".join(cells) or "-"
 
 
 def total(times, system, part, n, heads):
-    """Forward plus backward. A wrong result is marked."""
-    wrong = any((system, part, n, heads, direction) in times.wrong for direction in ("fwd", "bwd"))
-    return number(times.total(system, part, n, heads)) + (" (wrong)" if wrong else "")
+    """Forward plus backward."""
+    ms = times.total(system, part, n, heads)
+    return "-" if ms is None else marked(times, number(ms), system, part, n, heads, ("fwd", "bwd"))
 
 
 def tokens(n):

@@ -200,7 +200,7 @@ def test_errors(tmp: str) -> None:
 
 
 def test_one_run(tmp: str) -> None:
-    """Rows of one run of make peers: ours comes from it too, and a wrong result is marked."""
+    """Rows of one run of make peers: ours comes from it too, and wrong results and other blocks are marked."""
     root = copy(tmp, "one_run")
     rows = []
     systems = {"ours": ("core", "full"), "flash_nsa": ("core_mean", "sel"), "fa4": ("full",), "cudnn_nsa": ("sel",)}
@@ -211,6 +211,7 @@ def test_one_run(tmp: str) -> None:
     rows.pop()  # the backward pass of cudnn_nsa
     rows += [rows[0] | {"part": "step", "dir": "step", "ms": 700}]
     next(row for row in rows if (row["peer"], row["part"]) == ("flash_nsa", "sel"))["wrong"] = True
+    next(row for row in rows if (row["peer"], row["part"]) == ("flash_nsa", "core_mean"))["other_blocks"] = True
     with open(os.path.join(root, PEERS_FILE), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     expect("one run of make peers", run(root), 0, "wrote dev/results/performance.md: table selected H200")
@@ -218,11 +219,13 @@ def test_one_run(tmp: str) -> None:
         page = file.read()
     for line in (
         "H200, commit abc1234, 2026-12-01, all systems in one run of `make peers`.",
-        "| 64K | (32, 8) | 1.00 / 1.00 | 2.00 / 2.00 | 1.00 / 1.00 | 3.00 / 3.00 |",  # NSA and full attention
+        "| 64K | (32, 8) | 1.00 / 1.00 | 2.00 (other blocks) / 2.00 | 1.00 / 1.00 | 3.00 / 3.00 |",  # NSA and full attention
         "| 64K | (32, 8) | 2.00 (wrong) / 2.00 | 4.00 |",  # the selected branch
         "NSA, PyTorch with ours (ms)",
     ):
         check(line in page, f"performance.md has no {line!r}")
+    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
+        check("| 64K | 2.00 | 4.00 (other blocks) | 2.00 | 6.00 |" in file.read(), "README.md does not mark other blocks")
 
 
 def main() -> None:
