@@ -23,6 +23,7 @@ import learning
 #   attention  build/core: the whole attention and its parts
 #   kernels    the programs of single kernels (make bench)
 #   step       scripts/llama3_8b_step.sh: a training step on one GPU
+#   fp8        the same, with 16-bit matmuls and with fp8
 #   scaling    scripts/gpus_scaling.sh: one GPU and several, each GPU with the same micro-batches. Without this
 #              entry the tables of it keep the text that they have.
 #   llama3_8b  scripts/llama3_8b.sh: all layers of Llama 3 8B on all GPUs of a host. The same.
@@ -31,6 +32,7 @@ MEASURED = {
         "attention": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
         "kernels": ("h200.jsonl", "7cecab2"),
         "step": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
+        "fp8": ("h200.jsonl", "ac584ae"),
         "scaling": ("h200.jsonl", "010f8d1"),
         "llama3_8b": ("h200.jsonl", "51a42fb"),
     },
@@ -386,6 +388,41 @@ def table_step_parts(times):
     return captioned(times.caption("step") + ".", markdown(head, rows))
 
 
+def fp8_pairs(times):
+    """Returns {(attention, tokens): ([rows with 16-bit matmuls], [rows with fp8])} of the 4-layer model."""
+    pairs = {}
+    for row in filter(is_step, times.rows.get("fp8", [])):
+        if row["layers"] == 4:
+            pairs.setdefault((row["attn"], row["n"]), ([], []))["matmul" in row].append(row)
+    return {key: pair for key, pair in pairs.items() if all(pair)}
+
+
+def median_of(rows, field):
+    return statistics.median(row[field] for row in rows)
+
+
+def table_fp8(times):
+    """A training step with 16-bit matmuls and with fp8."""
+    rows = []
+    for (mode, n), pair in fp8_pairs(times).items():
+        ms, memory = ([median_of(rows, field) for rows in pair] for field in ("ms", "memory_bytes"))
+        parts = [part_ms(pair[0], "matmul"), part_ms(pair[1], "matmul"), part_ms(pair[1], "quantize")]
+        cells = [*map(number, ms), f"{ms[1] / ms[0]:.2f}", *map(number, parts), *(f"{x / 2**30:.1f}" for x in memory)]
+        rows.append([tokens(n), mode, *cells])
+    head = ["tokens", "attention", "step, 16 bits (ms)", "step, fp8 (ms)", "fp8 / 16 bits", "matmuls, 16 bits (ms)"]
+    head += ["matmuls, fp8 (ms)", "to 8 bits (ms)", "memory, 16 bits (GiB)", "memory, fp8 (GiB)"]
+    return captioned(times.caption("fp8") + ".", markdown(head, rows)) if rows else None
+
+
+def table_fp8_sentence(times):
+    """README: the ratios of NSA in one sentence."""
+    pairs = {n: [median_of(rows, "ms") for rows in pair] for (mode, n), pair in fp8_pairs(times).items() if mode == "nsa"}
+    if not pairs:
+        return None
+    ratios = ", ".join(f"{b / a:.2f} at {tokens(n)}" for n, (a, b) in sorted(pairs.items()))
+    return f"With `-matmul fp8` a step of this shape takes {ratios} of its time ({times.caption('fp8').replace('One ', 'one ')})."
+
+
 def scaling_runs(times):
     """Returns the runs of `scaling`, sorted: (shape, GPUs, ZeRO stage, cp) and, from medians, step, tokens/s, MFU, memory
     of a GPU and the ratio to one GPU. A shape: attention, tokens, layers, channels, vocabulary, sequences,
@@ -567,7 +604,7 @@ def draw(times):
         if any(ms is not None for _, ms in points):
             lines[name] = [(n, ms) for n, ms in points if ms is not None]
     commit = times.peers[0]["commit"] if times.one_run() else MEASURED[times.gpu]["attention"][1]
-    return chart.draw(times.gpu, commit, lines, fsa_sum=not times.one_run())
+    return chart.draw(times.gpu, commit, lines)
 
 
 def main():
