@@ -6,12 +6,12 @@
 # GPUs. The times of each part are printed and appended to dev/results.
 #   make && scripts/llama3_8b.sh
 #   DRY=1 GPUS=8 MEMORY=81559 scripts/llama3_8b.sh            # the arithmetic alone, also without a GPU
-# Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), STEPS (3), GPUS (number of GPUs;
-# default all), MEMORY (MiB of a GPU; default the smallest of this host's), TRAINER (./train_gpt_nsa), DRY.
+# Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), MATMUL (bf16; fp8), STEPS (3), GPUS (number of
+# GPUs; default all), MEMORY (MiB of a GPU; default the smallest of this host's), TRAINER (./train_gpt_nsa), DRY.
 set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
-LENGTHS=${LENGTHS:-"32768 65536 131072"} MODES=${MODES:-"nsa full"} STEPS=${STEPS:-3}
+LENGTHS=${LENGTHS:-"32768 65536 131072"} MODES=${MODES:-"nsa full"} MATMUL=${MATMUL:-bf16} STEPS=${STEPS:-3}
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
 MEMORY=${MEMORY:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -1)}
 [ "$GPUS" -ge 1 ] && [ -n "$MEMORY" ] || { echo "error: no GPU found; nvidia-smi -L must list one, or set GPUS, MEMORY and DRY=1" >&2; exit 1; }
@@ -19,9 +19,10 @@ MEMORY=${MEMORY:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nou
 # choose MODE TOKENS: prints the arithmetic, and on its last line the flags; nothing there if no flags fit. It counts
 # what the trainer allocates, in MiB: 16-bit and fp32 weights, AdamW's two moments, gradients (with -z 2 also two
 # buffers of a layer and one of the LM head), the activations that a layer keeps, and scratch: what one layer after
-# another uses, and the logits of 4,096 tokens.
+# another uses, and the logits of 4,096 tokens. fp8: two 8-bit copies of the layers' weights, what norms, attention and
+# SwiGLU keep in 8 bits, and the operands of a weight gradient and the gradients in 8 bits.
 choose() {
-    awk -v mode="$1" -v t="$2" -v N="$GPUS" -v memory="$MEMORY" '
+    awk -v mode="$1" -v t="$2" -v fp8="$([ "$MATMUL" != fp8 ] || echo 1)" -v N="$GPUS" -v memory="$MEMORY" '
     BEGIN {
         M = 1048576; L = 32; C = 4096; H = 14336; V = 128256; q = 4096; kv = 1024
         gates = mode == "nsa" ? 96 : 0
@@ -30,16 +31,16 @@ choose() {
         # bytes of a token: qkv and gates, the attention with its output (nsa: three, and rotated q and k), residual
         # stream, gate and up; without -r 1 or -r 2 also two norms and swiglu
         kept = 2 * (q + 2 * kv + gates) + (mode == "nsa" ? 2 * (4 * q + kv) + 500 : 2 * q) + 2 * C + 4 * H
-        cheap = 2 * (2 * C + H)
+        cheap = fp8 ? 2 * C + q + H + (mode == "nsa" ? 2 * C : 0) : 2 * (2 * C + H)
         available = memory - 3072 # CUDA, NCCL
-        printf "%s, %dK tokens: %.2fB parameters, GPUs: %d of %d MiB\n", mode, t / 1024, P / 1e9, N, memory
+        printf "%s, %dK tokens'"$([ "$MATMUL" != fp8 ] || echo ", fp8")"': %.2fB parameters, GPUs: %d of %d MiB\n", mode, t / 1024, P / 1e9, N, memory
         for (cp = 1; cp <= N; cp *= 2) for (r = 0; r <= 2; r++) for (z = N > 1 ? 1 : 0; z <= (N > 1 ? 2 : 0); z++) {
             n = t / cp
             if (N % cp || n > 65536) continue
-            weights = 2 * P + 12 * P / N
+            weights = 2 * P + 12 * P / N + (fp8 ? 2 * L * (C * (q + 2 * kv) + q * C + 3 * C * H) : 0)
             gradients = z == 2 ? 4 * P / N + 4 * (2 * layer + V * C) : 4 * P
             activations = n * ((L + 1) * 2 * C + (r == 2 ? kept : L * kept) + (r == 0 ? L * cheap : cheap))
-            scratch = 1300 * M + n * 80000 + (cp > 1 ? t * 20000 : 0) # with -cp also gathered keys and values
+            scratch = 1300 * M + n * (80000 + (fp8 ? C + 5 * H : 0)) + (cp > 1 ? t * 20000 : 0) # with -cp also gathered keys and values
             total = (weights + gradients + activations + scratch) / M
             line = sprintf("-cp %d -r %d -z %d", cp, r, z)
             if (r == 2 || total <= available)
@@ -60,7 +61,7 @@ for t in $LENGTHS; do
         [ -z "${DRY:-}" ] || continue
         cp=$(echo "$flags" | cut -d' ' -f2)
         GPUS=$GPUS scripts/gpus_host.sh -e llama3-8b \
-            -attn "$mode" -t "$t" -b 1 -d $((t * GPUS / cp)) $flags -profile "$STEPS" || failed="$failed $mode/$t"
+            -attn "$mode" -matmul "$MATMUL" -t "$t" -b 1 -d $((t * GPUS / cp)) $flags -profile "$STEPS" || failed="$failed $mode/$t"
     done
 done
 [ -z "$failed" ] || { echo "error: these runs failed:$failed; see the messages above" >&2; exit 1; }

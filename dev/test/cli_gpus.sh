@@ -169,12 +169,14 @@ check '[ $code -ne 0 ] && grep -q "no shard matches" 0.err' "gpus_host.sh hides 
 if [ "$GPUS" -ge 4 ] && [[ $PROGRAM == *emulator* ]]; then
     for mode in nsa full; do
         for length in 32768 65536; do # with one GPU a sequence: with -cp the emulator's head groups are smaller
-            memory=$((length == 32768 ? 81559 : 143771))
-            DRY=1 GPUS=4 MEMORY=$memory MODES=$mode LENGTHS=$length bash "$LLAMA3_8B" >plan
-            check '[ "$(grep -c "fits$" plan)" -eq 1 ]' "llama3_8b.sh, $mode, $length tokens: $(cat plan)"
-            FLAGS= many 4 -e llama3-8b -attn $mode -t $length -b 1 $(sed -n '/fits$/s/:.*//p' plan) -profile 1
-            check 'near "$(sed -n "s/.* = \([0-9]*\) MiB, fits/\1/p" plan)" "$(sed -n "s/.*memory: \([0-9]*\) MiB needed.*/\1/p" 0.err)" 0.02' \
-                "llama3_8b.sh, $mode, $length tokens: $(cat plan 0.err)"
+            for matmul in bf16 fp8; do
+                memory=$((length == 32768 ? 81559 : 143771))
+                DRY=1 GPUS=4 MEMORY=$memory MODES=$mode LENGTHS=$length MATMUL=$matmul bash "$LLAMA3_8B" >plan
+                check '[ "$(grep -c "fits$" plan)" -eq 1 ]' "llama3_8b.sh, $mode, $length tokens, $matmul: $(cat plan)"
+                FLAGS= many 4 -e llama3-8b -attn $mode -matmul $matmul -t $length -b 1 $(sed -n '/fits$/s/:.*//p' plan) -profile 1
+                check 'near "$(sed -n "s/.* = \([0-9]*\) MiB, fits/\1/p" plan)" "$(sed -n "s/.*memory: \([0-9]*\) MiB needed.*/\1/p" 0.err)" 0.02' \
+                    "llama3_8b.sh, $mode, $length tokens, $matmul: $(cat plan 0.err)"
+            done
         done
     done
 fi
