@@ -489,13 +489,21 @@ def test_val_documents(tmp, tokenizer):
     )
     run_ok("bpe", "-o", f"{tmp}/held4", "--train-vocab", 300, "--val-documents", 5, f"{tmp}/whole")
     pieces, eot, _ = read_tokenizer(f"{tmp}/held4")
-    train = decode_documents(read_shards(f"{tmp}/held4", "text", "train")[0], pieces, eot)
-    check(len(train) == 1 and train[0] in texts.values(), f"{len(train)} training files of 6 - 5")
+    train4 = decode_documents(read_shards(f"{tmp}/held4", "text", "train")[0], pieces, eot)
+    check(len(train4) == 1 and train4[0] in texts.values(), f"{len(train4)} training files of 6 - 5")
+    flags = ["--tokenizer", tokenizer, "--val-documents", 2, "--min-tokens", 1500, f"{tmp}/whole"]
+    run_ok("bpe", "-o", f"{tmp}/every", "--every", 3, *flags)
+    parts3 = [read_shards(f"{tmp}/every", "text", part)[0] for part in ("train", "val")]
+    pieces, eot, _ = read_tokenizer(f"{tmp}/every")
+    train3 = decode_documents(parts3[0], pieces, eot)
+    check(parts3[1] == parts[1], "--every holds out the same files")
+    check(train3 == train[::3] and len(train3) == 2, f"--every 3 takes {len(train3)} of {len(train)} files")
+    expect_error("made with another value of 'every' (3, now null)", "bpe", "-o", f"{tmp}/every", *flags)
     # the state of an older version has no such settings
     with open(f"{tmp}/held4/text.json") as f:
         state = json.load(f)
     state["settings"]["val_documents"] = None
-    del state["settings"]["min_tokens"]
+    del state["settings"]["min_tokens"], state["settings"]["every"]
     write(f"{tmp}/held4/text.json", json.dumps(state))
     out = run_ok("bpe", "-o", f"{tmp}/held4", "--train-vocab", 300, f"{tmp}/whole")
     check("nothing to do" in out, f"the state of an older version: {out}")
@@ -1402,6 +1410,7 @@ def bad_input_tests(tmp, tokenizer):
         ([*bpe, tokenizer, "--val-documents", "0", text], "--val-documents"),
         ([*bpe, tokenizer, "--val", "0.1", "--val-documents", "1", text], "not allowed with argument --val"),
         ([*bpe, tokenizer, "--min-tokens", "9", text], "--min-tokens 9: only for --val-documents"),
+        ([*bpe, tokenizer, "--every", "4", text], "--every 4: only for --val-documents"),
         ([*bpe, tokenizer, "--val-documents", "1", text], "there are only 1 files, so none is left"),
         (
             ["bpe", "-o", f"{tmp}/x", "--train-vocab", 300, "--val-documents", 1, "--min-tokens", 9, text],
