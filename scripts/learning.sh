@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # learning.sh: trains the runs of dev/results/learning.md, which compare how well the attention modes and number formats
 # learn. A run writes log/learning/NAME/log.jsonl. Started again, the script skips the runs that are complete and resumes
-# the others. It makes the corpus in data/linux if there is none: the C sources of Linux (Debian's and Ubuntu's package
-# linux-source) as 16,384 BPE tokens. That needs Python with requirements.txt.
+# the others. It makes the shards of a text in the table below if there are none, from the C sources of Linux (Debian's and
+# Ubuntu's package linux-source). That needs Python with requirements.txt.
 #   make && scripts/learning.sh                               # all runs, one after another
 #   RUNS="nsa-1 full-1" scripts/learning.sh                   # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 RUNS=nsa-2 scripts/learning.sh     # on the second GPU
+#   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M: its folder or GGUF file
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first tenth of the steps and then falls
 # to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run that another one continues keeps
 # its checkpoint.
-# Environment: RUNS (all), GPUS (1), TRAINER (./train_gpt_nsa).
+# Environment: RUNS (all; those of SmolLM2 with SMOLLM2 only), GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once,
+# to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+[ -z "${SMOLLM2:-}" ] || SMOLLM2=$(realpath -- "$SMOLLM2")
 cd "$(dirname "$0")/.."
 export GPUS=${GPUS:-1} TRAINER=${TRAINER:-./train_gpt_nsa}
 
@@ -20,50 +23,78 @@ declare -A MODELS=(
     [97m]="16384 -e gpt-124m -theta 1e6 -l 6e-4"
     [350m]="16384 -e gpt-124m -theta 1e6 -l 3e-4 -layers 24 -channels 1024 -hidden 3328 -heads 16 -kv-heads 4"
     [64k]="65536 -l 1e-4"
+    [smollm2-8k]="8192 -e data/smollm2/full.bin -l 1e-4"
+    [smollm2-16k]="16384 -e data/smollm2/full.bin -l 1e-4"
 )
 
-# name               model        tokens   flags
+# Each text, in data/TEXT: flags of data/bpe. All training tokens are in one shard, because the trainer mixes the samples of
+# a shard alone. A quarter is every fourth document, with the same held-out ones.
+declare -A TEXTS=(
+    [linux]="--val-documents 8"
+    [linux_quarter]="--val-documents 8 --every 4"
+    [linux_smollm2]="--val-documents 2 --every 4"
+)
+
+# name               model        text           tokens   flags
 mapfile -t TABLE <<'END'
-nsa-1                97m            200M   -attn nsa -seed 1
-full-1               97m            200M   -attn full -seed 1
-window-1             97m            200M   -attn window -seed 1
-nsa-2                97m            200M   -attn nsa -seed 2
-window-2             97m            200M   -attn window -seed 2
-nsa-fp8-1            97m            200M   -attn nsa -seed 1 -matmul fp8
-nsa-64k              nsa-1           20M   -attn nsa -seed 1
-full-64k             full-1          20M   -attn full -seed 1
-window-64k           window-1        20M   -attn window -seed 1
-50m-nsa-1            97m             50M   -attn nsa -seed 1
-50m-nsa-fp8-1        97m             50M   -attn nsa -seed 1 -matmul fp8
-50m-nsa-2            97m             50M   -attn nsa -seed 2
-50m-nsa-fp8-2        97m             50M   -attn nsa -seed 2 -matmul fp8
-50m-full-1           97m             50M   -attn full -seed 1
-50m-full-fp8-1       97m             50M   -attn full -seed 1 -matmul fp8
-50m-rate-1           97m             50M   -attn nsa -seed 1 -l 1.8e-3
-50m-rate-fp8-1       97m             50M   -attn nsa -seed 1 -l 1.8e-3 -matmul fp8
-50m-gate-sliding-1   97m             50M   -attn nsa -seed 1 -gate-bias -2,-2,2
-50m-gate-sliding-2   97m             50M   -attn nsa -seed 2 -gate-bias -2,-2,2
-50m-gate-graded-1    97m             50M   -attn nsa -seed 1 -gate-bias -2,0,2
-50m-gate-graded-2    97m             50M   -attn nsa -seed 2 -gate-bias -2,0,2
-350m-nsa-30m         350m            30M   -attn nsa -seed 1
-350m-nsa-30m-fp8     350m            30M   -attn nsa -seed 1 -matmul fp8
-350m-nsa             350m           100M   -attn nsa -seed 1
-350m-full            350m           100M   -attn full -seed 1
-350m-window          350m           100M   -attn window -seed 1
+nsa-1                97m          linux           200M   -attn nsa -seed 1
+full-1               97m          linux           200M   -attn full -seed 1
+window-1             97m          linux           200M   -attn window -seed 1
+nsa-2                97m          linux           200M   -attn nsa -seed 2
+window-2             97m          linux           200M   -attn window -seed 2
+nsa-fp8-1            97m          linux           200M   -attn nsa -seed 1 -matmul fp8
+nsa-64k              nsa-1        linux            20M   -attn nsa -seed 1
+full-64k             full-1       linux            20M   -attn full -seed 1
+window-64k           window-1     linux            20M   -attn window -seed 1
+50m-nsa-1            97m          linux_quarter    50M   -attn nsa -seed 1
+50m-nsa-fp8-1        97m          linux_quarter    50M   -attn nsa -seed 1 -matmul fp8
+50m-nsa-2            97m          linux_quarter    50M   -attn nsa -seed 2
+50m-nsa-fp8-2        97m          linux_quarter    50M   -attn nsa -seed 2 -matmul fp8
+50m-full-1           97m          linux_quarter    50M   -attn full -seed 1
+50m-full-fp8-1       97m          linux_quarter    50M   -attn full -seed 1 -matmul fp8
+50m-hybrid-1         97m          linux_quarter    50M   -attn nsa -seed 1 -full-every 4
+50m-mean-1           97m          linux_quarter    50M   -attn nsa -seed 1 -phi mean
+50m-rate-1           97m          linux_quarter    50M   -attn nsa -seed 1 -l 1.8e-3
+50m-rate-fp8-1       97m          linux_quarter    50M   -attn nsa -seed 1 -l 1.8e-3 -matmul fp8
+50m-gate-sliding-1   97m          linux_quarter    50M   -attn nsa -seed 1 -gate-bias -2,-2,2
+50m-gate-sliding-2   97m          linux_quarter    50M   -attn nsa -seed 2 -gate-bias -2,-2,2
+50m-gate-graded-1    97m          linux_quarter    50M   -attn nsa -seed 1 -gate-bias -2,0,2
+50m-gate-graded-2    97m          linux_quarter    50M   -attn nsa -seed 2 -gate-bias -2,0,2
+350m-nsa-30m         350m         linux_quarter    30M   -attn nsa -seed 1
+350m-nsa-30m-fp8     350m         linux_quarter    30M   -attn nsa -seed 1 -matmul fp8
+350m-nsa             350m         linux           100M   -attn nsa -seed 1
+350m-full            350m         linux           100M   -attn full -seed 1
+350m-window          350m         linux           100M   -attn window -seed 1
+smollm2-8k-full      smollm2-8k   linux_smollm2    50M   -attn full -seed 1 -u 8 -v 8
+smollm2-8k-nsa       smollm2-8k   linux_smollm2    50M   -attn nsa -seed 1 -u 8 -v 8
+smollm2-16k-full     smollm2-16k  linux_smollm2    50M   -attn full -seed 1 -u 8 -v 8
+smollm2-16k-nsa      smollm2-16k  linux_smollm2    50M   -attn nsa -seed 1 -u 8 -v 8
 END
 
 die() { echo "error: $*" >&2; exit 1; }
 
-# Makes the corpus: documents of 400 KB and more, so that most samples of 64K tokens lie in one document. Eight whole
-# documents are held out. All training tokens are in one shard, because the trainer mixes the samples of a shard alone.
-make_corpus() {
-    local shards=(data/linux/linux_train_*.bin data/linux/linux_val_*.bin) documents=data/corpora/linux_c
-    [ -f "${shards[0]}" ] && [ -f "${shards[-1]}" ] && return
+# has_shards TEXT: whether its shards exist
+has_shards() {
+    local shards=("data/$1"/linux_train_*.bin "data/$1"/linux_val_*.bin)
+    [ -f "${shards[0]}" ] && [ -f "${shards[-1]}" ]
+}
+
+# has_smollm2: whether there is SmolLM2, or all that is made of it
+has_smollm2() { [ -n "${SMOLLM2:-}" ] || { has_shards linux_smollm2 && [ -f data/smollm2/full.bin ]; }; }
+
+# make_text TEXT: makes the shards, if there are none, and SmolLM2's checkpoint for its text. Documents have 400 KB and more,
+# so that most samples of 64K tokens lie in one document. Some whole documents are held out.
+make_text() {
+    local documents=data/corpora/linux_c tokenizer=data/linux_bpe/tokenizer.json flags
+    if [ "$1" = linux_smollm2 ]; then
+        tokenizer=${SMOLLM2:-}
+        [ -f data/smollm2/full.bin ] || scripts/from_hf.py "$SMOLLM2" -o data/smollm2/full.bin
+    fi
+    ! has_shards "$1" || return 0
     [ -d $documents ] || data/corpus -o $documents --suffix .c --min-bytes 400000
-    [ -f data/linux_bpe/tokenizer.json ] ||
-        data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
-    data/bpe -o data/linux --name linux --tokenizer data/linux_bpe/tokenizer.json --val-documents 8 --min-tokens 131072 \
-        --shard 2000000000 $documents
+    [ -e "$tokenizer" ] || data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
+    read -ra flags <<<"${TEXTS[$1]}"
+    data/bpe -o "data/$1" --name linux --tokenizer "$tokenizer" "${flags[@]}" --min-tokens 131072 --shard 2000000000 $documents
 }
 
 # steps MILLIONS: the steps of so many tokens
@@ -81,16 +112,16 @@ is_complete() {
 # checkpoint NAME STEPS: the file
 checkpoint() { printf 'log/learning/%s/ckpt_%08d.bin' "$1" "$2"; }
 
-# train NAME MODEL TOKENS FLAGS: trains a run
+# train NAME MODEL TEXT TOKENS FLAGS: trains a run
 train() {
-    local name=$1 model=$2 steps start="" settings share=() cp out=log/learning/$1
-    steps=$(steps "${3%M}")
+    local name=$1 model=$2 steps start="" settings share=() cp batch out=log/learning/$1
+    steps=$(steps "${4%M}")
     if is_complete "$name" "$steps"; then
         echo "== $name: complete"
         return
     fi
     if [ -z "${MODELS[$model]:-}" ]; then
-        start=$(printf '%s\n' "${TABLE[@]}" | awk -v name="$model" '$1 == name { print $3 }')
+        start=$(printf '%s\n' "${TABLE[@]}" | awk -v name="$model" '$1 == name { print $4 }')
         start=$(checkpoint "$model" "$(steps "${start%M}")")
         if [ ! -f "$start" ]; then
             echo "error: $name continues $model, which has no $start; run RUNS=$model scripts/learning.sh" >&2
@@ -101,25 +132,37 @@ train() {
     read -ra settings <<<"${MODELS[$model]}"
     cp=$((GPUS * settings[0] / 131072)) # GPUs that share a sequence, where there are more GPUs than sequences in a step
     [ $cp -le 1 ] || share=(-cp "$cp")
+    batch=$(((GPUS < 8 ? 16384 : 131072 / GPUS) / settings[0])) # sequences at a time: 16,384 tokens if a step has so many
+    [ $batch -ge 1 ] || batch=1
     echo "== $name"
-    scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b 1 -d 131072 "${share[@]}" -x "$steps" \
+    scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
         -u $((steps / 10)) -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1 -o "$out" -y 1 \
-        -i 'data/linux/linux_train_*.bin' -j 'data/linux/linux_val_*.bin' "${@:4}" || return
+        -i "data/$3/linux_train_*.bin" -j "data/$3/linux_val_*.bin" "${@:5}" || return
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }
 
 [ -x "$TRAINER" ] || die "$TRAINER: no such program; build it with make"
 names=$(printf '%s\n' "${TABLE[@]}" | awk '{ print $1 }')
-RUNS=${RUNS:-$names}
+if [ -z "${RUNS:-}" ]; then
+    RUNS=$names
+    has_smollm2 || RUNS=$(grep -v ^smollm2 <<<"$names")
+fi
 for name in $RUNS; do
     grep -qxF -e "$name" <<<"$names" || die "RUNS: $name: no such run; there are" $names
+    [[ $name != smollm2* ]] || has_smollm2 || die "RUNS: $name continues SmolLM2-135M; download it from" \
+        "https://huggingface.co/HuggingFaceTB/SmolLM2-135M and name its folder in SMOLLM2"
 done
-make_corpus
-signal="" failed=""
-for s in HUP INT TERM USR1 USR2; do trap 'signal=1' $s; done # the trainer gets the signal too, and writes a checkpoint
+selected=()
 for line in "${TABLE[@]}"; do
     read -ra run <<<"$line"
     grep -qxF -e "${run[0]}" <<<"$(printf '%s\n' $RUNS)" || continue
+    make_text "${run[2]}"
+    selected+=("$line")
+done
+signal="" failed=""
+for s in HUP INT TERM USR1 USR2; do trap 'signal=1' $s; done # the trainer gets the signal too, and writes a checkpoint
+for line in "${selected[@]}"; do
+    read -ra run <<<"$line"
     train "${run[@]}" || failed="$failed ${run[0]}"
     [ -z "$signal" ] || exit 1
 done

@@ -29,6 +29,12 @@ LOSSES = {
         ("350m-nsa-30m", None),
         ("350m-nsa-30m-fp8", "350m-nsa-30m"),
     ],
+    "learning_variants": [
+        ("50m-full-1", None),
+        ("50m-nsa-1", "50m-full-1"),
+        ("50m-hybrid-1", "50m-nsa-1"),
+        ("50m-mean-1", "50m-full-1"),
+    ],
     "learning_gate_bias": [
         ("50m-nsa-1", None),
         ("50m-gate-sliding-1", "50m-nsa-1"),
@@ -38,6 +44,27 @@ LOSSES = {
         ("50m-gate-graded-2", "50m-nsa-2"),
     ],
 }
+# The runs of each table of equal times, and those that they are compared with.
+TIMES = {
+    "learning_time": [
+        ("nsa-1", "full-1"),
+        ("nsa-64k", "full-64k"),
+        ("350m-nsa", "350m-full"),
+        ("50m-nsa-1", "50m-full-1"),
+        ("50m-hybrid-1", "50m-full-1"),
+        ("50m-mean-1", "50m-full-1"),
+    ],
+}
+# The runs of each table of losses after so many million tokens, and those that they are compared with.
+CONTINUED = {
+    "learning_smollm2": [
+        ("smollm2-8k-full", None),
+        ("smollm2-8k-nsa", "smollm2-8k-full"),
+        ("smollm2-16k-full", None),
+        ("smollm2-16k-nsa", "smollm2-16k-full"),
+    ],
+}
+CONTINUED_TOKENS = [0, 1, 10, 50]
 # The runs of each table of losses by position; the second one is subtracted from the first.
 POSITIONS = {
     "learning_positions_200m": ["nsa-1", "full-1", "window-1"],
@@ -92,6 +119,60 @@ def losses(found, runs):
     return head, rows
 
 
+def loss_at(row, seconds):
+    """Returns the validation loss after so many seconds of training: on a line between two validations, and the last one
+    after the end."""
+    before = [point for point in row["val"] if point[1] <= seconds]
+    after = [point for point in row["val"] if point[1] > seconds]
+    if not after:
+        return val_loss(row)
+    (_, t0, loss0), (_, t1, loss1) = before[-1], after[0]
+    return loss0 + (loss1 - loss0) * (seconds - t0) / (t1 - t0)
+
+
+def time_of(row, loss):
+    """Returns the seconds after which the validation loss is so low for the first time, on a line between two validations;
+    None if it never is."""
+    for (_, t0, loss0), (_, t1, loss1) in zip(row["val"], row["val"][1:]):
+        if loss0 <= loss:
+            return t0
+        if loss1 <= loss:
+            return t0 + (t1 - t0) * (loss0 - loss) / (loss0 - loss1)
+    return None
+
+
+def times(found, runs):
+    """Returns head and rows of a table of losses at equal times, of pairs of runs on equally many GPUs."""
+    head = ["run", "compared with", "its time (s)", "its loss", "loss at this time", "difference"]
+    head += ["time until its loss (s)", "part of its time"]
+    rows = []
+    for name, other in runs:
+        if name not in found or other not in found or found[name]["gpus"] != found[other]["gpus"]:
+            continue
+        row, end, target = found[name], found[other]["seconds"], val_loss(found[other])
+        loss, reached = loss_at(row, end), time_of(row, target)
+        cells = [name, other, f"{end:,.0f}", f"{target:.4f}", f"{loss:.4f}", f"{loss - target:+.4f}"]
+        rows.append(cells + (["-", "-"] if reached is None else [f"{reached:,.0f}", f"{reached / end:.2f}"]))
+    return head, rows
+
+
+def continued(found, runs):
+    """Returns head and rows of a table of validation losses after so many tokens: of the validation nearest to them."""
+    head = ["run", "attention", "before", *(f"{n}M tokens" for n in CONTINUED_TOKENS[1:]), "compared with", "difference"]
+    rows = []
+
+    def points(row):
+        return [min(row["val"], key=lambda point: abs(point[0] - n * 10**6))[2] for n in CONTINUED_TOKENS]
+
+    for name, other in runs:
+        if name in found:
+            cells = [name, found[name]["model"]["attn"], *(f"{loss:.4f}" for loss in points(found[name]))]
+            pairs = zip(points(found[name]), points(found[other])) if other in found else []
+            differences = " / ".join(f"{a - b:+.4f}" for a, b in pairs)
+            rows.append(cells + ([other, differences] if differences else ["-", "-"]) + [found[name]["commit"]])
+    return [*head, "commit"], rows
+
+
 def positions(found, runs):
     """Returns head and rows of a table of losses by position."""
     cells = {}  # {first position: {run: loss}}
@@ -118,8 +199,9 @@ def gates(found, runs):
 
 def tables():
     """Returns {name: (runs, function)} of all tables."""
-    result = {name: ([run for run, _ in runs], lambda found, runs=runs: losses(found, runs)) for name, runs in LOSSES.items()}
-    for group, function in ((POSITIONS, positions), (GATES, gates)):
+    result = {}
+    for group, function in ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates)):
         for name, runs in group.items():
-            result[name] = (runs, lambda found, runs=runs, function=function: function(found, runs))
+            used = list(dict.fromkeys(run for pair in runs for run in pair if run)) if isinstance(runs[0], tuple) else runs
+            result[name] = (used, lambda found, runs=runs, function=function: function(found, runs))
     return result

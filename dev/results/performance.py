@@ -563,7 +563,8 @@ def learning_table(runs, function):
 
     def table(times):
         measured = [times.curves[name] for name in runs if name in times.curves]
-        return captioned(learning.caption(times.gpu, measured), markdown(*function(times.curves))) if measured else None
+        head, rows = function(times.curves)
+        return captioned(learning.caption(times.gpu, measured), markdown(head, rows)) if rows else None
 
     return table
 

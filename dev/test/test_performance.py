@@ -151,11 +151,18 @@ def test_learning(tmp: str) -> None:
     runs = {line.split()[0] for line in names[1].splitlines()}
     shown = {run for group, _ in learning.tables().values() for run in group}
     check(shown == runs, f"the tables show all runs of learning.sh: {shown ^ runs}")
-    compared = {run: others for table in learning.LOSSES.values() for run, others in table}
+    compared = {run: others for table in (learning.LOSSES | learning.CONTINUED).values() for run, others in table}
     check(set(compared) == runs and set(filter(None, compared.values())) <= runs, "every run has its loss in a table")
 
     rows = [row("full-1", 2.5, "full", seconds=2345), row("nsa-1", 2.4875), row("window-1", 2.75, "window")]
     rows += [row("nsa-fp8-1", 2.5, flags={"matmul": "fp8"}, commit="abc1235"), row("50m-nsa-1", 3)]
+    # equal times: one that goes on after the other has ended, one that never gets so low, one that is so low before training,
+    # and one on another number of GPUs
+    slow = [[0, 0, 9], [100, 1000, 3], [200, 2000, 2.5]]
+    rows += [row("50m-full-1", 2.75, "full", val=[[0, 0, 9], [200, 1200, 2.75]], seconds=1200), row("50m-hybrid-1", 0, val=slow)]
+    rows += [row("50m-mean-1", 2.5, gpus=2), row("350m-full", 2.5, "full", seconds=100), row("350m-nsa", 0, val=[[0, 0, 2.5], [20, 90, 2.25]])]
+    val = [[0, 0, 3.5], [1048576, 2, 3.25], [2097152, 4, 3], [9437184, 6, 2.75], [10485760, 8, 2.5], [49938432, 9, 2.25]]
+    rows += [row("smollm2-8k-full", 0, "full", val=val), row("smollm2-8k-nsa", 0, val=[[*point[:2], point[2] + 0.125] for point in val])]
     write(*rows)
     expect("rows of training runs", run(root), 0, "wrote dev/results/learning.md: table learning_200m H200")
     check(run(root, "--check") == (0, "", ""), "tables of training runs agree when they are written")
@@ -170,10 +177,17 @@ def test_learning(tmp: str) -> None:
         "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 |",
         "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 |",
         "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 |",
+        "| nsa-1 | full-1 | 2,345 | 2.5000 | 2.4875 | -0.0125 | 1,232 | 0.53 |",
+        "| 50m-nsa-1 | 50m-full-1 | 1,200 | 2.7500 | 3.1872 | +0.4372 | - | - |",
+        "| 50m-hybrid-1 | 50m-full-1 | 1,200 | 2.7500 | 2.9000 | +0.1500 | 1,500 | 1.25 |",
+        "| 350m-nsa | 350m-full | 100 | 2.5000 | 2.2500 | -0.2500 | 0 | 0.00 |",
+        "| smollm2-8k-full | full | 3.5000 | 3.2500 | 2.5000 | 2.2500 | - | - | abc1234 |",
+        "| smollm2-8k-nsa | nsa | 3.6250 | 3.3750 | 2.6250 | 2.3750 | smollm2-8k-full | +0.1250 / +0.1250 / +0.1250 / +0.1250 | abc1234 |",
         "| layer | nsa-1 |",
         "| 1 | 0.12 / 0.50 / 1.00 |",
     ):
         check(line in text, f"learning.md has no {line!r}")
+    check("| 50m-mean-1 | 50m-full-1 | 1,200" not in text, "no equal times on other numbers of GPUs")
     check("<!-- table learning_64k H200 -->\n<!-- end -->" in text, "a table without rows is left out")
     write(rows[0], row("nsa-1", 2.4), *rows[2:])
     expect("another loss", run(root, "--check"), 1, "dev/results/learning.md: table learning_positions_200m H200 does not agree")

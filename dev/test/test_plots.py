@@ -364,14 +364,15 @@ def test_wandb(tmp: str) -> None:
 
 
 def test_learning(tmp: str) -> None:
-    """scripts/learning.sh: the flags of each run; what it skips, resumes, continues and removes; its errors. A program
-    that logs its flags replaces the trainer."""
+    """scripts/learning.sh: the flags of each run; what it skips, resumes, continues and removes; the texts that it makes; its
+    errors. Programs that log their flags replace the trainer, from_hf.py and those that make the text."""
     root = os.path.join(tmp, "learning")
     shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
-    os.makedirs(os.path.join(root, "data/linux"))
-    for part in ("train", "val"):
-        with open(os.path.join(root, f"data/linux/linux_{part}_000000.bin"), "w", encoding="utf-8"):
-            pass
+    for text in ("linux", "linux_quarter"):
+        os.makedirs(os.path.join(root, "data", text))
+        for part in ("train", "val"):
+            with open(os.path.join(root, f"data/{text}/linux_{part}_000000.bin"), "w", encoding="utf-8"):
+                pass
     fake = """#!/bin/bash
 echo "$WORLD_SIZE $*" >>flags.txt
 while [ $# -gt 0 ]; do
@@ -382,17 +383,26 @@ done
 mkdir -p $out && echo "{\\"step\\":$steps,\\"tokens\\":9,\\"val_loss\\":2.5}" >>$out/log.jsonl
 touch $(printf '%s/ckpt_%08d.bin' $out $steps)
 """
+    maker = """#!/bin/bash
+echo "${0##*/} $*" >>flags.txt
+while [ $# -gt 0 ]; do
+    case $1 in -o) mkdir -p $2 ;; --tokenizer) tokenizer=$2 ;; esac
+    shift
+done
+[ -e "${tokenizer:-.}" ] || exit 1
+"""
     trainer = os.path.join(root, "train_gpt_nsa")
-    with open(trainer, "w", encoding="utf-8") as file:
-        file.write(fake)
-    os.chmod(trainer, 0o755)
+    for program, text in ((trainer, fake), *((os.path.join(root, name), maker) for name in ("data/corpus", "data/bpe", "scripts/from_hf.py"))):
+        with open(program, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(program, 0o755)
 
     def train(runs: str, **env: str) -> tuple[int, str, list[str]]:
         """Returns the exit code, the errors, and the command line of each run of the trainer."""
         flags = os.path.join(root, "flags.txt")
         with open(flags, "w", encoding="utf-8"):
             pass
-        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS")}
+        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS", "SMOLLM2")}
         full |= {"RUNS": runs, "BAD": "", **env}
         result = subprocess.run([os.path.join(root, "scripts/learning.sh")], capture_output=True, text=True, env=full)
         with open(flags, encoding="utf-8") as file:
@@ -408,7 +418,8 @@ touch $(printf '%s/ckpt_%08d.bin' $out $steps)
     check(right, f"three runs: {code} {err} {lines}")
     if right:
         wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 152 -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1"
-        check(lines[0].startswith(wanted) and lines[0].endswith(" -attn nsa -seed 1"), f"nsa-1: {lines[0]}")
+        end = " -i data/linux/linux_train_*.bin -j data/linux/linux_val_*.bin -attn nsa -seed 1"
+        check(lines[0].startswith(wanted) and lines[0].endswith(end), f"nsa-1: {lines[0]}")
         wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 15 "
         check(lines[1].startswith(wanted) and "gpt-124m" not in lines[1], f"nsa-64k: {lines[1]}")
         check(" -x 381 -u 38 " in lines[2] and lines[2].endswith(" -attn nsa -seed 2"), f"50m-nsa-2: {lines[2]}")
@@ -430,6 +441,34 @@ touch $(printf '%s/ckpt_%08d.bin' $out $steps)
     check(right, f"four GPUs: {code} {err} {lines}")
     code, err, lines = train("nsa-1 nsa")
     check(code == 1 and err.startswith("error: RUNS: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
+    code, err, lines = train("50m-hybrid-1 50m-mean-1")
+    wanted = ["-attn nsa -seed 1 -full-every 4", "-attn nsa -seed 1 -phi mean"]
+    right = [line.split("data/linux_quarter/linux_val_*.bin ")[1] for line in lines] == wanted
+    check(right and all(" -i data/linux_quarter/linux_train_*.bin " in line for line in lines), f"a quarter of the text: {lines}")
+
+    model = os.path.join(tmp, "SmolLM2 135M.gguf")
+    with open(model, "w", encoding="utf-8"):
+        pass
+    code, err, lines = train("smollm2-8k-nsa")
+    check(code == 1 and not lines and "name its folder in SMOLLM2" in err and err.count("\n") == 1, f"no SmolLM2: {code} {err}")
+    code, err, lines = train("smollm2-8k-nsa smollm2-16k-full", SMOLLM2=os.path.relpath(model))
+    documents = "--min-tokens 131072 --shard 2000000000 data/corpora/linux_c"
+    wanted = [f"from_hf.py {model} -o data/smollm2/full.bin", "corpus -o data/corpora/linux_c --suffix .c --min-bytes 400000"]
+    wanted += [f"bpe -o data/linux_smollm2 --name linux --tokenizer {model} --val-documents 2 --every 4 {documents}"]
+    # the programs make no shards, so that the second run makes the text again
+    wanted += [wanted[0], wanted[2]]
+    check(code == 0 and lines[:-2] == wanted, f"the text of SmolLM2: {code} {err} {lines}")
+    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 38 -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1"
+    check(lines[-2].startswith(wanted) and lines[-2].endswith(" -attn nsa -seed 1 -u 8 -v 8"), f"smollm2-8k-nsa: {lines[-2]}")
+    check(" -t 16384 " in lines[-1] and " -b 1 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
+    code, err, lines = train("", TRAINER="/bin/false")
+    check(err.count(" 350m-window") == 1 and "smollm2" not in err + "".join(lines), f"all runs without SmolLM2: {err}")
+    shutil.rmtree(os.path.join(root, "data/linux_quarter"))
+    os.remove(os.path.join(root, "log/learning/50m-mean-1/log.jsonl"))
+    code, err, lines = train("50m-mean-1")
+    wanted = ["bpe -o data/linux_bpe --name linux --train-vocab 16384 "]
+    wanted += [f"bpe -o data/linux_quarter --name linux --tokenizer data/linux_bpe/tokenizer.json --val-documents 8 --every 4 {documents}"]
+    check(len(lines) == 2 and lines[0].startswith(wanted[0]) and lines[1] == wanted[1] and code == 1, f"the text: {code} {err} {lines}")
     os.remove(trainer)
     code, err, lines = train("nsa-1")
     check(code == 1 and "build it with make" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
