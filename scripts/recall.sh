@@ -1,32 +1,42 @@
 #!/usr/bin/env bash
-# recall.sh: trains each attention mode on the recall task with growing context. Training at a context starts
-# from the checkpoint of the context before. Run again, the script resumes where it stopped.
+# recall.sh: trains attention modes on the recall task with growing context. Training at a context starts from the checkpoint
+# of the context before. Run again, the script resumes where it stopped.
 #
-#   make && scripts/recall.sh [CONTEXT...]        (256 512 ... 16384)
+#   make && scripts/recall.sh [CONTEXT...]        (256 512 ... 16384; nsa also 32768 and 65536)
+#   MODES=nsa scripts/recall.sh                   (nsa alone)
 #   python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 #
-# The base of RoPE is 1e6. With 1e4 no channel rotates slowly enough to match a name 8,000 tokens back as well
-# as a near one. A sequence of any length has about 16 recalls from half its length back. So a step has at
-# least 8 sequences, to learn as much about long distances at long contexts as at short ones.
-# Environment: TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more if needed for
-# 8 sequences).
+# The base of RoPE is 1e7. The slower half of the channels has to tell a near name from a far one by content alone: with 1e4
+# no channel rotates slowly enough to match a name 8,000 tokens back as well as a near one. With 1e7, 9 of 32 pairs rotate
+# by less than a radian in 65,536 tokens, as many as with 1e6 in 16,384.
+#
+# A sequence of any length has about 4 recalls from half its length back. So a step has at least 8 sequences, to learn as much
+# about long distances at long contexts as at short ones: 16,384 tokens up to a context of 2,048, and 8 times the context
+# from there. 1,000 steps are 131M tokens at 16,384, 262M at 32,768 and 524M at 65,536, all together 1.1G. The data have 4.9
+# bytes a training token, up to 65,536 together 5.4 GB in data/recall_*; those of a context whose training has ended can be
+# removed. A GPU trains at most 131,072 tokens at a time, so that memory does not grow with the context.
+# Environment: MODES ("nsa full window"), TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more if
+# needed for 8 sequences).
 set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 trainer=${TRAINER:-./train_gpt_nsa} steps=${STEPS:-1000} tokens=${TOKENS:-16384}
-[ $# -gt 0 ] || set -- 256 512 1024 2048 4096 8192 16384
 [ -x "$trainer" ] || { echo "error: $trainer: no such program; build it with make" >&2; exit 1; }
 [ -x build/recall ] || { echo "error: build/recall: no such program; build it with make" >&2; exit 1; }
-for mode in nsa full window; do
-    start=recall-1k theta='-theta 1e6' rate=1e-3
-    for context in "$@"; do
+for mode in ${MODES:-nsa full window}; do
+    contexts="256 512 1024 2048 4096 8192 16384"
+    [ "$mode" != nsa ] || contexts="$contexts 32768 65536"
+    start=recall-1k theta='-theta 1e7' rate=1e-3
+    for context in ${*:-$contexts}; do
         batch=$((tokens / context))
         [ $batch -ge 8 ] || batch=8
+        micro=$((131072 / context)) # sequences at a time
+        while [ $((batch % micro)) -ne 0 ]; do micro=$((micro - 1)); done
         data=data/recall_$context out=log/recall_${context}_$mode
         build/recall -o "$data" -t "$context" -n $((steps * batch))
         echo "== context $context, $mode"
-        "$trainer" -e "$start" $theta -attn $mode -t "$context" -b $batch -x "$steps" -l $rate \
-            -u $((steps / 10)) -q 0 -beta2 0.98 -v $((steps / 4)) -m 0 -n "$steps" -o "$out" -y 1 \
+        "$trainer" -e "$start" $theta -attn "$mode" -t "$context" -b $micro -d $((batch * context)) -x "$steps" -l $rate \
+            -u $((steps / 10)) -q 0 -beta2 0.98 -v $((steps / 4)) -m 0 -n $((steps / 4)) -o "$out" -y 1 \
             -i "$data/recall_train_*.bin" -j "$data/recall_val_*.bin"
         start=$(ls "$out"/ckpt_*.bin | tail -n 1) theta= rate=5e-4
     done

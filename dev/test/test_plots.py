@@ -474,6 +474,50 @@ done
     check(code == 1 and "build it with make" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
 
 
+def test_recall(tmp: str) -> None:
+    """scripts/recall.sh: the contexts of each mode, where each starts, the sequences of a step and those at a time. Programs
+    that log their flags replace the trainer and build/recall."""
+    root = os.path.join(tmp, "recall")
+    shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
+    os.makedirs(os.path.join(root, "build"))
+    fake = """#!/bin/bash
+echo "${0##*/} $*" >>flags.txt
+while [ $# -gt 0 ]; do
+    case $1 in -o) out=$2 ;; -x) steps=$2 ;; esac
+    shift
+done
+[ -z "$steps" ] || { mkdir -p $out && touch $(printf '%s/ckpt_%08d.bin' $out $steps); }
+"""
+    for program in ("train_gpt_nsa", "build/recall"):
+        with open(os.path.join(root, program), "w", encoding="utf-8") as file:
+            file.write(fake)
+        os.chmod(os.path.join(root, program), 0o755)
+
+    def train(*contexts: str, **env: str) -> tuple[int, str, list[str]]:
+        """Returns the exit code, the errors, and the command line of each program."""
+        flags = os.path.join(root, "flags.txt")
+        with open(flags, "w", encoding="utf-8"):
+            pass
+        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "STEPS", "TOKENS", "MODES")} | env
+        result = subprocess.run([os.path.join(root, "scripts/recall.sh"), *contexts], capture_output=True, text=True, env=full)
+        with open(flags, encoding="utf-8") as file:
+            return result.returncode, result.stderr, file.read().splitlines()
+
+    code, err, lines = train(MODES="nsa")
+    check((code, err, len(lines)) == (0, "", 18), f"nsa alone: {code} {err} {lines}")
+    wanted = "train_gpt_nsa -e recall-1k -theta 1e7 -attn nsa -t 256 -b 64 -d 16384 -x 1000 -l 1e-3 -u 100 "
+    check(lines[0] == "recall -o data/recall_256 -t 256 -n 64000" and lines[1].startswith(wanted), f"context 256: {lines[:2]}")
+    wanted = "train_gpt_nsa -e log/recall_32768_nsa/ckpt_00001000.bin -attn nsa -t 65536 -b 2 -d 524288 -x 1000 -l 5e-4 -u 100 "
+    check(lines[-2] == "recall -o data/recall_65536 -t 65536 -n 8000" and lines[-1].startswith(wanted), f"context 65,536: {lines[-2:]}")
+    code, err, lines = train()
+    longest = {mode: max(int(line.split(" -t ")[1].split()[0]) for line in lines if f" -attn {mode} " in line) for mode in ("nsa", "full", "window")}
+    check(longest == {"nsa": 65536, "full": 16384, "window": 16384}, f"longest contexts: {longest}")
+    code, err, lines = train("24576", "65536", MODES="full", STEPS="200", TOKENS="1048576")
+    steps = [" -t 24576 -b 3 -d 1032192 -x 200 ", " -t 65536 -b 2 -d 1048576 -x 200 "]
+    check(len(lines) == 4 and all(step in line for step, line in zip(steps, lines[1::2])), f"other contexts: {code} {err} {lines}")
+    check(" -e log/recall_24576_full/ckpt_00000200.bin " in lines[3], f"the second starts from the first: {lines[3]}")
+
+
 def test_curves(tmp: str) -> None:
     """dev/results/curves.py: what a row has, its size, replaced rows, incomplete runs; both pictures."""
     root = os.path.join(tmp, "curves")
@@ -621,6 +665,7 @@ def main() -> None:
             test_wandb(tmp)
         test_runs_are_kept(tmp)
         test_learning(tmp)
+        test_recall(tmp)
         test_curves(tmp)
     test_help()
     print(f"test_plots.py: {passed} passed, {failed} failed, {skipped} skipped")
