@@ -6,7 +6,7 @@
 #   make && scripts/learning.sh                               # all runs, one after another
 #   RUNS="nsa-1 full-1" scripts/learning.sh                   # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 RUNS=nsa-2 scripts/learning.sh     # on the second GPU
-#   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M: its folder or GGUF file
+#   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first tenth of the steps and then falls
 # to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run that another one continues keeps
 # its checkpoint.
@@ -94,7 +94,8 @@ make_text() {
     [ -d $documents ] || data/corpus -o $documents --suffix .c --min-bytes 400000
     [ -e "$tokenizer" ] || data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
     read -ra flags <<<"${TEXTS[$1]}"
-    data/bpe -o "data/$1" --name linux --tokenizer "$tokenizer" "${flags[@]}" --min-tokens 131072 --shard 2000000000 $documents
+    data/bpe -o "data/$1" --name linux --tokenizer "$tokenizer" "${flags[@]}" --min-tokens 131072 --shard 2000000000 \
+        $documents
 }
 
 # steps MILLIONS: the steps of so many tokens

@@ -10,13 +10,13 @@
 # no channel rotates slowly enough to match a name 8,000 tokens back as well as a near one. With 1e7, 9 of 32 pairs rotate
 # by less than a radian in 65,536 tokens, as many as with 1e6 in 16,384.
 #
-# A sequence of any length has about 4 recalls from half its length back. So a step has at least 8 sequences, to learn as much
-# about long distances at long contexts as at short ones: 16,384 tokens up to a context of 2,048, and 8 times the context
-# from there. 1,000 steps are 131M tokens at 16,384, 262M at 32,768 and 524M at 65,536, all together 1.1G. The data have 4.9
-# bytes a training token, up to 65,536 together 5.4 GB in data/recall_*; those of a context whose training has ended can be
-# removed. A GPU trains at most 131,072 tokens at a time, so that memory does not grow with the context.
-# Environment: MODES ("nsa full window"), TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more if
-# needed for 8 sequences).
+# A sequence of any length has about 4 recalls from half its length back. So a step has at least 8 sequences, to learn as
+# much about long distances at long contexts as at short ones: 16,384 tokens up to a context of 2,048, and 8 times the
+# context from there. 1,000 steps are 131M tokens at 16,384, 262M at 32,768 and 524M at 65,536, all together 1.1G. The data
+# have 4.9 bytes a training token, up to 65,536 together 5.4 GB in data/recall_*; those of a context whose training has ended
+# can be removed. A GPU trains at most 131,072 tokens at a time, so that memory does not grow with the context.
+# Environment: MODES ("nsa full window"), TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more
+# if needed for 8 sequences).
 set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
