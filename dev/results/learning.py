@@ -74,6 +74,7 @@ POSITIONS = {
 # The runs of each table of mean gates.
 GATES = {
     "learning_gates": ["nsa-1", "nsa-2", "nsa-64k", "350m-nsa"],
+    "learning_gates_smollm2": ["smollm2-8k-nsa", "smollm2-16k-nsa"],
     "learning_gates_bias": ["50m-nsa-1", "50m-gate-sliding-1", "50m-gate-graded-1"],
 }
 
