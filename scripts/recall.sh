@@ -6,9 +6,9 @@
 #   MODES=nsa scripts/recall.sh                   (nsa alone)
 #   python3 scripts/plot_recall.py log/recall_*_nsa log/recall_*_full log/recall_*_window -o recall.png
 #
-# The base of RoPE is 1e7. The slower half of the channels has to tell a near name from a far one by content alone: with 1e4
-# no channel rotates slowly enough to match a name 8,000 tokens back as well as a near one. With 1e7, 9 of 32 pairs rotate
-# by less than a radian in 65,536 tokens, as many as with 1e6 in 16,384.
+# The base of RoPE is 1e7. Channels that hardly rotate match a name far back as well as a near one. With 1e4 there are none at
+# 8,000 tokens. With 1e7, 9 of 32 pairs of channels rotate by less than a radian in 65,536 tokens, as many as with 1e6 in
+# 16,384.
 #
 # A sequence of any length has about 4 recalls from half its length back. So a step has at least 8 sequences, to learn as
 # much about long distances at long contexts as at short ones: 16,384 tokens up to a context of 2,048, and 8 times the
