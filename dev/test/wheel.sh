@@ -77,4 +77,10 @@ check '[ $code -ne 0 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "wheel needs nvcc
 NVCC=/none/nvcc python3 -m pip wheel --no-deps --no-build-isolation -w none tree/fsa/torch >out 2>&1
 code=$?
 check '[ $code -ne 0 ] && grep -q "error: libfsa.so needs nvcc, which was not found at /none/nvcc: install the CUDA Toolkit or set NVCC" out' "pip wheel without nvcc: $(cat out)"
+# With an old setuptools: one line too. None in sys.modules makes an import fail.
+python3 -c 'import runpy, sys
+sys.modules["setuptools.command.bdist_wheel"] = None
+runpy.run_path(sys.argv[1])' tree/fsa/torch/setup.py >out 2>err
+code=$?
+check '[ $code -ne 0 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: setuptools .*: must be 70.1 or later; try pip install" err' "setup.py with an old setuptools: $(cat out err)"
 finish_test

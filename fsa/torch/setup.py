@@ -7,9 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import setuptools
 from setuptools import Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    sys.exit(f"error: setuptools {setuptools.__version__}: must be 70.1 or later; try pip install 'setuptools>=70.1', or "
+             "leave out --no-build-isolation")  # fmt: skip
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
