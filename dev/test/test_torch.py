@@ -311,6 +311,11 @@ def test_second_gradient():
     (dq,) = torch.autograd.grad(nsa(*x).square().sum(), x[:1], create_graph=True)
     message = "trying to differentiate twice a function that was marked with @once_differentiable"
     expect(RuntimeError, message, dq.sum().backward)
+    (dq,) = torch.autograd.grad(nsa(*x).sum(), x[:1], create_graph=True)  # the gradient of o does not require grad
+    expect(RuntimeError, message, dq.sum().backward)
+    q, k, v = x[:3]
+    (dq,) = torch.autograd.grad(fsa.attention(q, k, v).sum(), [q], create_graph=True)
+    expect(RuntimeError, message, dq.sum().backward)
 
 
 def test_operators():
@@ -361,6 +366,25 @@ def test_module():
         ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max"
     )
     expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
+    for shape in ((48,), (2, 3, 20, 48), (40, 47)):
+        message = f"x of shape {shape}: must be [N, 48] or [batch, n, 48]"
+        expect(ValueError, message, layer, torch.zeros(shape, dtype=torch.float64))
+    for error, message, kwargs in (
+        (ValueError, "hidden_size 48: must be a multiple of q_heads 5, or head_dim be given", dict(q_heads=5)),
+        (ValueError, "hidden_size 48: must be a multiple of q_heads 0", dict(q_heads=0)),
+        (ValueError, "q of 3 heads, k of 2: must have 1 to 16 query heads", dict(q_heads=3)),
+        (ValueError, "q of head size d = 7: must be even", dict(head_dim=7)),
+        (ValueError, "topk 0: must be from 1 to 4096", dict(topk=0)),
+        (TypeError, "window 5.0: must be an int", dict(window=5.0)),
+    ):
+        arguments = dict(hidden_size=48, q_heads=4, kv_heads=2, **SIZES)
+        expect(error, message, fsa.NativeSparseAttention, **{**arguments, **kwargs})
+
+    # From the meta device, as FSDP2 and large checkpoints do it.
+    with torch.device("meta"):
+        empty = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    close("module: from the meta device", empty(x), y, 0)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -418,6 +442,11 @@ def test_bad_input():
     expect(TypeError, "cu_seqlens of type torch.float32", call, *x[:4], cu_seqlens=torch.ones(2))
     expect(ValueError, "segments of shape (1, 2)", call, *x[:4], segments=torch.ones(1, 2).int())
     expect(ValueError, "segments None: must be given, as q has 39 rows", call, q[1:], k, v, gate[1:])
+    expect(ValueError, "cu_seqlens of shape (0,): must be [num_seqs + 1]", call, *x[:4], cu_seqlens=CU[:0])
+    expect(TypeError, "wk list: must be a tensor or None", call, *x[:4], [1.0], pe, wv)
+    expect(TypeError, "inv_freq list: must be a tensor or None", call, *x[:4], inv_freq=[1.0])
+    expect(TypeError, "topk 2.0: must be an int", call, *x[:4], **{**SIZES, "topk": 2.0})
+    expect(TypeError, "window None: must be an int", call, *x[:4], **{**SIZES, "window": None})
     for name, value, rule in (
         ("cmp_len", 0, "must be at least 1"),
         ("cmp_stride", 3, "must be a divisor of cmp_len 8"),
@@ -438,7 +467,17 @@ def test_bad_input():
             *x[:4],
             **sizes,
         )
-    attention = fsa.attention
+    attention, selected = fsa.attention, fsa.selected_attention
+    expect(ValueError, "rule None: must be one of causal, window, compressed", attention, q, k, v, rule=None)
+    expect(TypeError, "block_indices NoneType: must be a tensor", selected, q, k, v, None)
+    expect(ValueError, "block_indices of shape (2, 40, 3): must have 1 to 4096 slots for each query, and at least "
+           "init_blocks 2 + local_blocks 2 = 4", selected, q, k, v, torch.zeros(2, 40, 3).int(), init_blocks=2,
+           local_blocks=2)  # fmt: skip
+    expect(ValueError, "block_indices of shape (2, 40, 0): must have 1 to 4096 slots", selected, q, k, v,
+           torch.zeros(2, 40, 0).int())  # fmt: skip
+    expect(TypeError, "topk_idx of type torch.float32: must be torch.int32 or torch.int64",
+           fsa.FSA_topk_sparse_attention, q, k, v, torch.zeros(2, 40, 2), 16, CU)  # fmt: skip
+    expect(TypeError, "lse_c NoneType: must be a tensor", fsa.select_blocks, q, k, None)
     expect(
         ValueError, "rule 'full': must be one of causal, window, compressed", attention, q, k, v, rule="full"
     )
@@ -453,7 +492,17 @@ def test_bad_input():
     expect(ValueError, "inv_freq of a tensor: must be None for rule='compressed'", attention, q, k[:10], v[:10],
            inv_freq=fsa.rope_frequencies(8), **short)  # fmt: skip
 
-    # Values: checked on demand.
+    # Values: those of the batch are always checked on the CPU, others on demand.
+    wrong = torch.tensor([0, 30, 20, 40])
+    indices = torch.zeros(2, 40, 2, dtype=torch.int32)
+    for function, arguments in (
+        (nsa, x),
+        (attention, (q, k, v)),
+        (selected, (q, k, v, indices)),
+        (fsa.select_blocks, (q, k, torch.zeros(40, 4))),
+    ):
+        message = "cu_seqlens[2] 20: must be at least cu_seqlens[1] 30"
+        expect(ValueError, message, function, *arguments, cu_seqlens=wrong)
     for cu, message in (
         ([1, 40], "cu_seqlens[0] 1: must be 0"),
         ([0, 30, 20, 40], "cu_seqlens[2] 20: must be at least cu_seqlens[1] 30"),

@@ -1,7 +1,8 @@
 """Checks of arguments. An error names the argument, its value and the rule.
 
 Shapes, types and devices are checked on every call. Values (cu_seqlens, segments, block indices) are checked on demand,
-since that waits for the GPU: check=True, or FSA_CHECK=1 in the environment when the package is imported.
+since that waits for the GPU: check=True, or FSA_CHECK=1 in the environment when the package is imported. The operators for
+the CPU always check those of cu_seqlens and segments.
 """
 
 import math
@@ -55,19 +56,32 @@ def of_type(q, name, tensor, *dtypes):
         raise ValueError(f"{name} on {tensor.device}: must be on {q.device}, the device of q")
 
 
+def integers(**sizes):
+    """Checks the types of sizes. A compiled graph knows them."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in sizes.items():
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} {value!r}: must be an int")
+
+
 def heads(q, k, v):
     """Checks the shapes of q [Nq, Hq, d] and k, v [N, Hkv, d], and the number of heads."""
     shape("q", q, "[Nq, Hq, d]", None, None, None)
     shape("k", k, f"[N, Hkv, d] with d = {q.shape[2]} of q", None, None, q.shape[2])
     if v is not None:
         shape("v", v, f"{tuple(k.shape)}, the shape of k", *k.shape)
-    q_heads, kv_heads = q.shape[1], k.shape[1]
+    head_counts(q.shape[1], k.shape[1], q.shape[2])
+
+
+def head_counts(q_heads, kv_heads, d):
+    """Checks the number of heads, and their size."""
     if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads or q_heads > 16 * kv_heads:
         raise ValueError(
             f"q of {q_heads} heads, k of {kv_heads}: must have 1 to 16 query heads for each KV head"
         )
-    if q.shape[2] < 2 or q.shape[2] % 2:
-        raise ValueError(f"q of head size d = {q.shape[2]}: must be even and at least 2; 64 or 128 on a GPU")
+    if d < 2 or d % 2:
+        raise ValueError(f"q of head size d = {d}: must be even and at least 2; 64 or 128 on a GPU")
 
 
 def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blocks=0, window=1):
@@ -95,6 +109,8 @@ def batch(q, cu_seqlens, segments):
     """Checks the shapes and types of cu_seqlens and segments. segments may be None."""
     shape("cu_seqlens", cu_seqlens, "[num_seqs + 1]", None)
     of_type(q, "cu_seqlens", cu_seqlens, torch.int32, torch.int64)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens of shape (0,): must be [num_seqs + 1], at least one element")
     if segments is not None:
         shape("segments", segments, "[num_segments, 3]", None, 3)
         of_type(q, "segments", segments, torch.int32, torch.int64)
@@ -133,7 +149,11 @@ def selected(q, k, v, block_indices, cu_seqlens, segments, sizes, scale):
     same_kind(q, k=k, v=v)
     indices(q, k, block_indices, None)
     block, init_blocks, local_blocks = sizes
-    config(block=block, topk=block_indices.shape[2], init_blocks=init_blocks, local_blocks=local_blocks)
+    slots, always = block_indices.shape[2], init_blocks + local_blocks
+    if not max(always, 1) <= slots <= 4096:
+        raise ValueError(f"block_indices of shape {tuple(block_indices.shape)}: must have 1 to 4096 slots for each query, "
+                         f"and at least init_blocks {init_blocks} + local_blocks {local_blocks} = {always}")  # fmt: skip
+    config(block=block, topk=slots, init_blocks=init_blocks, local_blocks=local_blocks)
     batch(q, cu_seqlens, segments)
 
 
@@ -150,8 +170,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
 def attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, scale):
     heads(q, k, v)
     same_kind(q, k=k, v=v)
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
+    visibility(rule)
     rope(q, inv_freq)
     cmp_len, cmp_stride, window = sizes
     config(cmp_len, cmp_stride, smallest_block(cmp_len, cmp_stride), window=window)
@@ -162,6 +181,12 @@ def attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, sc
             )
         windows("k", k, num_keys, cmp_stride)
     batch(q, cu_seqlens, segments)
+
+
+def visibility(rule):
+    """Checks the name of a visibility rule."""
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
 
 
 def rope(q, inv_freq):

@@ -35,12 +35,17 @@ def _direct(q, tensors):
 
 
 def _once_differentiable(backward):
-    """Is PyTorch's once_differentiable, but without its guard where no graph of the backward pass is made."""
+    """Is PyTorch's once_differentiable, but without its guard where no graph of the backward pass is made. PyTorch's guard
+    refuses a second derivative only if an incoming gradient requires grad. That of o.sum() does not, so call sets it."""
     guarded = once_differentiable(backward)
 
     @functools.wraps(backward)
     def call(ctx, *gradients):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        if not torch.compiler.is_compiling():
+            gradients = [x if x is None else x.detach().requires_grad_() for x in gradients]
+        return guarded(ctx, *gradients)
 
     return call
 
@@ -152,6 +157,12 @@ def _require_tensors(names, *tensors):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
 
 
+def _require_optional(**tensors):
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} {type(x).__name__}: must be a tensor or None")
+
+
 def _cast(*tensors):
     """Returns the tensors, under autocast in its type. As everywhere in autocast, float64 stays."""
     device = tensors[0].device.type
@@ -220,7 +231,8 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         window: tokens of the sliding branch.
         scale: factor of q.k before softmax. None: 1/sqrt(d).
         recompute: backward computes the branches again, so that forward saves a third of the memory.
-        check: check the values of cu_seqlens, segments and block_indices; waits for the GPU. None: FSA_CHECK=1.
+        check: check the values of cu_seqlens, segments and block_indices; waits for the GPU. None: if FSA_CHECK=1 is in
+            the environment. On the CPU those of cu_seqlens and segments are always checked.
         return_block_indices: return the block indices too.
 
     Returns:
@@ -237,6 +249,9 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         plan = cuda.known_nsa_plan(tensors, rest)
     if plan is None:  # else this layout needs no checks and no conversions
         _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
+        _require_optional(wk=wk, pe=pe, wv=wv, inv_freq=inv_freq, block_indices=block_indices)
+        checks.integers(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
+                        local_blocks=local_blocks, window=window)  # fmt: skip
         cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
         tensors = *_cast(*tensors[:7]), cu_seqlens, segments, inv_freq, block_indices
         if checks.wanted(check):
@@ -277,7 +292,8 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    _require_tensors("qkv", q, k, v)
+    _require_tensors(("q", "k", "v", "block_indices"), q, k, v, block_indices)
+    checks.integers(block=block, init_blocks=init_blocks, local_blocks=local_blocks)
     q, k, v = _cast(q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
@@ -312,9 +328,11 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
-    _require_tensors(("q", "kc"), q, kc)
+    _require_tensors(("q", "kc", "lse_c"), q, kc, lse_c)
     q, kc = _cast(q, kc)
     num_keys = q.shape[0] if num_keys is None else num_keys
+    checks.integers(num_keys=num_keys, cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk,
+                    init_blocks=init_blocks, local_blocks=local_blocks)  # fmt: skip
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks]
     arguments = (q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, _scale(scale))
@@ -348,6 +366,8 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
     _require_tensors("qkv", q, k, v)
+    _require_optional(inv_freq=inv_freq)
+    checks.visibility(rule)
     q, k, v = _cast(q, k, v)
     if (rule == "window") != (window is not None):
         raise ValueError(
@@ -357,6 +377,7 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
         num_keys = q.shape[0] if num_keys is None else num_keys
     else:
         num_keys, cmp_len, cmp_stride = k.shape[0], 16, 16
+    checks.integers(num_keys=num_keys, cmp_len=cmp_len, cmp_stride=cmp_stride, window=1 if window is None else window)
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, 1 if window is None else window]
     arguments = (q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, _scale(scale))
@@ -383,5 +404,7 @@ def FSA_topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
     """
+    _require_tensors(("q", "k", "v", "topk_idx"), q, k, v, topk_idx)
+    checks.of_type(q, "topk_idx", topk_idx, torch.int32, torch.int64)
     return selected_attention(q, k, v, topk_idx.to(torch.int32).contiguous(), cu_seqlens, block=block_size,
                               scale=softmax_scale)  # fmt: skip

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from . import checks
 from .functions import native_sparse_attention
 
 
@@ -28,8 +29,11 @@ class NativeSparseAttention(nn.Module):
             `native_sparse_attention`.
         device, dtype: of the parameters. On a GPU without autocast, dtype must be bf16 or fp16.
 
+    A layer that was made on the meta device gets its frequencies when `to_empty` moves it. Its parameters are empty then:
+    load or initialize them; `reset_compression` initializes wk, pe and wv.
+
     Raises:
-        ValueError: phi is unknown.
+        ValueError, TypeError: a size breaks its rule, or phi is unknown.
     """
 
     def __init__(self, hidden_size, q_heads, kv_heads, head_dim=None, *, phi="linear", rope_theta=10000.0, cmp_len=32,
@@ -38,10 +42,16 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         if phi not in ("linear", "mean"):
             raise ValueError(f"phi {phi!r}: must be 'linear' or 'mean'")
-        d = head_dim or hidden_size // q_heads
-        self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, d
-        self.sizes = dict(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
-                          local_blocks=local_blocks, window=window, scale=scale, recompute=recompute)  # fmt: skip
+        if head_dim is None and (q_heads < 1 or hidden_size % q_heads):
+            raise ValueError(f"hidden_size {hidden_size}: must be a multiple of q_heads {q_heads}, or head_dim be given")
+        d = hidden_size // q_heads if head_dim is None else head_dim
+        checks.head_counts(q_heads, kv_heads, d)
+        sizes = dict(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
+                     local_blocks=local_blocks, window=window)  # fmt: skip
+        checks.integers(**sizes)
+        checks.config(**sizes)
+        self.hidden_size, self.q_heads, self.kv_heads, self.head_dim = hidden_size, q_heads, kv_heads, d
+        self.sizes, self.rope_theta = dict(sizes, scale=scale, recompute=recompute), rope_theta
         kind = dict(device=device, dtype=dtype)
         self.qkv = nn.Linear(hidden_size, (q_heads + 2 * kv_heads) * d, bias=False, **kind)
         self.gate = nn.Linear(hidden_size, 3 * q_heads, **kind)
@@ -56,6 +66,16 @@ class NativeSparseAttention(nn.Module):
         bits = None if rope_theta is None else rope_frequencies(d, rope_theta, device).view(torch.int64)
         self.register_buffer("inv_freq_bits", bits, persistent=False)
         self.reset_compression()
+
+    def _apply(self, *arguments, **kwargs):
+        """Is Module._apply, which all moves of a module call. A buffer that leaves the meta device is empty, and this one is
+        in no checkpoint."""
+        was_meta = self.inv_freq_bits is not None and self.inv_freq_bits.is_meta
+        super()._apply(*arguments, **kwargs)
+        if was_meta and not self.inv_freq_bits.is_meta:
+            device = self.inv_freq_bits.device
+            self.inv_freq_bits = rope_frequencies(self.head_dim, self.rope_theta, device).view(torch.int64)
+        return self
 
     @torch.no_grad()
     def reset_compression(self):
@@ -77,7 +97,8 @@ class NativeSparseAttention(nn.Module):
             x: [N, C], packed sequences, or [batch, n, C], sequences of n tokens.
             cu_seqlens: int [num_seqs + 1] of packed sequences; None: one sequence. Must be None for [batch, n, C].
             segments: `whole_sequences(cu_seqlens)`, made once for many layers, or None.
-            check: check the values of cu_seqlens; waits for the GPU. None: FSA_CHECK=1.
+            check: check the values of cu_seqlens; waits for the GPU. None: if FSA_CHECK=1 is in the
+                environment.
 
         Returns:
             y of x's shape.
@@ -86,6 +107,9 @@ class NativeSparseAttention(nn.Module):
             ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
         """
         shape = x.shape
+        if x.dim() not in (2, 3) or shape[-1] != self.hidden_size:
+            channels = self.hidden_size
+            raise ValueError(f"x of shape {tuple(shape)}: must be [N, {channels}] or [batch, n, {channels}]")
         if x.dim() == 3:
             if cu_seqlens is not None:
                 raise ValueError(f"cu_seqlens of a tensor: must be None for x of shape {tuple(shape)}")

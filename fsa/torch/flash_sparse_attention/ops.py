@@ -131,6 +131,7 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
       recompute):  # fmt: skip
     inputs = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
     checks.nsa(*inputs, sizes, scale, recompute)
+    checks.batch_values(q, k.shape[0], cu_seqlens, segments)
     o, block_indices = reference.native_sparse_attention(*inputs, *sizes, _scale(scale, q))
     saved = q.new_zeros(saved_bytes(q, k, sizes[1], sizes[3], recompute), dtype=torch.uint8)
     saved[: q.numel() * q.dtype.itemsize].view(q.dtype).view(q.shape).copy_(q)
@@ -164,6 +165,7 @@ def _(*arguments):
 def _selected_forward(*arguments):
     checks.selected(*arguments)
     *inputs, sizes, scale = arguments
+    checks.batch_values(inputs[0], inputs[1].shape[0], *inputs[4:6])
     o, lse = reference.selected_attention(*inputs, sizes[0], _scale(scale, inputs[0]))
     return o.contiguous(), lse
 
@@ -190,6 +192,7 @@ def _(*arguments):
 def _select_blocks(*arguments):
     checks.select_blocks(*arguments)
     *inputs, sizes, scale = arguments
+    checks.batch_values(inputs[0], inputs[5], *inputs[3:5])
     return reference.select_blocks(*inputs, *sizes, _scale(scale, inputs[0]))
 
 
@@ -203,6 +206,7 @@ def _(*arguments):
 def _attention_forward(*arguments):
     checks.attention(*arguments)
     *inputs, sizes, scale = arguments
+    checks.batch_values(inputs[0], inputs[7], *inputs[3:5])
     o, lse = reference.attention(*inputs, *sizes, _scale(scale, inputs[0]))
     return o.contiguous(), lse
 
