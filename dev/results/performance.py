@@ -349,8 +349,8 @@ def table_step(times):
     ]
     rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in LENGTHS]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
-    dates = " and ".join(sorted({row["date"] for row in times.peers}))
-    return captioned(f"{times.caption('step')}." + (f" PyTorch: another {times.gpu}, {dates}." if dates else ""), table)
+    runs = " and ".join(sorted({f"commit {row['commit']}, {row['date']}" for row in times.peers}))
+    return captioned(f"{times.caption('step')}." + (f" PyTorch: another {times.gpu}, {runs}." if runs else ""), table)
 
 
 # Parts of a step: key in `split`, heading. Rows from before 2026-11-28 name the matmuls products.
@@ -419,8 +419,9 @@ def table_fp8_sentence(times):
     pairs = {n: [median_of(rows, "ms") for rows in pair] for (mode, n), pair in fp8_pairs(times).items() if mode == "nsa"}
     if not pairs:
         return None
-    ratios = ", ".join(f"{b / a:.2f} at {tokens(n)}" for n, (a, b) in sorted(pairs.items()))
-    return f"With `-matmul fp8` a step of this shape takes {ratios} of its time ({times.caption('fp8').replace('One ', 'one ')})."
+    ratios = [f"{b / a:.2f} {{}}at {tokens(n)}" for n, (a, b) in sorted(pairs.items())]
+    ratios = ", ".join([ratios[0].format("of its time "), *(ratio.format("") for ratio in ratios[1:])])
+    return f"With `-matmul fp8` a step of this shape takes {ratios} ({times.caption('fp8').replace('One ', 'one ')})."
 
 
 def scaling_runs(times):
