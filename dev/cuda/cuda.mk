@@ -38,5 +38,5 @@ $(BUILD)/%_fp16.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP16
 $(BUILD)/%_fp32.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP32
 
 # ---- other people's kernels beside ours --------------------------------------------------------------------------------
-peers: $(LIBFSA).so
-	@LIBFSA=$(abspath $<) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)
+peers: $(if $(GPU),$(LIBFSA).so) # without a GPU run.py says so, and no build is needed
+	@LIBFSA=$(abspath $(LIBFSA).so) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)
