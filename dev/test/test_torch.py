@@ -328,6 +328,18 @@ def test_ranks():
     check_ranks("cpu", 2)
 
 
+def test_docstring_example():
+    """The example of select_blocks selects the blocks that native_sparse_attention selects."""
+    lines = inspect.getdoc(fsa.select_blocks).split("with mean compression:\n")[1]
+    q, k, v = torch.randn(400, 4, 8), torch.randn(400, 2, 8), torch.randn(400, 2, 8)
+    scope = {**vars(fsa), "q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, 150, 400])}
+    exec("\n".join(line.strip() for line in lines.splitlines()), scope)
+    _, want = fsa.native_sparse_attention(
+        q, k, v, torch.zeros(400, 3), cu_seqlens=scope["cu_seqlens"], return_block_indices=True
+    )
+    check(torch.equal(scope["block_indices"], want), "the example of select_blocks: block indices")
+
+
 def test_fsa_signature():
     q, k, v, *_ = x = inputs(torch.float64)
     _, indices = nsa(*x, return_block_indices=True)
@@ -491,6 +503,12 @@ def test_bad_input():
     )
     expect(ValueError, "inv_freq of a tensor: must be None for rule='compressed'", attention, q, k[:10], v[:10],
            inv_freq=fsa.rope_frequencies(8), **short)  # fmt: skip
+
+    expect(TypeError, "cu_seqlens list: must be a tensor", fsa.whole_sequences, [0, 40])
+    expect(ValueError, "cu_seqlens of shape (1, 5): must be [num_seqs + 1]", fsa.whole_sequences, torch.zeros(1, 5).int())
+    expect(TypeError, "cu_seqlens of type torch.float32", fsa.whole_sequences, torch.zeros(5))
+    expect(ValueError, "head_dim 7: must be even and at least 2", fsa.rope_frequencies, 7)
+    expect(ValueError, "theta 0: must be positive", fsa.rope_frequencies, 8, 0)
 
     # Values: those of the batch are always checked on the CPU, others on demand.
     wrong = torch.tensor([0, 30, 20, 40])
@@ -688,8 +706,8 @@ def test_example():
 if __name__ == "__main__":
     run(*[partial(test_golden, name) for name in ("gqa1", "gqa3", "gqa4", "slice", "edges")])
     run(test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient,
-        test_operators, test_fsa_signature, test_module, test_bad_input, test_strides, test_structs, test_library,
-        test_ranks, test_calls, test_host_time, test_example)  # fmt: skip
+        test_operators, test_docstring_example, test_fsa_signature, test_module, test_bad_input, test_strides,
+        test_structs, test_library, test_ranks, test_calls, test_host_time, test_example)  # fmt: skip
     if torch.cuda.is_available():
         import test_torch_gpu
 

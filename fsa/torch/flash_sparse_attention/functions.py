@@ -144,7 +144,11 @@ def whole_sequences(cu_seqlens):
 
     Returns:
         int64 [num_seqs, 3].
+
+    Raises:
+        ValueError, TypeError: cu_seqlens is no int tensor of one axis, or empty.
     """
+    checks.batch(cu_seqlens, cu_seqlens, None)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     return torch.stack(
         [torch.arange(lengths.shape[0], device=lengths.device), torch.zeros_like(lengths), lengths], 1
@@ -317,7 +321,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
     Args:
         q: [Nq, Hq, d], after RoPE.
         kc: [M, Hkv, d], compressed keys after RoPE, by sequence, with at least num_keys // cmp_stride rows. Rows after
-            the last window are not used. `reference.compress` computes them.
+            the last window are not used. `reference.compress` computes them; see the example.
         lse_c: [Nq, Hq] float32 (float64 for float64 inputs), of `attention` with rule="compressed", return_lse=True.
         num_keys: tokens of the batch. None: the rows of q.
         Others: as of `native_sparse_attention`.
@@ -327,6 +331,12 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
 
     Raises:
         ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
+
+    Example, without RoPE and with mean compression:
+        layout = reference.BatchLayout(cu_seqlens, whole_sequences(cu_seqlens), len(q), len(k), cmp_len=32, cmp_stride=16)
+        kc, vc = reference.compress(layout, k, v, cmp_len=32)
+        o_c, lse_c = attention(q, kc, vc, cu_seqlens, rule="compressed", return_lse=True)
+        block_indices = select_blocks(q, kc, lse_c, cu_seqlens)
     """
     _require_tensors(("q", "kc", "lse_c"), q, kc, lse_c)
     q, kc = _cast(q, kc)

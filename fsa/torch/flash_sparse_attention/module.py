@@ -8,7 +8,20 @@ from .functions import native_sparse_attention
 
 
 def rope_frequencies(head_dim, theta=10000.0, device=None):
-    """Returns the RoPE frequencies theta^(-2i/d), float64 [d/2], in radians per token."""
+    """Returns the RoPE frequencies theta^(-2i/d), float64 [d/2], in radians per token.
+
+    Args:
+        head_dim: d, channels of a head.
+        theta: base.
+        device: of the result.
+
+    Raises:
+        ValueError: head_dim is not even and at least 2, or theta is not positive.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim {head_dim}: must be even and at least 2")
+    if not theta > 0:
+        raise ValueError(f"theta {theta}: must be positive")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     return theta**-exponent
 
