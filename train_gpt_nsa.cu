@@ -42,7 +42,7 @@
 #include "llmc/param_layout.h"  // ParamLayout, LayerParams
 #include "llmc/qkv_matmul.cuh"  // QkvLayout, QkvPart, qkv_part_forward, qkv_part_backward
 #include "llmc/params.cuh"      // Params, params_begin_gradients, params_end_gradients
-#include "llmc/optimizer.cuh" // Optimizer, optimizer_begin, optimizer_update_beside, optimizer_use_unit, ...
+#include "llmc/optimizer.cuh"   // Optimizer, optimizer_begin, optimizer_update_beside, optimizer_finish
 #include "llmc/head_groups.cuh" // HeadGroups, all_gather_kv, reduce_scatter_dkv
 // The program.
 #include "llmc/checkpoint.cuh"     // set_unit_params, load_params, save_checkpoint
@@ -265,11 +265,11 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     Scratch *s = &model->scratch;
     Arena *arena = &model->arenas[SCRATCH];
     const int64_t n = model->max_tokens, d = f->head_dim, Vp = c->padded_vocab;
-    // The logits lie in dqkv, which no one uses meanwhile, if there is room. Reading and writing the LM
-    // head's gradient takes at most 6% of the time of a chunk's matmuls with 4,096 rows, 3% with 8,192.
-    const int64_t room = model->training ? n * model->acts.layers[0].layout.stride : 0;
-    s->lm_head_rows = std::min<int64_t>(n, 8192 * Vp <= room ? 8192 : 4096);
-    if (s->lm_head_rows * Vp > room) arena_alloc(arena, &s->logits, s->lm_head_rows * Vp);
+    // The logits lie in dqkv if they fit: layers use it only in their backward pass. Reading and writing the
+    // LM head's gradient takes at most 6% of the time of a chunk's matmuls with 4,096 rows, 3% with 8,192.
+    const int64_t dqkv_size = model->training ? n * model->acts.layers[0].layout.stride : 0;
+    s->lm_head_rows = std::min<int64_t>(n, 8192 * Vp <= dqkv_size ? 8192 : 4096);
+    if (s->lm_head_rows * Vp > dqkv_size) arena_alloc(arena, &s->logits, s->lm_head_rows * Vp);
     arena_alloc(arena, &s->proj_out, n * std::max(c->channels, c->qk_norm ? f->q_heads * (int)d : 0));
     if (attn_needs_convert) {
         int64_t window_rows = (int64_t)f->kv_heads / model->groups.count * f->cmp_len;
@@ -282,7 +282,7 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     arena_alloc(arena, &s->result, 1);
     arena_alloc(arena, &s->gates.sums, c->layers * GATE_BRANCHES);
     if (model->training) gradients_memory_layout(model);
-    if (s->lm_head_rows * Vp <= room) s->logits = s->dqkv;
+    if (s->lm_head_rows * Vp <= dqkv_size) s->logits = s->dqkv;
 }
 
 // Assigns memory in the arenas to all device arrays. The first call, with empty arenas, only counts bytes.
@@ -1000,9 +1000,9 @@ static void train(Run *r, Model *model, double peak) {
     int stop = 0;
     for (int first_iteration = 1;; first_iteration = 0) {
         Cadence due = run_due(r, first_iteration);
+        if (due.validate || due.sample) // all processes finish the step, but not all of them run the model
+            optimizer_finish(&model->optimizer, &model->params, model->stream);
         if (due.validate) run_validate(r, evaluate, model);
-        if (due.sample)
-            optimizer_finish(&model->optimizer, &model->params, model->stream); // on all processes
         if (due.sample && r->comm.rank == 0) run_sample(r, next_logits, model);
         stop = run_should_stop(r);
         if (due.save || (stop && o->output))

@@ -138,6 +138,11 @@ for n in 1 2 cp; do
     check '[ -s gates$n ] && same_numbers gates1 gates$n 1e-3' "mean gates, $n processes: $(cat gates1 gates$n 0.err)"
     check '[ "$(wc -l <answers$n)" -eq 2 ] && cmp -s answers1 answers$n' "-mc, -needle, $n processes: $codes $(cat answers$n 0.err)"
 done
+# between two steps, one batch for two processes: the one without a batch takes part in gathering the weights, too
+FLAGS=${FLAGS% -j *} start 2 -b 8 -z 1 -v 1 -x 2 -mc mc.bin
+(sleep 100 && kill -KILL "${pids[@]}") 2>/dev/null & watch=$!
+finish && kill $watch
+check '[ "$codes" = "0 0 " ] && [ "$(grep -c "^mc: " 0.out)" -eq 3 ]' "-mc with fewer batches than processes: $codes $(cat 0.out 0.err)"
 
 # ---- checkpoints do not depend on the number of processes
 for n in 1 2; do
