@@ -86,10 +86,11 @@ static __global__ void __launch_bounds__(256) adamw_kernel(AdamwArgs a) {
 //   tile k + 1    load          |   compute in place   store
 //   ...            the loads of STAGES - 1 tiles are in flight
 //
-// An SM moves 64 bytes a cycle each way, so at most 1/16 tile's parameter a byte: at 1.7 GHz 16 SMs update
-// 109 G parameters a second at most, three quarters of what all SMs can at 4.5 TB/s.
+// An SM loads at most 64 bytes a cycle, and 16 bytes for each parameter: at 1.7 GHz 16 SMs update at most
+// 109 G parameters a second, three quarters of what all SMs can at 4.5 TB/s.
 enum { ADAMW_TILE = 2048, ADAMW_STAGES = 5, ADAMW_BULK_THREADS = 512 };
-constexpr int ADAMW_STAGE_BYTES = ADAMW_TILE * (16 + (int)sizeof(floatX));
+constexpr int ADAMW_STAGE_BYTES = ADAMW_TILE * (16 + (int)sizeof(floatX)),
+              ADAMW_SHARED_BYTES = ADAMW_STAGES * ADAMW_STAGE_BYTES;
 
 // Starts the loads of tile t of the parameters to stage `stage`.
 __device__ __forceinline__ void adamw_load(const AdamwArgs &a, int64_t t, char *stage, uint32_t full) {
@@ -152,12 +153,23 @@ static __global__ void __launch_bounds__(ADAMW_BULK_THREADS, 1) adamw_bulk_kerne
     if (threadIdx.x == 0) bulk_wait();
 }
 
+// Returns whether the current GPU can run adamw_bulk_kernel. It cannot if a thread block has too little
+// shared memory, or if the driver has compiled the kernel from PTX of an architecture without bulk copies.
+static inline bool adamw_fits_few_sms() {
+    int device, shared_bytes;
+    cudaFuncAttributes kernel;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    cuda_check(cudaFuncGetAttributes(&kernel, (const void *)adamw_bulk_kernel));
+    return kernel.ptxVersion >= 90 && (int)kernel.sharedSizeBytes + ADAMW_SHARED_BYTES <= shared_bytes;
+}
+
 // AdamW step number `step` (1-based) on `count` parameters. Updates the moments m and v and the fp32 master
 // weights, all [count], and sets params [count] to the rounded master weights. norm [NORM_FIELDS], on the
 // device, is the output of global_norm: gradients are multiplied by NORM_GRAD_SCALE. If NORM_FINITE is 0,
 // nothing changes. ranges [num_ranges], on the device, say where weight decay changes: they ascend, and the
 // first begins at 0. count is a multiple of 8, all begins are of 4; all pointers are aligned to 16 bytes.
-// sms: the number of SMs that it takes, on compute capability 9.0 and later; 0: all, as below 9.0.
+// sms: the number of SMs that it takes, only if adamw_fits_few_sms(); 0: all.
 static inline void adamw(floatX *params, float *master, float *m, float *v, const float *grads, int64_t count,
                          const AdamwRange *ranges, int num_ranges, double lr, double beta1, double beta2,
                          double eps, double weight_decay, int64_t step, const float *norm, int sms,
@@ -171,10 +183,9 @@ static inline void adamw(floatX *params, float *master, float *m, float *v, cons
     a.beta1 = (float)beta1, a.beta2 = (float)beta2, a.eps = (float)eps;
     a.inv_sqrt_bias_correction2 = (float)(1 / sqrt(1 - pow(beta2, (double)step))), a.norm = norm;
     if (sms > 0) {
-        const int bytes = ADAMW_STAGES * ADAMW_STAGE_BYTES;
-        cuda_check(
-            cudaFuncSetAttribute(adamw_bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        adamw_bulk_kernel<<<sms, ADAMW_BULK_THREADS, bytes, stream>>>(a);
+        cuda_check(cudaFuncSetAttribute(adamw_bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        ADAMW_SHARED_BYTES));
+        adamw_bulk_kernel<<<sms, ADAMW_BULK_THREADS, ADAMW_SHARED_BYTES, stream>>>(a);
     } else {
         adamw_kernel<<<(unsigned)((count + 1023) / 1024), 256, 0, stream>>>(a);
     }

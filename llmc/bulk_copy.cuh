@@ -1,6 +1,7 @@
 // bulk_copy.cuh: the inline PTX of bulk copies between global and shared memory, one function per
-// instruction. Compute capability 9.0 and later; below, the functions are empty, and no kernel that calls
-// them is launched. dev/emulator has the same functions on the CPU.
+// instruction. In code for compute capabilities below 9.0 the functions are empty, and no kernel that calls
+// them is launched: the caller checks cudaFuncAttributes.ptxVersion, since the driver can compile PTX of
+// older architectures for later GPUs. dev/emulator has the same functions on the CPU.
 #ifndef LLMC_BULK_COPY_CUH
 #define LLMC_BULK_COPY_CUH
 #include <stdint.h>

@@ -33,11 +33,10 @@ static void optimizer_build(Optimizer *a, const ParamLayout *layout, const ZeroP
     a->ranges_host = (AdamwRange *)xcalloc(layout->num_tensors, sizeof *a->ranges_host);
     cuda_check(cudaStreamCreateWithFlags(&a->stream, cudaStreamNonBlocking));
     cuda_check(cudaEventCreateWithFlags(&a->event, cudaEventDisableTiming));
-    int device, major;
+    int device;
     cuda_check(cudaGetDevice(&device));
-    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     cuda_check(cudaDeviceGetAttribute(&a->gpu_sms, cudaDevAttrMultiProcessorCount, device));
-    if (major < 9) a->gpu_sms = 0;
+    if (!adamw_fits_few_sms()) a->gpu_sms = 0;
     int64_t ranges = 0;
     for (int64_t u = 0; u < z->num_units; u++) {
         int64_t begin, end;

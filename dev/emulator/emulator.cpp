@@ -783,6 +783,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *p, const void *) {
     if (cudaError_t e = emu::count_call()) return e;
     memset(p, 0, sizeof *p);
+    p->ptxVersion = 90;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
