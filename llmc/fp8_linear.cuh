@@ -60,7 +60,7 @@ static inline Fp8Weight fp8_weight_rows(const Fp8Weight *w, int64_t first, int64
     return part;
 }
 
-// A mode's scaling, or the one that replaces it on this GPU.
+// Returns the mode; on a GPU without scales for rows, with one scale for the matrix.
 static inline Fp8Mode fp8_mode(const Matmul *mm, Fp8Mode mode) {
     if (!mm->row_scales) mode.scaling = FP8_SCALE_TENSOR;
     return mode;
@@ -130,8 +130,11 @@ static inline int fp8_check(const char *matmul, const ModelConfig *c, const cuda
         if (widths[i] % FP8_ALIGN != 0)
             die("-matmul fp8: %s %d: must be a multiple of %d; try %s %d", flags[i], widths[i],
                 (int)FP8_ALIGN, flags[i], (widths[i] + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN);
-    if (c->hidden > SWIGLU_MAX_FP8)
-        die("-matmul fp8: -hidden %d: must be at most %d; use -matmul bf16", c->hidden, (int)SWIGLU_MAX_FP8);
+    const int64_t max_hidden = // of the rows of wdown, and of SwiGLU
+        std::min<int64_t>(FP8_MAX_ROW, swiglu_fp8_max_h((int64_t)gpu->sharedMemPerBlockOptin));
+    if (c->hidden > max_hidden)
+        die("-matmul fp8: -hidden %d: must be at most %lld on %s; use -matmul bf16", c->hidden,
+            (long long)max_hidden, gpu->name);
     if (q % FP8_ALIGN != 0 || kv % FP8_ALIGN != 0)
         die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: all query heads, and all key and value heads, "
             "must have a multiple of %d channels; try -head-dim %d",
@@ -139,8 +142,7 @@ static inline int fp8_check(const char *matmul, const ModelConfig *c, const cuda
             (c->fsa.head_dim + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN);
     if (q + kv > FP8_MAX_ROW)
         die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: q, k and v have %lld channels: must be at "
-            "most "
-            "%d; use -matmul bf16",
+            "most %d; use -matmul bf16",
             c->fsa.q_heads, c->fsa.kv_heads, c->fsa.head_dim, (long long)(q + kv), (int)FP8_MAX_ROW);
     return 1;
 }

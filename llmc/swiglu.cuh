@@ -53,7 +53,12 @@ static __global__ void __launch_bounds__(256)
 // ---- e4m3: a scale for each row, of values that are rounded to floatX first -------------------------------
 // A thread block processes a row. It holds the result in shared memory until the row's scale is known. A
 // thread reads back only what it wrote.
-enum { SWIGLU_MAX_FP8 = (227 << 10) / (2 * sizeof(floatX)) }; // the largest h of the backward pass
+// Returns the largest h whose backward pass needs at most `bytes` of shared memory a thread block: a row of
+// 2*h elements, and block_reduce_max's 32 words.
+static inline int64_t swiglu_fp8_max_h(int64_t bytes) {
+    const int64_t h = (bytes - 32 * (int64_t)sizeof(uint32_t)) / (2 * (int64_t)sizeof(floatX));
+    return h / FP8_ALIGN * FP8_ALIGN;
+}
 
 // q [n, h] = silu(gate) * up, and out [n, h] unless it is NULL. Memory-bound. It reads 4*h bytes and writes h
 // per token in 16 bits: 64K tokens of h = 14336 move 4.7 GB, which takes 1.04 ms at 4.5 TB/s.
@@ -117,9 +122,7 @@ static __global__ void __launch_bounds__(512)
 
 // Returns the threads of a thread block of the kernels above: at most 512, with equal shares of the packs.
 static inline unsigned swiglu_fp8_threads(int64_t h) {
-    if (h % FP8_ALIGN != 0 || h > SWIGLU_MAX_FP8)
-        die("swiglu: rows of %lld elements in 8 bits: must be a multiple of %d, at most %d", (long long)h,
-            (int)FP8_ALIGN, (int)SWIGLU_MAX_FP8);
+    check_fp8_row("swiglu", h);
     const int64_t packs = h / PACK, shares = (packs + 511) / 512;
     return (unsigned)(((packs + shares - 1) / shares + 31) / 32 * 32);
 }

@@ -298,6 +298,7 @@ static void check_not_finite(Random *r, float value) {
 static void check_refused(const ModelConfig *c, int major, int minor, const char *message) {
     cudaDeviceProp gpu = {};
     gpu.major = major, gpu.minor = minor, strcpy(gpu.name, "GPU");
+    gpu.sharedMemPerBlockOptin = major == 9 ? 227 << 10 : 99 << 10;
     int fds[2], status = 0;
     char text[512] = "";
     if (pipe(fds) != 0) exit(1);
@@ -331,8 +332,11 @@ static void check_models() {
     check_refused(&c, 9, 0, "-channels 4104: must be a multiple of 16; try -channels 4112");
     c.channels = 4096, c.hidden = 14344;
     check_refused(&c, 9, 0, "-hidden 14344: must be a multiple of 16; try -hidden 14352");
+    c.hidden = 32768;
+    check_refused(&c, 9, 0, NULL);
+    check_refused(&c, 8, 9, "-hidden 32768: must be at most 25312 on GPU");
     c.hidden = 65536;
-    check_refused(&c, 9, 0, "-hidden 65536: must be at most 58112");
+    check_refused(&c, 9, 0, "-hidden 65536: must be at most 32768 on GPU");
     c.hidden = 14336, c.fsa.q_heads = 3, c.fsa.kv_heads = 3, c.fsa.head_dim = 24;
     check_refused(&c, 9, 0, "try -head-dim 32");
     c.fsa.q_heads = 4, c.fsa.kv_heads = 1, c.fsa.head_dim = 20; // 80 and 40 channels
