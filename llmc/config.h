@@ -17,7 +17,7 @@ typedef struct {
     int32_t channels;     // C
     int32_t hidden;       // hidden width of the SwiGLU
     int32_t attn;         // an AttnMode, of all layers but those of full_every
-    int32_t full_every;   // every full_every-th layer has full attention; 0: none (layer_attention)
+    int32_t full_every;   // N: every N-th layer has full attention; 0: none (layer_attention)
     int32_t tied;         // 1: the LM head shares the weights of wte
     int32_t qkv_bias;     // 1: bias on q, k and v (Qwen2.5)
     int32_t qk_norm;      // 1: RMSNorm on each q and k head (Qwen3)
@@ -28,7 +28,7 @@ typedef struct {
     FsaConfig fsa;             // heads, head size and the parameters of the sparse attention
 } ModelConfig;
 
-// Returns the attention mode of layer l. With full_every, the last layer of each group of so many has full
+// Returns the attention mode of layer l. With full_every = N > 0, layers N - 1, 2N - 1, ... have full
 // attention.
 static inline AttnMode layer_attention(const ModelConfig *c, int l) {
     return c->full_every > 0 && (l + 1) % c->full_every == 0 ? ATTN_FULL : (AttnMode)c->attn;
@@ -106,8 +106,7 @@ static inline const ModelField *model_fields(int *count) {
         {"scale", FIELD_FLOAT, OFFSET(fsa.scale), 0, 1e6, NULL,
          "softmax scale, the factor of q.k; 0: 1/sqrt(head-dim)"},
         {"full-every", FIELD_INT32, OFFSET(full_every), 0, 10000, NULL,
-         "with -attn nsa or window, full attention in every so many-th layer, the last of each group; 0: in "
-         "none"},
+         "N: every N-th layer has full attention, the others -attn nsa or window; 0: none"},
     };
 #undef OFFSET
     *count = (int)(sizeof fields / sizeof fields[0]);

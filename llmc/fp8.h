@@ -26,7 +26,7 @@
 
 enum {
     FP8_BLOCK = 128, // elements that share a scale with FP8_SCALE_BLOCK
-    FP8_ALIGN = 16,  // rows of an e4m3 matrix have a multiple of so many elements (cuBLASLt)
+    FP8_ALIGN = 16,  // the elements of an e4m3 row are a multiple of it (cuBLASLt)
     FP8_NAN = 0x7f
 };
 

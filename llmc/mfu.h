@@ -73,7 +73,7 @@ static inline void attention_flops(const FsaConfig *f, AttnMode attn, int64_t n,
     *forward += 2 * d * Hq * compressed; // block scores
 }
 
-// What layers do that depends on their attention mode, added up over all layers.
+// The work that depends on the layers' attention modes, summed over all layers.
 typedef struct {
     double gates;             // gate logits of a token
     double forward, backward; // FLOPs of the attention, on one sequence

@@ -97,6 +97,7 @@ static void batch_to_sequence_order(const Batch *b, void *rows) {
     const std::vector<int32_t> rank_ordered((int32_t *)rows, (int32_t *)rows + b->num_keys);
     cp_scatter_rows(b->num_keys, b->num_chunks, b->chunk_perm, rows, rank_ordered.data(), sizeof(int32_t));
 }
+
 // The memory of batches.
 typedef struct {
     size_t bytes;  // of the arrays of the largest Batch

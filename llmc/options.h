@@ -138,8 +138,7 @@ static inline const OptionFlag *option_flags(int *count) {
         // in the GPU trainer alone; option_is_gpu lists them, too
         {"matmul", NULL, OPTION_TEXT, OFFSET(matmul), 0, 0,
          "number format of the layers' matmuls: bf16 (that of the build), or fp8 on GPUs of compute "
-         "capability 8.9 and "
-         "higher"},
+         "capability 8.9 and higher"},
         {"r", "recompute", OPTION_INT, OFFSET(recompute), 0, 2,
          "activations recomputed in the backward pass to save memory: 0 none, 1 RMSNorm and SwiGLU, 2 whole "
          "layers"},

@@ -16,8 +16,8 @@ typedef struct {
     LayerParams *layers;       // [layers]
 } ParamLayout;
 
-// Returns whether the gradient of tensor t is written by one matmul, which needs no zeros: the linear layers'
-// weights and the LM head. The gradients of the others are only added to.
+// Returns whether matmuls are the first to write the gradient of tensor t, each element once: the linear
+// layers' weights and the LM head. They can overwrite it. The other gradients are only added to, from zeros.
 static inline int param_is_linear(const ParamLayout *p, const ParamTensor *t) {
     return param_is(t, "wqkv") || param_is(t, "wgate") || param_is(t, "wo") || param_is(t, "wgu") ||
            param_is(t, "wdown") || t->offset == p->lm_head;

@@ -14,10 +14,9 @@ typedef struct {
     floatX *weights;                             // [num_params]
     float *grads;                                // [num_params]; with ZeRO stage 2 [zero.shard_size]
     float *unit_grad_buffers[UNIT_GRAD_BUFFERS]; // ZeRO stage 2: the gradients of one unit each
-    float **unit_grads; // [units], on the host: where the backward pass writes each unit's gradients
-    int *unit_buffer;   // [units], on the host: the unit's index in unit_grad_buffers
-    cudaEvent_t
-        *weights_ready; // [units] AdamW has updated the unit's weights, and they have come from their owners
+    float **unit_grads;         // [units], on the host: where the backward pass writes each unit's gradients
+    int *unit_buffer;           // [units], on the host: the unit's index in unit_grad_buffers
+    cudaEvent_t *weights_ready; // [units] the unit's weights are updated, and gathered from their owners
     cudaEvent_t unit_grad_buffer_free[UNIT_GRAD_BUFFERS]; // the buffer's gradients have gone to their owners
 } Params;
 

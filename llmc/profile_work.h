@@ -28,7 +28,7 @@ typedef struct {
     double amount; // FLOPs, or bytes with LIMIT_MEMORY; 0: not counted
 } PartWork;
 
-// What a pass does on one GPU.
+// A pass on one GPU, whose work profile_work counts.
 typedef struct {
     int step;                   // 1: a training step, 0: a forward pass
     int fp8, recompute;         // of the flags -matmul and -r

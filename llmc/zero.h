@@ -55,8 +55,7 @@ static inline void zero_partition_build(ZeroPartition *z, int stage, int rank, i
         int64_t begin, end, size = unit->end - unit->begin;
         if (unit->begin % ZERO_ALIGN || size % ZERO_ALIGN)
             die("ZeRO unit of parameters %lld to %lld: must begin and end at multiples of %d; choose "
-                "-channels "
-                "and -hidden as multiples of %d",
+                "-channels and -hidden as multiples of %d",
                 (long long)unit->begin, (long long)unit->end, ZERO_ALIGN, ZERO_ALIGN);
         unit->partition_size = size / ranks / ZERO_ALIGN * ZERO_ALIGN;
         zero_owned(z, u, rank, &begin, &end);

@@ -16,7 +16,7 @@ class NsaConfig(PretrainedConfig):
         nsa_window: size of the sliding window in tokens.
         nsa_gate_per_token: all heads of a token share the three gates.
         nsa_scale: softmax scale; 0: 1/sqrt(head_dim).
-        nsa_full_every: every so many-th layer, the last of each group, has full attention; 0: none.
+        nsa_full_every: N: every N-th layer has full attention, the last of each N; 0: none.
         rope_factor, rope_low_freq, rope_high_freq, rope_original_len: Llama 3.1's RoPE scaling; rope_factor
             0: no scaling.
     """
