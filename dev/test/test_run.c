@@ -449,7 +449,7 @@ static void test_flops(void) {
            32.0 * 8 * 12 * 32 * 128 * 128 * 5;
     CHECK(fabs(model_flops(&c, n) / want - 1) < 1e-12, "%g, expected %g", model_flops(&c, n), want);
     // -profile counts the same FLOPs, in four micro-batches of three sequences that two GPUs share
-    PassWork pass = {1, 0, 0, 3, n, 2, 4, 0, 0};
+    PassWork pass = {1, 0, 0, 3, n, 2, 4};
     PartWork work[PART_END];
     double sum = 0, forward = 0;
     profile_work(&c, &pass, work);
