@@ -51,6 +51,6 @@ for step in range(1001):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 100 == 0:
+    if step % 20 == 0:
         correct = (logits.argmax(-1) == answers).float().mean().item()
-        print(f"step {step}: loss {loss.item():.3f}, {correct:.0%} of the answers are right")
+        print(f"step {step}: loss {loss.item():.3f}, {correct:.0%} of the answers are right", flush=True)
