@@ -79,6 +79,27 @@ static constexpr int fp8_threads(int team) {
     return team > 32 ? team : 256;
 }
 
+// Quantizes row `row` of k elements: thread `lane` of a team holds packs lane, lane + TEAM, ... of `packs`. A
+// team without a row has packs = 0, and only joins the reduction.
+template <int TEAM, int PACKS>
+__device__ __forceinline__ void quantize_team_row(Fp8Matrix q, int64_t row, int64_t k, int packs,
+                                                  const uint4 (&bits)[PACKS], uint32_t *shared) {
+    const int lane = threadIdx.x % TEAM;
+    uint32_t amax = 0;
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        if (lane + i * TEAM >= packs) break;
+        amax = pack_amax(amax, bits[i]);
+    }
+    const Fp8Scale s = fp8_scale(team_reduce_max<TEAM>(amax_bits(amax), shared));
+    if (packs > 0 && lane == 0) q.scale[row] = s.scale;
+#pragma unroll
+    for (int i = 0; i < PACKS; i++) {
+        if (lane + i * TEAM >= packs) break;
+        store_fp8_pack(q.data + row * k + (lane + i * TEAM) * PACK, bits[i], s.inverse);
+    }
+}
+
 // Each team of threads quantizes one row: a warp, or a thread block of 128, 512 or 1,024. Memory-bound. A row
 // reads 2*k bytes and writes k: 64K tokens of k = 4096 move 0.81 GB, which takes 0.18 ms at 4.5 TB/s.
 template <int TEAM>
@@ -87,26 +108,14 @@ static __global__ void __launch_bounds__(fp8_threads(TEAM))
     __shared__ uint32_t shared[32];
     const int lane = threadIdx.x % TEAM;
     const int64_t row = blockIdx.x * (int64_t)(blockDim.x / TEAM) + threadIdx.x / TEAM;
-    const int packs = row < n ? (int)(k / PACK) : 0; // a team past the last row only joins the reduction
+    const int packs = row < n ? (int)(k / PACK) : 0;
     uint4 bits[FP8_PACKS];
-    uint32_t amax = 0;
 #pragma unroll
     for (int i = 0; i < FP8_PACKS; i++) { // all loads are in flight before the first is used
         if (lane + i * TEAM >= packs) break;
         bits[i] = load16(x + row * ldx + (lane + i * TEAM) * PACK);
     }
-#pragma unroll
-    for (int i = 0; i < FP8_PACKS; i++) {
-        if (lane + i * TEAM >= packs) break;
-        amax = pack_amax(amax, bits[i]);
-    }
-    const Fp8Scale s = fp8_scale(team_reduce_max<TEAM>(amax_bits(amax), shared));
-    if (packs > 0 && lane == 0) q.scale[row] = s.scale;
-#pragma unroll
-    for (int i = 0; i < FP8_PACKS; i++) {
-        if (lane + i * TEAM >= packs) break;
-        store_fp8_pack(q.data + row * k + (lane + i * TEAM) * PACK, bits[i], s.inverse);
-    }
+    quantize_team_row<TEAM>(q, row, k, packs, bits, shared);
 }
 
 // Exits with an error unless rows of k elements can be quantized.

@@ -1,7 +1,7 @@
 // linear.cuh: the matmuls of the layers' linear weights, in floatX or, with -matmul fp8, in e4m3
 // (fp8_matmul.cuh).
 //
-// With fp8 each weight has two e4m3 copies, made once a step: q for the forward pass, the transposed t for
+// With fp8 each weight has two e4m3 copies, made once a step: w for the forward pass, the transposed w_t for
 // the input gradient. The kernels that produce activations and gradients write them in e4m3, with a scale for
 // each row. The weight gradient sums over tokens, so its two operands are transposed first, with scales along
 // the tokens.

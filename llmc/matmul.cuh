@@ -31,7 +31,7 @@ typedef struct {
     int32_t trans_a, trans_b, fp32_out, bias;
     int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8_matmul.cuh)
     int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
-    int32_t sms, zero;                             // sms: as in Matmul; zero: 0
+    int64_t sms; // as in Matmul. The struct has no padding, since its bytes are compared.
 } MatmulShape;
 
 // The arrays of a matmul. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the
@@ -123,7 +123,8 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
             trans_b = s->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
-    if (s->sms) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &s->sms, sizeof s->sms);
+    const int32_t sms = (int32_t)s->sms;
+    if (sms) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &sms, sizeof sms);
     if (s->bias) {
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);

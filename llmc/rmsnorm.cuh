@@ -34,26 +34,6 @@ template <int TEAM> __device__ __forceinline__ float team_reduce_sum(float x, fl
     return lanes_reduce_sum<(TEAM < 32 ? TEAM : 32)>(x);
 }
 
-// Quantizes the row of a team, whose packs its threads hold.
-template <int TEAM>
-__device__ __forceinline__ void rmsnorm_quantize(Fp8Matrix q, int64_t row, int c, int packs,
-                                                 const uint4 (&bits)[RMSNORM_PACKS], uint32_t *shared) {
-    const int lane = threadIdx.x % TEAM;
-    uint32_t amax = 0;
-#pragma unroll
-    for (int i = 0; i < RMSNORM_PACKS; i++) {
-        if (lane + i * TEAM >= packs) break;
-        amax = pack_amax(amax, bits[i]);
-    }
-    const Fp8Scale s = fp8_scale(team_reduce_max<TEAM>(amax_bits(amax), shared));
-    if (packs > 0 && lane == 0) q.scale[row] = s.scale;
-#pragma unroll
-    for (int i = 0; i < RMSNORM_PACKS; i++) {
-        if (lane + i * TEAM >= packs) break;
-        store_fp8_pack(q.data + row * c + (lane + i * TEAM) * PACK, bits[i], s.inverse);
-    }
-}
-
 // Each team normalizes one row of x, or of sum = x + y if y is not NULL. Memory-bound. A row reads 2*c bytes
 // and writes 2*c bytes in 16 bits, with y twice as much. Lower bounds for 64K tokens of c = 4096 at 4.5 TB/s:
 //   without y  1.07 GB  0.24 ms
@@ -105,7 +85,7 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
         bits[i] = pack(v);
         if (!FP8 || out) store16(out + dst + column, bits[i]);
     }
-    if (FP8) rmsnorm_quantize<TEAM>(q, row, r.c, packs, bits, (uint32_t *)shared);
+    if (FP8) quantize_team_row<TEAM>(q, row, r.c, packs, bits, (uint32_t *)shared);
 }
 
 // With y = x * rstd: dx = rstd * (w*dout - y * mean(w*dout*y)), and dweight is the sum over rows of dout*y.
@@ -167,7 +147,7 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
             x_bits[i] = pack(v);
             store16(dx + dst + column, x_bits[i]);
         }
-        if (FP8) rmsnorm_quantize<TEAM>(q, row, r.c, packs, x_bits, (uint32_t *)shared);
+        if (FP8) quantize_team_row<TEAM>(q, row, r.c, packs, x_bits, (uint32_t *)shared);
     }
     float *team_partial = TEAM > 32 ? partial + (int64_t)blockIdx.x * r.c : shared + team * r.c;
 #pragma unroll

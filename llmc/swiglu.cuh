@@ -53,6 +53,7 @@ static __global__ void __launch_bounds__(256)
 // ---- e4m3: a scale for each row, of values that are rounded to floatX first -------------------------------
 // A thread block processes a row. It holds the result in shared memory until the row's scale is known. A
 // thread reads back only what it wrote.
+
 // Returns the largest h whose backward pass needs at most `bytes` of shared memory a thread block: a row of
 // 2*h elements, and block_reduce_max's 32 words.
 static inline int64_t swiglu_fp8_max_h(int64_t bytes) {
