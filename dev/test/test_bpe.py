@@ -31,25 +31,14 @@ import time
 import traceback
 import urllib.parse
 
+from checks import check, finish, skip
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 DATA = os.path.join(ROOT, "data")
 CPU = os.path.abspath(os.environ.get("CPU", os.path.join(ROOT, "train_gpt_nsa_cpu")))
 ENCODE = os.path.abspath(os.path.join(os.environ.get("BUILD", os.path.join(ROOT, "build")), "encode"))
 sys.path.insert(0, DATA)
 SEED = random.SystemRandom().randrange(10**6)
-passed = failed = skipped = 0
-lock = threading.Lock()
-
-
-def check(condition, message):
-    """Counts a check. A failed one prints the message."""
-    global passed, failed
-    with lock:
-        if condition:
-            passed += 1
-        else:
-            failed += 1
-            print(f"FAILED test_bpe.py: {message}", flush=True)
 
 
 def command(program, *args):
@@ -1611,7 +1600,6 @@ def bad_hub_tests(tmp, tokenizer):
 
 
 def main():
-    global skipped
     tmp = tempfile.mkdtemp(prefix="test_bpe.")
     try:
         test_get(tmp)
@@ -1622,9 +1610,8 @@ def main():
             if importlib.util.find_spec(name) is None
         ]
         if missing:
-            skipped = 1
-            print(
-                f"skipped: data/bpe and data/hub need the Python packages {', '.join(missing)}: "
+            skip(
+                f"data/bpe and data/hub need the Python packages {', '.join(missing)}: "
                 f"pip install -r requirements.txt"
             )
         else:
@@ -1658,8 +1645,7 @@ def main():
             check(read_folder(f"{tmp}/t") == shards, "a failed run changes the files of another run")
     finally:
         shutil.rmtree(tmp)
-    print(f"bpe: {passed} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    finish()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 
+from checks import check, finish
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 PROGRAM = os.path.join(ROOT, "dev/compare_sass.py")
-passed = failed = 0
 
 # A cubin here is a small ELF file, MARK, the text of cuobjdump -sass, MARK, the text of -res-usage. An object
 # is FATBIN and its cubins, each after CUBIN.
@@ -46,15 +47,6 @@ CODE = """\
         /*0070*/                   EXIT ;                                 /* 0x000000000000794d */
                                                                           /* 0x000fea0003800000 */
 """
-
-
-def check(condition: bool, what: str) -> None:
-    global passed, failed
-    if condition:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED test_compare_sass.py: {what}", flush=True)
 
 
 def kernel(
@@ -256,8 +248,7 @@ def main() -> None:
             test(folder, ["--cuobjdump", tool])
     finally:
         shutil.rmtree(tmp)
-    print(f"compare_sass: {passed} passed, {failed} failed, 0 skipped")
-    sys.exit(failed > 0)
+    finish()
 
 
 if __name__ == "__main__":

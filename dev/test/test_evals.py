@@ -15,30 +15,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
+
+from checks import check, finish, skip
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 CPU = os.path.abspath(os.environ.get("CPU", os.path.join(ROOT, "train_gpt_nsa_cpu")))
 sys.path.insert(0, os.path.join(ROOT, "data"))
-passed = failed = skipped = 0
-lock = threading.Lock()
 errors = []  # the cases of expect_error, which run at the same time
 file_numbers = itertools.count()
-
-
-def check(condition, message):
-    """Counts a check. A failed one prints the message."""
-    global passed, failed
-    with lock:
-        passed, failed = passed + bool(condition), failed + (not condition)
-        if not condition:
-            print(f"FAILED test_evals.py: {message}", flush=True)
-
-
-def skip(reason):
-    global skipped
-    skipped += 1
-    print(f"skipped: {reason}")
 
 
 def run(program, *args, cwd=ROOT):
@@ -395,8 +379,7 @@ def main():
                 test_lm_eval(tmp, texts)
         finally:
             shutil.rmtree(tmp)
-    print(f"evals: {passed} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    finish()
 
 
 if __name__ == "__main__":

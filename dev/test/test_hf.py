@@ -18,8 +18,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
+
+from checks import check, finish, skip
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 BUILD = os.path.abspath(os.environ.get("BUILD", os.path.join(ROOT, "build")))
@@ -29,19 +30,6 @@ sys.path[:0] = [os.path.join(ROOT, d) for d in ("scripts/hf", "data")]
 TOLERANCE = 1e-4  # relative Frobenius error of logits
 VOCAB, TOKENS = 70, 90
 GOLDEN_POSITIONS = range(9, TOKENS, 20)
-passed = failed = 0
-lock = threading.Lock()
-
-
-def check(condition, message):
-    """Counts a check. A failed one prints the message."""
-    global passed, failed
-    with lock:
-        passed, failed = passed + bool(condition), failed + (not condition)
-        if not condition:
-            print(f"FAILED test_hf.py: {message}", flush=True)
-    if not condition and os.environ.get("FIRST_FAILURE"):
-        sys.exit(1)
 
 
 # ----------------------------------------------------------------------------
@@ -1093,7 +1081,7 @@ def test_transformers():
 
 
 def main():
-    global TMP, failed, families
+    global TMP, families
     tests = {name: test for name, test in globals().items() if name.startswith("test_") and name != "test_tokens"}
     unknown = set(sys.argv[1:]) - {name.removeprefix("test_") for name in tests} - FAMILIES.keys()
     if unknown:
@@ -1104,19 +1092,16 @@ def main():
     tests = chosen or list(tests.values())
     needed = ("numpy", "ml_dtypes", "tokenizers", "tiktoken", "gguf")
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    skipped = 0
     if missing:
-        print(f"skipped: scripts/from_hf.py and to_hf.py need the Python packages {', '.join(missing)}: "
-              f"python3 -m pip install -r requirements.txt")  # fmt: skip
-        print("hf: 0 passed, 0 failed, 1 skipped")
-        return 0
+        skip(f"scripts/from_hf.py and to_hf.py need the Python packages {', '.join(missing)}: "
+             f"python3 -m pip install -r requirements.txt")  # fmt: skip
+        finish()
     if test_transformers in tests and any(
         importlib.util.find_spec(package) is None for package in ("torch", "transformers")
     ):
         tests.remove(test_transformers)
-        skipped = 1
-        print(
-            "skipped: a comparison with transformers itself needs torch and transformers: "
+        skip(
+            "a comparison with transformers itself needs torch and transformers: "
             "python3 -m pip install -r dev/test/requirements.txt"
         )
     with tempfile.TemporaryDirectory() as TMP:
@@ -1126,10 +1111,8 @@ def main():
             try:
                 test()
             except Exception:
-                failed += 1
-                print(f"FAILED test_hf.py: {test.__name__}:\n{traceback.format_exc()}", flush=True)
-    print(f"hf: {passed} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed else 0
+                check(False, f"{test.__name__}:\n{traceback.format_exc()}")
+    finish()
 
 
 if __name__ == "__main__":

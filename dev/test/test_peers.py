@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 
+from checks import check, finish, skip
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
-passed = failed = 0
 
 # A system whose parts are wrong in different ways.
 FAULTY = '''
@@ -55,15 +56,6 @@ PARTS = {"sel": lambda x: 1.05 * ours.selected(x), "core_mean": core_mean}
 BLOCKS = {"core_mean": blocks}
 '''
 MISSING = "import a_package_that_nobody_has\n"
-
-
-def check(condition: bool, what: str) -> None:
-    global passed, failed
-    if condition:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED test_peers.py: {what}", flush=True)
 
 
 def run(*args: str) -> tuple[int, str, str]:
@@ -200,9 +192,8 @@ def test_no_gpu() -> None:
     check((code, err) == (1, message), f"--out: {code}, {err}")
 
 
-def main() -> int:
+def main() -> None:
     test_arguments()
-    skipped = 0
     if importlib.util.find_spec("torch"):
         test_no_gpu()
         with tempfile.TemporaryDirectory() as folder:
@@ -211,11 +202,9 @@ def main() -> int:
             test_ends(folder)
             test_other_blocks(folder)
     else:
-        skipped = 1
-        print("skipped: the measurements of dev/peers need the Python package torch")
-    print(f"peers: {passed} passed, {failed} failed, {skipped} skipped")
-    return failed > 0
+        skip("the measurements of dev/peers need the Python package torch")
+    finish()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

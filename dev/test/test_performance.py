@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 
+from checks import check, finish
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/results"))
 import learning  # noqa: E402
@@ -16,16 +18,6 @@ from performance import CHART, MEASURED, PEERS  # noqa: E402
 
 FILE, COMMIT = MEASURED["H200"]["attention"]
 PEERS_FILE = "dev/results/" + PEERS["H200"]
-passed = failed = 0
-
-
-def check(condition: bool, what: str) -> None:
-    global passed, failed
-    if condition:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED test_performance.py: {what}", flush=True)
 
 
 def run(root: str, *args: str) -> tuple[int, str, str]:
@@ -250,8 +242,7 @@ def main() -> None:
         test_one_run(tmp)
         test_learning(tmp)
         test_errors(tmp)
-    print(f"test_performance.py: {passed} passed, {failed} failed, 0 skipped")
-    sys.exit(failed > 0)
+    finish()
 
 
 if __name__ == "__main__":

@@ -11,30 +11,20 @@ import subprocess
 import sys
 import tempfile
 
+from checks import check, finish, skip
+
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 SCRIPTS = os.path.join(ROOT, "scripts")
 sys.path.insert(0, SCRIPTS)
 from train_log import read_run  # noqa: E402
 
 MODES = ("nsa", "full", "window")
-passed = failed = skipped = 0
-
-
-def check(condition: bool, what: str) -> None:
-    global passed, failed
-    if condition:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED test_plots.py: {what}", flush=True)
 
 
 def has(package: str) -> bool:
-    global skipped
     if importlib.util.find_spec(package):
         return True
-    skipped += 1
-    print(f"skipped: test_plots.py: {package} is not installed")
+    skip(f"{package} is not installed")
     return False
 
 
@@ -668,8 +658,7 @@ def main() -> None:
         test_recall(tmp)
         test_curves(tmp)
     test_help()
-    print(f"test_plots.py: {passed} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    finish()
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import tempfile
 import time
 from functools import partial
 
+import checks
+
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden")
 
 if importlib.util.find_spec("torch") is None:
-    print(
-        "skipped: test_torch.py: PyTorch is not installed: python3 -m pip install -r dev/test/requirements.txt"
-    )
-    print("test_torch: 0 passed, 0 failed, 1 skipped")
-    sys.exit(0)
+    checks.skip("PyTorch is not installed: python3 -m pip install -r dev/test/requirements.txt")
+    checks.finish()
 
 import torch  # noqa: E402
 from torch_checks import (  # noqa: E402
@@ -41,7 +40,8 @@ from torch_checks import (  # noqa: E402
     skip,
 )
 
-from flash_sparse_attention import checks, cuda, library, reference  # noqa: E402
+from flash_sparse_attention import checks as argument_checks  # noqa: E402
+from flash_sparse_attention import cuda, library, reference  # noqa: E402
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # the tensors are small, and other tests run beside this one
@@ -551,9 +551,9 @@ def test_bad_input():
     expect(ValueError, "block_indices[0, 20, 0] 1: the list must contain the initial blocks", nsa, *x, block_indices=wrong,
            check=True)  # fmt: skip
     fsa.selected_attention(q, k, v, wrong, CU, block=16, check=True)  # any list: no block is always selected
-    checks.CHECK_VALUES = True
+    argument_checks.CHECK_VALUES = True
     expect(ValueError, "cu_seqlens[0] 1", nsa, *x, cu_seqlens=torch.tensor([1, 40]))
-    checks.CHECK_VALUES = False
+    argument_checks.CHECK_VALUES = False
     code = "import flash_sparse_attention.checks as c; print(c.CHECK_VALUES)"
     env = {**os.environ, "FSA_CHECK": "1", "PYTHONPATH": PACKAGE}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout

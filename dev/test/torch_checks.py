@@ -10,6 +10,7 @@ import time
 import traceback
 
 import torch
+from checks import check, finish, skip  # noqa: F401 (for the tests)
 from torch.library import opcheck
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
@@ -17,19 +18,6 @@ PACKAGE = os.path.join(ROOT, "fsa/torch")
 sys.path.insert(0, PACKAGE)
 import flash_sparse_attention as fsa  # noqa: E402
 from flash_sparse_attention import ops  # noqa: E402
-
-counts = {"passed": 0, "failed": 0, "skipped": 0}
-
-
-def check(condition, what):
-    counts["passed" if condition else "failed"] += 1
-    if not condition:
-        print(f"FAILED test_torch.py: {what}", flush=True)
-
-
-def skip(what):
-    counts["skipped"] += 1
-    print(f"skipped: test_torch.py: {what}", flush=True)
 
 
 def run(*tests):
@@ -44,11 +32,6 @@ def run(*tests):
             place = f"{os.path.basename(where.filename)}:{where.lineno}"
             check(False, f"{name}: {type(error).__name__} at {place}: {lines[0]}")
         print(f"{name}: {time.time() - begin:.1f} s", flush=True)
-
-
-def finish():
-    print("test_torch: {passed} passed, {failed} failed, {skipped} skipped".format(**counts))
-    sys.exit(counts["failed"] > 0)
 
 
 def expect(error, contents, function, *args, **kwargs):
