@@ -41,7 +41,7 @@ done
 # From 4,096 tokens on AdamW runs on a few SMs beside matmuls that are planned for the others: the same bits, too.
 if [[ $PROGRAM != *emulator* ]]; then
     "$BUILD/recall" -o large -t 4096 -n 16 -m 2 >/dev/null || bad "recall -t 4096"
-    LARGE="-e recall -layers 3 -t 4096 -b 2 -l 1e-3 -u 2 -x 4 -v 0 -i large/recall_train_*.bin -j large/recall_val_*.bin"
+    LARGE="-e recall -layers 3 -heads 2 -kv-heads 1 -head-dim 64 -t 4096 -b 2 -l 1e-3 -u 2 -x 4 -v 0 -i large/recall_train_*.bin -j large/recall_val_*.bin"
     run $LARGE -o large0 -n 2
     mkdir large1 && cp large0/ckpt_00000002.bin large0/tokenizer.bin large1/ && grep "\"step\":[0-2]," large0/log.jsonl >large1/log.jsonl
     run $LARGE -o large1 -y 1

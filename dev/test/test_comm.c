@@ -1078,8 +1078,9 @@ static int signaled_child(const char *ready_folder, int expected) {
 // SIGTERM arrive as SIGUSR1.
 static void test_script(const char *self, const char *script, int mpi) {
     static const int numbers[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
-    char path[2][128], expected[16];
+    char path[2][128], expected[16], output[128], text[2000];
     int status;
+    snprintf(output, sizeof output, "%s/stderr", folder);
     if (access(script, R_OK) != 0) {
         SKIP("%s: not found", script);
         return;
@@ -1093,7 +1094,7 @@ static void test_script(const char *self, const char *script, int mpi) {
         if (pid == 0) {
             setsid();
             signal(SIGINT, SIG_DFL);
-            if (!freopen("/dev/null", "w", stdout) || (mpi && !freopen("/dev/null", "w", stderr))) _exit(1);
+            if (!freopen("/dev/null", "w", stdout) || !freopen(output, "w", stderr)) _exit(1);
             setenv("TRAINER", self, 1), setenv("GPUS", "2", 1);
             setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1), setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
             setenv("MPI_FLAGS", "--oversubscribe", 1);
@@ -1107,9 +1108,13 @@ static void test_script(const char *self, const char *script, int mpi) {
             comm_pause();
         kill(pid, numbers[i]);
         waitpid(pid, &status, 0);
-        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7, "%s, signal %d: status %d", script, numbers[i],
-              status);
+        FILE *f = fopen(output, "r"); // mpirun writes there whenever a process returns 7
+        text[f ? fread(text, 1, sizeof text - 1, f) : 0] = '\0';
+        if (f) fclose(f);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7, "%s, signal %d: status %d: %s", script,
+              numbers[i], status, text);
         CHECK(unlink(path[0]) == 0 && unlink(path[1]) == 0, "%s, signal %d: not started", script, numbers[i]);
+        unlink(output);
     }
 }
 
