@@ -12,8 +12,15 @@
 #include "fp8_matmul.cuh"
 #include "swiglu.cuh"
 
-static const Fp8Mode FP8_FORWARD = {FP8_SCALE_ROW, 0}, FP8_INPUT_GRADIENT = {FP8_SCALE_ROW, 0},
-                     FP8_WEIGHT_GRADIENT = {FP8_SCALE_ROW, 0};
+// Scales: of rows in the forward pass and for input gradients. The sums of a weight gradient run over tokens:
+// scales of its rows would be scales of channels, which the operands' producers do not know. They would cost
+// another pass over both operands and make no gradient more precise, so each operand has one scale.
+// Accumulation: fast in a forward pass of at most FP8_FAST_TERMS inputs, where it adds no more error than
+// rounding the output to bf16 does (fp8_matmul.cuh); precise in longer sums and in all gradients, whose sums
+// of one sign it would cut.
+enum { FP8_FAST_TERMS = 8192 };
+static const Fp8Mode FP8_FORWARD_FAST = {FP8_SCALE_ROW, 1}, FP8_FORWARD = {FP8_SCALE_ROW, 0},
+                     FP8_INPUT_GRADIENT = {FP8_SCALE_ROW, 0}, FP8_WEIGHT_GRADIENT = {FP8_SCALE_TENSOR, 0};
 
 // A quantized weight, or some of its rows.
 typedef struct {
@@ -83,7 +90,8 @@ static inline void fp8_linear_forward(Matmul *mm, const Fp8Scratch *s, floatX *o
                                       const Fp8Weight *w, int64_t n, cudaStream_t stream) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(x, n, w->in, (float *)s->amax, stream);
-    fp8_matmul(mm, fp8_mode(mm, FP8_FORWARD), out, 0, ldo, 0, x, w->w, w->in, n, w->out, w->in, stream);
+    const Fp8Mode mode = fp8_mode(mm, w->in <= FP8_FAST_TERMS ? FP8_FORWARD_FAST : FP8_FORWARD);
+    fp8_matmul(mm, mode, out, 0, ldo, 0, x, w->w, w->in, n, w->out, w->in, stream);
 }
 
 // dx = dout weight, or dx += dout weight if add != 0: dx [n, in], dout [n, out].

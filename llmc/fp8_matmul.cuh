@@ -8,8 +8,9 @@
 // work from compute capability 8.9 and CUDA 12.0 on.
 //
 // Fast accumulation leaves the sum in the tensor core's accumulators, which keep about 14 bits. Precise
-// accumulation adds them to fp32 registers every 128 terms. All matmuls use precise accumulation: a sum over
-// 14,336 channels or over 65,536 tokens needs more than 14 bits.
+// accumulation adds them to fp32 registers every 128 terms. Relative errors of fast accumulation, measured on
+// an H200: sums of 4,096 terms of both signs 0.0013, of 14,336 terms 0.0028, of 65,536 terms 0.007. If all
+// terms are positive: 0.07, 0.20 and 0.54. Of precise accumulation: 0.0006 and less.
 #ifndef LLMC_FP8_MATMUL_CUH
 #define LLMC_FP8_MATMUL_CUH
 #include "fp8.cuh"
