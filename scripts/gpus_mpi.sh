@@ -7,8 +7,9 @@
 # Environment: GPUS (number of GPUs per host; 8), TRAINER (./train_gpt_nsa), MPI_FLAGS (more flags for
 # mpirun).
 # scripts/README.md lists the variables of the trainer and of NCCL.
-# SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C make the processes finish the step and write a checkpoint. They
-# reach the processes as SIGUSR1 or SIGUSR2, which mpirun forwards; mpirun kills the processes after the others.
+# SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C make the processes finish the step and write a checkpoint. All reach
+# the processes as SIGUSR2: mpirun kills them after some of the others, and that of Open MPI 4.1.6 on Ubuntu was seen
+# not to forward SIGUSR1.
 set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") GPUS=${GPUS:-8}
@@ -27,10 +28,9 @@ done
 pid= signaled=
 forward() {
     signaled=1
-    [ -z "$pid" ] || kill -s "$1" "$pid" || true
+    [ -z "$pid" ] || kill -s USR2 "$pid" || true
 }
-for signal in HUP INT TERM USR1; do trap 'forward USR1' $signal; done
-trap 'forward USR2' USR2
+trap forward HUP INT TERM USR1 USR2
 set -m # mpirun has a process group of its own, so that the terminal's Ctrl-C does not kill it
 mpirun -np $((count * GPUS)) --host "$(echo "$hosts" | sed "s/,/:$GPUS,/g"):$GPUS" \
     --map-by "ppr:$GPUS:node" --bind-to none ${MPI_FLAGS:-} "${variables[@]}" "$TRAINER" "$@" </dev/null &

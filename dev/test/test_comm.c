@@ -1074,8 +1074,8 @@ static int signaled_child(const char *ready_folder, int expected) {
     return 7; // the script must return it
 }
 
-// Starts two processes by a script, and sends each signal to the script. gpus_mpi.sh: SIGHUP, SIGINT and
-// SIGTERM arrive as SIGUSR1.
+// Starts two processes by a script, and sends each signal to the script. From gpus_mpi.sh all arrive as
+// SIGUSR2.
 static void test_script(const char *self, const char *script, int mpi) {
     static const int numbers[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
     char path[2][128], expected[16], output[128], text[2000];
@@ -1087,7 +1087,7 @@ static void test_script(const char *self, const char *script, int mpi) {
     }
     for (int r = 0; r < 2; r++) snprintf(path[r], sizeof path[r], "%s/ready_%d", folder, r);
     for (int i = 0; i < 5; i++) {
-        int number = mpi && i < 3 ? SIGUSR1 : numbers[i];
+        int number = mpi ? SIGUSR2 : numbers[i];
         snprintf(expected, sizeof expected, "%d", number);
         fflush(stdout);
         pid_t pid = fork();
