@@ -81,7 +81,7 @@ def mix(z):
 
 
 def rng_key(seed, stream):
-    """seed, stream: int64 tensors of no axis, as the result."""
+    """Returns an int64 tensor of no axis; so are seed and stream."""
     return mix(mix(seed + signed(0x9E3779B97F4A7C15)) + stream * signed(0xD1342543DE82EF95))
 
 
@@ -104,7 +104,8 @@ NO_DECAY = ("ln1", "ln2", "lnf", "bgate", "phi_pe")
 
 
 def init_parameters(s, device):
-    """Returns the parameters of each layer, then those outside the layers: dicts of fp32 tensors."""
+    """Returns the parameters of each layer, then those outside the layers: dicts of fp32 tensors. An initial value depends
+    on the seed, the number of its tensor and its own number, as in the trainer."""
     C, d, seed = s.channels, s.head_dim, torch.tensor(s.seed)
     std = (3 * C) ** -0.5
     std_residual, noise = std / (2 * s.layers) ** 0.5, 0.02 * s.cmp_len**-0.5
@@ -286,7 +287,7 @@ def start_row(s, gpu):
     describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
     commit = os.environ.get("COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    flags = {"i": os.path.join(s.data, "*_train_*.bin"), "x": s.steps, "t": s.seq_len, "d": s.sequences * s.seq_len}
+    flags = {"i": s.data + "/", "x": s.steps, "t": s.seq_len, "d": s.sequences * s.seq_len}
     flags |= {"l": s.lr, "seed": s.seed, "matmul": "bf16", "program": "separate_kv.py"}
     names = {"shared": "nsa", "separate": "nsa, separate K/V", "equal": "nsa, separate K/V, narrower MLP"}
     model = {name.replace("_", "-"): value for name, value in asdict(s).items() if name not in ("seed", "steps", "data")}
@@ -346,7 +347,7 @@ def train(s, output, device="cuda", backend="inductor"):
         loss, norm = torch.stack([loss, norm]).tolist()  # waits for the GPU
         seconds = time.perf_counter() - begin
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            die(f"step {step + 1}: loss {loss}, gradient norm {norm}: training diverged; try another --seed")
+            die(f"step {step + 1}: loss {loss}, gradient norm {norm}: training has diverged")
         write(step + 1, loss=loss, lr=learning_rate(s, step), norm=norm, ms=round(1000 * seconds, 3),
               tokens_per_second=round(s.sequences * s.seq_len / seconds, 1))  # fmt: skip
 
@@ -358,16 +359,16 @@ def main():
     parser.add_argument("--steps", type=int, default=381, help="of 131,072 tokens (381: 50M tokens)")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="for log.jsonl")
     args = parser.parse_args()
-    if args.steps < 10:
-        die(f"--steps {args.steps}: must be at least 10")
+    if args.steps < 1:
+        die(f"--steps {args.steps}: must be at least 1")
     if not torch.cuda.is_available():
         die("no GPU found; run it on a machine with one, and a PyTorch for it")
     try:
         library.load()
     except RuntimeError as e:
         die(str(e))
-    os.chdir(ROOT)
-    train(Settings(args.variant, args.seed, args.steps), args.o)
+    data = os.path.relpath(os.path.join(ROOT, Settings.data))
+    train(Settings(args.variant, args.seed, args.steps, data), args.o)
 
 
 if __name__ == "__main__":
