@@ -5,7 +5,8 @@ import os
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
-# The runs of each table of losses, in its order: name in scripts/learning.sh, and the run that it is compared with.
+# The runs of each table of losses, in its order: name in scripts/learning.sh (those with -kv: of separate_kv.py), and the
+# run that it is compared with.
 LOSSES = {
     "learning_200m": [
         ("full-1", None),
@@ -34,6 +35,16 @@ LOSSES = {
         ("50m-nsa-1", "50m-full-1"),
         ("50m-hybrid-1", "50m-nsa-1"),
         ("50m-mean-1", "50m-full-1"),
+    ],
+    "learning_separate_kv": [
+        ("50m-nsa-1", None),
+        ("50m-shared-kv-1", "50m-nsa-1"),
+        ("50m-separate-kv-1", "50m-shared-kv-1"),
+        ("50m-equal-kv-1", "50m-shared-kv-1"),
+        ("50m-nsa-2", None),
+        ("50m-shared-kv-2", "50m-nsa-2"),
+        ("50m-separate-kv-2", "50m-shared-kv-2"),
+        ("50m-equal-kv-2", "50m-shared-kv-2"),
     ],
     "learning_gate_bias": [
         ("50m-nsa-1", None),

@@ -65,16 +65,17 @@ class Settings:
     init_blocks: int = 1
     local_blocks: int = 2
     window: int = 512
-    vocab: int = 0  # from tokenizer.bin, like eot
-    eot: int = -1
+    vocab: int = 0  # of tokenizer.bin
+    eot: int = -1  # end-of-text
 
 
-# ---- random numbers, as of llmc/rand.h: int64 tensors that wrap around stand for uint64 ------------------------------
+# ---- random numbers, as of llmc/rand.h -------------------------------------------------------------------------------
 def signed(x):
+    """Returns the int64 with the bits of a uint64. Sums and products of both wrap around to the same bits."""
     return x - (1 << 64) if x >> 63 else x
 
 
-def mix(z):
+def rng_mix(z):
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> shift & (1 << (64 - shift)) - 1)) * signed(factor)
     return z ^ (z >> 31 & (1 << 33) - 1)
@@ -82,11 +83,11 @@ def mix(z):
 
 def rng_key(seed, stream):
     """Returns an int64 tensor of no axis; so are seed and stream."""
-    return mix(mix(seed + signed(0x9E3779B97F4A7C15)) + stream * signed(0xD1342543DE82EF95))
+    return rng_mix(rng_mix(seed + signed(0x9E3779B97F4A7C15)) + stream * signed(0xD1342543DE82EF95))
 
 
 def rng_at(key, index):
-    return mix(key + (index + 1) * signed(0x9E3779B97F4A7C15))
+    return rng_mix(key + (index + 1) * signed(0x9E3779B97F4A7C15))
 
 
 def shuffled(n, seed, stream):
@@ -118,8 +119,8 @@ def init_parameters(s, device):
         x = torch.full((n,), value, dtype=torch.float64, device=device)
         if std:
             i = 2 * torch.arange(n, device=device)
-            u, v = ((rng_at(key, i + k) >> 11 & (1 << 53) - 1) + 1 - k for k in (0, 1))
-            x += std * (-2 * (u * 2.0**-53).log()).sqrt() * (2 * math.pi * (v * 2.0**-53)).cos()
+            u, v = (((rng_at(key, i + k) >> 11 & (1 << 53) - 1) + 1 - k).double() * 2.0**-53 for k in (0, 1))
+            x += std * (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
         return x.view(shape)
 
     def phi():
