@@ -328,8 +328,19 @@ def test_ranks():
     check_ranks("cpu", 2)
 
 
-def test_docstring_example():
-    """The example of select_blocks selects the blocks that native_sparse_attention selects."""
+def test_examples_of_documents():
+    """The examples of README.md run. That of select_blocks selects the blocks that native_sparse_attention selects."""
+    with open(os.path.join(PACKAGE, "README.md"), encoding="utf-8") as f:
+        first, second = re.findall("```python\n(.*?)```", f.read(), re.DOTALL)
+    scope = {}
+    exec(first, scope)
+    check(scope["qkv"].grad.isfinite().all(), "README.md's first example: gradients")
+    q, k, v = torch.randn(100, 4, 64), torch.randn(100, 2, 64), torch.randn(100, 2, 64)
+    topk_idx = torch.where(torch.arange(100)[:, None] // 32 >= torch.arange(4), torch.arange(4), -1).expand(2, -1, -1)
+    scope = dict(q=q, k=k, v=v, x=torch.randn(100, 256), cu_seqlens=torch.tensor([0, 100]), topk_idx=topk_idx, block_size=32,
+                 C=256, Hq=4, Hkv=2, d=64)  # fmt: skip
+    exec(second, scope)
+    check(scope["o"].shape == q.shape and scope["y"].shape == (100, 256), "README.md's second example")
     lines = inspect.getdoc(fsa.select_blocks).split("with mean compression:\n")[1]
     q, k, v = torch.randn(400, 4, 8), torch.randn(400, 2, 8), torch.randn(400, 2, 8)
     scope = {**vars(fsa), "q": q, "k": k, "v": v, "cu_seqlens": torch.tensor([0, 150, 400])}
@@ -545,12 +556,17 @@ def test_bad_input():
     ):
         wrong = indices.clone()
         wrong[at] = value
-        expect(ValueError, message, nsa, *x, block_indices=wrong, check=True)
+        expect(ValueError, message, nsa, *x, block_indices=wrong)
     wrong = indices.clone()
     wrong[0, 20] = torch.tensor([1, -1])
     expect(ValueError, "block_indices[0, 20, 0] 1: the list must contain the initial blocks", nsa, *x, block_indices=wrong,
            check=True)  # fmt: skip
-    fsa.selected_attention(q, k, v, wrong, CU, block=16, check=True)  # any list: no block is always selected
+    fsa.selected_attention(q, k, v, wrong, CU, block=16)  # any list: no block is always selected
+    wrong[0, 20] = torch.tensor([1, 0])
+    for function in (fsa.selected_attention, fsa.FSA_topk_sparse_attention):
+        name = "block" if function is fsa.selected_attention else "block_size"
+        expect(ValueError, "block_indices[0, 20, 1] 0: blocks must ascend", function, q, k, v, wrong, cu_seqlens=CU,
+               **{name: 16})  # fmt: skip
     argument_checks.CHECK_VALUES = True
     expect(ValueError, "cu_seqlens[0] 1", nsa, *x, cu_seqlens=torch.tensor([1, 40]))
     argument_checks.CHECK_VALUES = False
@@ -706,7 +722,7 @@ def test_example():
 if __name__ == "__main__":
     run(*[partial(test_golden, name) for name in ("gqa1", "gqa3", "gqa4", "slice", "edges")])
     run(test_functions, test_dynamic_shapes, test_autocast, test_types, test_views, test_empty, test_second_gradient,
-        test_operators, test_docstring_example, test_fsa_signature, test_module, test_bad_input, test_strides,
+        test_operators, test_examples_of_documents, test_fsa_signature, test_module, test_bad_input, test_strides,
         test_structs, test_library, test_ranks, test_calls, test_host_time)  # fmt: skip
     if torch.cuda.is_available():
         import test_torch_gpu

@@ -2,7 +2,7 @@
 
 Shapes, types and devices are checked on every call. Values (cu_seqlens, segments, block indices) are checked on demand,
 since that waits for the GPU: check=True, or FSA_CHECK=1 in the environment when the package is imported. The operators for
-the CPU always check those of cu_seqlens and segments.
+the CPU always check them.
 """
 
 import math

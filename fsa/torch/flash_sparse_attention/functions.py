@@ -236,7 +236,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         scale: factor of q.k before softmax. None: 1/sqrt(d).
         recompute: backward computes the branches again, so that forward saves a third of the memory.
         check: check the values of cu_seqlens, segments and block_indices; waits for the GPU. None: if FSA_CHECK=1 is in
-            the environment. On the CPU those of cu_seqlens and segments are always checked.
+            the environment. On the CPU they are always checked.
         return_block_indices: return the block indices too.
 
     Returns:
@@ -403,7 +403,8 @@ def FSA_topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax
 
     Args:
         q: [N, Hq, d]. k, v: [N, Hkv, d].
-        topk_idx: int32 or int64 [Hkv, N, T], as `block_indices` of `selected_attention`.
+        topk_idx: int32 or int64 [Hkv, N, T], as `block_indices` of `selected_attention` and as that project makes them:
+            ascending, then -1. FSA_CHECK=1 in the environment checks that; on the CPU it is always checked.
         block_size: tokens of a block, a multiple of 16.
         cu_seqlens: int32 or int64 [num_seqs + 1].
         softmax_scale: None: 1/sqrt(d).

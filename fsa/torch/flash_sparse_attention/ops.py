@@ -132,6 +132,8 @@ def _nsa_forward(q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_fre
     inputs = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
     checks.nsa(*inputs, sizes, scale, recompute)
     checks.batch_values(q, k.shape[0], cu_seqlens, segments)
+    if block_indices is not None:
+        checks.block_values(block_indices, cu_seqlens, segments, k.shape[0], sizes[2], *sizes[4:6])
     o, block_indices = reference.native_sparse_attention(*inputs, *sizes, _scale(scale, q))
     saved = q.new_zeros(saved_bytes(q, k, sizes[1], sizes[3], recompute), dtype=torch.uint8)
     saved[: q.numel() * q.dtype.itemsize].view(q.dtype).view(q.shape).copy_(q)
@@ -165,7 +167,9 @@ def _(*arguments):
 def _selected_forward(*arguments):
     checks.selected(*arguments)
     *inputs, sizes, scale = arguments
-    checks.batch_values(inputs[0], inputs[1].shape[0], *inputs[4:6])
+    num_keys, block_indices, batch = inputs[1].shape[0], inputs[3], inputs[4:6]
+    checks.batch_values(inputs[0], num_keys, *batch)
+    checks.block_values(block_indices, *batch, num_keys, *sizes)
     o, lse = reference.selected_attention(*inputs, sizes[0], _scale(scale, inputs[0]))
     return o.contiguous(), lse
 
