@@ -15,8 +15,8 @@
 // With several processes, each has one GPU. Each -cp group of processes shares the tokens of a micro-batch
 // (context_parallel.h): its processes gather the keys and values one head group after another. Different -cp
 // groups process different micro-batches (data parallel). Gradients are sums over all processes; zero.h says
-// which process keeps which weights, moments and gradients. Transfers run on a stream of their own, beside
-// the passes.
+// which process keeps which weights, moments and gradients. Beside the passes run, on streams of their own,
+// the transfers (nccl.cuh) and, in a forward pass, AdamW of the step before (optimizer.cuh).
 #define TRAINER_GPU
 // The headers, with what this file takes from each. The run: configuration, data, processes.
 #include "llmc/run.h" // Run, Options, ModelConfig, Comm, run_start, run_validate, run_sample
@@ -51,7 +51,6 @@
 #include "llmc/profile_report.cuh" // PassTimes, profile_report
 #include "llmc/gpu.cuh"            // gpu_init
 #include <algorithm>
-#include <math.h>
 
 // ---------------------------------------------------------------------------------------------------------
 // The model and its memory
@@ -147,38 +146,38 @@ typedef struct {
     cudaEvent_t step_done;
 } Model;
 
-// Assigns the memory of layer l's activations. Layer 0 gets all arrays. Another layer gets its own copy of
-// those that its backward pass reads and does not recompute, and shares the rest with layer 0. The layers of
-// -full-every share o and, with fp8, ln1 among themselves, because layer 0 may have o in q and keep ln1.
+// Assigns the memory of layer l's activations. Layer 0 has all arrays; the others share those that are not
+// their own, and overwrite them. Their own:
+//   training    residual_in
+//   -r 0        ln1, ln2, swiglu; in fp8 ln1_q, attn_q, ln2_q, swiglu_q, and ln1 where nsa's gate reads it
+//   -r 0, 1     the rest. q with QK-norm, but not nsa's, whose backward pass reads the rotated q in `saved`
+// The layers of -full-every share o and, in fp8, ln1 among themselves: layer 0 may have o in q and keep ln1.
+// In fp8 swiglu is only ever a gradient, in the matmuls' scratch.
 static void layer_memory_layout(Model *model, int l) {
     const ModelConfig *c = &model->config;
     LayerActivations *layers = model->acts.layers, *a = &layers[l];
     const AttnMode attn = layer_attention(c, l);
-    const int first = l == 0, first_full = l == c->full_every - 1;
+    const int first = l == 0, first_full = l == c->full_every - 1, fp8 = model->linears.fp8;
     *a = layers[attn != c->attn && !first_full ? c->full_every - 1 : 0];
     a->layout = qkv_layout(c, l);
     const FsaConfig *f = &c->fsa;
     Arena *arena = &model->arenas[ACTIVATIONS];
-    const int64_t n = model->max_tokens, C = c->channels, d = f->head_dim, H = c->hidden;
-    const int64_t q = n * f->q_heads * d;
-    int keep = model->training && model->recompute < 2; // more than residual_in
-    int keep_cheap = model->training && model->recompute < 1;
+    const int64_t n = model->max_tokens, C = c->channels, d = f->head_dim, q = n * f->q_heads * d;
+    const int keep = model->training && model->recompute < 2, keep_cheap = keep && model->recompute < 1;
     if (first || model->training) arena_alloc(arena, &a->residual_in, n * C);
-    const int fp8 = model->linears.fp8;
     if (first || (keep_cheap && (!fp8 || attn == ATTN_NSA || first_full))) arena_alloc(arena, &a->ln1, n * C);
     if (first || keep_cheap) {
         if (fp8) {
             fp8_matrix_memory_layout(&a->ln1_q, n, C, arena);
             fp8_matrix_memory_layout(&a->attn_q, n, q / n, arena);
             fp8_matrix_memory_layout(&a->ln2_q, n, C, arena);
-            fp8_matrix_memory_layout(&a->swiglu_q, n, H, arena);
+            fp8_matrix_memory_layout(&a->swiglu_q, n, c->hidden, arena);
             a->swiglu = (floatX *)model->linears.scratch.dout_t.data;
         } else {
             arena_alloc(arena, &a->ln2, n * C);
-            arena_alloc(arena, &a->swiglu, n * H);
+            arena_alloc(arena, &a->swiglu, n * c->hidden);
         }
     }
-    // with nsa the backward pass does not read q, but the rotated q in `saved`
     if (c->qk_norm && (first || (keep && attn != ATTN_NSA))) arena_alloc(arena, &a->q, q);
     if (!a->layout.o_over_q && (first || keep || (first_full && layers[0].layout.o_over_q))) {
         arena_alloc(arena, &a->o, q);
@@ -201,7 +200,7 @@ static void layer_memory_layout(Model *model, int l) {
     arena_alloc(arena, &a->saved, model->groups.count * (int64_t)model->groups.saved_bytes[attn]);
     if (a->layout.o_over_q) a->o = a->q, a->attn_out = a->qkv;
     arena_alloc(arena, &a->residual_mid, n * C);
-    arena_alloc(arena, &a->gate_up, n * 2 * H);
+    arena_alloc(arena, &a->gate_up, n * 2 * c->hidden);
 }
 
 // Assigns the memory of all activations.
@@ -590,7 +589,8 @@ static void layer_ln1(Model *model, int l) {
                     a->ln1_q);
 }
 
-// ln1 -> swiglu: everything but the layer's first norm and its last matmul.
+// ln1 -> swiglu: everything but the layer's first norm and its last matmul. In a step's first forward pass
+// AdamW of the step before updates the next layer beside these matmuls, which leave some SMs to it.
 static void layer_body(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;

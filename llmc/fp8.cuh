@@ -66,6 +66,7 @@ __device__ __forceinline__ float2 unpack_fp8x2(const uint4 &bits, int i) {
 
 // ---- rows ------------------------------------------------------------------------------------------------
 
+// A team is the TEAM threads that quantize a row: a warp or a thread block. Returns the team's largest x.
 template <int TEAM> __device__ __forceinline__ uint32_t team_reduce_max(uint32_t x, uint32_t *shared) {
     if (TEAM > 32) return block_reduce_max(x, shared);
     return lanes_reduce_max<(TEAM < 32 ? TEAM : 32)>(x);

@@ -314,7 +314,7 @@ __device__ __forceinline__ int p_offset(int query, int window) {
     return query * P_WINDOWS + (window ^ query % 8 * 4);
 }
 
-// S (64 windows x 128 columns) = kc Q^T, asynchronous.
+// s (64 windows x 128 columns) = kc Q^T, the scores of windows, asynchronous.
 template <typename T, int D>
 __device__ __forceinline__ void issue_kq(float (&s)[COLUMNS / 8][4], uint32_t k, uint32_t q) {
     // The shuffle puts the descriptors into uniform registers, where wgmma needs them.
