@@ -7,10 +7,9 @@
 //   matmul_backward_input, _weight    the two halves of matmul_backward
 //   rmsnorm_residual_forward          a residual addition, then rmsnorm_forward
 //   layer_body                        layer_forward between the layer's first norm and its last matmul
-//   model_forward_backward            model_forward and model_backward, with the LM head in chunks; the
-//   gradients
-//                                     are those of the sum of the losses
-//   model_build, model_update         other arguments: recomputation, GPUs; the tokens to divide gradients by
+//   model_forward_backward            model_forward and model_backward, with the LM head in chunks, for the
+//                                     sum of the losses instead of loss_scale times their mean
+//   model_build, model_update         more arguments: recomputation, GPUs; the tokens to divide gradients by
 // In C++ the model below is in namespace cpu, so that a test can have both: cpu::model_forward is the C
 // trainer's, model_forward the GPU trainer's. The layers are overloads: those of the GPU take floatX and a
 // stream.
