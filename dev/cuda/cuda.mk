@@ -37,6 +37,9 @@ $(BUILD)/%_bf16.o: private DEFINES := $(TRAINER_FLAGS)
 $(BUILD)/%_fp16.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP16
 $(BUILD)/%_fp32.o: private DEFINES := $(TRAINER_FLAGS) -DENABLE_FP32
 
+# The gradients of -matmul fp8 against those of 16-bit matmuls, for a model and its data.
+$(BUILD)/fp8_gradients: $(BUILD)/dev/fp8_gradients_bf16.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
+
 # ---- other people's kernels beside ours --------------------------------------------------------------------------------
 peers: $(if $(GPU),$(LIBFSA).so) # without a GPU run.py says so, and no build is needed
 	@LIBFSA=$(abspath $(LIBFSA).so) COMMIT=$(COMMIT) python3 dev/peers/run.py $(ARGS)

@@ -13,7 +13,7 @@ FLAGS_emulator := $(CXX) $(EMUFLAGS)
 # The first compilation of an object waits for all sources. Later ones depend on those that it includes. make does not
 # know that a/../b is b, so the rule writes b.
 EMU_HEADERS := $(addprefix $(EMU)/,$(wildcard fsa/*.h fsa/*.cuh fsa/sm*/*.cuh llmc/*.h llmc/*.cuh dev/cuda/*.h dev/test/*.h *.h))
-EMU_SOURCES := $(addprefix $(EMU)/,$(FSA_SOURCES) $(wildcard dev/cuda/*.cu dev/test/*.cu *.cu))
+EMU_SOURCES := $(addprefix $(EMU)/,$(FSA_SOURCES) $(wildcard dev/*.cu dev/cuda/*.cu dev/test/*.cu *.cu))
 $(EMU_HEADERS) $(EMU_SOURCES): $(EMU)/%: % dev/emulator/translate.sh dev/emulator/untranslated.awk
 	@dev/emulator/translate.sh $< $@
 $(EMU)/fsa/sm80/ptx.cuh $(EMU)/fsa/sm90/ptx.cuh: $(EMU)/fsa/%: dev/emulator/%
@@ -38,7 +38,7 @@ $(EMU)/fsa.a: $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU_PARTS) $(C_PARTS)
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a $(BUILD)/mpi.flags
 	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) \
 	    -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
-$(EMU)/train_gpt_nsa.out: $(BUILD)/llmc/commit.o
+$(EMU)/train_gpt_nsa.out $(EMU)/dev/fp8_gradients.out: $(BUILD)/llmc/commit.o
 $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%.o
 
