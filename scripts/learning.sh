@@ -50,6 +50,10 @@ window-64k           window-1     linux            20M   -attn window -seed 1
 50m-nsa-fp8-1        97m          linux_quarter    50M   -attn nsa -seed 1 -matmul fp8
 50m-nsa-2            97m          linux_quarter    50M   -attn nsa -seed 2
 50m-nsa-fp8-2        97m          linux_quarter    50M   -attn nsa -seed 2 -matmul fp8
+50m-nsa-3            97m          linux_quarter    50M   -attn nsa -seed 3
+50m-nsa-fp8-3        97m          linux_quarter    50M   -attn nsa -seed 3 -matmul fp8
+50m-nsa-4            97m          linux_quarter    50M   -attn nsa -seed 4
+50m-nsa-fp8-4        97m          linux_quarter    50M   -attn nsa -seed 4 -matmul fp8
 50m-full-1           97m          linux_quarter    50M   -attn full -seed 1
 50m-full-fp8-1       97m          linux_quarter    50M   -attn full -seed 1 -matmul fp8
 50m-hybrid-1         97m          linux_quarter    50M   -attn nsa -seed 1 -full-every 4

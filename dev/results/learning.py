@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import statistics
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
@@ -25,6 +27,10 @@ LOSSES = {
         ("50m-nsa-fp8-1", "50m-nsa-1"),
         ("50m-nsa-2", "50m-nsa-1"),
         ("50m-nsa-fp8-2", "50m-nsa-2"),
+        ("50m-nsa-3", "50m-nsa-1"),
+        ("50m-nsa-fp8-3", "50m-nsa-3"),
+        ("50m-nsa-4", "50m-nsa-1"),
+        ("50m-nsa-fp8-4", "50m-nsa-4"),
         ("50m-rate-1", "50m-nsa-1"),
         ("50m-rate-fp8-1", "50m-rate-1"),
         ("350m-nsa-30m", None),
@@ -54,6 +60,11 @@ LOSSES = {
         ("50m-gate-sliding-2", "50m-nsa-2"),
         ("50m-gate-graded-2", "50m-nsa-2"),
     ],
+}
+# Runs NAME-1, NAME-2, ... that differ in the seed alone: the names of each table of means. The first is what the others are
+# compared with.
+SEEDS = {
+    "learning_seeds": ["50m-nsa", "50m-nsa-fp8", "50m-gate-sliding", "50m-gate-graded", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
 # The runs of each table of equal times, and those that they are compared with.
 TIMES = {
@@ -118,7 +129,7 @@ def caption(gpu, rows):
 
 
 def losses(found, runs):
-    """Returns head and rows of a table of final losses, of the runs that are in `found`."""
+    """Returns head and rows of a table of final losses, of the runs that are in `found`; no rows if none can be compared."""
     head = ["run", "attention", "matmuls", "validation loss", "compared with", "difference", "tokens/s", "time (s)", "commit"]
     rows = []
     for name, other in runs:
@@ -128,6 +139,30 @@ def losses(found, runs):
         cells = [name, row["model"]["attn"], row["flags"]["matmul"], f"{val_loss(row):.4f}"]
         cells += [other, f"{val_loss(row) - val_loss(found[other]):+.4f}"] if other in found else ["-", "-"]
         rows.append(cells + [f"{row['tokens_per_second']:,}", f"{row['seconds']:,.0f}", row["commit"]])
+    return head, rows if any(name in found and other in found for name, other in runs) else []
+
+
+def runs_of(name):
+    """Returns the runs NAME-1, NAME-2, ... of the tables of losses."""
+    runs = {run for pairs in LOSSES.values() for run, _ in pairs}
+    return sorted(run for run in runs if re.fullmatch(rf"{name}-\d", run))
+
+
+def seeds(found, names):
+    """Returns head and rows of a table of mean final losses of runs that differ in the seed alone, where there are two."""
+    head = ["runs", "seeds", "mean loss", "standard deviation", f"minus {names[0]}", "standard error"]
+    rows, first = [], None
+    for name in names:
+        values = [val_loss(found[run]) for run in runs_of(name) if run in found]
+        if len(values) < 2:
+            continue
+        mean, deviation, n = statistics.fmean(values), statistics.stdev(values), len(values)
+        cells = [name, str(n), f"{mean:.4f}", f"{deviation:.4f}"]
+        if name == names[0]:
+            first = mean, deviation**2 / n
+        compared = first and name != names[0]
+        cells += [f"{mean - first[0]:+.4f}", f"{(first[1] + deviation**2 / n) ** 0.5:.4f}"] if compared else ["-", "-"]
+        rows.append(cells)
     return head, rows
 
 
@@ -212,8 +247,10 @@ def gates(found, runs):
 def tables():
     """Returns {name: (runs, function)} of all tables."""
     result = {}
-    for group, function in ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates)):
+    of_seeds = {name: [run for runs in names for run in runs_of(runs)] for name, names in SEEDS.items()}
+    for group, function in ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates), (SEEDS, seeds)):
         for name, runs in group.items():
             used = list(dict.fromkeys(run for pair in runs for run in pair if run)) if isinstance(runs[0], tuple) else runs
+            used = of_seeds.get(name, used)
             result[name] = (used, lambda found, runs=runs, function=function: function(found, runs))
     return result
