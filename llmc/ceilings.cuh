@@ -45,7 +45,7 @@ static double ceiling_seconds(cudaStream_t stream, const std::function<void()> &
 }
 
 // Measures in the memory of an arena, which it overwrites. Copies at most 1 GiB; the matmuls are square, of
-// at most 8,192 rows.
+// at most 8,192 rows, those in e4m3 with fast accumulation.
 static Ceilings ceilings_measure(Matmul *mm, const Arena *arena, int fp8, cudaStream_t stream) {
     const size_t bytes = arena->bytes;
     Ceilings c = {};
@@ -72,7 +72,7 @@ static Ceilings ceilings_measure(Matmul *mm, const Arena *arena, int fp8, cudaSt
     if (!fp8) return c;
     quantize_rows(a8, a, m, m, m, stream), quantize_rows(b8, b, m, m, m, stream);
     seconds = ceiling_seconds(stream, [&] {
-        fp8_matmul(mm, {mm->row_scales ? FP8_SCALE_ROW : FP8_SCALE_TENSOR, 0}, d, 0, m, 0, a8, b8, m, m, m, m,
+        fp8_matmul(mm, {mm->row_scales ? FP8_SCALE_ROW : FP8_SCALE_TENSOR, 1}, d, 0, m, 0, a8, b8, m, m, m, m,
                    stream);
     });
     if (seconds > 0) c.rate[LIMIT_MATMUL_8] = flops / seconds;
