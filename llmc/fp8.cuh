@@ -238,16 +238,16 @@ static __global__ void __launch_bounds__(256)
     if (threadIdx.x < FP8_TILE && c < k) atomicMax(&amax[c], x_max);
 }
 
-// q [k, padded] = the transpose of x [n, k], quantized again. The thread block of a tile finds the scales of
-// its channels (FP8_SCALE_BLOCK), computes them from amax [k] (FP8_SCALE_ROW), or reads the scale of the
-// matrix (FP8_SCALE_TENSOR). Four tokens of a channel are one word of shared memory; the words of a channel
-// are stored in an order that depends on the channel, so that no access has a bank conflict. Memory-bound. A
-// token reads k bytes and writes k: 64K tokens of k = 14336 move 1.9 GB, which takes 0.42 ms at 4.5 TB/s.
+// q [k, padded] = the transpose of x [n, k], quantized again. The thread block of a tile computes the scales
+// of its channels from amax [k] (FP8_SCALE_ROW), or reads the scale of the matrix (FP8_SCALE_TENSOR). Four
+// tokens of a channel are one word of shared memory; the words of a channel are stored in an order that
+// depends on the channel, so that no access has a bank conflict. Memory-bound. A token reads k bytes and
+// writes k: 64K tokens of k = 14336 move 1.9 GB, which takes 0.42 ms at 4.5 TB/s.
 template <int SCALING>
 static __global__ void __launch_bounds__(256, 3)
     quantize_transpose_kernel(Fp8Matrix q, Fp8Matrix x, const uint32_t *amax, int64_t n, int64_t k,
                               int64_t padded) {
-    __shared__ __align__(16) uint32_t words[FP8_TILE * 32], shared[8][FP8_TILE];
+    __shared__ __align__(16) uint32_t words[FP8_TILE * 32];
     __shared__ __align__(16) float inverse[FP8_TILE];
     const int chunk = threadIdx.x % 8, group = threadIdx.x / 8;
     const int64_t first_channel = blockIdx.y * (int64_t)FP8_TILE,
@@ -262,22 +262,12 @@ static __global__ void __launch_bounds__(256, 3)
             inside ? __ldca((const uint4 *)(x.data + (token + i) * k + channel)) : make_uint4(0, 0, 0, 0);
         scales[i] = inside ? x.scale[token + i] : 0;
     }
-    if (SCALING != FP8_SCALE_TENSOR) {
+    if (SCALING == FP8_SCALE_ROW) {
         const int64_t c = first_channel + threadIdx.x;
-        uint32_t bits = 0;
-        if (SCALING == FP8_SCALE_BLOCK) {
-            uint32_t max16[16] = {};
-#pragma unroll
-            for (int i = 0; i < 4; i++) fp8_channel_max(max16, rows[i], scales[i]);
-            bits = tile_channel_max(max16, shared);
-        } else if (threadIdx.x < FP8_TILE && c < k) {
-            bits = amax[c];
-        }
         if (threadIdx.x < FP8_TILE) {
-            const Fp8Scale s = fp8_scale(bits);
+            const Fp8Scale s = fp8_scale(c < k ? amax[c] : 0);
             inverse[threadIdx.x] = s.inverse;
-            if (c < k && SCALING == FP8_SCALE_BLOCK) q.scale[blockIdx.x * k + c] = s.scale;
-            if (c < k && SCALING == FP8_SCALE_ROW && blockIdx.x == 0) q.scale[c] = s.scale;
+            if (c < k && blockIdx.x == 0) q.scale[c] = s.scale;
         }
         __syncthreads();
     }
@@ -285,7 +275,7 @@ static __global__ void __launch_bounds__(256, 3)
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float2 v[4], by = make_float2(tensor_inverse, tensor_inverse);
-        if (SCALING != FP8_SCALE_TENSOR) by = *(const float2 *)&inverse[chunk * 16 + 2 * j];
+        if (SCALING == FP8_SCALE_ROW) by = *(const float2 *)&inverse[chunk * 16 + 2 * j];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v[i] = unpack_fp8x2(rows[i], j);
@@ -306,13 +296,6 @@ static __global__ void __launch_bounds__(256, 3)
     }
 }
 
-// Returns the fp32 elements of the scales of the transpose of n tokens of k channels.
-static inline int64_t quantize_transpose_scales(Fp8Scaling scaling, int64_t n, int64_t k) {
-    return scaling == FP8_SCALE_TENSOR ? 1
-           : scaling == FP8_SCALE_ROW  ? k
-                                       : (n + FP8_BLOCK - 1) / FP8_BLOCK * k;
-}
-
 // Transposes x [n, k], which has a scale for each row, to q [k, fp8_padded(n)] with scales of its own, which
 // fp8_transpose (fp8.h) defines. scratch: [k] for FP8_SCALE_ROW. FP8_SCALE_ROW reads x twice: 3*k bytes per
 // token instead of 2*k.
@@ -326,20 +309,14 @@ static inline void quantize_transpose(Fp8Matrix q, Fp8Scaling scaling, Fp8Matrix
     const unsigned channel_tiles = (unsigned)((k + FP8_TILE - 1) / FP8_TILE);
     const dim3 grid((unsigned)((padded + FP8_TILE - 1) / FP8_TILE), channel_tiles);
     const dim3 amax_grid((unsigned)((n + 1023) / 1024), channel_tiles);
-    switch (scaling) {
-    case FP8_SCALE_TENSOR:
+    if (scaling == FP8_SCALE_TENSOR) {
         max_scale_kernel<<<1, 1024, 0, stream>>>(q.scale, x.scale, n);
         quantize_transpose_kernel<FP8_SCALE_TENSOR>
             <<<grid, 256, 0, stream>>>(q, x, (const uint32_t *)NULL, n, k, padded);
-        break;
-    case FP8_SCALE_ROW:
+    } else {
         cuda_check(cudaMemsetAsync(scratch, 0, k * sizeof *scratch, stream));
         channel_amax_kernel<<<amax_grid, 256, 0, stream>>>(scratch, x, n, k, 1024);
         quantize_transpose_kernel<FP8_SCALE_ROW><<<grid, 256, 0, stream>>>(q, x, scratch, n, k, padded);
-        break;
-    default:
-        quantize_transpose_kernel<FP8_SCALE_BLOCK>
-            <<<grid, 256, 0, stream>>>(q, x, (const uint32_t *)NULL, n, k, padded);
     }
     cuda_check(cudaGetLastError());
 }

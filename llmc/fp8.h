@@ -25,14 +25,13 @@
 #endif
 
 enum {
-    FP8_BLOCK = 128, // elements that share a scale with FP8_SCALE_BLOCK
-    FP8_ALIGN = 16,  // the elements of an e4m3 row are a multiple of it (cuBLASLt)
+    FP8_ALIGN = 16, // the elements of an e4m3 row are a multiple of it (cuBLASLt)
     FP8_NAN = 0x7f
 };
 
-// The elements that share a scale, in a matrix of rows of k elements, along which a matmul sums. The scales
-// are an array [1], [rows] or [ceil(k / 128), rows].
-typedef enum { FP8_SCALE_TENSOR, FP8_SCALE_ROW, FP8_SCALE_BLOCK } Fp8Scaling;
+// The elements that share a scale: all of a matrix, or a row, along which a matmul sums. The scales are an
+// array [1] or [rows].
+typedef enum { FP8_SCALE_TENSOR, FP8_SCALE_ROW } Fp8Scaling;
 
 // An e4m3 matrix: data [rows, k], rows contiguous, and its scales.
 typedef struct {
@@ -91,26 +90,16 @@ static inline float fp8_to_float(uint8_t x) {
 static inline void fp8_quantize(Fp8Matrix q, Fp8Scaling scaling, const float *x, int64_t ldx, int64_t rows,
                                 int64_t k) {
     const int64_t height = scaling == FP8_SCALE_TENSOR ? rows : 1;
-    const int64_t width = scaling == FP8_SCALE_BLOCK ? (int64_t)FP8_BLOCK : k;
     for (int64_t row = 0; row < rows; row += height) {
-        for (int64_t column = 0; column < k; column += width) {
-            const int64_t end = column + width < k ? column + width : k;
-            uint32_t amax = 0;
-            for (int64_t i = row; i < row + height; i++)
-                for (int64_t j = column; j < end; j++)
-                    if (fp8_abs_bits(x[i * ldx + j]) > amax) amax = fp8_abs_bits(x[i * ldx + j]);
-            const Fp8Scale s = fp8_scale(amax);
-            q.scale[column / width * rows + row] = s.scale;
-            for (int64_t i = row; i < row + height; i++)
-                for (int64_t j = column; j < end; j++)
-                    q.data[i * k + j] = fp8_from_float(x[i * ldx + j] * s.inverse);
-        }
+        uint32_t amax = 0;
+        for (int64_t i = row; i < row + height; i++)
+            for (int64_t j = 0; j < k; j++)
+                if (fp8_abs_bits(x[i * ldx + j]) > amax) amax = fp8_abs_bits(x[i * ldx + j]);
+        const Fp8Scale s = fp8_scale(amax);
+        q.scale[row] = s.scale;
+        for (int64_t i = row; i < row + height; i++)
+            for (int64_t j = 0; j < k; j++) q.data[i * k + j] = fp8_from_float(x[i * ldx + j] * s.inverse);
     }
-}
-
-// Returns the scale of element (i, j) of a matrix of `rows` rows.
-static inline float fp8_scale_at(Fp8Matrix q, Fp8Scaling scaling, int64_t rows, int64_t i, int64_t j) {
-    return q.scale[scaling == FP8_SCALE_TENSOR ? 0 : scaling == FP8_SCALE_ROW ? i : j / FP8_BLOCK * rows + i];
 }
 
 // Returns n rounded up to a multiple of FP8_ALIGN: the row length of a transposed matrix of n rows.

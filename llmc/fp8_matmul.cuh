@@ -3,9 +3,8 @@
 // Operands are Fp8Matrix (fp8.h): rows along which the matmul sums, 16-byte aligned, a multiple of FP8_ALIGN
 // long. cuBLASLt takes no other layout on Hopper. Outputs are floatX, or fp32 for gradients of weights.
 //
-// cuBLASLt has scales for rows and for 128 elements since CUDA 12.9, and for compute capability 9.0 alone. It
-// takes scales for 128 elements only if both operands have a multiple of 4 rows. Scales for whole matrices
-// work from compute capability 8.9 and CUDA 12.0 on.
+// cuBLASLt has scales for rows since CUDA 12.9, and for compute capability 9.0 alone. Scales for whole
+// matrices work from compute capability 8.9 and CUDA 12.0 on.
 //
 // Fast accumulation leaves the sum in the tensor core's accumulators, which keep about 14 bits. Precise
 // accumulation adds them to fp32 registers every 128 terms. Relative errors of fast accumulation, measured on

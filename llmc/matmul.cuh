@@ -132,8 +132,7 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
 #if CUBLAS_VERSION >= 120900 // older versions scale whole tensors only
     if (s->fp8) {
         const cublasLtMatmulMatrixScale_t modes[] = {CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F,
-                                                     CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F,
-                                                     CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F};
+                                                     CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F};
         const int32_t mode = modes[s->fp8 - 1];
         const int8_t fast = (int8_t)s->fp8_fast;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast);

@@ -1,7 +1,7 @@
 // dev/cuda/fp8.cu: quantization to e4m3, alone and inside RMSNorm and SwiGLU.
-//   bf16 (fp16)       : the layer writes 16 bits alone, for comparison
-//   tensor, row, block: e4m3 with a scale for the matrix, for each row, for each 128 elements of a row
-//   both              : the layer writes 16 bits, and e4m3 with a scale for each row
+//   bf16 (fp16): the layer writes 16 bits alone, for comparison
+//   tensor, row: e4m3 with a scale for the matrix, for each row
+//   both       : the layer writes 16 bits, and e4m3 with a scale for each row
 //   ./fp8 [check [small]] [seed=N]    (check: no timing; small: few shapes, for the slow tools)
 #include "fp8_matrix.h"
 #include "../../llmc/rmsnorm.cuh"
@@ -107,13 +107,12 @@ static void check_quantizers(Random *r, int64_t n, int64_t k, int64_t ldx) {
         Fp8Host rows = quantized(floats_of(x, n, k, ldx), FP8_SCALE_ROW, n, k);
         quantize_rows(q, in, ldx, n, k, 0);
         check_bits("quantize_rows", shape, q, rows, FP8_SCALE_ROW);
-        for (int scaling = 0; scaling < 3; scaling++) {
+        for (Fp8Scaling scaling : {FP8_SCALE_TENSOR, FP8_SCALE_ROW}) {
             Fp8Buffer q_t(k, fp8_padded(n)), again(k, fp8_padded(n));
             Buffer<uint32_t> scratch(k);
-            quantize_transpose(q_t, (Fp8Scaling)scaling, q, n, k, scratch, 0);
-            check_bits("quantize_transpose", shape, q_t, transposed(rows, (Fp8Scaling)scaling),
-                       (Fp8Scaling)scaling);
-            quantize_transpose(again, (Fp8Scaling)scaling, q, n, k, scratch, 0);
+            quantize_transpose(q_t, scaling, q, n, k, scratch, 0);
+            check_bits("quantize_transpose", shape, q_t, transposed(rows, scaling), scaling);
+            quantize_transpose(again, scaling, q, n, k, scratch, 0);
             check_same("quantize_transpose", q_t.data, again.data);
             check_that(scratch.guards_intact(), "quantize_transpose: bytes written outside of scratch", 1, 0);
         }
@@ -214,8 +213,8 @@ static void time_quantizers(Random *r, int64_t n, int64_t k) {
     const double elements = (double)n * (double)k;
     double ms = time_ms([&] { quantize_rows(q, x, k, n, k, 0); });
     report("fp8", "quantize", "row", n, k, 0, ms, (sizeof(floatX) + 1.0) * elements, 0);
-    for (int scaling = 0; scaling < 3; scaling++) {
-        ms = time_ms([&] { quantize_transpose(q_t, (Fp8Scaling)scaling, q, n, k, scratch, 0); });
+    for (Fp8Scaling scaling : {FP8_SCALE_TENSOR, FP8_SCALE_ROW}) {
+        ms = time_ms([&] { quantize_transpose(q_t, scaling, q, n, k, scratch, 0); });
         report("fp8", "transpose", scaling_names[scaling], n, k, 0, ms,
                (scaling == FP8_SCALE_ROW ? 3 : 2) * elements, 0);
     }

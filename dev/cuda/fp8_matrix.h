@@ -4,19 +4,16 @@
 #include "layers.h"
 #include "../../llmc/fp8.cuh"
 
-static const char *const scaling_names[] = {"tensor", "row", "block"};
+static const char *const scaling_names[] = {"tensor", "row"};
 
-// An e4m3 matrix [rows, k] on the host, with room for the scales of each scaling.
+// An e4m3 matrix [rows, k] on the host, with room for a scale for each row.
 struct Fp8Host {
     int64_t rows, k;
     std::vector<uint8_t> data;
     std::vector<float> scale;
-    Fp8Host(int64_t num_rows, int64_t row_size)
-        : rows(num_rows), k(row_size), data(rows * k), scale((k + FP8_BLOCK - 1) / FP8_BLOCK * rows) {}
+    Fp8Host(int64_t num_rows, int64_t row_size) : rows(num_rows), k(row_size), data(rows * k), scale(rows) {}
     operator Fp8Matrix() { return {data.data(), scale.data()}; }
-    int64_t scales(Fp8Scaling scaling) const {
-        return scaling == FP8_SCALE_TENSOR ? 1 : scaling == FP8_SCALE_ROW ? rows : (int64_t)scale.size();
-    }
+    int64_t scales(Fp8Scaling scaling) const { return scaling == FP8_SCALE_TENSOR ? 1 : rows; }
 };
 
 // The same on the device.
@@ -25,7 +22,7 @@ struct Fp8Buffer {
     Buffer<uint8_t> data;
     Buffer<float> scale;
     Fp8Buffer(int64_t num_rows, int64_t row_size)
-        : rows(num_rows), k(row_size), data(rows * k), scale((k + FP8_BLOCK - 1) / FP8_BLOCK * rows) {}
+        : rows(num_rows), k(row_size), data(rows * k), scale(rows) {}
     operator Fp8Matrix() const { return {data.get(), scale.get()}; }
     void poison() { data.poison(), scale.poison(); }
 };

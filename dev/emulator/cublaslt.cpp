@@ -62,31 +62,28 @@ bool same(const Layout &a, const Layout &b) {
     return a.type == b.type && a.rows == b.rows && a.cols == b.cols && a.ld == b.ld;
 }
 
-enum { SCALE_TENSOR = 0, SCALE_ROW = 3, SCALE_BLOCK = 4 }; // cublasLtMatmulMatrixScale_t, from CUDA 12.9 on
+enum { SCALE_TENSOR = 0, SCALE_ROW = 3 }; // cublasLtMatmulMatrixScale_t, from CUDA 12.9 on
 
 // Checks an e4m3 matmul against the rules of Hopper's kernels: a transposed, b not; 16-byte aligned columns;
-// no e4m3 output; the same scale mode for both, and no fast accumulation with scales of 128 elements.
+// no e4m3 output; the same scale mode for both.
 cublasStatus_t check_fp8_matmul(const Desc &e, const Layout &a, const Layout &b, const Layout &d, uint64_t m,
                                 uint64_t n, uint64_t k) {
     const int32_t mode = e.scale_mode[0];
     const uint64_t d_bytes = type_bytes(d.type);
     if (b.type != a.type || d_bytes == 1 || e.trans_a != CUBLAS_OP_T || e.trans_b != CUBLAS_OP_N ||
         e.epilogue != CUBLASLT_EPILOGUE_DEFAULT || e.scale_mode[1] != mode ||
-        (mode != SCALE_TENSOR && mode != SCALE_ROW && mode != SCALE_BLOCK))
+        (mode != SCALE_TENSOR && mode != SCALE_ROW))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     if (k % 16 || a.ld % 16 || b.ld % 16 || m * d_bytes % 16 || d.ld * d_bytes % 16)
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (mode == SCALE_BLOCK && (m % 4 || n % 4 || e.fast_accumulation)) return CUBLAS_STATUS_NOT_SUPPORTED;
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// The scale of element (i, p) of an e4m3 operand of `rows` rows.
-float scale_at(const Desc &e, int operand, uint64_t rows, uint64_t i, uint64_t p) {
+// The scale of row i of an e4m3 operand.
+float row_scale(const Desc &e, int operand, uint64_t i) {
     const float *scale = e.scale[operand];
     if (!scale) return 1;
-    return scale[e.scale_mode[operand] == SCALE_TENSOR ? 0
-                 : e.scale_mode[operand] == SCALE_ROW  ? i
-                                                       : p / 128 * rows + i];
+    return scale[e.scale_mode[operand] == SCALE_TENSOR ? 0 : i];
 }
 
 // Checks that the matmul's layouts are consistent and supported. Returns its shape in m, n and k.
@@ -266,17 +263,14 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         return CUBLAS_STATUS_INVALID_VALUE;
     bool bias = e.epilogue == CUBLASLT_EPILOGUE_BIAS;
     if (bias && !e.bias) return CUBLAS_STATUS_INVALID_VALUE;
-    const bool fp8 = la.type == CUDA_R_8F_E4M3, blocks = fp8 && e.scale_mode[0] == SCALE_BLOCK;
-    if (blocks && ((uintptr_t)e.scale[0] % 16 || (uintptr_t)e.scale[1] % 16))
-        return CUBLAS_STATUS_INVALID_VALUE;
+    const bool fp8 = la.type == CUDA_R_8F_E4M3;
     if (workspace) memset(workspace, 0xff, workspace_bytes < 4096 ? workspace_bytes : 4096);
 
     std::vector<float> op_a(k * m); // [k, m]
 #pragma omp parallel for
     for (uint64_t p = 0; p < k; p++) {
         for (uint64_t i = 0; i < m; i++) {
-            float x = load(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
-            op_a[p * m + i] = blocks ? x * scale_at(e, 0, m, i, p) : x;
+            op_a[p * m + i] = load(a, la.type, e.trans_a ? (int64_t)i * la.ld + p : (int64_t)p * la.ld + i);
         }
     }
 #pragma omp parallel for
@@ -284,13 +278,12 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         std::vector<float> sum(m, 0.0f);
         for (uint64_t p = 0; p < k; p++) {
             float x = load(b, lb.type, e.trans_b ? (int64_t)p * lb.ld + j : (int64_t)j * lb.ld + p);
-            if (blocks) x *= scale_at(e, 1, n, j, p);
             for (uint64_t i = 0; i < m; i++) sum[i] += op_a[p * m + i] * x;
         }
         for (uint64_t i = 0; i < m; i++) {
             int64_t index = (int64_t)j * ld.ld + i;
             float x = alpha * sum[i];
-            if (fp8 && !blocks) x = x * scale_at(e, 0, m, i, 0) * scale_at(e, 1, n, j, 0);
+            if (fp8) x = x * row_scale(e, 0, i) * row_scale(e, 1, j);
             if (beta != 0) x += beta * load(c, ld.type, index);
             if (bias) x += load(e.bias, ld.type, (int64_t)i);
             store(d, ld.type, index, x);
