@@ -110,7 +110,7 @@ static Comm *comm_global = NULL;
 const CommLauncher *comm_find_launcher(void) {
     static const CommLauncher launchers[] = {
         // innermost first: srun or mpirun can start torchrun
-        {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "torchrun"},
+        {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "torchrun or gpus_host.sh"},
         {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "mpirun"},
         {"PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", "mpirun"},
         // only a job step has both, not a batch script

@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     const char *rank, *ranks; // names of the environment variables with the rank and the world size
     const char *local_ranks;  // name of the one with the number of ranks on this host
-    const char *launcher;     // "torchrun", "mpirun" or "srun"
+    const char *launcher;     // "torchrun or gpus_host.sh", "mpirun" or "srun"
 } CommLauncher;
 
 // Returns the launcher of this process, or NULL when the process runs alone or the world size is 1. RANK and

@@ -553,10 +553,12 @@ static inline Cadence run_due(Run *r, int first) {
     return due;
 }
 
-// Says that a signal has ended the run, after its checkpoint has been written.
+// Says that a signal has ended the run, after its checkpoint has been written, and how it goes on.
 static inline void run_print_stopped(const Run *r) {
     printf("stopped by signal %d after step %lld%s\n", (int)run_signal, (long long)r->state.step,
-           r->opt.output ? "; resume with -y 1" : "");
+           !r->opt.output  ? ""
+           : r->opt.resume ? "; the same command resumes it"
+                           : "; resume with -y 1");
 }
 
 // Returns 1 if the step's loss and gradient norm are finite. Otherwise dies, or with -skip 1 warns and

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # after_train.sh TASK TRAINER: the last lines of make train: what was run, read from its folder and its log, and what can
 # be run next. Environment, set by make: ARGS (flags of the run; they may name another folder), PROMPT, BUILD.
-case ${1:-} in -h | --help | "") sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+[ $# -eq 2 ] || { echo "error: after_train.sh TASK TRAINER: two arguments, not $#; -h explains them" >&2; exit 1; }
 task=$1 trainer=$2 out=log/$1 last=
 for word in ${ARGS//=/ }; do
     case $last in -o | --o | -output | --output) out=$word ;; esac

@@ -5,28 +5,31 @@
 #   make && scripts/gpus_losses.sh TEXTS && python3 scripts/plot_log.py log/gpus/* -o gpus.png
 # Environment: GPUS (number of GPUs; default all), STEPS (40), TRAINER (./train_gpt_nsa).
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
-ALL=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} STEPS=${STEPS:-40}
-[ $# -ge 1 ] || { echo "error: no text: gpus_losses.sh FILE_OR_FOLDER...; -h explains it" >&2; exit 1; }
-[ "$ALL" -ge 1 ] || { echo "error: no GPU found; nvidia-smi -L must list one" >&2; exit 1; }
+. "$(dirname "$0")/common.sh"
+usage "$@"
+GPUS=${GPUS:-$(all_gpus)} STEPS=${STEPS:-40} TRAINER=${TRAINER:-./train_gpt_nsa}
+[ $# -ge 1 ] || die "no text: gpus_losses.sh FILE_OR_FOLDER...; -h explains it"
+need_gpus
+whole_numbers STEPS
 texts=()
-for text in "$@"; do texts+=("$(realpath "$text")"); done
+for text in "$@"; do texts+=("$(realpath -m -- "$text")"); done
 cd "$(dirname "$0")/.."
-[ -x build/text ] || { echo "error: build/text: no such program; build it with make" >&2; exit 1; }
-build/text -o data/gpus -name gpus "${texts[@]}"
+need_trainer
+need_maker build/text
+run build/text -o data/gpus -name gpus "${texts[@]}"
 
 # train NAME GPUS FLAG...
 train() {
     local name=$1 gpus=$2
     shift 2
-    GPUS=$gpus scripts/gpus_host.sh -e gpt-124m \
+    GPUS=$gpus run scripts/gpus_host.sh -e gpt-124m \
         -i 'data/gpus/gpus_train_*.bin' -j 'data/gpus/gpus_val_*.bin' -t 4096 -theta 1e6 -d 131072 -l 6e-4 -u 10 -x "$STEPS" \
         -v 0 -n 0 -o "log/gpus/$name" "$@" >"log/gpus/$name.out"
     echo "$name: $(tail -n 1 "log/gpus/$name.out")"
 }
 mkdir -p log/gpus
 train 1 1 -b 4
-for ((gpus = 2; gpus <= ALL; gpus *= 2)); do
+for ((gpus = 2; gpus <= GPUS; gpus *= 2)); do
     for z in 0 1 2; do train "${gpus}_z$z" $gpus -b 4 -z $z; done
     for ((cp = 2; cp <= gpus; cp *= 2)); do train "${gpus}_cp$cp" $gpus -b 4 -cp $cp; done
     [ $gpus -le 2 ] || train "${gpus}_cp2_z1" $gpus -b 4 -cp 2 -z 1

@@ -11,9 +11,12 @@
 # the processes as SIGUSR2: mpirun kills them after some of the others, and that of Open MPI 4.1.6 on Ubuntu was seen
 # not to forward SIGUSR1.
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
-TRAINER=$(realpath "${TRAINER:-./train_gpt_nsa}") GPUS=${GPUS:-8}
-[ $# -ge 1 ] || { echo "error: no hosts: gpus_mpi.sh HOST[,HOST...] FLAG...; -h explains it" >&2; exit 1; }
+. "$(dirname "$0")/common.sh"
+usage "$@"
+TRAINER=$(realpath -m -- "${TRAINER:-./train_gpt_nsa}") GPUS=${GPUS:-8}
+[ $# -ge 1 ] && [[ $1 != -* ]] || die "no hosts: gpus_mpi.sh HOST[,HOST...] FLAG...; -h explains it"
+whole_numbers GPUS
+need_trainer
 hosts=$1
 shift
 count=$(echo "$hosts" | tr ',' '\n' | wc -l)
@@ -25,19 +28,7 @@ variables=()
 for name in $(compgen -e | grep -E '^(NCCL_|MASTER_(ADDR|PORT|DIR|SECRET)$|CUDA_VISIBLE_DEVICES$|LD_LIBRARY_PATH$)'); do
     variables+=(-x "$name")
 done
-pid= signaled=
-forward() {
-    signaled=1
-    [ -z "$pid" ] || kill -s USR2 "$pid" || true
-}
-trap forward HUP INT TERM USR1 USR2
-set -m # mpirun has a process group of its own, so that the terminal's Ctrl-C does not kill it
-mpirun -np $((count * GPUS)) --host "$(echo "$hosts" | sed "s/,/:$GPUS,/g"):$GPUS" \
-    --map-by "ppr:$GPUS:node" --bind-to none ${MPI_FLAGS:-} "${variables[@]}" "$TRAINER" "$@" </dev/null &
-early=$signaled pid=$!
-[ -z "$early" ] || kill $pid
-while :; do
-    signaled= code=0
-    wait $pid || code=$?
-    [ -n "$signaled" ] || exit $code # else a signal interrupted wait
-done
+forward_as=USR2
+start mpirun -np $((count * GPUS)) --host "$(echo "$hosts" | sed "s/,/:$GPUS,/g"):$GPUS" \
+    --map-by "ppr:$GPUS:node" --bind-to none ${MPI_FLAGS:-} "${variables[@]}" "$TRAINER" "$@"
+wait_for $!

@@ -17,6 +17,7 @@ set -eu
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 TRAINER=${TRAINER:-./train_gpt_nsa}
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: not in a Slurm job; start this script with sbatch" >&2; exit 1; }
+[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make train_gpt_nsa, or name another one in TRAINER" >&2; exit 1; }
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 MASTER_SECRET=${MASTER_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 export MASTER_SECRET

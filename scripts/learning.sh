@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # learning.sh: trains the runs of dev/results/learning.md, which compare how well the attention modes and number formats
 # learn. A run writes log/learning/NAME/log.jsonl. Started again, the script skips the runs that are complete and resumes
-# the others. It makes the shards of a text in the table below if there are none, from the C sources of Linux (Debian's and
-# Ubuntu's package linux-source). That needs Python with requirements.txt.
+# the others. A run writes a checkpoint every 100 steps, so a crash loses at most these. The script makes the shards of a
+# text in the table below if there are none, from the C sources of Linux (Debian's and Ubuntu's package linux-source). That
+# needs Python with requirements.txt.
 #   make && scripts/learning.sh                               # all runs, one after another
-#   RUNS="nsa-1 full-1" scripts/learning.sh                   # these runs, in the order of the table below
-#   CUDA_VISIBLE_DEVICES=1 RUNS=nsa-2 scripts/learning.sh     # on the second GPU
+#   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
+#   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first tenth of the steps and then falls
 # to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run that another one continues keeps
-# its checkpoint.
-# Environment: RUNS (all; those of SmolLM2 with SMOLLM2 only), GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once,
-# to make data/smollm2 and data/linux_smollm2).
+# its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and writes a checkpoint, and the script ends.
+# Environment: GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
-[ -z "${SMOLLM2:-}" ] || SMOLLM2=$(realpath -- "$SMOLLM2")
+. "$(dirname "$0")/common.sh"
+usage "$@"
+if [ -n "${SMOLLM2:-}" ]; then
+    [ -e "$SMOLLM2" ] || die "SMOLLM2=$SMOLLM2: no such file or folder; name the folder or GGUF file of SmolLM2-135M"
+    SMOLLM2=$(realpath -- "$SMOLLM2")
+fi
 cd "$(dirname "$0")/.."
 export GPUS=${GPUS:-1} TRAINER=${TRAINER:-./train_gpt_nsa}
 
@@ -75,8 +79,6 @@ smollm2-16k-full     smollm2-16k  linux_smollm2    50M   -attn full -seed 1 -u 8
 smollm2-16k-nsa      smollm2-16k  linux_smollm2    50M   -attn nsa -seed 1 -u 8 -v 8
 END
 
-die() { echo "error: $*" >&2; exit 1; }
-
 # has_shards TEXT: whether its shards exist
 has_shards() {
     local shards=("data/$1"/linux_train_*.bin "data/$1"/linux_val_*.bin)
@@ -92,13 +94,13 @@ make_text() {
     local documents=data/corpora/linux_c tokenizer=data/linux_bpe/tokenizer.json flags
     if [ "$1" = linux_smollm2 ]; then
         tokenizer=${SMOLLM2:-}
-        [ -f data/smollm2/full.bin ] || scripts/from_hf.py "$SMOLLM2" -o data/smollm2/full.bin
+        [ -f data/smollm2/full.bin ] || run scripts/from_hf.py "$SMOLLM2" -o data/smollm2/full.bin
     fi
     ! has_shards "$1" || return 0
-    [ -d $documents ] || data/corpus -o $documents --suffix .c --min-bytes 400000
-    [ -e "$tokenizer" ] || data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
+    [ -d $documents ] || run data/corpus -o $documents --suffix .c --min-bytes 400000
+    [ -e "$tokenizer" ] || run data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
     read -ra flags <<<"${TEXTS[$1]}"
-    data/bpe -o "data/$1" --name linux --tokenizer "$tokenizer" "${flags[@]}" --min-tokens 131072 --shard 2000000000 \
+    run data/bpe -o "data/$1" --name linux --tokenizer "$tokenizer" "${flags[@]}" --min-tokens 131072 --shard 2000000000 \
         $documents
 }
 
@@ -123,13 +125,14 @@ train() {
     steps=$(steps "${4%M}")
     if is_complete "$name" "$steps"; then
         echo "== $name: complete"
+        is_continued "$name" || rm -f "$out"/ckpt_*.bin # of a run that was killed at its end
         return
     fi
     if [ -z "${MODELS[$model]:-}" ]; then
         start=$(printf '%s\n' "${TABLE[@]}" | awk -v name="$model" '$1 == name { print $4 }')
         start=$(checkpoint "$model" "$(steps "${start%M}")")
         if [ ! -f "$start" ]; then
-            echo "error: $name continues $model, which has no $start; run RUNS=$model scripts/learning.sh" >&2
+            echo "error: $name continues $model, which has no $start; run scripts/learning.sh $model" >&2
             return 1
         fi
         model=64k
@@ -140,35 +143,32 @@ train() {
     batch=$(((GPUS < 8 ? 16384 : 131072 / GPUS) / settings[0])) # sequences at a time: 16,384 tokens if a step has so many
     [ $batch -ge 1 ] || batch=1
     echo "== $name"
-    scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
-        -u $((steps / 10)) -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1 -o "$out" -y 1 \
+    run scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
+        -u $((steps / 10)) -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1 -o "$out" -y 1 \
         -i "data/$3/linux_train_*.bin" -j "data/$3/linux_val_*.bin" "${@:5}" || return
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }
 
-[ -x "$TRAINER" ] || die "$TRAINER: no such program; build it with make"
 names=$(printf '%s\n' "${TABLE[@]}" | awk '{ print $1 }')
-if [ -z "${RUNS:-}" ]; then
-    RUNS=$names
-    has_smollm2 || RUNS=$(grep -v ^smollm2 <<<"$names")
-fi
-for name in $RUNS; do
-    grep -qxF -e "$name" <<<"$names" || die "RUNS: $name: no such run; there are" $names
-    [[ $name != smollm2* ]] || has_smollm2 || die "RUNS: $name continues SmolLM2-135M; download it from" \
+[ $# -gt 0 ] || set -- $(has_smollm2 && echo "$names" || grep -v ^smollm2 <<<"$names")
+for name; do
+    grep -qxF -e "$name" <<<"$names" || die "$name: no such run; there are" $names
+    [[ $name != smollm2* ]] || has_smollm2 || die "$name continues SmolLM2-135M; download it from" \
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M and name its folder in SMOLLM2"
 done
+whole_numbers GPUS
+[ $((131072 % GPUS)) -eq 0 ] || die "GPUS=$GPUS: a step of 131,072 tokens must be a multiple of it; take 1, 2, 4 or 8"
+need_trainer
 selected=()
 for line in "${TABLE[@]}"; do
     read -ra run <<<"$line"
-    grep -qxF -e "${run[0]}" <<<"$(printf '%s\n' $RUNS)" || continue
+    grep -qxF -e "${run[0]}" <<<"$(printf '%s\n' "$@")" || continue
     make_text "${run[2]}"
     selected+=("$line")
 done
-signal="" failed=""
-for s in HUP INT TERM USR1 USR2; do trap 'signal=1' $s; done # the trainer gets the signal too, and writes a checkpoint
+failed=""
 for line in "${selected[@]}"; do
     read -ra run <<<"$line"
     train "${run[@]}" || failed="$failed ${run[0]}"
-    [ -z "$signal" ] || exit 1
 done
-[ -z "$failed" ] || die "these runs failed:$failed; see the messages above"
+[ -z "$failed" ] || { echo "== these runs failed:$failed"; exit 1; }

@@ -9,12 +9,19 @@
 # Environment: LENGTHS ("32768 65536 131072"), MODES ("nsa full"), MATMUL (bf16; fp8), STEPS (3), GPUS (number of
 # GPUs; default all), MEMORY (MiB of a GPU; default the smallest of this host's), TRAINER (./train_gpt_nsa), DRY.
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+. "$(dirname "$0")/common.sh"
+usage "$@"
+no_arguments "$@"
 cd "$(dirname "$0")/.."
 LENGTHS=${LENGTHS:-"32768 65536 131072"} MODES=${MODES:-"nsa full"} MATMUL=${MATMUL:-bf16} STEPS=${STEPS:-3}
-GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+TRAINER=${TRAINER:-./train_gpt_nsa}
+GPUS=${GPUS:-$(all_gpus)}
 MEMORY=${MEMORY:-$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -1)}
-[ "$GPUS" -ge 1 ] && [ -n "$MEMORY" ] || { echo "error: no GPU found; nvidia-smi -L must list one, or set GPUS, MEMORY and DRY=1" >&2; exit 1; }
+[ "$GPUS" != 0 ] && [ -n "$MEMORY" ] || die "no GPU found; nvidia-smi -L must list one, or set GPUS, MEMORY and DRY=1"
+whole_numbers GPUS MEMORY LENGTHS STEPS
+attention_modes
+[[ $MATMUL =~ ^(bf16|fp8)$ ]] || die "MATMUL=$MATMUL: must be bf16 or fp8"
+[ -n "${DRY:-}" ] || need_trainer
 
 # choose MODE TOKENS: prints the arithmetic, and on its last line the flags; nothing there if no flags fit. It counts
 # what the trainer allocates, in MiB: 16-bit and fp32 weights, AdamW's two moments, gradients (with -z 2 also two
@@ -60,8 +67,8 @@ for t in $LENGTHS; do
         [ -n "$flags" ] || { echo "  no flags fit: not run"; continue; }
         [ -z "${DRY:-}" ] || continue
         cp=$(echo "$flags" | cut -d' ' -f2)
-        GPUS=$GPUS scripts/gpus_host.sh -e llama3-8b \
+        GPUS=$GPUS run scripts/gpus_host.sh -e llama3-8b \
             -attn "$mode" -matmul "$MATMUL" -t "$t" -b 1 -d $((t * GPUS / cp)) $flags -profile "$STEPS" || failed="$failed $mode/$t"
     done
 done
-[ -z "$failed" ] || { echo "error: these runs failed:$failed; see the messages above" >&2; exit 1; }
+[ -z "$failed" ] || { echo "== these runs failed:$failed"; exit 1; }

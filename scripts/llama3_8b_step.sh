@@ -7,17 +7,21 @@
 # Environment: LENGTHS ("8192 16384 32768 65536"), MODES ("nsa full"), MATMULS ("bf16 fp8" or "bf16"), STEPS (5),
 # TRAINER (./train_gpt_nsa).
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+. "$(dirname "$0")/common.sh"
+usage "$@"
+no_arguments "$@"
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} LENGTHS=${LENGTHS:-"8192 16384 32768 65536"} MODES=${MODES:-"nsa full"}
 STEPS=${STEPS:-5}
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 MATMULS=${MATMULS:-bf16$([ "${capability:-0}" -lt 89 ] || echo " fp8")}
-[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
+whole_numbers LENGTHS STEPS
+attention_modes
+need_trainer
 for t in $LENGTHS; do
     for attn in $MODES; do
         for matmul in $MATMULS; do
-            "$TRAINER" -e llama3-8b -layers 4 -vocab 32768 -attn "$attn" -matmul "$matmul" -t "$t" -b 1 -profile "$STEPS"
+            run "$TRAINER" -e llama3-8b -layers 4 -vocab 32768 -attn "$attn" -matmul "$matmul" -t "$t" -b 1 -profile "$STEPS"
         done
     done
 done

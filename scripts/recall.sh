@@ -18,25 +18,29 @@
 # Environment: MODES ("nsa full window"), TRAINER (./train_gpt_nsa), STEPS per context (1000), TOKENS per step (16384; more
 # if needed for 8 sequences).
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+. "$(dirname "$0")/common.sh"
+usage "$@"
 cd "$(dirname "$0")/.."
-trainer=${TRAINER:-./train_gpt_nsa} steps=${STEPS:-1000} tokens=${TOKENS:-16384}
-[ -x "$trainer" ] || { echo "error: $trainer: no such program; build it with make" >&2; exit 1; }
-[ -x build/recall ] || { echo "error: build/recall: no such program; build it with make" >&2; exit 1; }
-for mode in ${MODES:-nsa full window}; do
+TRAINER=${TRAINER:-./train_gpt_nsa} STEPS=${STEPS:-1000} TOKENS=${TOKENS:-16384} MODES=${MODES:-nsa full window}
+for context; do [[ $context =~ ^[1-9][0-9]{0,8}$ ]] || die "$context: a context must be a whole number of tokens; -h lists the usual ones"; done
+whole_numbers STEPS TOKENS
+attention_modes
+need_trainer
+need_maker build/recall
+for mode in $MODES; do
     contexts="256 512 1024 2048 4096 8192 16384"
     [ "$mode" != nsa ] || contexts="$contexts 32768 65536"
     start=recall-1k theta='-theta 1e7' rate=1e-3
     for context in ${*:-$contexts}; do
-        batch=$((tokens / context))
+        batch=$((TOKENS / context))
         [ $batch -ge 8 ] || batch=8
-        micro=$((131072 / context)) # sequences at a time
+        micro=$((context < 131072 ? 131072 / context : 1)) # sequences at a time
         while [ $((batch % micro)) -ne 0 ]; do micro=$((micro - 1)); done
         data=data/recall_$context out=log/recall_${context}_$mode
-        build/recall -o "$data" -t "$context" -n $((steps * batch))
+        run build/recall -o "$data" -t "$context" -n $((STEPS * batch))
         echo "== context $context, $mode"
-        "$trainer" -e "$start" $theta -attn "$mode" -t "$context" -b $micro -d $((batch * context)) -x "$steps" -l $rate \
-            -u $((steps / 10)) -q 0 -beta2 0.98 -v $((steps / 4)) -m 0 -n $((steps / 4)) -o "$out" -y 1 \
+        run "$TRAINER" -e "$start" $theta -attn "$mode" -t "$context" -b $micro -d $((batch * context)) -x "$STEPS" -l $rate \
+            -u $((STEPS / 10)) -q 0 -beta2 0.98 -v $((STEPS / 4)) -m 0 -n $((STEPS / 4)) -o "$out" -y 1 \
             -i "$data/recall_train_*.bin" -j "$data/recall_val_*.bin"
         start=$(ls "$out"/ckpt_*.bin | tail -n 1) theta= rate=5e-4
     done

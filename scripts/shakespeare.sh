@@ -8,24 +8,37 @@
 # Environment: TRAINER (./train_gpt_nsa), STEPS (1500), SEEDS ("1 2 3"), JOBS (parallel runs; 3), TEXT (input
 # file).
 set -eu
-case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
+. "$(dirname "$0")/common.sh"
+usage "$@"
+no_arguments "$@"
 cd "$(dirname "$0")/.."
 TRAINER=${TRAINER:-./train_gpt_nsa} STEPS=${STEPS:-1500} SEEDS=${SEEDS:-"1 2 3"} JOBS=${JOBS:-3}
 TEXT=${TEXT:-data/corpora/tinyshakespeare.txt}
-[ -x "$TRAINER" ] || { echo "error: $TRAINER: no such program; build it with make" >&2; exit 1; }
-[ -f "$TEXT" ] || { echo "error: $TEXT: no such file; download it with data/get" >&2; exit 1; }
-[ -x build/text ] || { echo "error: build/text: no such program; build it with make" >&2; exit 1; }
-build/text -o data/shakespeare -name shakespeare "$TEXT"
+whole_numbers STEPS JOBS
+for seed in $SEEDS; do [[ $seed =~ ^[0-9]{1,9}$ ]] || die "SEEDS=$SEEDS: $seed must be a whole number"; done
+need_trainer
+[ -f "$TEXT" ] || die "$TEXT: no such file; download it with data/get"
+need_maker build/text
+run build/text -o data/shakespeare -name shakespeare "$TEXT"
 mkdir -p log
+failed=
+# wait_for_runs N: waits until at most N runs are left. If one has failed, waits for the others and ends the script.
+wait_for_runs() {
+    local left=$1
+    while [ ${#pids[@]} -gt "$left" ]; do wait_for "${pids[@]:0:1}" || left=0 failed=1; done
+    [ -z "$failed" ] || exit 1
+}
 for seed in $SEEDS; do
-    for attn in nsa full window; do echo "$seed $attn"; done
-done | xargs -P "$JOBS" -L 1 bash -c '
-    out=log/shakespeare_$2_$1
-    mkdir -p "$out"
-    '"$TRAINER"' -e shakespeare -attn "$2" -phi mean -seed "$1" -b 16 -x '"$STEPS"' -l 1e-3 \
-        -u '$((STEPS / 15))' -q 0.1 -c 0.1 -beta2 0.99 -v 50 -m 0 -n 0 -o "$out" -y 1 \
-        -i "data/shakespeare/shakespeare_train_*.bin" -j "data/shakespeare/shakespeare_val_*.bin" \
-        >>"$out/stdout.txt"' _
+    for attn in nsa full window; do
+        wait_for_runs $((JOBS - 1))
+        out=log/shakespeare_${attn}_$seed
+        mkdir -p "$out"
+        start "$TRAINER" -e shakespeare -attn "$attn" -phi mean -seed "$seed" -b 16 -x "$STEPS" -l 1e-3 \
+            -u $((STEPS / 15)) -q 0.1 -c 0.1 -beta2 0.99 -v 50 -m 0 -n 500 -nk 1 -o "$out" -y 1 \
+            -i "data/shakespeare/shakespeare_train_*.bin" -j "data/shakespeare/shakespeare_val_*.bin" >>"$out/stdout.txt"
+    done
+done
+wait_for_runs 0
 for attn in nsa full window; do
     for seed in $SEEDS; do
         grep -o '"val_loss": *[0-9.]*' "log/shakespeare_${attn}_$seed/log.jsonl" | grep -o '[0-9.]*$' |

@@ -111,7 +111,7 @@ EVERY="-e recall -t 64 -b 2 -u 0 -q 1 -l 1e-3 -v 1 -m 1 -s 1 -g 3 $DATA"
 pid=$!
 for _ in $(seq 300); do grep -q '"step":3,' stopped/log.jsonl 2>/dev/null && break; sleep 0.05; done
 kill -TERM $pid; wait $pid
-last=$(($(sed -n 's/^stopped by signal 15 after step \([0-9]*\);.*/\1/p' first) + 2))
+last=$(($(sed -n 's/^stopped by signal 15 after step \([0-9]*\); resume with -y 1$/\1/p' first) + 2))
 run $EVERY -x $last -o stopped -y 1; cp out second
 run $EVERY -x $last -o whole
 printf -v name 'ckpt_%08d.bin' $last
@@ -146,11 +146,12 @@ check '[ $code -eq 0 ]' "the folder stays locked: $(cat err)"
 
 # ---- signals and kills
 for signal in INT TERM HUP USR1 USR2; do
-    "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o s$signal >out 2>err &
+    "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o s$signal -y 1 >out 2>err &
     pid=$!
     for _ in $(seq 300); do grep -q '"step":3,' s$signal/log.jsonl 2>/dev/null && break; sleep 0.1; done
     kill -$signal $pid; wait $pid; code=$?
     check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
+    check 'grep -q "^stopped by signal .*; the same command resumes it$" out' "SIG$signal: $(tail -n 1 out)"
     run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
     check '[ $code -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
 done

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 
 from checks import check, finish, skip
 
@@ -369,7 +371,7 @@ while [ $# -gt 0 ]; do
     case $1 in -o) out=$2 ;; -x) steps=$2 ;; esac
     shift
 done
-[ -z "$BAD" ] || [ $out != log/learning/$BAD ] || exit 1
+[ -z "$BAD" ] || [ $out != log/learning/$BAD ] || { echo "error: it is bad" >&2; exit 1; }
 mkdir -p $out && echo "{\\"step\\":$steps,\\"tokens\\":9,\\"val_loss\\":2.5}" >>$out/log.jsonl
 touch $(printf '%s/ckpt_%08d.bin' $out $steps)
 """
@@ -387,14 +389,19 @@ done
             file.write(text)
         os.chmod(program, 0o755)
 
+    output = ""
+
     def train(runs: str, **env: str) -> tuple[int, str, list[str]]:
-        """Returns the exit code, the errors, and the command line of each run of the trainer."""
+        """Returns the exit code, the errors, and the command line of each run of the trainer. `output` is what the script says."""
+        nonlocal output
         flags = os.path.join(root, "flags.txt")
         with open(flags, "w", encoding="utf-8"):
             pass
         full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS", "SMOLLM2")}
-        full |= {"RUNS": runs, "BAD": "", **env}
-        result = subprocess.run([os.path.join(root, "scripts/learning.sh")], capture_output=True, text=True, env=full)
+        full |= {"BAD": "", **env}
+        program = [os.path.join(root, "scripts/learning.sh"), *runs.split()]
+        result = subprocess.run(program, capture_output=True, text=True, env=full)
+        output = result.stdout
         with open(flags, encoding="utf-8") as file:
             return result.returncode, result.stderr, file.read().splitlines()
 
@@ -407,7 +414,7 @@ done
     right = (code, err, len(lines)) == (0, "", 3)
     check(right, f"three runs: {code} {err} {lines}")
     if right:
-        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 152 -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1"
+        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 152 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
         end = " -i data/linux/linux_train_*.bin -j data/linux/linux_val_*.bin -attn nsa -seed 1"
         check(lines[0].startswith(wanted) and lines[0].endswith(end), f"nsa-1: {lines[0]}")
         wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 15 "
@@ -415,7 +422,11 @@ done
         check(" -x 381 -u 38 " in lines[2] and lines[2].endswith(" -attn nsa -seed 2"), f"50m-nsa-2: {lines[2]}")
         kept = [left(name) for name in ("nsa-1", "nsa-64k", "50m-nsa-2")]
         check(kept == [["ckpt_00001526.bin", "log.jsonl"], ["log.jsonl"], ["log.jsonl"]], f"checkpoints: {kept}")
+    with open(os.path.join(root, "log/learning/50m-nsa-2/ckpt_00000300.bin"), "w", encoding="utf-8"):
+        pass  # a crash at the end of the run left it
     check(train("nsa-64k nsa-1 50m-nsa-2") == (0, "", []), "complete runs are skipped")
+    kept = [left(name) for name in ("nsa-1", "50m-nsa-2")]
+    check(kept == [["ckpt_00001526.bin", "log.jsonl"], ["log.jsonl"]], f"checkpoints of complete runs: {kept}")
     log = os.path.join(root, "log/learning/50m-nsa-2/log.jsonl")
     with open(log, "w", encoding="utf-8") as file:
         file.write('{"step":350,"tokens":9,"val_loss":2.5}\n{"step":381,"loss":2.5}\n')
@@ -423,14 +434,14 @@ done
     os.remove(os.path.join(root, "log/learning/nsa-1/ckpt_00001526.bin"))
     check(len(train("nsa-1")[2]) == 1, "a run that another one continues, without its checkpoint, goes on")
     code, err, lines = train("350m-nsa-30m-fp8 full-1", BAD="full-1")
-    check(code == 1 and len(lines) == 2 and "these runs failed: full-1;" in err, f"a run that fails: {code} {err} {lines}")
+    check(code == 1 and len(lines) == 2 and err == "error: it is bad\n", f"a run that fails: {code} {err} {lines}")
     check(" -l 3e-4 -layers 24 " in lines[1] and lines[1].endswith(" -matmul fp8"), f"350m-nsa-30m-fp8: {lines[1]}")
     code, err, lines = train("full-1 window-1 window-64k", GPUS="4")
     cp = [line.count(" -cp 2 ") for line in lines]
     right = code == 0 and cp == [0] * 8 + [1] * 4 and all(line.startswith("4 ") and " -d 131072 " in line for line in lines)
     check(right, f"four GPUs: {code} {err} {lines}")
     code, err, lines = train("nsa-1 nsa")
-    check(code == 1 and err.startswith("error: RUNS: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
+    check(code == 1 and not lines and err.startswith("error: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
     code, err, lines = train("50m-hybrid-1 50m-mean-1")
     wanted = ["-attn nsa -seed 1 -full-every 4", "-attn nsa -seed 1 -phi mean"]
     right = [line.split("data/linux_quarter/linux_val_*.bin ")[1] for line in lines] == wanted
@@ -448,11 +459,12 @@ done
     # the programs make no shards, so that the second run makes the text again
     wanted += [wanted[0], wanted[2]]
     check(code == 0 and lines[:-2] == wanted, f"the text of SmolLM2: {code} {err} {lines}")
-    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 38 -k cosine -q 0.1 -v 50 -m 0 -n 0 -nk 1"
+    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 38 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
     check(lines[-2].startswith(wanted) and lines[-2].endswith(" -attn nsa -seed 1 -u 8 -v 8"), f"smollm2-8k-nsa: {lines[-2]}")
     check(" -t 16384 " in lines[-1] and " -b 1 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
     code, err, lines = train("", TRAINER="/bin/false")
-    check(err.count(" 350m-window") == 1 and "smollm2" not in err + "".join(lines), f"all runs without SmolLM2: {err}")
+    right = "\n== these runs failed: " in output and output.endswith(" 350m-window\n") and "smollm2" not in output + err
+    check(code == 1 and right, f"all runs without SmolLM2: {output} {err}")
     shutil.rmtree(os.path.join(root, "data/linux_quarter"))
     os.remove(os.path.join(root, "log/learning/50m-mean-1/log.jsonl"))
     code, err, lines = train("50m-mean-1")
@@ -461,7 +473,7 @@ done
     check(len(lines) == 2 and lines[0].startswith(wanted[0]) and lines[1] == wanted[1] and code == 1, f"the text: {code} {err} {lines}")
     os.remove(trainer)
     code, err, lines = train("nsa-1")
-    check(code == 1 and "build it with make" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
+    check(code == 1 and "build it with make train_gpt_nsa" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
 
 
 def test_recall(tmp: str) -> None:
@@ -582,7 +594,7 @@ def test_curves(tmp: str) -> None:
 def test_help() -> None:
     """Every script explains itself with -h and --help, changes nothing, and says how it is used."""
     programs = [os.path.join("scripts", f) for f in sorted(os.listdir(SCRIPTS)) if f.endswith((".sh", ".py"))]
-    programs = [p for p in programs if not p.endswith("train_log.py")]
+    programs = [p for p in programs if not p.endswith(("train_log.py", "common.sh"))]
     programs += ["data/" + name for name in ("get", "corpus", "bpe", "hub", "hellaswag", "mc", "needle")]
     for program in programs:
         path = os.path.join(ROOT, program)
@@ -618,7 +630,7 @@ esac
     for script in ("books_124m.sh", "shakespeare.sh", "recall.sh"):
         result = subprocess.run([os.path.join(root, "scripts", script)], capture_output=True, text=True, env=env)
         right = result.returncode == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-        check(right and "build it with make" in result.stderr, f"{script} without programs: {result}")
+        check(right and "build it with make train_gpt_nsa" in result.stderr, f"{script} without programs: {result}")
     for program in ("train_gpt_nsa", "build/text", "build/recall"):
         path = os.path.join(root, program)
         with open(path, "w", encoding="utf-8") as file:
@@ -640,6 +652,134 @@ esac
         check(result.returncode == 0 and kept == names, f"{script} resumes only {kept}: {result}")
 
 
+def test_arguments(tmp: str) -> None:
+    """Wrong arguments and variables of the scripts: one line, exit code 1, and nothing starts."""
+    root = os.path.join(tmp, "arguments")
+    shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
+    for folder in ("build", "data/corpora/books", "data/linux"):
+        os.makedirs(os.path.join(root, folder))
+    for program in ("train_gpt_nsa", "build/text", "build/recall"):
+        path = os.path.join(root, program)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write('#!/bin/bash\necho "$0 $*" >>"${0%/*}/started"\n')
+        os.chmod(path, 0o755)
+    for name in ("data/corpora/tinyshakespeare.txt", "data/linux/linux_train_000000.bin", "data/linux/linux_val_000000.bin"):
+        with open(os.path.join(root, name), "w", encoding="utf-8"):
+            pass
+    unset = ("TRAINER", "STEPS", "TOKENS", "CONTEXT", "MODES", "GPUS", "SEEDS", "JOBS", "LENGTHS", "MEMORY", "SMOLLM2", "DRY")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    for command, wanted in (
+        ("learning.sh nsa", "nsa: no such run; there are nsa-1 "),
+        ("learning.sh --foo", "--foo: no such run"),
+        ("GPUS=x learning.sh nsa-1", "GPUS=x: x must be a whole number"),
+        ("GPUS=3 learning.sh nsa-1", "GPUS=3: "),
+        ("SMOLLM2=none learning.sh", "SMOLLM2=none: no such file"),
+        ("shakespeare.sh --foo", "--foo: shakespeare.sh takes no arguments"),
+        ("SEEDS=x shakespeare.sh", "SEEDS=x: x must be a whole number"),
+        ("STEPS=abc shakespeare.sh", "STEPS=abc: abc must be"),
+        ("JOBS=0 shakespeare.sh", "JOBS=0: 0 must be"),
+        ("books_124m.sh foo", "foo: books_124m.sh takes no arguments"),
+        ("STEPS=-1 books_124m.sh", "STEPS=-1: -1 must be"),
+        ("recall.sh foo", "foo: a context must be"),
+        ("recall.sh 256 --bad", "--bad: a context must be"),
+        ("recall.sh 0", "0: a context must be"),
+        ("STEPS=abc recall.sh", "STEPS=abc: abc must be"),
+        ("MODES=foo recall.sh", "MODES=foo: foo must be nsa, full or window"),
+        ("GPUS=abc gpus_host.sh -e tiny", "GPUS=abc: abc must be"),
+        ("GPUS=0 gpus_host.sh -e tiny", "GPUS=0: nvidia-smi -L lists no GPU"),
+        ("GPUS=abc gpus_mpi.sh localhost", "GPUS=abc: abc must be"),
+        ("gpus_mpi.sh -e tiny", "no hosts: "),
+        ("GPUS=1 gpus_scaling.sh foo", "foo: gpus_scaling.sh takes no arguments"),
+        ("GPUS=1 STEPS=x gpus_scaling.sh", "STEPS=x: x must be"),
+        ("GPUS=x gpus_losses.sh text", "GPUS=x: x must be"),
+        ("GPUS=1 gpus_losses.sh", "no text: "),
+        ("llama3_8b.sh foo", "foo: llama3_8b.sh takes no arguments"),
+        ("GPUS=x MEMORY=80000 llama3_8b.sh", "GPUS=x: x must be"),
+        ("GPUS=8 MEMORY=80000 LENGTHS=64K llama3_8b.sh", "LENGTHS=64K: 64K must be"),
+        ("GPUS=8 MEMORY=80000 MATMUL=fp9 llama3_8b.sh", "MATMUL=fp9: must be bf16 or fp8"),
+        ("llama3_8b_step.sh foo", "foo: llama3_8b_step.sh takes no arguments"),
+        ("LENGTHS=64K llama3_8b_step.sh", "LENGTHS=64K: 64K must be"),
+        ("gpus_slurm.sh -e tiny", "not in a Slurm job"),
+        ("after_train.sh recall", "after_train.sh TASK TRAINER: two arguments"),
+    ):
+        words = command.split()
+        variables = dict(word.split("=") for word in words if "=" in word)
+        script, *args = [word for word in words if "=" not in word]
+        program = [os.path.join(root, "scripts", script), *args]
+        result = subprocess.run(program, capture_output=True, text=True, cwd=root, env=env | variables, timeout=60)
+        right = result.returncode == 1 and result.stderr.startswith("error: " + wanted) and result.stderr.count("\n") == 1
+        started = [name for name in ("started", "build/started") if os.path.exists(os.path.join(root, name))]
+        check(right and not started, f"{command}: {result} {started}")
+
+
+def test_signals(tmp: str) -> None:
+    """SIGTERM to a script alone, and Ctrl-C, reach its trainers once; they write checkpoints, the script starts nothing more and
+    ends with exit code 1."""
+    root = os.path.join(tmp, "signals")
+    shutil.copytree(SCRIPTS, os.path.join(root, "scripts"))
+    for folder in ("build", "data/corpora/books", "data/linux"):
+        os.makedirs(os.path.join(root, folder))
+    slow = """#!/bin/bash
+echo $$ >>started
+trap 'echo TERM >>received; signal=15' TERM
+trap 'echo INT >>received; signal=2' INT
+while [ -z "$signal" ]; do sleep 0.05; done
+sleep 0.5
+touch checkpoint_$$
+exit $((128 + signal))
+"""
+    for program, text in (("train_gpt_nsa", slow), ("build/text", "#!/bin/bash\n"), ("build/recall", "#!/bin/bash\n")):
+        with open(os.path.join(root, program), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(os.path.join(root, program), 0o755)
+    for name in ("data/corpora/tinyshakespeare.txt", "data/linux/linux_train_000000.bin", "data/linux/linux_val_000000.bin"):
+        with open(os.path.join(root, name), "w", encoding="utf-8"):
+            pass
+    env = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS")}
+
+    def lines(name: str) -> list[str]:
+        path = os.path.join(root, name)
+        if not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8") as file:
+            return file.read().split()
+
+    def alive(pid: str) -> bool:
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    for script, runs in (("learning.sh", 1), ("shakespeare.sh", 3), ("books_124m.sh", 1), ("recall.sh", 1), ("llama3_8b_step.sh", 1)):
+        for name, to_group in (("TERM", False), ("INT", True)):
+            for file in os.listdir(root):
+                if file.startswith(("started", "received", "checkpoint_")):
+                    os.remove(os.path.join(root, file))
+            args = ["nsa-1", "full-1"] if script == "learning.sh" else []
+            program = [os.path.join(root, "scripts", script), *args]
+            process = subprocess.Popen(program, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for _ in range(200):
+                if len(lines("started")) == runs:
+                    break
+                time.sleep(0.05)
+            time.sleep(0.2)
+            number = getattr(signal, "SIG" + name)
+            (os.killpg if to_group else os.kill)(process.pid, number)
+            try:
+                out = process.communicate(timeout=20)[0]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out = b"it went on"
+            pids = lines("started")
+            saved = [pid for pid in pids if os.path.exists(os.path.join(root, "checkpoint_" + pid))]
+            left = [pid for pid in pids if alive(pid)]
+            for pid in left:
+                os.kill(int(pid), signal.SIGKILL)
+            right = process.returncode == 1 and len(pids) == runs and saved == pids and not left and lines("received") == [name] * runs
+            check(right, f"SIG{name} to {script}: {process.returncode} {out} started {pids} saved {saved} left {left} {lines('received')}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_reader(tmp)
@@ -654,6 +794,8 @@ def main() -> None:
         if has("wandb"):
             test_wandb(tmp)
         test_runs_are_kept(tmp)
+        test_arguments(tmp)
+        test_signals(tmp)
         test_learning(tmp)
         test_recall(tmp)
         test_curves(tmp)
