@@ -1,8 +1,8 @@
-# Makefile: builds what this machine can build. `make help` lists the goals and what it found. fsa/fsa.mk has the
-# rules of the library, dev/cuda/cuda.mk those of CUDA code, dev/test/test.mk those of the tests, dev/emulator/emulator.mk those of the kernels on the CPU.
-#   CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD is the folder of objects, and of
-#   the trainers and the library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands.
-#   COMMIT: the trainers' commit, for a copy without git. SAN=1: address and undefined-behaviour sanitizers, no GPU, no MPI.
+# Makefile: builds what this machine can build and run. `make help` lists the goals and what it found. fsa/fsa.mk has the rules of
+# the library, dev/cuda/cuda.mk those of CUDA code, dev/test/test.mk the tests', dev/emulator/emulator.mk those of kernels on the CPU.
+# CC, CFLAGS, CXX, NVCC, GPU (90: compute capability 9.0) and BUILD can be set. BUILD: folder of objects, and of the trainers and the
+# library if it is not build. GPU=, NCCL= and MPI= leave these out. V=1 shows all commands. COMMIT: the trainers' commit, for a copy
+# without git. SAN=1: address and undefined-behaviour sanitizers, no GPU, no MPI.
 MAKEFLAGS += -r
 ifeq ($(filter -j%,$(MAKEFLAGS)),) # nvcc takes minutes on one core
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
@@ -19,8 +19,8 @@ HAS_NATIVE := $(call try,-march=native,int main(void){return 0;})
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 GPU := $(if $(filter 1,$(SAN)),,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. '))
 USE_GPU := $(and $(NVCC),$(GPU))
-# With NCCL the GPU trainer runs as several processes; with MPI, mpirun starts them on several hosts. The sanitizers
-# would report MPI's deliberate leaks.
+NO_NVCC_NOTE := $(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make would use the GPU"))
+# NCCL: the GPU trainer can run as several processes. MPI: mpirun starts them. The sanitizers would report MPI's deliberate leaks.
 CUDA_HOME := $(if $(NVCC),$(abspath $(dir $(realpath $(NVCC)))..),/usr/local/cuda)
 NCCL_LIBS := $(patsubst %,-L%,$(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/lib))
 NCCL := $(if $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_HOME)/include /usr/include /usr/local/include))),$(call try,-Wl$(comma)--no-as-needed $(NCCL_LIBS) -lnccl,int ncclCommSplit(void); int main(void){return ncclCommSplit();}))
@@ -38,6 +38,7 @@ MAKERS := $(BUILD)/recall $(BUILD)/text
 
 .PHONY: all help train data test test-large test-emulator faults faults-emulator fuzz sanitize bench peers install uninstall wheel cuda cuda-all clean FORCE
 all: $(CPU_TRAINER) $(MAKERS) $(if $(USE_GPU),$(GPU_TRAINER))
+	@$(if $(USE_GPU)$(filter 1,$(SAN)),,$(if $(NVCC),echo "note: no GPU here: $(GPU_TRAINER) was not built; make $(GPU_TRAINER) builds it for another machine",$(NO_NVCC_NOTE)))
 
 help:
 	@echo "make train          build, make the recall data, train on it; ARGS='-flag value ...' adds flags,"
@@ -59,8 +60,7 @@ help:
 	@echo "make clean          remove what was built; data and checkpoints stay"
 	@echo "found: $(CC); OpenMP: $(or $(HAS_OPENMP),no); -march=native: $(or $(HAS_NATIVE),no); nvcc: $(or $(NVCC),no); GPU: $(if $(GPU),sm_$(GPU),none); NCCL: $(or $(NCCL),no); MPI: $(or $(MPI),no)"
 
-# The default task: recall facts from up to 256 tokens ago on the CPU, 1,024 on a GPU. A second run resumes from
-# the newest checkpoint; once all steps are done, it says so and shows the result.
+# The default task: recall facts from up to 256 tokens ago on the CPU, 1,024 on a GPU. A second run resumes, or shows the result.
 PROMPT := Remember Mara : lamp . Remember Ruth : key . Recall Mara :
 ifneq ($(USE_GPU),)
 TRAINER := $(GPU_TRAINER)
@@ -77,7 +77,7 @@ RECALL := -i 'data/$(TASK)/recall_train_*.bin' -j 'data/$(TASK)/recall_val_*.bin
 data: $(MAKERS)
 	@$(BUILD)/recall -o data/$(TASK) $(TASK_DATA)
 train: $(TRAINER) data
-	@$(if $(GPU),$(if $(NVCC),,echo "note: there is a GPU but no nvcc; with the CUDA Toolkit make train would use the GPU"))
+	@$(NO_NVCC_NOTE)
 	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
 	@ARGS='$(subst ','\'',$(ARGS))' PROMPT='$(PROMPT)' BUILD=$(BUILD) bash scripts/after_train.sh $(TASK) $(TRAINER)
 

@@ -62,15 +62,19 @@ start() {
     for signal in "${early[@]}"; do kill -s "$signal" $! 2>/dev/null || true; done
 }
 
-# wait_for PID: returns the exit code of a program that was started
+# wait_for PID: returns the exit code of a program that was started; 1, with a message, if it was killed or has crashed
 wait_for() {
     local received code i
     while :; do
         received=${#signals[@]} code=0
-        wait "$1" || code=$?
+        wait "$1" 2>/dev/null || code=$?
         [ $code -gt 128 ] && [ ${#signals[@]} -gt "$received" ] || break # else a signal interrupted wait
     done
     for i in "${!pids[@]}"; do [ "${pids[i]}" != "$1" ] || unset "pids[i]"; done
+    case $code in 132 | 134 | 135 | 136 | 137 | 139)
+        echo "error: process $1 was ended by SIG$(kill -l "$code"); dmesg tells whether memory ran out" >&2
+        code=1
+    esac
     return $code
 }
 

@@ -3,7 +3,7 @@
 # Needs CPU (the trainer), BUILD (the folder of recall, text and adamw_step) and COMMIT (the trainer's), which make
 # test sets.
 set -u
-PROGRAM=${CPU:-./train_gpt_nsa_cpu}
+root=$PWD PROGRAM=${CPU:-./train_gpt_nsa_cpu}
 . dev/test/checks.sh
 
 "$BUILD/recall" -o data -t 64 -n 40 -m 20 >/dev/null || bad "recall"
@@ -372,5 +372,12 @@ expect_error "-val 1: needs validation shards or evaluation files; give them wit
 expect_error "-v 3: needs validation shards or evaluation files" $TINY -i 'data/recall_train_*.bin'
 expect_error "-needle mc.bin: a file for -mc; give it with that flag" $TINY $DATA -needle mc.bin -o none
 expect_error "-mc none.bin: no such file; make it with data/hellaswag or data/mc" $TINY $DATA -mc none.bin -o none
+
+# ---- make says why there is no GPU trainer
+# note_of VARIABLE=VALUE...: the note of make on such a machine
+note_of() { env -u MAKEFLAGS make -C "$root" -n all SAN= "$@" 2>&1 | grep '^echo "note' | bash; }
+check '[ "$(note_of GPU= NVCC=nvcc)" = "note: no GPU here: train_gpt_nsa was not built; make train_gpt_nsa builds it for another machine" ]' "make without a GPU: $(note_of GPU= NVCC=nvcc)"
+check '[ "$(note_of GPU=90 NVCC=)" = "note: there is a GPU but no nvcc; with the CUDA Toolkit make would use the GPU" ]' "make without nvcc: $(note_of GPU=90 NVCC=)"
+check '[ -z "$(note_of GPU=90 NVCC=nvcc)$(note_of GPU= NVCC=)" ]' "make: a note that helps nobody"
 
 finish_test
