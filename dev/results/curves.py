@@ -3,6 +3,7 @@
     python3 dev/results/curves.py add log/learning/*                    # appends a row for each run, or replaces that of its name
     python3 dev/results/curves.py draw nsa-1 full-1 -o curves.svg       # losses over tokens; needs Matplotlib
     python3 dev/results/curves.py draw nsa-1 full-1 --time -o time.svg  # over the seconds of the training steps
+    python3 dev/results/curves.py draw nsa-1 --gpu A100-SXM4-80GB -o curves.svg    # of runs that were not on an H200
 
 A row has what log.jsonl says of the run (commit, date, GPU, processes, flags, model), its tokens/s and seconds, at most
 100 points of the training loss, each the mean of its steps, all validations, and the last loss by position and mean gates.
@@ -28,9 +29,12 @@ POINTS = 100
 def row_of(run):
     """Returns the row of a complete run."""
     start, steps = run.start, run.start["flags"]["x"]
-    last = min(rows[-1]["step"] if rows else 0 for rows in (run.train, run.val))
-    if last < steps:
-        die(f"{run.file}: the losses end at step {last} of {steps}; finish the run, scripts/learning.sh resumes it")
+    trained, validated = (rows[-1]["step"] if rows else 0 for rows in (run.train, run.val))
+    if min(trained, validated) < steps:
+        die(
+            f"{run.file}: the run stopped at step {trained} of {steps}, its last validation is of step {validated}; "
+            "finish it: start scripts/learning.sh again"
+        )
     seconds = dict(zip((row["step"] for row in run.train), accumulate(row["ms"] / 1000 for row in run.train)))
     width = -(-len(run.train) // POINTS)
     groups = [run.train[i : i + width] for i in range(0, len(run.train), width)]
@@ -68,7 +72,11 @@ def add(folders):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-        print(f"{os.path.relpath(path)}: {len(rows)} runs, {len(new)} of them from these folders")
+        print(f"wrote {os.path.relpath(path)}: {len(rows)} runs, {len(new)} of them from these folders")
+        if gpu in learning.table_gpus():
+            print("next: python3 dev/results/performance.py writes the tables of dev/results/learning.md")
+        else:
+            print(f"next: python3 dev/results/curves.py draw NAME... --gpu {gpu} -o FILE; no page has tables of the {gpu}")
 
 
 def draw(plt, rows, by_time):
@@ -102,7 +110,9 @@ def main():
     rows = learning.read_rows(args.gpu)
     for name in args.names:
         if name not in rows:
-            die(f"{name}: no such run on {args.gpu}; there are {', '.join(rows) or 'none'}")
+            others = [gpu for gpu in learning.kept_gpus() if gpu != args.gpu.upper()]
+            hint = f"; --gpu takes another GPU's: {', '.join(others)}" if others else "" if rows else "; add some with curves.py add"
+            die(f"{name}: no such run on {args.gpu}; there are {', '.join(rows) or 'none'}{hint}")
     save_figure(draw(import_pyplot(), [rows[name] for name in args.names], args.time), args.o)
 
 

@@ -1,5 +1,6 @@
 """The rows of curves_GPU.jsonl, which curves.py writes, and the tables of learning.md that performance.py makes of them."""
 
+import glob
 import json
 import os
 import re
@@ -112,6 +113,17 @@ def read_rows(gpu):
         return {}
     with open(rows_file(gpu), encoding="utf-8") as file:
         return {row["name"]: row for row in map(json.loads, file)}
+
+
+def kept_gpus():
+    """Returns the GPU models that have rows, in upper case."""
+    return sorted(os.path.basename(path)[len("curves_") : -len(".jsonl")].upper() for path in glob.glob(rows_file("*")))
+
+
+def table_gpus():
+    """Returns the GPU models that have tables in learning.md."""
+    with open(os.path.join(FOLDER, "learning.md"), encoding="utf-8") as file:
+        return set(re.findall(r"<!-- table learning_\w+ (\w+) -->", file.read()))
 
 
 def val_loss(row):

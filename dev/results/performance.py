@@ -638,6 +638,8 @@ def main():
                 file.write(text)
     for name in changed:
         print("wrote " + name)
+    for gpu in [] if check else sorted(set(learning.kept_gpus()) - learning.table_gpus()):
+        print(f"note: no page has tables of the runs in {os.path.relpath(learning.rows_file(gpu))}; python3 dev/results/curves.py draw NAME... --gpu {gpu} -o FILE draws them")
 
 
 if __name__ == "__main__":

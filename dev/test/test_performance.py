@@ -188,6 +188,13 @@ def test_learning(tmp: str) -> None:
     check("<!-- table learning_64k H200 -->\n<!-- end -->" in text, "a table without rows is left out")
     write(rows[0], row("nsa-1", 2.4), *rows[2:])
     expect("another loss", run(root, "--check"), 1, "dev/results/learning.md: table learning_positions_200m H200 does not agree")
+    run(root)
+    shutil.copy(os.path.join(root, "dev/results/curves_h200.jsonl"), os.path.join(root, "dev/results/curves_a100-sxm4-80gb.jsonl"))
+    code, out, err = run(root)
+    wanted = "/curves_a100-sxm4-80gb.jsonl; python3 dev/results/curves.py draw NAME... --gpu A100-SXM4-80GB -o FILE draws them\n"
+    right = (code, err) == (0, "") and out.startswith("note: no page has tables of the runs in ") and out.endswith(wanted)
+    check(right and out.count("\n") == 1, f"rows of a GPU without tables: {code} {out} {err}")
+    check(run(root, "--check") == (0, "", ""), "rows of a GPU without tables agree with all pages")
 
 
 def test_errors(tmp: str) -> None:

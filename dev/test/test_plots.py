@@ -553,7 +553,9 @@ def test_curves(tmp: str) -> None:
 
     first, second = write_log(tmp, "first", log(0)), write_log(tmp, "second", log(1))
     code, out, err = curves("add", first, second)
-    check((code, err, out) == (0, "", "dev/results/curves_h300.jsonl: 2 runs, 2 of them from these folders\n"), f"{code} {out} {err}")
+    wanted = "wrote dev/results/curves_h300.jsonl: 2 runs, 2 of them from these folders\n"
+    wanted += "next: python3 dev/results/curves.py draw NAME... --gpu H300 -o FILE; no page has tables of the H300\n"
+    check((code, err, out) == (0, "", wanted), f"{code} {out} {err}")
     row = rows()[0]
     head = [row[key] for key in ("name", "commit", "date", "gpu", "gpus", "tokens_per_second", "seconds")]
     check(head == ["first", "abc", "2026-11-28", "NVIDIA H300", 1, 256, 763.0], f"a row begins with {head}")
@@ -565,13 +567,18 @@ def test_curves(tmp: str) -> None:
     code, out, err = curves("add", write_log(tmp, "second", log(2)))
     check([(r["name"], round(r["val"][-1][2])) for r in rows()] == [("first", 2), ("second", 4)], f"a replaced row: {out} {err}")
     for name, lines, wanted in (
-        ("stopped", log(0)[:-10], "end at step 1500 of 1526"),
+        ("stopped", log(0)[:-10], "the run stopped at step 1519 of 1526, its last validation is of step 1500; finish it: start scripts/learning.sh"),
         ("cpu", log(0, None), "names no GPU"),
     ):
         code, out, err = curves("add", write_log(tmp, name, lines))
         check(code == 1 and wanted in err and err.count("\n") == 1 and len(rows()) == 2, f"{name}: {code} {out} {err}")
     code, out, err = curves("draw", "third", "-o", "a.svg", "--gpu", "H300")
     check(code == 1 and err == "error: third: no such run on H300; there are first, second\n", f"{code} {out} {err}")
+    code, out, err = curves("draw", "first", "-o", "a.svg")
+    check(code == 1 and err == "error: first: no such run on H200; there are none; --gpu takes another GPU's: H300\n", f"{code} {out} {err}")
+    code, out, err = curves("add", write_log(tmp, "third", log(0, "NVIDIA H200")))
+    wanted = "next: python3 dev/results/performance.py writes the tables of dev/results/learning.md\n"
+    check(code == 0 and out.endswith(" 1 of them from these folders\n" + wanted), f"a GPU with tables: {code} {out} {err}")
     if not importlib.util.find_spec("matplotlib"):
         return
     for args in ((), ("--time",)):
