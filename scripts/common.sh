@@ -34,8 +34,9 @@ need_gpus() {
     whole_numbers GPUS
 }
 
-# need_trainer: TRAINER is a program
+# need_trainer: TRAINER is a program, here if it names no folder
 need_trainer() {
+    [[ $TRAINER == */* ]] || TRAINER=./$TRAINER
     [ -f "$TRAINER" ] && [ -x "$TRAINER" ] || die "$TRAINER: no such program; build it with make train_gpt_nsa, or name another one in TRAINER"
 }
 

@@ -787,6 +787,7 @@ exit $((128 + signal))
             check(right, f"SIG{name} to {script}: {process.returncode} {out} started {pids} saved {saved} left {left} {lines('received')}")
     with open(os.path.join(root, "train_gpt_nsa"), "w", encoding="utf-8") as file:
         file.write("#!/bin/bash\nkill -KILL $$\n")
+    env["TRAINER"] = "train_gpt_nsa"
     result = subprocess.run([os.path.join(root, "scripts/learning.sh"), "nsa-1"], capture_output=True, text=True, cwd=root, env=env)
     right = result.returncode == 1 and result.stderr.startswith("error: process ") and " was ended by SIGKILL; " in result.stderr
     check(right and result.stderr.count("\n") == 1, f"a trainer that is killed: {result}")
