@@ -10,7 +10,8 @@
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first tenth of the steps and then falls
 # to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run that another one continues keeps
-# its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and writes a checkpoint, and the script ends.
+# its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and writes a checkpoint, and the
+# script ends.
 # Environment: GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
