@@ -71,10 +71,8 @@ static Ceilings ceilings_measure(Matmul *mm, const Arena *arena, int fp8, cudaSt
     if (seconds > 0) c.rate[LIMIT_MATMUL_16] = flops / seconds;
     if (!fp8) return c;
     quantize_rows(a8, a, m, m, m, stream), quantize_rows(b8, b, m, m, m, stream);
-    seconds = ceiling_seconds(stream, [&] {
-        fp8_matmul(mm, {mm->row_scales ? FP8_SCALE_ROW : FP8_SCALE_TENSOR, 1}, d, 0, m, 0, a8, b8, m, m, m, m,
-                   stream);
-    });
+    seconds = ceiling_seconds(
+        stream, [&] { fp8_matmul(mm, fp8_mode(mm, 1), d, 0, m, 0, a8, b8, m, m, m, m, stream); });
     if (seconds > 0) c.rate[LIMIT_MATMUL_8] = flops / seconds;
     return c;
 }

@@ -12,15 +12,12 @@
 #include "fp8_matmul.cuh"
 #include "swiglu.cuh"
 
-// Scales: of rows in the forward pass and for input gradients. The sums of a weight gradient run over tokens:
-// scales of its rows would be scales of channels, which the operands' producers do not know. They would cost
-// another pass over both operands and make no gradient more precise, so each operand has one scale.
-// Accumulation: fast in a forward pass of at most FP8_FAST_TERMS inputs, where it adds no more error than
-// rounding the output to bf16 does (fp8_matmul.cuh); precise in longer sums and in all gradients, whose sums
-// of one sign it would cut.
+// Scales: of rows in all matmuls. A row of the operands of a weight gradient is a channel, so their scales
+// cost another pass over both; one scale for each operand took 1.5% less of a step, but its run ended 0.8%
+// worse than that of 16-bit matmuls (dev/results/experiments.md). Accumulation: fast in a forward pass of at
+// most FP8_FAST_TERMS inputs, where it adds no more error than rounding the output to bf16 does
+// (fp8_matmul.cuh); precise in longer sums and in all gradients, whose sums of one sign it would cut.
 enum { FP8_FAST_TERMS = 8192 };
-static const Fp8Mode FP8_FORWARD_FAST = {FP8_SCALE_ROW, 1}, FP8_FORWARD = {FP8_SCALE_ROW, 0},
-                     FP8_INPUT_GRADIENT = {FP8_SCALE_ROW, 0}, FP8_WEIGHT_GRADIENT = {FP8_SCALE_TENSOR, 0};
 
 // A quantized weight, or some of its rows.
 typedef struct {
@@ -67,12 +64,6 @@ static inline Fp8Weight fp8_weight_rows(const Fp8Weight *w, int64_t first, int64
     return part;
 }
 
-// Returns the mode; on a GPU without scales for rows, with one scale for the matrix.
-static inline Fp8Mode fp8_mode(const Matmul *mm, Fp8Mode mode) {
-    if (!mm->row_scales) mode.scaling = FP8_SCALE_TENSOR;
-    return mode;
-}
-
 // Quantizes a weight [out, in]. Called once a step, after the update.
 static inline void fp8_weight_quantize(const Matmul *mm, const Fp8Weight *w, const floatX *weight,
                                        const Fp8Scratch *s, cudaStream_t stream) {
@@ -90,7 +81,7 @@ static inline void fp8_linear_forward(Matmul *mm, const Fp8Scratch *s, floatX *o
                                       const Fp8Weight *w, int64_t n, cudaStream_t stream) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(x, n, w->in, (float *)s->amax, stream);
-    const Fp8Mode mode = fp8_mode(mm, w->in <= FP8_FAST_TERMS ? FP8_FORWARD_FAST : FP8_FORWARD);
+    const Fp8Mode mode = fp8_mode(mm, w->in <= FP8_FAST_TERMS);
     fp8_matmul(mm, mode, out, 0, ldo, 0, x, w->w, w->in, n, w->out, w->in, stream);
 }
 
@@ -100,14 +91,13 @@ static inline void fp8_linear_backward_input(Matmul *mm, const Fp8Scratch *s, fl
                                              cudaStream_t stream) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(dout, n, w->out, (float *)s->amax, stream);
-    fp8_matmul(mm, fp8_mode(mm, FP8_INPUT_GRADIENT), dx, 0, w->in, add, dout, w->w_t, w->ld_t, n, w->in,
-               w->out, stream);
+    fp8_matmul(mm, fp8_mode(mm, 0), dx, 0, w->in, add, dout, w->w_t, w->ld_t, n, w->in, w->out, stream);
 }
 
 // Transposes the operands of a weight gradient to the scratch: dout [n, out], x [n, in].
 static inline void fp8_linear_transpose(const Matmul *mm, const Fp8Scratch *s, Fp8Matrix dout, Fp8Matrix x,
                                         int64_t n, int64_t in, int64_t out, cudaStream_t stream) {
-    const Fp8Scaling scaling = fp8_mode(mm, FP8_WEIGHT_GRADIENT).scaling;
+    const Fp8Scaling scaling = fp8_mode(mm, 0).scaling;
     quantize_transpose(s->dout_t, scaling, dout, n, out, s->amax, stream);
     quantize_transpose(s->x_t, scaling, x, n, in, s->amax, stream);
 }
@@ -118,8 +108,7 @@ static inline void fp8_linear_backward_weight(Matmul *mm, const Fp8Scratch *s, f
                                               int64_t n, int64_t in, int64_t out, cudaStream_t stream) {
     if (n == 0) return;
     const int64_t padded = fp8_padded(n);
-    fp8_matmul(mm, fp8_mode(mm, FP8_WEIGHT_GRADIENT), dweight, 1, in, add, s->dout_t, s->x_t, padded, out, in,
-               padded, stream);
+    fp8_matmul(mm, fp8_mode(mm, 0), dweight, 1, in, add, s->dout_t, s->x_t, padded, out, in, padded, stream);
 }
 
 // Returns whether -matmul is fp8. Exits with an error if it is and cannot train this model with this program

@@ -21,6 +21,11 @@ typedef struct {
     int fast; // 1: fast accumulation
 } Fp8Mode;
 
+// Returns the mode of a matmul; on a GPU without scales for rows, with one scale for a matrix.
+static inline Fp8Mode fp8_mode(const Matmul *mm, int fast) {
+    return {mm->row_scales ? FP8_SCALE_ROW : FP8_SCALE_TENSOR, fast};
+}
+
 // The shape of out [rows_a, rows_b] = a b^T: a [rows_a, k], b [rows_b, k] with rows ldb elements apart.
 // Row-major out is column-major transposed, so b is cuBLASLt's first operand.
 static inline MatmulShape fp8_matmul_shape(Fp8Mode mode, int fp32_out, int64_t ldo, int64_t ldb,
