@@ -21,7 +21,7 @@ def header(*values):
     return struct.pack("<256i", *values, *[0] * (256 - len(values)))
 
 
-def eval_file(examples, kind, vocab_size, keys=0):
+def eval_file(examples, kind, vocabulary, keys=0):
     """Returns the content of a file in our format."""
     import numpy as np
 
@@ -30,10 +30,11 @@ def eval_file(examples, kind, vocab_size, keys=0):
         values += [e.label, len(e.choices), e.depth, len(e.context), *e.context]
         for tokens, length in e.choices:
             values += [length, len(tokens), *tokens]
-    return header(MAGIC, VERSION, kind, len(examples), vocab_size, keys) + np.array(values, "<i4").tobytes()
+    fields = (kind, len(examples), len(vocabulary.pieces), keys, vocabulary.checksum())
+    return header(MAGIC, VERSION, *fields) + np.array(values, "<i4").tobytes()
 
 
-def llmc_file(examples):
+def llmc_file(examples, vocabulary):
     """Returns the content of a file in llm.c's format, which has 16-bit tokens."""
     import numpy as np
 
@@ -47,7 +48,8 @@ def llmc_file(examples):
         if max(values[1:]) >= LLMC_START:
             die(f"example {i} has {values[1]} bytes, at most 65534 fit into llm.c's format; leave it out")
         out += values
-    return header(LLMC_MAGIC, LLMC_VERSION, len(examples), longest) + np.array(out, "<u2").tobytes()
+    fields = (len(examples), longest, 0, 0, vocabulary.checksum())
+    return header(LLMC_MAGIC, LLMC_VERSION, *fields) + np.array(out, "<u2").tobytes()
 
 
 def encode(vocabulary, text):

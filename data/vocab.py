@@ -17,6 +17,7 @@ import os
 import re
 import struct
 import unicodedata
+import zlib
 from collections import namedtuple
 
 import numpy as np
@@ -293,6 +294,15 @@ class Vocabulary:
         if ends:
             parts.append(np.array([self.eot], self.dtype))
         return np.concatenate(parts)
+
+    def checksum(self):
+        """Returns tokenizer_checksum() of llmc/tokenizer.h, as an int32."""
+        tokens = (
+            struct.pack("<I", i) + piece
+            for i, (piece, rank, flags) in enumerate(zip(self.pieces, self.ranks, self.flags))
+            if flags & (TOKEN_VOCAB | TOKEN_ADDED) == TOKEN_VOCAB and (len(piece) == 1 or rank >= 0)
+        )
+        return int(np.uint32(zlib.crc32(b"".join(tokens))).astype(np.int32))
 
     def tokenizer_bin(self):
         """Returns the content of tokenizer.bin, version 2 (llmc/tokenizer.h)."""

@@ -6,16 +6,18 @@
 // needle file an example has one choice, and the answer is right if the model predicts each of its tokens.
 //
 // A file has a header of 256 int32, and then the examples. Two formats, both little-endian:
-//   llm.c's, for multiple choice: {20240522, 1, examples, 0, ...}, then uint16:
+//   llm.c's, for multiple choice: {20240522, 1, examples, bytes of the longest, 0, 0, tokenizer, 0, ...},
+//   then uint16:
 //     65535, bytes of the example, its index, label, choices, then a count and so many tokens, for the
 //     context and for each choice
-//   ours: {20260803, 1, kind, examples, vocabulary size, keys, 0, ...}, then int32:
+//   ours: {20260803, 1, kind, examples, vocabulary size, keys, tokenizer, 0, ...}, then int32:
 //     label, choices, depth in thousandths, then a count and so many tokens of the context; for each choice
 //     its length in characters, a count and so many tokens
 //   kind 0: multiple choice; kind 1: needle. keys: needles in a context. label: the right choice, from 0.
+//   tokenizer: tokenizer_checksum(); 0: unknown, as in llm.c's own files.
 #ifndef LLMC_EVAL_FILE_H
 #define LLMC_EVAL_FILE_H
-#include "input.h"
+#include "tokenizer.h"
 #include <math.h>
 
 #define EVAL_MAGIC 20260803
@@ -135,10 +137,10 @@ static inline void eval_parse(EvalFile *f, int64_t vocab_size) {
             (long long)(f->count - p.at));
 }
 
-// Reads a file of a model with vocab_size tokens and a tokenizer of tokenizer_size (0: unknown). Dies if it
-// is invalid, of another kind, or made with another tokenizer. flag: for messages.
+// Reads a file of a model with vocab_size tokens. Dies if it is invalid, of another kind, or made with
+// another tokenizer. t: the model's (NULL: unknown), from tokenizer_path. flag: for messages.
 static inline void eval_load(EvalFile *f, const char *flag, const char *path, EvalKind kind,
-                             int64_t vocab_size, int64_t tokenizer_size) {
+                             int64_t vocab_size, const Tokenizer *t, const char *tokenizer_path) {
     int32_t header[EVAL_HEADER_BYTES / 4];
     struct stat st;
     memset(f, 0, sizeof *f);
@@ -161,12 +163,12 @@ static inline void eval_load(EvalFile *f, const char *flag, const char *path, Ev
         die("%s %s: a file for %s; give it with that flag", flag, path,
             f->kind == EVAL_NEEDLE ? "-needle" : "-mc");
     f->num_examples = header[f->llmc_format ? 2 : 3];
-    if (!f->llmc_format) {
-        f->keys = header[5];
-        if (tokenizer_size && header[4] != tokenizer_size)
-            die("%s %s: made with a tokenizer of %d tokens, but the run's has %lld; make it with that one",
-                flag, path, header[4], (long long)tokenizer_size);
-    }
+    if (!f->llmc_format) f->keys = header[5];
+    if (t && (header[6] ? (uint32_t)header[6] != tokenizer_checksum(t)
+                        : !f->llmc_format && header[4] != t->vocab_size))
+        die("%s %s: made with another tokenizer than %s; make it with the latter: data/%s --tokenizer "
+            "ITS_TOKENIZER_JSON",
+            flag, path, tokenizer_path, flag + 1);
     const int64_t bytes = (int64_t)st.st_size - EVAL_HEADER_BYTES, width = f->llmc_format ? 2 : 4;
     f->count = bytes / width;
     if (f->num_examples < 1 || f->num_examples > f->count || bytes % width != 0)

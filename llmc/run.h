@@ -76,26 +76,38 @@ static inline void run_install_signal_handlers(void) {
 // ----------------------------------------------------------------------------
 // Setup
 
-// Loads tokenizer.bin from the folder of `path`. Returns whether it exists.
-static inline int run_load_tokenizer(Run *r, const char *path) {
+// Loads tokenizer.bin from the folder of `path`, if it is there and was not loaded last. Dies if its text
+// tokens are not those of the tokenizer that was loaded before. flag: for messages.
+static inline void run_load_tokenizer(Run *r, const char *flag, const char *path) {
+    static const char *const makers[] = {"build/text -o FOLDER TEXT", "build/recall -o FOLDER"};
+    Tokenizer t;
+    char file[PATH_BYTES];
     const char *slash = strrchr(path, '/');
     int length = slash ? (int)(slash - path) + 1 : 0;
-    if (snprintf(r->tokenizer_path, PATH_BYTES, "%.*stokenizer.bin", length, path) >= PATH_BYTES) return 0;
-    r->has_tokenizer = tokenizer_load(&r->tokenizer, r->tokenizer_path) == 0;
-    return r->has_tokenizer;
+    if (snprintf(file, sizeof file, "%.*stokenizer.bin", length, path) >= (int)sizeof file) return;
+    if (strcmp(file, r->tokenizer_path) == 0 || tokenizer_load(&t, file) != 0) return;
+    if (r->has_tokenizer && tokenizer_checksum(&t) != tokenizer_checksum(&r->tokenizer))
+        die("%s %s: another tokenizer than %s; make all data with the latter: %s", flag, file,
+            r->tokenizer_path,
+            r->tokenizer.kind < TOKENIZER_BPE ? makers[r->tokenizer.kind]
+                                              : "data/bpe -o FOLDER --tokenizer ITS_TOKENIZER_JSON TEXT");
+    if (r->has_tokenizer) tokenizer_free(&r->tokenizer);
+    r->tokenizer = t;
+    r->has_tokenizer = 1;
+    memcpy(r->tokenizer_path, file, sizeof file);
 }
 
-// Loads tokenizer.bin from the shards' folder, else from the checkpoint's folder, which holds a copy.
+// Loads tokenizer.bin from the folders of the checkpoint, the validation shards and the training shards,
+// which must have the same one. The last one counts: it names the end-of-text token of the shards.
 static inline void run_find_tokenizer(Run *r) {
-    const char *patterns[2] = {r->opt.train, r->opt.val};
+    const char *const flags[] = {"-j", "-i"}, *const patterns[] = {r->opt.val, r->opt.train};
+    if (r->checkpoint[0]) run_load_tokenizer(r, "-e", r->checkpoint);
     for (int i = 0; i < 2; i++) {
         glob_t found;
         if (!patterns[i] || glob(patterns[i], 0, NULL, &found) != 0) continue;
-        int done = run_load_tokenizer(r, found.gl_pathv[0]);
+        for (size_t k = 0; k < found.gl_pathc; k++) run_load_tokenizer(r, flags[i], found.gl_pathv[k]);
         globfree(&found);
-        if (done) return;
     }
-    if (r->checkpoint[0]) run_load_tokenizer(r, r->checkpoint);
 }
 
 // Copies tokenizer.bin to the output folder, so that text generation needs no other files.
@@ -291,7 +303,7 @@ static inline void run_load_eval_files(Run *r, const char *flag, const char *pat
         if (!r->eval_files) die("out of memory: %s %s", flag, pattern);
         EvalFile *f = &r->eval_files[r->num_eval_files++];
         eval_load(f, flag, found.gl_pathv[i], kind, r->config.vocab_size,
-                  r->has_tokenizer ? r->tokenizer.vocab_size : 0);
+                  r->has_tokenizer ? &r->tokenizer : NULL, r->tokenizer_path);
         for (int64_t c = 0; c < f->num_choices; c++) {
             const int64_t needed =
                 kind == EVAL_NEEDLE ? eval_choice_inputs(f, &f->choices[c]) : f->choices[c].tokens;

@@ -139,6 +139,24 @@ static inline int64_t tokenizer_text_bytes(const Tokenizer *t, int id) {
     return bytes + (t->kind == TOKENIZER_WORDS);
 }
 
+// Returns the CRC-32 of the ids (int32) and bytes of the tokens that text becomes. It does not depend on
+// added and unused tokens, BOS or end-of-text, which may differ between a model, its data and its evaluation
+// files.
+static inline uint32_t tokenizer_checksum(const Tokenizer *t) {
+    uint32_t crc = UINT32_MAX;
+    for (int id = 0; id < t->vocab_size; id++) {
+        int len;
+        const char *piece = tokenizer_piece(t, id, &len);
+        int reachable = len == 1 || t->rank[id] >= 0 || t->kind < TOKENIZER_BPE;
+        if ((t->flags[id] & (TOKEN_VOCAB | TOKEN_ADDED)) != TOKEN_VOCAB || !reachable) continue;
+        for (int i = -4; i < len; i++) {
+            crc ^= (unsigned char)(i < 0 ? id >> 8 * (i + 4) : piece[i]);
+            for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0xedb88320u : 0);
+        }
+    }
+    return ~crc;
+}
+
 // Returns the hash table's slot of this text, or the empty slot where it would be inserted.
 static inline int64_t tokenizer_slot(const Tokenizer *t, const char *text, int64_t len) {
     uint64_t h = 14695981039346656037ull; // FNV-1a

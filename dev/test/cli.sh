@@ -356,6 +356,22 @@ check '[ $code -eq 0 ] && grep -q "^attention: .*(-full-every 2)$" out && grep -
 run -e hybrid/ckpt_00000006.bin $DATA -x 1 -attn full -t 64 -b 2
 check '[ $code -eq 0 ] && grep -q "^attention: full$" out' "-attn full of a checkpoint with -full-every: $(cat out err)"
 
+# ---- the tokenizers of checkpoint, shards and evaluation files
+mkdir -p both/1 both/2 alone && cp -r data swapped && cp -r data bare && rm bare/tokenizer.bin && cp a/ckpt_00000006.bin alone/
+LC_ALL=C sed 's/lamp/lump/' data/tokenizer.bin >swapped/tokenizer.bin
+cp data/recall_train_000000.bin data/tokenizer.bin both/1/ && cp swapped/recall_train_000000.bin swapped/tokenizer.bin both/2/
+ANOTHER="another tokenizer than" REMEDY="; make all data with the latter: build/recall -o FOLDER"
+expect_error "error: -i swapped/tokenizer.bin: $ANOTHER a/tokenizer.bin$REMEDY" -e a/ckpt_00000006.bin -t 64 -b 2 -x 1 -i 'swapped/recall_train_*.bin' -o none
+expect_error "error: -i swapped/tokenizer.bin: $ANOTHER a/tokenizer.bin$REMEDY" $BARE -x 8 -i 'swapped/recall_train_*.bin' -o a -y 1 -new-data 1
+expect_error "error: -j swapped/tokenizer.bin: $ANOTHER a/tokenizer.bin$REMEDY" -e a/ckpt_00000006.bin -val 1 -b 2 -j 'swapped/recall_val_*.bin'
+expect_error "error: -i data/tokenizer.bin: $ANOTHER swapped/tokenizer.bin$REMEDY" $TINY -i 'data/recall_train_*.bin' -j 'swapped/recall_val_*.bin' -o none
+expect_error "error: -i both/2/tokenizer.bin: $ANOTHER both/1/tokenizer.bin$REMEDY" $BARE -i 'both/*/recall_train_*.bin' -o none
+expect_error "error: -i data/tokenizer.bin: $ANOTHER bytes/tokenizer.bin; make all data with the latter: build/text -o FOLDER TEXT" -e bytes/ckpt_00000002.bin -t 64 -b 2 -x 1 -i 'data/recall_train_*.bin' -o none
+for flags in "-e alone/ckpt_00000006.bin -i swapped/recall_train_*.bin" "-e a/ckpt_00000006.bin -i bare/recall_train_*.bin" "-e recall -i data/recall_train_*.bin -j bare/recall_val_*.bin"; do
+    run $flags -t 64 -b 2 -x 1 -u 0
+    check '[ $code -eq 0 ] && [ ! -s err ]' "a tokenizer that is not there: $flags: $(cat err)"
+done
+
 # ---- evaluation files
 make_eval_files 68
 EVALS="-mc mc.bin -needle needle.bin"

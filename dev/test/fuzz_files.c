@@ -337,7 +337,7 @@ static void load_eval_file(const char *path) {
     int32_t inputs[TOKENS], targets[TOKENS];
     int64_t cu_seqlens[TOKENS + 1];
     EvalFile f;
-    eval_load(&f, "-mc", path, EVAL_CHOICE, VOCAB, VOCAB);
+    eval_load(&f, "-mc", path, EVAL_CHOICE, VOCAB, NULL, "");
     EvalBatch b = {inputs, targets, cu_seqlens, 0, TOKENS};
     EvalResult *results = (EvalResult *)xcalloc((size_t)f.num_choices, sizeof *results);
     for (int64_t first = 0, next; first < f.num_choices && f.choices[first].tokens <= SEQ; first = next) {

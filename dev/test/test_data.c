@@ -910,6 +910,30 @@ static void test_bpe_tokenizer(void) {
     tokenizer_free(&t);
 }
 
+// The checksum of a tokenizer: the CRC-32 of the ids and bytes of its text tokens, whatever else it has.
+static void test_tokenizer_checksum(void) {
+    enum { N = 300 };
+    Tokenizer t;
+    uint32_t sums[5];
+    for (int i = 0; i < 5; i++) { // as it is; with added tokens and another end-of-text; padded; two changed
+        TestToken tokens[N];
+        for (int k = 0; k < N; k++) tokens[k] = (TestToken){"", -1, 0};
+        tokens[0] = (TestToken){"a", -1, TOKEN_VOCAB};
+        tokens[258] = (TestToken){i == 3 ? "hf" : "he", 3, TOKEN_VOCAB};
+        tokens[1] = (TestToken){"never", -1, TOKEN_VOCAB}; // no merge makes it
+        tokens[259] = (TestToken){i == 1 ? "<new>" : "<old>", -1, TOKEN_ADDED | TOKEN_VOCAB};
+        if (i == 4) tokens[2] = tokens[0], tokens[0].flags = 0;
+        const int32_t fields[16] = {i == 1 ? 299 : 259, TOKENIZER_BPE, 0, 0, i == 1 ? -1 : 259, -1};
+        write_tokenizer_bin(in_root("sum.bin"), tokens, i == 2 ? 280 : N, NULL, 0, fields);
+        tokenizer_load(&t, in_root("sum.bin"));
+        sums[i] = tokenizer_checksum(&t);
+        tokenizer_free(&t);
+    }
+    CHECK(sums[0] == 0xa6120a7eu, "checksum %08x", sums[0]);
+    CHECK(sums[1] == sums[0] && sums[2] == sums[0], "added and unused tokens: %08x %08x", sums[1], sums[2]);
+    CHECK(sums[3] != sums[0] && sums[4] != sums[0], "other tokens: %08x %08x", sums[3], sums[4]);
+}
+
 static void encode_zero(const Tokenizer *t) {
     int32_t out[4];
     tokenizer_encode(t, "h\0", 2, 0, out, 4);
@@ -1696,6 +1720,7 @@ int main(int argc, char **argv) {
     test_doc_boundaries();
     test_word_tokenizer();
     test_bpe_tokenizer();
+    test_tokenizer_checksum();
     test_sentencepiece_tokenizer();
     test_pretokens();
     test_llmc_tokenizer();

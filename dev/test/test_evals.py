@@ -78,7 +78,7 @@ def read_llmc(path):
     with open(path, "rb") as f:
         data = f.read()
     magic, version, count, longest = struct.unpack("<4i", data[:16])
-    assert (magic, version) == (20240522, 1) and data[16:1024] == bytes(1008)
+    assert (magic, version) == (20240522, 1) and data[16:24] == bytes(8) != data[24:32] and data[28:1024] == bytes(996)
     values, examples, at, sizes = struct.unpack(f"<{(len(data) - 1024) // 2}H", data[1024:]), [], 0, []
     for i in range(count):
         begin = at
@@ -103,7 +103,7 @@ def read_ours(path):
     with open(path, "rb") as f:
         data = f.read()
     magic, version, kind, count, vocab_size, keys = struct.unpack("<6i", data[:24])
-    assert (magic, version) == (20260803, 1) and data[24:1024] == bytes(1000)
+    assert (magic, version) == (20260803, 1) and data[24:28] != bytes(4) and data[28:1024] == bytes(996)
     values, examples, at = struct.unpack(f"<{(len(data) - 1024) // 4}i", data[1024:]), [], 0
     for _ in range(count):
         label, choices, depth, length = values[at : at + 4]
@@ -308,6 +308,31 @@ def test_trainer(tmp):
     check(alone.stdout.split("\n")[-5:-1] == lines[3:], f"-val 1 differs: {alone.stderr} {alone.stdout} {lines}")
 
 
+def test_other_tokenizer(tmp, texts):
+    """Shards and files of another tokenizer of the same size are refused; more added tokens and another BOS are not."""
+    text = write(f"{tmp}/other.txt", "".join(f"{i * i} apples, {i % 7} pears and {i} plums; " for i in range(9000)))
+    run_ok("data/bpe", "-o", f"{tmp}/other", "--name", "t", "--train-vocab", 400, text)
+    other = ["--tokenizer", f"{tmp}/other/tokenizer.json"]
+    run_ok("data/mc", "-o", f"{tmp}/eval/m_other.bin", *other, f"{tmp}/rows.jsonl")
+    run_ok("data/hellaswag", "-o", f"{tmp}/eval/h_other.bin", *other, f"{tmp}/hellaswag_val.jsonl")
+    run_ok("data/needle", "-o", f"{tmp}/eval/n_other.bin", *other, "--lengths", 128, "--depths", 1, text)
+    val = ["-e", f"{tmp}/run/ckpt_00000002.bin", "-val", "1", "-b", "2"]
+    for flag, file in (("-mc", "m_other.bin"), ("-hellaswag", "h_other.bin"), ("-needle", "n_other.bin")):
+        wanted = f"{flag} {tmp}/eval/{file}: made with another tokenizer than {tmp}/run/tokenizer.bin"
+        run_error((wanted, f"make it with the latter: data/{flag[1:]} --tokenizer"), CPU, *val, flag, f"{tmp}/eval/{file}")
+    both = f"{tmp}/other/tokenizer.bin: another tokenizer than {tmp}/run/tokenizer.bin; make all data with the latter: data/bpe"
+    run_error(f"-j {both}", CPU, *val, "-j", f"{tmp}/other/t_val_*.bin")
+    run_error(f"-i {both}", CPU, *val[:2], "-t", "64", "-b", "1", "-x", "1", "-i", f"{tmp}/other/t_train_*.bin")
+    with open(texts.tokenizer, encoding="utf-8") as f:
+        content = json.load(f)
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 400, "content": "<|new|>"})
+    more = ["--tokenizer", write(f"{tmp}/more.json", json.dumps(content)), "--bos", "none"]
+    run_ok("data/mc", "-o", f"{tmp}/eval/m_more.bin", *more, f"{tmp}/rows.jsonl")
+    run_ok("data/bpe", "-o", f"{tmp}/more", "--name", "t", *more, texts.path)
+    r = run(CPU, *trainer_flags(tmp)[:-1], f"{tmp}/more/t_val_*.bin", "-t", "64", "-mc", f"{tmp}/eval/m_more.bin")
+    check(r.returncode == 0 and "m_more: " in r.stdout, f"an added token and another BOS are refused: {r.stderr}")
+
+
 TASK = """task: mine
 dataset_path: json
 dataset_kwargs:
@@ -371,6 +396,7 @@ def main():
             test_mc(tmp, texts)
             test_needle(tmp, texts)
             test_trainer(tmp)
+            test_other_tokenizer(tmp, texts)
             run_errors()
             missing = [p for p in ("lm_eval", "torch", "transformers") if importlib.util.find_spec(p) is None]
             if missing:

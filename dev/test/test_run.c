@@ -468,7 +468,8 @@ static void test_flops(void) {
     // with full_every, eight of the 32 layers have the FLOPs of full attention, the others those of their own
     for (int attn = 0; attn < 3; attn += 2) {
         double hybrid[2], full;
-        c.attn = attn, c.full_every = 4, c.fsa.window = 13, pass.step = 1, pass.recompute = 0, pass.micro_batches = 4;
+        c.attn = attn, c.full_every = 4, c.fsa.window = 13, pass.step = 1, pass.recompute = 0,
+        pass.micro_batches = 4;
         hybrid[0] = model_flops(&c, n), hybrid[1] = 0;
         profile_work(&c, &pass, work);
         for (int i = 0; i < PART_END; i++)
@@ -1968,6 +1969,9 @@ static void test_bad_evaluations(void) {
     damage_eval_file("a.bin", "bad_cut.bin", 0, EVAL_MAGIC, 1024 + 4 * 20);
     damage_eval_file("a.bin", "bad_odd.bin", 0, EVAL_MAGIC, 1024 + 4 * 20 + 1);
     damage_eval_file("a.bin", "bad_header.bin", 0, EVAL_MAGIC, 500);
+    damage_eval_file("a.bin", "other.bin", 6, 5, -1);
+    damage_eval_file("n.bin", "other_n.bin", 6, 5, -1);
+    damage_eval_file("llmc.bin", "other_llmc.bin", 6, 5, -1);
     damage_eval_file("llmc.bin", "bad_start.bin", 256, 7, -1);
     damage_eval_file("llmc.bin", "bad_bytes.bin", 256, 65535 | 6 << 16, -1);
     static const char *const bad[][3] = {
@@ -2004,8 +2008,18 @@ static void test_bad_evaluations(void) {
         Child r = child(run_start_only, line);
         check_died(&r, line, bad[i][1], bad[i][2]);
     }
-    Child r = child(run_start_only, (void *)"-t 3 -b 2 -x 1 -e recall -i words/first.bin -mc a.bin");
-    check_died(&r, "another tokenizer", "a tokenizer of 100 tokens, but the run's has 6", "");
+    static const char *const others[][2] = {{"-mc a.bin", "data/mc"}, // its tokenizer had 100 tokens
+                                            {"-mc other.bin", "data/mc"},
+                                            {"-needle other_n.bin", "data/needle"},
+                                            {"-hellaswag other_llmc.bin", "data/hellaswag"}};
+    for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
+        char line[256], wanted[256];
+        snprintf(line, sizeof line, "-t 3 -b 2 -x 1 -e recall -i words/first.bin %s", others[i][0]);
+        snprintf(wanted, sizeof wanted, "%s: made with another tokenizer than words/tokenizer.bin",
+                 others[i][0]);
+        Child r = child(run_start_only, line);
+        check_died(&r, line, wanted, others[i][1]);
+    }
 }
 
 // Prints the first batch of training data.
