@@ -75,7 +75,8 @@ faults-emulator:
 # compute-sanitizer over the library's test and the layers' checks at few shapes. racecheck needs its own build
 # (FSA_RACECHECK in fsa/sm90/ptx.cuh).
 SANITIZED := $(filter-out %matmul,$(LAYERS))
-sanitize: $(BUILD)/test_fsa $(BUILD)/test_fsa_racecheck $(SANITIZED)
+sanitize: $(if $(USE_GPU),$(BUILD)/test_fsa $(BUILD)/test_fsa_racecheck $(SANITIZED))
+	@$(if $(USE_GPU),,echo "error: make sanitize needs a GPU and nvcc" >&2; exit 1)
 	for tool in memcheck racecheck initcheck; do \
 	    for kernels in $(GPU_KINDS); do \
 	        test=$(BUILD)/test_fsa; [ $$tool = racecheck ] && test=$(BUILD)/test_fsa_racecheck; \
