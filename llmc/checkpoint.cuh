@@ -121,7 +121,7 @@ static void save_checkpoint(Run *r, const Params *p, Optimizer *a, const ParamLa
     }
     free(part);
     if (fsync(fd) != 0 || close(fd) != 0)
-        die("cannot write %s: %s; check the free disk space", path, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", path, strerror(errno));
     comm_barrier(comm);
     if (comm->rank > 0) return;
     atomic_commit(&file);

@@ -245,7 +245,7 @@ static inline void checkpoint_begin(AtomicFile *file, const char *dir, const Mod
     atomic_open(file, path);
     atomic_write(file, header, sizeof header);
     if (fflush(file->f) != 0)
-        die("cannot write %s: %s; check the free disk space", file->tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", file->tmp, strerror(errno));
 }
 
 // Writes data [bytes] at `offset` of an open file; dies if it cannot. `path` is for the message.
@@ -256,7 +256,8 @@ static inline void checkpoint_write_at(int fd, const char *path, const void *dat
         ssize_t n = pwrite(fd, p, bytes, (off_t)offset);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0)
-            die("cannot write %s: %s; check the free disk space", path, strerror(n < 0 ? errno : ENOSPC));
+            die("cannot write %s: %s; check the free disk space and ulimit -f", path,
+                strerror(n < 0 ? errno : ENOSPC));
         p += n, offset += n, bytes -= (size_t)n;
     }
 }

@@ -66,7 +66,8 @@ static inline void loader_open(DataLoader *l, const char *pattern, int64_t batch
     l->order_epoch = l->open_shard = -1;
     int error = glob(pattern, 0, NULL, &found);
     if (error == GLOB_NOMATCH) {
-        die("no shard matches '%s': check the pattern, or make data first with data/recall or data/text",
+        die("no shard matches '%s': check the pattern, or make data first with build/recall, build/text or "
+            "data/bpe",
             pattern);
     }
     if (error != 0) die("cannot list shards '%s': check the folder's permissions", pattern);

@@ -56,7 +56,7 @@ static inline void logger_write(Logger *l, const char *line) {
         die("%s is gone: the folder or the file was removed during the run; start again in a new folder",
             l->path);
     if (fputs(line, l->file) < 0 || fflush(l->file) != 0)
-        die("cannot write %s: %s; check the free disk space", l->path, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", l->path, strerror(errno));
 }
 
 // Writes a number as JSON, NaN and Inf as null. Returns out.
@@ -128,7 +128,7 @@ static inline void logger_open(Logger *l, const char *dir, int64_t last_step) {
 // Closes the log; dies if the last bytes cannot be written.
 static inline void logger_close(Logger *l) {
     if (l->file && fclose(l->file) != 0)
-        die("cannot write %s: %s; check the free disk space", l->path, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", l->path, strerror(errno));
     l->file = NULL;
 }
 

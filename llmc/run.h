@@ -252,7 +252,8 @@ static inline void run_check_shards(const char *flag, const char *pattern) {
     Shard s;
     if (!pattern) return;
     if (glob(pattern, 0, NULL, &found) != 0)
-        die("no shard matches '%s': check the pattern, or make data first with data/recall or data/text",
+        die("no shard matches '%s': check the pattern, or make data first with build/recall, build/text or "
+            "data/bpe",
             pattern);
     if (stat(found.gl_pathv[0], &st) == 0 && S_ISDIR(st.st_mode))
         die("%s %s: is a folder; give a quoted pattern of the shards in it, such as %s '%s/*_train_*.bin'",

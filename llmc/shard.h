@@ -45,7 +45,7 @@ static inline void shard_open(Shard *s, const char *path) {
     if (header[0] != SHARD_MAGIC16 && header[0] != SHARD_MAGIC32) {
         die("%s is not a shard: magic %d found, %d (16-bit tokens) or %d (32-bit tokens) expected; make "
             "shards "
-            "with data/text, data/recall or llm.c's tools",
+            "with build/text, build/recall, data/bpe or llm.c's tools",
             path, header[0], SHARD_MAGIC16, SHARD_MAGIC32);
     }
     s->token_bytes = header[0] == SHARD_MAGIC16 ? 2 : 4;
@@ -145,7 +145,7 @@ static inline void shard_writer_sync(ShardWriter *w) {
     header[1] = w->token_bytes == 2 ? SHARD_VERSION16 : SHARD_VERSION32;
     header[2] = (int32_t)w->count;
     if (fseeko(w->file.f, 0, SEEK_SET) != 0)
-        die("cannot write %s: %s; check the free disk space", w->file.tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", w->file.tmp, strerror(errno));
     atomic_write(&w->file, header, sizeof(header));
     atomic_sync(&w->file);
 }

@@ -8,6 +8,7 @@
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -65,8 +66,10 @@ LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const
 }
 
 // Opens /dev/null for each of stdin, stdout and stderr that is closed, so that no other file gets its
-// descriptor. Writes to a stdout that was closed fail. Call it before any file is opened.
+// descriptor. Writes to a stdout that was closed fail. Call it before any file is opened. A write beyond the
+// limit of a file's size (ulimit -f) fails, too, instead of killing the process.
 static inline void open_standard_files(void) {
+    signal(SIGXFSZ, SIG_IGN);
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 2 ? O_WRONLY : O_RDONLY) < 0) exit(1);
 }
@@ -174,18 +177,19 @@ static inline void atomic_open(AtomicFile *a, const char *path) {
 // Appends `bytes` bytes; dies if it cannot.
 static inline void atomic_write(AtomicFile *a, const void *data, size_t bytes) {
     if (bytes > 0 && fwrite(data, 1, bytes, a->f) != bytes) {
-        die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", a->tmp, strerror(errno));
     }
 }
 
 // Writes all bytes to disk and closes the file, which keeps its temporary name.
 static inline void atomic_sync(AtomicFile *a) {
     if (fflush(a->f) != 0 || fsync(fileno(a->f)) != 0) {
-        die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", a->tmp, strerror(errno));
     }
     FILE *f = a->f;
     a->f = NULL;
-    if (fclose(f) != 0) die("cannot write %s: %s; check the free disk space", a->tmp, strerror(errno));
+    if (fclose(f) != 0)
+        die("cannot write %s: %s; check the free disk space and ulimit -f", a->tmp, strerror(errno));
 }
 
 // Writes the file to disk and renames it to its final name, atomically replacing an older file. Dies if
@@ -249,7 +253,7 @@ static inline int folder_lock(const char *flag, const char *dir) {
     gethostname(host, sizeof host - 1);
     snprintf(owner, sizeof owner, "process %lld on host %s\n", (long long)getpid(), host);
     if (ftruncate(fd, 0) != 0 || pwrite(fd, owner, strlen(owner), 0) < 0)
-        die("cannot write %s: %s; check the free disk space", path, strerror(errno));
+        die("cannot write %s: %s; check the free disk space and ulimit -f", path, strerror(errno));
     return fd;
 }
 

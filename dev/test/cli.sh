@@ -189,6 +189,13 @@ if [ -w /dev/full ]; then
 else
     skipped=$((skipped + 1)) && echo "skipped: a full stdout: no /dev/full"
 fi
+# ---- a limit of the size of files
+(ulimit -f 100; exec "$PROGRAM" $TINY $DATA -o limited) >out 2>err; code=$?
+check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: cannot write limited/ckpt_00000006.bin.tmp: File too large; check the free disk space and ulimit -f$" err' "ulimit -f, the trainer: $code $(cat err)"
+head -c 300000 /dev/zero >zeros.txt
+(ulimit -f 100; exec "$BUILD/text" -o limited_text zeros.txt) >out 2>err; code=$?
+check '[ $code -eq 1 ] && [ "$(wc -l <err)" -eq 1 ] && grep -q "^error: cannot write limited_text/.*: File too large; check" err' "ulimit -f, build/text: $code $(cat err)"
+
 # ---- bad shards
 head -c 2000 data/recall_train_000000.bin >cut_000.bin
 expect_error "truncated" $BARE -vocab 68 -i 'cut_*.bin'
@@ -201,7 +208,7 @@ expect_error "vocabulary size is unknown" $BARE -i 'small/*.bin'
 expect_error "-i data: is a folder; give a quoted pattern" $BARE -i data
 expect_error "-j data: is a folder" $BARE -i 'small/*.bin' -j data
 expect_error "data/tokenizer.bin is not a shard" $BARE -i data/tokenizer.bin
-expect_error "no shard matches 'nothing*'" $BARE -i 'nothing*'
+expect_error "no shard matches 'nothing*': check the pattern, or make data first with build/recall, build/text or data/bpe" $BARE -i 'nothing*'
 expect_error "-e: choose a model for this data" -t 64 -b 2 -x 1 -i 'small/*.bin' -vocab 68
 expect_error "outside the vocabulary of 20" $BARE -i 'small/*.bin' -vocab 20
 expect_error "nothing_*.bin" $BARE -i 'nothing_*.bin' -vocab 20
