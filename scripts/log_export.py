@@ -14,7 +14,7 @@ import glob
 import hashlib
 import os
 
-from train_log import die, read_run
+from train_log import Parser, die, read_run
 
 TRAIN_METRICS = {
     "loss": "train/loss",
@@ -168,7 +168,7 @@ def export_wandb(run, folder, wandb):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("--tensorboard", metavar="DIR", help="write TensorBoard's event files to DIR/NAME")
     parser.add_argument("--wandb", metavar="DIR", help="write offline runs of Weights & Biases to DIR/wandb")

@@ -16,7 +16,7 @@ import os
 import re
 import struct
 
-from train_log import die, import_pyplot, save_figure
+from train_log import Parser, die, import_pyplot, save_figure
 
 MAGIC = b"nsachose"  # llmc/block_indices.h
 GROUPS = (8, 16, 32, 64)  # neighbouring queries
@@ -162,7 +162,7 @@ def draw_training(axes, selections):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("-o", default="blocks.png", metavar="FILE", help="output picture (default: blocks.png)")
     parser.add_argument("--init-blocks", type=int, default=1, metavar="N", help="-init-blocks of the model (default: 1)")

@@ -10,7 +10,7 @@ have different tokenizers. The axes show the part after the warm-up; outliers ma
 import argparse
 import math
 
-from train_log import die, format_recall_axis, import_pyplot, loss_scales, plot_recall, read_run, save_figure
+from train_log import Parser, die, format_recall_axis, import_pyplot, loss_scales, plot_recall, read_run, save_figure
 
 
 def smoothed(values, width):
@@ -114,7 +114,7 @@ def draw(plt, runs, x, smooth):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("-o", default="runs.png", metavar="FILE", help="output picture (default: runs.png)")
     parser.add_argument("--smooth", type=int, default=0, metavar="N",

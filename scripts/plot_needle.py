@@ -8,7 +8,7 @@ NAME=FOLDER sets the name of a run. -val 1 prints the same numbers, without a lo
 """
 import argparse
 
-from train_log import die, import_pyplot, read_run, save_figure
+from train_log import Parser, die, import_pyplot, read_run, save_figure
 
 
 def last_needles(run):
@@ -46,7 +46,7 @@ def draw(plt, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("-o", default="needle.png", metavar="FILE", help="output picture (default: needle.png)")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ if the runs have different tokenizers.
 import argparse
 import math
 
-from train_log import die, import_pyplot, loss_scales, read_run, save_figure
+from train_log import Parser, die, import_pyplot, loss_scales, read_run, save_figure
 
 
 def losses_by_position(run):
@@ -51,7 +51,7 @@ def draw(plt, runs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER")
     parser.add_argument("-o", default="position.png", metavar="FILE", help="output picture (default: position.png)")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 
-from train_log import die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
+from train_log import Parser, die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
 
 COLORS = {"nsa": "C0", "full": "C1", "window": "C2"}
 
@@ -25,7 +25,7 @@ def context_and_mode(folder, run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="FOLDER")
     parser.add_argument("-o", default="recall.png", metavar="FILE", help="output picture (default: recall.png)")
     args = parser.parse_args()

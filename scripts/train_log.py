@@ -6,9 +6,8 @@ import os
 import re
 import sys
 
-
-def die(message):
-    sys.exit("error: " + message)
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../data"))
+from shards import Parser, die  # noqa: E402, F401
 
 
 class Run:

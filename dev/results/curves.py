@@ -21,7 +21,7 @@ from itertools import accumulate
 import learning
 
 sys.path.insert(0, os.path.join(learning.FOLDER, "../../scripts"))
-from train_log import die, import_pyplot, read_run, save_figure  # noqa: E402
+from train_log import Parser, die, import_pyplot, read_run, save_figure  # noqa: E402
 
 POINTS = 100
 
@@ -94,7 +94,7 @@ def draw(plt, rows, by_time):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     adds = commands.add_parser("add", help="keep runs")
     adds.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of the trainer, or NAME=FOLDER")

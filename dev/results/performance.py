@@ -19,6 +19,10 @@ import sys
 import chart
 import learning
 
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
+sys.path.insert(0, os.path.join(ROOT, "data"))
+from shards import Parser, die  # noqa: E402
+
 # The rows that the tables show: file and commit, for each GPU model and kind of measurement. H200 is also in the chart.
 #   attention  build/core: the whole attention and its parts
 #   kernels    the programs of single kernels (make bench)
@@ -85,12 +89,6 @@ KERNEL_PAGES = {
     ),
     "gate": ("kernels", [DENSE[0], DENSE[2]], [("gate", "gate", "bwd", "library", "gate backward")]),
 }
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
-
-
-def die(message):
-    sys.exit("error: " + message)
 
 
 def read_rows(file, gpu):
@@ -610,9 +608,7 @@ def draw(times):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if something does not agree"
     )

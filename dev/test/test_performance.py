@@ -28,11 +28,13 @@ def run(root: str, *args: str) -> tuple[int, str, str]:
 
 
 def copy(tmp: str, name: str) -> str:
-    """Returns a new folder with README.md, dev/results and fsa/docs."""
+    """Returns a new folder with README.md, dev/results, fsa/docs and what performance.py imports."""
     root = os.path.join(tmp, name)
     for folder in ("dev/results", "fsa/docs"):
         shutil.copytree(os.path.join(ROOT, folder), os.path.join(root, folder))
-    shutil.copy(os.path.join(ROOT, "README.md"), root)
+    os.makedirs(os.path.join(root, "data"))
+    for file in ("README.md", "data/shards.py"):
+        shutil.copy(os.path.join(ROOT, file), os.path.join(root, file))
     return root
 
 

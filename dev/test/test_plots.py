@@ -129,6 +129,11 @@ def test_errors(tmp: str) -> None:
         file.write(b"\xff\x00")
     expect_error("line 1 is not a line of a training log", "plot_log.py", bad)
     expect_error("No such file", "plot_log.py", os.path.join(tmp, "none"))
+    for script in ("plot_log.py", "plot_recall.py", "plot_needle.py", "plot_position.py", "plot_blocks.py", "log_export.py"):
+        expect_error(f"; {script} -h lists the flags", script)
+    expect_error("argument --tensorboard: expected one argument", "log_export.py", bad, "--tensorboard")
+    for program in ("curves.py", "performance.py"):
+        expect_error(f"{program} -h lists the flags", "../dev/results/" + program, "--foo")
     expect_error("has no losses", "plot_log.py", write_log(tmp, "empty", [start_line(0)]))
     expect_error("all losses are NaN or Inf", "plot_log.py", write_log(tmp, "nan", [{**train_line(1), "loss": None}]))
     expect_error("nothing to export to", "log_export.py", bad)
@@ -525,6 +530,8 @@ def test_curves(tmp: str) -> None:
     root = os.path.join(tmp, "curves")
     for folder in ("scripts", "dev/results"):
         shutil.copytree(os.path.join(ROOT, folder), os.path.join(root, folder), ignore=shutil.ignore_patterns("curves_*.jsonl"))
+    os.makedirs(os.path.join(root, "data"))
+    shutil.copy(os.path.join(ROOT, "data/shards.py"), os.path.join(root, "data"))
     rows_file = os.path.join(root, "dev/results/curves_h300.jsonl")
     steps = 1526
 
