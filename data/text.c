@@ -244,8 +244,9 @@ int main(int argc, char **argv) {
     shard_set_remove(&val, "");
     shard_set_commit(&train);
     shard_set_commit(&val);
-    printf("%s: %lld files, %lld training tokens in %lld shards, %lld validation tokens in %lld\n", folder,
-           (long long)files.count, (long long)train.tokens, (long long)train.shards, (long long)val.tokens,
+    printf("%s: %lld file%s, %lld training tokens in %lld shard%s, %lld validation tokens in %lld\n", folder,
+           (long long)files.count, files.count == 1 ? "" : "s", (long long)train.tokens,
+           (long long)train.shards, train.shards == 1 ? "" : "s", (long long)val.tokens,
            (long long)val.shards);
     for (int64_t i = 0; i < files.count; i++) free(files.paths[i]);
     free(files.paths);

@@ -231,8 +231,9 @@ static inline int run_check_data(const Run *r, const DataIdentity *saved) {
     if (saved->shards == 0) return 1;
     if (saved->shards != d->shards || saved->tokens != d->tokens || saved->names != d->names)
         snprintf(change, sizeof change,
-                 "%lld shards %s to %s of %lld tokens, but the run has %lld shards %s to %s of %lld tokens",
-                 (long long)d->shards, d->first, d->last, (long long)d->tokens, (long long)saved->shards,
+                 "%lld %s %s to %s of %lld tokens, but the run has %lld %s %s to %s of %lld tokens",
+                 (long long)d->shards, d->shards == 1 ? "shard" : "shards", d->first, d->last,
+                 (long long)d->tokens, (long long)saved->shards, saved->shards == 1 ? "shard" : "shards",
                  saved->first, saved->last, (long long)saved->tokens);
     else if (saved->contents != d->contents)
         snprintf(change, sizeof change, "the shards %s to %s have other tokens than those of the run",
@@ -458,11 +459,11 @@ static inline void run_print_summary(const Run *r, int64_t num_params, size_t by
     if (r->dp_size > 1) snprintf(dp_ranks, sizeof dp_ranks, " on each of %d data-parallel ranks", r->dp_size);
     if (r->train.samples > 0)
         printf(
-            "data: %lld tokens in %lld shards, %lld samples of %lld + 1; %lld tokens per step (%lld x %lld "
+            "data: %lld tokens in %lld shard%s, %lld samples of %lld + 1; %lld tokens per step (%lld x %lld "
             "x %lld%s)\n",
-            (long long)r->train.tokens, (long long)r->train.shard_count, (long long)r->train.samples,
-            (long long)o->seq_len, (long long)r->state.total_batch, (long long)r->micro_batches,
-            (long long)o->batch, (long long)o->seq_len, dp_ranks);
+            (long long)r->train.tokens, (long long)r->train.shard_count, r->train.shard_count == 1 ? "" : "s",
+            (long long)r->train.samples, (long long)o->seq_len, (long long)r->state.total_batch,
+            (long long)r->micro_batches, (long long)o->batch, (long long)o->seq_len, dp_ranks);
     if (r->train.samples > 0)
         printf("learning rate: %g after %lld steps of warm-up, %s to %g at step %lld\n", o->lr,
                (long long)o->warmup, o->schedule, o->lr * o->final_frac, (long long)o->max_steps);

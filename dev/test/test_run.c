@@ -2067,7 +2067,7 @@ static void test_data_position(void) {
         {"-y 1 -o position -t 9 -seed 5", "step 3 tokens 30 draws 8 epoch 3 position 0", "-t changed"},
         {"-y 1 -o position -t 6 -seed 6", "step 3 tokens 30 draws 8 epoch 3 position 0", "-seed changed"},
         {"-y 1 -o position_data -t 6 -seed 5 -new-data 1", "step 4 tokens 30 draws 8 epoch 3 position 0",
-         "of 700 tokens, but the run has 1 shards"},
+         "of 700 tokens, but the run has 1 shard "},
         {"-e position/ckpt_00000003.bin -t 6 -seed 5", "step 0 tokens 0 draws 0 epoch 0 position 0", ""},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
