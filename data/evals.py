@@ -6,7 +6,7 @@ import json
 import os
 import struct
 
-from shards import add_tokenizer_flags, die, open_input, write_file
+from shards import add_tokenizer_flags, die, open_input, report_output_errors, write_file
 
 MAGIC, VERSION = 20260803, 1
 LLMC_MAGIC, LLMC_VERSION, LLMC_START = 20240522, 1, 65535
@@ -136,5 +136,6 @@ def load_vocabulary(args):
 def write_output(path, content):
     if os.path.isdir(path):
         die(f"-o {path}: is a folder; give the name of a file, such as {os.path.join(path, 'eval.bin')}")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_file(path, content)
+    with report_output_errors(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_file(path, content)

@@ -41,6 +41,10 @@ def one_line(error):
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def plural(count, noun):
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def open_input(path):
     """Opens a regular file, or a link to one, for reading. Dies for a folder, a FIFO, a device or a socket,
     because opening these can block or have side effects."""
@@ -109,6 +113,15 @@ def report_write_errors(folder):
         yield
     except OSError as e:
         die(f"cannot write {e.filename or folder}: {e.strerror}; fix this and run the same command to resume")
+
+
+@contextlib.contextmanager
+def report_output_errors(path):
+    """Turns an output that cannot be created into one line that names -o."""
+    try:
+        yield
+    except OSError as e:
+        die(f"-o {path}: cannot write there: {e.strerror}; check the disk, or choose another folder")
 
 
 def sync_folder(folder):
@@ -326,11 +339,12 @@ class Output:
         check_name(name)
         self.folder, self.name, self.settings = folder, name, settings
         self.is_position = is_position
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            die(f"-o {folder}: cannot create the folder, a file has this name or that of a parent folder")
-        self.lock = lock_output_folder(folder)  # held until the process ends
+        with report_output_errors(folder):
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                die(f"-o {folder}: cannot create the folder, a file has this name or that of a parent folder")
+            self.lock = lock_output_folder(folder)  # held until the process ends
         self.state_path = os.path.join(folder, name + ".json")
         self.state = {
             "settings": settings,
@@ -568,8 +582,8 @@ def summary(output):
     """Returns one line about a finished run."""
     state = output.state
     return (
-        f"{output.folder}: {state['documents']} documents, {state['train']} training tokens in "
-        f"{output.train.num_complete(True)} shards, {state['val']} validation tokens in "
+        f"{output.folder}: {plural(state['documents'], 'document')}, {state['train']} training tokens in "
+        f"{plural(output.train.num_complete(True), 'shard')}, {state['val']} validation tokens in "
         f"{output.val.num_complete(True)}, "
         f"{state['bytes'] / (state['train'] + state['val']):.2f} bytes per token"
         + (

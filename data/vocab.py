@@ -695,7 +695,13 @@ def _from_tiktoken_name(name, eot_text, bos_text):
             f"{', '.join(tiktoken.list_encoding_names())}"
         )
     except Exception as error:  # whatever the network library raises
-        die(f"cannot load tiktoken's vocabulary {name}: {one_line(error)}; tiktoken downloads it once")
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        die(
+            f"cannot download tiktoken's vocabulary {name}: {getattr(cause, 'strerror', None) or one_line(cause)}; "
+            f"connect to the network this once, or give --tokenizer a tokenizer.json, GGUF or tiktoken file"
+        )
     special = e._special_tokens
     eot_text = eot_text or next((text for text in EOT_TOKENS if text in special), None)
     if eot_text not in special:

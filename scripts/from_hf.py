@@ -7,7 +7,15 @@ import sys
 from argparse import ArgumentTypeError
 
 sys.path[:0] = [os.path.join(os.path.dirname(os.path.abspath(__file__)), d) for d in ("hf", "../data")]
-from shards import Parser, die, number_type, read_input, run_main, write_file  # noqa: E402
+from shards import (  # noqa: E402
+    Parser,
+    die,
+    number_type,
+    read_input,
+    report_output_errors,
+    run_main,
+    write_file,
+)
 
 GATES = (0.05, 0.9, 0.05)  # compressed, selected, sliding
 
@@ -144,7 +152,8 @@ def make_tokenizer_bin(source, eot_text, vocab_size, path):
 
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
         print(
-            f"note: {source} has no tokenizer.json, so the trainers cannot read a prompt or print samples"
+            f"note: {source} has no tokenizer.json, so the trainers cannot read a prompt or print samples",
+            file=sys.stderr,
         )
         return None
     tokenizer = vocab.load(source, eot_text)
@@ -161,7 +170,7 @@ def make_tokenizer_bin(source, eot_text, vocab_size, path):
     if os.path.exists(path) and read_input(path) != content:
         die(f"{path} is another tokenizer; choose another folder for -o")
     if tokenizer.note:
-        print(f"note: the tokenizer of {source} {tokenizer.note}")
+        print(f"note: the tokenizer of {source} {tokenizer.note}", file=sys.stderr)
     return content
 
 
@@ -205,8 +214,12 @@ def main():
     if tokenizer_bin is not None and "tokenizer.json" not in files and not os.path.isdir(args.source):
         files = {**tokenizer_json.from_bin(tokenizer_bin, args.source), **files}
     if model["head-dim"] not in (64, 128):
-        print(f"note: heads of {model['head-dim']} train on the CPU alone; the GPU trainer takes 64 and 128")
-    os.makedirs(folder, exist_ok=True)
+        print(
+            f"note: heads of {model['head-dim']} train on the CPU alone; the GPU trainer takes 64 and 128",
+            file=sys.stderr,
+        )
+    with report_output_errors(args.output):
+        os.makedirs(folder, exist_ok=True)
     with checkpoint.Writer(args.output, model, seq_len) as out:
         for tensor in checkpoint.param_table(model):
             for values in tensor_values(source, tensor, source_model, model, args.gate or GATES):

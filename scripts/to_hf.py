@@ -10,7 +10,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, d) for d in ("hf", "../data")]
-from shards import Parser, die, read_input, run_main, sync_folder, write_file  # noqa: E402
+from shards import Parser, die, read_input, report_output_errors, run_main, sync_folder, write_file  # noqa: E402
 
 DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}
 
@@ -88,7 +88,8 @@ def new_folder(path):
     tmp = path.rstrip("/") + ".tmp"
     if os.path.isdir(tmp) and not os.path.islink(tmp):  # of a killed export
         shutil.rmtree(tmp)
-    os.makedirs(tmp)
+    with report_output_errors(path):
+        os.makedirs(tmp)
     try:
         yield tmp
         os.rename(tmp, path)

@@ -62,10 +62,11 @@ def run(program, *args, env=None, limit=None):
 
 
 def run_ok(program, *args, **kw):
-    """Runs a program that must succeed without warnings. Returns its stdout."""
+    """Runs a program that must succeed without warnings. Returns its notes and its stdout."""
     r = run(program, *args, **kw)
-    check(r.returncode == 0 and r.stderr == "", f"{program} {args}: code {r.returncode}, {r.stderr[-600:]}")
-    return r.stdout
+    notes = all(line.startswith("note: ") for line in r.stderr.splitlines())
+    check(r.returncode == 0 and notes, f"{program} {args}: code {r.returncode}, {r.stderr[-600:]}")
+    return r.stderr + r.stdout
 
 
 def read_folder(folder):
@@ -343,7 +344,7 @@ def test_corpus(tmp):
     rest = len(texts["c/9.c"] + texts["7.c"])
     check(
         out.startswith(f"{tmp}/long: 3 documents of ")
-        and f"left out: 1 files that are not text, {rest} bytes" in out,
+        and f"left out: 1 binary file, {rest} bytes" in out,
         out,
     )
     check(min(map(len, wanted.values())) >= least, "the test's documents")
@@ -362,10 +363,11 @@ def test_corpus(tmp):
     expect_error("exists already", "corpus", "-o", f"{tmp}/long", source)
     expect_error("No such file", "corpus", "-o", f"{tmp}/x", f"{tmp}/nowhere")
     expect_error("--min-bytes", "corpus", "-o", f"{tmp}/x", "--min-bytes", "0", source)
+    expect_error("-o /proc/c: cannot write there", "corpus", "-o", "/proc/c", source)
     with open(f"{tmp}/tree.tar.gz", "rb") as f:
         cut = write(f"{tmp}/cut.tar.gz", f.read()[:300])
     for path in (cut, f"{source}/7.c"):
-        expect_error("not a whole tar archive", "corpus", "-o", f"{tmp}/x", path)
+        expect_error("not a whole tar archive; check the path", "corpus", "-o", f"{tmp}/x", path)
     if not glob.glob("/usr/src/linux-source-*.tar.*"):
         expect_error("apt-get install linux-source", "corpus", "-o", f"{tmp}/x")
     check(not glob.glob(f"{tmp}/*.tmp"), f"left: {glob.glob(f'{tmp}/*.tmp')}")
@@ -476,6 +478,9 @@ def test_val_documents(tmp, tokenizer):
         f"{tmp}/x",
         *flags,
     )
+    flags[5] = 99999  # more than the bytes of any file
+    largest = max(map(len, texts.values()))
+    expect_error(f"(--min-tokens), the largest has {largest} bytes; hold out fewer", "bpe", "-o", f"{tmp}/x", *flags)
     run_ok("bpe", "-o", f"{tmp}/held4", "--train-vocab", 300, "--val-documents", 5, f"{tmp}/whole")
     pieces, eot, _ = read_tokenizer(f"{tmp}/held4")
     train4 = decode_documents(read_shards(f"{tmp}/held4", "text", "train")[0], pieces, eot)
@@ -663,7 +668,7 @@ def test_streams_and_lock(tmp, tokenizer):
         check(re.fullmatch(rf"process \d+ on host {re.escape(host)}\n", f.read()), "the lock file has no owner")
     os.makedirs(f"{tmp}/link_lock")
     os.symlink(f"{tmp}/not_made", f"{tmp}/link_lock/.lock")
-    expect_error(".lock", "bpe", "-o", f"{tmp}/link_lock", *args)
+    expect_error("cannot write there: Too many levels of symbolic links", "bpe", "-o", f"{tmp}/link_lock", *args)
     check(not os.path.lexists(f"{tmp}/not_made"), "a lock follows a link")
 
 
@@ -1314,6 +1319,9 @@ ENCODING_CONSTRUCTORS = {{"small": small}}
     write(f"{tmp}/tik.txt", text)
     out = run_ok("bpe", "-o", f"{tmp}/tik", "--tokenizer", "small", "--val", 0, f"{tmp}/tik.txt", env=env)
     check("note: this tokenizer splits text" in out, out)
+    offline = {**dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9"), "TIKTOKEN_CACHE_DIR": f"{tmp}/none"}
+    wanted = "cannot download tiktoken's vocabulary gpt2: Connection refused; connect to the network this once, or give --tokenizer"
+    expect_error(wanted, "bpe", "-o", f"{tmp}/x", "--tokenizer", "gpt2", f"{tmp}/tik.txt", env=offline)
     pieces, eot, _ = read_tokenizer(f"{tmp}/tik")
     check(eot == 2000 and len(pieces) == 2002 and pieces[1999] == b"", f"end-of-text {eot} of {len(pieces)}")
     check(
@@ -1400,7 +1408,8 @@ def bad_input_tests(tmp, tokenizer):
         ([*bpe, tokenizer, "--val", "0.1", "--val-documents", "1", text], "not allowed with argument --val"),
         ([*bpe, tokenizer, "--min-tokens", "9", text], "--min-tokens 9: only for --val-documents"),
         ([*bpe, tokenizer, "--every", "4", text], "--every 4: only for --val-documents"),
-        ([*bpe, tokenizer, "--val-documents", "1", text], "there are only 1 files, so none is left"),
+        ([*bpe, tokenizer, "--val-documents", "1", text], "the input has 1 file, so none is left"),
+        ([*bpe, tokenizer, "--val-documents", "99", text], "the input has 1 file, so none is left"),
         (
             ["bpe", "-o", f"{tmp}/x", "--train-vocab", 300, "--val-documents", 1, "--min-tokens", 9, text],
             "--min-tokens 9: not with --train-vocab",
@@ -1421,6 +1430,7 @@ def bad_input_tests(tmp, tokenizer):
         (["bpe", "-o", f"{tmp}/t", "--tokenizer", tokenizer, text], "made with another value of 'shard'"),
         ([*bpe, f"{tmp}/no.json", text], "no.json"),
         ([*bpe, "gpt17", text], "cl100k_base"),
+        (["bpe", "-o", "/proc/b", "--tokenizer", tokenizer, text], "-o /proc/b: cannot write there"),
         ([*bpe, write(f"{tmp}/bad/e.json", ""), text], "is empty"),
         ([*bpe, write(f"{tmp}/bad/b.json", "{]"), text], "not a valid tokenizer.json"),
         ([*bpe, write(f"{tmp}/bad/k.json", "{}"), text], "not a valid tokenizer.json"),
@@ -1572,6 +1582,9 @@ def test_hub(tmp, tokenizer):
         check(json.load(f)["settings"]["commit"] == Hub.commit, "the dataset's commit is not saved")
     expect_error("cannot read dataset other/name", "hub", "-o", f"{tmp}/x", *flags, "other/name", env=env)
     server.shutdown()
+    for more in (["--column", "body", f"{tmp}/hub"], [f"{tmp}/nowhere"]):
+        run("hub", "-o", f"{tmp}/none", *flags, *more)
+        check(not os.path.exists(f"{tmp}/none"), f"hub {more}: leaves a folder after an error")
 
     # from json, up to a number of tokens
     run_ok("hub", "-o", f"{tmp}/hj", *flags, "--tokens", 50_000, f"{tmp}/json")
@@ -1595,6 +1608,10 @@ def bad_hub_tests(tmp, tokenizer):
         ),
         lambda: expect_error("document 1", *flags, null),
         lambda: expect_error("a.parquet", *flags, broken),
+        *[
+            lambda path=path: expect_error(f"{path}: no such file or folder; check the path", *flags, path)
+            for path in (f"{tmp}/nowhere/a.jsonl", "nowhere.jsonl", "./nowhere", "a/b/c")
+        ],
         lambda: expect_error("cannot read dataset some/name", *flags, "some/name", env=nowhere),
     ]
 

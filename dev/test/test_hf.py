@@ -987,6 +987,10 @@ def test_refused_checkpoints():
     refused("a window and full layers", "full-every 2", "to_hf.py", os.path.join(TMP, "hybrid.bin"))
     refused("no checkpoint", "No such file", "to_hf.py", os.path.join(TMP, "nothing.bin"))
     refused("no tokenizer", "no tokenizer.json", "to_hf.py", path, "--tokenizer", TMP)
+    for program, source in (("to_hf.py", path), ("from_hf.py", os.path.join(TMP, "llama"))):
+        result = run(program, source, "-o", "/proc/out.bin")
+        line = "error: -o /proc/out.bin: cannot write there: No such file or directory; check the disk, or choose another folder"
+        check(result.stderr.splitlines()[-1:] == [line], f"{program} to /proc: {result.stderr}")
     result = run("to_hf.py", path, "-o", TMP)
     check(
         result.returncode == 1 and "exists" in result.stderr, f"-o of a folder that exists: {result.stderr}"

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 from output import Output
-from shards import create_file, die, open_input, sync_folder
+from shards import create_file, die, open_input, report_output_errors, sync_folder
 
 MAGIC = 0x54504B4341534E0A
 VERSION = 4  # versions 1 to 3 can be read, too
@@ -275,7 +275,8 @@ class Writer:
         self.header = header + struct.pack("<Q", checksum(header))
 
     def __enter__(self):
-        self.file = create_file(self.path + ".tmp")
+        with report_output_errors(self.path):
+            self.file = create_file(self.path + ".tmp")
         self.output = Output(self.file, self.path, 4 * self.total)
         self.output.write(self.header)
         return self
