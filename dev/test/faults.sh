@@ -88,6 +88,8 @@ cpu_faults() {
     fault "-doc-mask 0 is ignored" llmc/run.h 's/r->eot, \(int\)r->opt.doc_mask,/r->eot, 1,/' "test_run"
     fault "shards without a tokenizer have no end-of-text" llmc/run.h 's/r->tokenizer.eot : c->vocab_size - 1;/r->tokenizer.eot : -1;/' "test_run"
     fault "a tokenizer's end-of-text is not used" llmc/run.h 's/r->eot = r->has_tokenizer \? r->tokenizer.eot : /r->eot = /' "test_run"
+    fault "shards of another tokenizer are taken" llmc/run.h 's/if \(r->has_tokenizer && tokenizer_checksum/if (0 \&\& tokenizer_checksum/' "$S"
+    fault "evaluation files of another tokenizer are taken" llmc/eval_file.h 's/\(uint32_t\)header\[6\] != tokenizer_checksum\(t\)/0/' "test_run"
     fault "end-of-text ends a document instead of beginning it" llmc/dataloader.h 's/inputs\[i\] == eot\)\)/i > 0 \&\& inputs[i - 1] == eot))/' "test_data"
     fault "a pre-token of white space keeps its last character" llmc/tokenizer.h 's/if \(at_text_end \|\| span == first_bytes\) return span/return span/' "test_data"
     fault "a merge that an earlier one has made impossible" llmc/tokenizer.h 's/if \(left->len \+ right->len != merge.len\) continue;//' "test_data"
