@@ -580,6 +580,11 @@ def test_tokenizer():
         command = [CPU, "-e", path, "-sample", "1", "-g", "3", "-t", "64", "-prompt", "the tokén"]
         sample = subprocess.run(command, capture_output=True)
         check(sample.returncode == 0, f"the trainer cannot use tokenizer.bin: {sample.stderr}")
+        write(os.path.join(place, "q.jsonl"), {"context": "the", "choices": [" rows", " cols"], "label": 1})
+        questions = ["-o", os.path.join(place, "q.bin"), "--tokenizer", folder, os.path.join(place, "q.jsonl")]
+        run_ok("../data/mc", *questions)
+        asked = subprocess.run([CPU, "-e", path, "-val", "1", "-t", "64", "-b", "1", "-mc", questions[1]], capture_output=True)
+        check(asked.returncode == 0, f"a file of the model's own tokenizer, which has fewer tokens: {asked.stderr}")
         if not source:
             shutil.rmtree(side)
         out = os.path.join(place, "hf")
