@@ -159,7 +159,13 @@ static void make_seeds(void) {
     param_table(&model, NULL, &num_params);
     float *values = (float *)xcalloc((size_t)num_params, sizeof *values);
     for (int64_t i = 0; i < num_params; i++) values[i] = (float)i * 0.5f;
-    TrainState state = {3, 300, 0, 5, 8, 1, SEQ, 32, 0};
+    TrainState state = {.step = 3,
+                        .tokens = 300,
+                        .position = 5,
+                        .epoch_samples = 8,
+                        .seed = 1,
+                        .seq_len = SEQ,
+                        .total_batch = 32};
     checkpoint_save(root, &model, &state, values, values, values, num_params);
     free(values);
     read_seed(CHECKPOINT, "ckpt_00000003.bin");
