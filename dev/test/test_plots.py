@@ -765,6 +765,11 @@ exit $((128 + signal))
             return False
         return True
 
+    def default_signals() -> None:
+        """A background job of a shell ignores SIGINT, and bash cannot trap what it was started to ignore."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
     for script, runs in (("learning.sh", 1), ("shakespeare.sh", 3), ("books_124m.sh", 1), ("recall.sh", 1), ("llama3_8b_step.sh", 1)):
         for name, to_group in (("TERM", False), ("INT", True)):
             for file in os.listdir(root):
@@ -772,7 +777,8 @@ exit $((128 + signal))
                     os.remove(os.path.join(root, file))
             args = ["nsa-1", "full-1"] if script == "learning.sh" else []
             program = [os.path.join(root, "scripts", script), *args]
-            process = subprocess.Popen(program, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(program, cwd=root, env=env, start_new_session=True, preexec_fn=default_signals,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
             for _ in range(200):
                 if len(lines("started")) == runs:
                     break
