@@ -123,7 +123,7 @@ $(foreach f,c commit mpi nvcc trainer emulator,$(eval $(call FLAGS_RULE,$f)))
 $(OUT)train_gpt_nsa: $(BUILD)/train_gpt_nsa_bf16.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 $(OUT)train_gpt_nsa_fp16 $(OUT)train_gpt_nsa_fp32: $(OUT)%: $(BUILD)/%.o $(BUILD)/llmc/commit.o $(TRAINER_OBJECTS) ; $(LINK_TRAINER)
 
-cuda: $(LIBFSA).a $(LIBFSA).so $(BUILD)/example $(KERNELS) $(LAYERS) $(GPU_TRAINER) $(GPU_TEST_PROGRAMS)
+cuda: $(LIBFSA).a $(LIBFSA).so $(BUILD)/example $(KERNELS) $(LAYERS) $(GPU_TRAINER) $(GPU_TEST_PROGRAMS) $(BUILD)/fp8_gradients
 cuda-all:
 	@$(MAKE) --no-print-directory cuda BUILD=$(BUILD)/all GPU= ARCHS="80 90" PTX=80
 bench: $(if $(USE_GPU),$(KERNELS) $(LAYERS),$(BUILD)/bench_reference)

@@ -5,8 +5,7 @@
 // kind of tensor, over all layers and micro-batches:
 //   error      |g8 - g| / |g|, of the worst layer and of all: g8 with fp8, g without
 //   scale      <g8, g> / <g, g>: below 1 if fp8 makes gradients smaller, as sums that lose small terms do
-//   sample     |g - g'| / |g| with g' of the micro-batch before: the noise that an optimizer has to average
-//   anyway
+//   sample     |g - g'| / |g| with g' of the micro-batch before: the noise of a gradient anyway
 #define GPT_NO_MAIN
 #include "../train_gpt_nsa.cu"
 #include <map>

@@ -259,10 +259,14 @@ def gates(found, runs):
 def tables():
     """Returns {name: (runs, function)} of all tables."""
     result = {}
-    of_seeds = {name: [run for runs in names for run in runs_of(runs)] for name, names in SEEDS.items()}
-    for group, function in ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates), (SEEDS, seeds)):
+    groups = ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates), (SEEDS, seeds))
+    for group, function in groups:
         for name, runs in group.items():
-            used = list(dict.fromkeys(run for pair in runs for run in pair if run)) if isinstance(runs[0], tuple) else runs
-            used = of_seeds.get(name, used)
+            if group is SEEDS:
+                used = [run for family in runs for run in runs_of(family)]
+            elif isinstance(runs[0], tuple):
+                used = list(dict.fromkeys(run for pair in runs for run in pair if run))
+            else:
+                used = runs
             result[name] = (used, lambda found, runs=runs, function=function: function(found, runs))
     return result

@@ -28,7 +28,9 @@ from typing import NamedTuple
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../..")
 sys.path += [os.path.join(ROOT, "fsa/torch"), os.path.join(ROOT, "scripts")]
-from train_log import die  # noqa: E402
+from train_log import Parser, die  # noqa: E402
+
+from shards import FORMATS  # noqa: E402
 
 try:
     import torch
@@ -241,7 +243,7 @@ def load_samples(s, part, device):
     if len(files) != 1:
         die(f"{s.data}: has {len(files)} {part} shards; must have one, make it with scripts/learning.sh")
     (magic, _, count), size = read_ints(files[0], 3)
-    if magic != 20240520 or size != 1024 + 2 * count:
+    if magic != FORMATS[2][0] or size != 1024 + 2 * count:
         die(f"{files[0]}: is no shard of 16-bit tokens, or is truncated; make it with scripts/learning.sh")
     if count <= s.seq_len:
         die(f"{files[0]}: has {count} tokens, a sample needs {s.seq_len + 1}; take a longer text")
@@ -354,7 +356,7 @@ def train(s, output, device="cuda", backend="inductor"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=["shared", "separate", "equal"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=381, help="of 131,072 tokens (381: 50M tokens)")
