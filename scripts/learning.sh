@@ -8,10 +8,10 @@
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
-# Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first tenth of the steps and then falls
-# to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run that another one continues keeps
-# its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and writes a checkpoint, and the
-# script ends.
+# Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
+# continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run
+# that another one continues keeps its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and
+# writes a checkpoint, and the script ends.
 # Environment: GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -48,9 +48,9 @@ window-1             97m          linux           200M   -attn window -seed 1
 nsa-2                97m          linux           200M   -attn nsa -seed 2
 window-2             97m          linux           200M   -attn window -seed 2
 nsa-fp8-1            97m          linux           200M   -attn nsa -seed 1 -matmul fp8
-nsa-64k              nsa-1        linux            20M   -attn nsa -seed 1
-full-64k             full-1       linux            20M   -attn full -seed 1
-window-64k           window-1     linux            20M   -attn window -seed 1
+nsa-64k              nsa-1        linux            20M   -attn nsa -seed 1 -u 15
+full-64k             full-1       linux            20M   -attn full -seed 1 -u 15
+window-64k           window-1     linux            20M   -attn window -seed 1 -u 15
 50m-nsa-1            97m          linux_quarter    50M   -attn nsa -seed 1
 50m-nsa-fp8-1        97m          linux_quarter    50M   -attn nsa -seed 1 -matmul fp8
 50m-nsa-2            97m          linux_quarter    50M   -attn nsa -seed 2
@@ -145,7 +145,7 @@ train() {
     [ $batch -ge 1 ] || batch=1
     echo "== $name"
     run scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
-        -u $((steps / 10)) -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1 -o "$out" -y 1 \
+        -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1 -o "$out" -y 1 \
         -i "data/$3/linux_train_*.bin" -j "data/$3/linux_val_*.bin" "${@:5}" || return
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }

@@ -262,8 +262,8 @@ def load_samples(s, part, device):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def learning_rate(s, step):
-    """Returns that of a step, counted from 0: a rise in the first tenth of the steps, then a cosine to a tenth."""
-    warmup = s.steps // 10
+    """Returns that of a step, counted from 0: a rise in the first 100 steps, then a cosine to a tenth."""
+    warmup = 100
     if step < warmup:
         return s.lr * (step + 1) / warmup
     return s.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (s.steps - warmup))))

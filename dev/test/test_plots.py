@@ -419,12 +419,12 @@ done
     right = (code, err, len(lines)) == (0, "", 3)
     check(right, f"three runs: {code} {err} {lines}")
     if right:
-        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 152 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
+        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
         end = " -i data/linux/linux_train_*.bin -j data/linux/linux_val_*.bin -attn nsa -seed 1"
         check(lines[0].startswith(wanted) and lines[0].endswith(end), f"nsa-1: {lines[0]}")
-        wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 15 "
-        check(lines[1].startswith(wanted) and "gpt-124m" not in lines[1], f"nsa-64k: {lines[1]}")
-        check(" -x 381 -u 38 " in lines[2] and lines[2].endswith(" -attn nsa -seed 2"), f"50m-nsa-2: {lines[2]}")
+        wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 100 "
+        check(lines[1].startswith(wanted) and lines[1].endswith(" -u 15") and "gpt-124m" not in lines[1], f"nsa-64k: {lines[1]}")
+        check(" -x 381 -u 100 " in lines[2] and lines[2].endswith(" -attn nsa -seed 2"), f"50m-nsa-2: {lines[2]}")
         kept = [left(name) for name in ("nsa-1", "nsa-64k", "50m-nsa-2")]
         check(kept == [["ckpt_00001526.bin", "log.jsonl"], ["log.jsonl"], ["log.jsonl"]], f"checkpoints: {kept}")
     with open(os.path.join(root, "log/learning/50m-nsa-2/ckpt_00000300.bin"), "w", encoding="utf-8"):
@@ -464,7 +464,7 @@ done
     # the programs make no shards, so that the second run makes the text again
     wanted += [wanted[0], wanted[2]]
     check(code == 0 and lines[:-2] == wanted, f"the text of SmolLM2: {code} {err} {lines}")
-    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 38 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
+    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
     check(lines[-2].startswith(wanted) and lines[-2].endswith(" -attn nsa -seed 1 -u 8 -v 8"), f"smollm2-8k-nsa: {lines[-2]}")
     check(" -t 16384 " in lines[-1] and " -b 1 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
     code, err, lines = train("", TRAINER="/bin/false")
