@@ -27,7 +27,6 @@ from shards import Parser, die  # noqa: E402
 #   attention  build/core: the whole attention and its parts
 #   kernels    the programs of single kernels (make bench)
 #   step       scripts/llama3_8b_step.sh: a training step on one GPU
-#   fp8        the same, with 16-bit matmuls and with fp8
 #   scaling    scripts/gpus_scaling.sh: one GPU and several, each GPU with the same micro-batches. Without this
 #              entry the tables of it keep the text that they have.
 #   llama3_8b  scripts/llama3_8b.sh: all layers of Llama 3 8B on all GPUs of a host. The same.
@@ -35,8 +34,7 @@ MEASURED = {
     "H200": {
         "attention": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
         "kernels": ("h200.jsonl", "7cecab2"),
-        "step": ("h200_68a9f7d_f7f9856.jsonl", "f7f9856"),
-        "fp8": ("h200.jsonl", "ac584ae"),
+        "step": ("h200.jsonl", "0603293"),
         "scaling": ("h200.jsonl", "010f8d1"),
         "llama3_8b": ("h200.jsonl", "51a42fb"),
     },
@@ -188,15 +186,20 @@ class Times:
         dates = sorted({row["date"] for row in self.rows[kind]})
         return f"{gpus.format(self.gpu)}, commit {MEASURED[self.gpu][kind][1]}, {' and '.join(dates)}"
 
+    def peers_of(self, steps):
+        """Returns the rows of the peers' training steps, or those of their attention."""
+        return [row for row in self.peers if (row["part"] == "step") == steps]
+
     def one_run(self):
-        """Returns whether one call of make peers measured all rows of the peers."""
-        runs = {row.get("run") for row in self.peers}
+        """Returns whether one call of make peers measured all attention of the peers."""
+        runs = {row.get("run") for row in self.peers_of(steps=False)}
         return len(runs) == 1 and None not in runs
 
     def caption_with_peers(self, kind):
-        dates = " and ".join(sorted({row["date"] for row in self.peers}))
+        peers = self.peers_of(steps=False)
+        dates = " and ".join(sorted({row["date"] for row in peers}))
         if self.one_run():
-            return f"{self.gpu}, commit {self.peers[0]['commit']}, {dates}, all systems in one run of `make peers`."
+            return f"{self.gpu}, commit {peers[0]['commit']}, {dates}, all systems in one run of `make peers`."
         return f"{self.caption(kind)}." + (f" The other systems: other {self.gpu}s, {dates}." if dates else "")
 
 
@@ -347,8 +350,9 @@ def table_step(times):
     ]
     rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in LENGTHS]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
-    runs = " and ".join(sorted({f"commit {row['commit']}, {row['date']}" for row in times.peers}))
-    return captioned(f"{times.caption('step')}." + (f" PyTorch: another {times.gpu}, {runs}." if runs else ""), table)
+    runs = {f"commit {row['commit']}, {row['date']}" for row in times.peers_of(steps=True)} - {times.caption("step").split(", ", 1)[1]}
+    others = f" PyTorch: another {times.gpu}, {' and '.join(sorted(runs))}." if runs else ""
+    return captioned(times.caption("step") + "." + others, table)
 
 
 # Parts of a step: key in `split`, heading. Rows from before 2026-11-28 name the matmuls products.
@@ -386,40 +390,19 @@ def table_step_parts(times):
     return captioned(times.caption("step") + ".", markdown(head, rows))
 
 
-def fp8_pairs(times):
-    """Returns {(attention, tokens): ([rows with 16-bit matmuls], [rows with fp8])} of the 4-layer model."""
-    pairs = {}
-    for row in filter(is_step, times.rows.get("fp8", [])):
-        if row["layers"] == 4:
-            pairs.setdefault((row["attn"], row["n"]), ([], []))["matmul" in row].append(row)
-    return {key: pair for key, pair in pairs.items() if all(pair)}
-
-
-def median_of(rows, field):
-    return statistics.median(row[field] for row in rows)
-
-
-def table_fp8(times):
-    """A training step with 16-bit matmuls and with fp8."""
-    rows = []
-    for (mode, n), pair in fp8_pairs(times).items():
-        ms, memory = ([median_of(rows, field) for rows in pair] for field in ("ms", "memory_bytes"))
-        parts = [part_ms(pair[0], "matmul"), part_ms(pair[1], "matmul"), part_ms(pair[1], "quantize")]
-        cells = [*map(number, ms), f"{ms[1] / ms[0]:.2f}", *map(number, parts), *(f"{x / 2**30:.1f}" for x in memory)]
-        rows.append([tokens(n), mode, *cells])
-    head = ["tokens", "attention", "step, 16 bits (ms)", "step, fp8 (ms)", "fp8 / 16 bits", "matmuls, 16 bits (ms)"]
-    head += ["matmuls, fp8 (ms)", "to 8 bits (ms)", "memory, 16 bits (GiB)", "memory, fp8 (GiB)"]
-    return captioned(times.caption("fp8") + ".", markdown(head, rows)) if rows else None
-
-
 def table_fp8_sentence(times):
-    """README: the ratios of NSA in one sentence."""
-    pairs = {n: [median_of(rows, "ms") for rows in pair] for (mode, n), pair in fp8_pairs(times).items() if mode == "nsa"}
-    if not pairs:
+    """The ratios of a step with fp8 to one with 16-bit matmuls, in one sentence."""
+
+    def ratios(mode):
+        pairs = [(n, times.step(mode + " fp8", n, "ms"), times.step(mode, n, "ms")) for n in LENGTHS]
+        return [(n, f"{fp8 / ms:.2f}") for n, fp8, ms in pairs if fp8 and ms]
+
+    nsa, full = ratios("nsa"), ratios("full")
+    if not nsa or [n for n, _ in nsa] != [n for n, _ in full]:
         return None
-    ratios = [f"{b / a:.2f} {{}}at {tokens(n)}" for n, (a, b) in sorted(pairs.items())]
-    ratios = ", ".join([ratios[0].format("of its time "), *(ratio.format("") for ratio in ratios[1:])])
-    return f"With `-matmul fp8` a step of this shape takes {ratios} ({times.caption('fp8').replace('One ', 'one ')})."
+    first, *others = (f"{ratio} {{}}at {tokens(n)}" for n, ratio in nsa)
+    words = ", ".join([first.format("of its time "), *(other.format("") for other in others)])
+    return f"With `-matmul fp8` this step takes {words}; with full attention {', '.join(ratio for _, ratio in full)}."
 
 
 def scaling_runs(times):
