@@ -134,7 +134,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "action on a NaN or Inf loss or gradient: 0 stop, 1 skip the step"},
         {"gate-bias", NULL, OPTION_TEXT, OFFSET(gate_bias), 0, 0,
          "initial biases of new gates before the sigmoid, three numbers C,S,W for compressed, selected, "
-         "sliding (default: 0,0,0; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
+         "sliding (default: -2,0,2; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
         // in the GPU trainer alone; option_is_gpu lists them, too
         {"matmul", NULL, OPTION_TEXT, OFFSET(matmul), 0, 0,
          "number format of the layers' matmuls: bf16 (that of the build), or fp8 on GPUs of compute "
@@ -180,6 +180,7 @@ static inline void options_defaults(Options *o) {
     o->temperature = 0.8, o->top_p = 0.95;
     o->seed = 1337, o->doc_mask = 1;
     o->cp_size = 1;
+    memcpy(o->gate_bias_value, default_gate_bias, sizeof o->gate_bias_value);
 }
 
 // Returns whether a flag was on the command line. `flag`: its name in the table, without the dash.

@@ -9,9 +9,9 @@
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
-# continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps. Only a run
-# that another one continues keeps its checkpoint when it is complete. After Ctrl-C or SIGTERM the run finishes its step and
-# writes a checkpoint, and the script ends.
+# continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
+# 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
+# SIGTERM the run finishes its step and writes a checkpoint, and the script ends.
 # Environment: GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -40,44 +40,43 @@ declare -A TEXTS=(
     [linux_smollm2]="--val-documents 2 --every 4"
 )
 
-# name               model        text           tokens   flags
+# name              model       text          tokens  flags
 mapfile -t TABLE <<'END'
-nsa-1                97m          linux           200M   -attn nsa -seed 1
-full-1               97m          linux           200M   -attn full -seed 1
-window-1             97m          linux           200M   -attn window -seed 1
-nsa-2                97m          linux           200M   -attn nsa -seed 2
-window-2             97m          linux           200M   -attn window -seed 2
-nsa-fp8-1            97m          linux           200M   -attn nsa -seed 1 -matmul fp8
-nsa-64k              nsa-1        linux            20M   -attn nsa -seed 1 -u 15
-full-64k             full-1       linux            20M   -attn full -seed 1 -u 15
-window-64k           window-1     linux            20M   -attn window -seed 1 -u 15
-50m-nsa-1            97m          linux_quarter    50M   -attn nsa -seed 1
-50m-nsa-fp8-1        97m          linux_quarter    50M   -attn nsa -seed 1 -matmul fp8
-50m-nsa-2            97m          linux_quarter    50M   -attn nsa -seed 2
-50m-nsa-fp8-2        97m          linux_quarter    50M   -attn nsa -seed 2 -matmul fp8
-50m-nsa-3            97m          linux_quarter    50M   -attn nsa -seed 3
-50m-nsa-fp8-3        97m          linux_quarter    50M   -attn nsa -seed 3 -matmul fp8
-50m-nsa-4            97m          linux_quarter    50M   -attn nsa -seed 4
-50m-nsa-fp8-4        97m          linux_quarter    50M   -attn nsa -seed 4 -matmul fp8
-50m-full-1           97m          linux_quarter    50M   -attn full -seed 1
-50m-full-fp8-1       97m          linux_quarter    50M   -attn full -seed 1 -matmul fp8
-50m-hybrid-1         97m          linux_quarter    50M   -attn nsa -seed 1 -full-every 4
-50m-mean-1           97m          linux_quarter    50M   -attn nsa -seed 1 -phi mean
-50m-rate-1           97m          linux_quarter    50M   -attn nsa -seed 1 -l 1.8e-3
-50m-rate-fp8-1       97m          linux_quarter    50M   -attn nsa -seed 1 -l 1.8e-3 -matmul fp8
-50m-gate-sliding-1   97m          linux_quarter    50M   -attn nsa -seed 1 -gate-bias -2,-2,2
-50m-gate-sliding-2   97m          linux_quarter    50M   -attn nsa -seed 2 -gate-bias -2,-2,2
-50m-gate-graded-1    97m          linux_quarter    50M   -attn nsa -seed 1 -gate-bias -2,0,2
-50m-gate-graded-2    97m          linux_quarter    50M   -attn nsa -seed 2 -gate-bias -2,0,2
-350m-nsa-30m         350m         linux_quarter    30M   -attn nsa -seed 1
-350m-nsa-30m-fp8     350m         linux_quarter    30M   -attn nsa -seed 1 -matmul fp8
-350m-nsa             350m         linux           100M   -attn nsa -seed 1
-350m-full            350m         linux           100M   -attn full -seed 1
-350m-window          350m         linux           100M   -attn window -seed 1
-smollm2-8k-full      smollm2-8k   linux_smollm2    50M   -attn full -seed 1 -u 8 -v 8
-smollm2-8k-nsa       smollm2-8k   linux_smollm2    50M   -attn nsa -seed 1 -u 8 -v 8
-smollm2-16k-full     smollm2-16k  linux_smollm2    50M   -attn full -seed 1 -u 8 -v 8
-smollm2-16k-nsa      smollm2-16k  linux_smollm2    50M   -attn nsa -seed 1 -u 8 -v 8
+nsa-1               97m         linux          200M  -attn nsa -seed 1
+full-1              97m         linux          200M  -attn full -seed 1
+window-1            97m         linux          200M  -attn window -seed 1
+nsa-64k             nsa-1       linux           20M  -attn nsa -seed 1 -u 15
+full-64k            full-1      linux           20M  -attn full -seed 1 -u 15
+window-64k          window-1    linux           20M  -attn window -seed 1 -u 15
+nsa-2               97m         linux          200M  -attn nsa -seed 2
+window-2            97m         linux          200M  -attn window -seed 2
+nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
+zero-1              97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
+50m-full-1          97m         linux_quarter   50M  -attn full -seed 1
+50m-full-fp8-1      97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
+50m-nsa-1           97m         linux_quarter   50M  -attn nsa -seed 1
+50m-nsa-fp8-1       97m         linux_quarter   50M  -attn nsa -seed 1 -matmul fp8
+50m-nsa-2           97m         linux_quarter   50M  -attn nsa -seed 2
+50m-nsa-fp8-2       97m         linux_quarter   50M  -attn nsa -seed 2 -matmul fp8
+50m-sliding-1       97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,-2,2
+50m-sliding-2       97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,-2,2
+50m-zero-1          97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0
+50m-zero-fp8-1      97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
+50m-zero-2          97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0
+50m-zero-fp8-2      97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0 -matmul fp8
+50m-zero-rate-1     97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3
+50m-zero-rate-fp8-1 97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3 -matmul fp8
+50m-hybrid-1        97m         linux_quarter   50M  -attn nsa -seed 1 -full-every 4
+50m-mean-1          97m         linux_quarter   50M  -attn nsa -seed 1 -phi mean
+350m-zero-30m       350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0
+350m-zero-30m-fp8   350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
+350m-nsa            350m        linux          100M  -attn nsa -seed 1
+350m-full           350m        linux          100M  -attn full -seed 1
+350m-window         350m        linux          100M  -attn window -seed 1
+smollm2-8k-full     smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
+smollm2-8k-nsa      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
+smollm2-16k-full    smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
+smollm2-16k-nsa     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 END
 
 # has_shards TEXT: whether its shards exist
@@ -141,11 +140,11 @@ train() {
     read -ra settings <<<"${MODELS[$model]}"
     cp=$((GPUS * settings[0] / 131072)) # GPUs that share a sequence, where there are more GPUs than sequences in a step
     [ $cp -le 1 ] || share=(-cp "$cp")
-    batch=$(((GPUS < 8 ? 16384 : 131072 / GPUS) / settings[0])) # sequences at a time: 16,384 tokens if a step has so many
+    batch=$(((GPUS < 2 ? 65536 : 131072 / GPUS) / settings[0])) # sequences at a time: 65,536 tokens if a step has so many
     [ $batch -ge 1 ] || batch=1
     echo "== $name"
     run scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
-        -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1 -o "$out" -y 1 \
+        -u 100 -k cosine -q 0.1 -v $((steps < 700 ? 50 : 100)) -m 0 -n 100 -nk 1 -o "$out" -y 1 \
         -i "data/$3/linux_train_*.bin" -j "data/$3/linux_val_*.bin" "${@:5}" || return
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }

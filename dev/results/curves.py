@@ -80,13 +80,16 @@ def add(folders):
 
 
 def draw(plt, rows, by_time):
-    """Returns a figure: training losses as thin lines, validation losses as lines with points."""
+    """Returns a figure: training losses as thin lines, validation losses as lines with points. A run in fp8 has broken
+    lines, in the color of the run that differs from it in this alone."""
     plt.rcParams["svg.hashsalt"] = "curves"  # the same bytes each time
     figure, axis = plt.subplots(figsize=(8, 5))
     column, scale = (1, 1) if by_time else (0, 1e-6)
-    for i, row in enumerate(rows):
+    pairs = list(dict.fromkeys(row["name"].replace("-fp8", "") for row in rows))
+    for row in rows:
+        color = {"color": f"C{pairs.index(row['name'].replace('-fp8', ''))}", "linestyle": "--" if "-fp8" in row["name"] else "-"}
         for points, style in ((row["loss"], {"linewidth": 0.8, "alpha": 0.4}), (row["val"], {"marker": "o", "markersize": 4, "label": row["name"]})):
-            axis.plot([p[column] * scale for p in points], [p[2] for p in points], color=f"C{i}", **style)
+            axis.plot([p[column] * scale for p in points], [p[2] for p in points], **color, **style)
     best = min(learning.val_loss(row) for row in rows)
     axis.set(xlabel="training, seconds" if by_time else "million tokens", ylabel="loss, nats per token", ylim=(best - 0.1, best + 1.5))
     axis.legend()

@@ -18,6 +18,7 @@ LOSSES = {
         ("nsa-2", "nsa-1"),
         ("window-2", "window-1"),
         ("nsa-fp8-1", "nsa-1"),
+        ("zero-1", "nsa-1"),
     ],
     "learning_64k": [("full-64k", None), ("nsa-64k", "full-64k"), ("window-64k", "full-64k")],
     "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
@@ -28,14 +29,14 @@ LOSSES = {
         ("50m-nsa-fp8-1", "50m-nsa-1"),
         ("50m-nsa-2", "50m-nsa-1"),
         ("50m-nsa-fp8-2", "50m-nsa-2"),
-        ("50m-nsa-3", "50m-nsa-1"),
-        ("50m-nsa-fp8-3", "50m-nsa-3"),
-        ("50m-nsa-4", "50m-nsa-1"),
-        ("50m-nsa-fp8-4", "50m-nsa-4"),
-        ("50m-rate-1", "50m-nsa-1"),
-        ("50m-rate-fp8-1", "50m-rate-1"),
-        ("350m-nsa-30m", None),
-        ("350m-nsa-30m-fp8", "350m-nsa-30m"),
+        ("50m-zero-1", "50m-nsa-1"),
+        ("50m-zero-fp8-1", "50m-zero-1"),
+        ("50m-zero-2", "50m-zero-1"),
+        ("50m-zero-fp8-2", "50m-zero-2"),
+        ("50m-zero-rate-1", "50m-zero-1"),
+        ("50m-zero-rate-fp8-1", "50m-zero-rate-1"),
+        ("350m-zero-30m", None),
+        ("350m-zero-30m-fp8", "350m-zero-30m"),
     ],
     "learning_variants": [
         ("50m-full-1", None),
@@ -54,18 +55,20 @@ LOSSES = {
         ("50m-equal-kv-2", "50m-shared-kv-2"),
     ],
     "learning_gate_bias": [
-        ("50m-nsa-1", None),
-        ("50m-gate-sliding-1", "50m-nsa-1"),
-        ("50m-gate-graded-1", "50m-nsa-1"),
-        ("50m-nsa-2", None),
-        ("50m-gate-sliding-2", "50m-nsa-2"),
-        ("50m-gate-graded-2", "50m-nsa-2"),
+        ("50m-zero-1", None),
+        ("50m-sliding-1", "50m-zero-1"),
+        ("50m-nsa-1", "50m-zero-1"),
+        ("50m-zero-2", None),
+        ("50m-sliding-2", "50m-zero-2"),
+        ("50m-nsa-2", "50m-zero-2"),
     ],
 }
 # Runs NAME-1, NAME-2, ... that differ in the seed alone: the names of each table of means. The first is what the others are
 # compared with.
 SEEDS = {
-    "learning_seeds": ["50m-nsa", "50m-nsa-fp8", "50m-gate-sliding", "50m-gate-graded", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
+    "learning_seeds": ["50m-zero", "50m-nsa", "50m-sliding"],
+    "learning_seeds_fp8": ["50m-zero", "50m-zero-fp8"],
+    "learning_seeds_kv": ["50m-nsa", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
 # The runs of each table of equal times, and those that they are compared with.
 TIMES = {
@@ -90,6 +93,7 @@ CONTINUED = {
 CONTINUED_TOKENS = [0, 1, 10, 50]
 # The runs of each table of losses by position; the second one is subtracted from the first.
 POSITIONS = {
+    "learning_positions_50m": ["50m-nsa-1", "50m-full-1", "50m-zero-1", "50m-sliding-1"],
     "learning_positions_200m": ["nsa-1", "full-1", "window-1"],
     "learning_positions_64k": ["nsa-64k", "full-64k", "window-64k"],
     "learning_positions_350m": ["350m-nsa", "350m-full", "350m-window"],
@@ -98,7 +102,7 @@ POSITIONS = {
 GATES = {
     "learning_gates": ["nsa-1", "nsa-2", "nsa-64k", "350m-nsa"],
     "learning_gates_smollm2": ["smollm2-8k-nsa", "smollm2-16k-nsa"],
-    "learning_gates_bias": ["50m-nsa-1", "50m-gate-sliding-1", "50m-gate-graded-1"],
+    "learning_gates_bias": ["50m-zero-1", "50m-sliding-1", "50m-nsa-1"],
 }
 
 

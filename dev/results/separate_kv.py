@@ -134,7 +134,7 @@ def init_parameters(s, device):
     hidden = s.hidden - (4 * s.kv_heads * d // 3 if s.variant == "equal" else 0)
     for _ in range(s.layers):
         w = {"ln1": new((C,), value=1), "wqkv": new((rows, C), std)}
-        w |= {"wgate": new((3 * s.heads, C)), "bgate": new((3 * s.heads,))}
+        w |= {"wgate": new((3 * s.heads, C)), "bgate": new((3 * s.heads,)) + torch.tensor([-2, 0, 2] * s.heads, device=device)}
         w |= {"phi_wk": phi(), "phi_pe": new((s.kv_heads, s.cmp_len, d)), "phi_wv": phi()}
         w |= {"wo": new((C, s.heads * d), std_residual), "ln2": new((C,), value=1)}
         w |= {"wgu": new((2 * hidden, C), std), "wdown": new((C, hidden), std_residual)}

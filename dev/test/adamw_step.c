@@ -33,7 +33,8 @@ int main(int argc, char **argv) {
     if (checkpoint_open(&k, after, msg)) die("%s; choose another checkpoint", msg);
     checkpoint_close(&k);
     const ModelConfig c = k.config;
-    const ParamInit init = {(uint64_t)k.state.seed, {0, 0, 0}};
+    ParamInit init = {.seed = (uint64_t)k.state.seed};
+    memcpy(init.gate_bias, default_gate_bias, sizeof init.gate_bias);
     int64_t n, num_tensors = param_table(&c, NULL, &n);
     ParamTensor *tensors = (ParamTensor *)xmalloc((size_t)num_tensors * sizeof *tensors);
     param_table(&c, tensors, &n);

@@ -158,7 +158,7 @@ def test_learning(tmp: str) -> None:
     rows += [row("50m-mean-1", 2.5, gpus=2), row("350m-full", 2.5, "full", seconds=100), row("350m-nsa", 0, val=[[0, 0, 2.5], [20, 90, 2.25]])]
     val = [[0, 0, 3.5], [1048576, 2, 3.25], [2097152, 4, 3], [9437184, 6, 2.75], [10485760, 8, 2.5], [49938432, 9, 2.25]]
     rows += [row("smollm2-8k-full", 0, "full", val=val), row("smollm2-8k-nsa", 0, val=[[*point[:2], point[2] + 0.125] for point in val])]
-    rows += [row("50m-nsa-2", 3.5), row("50m-nsa-fp8-1", 3.25), row("50m-nsa-fp8-2", 3.25), row("50m-gate-sliding-1", 3)]
+    rows += [row("50m-zero-1", 3), row("50m-zero-2", 3.5), row("50m-zero-fp8-1", 3.25), row("50m-zero-fp8-2", 3.25), row("50m-sliding-1", 3)]
     write(*rows)
     expect("rows of training runs", run(root), 0, "wrote dev/results/learning.md: table learning_200m H200")
     check(run(root, "--check") == (0, "", ""), "tables of training runs agree when they are written")
@@ -179,13 +179,13 @@ def test_learning(tmp: str) -> None:
         "| 350m-nsa | 350m-full | 100 | 2.5000 | 2.2500 | -0.2500 | 0 | 0.00 |",
         "| smollm2-8k-full | full | 3.5000 | 3.2500 | 2.5000 | 2.2500 | - | - | abc1234 |",
         "| smollm2-8k-nsa | nsa | 3.6250 | 3.3750 | 2.6250 | 2.3750 | smollm2-8k-full | +0.1250 / +0.1250 / +0.1250 / +0.1250 | abc1234 |",
-        "| 50m-nsa | 2 | 3.2500 | 0.3536 | - | - |",
-        "| 50m-nsa-fp8 | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 |",
+        "| 50m-zero | 2 | 3.2500 | 0.3536 | - | - |",
+        "| 50m-zero-fp8 | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 |",
         "| layer | nsa-1 |",
         "| 1 | 0.12 / 0.50 / 1.00 |",
     ):
         check(line in text, f"learning.md has no {line!r}")
-    check("| 50m-gate-sliding | 1 |" not in text, "no mean of one run")
+    check("| 50m-sliding | 1 |" not in text, "no mean of one run")
     check("| 50m-mean-1 | 50m-full-1 | 1,200" not in text, "no equal times on other numbers of GPUs")
     check("<!-- table learning_64k H200 -->\n<!-- end -->" in text, "a table without rows is left out")
     write(rows[0], row("nsa-1", 2.4), *rows[2:])

@@ -419,7 +419,7 @@ done
     right = (code, err, len(lines)) == (0, "", 3)
     check(right, f"three runs: {code} {err} {lines}")
     if right:
-        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 1 -d 131072 -x 1526 -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
+        wanted = "1 -t 16384 -e gpt-124m -theta 1e6 -l 6e-4 -b 4 -d 131072 -x 1526 -u 100 -k cosine -q 0.1 -v 100 -m 0 -n 100 -nk 1"
         end = " -i data/linux/linux_train_*.bin -j data/linux/linux_val_*.bin -attn nsa -seed 1"
         check(lines[0].startswith(wanted) and lines[0].endswith(end), f"nsa-1: {lines[0]}")
         wanted = "1 -e log/learning/nsa-1/ckpt_00001526.bin -t 65536 -l 1e-4 -b 1 -d 131072 -x 153 -u 100 "
@@ -438,9 +438,9 @@ done
     check(len(train("50m-nsa-2")[2]) == 1, "a run without its last validation goes on")
     os.remove(os.path.join(root, "log/learning/nsa-1/ckpt_00001526.bin"))
     check(len(train("nsa-1")[2]) == 1, "a run that another one continues, without its checkpoint, goes on")
-    code, err, lines = train("350m-nsa-30m-fp8 full-1", BAD="full-1")
+    code, err, lines = train("350m-zero-30m-fp8 full-1", BAD="full-1")
     check(code == 1 and len(lines) == 2 and err == "error: it is bad\n", f"a run that fails: {code} {err} {lines}")
-    check(" -l 3e-4 -layers 24 " in lines[1] and lines[1].endswith(" -matmul fp8"), f"350m-nsa-30m-fp8: {lines[1]}")
+    check(" -l 3e-4 -layers 24 " in lines[1] and lines[1].endswith(" -matmul fp8"), f"350m-zero-30m-fp8: {lines[1]}")
     code, err, lines = train("full-1 window-1 window-64k", GPUS="4")
     cp = [line.count(" -cp 2 ") for line in lines]
     right = code == 0 and cp == [0] * 8 + [1] * 4 and all(line.startswith("4 ") and " -d 131072 " in line for line in lines)
@@ -464,9 +464,9 @@ done
     # the programs make no shards, so that the second run makes the text again
     wanted += [wanted[0], wanted[2]]
     check(code == 0 and lines[:-2] == wanted, f"the text of SmolLM2: {code} {err} {lines}")
-    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 2 -d 131072 -x 381 -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
+    wanted = "1 -t 8192 -e data/smollm2/full.bin -l 1e-4 -b 8 -d 131072 -x 381 -u 100 -k cosine -q 0.1 -v 50 -m 0 -n 100 -nk 1"
     check(lines[-2].startswith(wanted) and lines[-2].endswith(" -attn nsa -seed 1 -u 8 -v 8"), f"smollm2-8k-nsa: {lines[-2]}")
-    check(" -t 16384 " in lines[-1] and " -b 1 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
+    check(" -t 16384 " in lines[-1] and " -b 4 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
     code, err, lines = train("", TRAINER="/bin/false")
     right = "\n== these runs failed: " in output and output.endswith(" 350m-window\n") and "smollm2" not in output + err
     check(code == 1 and right, f"all runs without SmolLM2: {output} {err}")

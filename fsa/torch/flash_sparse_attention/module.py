@@ -30,7 +30,8 @@ class NativeSparseAttention(nn.Module):
     """A layer of native sparse attention (NSA, arXiv 2502.11089): y = W_o nsa(W_q x, W_k x, W_v x, W_g x).
 
     One matmul computes q, k and v; the attention reads them where they are. The gate has three logits for each query
-    head. The linear compression begins as the mean of a window.
+    head. The sliding branch begins with most of the weight, by the gate's biases, and the linear compression as the mean of
+    a window.
 
     Args:
         hidden_size: channels C of x and y.
@@ -43,7 +44,7 @@ class NativeSparseAttention(nn.Module):
         device, dtype: of the parameters. On a GPU without autocast, dtype must be bf16 or fp16.
 
     A layer that was made on the meta device gets its frequencies when `to_empty` moves it. Its parameters are empty then:
-    load or initialize them; `reset_compression` initializes wk, pe and wv.
+    load or initialize them; `reset_nsa` initializes gate.bias, wk, pe and wv.
 
     Raises:
         ValueError, TypeError: a size breaks its rule, or phi is unknown.
@@ -78,7 +79,7 @@ class NativeSparseAttention(nn.Module):
         # The bits of the float64 frequencies as integers: .to(dtype) of the module does not round integers.
         bits = None if rope_theta is None else rope_frequencies(d, rope_theta, device).view(torch.int64)
         self.register_buffer("inv_freq_bits", bits, persistent=False)
-        self.reset_compression()
+        self.reset_nsa()
 
     def _apply(self, *arguments, **kwargs):
         """Is Module._apply, which all moves of a module call. A buffer that leaves the meta device is empty, and this one is
@@ -91,8 +92,10 @@ class NativeSparseAttention(nn.Module):
         return self
 
     @torch.no_grad()
-    def reset_compression(self):
-        """Sets the linear compression to the mean of a window."""
+    def reset_nsa(self):
+        """Sets the gate's biases to -2, 0 and 2 (compressed, selected, sliding), with which models learn better than with
+        equal ones (dev/results/learning.md), and the linear compression to the mean of a window."""
+        self.gate.bias.copy_(self.gate.bias.new_tensor([-2.0, 0.0, 2.0]).repeat(self.q_heads))
         if self.wk is None:
             return
         cmp_len = self.sizes["cmp_len"]
