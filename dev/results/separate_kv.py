@@ -52,6 +52,7 @@ class Settings:
     seq_len: int = 16384
     sequences: int = 8  # of a step, one at a time
     lr: float = 6e-4
+    warmup: int = 100
     val_every: int = 50
     layers: int = 12
     channels: int = 768
@@ -262,11 +263,10 @@ def load_samples(s, part, device):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def learning_rate(s, step):
-    """Returns that of a step, counted from 0: a rise in the first 100 steps, then a cosine to a tenth."""
-    warmup = 100
-    if step < warmup:
-        return s.lr * (step + 1) / warmup
-    return s.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (s.steps - warmup))))
+    """Returns that of a step, counted from 0: a rise in the first steps, then a cosine to a tenth."""
+    if step < s.warmup:
+        return s.lr * (step + 1) / s.warmup
+    return s.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup))))
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def start_row(s, gpu):
     commit = os.environ.get("COMMIT") or subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     flags = {"i": s.data + "/", "x": s.steps, "t": s.seq_len, "d": s.sequences * s.seq_len}
-    flags |= {"l": s.lr, "seed": s.seed, "matmul": "bf16", "program": "separate_kv.py"}
+    flags |= {"l": s.lr, "u": s.warmup, "seed": s.seed, "matmul": "bf16", "program": "separate_kv.py"}
     names = {"shared": "nsa", "separate": "nsa, separate K/V", "equal": "nsa, separate K/V, narrower MLP"}
     model = {name.replace("_", "-"): value for name, value in asdict(s).items() if name not in ("seed", "steps", "data")}
     return {"date": date, "commit": commit or "unknown", "gpu": gpu, "processes": 1, "flags": flags,

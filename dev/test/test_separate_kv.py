@@ -20,7 +20,7 @@ CPU = os.path.abspath(os.environ.get("CPU", os.path.join(ROOT, "train_gpt_nsa_cp
 PROGRAM = os.path.join(ROOT, "dev/results/separate_kv.py")
 SIZES = dict(layers=2, channels=48, hidden=80, heads=4, kv_heads=2, head_dim=12, theta=1e4, cmp_len=8, cmp_stride=4, block=16,
              topk=4, window=24)  # fmt: skip
-RUN = dict(seed=3, steps=10, seq_len=256, sequences=2, val_every=5, lr=3e-3, **SIZES)
+RUN = dict(seed=3, steps=10, seq_len=256, sequences=2, val_every=5, lr=3e-3, warmup=1, **SIZES)
 
 
 def expect_error(contents: str, *args: str, **env: str) -> None:
@@ -44,9 +44,9 @@ def make_data(tmp: str) -> str:
 
 def run_trainer(tmp: str, data: str) -> None:
     """Runs the C trainer with the flags of RUN."""
-    names = {"seq_len": "t", "steps": "x", "val_every": "v", "lr": "l"}
+    names = {"seq_len": "t", "steps": "x", "val_every": "v", "lr": "l", "warmup": "u"}
     flags = {names.get(k, k.replace("_", "-")): value for k, value in RUN.items() if k != "sequences"}
-    flags |= {"b": 1, "d": RUN["sequences"] * RUN["seq_len"], "u": 1, "k": "cosine", "q": 0.1, "m": 0, "n": 0, "y": 0}
+    flags |= {"b": 1, "d": RUN["sequences"] * RUN["seq_len"], "k": "cosine", "q": 0.1, "m": 0, "n": 0, "y": 0}
     flags |= {"i": f"{data}/text_train_*.bin", "j": f"{data}/text_val_*.bin", "o": f"{tmp}/trainer"}
     command = [CPU, "-e", "gpt-124m", *(text for k, value in flags.items() for text in ("-" + k, str(value)))]
     subprocess.run(command, check=True, capture_output=True)
