@@ -774,8 +774,8 @@ static void qkv_backward(Model *model, int l) {
 }
 
 // Turns dresidual [n, C] from the gradient of layer l's output into that of its input; adds to the gradients
-// of its parameters. Gradients overwrite activations that are no longer needed: swiglu and gate_up end as
-// their own gradients.
+// of its parameters. Gradients overwrite activations that are no longer needed: without fp8, swiglu and
+// gate_up end as their own gradients.
 static void layer_backward(Model *model, int l) {
     const ModelConfig *c = &model->config;
     const Scratch *s = &model->scratch;

@@ -150,6 +150,20 @@ __device__ __forceinline__ uint32_t block_reduce_max(uint32_t x, uint32_t *share
     return lanes_reduce_max<32>(x);
 }
 
+// The same over a team of TEAM threads that processes a row: lanes of a warp, or a thread block.
+template <int TEAM> __device__ __forceinline__ float team_reduce_sum(float x, float *shared) {
+    if (TEAM > 32) return block_reduce_sum(x, shared);
+    return lanes_reduce_sum<(TEAM < 32 ? TEAM : 32)>(x);
+}
+template <int TEAM> __device__ __forceinline__ uint32_t team_reduce_max(uint32_t x, uint32_t *shared) {
+    if (TEAM > 32) return block_reduce_max(x, shared);
+    return lanes_reduce_max<(TEAM < 32 ? TEAM : 32)>(x);
+}
+// Returns the threads of a thread block whose teams have `team` threads.
+static constexpr int team_threads(int team) {
+    return team > 32 ? team : 256;
+}
+
 // The second pass of column sums: out[j] += the sum over p of partial[p*c + j]. A thread block reduces 32
 // columns. Warp w of 8 sums p = w, w + 8, w + 16, ...; then the sums of the warps are added in order. Reads 4
 // bytes per partial sum from L2, where the first pass has just written it.

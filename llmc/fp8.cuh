@@ -66,19 +66,10 @@ __device__ __forceinline__ float2 unpack_fp8x2(const uint4 &bits, int i) {
 
 // ---- rows ------------------------------------------------------------------------------------------------
 
-// A team is the TEAM threads that quantize a row: a warp or a thread block. Returns the team's largest x.
-template <int TEAM> __device__ __forceinline__ uint32_t team_reduce_max(uint32_t x, uint32_t *shared) {
-    if (TEAM > 32) return block_reduce_max(x, shared);
-    return lanes_reduce_max<(TEAM < 32 ? TEAM : 32)>(x);
-}
-
 enum {
     FP8_PACKS = 4,                             // packs of a row that a thread holds in registers
     FP8_MAX_ROW = 1024 * FP8_PACKS * (int)PACK // 32,768 in 16 bits
 };
-static constexpr int fp8_threads(int team) {
-    return team > 32 ? team : 256;
-}
 
 // Quantizes row `row` of k elements: thread `lane` of a team holds packs lane, lane + TEAM, ... of `packs`. A
 // team without a row has packs = 0, and only joins the reduction.
@@ -104,7 +95,7 @@ __device__ __forceinline__ void quantize_team_row(Fp8Matrix q, int64_t row, int6
 // Each team of threads quantizes one row: a warp, or a thread block of 128, 512 or 1,024. Memory-bound. A row
 // reads 2*k bytes and writes k: 64K tokens of k = 4096 move 0.81 GB, which takes 0.18 ms at 4.5 TB/s.
 template <int TEAM>
-static __global__ void __launch_bounds__(fp8_threads(TEAM))
+static __global__ void __launch_bounds__(team_threads(TEAM))
     quantize_rows_kernel(Fp8Matrix q, const floatX *x, int64_t ldx, int64_t n, int64_t k) {
     __shared__ uint32_t shared[32];
     const int lane = threadIdx.x % TEAM;

@@ -15,9 +15,10 @@
 // Scales: of rows in all matmuls. A row of the operands of a weight gradient is a channel, so their scales
 // cost another pass over both. One scale for each operand takes 1.5% less of a step; too few runs show
 // whether it trains as well (dev/results/experiments.md). Accumulation: fast in a forward pass of at most
-// FP8_FAST_TERMS inputs: with 4,096 its error is 0.0013, that of rounding the output to bf16 0.0011. Precise
-// in longer sums and in all gradients, whose sums of one sign it would cut (fp8_matmul.cuh).
-enum { FP8_FAST_TERMS = 8192 };
+// FP8_FAST_TERMS inputs: its error is 0.0013, that of rounding the output to bf16 0.0011. Precise in longer
+// sums and in all gradients, whose sums of one sign it would cut (fp8_matmul.cuh): a gradient that all tokens
+// share has such sums, and activations have both signs.
+enum { FP8_FAST_TERMS = 4096 };
 
 // A quantized weight, or some of its rows.
 typedef struct {
@@ -132,11 +133,6 @@ static inline int fp8_check(const char *matmul, const ModelConfig *c, const cuda
     if (c->hidden > max_hidden)
         die("-matmul fp8: -hidden %d: must be at most %lld on %s; use -matmul bf16", c->hidden,
             (long long)max_hidden, gpu->name);
-    if (q % FP8_ALIGN != 0 || kv % FP8_ALIGN != 0)
-        die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: all query heads, and all key and value heads, "
-            "must have a multiple of %d channels; try -head-dim %d",
-            c->fsa.q_heads, c->fsa.kv_heads, c->fsa.head_dim, (int)FP8_ALIGN,
-            (c->fsa.head_dim + FP8_ALIGN - 1) / FP8_ALIGN * FP8_ALIGN);
     if (q + kv > FP8_MAX_ROW)
         die("-matmul fp8: -heads %d -kv-heads %d -head-dim %d: q, k and v have %lld channels: must be at "
             "most %d; use -matmul bf16",

@@ -9,6 +9,7 @@
 #ifndef LLMC_MATMUL_CUH
 #define LLMC_MATMUL_CUH
 #include "cuda_common.cuh"
+#include "fp8.h"
 #include <cublasLt.h>
 
 enum {
@@ -29,7 +30,7 @@ enum {
 typedef struct {
     int64_t m, n, k, lda, ldb, ldd;
     int32_t trans_a, trans_b, fp32_out, bias;
-    int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8_matmul.cuh)
+    int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8.h)
     int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
     int64_t sms; // as in Matmul. The struct has no padding, since its bytes are compared.
 } MatmulShape;
@@ -129,13 +130,11 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     }
-#if CUBLAS_VERSION >= 120900 // older versions scale whole tensors only
-    if (s->fp8) {
-        const cublasLtMatmulMatrixScale_t modes[] = {CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F,
-                                                     CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F};
-        const int32_t mode = modes[s->fp8 - 1];
-        const int8_t fast = (int8_t)s->fp8_fast;
-        matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast);
+    const int8_t fast = (int8_t)s->fp8_fast;
+    if (s->fp8) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast, sizeof fast);
+#if CUBLAS_VERSION >= 120900 // older versions scale whole tensors only, as do newer ones by default
+    if (s->fp8 == 1 + FP8_SCALE_ROW) {
+        const int32_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode);
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode);
     }

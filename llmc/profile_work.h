@@ -42,18 +42,20 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, H = c->hidden, q = (double)f->q_heads * f->head_dim;
     const double qkv = q + 2.0 * f->kv_heads * f->head_dim;
-    const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate
+    const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate; C * H of them are wdown
     const double n = (double)(p->sequences * p->seq_len) / p->share,
                  micro_batches = p->step ? (double)p->micro_batches : 1;
     const double layers = c->layers * micro_batches; // layer passes
-    const int again = p->step && p->recompute == 2;  // layers run twice
+    const int again = p->step && p->recompute == 2;  // layers run twice, up to wdown
     const LayersWork all = layers_work(c, p->seq_len);
     const double sequences = (double)p->sequences / p->share * micro_batches;
     memset(work, 0, PART_END * sizeof *work);
 
     work[PART_MATMUL].limit = p->fp8 ? LIMIT_MATMUL_8 : LIMIT_MATMUL_16;
     work[PART_MATMUL].amount =
-        2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 + again : 1);
+        2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 : 1);
+    if (again)
+        work[PART_MATMUL].amount += 2 * n * ((weights - C * H) * layers + all.gates * C * micro_batches);
     work[PART_CLASSIFIER].limit = LIMIT_MATMUL_16;
     work[PART_CLASSIFIER].amount = 2 * n * C * c->padded_vocab * micro_batches * (p->step ? 3 : 1);
     work[PART_ATTENTION_FORWARD].limit = work[PART_ATTENTION_BACKWARD].limit = LIMIT_MATMUL_16;
@@ -69,14 +71,15 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
         if (p->step)
             work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
     }
-    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H; -r 1 computes two
-    // norms of 4C and SwiGLU again. With fp8 an output is one byte instead of two, and RMSNorm's is written
-    // in both.
-    const double saved = p->fp8 ? 1 : 0;
-    const double layer_norms = n * (16 * C + 2 * C * saved + (6 - saved) * H);
+    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes both norms
+    // without their residuals, 4C each, and SwiGLU again, -r 2 the first norm without. With fp8 an output has
+    // one byte instead of two; the first norm of a layer writes both (+C -C in a layer), as do the gradients
+    // of norms' inputs.
+    const double fp8 = p->fp8 ? 1 : 0, swiglu = (6 - fp8) * H;
+    double norms = 16 * C + swiglu;
+    if (p->step) norms += 16 * C + 2 * C * fp8 + (10 - 2 * fp8) * H;
+    if (p->step && p->recompute) norms += (p->recompute == 1 ? 8 : 12) * C + swiglu;
     work[PART_NORMS].limit = LIMIT_MEMORY;
-    work[PART_NORMS].amount = layer_norms * layers * (1 + again);
-    if (p->step) work[PART_NORMS].amount += n * (16 * C + 2 * C * saved + (10 - 2 * saved) * H) * layers;
-    if (p->step && p->recompute == 1) work[PART_NORMS].amount += n * (8 * C + (6 - saved) * H) * layers;
+    work[PART_NORMS].amount = n * norms * layers;
 }
 #endif

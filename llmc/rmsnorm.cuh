@@ -14,11 +14,6 @@ enum {
     RMSNORM_MAX_CHANNELS = 512 * RMSNORM_PACKS * PACK // 16,384 in 16 bits
 };
 
-// Returns the threads of a thread block whose teams have `team` threads.
-static constexpr int rmsnorm_threads(int team) {
-    return team > 32 ? team : 256;
-}
-
 // Row i is head i % heads of token i / heads, and starts at token*stride + head*c. For a plain matrix heads
 // is 1.
 struct RmsnormRows {
@@ -29,18 +24,13 @@ __device__ __forceinline__ int64_t rmsnorm_row_offset(const RmsnormRows &r, int 
     return token * stride + (int64_t)(row - token * r.heads) * r.c;
 }
 
-template <int TEAM> __device__ __forceinline__ float team_reduce_sum(float x, float *shared) {
-    if (TEAM > 32) return block_reduce_sum(x, shared);
-    return lanes_reduce_sum<(TEAM < 32 ? TEAM : 32)>(x);
-}
-
 // Each team normalizes one row of x, or of sum = x + y if y is not NULL. Memory-bound. A row reads 2*c bytes
 // and writes 2*c bytes in 16 bits, with y twice as much. Lower bounds for 64K tokens of c = 4096 at 4.5 TB/s:
 //   without y  1.07 GB  0.24 ms
 //   with y     2.15 GB  0.48 ms
 // With FP8 the row of out goes to q too, quantized after it is rounded to floatX. out may be NULL then.
 template <int TEAM, bool FP8>
-static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
+static __global__ void __launch_bounds__(team_threads(TEAM))
     rmsnorm_forward_kernel(RmsnormRows r, floatX *out, Fp8Matrix q, floatX *sum, float *rstd, const floatX *x,
                            int64_t stride, const floatX *y, const floatX *weight, float eps) {
     __shared__ float shared[32];
@@ -95,7 +85,7 @@ static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
 // takes 0.48 ms at 4.5 TB/s. A thread reads its packs of a row before it writes them, so dx may be x or dout
 // if the strides are equal. With FP8 the row of dx goes to q too, quantized after it is rounded to floatX.
 template <int TEAM, bool FP8>
-static __global__ void __launch_bounds__(rmsnorm_threads(TEAM))
+static __global__ void __launch_bounds__(team_threads(TEAM))
     rmsnorm_backward_kernel(RmsnormRows r, floatX *dx, Fp8Matrix q, int64_t dx_stride, int add,
                             float *partial, const floatX *dout, const floatX *x, int64_t stride,
                             const floatX *weight, const float *rstd) {
@@ -176,7 +166,7 @@ static inline int rmsnorm_team(int c) {
 }
 // Returns the thread blocks that `rows` rows of c channels fill.
 static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
-    int team = rmsnorm_team(c), teams = rmsnorm_threads(team) / team;
+    int team = rmsnorm_team(c), teams = team_threads(team) / team;
     if (rows > INT_MAX - teams)
         die("rmsnorm: %lld rows (tokens times heads): must be at most %d; lower -b or -t", (long long)rows,
             INT_MAX - teams);
@@ -189,16 +179,16 @@ static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
         unsigned grid_ = (unsigned)(grid);                                                                   \
         switch (rmsnorm_team(c)) {                                                                           \
         case 8:                                                                                              \
-            kernel<8, fp8><<<grid_, rmsnorm_threads(8), 0, stream>>>(__VA_ARGS__);                           \
+            kernel<8, fp8><<<grid_, team_threads(8), 0, stream>>>(__VA_ARGS__);                           \
             break;                                                                                           \
         case 32:                                                                                             \
-            kernel<32, fp8><<<grid_, rmsnorm_threads(32), 0, stream>>>(__VA_ARGS__);                         \
+            kernel<32, fp8><<<grid_, team_threads(32), 0, stream>>>(__VA_ARGS__);                         \
             break;                                                                                           \
         case 128:                                                                                            \
-            kernel<128, fp8><<<grid_, rmsnorm_threads(128), 0, stream>>>(__VA_ARGS__);                       \
+            kernel<128, fp8><<<grid_, team_threads(128), 0, stream>>>(__VA_ARGS__);                       \
             break;                                                                                           \
         default:                                                                                             \
-            kernel<512, fp8><<<grid_, rmsnorm_threads(512), 0, stream>>>(__VA_ARGS__);                       \
+            kernel<512, fp8><<<grid_, team_threads(512), 0, stream>>>(__VA_ARGS__);                       \
         }                                                                                                    \
         cuda_check(cudaGetLastError());                                                                      \
     } while (0)
