@@ -12,7 +12,8 @@
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
 # 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
 # SIGTERM the run finishes its step and writes a checkpoint, and the script ends.
-# Environment: GPUS (1), TRAINER (./train_gpt_nsa), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
+# Environment: GPUS (1), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384 takes less
+# memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 usage "$@"
@@ -22,6 +23,7 @@ if [ -n "${SMOLLM2:-}" ]; then
 fi
 cd "$(dirname "$0")/.."
 export GPUS=${GPUS:-1} TRAINER=${TRAINER:-./train_gpt_nsa}
+MICRO_TOKENS=${MICRO_TOKENS:-65536}
 
 # Each model, or "64k" for a run that continues another one: context and flags.
 declare -A MODELS=(
@@ -53,11 +55,14 @@ window-2            97m         linux          200M  -attn window -seed 2
 nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 zero-1              97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
 50m-full-1          97m         linux_quarter   50M  -attn full -seed 1
+50m-full-2          97m         linux_quarter   50M  -attn full -seed 2
+50m-full-rate-1     97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
 50m-full-fp8-1      97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
 50m-nsa-1           97m         linux_quarter   50M  -attn nsa -seed 1
 50m-nsa-fp8-1       97m         linux_quarter   50M  -attn nsa -seed 1 -matmul fp8
 50m-nsa-2           97m         linux_quarter   50M  -attn nsa -seed 2
 50m-nsa-fp8-2       97m         linux_quarter   50M  -attn nsa -seed 2 -matmul fp8
+50m-window-1        97m         linux_quarter   50M  -attn window -seed 1
 50m-sliding-1       97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,-2,2
 50m-sliding-2       97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,-2,2
 50m-zero-1          97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0
@@ -140,7 +145,7 @@ train() {
     read -ra settings <<<"${MODELS[$model]}"
     cp=$((GPUS * settings[0] / 131072)) # GPUs that share a sequence, where there are more GPUs than sequences in a step
     [ $cp -le 1 ] || share=(-cp "$cp")
-    batch=$(((GPUS < 2 ? 65536 : 131072 / GPUS) / settings[0])) # sequences at a time: 65,536 tokens if a step has so many
+    batch=$(((MICRO_TOKENS * GPUS < 131072 ? MICRO_TOKENS : 131072 / GPUS) / settings[0])) # sequences at a time
     [ $batch -ge 1 ] || batch=1
     echo "== $name"
     run scripts/gpus_host.sh ${start:+-e "$start"} -t "${settings[@]}" -b $batch -d 131072 "${share[@]}" -x "$steps" \
@@ -156,8 +161,9 @@ for name; do
     [[ $name != smollm2* ]] || has_smollm2 || die "$name continues SmolLM2-135M; download it from" \
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M and name its folder in SMOLLM2"
 done
-whole_numbers GPUS
+whole_numbers GPUS MICRO_TOKENS
 [ $((131072 % GPUS)) -eq 0 ] || die "GPUS=$GPUS: a step of 131,072 tokens must be a multiple of it; take 1, 2, 4 or 8"
+[ $((131072 % MICRO_TOKENS)) -eq 0 ] || die "MICRO_TOKENS=$MICRO_TOKENS: a step of 131,072 tokens must be a multiple of it; take 16384"
 need_trainer
 selected=()
 for line in "${TABLE[@]}"; do

@@ -36,8 +36,9 @@ def row_of(run):
             "finish it: start scripts/learning.sh again"
         )
     seconds = dict(zip((row["step"] for row in run.train), accumulate(row["ms"] / 1000 for row in run.train)))
-    width = -(-len(run.train) // POINTS)
-    groups = [run.train[i : i + width] for i in range(0, len(run.train), width)]
+    points = min(POINTS, len(run.train))
+    bounds = [i * len(run.train) // points for i in range(points + 1)]
+    groups = [run.train[begin:end] for begin, end in zip(bounds, bounds[1:])]
 
     def point(row, loss):
         return [row["tokens"], round(seconds.get(row["step"], 0), 1), round(loss, 5)]

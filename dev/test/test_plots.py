@@ -567,8 +567,8 @@ def test_curves(tmp: str) -> None:
     head = [row[key] for key in ("name", "commit", "date", "gpu", "gpus", "tokens_per_second", "seconds")]
     check(head == ["first", "abc", "2026-11-28", "NVIDIA H300", 1, 256, 763.0], f"a row begins with {head}")
     check(len(row["loss"]) <= 100 and row["loss"][-1][:2] == [256 * steps, 763.0], f"training loss: {row['loss'][-1]}")
-    mean = sum(2 + 1 / 3 + 3 / step for step in range(1, 17)) / 16
-    check(row["loss"][0] == [256 * 16, 8.0, round(mean, 5)], f"the first point is the mean of 16 steps: {row['loss'][0]}")
+    mean = sum(2 + 1 / 3 + 3 / step for step in range(1, 16)) / 15
+    check(row["loss"][0] == [256 * 15, 7.5, round(mean, 5)], f"the first point is the mean of 15 steps: {row['loss'][0]}")
     check(row["val"][0] == [0, 0, 9.0] and row["val"][1] == [256 * 50, 25.0, 2.02] and len(row["val"]) == 32, f"{row['val'][:2]}")
     check(row["position_loss"][1]["loss"] == 2.5 and len(row["gates"]) == 24, "loss by position and gates")
     code, out, err = curves("add", write_log(tmp, "second", log(2)))
@@ -680,13 +680,14 @@ def test_arguments(tmp: str) -> None:
     for name in ("data/corpora/tinyshakespeare.txt", "data/linux/linux_train_000000.bin", "data/linux/linux_val_000000.bin"):
         with open(os.path.join(root, name), "w", encoding="utf-8"):
             pass
-    unset = ("TRAINER", "STEPS", "TOKENS", "CONTEXT", "MODES", "GPUS", "SEEDS", "JOBS", "LENGTHS", "MEMORY", "SMOLLM2", "DRY")
+    unset = ("TRAINER", "STEPS", "TOKENS", "CONTEXT", "MODES", "GPUS", "SEEDS", "JOBS", "LENGTHS", "MEMORY", "SMOLLM2", "MICRO_TOKENS", "DRY")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     for command, wanted in (
         ("learning.sh nsa", "nsa: no such run; there are nsa-1 "),
         ("learning.sh --foo", "--foo: no such run"),
         ("GPUS=x learning.sh nsa-1", "GPUS=x: x must be a whole number"),
         ("GPUS=3 learning.sh nsa-1", "GPUS=3: "),
+        ("MICRO_TOKENS=3 learning.sh nsa-1", "MICRO_TOKENS=3: "),
         ("SMOLLM2=none learning.sh", "SMOLLM2=none: no such file"),
         ("shakespeare.sh --foo", "--foo: shakespeare.sh takes no arguments"),
         ("SEEDS=x shakespeare.sh", "SEEDS=x: x must be a whole number"),
