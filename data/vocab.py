@@ -690,8 +690,9 @@ def _from_tiktoken_name(name, eot_text, bos_text):
     try:
         e = tiktoken.get_encoding(name)
     except ValueError:
+        what = "a folder without tokenizer.json" if os.path.isdir(name) else "neither a file nor a tiktoken vocabulary"
         die(
-            f"--tokenizer {name}: neither a file nor a tiktoken vocabulary; tiktoken has "
+            f"--tokenizer {name}: {what}; give a tokenizer.json, the folder of one, or a GGUF file, or one of tiktoken: "
             f"{', '.join(tiktoken.list_encoding_names())}"
         )
     except Exception as error:  # whatever the network library raises

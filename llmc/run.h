@@ -53,14 +53,21 @@ typedef struct {
 // the current step, writes a checkpoint and exits.
 
 static volatile sig_atomic_t run_signal; // 0, or the number of the received signal
+static const char *run_signal_note;      // what the first signal prints to stderr; NULL: nothing
 
 static inline void run_handle_signal(int number) {
+    if (!run_signal && run_signal_note && write(STDERR_FILENO, run_signal_note, strlen(run_signal_note)) < 0)
+        return; // nobody reads it
     run_signal = number;
 }
 
 // Installs the signal handlers. A second SIGINT or SIGTERM kills the program. SIGHUP stays ignored under
 // nohup.
-static inline void run_install_signal_handlers(void) {
+static inline void run_install_signal_handlers(const Run *r) {
+    if (r->comm.rank == 0)
+        run_signal_note = r->opt.output ? "note: stopping after this step, with a checkpoint; a second SIGINT or "
+                                          "SIGTERM stops at once, without one\n"
+                                        : "note: stopping after this step\n";
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2};
     struct sigaction action, old;
     memset(&action, 0, sizeof action);
@@ -269,7 +276,10 @@ static inline void run_check_shards(const char *flag, const char *pattern) {
 static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     char msg[CHECKPOINT_MSG_BYTES];
     Checkpoint k;
-    if (checkpoint_open(&k, r->checkpoint, msg) != 0) die("%s; choose another checkpoint", msg);
+    if (checkpoint_open(&k, r->checkpoint, msg) != 0)
+        die("%s; choose another checkpoint, or make one of a GGUF file or a Hugging Face folder with "
+            "scripts/from_hf.py",
+            msg);
     checkpoint_close(&k);
     if (r->resuming && k.arrays == 1)
         die("%s: holds weights alone, so no run can resume from it; start one with -e %s and another -o",
@@ -277,6 +287,11 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     r->config = k.config;
     *saved = k.state;
     options_check_model(&r->opt, &r->config, saved->seq_len, r->resuming);
+    if (k.arrays == 1 && r->opt.seq_len > saved->seq_len && !options_given(&r->opt, "theta") && r->comm.rank == 0)
+        fprintf(stderr,
+                "note: -t %lld: the model was made for %lld tokens; a longer context needs training, and often a "
+                "larger -theta\n",
+                (long long)r->opt.seq_len, (long long)saved->seq_len);
     if (r->resuming) r->state = *saved;
     if (r->opt.val_only) r->state.step = saved->step; // for the output
     const int new_gates = r->config.attn == ATTN_NSA && k.config.attn != ATTN_NSA;
@@ -287,6 +302,16 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     // attention loses least.
     static const double gates[3] = {0.05, 0.9, 0.05};
     for (int i = 0; i < 3; i++) r->init.gate_bias[i] = log(gates[i] / (1 - gates[i]));
+}
+
+// Sets the batch of -sample 1 to one sequence, as long as the prompt and the generated tokens can become,
+// unless -b or -t are given. A token has at least one byte, and the prompt two special tokens at most.
+static inline void run_shrink_to_sample(Run *r) {
+    Options *o = &r->opt;
+    const int64_t step = 2 * o->cp_size, prompt = o->prompt ? (int64_t)strlen(o->prompt) : 0;
+    const int64_t most = (prompt + 2 + o->generate + step - 1) / step * step;
+    if (!options_given(o, "b")) o->batch = 1;
+    if (!options_given(o, "t") && most < o->seq_len) o->seq_len = most;
 }
 
 // Loads the files that match a glob pattern, unless it is NULL. flag: for messages. Dies if a file is invalid
@@ -366,6 +391,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
             "checkpoint; "
             "-h lists the presets");
     if (config_check(&r->config, msg, sizeof msg)) die("%s", msg);
+    if (o->sample_only) run_shrink_to_sample(r);
     r->micro_batches = options_micro_batches(o, r->dp_size);
 
     int64_t tokens = o->batch * o->seq_len;
@@ -525,7 +551,7 @@ static inline void run_log_start(Run *r) {
 // Installs the signal handlers; logs the start; says where a resumed run continues.
 static inline void run_begin_training(Run *r) {
     const long long step = (long long)r->state.step, max_steps = (long long)r->opt.max_steps;
-    run_install_signal_handlers();
+    run_install_signal_handlers(r);
     r->log.tokens = r->state.tokens;
     if (!r->resuming || step < max_steps) run_log_start(r);
     if (!r->opt.output) printf("no -o: neither checkpoints nor the log will be saved\n");

@@ -180,10 +180,15 @@ def open_source(path):
 
     if os.path.isdir(path):
         name = os.path.join(path, "config.json")
+        if not os.path.exists(name):
+            die(f"{path}: has no config.json; give the folder of a Hugging Face model")
         values = safetensors_files.parse_json(read_input(name), name)
         return safetensors_files.Folder(path), values, name
     if not path.endswith(".gguf"):
-        die(f"{path}: neither a folder nor a .gguf file; check the path")
+        die(
+            f"{path}: neither a folder nor a .gguf file; check the path, or download a model of the hub first: "
+            "hf download MODEL --local-dir FOLDER"
+        )
     import gguf_file
 
     source = gguf_file.Gguf(path)

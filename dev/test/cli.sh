@@ -76,6 +76,8 @@ run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara
 check '[ $code -eq 0 ] && grep -q "^sample: Remember Mara : lamp . Recall Mara :" out' "sample: $(cat out err)"
 cp out first; run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5
 check 'cmp -s out first' "the same seed generates another text"
+run -e a/ckpt_00000006.bin -sample 1 -prompt 'Remember Mara : lamp . Recall Mara :' -g 8 -seed 5 -t 64 -b 4
+check '[ "$(grep ^sample out)" = "$(grep ^sample first)" ]' "a sample with -t and -b is another text: $(cat out err)"
 run $TINY $DATA -vocab 100 -x 1 -u 1 -s 1 -g 150 -temp 1e6 # a padded vocabulary: nearly uniform among 68 tokens
 check '[ $code -eq 0 ] && [ "$(grep -c "^note: -vocab 100: tokenizer.bin has 68 tokens" err)" -eq 1 ] && grep -q "vocabulary 100" out' "-vocab 100: $(cat out err)"
 run -e a/ckpt_00000006.bin -sample 1 -g 150 -temp 1 # more tokens than the context
@@ -152,6 +154,7 @@ for signal in INT TERM HUP USR1 USR2; do
     kill -$signal $pid; wait $pid; code=$?
     check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
     check 'grep -q "^stopped by signal .*; the same command resumes it$" out' "SIG$signal: $(tail -n 1 out)"
+    check '[ "$(cat err)" = "note: stopping after this step, with a checkpoint; a second SIGINT or SIGTERM stops at once, without one" ]' "SIG$signal: $(cat err)"
     run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
     check '[ $code -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
 done

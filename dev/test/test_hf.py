@@ -944,7 +944,7 @@ def test_refused_folders():
          "no tensor other"),
         ("a tensor twice", lambda f: shutil.copy(f + "/model-00001-of-00003.safetensors",
                                                  f + "/model-00002-of-00003.safetensors"), "both"),
-        ("no config", lambda f: os.unlink(f + "/config.json"), "config.json: No such file"),
+        ("no config", lambda f: os.unlink(f + "/config.json"), "has no config.json; give the folder"),
         ("a damaged config", lambda f: write(f + "/config.json", b"{"), "not valid JSON"),
         ("a FIFO as config", lambda f: (os.unlink(f + "/config.json"), os.mkfifo(f + "/config.json")), "a FIFO"),
         ("a damaged tokenizer", lambda f: write(f + "/tokenizer.json", b"{"), "tokenizer.json"),

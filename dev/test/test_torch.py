@@ -390,6 +390,9 @@ def test_module():
         ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max"
     )
     expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
+    expect(TypeError, "x of torch.float32: must be torch.float64, that of the parameters", layer, x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        check(half(x.float()).dtype == torch.bfloat16, "module: autocast")
     for shape in ((48,), (2, 3, 20, 48), (40, 47)):
         message = f"x of shape {shape}: must be [N, 48] or [batch, n, 48]"
         expect(ValueError, message, layer, torch.zeros(shape, dtype=torch.float64))

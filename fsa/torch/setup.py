@@ -33,7 +33,8 @@ class BuildLibrary(build_py):
         nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
         if not shutil.which(nvcc):
             sys.exit(
-                f"error: libfsa.so needs nvcc, which was not found at {nvcc}: install the CUDA Toolkit or set NVCC"
+                f"error: libfsa.so needs nvcc, which was not found at {nvcc}: install the CUDA Toolkit or set NVCC; "
+                f"the CPU alone needs no library: put {os.path.dirname(os.path.abspath(__file__))} into PYTHONPATH"
             )
         make = ["make", "--no-print-directory", "-C", ROOT, f"NVCC={nvcc}", "GPU=", "ARCHS=80 90a", "PTX=80"]
         subprocess.run([*make, "BUILD=build/wheel", "build/wheel/libfsa.so.0"], check=True)

@@ -126,6 +126,8 @@ class NativeSparseAttention(nn.Module):
         if x.dim() not in (2, 3) or shape[-1] != self.hidden_size:
             channels = self.hidden_size
             raise ValueError(f"x of shape {tuple(shape)}: must be [N, {channels}] or [batch, n, {channels}]")
+        if x.dtype != self.o.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x of {x.dtype}: must be {self.o.weight.dtype}, that of the parameters, or autocast be on")
         if x.dim() == 3:
             if cu_seqlens is not None:
                 raise ValueError(f"cu_seqlens of a tensor: must be None for x of shape {tuple(shape)}")
