@@ -87,6 +87,7 @@ def _byte_characters():
 
 
 MAX_VOCAB_SIZE = 1 << 20  # bounds the memory for a file with huge ids
+MAX_TOKEN = 1024  # characters; the time to find the merges of a token is quadratic in them
 MAX_TRAINED_TOKEN_BYTES = 128  # longer ones would be lines of dashes and the like
 _LONG_WORD = re.compile(r"\S{512}|\s{512}")  # training time is quadratic in the length of a word
 
@@ -905,6 +906,9 @@ def from_gguf(fields, name, eot_text, bos_text=None):
         mergeable = {
             i for i in range(len(tokens)) if types[i] not in (control, byte) and tokens[i] != token("unknown")
         }
+        longest = max(map(len, tokens))
+        if longest > MAX_TOKEN:
+            die(f"{name} has a token of {longest} characters: must have at most {MAX_TOKEN}; use the model's tokenizer.json")
         bpe["merges"] = _merges_by_score(tokens, scores, mergeable)
         bpe.update(byte_fallback=True, unk_token=token("unknown"), fuse_unk=True)
         replace = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}

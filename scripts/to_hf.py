@@ -82,10 +82,11 @@ def find_tokenizer_files(args):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Creates path.tmp, which becomes the folder `path`. An error removes it."""
+    """Creates .NAME.to_hf.tmp beside `path`, which becomes the folder `path`. An error removes it."""
     if os.path.lexists(path):
         die(f"-o {path}: exists; choose a new folder")
-    tmp = path.rstrip("/") + ".tmp"
+    folder, name = os.path.split(path.rstrip("/"))
+    tmp = os.path.join(folder, f".{name}.to_hf.tmp")
     if os.path.isdir(tmp) and not os.path.islink(tmp):  # of a killed export
         shutil.rmtree(tmp)
     with report_output_errors(path):

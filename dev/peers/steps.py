@@ -34,7 +34,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-@torch.compile
+@torch.compile(dynamic=False)
 def before_attention(x, scale, qkv, gate, cos, sin, hq, hkv):
     """Returns q [n, Hq, d], k, v [n, Hkv, d] and the gate's logits [n, Hq, 3]."""
     x = norm(x, scale)
@@ -42,14 +42,14 @@ def before_attention(x, scale, qkv, gate, cos, sin, hq, hkv):
     return rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous(), (x @ gate.T).unflatten(1, (hq, 3))
 
 
-@torch.compile
+@torch.compile(dynamic=False)
 def after_attention(x, o, out, scale, up, down):
     x = x + o.flatten(1) @ out.T
     a, b = (norm(x, scale) @ up.T).chunk(2, 1)
     return x + (F.silu(a) * b) @ down.T
 
 
-@torch.compile
+@torch.compile(dynamic=False)
 def loss_of(x, scale, head, targets):
     return F.cross_entropy((norm(x, scale) @ head.T).float(), targets)
 

@@ -71,10 +71,14 @@ def curve(system, points):
     return parts
 
 
-def footnote(lines):
-    """Says which lengths were not measured, and what FSA selects."""
+def footnote(lines, others):
+    """Says which lengths were not measured, and which systems select other blocks."""
     measured = {system: {n for n, _ in points} for system, points in lines.items()}
-    notes = ["* FSA, and flash_nsa at 128K, select other blocks than NSA defines."] if "fsa" in lines else []
+    found = []
+    for system in sorted(set(others) & set(measured), key=lambda system: -len(others[system])):
+        lengths = " and ".join(f"{n // 1024}K" for n in sorted(others[system]))
+        found.append(STYLES[system][1].rstrip("*") + ("" if measured[system] <= others[system] else f" at {lengths}"))
+    notes = [f"* {', and '.join(found)}{',' * (len(found) > 1)} select{'s' * (len(found) == 1)} other blocks than NSA defines."] if found else []
     for system, lengths in measured.items():
         missing = [f"{n // 1024}K" for n in sorted(set().union(*measured.values()) - lengths)]
         if missing:
@@ -82,8 +86,9 @@ def footnote(lines):
     return " ".join(notes)
 
 
-def draw(gpu, commit, lines):
-    """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}."""
+def draw(gpu, commit, lines, others):
+    """Returns the picture. commit: this repo's. lines: {system: [(tokens, milliseconds)]}. others: {system: lengths at which
+    it selects other blocks}."""
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
         f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif">',
@@ -102,7 +107,7 @@ def draw(gpu, commit, lines):
     for system, points in lines.items():
         parts += curve(system, points)
     parts += [
-        text(20, HEIGHT - 12, footnote(lines), 12, GRAY),
+        text(20, HEIGHT - 12, footnote(lines, others), 12, GRAY),
         "</svg>\n",
     ]
     return "\n".join(parts)

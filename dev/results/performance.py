@@ -581,13 +581,16 @@ def render(page, text, all_times):
 
 def draw(times):
     """The chart: forward plus backward of the attention over the number of tokens."""
-    lines = {}
+    lines, others = {}, {}
     for name, (system, part, _) in zip(chart.STYLES, (FULL[1], NSA[3], NSA[2], NSA[0])):
         points = [(n, times.total(system, part, n, (32, 8))) for n in LENGTHS]
         if any(ms is not None for _, ms in points):
             lines[name] = [(n, ms) for n, ms in points if ms is not None]
-    commit = times.peers[0]["commit"] if times.one_run() else MEASURED[times.gpu]["attention"][1]
-    return chart.draw(times.gpu, commit, lines)
+        marked = {key[2] for key, mark in times.marks.items() if key[:2] == (system, part) and key[3] == (32, 8) and mark == "other blocks"}
+        if marked:
+            others[name] = marked
+    commit = times.peers_of(steps=False)[0]["commit"] if times.one_run() else MEASURED[times.gpu]["attention"][1]
+    return chart.draw(times.gpu, commit, lines, others)
 
 
 def main():

@@ -1069,7 +1069,13 @@ def test_transformers():
         module = sys.modules[type(model.model).__module__]
         calls, compute = [], module.native_sparse_attention
         module.kernels_take = lambda q: True
-        module.native_sparse_attention = lambda *x, **y: calls.append(1) or compute(*x, **y)
+
+        def kernels(*x, **y):
+            calls.append(1)
+            check(all(z.is_contiguous() for z in x[:3]), f"{name}: rows of q, k or v that kernels refuse: {[z.stride() for z in x[:3]]}")
+            return compute(*x, **y)
+
+        module.native_sparse_attention = kernels
         batch = tokens[0, : 2 * (TOKENS // 2)].view(2, -1)
         with torch.no_grad():
             by_kernels = model(tokens).logits[0], model(batch).logits

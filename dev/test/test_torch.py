@@ -253,6 +253,12 @@ def test_autocast():
     for i, (a, b) in enumerate(zip(got, want)):
         check(i == 0 or a.dtype == torch.float32, f"autocast: gradient {i} of {a.dtype}")
         close(f"autocast: result {i}", a, b, 0.15)  # rounding may change a block index
+    x = inputs(torch.bfloat16)
+    plain = nsa(*x)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(torch.equal(nsa(*x), plain), "autocast changes what bf16 inputs give")
+        lse = fsa.attention(*x[:3], CU, return_lse=True)[1]
+    check(lse.dtype == torch.float32, f"autocast: lse of {lse.dtype}")
     check(nsa(*inputs(torch.float64)).dtype == torch.float64, "autocast leaves float64")
 
 
@@ -281,6 +287,18 @@ def test_views():
     strided.sum().backward()
     packed.sum().backward()
     close("views: gradient", a.grad, b.grad)
+    *qkvg, wk, pe, wv = inputs(torch.float64)
+    for name, w, view in (
+        ("transposed", wk.detach().transpose(1, 2).contiguous(), lambda w: w.transpose(1, 2)),
+        ("one for all heads", wk.detach()[:1].clone(), lambda w: w.expand_as(wk)),
+        ("columns", torch.cat([wk.detach(), wk.detach()], 2), lambda w: w[..., : wk.shape[2]]),
+    ):
+        gradients = []
+        for change in (torch.Tensor.contiguous, lambda w: w):
+            leaf = w.clone().requires_grad_()
+            nsa(*qkvg, change(view(leaf)), pe, wv).square().sum().backward()
+            gradients.append(leaf.grad)
+        close(f"views: gradient of weights, {name}", *gradients)
 
 
 def test_empty():
@@ -367,11 +385,11 @@ def test_fsa_signature():
 def test_module():
     layer = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
     check(
-        torch.equal(layer.inv_freq_bits.view(torch.float64), fsa.rope_frequencies(8)), "module: frequencies"
+        torch.equal(layer.inv_freq, fsa.rope_frequencies(8)), "module: frequencies"
     )
     check(layer.gate.bias.tolist() == 4 * [-2, 0, 2], f"module: biases of the gate {layer.gate.bias.tolist()}")
     half = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).to(torch.bfloat16)
-    check(torch.equal(half.inv_freq_bits, layer.inv_freq_bits), "module: .to(bfloat16) keeps the frequencies")
+    check(torch.equal(half.inv_freq, layer.inv_freq), "module: .to(bfloat16) keeps the frequencies")
     check(half(torch.randn(40, 48).bfloat16(), CU).dtype == torch.bfloat16, "module: bfloat16")
     x = torch.randn(3, 20, 48, dtype=torch.float64)
     y = layer(x)
@@ -390,7 +408,6 @@ def test_module():
         ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max"
     )
     expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
-    expect(TypeError, "x of torch.float32: must be torch.float64, that of the parameters", layer, x.float())
     with torch.autocast("cpu", torch.bfloat16):
         check(half(x.float()).dtype == torch.bfloat16, "module: autocast")
     for shape in ((48,), (2, 3, 20, 48), (40, 47)):
@@ -412,6 +429,14 @@ def test_module():
         empty = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
     empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     close("module: from the meta device", empty(x), y, 0)
+    with torch.device("meta"):
+        empty = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).double()
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    close("module: parameters assigned to one on the meta device", empty(x), y, 0)
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(layer)
+    close("module: a moving average of parameters and buffers", average(x), y, 1e-12)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

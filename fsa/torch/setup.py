@@ -10,6 +10,7 @@ import sys
 import setuptools
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -48,6 +49,11 @@ class PlatformDistribution(Distribution):
         return True
 
 
+class NoSource(sdist):
+    def run(self):
+        sys.exit("error: a source distribution would lack the CUDA sources: build a wheel with `make wheel`")
+
+
 class PlatformWheel(bdist_wheel):
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
@@ -58,5 +64,5 @@ setup(
     version=version(),
     options={"build": {"build_base": SCRATCH}, "egg_info": {"egg_base": SCRATCH}},
     distclass=PlatformDistribution,
-    cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_py": BuildLibrary, "bdist_wheel": PlatformWheel, "sdist": NoSource},
 )

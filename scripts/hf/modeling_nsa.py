@@ -204,7 +204,7 @@ class NsaAttention(nn.Module):
         sequence = torch.arange(batch + 1, device=q.device)
         segments = torch.tensor([[0, n - nq, nq]], device=q.device).repeat(batch, 1)
         segments[:, 0] = sequence[:-1]
-        q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2).flatten(0, 1).contiguous() for y in (q, k, v))
         gate_logits = gate_logits.flatten(0, 1)
         o = native_sparse_attention(
             *(q, k, v, gate_logits[:, 0] if c.nsa_gate_per_token else gate_logits),
@@ -313,7 +313,13 @@ class NsaModel(NsaPreTrainedModel):
         **kwargs,
     ):
         """attention_mask [B, N] is 0 for padding, on any side, of the N tokens up to the last one. Positions
-        count the tokens that are no padding, so position_ids is not read."""
+        count the tokens that are no padding. Raises ValueError for another mask, and for position_ids that begin
+        again within a row, as those of packed documents do."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)}: must be [batch, tokens], 0 for padding; "
+                "with a static cache leave out cache_implementation"
+            )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
@@ -324,6 +330,8 @@ class NsaModel(NsaPreTrainedModel):
         order = None
         if attention_mask is None or bool(attention_mask.all()):
             positions = torch.arange(past, n, device=x.device).expand(x.shape[0], -1)
+            if position_ids is not None and x.shape[1] > 1 and bool((position_ids.diff(dim=-1) < 0).any()):
+                raise ValueError("position_ids begin again within a row: give each document a row of its own")
         else:
             # the keys of a sequence, then its padding: key n is at position n
             order = attention_mask.to(torch.int).sort(dim=1, descending=True, stable=True).indices

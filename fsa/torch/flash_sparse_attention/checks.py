@@ -61,7 +61,7 @@ def integers(**sizes):
     if torch.compiler.is_compiling():
         return
     for name, value in sizes.items():
-        if not hasattr(value, "__index__"):
+        if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} {value!r}: must be an int")
 
 

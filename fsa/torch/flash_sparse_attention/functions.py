@@ -159,6 +159,8 @@ def _require_tensors(names, *tensors):
     for name, x in zip(names, tensors):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} {type(x).__name__}: must be a tensor")
+        if x.dim() == 0:
+            raise ValueError(f"{name} of shape (): must have a dimension for tokens")
 
 
 def _require_optional(**tensors):
@@ -180,7 +182,9 @@ def _batch(q, num_keys, cu_seqlens, segments):
     """Completes a batch. Returns cu_seqlens and segments; they are int64 and contiguous if their type is right."""
     if cu_seqlens is None:
         cu_seqlens = num_keys * torch.arange(2, device=q.device)
-    if segments is None:
+    if segments is not None:
+        checks.batch(q, cu_seqlens, segments)
+    else:
         if q.shape[0] != num_keys:
             raise ValueError(
                 f"segments None: must be given, as q has {q.shape[0]} rows and there are {num_keys} keys"
@@ -256,6 +260,8 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         _require_optional(wk=wk, pe=pe, wv=wv, inv_freq=inv_freq, block_indices=block_indices)
         checks.integers(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
                         local_blocks=local_blocks, window=window)  # fmt: skip
+        if not isinstance(recompute, (bool, int)):
+            raise TypeError(f"recompute {recompute!r}: must be True or False")
         cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
         tensors = *_cast(*tensors[:7]), cu_seqlens, segments, inv_freq, block_indices
         if checks.wanted(check):
@@ -270,7 +276,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
     if not return_block_indices:
         return output
     o, saved = output
-    return o, saved_block_indices(saved, k.shape[1], q.shape[0], topk)
+    return o, saved_block_indices(saved, k.shape[1], q.shape[0], topk).clone()  # a view would keep all of `saved`
 
 
 def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None, block=64, init_blocks=0,

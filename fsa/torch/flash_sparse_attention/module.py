@@ -76,20 +76,21 @@ class NativeSparseAttention(nn.Module):
             self.wv = nn.Parameter(torch.empty(kv_heads, cmp_len * d, d, **kind))
         else:
             self.wk = self.pe = self.wv = None
-        # The bits of the float64 frequencies as integers: .to(dtype) of the module does not round integers.
-        bits = None if rope_theta is None else rope_frequencies(d, rope_theta, device).view(torch.int64)
-        self.register_buffer("inv_freq_bits", bits, persistent=False)
+        frequencies = None if rope_theta is None else rope_frequencies(d, rope_theta, device)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
         self.reset_nsa()
 
     def _apply(self, *arguments, **kwargs):
-        """Is Module._apply, which all moves of a module call. A buffer that leaves the meta device is empty, and this one is
-        in no checkpoint."""
-        was_meta = self.inv_freq_bits is not None and self.inv_freq_bits.is_meta
+        """Is Module._apply, which all moves and casts of a module call."""
         super()._apply(*arguments, **kwargs)
-        if was_meta and not self.inv_freq_bits.is_meta:
-            device = self.inv_freq_bits.device
-            self.inv_freq_bits = rope_frequencies(self.head_dim, self.rope_theta, device).view(torch.int64)
+        if self.inv_freq is not None and not self.inv_freq.is_meta:
+            self._restore_frequencies(self.inv_freq.device)
         return self
+
+    def _restore_frequencies(self, device):
+        """Computes the frequencies again, which no checkpoint has: a cast to another type has rounded them, and those that
+        leave the meta device are empty."""
+        self.inv_freq = rope_frequencies(self.head_dim, self.rope_theta, device)
 
     @torch.no_grad()
     def reset_nsa(self):
@@ -126,8 +127,6 @@ class NativeSparseAttention(nn.Module):
         if x.dim() not in (2, 3) or shape[-1] != self.hidden_size:
             channels = self.hidden_size
             raise ValueError(f"x of shape {tuple(shape)}: must be [N, {channels}] or [batch, n, {channels}]")
-        if x.dtype != self.o.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x of {x.dtype}: must be {self.o.weight.dtype}, that of the parameters, or autocast be on")
         if x.dim() == 3:
             if cu_seqlens is not None:
                 raise ValueError(f"cu_seqlens of a tensor: must be None for x of shape {tuple(shape)}")
@@ -136,7 +135,8 @@ class NativeSparseAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.q_heads, self.kv_heads, self.kv_heads], dim=1)
         gate_logits = self.gate(x).unflatten(-1, (self.q_heads, 3))
-        inv_freq = None if self.inv_freq_bits is None else self.inv_freq_bits.view(torch.float64)
-        o = native_sparse_attention(q, k, v, gate_logits, self.wk, self.pe, self.wv, cu_seqlens, inv_freq=inv_freq,
+        if self.inv_freq is not None and (self.inv_freq.is_meta or self.inv_freq.dtype != torch.float64):
+            self._restore_frequencies(x.device)  # parameters were assigned to a module on the meta device, or FSDP cast it
+        o = native_sparse_attention(q, k, v, gate_logits, self.wk, self.pe, self.wv, cu_seqlens, inv_freq=self.inv_freq,
                                     segments=segments, check=check, **self.sizes)  # fmt: skip
         return self.o(o.flatten(1)).view(shape)

@@ -44,8 +44,10 @@ def kernel(name, key):
     def register(function):
         if key == "fake":
             torch.library.register_fake(f"flash_sparse_attention::{name}", function, lib=_LIBRARY)
-        else:
-            _LIBRARY.impl(name, function, key)
+            return function
+        if key == "CPU":  # reference.py chooses its own types
+            function = torch.autocast("cpu", enabled=False)(function)
+        _LIBRARY.impl(name, function, key)
         return function
 
     return register
@@ -81,12 +83,16 @@ def saved_block_indices(saved, kv_heads, num_queries, topk):
 
 
 def phi_layouts(*weights):
-    """Returns where the array that nsa_backward returns holds the gradients of wk, pe and wv: a list of (shape, strides,
-    offset), or None for a weight that is None; and the number of elements of the array."""
+    """Returns where the array that nsa_backward returns holds the gradients of wk, pe and wv, packed whatever the weights'
+    strides are: a list of (shape, strides, offset), or None for a weight that is None; and the number of elements."""
     layouts, size = [], 0
     for w in weights:
-        layouts.append(None if w is None else (w.shape, w.stride(), size))
-        size += 0 if w is None else w.numel()
+        if w is None:
+            layouts.append(None)
+            continue
+        _, rows, d = w.shape
+        layouts.append((w.shape, (rows * d, d, 1), size))
+        size += w.numel()
     return layouts, size
 
 
