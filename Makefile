@@ -78,7 +78,7 @@ data: $(MAKERS)
 	@$(BUILD)/recall -o data/$(TASK) $(TASK_DATA)
 train: $(TRAINER) data
 	@$(NO_NVCC_NOTE)
-	@./$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
+	@$(if $(findstring /,$(TRAINER)),,./)$(TRAINER) $(TASK_FLAGS) $(RECALL) $(ARGS)
 	@ARGS='$(subst ','\'',$(ARGS))' PROMPT='$(PROMPT)' BUILD=$(BUILD) bash scripts/after_train.sh $(TASK) $(TRAINER)
 
 clean:

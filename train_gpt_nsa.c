@@ -574,6 +574,9 @@ int main(int argc, char **argv) {
         int stop = 0;
         for (int first_iteration = 1;; first_iteration = 0) {
             Cadence due = run_due(&run, first_iteration);
+            if (due.save_first)
+                run_save(&run, model.params.weights, model.optimizer.m, model.optimizer.v,
+                         model.layout.num_params);
             if (due.validate) run_validate(&run, evaluate, &model);
             if (due.sample) run_sample(&run, next_logits, &model);
             stop = run_signal != 0;

@@ -1000,6 +1000,8 @@ static void train(Run *r, Model *model, double peak) {
     int stop = 0;
     for (int first_iteration = 1;; first_iteration = 0) {
         Cadence due = run_due(r, first_iteration);
+        if (due.save_first)
+            save_checkpoint(r, &model->params, &model->optimizer, &model->layout, model->stream);
         if (due.validate || due.sample) // all processes finish the step, but not all of them run the model
             optimizer_finish(&model->optimizer, &model->params, model->stream);
         if (due.validate) run_validate(r, evaluate, model);
@@ -1008,8 +1010,7 @@ static void train(Run *r, Model *model, double peak) {
         if (due.save || (stop && o->output))
             save_checkpoint(r, &model->params, &model->optimizer, &model->layout, model->stream);
         if (r->state.step >= o->max_steps || stop) break;
-        StepLog line;
-        memset(&line, 0, sizeof line);
+        StepLog line = {};
         double start = now_seconds();
         double flops = train_step(r, model, &feed, &line);
         double elapsed = now_seconds() - start;
@@ -1066,8 +1067,7 @@ int main(int argc, char **argv) {
     cudaDeviceProp gpu = gpu_init(comm->local_rank, (const void *)skip_update_if_loss_not_finite_kernel);
     int training = !o->sample_only && !o->val_only;
     run.gpu = gpu.name;
-    double peak = o->peak_tflops;
-    if (peak == 0 && !attn_needs_convert) peak = peak_tflops(gpu.name); // of 16-bit matmuls
+    const double peak = o->peak_tflops || attn_needs_convert ? o->peak_tflops : peak_tflops(gpu.name);
     gpus_init(&gpus, &run.comm, (int)o->cp_size);
     const int fp8 = fp8_check(o->matmul, &run.config, &gpu);
     model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, fp8, &gpus,

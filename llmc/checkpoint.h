@@ -398,6 +398,15 @@ static inline int checkpoint_open(Checkpoint *k, const char *path, char *msg) {
     }
     memcpy(&k->state, header + 8 * (8 + count), 8 * TRAIN_STATE_FIELDS);
     memcpy(&k->state.data, header + 8 * CHECKPOINT_REST_WORD, TRAIN_STATE_REST_BYTES);
+    TrainState *s = &k->state;
+    s->data.first[sizeof s->data.first - 1] = s->data.last[sizeof s->data.last - 1] = 0;
+    const int64_t most = (int64_t)1 << 53, // of counts of steps, tokens and samples
+        counts[] = {s->step, s->tokens, s->epoch, s->position, s->epoch_samples, s->total_batch, s->warmup,
+                    s->losses.count, s->norms.count};
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
+        if (counts[i] < 0 || counts[i] > most) return checkpoint_refuse(k, msg, "damaged: its state is invalid");
+    if (s->seq_len < 1 || s->seq_len > 1 << 30)
+        return checkpoint_refuse(k, msg, "invalid context of %lld tokens", (long long)s->seq_len);
     char config_msg[256];
     if (config_check(&k->config, config_msg, sizeof config_msg) != 0)
         return checkpoint_refuse(k, msg, "invalid model: %s", config_msg);
@@ -586,9 +595,10 @@ static inline int checkpoint_is_good(const char *path, int fresh) {
 // Damaged ones between them stay and do not count; nor do checkpoints of later steps, which remain after a
 // resume from an older checkpoint.
 static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step) {
-    int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0;
+    int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0, candidates = 0;
     char path[PATH_BYTES];
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < count; i++) candidates += steps[i] <= step;
+    for (int64_t i = 0; i < count && candidates > keep; i++) { // else none is read
         if (steps[i] > step) continue;
         checkpoint_path(path, sizeof path, dir, steps[i]);
         if (kept < keep)

@@ -14,6 +14,7 @@
 #include "sampler.h"
 #include "schedule.h"
 #include "tokenizer.h"
+#include <poll.h>
 #include <signal.h>
 
 typedef struct {
@@ -56,17 +57,21 @@ static volatile sig_atomic_t run_signal; // 0, or the number of the received sig
 static const char *run_signal_note;      // what the first signal prints to stderr; NULL: nothing
 
 static inline void run_handle_signal(int number) {
-    if (!run_signal && run_signal_note && write(STDERR_FILENO, run_signal_note, strlen(run_signal_note)) < 0)
-        return; // nobody reads it
+    const int first = !run_signal, error = errno;
+    struct pollfd console = {STDERR_FILENO, POLLOUT, 0};
     run_signal = number;
+    if (first && run_signal_note && poll(&console, 1, 0) == 1 && console.revents == POLLOUT &&
+        write(STDERR_FILENO, run_signal_note, strlen(run_signal_note)) < 0)
+        run_signal_note = NULL; // nobody reads it
+    errno = error;
 }
 
 // Installs the signal handlers. A second SIGINT or SIGTERM kills the program. SIGHUP stays ignored under
 // nohup.
 static inline void run_install_signal_handlers(const Run *r) {
     if (r->comm.rank == 0)
-        run_signal_note = r->opt.output ? "note: stopping after this step, with a checkpoint; a second SIGINT or "
-                                          "SIGTERM stops at once, without one\n"
+        run_signal_note = r->opt.output ? "note: stopping after this step, with a checkpoint; the same signal "
+                                          "again stops at once, without one\n"
                                         : "note: stopping after this step\n";
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2};
     struct sigaction action, old;
@@ -129,6 +134,7 @@ static inline void run_copy_tokenizer(const Run *r) {
     atomic_open(&copy, path);
     size_t n;
     while ((n = fread(buffer, 1, sizeof buffer, source)) > 0) atomic_write(&copy, buffer, n);
+    if (ferror(source)) die("cannot read %s: %s; check the disk", r->tokenizer_path, strerror(errno));
     fclose(source);
     atomic_commit(&copy);
 }
@@ -177,9 +183,6 @@ static inline void run_connect_ranks(Run *r, int argc, char **argv) {
 #endif
     if (r->comm.ranks % r->opt.cp_size != 0)
         die("-cp %lld: must divide the number of processes, %d", (long long)r->opt.cp_size, r->comm.ranks);
-    if (r->opt.batch * r->opt.seq_len % (2 * r->opt.cp_size) != 0 && r->opt.cp_size > 1)
-        die("-cp %lld: b*t = %lld must be a multiple of 2*cp = %lld; change -t", (long long)r->opt.cp_size,
-            (long long)(r->opt.batch * r->opt.seq_len), (long long)(2 * r->opt.cp_size));
     r->dp_size = r->comm.ranks / (int)r->opt.cp_size;
     r->dp_rank = r->comm.rank / (int)r->opt.cp_size;
 }
@@ -304,12 +307,14 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     for (int i = 0; i < 3; i++) r->init.gate_bias[i] = log(gates[i] / (1 - gates[i]));
 }
 
-// Sets the batch of -sample 1 to one sequence, as long as the prompt and the generated tokens can become,
-// unless -b or -t are given. A token has at least one byte, and the prompt two special tokens at most.
+// Sets the batch of -sample 1 to one sequence, as long as the prompt and the generated tokens can become on
+// the one GPU that generates them, unless -b or -t are given. A token has at least one byte, and the prompt
+// two special tokens at most.
 static inline void run_shrink_to_sample(Run *r) {
     Options *o = &r->opt;
-    const int64_t step = 2 * o->cp_size, prompt = o->prompt ? (int64_t)strlen(o->prompt) : 0;
-    const int64_t most = (prompt + 2 + o->generate + step - 1) / step * step;
+    const int64_t prompt = o->prompt ? (int64_t)strlen(o->prompt) : 0;
+    const int64_t most = (prompt + 2 + o->generate) * 2 * o->cp_size;
+    o->total_batch = 0; // no training
     if (!options_given(o, "b")) o->batch = 1;
     if (!options_given(o, "t") && most < o->seq_len) o->seq_len = most;
 }
@@ -392,6 +397,9 @@ static inline void run_start(Run *r, int argc, char **argv) {
             "-h lists the presets");
     if (config_check(&r->config, msg, sizeof msg)) die("%s", msg);
     if (o->sample_only) run_shrink_to_sample(r);
+    if (o->batch * o->seq_len % (2 * o->cp_size) != 0 && o->cp_size > 1)
+        die("-cp %lld: b*t = %lld must be a multiple of 2*cp = %lld; change -t", (long long)o->cp_size,
+            (long long)(o->batch * o->seq_len), (long long)(2 * o->cp_size));
     r->micro_batches = options_micro_batches(o, r->dp_size);
 
     int64_t tokens = o->batch * o->seq_len;
@@ -438,7 +446,8 @@ static inline void run_start(Run *r, int argc, char **argv) {
                    saved.seed == o->seed) {
             loader_seek(&r->train, saved.epoch, saved.position);
         } else {
-            fprintf(stderr, "note: %s changed since the checkpoint; a new epoch begins\n",
+            if (r->comm.rank == 0)
+                fprintf(stderr, "note: %s changed since the checkpoint; a new epoch begins\n",
                     saved.seq_len != o->seq_len ? "-t"
                     : saved.seed != o->seed     ? "-seed"
                                                 : "the shards");
@@ -581,13 +590,21 @@ static inline void run_log_step(Run *r, StepLog *line, double seconds) {
     fflush(stdout);
 }
 
+// Returns whether a signal ends the run after this step. One process stops at once; several stop after
+// run_sync_stop_signal.
+static inline int run_should_stop(const Run *r) {
+    return r->comm.ranks > 1 ? r->stop_signal : run_signal;
+}
+
 // Returns what is due after r->state.step steps. first: 1 at the start of training. A checkpoint is written
 // after the validation and the text sample of its step, so a resumed run does not repeat them. If it has no
-// steps left, it shows them on the console alone.
+// steps left, it shows them on the console alone. After a signal it is also written before them: they may
+// take longer than is left to the process.
 static inline Cadence run_due(Run *r, int first) {
     Cadence due = cadence_at(&r->opt, r->state.step);
+    due.save_first = r->opt.output && run_should_stop(r) && (due.validate || due.sample);
     if (!first) return due;
-    due.save = 0;
+    due.save = due.save_first = 0;
     if (r->resuming && r->state.step < r->opt.max_steps) due.validate = due.sample = 0;
     if (r->resuming && r->state.step >= r->opt.max_steps) r->log.console_only = 1;
     return due;
@@ -649,12 +666,6 @@ static inline void run_sync_stop_signal(Run *r) {
         if (signals[i] > r->stop_signal) r->stop_signal = signals[i];
     run_signal = r->stop_signal;
     free(signals);
-}
-
-// Returns whether a signal ends the run after this step. One process stops at once; several stop after
-// run_sync_stop_signal.
-static inline int run_should_stop(const Run *r) {
-    return r->comm.ranks > 1 ? r->stop_signal : run_signal;
 }
 
 // Counts a finished step. epoch, position: those of the training data after the step. Returns the step's
@@ -720,7 +731,7 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
                            1; // the answer is predicted at the token before it
         int bucket = 0;
         while (bucket < RUN_BUCKETS - 1 && a->answers[lo].distance >> (bucket + 1)) bucket++;
-        if (position < 0) continue;
+        if (position < 0 || a->answers[lo].distance > position + 1) continue; // the fact is before the sample
         counts->asked[bucket]++;
         counts->right[bucket] += argmax[position] == targets[position];
         counts->seen[targets[position]] = 1;

@@ -61,6 +61,7 @@ static inline int cadence_due(int64_t step, int64_t every, int64_t max_steps) {
 
 typedef struct {
     int validate, sample, save;
+    int save_first; // before the validation and the sample, too
 } Cadence;
 
 // Returns what is due after `step` finished steps; 0: before the first step.

@@ -4,6 +4,7 @@
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$0"; exit ;; esac
 [ $# -eq 2 ] || { echo "error: after_train.sh TASK TRAINER: two arguments, not $#; -h explains them" >&2; exit 1; }
 task=$1 trainer=$2 out=log/$1 last=
+[[ $trainer == */* ]] || trainer=./$trainer
 for word in ${ARGS//=/ }; do
     case $last in -o | --o | -output | --output) out=$word ;; esac
     last=$word
@@ -17,8 +18,8 @@ args=$(printf '%s' "${ARGS:-}" | sed "s/'/'\\\\''/g")
 cat <<END
 
 This was $out: attention $attn, $step steps. The log is $out/log.jsonl, the newest checkpoint $ckpt. Next:
-  sample:             ./$trainer -e $ckpt -sample 1 -temp 0 -g 24 -prompt '$PROMPT'
+  sample:             $trainer -e $ckpt -sample 1 -temp 0 -g 24 -prompt '$PROMPT'
   go on training:     make train ARGS='${args:+$args }-x $((step + 800))'
   plot:               python3 scripts/plot_log.py $out -o $out/log.png    # needs pip install matplotlib
-  train on your text: $BUILD/text -o data/mytext -name mytext README.md fsa llmc && ./$trainer -e $preset -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100
+  train on your text: $BUILD/text -o data/mytext -name mytext README.md fsa llmc && $trainer -e $preset -i 'data/mytext/mytext_train_*.bin' -j 'data/mytext/mytext_val_*.bin' -o log/mytext -y 1 -t 256 -x 100 -v 50 -s 100
 END

@@ -25,8 +25,11 @@ attention_modes() {
     for word in $MODES; do [[ $word =~ ^(nsa|full|window)$ ]] || die "MODES=$MODES: $word must be nsa, full or window"; done
 }
 
-# all_gpus: prints the number of GPUs of this host, 0 if there are none
-all_gpus() { nvidia-smi -L 2>/dev/null | wc -l; }
+# all_gpus: prints the number of GPUs of this host, or of CUDA_VISIBLE_DEVICES if it is set; 0 if there are none
+all_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
+    else nvidia-smi -L 2>/dev/null | wc -l; fi
+}
 
 # need_gpus: GPUS is set to a number, and not 0
 need_gpus() {

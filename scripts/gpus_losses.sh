@@ -22,6 +22,7 @@ run build/text -o data/gpus -name gpus "${texts[@]}"
 train() {
     local name=$1 gpus=$2
     shift 2
+    rm -rf "log/gpus/$name"
     GPUS=$gpus run scripts/gpus_host.sh -e gpt-124m \
         -i 'data/gpus/gpus_train_*.bin' -j 'data/gpus/gpus_val_*.bin' -t 4096 -theta 1e6 -d 131072 -l 6e-4 -u 10 -x "$STEPS" \
         -v 0 -n 0 -o "log/gpus/$name" "$@" >"log/gpus/$name.out"

@@ -154,10 +154,25 @@ for signal in INT TERM HUP USR1 USR2; do
     kill -$signal $pid; wait $pid; code=$?
     check "[ $code -eq $((128 + $(kill -l $signal))) ]" "SIG$signal: code $code"
     check 'grep -q "^stopped by signal .*; the same command resumes it$" out' "SIG$signal: $(tail -n 1 out)"
-    check '[ "$(cat err)" = "note: stopping after this step, with a checkpoint; a second SIGINT or SIGTERM stops at once, without one" ]' "SIG$signal: $(cat err)"
+    check '[ "$(cat err)" = "note: stopping after this step, with a checkpoint; the same signal again stops at once, without one" ]' "SIG$signal: $(cat err)"
     run $TINY $DATA -x 3 -v 0 -o s$signal -y 1
     check '[ $code -eq 0 ] && grep -q "^all 3 steps are done" out' "no checkpoint after SIG$signal: $(cat err)"
 done
+# nobody reads stderr any more, as after a closed terminal
+"$PROGRAM" $TINY $DATA -x 100000 -v 0 -o sunread >out 2> >(true) &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' sunread/log.jsonl 2>/dev/null && break; sleep 0.1; done
+kill -HUP $pid; wait $pid; code=$?
+check '[ $code -eq 129 ] && ls sunread | grep -q "^ckpt_"' "SIGHUP with a closed stderr: code $code"
+# a signal before a validation: the checkpoint comes first
+"$PROGRAM" $TINY $DATA -x 100000 -v 1 -m 0 -o sfirst >out 2>err &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' sfirst/log.jsonl 2>/dev/null && break; sleep 0.1; done
+kill -TERM $pid; wait $pid; code=$?
+check '[ $code -eq 143 ] && ls sfirst | grep -q "^ckpt_"' "SIGTERM at a step with validation: code $code"
+expect_error "-o sfirst: -val 1 writes no log" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o sfirst
+run -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -sample 1 -g 4 -d 512
+check '[ $code -eq 0 ]' "-sample 1 -d 512: $(cat err)"
 good=1
 for i in 1 2 3 4 5; do
     "$PROGRAM" $TINY $DATA -x 100000 -v 0 -n 1 -nk 2 -y 1 -o killed >out 2>err &

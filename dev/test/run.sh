@@ -62,7 +62,7 @@ report() {
 # Names the tests that run, once a minute, while none ends.
 watch() {
     local before= after
-    while sleep 60; do
+    while sleep 60 >/dev/null 2>&1; do # else it would hold the output open after the end
         after=$(cat "$T"/*.name 2>/dev/null | paste -sd,)
         [ -z "$after" ] || [ "$after" != "$before" ] || printf 'running           %s\n' "${after//,/, }"
         before=$after
