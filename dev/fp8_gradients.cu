@@ -1,9 +1,9 @@
 // fp8_gradients.cu: compares the gradients of -matmul fp8 with those of 16-bit matmuls, for a model and its
 // data.
 //   build/fp8_gradients -e log/run/ckpt_00001000.bin -i 'data/linux_quarter/linux_train_*.bin' -t 16384 -b 1
-// It takes the trainer's flags and one GPU, which must hold two such trainers: twice the memory that -profile 1
-// prints, for training. It runs eight micro-batches in both formats and prints for each
-// kind of tensor, over all layers and micro-batches:
+// It takes the trainer's flags and one GPU, which must hold two such trainers: twice the memory that -profile
+// 1 prints, for training. It runs eight micro-batches in both formats and prints for each kind of tensor,
+// over all layers and micro-batches:
 //   error      |g8 - g| / |g|, of the worst layer and of all: g8 with fp8, g without
 //   scale      <g8, g> / <g, g>: below 1 if fp8 makes gradients smaller, as sums that lose small terms do
 //   sample     |g - g'| / |g| with g' of the micro-batch before: the noise of a gradient anyway

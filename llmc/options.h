@@ -114,7 +114,8 @@ static inline const OptionFlag *option_flags(int *count) {
          "needle files (data/needle), a quoted glob pattern, answered at each validation"},
         {"s", "sample-every", OPTION_INT, OFFSET(sample_every), 0, BIG,
          "steps between text samples; 0: never"},
-        {"g", "generate", OPTION_INT, OFFSET(generate), 1, 1 << 30, "tokens to generate per text sample; when the context -t is full, its older half is dropped"},
+        {"g", "generate", OPTION_INT, OFFSET(generate), 1, 1 << 30,
+         "tokens to generate per text sample; when the context -t is full, its older half is dropped"},
         {"a", "overfit", OPTION_INT, OFFSET(overfit), 0, 1,
          "1: train on the first batch only, to see whether the model overfits it"},
         {"val", NULL, OPTION_INT, OFFSET(val_only), 0, 1,
@@ -430,7 +431,8 @@ static inline void options_check(Options *o) {
             die("-e %s: neither a preset (%s) nor a checkpoint file (%s); check the name", o->init_from,
                 names, strerror(errno));
         if (S_ISDIR(st.st_mode))
-            die("-e %s: it is a folder; give a checkpoint file in it, resume its run with -o %s -y 1, or make a "
+            die("-e %s: it is a folder; give a checkpoint file in it, resume its run with -o %s -y 1, or "
+                "make a "
                 "checkpoint of a Hugging Face folder with scripts/from_hf.py",
                 o->init_from, o->init_from);
     }
@@ -450,7 +452,8 @@ static inline void options_check(Options *o) {
         die("%s 1 %s 1: cannot be combined; drop one of them", o->sample_only ? "-sample" : "-val",
             o->resume ? "-y" : "-a");
     if ((o->sample_only || o->val_only) && o->output)
-        die("-o %s: %s 1 writes no log and no checkpoint; drop it", o->output, o->sample_only ? "-sample" : "-val");
+        die("-o %s: %s 1 writes no log and no checkpoint; drop it", o->output,
+            o->sample_only ? "-sample" : "-val");
     if (o->profile_steps && (o->sample_only || o->val_only || o->output || o->resume || o->overfit))
         die("-profile %lld: does not train; drop %s", (long long)o->profile_steps,
             o->sample_only ? "-sample"

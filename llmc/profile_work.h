@@ -42,7 +42,8 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, H = c->hidden, q = (double)f->q_heads * f->head_dim;
     const double qkv = q + 2.0 * f->kv_heads * f->head_dim;
-    const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate; C * H of them are wdown
+    const double weights =
+        qkv * C + q * C + 3 * C * H; // of a layer, without its gate; C * H of them are wdown
     const double n = (double)(p->sequences * p->seq_len) / p->share,
                  micro_batches = p->step ? (double)p->micro_batches : 1;
     const double layers = c->layers * micro_batches; // layer passes
@@ -52,8 +53,7 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
     memset(work, 0, PART_END * sizeof *work);
 
     work[PART_MATMUL].limit = p->fp8 ? LIMIT_MATMUL_8 : LIMIT_MATMUL_16;
-    work[PART_MATMUL].amount =
-        2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 : 1);
+    work[PART_MATMUL].amount = 2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 : 1);
     if (again)
         work[PART_MATMUL].amount += 2 * n * ((weights - C * H) * layers + all.gates * C * micro_batches);
     work[PART_CLASSIFIER].limit = LIMIT_MATMUL_16;
@@ -71,10 +71,10 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
         if (p->step)
             work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
     }
-    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes both norms
-    // without their residuals, 4C each, and SwiGLU again, -r 2 the first norm without. With fp8 an output has
-    // one byte instead of two; the first norm of a layer writes both (+C -C in a layer), as do the gradients
-    // of norms' inputs.
+    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes both
+    // norms without their residuals, 4C each, and SwiGLU again, -r 2 the first norm without. With fp8 an
+    // output has one byte instead of two; the first norm of a layer writes both (+C -C in a layer), as do the
+    // gradients of norms' inputs.
     const double fp8 = p->fp8 ? 1 : 0, swiglu = (6 - fp8) * H;
     double norms = 16 * C + swiglu;
     if (p->step) norms += 16 * C + 2 * C * fp8 + (10 - 2 * fp8) * H;

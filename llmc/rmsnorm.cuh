@@ -179,16 +179,16 @@ static inline int64_t rmsnorm_blocks(int64_t rows, int c) {
         unsigned grid_ = (unsigned)(grid);                                                                   \
         switch (rmsnorm_team(c)) {                                                                           \
         case 8:                                                                                              \
-            kernel<8, fp8><<<grid_, team_threads(8), 0, stream>>>(__VA_ARGS__);                           \
+            kernel<8, fp8><<<grid_, team_threads(8), 0, stream>>>(__VA_ARGS__);                              \
             break;                                                                                           \
         case 32:                                                                                             \
-            kernel<32, fp8><<<grid_, team_threads(32), 0, stream>>>(__VA_ARGS__);                         \
+            kernel<32, fp8><<<grid_, team_threads(32), 0, stream>>>(__VA_ARGS__);                            \
             break;                                                                                           \
         case 128:                                                                                            \
-            kernel<128, fp8><<<grid_, team_threads(128), 0, stream>>>(__VA_ARGS__);                       \
+            kernel<128, fp8><<<grid_, team_threads(128), 0, stream>>>(__VA_ARGS__);                          \
             break;                                                                                           \
         default:                                                                                             \
-            kernel<512, fp8><<<grid_, team_threads(512), 0, stream>>>(__VA_ARGS__);                       \
+            kernel<512, fp8><<<grid_, team_threads(512), 0, stream>>>(__VA_ARGS__);                          \
         }                                                                                                    \
         cuda_check(cudaGetLastError());                                                                      \
     } while (0)

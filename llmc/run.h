@@ -70,9 +70,10 @@ static inline void run_handle_signal(int number) {
 // nohup.
 static inline void run_install_signal_handlers(const Run *r) {
     if (r->comm.rank == 0)
-        run_signal_note = r->opt.output ? "note: stopping after this step, with a checkpoint; the same signal "
-                                          "again stops at once, without one\n"
-                                        : "note: stopping after this step\n";
+        run_signal_note = r->opt.output
+                              ? "note: stopping after this step, with a checkpoint; the same signal "
+                                "again stops at once, without one\n"
+                              : "note: stopping after this step\n";
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2};
     struct sigaction action, old;
     memset(&action, 0, sizeof action);
@@ -290,11 +291,13 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
     r->config = k.config;
     *saved = k.state;
     options_check_model(&r->opt, &r->config, saved->seq_len, r->resuming);
-    if (k.arrays == 1 && r->opt.seq_len > saved->seq_len && !options_given(&r->opt, "theta") && r->comm.rank == 0)
-        fprintf(stderr,
-                "note: -t %lld: the model was made for %lld tokens; a longer context needs training, and often a "
-                "larger -theta\n",
-                (long long)r->opt.seq_len, (long long)saved->seq_len);
+    if (k.arrays == 1 && r->opt.seq_len > saved->seq_len && !options_given(&r->opt, "theta") &&
+        r->comm.rank == 0)
+        fprintf(
+            stderr,
+            "note: -t %lld: the model was made for %lld tokens; a longer context needs training, and often a "
+            "larger -theta\n",
+            (long long)r->opt.seq_len, (long long)saved->seq_len);
     if (r->resuming) r->state = *saved;
     if (r->opt.val_only) r->state.step = saved->step; // for the output
     const int new_gates = r->config.attn == ATTN_NSA && k.config.attn != ATTN_NSA;
@@ -448,9 +451,9 @@ static inline void run_start(Run *r, int argc, char **argv) {
         } else {
             if (r->comm.rank == 0)
                 fprintf(stderr, "note: %s changed since the checkpoint; a new epoch begins\n",
-                    saved.seq_len != o->seq_len ? "-t"
-                    : saved.seed != o->seed     ? "-seed"
-                                                : "the shards");
+                        saved.seq_len != o->seq_len ? "-t"
+                        : saved.seed != o->seed     ? "-seed"
+                                                    : "the shards");
             loader_seek(&r->train, saved.epoch + 1, 0);
         }
     }

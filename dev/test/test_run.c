@@ -465,7 +465,8 @@ static void test_flops(void) {
     profile_work(&c, &pass, work);
     forward -= sum + 4 * (work[PART_MATMUL].amount + work[PART_ATTENTION_FORWARD].amount);
     forward += 4 * 2.0 * 3 * n / 2 * c.layers * c.channels * c.hidden;
-    CHECK(fabs(forward) < 1e-9 * sum, "profile: -r 2 adds a forward pass of the layers but wdown: %g", forward);
+    CHECK(fabs(forward) < 1e-9 * sum, "profile: -r 2 adds a forward pass of the layers but wdown: %g",
+          forward);
     // with full_every, eight of the 32 layers have the FLOPs of full attention, the others those of their own
     for (int attn = 0; attn < 3; attn += 2) {
         double hybrid[2], full;
@@ -1586,7 +1587,8 @@ static void test_recall_accuracy(void) {
     for (int i = 0; i < 2; i++) tokens1[a1[i].index] = right1[i];
     make_shard("recall_0.bin", 100, tokens0, 24, a0, 7);
     make_shard("recall_1.bin", 100, tokens1, 16, a1, 2);
-    // 4 distinct answers: 10, 11, 70, 12. The facts of 71 and 13 are before their samples, so these do not count.
+    // 4 distinct answers: 10, 11, 70, 12. The facts of 71 and 13 are before their samples, so these do not
+    // count.
     static const char *const cases[][2] = {
         {"-e recall -t 7 -b 2 -x 1 -vocab 100 -m 0 -i last.bin -j recall_*.bin",
          "recall by distance at step 0 (chance 25.0%): | 1+: 50.0% of 2 | 2+: 50.0% of 2 | 4+: 100.0% of "
