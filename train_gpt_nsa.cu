@@ -1067,7 +1067,7 @@ int main(int argc, char **argv) {
     cudaDeviceProp gpu = gpu_init(comm->local_rank, (const void *)skip_update_if_loss_not_finite_kernel);
     int training = !o->sample_only && !o->val_only;
     run.gpu = gpu.name;
-    const double peak = o->peak_tflops || attn_needs_convert ? o->peak_tflops : peak_tflops(gpu.name);
+    double peak = o->peak_tflops || attn_needs_convert ? o->peak_tflops : peak_tflops(gpu.name);
     gpus_init(&gpus, &run.comm, (int)o->cp_size);
     const int fp8 = fp8_check(o->matmul, &run.config, &gpu);
     model_build(&model, &run.config, o->batch * o->seq_len, training, (int)o->recompute, fp8, &gpus,
