@@ -484,6 +484,7 @@ static void test_training(const Variant *v) {
     if (!mkdtemp(folder)) die("%s: %s", folder, strerror(errno));
     TrainState state;
     memset(&state, 0, sizeof state);
+    state.seq_len = n;
 
     double first = 0, loss = 0, losses[20];
     std::vector<std::vector<int32_t>> block_indices;
@@ -547,7 +548,7 @@ static void test_training(const Variant *v) {
 // are 0 in versions 1 and 2.
 static void test_checkpoint_old(const Variant *v, int version) {
     static Run r;
-    r.config = make_config(v), r.resuming = 1;
+    r.config = make_config(v), r.resuming = 1, r.state.seq_len = 16;
     std::vector<float> arrays[3];
     for (int i = 0; i < 3; i++) arrays[i] = random_params(&r.config, 10 + i);
     const int64_t count = (int64_t)arrays[0].size();

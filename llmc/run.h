@@ -315,9 +315,9 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
 // two special tokens at most.
 static inline void run_shrink_to_sample(Run *r) {
     Options *o = &r->opt;
-    const int64_t prompt = o->prompt ? (int64_t)strlen(o->prompt) : 0;
-    const int64_t most = (prompt + 2 + o->generate) * 2 * o->cp_size;
-    o->total_batch = 0; // no training
+    const int64_t tokens = (o->prompt ? (int64_t)strlen(o->prompt) : 0) + 2 + o->generate;
+    const int64_t most = (tokens + tokens % 2) * o->cp_size; // a multiple of 2*cp
+    o->total_batch = 0;                                      // no training
     if (!options_given(o, "b")) o->batch = 1;
     if (!options_given(o, "t") && most < o->seq_len) o->seq_len = most;
 }
