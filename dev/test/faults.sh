@@ -348,7 +348,7 @@ make -s $flags $(for test in $all; do program "$test"; done) "$CPU" "$BUILD"/{re
     { cat "$T/err" >&2; exit 1; }
 for lane in $(seq "$LANES"); do
     mkdir -p "$T/$lane/data" "$T/$lane/$(dirname "$BUILD")"
-    cp -a Makefile .clang-format ./*.[ch] ./*.cu fsa llmc dev scripts "$T/$lane/" && cp -a data/*.{c,py} "$T/$lane/data/" &&
+    cp -a Makefile .clang-format ./*.[ch] ./*.cu fsa llmc dev scripts "$T/$lane/" && cp -a data/*.{c,py} data/mc "$T/$lane/data/" &&
         cp -a "$BUILD" "$T/$lane/$BUILD" && { [ -e "$T/$lane/$CPU" ] || cp -a "$CPU" "$T/$lane/"; } || exit 1
 done
 for file in $(printf '%s\n' "${files[@]}" | sort -u); do
