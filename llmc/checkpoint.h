@@ -400,11 +400,10 @@ static inline int checkpoint_open(Checkpoint *k, const char *path, char *msg) {
     memcpy(&k->state.data, header + 8 * CHECKPOINT_REST_WORD, TRAIN_STATE_REST_BYTES);
     TrainState *s = &k->state;
     s->data.first[sizeof s->data.first - 1] = s->data.last[sizeof s->data.last - 1] = 0;
-    const int64_t most = (int64_t)1 << 53, // of counts of steps, tokens and samples
-        counts[] = {s->step,        s->tokens, s->epoch,        s->position,   s->epoch_samples,
-                    s->total_batch, s->warmup, s->losses.count, s->norms.count};
+    const int64_t counts[] = {s->step,        s->tokens, s->epoch,        s->position,   s->epoch_samples,
+                              s->total_batch, s->warmup, s->losses.count, s->norms.count};
     for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
-        if (counts[i] < 0 || counts[i] > most)
+        if (counts[i] < 0 || counts[i] > (int64_t)1 << 53)
             return checkpoint_refuse(k, msg, "damaged: its state is invalid");
     if (s->seq_len < 1 || s->seq_len > 1 << 30)
         return checkpoint_refuse(k, msg, "invalid context of %lld tokens", (long long)s->seq_len);

@@ -16,8 +16,8 @@
 // cost another pass over both. One scale for each operand takes 1.5% less of a step; too few runs show
 // whether it trains as well (dev/results/experiments.md). Accumulation: fast in a forward pass of at most
 // FP8_FAST_TERMS inputs: its error is 0.0013, that of rounding the output to bf16 0.0011. Precise in longer
-// sums and in all gradients, whose sums of one sign it would cut (fp8_matmul.cuh): a gradient that all tokens
-// share has such sums, and activations have both signs.
+// sums and in all gradients: a gradient that all tokens share has terms of one sign, and fast accumulation
+// cuts such sums (fp8_matmul.cuh).
 enum { FP8_FAST_TERMS = 4096 };
 
 // A quantized weight, or some of its rows.

@@ -432,8 +432,7 @@ static inline void options_check(Options *o) {
                 names, strerror(errno));
         if (S_ISDIR(st.st_mode))
             die("-e %s: it is a folder; give a checkpoint file in it, resume its run with -o %s -y 1, or "
-                "make a "
-                "checkpoint of a Hugging Face folder with scripts/from_hf.py",
+                "make a checkpoint of a Hugging Face folder with scripts/from_hf.py",
                 o->init_from, o->init_from);
     }
     if (o->sample_only && o->val_only) die("-sample 1 -val 1: cannot be combined; drop one of them");

@@ -42,8 +42,7 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
     const FsaConfig *f = &c->fsa;
     const double C = c->channels, H = c->hidden, q = (double)f->q_heads * f->head_dim;
     const double qkv = q + 2.0 * f->kv_heads * f->head_dim;
-    const double weights =
-        qkv * C + q * C + 3 * C * H; // of a layer, without its gate; C * H of them are wdown
+    const double weights = qkv * C + q * C + 3 * C * H; // of a layer, without its gate
     const double n = (double)(p->sequences * p->seq_len) / p->share,
                  micro_batches = p->step ? (double)p->micro_batches : 1;
     const double layers = c->layers * micro_batches; // layer passes
@@ -54,7 +53,7 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
 
     work[PART_MATMUL].limit = p->fp8 ? LIMIT_MATMUL_8 : LIMIT_MATMUL_16;
     work[PART_MATMUL].amount = 2 * n * (weights * layers + all.gates * C * micro_batches) * (p->step ? 3 : 1);
-    if (again)
+    if (again) // all but wdown
         work[PART_MATMUL].amount += 2 * n * ((weights - C * H) * layers + all.gates * C * micro_batches);
     work[PART_CLASSIFIER].limit = LIMIT_MATMUL_16;
     work[PART_CLASSIFIER].amount = 2 * n * C * c->padded_vocab * micro_batches * (p->step ? 3 : 1);
@@ -71,10 +70,10 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
         if (p->step)
             work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
     }
-    // per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes both
-    // norms without their residuals, 4C each, and SwiGLU again, -r 2 the first norm without. With fp8 an
-    // output has one byte instead of two; the first norm of a layer writes both (+C -C in a layer), as do the
-    // gradients of norms' inputs.
+    // Bytes per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes
+    // both norms without their residuals again, 4C each, and SwiGLU; -r 2 the first norm without its
+    // residual. With fp8 the second norm and SwiGLU write one byte instead of two. The first norm and the
+    // backward passes of both norms write e4m3 and 16 bits.
     const double fp8 = p->fp8 ? 1 : 0, swiglu = (6 - fp8) * H;
     double norms = 16 * C + swiglu;
     if (p->step) norms += 16 * C + 2 * C * fp8 + (10 - 2 * fp8) * H;

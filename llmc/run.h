@@ -54,15 +54,16 @@ typedef struct {
 // the current step, writes a checkpoint and exits.
 
 static volatile sig_atomic_t run_signal; // 0, or the number of the received signal
-static const char *run_signal_note;      // what the first signal prints to stderr; NULL: nothing
+static const char *run_signal_note;      // the first signal prints it to stderr; NULL: nothing
 
 static inline void run_handle_signal(int number) {
     const int first = !run_signal, error = errno;
     struct pollfd console = {STDERR_FILENO, POLLOUT, 0};
     run_signal = number;
-    if (first && run_signal_note && poll(&console, 1, 0) == 1 && console.revents == POLLOUT &&
-        write(STDERR_FILENO, run_signal_note, strlen(run_signal_note)) < 0)
-        run_signal_note = NULL; // nobody reads it
+    if (first && run_signal_note && poll(&console, 1, 0) == 1 && console.revents == POLLOUT) {
+        const ssize_t written = write(STDERR_FILENO, run_signal_note, strlen(run_signal_note));
+        (void)written; // the run stops whether or not somebody reads it
+    }
     errno = error;
 }
 
@@ -734,7 +735,8 @@ static inline void run_count_recall(const Run *r, int64_t sample, const int32_t 
                            1; // the answer is predicted at the token before it
         int bucket = 0;
         while (bucket < RUN_BUCKETS - 1 && a->answers[lo].distance >> (bucket + 1)) bucket++;
-        if (position < 0 || a->answers[lo].distance > position + 1) continue; // the fact is before the sample
+        if (position < 0 || a->answers[lo].distance > position + 1)
+            continue; // the fact lies before the sample
         counts->asked[bucket]++;
         counts->right[bucket] += argmax[position] == targets[position];
         counts->seen[targets[position]] = 1;
