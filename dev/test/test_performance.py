@@ -139,6 +139,9 @@ def test_learning(tmp: str) -> None:
 
     with open(page, encoding="utf-8") as file:
         old = file.read()
+    old = re.sub(r"(<!-- table learning_64k H200 -->\n).*?(?=<!-- end -->)", r"\1Not run yet.\n", old, flags=re.DOTALL)
+    with open(page, "w", encoding="utf-8") as file:
+        file.write(old)
     tables = re.findall(r"<!-- table (\w+) ", old)
     check(sorted(tables) == sorted(learning.tables()), f"learning.md has each of its tables once: {tables}")
     names = re.search(r"<<'END'\n(.*?)END", open(os.path.join(ROOT, "scripts/learning.sh"), encoding="utf-8").read(), re.DOTALL)
