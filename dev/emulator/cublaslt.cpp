@@ -21,6 +21,7 @@ struct Desc {
     const float *scale[2]; // of a and b
     int32_t scale_mode[2];
     int8_t fast_accumulation;
+    int32_t sms; // ignored: the result does not depend on it
 };
 struct Layout {
     cudaDataType type;
@@ -165,6 +166,8 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
     switch ((int)attribute) {
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
         return set(&e->bias, value, bytes);
+    case CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET:
+        return set(&e->sms, value, bytes);
     case CUBLASLT_MATMUL_DESC_FAST_ACCUM:
         return set(&e->fast_accumulation, value, bytes);
     case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER:
