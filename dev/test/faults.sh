@@ -325,7 +325,7 @@ plant() {
         run_test "$1" "$test"
         code=$?
         if [ $code -ne 0 ]; then
-            why=$(grep -m 1 FAILED "$T/out.$1" | cut -c 1-150)
+            why=$(grep -a -m 1 FAILED "$T/out.$1" | cut -c 1-150)
             echo "noticed      $name: $test: ${why:-it ends with code $code}"
             break
         fi
