@@ -450,9 +450,8 @@ static inline void options_check(Options *o) {
     if ((o->sample_only || o->val_only) && (o->resume || o->overfit))
         die("%s 1 %s 1: cannot be combined; drop one of them", o->sample_only ? "-sample" : "-val",
             o->resume ? "-y" : "-a");
-    if ((o->sample_only || o->val_only) && o->output)
-        die("-o %s: %s 1 writes no log and no checkpoint; drop it", o->output,
-            o->sample_only ? "-sample" : "-val");
+    if (o->sample_only && o->output)
+        die("-o %s: -sample 1 writes no log and no checkpoint; drop it", o->output);
     if (o->profile_steps && (o->sample_only || o->val_only || o->output || o->resume || o->overfit))
         die("-profile %lld: does not train; drop %s", (long long)o->profile_steps,
             o->sample_only ? "-sample"

@@ -300,7 +300,7 @@ static inline void run_read_checkpoint(Run *r, TrainState *saved) {
             "larger -theta\n",
             (long long)r->opt.seq_len, (long long)saved->seq_len);
     if (r->resuming) r->state = *saved;
-    if (r->opt.val_only) r->state.step = saved->step; // for the output
+    if (r->opt.val_only) r->state.step = saved->step, r->state.tokens = saved->tokens; // to log
     const int new_gates = r->config.attn == ATTN_NSA && k.config.attn != ATTN_NSA;
     if (r->opt.gate_bias && r->config.attn == ATTN_NSA && !new_gates && !r->resuming)
         die("-gate-bias %s: the checkpoint has gates; drop the flag", r->opt.gate_bias);
@@ -357,6 +357,20 @@ static inline void run_load_eval_files(Run *r, const char *flag, const char *pat
                     flag, f->path, (long long)cut, (long long)f->num_choices, (long long)seq_len);
     }
     globfree(&found);
+}
+
+// Creates the output folder and its log, and copies tokenizer.bin there for the checkpoints.
+static inline void run_open_output(Run *r) {
+    const Options *o = &r->opt;
+    if (o->output && r->comm.rank == 0) {
+        make_dirs(o->output);
+        if (!r->lock) r->lock = folder_lock("-o", o->output);
+        if (o->val_only && logger_exists(o->output))
+            die("-o %s: has the log of another run; choose another folder for -val 1", o->output);
+        checkpoint_dir_check(o->output, o->resume);
+        if (!o->val_only) run_copy_tokenizer(r);
+    }
+    logger_open(&r->log, r->comm.rank == 0 ? o->output : NULL, r->resuming ? r->state.step : -1);
 }
 
 // Sets up a run: parses the command line, connects the processes, chooses the checkpoint to start from, sets
@@ -437,6 +451,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     if (!r->inputs || !r->targets || !r->cu_seqlens)
         die("out of memory: %.2f GiB for batches of %lld tokens; lower -b or -t", 16.0 * tokens / (1 << 30),
             (long long)tokens);
+    if (o->val_only) run_open_output(r);
     if (!training) return;
 
     int same_data = 1;
@@ -463,13 +478,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     r->state.seed = o->seed;
     r->state.seq_len = o->seq_len;
     r->state.epoch_samples = r->train.samples;
-    if (o->output && r->comm.rank == 0) {
-        make_dirs(o->output);
-        if (!r->lock) r->lock = folder_lock("-o", o->output);
-        checkpoint_dir_check(o->output, o->resume);
-        run_copy_tokenizer(r);
-    }
-    logger_open(&r->log, r->comm.rank == 0 ? o->output : NULL, r->resuming ? r->state.step : -1);
+    run_open_output(r);
 }
 
 // Prints the model, the attention mode, the data and the memory of the run. bytes: memory of the model and
@@ -881,6 +890,7 @@ static inline void run_evaluate_file(Run *r, const EvalFile *f, RunEvaluate eval
 // Validates the model: the loss on the shards of -j, which it returns (NaN without -j), then the evaluation
 // files. All processes call it.
 static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
+    if (r->opt.val_only) r->log.tokens = r->state.tokens, run_log_start(r);
     const double loss = r->val.samples > 0 ? run_validate_shards(r, evaluate, model) : NAN;
     for (int64_t i = 0; i < r->num_eval_files; i++) run_evaluate_file(r, &r->eval_files[i], evaluate, model);
     return loss;

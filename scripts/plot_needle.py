@@ -4,7 +4,7 @@ each run and each file of -needle.
     python3 scripts/plot_needle.py log/nsa log/full log/window -o needle.png     (needs Matplotlib)
 
 The numbers are those of the last validation in the log.jsonl of each run. Depth 0 is the beginning of the context.
-NAME=FOLDER sets the name of a run. -val 1 prints the same numbers, without a log.
+NAME=FOLDER sets the name of a run. -val 1 -needle FILE -o FOLDER writes such a log for a checkpoint.
 """
 import argparse
 

@@ -170,7 +170,14 @@ pid=$!
 for _ in $(seq 300); do grep -q '"step":3,' sfirst/log.jsonl 2>/dev/null && break; sleep 0.1; done
 kill -TERM $pid; wait $pid; code=$?
 check '[ $code -eq 143 ] && ls sfirst | grep -q "^ckpt_"' "SIGTERM at a step with validation: code $code"
-expect_error "-o sfirst: -val 1 writes no log" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o sfirst
+cp sfirst/log.jsonl want
+expect_error "-o sfirst: has the log of another run" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o sfirst
+check 'cmp -s want sfirst/log.jsonl' "-val 1 changed the log of a run"
+expect_error "-o sfirst: -sample 1 writes no log" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -sample 1 -o sfirst
+run -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o validated
+step=$(ls sfirst | sed -n '/^ckpt_/{s/ckpt_0*\([0-9]*\).bin/\1/p;q;}')
+check '[ $code -eq 0 ] && [ "$(ls -A validated | grep -v "^.lock$")" = log.jsonl ] && head -1 validated/log.jsonl | grep -q "^{\"step\":$step,\"tokens\":[1-9].*\"start\"" &&
+    grep -q "^{\"step\":$step,.*\"val_loss\"" validated/log.jsonl' "-val 1 -o: $(cat err) $(cat validated/log.jsonl)"
 run -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -sample 1 -g 4 -d 512
 check '[ $code -eq 0 ]' "-sample 1 -d 512: $(cat err)"
 good=1
