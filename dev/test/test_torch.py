@@ -500,21 +500,23 @@ def test_bad_input():
     expect(TypeError, "topk 2.0: must be an int", call, *x[:4], **{**SIZES, "topk": 2.0})
     expect(TypeError, "window None: must be an int", call, *x[:4], **{**SIZES, "window": None})
     for name, value, rule in (
-        ("cmp_len", 0, "must be at least 1"),
+        ("cmp_len", 0, "must be from 1 to 2^31 - 1"),
         ("cmp_stride", 3, "must be a divisor of cmp_len 8"),
         ("cmp_len", 32, "must be at most block 16"),
-        ("block", 24, "must be a multiple of 16"),
+        ("block", 24, "must be a multiple of 16, from 16 to 2^31 - 16"),
+        ("block", 2**32 + 16, "must be a multiple of 16, from 16 to 2^31 - 16"),
         ("topk", 1, "must be at least init_blocks 1 + local_blocks 1 = 2"),
         ("topk", 5000, "must be from 1 to 4096"),
         ("init_blocks", -1, "must be at least 0"),
-        ("window", 0, "must be at least 1"),
+        ("window", 0, "must be from 1 to 2^31 - 1"),
+        ("window", 2**31, "must be from 1 to 2^31 - 1"),
         ("scale", -1.0, "must be positive and finite"),
         ("scale", math.nan, "must be positive and finite"),
     ):
         sizes = {**SIZES, name: value}
         expect(
             ValueError,
-            f"{name if name != 'cmp_stride' else 'cmp_stride'} {value}: {rule}",
+            f"{name} {value}: {rule}",
             call,
             *x[:4],
             **sizes,
@@ -538,9 +540,11 @@ def test_bad_input():
     short = dict(rule="compressed", cmp_len=8, cmp_stride=4)
     expect(ValueError, "k of 9 rows: must have at least num_keys // cmp_stride = 40 // 4 = 10", attention, q, k[:9],
            v[:9], **short)  # fmt: skip
-    expect(
-        ValueError, "cmp_stride 0: must be at least 1", attention, q, k, v, rule="compressed", cmp_stride=0
-    )
+    for name, value in (("cmp_stride", 0), ("cmp_stride", 2**32 + 16), ("cmp_len", 2**32 + 32)):
+        message = f"{name} {value}: must be from 1 to 2^31 - 1"
+        expect(ValueError, message, attention, q, k, v, rule="compressed", **{name: value})
+    expect(ValueError, "window 4294967297: must be from 1 to 2^31 - 1", attention, q, k, v, rule="window", window=2**32 + 1)
+    check(attention(q, k, v, rule="window", window=2**31 - 1).isfinite().all(), "the greatest window passes")
     expect(ValueError, "inv_freq of a tensor: must be None for rule='compressed'", attention, q, k[:10], v[:10],
            inv_freq=fsa.rope_frequencies(8), **short)  # fmt: skip
 

@@ -14,6 +14,7 @@ from . import reference
 from .library import RULES
 
 CHECK_VALUES = os.environ.get("FSA_CHECK") == "1"
+INT_MAX = 2**31 - 1  # of a C int
 
 
 def wanted(check):
@@ -85,12 +86,12 @@ def head_counts(q_heads, kv_heads, d):
 
 
 def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blocks=0, window=1):
-    """Checks the sizes against the rules of FsaConfig in fsa.h."""
+    """Checks the sizes against the rules of FsaConfig in fsa.h, whose fields are C ints."""
     always = init_blocks + local_blocks
     for holds, name, value, text in (
-        (cmp_len >= 1, "cmp_len", cmp_len, "at least 1"),
-        (cmp_stride >= 1, "cmp_stride", cmp_stride, "at least 1"),
-        (block >= 16 and block % 16 == 0, "block", block, "a multiple of 16, at least 16"),
+        (1 <= cmp_len <= INT_MAX, "cmp_len", cmp_len, "from 1 to 2^31 - 1"),
+        (1 <= cmp_stride <= INT_MAX, "cmp_stride", cmp_stride, "from 1 to 2^31 - 1"),
+        (16 <= block <= INT_MAX and block % 16 == 0, "block", block, "a multiple of 16, from 16 to 2^31 - 16"),
         (cmp_len % max(cmp_stride, 1) == 0, "cmp_stride", cmp_stride, f"a divisor of cmp_len {cmp_len}"),
         (block % max(cmp_stride, 1) == 0, "cmp_stride", cmp_stride, f"a divisor of block {block}"),
         (cmp_len <= block, "cmp_len", cmp_len, f"at most block {block}"),
@@ -99,7 +100,7 @@ def config(cmp_len=16, cmp_stride=16, block=64, topk=1, init_blocks=0, local_blo
         (local_blocks >= 0, "local_blocks", local_blocks, "at least 0"),
         (topk >= always, "topk", topk,
          f"at least init_blocks {init_blocks} + local_blocks {local_blocks} = {always}"),
-        (window >= 1, "window", window, "at least 1"),
+        (1 <= window <= INT_MAX, "window", window, "from 1 to 2^31 - 1"),
     ):  # fmt: skip
         if not holds:
             raise ValueError(f"{name} {value}: must be {text}")
