@@ -600,6 +600,11 @@ def test_bad_input():
         name = "block" if function is fsa.selected_attention else "block_size"
         expect(ValueError, "block_indices[0, 20, 1] 0: blocks must ascend", function, q, k, v, wrong, cu_seqlens=CU,
                **{name: 16})  # fmt: skip
+    for value in (2**32, -(2**32) - 1, -2):
+        topk_idx = torch.zeros(2, 40, 1, dtype=torch.int64)
+        topk_idx[1, 20, 0] = value
+        expect(ValueError, f"topk_idx[1, 20, 0] {value}: must be -1 or a block of the query's sequence",
+               fsa.FSA_topk_sparse_attention, q, k, v, topk_idx, 16, CU)  # fmt: skip
     argument_checks.CHECK_VALUES = True
     expect(ValueError, "cu_seqlens[0] 1", nsa, *x, cu_seqlens=torch.tensor([1, 40]))
     argument_checks.CHECK_VALUES = False

@@ -244,6 +244,15 @@ def batch_values(q, num_keys, cu_seqlens, segments):
         raise ValueError(f"segments of {total} queries: must have {q.shape[0]}, the number of rows of q")
 
 
+def block_range(name, block_indices):
+    """Checks that a cast of block indices to int32 will keep them. Waits for the GPU."""
+    wrong = (block_indices < -1) | (block_indices > INT_MAX)
+    for at in wrong.nonzero()[:1].tolist():
+        raise ValueError(
+            f"{name}{at} {block_indices[tuple(at)]}: must be -1 or a block of the query's sequence"
+        )
+
+
 def block_values(block_indices, cu_seqlens, segments, num_keys, block, init_blocks, local_blocks):
     """Checks that the block indices ascend, are padded with -1 at the end, are not after the query's own block, and
     contain the initial and local blocks. Waits for the GPU. cu_seqlens and segments must have been checked.

@@ -423,5 +423,7 @@ def FSA_topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax
     """
     _require_tensors(("q", "k", "v", "topk_idx"), q, k, v, topk_idx)
     checks.of_type(q, "topk_idx", topk_idx, torch.int32, torch.int64)
+    if type(topk_idx) is torch.Tensor and checks.wanted(topk_idx.is_cpu or None):  # a fake tensor has no values
+        checks.block_range("topk_idx", topk_idx)
     return selected_attention(q, k, v, topk_idx.to(torch.int32).contiguous(), cu_seqlens, block=block_size,
                               scale=softmax_scale)  # fmt: skip
