@@ -324,16 +324,22 @@ def test_empty():
 
 
 def test_second_gradient():
-    """A gradient of a gradient is refused; it would be wrong in silence."""
-    x = inputs(torch.float64)
-    (dq,) = torch.autograd.grad(nsa(*x).square().sum(), x[:1], create_graph=True)
-    message = "trying to differentiate twice a function that was marked with @once_differentiable"
-    expect(RuntimeError, message, dq.sum().backward)
-    (dq,) = torch.autograd.grad(nsa(*x).sum(), x[:1], create_graph=True)  # the gradient of o does not require grad
-    expect(RuntimeError, message, dq.sum().backward)
-    q, k, v = x[:3]
-    (dq,) = torch.autograd.grad(fsa.attention(q, k, v).sum(), [q], create_graph=True)
-    expect(RuntimeError, message, dq.sum().backward)
+    """A gradient of a gradient is refused; it would be zero in silence."""
+    q, *others = inputs(torch.float64)
+    k, v = others[:2]
+    message = "create_graph=True: must be False, as attention has no gradient of a gradient"
+    indices = torch.zeros(2, 40, 1, dtype=torch.int32)
+    functional = torch.autograd.functional
+    for function in (
+        lambda q: nsa(q, *others),
+        lambda q: fsa.attention(q, k, v),
+        lambda q: fsa.selected_attention(q, k, v, indices),
+    ):
+        for loss in (torch.sum, lambda o: o.square().sum()):  # the gradient of o.sum() does not require grad
+            expect(RuntimeError, message, torch.autograd.grad, loss(function(q)), [q], create_graph=True)
+            expect(RuntimeError, message, functional.hessian, lambda q: loss(function(q)), q)
+        expect(RuntimeError, message, functional.jvp, function, q, q)
+        check(functional.vjp(function, q, q)[1].any(), "a first gradient passes")
 
 
 def test_operators():

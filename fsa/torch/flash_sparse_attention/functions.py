@@ -1,9 +1,6 @@
 """Differentiable functions around the operators of ops.py."""
 
-import functools
-
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import checks, cuda
 from .ops import phi_layouts, saved_block_indices
@@ -34,20 +31,13 @@ def _direct(q, tensors):
     return _on_gpu(q) and _unwatched() and _PLAIN.issuperset(map(type, tensors))
 
 
-def _once_differentiable(backward):
-    """Is PyTorch's once_differentiable, but without its guard where no graph of the backward pass is made. PyTorch's guard
-    refuses a second derivative only if an incoming gradient requires grad. That of o.sum() does not, so call sets it."""
-    guarded = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def call(ctx, *gradients):
-        if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
-        if not torch.compiler.is_compiling():
-            gradients = [x if x is None else x.detach().requires_grad_() for x in gradients]
-        return guarded(ctx, *gradients)
-
-    return call
+def _refuse_create_graph():
+    """Refuses a backward pass that autograd records for a gradient of a gradient. PyTorch's once_differentiable is not enough:
+    its error does not reach torch.autograd.grad, which returns None. The backends of torch.compile refuse it themselves,
+    but for "eager"."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("create_graph=True: must be False, as attention has no gradient of a gradient; "
+                           "try flash_sparse_attention.reference")  # fmt: skip
 
 
 def _second_output(ctx, second):
@@ -78,8 +68,8 @@ class _NativeSparseAttention(torch.autograd.Function):
         return o, saved
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dout, *_):
+        _refuse_create_graph()
         if dout is None:
             return (None,) * 12
         plan, rest, _ = ctx.call
@@ -104,8 +94,8 @@ class _SelectedAttention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dout, _):
+        _refuse_create_graph()
         if dout is None:
             return (None,) * 8
         dq, dk, dv = _OPS.selected_backward(dout, *ctx.saved_tensors, *ctx.rest)
@@ -122,8 +112,8 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx, dout, _):
+        _refuse_create_graph()
         if dout is None:
             return (None,) * 10
         dq, dk, dv = _OPS.attention_backward(dout, *ctx.saved_tensors, *ctx.rest)
