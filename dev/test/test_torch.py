@@ -516,8 +516,7 @@ def test_bad_input():
         ("init_blocks", -1, "must be at least 0"),
         ("window", 0, "must be from 1 to 2^31 - 1"),
         ("window", 2**31, "must be from 1 to 2^31 - 1"),
-        ("scale", -1.0, "must be positive and finite"),
-        ("scale", math.nan, "must be positive and finite"),
+        *(("scale", x, "must be positive and finite in float32") for x in (-1.0, 0, math.nan, 2.0**-150, 3.4028236e38)),
     ):
         sizes = {**SIZES, name: value}
         expect(
@@ -528,6 +527,8 @@ def test_bad_input():
             **sizes,
         )
     attention, selected = fsa.attention, fsa.selected_attention
+    for scale in (1.5 * 2.0**-150, 3.4028235e38, 1):
+        check(argument_checks.scale(scale) == scale, f"scale {scale} passes")
     expect(ValueError, "rule None: must be one of causal, window, compressed", attention, q, k, v, rule=None)
     expect(TypeError, "block_indices NoneType: must be a tensor", selected, q, k, v, None)
     expect(ValueError, "block_indices of shape (2, 40, 3): must have 1 to 4096 slots for each query, and at least "

@@ -58,12 +58,33 @@ def of_type(q, name, tensor, *dtypes):
 
 
 def integers(**sizes):
-    """Checks the types of sizes. A compiled graph knows them."""
-    if torch.compiler.is_compiling():
+    """Checks the types of sizes."""
+    _converts("__index__", "an int", sizes)
+
+
+def numbers(**values):
+    """Checks the types of numbers."""
+    _converts("__float__", "a number", values)
+
+
+def _converts(method, kind, values):
+    """Checks that the values have a method, and are no tensors, whose method would wait for the GPU."""
+    if torch.compiler.is_compiling():  # the graph knows them
         return
-    for name, value in sizes.items():
-        if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} {value!r}: must be an int")
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) or not hasattr(value, method):
+            raise TypeError(f"{name} {value!r}: must be {kind}")
+
+
+def scale(value):
+    """Checks the scale. Returns it as the operators take it: 0 for 1/sqrt(d)."""
+    if value is None:
+        return 0.0
+    if not isinstance(value, float):  # the usual case is quick
+        numbers(scale=value)
+    if not 2.0**-150 < float(value) < 2.0**128 - 2.0**103:  # what float32 rounds to neither 0 nor infinity
+        raise ValueError(f"scale {value}: must be positive and finite in float32, or None for 1/sqrt(d)")
+    return float(value)
 
 
 def heads(q, k, v):

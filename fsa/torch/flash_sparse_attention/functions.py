@@ -188,15 +188,6 @@ def _int64(x):
     return x.contiguous() if x.dtype != torch.int32 else x.long()
 
 
-def _scale(scale):
-    """Returns the scale as the operators take it: 0 for 1/sqrt(d)."""
-    if scale is None:
-        return 0.0
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale {scale}: must be positive and finite, or None for 1/sqrt(d)")
-    return float(scale)
-
-
 def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_seqlens=None, *, inv_freq=None,
                             segments=None, block_indices=None, cmp_len=32, cmp_stride=16, block=64, topk=16,
                             init_blocks=1, local_blocks=2, window=512, scale=None, recompute=False, check=None,
@@ -241,7 +232,7 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
     tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
-    rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), _scale(scale), recompute
+    rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), checks.scale(scale), recompute
     direct, plan = _direct(q, tensors), None
     if direct and not (torch.is_autocast_enabled("cuda") or checks.wanted(check)):
         plan = cuda.known_nsa_plan(tensors, rest)
@@ -297,7 +288,7 @@ def selected_attention(q, k, v, block_indices, cu_seqlens=None, *, segments=None
     q, k, v = _cast(q, k, v)
     cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
     sizes = [block, init_blocks, local_blocks]
-    arguments = (q, k, v, block_indices, cu_seqlens, segments, sizes, _scale(scale))
+    arguments = (q, k, v, block_indices, cu_seqlens, segments, sizes, checks.scale(scale))
     if checks.wanted(check):
         checks.selected(*arguments)
         checks.batch_values(q, k.shape[0], cu_seqlens, segments)
@@ -341,7 +332,7 @@ def select_blocks(q, kc, lse_c, cu_seqlens=None, *, segments=None, num_keys=None
                     init_blocks=init_blocks, local_blocks=local_blocks)  # fmt: skip
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, block, topk, init_blocks, local_blocks]
-    arguments = (q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, _scale(scale))
+    arguments = (q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, checks.scale(scale))
     if checks.wanted(check):
         checks.select_blocks(*arguments)
         checks.batch_values(q, num_keys, cu_seqlens, segments)
@@ -386,7 +377,7 @@ def attention(q, k, v, cu_seqlens=None, *, rule="causal", window=None, inv_freq=
     checks.integers(num_keys=num_keys, cmp_len=cmp_len, cmp_stride=cmp_stride, window=1 if window is None else window)
     cu_seqlens, segments = _batch(q, num_keys, cu_seqlens, segments)
     sizes = [cmp_len, cmp_stride, 1 if window is None else window]
-    arguments = (q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, _scale(scale))
+    arguments = (q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, checks.scale(scale))
     if checks.wanted(check):
         checks.attention(*arguments)
         checks.batch_values(q, num_keys, cu_seqlens, segments)
