@@ -413,6 +413,7 @@ def test_module():
     expect(
         ValueError, "phi 'max': must be 'linear' or 'mean'", fsa.NativeSparseAttention, 48, 4, 2, phi="max"
     )
+    expect(TypeError, "x list: must be a tensor", layer, [1, 2])
     expect(ValueError, "cu_seqlens of a tensor: must be None for x of shape (3, 20, 48)", layer, x, CU)
     with torch.autocast("cpu", torch.bfloat16):
         check(half(x.float()).dtype == torch.bfloat16, "module: autocast")
@@ -426,6 +427,14 @@ def test_module():
         (ValueError, "q of head size d = 7: must be even", dict(head_dim=7)),
         (ValueError, "topk 0: must be from 1 to 4096", dict(topk=0)),
         (TypeError, "window 5.0: must be an int", dict(window=5.0)),
+        (ValueError, "hidden_size -48: must be at least 1", dict(hidden_size=-48)),
+        (TypeError, "q_heads '4': must be an int", dict(q_heads="4")),
+        (TypeError, "q_heads 4.0: must be an int", dict(q_heads=4.0)),
+        (TypeError, "kv_heads [2]: must be an int", dict(kv_heads=[2])),
+        (TypeError, "head_dim '8': must be an int", dict(head_dim="8")),
+        (ValueError, "scale -1.0: must be positive", dict(scale=-1.0)),
+        (TypeError, "recompute 'a': must be True or False", dict(recompute="a")),
+        (TypeError, "theta 'a': must be a number", dict(rope_theta="a")),
     ):
         arguments = dict(hidden_size=48, q_heads=4, kv_heads=2, **SIZES)
         expect(error, message, fsa.NativeSparseAttention, **{**arguments, **kwargs})
@@ -505,6 +514,7 @@ def test_bad_input():
     expect(TypeError, "inv_freq list: must be a tensor or None", call, *x[:4], inv_freq=[1.0])
     expect(TypeError, "topk 2.0: must be an int", call, *x[:4], **{**SIZES, "topk": 2.0})
     expect(TypeError, "window None: must be an int", call, *x[:4], **{**SIZES, "window": None})
+    expect(TypeError, "scale 'a': must be a number", call, *x[:4], scale="a")
     for name, value, rule in (
         ("cmp_len", 0, "must be from 1 to 2^31 - 1"),
         ("cmp_stride", 3, "must be a divisor of cmp_len 8"),
@@ -530,6 +540,7 @@ def test_bad_input():
     for scale in (1.5 * 2.0**-150, 3.4028235e38, 1):
         check(argument_checks.scale(scale) == scale, f"scale {scale} passes")
     expect(ValueError, "rule None: must be one of causal, window, compressed", attention, q, k, v, rule=None)
+    expect(ValueError, "rule ['causal']: must be one of causal", attention, q, k, v, rule=["causal"])
     expect(TypeError, "block_indices NoneType: must be a tensor", selected, q, k, v, None)
     expect(ValueError, "block_indices of shape (2, 40, 3): must have 1 to 4096 slots for each query, and at least "
            "init_blocks 2 + local_blocks 2 = 4", selected, q, k, v, torch.zeros(2, 40, 3).int(), init_blocks=2,

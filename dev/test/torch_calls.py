@@ -1,8 +1,9 @@
-"""Checks the arguments of the calls of libfsa that the package makes: every pointer and every stride."""
+"""Checks the arguments of the calls of libfsa that the package makes: every pointer and every stride. And that arguments
+of a wrong type make none, also if a plan is there."""
 
 import torch
 import torch_stub  # noqa: F401
-from torch_checks import check, finish, fsa
+from torch_checks import check, expect, finish, fsa
 
 from flash_sparse_attention import cuda, library
 
@@ -80,6 +81,18 @@ for phi, inv_freq, blocks in (((wk, pe, wv), freq, None), ((wk, None, wv), None,
             stride = 0 if dout is doutputs[0] else 8 * d  # 0: the plan that forward has made
             expect_call(f"backward, {name}, {call}", **shared, **given(dout), dout_stride=stride, **weights, saved=saved,
                         **dict(zip(("dq", "dk", "dv", "dgate_logits"), gradients)))  # fmt: skip
+
+for error, name, value, rule in (
+    (TypeError, "topk", [16], "must be an int"),
+    (TypeError, "topk", 16.0, "must be an int"),
+    (TypeError, "recompute", [0], "must be True or False"),
+    (TypeError, "recompute", 0.0, "must be True or False"),
+    (TypeError, "scale", "a", "must be a number"),
+    (ValueError, "window", 2**32 + 512, "must be from 1 to 2^31 - 1"),
+):
+    kwargs = {"segments": batch[1], "inv_freq": freq, name: value}  # else as in the last of the calls above
+    expect(error, f"{name} {value!r}: {rule}", fsa.native_sparse_attention, *leaves, cu, **kwargs)
+    check(not calls, f"{name} {value}: {len(calls)} calls; must be 0")
 
 for call in range(2):
     shared = dict(q=q, k=k, v=v, block_indices=indices, q_stride=776, k_stride=776, v_stride=776)

@@ -87,6 +87,12 @@ def scale(value):
     return float(value)
 
 
+def recompute(value):
+    """Checks the type of recompute."""
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"recompute {value!r}: must be True or False")
+
+
 def heads(q, k, v):
     """Checks the shapes of q [Nq, Hq, d] and k, v [N, Hkv, d], and the number of heads."""
     shape("q", q, "[Nq, Hq, d]", None, None, None)
@@ -207,7 +213,7 @@ def attention(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, sizes, sc
 
 def visibility(rule):
     """Checks the name of a visibility rule."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule {rule!r}: must be one of {', '.join(RULES)}")
 
 

@@ -195,7 +195,7 @@ def nsa_plan(tensors, rest):
 
 
 def known_nsa_plan(tensors, rest):
-    """Returns this plan if nsa_plan has made it before, else None. Neither tensors nor rest need be valid."""
+    """Returns this plan if nsa_plan has made it before, else None. The tensors and the values of rest need not be valid."""
     return _PLANS.get(_key(_nsa_forward_plan, tensors, rest))
 
 

@@ -10,6 +10,7 @@ _OPS = torch.ops.flash_sparse_attention
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_INTEGERS = frozenset((int, bool))
 
 
 def _unwatched():
@@ -232,17 +233,18 @@ def native_sparse_attention(q, k, v, gate_logits, wk=None, pe=None, wv=None, cu_
         RuntimeError: the library is missing, the GPU is too old, or CUDA fails.
     """
     tensors = q, k, v, gate_logits, wk, pe, wv, cu_seqlens, segments, inv_freq, block_indices
-    rest = (cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window), checks.scale(scale), recompute
+    sizes = cmp_len, cmp_stride, block, topk, init_blocks, local_blocks, window
+    rest = sizes, checks.scale(scale), recompute
     direct, plan = _direct(q, tensors), None
     if direct and not (torch.is_autocast_enabled("cuda") or checks.wanted(check)):
-        plan = cuda.known_nsa_plan(tensors, rest)
+        if _INTEGERS.issuperset(map(type, (*sizes, recompute))):  # 16.0 would find the plan of 16
+            plan = cuda.known_nsa_plan(tensors, rest)
     if plan is None:  # else this layout needs no checks and no conversions
         _require_tensors(("q", "k", "v", "gate_logits"), q, k, v, gate_logits)
         _require_optional(wk=wk, pe=pe, wv=wv, inv_freq=inv_freq, block_indices=block_indices)
         checks.integers(cmp_len=cmp_len, cmp_stride=cmp_stride, block=block, topk=topk, init_blocks=init_blocks,
                         local_blocks=local_blocks, window=window)  # fmt: skip
-        if not isinstance(recompute, (bool, int)):
-            raise TypeError(f"recompute {recompute!r}: must be True or False")
+        checks.recompute(recompute)
         cu_seqlens, segments = _batch(q, k.shape[0], cu_seqlens, segments)
         tensors = *_cast(*tensors[:7]), cu_seqlens, segments, inv_freq, block_indices
         if checks.wanted(check):

@@ -16,8 +16,10 @@ def rope_frequencies(head_dim, theta=10000.0, device=None):
         device: of the result.
 
     Raises:
-        ValueError: head_dim is not even and at least 2, or theta is not positive.
+        ValueError, TypeError: head_dim is not even and at least 2, or theta is not positive.
     """
+    checks.integers(head_dim=head_dim)
+    checks.numbers(theta=theta)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim {head_dim}: must be even and at least 2")
     if not theta > 0:
@@ -56,6 +58,10 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         if phi not in ("linear", "mean"):
             raise ValueError(f"phi {phi!r}: must be 'linear' or 'mean'")
+        checks.integers(hidden_size=hidden_size, q_heads=q_heads, kv_heads=kv_heads,
+                        head_dim=2 if head_dim is None else head_dim)  # fmt: skip
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size {hidden_size}: must be at least 1")
         if head_dim is None and (q_heads < 1 or hidden_size % q_heads):
             raise ValueError(f"hidden_size {hidden_size}: must be a multiple of q_heads {q_heads}, or head_dim be given")
         d = hidden_size // q_heads if head_dim is None else head_dim
@@ -64,6 +70,8 @@ class NativeSparseAttention(nn.Module):
                      local_blocks=local_blocks, window=window)  # fmt: skip
         checks.integers(**sizes)
         checks.config(**sizes)
+        checks.scale(scale)
+        checks.recompute(recompute)
         self.hidden_size, self.q_heads, self.kv_heads, self.head_dim = hidden_size, q_heads, kv_heads, d
         self.sizes, self.rope_theta = dict(sizes, scale=scale, recompute=recompute), rope_theta
         kind = dict(device=device, dtype=dtype)
@@ -123,6 +131,8 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as of `native_sparse_attention`.
         """
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x {type(x).__name__}: must be a tensor")
         shape = x.shape
         if x.dim() not in (2, 3) or shape[-1] != self.hidden_size:
             channels = self.hidden_size
