@@ -71,6 +71,8 @@ def _converts(method, kind, values):
     """Checks that the values have a method, and are no tensors, whose method would wait for the GPU."""
     if torch.compiler.is_compiling():  # the graph knows them
         return
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace: not supported, as it would make sizes constants; try torch.compile")
     for name, value in values.items():
         if isinstance(value, torch.Tensor) or not hasattr(value, method):
             raise TypeError(f"{name} {value!r}: must be {kind}")
