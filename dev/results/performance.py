@@ -10,6 +10,7 @@ curves_GPU.jsonl (learning.py). A table that has no rows yet keeps its text.
 """
 
 import argparse
+import glob
 import json
 import os
 import re
@@ -49,6 +50,10 @@ PREDICTIONS = {"H200": "predictions_h200.jsonl"}  # tokens/s of llama3_8b, writt
 # benchmarks/llama3_h100_202412 in its repository.
 TORCHTITAN = {32768: 3890, 65536: 2540, 131072: 1071}
 PEERS = {"H200": "peers_h200.jsonl"}  # make peers: other systems on the same GPU model, and ours called from PyTorch
+# What the headline compares: systems and parts of PEERS. The tables show the newest run with all of these, those of training
+# steps the newest run with the steps of these systems. If there is none, they show the newest run.
+HEADLINE = {("ours", "core"), ("ours", "core_mean"), ("flash_nsa", "core_mean"), ("fa4", "full")}
+HEADLINE_SHAPE = (65536, (32, 8))
 PAGES = ["README.md", "dev/results/performance.md", "dev/results/learning.md"]
 CHART = "dev/results/attention.svg"
 
@@ -108,32 +113,50 @@ def read_rows(file, gpu):
     return rows
 
 
-class Times:
-    """The measurements on one GPU model. rows: {kind: [row]} of MEASURED. ms: {(system, part, tokens, heads,
-    direction): [milliseconds]}, marks: {the same key: "wrong" or "other blocks"} (dev/peers/README.md). steps: {(system,
-    tokens): [row]}. A system of dev/peers is named "PyTorch NAME". curves: {name: row} of training runs."""
+def shape_of(row):
+    return row["n"], (row["hq"], row["hkv"])
 
-    def __init__(self, gpu):
+
+def newest_run(rows, needed):
+    """Returns the rows of the newest run of make peers that measured all (system, part) of needed at the headline's shape,
+    or those of the newest run if none did."""
+    runs = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(row)
+    measured = {run: {(row["peer"], row["part"]) for row in runs[run] if shape_of(row) == HEADLINE_SHAPE} for run in runs}
+    complete = [run for run in runs if needed <= measured[run]]
+    return runs[max(complete or runs)] if runs else []
+
+
+class Times:
+    """The measurements on one GPU model. rows: {kind: [row]} of `measured`, an entry of MEASURED. peers, peer_steps: the
+    rows of make peers that the tables show, of the attention and of training steps, each of one run. ms: {(system, part,
+    tokens, heads, direction): [milliseconds]}, marks: {the same key: "wrong" or "other blocks"} (dev/peers/README.md).
+    shapes: (tokens, heads) of the attention. steps: {(system, tokens): [row]}. A system of dev/peers is named "PyTorch NAME".
+    curves: {name: row} of training runs."""
+
+    def __init__(self, gpu, measured, peers):
         self.gpu, self.rows, self.ms, self.marks, self.steps = gpu, {}, {}, {}, {}
         self.curves = learning.read_rows(gpu)
-        for kind, (file, commit) in MEASURED[gpu].items():
+        for kind, (file, commit) in measured.items():
             self.rows[kind] = [row for row in read_rows(file, gpu) if row["commit"] == commit]
             if not self.rows[kind]:
                 die(f"dev/results/{file} has no row of commit {commit}; see MEASURED in performance.py")
-        self.peers = read_rows(PEERS[gpu], gpu) if gpu in PEERS else []
+        self.peers = newest_run([row for row in peers if row["part"] != "step"], HEADLINE)
+        self.peer_steps = newest_run([row for row in peers if row["part"] == "step"], {(peer, "step") for peer, _ in HEADLINE})
+        self.shapes = sorted({shape_of(row) for row in self.peers}, key=lambda shape: shape[::-1]) or SHAPES
         self.predictions = read_rows(PREDICTIONS[gpu], gpu) if gpu in PREDICTIONS else []
-        for row in self.rows["attention"]:
+        for row in self.rows.get("attention", []):
             self.add_attention(row)
-        for row in self.rows["step"]:
+        for row in self.rows.get("step", []):
             if is_step(row) and row.get("gpus", 1) == 1 and row["layers"] == 4:
                 system = row["attn"] + (" fp8" if row.get("matmul") == "fp8" else "")
                 self.steps.setdefault((system, row["n"]), []).append(row)
-        for row in self.peers:
+        for row in self.peers + self.peer_steps:
             self.add_peer(row)
 
     def add(self, system, part, row, direction, ms):
-        key = system, part, row["n"], (row["hq"], row["hkv"]), direction
-        self.ms.setdefault(key, []).append(ms)
+        self.ms.setdefault((system, part, *shape_of(row), direction), []).append(ms)
 
     def add_attention(self, row):
         default = (row.get("d"), row.get("block"), row.get("topk"), row.get("dtype")) == (128, 64, 16, "bf16")
@@ -149,14 +172,18 @@ class Times:
         self.add(system, row["part"], row, row["dir"], row["ms"])
         mark = "wrong" if row.get("wrong") else "other blocks" if row.get("other_blocks") else None
         if mark:
-            self.marks[system, row["part"], row["n"], (row["hq"], row["hkv"]), row["dir"]] = mark
+            self.marks[(system, row["part"], *shape_of(row), row["dir"])] = mark
 
-    def time(self, system, part, n, heads, direction):
-        """Returns the median in milliseconds, or None if it was not measured. "ours beside" is ours in the run of the other
-        systems if all of them were measured in one run."""
+    def key(self, system, *result):
+        """Returns the key of a result in ms and marks. "ours beside" is ours in the run of the other systems, or that of
+        build/core if there is no such run."""
         if system == "ours beside":
-            system = "PyTorch ours" if self.one_run() else "ours"
-        values = self.ms.get((system, part, n, heads, direction))
+            system = "PyTorch ours" if self.peers else "ours"
+        return system, *result
+
+    def time(self, *result):
+        """Returns the median in milliseconds, or None if it was not measured."""
+        values = self.ms.get(self.key(*result))
         return statistics.median(values) if values else None
 
     def total(self, system, part, n, heads):
@@ -186,21 +213,21 @@ class Times:
         dates = sorted({row["date"] for row in self.rows[kind]})
         return f"{gpus.format(self.gpu)}, commit {MEASURED[self.gpu][kind][1]}, {' and '.join(dates)}"
 
-    def peers_of(self, steps):
-        """Returns the rows of the peers' training steps, or those of their attention."""
-        return [row for row in self.peers if (row["part"] == "step") == steps]
+    def newer_runs(self, peers):
+        """Returns (run, kind) of the runs in these rows of make peers that are newer than the one shown."""
+        shown = {"attention": self.peers, "training steps": self.peer_steps}
+        runs = {(row["run"], "training steps" if row["part"] == "step" else "attention") for row in peers}
+        return sorted((run, kind) for run, kind in runs if run > shown[kind][0]["run"])
 
-    def one_run(self):
-        """Returns whether one call of make peers measured all attention of the peers."""
-        runs = {row.get("run") for row in self.peers_of(steps=False)}
-        return len(runs) == 1 and None not in runs
+    def caption_of_run(self, rows):
+        return f"{self.gpu}, commit {rows[0]['commit']}, {rows[0]['date']}, all systems in one run of `make peers`."
 
-    def caption_with_peers(self, kind):
-        peers = self.peers_of(steps=False)
-        dates = " and ".join(sorted({row["date"] for row in peers}))
-        if self.one_run():
-            return f"{self.gpu}, commit {peers[0]['commit']}, {dates}, all systems in one run of `make peers`."
-        return f"{self.caption(kind)}." + (f" The other systems: other {self.gpu}s, {dates}." if dates else "")
+    def caption_with_peers(self):
+        return self.caption_of_run(self.peers) if self.peers else self.caption("attention") + "."
+
+    def caption_of_steps(self):
+        caption, run = self.caption("step"), [f"commit {row['commit']}, {row['date']}" for row in self.peer_steps[:1]]
+        return f"{caption}." + "".join(f" PyTorch: another {self.gpu}, {text}." for text in run if not caption.endswith(text))
 
 
 def is_step(row):
@@ -222,7 +249,7 @@ def number(ms):
 
 def marked(times, text, system, part, n, heads, directions):
     """Returns the text, and the marks of these results: wrong, or of other blocks."""
-    marks = [times.marks.get((system, part, n, heads, direction)) for direction in directions]
+    marks = [times.marks.get(times.key(system, part, n, heads, direction)) for direction in directions]
     return text + "".join(f" ({mark})" for mark in ("wrong", "other blocks") if mark in marks)
 
 
@@ -243,7 +270,7 @@ def total(times, system, part, n, heads):
 
 
 def tokens(n):
-    return f"{n // 1024}K" if n < 2**20 else f"{n // 2**20}M"
+    return f"{n:,}" if n % 1024 else f"{n // 1024}K" if n % 2**20 else f"{n // 2**20}M"
 
 
 LABELS = ("tokens", "heads", "heads, d, (B, T)", "attention", "model", "micro-batches x sequences", "GPUs", "flags")
@@ -251,12 +278,12 @@ LABELS += ("run", "matmuls", "position", "layer")
 
 
 def markdown(head, rows):
-    """Returns a table without the columns and rows that hold nothing but "-". The columns of LABELS name a
-    row."""
+    """Returns a table without the columns and rows that hold nothing but "-", "" if no row remains. The columns of LABELS
+    name a row."""
     labels = sum(1 for title in head if title in LABELS)
     keep = [i for i in range(len(head)) if i < labels or any(row[i] != "-" for row in rows)]
     rows = [row for row in rows if any(cell != "-" for cell in row[labels:])]
-    lines = [head, ["---"] * len(head)] + rows
+    lines = [head, ["---"] * len(head)] + rows if rows else []
     return "\n".join("| " + " | ".join(line[i] for i in keep) + " |" for line in lines)
 
 
@@ -295,15 +322,17 @@ def captioned(caption, table):
 def table_summary(times):
     """README: forward plus backward of NSA and full attention, (32, 8) heads."""
     head = ["tokens"] + [title + " (ms)" for _, _, title in NSA + FULL]
-    rows = [[tokens(n)] + [total(times, s, p, n, (32, 8)) for s, p, _ in NSA + FULL] for n in LENGTHS]
-    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
+    lengths = [n for n, heads in times.shapes if heads == (32, 8)]
+    table = markdown(head, [[tokens(n)] + [total(times, s, p, n, (32, 8)) for s, p, _ in NSA + FULL] for n in lengths])
+    return table and captioned(times.caption_with_peers(), table)
 
 
 def compare(times, columns):
     """Forward / backward of systems, all shapes."""
     head = ["tokens", "heads"] + [title + " (ms)" for _, _, title in columns]
-    rows = [[tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in columns] for n, heads in SHAPES]
-    return captioned(times.caption_with_peers("attention"), markdown(head, rows))
+    rows = [[tokens(n), str(heads)] + [pair(times, s, p, n, heads) for s, p, _ in columns] for n, heads in times.shapes]
+    table = markdown(head, rows)
+    return table and captioned(times.caption_with_peers(), table)
 
 
 def table_attention(times):
@@ -348,11 +377,10 @@ def table_step(times):
         ("PyTorch fa4", "full, PyTorch with FlashAttention-4"),
         ("PyTorch cudnn", "full, PyTorch with cuDNN"),
     ]
-    rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in LENGTHS]
+    lengths = sorted({n for _, n in times.steps})
+    rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in lengths]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
-    runs = {f"commit {row['commit']}, {row['date']}" for row in times.peers_of(steps=True)} - {times.caption("step").split(", ", 1)[1]}
-    others = f" PyTorch: another {times.gpu}, {' and '.join(sorted(runs))}." if runs else ""
-    return captioned(times.caption("step") + "." + others, table)
+    return table and captioned(times.caption_of_steps(), table)
 
 
 # Parts of a step: key in `split`, heading. Rows from before 2026-11-28 name the matmuls products.
@@ -511,18 +539,14 @@ def table_llama3_8b_parts(times):
 
 def table_headline(times):
     """README: one sentence."""
-    n, heads = 65536, (32, 8)
+    n, heads = HEADLINE_SHAPE
     ours, mean, flash_nsa, fa4 = (times.total(*column[:2], n, heads) for column in (*NSA[:3], FULL[1]))
     if None in (ours, mean, flash_nsa, fa4):
-        die(
-            f"{times.gpu}, commit {MEASURED[times.gpu]['attention'][1]}: the headline needs NSA, flash_nsa and FlashAttention-4 at "
-            f"{tokens(n)} tokens"
-        )
-    measured = times.caption_with_peers("")[:-1] if times.one_run() else times.caption("attention", "both on {}s")
+        return None
     return (
         f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}, {fa4 / ours:.1f} times as fast as "
         f"full attention with FlashAttention-4.\nWith mean compression it takes {number(mean)} ms, {flash_nsa / mean:.1f} times as fast "
-        f"as flash_nsa, which is NSA in Triton ({measured})."
+        f"as flash_nsa, which is NSA in Triton ({times.caption_with_peers()[:-1]})."
     )
 
 
@@ -565,7 +589,7 @@ def render(page, text, all_times):
         if gpu not in all_times or not (name in TABLES or name == "kernel" and kernel in KERNEL_PAGES):
             die(f"{page}: no table {match[0].splitlines()[0]}; there are kernel (in fsa/docs), {', '.join(TABLES)}")
         table = kernel_table(all_times[gpu], kernel) if name == "kernel" else TABLES[name](all_times[gpu])
-        if table is None:
+        if not table:
             return match[0]
         block = f"{match[1]}\n{table}\n<!-- end -->"
         if block != match[0]:
@@ -589,7 +613,7 @@ def draw(times):
         marked = {key[2] for key, mark in times.marks.items() if key[:2] == (system, part) and key[3] == (32, 8) and mark == "other blocks"}
         if marked:
             others[name] = marked
-    commit = times.peers_of(steps=False)[0]["commit"] if times.one_run() else MEASURED[times.gpu]["attention"][1]
+    commit = times.peers[0]["commit"] if times.peers else MEASURED[times.gpu]["attention"][1]
     return chart.draw(times.gpu, commit, lines, others)
 
 
@@ -599,7 +623,8 @@ def main():
         "--check", action="store_true", help="write nothing; exit 1 if something does not agree"
     )
     check = parser.parse_args().check
-    all_times = {gpu: Times(gpu) for gpu in MEASURED}
+    peers = {gpu: read_rows(file, gpu) for gpu, file in PEERS.items()}
+    all_times = {gpu: Times(gpu, MEASURED[gpu], peers.get(gpu, [])) for gpu in MEASURED}
     changed, outputs = [], {}
     for page in [*PAGES, *(f"fsa/docs/{name}.md" for name in KERNEL_PAGES)]:
         with open(os.path.join(ROOT, page), encoding="utf-8") as file:
@@ -620,7 +645,15 @@ def main():
                 file.write(text)
     for name in changed:
         print("wrote " + name)
-    for gpu in [] if check else sorted(set(learning.kept_gpus()) - learning.table_gpus()):
+    if check:
+        return
+    for gpu, rows in peers.items():
+        for run, kind in all_times[gpu].newer_runs(rows):
+            print(f"note: no table shows the {kind} of the run {run} in dev/results/{PEERS[gpu]}; an older run has ours, flash_nsa and FlashAttention-4 at 64K tokens")
+    for path in sorted(glob.glob(os.path.join(ROOT, "dev/results/peers_*.jsonl"))):
+        if os.path.basename(path) not in PEERS.values():
+            print(f"note: no page has tables of the rows in {os.path.relpath(path)}; make peers prints the tables of a run at its end")
+    for gpu in sorted(set(learning.kept_gpus()) - learning.table_gpus()):
         print(f"note: no page has tables of the runs in {os.path.relpath(learning.rows_file(gpu))}; python3 dev/results/curves.py draw NAME... --gpu {gpu} -o FILE draws them")
 
 

@@ -251,12 +251,60 @@ def test_one_run(tmp: str) -> None:
         check("| 64K | 2.00 | 2.00 | 4.00 (other blocks) | 2.00 | 6.00 |" in file.read(), "README.md does not mark other blocks")
 
 
+def test_runs(tmp: str) -> None:
+    """Several runs of make peers in a file: the newest one that the headline needs is shown; and files that no page uses."""
+    root = copy(tmp, "runs")
+    path = os.path.join(root, PEERS_FILE)
+
+    def read(page: str) -> str:
+        with open(os.path.join(root, page), encoding="utf-8") as file:
+            return file.read()
+
+    def append(path: str, day: int, *peers: str, **other: str) -> None:
+        """Adds the committed rows of these peers, or of all, as a run of its own, of DAY ms each."""
+        rows = [row | {"commit": f"abc000{day}", "date": f"2026-12-0{day}", "run": f"2026-12-0{day}T00:00:00Z"} | other for row in committed]
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row | {"ms": day}) + "\n" for row in rows if not peers or row["peer"] in peers)
+
+    committed = [json.loads(line) for line in read(PEERS_FILE).splitlines()]
+    headline = re.search("<!-- table headline H200 -->.*?<!-- end -->", read("README.md"), re.DOTALL)[0]
+    append(path, 2)
+    expect("a second run", run(root), 0, "wrote README.md: table headline H200")
+    check(run(root, "--check") == (0, "", ""), "tables of the second run agree when they are written")
+    step = "One H200, commit 0603293, 2026-11-29. PyTorch: another H200, commit abc0002, 2026-12-02."
+    for text in ("(H200, commit abc0002, 2026-12-02, all systems in one run", "| 64K | 4.00 | 4.00 | 4.00 |", step):
+        check(text in read("README.md"), f"README.md after a second run has no {text!r}")
+    append(path, 1)
+    append(path, 3, "ours", "cudnn")
+    code, out, err = run(root)
+    notes = [f"note: no table shows the {kind} of the run 2026-12-03T00:00:00Z in {PEERS_FILE}; " for kind in ("attention", "training steps")]
+    lines = out.splitlines()
+    right = (code, err, len(lines)) == (0, "", 2) and all(line.startswith(note) for line, note in zip(lines, notes))
+    check(right, f"an older run and one of two systems: {code} {out} {err}")
+
+    os.remove(path)
+    append(path, 3, "ours", "cudnn")
+    old = read("README.md")
+    expect("a run of two systems alone", run(root), 0, "wrote README.md: table summary H200")
+    check(run(root, "--check") == (0, "", ""), "tables of two systems agree when they are written")
+    for text in ("| tokens | NSA, ours (ms) | NSA, ours, mean (ms) | full, ours (ms) | full, cuDNN (ms) |", "| 64K | 6.00 | 6.00 | 6.00 | 6.00 |"):
+        check(text in read("README.md"), f"README.md of two systems has no {text!r}")
+    part = old[old.index("<!-- table headline") : old.index("At 8K tokens")]
+    check(part in read("README.md") and headline not in old, "the headline keeps its text")
+
+    append(os.path.join(root, "dev/results/peers_h100.jsonl"), 1, gpu="NVIDIA H100 80GB HBM3")
+    code, out, err = run(root)
+    right = (code, err, out.count("\n")) == (0, "", 1) and re.match("note: no page has tables of the rows in .*/peers_h100.jsonl; ", out)
+    check(bool(right), f"rows of a GPU without tables: {code} {out} {err}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_repo()
         test_differences(tmp)
         test_scaling(tmp)
         test_one_run(tmp)
+        test_runs(tmp)
         test_learning(tmp)
         test_errors(tmp)
     finish()
