@@ -6,7 +6,8 @@
 
 Each system runs in its own process; on a machine of several GPUs, several systems run at a time, each on its own GPU. The
 results are compared with float32 on sampled rows. The times are appended to dev/results/peers_GPU.jsonl, from which
-dev/results/performance.py makes the tables. README.md beside this file says where to get the systems.
+dev/results/performance.py makes the tables of the pages; the tables of this run are printed at its end. README.md beside
+this file says where to get the systems.
 """
 
 import argparse
@@ -23,6 +24,9 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.join(HERE, "../..")
+sys.path.insert(0, os.path.join(ROOT, "dev/results"))
+from performance import run_tables  # noqa: E402
+
 SYSTEMS = ["ours", "flash_nsa", "fsa", "nsa", "cudnn", "fa4", "fla", "cudnn_nsa"]
 PARTS = {
     "core": "whole NSA, linear compression",
@@ -303,6 +307,9 @@ def main():
         run.stop_all()
     if run.error:
         die(run.error)
+    tables = run.rows and run_tables(run.rows)
+    if tables:
+        print(f"\n{tables}\n")
     marked = [f"{sum(bool(row.get(name)) for row in run.rows)} {mark}" for name, mark in MARKS.items()]
     failed = "; some measurements failed, see above" if run.failed else ""
     print(", ".join([f"{len(run.rows)} rows", *marked]) + failed)

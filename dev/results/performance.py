@@ -7,6 +7,7 @@ The numbers come from the .jsonl files of this folder. A table lies between <!--
 NAME is a function of TABLES below. Each table names its GPU model, commit and date. A number is the median of the
 rows with the same shape. After new measurements, change MEASURED and run the program. The tables of learning.md come from
 curves_GPU.jsonl (learning.py). A table that has no rows yet keeps its text.
+dev/peers/run.py prints the tables of its own run.
 """
 
 import argparse
@@ -129,7 +130,7 @@ def newest_run(rows, needed):
 
 
 class Times:
-    """The measurements on one GPU model. rows: {kind: [row]} of `measured`, an entry of MEASURED. peers, peer_steps: the
+    """The measurements on one GPU model. rows: {kind: [row]} of `measured`, an entry of MEASURED or {}. peers, peer_steps: the
     rows of make peers that the tables show, of the attention and of training steps, each of one run. ms: {(system, part,
     tokens, heads, direction): [milliseconds]}, marks: {the same key: "wrong" or "other blocks"} (dev/peers/README.md).
     shapes: (tokens, heads) of the attention. steps: {(system, tokens): [row]}. A system of dev/peers is named "PyTorch NAME".
@@ -226,6 +227,8 @@ class Times:
         return self.caption_of_run(self.peers) if self.peers else self.caption("attention") + "."
 
     def caption_of_steps(self):
+        if "step" not in self.rows:
+            return self.caption_of_run(self.peer_steps)
         caption, run = self.caption("step"), [f"commit {row['commit']}, {row['date']}" for row in self.peer_steps[:1]]
         return f"{caption}." + "".join(f" PyTorch: another {self.gpu}, {text}." for text in run if not caption.endswith(text))
 
@@ -381,6 +384,20 @@ def table_step(times):
     rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in lengths]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
     return table and captioned(times.caption_of_steps(), table)
+
+
+def run_tables(rows):
+    """Returns the tables of one run of make peers, on any GPU and of any systems, in Markdown. Those without rows are left
+    out."""
+    times = Times(rows[0]["gpu"], {}, rows)
+    tables = [
+        ("Attention, forward plus backward, (32, 8) heads", table_summary(times)),
+        ("Attention, forward / backward", table_attention(times)),
+        ("Selected branch, forward / backward", table_selected(times)),
+        ("Sliding branch, forward / backward", table_sliding(times)),
+        ("Training step", table_step(times)),
+    ]
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in tables if table)
 
 
 # Parts of a step: key in `split`, heading. Rows from before 2026-11-28 name the matmuls products.

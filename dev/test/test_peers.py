@@ -119,6 +119,9 @@ def test_right(folder: str) -> None:
     code, lines, rows = measure(folder, "--peers", "ours", "--lengths", "1100", "--heads", "2,1")
     check(code == 0 and lines[-1] == "10 rows, 0 wrong, 0 with other blocks", f"ours is right: {code}, {lines}")
     check([(r["part"], r["dir"]) for r in rows] == [(p, d) for p in parts for d in ("fwd", "bwd")], f"rows: {rows}")
+    says(lines, "| tokens | heads | NSA, ours (ms) | NSA, ours, mean (ms) | full, ours (ms) |")
+    says(lines, "| 1,100 | (2, 1) | ")
+    says(lines, "cpu, commit ", "all systems in one run")
     fields = {"peer": "ours", "gpu": "cpu", "n": 1100, "hq": 2, "hkv": 1, "d": 128, "block": 64, "topk": 16}
     for row in rows:
         check(fields.items() <= row.items() and 0 < row["error"] < 0.01 and row["ms"] > 0, f"row: {row}")

@@ -14,7 +14,7 @@ from checks import check, finish
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 sys.path.insert(0, os.path.join(ROOT, "dev/results"))
 import learning  # noqa: E402
-from performance import CHART, MEASURED, PEERS  # noqa: E402
+from performance import CHART, MEASURED, PEERS, run_tables  # noqa: E402
 
 FILE, COMMIT = MEASURED["H200"]["attention"]
 PEERS_FILE = "dev/results/" + PEERS["H200"]
@@ -298,6 +298,40 @@ def test_runs(tmp: str) -> None:
     check(bool(right), f"rows of a GPU without tables: {code} {out} {err}")
 
 
+def test_run_tables() -> None:
+    """The tables that make peers prints: on another GPU, of some systems, other lengths, and with wrong results of ours."""
+    row = {"gpu": "NVIDIA GeForce RTX 4090", "commit": "abc1234", "date": "2026-12-01", "run": "2026-12-01T00:00:00Z"}
+    row |= {"hq": 32, "hkv": 8, "ms": 100}
+    rows = [row | {"peer": peer, "part": "full", "n": n, "dir": dir} for peer, n in (("ours", 4096), ("cudnn", 4096), ("cudnn", 5000)) for dir in ("fwd", "bwd")]
+    rows[0]["wrong"] = True
+    steps = [row | {"peer": peer, "part": "step", "attention": "full", "n": n, "dir": "step"} for peer, n in (("cudnn", 8192), ("fa4", 5000))]
+    caption = "NVIDIA GeForce RTX 4090, commit abc1234, 2026-12-01, all systems in one run of `make peers`.\n"
+    step = f"""### Training step
+
+{caption}
+| tokens | full, PyTorch with FlashAttention-4 (ms) | full, PyTorch with cuDNN (ms) |
+| --- | --- | --- |
+| 5,000 | 100 | - |
+| 8K | - | 100 |"""
+    attention = f"""### Attention, forward plus backward, (32, 8) heads
+
+{caption}
+| tokens | full, ours (ms) | full, cuDNN (ms) |
+| --- | --- | --- |
+| 4K | 200 (wrong) | 200 |
+| 5,000 | - | 200 |
+
+### Attention, forward / backward
+
+{caption}
+| tokens | heads | full, ours (ms) | full, cuDNN (ms) |
+| --- | --- | --- | --- |
+| 4K | (32, 8) | 100 (wrong) / 100 | 100 / 100 |
+| 5,000 | (32, 8) | - | 100 / 100 |"""
+    for some, wanted in ((rows, attention), (steps, step), (rows + steps, attention + "\n\n" + step)):
+        check(run_tables(some) == wanted, f"tables of a run:\n{run_tables(some)}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         test_repo()
@@ -305,6 +339,7 @@ def main() -> None:
         test_scaling(tmp)
         test_one_run(tmp)
         test_runs(tmp)
+        test_run_tables()
         test_learning(tmp)
         test_errors(tmp)
     finish()
