@@ -11,6 +11,7 @@ this file says where to get the systems.
 """
 
 import argparse
+import collections
 import datetime
 import json
 import os
@@ -40,7 +41,7 @@ PARTS = {
 LENGTHS, STEPS = [8192, 16384, 32768, 65536, 131072], [8192, 16384, 32768, 65536]
 HEADS = [(32, 8), (32, 32), (40, 8), (64, 4)]
 START_LIMIT = 300  # seconds until a system is imported
-MARKS = {"wrong": "wrong", "other_blocks": "with other blocks"}  # fields of rows that make the exit code 1, in words
+MARKS = {"wrong": "wrong", "other_blocks": "with other blocks"}  # fields of rows in words; of ours they make the exit code 1
 
 
 def die(message):
@@ -310,10 +311,13 @@ def main():
     tables = run.rows and run_tables(run.rows)
     if tables:
         print(f"\n{tables}\n")
-    marked = [f"{sum(bool(row.get(name)) for row in run.rows)} {mark}" for name, mark in MARKS.items()]
+    marked = [(row["peer"], name) for row in run.rows for name in MARKS if row.get(name)]
+    for (peer, name), count in sorted(collections.Counter(marked).items()):
+        print(f"note: {peer}: {count} {MARKS[name]}")
+    counts = [f"{sum(name == field for _, field in marked)} {text}" for name, text in MARKS.items()]
     failed = "; some measurements failed, see above" if run.failed else ""
-    print(", ".join([f"{len(run.rows)} rows", *marked]) + failed)
-    if not run.rows or run.failed or any(row.get(name) for row in run.rows for name in MARKS):
+    print(", ".join([f"{len(run.rows)} rows", *counts]) + failed)
+    if not run.rows or run.failed or any(peer == "ours" for peer, _ in marked):
         sys.exit(1)
 
 
