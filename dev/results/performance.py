@@ -272,6 +272,15 @@ def total(times, system, part, n, heads):
     return "-" if ms is None else marked(times, number(ms), system, part, n, heads, ("fwd", "bwd"))
 
 
+def step_time(times, system, n):
+    """A training step, with the marks of the system's attention at this length."""
+    rows = times.steps.get((system, n))
+    if not rows:
+        return "-"
+    part = rows[0].get("attention")  # of PyTorch's steps
+    return marked(times, number(times.step(system, n, "ms")), system, part, n, (32, 8), ("fwd", "bwd"))
+
+
 def tokens(n):
     return f"{n:,}" if n % 1024 else f"{n // 1024}K" if n % 2**20 else f"{n // 2**20}M"
 
@@ -381,7 +390,7 @@ def table_step(times):
         ("PyTorch cudnn", "full, PyTorch with cuDNN"),
     ]
     lengths = sorted({n for _, n in times.steps})
-    rows = [[tokens(n)] + [number(times.step(s, n, "ms")) for s, _ in systems] for n in lengths]
+    rows = [[tokens(n)] + [step_time(times, s, n) for s, _ in systems] for n in lengths]
     table = markdown(["tokens"] + [title + " (ms)" for _, title in systems], rows)
     return table and captioned(times.caption_of_steps(), table)
 
