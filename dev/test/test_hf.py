@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -553,6 +554,44 @@ def test_trained_checkpoint():
     ids = t.encode("Aé \n", add_special_tokens=False).ids
     check(ids == list("Aé \n".encode()), f"tokenizer.json of bytes encodes to {ids}")
     check(t.decode(ids) == "Aé \n", "tokenizer.json of bytes decodes to another text")
+
+
+def test_close_branch():
+    """dev/results/close_branch.py: the gates of a branch are 0 in the trainer, and all else stays."""
+    import checkpoint
+    import numpy as np
+
+    text, data, log = (os.path.join(TMP, name) for name in ("gates.txt", "gates", "gates_log"))
+    write(text, b"Native sparse attention. " * 400)
+    for command in ([os.path.join(BUILD, "text"), "-o", data, "-name", "text", text],
+                    [CPU, "-e", "tiny", "-layers", 2, "-i", f"{data}/text_train_*.bin", "-o", log, "-x", 1, "-b", 1, "-t", 64]):  # fmt: skip
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        check(result.returncode == 0, f"{command}: {result.stderr.strip()}")
+    path = os.path.join(log, "ckpt_00000001.bin")
+
+    def validate(name):
+        command = [CPU, "-e", name, "-val", "1", "-j", f"{data}/text_train_*.bin", "-b", "1", "-t", "64"]
+        out = subprocess.run(command, capture_output=True, text=True).stdout
+        return [float(x) for x in re.findall(r"(?:compressed|selected|sliding) ([0-9.]+)", out)], re.search("val loss ([0-9.]+)", out)[1]
+
+    gates, loss = validate(path)
+    for i, branch in enumerate(("compressed", "selected", "sliding")):
+        copy = os.path.join(TMP, branch + ".bin")
+        program = os.path.join(ROOT, "dev/results/close_branch.py")
+        result = subprocess.run([sys.executable, program, path, branch, "-o", copy], capture_output=True, text=True)
+        check((result.returncode, result.stderr) == (0, ""), f"close_branch.py {branch}: {result.stderr}")
+        closed, other_loss = validate(copy)
+        check(gates[i] > 0.05 and closed[i] == 0 and other_loss != loss, f"{branch}: gates {gates}, then {closed}")
+        a, b = checkpoint.Reader(path), checkpoint.Reader(copy)
+        for tensor in a.table:
+            x, y = (np.concatenate(list(reader.read(tensor))) for reader in (a, b))
+            if tensor.name == "bgate":
+                count = checkpoint.num_gate_logits(a.model)
+                check((y[i:count:3] == -100).all(), f"{branch}: {y}")
+                x[i:count:3] = y[i:count:3]
+            check(np.array_equal(x, y), f"{branch}: {tensor} differs")
+        again = subprocess.run([sys.executable, program, path, branch, "-o", copy], capture_output=True, text=True)
+        check(again.returncode == 1 and again.stderr == f"error: {copy}: exists already; remove it or choose another name\n", again.stderr)
 
 
 def test_tokenizer():
