@@ -76,14 +76,18 @@ else
     skipped=$((skipped + 1)) && echo "skipped: four processes on $GPUS GPUs"
 fi
 
-# ---- fp8: as in 16 bits, data parallel changes only the order of sums
+# ---- fp8: as in 16 bits, several GPUs change only the order of sums, and resuming and recomputation nothing
 many 1 -b 2 -d 128 -matmul fp8 -o fp8_one
 if grep -q "compute capability" 0.err; then
     skipped=$((skipped + 1)) && echo "skipped: -matmul fp8: $(cat 0.err)"
 else
-    for flags in "-z 1" "-z 2" "-cp 2 -b 4"; do
-        many 2 -b 2 -d 128 $flags -matmul fp8 -o "fp8$(echo $flags | tr -d ' ')"
-        check '[ "$codes" = "0 0 " ] && same fp8_one "fp8$(echo $flags | tr -d " ")" 5e-3' "-matmul fp8 $flags: $codes $(differ fp8_one "fp8$(echo $flags | tr -d ' ')") $(cat 0.err)"
+    for flags in "-z 0" "-z 1" "-z 2" "-cp 2 -b 4"; do
+        out="fp8$(echo $flags | tr -d ' ')"
+        many 2 -b 2 -d 128 $flags -matmul fp8 -n 2 -o "$out"
+        check '[ "$codes" = "0 0 " ] && same fp8_one "$out" 5e-3' "-matmul fp8 $flags: $codes $(differ fp8_one "$out") $(cat 0.err)"
+        mv "$out/ckpt_00000003.bin" want
+        many 2 -b 2 -d 128 $flags -matmul fp8 -r 2 -o "$out" -y 1
+        check 'cmp -s want "$out/ckpt_00000003.bin"' "-matmul fp8 $flags: resumed with -r 2, other bits $(cat 0.err)"
     done
 fi
 
