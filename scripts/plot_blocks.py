@@ -9,7 +9,8 @@ select, and how often block 0 is among them; with several files, over training.
 A file is written by -block-indices; its step is the last number in its name. Only queries with more blocks before them
 than they select are counted. A free block is one that is not selected in any case: the first --init-blocks and the nearest
 --local-blocks, which the trainer's flags of the same names set. The distance is from the query's block to the free one.
-Layers of full attention (-full-every) select no blocks; they stay empty.
+Layers of full attention (-full-every) select no blocks; they stay empty. Dashed lines, and the lines "random blocks", are
+what the same queries would have if their free blocks were random, each with the same probability.
 """
 import argparse
 import os
@@ -33,6 +34,7 @@ class Selection:
         distinct: [layers, len(GROUPS)] different free blocks of so many neighbouring queries, on average.
         block0: [layers] share of the queries that select block 0.
         median: [layers] distance of the free blocks in tokens.
+        random_median, random_distinct: the expected median, and [len(GROUPS)] distinct, of random free blocks.
     """
 
     def __init__(self, path, init_blocks, local_blocks):
@@ -110,19 +112,45 @@ class Selection:
                     self.distinct[layer, i] += new.sum(axis=1).mean() / self.heads
             for blocks, count in enumerate(found):
                 self.distances[layer, max(0, blocks.bit_length() - 1)] += count
-            self.median[layer] = self.block * np.searchsorted(np.cumsum(found), found.sum() / 2)
+            self.median[layer] = self._median(np, found)
+        self._count_random(np, own - init_blocks - local_blocks + 1, chosen, groups, local_blocks)
 
+    def _median(self, np, found):
+        """Returns the median distance in tokens of found [distance in blocks]."""
+        return self.block * np.searchsorted(np.cumsum(found), found.sum() / 2)
+
+    def _count_random(self, np, candidates, chosen, groups, local_blocks):
+        """Computes what random free blocks would give, where a query [n] has so many candidates for them."""
+        found = np.zeros(int(candidates.max()) + local_blocks)
+        for count, queries in zip(*np.unique(candidates[chosen], return_counts=True)):
+            found[local_blocks : local_blocks + count] += queries / count
+        self.random_median = self._median(np, found)
+        self.random_distinct = np.full(len(GROUPS), np.nan)
+        for i, (size, starts) in enumerate(zip(GROUPS, groups)):
+            if len(starts) > 0:
+                # candidates of query j of a group that are none of the queries before it, and the probability that neither
+                # j nor a later query selects such a block
+                counts = candidates[starts[:, None] + np.arange(size)]
+                new = np.diff(counts, axis=1, prepend=0)
+                missed = np.cumprod((1 - self.free / counts)[:, ::-1], axis=1)[:, ::-1]
+                self.random_distinct[i] = (new * (1 - missed)).sum(axis=1).mean()
 
     def mean(self, values):
         """Returns the mean of values [layers, ...] over the layers that select blocks."""
         return values[self.selects].mean(axis=0)
 
 
+def describe_free(median, distinct):
+    """Returns a text with the numbers of free blocks."""
+    return (f"median distance {median:,.0f} tokens; distinct free blocks of {', '.join(map(str, GROUPS))} queries: "
+            f"{', '.join(f'{value:.1f}' for value in distinct)}")
+
+
 def describe(s):
-    """Returns a line about a file: averages over its layers."""
-    distinct = ", ".join(f"{value:.1f}" for value in s.mean(s.distinct))
-    return (f"step {s.step}: median distance {s.mean(s.median):,.0f} tokens; distinct free blocks of "
-            f"{', '.join(map(str, GROUPS))} queries: {distinct} ({s.free} a query); block 0: {s.mean(s.block0):.1%} of the queries")
+    """Returns two lines about a file: averages over its layers, and the numbers of random blocks."""
+    return (f"step {s.step}: {describe_free(s.mean(s.median), s.mean(s.distinct))} ({s.free} a query); "
+            f"block 0: {s.mean(s.block0):.1%} of the queries\n"
+            f"  random blocks: {describe_free(s.random_median, s.random_distinct)}")
 
 
 def draw_last(axes, s):
@@ -137,7 +165,9 @@ def draw_last(axes, s):
     layers = range(s.layers)
     for i, size in enumerate(GROUPS):
         axes[1].plot(layers, s.distinct[:, i], marker="o", markersize=3, label=f"{size} queries")
+        axes[1].axhline(s.random_distinct[i], color=f"C{i}", linestyle="--", linewidth=0.8)
     axes[1].axhline(s.free, color="grey", linestyle=":", label="one query")
+    axes[1].plot([], [], color="grey", linestyle="--", linewidth=0.8, label="random blocks")
     axes[1].set(xlabel="layer", ylabel="distinct free blocks", title=f"overlap of neighbours, step {s.step}", ylim=(0, None))
     axes[1].legend(fontsize=8)
     axes[2].plot(layers, 100 * s.block0, marker="o", markersize=3)
@@ -147,15 +177,17 @@ def draw_last(axes, s):
 
 
 def draw_training(axes, selections):
-    """Draws the averages of the layers over the steps; thin lines are the layers."""
+    """Draws the averages of the layers over the steps; thin lines are the layers, dashed ones random blocks."""
     steps = [s.step for s in selections]
     for layer in range(selections[0].layers):
         axes[0].plot(steps, [s.median[layer] for s in selections], color="C0", alpha=0.3, linewidth=0.8)
         axes[2].plot(steps, [100 * s.block0[layer] for s in selections], color="C0", alpha=0.3, linewidth=0.8)
     axes[0].plot(steps, [s.mean(s.median) for s in selections], color="C0", marker="o")
+    axes[0].plot(steps, [s.random_median for s in selections], color="C0", linestyle="--", linewidth=0.8)
     axes[0].set(xlabel="step", ylabel="median distance, tokens", title="distance over training")
     for i, size in enumerate(GROUPS):
         axes[1].plot(steps, [s.mean(s.distinct)[i] for s in selections], marker="o", markersize=3, label=f"{size} queries")
+        axes[1].plot(steps, [s.random_distinct[i] for s in selections], color=f"C{i}", linestyle="--", linewidth=0.8)
     axes[1].set(xlabel="step", ylabel="distinct free blocks", title="overlap over training", ylim=(0, None))
     axes[2].plot(steps, [100 * s.mean(s.block0) for s in selections], color="C0", marker="o")
     axes[2].set(xlabel="step", ylabel="queries that select it, %", title="block 0 over training", ylim=(-2, 102))

@@ -3,6 +3,7 @@ old runs; the training scripts with a fake trainer; and -h of all scripts. make 
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -227,8 +228,29 @@ def write_blocks(tmp: str, name: str, seed: int, layers: int = 2, lengths: tuple
     return path
 
 
+def random_blocks(lengths: tuple, init: int) -> tuple[float, list]:
+    """Returns the expected median distance in tokens, and the distinct free blocks of groups, of random free blocks of the
+    sequences of write_blocks(), block by block."""
+    weights, groups = {}, {size: [] for size in (8, 16, 32, 64)}
+    for length in lengths:
+        candidates = [range(init, p // 4 - 1) for p in range(length)]
+        for p in range(20, length):
+            for b in candidates[p]:
+                weights[p // 4 - b] = weights.get(p // 4 - b, 0) + 1 / len(candidates[p])
+        for size, counts in groups.items():
+            for p in range(-(-20 // size) * size, length - size + 1, size):
+                of_block = [[1 - (3 - init) / len(c) for c in candidates[p : p + size] if b in c] for b in range(length)]
+                counts.append(sum(1 - math.prod(missed) for missed in of_block))
+    below, median = 0, 0
+    while below < sum(weights.values()) / 2:
+        median += 1
+        below += weights.get(median, 0)
+    return 4 * median, [sum(counts) / len(counts) for counts in groups.values()]
+
+
 def test_blocks(tmp: str) -> None:
-    from plot_blocks import Selection
+    from plot_blocks import Selection, draw_last, draw_training
+    from train_log import import_pyplot
 
     lengths = (40, 150, 200)
     first, second = write_blocks(tmp, "blocks_2.bin", 1), write_blocks(tmp, "blocks_10.bin", 2)
@@ -257,9 +279,19 @@ def test_blocks(tmp: str) -> None:
             check(all(abs(a - b) < 1e-9 for a, b in zip(s.distinct[layer], wanted)), f"distinct {s.distinct[layer]}, not {wanted}")
             check(abs(s.block0[layer] - sum(block0) / len(block0)) < 1e-9, f"block 0 {s.block0[layer]}")
             check(abs(s.median[layer] / 4 - sorted(found)[len(found) // 2]) <= 1, f"median {s.median[layer]}")
+        median, distinct = random_blocks(lengths, init)
+        right = s.random_median == median and all(abs(a - b) < 1e-9 for a, b in zip(s.random_distinct, distinct))
+        check(right, f"random blocks: {s.random_median} {s.random_distinct}, not {median} {distinct}")
+    check((abs(s.random_distinct / s.mean(s.distinct) - 1) < 0.05).all(), f"the file's blocks are random: {s.distinct}")
+    axes = import_pyplot().subplots(2, 3)[1]
+    draw_last(axes[0], s)
+    draw_training(axes[1], [s, s])
+    dashed = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--" and len(line.get_ydata())] for axis in axes.flat]
+    check(dashed == [[], [*s.random_distinct], [], [s.random_median], [*s.random_distinct], []], f"dashed lines: {dashed}")
     picture = os.path.join(tmp, "blocks.png")
     code, out, err = run("plot_blocks.py", second, first, "-o", picture)
     right = out.startswith("step 2: median") and "\nstep 10: median" in out and out.endswith(f"wrote {picture}\n")
+    right = right and out.count(f"\n  random blocks: median distance {s.random_median} tokens; distinct free blocks of 8, 16,") == 2
     check((code, err) == (0, "") and right and os.path.getsize(picture) > 20000, f"plot_blocks.py: {code} {out} {err}")
     with open(first, "rb") as file:
         data = file.read()
