@@ -632,9 +632,12 @@ def test_curves(tmp: str) -> None:
     from curves import draw
     from train_log import import_pyplot
 
-    ends = [draw(import_pyplot(), rows(), time).axes[0].lines[3].get_xydata()[-1].tolist() for time in (False, True)]
-    loss = rows()[1]["val"][-1][2]
-    check(ends == [[256 * steps * 1e-6, loss], [763, loss]], f"the last validation of the second run: {ends}")
+    axes = [draw(import_pyplot(), rows(), time).axes[0] for time in (False, True)]
+    ends = [axis.lines[3].get_xydata()[-1].tolist() for axis in axes]
+    best, worst = (row["val"][-1][2] for row in rows())
+    check(ends == [[256 * steps * 1e-6, worst], [763, worst]], f"the last validation of the second run: {ends}")
+    low, high = axes[0].get_ylim()
+    check(low < best < worst < high < 9, f"the losses at the end, {best} and {worst}, lie between {low} and {high}")
 
 
 def test_help() -> None:
