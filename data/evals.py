@@ -4,6 +4,7 @@ hellaswag, mc and needle use it."""
 import collections
 import json
 import os
+import re
 import struct
 
 from shards import add_tokenizer_flags, die, open_input, report_output_errors, write_file
@@ -107,10 +108,10 @@ def text_list(value, name, where):
 
 def label_of(value, count, where):
     """Returns the index of the right choice, from a number or its digits."""
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         value = int(value)
     if type(value) is not int or not 0 <= value < count:
-        die(f"{where}: the right choice is {value!r}, but must be from 0 to {count - 1}; check the file")
+        die(f"{where}: the right choice is {value!r:.60}, but must be from 0 to {count - 1}; check the file")
     return value
 
 

@@ -162,6 +162,8 @@ def test_hellaswag(tmp, texts):
     for change, wanted in (
         ({"label": 4}, "must be from 0 to 3"),
         ({"label": ""}, "must be from 0 to 3"),
+        ({"label": "²"}, "the right choice is '²', but must be from 0 to 3"),
+        ({"label": "1" * 5000}, "11, but must be from 0 to 3"),
         ({"label": True}, "must be from 0 to 3"),
         ({"endings": ["one"]}, "'endings' is not a list of two or more texts"),
         ({"ctx": 5}, "has no text 'ctx'"),
@@ -244,6 +246,8 @@ def test_mc(tmp, texts):
     ):
         bad = write_rows(bad_path(tmp), [good, row])
         expect_error(f"{bad}, line 2: {wanted}", "data/mc", "-o", f"{tmp}/eval/x.bin", *flags, bad)
+    spread[1] = write(f"{tmp}/superscript.lst", "²\n" * 10)
+    expect_error("line 1: the right choice is '²', but must be from 0 to 1", "data/mc", "-o", f"{tmp}/eval/x.bin", *flags, *spread)
     spread[1] = write(f"{tmp}/few.lst", "0\n1\n")
     expect_error("has 2 labels for 10 questions", "data/mc", "-o", f"{tmp}/eval/x.bin", *flags, *spread)
 
