@@ -102,6 +102,8 @@ make_text() {
         [ -f data/smollm2/full.bin ] || run scripts/from_hf.py "$SMOLLM2" -o data/smollm2/full.bin
     fi
     ! has_shards "$1" || return 0
+    # data/bpe's error, before the text is written, if its packages are missing
+    PYTHONPATH=data python3 -c 'import shards; shards.run_main(lambda: __import__("vocab"))'
     [ -d $documents ] || run data/corpus -o $documents --suffix .c --min-bytes 400000
     [ -e "$tokenizer" ] || run data/bpe -o data/linux_bpe --name linux --train-vocab 16384 $documents/*/{fs,kernel,mm,net}
     read -ra flags <<<"${TEXTS[$1]}"
@@ -124,24 +126,33 @@ is_complete() {
 # checkpoint NAME STEPS: the file
 checkpoint() { printf 'log/learning/%s/ckpt_%08d.bin' "$1" "$2"; }
 
+# start_of MODEL: the checkpoint of the run MODEL that another one continues; nothing if it is one of MODELS
+start_of() {
+    local tokens
+    [ -z "${MODELS[$1]:-}" ] || return 0
+    tokens=$(printf '%s\n' "${TABLE[@]}" | awk -v name="$1" '$1 == name { print $4 }')
+    checkpoint "$1" "$(steps "${tokens%M}")"
+}
+
+# need_start NAME MODEL: the checkpoint that the run continues exists, if it continues one
+need_start() {
+    local start
+    start=$(start_of "$2")
+    [ -z "$start" ] || [ -f "$start" ] || die "$1 continues $2, which has no $start; run scripts/learning.sh $2"
+}
+
 # train NAME MODEL TEXT TOKENS FLAGS: trains a run
 train() {
-    local name=$1 model=$2 steps start="" settings share=() cp batch out=log/learning/$1
+    local name=$1 model=$2 steps start settings share=() cp batch out=log/learning/$1
     steps=$(steps "${4%M}")
     if is_complete "$name" "$steps"; then
         echo "== $name: complete"
         is_continued "$name" || rm -f "$out"/ckpt_*.bin # of a run that was killed at its end
         return
     fi
-    if [ -z "${MODELS[$model]:-}" ]; then
-        start=$(printf '%s\n' "${TABLE[@]}" | awk -v name="$model" '$1 == name { print $4 }')
-        start=$(checkpoint "$model" "$(steps "${start%M}")")
-        if [ ! -f "$start" ]; then
-            echo "error: $name continues $model, which has no $start; run scripts/learning.sh $model" >&2
-            return 1
-        fi
-        model=64k
-    fi
+    (need_start "$name" "$model") || return # the run before it has failed; others go on
+    start=$(start_of "$model")
+    [ -z "$start" ] || model=64k
     read -ra settings <<<"${MODELS[$model]}"
     cp=$((GPUS * settings[0] / 131072)) # GPUs that share a sequence, where there are more GPUs than sequences in a step
     [ $cp -le 1 ] || share=(-cp "$cp")
@@ -169,8 +180,14 @@ selected=()
 for line in "${TABLE[@]}"; do
     read -ra run <<<"$line"
     grep -qxF -e "${run[0]}" <<<"$(printf '%s\n' "$@")" || continue
-    make_text "${run[2]}"
+    # a run that continues another one needs its checkpoint, unless the other one is trained before or it is complete
+    grep -qxF -e "${run[1]}" <<<"$(printf '%s\n' "$@")" || is_complete "${run[0]}" "$(steps "${run[3]%M}")" ||
+        need_start "${run[0]}" "${run[1]}"
     selected+=("$line")
+done
+for line in "${selected[@]}"; do
+    read -ra run <<<"$line"
+    make_text "${run[2]}"
 done
 failed=""
 for line in "${selected[@]}"; do

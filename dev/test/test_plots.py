@@ -425,6 +425,10 @@ done
         with open(program, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(program, 0o755)
+    shutil.copy(os.path.join(ROOT, "data/shards.py"), os.path.join(root, "data"))
+    vocab = os.path.join(root, "data/vocab.py")  # which imports the packages that data/bpe needs: here none
+    with open(vocab, "w", encoding="utf-8"):
+        pass
 
     output = ""
 
@@ -470,8 +474,10 @@ done
     check(len(train("50m-nsa-2")[2]) == 1, "a run without its last validation goes on")
     os.remove(os.path.join(root, "log/learning/nsa-1/ckpt_00001526.bin"))
     check(len(train("nsa-1")[2]) == 1, "a run that another one continues, without its checkpoint, goes on")
-    code, err, lines = train("350m-zero-30m-fp8 full-1", BAD="full-1")
-    check(code == 1 and len(lines) == 2 and err == "error: it is bad\n", f"a run that fails: {code} {err} {lines}")
+    code, err, lines = train("350m-zero-30m-fp8 full-1 full-64k", BAD="full-1")
+    wanted = "error: it is bad\nerror: full-64k continues full-1, which has no log/learning/full-1/ckpt_00001526.bin; "
+    right = code == 1 and len(lines) == 2 and err == wanted + "run scripts/learning.sh full-1\n"
+    check(right and output.endswith("\n== these runs failed: full-1 full-64k\n"), f"a run that fails: {code} {err} {lines}")
     check(" -l 3e-4 -layers 24 " in lines[1] and lines[1].endswith(" -matmul fp8"), f"350m-zero-30m-fp8: {lines[1]}")
     code, err, lines = train("full-1 window-1 window-64k", GPUS="4")
     cp = [line.count(" -cp 2 ") for line in lines]
@@ -502,12 +508,26 @@ done
     code, err, lines = train("", TRAINER="/bin/false")
     right = "\n== these runs failed: " in output and output.endswith(" 350m-window\n") and "smollm2" not in output + err
     check(code == 1 and right, f"all runs without SmolLM2: {output} {err}")
+    shutil.rmtree(os.path.join(root, "data/linux"))
+    shutil.rmtree(os.path.join(root, "log/learning/full-1"))
+    code, err, lines = train("full-64k")
+    right = code == 1 and not lines and err.startswith("error: full-64k continues full-1, ") and err.count("\n") == 1
+    check(right, f"a run whose start is missing makes no text: {code} {err} {lines}")
+    shutil.rmtree(os.path.join(root, "log/learning/window-1"))
+    code, err, lines = train("window-64k")
+    check(code == 1 and lines[0].startswith("bpe ") and "continues" not in err, f"a complete run needs no start: {code} {err} {lines}")
     shutil.rmtree(os.path.join(root, "data/linux_quarter"))
     os.remove(os.path.join(root, "log/learning/50m-mean-1/log.jsonl"))
     code, err, lines = train("50m-mean-1")
     wanted = ["bpe -o data/linux_bpe --name linux --train-vocab 16384 "]
     wanted += [f"bpe -o data/linux_quarter --name linux --tokenizer data/linux_bpe/tokenizer.json --val-documents 8 --every 4 {documents}"]
     check(len(lines) == 2 and lines[0].startswith(wanted[0]) and lines[1] == wanted[1] and code == 1, f"the text: {code} {err} {lines}")
+    with open(vocab, "w", encoding="utf-8") as file:
+        file.write("import no_such_package")
+    shutil.rmtree(os.path.join(root, "data/corpora"))
+    code, err, lines = train("50m-mean-1")
+    right = (code, err, lines) == (1, "error: Python package no_such_package is missing; run pip install -r requirements.txt\n", [])
+    check(right, f"without the packages of data/bpe there is no text: {code} {err} {lines}")
     os.remove(trainer)
     code, err, lines = train("nsa-1")
     check(code == 1 and "build it with make train_gpt_nsa" in err and err.count("\n") == 1, f"no trainer: {code} {err}")
