@@ -54,6 +54,9 @@ nsa-2               97m         linux          200M  -attn nsa -seed 2
 window-2            97m         linux          200M  -attn window -seed 2
 nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 zero-1              97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
+zero-2              97m         linux          200M  -attn nsa -seed 2 -gate-bias 0,0,0
+sliding-1           97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,-2,2
+sliding-2           97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,-2,2
 50m-full-1          97m         linux_quarter   50M  -attn full -seed 1
 50m-full-2          97m         linux_quarter   50M  -attn full -seed 2
 50m-full-rate-1     97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3

@@ -19,6 +19,9 @@ LOSSES = {
         ("window-2", "window-1"),
         ("nsa-fp8-1", "nsa-1"),
         ("zero-1", "nsa-1"),
+        ("zero-2", "nsa-2"),
+        ("sliding-1", "nsa-1"),
+        ("sliding-2", "nsa-2"),
     ],
     "learning_64k": [("full-64k", None), ("nsa-64k", "full-64k"), ("window-64k", "full-64k")],
     "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
@@ -70,6 +73,7 @@ LOSSES = {
 # Runs NAME-1, NAME-2, ... that differ in the seed alone: the names of each table of means. The first is what the others are
 # compared with.
 SEEDS = {
+    "learning_seeds_200m": ["nsa", "zero", "sliding", "window"],
     "learning_seeds": ["50m-zero", "50m-nsa", "50m-sliding"],
     "learning_seeds_fp8": ["50m-zero", "50m-zero-fp8"],
     "learning_seeds_kv": ["50m-nsa", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
@@ -78,9 +82,11 @@ SEEDS = {
 TIMES = {
     "learning_time": [
         ("nsa-1", "full-1"),
+        ("window-1", "full-1"),
         ("nsa-64k", "full-64k"),
         ("350m-nsa", "350m-full"),
         ("50m-nsa-1", "50m-full-1"),
+        ("50m-nsa-1", "50m-window-1"),
         ("50m-hybrid-1", "50m-full-1"),
         ("50m-mean-1", "50m-full-1"),
     ],
