@@ -1,6 +1,6 @@
 """Tests data/hellaswag, data/mc and data/needle from the command line: what they write is read here apart from
-data/evals.py; every error is one line. `make test` sets CPU (the trainer). With lm_eval, torch and transformers the
-trainer's answers to multiple-choice questions must be those of lm-eval, which runs the exported model.
+data/evals.py; every error is one line. `make test` sets CPU (the trainer). With the packages of dev/test/requirements.txt
+the trainer's answers to multiple-choice questions must be those of lm-eval, which runs the exported model.
 """
 
 import concurrent.futures
@@ -404,9 +404,10 @@ def main():
             test_trainer(tmp)
             test_other_tokenizer(tmp, texts)
             run_errors()
-            missing = [p for p in ("lm_eval", "torch", "transformers") if importlib.util.find_spec(p) is None]
+            missing = [p for p in ("lm_eval", "torch", "transformers", "accelerate") if importlib.util.find_spec(p) is None]
             if missing:
-                skip(f"a comparison with lm-eval needs the Python packages {', '.join(missing)}")
+                skip(f"a comparison with lm-eval needs the Python packages {', '.join(missing)}: "
+                     "python3 -m pip install -r dev/test/requirements.txt")  # fmt: skip
             else:
                 test_lm_eval(tmp, texts)
         finally:
