@@ -86,7 +86,9 @@ static inline const OptionFlag *option_flags(int *count) {
         {"l", "lr", OPTION_REAL, OFFSET(lr), 0, 1e6,
          "maximum learning rate (default: the preset's or the checkpoint's)"},
         {"u", "warmup", OPTION_INT, OFFSET(warmup), 0, BIG,
-         "warm-up in steps, in which the learning rate rises linearly (default: likewise)"},
+         "warm-up in steps, in which the learning rate rises linearly (default: the preset's, at most a "
+         "tenth of "
+         "-x; of a checkpoint, its own)"},
         {"k", "lr-schedule", OPTION_TEXT, OFFSET(schedule), 0, 0,
          "learning rate after the warm-up: cosine, linear, constant, or wsd (stable, then decay in the last "
          "fifth)"},

@@ -366,7 +366,7 @@ static inline void run_open_output(Run *r) {
         make_dirs(o->output);
         if (!r->lock) r->lock = folder_lock("-o", o->output);
         if (o->val_only && logger_exists(o->output))
-            die("-o %s: has the log of another run; choose another folder for -val 1", o->output);
+            die("-o %s: has a log already; -val 1 needs a folder without one", o->output);
         checkpoint_dir_check(o->output, o->resume);
         if (!o->val_only) run_copy_tokenizer(r);
     }
@@ -539,7 +539,7 @@ static inline void run_log_start(Run *r) {
     fprintf(f, ",\"gpu\":");
     logger_json_text(f, r->gpu);
     fprintf(f, ",\"processes\":%d", r->comm.ranks);
-    if (r->has_tokenizer) // a checksum, to compare runs
+    if (r->has_tokenizer && r->state.data.tokenizer) // a checksum, to compare training runs
         fprintf(f, ",\"tokenizer\":\"%016llx\"", (unsigned long long)r->state.data.tokenizer);
     fprintf(f, ",\"flags\":{");
     const OptionFlag *flags = option_flags(&count);
@@ -865,8 +865,8 @@ static inline void run_evaluate_file(Run *r, const EvalFile *f, RunEvaluate eval
         const int32_t *argmax;
         const int64_t first = choice;
         if (r->opt.val_only && r->comm.rank == 0 && now_seconds() - told > 10) {
-            fprintf(stderr, "%s: %lld of %lld choices\n", f->name, (long long)choice,
-                    (long long)f->num_choices);
+            fprintf(stderr, "%s: %lld of %lld %s\n", f->name, (long long)choice, (long long)f->num_choices,
+                    f->kind == EVAL_NEEDLE ? "contexts" : "choices");
             told = now_seconds();
         }
         choice = eval_fill_batch(f, first, r->opt.seq_len, &b);

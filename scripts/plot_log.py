@@ -125,6 +125,8 @@ def main():
         die(f"--smooth {args.smooth}: must be at least 1, or 0 for 2% of each run")
     runs = [read_run(argument) for argument in args.runs]
     for run in runs:  # NaN and Inf are null in the log
+        if run.start.get("flags", {}).get("val"):
+            die(f"{run.file}: is the log of -val 1, which has no training curve; drop this run")
         run.train = [row for row in run.train if row["loss"] is not None and math.isfinite(row["loss"])]
         run.val = [row for row in run.val if row["val_loss"] is not None]
         if not run.train and not run.val:

@@ -118,8 +118,8 @@ def read_run(argument):
     for row in rows:
         run.add(row)
     fill_tokens_and_times(run, rows)
-    if not run.train and not run.val:
-        die(f"{file}: has no losses; name the folder of a run that has trained")
+    if not any((run.train, run.val, run.choices, run.needles)):
+        die(f"{file}: has no losses and no answers; name the folder of a run that has trained or validated")
     return run
 
 

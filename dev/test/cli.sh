@@ -171,7 +171,7 @@ for _ in $(seq 300); do grep -q '"step":3,' sfirst/log.jsonl 2>/dev/null && brea
 kill -TERM $pid; wait $pid; code=$?
 check '[ $code -eq 143 ] && ls sfirst | grep -q "^ckpt_"' "SIGTERM at a step with validation: code $code"
 cp sfirst/log.jsonl want
-expect_error "-o sfirst: has the log of another run" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o sfirst
+expect_error "-o sfirst: has a log already; -val 1 needs a folder without one" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o sfirst
 check 'cmp -s want sfirst/log.jsonl' "-val 1 changed the log of a run"
 expect_error "-o sfirst: -sample 1 writes no log" -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -sample 1 -o sfirst
 run -e sfirst/$(ls sfirst | grep -m 1 ^ckpt_) -val 1 -j 'data/recall_val_*.bin' -o validated

@@ -135,7 +135,7 @@ def test_errors(tmp: str) -> None:
     expect_error("argument --tensorboard: expected one argument", "log_export.py", bad, "--tensorboard")
     for program in ("curves.py", "performance.py"):
         expect_error(f"{program} -h lists the flags", "../dev/results/" + program, "--foo")
-    expect_error("has no losses", "plot_log.py", write_log(tmp, "empty", [start_line(0)]))
+    expect_error("has no losses and no answers", "plot_log.py", write_log(tmp, "empty", [start_line(0)]))
     expect_error("all losses are NaN or Inf", "plot_log.py", write_log(tmp, "nan", [{**train_line(1), "loss": None}]))
     expect_error("nothing to export to", "log_export.py", bad)
     expect_error("two runs have the name torn", "log_export.py", *[os.path.join(tmp, "torn")] * 2, "--tensorboard", tmp)
@@ -209,6 +209,13 @@ def test_needle(tmp: str) -> None:
     check(maps == [[[75, 75]] * 3, None, [[50]] * 3, [[100, 100]] * 3], f"heat maps {maps}")
     check(figure.axes[0].get_title() == "needles: books, nsa, step 40\none, keys: 2", figure.axes[0].get_title())
     expect_error("has no needles", "plot_needle.py", os.path.join(tmp, "torn"))
+    # the log of -val 1 -needle -o, which has no losses
+    start = start_line(40)
+    start["start"]["flags"] |= {"i": None, "val": 1}
+    alone = write_log(tmp, "alone", [start, needle_line(40, "one", 3, (128, 256))])
+    code, out, err = run("plot_needle.py", alone, "-o", picture)
+    check(code == 0, f"plot_needle.py of a log of needles alone: {err}")
+    expect_error("is the log of -val 1, which has no training curve", "plot_log.py", alone)
 
 
 def write_blocks(tmp: str, name: str, seed: int, layers: int = 2, lengths: tuple = (40, 150, 200)) -> str:
