@@ -96,10 +96,12 @@ static inline int64_t logger_parse_step(const char *line, size_t length) {
     return strtoll(line + prefix_bytes, NULL, 10);
 }
 
-// Returns whether there is a DIR/log.jsonl.
-static inline int logger_exists(const char *dir) {
+// Returns whether DIR/log.jsonl has a line.
+static inline int logger_has_lines(const char *dir) {
     char path[PATH_BYTES];
-    return snprintf(path, sizeof path, "%s/log.jsonl", dir) < (int)sizeof path && access(path, F_OK) == 0;
+    struct stat st;
+    return snprintf(path, sizeof path, "%s/log.jsonl", dir) < (int)sizeof path && stat(path, &st) == 0 &&
+           st.st_size > 0;
 }
 
 // Opens DIR/log.jsonl; dir NULL: only the console. last_step: the step of the checkpoint from which the run

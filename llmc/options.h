@@ -87,8 +87,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "maximum learning rate (default: the preset's or the checkpoint's)"},
         {"u", "warmup", OPTION_INT, OFFSET(warmup), 0, BIG,
          "warm-up in steps, in which the learning rate rises linearly (default: the preset's, at most a "
-         "tenth of "
-         "-x; of a checkpoint, its own)"},
+         "tenth of -x; of a checkpoint, its own)"},
         {"k", "lr-schedule", OPTION_TEXT, OFFSET(schedule), 0, 0,
          "learning rate after the warm-up: cosine, linear, constant, or wsd (stable, then decay in the last "
          "fifth)"},

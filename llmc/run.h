@@ -365,7 +365,7 @@ static inline void run_open_output(Run *r) {
     if (o->output && r->comm.rank == 0) {
         make_dirs(o->output);
         if (!r->lock) r->lock = folder_lock("-o", o->output);
-        if (o->val_only && logger_exists(o->output))
+        if (o->val_only && logger_has_lines(o->output))
             die("-o %s: has a log already; -val 1 needs a folder without one", o->output);
         checkpoint_dir_check(o->output, o->resume);
         if (!o->val_only) run_copy_tokenizer(r);

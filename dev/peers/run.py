@@ -41,7 +41,7 @@ PARTS = {
 LENGTHS, STEPS = [8192, 16384, 32768, 65536, 131072], [8192, 16384, 32768, 65536]
 HEADS = [(32, 8), (32, 32), (40, 8), (64, 4)]
 START_LIMIT = 300  # seconds until a system is imported
-MARKS = {"wrong": "wrong", "other_blocks": "with other blocks"}  # fields of rows in words; of ours they make the exit code 1
+MARKS = {"wrong": "wrong", "other_blocks": "with other blocks"}  # fields of rows, in words; a mark on a row of ours makes the exit code 1
 
 
 def die(message):

@@ -23,6 +23,7 @@ def main():
     parser.add_argument("-o", metavar="FILE", required=True, dest="output", help="the copy, without AdamW's state")
     args = parser.parse_args()
     import checkpoint
+    import numpy as np
 
     reader = checkpoint.Reader(args.checkpoint)
     if reader.model["attn"] != checkpoint.NSA:
@@ -34,13 +35,13 @@ def main():
     first, count = BRANCHES.index(args.branch), checkpoint.num_gate_logits(reader.model)
     with checkpoint.Writer(args.output, reader.model, reader.seq_len) as out:
         for tensor in reader.table:
-            done = 0
-            for piece in reader.read(tensor):
-                if tensor.name == "bgate":
-                    piece = piece.copy()
-                    piece[[i - done for i in range(first, count, 3) if done <= i < done + piece.size]] = CLOSED
+            pieces = reader.read(tensor)
+            if tensor.name == "bgate":
+                bias = np.concatenate([piece.copy() for piece in pieces])
+                bias[first:count:3] = CLOSED
+                pieces = [bias]
+            for piece in pieces:
                 out.write(piece)
-                done += piece.size
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ PREDICTIONS = {"H200": "predictions_h200.jsonl"}  # tokens/s of llama3_8b, writt
 # benchmarks/llama3_h100_202412 in its repository.
 TORCHTITAN = {32768: 3890, 65536: 2540, 131072: 1071}
 PEERS = {"H200": "peers_h200.jsonl"}  # make peers: other systems on the same GPU model, and ours called from PyTorch
-# What the headline compares: systems and parts of PEERS. The tables show the newest run with all of these, those of training
-# steps the newest run with the steps of these systems. If there is none, they show the newest run.
+# The systems and parts of PEERS that the headline compares. A table shows the newest run that measured all of them, a table of
+# training steps the newest run with a step of each of these systems. If no run is complete, the newest one is shown.
 HEADLINE = {("ours", "core"), ("ours", "core_mean"), ("flash_nsa", "core_mean"), ("fa4", "full")}
 HEADLINE_SHAPE = (65536, (32, 8))
 PAGES = ["README.md", "dev/results/performance.md", "dev/results/learning.md"]

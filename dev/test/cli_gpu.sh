@@ -38,7 +38,7 @@ for r in 1 2; do
     run $MODEL $RUN $DATA -v 0 -o r$r -r $r
     check 'cmp -s a/ckpt_00000004.bin r$r/ckpt_00000004.bin' "-r $r gives other bits: $(cat err)"
 done
-# From 4,096 tokens on, with fp8 from 8,192 on, AdamW runs on a few SMs beside matmuls that are planned for the others: the same bits, too.
+# With many tokens AdamW runs on a few SMs, beside matmuls that are planned for the others: the same bits, too.
 many_tokens() { # MATMUL
     local matmul=$1 size="-layers 3 -b 2"
     if [[ $PROGRAM == *emulator* ]]; then # which takes minutes for the tokens of fp8
