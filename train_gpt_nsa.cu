@@ -26,7 +26,7 @@
 #include "llmc/cuda_common.cuh" // floatX, cuda_check
 #include "llmc/matmul.cuh"      // matmul_forward, matmul_backward_input, matmul_backward_weight
 #include "llmc/linear.cuh"      // Linears, Operand, linear_forward, linear_backward
-#include "llmc/rmsnorm.cuh"     // rmsnorm_forward, rmsnorm_residual_forward, rmsnorm_backward
+#include "llmc/rmsnorm.cuh"     // rmsnorm_forward, rmsnorm_backward
 #include "llmc/swiglu.cuh"      // swiglu_forward, swiglu_backward
 #include "llmc/embedding.cuh"   // embedding_forward, embedding_backward
 #include "llmc/classifier.cuh"  // classifier
@@ -89,7 +89,6 @@ typedef struct {
 typedef struct {
     floatX *logits;         // [lm_head_rows, Vp]
     int64_t lm_head_rows;   // tokens that the LM head processes at a time
-    floatX *proj_out;       // [n, C] output of wo or wdown, before the residual addition
     floatX *convert_buffer; // [n, Hq, d] if attn_needs_convert, with QK-norm: q or k, dq or dk as floatX
     attnX *phi[3];          // if attn_needs_convert: phi_wk, phi_pe, phi_wv of one head group
     floatX *dresidual, *dnorm, *dattn_out; // [n, C], [n, C], [n, Hq, d]
@@ -98,8 +97,8 @@ typedef struct {
     Fp8Matrix dout_q;      // the same of dgate_up [n, 2*hidden], then of columns of dqkv
     floatX *dqkv;          // [n, layout.stride] of the layer
     attnX *attn_dqkv;      // [n, layout.stride] dqkv as attnX; the same array if the types are equal
-    attnX *dq, *dk;  // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed, dq in proj_out
-    char *workspace; // [workspace_bytes] of the attention and of the layers
+    attnX *dq, *dk;        // [n, Hq, d], [n, Hkv, d]: columns of attn_dqkv; with QK-norm packed
+    char *workspace;       // [workspace_bytes] of the attention and of the layers
     size_t workspace_bytes;
     char *matmul_workspace; // [MATMUL_WORKSPACE_BYTES]
     StepResult *result;     // [1] sums of a step
@@ -241,7 +240,7 @@ static void gradients_memory_layout(Model *model) {
     if (attn_needs_convert) arena_alloc(arena, &s->attn_dqkv, n * layout->stride);
     s->dq = s->attn_dqkv, s->dk = s->attn_dqkv + layout->k;
     if (!model->config.qk_norm) return;
-    s->dq = (attnX *)s->proj_out; // only the forward pass of a layer uses proj_out otherwise
+    arena_alloc(arena, &s->dq, q);
     arena_alloc(arena, &s->dk, n * f->kv_heads * f->head_dim);
 }
 
@@ -269,7 +268,6 @@ static void scratch_memory_layout(Model *model, const Batch *max_batch) {
     const int64_t dqkv_size = model->training ? n * model->acts.layers[0].layout.stride : 0;
     s->lm_head_rows = std::min<int64_t>(n, 8192 * Vp <= dqkv_size ? 8192 : 4096);
     if (s->lm_head_rows * Vp > dqkv_size) arena_alloc(arena, &s->logits, s->lm_head_rows * Vp);
-    arena_alloc(arena, &s->proj_out, n * std::max(c->channels, c->qk_norm ? f->q_heads * (int)d : 0));
     if (attn_needs_convert) {
         int64_t window_rows = (int64_t)f->kv_heads / model->groups.count * f->cmp_len;
         if (c->qk_norm) arena_alloc(arena, &s->convert_buffer, n * f->q_heads * d);
@@ -589,13 +587,20 @@ static void layer_ln1(Model *model, int l) {
                     a->ln1_q);
 }
 
+// residual_mid -> ln2.
+static void layer_ln2(Model *model, int l) {
+    const LayerActivations *a = &model->acts.layers[l];
+    profile_part(model, PART_NORMS);
+    rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, model->layout.layers[l].ln2),
+                    model->batch.n, model->config.channels, (float)model->config.norm_eps, model->stream,
+                    a->ln2_q);
+}
+
 // ln1 -> swiglu: everything but the layer's first norm and its last matmul. In a step's first forward pass
 // AdamW of the step before updates the next layer beside these matmuls, which leave some SMs to it.
 static void layer_body(Model *model, int l) {
     const ModelConfig *c = &model->config;
-    const Scratch *s = &model->scratch;
     Linears *m = &model->linears;
-    const LayerParams *w = &model->layout.layers[l];
     const LayerActivations *a = &model->acts.layers[l];
     const int64_t n = model->batch.n, C = c->channels, H = c->hidden, qd = c->fsa.q_heads * c->fsa.head_dim;
     const Operand attn_out = {a->attn_out, a->layout.o_stride, a->attn_q};
@@ -607,10 +612,9 @@ static void layer_body(Model *model, int l) {
             optimizer_update_beside(&model->optimizer, &model->params,
                                     param_after_layer(&model->layout, c, l), n, m->fp8, model->stream);
     operand_quantize(m, &attn_out, n, qd, model->stream);
-    linear_forward(m, s->proj_out, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream);
-    profile_part(model, PART_NORMS);
-    rmsnorm_residual_forward(a->ln2, a->residual_mid, a->ln2_rstd, a->residual_in, s->proj_out,
-                             weight(model, w->ln2), n, (int)C, (float)c->norm_eps, model->stream, a->ln2_q);
+    linear_forward(m, a->residual_mid, C, attn_out, linear_weight(m, l, LINEAR_WO), NULL, n, model->stream,
+                   a->residual_in);
+    layer_ln2(model, l);
     linear_forward(m, a->gate_up, 2 * H, {a->ln2, C, a->ln2_q}, linear_weight(m, l, LINEAR_WGU), NULL, n,
                    model->stream);
     profile_part(model, PART_NORMS);
@@ -627,7 +631,6 @@ static void use_weights(Model *model, int64_t offset) {
 // Runs the current batch up to lnf_out, the input of the LM head.
 static void model_forward(Model *model) {
     const ModelConfig *c = &model->config;
-    const Scratch *s = &model->scratch;
     Linears *m = &model->linears;
     const Activations *acts = &model->acts;
     const ParamLayout *layout = &model->layout;
@@ -640,19 +643,18 @@ static void model_forward(Model *model) {
     use_weights(model, layout->layers[0].ln1);
     layer_ln1(model, 0);
     for (int l = 0; l < c->layers; l++) {
-        const LayerActivations *a = &acts->layers[l], *next = l + 1 < c->layers ? a + 1 : NULL;
+        const LayerActivations *a = &acts->layers[l];
         layer_body(model, l);
-        linear_forward(m, s->proj_out, C, {a->swiglu, c->hidden, a->swiglu_q},
-                       linear_weight(m, l, LINEAR_WDOWN), NULL, n, stream);
+        linear_forward(m, l + 1 < c->layers ? acts->layers[l + 1].residual_in : acts->residual_out, C,
+                       {a->swiglu, c->hidden, a->swiglu_q}, linear_weight(m, l, LINEAR_WDOWN), NULL, n,
+                       stream, a->residual_mid);
         m->matmul.sms = 0;
         use_weights(model, param_after_layer(layout, c, l));
-        profile_part(model, PART_NORMS);
-        rmsnorm_residual_forward(next ? next->ln1 : acts->lnf_out,
-                                 next ? next->residual_in : acts->residual_out,
-                                 next ? next->ln1_rstd : acts->lnf_rstd, a->residual_mid, s->proj_out,
-                                 weight(model, param_after_layer(layout, c, l)), n, (int)C,
-                                 (float)c->norm_eps, stream, next ? next->ln1_q : Fp8Matrix{});
+        if (l + 1 < c->layers) layer_ln1(model, l + 1);
     }
+    profile_part(model, PART_NORMS);
+    rmsnorm_forward(acts->lnf_out, acts->lnf_rstd, acts->residual_out, weight(model, layout->lnf), n, (int)C,
+                    (float)c->norm_eps, stream);
 }
 
 // Computes losses and argmax of the current batch from lnf_out, in chunks of lm_head_rows tokens: the logits
@@ -795,8 +797,7 @@ static void layer_backward(Model *model, int l) {
     if (model->recompute == 1) {
         profile_part(model, PART_NORMS);
         swiglu_forward(m->fp8 ? NULL : a->swiglu, a->gate_up, n, H, stream, a->swiglu_q);
-        rmsnorm_forward(a->ln2, a->ln2_rstd, a->residual_mid, weight(model, w->ln2), n, (int)C,
-                        (float)c->norm_eps, stream, a->ln2_q);
+        layer_ln2(model, l);
         operand_quantize(m, &attn_out, n, qd, stream);
     }
     linear_backward(m, a->swiglu, 0, gradient(model, w->wdown), dresidual, {a->swiglu, H, a->swiglu_q},

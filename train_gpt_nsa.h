@@ -5,7 +5,6 @@
 // functions of the model, except:
 //   the GPU's classifier              crossentropy_forward and crossentropy_backward in one kernel
 //   matmul_backward_input, _weight    the two halves of matmul_backward
-//   rmsnorm_residual_forward          a residual addition, then rmsnorm_forward
 //   layer_body                        layer_forward between the layer's first norm and its last matmul
 //   model_forward_backward            model_forward and model_backward, with the LM head in chunks, for the
 //                                     sum of the losses instead of loss_scale times their mean

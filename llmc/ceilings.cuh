@@ -72,7 +72,7 @@ static Ceilings ceilings_measure(Matmul *mm, const Arena *arena, int fp8, cudaSt
     if (!fp8) return c;
     quantize_rows(a8, a, m, m, m, stream), quantize_rows(b8, b, m, m, m, stream);
     seconds = ceiling_seconds(
-        stream, [&] { fp8_matmul(mm, fp8_mode(mm, 1), d, 0, m, 0, a8, b8, m, m, m, m, stream); });
+        stream, [&] { fp8_matmul(mm, fp8_mode(mm, 1), d, 0, m, NULL, a8, b8, m, m, m, m, stream); });
     if (seconds > 0) c.rate[LIMIT_MATMUL_8] = flops / seconds;
     return c;
 }

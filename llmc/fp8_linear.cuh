@@ -77,13 +77,14 @@ static inline void fp8_weight_quantize(const Matmul *mm, const Fp8Weight *w, con
     if (w->w_t.data) equalize_scales(w->w_t, w->in, w->out, (float *)s->amax, stream);
 }
 
-// out = x weight^T: out [n, out] with rows ldo elements apart, x [n, in].
+// out = x weight^T + addend: out and addend [n, out] with rows ldo elements apart, x [n, in]; addend or NULL.
 static inline void fp8_linear_forward(Matmul *mm, const Fp8Scratch *s, floatX *out, int64_t ldo, Fp8Matrix x,
-                                      const Fp8Weight *w, int64_t n, cudaStream_t stream) {
+                                      const Fp8Weight *w, int64_t n, cudaStream_t stream,
+                                      const floatX *addend = NULL) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(x, n, w->in, (float *)s->amax, stream);
     const Fp8Mode mode = fp8_mode(mm, w->in <= FP8_FAST_TERMS);
-    fp8_matmul(mm, mode, out, 0, ldo, 0, x, w->w, w->in, n, w->out, w->in, stream);
+    fp8_matmul(mm, mode, out, 0, ldo, addend, x, w->w, w->in, n, w->out, w->in, stream);
 }
 
 // dx = dout weight, or dx += dout weight if add != 0: dx [n, in], dout [n, out].
@@ -92,7 +93,8 @@ static inline void fp8_linear_backward_input(Matmul *mm, const Fp8Scratch *s, fl
                                              cudaStream_t stream) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(dout, n, w->out, (float *)s->amax, stream);
-    fp8_matmul(mm, fp8_mode(mm, 0), dx, 0, w->in, add, dout, w->w_t, w->ld_t, n, w->in, w->out, stream);
+    fp8_matmul(mm, fp8_mode(mm, 0), dx, 0, w->in, add ? dx : NULL, dout, w->w_t, w->ld_t, n, w->in, w->out,
+               stream);
 }
 
 // Transposes the operands of a weight gradient to the scratch: dout [n, out], x [n, in].
@@ -109,7 +111,8 @@ static inline void fp8_linear_backward_weight(Matmul *mm, const Fp8Scratch *s, f
                                               int64_t n, int64_t in, int64_t out, cudaStream_t stream) {
     if (n == 0) return;
     const int64_t padded = fp8_padded(n);
-    fp8_matmul(mm, fp8_mode(mm, 0), dweight, 1, in, add, s->dout_t, s->x_t, padded, out, in, padded, stream);
+    fp8_matmul(mm, fp8_mode(mm, 0), dweight, 1, in, add ? dweight : NULL, s->dout_t, s->x_t, padded, out, in,
+               padded, stream);
 }
 
 // Returns whether -matmul is fp8. Exits with an error if it is and cannot train this model with this program

@@ -39,7 +39,7 @@ static inline MatmulShape fp8_matmul_shape(Fp8Mode mode, int fp32_out, int64_t l
 static inline bool fp8_matmul_supported(Matmul *mm, Fp8Mode mode, int fp32_out, int64_t ldo, int64_t rows_a,
                                         int64_t rows_b, int64_t k) {
     MatmulShape s = fp8_matmul_shape(mode, fp32_out, ldo, k, rows_a, rows_b, k);
-    s.align_a = s.align_b = s.align_d = s.align_bias = 16;
+    s.align_a = s.align_b = s.align_c = s.align_d = s.align_bias = 16;
     MatmulCacheEntry entry = {};
     MatmulArrays arrays = {};
     arrays.a_scale = arrays.b_scale = (const float *)mm->workspace; // any address: nothing is read
@@ -50,13 +50,13 @@ static inline bool fp8_matmul_supported(Matmul *mm, Fp8Mode mode, int fp32_out, 
     return status == CUBLAS_STATUS_SUCCESS && found > 0;
 }
 
-// out = a b^T, or out += a b^T if add != 0: out [rows_a, rows_b] with rows ldo elements apart, floatX or
-// fp32; a [rows_a, k]; b [rows_b, k] with rows ldb elements apart. 2*rows_a*rows_b*k FLOPs: 64K tokens of
-// 4,096 inputs and 14,336 outputs take 5.9 ms at 1,300 TFLOP/s.
-static inline void fp8_matmul(Matmul *mm, Fp8Mode mode, void *out, int fp32_out, int64_t ldo, int add,
-                              Fp8Matrix a, Fp8Matrix b, int64_t ldb, int64_t rows_a, int64_t rows_b,
-                              int64_t k, cudaStream_t stream) {
-    const MatmulArrays arrays = {out, b.data, a.data, add ? 1.0f : 0.0f, NULL, b.scale, a.scale};
+// out = a b^T + addend: out and addend [rows_a, rows_b] with rows ldo elements apart, floatX or fp32; a
+// [rows_a, k]; b [rows_b, k] with rows ldb elements apart. addend may be out, or NULL. 2*rows_a*rows_b*k
+// FLOPs: 64K tokens of 4,096 inputs and 14,336 outputs take 5.9 ms at 1,300 TFLOP/s.
+static inline void fp8_matmul(Matmul *mm, Fp8Mode mode, void *out, int fp32_out, int64_t ldo,
+                              const void *addend, Fp8Matrix a, Fp8Matrix b, int64_t ldb, int64_t rows_a,
+                              int64_t rows_b, int64_t k, cudaStream_t stream) {
+    const MatmulArrays arrays = {out, b.data, a.data, addend, NULL, b.scale, a.scale};
     matmul_run(mm, fp8_matmul_shape(mode, fp32_out, ldo, ldb, rows_a, rows_b, k), &arrays, stream);
 }
 #endif

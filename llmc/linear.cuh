@@ -106,15 +106,17 @@ static void operand_quantize(Linears *m, const Operand *x, int64_t n, int64_t k,
     quantize_rows(x->q, x->x, x->stride, n, k, stream);
 }
 
-// out = x w^T + bias: out [n, w->out] with rows ldo elements apart, x [n, w->in], bias [w->out] or NULL.
+// out = x w^T + bias + addend: out and addend [n, w->out] with rows ldo elements apart, x [n, w->in], bias
+// [w->out] or NULL, addend or NULL.
 static void linear_forward(Linears *m, floatX *out, int64_t ldo, Operand x, const Linear *w,
-                           const floatX *bias, int64_t n, cudaStream_t stream) {
+                           const floatX *bias, int64_t n, cudaStream_t stream, const floatX *addend = NULL) {
     profile_mark(m->profile, PART_MATMUL, stream);
     if (!w->q.w.data) {
-        matmul_forward(&m->matmul, out, ldo, x.x, x.stride, w->weight, bias, n, w->in, w->out, stream);
+        matmul_forward(&m->matmul, out, ldo, x.x, x.stride, w->weight, bias, n, w->in, w->out, stream,
+                       addend);
         return;
     }
-    fp8_linear_forward(&m->matmul, &m->scratch, out, ldo, x.q, &w->q, n, stream);
+    fp8_linear_forward(&m->matmul, &m->scratch, out, ldo, x.q, &w->q, n, stream, addend);
     if (bias) add_bias(out, ldo, bias, n, w->out, stream);
 }
 

@@ -31,16 +31,16 @@ typedef struct {
     int64_t m, n, k, lda, ldb, ldd;
     int32_t trans_a, trans_b, fp32_out, bias;
     int32_t fp8, fp8_fast; // fp8: 0, or for e4m3 operands with scales 1 + Fp8Scaling (fp8.h)
-    int32_t align_a, align_b, align_d, align_bias; // bytes, at most 16
-    int64_t sms; // as in Matmul. The struct has no padding, since its bytes are compared.
+    int32_t align_a, align_b, align_c, align_d, align_bias; // bytes, at most 16
+    int32_t sms; // as in Matmul. The struct has no padding, since its bytes are compared.
 } MatmulShape;
 
-// The arrays of a matmul. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the
-// scales of e4m3 operands.
+// The arrays of a matmul. c [m, n] is added to it: an array of d's type and stride, which may be d; NULL:
+// none. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the scales of e4m3
+// operands.
 typedef struct {
     void *d;
-    const void *a, *b;
-    float beta;
+    const void *a, *b, *c;
     const floatX *bias;
     const float *a_scale, *b_scale;
 } MatmulArrays;
@@ -124,8 +124,7 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
             trans_b = s->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSA, &trans_a, sizeof trans_a);
     matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_TRANSB, &trans_b, sizeof trans_b);
-    const int32_t sms = (int32_t)s->sms;
-    if (sms) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &sms, sizeof sms);
+    if (s->sms) matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET, &s->sms, sizeof s->sms);
     if (s->bias) {
         uint32_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         matmul_set_attribute(c, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
@@ -148,7 +147,7 @@ static inline cublasStatus_t matmul_find_algo(Matmul *mm, MatmulCacheEntry *c, c
     const cublasLtMatmulPreferenceAttributes_t attributes[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    const int32_t alignments[] = {s->align_a, s->align_b, s->align_d, s->align_d};
+    const int32_t alignments[] = {s->align_a, s->align_b, s->align_c, s->align_d};
     for (int i = 0; i < 4; i++) {
         uint32_t bytes = (uint32_t)alignments[i];
         cublas_check(
@@ -179,18 +178,19 @@ static inline int32_t matmul_align(const void *p) {
     return p == NULL || (uintptr_t)p % 16 == 0 ? 16 : (int32_t)((uintptr_t)p & -(uintptr_t)p);
 }
 
-// d = op(a) op(b) + beta*d + bias, column-major, of shape s.
+// d = op(a) op(b) + c + bias, column-major, of shape s.
 static inline void matmul_run(Matmul *mm, MatmulShape s, const MatmulArrays *x, cudaStream_t stream) {
     if (s.m == 0 || s.n == 0) return;
+    const void *c = x->c ? x->c : x->d; // without c nothing is read there
     s.bias = x->bias != NULL, s.sms = mm->sms;
-    s.align_a = matmul_align(x->a), s.align_b = matmul_align(x->b);
+    s.align_a = matmul_align(x->a), s.align_b = matmul_align(x->b), s.align_c = matmul_align(c);
     s.align_d = matmul_align(x->d), s.align_bias = matmul_align(x->bias);
     MatmulCacheEntry *entry = NULL, *oldest = &mm->cache[0];
     for (int i = 0; i < MATMUL_CACHE_SIZE && !entry; i++) {
-        MatmulCacheEntry *c = &mm->cache[i];
-        if (c->last_used && memcmp(&c->shape, &s, sizeof s) == 0) entry = c;
-        if (c->last_used < oldest->last_used) oldest = c;
-        if (!c->last_used) break; // the cache fills up from its beginning
+        MatmulCacheEntry *e = &mm->cache[i];
+        if (e->last_used && memcmp(&e->shape, &s, sizeof s) == 0) entry = e;
+        if (e->last_used < oldest->last_used) oldest = e;
+        if (!e->last_used) break; // the cache fills up from its beginning
     }
     if (!entry) {
         matmul_evict(oldest);
@@ -199,19 +199,20 @@ static inline void matmul_run(Matmul *mm, MatmulShape s, const MatmulArrays *x, 
     }
     entry->last_used = ++mm->clock;
     matmul_set_arrays(entry, x);
-    const float one = 1;
-    cublas_check(cublasLtMatmul(mm->handle, entry->desc, &one, x->a, entry->a, x->b, entry->b, &x->beta, x->d,
+    const float one = 1, beta = x->c ? 1.0f : 0.0f;
+    cublas_check(cublasLtMatmul(mm->handle, entry->desc, &one, x->a, entry->a, x->b, entry->b, &beta, c,
                                 entry->d, x->d, entry->d, &entry->algo, mm->workspace, mm->workspace_bytes,
                                 stream));
 }
 
-// out = x weight^T + bias: out [n, o] with rows ldo elements apart, x [n, c] with rows ldx elements apart,
-// weight [o, c], bias [o] or NULL. 2*n*c*o FLOPs: 64K tokens, c = 4096, o = 14336 have 7.7 TFLOP, which takes
-// 9.8 ms at 790 TFLOP/s. Limited by the tensor cores; below about n = 300, by reading the weights.
+// out = x weight^T + bias + addend: out and addend [n, o] with rows ldo elements apart, x [n, c] with rows
+// ldx elements apart, weight [o, c], bias [o] or NULL, addend or NULL. 2*n*c*o FLOPs: 64K tokens, c = 4096, o
+// = 14336 have 7.7 TFLOP, which takes 9.8 ms at 790 TFLOP/s. Limited by the tensor cores; below about n =
+// 300, by reading the weights.
 static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const floatX *x, int64_t ldx,
                                   const floatX *weight, const floatX *bias, int64_t n, int64_t c, int64_t o,
-                                  cudaStream_t stream) {
-    const MatmulArrays arrays = {out, weight, x, 0, bias};
+                                  cudaStream_t stream, const floatX *addend = NULL) {
+    const MatmulArrays arrays = {out, weight, x, addend, bias};
     matmul_run(mm, MatmulShape{o, n, c, c, ldx, ldo, 1, 0, 0}, &arrays, stream);
 }
 
@@ -220,7 +221,7 @@ static inline void matmul_forward(Matmul *mm, floatX *out, int64_t ldo, const fl
 static inline void matmul_backward_input(Matmul *mm, floatX *dx, int add, const floatX *dout, int64_t ldo,
                                          const floatX *weight, int64_t n, int64_t c, int64_t o,
                                          cudaStream_t stream) {
-    const MatmulArrays arrays = {dx, weight, dout, add ? 1.0f : 0.0f};
+    const MatmulArrays arrays = {dx, weight, dout, add ? dx : NULL};
     matmul_run(mm, MatmulShape{c, n, o, c, ldo, c, 0, 0, 0}, &arrays, stream);
 }
 
@@ -301,7 +302,7 @@ static inline void matmul_backward_weight(Matmul *mm, float *dweight, int add, c
                                           int64_t ldo, const floatX *x, int64_t ldx, int64_t n, int64_t c,
                                           int64_t o, cudaStream_t stream) {
     if (n == 0) return;
-    const MatmulArrays arrays = {dweight, x, dout, add ? 1.0f : 0.0f};
+    const MatmulArrays arrays = {dweight, x, dout, add ? dweight : NULL};
     matmul_run(mm, MatmulShape{c, o, n, ldx, ldo, c, 0, 1, 1}, &arrays, stream);
 }
 #endif

@@ -10,7 +10,7 @@ typedef enum {
     PART_QUANTIZE,          // to e4m3, in kernels of their own
     PART_ATTENTION_FORWARD, // fsa_forward or the dense attention, and RoPE
     PART_ATTENTION_BACKWARD,
-    PART_NORMS, // RMSNorm, residuals, SwiGLU
+    PART_NORMS, // RMSNorm, SwiGLU
     PART_EMBEDDING,
     PART_CLASSIFIER, // LM head and cross-entropy
     PART_OPTIMIZER,  // the gradient norm, and waiting for AdamW, which runs beside the forward pass
@@ -70,14 +70,13 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
         if (p->step)
             work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
     }
-    // Bytes per token: RMSNorm with residual 8C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 computes
-    // both norms without their residuals again, 4C each, and SwiGLU; -r 2 the first norm without its
-    // residual. With fp8 the second norm and SwiGLU write one byte instead of two. The first norm and the
+    // Bytes per token: RMSNorm 4C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 and -r 2 compute both norms
+    // and SwiGLU again. With fp8 the second norm and SwiGLU write one byte instead of two. The first norm and the
     // backward passes of both norms write e4m3 and 16 bits.
     const double fp8 = p->fp8 ? 1 : 0, swiglu = (6 - fp8) * H;
-    double norms = 16 * C + swiglu;
+    double norms = 8 * C + swiglu;
     if (p->step) norms += 16 * C + 2 * C * fp8 + (10 - 2 * fp8) * H;
-    if (p->step && p->recompute) norms += (p->recompute == 1 ? 8 : 12) * C + swiglu;
+    if (p->step && p->recompute) norms += 8 * C + swiglu;
     work[PART_NORMS].limit = LIMIT_MEMORY;
     work[PART_NORMS].amount = n * norms * layers;
 }

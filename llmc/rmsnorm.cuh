@@ -1,5 +1,5 @@
-// rmsnorm.cuh: RMSNorm, out = x / sqrt(mean(x^2) + eps) * weight, over rows of c channels: of an array, of
-// the sum of two arrays (residual connection), or of each head of a row (QK-norm).
+// rmsnorm.cuh: RMSNorm, out = x / sqrt(mean(x^2) + eps) * weight, over rows of c channels: of an array, or of
+// each head of a row (QK-norm).
 //
 // A team of threads processes a row: 8 or 32 lanes of a warp, or a thread block of 128 or 512. A thread then
 // holds at most RMSNORM_PACKS packs of the row in registers, and memory is read once.
@@ -24,41 +24,29 @@ __device__ __forceinline__ int64_t rmsnorm_row_offset(const RmsnormRows &r, int 
     return token * stride + (int64_t)(row - token * r.heads) * r.c;
 }
 
-// Each team normalizes one row of x, or of sum = x + y if y is not NULL. Memory-bound. A row reads 2*c bytes
-// and writes 2*c bytes in 16 bits, with y twice as much. Lower bounds for 64K tokens of c = 4096 at 4.5 TB/s:
-//   without y  1.07 GB  0.24 ms
-//   with y     2.15 GB  0.48 ms
-// With FP8 the row of out goes to q too, quantized after it is rounded to floatX. out may be NULL then.
+// Each team normalizes one row of x. Memory-bound. A row reads 2*c bytes and writes 2*c in 16 bits: 64K
+// tokens of c = 4096 move 1.07 GB, which takes 0.24 ms at 4.5 TB/s. With FP8 the row of out goes to q too,
+// quantized after it is rounded to floatX. out may be NULL then.
 template <int TEAM, bool FP8>
 static __global__ void __launch_bounds__(team_threads(TEAM))
-    rmsnorm_forward_kernel(RmsnormRows r, floatX *out, Fp8Matrix q, floatX *sum, float *rstd, const floatX *x,
-                           int64_t stride, const floatX *y, const floatX *weight, float eps) {
+    rmsnorm_forward_kernel(RmsnormRows r, floatX *out, Fp8Matrix q, float *rstd, const floatX *x,
+                           int64_t stride, const floatX *weight, float eps) {
     __shared__ float shared[32];
     int lane = threadIdx.x % TEAM, row = blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
     int packs = row < r.rows ? r.c / PACK : 0; // a team past the last row only joins the reductions
     int64_t src = rmsnorm_row_offset(r, row, stride), dst = (int64_t)row * r.c;
-    uint4 bits[RMSNORM_PACKS], y_bits[RMSNORM_PACKS]; // bits: of x, then of the sum
+    uint4 bits[RMSNORM_PACKS];
     float squares = 0, v[PACK], w[PACK];
 #pragma unroll
     for (int i = 0; i < RMSNORM_PACKS; i++) { // all loads are in flight before the first is used
         int column = (lane + i * TEAM) * PACK;
         if (lane + i * TEAM >= packs) break;
         bits[i] = load16(x + src + column);
-        if (y) y_bits[i] = load16(y + src + column);
     }
 #pragma unroll
     for (int i = 0; i < RMSNORM_PACKS; i++) {
-        int column = (lane + i * TEAM) * PACK;
         if (lane + i * TEAM >= packs) break;
         unpack(v, bits[i]);
-        if (y) {
-            unpack(w, y_bits[i]);
-#pragma unroll
-            for (int j = 0; j < PACK; j++) v[j] += w[j];
-            bits[i] = pack(v);
-            store16(sum + dst + column, bits[i]);
-            unpack(v, bits[i]); // normalize the rounded sum, as it is stored
-        }
 #pragma unroll
         for (int j = 0; j < PACK; j++) squares += v[j] * v[j];
     }
@@ -204,8 +192,8 @@ static inline void rmsnorm_heads_forward(floatX *out, float *rstd, const floatX 
     check_packs("rmsnorm", stride);
     int64_t blocks = rmsnorm_blocks(n * heads, d);
     RmsnormRows rows = {(int)(n * heads), heads, d};
-    RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, d, stream, rows, out, Fp8Matrix{}, (floatX *)NULL,
-                   rstd, x, stride, (const floatX *)NULL, weight, eps);
+    RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, d, stream, rows, out, Fp8Matrix{}, rstd, x, stride,
+                   weight, eps);
 }
 
 // Returns the bytes of scratch that the backward pass of `rows` rows (tokens times heads) of c channels
@@ -246,32 +234,19 @@ static inline void rmsnorm_heads_backward(floatX *dx, int64_t dx_stride, float *
 // quantize_rows makes of the output. c is then a multiple of FP8_ALIGN, and the output of a forward pass may
 // be NULL.
 
-static inline void rmsnorm_launch_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
-                                          const floatX *y, const floatX *weight, int64_t n, int c, float eps,
-                                          cudaStream_t stream, Fp8Matrix q) {
+// Normalizes the rows of x: out, x [n, c], rstd [n], weight [c].
+static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *weight, int64_t n,
+                                   int c, float eps, cudaStream_t stream, Fp8Matrix q = {}) {
     if (n == 0) return;
     int64_t blocks = rmsnorm_blocks(n, c);
     RmsnormRows rows = {(int)n, 1, c};
     if (q.data) check_fp8_row("rmsnorm", c);
     if (q.data)
-        RMSNORM_LAUNCH(rmsnorm_forward_kernel, true, blocks, c, stream, rows, out, q, sum, rstd, x, c, y,
-                       weight, eps);
+        RMSNORM_LAUNCH(rmsnorm_forward_kernel, true, blocks, c, stream, rows, out, q, rstd, x, c, weight,
+                       eps);
     else
-        RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, c, stream, rows, out, q, sum, rstd, x, c, y,
-                       weight, eps);
-}
-
-// Normalizes the rows of x: out, x [n, c], rstd [n], weight [c].
-static inline void rmsnorm_forward(floatX *out, float *rstd, const floatX *x, const floatX *weight, int64_t n,
-                                   int c, float eps, cudaStream_t stream, Fp8Matrix q = {}) {
-    rmsnorm_launch_forward(out, NULL, rstd, x, NULL, weight, n, c, eps, stream, q);
-}
-
-// sum = x + y, and out = the normalized rows of sum: all [n, c], rstd [n], weight [c]. sum may be x or y.
-static inline void rmsnorm_residual_forward(floatX *out, floatX *sum, float *rstd, const floatX *x,
-                                            const floatX *y, const floatX *weight, int64_t n, int c,
-                                            float eps, cudaStream_t stream, Fp8Matrix q = {}) {
-    rmsnorm_launch_forward(out, sum, rstd, x, y, weight, n, c, eps, stream, q);
+        RMSNORM_LAUNCH(rmsnorm_forward_kernel, false, blocks, c, stream, rows, out, q, rstd, x, c, weight,
+                       eps);
 }
 
 // The gradient of rmsnorm_forward, given dout [n, c]: overwrites dx [n, c], or adds to it if add != 0, and

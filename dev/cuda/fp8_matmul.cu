@@ -73,8 +73,8 @@ static void check_matmul(Random *r, const char *what, Fp8Mode mode, Fp8Host &a, 
     Fp8Buffer a_in(rows_a, k), b_in(rows_b, k);
     upload(a_in, a, mode.scaling), upload(b_in, b, mode.scaling);
     Buffer<T> out(rows_a * ldo), again(rows_a * ldo);
-    fp8_matmul(&mm, mode, out, fp32_out, ldo, 0, a_in, b_in, k, rows_a, rows_b, k, 0);
-    fp8_matmul(&mm, mode, again, fp32_out, ldo, 0, a_in, b_in, k, rows_a, rows_b, k, 0);
+    fp8_matmul(&mm, mode, out, fp32_out, ldo, NULL, a_in, b_in, k, rows_a, rows_b, k, 0);
+    fp8_matmul(&mm, mode, again, fp32_out, ldo, NULL, a_in, b_in, k, rows_a, rows_b, k, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     check_same(name, out, again);
     const std::vector<T> got = out.host();
@@ -86,10 +86,15 @@ static void check_matmul(Random *r, const char *what, Fp8Mode mode, Fp8Host &a, 
         check_that(gaps_poisoned(got, ldo, rows_a, rows_b), "fp8 matmul: bytes written between rows", 1, 0);
     std::vector<float> old(rows_a * rows_b);
     for (int64_t i = 0; i < rows_a * rows_b; i++) old[i] = to_float(got[i / rows_b * ldo + i % rows_b]);
-    fp8_matmul(&mm, mode, out, fp32_out, ldo, 1, a_in, b_in, k, rows_a, rows_b, k, 0);
-    CUDA_CHECK(cudaDeviceSynchronize());
-    e = sampled_error(r, out.host(), ldo, old, a, b, mode.scaling);
-    check_that(e < tolerance, (std::string(name) + ", added").c_str(), e, tolerance);
+    for (int in_place = 0; in_place < 2; in_place++) { // again holds the same values as out
+        fp8_matmul(&mm, mode, out, fp32_out, ldo, in_place ? out.get() : again.get(), a_in, b_in, k, rows_a,
+                   rows_b, k, 0);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        if (in_place) check_same("fp8 matmul, added to another array and in place", out, again);
+        e = sampled_error(r, out.host(), ldo, old, a, b, mode.scaling);
+        check_that(e < tolerance, (std::string(name) + ", added").c_str(), e, tolerance);
+        again.set(out.host()), out.set(got);
+    }
     check_that(out.guards_intact(), "fp8 matmul: bytes written outside", 1, 0);
     check_bits("operand of a matmul", name, a_in, a, mode.scaling);
     check_bits("operand of a matmul", name, b_in, b, mode.scaling);
@@ -359,7 +364,7 @@ static std::vector<float> multiplied(Fp8Mode mode, Fp8Host &a, Fp8Host &b) {
     Fp8Buffer a_in(a.rows, a.k), b_in(b.rows, b.k);
     Buffer<float> out(a.rows * b.rows);
     upload(a_in, a, mode.scaling), upload(b_in, b, mode.scaling);
-    fp8_matmul(&mm, mode, out, 1, b.rows, 0, a_in, b_in, a.k, a.rows, b.rows, a.k, 0);
+    fp8_matmul(&mm, mode, out, 1, b.rows, NULL, a_in, b_in, a.k, a.rows, b.rows, a.k, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     return out.host();
 }
@@ -479,8 +484,8 @@ static void time_matmuls(Random *r, int64_t n, int64_t c, int64_t o) {
                 continue;
             }
             ms = time_ms([&] {
-                fp8_matmul(&mm, mode, t.out, t.fp32_out, t.b->rows, t.add, *t.a, *t.b, t.a->k, t.a->rows,
-                           t.b->rows, t.a->k, 0);
+                fp8_matmul(&mm, mode, t.out, t.fp32_out, t.b->rows, t.add ? t.out : NULL, *t.a, *t.b, t.a->k,
+                           t.a->rows, t.b->rows, t.a->k, 0);
             });
             report("fp8_matmul", t.dir, version.c_str(), n, c, o, ms, t.bytes, flops);
         }

@@ -1,4 +1,4 @@
-// dev/cuda/rmsnorm.cu: RMSNorm, alone, of a sum, and of heads inside a row; and its backward pass.
+// dev/cuda/rmsnorm.cu: RMSNorm, of rows and of heads inside a row; and its backward pass.
 //   version 1: a thread a row; backward, a thread a channel for the weight's gradient
 //   version 2: a warp a row, which it reads twice (forward)
 //   library  : a team of threads fit for the row's length, which holds it in registers (llmc/rmsnorm.cuh)
@@ -71,9 +71,8 @@ static void backward_v1(floatX *dx, float *dweight, const floatX *dout, const fl
 }
 
 static void check(Random *r, int64_t n, int c) {
-    HostX x(r, n * c, 2), y(r, n * c, 1), weight(r, c, 1), dout(r, n * c, 1), dx0(r, n * c, 1);
-    BufferX dx_in(x.raw), dy(y.raw), w(weight.raw), d(dout.raw), out(n * c), sum(n * c), again(n * c),
-        dx(dx0.raw);
+    HostX x(r, n * c, 2), weight(r, c, 1), dout(r, n * c, 1), dx0(r, n * c, 1);
+    BufferX dx_in(x.raw), w(weight.raw), d(dout.raw), out(n * c), again(n * c), dx(dx0.raw);
     Buffer<float> rstd(n), dw(c), dw_again(c);
     Buffer<char> scratch((int64_t)rmsnorm_backward_scratch(n, c));
     std::vector<float> expected(n * c), rstd_ref(n), dx_ref = dx0.f, dw_ref(c), dw0(c);
@@ -115,18 +114,6 @@ static void check(Random *r, int64_t n, int c) {
     again.set(dout.raw), dw_again.set(dw0);
     rmsnorm_backward(again, 0, dw_again, again, dx_in, w, rstd, n, c, scratch, 0);
     check_same("rmsnorm backward in place", dx, again);
-
-    // the norm is that of the rounded sum, which is kept
-    std::vector<float> added(n * c);
-    for (int64_t i = 0; i < n * c; i++) added[i] = to_float(from_float<floatX>(x.f[i] + y.f[i]));
-    rmsnorm_forward(expected.data(), rstd_ref.data(), added.data(), weight.f.data(), n, c, eps);
-    out.poison(), rstd.poison();
-    rmsnorm_residual_forward(out, sum, rstd, dx_in, dy, w, n, c, eps, 0);
-    check_close("sum", "library", shape, sum, added, 1e-30);
-    check_close("residual", "library", shape, out, expected, rounded_tolerance);
-    check_close("rstd", "library", shape, rstd, rstd_ref, fp32_tolerance);
-    rmsnorm_forward(again, rstd, sum, w, n, c, eps, 0);
-    check_same("rmsnorm of a sum, and of the sum as it is kept", out, again);
 }
 
 // Heads inside rows of `stride` numbers, the gradient's tokens dx_stride apart.
@@ -210,8 +197,6 @@ int main(int argc, char **argv) {
         report("rmsnorm", "bwd", "1", n, c, 0, ms, 4 * bytes, 0);
         ms = time_ms([&] { rmsnorm_backward(out, 1, dw, y, x, weight, rstd, n, c, scratch, 0); });
         report("rmsnorm", "bwd", "library", n, c, 0, ms, 4 * bytes, 0);
-        ms = time_ms([&] { rmsnorm_residual_forward(out, x, rstd, x, y, weight, n, c, eps, 0); });
-        report("rmsnorm", "residual", "library", n, c, 0, ms, 4 * bytes, 0);
         ms = time_ms([&] { rmsnorm_heads_forward(out, rstd, x, c, weight, n, heads, d, eps, 0); });
         report("rmsnorm", "heads fwd", "library", n * heads, d, 0, ms, 2 * bytes, 0);
         ms = time_ms(
