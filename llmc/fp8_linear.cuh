@@ -14,10 +14,10 @@
 
 // Scales: of rows in all matmuls. A row of the operands of a weight gradient is a channel, so their scales
 // cost another pass over both. One scale for each operand takes 1.5% less of a step; too few runs show
-// whether it trains as well (dev/results/experiments.md). Accumulation: fast in a forward pass of at most
-// FP8_FAST_TERMS inputs: its error is 0.0013, that of rounding the output to bf16 0.0011. Precise in longer
-// sums and in all gradients: a gradient that all tokens share has terms of one sign, and fast accumulation
-// cuts such sums (fp8_matmul.cuh).
+// whether it trains as well (dev/results/experiments.md). Accumulation: fast in sums of at most
+// FP8_FAST_TERMS channels, forward and in input gradients: its error is 0.0013, that of rounding the output
+// to bf16 0.0011. Precise in longer sums and in weight gradients: where all tokens share a gradient, these
+// have terms of one sign, and fast accumulation cuts such sums (fp8_matmul.cuh).
 enum { FP8_FAST_TERMS = 4096 };
 
 // A quantized weight, or some of its rows.
@@ -93,8 +93,8 @@ static inline void fp8_linear_backward_input(Matmul *mm, const Fp8Scratch *s, fl
                                              cudaStream_t stream) {
     if (n == 0) return;
     if (!mm->row_scales) equalize_scales(dout, n, w->out, (float *)s->amax, stream);
-    fp8_matmul(mm, fp8_mode(mm, 0), dx, 0, w->in, add ? dx : NULL, dout, w->w_t, w->ld_t, n, w->in, w->out,
-               stream);
+    const Fp8Mode mode = fp8_mode(mm, w->out <= FP8_FAST_TERMS);
+    fp8_matmul(mm, mode, dx, 0, w->in, add ? dx : NULL, dout, w->w_t, w->ld_t, n, w->in, w->out, stream);
 }
 
 // Transposes the operands of a weight gradient to the scratch: dout [n, out], x [n, in].
