@@ -4,82 +4,136 @@
 #ifndef LLMC_CLASSIFIER_CUH
 #define LLMC_CLASSIFIER_CUH
 #include "cuda_common.cuh"
+#include "ptx.cuh"
 
-// The online-softmax state of a subset of a row's logits: the maximum, the sum of exp(logit - max), and the
-// first index of the maximum.
+enum { CLASSIFIER_PACKS = 4 }; // packs of a row that a thread holds in registers: a chunk
+
+// The online softmax of some of a row's logits: the maximum, the sum of exp(logit - max), and the first pack
+// that holds the maximum; -1: none.
 struct Softmax {
     float max, sum;
-    int argmax;
+    int pack;
 };
-// Combines two parts of a row, in either order. If their maxima are equal, argmax is the lower index.
-__device__ __forceinline__ Softmax softmax_combine(const Softmax &a, const Softmax &b) {
-    bool second = b.max > a.max || (b.max == a.max && b.argmax < a.argmax);
-    Softmax s = {fmaxf(a.max, b.max), 0, second ? b.argmax : a.argmax};
-    float shift = s.max == -INFINITY ? 0 : s.max; // no logit yet; a NaN stays in the sum
-    s.sum = a.sum * __expf(a.max - shift) + b.sum * __expf(b.max - shift);
-    return s;
+// exp(x - max) is 2^(x log2(e) - shift): a multiply-add and one more instruction.
+__device__ __forceinline__ float softmax_shift(float max) {
+    return max == -INFINITY ? 0 : max * LOG2E; // no logit yet; a NaN stays in the sum
 }
-__device__ __forceinline__ Softmax softmax_warp_reduce(Softmax s) {
-    for (int i = 16; i > 0; i /= 2) {
-        Softmax other;
-        other.max = __shfl_xor_sync(0xffffffffu, s.max, i);
-        other.sum = __shfl_xor_sync(0xffffffffu, s.sum, i);
-        other.argmax = __shfl_xor_sync(0xffffffffu, s.argmax, i);
-        s = softmax_combine(s, other);
-    }
-    return s;
+// Makes max and sum those of the warp.
+__device__ __forceinline__ void softmax_warp_reduce(float &max, float &sum) {
+    float all = max;
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, i));
+    sum = warp_reduce_sum(sum * exp2_approx(max * LOG2E - softmax_shift(all)));
+    max = all;
 }
 
-// Each thread block processes one row. The first pass computes the maximum and the sum of each thread's
-// packs, then combines them over the block. The second pass writes the gradient. It runs backwards through
-// the row, to start with the logits that the caches read last. Memory-bound. Lower bounds for 8K rows of
-// 32,768 logits in 16 bits:
-//   memory  2*vp bytes per row read from HBM (and again from L2), 2*vp written  1.07 GB at 4.5 TB/s   0.24 ms
-//   exp     two per logit                                                       0.54 G at 3.7 T/s     0.14 ms
-static __global__ void __launch_bounds__(1024)
+// Makes the columns of pack i from v on, which may hold anything, -Inf.
+__device__ __forceinline__ uint4 mask_logits(const uint4 &bits, int i, int v) {
+    float x[PACK];
+    unpack(x, bits);
+#pragma unroll
+    for (int j = 0; j < PACK; j++)
+        if (i * PACK + j >= v) x[j] = -INFINITY;
+    return pack(x);
+}
+
+// Loads the thread's packs first, first + blockDim.x, ... of a chunk of a row that has `packs` packs.
+__device__ __forceinline__ void load_chunk(uint4 (&bits)[CLASSIFIER_PACKS], const floatX *logits, int first,
+                                           int packs, int v) {
+#pragma unroll
+    for (int k = 0; k < CLASSIFIER_PACKS; k++) { // all loads are in flight before the first is used
+        const int i = first + k * (int)blockDim.x;
+        if (i < packs) bits[k] = load16(logits + i * PACK);
+    }
+    if (first - (int)threadIdx.x + CLASSIFIER_PACKS * (int)blockDim.x <= v / (int)PACK) return;
+#pragma unroll
+    for (int k = 0; k < CLASSIFIER_PACKS; k++) bits[k] = mask_logits(bits[k], first + k * (int)blockDim.x, v);
+}
+
+// Adds the thread's packs first, first + blockDim.x, ... of a chunk to s.
+__device__ __forceinline__ void softmax_add(Softmax &s, const uint4 (&bits)[CLASSIFIER_PACKS], int first,
+                                            int packs) {
+    const float old = s.max * LOG2E;
+    float x[PACK];
+#pragma unroll
+    for (int k = 0; k < CLASSIFIER_PACKS; k++) {
+        if (first + k * (int)blockDim.x >= packs) break;
+        unpack(x, bits[k]);
+#pragma unroll
+        for (int j = 1; j < PACK; j++) x[0] = fmaxf(x[0], x[j]);
+        if (x[0] > s.max) s.max = x[0], s.pack = first + k * (int)blockDim.x;
+    }
+    const float shift = softmax_shift(s.max);
+    s.sum *= exp2_approx(old - shift);
+#pragma unroll
+    for (int k = 0; k < CLASSIFIER_PACKS; k++) {
+        if (first + k * (int)blockDim.x >= packs) break;
+        unpack(x, bits[k]);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) s.sum += exp2_approx(x[j] * LOG2E - shift);
+    }
+}
+
+// Each thread block processes one row, in chunks that it holds in registers. The first pass computes the
+// maximum and the sum of each thread's packs, then combines them over the block. The second pass writes the
+// gradient. It begins with the last chunk, which is still in registers, so rows of one chunk (32,768 logits
+// in 16 bits) are read once. Memory-bound. Lower bounds for 8K rows of 32,768 logits in 16 bits:
+//   memory        2*vp bytes per row read, 2*vp written  1.07 GB at 4.5 TB/s              0.24 ms
+//   exp2          two per logit                          0.54 G at 3.7 T/s                0.14 ms
+//   instructions  about 13 per logit                     3.5 G on 132 SMs of 128 lanes    0.12 ms
+static __global__ void __launch_bounds__(1024, 2)
     classifier_kernel(floatX *all_logits, float *losses, int32_t *argmax, const int32_t *targets, float dloss,
                       int v, int vp) {
-    __shared__ Softmax parts[32];
+    __shared__ float2 parts[32];
+    __shared__ int row_argmax;
     floatX *logits = all_logits + (int64_t)blockIdx.x * vp;
-    int target = targets[blockIdx.x], packs = (v + PACK - 1) / PACK; // packs with a column below v
-    Softmax s = {-INFINITY, 0, INT_MAX};
-    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-        float x[PACK];
-        load_pack(x, logits + i * PACK);
-        float max = s.max;
-#pragma unroll
-        for (int j = 0; j < PACK; j++) {
-            if (i * PACK + j >= v) x[j] = -INFINITY;
-            if (x[j] > max) max = x[j], s.argmax = i * PACK + j;
-        }
-        float shift = max == -INFINITY ? 0 : max;
-        s.sum *= __expf(s.max - shift);
-        s.max = max;
-#pragma unroll
-        for (int j = 0; j < PACK; j++) s.sum += __expf(x[j] - shift);
+    const int target = targets[blockIdx.x], packs = vp / PACK, lane = threadIdx.x % 32;
+    const int chunk = CLASSIFIER_PACKS * (int)blockDim.x, last = (packs - 1) / chunk * chunk;
+    uint4 bits[CLASSIFIER_PACKS];
+    Softmax s = {-INFINITY, 0, -1};
+    for (int first = threadIdx.x; first < last + (int)blockDim.x; first += chunk) {
+        load_chunk(bits, logits, first, packs, v);
+        softmax_add(s, bits, first, packs);
     }
-    s = softmax_warp_reduce(s);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = s;
+    float max = s.max, sum = s.sum;
+    softmax_warp_reduce(max, sum);
+    if (lane == 0) parts[threadIdx.x / 32] = make_float2(max, sum);
+    if (threadIdx.x == 0) row_argmax = INT_MAX;
     __syncthreads();
-    Softmax none = {-INFINITY, 0, INT_MAX};
-    s = softmax_warp_reduce(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : none);
-    float lse = s.max + logf(s.sum);
+    max = lane < blockDim.x / 32 ? parts[lane].x : -INFINITY;
+    sum = lane < blockDim.x / 32 ? parts[lane].y : 0;
+    softmax_warp_reduce(max, sum);
+    if (s.max == max && s.pack >= 0) { // the pack that holds the row's maximum
+        float x[PACK];
+        unpack(x, mask_logits(load16(logits + s.pack * PACK), s.pack, v));
+        int first = PACK - 1;
+#pragma unroll
+        for (int j = PACK - 2; j >= 0; j--)
+            if (x[j] == max) first = j;
+        atomicMin(&row_argmax, s.pack * PACK + first);
+    }
+    const float lse2 = softmax_shift(max) + log2f(sum), target_logit = (float)logits[target];
+    __syncthreads(); // all have read the logits
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = lse - (float)logits[target];
-        argmax[blockIdx.x] = s.argmax < v ? s.argmax : 0;
+        losses[blockIdx.x] = lse2 / LOG2E - target_logit;
+        argmax[blockIdx.x] = row_argmax < v ? row_argmax : 0;
     }
     if (dloss == 0) return;
-    __syncthreads(); // the target's logit has been read
-    for (int i = vp / PACK - 1 - (int)threadIdx.x; i >= 0; i -= blockDim.x) {
-        float x[PACK] = {};
-        if (i < packs) load_pack(x, logits + i * PACK);
+    for (int first = last + (int)threadIdx.x; first >= 0; first -= chunk) {
+        if (first - (int)threadIdx.x < last) load_chunk(bits, logits, first, packs, v);
 #pragma unroll
-        for (int j = 0; j < PACK; j++) {
-            int column = i * PACK + j;
-            x[j] = column < v ? dloss * (__expf(x[j] - lse) - (column == target ? 1.0f : 0.0f)) : 0;
+        for (int k = 0; k < CLASSIFIER_PACKS; k++) {
+            const int i = first + k * (int)blockDim.x;
+            if (i >= packs) break;
+            float x[PACK];
+            unpack(x, bits[k]);
+#pragma unroll
+            for (int j = 0; j < PACK; j++) x[j] = dloss * exp2_approx(x[j] * LOG2E - lse2);
+            store_pack(logits + i * PACK, x);
         }
-        store_pack(logits + i * PACK, x);
     }
+    if (target / PACK % blockDim.x == threadIdx.x) // the thread that stored the target's pack
+        logits[target] = (floatX)(dloss * (exp2_approx(target_logit * LOG2E - lse2) - 1));
 }
 
 // losses[i] = -log softmax(logits[i])[targets[i]] over the first v of vp columns. argmax[i] is the first
@@ -92,7 +146,8 @@ static inline void classifier(floatX *logits, float *losses, int32_t *argmax, co
     if (v < 1 || v > vp || vp > INT_MAX / 2)
         die("classifier: %lld logits in rows of %lld: must be 1 to the row's length, and a row at most %d",
             (long long)v, (long long)vp, INT_MAX / 2);
-    int threads = (int)min((vp / PACK + 31) / 32 * 32, (int64_t)1024);
+    const int64_t lanes = (vp / PACK + CLASSIFIER_PACKS - 1) / CLASSIFIER_PACKS;
+    const int threads = (int)min((lanes + 31) / 32 * 32, (int64_t)1024);
     classifier_kernel<<<(unsigned)n, threads, 0, stream>>>(logits, losses, argmax, targets, dloss, (int)v,
                                                            (int)vp);
     cuda_check(cudaGetLastError());

@@ -249,6 +249,13 @@ template <typename T> static inline T atomicMax(T *address, T x) {
     }
     return old;
 }
+template <typename T> static inline T atomicMin(T *address, T x) {
+    T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+    while (old > x &&
+           !__atomic_compare_exchange_n(address, &old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
 template <typename T> static inline T atomicOr(T *address, T x) {
     return __atomic_fetch_or(address, x, __ATOMIC_SEQ_CST);
 }

@@ -17,7 +17,7 @@ EMU_SOURCES := $(addprefix $(EMU)/,$(FSA_SOURCES) $(wildcard dev/*.cu dev/cuda/*
 $(EMU_HEADERS) $(EMU_SOURCES): $(EMU)/%: % dev/emulator/translate.sh dev/emulator/untranslated.awk
 	@dev/emulator/translate.sh $< $@
 $(EMU)/fsa/sm80/ptx.cuh $(EMU)/fsa/sm90/ptx.cuh: $(EMU)/fsa/%: dev/emulator/%
-$(EMU)/llmc/bulk_copy.cuh: dev/emulator/llmc/bulk_copy.cuh
+$(EMU)/llmc/ptx.cuh: dev/emulator/llmc/ptx.cuh
 
 NO_HEADERS = $(error $@ needs the headers of the CUDA Toolkit, which were not found)
 COMPILE_EMU = $(START)$(or $(if $(CUDA_INCLUDE),$(CXX)),$(NO_HEADERS)) $(EMUFLAGS) -MMD -MP

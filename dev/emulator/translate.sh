@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # translate.sh SOURCE OUTPUT: translates a CUDA source to C++ for the emulator, line by line. Launches become calls,
-# dynamic shared memory becomes a pointer, and the emulator's files replace fsa/sm*/ptx.cuh and llmc/bulk_copy.cuh, which
+# dynamic shared memory becomes a pointer, and the emulator's files replace fsa/sm*/ptx.cuh and llmc/ptx.cuh, which
 # hold the inline PTX.
 # Fails if the result still has code that only nvcc understands. README.md lists the syntax that it takes.
 set -eu
 cd "$(dirname "$0")/../.."
 case $1 in
 fsa/sm*/ptx.cuh) source=dev/emulator/${1#fsa/} ;;
-llmc/bulk_copy.cuh) source=dev/emulator/$1 ;;
+llmc/ptx.cuh) source=dev/emulator/$1 ;;
 *) source=$1 ;;
 esac
 mkdir -p "$(dirname "$2")"

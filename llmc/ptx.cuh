@@ -1,10 +1,27 @@
-// bulk_copy.cuh: the inline PTX of bulk copies between global and shared memory, one function per
-// instruction. In code for compute capabilities below 9.0 the functions are empty, and no kernel that calls
-// them is launched: the caller checks cudaFuncAttributes.ptxVersion, since the driver can compile PTX of
-// older architectures for later GPUs. dev/emulator has the same functions on the CPU.
-#ifndef LLMC_BULK_COPY_CUH
-#define LLMC_BULK_COPY_CUH
+// ptx.cuh: the inline PTX of the CUDA layers, one function per instruction. dev/emulator has the same
+// functions on the CPU.
+#ifndef LLMC_PTX_CUH
+#define LLMC_PTX_CUH
 #include <stdint.h>
+
+#define LOG2E 1.44269504f // log2(e)
+
+// ---- approximations, of some 2^-22 relative error; subnormal numbers count as 0. nvcc adds instructions for
+// subnormal numbers to exp2f and to divisions.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---- bulk copies between global and shared memory. In code for compute capabilities below 9.0 the functions
+// are empty, and no kernel that calls them is launched: the caller checks cudaFuncAttributes.ptxVersion,
+// since the driver can compile PTX of older architectures for later GPUs.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define BULK(...)
 #else

@@ -1,0 +1,16 @@
+// llmc/ptx.cuh: the functions of llmc/ptx.cuh on the emulator. Those of bulk copies are those of
+// fsa/sm90/ptx.cuh.
+#ifndef LLMC_PTX_CUH
+#define LLMC_PTX_CUH
+#include "../fsa/sm90/ptx.cuh"
+#define LOG2E 1.44269504f
+inline float exp2_approx(float x) {
+    return exp2f(x);
+}
+inline float reciprocal_approx(float x) {
+    return 1 / x;
+}
+inline void bulk_wait_read_but_newest() {
+    bulk_wait_read();
+}
+#endif
