@@ -3,20 +3,25 @@
 #define LLMC_SWIGLU_CUH
 #include "cuda_common.cuh"
 #include "fp8.cuh"
+#include "ptx.cuh"
 
+// 1 / (1 + exp(-x)): four instructions. x = -Inf gives 0, NaN stays.
+__device__ __forceinline__ float sigmoid(float x) {
+    return reciprocal_approx(1 + exp2_approx(-LOG2E * x));
+}
 // gate = silu(gate) * up.
 __device__ __forceinline__ void swiglu_pack(float (&gate)[PACK], const float (&up)[PACK]) {
 #pragma unroll
-    for (int i = 0; i < PACK; i++) gate[i] = gate[i] / (1 + __expf(-gate[i])) * up[i];
+    for (int i = 0; i < PACK; i++) gate[i] *= sigmoid(gate[i]) * up[i];
 }
 // gate, up = their gradients, given d, the gradient of the result.
 __device__ __forceinline__ void swiglu_gradient_pack(float (&gate)[PACK], float (&up)[PACK],
                                                      const float (&d)[PACK]) {
 #pragma unroll
     for (int i = 0; i < PACK; i++) {
-        float x = gate[i], s = 1 / (1 + __expf(-x));
-        gate[i] = d[i] * up[i] * s * (1 + x * (1 - s)); // silu' = s + x s (1 - s)
-        up[i] = d[i] * x * s;
+        const float s = sigmoid(gate[i]), ds = d[i] * s, silu = gate[i] * s;
+        gate[i] = ds * up[i] * (1 + (gate[i] - silu)); // silu' = s (1 + (x - x s))
+        up[i] = d[i] * silu;
     }
 }
 
@@ -52,7 +57,7 @@ static __global__ void __launch_bounds__(256)
 
 // ---- e4m3: a scale for each row, of values that are rounded to floatX first -------------------------------
 // A thread block processes a row. It holds the result in shared memory until the row's scale is known. A
-// thread reads back only what it wrote.
+// thread reads back only what it wrote. It loads two packs before it computes with the first.
 
 // Returns the largest h whose backward pass needs at most `bytes` of shared memory a thread block: a row of
 // 2*h elements, and block_reduce_max's 32 words.
@@ -63,23 +68,34 @@ static inline int64_t swiglu_fp8_max_h(int64_t bytes) {
 
 // q [n, h] = silu(gate) * up, and out [n, h] unless it is NULL. Memory-bound. It reads 4*h bytes and writes h
 // per token in 16 bits: 64K tokens of h = 14336 move 4.7 GB, which takes 1.04 ms at 4.5 TB/s.
-static __global__ void __launch_bounds__(512)
+static __global__ void __launch_bounds__(256)
     swiglu_forward_fp8_kernel(Fp8Matrix q, floatX *out, const floatX *gate_up, int64_t h) {
     extern __shared__ __align__(16) uint4 result[]; // [h / PACK]
     __shared__ uint32_t shared[32];
     const int64_t row = blockIdx.x;
     const int packs = (int)(h / PACK);
     uint32_t amax = 0;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-        float gate[PACK], up[PACK];
-        load_pack(gate, gate_up + row * 2 * h + i * PACK);
-        load_pack(up, gate_up + row * 2 * h + h + i * PACK);
-        swiglu_pack(gate, up);
-        const uint4 bits = pack(gate);
-        amax = pack_amax(amax, bits);
-        if (out) store16(out + row * h + i * PACK, bits);
-        result[i] = bits;
+    for (int first = threadIdx.x; first < packs; first += 2 * blockDim.x) {
+        uint4 gate_bits[2], up_bits[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * blockDim.x;
+            if (i >= packs) break;
+            gate_bits[j] = load16(gate_up + row * 2 * h + i * PACK);
+            up_bits[j] = load16(gate_up + row * 2 * h + h + i * PACK);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * blockDim.x;
+            if (i >= packs) break;
+            float gate[PACK], up[PACK];
+            unpack(gate, gate_bits[j]), unpack(up, up_bits[j]);
+            swiglu_pack(gate, up);
+            const uint4 bits = pack(gate);
+            amax = pack_amax(amax, bits);
+            if (out) store16(out + row * h + i * PACK, bits);
+            result[i] = bits;
+        }
     }
     const Fp8Scale s = fp8_scale(block_reduce_max(amax_bits(amax), shared));
     if (threadIdx.x == 0) q.scale[row] = s.scale;
@@ -98,20 +114,31 @@ static __global__ void __launch_bounds__(512)
     const int64_t row = blockIdx.x;
     const int packs = (int)(h / PACK);
     uint32_t amax = 0;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-        float gate[PACK], up[PACK], d[PACK];
-        load_pack(gate, gate_up + row * 2 * h + i * PACK);
-        load_pack(up, gate_up + row * 2 * h + h + i * PACK);
-        load_pack(d, dout + row * h + i * PACK);
-        swiglu_gradient_pack(gate, up, d);
-        const uint4 gate_bits = pack(gate), up_bits = pack(up);
-        amax = pack_amax(pack_amax(amax, gate_bits), up_bits);
-        if (dgate_up) {
-            store16(dgate_up + row * 2 * h + i * PACK, gate_bits);
-            store16(dgate_up + row * 2 * h + h + i * PACK, up_bits);
+    for (int first = threadIdx.x; first < packs; first += 2 * blockDim.x) {
+        uint4 gate_bits[2], up_bits[2], d_bits[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * blockDim.x;
+            if (i >= packs) break;
+            gate_bits[j] = load16(gate_up + row * 2 * h + i * PACK);
+            up_bits[j] = load16(gate_up + row * 2 * h + h + i * PACK);
+            d_bits[j] = load16(dout + row * h + i * PACK);
         }
-        result[i] = gate_bits, result[packs + i] = up_bits;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int i = first + j * blockDim.x;
+            if (i >= packs) break;
+            float gate[PACK], up[PACK], d[PACK];
+            unpack(gate, gate_bits[j]), unpack(up, up_bits[j]), unpack(d, d_bits[j]);
+            swiglu_gradient_pack(gate, up, d);
+            const uint4 dgate = pack(gate), dup = pack(up);
+            amax = pack_amax(pack_amax(amax, dgate), dup);
+            if (dgate_up) {
+                store16(dgate_up + row * 2 * h + i * PACK, dgate);
+                store16(dgate_up + row * 2 * h + h + i * PACK, dup);
+            }
+            result[i] = dgate, result[packs + i] = dup;
+        }
     }
     const Fp8Scale s = fp8_scale(block_reduce_max(amax_bits(amax), shared));
     if (threadIdx.x == 0) q.scale[row] = s.scale;
@@ -121,10 +148,11 @@ static __global__ void __launch_bounds__(512)
     }
 }
 
-// Returns the threads of a thread block of the kernels above: at most 512, with equal shares of the packs.
-static inline unsigned swiglu_fp8_threads(int64_t h) {
+// Returns the threads of a thread block of the kernels above: at most max_threads, with equal shares of the
+// packs.
+static inline unsigned swiglu_fp8_threads(int64_t h, int64_t max_threads) {
     check_fp8_row("swiglu", h);
-    const int64_t packs = h / PACK, shares = (packs + 511) / 512;
+    const int64_t packs = h / PACK, shares = (packs + max_threads - 1) / max_threads;
     return (unsigned)(((packs + shares - 1) / shares + 31) / 32 * 32);
 }
 
@@ -139,7 +167,7 @@ static inline void swiglu_forward(floatX *out, const floatX *gate_up, int64_t n,
                                   cudaStream_t stream, Fp8Matrix q = {}) {
     if (n == 0) return;
     if (q.data) {
-        const unsigned threads = swiglu_fp8_threads(h), bytes = (unsigned)(h * sizeof(floatX));
+        const unsigned threads = swiglu_fp8_threads(h, 256), bytes = (unsigned)(h * sizeof(floatX));
         cuda_check(cudaFuncSetAttribute(swiglu_forward_fp8_kernel,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
         swiglu_forward_fp8_kernel<<<(unsigned)n, threads, bytes, stream>>>(q, out, gate_up, h);
@@ -155,7 +183,7 @@ static inline void swiglu_backward(floatX *dgate_up, const floatX *dout, const f
                                    int64_t h, cudaStream_t stream, Fp8Matrix q = {}) {
     if (n == 0) return;
     if (q.data) {
-        const unsigned threads = swiglu_fp8_threads(h), bytes = (unsigned)(2 * h * sizeof(floatX));
+        const unsigned threads = swiglu_fp8_threads(h, 512), bytes = (unsigned)(2 * h * sizeof(floatX));
         cuda_check(cudaFuncSetAttribute(swiglu_backward_fp8_kernel,
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
         swiglu_backward_fp8_kernel<<<(unsigned)n, threads, bytes, stream>>>(q, dgate_up, dout, gate_up, h);
