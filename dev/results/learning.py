@@ -175,7 +175,8 @@ def runs_of(name):
 
 
 def seeds(found, names):
-    """Returns head and rows of a table of mean final losses of runs that differ in the seed alone, where there are two."""
+    """Returns head and rows of a table of mean final losses of runs that differ in the seed alone, where there are two; no rows
+    if only one name has two."""
     head = ["runs", "seeds", "mean loss", "standard deviation", f"minus {names[0]}", "standard error"]
     rows, first = [], None
     for name in names:
@@ -189,7 +190,7 @@ def seeds(found, names):
         compared = first and name != names[0]
         cells += [f"{mean - first[0]:+.4f}", f"{(first[1] + deviation**2 / n) ** 0.5:.4f}"] if compared else ["-", "-"]
         rows.append(cells)
-    return head, rows
+    return head, rows if len(rows) > 1 else []
 
 
 def loss_at(row, seconds):
