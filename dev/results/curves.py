@@ -4,16 +4,18 @@
     python3 dev/results/curves.py draw nsa-1 full-1 -o curves.svg       # losses over tokens; needs Matplotlib
     python3 dev/results/curves.py draw nsa-1 full-1 --time -o time.svg  # over the seconds of the training steps
     python3 dev/results/curves.py draw nsa-1 --gpu A100-SXM4-80GB -o curves.svg    # of runs that were not on an H200
+    python3 dev/results/curves.py draw log/learning/nsa-1 nsa-1 -o curves.svg      # one that is not kept, on any GPU or CPU
 
 A row has what log.jsonl says of the run (commit, date, GPU, processes, flags, model), its tokens/s and seconds, at most
 100 points of the training loss, each the mean of its steps, all validations, and the last loss by position and mean gates.
 A point has tokens, seconds and loss. Validations and checkpoints take none of these seconds. performance.py writes the
-tables of learning.md from the rows.
+tables of learning.md from the rows. A run that has the name of one of scripts/learning.sh must have its flags.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 from itertools import accumulate
@@ -26,15 +28,41 @@ from train_log import Parser, die, import_pyplot, read_run, save_figure  # noqa:
 POINTS = 100
 
 
+class NotKept(Exception):
+    """Why a run gets no row."""
+
+
+def flags_of(name):
+    """Returns the flags that tell the run NAME of scripts/learning.sh from others, {} if it has none of this name."""
+    with open(os.path.join(learning.FOLDER, "../../scripts/learning.sh"), encoding="utf-8") as file:
+        script = file.read()
+    models = dict(re.findall(r'^    \[([\w-]+)\]="(.*)"$', script, re.M))
+    for line in script.split("<<'END'\n")[1].split("\nEND\n")[0].splitlines():
+        run, model, text, tokens, *flags = line.split()
+        if run == name:
+            flags = f"-t {models.get(model, models['64k'])}".split() + flags
+            steps = (int(tokens.removesuffix("M")) * 10**6 + 65536) // 131072
+            found = dict(zip((flag[1:] for flag in flags[::2]), flags[1::2]))
+            return {"matmul": "bf16", "gate-bias": None} | found | {"x": str(steps), "i": f"data/{text}/linux_train_*.bin"}
+    return {}
+
+
 def row_of(run):
     """Returns the row of a complete run."""
     start, steps = run.start, run.start["flags"]["x"]
     trained, validated = (rows[-1]["step"] if rows else 0 for rows in (run.train, run.val))
     if min(trained, validated) < steps:
-        die(
+        raise NotKept(
             f"{run.file}: the run stopped at step {trained} of {steps}, its last validation is of step {validated}; "
             "finish it: start scripts/learning.sh again"
         )
+    for flag, wanted in flags_of(run.name).items():
+        got = start["flags"].get(flag, start["model"].get(flag))
+        if got != wanted and (wanted is None or not same_value(got, wanted)):
+            raise NotKept(
+                f"{run.file}: -{flag} {got}: {run.name} of scripts/learning.sh has {wanted or 'none'}; give the run another "
+                "name: NAME=FOLDER"
+            )
     seconds = dict(zip((row["step"] for row in run.train), accumulate(row["ms"] / 1000 for row in run.train)))
     points = min(POINTS, len(run.train))
     bounds = [i * len(run.train) // points for i in range(points + 1)]
@@ -54,16 +82,35 @@ def row_of(run):
     return row
 
 
+def same_value(got, wanted):
+    """Returns whether a flag of a log has the value that the table writes."""
+    try:
+        return float(got) == float(wanted)
+    except (TypeError, ValueError):
+        return str(got) == wanted
+
+
 def gpu_model(row):
     """Returns the model, such as H200: the first word of the GPU's name with a digit."""
     words = [word for word in (row["gpu"] or "").split() if any(c.isdigit() for c in word)]
     if not words:
-        die(f"{row['name']}: its log names no GPU; rows are kept of runs on a GPU")
+        raise NotKept(f"{row['name']}: its log names no GPU; rows are kept of runs on a GPU")
     return words[0]
 
 
 def add(folders):
-    runs = [row_of(read_run(folder)) for folder in folders]
+    runs, reasons = [], []
+    for folder in folders:
+        try:
+            row = row_of(read_run(folder))
+            gpu_model(row)
+            runs.append(row)
+        except NotKept as e:
+            reasons.append(str(e))
+    if not runs:
+        die(reasons[0])
+    for reason in reasons:
+        print(f"note: not added: {reason}", file=sys.stderr)
     for gpu in sorted({gpu_model(row) for row in runs}):
         new = {row["name"]: row for row in runs if gpu_model(row) == gpu}
         rows = learning.read_rows(gpu) | new
@@ -104,7 +151,7 @@ def main():
     adds = commands.add_parser("add", help="keep runs")
     adds.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of the trainer, or NAME=FOLDER")
     draws = commands.add_parser("draw", help="draw the losses of kept runs")
-    draws.add_argument("names", nargs="+", metavar="NAME")
+    draws.add_argument("names", nargs="+", metavar="NAME", help="of a kept run, or a trainer's output folder with a / in it")
     draws.add_argument("-o", required=True, metavar="FILE", help="the picture")
     draws.add_argument("--time", action="store_true", help="over seconds instead of tokens")
     draws.add_argument("--gpu", default="H200", metavar="MODEL", help="GPU model of the runs (H200)")
@@ -114,7 +161,12 @@ def main():
         return
     rows = learning.read_rows(args.gpu)
     for name in args.names:
-        if name not in rows:
+        if "/" in name:
+            try:
+                rows[name] = row_of(read_run(name))
+            except NotKept as e:
+                die(e)
+        elif name not in rows:
             others = [gpu for gpu in learning.kept_gpus() if gpu != args.gpu.upper()]
             hint = f"; --gpu takes another GPU's: {', '.join(others)}" if others else "" if rows else "; add some with curves.py add"
             die(f"{name}: no such run on {args.gpu}; there are {', '.join(rows) or 'none'}{hint}")

@@ -7,23 +7,25 @@ import re
 import statistics
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+# Student's t: so many standard errors are 95%, for 1, 2, ... degrees of freedom.
+STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 
 # The runs of each table of losses, in its order: name in scripts/learning.sh (those with -kv: of separate_kv.py), and the
 # run that it is compared with.
 LOSSES = {
     "learning_200m": [
-        ("full-1", None),
-        ("nsa-1", "full-1"),
-        ("window-1", "full-1"),
-        ("nsa-2", "nsa-1"),
-        ("window-2", "window-1"),
+        ("window-1", None),
+        ("full-1", "window-1"),
+        ("nsa-1", "window-1"),
+        ("window-2", None),
+        ("nsa-2", "window-2"),
         ("nsa-fp8-1", "nsa-1"),
         ("zero-1", "nsa-1"),
         ("zero-2", "nsa-2"),
         ("sliding-1", "nsa-1"),
         ("sliding-2", "nsa-2"),
     ],
-    "learning_64k": [("full-64k", None), ("nsa-64k", "full-64k"), ("window-64k", "full-64k")],
+    "learning_64k": [("window-64k", None), ("full-64k", "window-64k"), ("nsa-64k", "window-64k")],
     "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
     "learning_fp8": [
         ("50m-full-1", None),
@@ -47,7 +49,7 @@ LOSSES = {
         ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-nsa-1", "50m-full-1"),
-        ("50m-nsa-2", "50m-full-2"),
+        ("50m-nsa-2", "50m-full-1"),
         ("50m-hybrid-1", "50m-nsa-1"),
         ("50m-mean-1", "50m-full-1"),
     ],
@@ -64,6 +66,7 @@ LOSSES = {
     "learning_gate_bias": [
         ("50m-zero-1", None),
         ("50m-sliding-1", "50m-zero-1"),
+        ("50m-nsa-1-0603293", "50m-zero-1"),
         ("50m-nsa-1", "50m-zero-1"),
         ("50m-zero-2", None),
         ("50m-sliding-2", "50m-zero-2"),
@@ -83,12 +86,14 @@ TIMES = {
     "learning_time": [
         ("nsa-1", "full-1"),
         ("window-1", "full-1"),
+        ("nsa-1", "window-1"),
         ("nsa-64k", "full-64k"),
         ("350m-nsa", "350m-full"),
-        ("50m-nsa-1", "50m-full-1"),
-        ("50m-nsa-1", "50m-window-1"),
+        ("50m-nsa-1-0603293", "50m-full-1"),
+        ("50m-nsa-2", "50m-full-1"),
         ("50m-hybrid-1", "50m-full-1"),
         ("50m-mean-1", "50m-full-1"),
+        ("50m-window-1", "50m-full-1"),
     ],
 }
 # The runs of each table of losses after so many million tokens, and those that they are compared with.
@@ -101,12 +106,21 @@ CONTINUED = {
     ],
 }
 CONTINUED_TOKENS = [0, 1, 10, 50]
-# The runs of each table of losses by position; the second one is subtracted from the first.
+# The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
-    "learning_positions_50m": ["50m-nsa-1", "50m-full-1", "50m-window-1", "50m-zero-1", "50m-sliding-1"],
-    "learning_positions_200m": ["nsa-1", "full-1", "window-1"],
-    "learning_positions_64k": ["nsa-64k", "full-64k", "window-64k"],
-    "learning_positions_350m": ["350m-nsa", "350m-full", "350m-window"],
+    "learning_positions_50m": (
+        ["50m-nsa-1", "50m-nsa-2", "50m-full-1", "50m-window-1"],
+        [("50m-nsa-1", "50m-full-1"), ("50m-nsa-2", "50m-full-1"), ("50m-window-1", "50m-full-1")],
+    ),
+    "learning_positions_200m": (["nsa-1", "full-1", "window-1"], [("nsa-1", "full-1"), ("nsa-1", "window-1")]),
+    "learning_positions_64k": (
+        ["nsa-64k", "full-64k", "window-64k"],
+        [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k")],
+    ),
+    "learning_positions_350m": (
+        ["350m-nsa", "350m-full", "350m-window"],
+        [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
+    ),
 }
 # The runs of each table of mean gates.
 GATES = {
@@ -176,20 +190,21 @@ def runs_of(name):
 
 def seeds(found, names):
     """Returns head and rows of a table of mean final losses of runs that differ in the seed alone, where there are two; no rows
-    if only one name has two."""
-    head = ["runs", "seeds", "mean loss", "standard deviation", f"minus {names[0]}", "standard error"]
-    rows, first = [], None
-    for name in names:
-        values = [val_loss(found[run]) for run in runs_of(name) if run in found]
-        if len(values) < 2:
-            continue
-        mean, deviation, n = statistics.fmean(values), statistics.stdev(values), len(values)
-        cells = [name, str(n), f"{mean:.4f}", f"{deviation:.4f}"]
-        if name == names[0]:
-            first = mean, deviation**2 / n
-        compared = first and name != names[0]
-        cells += [f"{mean - first[0]:+.4f}", f"{(first[1] + deviation**2 / n) ** 0.5:.4f}"] if compared else ["-", "-"]
-        rows.append(cells)
+    if only one name has two. Standard errors and intervals take one variance for all names, the mean of theirs."""
+    head = ["runs", "seeds", "mean loss", "standard deviation", f"minus {names[0]}", "standard error", "95% interval"]
+    values = {name: [val_loss(found[run]) for run in runs_of(name) if run in found] for name in names}
+    values = {name: losses for name, losses in values.items() if len(losses) > 1}
+    freedom = sum(len(losses) - 1 for losses in values.values())
+    variance = sum((len(losses) - 1) * statistics.variance(losses) for losses in values.values()) / max(freedom, 1)
+    first, rows = values.get(names[0]), []
+    for name, losses in values.items():
+        cells = [name, str(len(losses)), f"{statistics.fmean(losses):.4f}", f"{statistics.stdev(losses):.4f}"]
+        if first and name != names[0]:
+            difference = statistics.fmean(losses) - statistics.fmean(first)
+            error = (variance * (1 / len(first) + 1 / len(losses))) ** 0.5
+            limits = [difference + sign * STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error for sign in (-1, 1)]
+            cells += [f"{difference:+.4f}", f"{error:.4f}", f"{limits[0]:+.2f} to {limits[1]:+.2f}"]
+        rows.append(cells + ["-"] * (len(head) - len(cells)))
     return head, rows if len(rows) > 1 else []
 
 
@@ -247,18 +262,19 @@ def continued(found, runs):
     return [*head, "commit"], rows
 
 
-def positions(found, runs):
+def positions(found, runs_and_pairs):
     """Returns head and rows of a table of losses by position."""
+    runs, pairs = runs_and_pairs
     cells = {}  # {first position: {run: loss}}
     for name in runs:
         for bucket in found.get(name, {}).get("position_loss", []):
             cells.setdefault(bucket["from"], {})[name] = bucket["loss"]
     rows = []
-    for begin in sorted(cells):
-        values = [cells[begin].get(name) for name in runs]
-        row = [f"{max(2 * begin, 128) - 1:,}"] + ["-" if v is None else f"{v:.4f}" for v in values]
-        rows.append([f"{begin:,} to {row[0]}", *row[1:], "-" if None in values[:2] else f"{values[0] - values[1]:+.4f}"])
-    return ["position", *runs, f"{runs[0]} - {runs[1]}"], rows
+    for begin, losses in sorted(cells.items()):
+        row = [f"{losses[name]:.4f}" if name in losses else "-" for name in runs]
+        row += [f"{losses[a] - losses[b]:+.4f}" if a in losses and b in losses else "-" for a, b in pairs]
+        rows.append([f"{begin:,} to {max(2 * begin, 128) - 1:,}", *row])
+    return ["position", *runs, *(f"{a} - {b}" for a, b in pairs)], rows
 
 
 def gates(found, runs):
@@ -279,6 +295,8 @@ def tables():
         for name, runs in group.items():
             if group is SEEDS:
                 used = [run for family in runs for run in runs_of(family)]
+            elif group is POSITIONS:
+                used = runs[0]
             elif isinstance(runs[0], tuple):
                 used = list(dict.fromkeys(run for pair in runs for run in pair if run))
             else:

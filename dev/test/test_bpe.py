@@ -1,4 +1,4 @@
-"""Tests data/bpe, data/hub, data/get and data/corpus from the command line: shards decode to their text, killed runs and
+"""Tests data/bpe, data/hub, data/get, data/corpus and dev/results/repeated_text.py from the command line: shards decode to their text, killed runs and
 runs on a full disk resume, and every error is reported. `make test` sets CPU (the trainer) and BUILD (the
 folder with the program of dev/test/encode.c). Tests are skipped if packages of requirements.txt are missing.
 """
@@ -1299,6 +1299,56 @@ def test_wide(tmp, tokenizer):
     )
 
 
+def test_repeated_text(tmp):
+    """dev/results/repeated_text.py counts planted copies: of training text, and within a held-out document."""
+    import numpy as np
+
+    rng = np.random.default_rng(SEED)
+    folder = os.path.join(tmp, "repeated")
+    os.makedirs(folder)
+
+    def write(name, tokens):
+        header = np.zeros(256, "<i4")
+        header[:3] = [20240520, 1, len(tokens)]
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+    eot = 60000
+    val, train = rng.integers(0, eot, 20000), rng.integers(0, eot, 50000)
+    val[[0, 10000]] = eot
+    val[2000:2018] = val[1000:1018]  # 1,000 tokens before: three passages of 16 tokens
+    val[11000:11020] = val[9000:9020]  # in another document
+    val[12000:12026] = np.resize(val[11990:12000], 26)  # 10 tokens before: 11 passages that overlap
+    train[700:740] = val[3000:3040]
+    train[30000:30016] = val[5000:5016]
+    train[40000:40015] = val[6000:6015]
+    write("x_val_000000.bin", val[:8000])
+    write("x_val_000001.bin", val[8000:])
+    write("x_train_000000.bin", train)
+    with open(os.path.join(folder, "tokenizer.bin"), "wb") as f:
+        f.write(np.array([0, 0, 65536, eot], "<i4").tobytes())
+    program = os.path.join(ROOT, "dev/results/repeated_text.py")
+
+    def measure(*arguments):
+        return subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
+
+    r = measure(folder)
+    wanted = ["held-out tokens: 20,000, training tokens: 50,000"]
+    wanted += ["in a passage of 32 tokens of the training text: 0.2%", "in a passage of 16 tokens of the training text: 0.3%"]
+    shares = zip(("1 to 512", "513 to 6,144", "6,145 to 16,384", "16,385 to 65,536"), ("0.1", "0.0", "0.0", "0.0"))
+    wanted += [f"end a passage of 16 tokens that stands {name} tokens before: {share}%" for name, share in shares]
+    check((r.returncode, r.stderr, r.stdout.splitlines()) == (0, "", wanted), f"repeated text: {r.stdout} {r.stderr}")
+    sys.path.insert(0, os.path.join(ROOT, "dev/results"))
+    import repeated_text
+
+    distances = repeated_text.copy_distances(val, eot, 16)
+    check(sorted(distances.tolist()) == 11 * [10] + 3 * [1000], f"distances of copies: {distances}")
+    covered = [repeated_text.share_covered(val, train, length) * 20000 for length in (32, 16)]
+    check(covered == [40, 56], f"tokens in passages of the training text: {covered}")
+    r = measure(os.path.join(tmp, "nothing"))
+    check(r.returncode == 1 and "no such file; name the folder" in r.stderr and r.stderr.count("\n") == 1, r.stderr)
+
+
 def test_tiktoken(tmp):
     """tiktoken vocabularies by name (of a plug-in, which needs no network) and as a file."""
     letters = [
@@ -1649,6 +1699,7 @@ def main():
                 lambda: test_special_tokens(tmp, tokenizer),
                 lambda: test_wide(tmp, tokenizer),
                 lambda: test_tiktoken(tmp),
+                lambda: test_repeated_text(tmp),
                 *bad_hub_tests(tmp, tokenizer),
                 *bad_input_tests(tmp, tokenizer),
                 lambda: test_streams_and_lock(tmp, tokenizer),

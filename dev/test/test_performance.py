@@ -147,6 +147,7 @@ def test_learning(tmp: str) -> None:
     names = re.search(r"<<'END'\n(.*?)END", open(os.path.join(ROOT, "scripts/learning.sh"), encoding="utf-8").read(), re.DOTALL)
     runs = {line.split()[0] for line in names[1].splitlines()}
     runs |= {f"50m-{kv}-kv-{seed}" for kv in ("shared", "separate", "equal") for seed in (1, 2)}  # of separate_kv.py
+    runs |= {"50m-nsa-1-0603293"}  # of an older commit, with micro-batches of one sequence
     shown = {run for group, _ in learning.tables().values() for run in group}
     check(shown == runs, f"the tables show all runs: {shown ^ runs}")
     compared = {run: others for table in (learning.LOSSES | learning.CONTINUED).values() for run, others in table}
@@ -156,7 +157,7 @@ def test_learning(tmp: str) -> None:
 
     rows = [row("full-1", 2.5, "full", seconds=2345), row("nsa-1", 2.4875), row("window-1", 2.75, "window")]
     rows += [row("nsa-2", 2.5125), row("zero-1", 2.5), row("zero-2", 2.75)]
-    rows += [row("nsa-fp8-1", 2.5, flags={"matmul": "fp8"}, commit="abc1235"), row("50m-nsa-1", 3)]
+    rows += [row("nsa-fp8-1", 2.5, flags={"matmul": "fp8"}, commit="abc1235"), row("50m-nsa-1-0603293", 3)]
     # equal times: one that goes on after the other has ended, one that never gets so low, one that is so low before training,
     # and one on another number of GPUs
     slow = [[0, 0, 9], [100, 1000, 3], [200, 2000, 2.5]]
@@ -173,24 +174,25 @@ def test_learning(tmp: str) -> None:
     for line in (
         "1 H200 a run, commits abc1234, abc1235, 2026-12-01.",
         "| run | attention | matmuls | validation loss | compared with | difference | tokens/s | time (s) | commit |",
-        "| full-1 | full | bf16 | 2.5000 | - | - | 345,678 | 2,345 | abc1234 |",
-        "| nsa-1 | nsa | bf16 | 2.4875 | full-1 | -0.0125 | 345,678 | 1,234 | abc1234 |",
+        "| window-1 | window | bf16 | 2.7500 | - | - | 345,678 | 1,234 | abc1234 |",
+        "| full-1 | full | bf16 | 2.5000 | window-1 | -0.2500 | 345,678 | 2,345 | abc1234 |",
+        "| nsa-1 | nsa | bf16 | 2.4875 | window-1 | -0.2625 | 345,678 | 1,234 | abc1234 |",
         "| nsa-fp8-1 | nsa | fp8 | 2.5000 | nsa-1 | +0.0125 | 345,678 | 1,234 | abc1235 |",
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
-        "| nsa | 2 | 2.5000 | 0.0177 | - | - |",
-        "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 |",
-        "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 |",
-        "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 |",
-        "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 |",
+        "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
+        "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -0.42 to +0.67 |",
+        "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
+        "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
+        "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",
         "| nsa-1 | full-1 | 2,345 | 2.5000 | 2.4875 | -0.0125 | 1,232 | 0.53 |",
         "| window-1 | full-1 | 2,345 | 2.5000 | 2.7500 | +0.2500 | - | - |",
-        "| 50m-nsa-1 | 50m-full-1 | 1,200 | 2.7500 | 3.1872 | +0.4372 | - | - |",
+        "| 50m-nsa-1-0603293 | 50m-full-1 | 1,200 | 2.7500 | 3.1872 | +0.4372 | - | - |",
         "| 50m-hybrid-1 | 50m-full-1 | 1,200 | 2.7500 | 2.9000 | +0.1500 | 1,500 | 1.25 |",
         "| 350m-nsa | 350m-full | 100 | 2.5000 | 2.2500 | -0.2500 | 0 | 0.00 |",
         "| smollm2-8k-full | full | 3.5000 | 3.2500 | 2.5000 | 2.2500 | - | - | abc1234 |",
         "| smollm2-8k-nsa | nsa | 3.6250 | 3.3750 | 2.6250 | 2.3750 | smollm2-8k-full | +0.1250 / +0.1250 / +0.1250 / +0.1250 | abc1234 |",
-        "| 50m-zero | 2 | 3.2500 | 0.3536 | - | - |",
-        "| 50m-zero-fp8 | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 |",
+        "| 50m-zero | 2 | 3.2500 | 0.3536 | - | - | - |",
+        "| 50m-zero-fp8 | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 | -1.07 to +1.07 |",
         "| layer | nsa-1 | nsa-2 |",
         "| 1 | 0.12 / 0.50 / 1.00 | 0.12 / 0.50 / 1.00 |",
     ):

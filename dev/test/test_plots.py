@@ -584,6 +584,10 @@ done
     check(" -e log/recall_24576_full/ckpt_00000200.bin " in lines[3], f"the second starts from the first: {lines[3]}")
 
 
+# What scripts/learning.sh says of nsa-1.
+NSA_1 = {"t": 16384, "e": "gpt-124m", "l": 6e-4, "seed": 1, "matmul": "bf16", "gate-bias": None, "i": "data/linux/linux_train_*.bin"}
+
+
 def test_curves(tmp: str) -> None:
     """dev/results/curves.py: what a row has, its size, replaced rows, incomplete runs; both pictures."""
     root = os.path.join(tmp, "curves")
@@ -638,6 +642,25 @@ def test_curves(tmp: str) -> None:
     ):
         code, out, err = curves("add", write_log(tmp, name, lines))
         check(code == 1 and wanted in err and err.count("\n") == 1 and len(rows()) == 2, f"{name}: {code} {out} {err}")
+    # one that stopped does not keep another from being added
+    code, out, err = curves("add", os.path.join(tmp, "stopped"), first)
+    check(code == 0 and err.startswith("note: not added: ") and "1 of them from" in out, f"a stopped run and a complete one: {code} {out} {err}")
+    # a run with the name of one of scripts/learning.sh has its flags
+    for flags, wanted in (
+        ({}, ": -t None: nsa-1 of scripts/learning.sh has 16384; give the run another name: NAME=FOLDER\n"),
+        ({**NSA_1, "x": steps, "seed": 2}, ": -seed 2: nsa-1 of scripts/learning.sh has 1; give the run another name: NAME=FOLDER\n"),
+        ({**NSA_1, "gate-bias": "0,0,0"}, ": -gate-bias 0,0,0: nsa-1 of scripts/learning.sh has none; give the run another name: NAME=FOLDER\n"),
+        (NSA_1, ""),
+    ):
+        lines = log(0)
+        lines[0]["start"]["flags"] |= flags
+        lines[0]["start"]["model"] |= {"attn": "nsa", "theta": 1000000}
+        code, out, err = curves("add", write_log(tmp, "nsa-1", lines))
+        check((code, err[-len(wanted) :] if wanted else err) == (1 if wanted else 0, wanted), f"nsa-1 with {flags}: {code} {out} {err}")
+    with open(rows_file, encoding="utf-8") as file:
+        kept = [line for line in file if json.loads(line)["name"] != "nsa-1"]
+    with open(rows_file, "w", encoding="utf-8") as file:
+        file.writelines(kept)
     code, out, err = curves("draw", "third", "-o", "a.svg", "--gpu", "H300")
     check(code == 1 and err == "error: third: no such run on H300; there are first, second\n", f"{code} {out} {err}")
     code, out, err = curves("draw", "first", "-o", "a.svg")
@@ -650,7 +673,7 @@ def test_curves(tmp: str) -> None:
     for args in ((), ("--time",)):
         pictures = []
         for name in ("a.svg", "b.svg"):
-            code, out, err = curves("draw", "first", "second", "-o", name, "--gpu", "h300", *args)
+            code, out, err = curves("draw", "first", write_log(tmp, "second", log(2)), "-o", name, "--gpu", "h300", *args)
             check((code, err) == (0, ""), f"draw {args}: {code} {out} {err}")
             with open(os.path.join(root, name), encoding="utf-8") as file:
                 pictures.append(file.read())
