@@ -640,18 +640,17 @@ static void model_forward(Model *model) {
     profile_part(model, PART_EMBEDDING);
     embedding_forward(acts->layers[0].residual_in, model->batch.tokens, weight(model, layout->wte), n, (int)C,
                       stream);
-    use_weights(model, layout->layers[0].ln1);
-    layer_ln1(model, 0);
     for (int l = 0; l < c->layers; l++) {
         const LayerActivations *a = &acts->layers[l];
+        floatX *out = l + 1 < c->layers ? acts->layers[l + 1].residual_in : acts->residual_out;
+        use_weights(model, layout->layers[l].ln1);
+        layer_ln1(model, l);
         layer_body(model, l);
-        linear_forward(m, l + 1 < c->layers ? acts->layers[l + 1].residual_in : acts->residual_out, C,
-                       {a->swiglu, c->hidden, a->swiglu_q}, linear_weight(m, l, LINEAR_WDOWN), NULL, n,
-                       stream, a->residual_mid);
+        linear_forward(m, out, C, {a->swiglu, c->hidden, a->swiglu_q}, linear_weight(m, l, LINEAR_WDOWN),
+                       NULL, n, stream, a->residual_mid);
         m->matmul.sms = 0;
-        use_weights(model, param_after_layer(layout, c, l));
-        if (l + 1 < c->layers) layer_ln1(model, l + 1);
     }
+    use_weights(model, layout->lnf);
     profile_part(model, PART_NORMS);
     rmsnorm_forward(acts->lnf_out, acts->lnf_rstd, acts->residual_out, weight(model, layout->lnf), n, (int)C,
                     (float)c->norm_eps, stream);

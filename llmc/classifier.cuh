@@ -14,19 +14,29 @@ struct Softmax {
     float max, sum;
     int pack;
 };
-// exp(x - max) is 2^(x log2(e) - shift): a multiply-add and one more instruction.
+// exp(x - max) is 2^(x log2(e) - shift): a multiply-add and one more instruction. The shift is rounded, and
+// the same wherever it is computed: a product that is added to another number in one instruction would not
+// be.
 __device__ __forceinline__ float softmax_shift(float max) {
-    return max == -INFINITY ? 0 : max * LOG2E; // no logit yet; a NaN stays in the sum
+    return max == -INFINITY ? 0 : __fmul_rn(max, LOG2E); // no logit yet; a NaN stays in the sum
+}
+// Returns the factor of a sum that is relative to old_max and becomes relative to max.
+__device__ __forceinline__ float softmax_rescale(float old_max, float max) {
+    return exp2_approx(__fmul_rn(old_max, LOG2E) - softmax_shift(max));
 }
 // Makes max and sum those of the warp.
 __device__ __forceinline__ void softmax_warp_reduce(float &max, float &sum) {
     float all = max;
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, i));
-    sum = warp_reduce_sum(sum * exp2_approx(max * LOG2E - softmax_shift(all)));
+    sum = warp_reduce_sum(sum * softmax_rescale(max, all));
     max = all;
 }
 
+// Returns the thread's pack k of the chunk that begins with its pack `first`.
+__device__ __forceinline__ int chunk_pack(int first, int k) {
+    return first + k * (int)blockDim.x;
+}
 // Makes the columns of pack i from v on, which may hold anything, -Inf.
 __device__ __forceinline__ uint4 mask_logits(const uint4 &bits, int i, int v) {
     float x[PACK];
@@ -42,32 +52,32 @@ __device__ __forceinline__ void load_chunk(uint4 (&bits)[CLASSIFIER_PACKS], cons
                                            int packs, int v) {
 #pragma unroll
     for (int k = 0; k < CLASSIFIER_PACKS; k++) { // all loads are in flight before the first is used
-        const int i = first + k * (int)blockDim.x;
+        const int i = chunk_pack(first, k);
         if (i < packs) bits[k] = load16(logits + i * PACK);
     }
-    if (first - (int)threadIdx.x + CLASSIFIER_PACKS * (int)blockDim.x <= v / (int)PACK) return;
+    if (min(chunk_pack(first - (int)threadIdx.x, CLASSIFIER_PACKS), packs) <= v / (int)PACK) return;
 #pragma unroll
-    for (int k = 0; k < CLASSIFIER_PACKS; k++) bits[k] = mask_logits(bits[k], first + k * (int)blockDim.x, v);
+    for (int k = 0; k < CLASSIFIER_PACKS; k++) bits[k] = mask_logits(bits[k], chunk_pack(first, k), v);
 }
 
 // Adds the thread's packs first, first + blockDim.x, ... of a chunk to s.
 __device__ __forceinline__ void softmax_add(Softmax &s, const uint4 (&bits)[CLASSIFIER_PACKS], int first,
                                             int packs) {
-    const float old = s.max * LOG2E;
+    const float old_max = s.max;
     float x[PACK];
 #pragma unroll
     for (int k = 0; k < CLASSIFIER_PACKS; k++) {
-        if (first + k * (int)blockDim.x >= packs) break;
+        if (chunk_pack(first, k) >= packs) break;
         unpack(x, bits[k]);
 #pragma unroll
         for (int j = 1; j < PACK; j++) x[0] = fmaxf(x[0], x[j]);
-        if (x[0] > s.max) s.max = x[0], s.pack = first + k * (int)blockDim.x;
+        if (x[0] > s.max) s.max = x[0], s.pack = chunk_pack(first, k);
     }
     const float shift = softmax_shift(s.max);
-    s.sum *= exp2_approx(old - shift);
+    s.sum *= softmax_rescale(old_max, s.max);
 #pragma unroll
     for (int k = 0; k < CLASSIFIER_PACKS; k++) {
-        if (first + k * (int)blockDim.x >= packs) break;
+        if (chunk_pack(first, k) >= packs) break;
         unpack(x, bits[k]);
 #pragma unroll
         for (int j = 0; j < PACK; j++) s.sum += exp2_approx(x[j] * LOG2E - shift);
@@ -112,10 +122,11 @@ static __global__ void __launch_bounds__(1024, 2)
             if (x[j] == max) first = j;
         atomicMin(&row_argmax, s.pack * PACK + first);
     }
-    const float lse2 = softmax_shift(max) + log2f(sum), target_logit = (float)logits[target];
-    __syncthreads(); // all have read the logits
+    const float shift = softmax_shift(max), target_logit = (float)logits[target], lse2 = shift + log2f(sum);
+    const float log2_sum = log2f(sum) - fmaf(max, LOG2E, -shift); // of the exponentials relative to max
+    __syncthreads();                                              // all have read the logits
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = lse2 / LOG2E - target_logit;
+        losses[blockIdx.x] = max - target_logit + log2_sum / LOG2E;
         argmax[blockIdx.x] = row_argmax < v ? row_argmax : 0;
     }
     if (dloss == 0) return;
@@ -123,7 +134,7 @@ static __global__ void __launch_bounds__(1024, 2)
         if (first - (int)threadIdx.x < last) load_chunk(bits, logits, first, packs, v);
 #pragma unroll
         for (int k = 0; k < CLASSIFIER_PACKS; k++) {
-            const int i = first + k * (int)blockDim.x;
+            const int i = chunk_pack(first, k);
             if (i >= packs) break;
             float x[PACK];
             unpack(x, bits[k]);
@@ -133,12 +144,13 @@ static __global__ void __launch_bounds__(1024, 2)
         }
     }
     if (target / PACK % blockDim.x == threadIdx.x) // the thread that stored the target's pack
-        logits[target] = (floatX)(dloss * (exp2_approx(target_logit * LOG2E - lse2) - 1));
+        logits[target] = (floatX)(dloss * (exp2_approx((target_logit - max) * LOG2E - log2_sum) - 1));
 }
 
 // losses[i] = -log softmax(logits[i])[targets[i]] over the first v of vp columns. argmax[i] is the first
 // index of the greatest of them. logits [n, vp]; losses, argmax, targets [n]; vp is a multiple of PACK. If
-// dloss != 0, logits is overwritten by its gradient times dloss, with 0 in columns v to vp - 1.
+// dloss != 0, logits is overwritten by its gradient times dloss, with 0 in columns v to vp - 1, or NaN in a
+// row whose loss is not finite.
 static inline void classifier(floatX *logits, float *losses, int32_t *argmax, const int32_t *targets,
                               float dloss, int64_t n, int64_t v, int64_t vp, cudaStream_t stream) {
     if (n == 0) return;

@@ -8,6 +8,8 @@
 #include <cuda_runtime.h>
 #include <limits.h>
 
+#define LOG2E 1.44269504f // log2(e)
+
 // Elements of global_norm's output, which AdamW reads.
 enum {
     NORM_VALUE,      // the gradient's norm before clipping

@@ -13,11 +13,11 @@
 #include "swiglu.cuh"
 
 // Scales: of rows in all matmuls. A row of the operands of a weight gradient is a channel, so their scales
-// cost another pass over both. One scale for each operand takes 1.5% less of a step; too few runs show
-// whether it trains as well (dev/results/experiments.md). Accumulation: fast in sums of at most
-// FP8_FAST_TERMS channels, forward and in input gradients: its error is 0.0013, that of rounding the output
-// to bf16 0.0011. Precise in longer sums and in weight gradients: where all tokens share a gradient, these
-// have terms of one sign, and fast accumulation cuts such sums (fp8_matmul.cuh).
+// cost another pass over both; one scale for each operand would not (dev/results/experiments.md).
+// Accumulation: fast in sums of at most FP8_FAST_TERMS channels, forward and in input gradients: its error is
+// 0.0013, that of rounding the output to bf16 0.0011. Precise in longer sums and in weight gradients: where
+// all tokens share a gradient, these have terms of one sign, and fast accumulation cuts such sums
+// (fp8_matmul.cuh). A layer's q, k and v are one input gradient, with -cp two shorter ones.
 enum { FP8_FAST_TERMS = 4096 };
 
 // A quantized weight, or some of its rows.

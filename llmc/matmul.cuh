@@ -35,8 +35,8 @@ typedef struct {
     int32_t sms; // as in Matmul. The struct has no padding, since its bytes are compared.
 } MatmulShape;
 
-// The arrays of a matmul. c [m, n] is added to it: an array of d's type and stride, which may be d; NULL:
-// none. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the scales of e4m3
+// The arrays of a matmul. c [m, n] is added to the product: an array of d's type and stride, which may be d;
+// NULL: none. bias [m] has one element per row of d; NULL: none. a_scale and b_scale are the scales of e4m3
 // operands.
 typedef struct {
     void *d;

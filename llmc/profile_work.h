@@ -70,9 +70,9 @@ static inline void profile_work(const ModelConfig *c, const PassWork *p, PartWor
         if (p->step)
             work[PART_QUANTIZE].amount += (3 * n * qkv + 3 * n * operands) * layers + 6 * weights * c->layers;
     }
-    // Bytes per token: RMSNorm 4C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 and -r 2 compute both norms
-    // and SwiGLU again. With fp8 the second norm and SwiGLU write one byte instead of two. The first norm and the
-    // backward passes of both norms write e4m3 and 16 bits.
+    // Bytes per token: RMSNorm 4C twice, SwiGLU 6H; backward 8C twice and 10H. -r 1 and -r 2 compute both
+    // norms and SwiGLU again. With fp8 the second norm and SwiGLU write one byte instead of two. The first
+    // norm and the backward passes of both norms write e4m3 and 16 bits.
     const double fp8 = p->fp8 ? 1 : 0, swiglu = (6 - fp8) * H;
     double norms = 8 * C + swiglu;
     if (p->step) norms += 16 * C + 2 * C * fp8 + (10 - 2 * fp8) * H;

@@ -4,8 +4,6 @@
 #define LLMC_PTX_CUH
 #include <stdint.h>
 
-#define LOG2E 1.44269504f // log2(e)
-
 // ---- approximations, of some 2^-22 relative error; subnormal numbers count as 0. nvcc adds instructions for
 // subnormal numbers to exp2f and to divisions.
 __device__ __forceinline__ float exp2_approx(float x) {

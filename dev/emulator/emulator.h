@@ -291,6 +291,10 @@ template <typename A, typename B> static inline typename std::common_type<A, B>:
 template <typename A, typename B> static inline typename std::common_type<A, B>::type max(A a, B b) {
     return b > a ? b : a;
 }
+static inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b; // never part of a multiply-add
+    return product;
+}
 #define __expf expf // glibc declares functions with these names
 #define __logf logf
 static inline float __fdividef(float a, float b) {

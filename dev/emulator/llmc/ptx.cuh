@@ -3,7 +3,6 @@
 #ifndef LLMC_PTX_CUH
 #define LLMC_PTX_CUH
 #include "../fsa/sm90/ptx.cuh"
-#define LOG2E 1.44269504f
 inline float exp2_approx(float x) {
     return exp2f(x);
 }
