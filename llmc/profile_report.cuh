@@ -86,9 +86,9 @@ static void profile_record(const Run *r, const char *gpu, double peak, size_t me
     fclose(file);
 }
 
-// Prints the median milliseconds of each part, its rate and how much that is of what the GPU reaches, and
-// appends them to dev/results. gpu: the device name; peak: of all GPUs, in TFLOP/s, 0: unknown; memory_bytes:
-// of one GPU.
+// Prints the median milliseconds of each part, its work, its rate and how much that is of what the GPU
+// reaches, and appends them to dev/results. gpu: the device name; peak: of all GPUs, in TFLOP/s, 0: unknown;
+// memory_bytes: of one GPU.
 static void profile_report(const Run *r, const char *gpu, double peak, size_t memory_bytes,
                            const Ceilings *ceilings, const PassTimes *t) {
     std::vector<double> totals, parts[PART_END];
@@ -105,15 +105,14 @@ static void profile_report(const Run *r, const char *gpu, double peak, size_t me
     if (peak > 0) printf(", mfu %.1f%%", 100 * (t->flops / (total * 1e-3) / (peak * 1e12)));
     printf("\n");
     for (int i = 0; i < PART_END; i++) {
-        static const char *const of[LIMITS] = {"TFLOP/s, %5.1f%% of 16-bit matmuls",
-                                               "TFLOP/s, %5.1f%% of fp8 matmuls",
-                                               "TB/s,    %5.1f%% of a copy"};
-        double fraction, rate = part_rate(&t->work[i], ceilings, medians[i], &fraction);
+        static const char *const format[LIMITS] = {"  %9.3f TFLOP  %7.0f TFLOP/s, %5.1f%% of 16-bit matmuls",
+                                                   "  %9.3f TFLOP  %7.0f TFLOP/s, %5.1f%% of fp8 matmuls",
+                                                   "  %9.3f TB     %7.2f TB/s,    %5.1f%% of a copy"};
+        const PartWork *w = &t->work[i];
+        double fraction, rate = part_rate(w, ceilings, medians[i], &fraction);
         if (medians[i] == 0) continue;
         printf("  %-20s %9.2f ms %5.1f%%", part_names[i], medians[i], 100 * medians[i] / total);
-        if (fraction > 0)
-            printf("  %7.*f ", t->work[i].limit == LIMIT_MEMORY ? 2 : 0, rate),
-                printf(of[t->work[i].limit], 100 * fraction);
+        if (fraction > 0) printf(format[w->limit], 1e-12 * w->amount, rate, 100 * fraction);
         printf("\n");
     }
     profile_record(r, gpu, peak, memory_bytes, ceilings, t, total, medians);
