@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #include <vector>
@@ -252,9 +253,20 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int 
     size_t slots = 4096 + (ranks * sizeof(Collective) + 4095) / 4096 * 4096, // offsets in the shared memory
         mailboxes = slots + (size_t)ranks * SLOT;
     c->bytes = mailboxes + (size_t)ranks * ranks * sizeof(Mailbox);
-    int fd = shm_open(id.internal, O_RDWR | O_CREAT, 0600);
-    if (fd < 0 || ftruncate(fd, (off_t)c->bytes) != 0)
-        return fail(ncclSystemError, "cannot create shared memory: errno %ld", errno);
+    // Rank 0 makes the memory, so that another rank's limit of file sizes (a test of full disks) does not
+    // matter.
+    int fd = -1;
+    struct stat s = {};
+    if (rank == 0) {
+        fd = shm_open(id.internal, O_RDWR | O_CREAT, 0600);
+        if (fd < 0 || ftruncate(fd, (off_t)c->bytes) != 0)
+            return fail(ncclSystemError, "cannot create shared memory: errno %ld", errno);
+    }
+    for (int attempt = 0; fd < 0; attempt++) {
+        fd = shm_open(id.internal, O_RDWR, 0600);
+        if (fd >= 0 && (fstat(fd, &s) != 0 || s.st_size != (off_t)c->bytes)) close(fd), fd = -1;
+        if (fd < 0) back_off(attempt);
+    }
     char *base = (char *)mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     close(fd);
     if (base == MAP_FAILED) return fail(ncclSystemError, "cannot map shared memory: errno %ld", errno);
