@@ -116,15 +116,17 @@ static __global__ void __launch_bounds__(1024, 2)
     if (s.max == max && s.pack >= 0) { // the pack that holds the row's maximum
         float x[PACK];
         unpack(x, mask_logits(load16(logits + s.pack * PACK), s.pack, v));
-        int first = PACK - 1;
+        int column = PACK - 1;
 #pragma unroll
         for (int j = PACK - 2; j >= 0; j--)
-            if (x[j] == max) first = j;
-        atomicMin(&row_argmax, s.pack * PACK + first);
+            if (x[j] == max) column = j;
+        atomicMin(&row_argmax, s.pack * PACK + column);
     }
     const float shift = softmax_shift(max), target_logit = (float)logits[target], lse2 = shift + log2f(sum);
-    const float log2_sum = log2f(sum) - fmaf(max, LOG2E, -shift); // of the exponentials relative to max
-    __syncthreads();                                              // all have read the logits
+    // of the exponentials relative to max
+    const float log2_sum = log2f(sum) - fmaf(max, LOG2E, -shift);
+    // all threads have read the logits
+    __syncthreads();
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = max - target_logit + log2_sum / LOG2E;
         argmax[blockIdx.x] = row_argmax < v ? row_argmax : 0;
