@@ -3,7 +3,6 @@
 //   w = w - lr ((m / (1 - beta1^s)) / (sqrt(v / (1 - beta2^s)) + eps) + weight_decay w)
 #ifndef LLMC_ADAMW_CUH
 #define LLMC_ADAMW_CUH
-#include "ptx.cuh"
 #include "cuda_common.cuh"
 #include <math.h>
 #include <type_traits>

@@ -4,7 +4,6 @@
 #ifndef LLMC_CLASSIFIER_CUH
 #define LLMC_CLASSIFIER_CUH
 #include "cuda_common.cuh"
-#include "ptx.cuh"
 
 enum { CLASSIFIER_PACKS = 4 }; // packs of a row that a thread holds in registers: a chunk
 
@@ -22,7 +21,7 @@ __device__ __forceinline__ float softmax_shift(float max) {
 }
 // Returns the factor of a sum that is relative to old_max and becomes relative to max.
 __device__ __forceinline__ float softmax_rescale(float old_max, float max) {
-    return exp2_approx(__fmul_rn(old_max, LOG2E) - softmax_shift(max));
+    return exp2_fast(__fmul_rn(old_max, LOG2E) - softmax_shift(max));
 }
 // Makes max and sum those of the warp.
 __device__ __forceinline__ void softmax_warp_reduce(float &max, float &sum) {
@@ -80,7 +79,7 @@ __device__ __forceinline__ void softmax_add(Softmax &s, const uint4 (&bits)[CLAS
         if (chunk_pack(first, k) >= packs) break;
         unpack(x, bits[k]);
 #pragma unroll
-        for (int j = 0; j < PACK; j++) s.sum += exp2_approx(x[j] * LOG2E - shift);
+        for (int j = 0; j < PACK; j++) s.sum += exp2_fast(x[j] * LOG2E - shift);
     }
 }
 
@@ -141,12 +140,12 @@ static __global__ void __launch_bounds__(1024, 2)
             float x[PACK];
             unpack(x, bits[k]);
 #pragma unroll
-            for (int j = 0; j < PACK; j++) x[j] = dloss * exp2_approx(x[j] * LOG2E - lse2);
+            for (int j = 0; j < PACK; j++) x[j] = dloss * exp2_fast(x[j] * LOG2E - lse2);
             store_pack(logits + i * PACK, x);
         }
     }
     if (target / PACK % blockDim.x == threadIdx.x) // the thread that stored the target's pack
-        logits[target] = (floatX)(dloss * (exp2_approx((target_logit - max) * LOG2E - log2_sum) - 1));
+        logits[target] = (floatX)(dloss * (exp2_fast((target_logit - max) * LOG2E - log2_sum) - 1));
 }
 
 // losses[i] = -log softmax(logits[i])[targets[i]] over the first v of vp columns. argmax[i] is the first

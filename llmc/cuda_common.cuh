@@ -2,13 +2,12 @@
 // and reductions. All reductions add in a fixed order, so the results are bitwise reproducible.
 #ifndef LLMC_CUDA_COMMON_CUH
 #define LLMC_CUDA_COMMON_CUH
+#include "ptx.cuh"
 #include "utils.h"
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <limits.h>
-
-#define LOG2E 1.44269504f // log2(e)
 
 // Elements of global_norm's output, which AdamW reads.
 enum {
@@ -41,6 +40,13 @@ typedef __nv_bfloat16 floatX;
         if (error_ != cudaSuccess)                                                                           \
             die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(error_));                     \
     } while (0)
+
+#define LOG2E 1.44269504f // log2(e)
+
+// 1 / (1 + exp(-x)): four instructions. x = -Inf gives 0, NaN stays.
+__device__ __forceinline__ float sigmoid(float x) {
+    return reciprocal_fast(1 + exp2_fast(-LOG2E * x));
+}
 
 // ---- 16-byte loads and stores ----------------------------------------------------------------------------
 enum { PACK = 16 / sizeof(floatX) }; // elements in 16 bytes; row lengths and row strides are multiples of it

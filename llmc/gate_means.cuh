@@ -23,7 +23,7 @@ static __global__ void __launch_bounds__(192)
     __syncthreads();
     unsigned long long sum = 0;
     for (int64_t i = blockIdx.x * 192 + threadIdx.x; i < n * width; i += gridDim.x * 192) {
-        float gate = 1 / (1 + __expf(-(float)logits[i / width * stride + i % width]));
+        float gate = sigmoid((float)logits[i / width * stride + i % width]);
         sum += (unsigned long long)(gate * GATE_SCALE);
     }
     atomicAdd(&block_sums[threadIdx.x % GATE_BRANCHES], sum);

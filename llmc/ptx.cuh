@@ -4,14 +4,14 @@
 #define LLMC_PTX_CUH
 #include <stdint.h>
 
-// ---- approximations, of some 2^-22 relative error; subnormal numbers count as 0. nvcc adds instructions for
-// subnormal numbers to exp2f and to divisions.
-__device__ __forceinline__ float exp2_approx(float x) {
+// ---- approximate 2^x and 1/x, of some 2^-22 relative error; subnormal numbers count as 0. nvcc adds
+// instructions for subnormal numbers to exp2f and to divisions.
+__device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ __forceinline__ float reciprocal_approx(float x) {
+__device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;

@@ -3,12 +3,7 @@
 #define LLMC_SWIGLU_CUH
 #include "cuda_common.cuh"
 #include "fp8.cuh"
-#include "ptx.cuh"
 
-// 1 / (1 + exp(-x)): four instructions. x = -Inf gives 0, NaN stays.
-__device__ __forceinline__ float sigmoid(float x) {
-    return reciprocal_approx(1 + exp2_approx(-LOG2E * x));
-}
 // gate = silu(gate) * up.
 __device__ __forceinline__ void swiglu_pack(float (&gate)[PACK], const float (&up)[PACK]) {
 #pragma unroll

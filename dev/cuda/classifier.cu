@@ -1,4 +1,4 @@
-// dev/cuda/classifier.cu: softmax, cross-entropy, arg max and the logits' gradient.
+// dev/cuda/classifier.cu: softmax, cross-entropy, argmax and the logits' gradient.
 //   version 1: a thread a row, three passes
 //   version 2: a warp a row: maximum, sum, gradient, each a pass, 2 bytes at a time
 //   library  : a block a row, which it holds in registers, chunk by chunk: maximum and sum in one pass of
@@ -9,7 +9,7 @@
 
 // Versions 1 and 2: LANES = 1 and 32 threads a row.
 template <int LANES>
-__global__ void classifier_rows_kernel(floatX *all_logits, float *losses, int32_t *best,
+__global__ void classifier_rows_kernel(floatX *all_logits, float *losses, int32_t *argmax,
                                        const int32_t *targets, float dloss, int64_t n, int v, int vp) {
     int64_t row = (blockIdx.x * 128ll + threadIdx.x) / LANES;
     int lane = threadIdx.x % LANES;
@@ -31,30 +31,30 @@ __global__ void classifier_rows_kernel(floatX *all_logits, float *losses, int32_
     int target = targets[row];
     float loss = lse - (float)logits[target];
     if (LANES > 1) __syncwarp();
-    if (lane == 0) losses[row] = loss, best[row] = at;
+    if (lane == 0) losses[row] = loss, argmax[row] = at;
     for (int j = lane; j < vp && dloss != 0; j += LANES) {
         float p = j < v ? expf((float)logits[j] - lse) - (j == target ? 1.0f : 0.0f) : 0;
         logits[j] = (floatX)(dloss * p);
     }
 }
-static void classifier_old(int version, floatX *logits, float *losses, int32_t *best, const int32_t *targets,
-                           float dloss, int64_t n, int v, int vp) {
+static void classifier_old(int version, floatX *logits, float *losses, int32_t *argmax,
+                           const int32_t *targets, float dloss, int64_t n, int v, int vp) {
     if (version == 1)
         classifier_rows_kernel<1>
-            <<<(unsigned)((n + 127) / 128), 128>>>(logits, losses, best, targets, dloss, n, v, vp);
+            <<<(unsigned)((n + 127) / 128), 128>>>(logits, losses, argmax, targets, dloss, n, v, vp);
     else
         classifier_rows_kernel<32>
-            <<<(unsigned)((n + 3) / 4), 128>>>(logits, losses, best, targets, dloss, n, v, vp);
+            <<<(unsigned)((n + 3) / 4), 128>>>(logits, losses, argmax, targets, dloss, n, v, vp);
     CUDA_CHECK(cudaGetLastError());
 }
 
 // scale: of the logits. Padding columns hold NaN before; some rows have two equal maxima.
 static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss) {
     HostX logits(r, n * vp, scale);
-    std::vector<int32_t> targets(n), best_ref(n);
+    std::vector<int32_t> targets(n), argmax_ref(n);
     for (int64_t i = 0; i < n; i++) {
         targets[i] = (int32_t)r->below(v);
-        if (r->below(3) == 0 && v > 1) { // a tie: the first of them is the arg max
+        if (r->below(3) == 0 && v > 1) { // a tie: the first of them is the argmax
             // side by side, anywhere, or in two packs of one thread
             const int64_t column = r->below(v - 1), gaps[] = {1, (int64_t)r->below(v), 1024 * PACK};
             const int64_t gap = gaps[i % 3], a = i * vp + column, b = i * vp + (column + gap) % v;
@@ -64,7 +64,7 @@ static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss)
         for (int j = v; j < vp; j++) logits.raw[i * vp + j] = from_float<floatX>(NAN);
     }
     std::vector<float> losses_ref(n), lse(n), gradient = logits.f;
-    crossentropy_forward(losses_ref.data(), lse.data(), best_ref.data(), gradient.data(), targets.data(), n,
+    crossentropy_forward(losses_ref.data(), lse.data(), argmax_ref.data(), gradient.data(), targets.data(), n,
                          v, vp);
     crossentropy_backward(gradient.data(), lse.data(), targets.data(), dloss, n, v, vp);
     auto without_targets = [&](std::vector<float> x) { // which outweigh all else
@@ -73,18 +73,18 @@ static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss)
     };
     BufferX x(n * vp), before(logits.raw);
     Buffer<float> losses(n);
-    Buffer<int32_t> best(n), t(targets);
+    Buffer<int32_t> argmax(n), t(targets);
     double by_width = 3e-9 * v; // the C layer adds v exps one after another, in fp32
     char shape[96];
     snprintf(shape, sizeof shape, "n %lld v %d vp %d scale %g", (long long)n, v, vp, scale);
     for (int version = 1; version <= 3; version++) {
         const char *name = version == 1 ? "1" : version == 2 ? "2" : "library";
-        x.set(logits.raw), losses.poison(), best.poison();
+        x.set(logits.raw), losses.poison(), argmax.poison();
         if (version < 3)
-            classifier_old(version, x, losses, best, t, dloss, n, v, vp);
+            classifier_old(version, x, losses, argmax, t, dloss, n, v, vp);
         else
-            classifier(x, losses, best, t, dloss, n, v, vp, 0);
-        check_that(best.host() == best_ref && best.guards_intact(), "arg max", 1, 0);
+            classifier(x, losses, argmax, t, dloss, n, v, vp, 0);
+        check_that(argmax.host() == argmax_ref && argmax.guards_intact(), "argmax", 1, 0);
         if (v == 1) { // loss and gradient are 0 but for roundings
             std::vector<float> zeros = x.floats(), loss = losses.host();
             zeros.insert(zeros.end(), loss.begin(), loss.end());
@@ -99,7 +99,7 @@ static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss)
     }
     x.set(logits.raw);
     Buffer<float> alone(n);
-    classifier(x, alone, best, t, 0, n, v, vp, 0);
+    classifier(x, alone, argmax, t, 0, n, v, vp, 0);
     check_same("classifier without gradient: logits", x, before);
     check_same("classifier without gradient: losses", alone, losses);
     for (int64_t i = 0; i < n; i++) { // one NaN in a row, wherever it is, shows in the row's loss
@@ -107,7 +107,7 @@ static void check(Random *r, int64_t n, int v, int vp, float scale, float dloss)
         logits.raw[at] = from_float<floatX>(NAN);
     }
     x.set(logits.raw);
-    classifier(x, losses, best, t, dloss, n, v, vp, 0);
+    classifier(x, losses, argmax, t, dloss, n, v, vp, 0);
     std::vector<float> all = losses.host();
     check_that(std::all_of(all.begin(), all.end(), [](float loss) { return isnan(loss); }), "NaN", 0, 1);
 }
@@ -124,8 +124,8 @@ static void check_confident(Random *r, int64_t n, int v) {
     }
     BufferX x(logits.raw);
     Buffer<float> losses(n);
-    Buffer<int32_t> best(n), t(targets);
-    classifier(x, losses, best, t, 1, n, v, v, 0);
+    Buffer<int32_t> argmax(n), t(targets);
+    classifier(x, losses, argmax, t, 1, n, v, v, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
     const std::vector<float> got = losses.host();
     for (int64_t i = 0; i < n; i++) {
@@ -156,16 +156,16 @@ int main(int argc, char **argv) {
             Buffer<float> losses(n);
             std::vector<int32_t> targets(n);
             for (int32_t &t : targets) t = (int32_t)r.below(v);
-            Buffer<int32_t> best(n), t(targets);
+            Buffer<int32_t> argmax(n), t(targets);
             fill_random(logits.get(), n * v, r.u64(), 3);
             double bytes = sizeof(floatX) * (double)n * v, ms;
-            ms = time_ms([&] { classifier(logits, losses, best, t, 0, n, v, v, 0); });
+            ms = time_ms([&] { classifier(logits, losses, argmax, t, 0, n, v, v, 0); });
             report("classifier", "fwd", "library", n, v, 0, ms, bytes, 0);
             for (int version = 1; version <= 2; version++) {
-                ms = time_ms([&] { classifier_old(version, logits, losses, best, t, 1, n, v, v); }, 3);
+                ms = time_ms([&] { classifier_old(version, logits, losses, argmax, t, 1, n, v, v); }, 3);
                 report("classifier", "bwd", version == 1 ? "1" : "2", n, v, 0, ms, 2 * bytes, 0);
             }
-            ms = time_ms([&] { classifier(logits, losses, best, t, 1, n, v, v, 0); });
+            ms = time_ms([&] { classifier(logits, losses, argmax, t, 1, n, v, v, 0); });
             report("classifier", "bwd", "library", n, v, 0, ms, 2 * bytes, 0);
         }
     }

@@ -256,13 +256,13 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int ranks, ncclUniqueId id, int 
     // Rank 0 makes the memory, so that another rank's limit of file sizes (a test of full disks) does not
     // matter.
     int fd = -1;
-    struct stat s = {};
     if (rank == 0) {
         fd = shm_open(id.internal, O_RDWR | O_CREAT, 0600);
         if (fd < 0 || ftruncate(fd, (off_t)c->bytes) != 0)
             return fail(ncclSystemError, "cannot create shared memory: errno %ld", errno);
     }
     for (int attempt = 0; fd < 0; attempt++) {
+        struct stat s;
         fd = shm_open(id.internal, O_RDWR, 0600);
         if (fd >= 0 && (fstat(fd, &s) != 0 || s.st_size != (off_t)c->bytes)) close(fd), fd = -1;
         if (fd < 0) back_off(attempt);

@@ -58,7 +58,7 @@ def row_of(run):
         )
     for flag, wanted in flags_of(run.name).items():
         got = start["flags"].get(flag, start["model"].get(flag))
-        if got != wanted and (wanted is None or not same_value(got, wanted)):
+        if not same_value(got, wanted):
             raise NotKept(
                 f"{run.file}: -{flag} {got}: {run.name} of scripts/learning.sh has {wanted or 'none'}; give the run another "
                 "name: NAME=FOLDER"
@@ -83,11 +83,11 @@ def row_of(run):
 
 
 def same_value(got, wanted):
-    """Returns whether a flag of a log has the value that the table writes."""
+    """Returns whether a flag of a log has the value that the table writes, as 0.0006 and \"6e-4\"."""
     try:
         return float(got) == float(wanted)
     except (TypeError, ValueError):
-        return str(got) == wanted
+        return got == wanted
 
 
 def gpu_model(row):

@@ -5,7 +5,7 @@ held-out document the same words stand:
 
 Prints the share of held-out tokens that lie in a passage of 32 and of 16 tokens of the training text, and the share of those that
 end a passage of 16 tokens that stood before in the same document, by the distance to its nearest earlier copy. Passages
-are compared by hashes of 64 bits. Needs NumPy and 8 bytes of memory for each training token.
+are compared by hashes of 64 bits. Needs NumPy.
 """
 
 import glob
