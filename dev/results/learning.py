@@ -14,18 +14,17 @@ STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 # run that it is compared with.
 LOSSES = {
     "learning_200m": [
-        ("window-1", None),
-        ("full-1", "window-1"),
-        ("nsa-1", "window-1"),
-        ("window-2", None),
-        ("nsa-2", "window-2"),
-        ("nsa-fp8-1", "nsa-1"),
+        ("full-1", None),
+        ("window-1", "full-1"),
+        ("window-2", "full-1"),
+        ("nsa-1", "full-1"),
+        ("nsa-2", "full-1"),
         ("zero-1", "nsa-1"),
         ("zero-2", "nsa-2"),
         ("sliding-1", "nsa-1"),
         ("sliding-2", "nsa-2"),
     ],
-    "learning_64k": [("window-64k", None), ("full-64k", "window-64k"), ("nsa-64k", "window-64k")],
+    "learning_64k": [("full-64k", None), ("window-64k", "full-64k"), ("nsa-64k", "full-64k")],
     "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
     "learning_fp8": [
         ("50m-full-1", None),
@@ -34,6 +33,8 @@ LOSSES = {
         ("50m-nsa-fp8-1", "50m-nsa-1"),
         ("50m-nsa-2", None),
         ("50m-nsa-fp8-2", "50m-nsa-2"),
+        ("nsa-1", None),
+        ("nsa-fp8-1", "nsa-1"),
         ("50m-zero-1", None),
         ("50m-zero-fp8-1", "50m-zero-1"),
         ("50m-zero-2", None),
@@ -76,17 +77,20 @@ LOSSES = {
 # Runs NAME-1, NAME-2, ... that differ in the seed alone: the names of each table of means. The first is what the others are
 # compared with.
 SEEDS = {
-    "learning_seeds_200m": ["nsa", "zero", "sliding", "window"],
+    "learning_seeds_200m": ["nsa", "window", "zero", "sliding"],
     "learning_seeds": ["50m-zero", "50m-nsa", "50m-sliding"],
     "learning_seeds_fp8": ["50m-zero", "50m-zero-fp8"],
+    "learning_seeds_nsa_fp8": ["50m-nsa", "50m-nsa-fp8"],
     "learning_seeds_kv": ["50m-nsa", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
 # The runs of each table of equal times, and those that they are compared with.
 TIMES = {
     "learning_time": [
         ("nsa-1", "full-1"),
+        ("nsa-2", "full-1"),
         ("window-1", "full-1"),
         ("nsa-1", "window-1"),
+        ("nsa-2", "window-2"),
         ("nsa-64k", "full-64k"),
         ("350m-nsa", "350m-full"),
         ("50m-nsa-1-0603293", "50m-full-1"),
@@ -112,7 +116,10 @@ POSITIONS = {
         ["50m-nsa-1", "50m-nsa-2", "50m-full-1", "50m-window-1"],
         [("50m-nsa-1", "50m-full-1"), ("50m-nsa-2", "50m-full-1"), ("50m-window-1", "50m-full-1")],
     ),
-    "learning_positions_200m": (["nsa-1", "full-1", "window-1"], [("nsa-1", "full-1"), ("nsa-1", "window-1")]),
+    "learning_positions_200m": (
+        ["nsa-1", "nsa-2", "full-1", "window-1", "window-2"],
+        [("nsa-1", "full-1"), ("nsa-2", "full-1"), ("nsa-1", "window-1"), ("nsa-2", "window-2")],
+    ),
     "learning_positions_64k": (
         ["nsa-64k", "full-64k", "window-64k"],
         [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k")],
@@ -121,6 +128,7 @@ POSITIONS = {
         ["350m-nsa", "350m-full", "350m-window"],
         [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
     ),
+    "learning_positions_smollm2": (["smollm2-8k-nsa", "smollm2-8k-full"], [("smollm2-8k-nsa", "smollm2-8k-full")]),
 }
 # The runs of each table of mean gates.
 GATES = {
@@ -206,6 +214,22 @@ def seeds(found, names):
             cells += [f"{difference:+.4f}", f"{error:.4f}", f"{limits[0]:+.2f} to {limits[1]:+.2f}"]
         rows.append(cells + ["-"] * (len(head) - len(cells)))
     return head, rows if len(rows) > 1 else []
+
+
+def overview(found):
+    """Returns head, rows and runs of README's table: the attention modes after 200M tokens, and at 64K; no rows if one is missing."""
+    head = ["attention", "loss after 200M tokens, of each seed", "tokens/s at 16K", "tokens/s at 64K"]
+    rows, used = [], []
+    for mode in ("nsa", "full", "window"):
+        runs = [found[name] for name in runs_of(mode) if name in found]
+        longer = found.get(f"{mode}-64k")
+        if not runs or not longer:
+            return head, [], []
+        speed = statistics.fmean(run["tokens_per_second"] for run in runs)
+        losses = " and ".join(f"{val_loss(run):.3f}" for run in runs)
+        rows.append([mode, losses, f"{speed:,.0f}", f"{longer['tokens_per_second']:,}"])
+        used += [*runs, longer]
+    return head, rows, used
 
 
 def loss_at(row, seconds):

@@ -444,6 +444,12 @@ def table_step_parts(times):
     return captioned(times.caption("step") + ".", markdown(head, rows))
 
 
+def table_loss(times):
+    """README: what learning.md shows, in three lines."""
+    head, rows, runs = learning.overview(times.curves)
+    return captioned(learning.caption(times.gpu, runs), markdown(head, rows)) if rows else None
+
+
 def table_fp8_sentence(times):
     """The ratios of a step with fp8 to one with 16-bit matmuls, in one sentence."""
 

@@ -174,16 +174,16 @@ def test_learning(tmp: str) -> None:
     for line in (
         "1 H200 a run, commits abc1234, abc1235, 2026-12-01.",
         "| run | attention | matmuls | validation loss | compared with | difference | tokens/s | time (s) | commit |",
-        "| window-1 | window | bf16 | 2.7500 | - | - | 345,678 | 1,234 | abc1234 |",
-        "| full-1 | full | bf16 | 2.5000 | window-1 | -0.2500 | 345,678 | 2,345 | abc1234 |",
-        "| nsa-1 | nsa | bf16 | 2.4875 | window-1 | -0.2625 | 345,678 | 1,234 | abc1234 |",
+        "| full-1 | full | bf16 | 2.5000 | - | - | 345,678 | 2,345 | abc1234 |",
+        "| window-1 | window | bf16 | 2.7500 | full-1 | +0.2500 | 345,678 | 1,234 | abc1234 |",
+        "| nsa-1 | nsa | bf16 | 2.4875 | full-1 | -0.0125 | 345,678 | 1,234 | abc1234 |",
         "| nsa-fp8-1 | nsa | fp8 | 2.5000 | nsa-1 | +0.0125 | 345,678 | 1,234 | abc1235 |",
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
         "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
         "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -0.42 to +0.67 |",
-        "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
-        "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
-        "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",
+        "| position | nsa-1 | nsa-2 | full-1 | window-1 | nsa-1 - full-1 | nsa-2 - full-1 | nsa-1 - window-1 |",
+        "| 0 to 127 | 2.4875 | 2.5125 | 2.5000 | 2.7500 | -0.0125 | +0.0125 | -0.2625 |",
+        "| 256 to 511 | 2.4877 | 2.5127 | 2.5002 | 2.7502 | -0.0125 | +0.0125 | -0.2625 |",
         "| nsa-1 | full-1 | 2,345 | 2.5000 | 2.4875 | -0.0125 | 1,232 | 0.53 |",
         "| window-1 | full-1 | 2,345 | 2.5000 | 2.7500 | +0.2500 | - | - |",
         "| 50m-nsa-1-0603293 | 50m-full-1 | 1,200 | 2.7500 | 3.1872 | +0.4372 | - | - |",
@@ -200,6 +200,15 @@ def test_learning(tmp: str) -> None:
     check("| 50m-sliding | 1 |" not in text, "no mean of one run")
     check("| 50m-mean-1 | 50m-full-1 | 1,200" not in text, "no equal times on other numbers of GPUs")
     check("<!-- table learning_64k H200 -->\nNot run yet.\n<!-- end -->" in text, "a table without rows is left out")
+    # README's table needs each attention mode at 64K
+    check(learning.overview({row["name"]: row for row in rows})[1:] == ([], []), "no overview without runs at 64K")
+    longer = [row(f"{mode}-64k", 2, mode, tokens_per_second=100_000 * i) for i, mode in enumerate(("nsa", "full", "window"), 1)]
+    write(*rows, *longer)
+    expect("runs at 64K", run(root), 0, "wrote README.md: table loss H200")
+    with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    for line in ("| nsa | 2.487 and 2.513 | 345,678 | 100,000 |", "| full | 2.500 | 345,678 | 200,000 |"):
+        check(line in text, f"README has no {line!r}")
     write(rows[0], row("nsa-1", 2.4), *rows[2:])
     expect("another loss", run(root, "--check"), 1, "dev/results/learning.md: table learning_positions_200m H200 does not agree")
     run(root)
