@@ -11,7 +11,10 @@
 static inline int test_gpus(void) {
     int gpus = 4; // the emulator's
 #ifndef EMULATOR_H
-    FILE *f = popen("nvidia-smi -L 2>/dev/null | wc -l", "r");
+    FILE *f =
+        popen("if [ -n \"${CUDA_VISIBLE_DEVICES+set}\" ]; then echo \"$CUDA_VISIBLE_DEVICES\" | tr , '\\n';"
+              " else nvidia-smi -L 2>/dev/null; fi | grep -c .",
+              "r");
     if (!f || fscanf(f, "%d", &gpus) != 1) gpus = 0;
     if (f) pclose(f);
 #endif

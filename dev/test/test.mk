@@ -54,7 +54,7 @@ PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_hf.py" "
     "echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
 SCRIPTS := $(PYTHON_TESTS) "bash dev/test/cli.sh" "bash dev/test/headers.sh" "bash dev/test/translate.sh" \
     "bash dev/test/install.sh" "bash dev/test/wheel.sh"
-GPUS = $(if $(NCCL),$(shell nvidia-smi -L 2>/dev/null | wc -l),0)
+GPUS = $(if $(NCCL),$(shell bash -c '. scripts/common.sh; all_gpus'),0)
 test: $(CPU_TESTS) $(TEST_TOOLS) $(GPU_TESTS) $(if $(USE_GPU),$(GPU_TRAINER) $(LIBFSA).so)
 	@$(if $(USE_GPU),,echo "No $(if $(GPU),nvcc,GPU): CUDA kernels are not tested. make test-emulator tests them on the CPU.")
 	@$(RUN) TRAINER=$(GPU_TRAINER) GPUS=$(GPUS) bash dev/test/run.sh \
