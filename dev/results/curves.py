@@ -139,8 +139,8 @@ def draw(plt, rows, by_time):
         for points, style in ((row["loss"], {"linewidth": 0.8, "alpha": 0.4}), (row["val"], {"marker": "o", "markersize": 4, "label": row["name"]})):
             axis.plot([p[column] * scale for p in points], [p[2] for p in points], **color, **style)
     losses = [learning.val_loss(row) for row in rows]
-    limits = (min(losses) - 0.1, max(losses) + 2)
-    axis.set(xlabel="training, seconds" if by_time else "million tokens", ylabel="loss, nats per token", ylim=limits)
+    limits = (min(losses) - 0.05, max(losses) + 1)
+    axis.set(xlabel="training, seconds" if by_time else "million tokens", ylabel="loss, nats per token (points: validation)", ylim=limits)
     axis.legend()
     return figure
 

@@ -15,16 +15,17 @@ STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 LOSSES = {
     "learning_200m": [
         ("full-1", None),
+        ("full-2", "full-1"),
         ("window-1", "full-1"),
         ("window-2", "full-1"),
         ("nsa-1", "full-1"),
         ("nsa-2", "full-1"),
+        ("mean-1", "full-1"),
         ("zero-1", "nsa-1"),
         ("zero-2", "nsa-2"),
         ("sliding-1", "nsa-1"),
         ("sliding-2", "nsa-2"),
     ],
-    "learning_64k": [("full-64k", None), ("window-64k", "full-64k"), ("nsa-64k", "full-64k")],
     "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
     "learning_fp8": [
         ("50m-full-1", None),
@@ -50,7 +51,7 @@ LOSSES = {
         ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-nsa-1", "50m-full-1"),
-        ("50m-nsa-2", "50m-full-1"),
+        ("50m-nsa-2", "50m-full-2"),
         ("50m-hybrid-1", "50m-nsa-1"),
         ("50m-mean-1", "50m-full-1"),
     ],
@@ -74,13 +75,11 @@ LOSSES = {
         ("50m-nsa-2", "50m-zero-2"),
     ],
 }
-# Runs NAME-1, NAME-2, ... that differ in the seed alone: the names of each table of means. The first is what the others are
-# compared with.
+# Runs NAME-1, NAME-2, ... that differ in the seed, and some in the commit: the names of each table of means. The first is what
+# the others are compared with.
 SEEDS = {
     "learning_seeds_200m": ["nsa", "window", "zero", "sliding"],
     "learning_seeds": ["50m-zero", "50m-nsa", "50m-sliding"],
-    "learning_seeds_fp8": ["50m-zero", "50m-zero-fp8"],
-    "learning_seeds_nsa_fp8": ["50m-nsa", "50m-nsa-fp8"],
     "learning_seeds_kv": ["50m-nsa", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
 # The runs of each table of equal times, and those that they are compared with.
@@ -92,30 +91,32 @@ TIMES = {
         ("nsa-1", "window-1"),
         ("nsa-2", "window-2"),
         ("nsa-64k", "full-64k"),
+        ("nsa-64k", "window-64k"),
+        ("window-64k", "nsa-64k"),
         ("350m-nsa", "350m-full"),
-        ("50m-nsa-1-0603293", "50m-full-1"),
-        ("50m-nsa-2", "50m-full-1"),
-        ("50m-hybrid-1", "50m-full-1"),
-        ("50m-mean-1", "50m-full-1"),
-        ("50m-window-1", "50m-full-1"),
+        ("350m-nsa", "350m-window"),
+        ("50m-nsa-1", "50m-full-2"),
+        ("50m-nsa-2", "50m-full-2"),
+        ("50m-hybrid-1", "50m-full-2"),
+        ("50m-mean-1", "50m-full-2"),
+        ("50m-window-1", "50m-full-2"),
     ],
 }
-# The runs of each table of losses after so many million tokens, and those that they are compared with.
+# Each table of losses after so many million tokens: these numbers, the runs, and those that they are compared with.
 CONTINUED = {
-    "learning_smollm2": [
-        ("smollm2-8k-full", None),
-        ("smollm2-8k-nsa", "smollm2-8k-full"),
-        ("smollm2-16k-full", None),
-        ("smollm2-16k-nsa", "smollm2-16k-full"),
-    ],
+    "learning_64k": ([0, 20], [("full-64k", None), ("window-64k", "full-64k"), ("nsa-64k", "full-64k")]),
+    "learning_smollm2": (
+        [0, 1, 10, 50],
+        [
+            ("smollm2-8k-full", None),
+            ("smollm2-8k-nsa", "smollm2-8k-full"),
+            ("smollm2-16k-full", None),
+            ("smollm2-16k-nsa", "smollm2-16k-full"),
+        ],
+    ),
 }
-CONTINUED_TOKENS = [0, 1, 10, 50]
 # The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
-    "learning_positions_50m": (
-        ["50m-nsa-1", "50m-nsa-2", "50m-full-1", "50m-window-1"],
-        [("50m-nsa-1", "50m-full-1"), ("50m-nsa-2", "50m-full-1"), ("50m-window-1", "50m-full-1")],
-    ),
     "learning_positions_200m": (
         ["nsa-1", "nsa-2", "full-1", "window-1", "window-2"],
         [("nsa-1", "full-1"), ("nsa-2", "full-1"), ("nsa-1", "window-1"), ("nsa-2", "window-2")],
@@ -132,8 +133,7 @@ POSITIONS = {
 }
 # The runs of each table of mean gates.
 GATES = {
-    "learning_gates": ["nsa-1", "nsa-2", "nsa-64k", "350m-nsa"],
-    "learning_gates_smollm2": ["smollm2-8k-nsa", "smollm2-16k-nsa"],
+    "learning_gates": ["nsa-1", "nsa-2", "nsa-fp8-1"],
     "learning_gates_bias": ["50m-zero-1", "50m-sliding-1", "50m-nsa-1"],
 }
 
@@ -217,8 +217,9 @@ def seeds(found, names):
 
 
 def overview(found):
-    """Returns head, rows and runs of README's table: the attention modes after 200M tokens, and at 64K; no rows if one is missing."""
-    head = ["attention", "loss after 200M tokens, of each seed", "tokens/s at 16K", "tokens/s at 64K"]
+    """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K; no
+    rows if one is missing."""
+    head = ["attention", "loss after 200M tokens at 16K, of each run", "tokens/s", "after 20M more at 64K", "tokens/s"]
     rows, used = [], []
     for mode in ("nsa", "full", "window"):
         runs = [found[name] for name in runs_of(mode) if name in found]
@@ -227,7 +228,7 @@ def overview(found):
             return head, [], []
         speed = statistics.fmean(run["tokens_per_second"] for run in runs)
         losses = " and ".join(f"{val_loss(run):.3f}" for run in runs)
-        rows.append([mode, losses, f"{speed:,.0f}", f"{longer['tokens_per_second']:,}"])
+        rows.append([mode, losses, f"{speed:,.0f}", f"{val_loss(longer):.3f}", f"{longer['tokens_per_second']:,}"])
         used += [*runs, longer]
     return head, rows, used
 
@@ -269,21 +270,24 @@ def times(found, runs):
     return head, rows
 
 
-def continued(found, runs):
+def continued(found, millions_and_runs):
     """Returns head and rows of a table of validation losses after so many tokens: of the validation nearest to them."""
-    head = ["run", "attention", "before", *(f"{n}M tokens" for n in CONTINUED_TOKENS[1:]), "compared with", "difference"]
+    millions, runs = millions_and_runs
+    head = ["run", "attention", "before", *(f"{n}M tokens" for n in millions[1:]), "compared with", "difference"]
     rows = []
 
     def points(row):
-        return [min(row["val"], key=lambda point: abs(point[0] - n * 10**6))[2] for n in CONTINUED_TOKENS]
+        return [min(row["val"], key=lambda point: abs(point[0] - n * 10**6))[2] for n in millions]
 
     for name, other in runs:
         if name in found:
             cells = [name, found[name]["model"]["attn"], *(f"{loss:.4f}" for loss in points(found[name]))]
             pairs = zip(points(found[name]), points(found[other])) if other in found else []
             differences = " / ".join(f"{a - b:+.4f}" for a, b in pairs)
-            rows.append(cells + ([other, differences] if differences else ["-", "-"]) + [found[name]["commit"]])
-    return [*head, "commit"], rows
+            row = found[name]
+            speed = [f"{row['tokens_per_second']:,}", f"{row['seconds']:,.0f}", row["commit"]]
+            rows.append(cells + ([other, differences] if differences else ["-", "-"]) + speed)
+    return [*head, "tokens/s", "time (s)", "commit"], rows
 
 
 def positions(found, runs_and_pairs):
@@ -321,6 +325,8 @@ def tables():
                 used = [run for family in runs for run in runs_of(family)]
             elif group is POSITIONS:
                 used = runs[0]
+            elif group is CONTINUED:
+                used = [run for run, _ in runs[1]]
             elif isinstance(runs[0], tuple):
                 used = list(dict.fromkeys(run for pair in runs for run in pair if run))
             else:
