@@ -4,15 +4,16 @@
 # the others. A run writes a checkpoint every 100 steps, so a crash loses at most these. The script makes the shards of a
 # text in the table below if there are none, from the C sources of Linux (Debian's and Ubuntu's package linux-source). That
 # needs Python with requirements.txt.
-#   make && scripts/learning.sh                               # all runs, one after another
+#   make && scripts/learning.sh                               # all runs, as many at a time as there are GPUs
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
+# Several runs at a time write what they print to log/learning/NAME.txt.
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
 # 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
-# SIGTERM the run finishes its step and writes a checkpoint, and the script ends.
-# Environment: GPUS (1), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384 takes less
+# SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
+# Environment: GPUS (1: of a run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384 takes less
 # memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -170,6 +171,42 @@ train() {
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }
 
+# train_at_once LANES: trains the selected runs, so many at a time, each on GPUS of the GPUs. A run that continues another one
+# waits for it.
+train_at_once() {
+    local devices lane=() i line name own running
+    local -A state=() pid=()
+    IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $(($(all_gpus) - 1)))}"
+    for line in "${selected[@]}"; do state[${line%% *}]=waiting; done
+    mkdir -p log/learning
+    while :; do
+        running=$'\n'$(jobs -rp)$'\n' || continue # a signal may end what the script waits for
+        for ((i = 0; i < $1; i++)); do
+            name=${lane[i]:-}
+            if [ -n "$name" ] && [[ $running != *$'\n'${pid[$name]}$'\n'* ]]; then
+                lane[i]="" state[$name]=ended
+                if wait_for "${pid[$name]}"; then echo "== $name: complete"
+                elif [ ${#signals[@]} -gt 0 ]; then echo "== $name: stopped"
+                else echo "== $name: failed; log/learning/$name.txt says why" && failed="$failed $name"; fi
+            fi
+            [ -z "${lane[i]:-}" ] && [ ${#signals[@]} -eq 0 ] || continue
+            for line in "${selected[@]}"; do
+                read -ra run <<<"$line"
+                [ "${state[${run[0]}]}" = waiting ] && [[ ${state[${run[1]}]:-ended} = ended ]] || continue
+                name=${run[0]}
+                printf -v own '%s,' "${devices[@]:i*GPUS:GPUS}"
+                echo "== $name on GPU ${own%,}"
+                start env CUDA_VISIBLE_DEVICES="${own%,}" scripts/learning.sh "$name" >"log/learning/$name.txt" 2>&1
+                lane[i]=$name state[$name]=running pid[$name]=$!
+                break
+            done
+        done
+        [[ ${lane[*]} == *[![:space:]]* ]] || break
+        sleep 1 || true
+    done
+    [ ${#signals[@]} -eq 0 ] || exit 1
+}
+
 names=$(printf '%s\n' "${TABLE[@]}" | awk '{ print $1 }')
 [ $# -gt 0 ] || set -- $(has_smollm2 && echo "$names" || grep -v ^smollm2 <<<"$names")
 for name; do
@@ -194,9 +231,13 @@ for line in "${selected[@]}"; do
     read -ra run <<<"$line"
     make_text "${run[2]}"
 done
-failed=""
-for line in "${selected[@]}"; do
-    read -ra run <<<"$line"
-    train "${run[@]}" || failed="$failed ${run[0]}"
-done
+failed="" lanes=$(($(all_gpus) / GPUS))
+if [ $lanes -gt 1 ] && [ ${#selected[@]} -gt 1 ]; then
+    train_at_once $lanes
+else
+    for line in "${selected[@]}"; do
+        read -ra run <<<"$line"
+        train "${run[@]}" || failed="$failed ${run[0]}"
+    done
+fi
 [ -z "$failed" ] || { echo "== these runs failed:$failed"; exit 1; }

@@ -411,10 +411,13 @@ def test_learning(tmp: str) -> None:
                 pass
     fake = """#!/bin/bash
 echo "$WORLD_SIZE $*" >>flags.txt
+echo $CUDA_VISIBLE_DEVICES begin >>gpus.txt
 while [ $# -gt 0 ]; do
     case $1 in -o) out=$2 ;; -x) steps=$2 ;; esac
     shift
 done
+[[ $CUDA_VISIBLE_DEVICES == 0 ]] || sleep 1
+echo $CUDA_VISIBLE_DEVICES $out >>gpus.txt
 [ -z "$BAD" ] || [ $out != log/learning/$BAD ] || { echo "error: it is bad" >&2; exit 1; }
 mkdir -p $out && echo "{\\"step\\":$steps,\\"tokens\\":9,\\"val_loss\\":2.5}" >>$out/log.jsonl
 touch $(printf '%s/ckpt_%08d.bin' $out $steps)
@@ -446,7 +449,7 @@ done
         with open(flags, "w", encoding="utf-8"):
             pass
         full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS", "SMOLLM2")}
-        full |= {"BAD": "", **env}
+        full |= {"BAD": "", "CUDA_VISIBLE_DEVICES": "0", **env}
         program = [os.path.join(root, "scripts/learning.sh"), *runs.split()]
         result = subprocess.run(program, capture_output=True, text=True, env=full)
         output = result.stdout
@@ -490,6 +493,23 @@ done
     cp = [line.count(" -cp 2 ") for line in lines]
     right = code == 0 and cp == [0] * 8 + [1] * 4 and all(line.startswith("4 ") and " -d 131072 " in line for line in lines)
     check(right, f"four GPUs: {code} {err} {lines}")
+    # several GPUs: several runs at a time, each on its own, and one that continues another one after that
+    os.rename(os.path.join(root, "log"), os.path.join(root, "log_before"))
+    os.remove(os.path.join(root, "gpus.txt"))
+    code, err, lines = train("nsa-1 nsa-64k full-1 50m-nsa-2", CUDA_VISIBLE_DEVICES="3,5", BAD="full-1")
+    with open(os.path.join(root, "gpus.txt"), encoding="utf-8") as file:
+        gpus = file.read().splitlines()
+    right = sorted(gpus[:2]) == ["3 begin", "5 begin"] and sorted(line.split("/")[-1] for line in gpus if "/" in line) == ["50m-nsa-2", "full-1", "nsa-1", "nsa-64k"]
+    check(right and gpus.count("3 begin") == gpus.count("5 begin") == 2, f"two GPUs: {gpus}")
+    right = code == 1 and err == "" and output.endswith("\n== these runs failed: full-1\n") and output.startswith("== nsa-1 on GPU 3\n== full-1 on GPU 5\n")
+    check(right and output.index("== nsa-1: complete") < output.index("== nsa-64k on GPU "), f"two runs at a time: {code} {err} {output}")
+    with open(os.path.join(root, "log/learning/full-1.txt"), encoding="utf-8") as file:
+        check("error: it is bad\n" in file.read(), "what a run prints")
+    code, err, lines = train("window-1 full-1", CUDA_VISIBLE_DEVICES="3,5,6,8", GPUS="2")
+    right = (code, err) == (0, "") and sorted(line[0] for line in lines) == ["2"] * 4
+    check(right and output.startswith("== full-1 on GPU 3,5\n== window-1 on GPU 6,8\n"), f"two GPUs a run: {code} {err} {output} {lines}")
+    shutil.rmtree(os.path.join(root, "log"))
+    os.rename(os.path.join(root, "log_before"), os.path.join(root, "log"))
     code, err, lines = train("nsa-1 nsa")
     check(code == 1 and not lines and err.startswith("error: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
     code, err, lines = train("50m-hybrid-1 50m-mean-1")
@@ -856,13 +876,14 @@ exit $((128 + signal))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    for script, runs in (("learning.sh", 1), ("shakespeare.sh", 3), ("books_124m.sh", 1), ("recall.sh", 1), ("llama3_8b_step.sh", 1)):
+    for script, runs in (("learning.sh", 1), ("learning.sh", 2), ("shakespeare.sh", 3), ("books_124m.sh", 1), ("recall.sh", 1), ("llama3_8b_step.sh", 1)):
         for name, to_group in (("TERM", False), ("INT", True)):
             for file in os.listdir(root):
                 if file.startswith(("started", "received", "checkpoint_")):
                     os.remove(os.path.join(root, file))
             args = ["nsa-1", "full-1"] if script == "learning.sh" else []
             program = [os.path.join(root, "scripts", script), *args]
+            env["CUDA_VISIBLE_DEVICES"] = "0,1" if (script, runs) == ("learning.sh", 2) else "0"
             process = subprocess.Popen(program, cwd=root, env=env, start_new_session=True, preexec_fn=default_signals,
                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
             for _ in range(200):
@@ -885,7 +906,7 @@ exit $((128 + signal))
             right = process.returncode == 1 and len(pids) == runs and saved == pids and not left and lines("received") == [name] * runs
             check(right, f"SIG{name} to {script}: {process.returncode} {out} started {pids} saved {saved} left {left} {lines('received')}")
     with open(os.path.join(root, "train_gpt_nsa"), "w", encoding="utf-8") as file:
-        file.write("#!/bin/bash\nkill -KILL $$\n")
+        file.write("#!/bin/bash\nsleep 0.5\nkill -KILL $$\n")
     env["TRAINER"] = "train_gpt_nsa"
     result = subprocess.run([os.path.join(root, "scripts/learning.sh"), "nsa-1"], capture_output=True, text=True, cwd=root, env=env)
     right = result.returncode == 1 and result.stderr.startswith("error: process ") and " was ended by SIGKILL; " in result.stderr
