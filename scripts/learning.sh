@@ -13,8 +13,8 @@
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
 # 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
 # SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
-# Environment: GPUS (1: of a run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384 takes less
-# memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
+# Environment: GPUS (1: of a run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384
+# takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 usage "$@"
@@ -86,6 +86,8 @@ sliding-2           97m         linux          200M  -attn nsa -seed 2 -gate-bia
 350m-window         350m        linux          100M  -attn window -seed 1
 smollm2-8k-full     smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-8k-nsa      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
+smollm2-8k-top32    smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32
+smollm2-8k-fine     smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 32 -local-blocks 4
 smollm2-16k-full    smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-16k-nsa     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 END

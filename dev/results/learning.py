@@ -110,6 +110,8 @@ CONTINUED = {
         [
             ("smollm2-8k-full", None),
             ("smollm2-8k-nsa", "smollm2-8k-full"),
+            ("smollm2-8k-top32", "smollm2-8k-full"),
+            ("smollm2-8k-fine", "smollm2-8k-full"),
             ("smollm2-16k-full", None),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
         ],
