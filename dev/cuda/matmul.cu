@@ -1,4 +1,4 @@
-// dev/cuda/matmul.cu: products with weights, forward, and backward to the input and to the weight.
+// dev/cuda/matmul.cu: matmuls with weights, forward, and backward to the input and to the weight.
 //   version 1: a thread a number, both rows out of L1 (forward)
 //   version 2: tiles of 64 x 64 in shared memory, 4 x 4 sums a thread, no tensor cores (forward)
 //   library  : cuBLASLt (llmc/matmul.cuh)
@@ -199,7 +199,7 @@ int main(int argc, char **argv) {
     check(&r, 65, 128, 64, 64, PACK); // 16 bytes past an aligned address
     check(&r, 33, 72, 18, 18, 0);     // a gate of 6 heads
     check(&r, 33, 64, 3, 3, 0);       // one for all heads
-    check(&r, 130, 64, 64, 192, 0);   // one of three products into one row
+    check(&r, 130, 64, 64, 192, 0);   // one of three matmuls into one row
     check(&r, 31, 40, 24, 32, 2);     // weights on an odd address
     check(&r, 40, 64, 265, 272, 0);   // q, k, v and 9 gate logits, with padding columns
     check(&r, 70, 64, 72, 72, 0, 80); // x: some columns of a matrix
