@@ -797,7 +797,7 @@ int main(int argc, char **argv) {
     const int gpus = 1;
 #endif
     if (gpus < 2) {
-        SKIP("a batch shared by two GPUs: %d GPUs found, or built without NCCL", gpus);
+        SKIP("a batch shared by two GPUs: GPUS is %d, or built without NCCL", gpus);
     } else {
         int failed = test_ranks(2, test_rank, NULL);
         CHECK(failed == 0, "%d of 2 GPUs that share a batch failed", failed);

@@ -25,11 +25,14 @@ attention_modes() {
     for word in $MODES; do [[ $word =~ ^(nsa|full|window)$ ]] || die "MODES=$MODES: $word must be nsa, full or window"; done
 }
 
-# all_gpus: prints the number of GPUs of this host, or of CUDA_VISIBLE_DEVICES if it is set; 0 if there are none
-all_gpus() {
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .
-    else nvidia-smi -L 2>/dev/null | wc -l; fi
+# gpu_list: prints the GPUs of this host, or of CUDA_VISIBLE_DEVICES if it is set, a line each. CUDA ignores what follows -1.
+gpu_list() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then tr ', ' '\n\n' <<<"$CUDA_VISIBLE_DEVICES" | awk '$1 == -1 { ended = 1 } NF && !ended'
+    else { nvidia-smi -L 2>/dev/null || true; } | awk '/^GPU/ { print n++ + 0 }'; fi
 }
+
+# all_gpus: prints their number; 0 if there are none
+all_gpus() { gpu_list | wc -l; }
 
 # need_gpus: GPUS is set to a number, and not 0
 need_gpus() {

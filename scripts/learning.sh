@@ -8,12 +8,12 @@
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
 #   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
-# Several runs at a time write what they print to log/learning/NAME.txt.
+# Several runs at a time write what they print to log/learning/NAME/output.txt.
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
 # 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
 # SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
-# Environment: GPUS (1: of a run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384
+# Environment: GPUS (1: GPUs of each run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384
 # takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -88,6 +88,7 @@ smollm2-8k-full     smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 
 smollm2-8k-nsa      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 smollm2-8k-top32    smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32
 smollm2-8k-fine     smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 32 -local-blocks 4
+smollm2-8k-fine64   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4
 smollm2-16k-full    smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-16k-nsa     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 END
@@ -173,40 +174,51 @@ train() {
     is_continued "$name" || rm -f "$out"/ckpt_*.bin
 }
 
-# train_at_once LANES: trains the selected runs, so many at a time, each on GPUS of the GPUs. A run that continues another one
-# waits for it.
+# train_on GPU,... LANES NAME MODEL TEXT TOKENS FLAGS: trains a run on these GPUs, while LANES runs train in all
+train_on() {
+    set +m
+    pids=() signals=() # those of the runs beside it
+    export CUDA_VISIBLE_DEVICES=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + GPUS * $2 - 1) / (GPUS * $2)))}
+    mkdir -p "log/learning/$3"
+    exec >>"log/learning/$3/output.txt" 2>&1
+    train "${@:3}"
+}
+
+# train_at_once LANES: trains the selected runs, so many at a time. One that continues another one waits for it.
 train_at_once() {
-    local devices lane=() i line name own running
+    local gpus own lane=() i line name running=1
     local -A state=() pid=()
-    IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $(($(all_gpus) - 1)))}"
-    for line in "${selected[@]}"; do state[${line%% *}]=waiting; done
-    mkdir -p log/learning
-    while :; do
-        running=$'\n'$(jobs -rp)$'\n' || continue # a signal may end what the script waits for
+    mapfile -t gpus < <(gpu_list)
+    for line in "${selected[@]}"; do
+        read -ra run <<<"$line"
+        if is_complete "${run[0]}" "$(steps "${run[3]%M}")"; then train "${run[@]}"
+        else state[${run[0]}]=waiting; fi
+    done
+    while [ $running -gt 0 ]; do
+        running=0
         for ((i = 0; i < $1; i++)); do
             name=${lane[i]:-}
-            if [ -n "$name" ] && [[ $running != *$'\n'${pid[$name]}$'\n'* ]]; then
+            if [ -n "$name" ]; then
+                ! kill -0 "${pid[$name]}" 2>/dev/null || { running=$((running + 1)) && continue; }
                 lane[i]="" state[$name]=ended
                 if wait_for "${pid[$name]}"; then echo "== $name: complete"
                 elif [ ${#signals[@]} -gt 0 ]; then echo "== $name: stopped"
-                else echo "== $name: failed; log/learning/$name.txt says why" && failed="$failed $name"; fi
+                else echo "== $name: failed; log/learning/$name/output.txt says why" && failed="$failed $name"; fi
             fi
-            [ -z "${lane[i]:-}" ] && [ ${#signals[@]} -eq 0 ] || continue
+            [ ${#signals[@]} -eq 0 ] || continue
             for line in "${selected[@]}"; do
                 read -ra run <<<"$line"
-                [ "${state[${run[0]}]}" = waiting ] && [[ ${state[${run[1]}]:-ended} = ended ]] || continue
                 name=${run[0]}
-                printf -v own '%s,' "${devices[@]:i*GPUS:GPUS}"
+                [[ ${state[$name]:-} = waiting && ${state[${run[1]}]:-ended} = ended ]] || continue
+                printf -v own '%s,' "${gpus[@]:i*GPUS:GPUS}"
                 echo "== $name on GPU ${own%,}"
-                start env CUDA_VISIBLE_DEVICES="${own%,}" scripts/learning.sh "$name" >"log/learning/$name.txt" 2>&1
-                lane[i]=$name state[$name]=running pid[$name]=$!
+                start train_on "${own%,}" "$1" "${run[@]}"
+                lane[i]=$name state[$name]=running pid[$name]=$! running=$((running + 1))
                 break
             done
         done
-        [[ ${lane[*]} == *[![:space:]]* ]] || break
-        sleep 1 || true
+        sleep 1 || true # a signal ends it
     done
-    [ ${#signals[@]} -eq 0 ] || exit 1
 }
 
 names=$(printf '%s\n' "${TABLE[@]}" | awk '{ print $1 }')
@@ -242,4 +254,5 @@ else
         train "${run[@]}" || failed="$failed ${run[0]}"
     done
 fi
-[ -z "$failed" ] || { echo "== these runs failed:$failed"; exit 1; }
+[ -z "$failed" ] || echo "== these runs failed:$failed"
+[ -z "$failed" ] && [ ${#signals[@]} -eq 0 ] || exit 1

@@ -51,6 +51,7 @@ LOSSES = {
         ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-nsa-1", "50m-full-1"),
+        ("50m-nsa-1-e6e6398", "50m-full-1"),
         ("50m-nsa-2", "50m-full-2"),
         ("50m-hybrid-1", "50m-nsa-1"),
         ("50m-mean-1", "50m-full-1"),
@@ -112,6 +113,7 @@ CONTINUED = {
             ("smollm2-8k-nsa", "smollm2-8k-full"),
             ("smollm2-8k-top32", "smollm2-8k-full"),
             ("smollm2-8k-fine", "smollm2-8k-full"),
+            ("smollm2-8k-fine64", "smollm2-8k-full"),
             ("smollm2-16k-full", None),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
         ],
@@ -221,7 +223,7 @@ def seeds(found, names):
 def overview(found):
     """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K; no
     rows if one is missing."""
-    head = ["attention", "loss after 200M tokens at 16K, of each run", "tokens/s", "after 20M more at 64K", "tokens/s"]
+    head = ["attention", "loss after 200M tokens at 16K, of each run", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
     rows, used = [], []
     for mode in ("nsa", "full", "window"):
         runs = [found[name] for name in runs_of(mode) if name in found]
@@ -283,10 +285,10 @@ def continued(found, millions_and_runs):
 
     for name, other in runs:
         if name in found:
-            cells = [name, found[name]["model"]["attn"], *(f"{loss:.4f}" for loss in points(found[name]))]
-            pairs = zip(points(found[name]), points(found[other])) if other in found else []
-            differences = " / ".join(f"{a - b:+.4f}" for a, b in pairs)
             row = found[name]
+            cells = [name, row["model"]["attn"], *(f"{loss:.4f}" for loss in points(row))]
+            pairs = zip(points(row), points(found[other])) if other in found else []
+            differences = " / ".join(f"{a - b:+.4f}" for a, b in pairs)
             speed = [f"{row['tokens_per_second']:,}", f"{row['seconds']:,.0f}", row["commit"]]
             rows.append(cells + ([other, differences] if differences else ["-", "-"]) + speed)
     return [*head, "tokens/s", "time (s)", "commit"], rows

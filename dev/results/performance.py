@@ -577,7 +577,7 @@ def table_headline(times):
         return None
     return (
         f"At {tokens(n)} tokens, NSA takes {number(ours)} ms forward and backward on one {times.gpu}, {fa4 / ours:.1f} times as fast as "
-        f"full attention with FlashAttention-4.\nWith mean compression it takes {number(mean)} ms, {flash_nsa / mean:.1f} times as fast "
+        f"full attention with FlashAttention-4.\nWith windows compressed to their mean it takes {number(mean)} ms, {flash_nsa / mean:.1f} times as fast "
         f"as flash_nsa, which is NSA in Triton ({times.caption_with_peers()[:-1]})."
     )
 

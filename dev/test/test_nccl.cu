@@ -91,11 +91,12 @@ static void test_rows(void) {
     std::vector<T> all(n * width), mine(each * width), wide(each * stride, (T)-1.0f), partial(n * width);
     for (int64_t i = 0; i < n * width; i++) all[i] = (T)(float)(i % 251);
     cp_gather_rows(gpus.cp_size, n, chunks, place.data(), gpus.cp_rank, mine.data(), all.data(),
-                 width * sizeof(T));
+                   width * sizeof(T));
     for (int64_t i = 0; i < each * width; i++) wide[i / width * stride + width + i % width] = mine[i];
     int32_t *device_place = to_gpu(place);
     T *device_wide = to_gpu(wide), *device_all = to_gpu(partial), *slots = to_gpu(partial);
-    gpus_all_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place, chunks);
+    gpus_all_gather_rows(&gpus, device_all, slots, device_wide + width, n, width, stride, device_place,
+                         chunks);
     std::vector<T> got = from_gpu(device_all, n * width);
     int64_t wrong = 0;
     for (int64_t i = 0; i < n * width; i++) wrong += (float)got[i] != (float)all[i];
@@ -104,7 +105,8 @@ static void test_rows(void) {
     // sums up to 256 are exact in bf16
     for (int64_t i = 0; i < n * width; i++) partial[i] = (T)(float)((i + 11 * gpus.cp_rank) % 61);
     device_all = to_gpu(partial);
-    gpus_reduce_scatter_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place, chunks);
+    gpus_reduce_scatter_rows(&gpus, device_wide + width, device_all, slots, n, width, stride, device_place,
+                             chunks);
     got = from_gpu(device_wide, each * stride);
     std::vector<T> sums(n * width), want(each * width);
     for (int64_t i = 0; i < n * width; i++) {
@@ -113,7 +115,7 @@ static void test_rows(void) {
         sums[i] = (T)sum;
     }
     cp_gather_rows(gpus.cp_size, n, chunks, place.data(), gpus.cp_rank, want.data(), sums.data(),
-                 width * sizeof(T));
+                   width * sizeof(T));
     wrong = 0;
     for (int64_t i = 0; i < each * stride; i++) {
         const int64_t row = i / stride, column = i % stride - width;
@@ -150,7 +152,7 @@ int main(void) {
     const int devices = test_gpus();
     for (auto &run : runs) {
         if (run.ranks > devices) {
-            SKIP("%d ranks: there are %d GPUs", run.ranks, devices);
+            SKIP("%d ranks: GPUS is %d", run.ranks, devices);
             continue;
         }
         int failed = test_ranks(run.ranks, child, &run.cp_size);

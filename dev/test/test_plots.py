@@ -411,13 +411,15 @@ def test_learning(tmp: str) -> None:
                 pass
     fake = """#!/bin/bash
 echo "$WORLD_SIZE $*" >>flags.txt
-echo $CUDA_VISIBLE_DEVICES begin >>gpus.txt
 while [ $# -gt 0 ]; do
     case $1 in -o) out=$2 ;; -x) steps=$2 ;; esac
     shift
 done
-[[ $CUDA_VISIBLE_DEVICES == 0 ]] || sleep 1
-echo $CUDA_VISIBLE_DEVICES $out >>gpus.txt
+row() { [ "${RANK:-0}" != 0 ] || echo ${CUDA_VISIBLE_DEVICES:-none} $1 ${out##*/} $OMP_NUM_THREADS >>gpus.txt; }
+row begin
+case $CUDA_VISIBLE_DEVICES in 0 | "" | *,*) ;; *) # until a second run has begun
+    for i in {1..50}; do [ $(grep -c begin gpus.txt) -lt 2 ] || break; sleep 0.1; done ;; esac
+row end
 [ -z "$BAD" ] || [ $out != log/learning/$BAD ] || { echo "error: it is bad" >&2; exit 1; }
 mkdir -p $out && echo "{\\"step\\":$steps,\\"tokens\\":9,\\"val_loss\\":2.5}" >>$out/log.jsonl
 touch $(printf '%s/ckpt_%08d.bin' $out $steps)
@@ -448,7 +450,7 @@ done
         flags = os.path.join(root, "flags.txt")
         with open(flags, "w", encoding="utf-8"):
             pass
-        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS", "SMOLLM2")}
+        full = {name: value for name, value in os.environ.items() if name not in ("TRAINER", "GPUS", "SMOLLM2", "OMP_NUM_THREADS")}
         full |= {"BAD": "", "CUDA_VISIBLE_DEVICES": "0", **env}
         program = [os.path.join(root, "scripts/learning.sh"), *runs.split()]
         result = subprocess.run(program, capture_output=True, text=True, env=full)
@@ -495,19 +497,43 @@ done
     check(right, f"four GPUs: {code} {err} {lines}")
     # several GPUs: several runs at a time, each on its own, and one that continues another one after that
     os.rename(os.path.join(root, "log"), os.path.join(root, "log_before"))
-    os.remove(os.path.join(root, "gpus.txt"))
-    code, err, lines = train("nsa-1 nsa-64k full-1 50m-nsa-2", CUDA_VISIBLE_DEVICES="3,5", BAD="full-1")
-    with open(os.path.join(root, "gpus.txt"), encoding="utf-8") as file:
-        gpus = file.read().splitlines()
-    right = sorted(gpus[:2]) == ["3 begin", "5 begin"] and sorted(line.split("/")[-1] for line in gpus if "/" in line) == ["50m-nsa-2", "full-1", "nsa-1", "nsa-64k"]
-    check(right and gpus.count("3 begin") == gpus.count("5 begin") == 2, f"two GPUs: {gpus}")
+
+    def gpus() -> list[list[str]]:
+        """Returns [GPUs, begin or end, run, CPU threads] in the order of time, and forgets them."""
+        path = os.path.join(root, "gpus.txt")
+        with open(path, encoding="utf-8") as file:
+            rows = [line.split() for line in file]
+        os.remove(path)
+        return rows
+
+    gpus()
+    code, err, lines = train("nsa-1 nsa-64k full-1 50m-nsa-2", CUDA_VISIBLE_DEVICES="3, ,5,-1,7", BAD="full-1")
+    rows = gpus()
+    check({row[0] for row in rows} == {row[0] for row in rows[:2]} == {"3", "5"}, f"two GPUs: {rows}")
+    for gpu in "35":
+        own = [row[1:3] for row in rows if row[0] == gpu]
+        right = all(a == ["begin", name] and b == ["end", name] for a, b, name in zip(own[::2], own[1::2], [x[1] for x in own[::2]]))
+        check(right and len(own) % 2 == 0, f"one run at a time on GPU {gpu}: {rows}")
+    order = [row[1:3] for row in rows]
+    check(len(order) == 8 and order.index(["end", "nsa-1"]) < order.index(["begin", "nsa-64k"]), f"nsa-64k waits for nsa-1: {rows}")
+    threads = str((len(os.sched_getaffinity(0)) + 1) // 2)
+    check({row[3] for row in rows} == {threads}, f"each has half of the CPU threads: {rows}")
     right = code == 1 and err == "" and output.endswith("\n== these runs failed: full-1\n") and output.startswith("== nsa-1 on GPU 3\n== full-1 on GPU 5\n")
-    check(right and output.index("== nsa-1: complete") < output.index("== nsa-64k on GPU "), f"two runs at a time: {code} {err} {output}")
-    with open(os.path.join(root, "log/learning/full-1.txt"), encoding="utf-8") as file:
-        check("error: it is bad\n" in file.read(), "what a run prints")
-    code, err, lines = train("window-1 full-1", CUDA_VISIBLE_DEVICES="3,5,6,8", GPUS="2")
-    right = (code, err) == (0, "") and sorted(line[0] for line in lines) == ["2"] * 4
-    check(right and output.startswith("== full-1 on GPU 3,5\n== window-1 on GPU 6,8\n"), f"two GPUs a run: {code} {err} {output} {lines}")
+    check(right, f"two runs at a time: {code} {err} {output}")
+    code, err, lines = train("nsa-1 full-1 50m-nsa-2", CUDA_VISIBLE_DEVICES="3,5")
+    right = code == 0 and output == "== nsa-1: complete\n== 50m-nsa-2: complete\n== full-1 on GPU 3\n== full-1: complete\n"
+    check(right and len(lines) == 1, f"complete runs are skipped: {code} {err} {output} {lines}")
+    with open(os.path.join(root, "log/learning/full-1/output.txt"), encoding="utf-8") as file:
+        text = file.read()
+    check(text.startswith("== full-1\nerror: it is bad\n") and text.count("== full-1\n") == 2, f"what a run prints is kept: {text}")
+    gpus()
+    code, err, lines = train("window-1 50m-full-1", CUDA_VISIBLE_DEVICES="3,5,6,8,9", GPUS="2")
+    check(code == 0 and {row[0] for row in gpus()} == {"3,5", "6,8"} and [line[0] for line in lines] == ["2"] * 4, f"two GPUs a run: {output} {lines}")
+    code, err, lines = train("50m-zero-1 50m-zero-2", CUDA_VISIBLE_DEVICES="")
+    check((code, len(lines)) == (0, 2) and [row[0] for row in gpus()] == ["none"] * 4, f"no GPU: the trainer says so: {code} {err} {output}")
+    count = ["bash", "-c", "set -euo pipefail; . scripts/common.sh; unset CUDA_VISIBLE_DEVICES; nvidia-smi() { return 9; }; all_gpus"]
+    result = subprocess.run(count, capture_output=True, text=True, cwd=root)
+    check((result.returncode, result.stdout, result.stderr) == (0, "0\n", ""), f"a host without GPUs: {result}")
     shutil.rmtree(os.path.join(root, "log"))
     os.rename(os.path.join(root, "log_before"), os.path.join(root, "log"))
     code, err, lines = train("nsa-1 nsa")
@@ -881,7 +907,7 @@ exit $((128 + signal))
             for file in os.listdir(root):
                 if file.startswith(("started", "received", "checkpoint_")):
                     os.remove(os.path.join(root, file))
-            args = ["nsa-1", "full-1"] if script == "learning.sh" else []
+            args = ["nsa-1", "full-1", "window-1"] if script == "learning.sh" else []
             program = [os.path.join(root, "scripts", script), *args]
             env["CUDA_VISIBLE_DEVICES"] = "0,1" if (script, runs) == ("learning.sh", 2) else "0"
             process = subprocess.Popen(program, cwd=root, env=env, start_new_session=True, preexec_fn=default_signals,
