@@ -463,9 +463,8 @@ static void gpu_step(Model *model, const Options *o, const Documents &d, int64_t
 
 // Tests a new run, on three alternating batches, against the C trainer: ten steps, and the checkpoint after
 // fifteen. Their losses drift apart from step to step, since AdamW turns a rounding error of a small gradient
-// into a step of the learning rate. On an H200, with four or more seeds, by at most 1.5e-4 in fp32 and 2.7e-4
-// in fp16 in ten steps, by 1.7e-3 in fifteen, 3.4e-3 in twenty. Also tests that a run which is interrupted,
-// written to a checkpoint and resumed is bitwise equal up to step 20.
+// into a step of the learning rate; dev/results/experiments.md has the drift. Also tests that a run which is
+// interrupted, written to a checkpoint and resumed is bitwise equal up to step 20.
 static void test_training(const Variant *v) {
     ModelConfig c = make_config(v);
     std::vector<int64_t> lengths = small ? std::vector<int64_t>{36, 12} : test_lengths();

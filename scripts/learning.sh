@@ -13,8 +13,8 @@
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
 # 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
 # SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
-# Environment: GPUS (1: GPUs of each run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a GPU; 16384
-# takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
+# Environment: GPUS (1: GPUs of each run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a
+# GPU; 16384 takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 usage "$@"
@@ -198,8 +198,11 @@ train_at_once() {
         running=0
         for ((i = 0; i < $1; i++)); do
             name=${lane[i]:-}
+            if [ -n "$name" ] && kill -0 "${pid[$name]}" 2>/dev/null; then
+                running=$((running + 1))
+                continue
+            fi
             if [ -n "$name" ]; then
-                ! kill -0 "${pid[$name]}" 2>/dev/null || { running=$((running + 1)) && continue; }
                 lane[i]="" state[$name]=ended
                 if wait_for "${pid[$name]}"; then echo "== $name: complete"
                 elif [ ${#signals[@]} -gt 0 ]; then echo "== $name: stopped"

@@ -83,7 +83,7 @@ def row_of(run):
 
 
 def same_value(got, wanted):
-    """Returns whether a flag of a log has the value that the table writes, as 0.0006 and \"6e-4\"."""
+    """Returns whether a flag of a log has the value that the table writes, as 0.0006 and '6e-4'."""
     try:
         return float(got) == float(wanted)
     except (TypeError, ValueError):

@@ -512,8 +512,7 @@ done
     check({row[0] for row in rows} == {row[0] for row in rows[:2]} == {"3", "5"}, f"two GPUs: {rows}")
     for gpu in "35":
         own = [row[1:3] for row in rows if row[0] == gpu]
-        right = all(a == ["begin", name] and b == ["end", name] for a, b, name in zip(own[::2], own[1::2], [x[1] for x in own[::2]]))
-        check(right and len(own) % 2 == 0, f"one run at a time on GPU {gpu}: {rows}")
+        check(own == [[what, name] for _, name in own[::2] for what in ("begin", "end")], f"one run at a time on GPU {gpu}: {rows}")
     order = [row[1:3] for row in rows]
     check(len(order) == 8 and order.index(["end", "nsa-1"]) < order.index(["begin", "nsa-64k"]), f"nsa-64k waits for nsa-1: {rows}")
     threads = str((len(os.sched_getaffinity(0)) + 1) // 2)
