@@ -47,4 +47,4 @@ EMU_TESTS := $(patsubst %,$(EMU)/%.out,test_gpt_nsa dev/test/test_fsa dev/test/t
     $(if $(EMU_NCCL),dev/test/test_nccl) $(EMU_KERNELS))
 test-emulator: $(EMU_TESTS) $(EMU)/train_gpt_nsa.out $(TEST_TOOLS)
 	@$(RUN) TRAINER=$(EMU)/train_gpt_nsa.out GPUS=$(if $(EMU_NCCL),4,0) bash dev/test/run.sh \
-	    "bash dev/test/cli_gpus.sh" $(call commands,$(EMU_TESTS),portable sm90,check small) "bash dev/test/cli_gpu.sh"
+	    "bash dev/test/cli_gpus.sh" "bash dev/test/cli_gpu.sh" $(call commands,$(EMU_TESTS),portable sm90,check small)

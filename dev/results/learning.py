@@ -114,8 +114,10 @@ CONTINUED = {
             ("smollm2-8k-top32", "smollm2-8k-full"),
             ("smollm2-8k-fine", "smollm2-8k-full"),
             ("smollm2-8k-fine64", "smollm2-8k-full"),
+            ("smollm2-8k-open64", "smollm2-8k-full"),
             ("smollm2-16k-full", None),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
+            ("smollm2-16k-open64", "smollm2-16k-full"),
         ],
     ),
 }
