@@ -5,7 +5,7 @@ CUDA_RUNTIME_H := $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /us
 CUDA_INCLUDE := $(patsubst %/,%,$(dir $(CUDA_RUNTIME_H)))
 EMU_NCCL := $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_INCLUDE) /usr/include /usr/local/include)))
 # CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
-EMUFLAGS := -std=gnu++17 -O3 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) \
+EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) \
     $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address) $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
 
