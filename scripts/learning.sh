@@ -86,13 +86,11 @@ sliding-2           97m         linux          200M  -attn nsa -seed 2 -gate-bia
 350m-window         350m        linux          100M  -attn window -seed 1
 smollm2-8k-full     smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-8k-nsa      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
-smollm2-8k-top32    smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32
-smollm2-8k-fine     smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 32 -local-blocks 4
-smollm2-8k-fine64   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4
+smollm2-8k-open32   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
 smollm2-8k-open64   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4 -gate-bias -8,4,-4
 smollm2-16k-full    smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-16k-nsa     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
-smollm2-16k-open64  smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4 -gate-bias -8,4,-4
+smollm2-16k-open32  smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
 END
 
 # has_shards TEXT: whether its shards exist

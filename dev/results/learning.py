@@ -18,8 +18,10 @@ LOSSES = {
         ("full-2", "full-1"),
         ("window-1", "full-1"),
         ("window-2", "full-1"),
+        ("window-1-d73accb", "full-1"),
         ("nsa-1", "full-1"),
         ("nsa-2", "full-1"),
+        ("nsa-1-bf0dded", "full-1"),
         ("mean-1", "full-1"),
         ("zero-1", "nsa-1"),
         ("zero-2", "nsa-2"),
@@ -105,19 +107,26 @@ TIMES = {
 }
 # Each table of losses after so many million tokens: these numbers, the runs, and those that they are compared with.
 CONTINUED = {
-    "learning_64k": ([0, 20], [("full-64k", None), ("window-64k", "full-64k"), ("nsa-64k", "full-64k")]),
+    "learning_64k": (
+        [0, 20],
+        [
+            ("full-64k", None),
+            ("window-64k", "full-64k"),
+            ("window-64k-d73accb", "full-64k"),
+            ("nsa-64k", "full-64k"),
+            ("nsa-64k-bf0dded", "full-64k"),
+        ],
+    ),
     "learning_smollm2": (
         [0, 1, 10, 50],
         [
             ("smollm2-8k-full", None),
             ("smollm2-8k-nsa", "smollm2-8k-full"),
-            ("smollm2-8k-top32", "smollm2-8k-full"),
-            ("smollm2-8k-fine", "smollm2-8k-full"),
-            ("smollm2-8k-fine64", "smollm2-8k-full"),
+            ("smollm2-8k-open32", "smollm2-8k-full"),
             ("smollm2-8k-open64", "smollm2-8k-full"),
             ("smollm2-16k-full", None),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
-            ("smollm2-16k-open64", "smollm2-16k-full"),
+            ("smollm2-16k-open32", "smollm2-16k-full"),
         ],
     ),
 }
@@ -135,7 +144,14 @@ POSITIONS = {
         ["350m-nsa", "350m-full", "350m-window"],
         [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
     ),
-    "learning_positions_smollm2": (["smollm2-8k-nsa", "smollm2-8k-full"], [("smollm2-8k-nsa", "smollm2-8k-full")]),
+    "learning_positions_smollm2": (
+        ["smollm2-8k-full", "smollm2-8k-nsa", "smollm2-8k-open64", "smollm2-16k-full", "smollm2-16k-open32"],
+        [
+            ("smollm2-8k-nsa", "smollm2-8k-full"),
+            ("smollm2-8k-open64", "smollm2-8k-full"),
+            ("smollm2-16k-open32", "smollm2-16k-full"),
+        ],
+    ),
 }
 # The runs of each table of mean gates.
 GATES = {
