@@ -53,7 +53,7 @@ LOSSES = {
         ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-nsa-1", "50m-full-1"),
-        ("50m-nsa-1-e6e6398", "50m-full-1"),
+        ("50m-nsa-1-bf0dded", "50m-full-1"),
         ("50m-nsa-2", "50m-full-2"),
         ("50m-hybrid-1", "50m-nsa-1"),
         ("50m-mean-1", "50m-full-1"),
@@ -241,7 +241,7 @@ def seeds(found, names):
 def overview(found):
     """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K; no
     rows if one is missing."""
-    head = ["attention", "loss after 200M tokens at 16K, of each run", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
+    head = ["attention", "loss after 200M tokens at 16K, of each seed", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
     rows, used = [], []
     for mode in ("nsa", "full", "window"):
         runs = [found[name] for name in runs_of(mode) if name in found]
