@@ -58,6 +58,7 @@ mean-1              97m         linux          200M  -attn nsa -seed 1 -phi mean
 nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 zero-1              97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
 zero-2              97m         linux          200M  -attn nsa -seed 2 -gate-bias 0,0,0
+zero-64k            zero-1      linux           20M  -attn nsa -seed 1 -u 15
 sliding-1           97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,-2,2
 sliding-2           97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,-2,2
 50m-full-1          97m         linux_quarter   50M  -attn full -seed 1

@@ -115,6 +115,7 @@ CONTINUED = {
             ("window-64k-d73accb", "full-64k"),
             ("nsa-64k", "full-64k"),
             ("nsa-64k-bf0dded", "full-64k"),
+            ("zero-64k", "full-64k"),
         ],
     ),
     "learning_smollm2": (
