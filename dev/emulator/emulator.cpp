@@ -106,7 +106,7 @@ static void *new_stack(char *stack, void (*entry)()) {
 
 // ---- thread blocks, warps, threads -------------------------------------------------------------------
 struct Warp {
-    uint32_t exited;                // bit i: lane i
+    uint32_t exited, used;          // bit i: lane i; bit i: collectives[i] was used in this thread block
     WarpCollective collectives[32]; // index: the lowest lane of the mask
 };
 struct Barrier {
@@ -125,7 +125,7 @@ struct Thread {
     Indices indices;
     int lane;
     Warp *warp;
-    void *sp; // while the thread does not run
+    void *sp; // while the thread does not run; NULL: it has not started
     bool done;
     Thread *next; // next thread that may run (skips threads that are done); NULL: the scheduler
     const char *waits_for;
@@ -226,23 +226,39 @@ void fail(const char *format, ...) {
 void progress() {
     worker->events++;
 }
+static void thread_main();
+// Makes a thread the running one. Returns its stack pointer, on a stack of its own if it has not started.
+static void *select_thread(Thread *thread) {
+    self = thread;
+    if (!thread->sp)
+        thread->sp =
+            new_stack(worker->stacks + (thread - worker->threads) * (ptrdiff_t)STACK_BYTES, thread_main);
+    return thread->sp;
+}
+static Thread *next_thread() {
+    while (self->next && self->next->done) self->next = self->next->next;
+    return self->next;
+}
 void yield() {
-    Thread *thread = self;
-    while (thread->next && thread->next->done) thread->next = thread->next->next;
-    self = thread->next;
-    emu_switch(&thread->sp, self ? self->sp : worker->sp);
+    Thread *thread = self, *next = next_thread();
+    self = NULL;
+    emu_switch(&thread->sp, next ? select_thread(next) : worker->sp);
 }
 
+// Runs a thread, and then those after it that have not started: threads that never wait share a stack.
 static void thread_main() {
-    (*worker->body)();
-    if (self->copies.list.size() || self->bulk_stores.size())
-        fail("thread exits with pending asynchronous copies; wait for them first");
-    self->done = true;
-    self->warp->exited |= 1u << self->lane;
-    worker->running--;
-    progress();
-    yield();
-    __builtin_unreachable();
+    for (;;) {
+        (*worker->body)();
+        if (self->copies.list.size() || self->bulk_stores.size())
+            fail("thread exits with pending asynchronous copies; wait for them first");
+        self->done = true;
+        self->warp->exited |= 1u << self->lane;
+        worker->running--;
+        progress();
+        Thread *next = next_thread();
+        if (!next || next->sp) yield(); // does not return
+        self = next;
+    }
 }
 
 // Completes a collective if all lanes of its mask that have not exited have arrived. Returns whether it did.
@@ -261,6 +277,7 @@ WarpCollective *find_collective(const char *name, uint32_t mask,
     Thread *t = self;
     if (!(mask >> t->lane & 1)) fail("%s: lane %d is not in its own mask %08x", name, t->lane, mask);
     WarpCollective *c = &t->warp->collectives[__builtin_ctz(mask)];
+    t->warp->used |= mask & -mask;
     if (!c->arrived) {
         c->mask = mask, c->name = name, c->compute = compute;
     } else if (c->mask != mask || c->compute != compute) {
@@ -311,9 +328,12 @@ static void run_block(const LaunchConfig &c, uint3 block, const std::function<vo
     w->count = w->running = (int)(c.block.x * c.block.y * c.block.z);
     w->body = &body;
     for (int i = 0; i < (w->count + 31) / 32; i++) {
-        w->warps[i].exited = 0;
-        for (WarpCollective &collective : w->warps[i].collectives)
-            collective.arrived = 0, collective.generation = 0;
+        Warp *warp = &w->warps[i];
+        for (; warp->used; warp->used &= warp->used - 1) {
+            WarpCollective *collective = &warp->collectives[__builtin_ctz(warp->used)];
+            collective->arrived = 0, collective->generation = 0;
+        }
+        warp->exited = 0;
     }
     memset(w->barriers, 0, sizeof w->barriers);
 #ifdef __SANITIZE_ADDRESS__
@@ -333,7 +353,7 @@ static void run_block(const LaunchConfig &c, uint3 block, const std::function<vo
         t->copies.group = 0;
         t->wgmma_issued = 0;
         t->wgmma_group_ends.clear();
-        t->sp = new_stack(w->stacks + (size_t)i * STACK_BYTES, thread_main);
+        t->sp = NULL;
     }
     for (Warpgroup &g : w->warpgroups) g.first = 0, g.ops.clear();
     w->bulk_loads.clear();
@@ -342,8 +362,7 @@ static void run_block(const LaunchConfig &c, uint3 block, const std::function<vo
     while (w->running) {
         uint64_t before = w->events;
         while (first->done) first = first->next;
-        self = first;
-        emu_switch(&w->sp, self->sp);
+        emu_switch(&w->sp, select_thread(first));
         if (w->events == before) {
             for (int i = 0; i < w->count; i++) {
                 self = &w->threads[i];

@@ -40,7 +40,8 @@ struct MmaResult {
 };
 template <typename T> void mma_warp(uint32_t mask, const MmaOperands *in, MmaResult *out) {
     if (mask != 0xffffffffu) fail("mma: mask %08x: all lanes of the warp must take part", mask);
-    float a[16][16], b[16][8], c[16][8] = {};
+    float a[16][16];
+    alignas(32) float b[16][8], c[16][8];
     for (int lane = 0; lane < 32; lane++) {
         int row = lane / 4, col = lane % 4 * 2;
         for (int i = 0; i < 4; i++) {
@@ -53,10 +54,11 @@ template <typename T> void mma_warp(uint32_t mask, const MmaOperands *in, MmaRes
                 b[col + i * 8 + half][row] = half_to_float<T>((uint16_t)(in[lane].b[i] >> 16 * half));
         }
     }
+    typedef float Float8 __attribute__((vector_size(32)));
     for (int i = 0; i < 16; i++) {
-        for (int k = 0; k < 16; k++) {
-            for (int j = 0; j < 8; j++) c[i][j] += a[i][k] * b[k][j];
-        }
+        Float8 sum = {};
+        for (int k = 0; k < 16; k++) sum += a[i][k] * *(const Float8 *)b[k];
+        *(Float8 *)c[i] = sum;
     }
     for (int lane = 0; lane < 32; lane++) {
         int row = lane / 4, col = lane % 4 * 2;
