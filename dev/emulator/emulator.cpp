@@ -400,9 +400,6 @@ static void load_8(bool is_half, uint32_t matrix, int64_t offset, float *x) {
         x[i] = is_half ? half_to_float<__half>(bits[i]) : half_to_float<__nv_bfloat16>(bits[i]);
 }
 
-// The compiler keeps a tile of c, 8 rows by 8 columns, in vector registers.
-typedef float Float8 __attribute__((vector_size(32)));
-
 static void run_wgmma(const WgmmaOp &op) {
     const WgmmaInstruction &s = op.instruction;
     static thread_local float a[64][16];                          // [row][k]
@@ -449,7 +446,7 @@ static void run_wgmma(const WgmmaOp &op) {
     }
     for (int n = 0; n < s.n; n += 8) {
         for (int row = 0; row < 64; row += 8) {
-            Float8 tile[8] = {};
+            Float8 tile[8] = {}; // in vector registers
             for (int k = 0; k < 16; k++) {
                 Float8 bk = *(const Float8 *)&b[k][n];
                 for (int i = 0; i < 8; i++) tile[i] += a[row + i][k] * bk;

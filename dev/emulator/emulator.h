@@ -31,6 +31,7 @@
 #define __constant__
 
 namespace emu {
+typedef float Float8 __attribute__((vector_size(32))); // for the rows of matmuls
 
 struct Thread;
 extern thread_local Thread *self; // the running fiber

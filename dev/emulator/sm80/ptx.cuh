@@ -54,7 +54,6 @@ template <typename T> void mma_warp(uint32_t mask, const MmaOperands *in, MmaRes
                 b[col + i * 8 + half][row] = half_to_float<T>((uint16_t)(in[lane].b[i] >> 16 * half));
         }
     }
-    typedef float Float8 __attribute__((vector_size(32)));
     for (int i = 0; i < 16; i++) {
         Float8 sum = {};
         for (int k = 0; k < 16; k++) sum += a[i][k] * *(const Float8 *)b[k];
