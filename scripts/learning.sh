@@ -53,6 +53,8 @@ full-64k            full-1      linux           20M  -attn full -seed 1 -u 15
 window-64k          window-1    linux           20M  -attn window -seed 1 -u 15
 nsa-2               97m         linux          200M  -attn nsa -seed 2
 window-2            97m         linux          200M  -attn window -seed 2
+nsa-3               97m         linux          200M  -attn nsa -seed 3
+window-3            97m         linux          200M  -attn window -seed 3
 full-2              97m         linux          200M  -attn full -seed 2
 mean-1              97m         linux          200M  -attn nsa -seed 1 -phi mean
 nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
