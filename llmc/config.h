@@ -381,7 +381,7 @@ typedef struct {
 } ParamInit;
 
 // With these, models learn better than with equal gates (dev/results/learning.md).
-static const double default_gate_bias[3] = {-2, 0, 2};
+static const double default_gate_bias[3] = {-2, -2, 2};
 
 // A tensor of the model. All parameters are in one array. Weight matrices are [out, in].
 typedef struct {

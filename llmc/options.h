@@ -136,7 +136,7 @@ static inline const OptionFlag *option_flags(int *count) {
          "action on a NaN or Inf loss or gradient: 0 stop, 1 skip the step"},
         {"gate-bias", NULL, OPTION_TEXT, OFFSET(gate_bias), 0, 0,
          "initial biases of new gates before the sigmoid, three numbers C,S,W for compressed, selected, "
-         "sliding (default: -2,0,2; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
+         "sliding (default: -2,-2,2; for -attn nsa on a checkpoint without gates, gates of 0.05, 0.9, 0.05)"},
         // in the GPU trainer alone; option_is_gpu lists them, too
         {"matmul", NULL, OPTION_TEXT, OFFSET(matmul), 0, 0,
          "number format of the layers' matmuls: bf16 (that of the build), or fp8 on GPUs of compute "
@@ -480,7 +480,7 @@ static inline void options_check(Options *o) {
         char rest;
         if (sscanf(o->gate_bias, "%lf,%lf,%lf%c", &o->gate_bias_value[0], &o->gate_bias_value[1],
                    &o->gate_bias_value[2], &rest) != 3)
-            die("-gate-bias %s: must be three numbers, such as -2,0,2", o->gate_bias);
+            die("-gate-bias %s: must be three numbers, such as -2,-2,2", o->gate_bias);
         for (int i = 0; i < 3; i++)
             if (!(fabs(o->gate_bias_value[i]) <= 100))
                 die("-gate-bias %s: its numbers must be from -100 to 100", o->gate_bias);

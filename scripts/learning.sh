@@ -43,57 +43,58 @@ declare -A TEXTS=(
     [linux_smollm2]="--val-documents 2 --every 4"
 )
 
-# name              model       text          tokens  flags
+# name                 model       text          tokens  flags
 mapfile -t TABLE <<'END'
-nsa-1               97m         linux          200M  -attn nsa -seed 1
-full-1              97m         linux          200M  -attn full -seed 1
-window-1            97m         linux          200M  -attn window -seed 1
-nsa-64k             nsa-1       linux           20M  -attn nsa -seed 1 -u 15
-full-64k            full-1      linux           20M  -attn full -seed 1 -u 15
-window-64k          window-1    linux           20M  -attn window -seed 1 -u 15
-nsa-2               97m         linux          200M  -attn nsa -seed 2
-window-2            97m         linux          200M  -attn window -seed 2
-nsa-3               97m         linux          200M  -attn nsa -seed 3
-window-3            97m         linux          200M  -attn window -seed 3
-full-2              97m         linux          200M  -attn full -seed 2
-mean-1              97m         linux          200M  -attn nsa -seed 1 -phi mean
-nsa-fp8-1           97m         linux          200M  -attn nsa -seed 1 -matmul fp8
-zero-1              97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
-zero-2              97m         linux          200M  -attn nsa -seed 2 -gate-bias 0,0,0
-zero-64k            zero-1      linux           20M  -attn nsa -seed 1 -u 15
-sliding-1           97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,-2,2
-sliding-2           97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,-2,2
-50m-full-1          97m         linux_quarter   50M  -attn full -seed 1
-50m-full-2          97m         linux_quarter   50M  -attn full -seed 2
-50m-full-rate-1     97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
-50m-full-fp8-1      97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
-50m-nsa-1           97m         linux_quarter   50M  -attn nsa -seed 1
-50m-nsa-fp8-1       97m         linux_quarter   50M  -attn nsa -seed 1 -matmul fp8
-50m-nsa-2           97m         linux_quarter   50M  -attn nsa -seed 2
-50m-nsa-fp8-2       97m         linux_quarter   50M  -attn nsa -seed 2 -matmul fp8
-50m-window-1        97m         linux_quarter   50M  -attn window -seed 1
-50m-sliding-1       97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,-2,2
-50m-sliding-2       97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,-2,2
-50m-zero-1          97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0
-50m-zero-fp8-1      97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
-50m-zero-2          97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0
-50m-zero-fp8-2      97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0 -matmul fp8
-50m-zero-rate-1     97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3
-50m-zero-rate-fp8-1 97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3 -matmul fp8
-50m-hybrid-1        97m         linux_quarter   50M  -attn nsa -seed 1 -full-every 4
-50m-mean-1          97m         linux_quarter   50M  -attn nsa -seed 1 -phi mean
-350m-zero-30m       350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0
-350m-zero-30m-fp8   350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
-350m-nsa            350m        linux          100M  -attn nsa -seed 1
-350m-full           350m        linux          100M  -attn full -seed 1
-350m-window         350m        linux          100M  -attn window -seed 1
-smollm2-8k-full     smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
-smollm2-8k-nsa      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
-smollm2-8k-open32   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
-smollm2-8k-open64   smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4 -gate-bias -8,4,-4
-smollm2-16k-full    smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
-smollm2-16k-nsa     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
-smollm2-16k-open32  smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
+nsa-1                  97m         linux          200M  -attn nsa -seed 1
+full-1                 97m         linux          200M  -attn full -seed 1
+window-1               97m         linux          200M  -attn window -seed 1
+nsa-64k                nsa-1       linux           20M  -attn nsa -seed 1 -u 15
+full-64k               full-1      linux           20M  -attn full -seed 1 -u 15
+window-64k             window-1    linux           20M  -attn window -seed 1 -u 15
+nsa-2                  97m         linux          200M  -attn nsa -seed 2
+full-2                 97m         linux          200M  -attn full -seed 2
+window-2               97m         linux          200M  -attn window -seed 2
+window-3               97m         linux          200M  -attn window -seed 3
+graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2
+graded-2               97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,0,2
+graded-3               97m         linux          200M  -attn nsa -seed 3 -gate-bias -2,0,2
+graded-64k             graded-1    linux           20M  -attn nsa -seed 1 -u 15
+graded-mean-1          97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2 -phi mean
+graded-fp8-1           97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2 -matmul fp8
+zero-1                 97m         linux          200M  -attn nsa -seed 1 -gate-bias 0,0,0
+zero-2                 97m         linux          200M  -attn nsa -seed 2 -gate-bias 0,0,0
+zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
+50m-full-1             97m         linux_quarter   50M  -attn full -seed 1
+50m-full-2             97m         linux_quarter   50M  -attn full -seed 2
+50m-full-rate-1        97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
+50m-full-fp8-1         97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
+50m-window-1           97m         linux_quarter   50M  -attn window -seed 1
+50m-nsa-1              97m         linux_quarter   50M  -attn nsa -seed 1
+50m-nsa-2              97m         linux_quarter   50M  -attn nsa -seed 2
+50m-graded-1           97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2
+50m-graded-2           97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,0,2
+50m-graded-fp8-1       97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2 -matmul fp8
+50m-graded-fp8-2       97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,0,2 -matmul fp8
+50m-graded-hybrid-1    97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2 -full-every 4
+50m-graded-mean-1      97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2 -phi mean
+50m-zero-1             97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0
+50m-zero-2             97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0
+50m-zero-fp8-1         97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
+50m-zero-fp8-2         97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0 -matmul fp8
+50m-zero-rate-1        97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3
+50m-zero-rate-fp8-1    97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3 -matmul fp8
+350m-zero-30m          350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0
+350m-zero-30m-fp8      350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
+350m-graded            350m        linux          100M  -attn nsa -seed 1 -gate-bias -2,0,2
+350m-full              350m        linux          100M  -attn full -seed 1
+350m-window            350m        linux          100M  -attn window -seed 1
+smollm2-8k-full        smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
+smollm2-8k-nsa         smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
+smollm2-8k-open32      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
+smollm2-8k-open64      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -cmp-len 16 -cmp-stride 8 -block 32 -topk 64 -local-blocks 4 -gate-bias -8,4,-4
+smollm2-16k-full       smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
+smollm2-16k-nsa        smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
+smollm2-16k-open32     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
 END
 
 # has_shards TEXT: whether its shards exist

@@ -15,29 +15,44 @@ STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
 LOSSES = {
     "learning_200m": [
         ("full-1", None),
-        ("full-2", "full-1"),
+        ("full-2", None),
         ("window-1", "full-1"),
-        ("window-2", "full-1"),
         ("window-1-d73accb", "full-1"),
+        ("window-2", "full-2"),
+        ("window-3", None),
         ("nsa-1", "full-1"),
-        ("nsa-2", "full-1"),
-        ("nsa-1-bf0dded", "full-1"),
-        ("mean-1", "full-1"),
-        ("zero-1", "nsa-1"),
-        ("zero-2", "nsa-2"),
-        ("sliding-1", "nsa-1"),
-        ("sliding-2", "nsa-2"),
+        ("nsa-2", "full-2"),
     ],
-    "learning_350m": [("350m-full", None), ("350m-nsa", "350m-full"), ("350m-window", "350m-full")],
+    "learning_gate_bias_200m": [
+        ("nsa-1", None),
+        ("graded-1", "nsa-1"),
+        ("graded-1-bf0dded", "nsa-1"),
+        ("graded-mean-1", "nsa-1"),
+        ("zero-1", "nsa-1"),
+        ("nsa-2", None),
+        ("graded-2", "nsa-2"),
+        ("zero-2", "nsa-2"),
+        ("graded-3", None),
+    ],
+    "learning_gate_bias": [
+        ("50m-zero-1", None),
+        ("50m-nsa-1", "50m-zero-1"),
+        ("50m-graded-1-0603293", "50m-zero-1"),
+        ("50m-graded-1", "50m-zero-1"),
+        ("50m-zero-2", None),
+        ("50m-nsa-2", "50m-zero-2"),
+        ("50m-graded-2", "50m-zero-2"),
+    ],
+    "learning_350m": [("350m-full", None), ("350m-graded", "350m-full"), ("350m-window", "350m-full")],
     "learning_fp8": [
         ("50m-full-1", None),
         ("50m-full-fp8-1", "50m-full-1"),
-        ("50m-nsa-1", None),
-        ("50m-nsa-fp8-1", "50m-nsa-1"),
-        ("50m-nsa-2", None),
-        ("50m-nsa-fp8-2", "50m-nsa-2"),
-        ("nsa-1", None),
-        ("nsa-fp8-1", "nsa-1"),
+        ("50m-graded-1", None),
+        ("50m-graded-fp8-1", "50m-graded-1"),
+        ("50m-graded-2", None),
+        ("50m-graded-fp8-2", "50m-graded-2"),
+        ("graded-1", None),
+        ("graded-fp8-1", "graded-1"),
         ("50m-zero-1", None),
         ("50m-zero-fp8-1", "50m-zero-1"),
         ("50m-zero-2", None),
@@ -52,56 +67,47 @@ LOSSES = {
         ("50m-full-2", "50m-full-1"),
         ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
-        ("50m-nsa-1", "50m-full-1"),
-        ("50m-nsa-1-bf0dded", "50m-full-1"),
-        ("50m-nsa-2", "50m-full-2"),
-        ("50m-hybrid-1", "50m-nsa-1"),
-        ("50m-mean-1", "50m-full-1"),
+        ("50m-graded-1", "50m-full-1"),
+        ("50m-graded-1-bf0dded", "50m-full-1"),
+        ("50m-graded-2", "50m-full-2"),
+        ("50m-graded-hybrid-1", "50m-graded-1"),
+        ("50m-graded-mean-1", "50m-graded-1"),
     ],
     "learning_separate_kv": [
-        ("50m-nsa-1", None),
-        ("50m-shared-kv-1", "50m-nsa-1"),
+        ("50m-graded-1", None),
+        ("50m-shared-kv-1", "50m-graded-1"),
         ("50m-separate-kv-1", "50m-shared-kv-1"),
         ("50m-equal-kv-1", "50m-shared-kv-1"),
-        ("50m-nsa-2", None),
-        ("50m-shared-kv-2", "50m-nsa-2"),
+        ("50m-graded-2", None),
+        ("50m-shared-kv-2", "50m-graded-2"),
         ("50m-separate-kv-2", "50m-shared-kv-2"),
         ("50m-equal-kv-2", "50m-shared-kv-2"),
-    ],
-    "learning_gate_bias": [
-        ("50m-zero-1", None),
-        ("50m-sliding-1", "50m-zero-1"),
-        ("50m-nsa-1-0603293", "50m-zero-1"),
-        ("50m-nsa-1", "50m-zero-1"),
-        ("50m-zero-2", None),
-        ("50m-sliding-2", "50m-zero-2"),
-        ("50m-nsa-2", "50m-zero-2"),
     ],
 }
 # Runs NAME-1, NAME-2, ... that differ in the seed, and some in the commit: the names of each table of means. The first is what
 # the others are compared with.
 SEEDS = {
-    "learning_seeds_200m": ["nsa", "window", "zero", "sliding"],
-    "learning_seeds": ["50m-zero", "50m-nsa", "50m-sliding"],
-    "learning_seeds_kv": ["50m-nsa", "50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
+    "learning_seeds_200m": ["nsa", "graded", "zero", "window", "full"],
+    "learning_seeds": ["50m-zero", "50m-nsa", "50m-graded"],
+    "learning_seeds_kv": ["50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
 # The runs of each table of equal times, and those that they are compared with.
 TIMES = {
     "learning_time": [
         ("nsa-1", "full-1"),
-        ("nsa-2", "full-1"),
+        ("nsa-2", "full-2"),
         ("window-1", "full-1"),
+        ("window-2", "full-2"),
         ("nsa-1", "window-1"),
         ("nsa-2", "window-2"),
         ("nsa-64k", "full-64k"),
         ("nsa-64k", "window-64k"),
-        ("window-64k", "nsa-64k"),
-        ("350m-nsa", "350m-full"),
-        ("350m-nsa", "350m-window"),
-        ("50m-nsa-1", "50m-full-2"),
-        ("50m-nsa-2", "50m-full-2"),
-        ("50m-hybrid-1", "50m-full-2"),
-        ("50m-mean-1", "50m-full-2"),
+        ("350m-graded", "350m-full"),
+        ("350m-graded", "350m-window"),
+        ("50m-graded-1", "50m-full-2"),
+        ("50m-graded-2", "50m-full-2"),
+        ("50m-graded-hybrid-1", "50m-full-2"),
+        ("50m-graded-mean-1", "50m-full-2"),
         ("50m-window-1", "50m-full-2"),
     ],
 }
@@ -114,7 +120,8 @@ CONTINUED = {
             ("window-64k", "full-64k"),
             ("window-64k-d73accb", "full-64k"),
             ("nsa-64k", "full-64k"),
-            ("nsa-64k-bf0dded", "full-64k"),
+            ("graded-64k", "full-64k"),
+            ("graded-64k-bf0dded", "full-64k"),
             ("zero-64k", "full-64k"),
         ],
     ),
@@ -134,30 +141,31 @@ CONTINUED = {
 # The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
     "learning_positions_200m": (
-        ["nsa-1", "nsa-2", "full-1", "window-1", "window-2"],
-        [("nsa-1", "full-1"), ("nsa-2", "full-1"), ("nsa-1", "window-1"), ("nsa-2", "window-2")],
+        ["nsa-1", "nsa-2", "full-1", "full-2", "window-1", "window-2"],
+        [("nsa-1", "full-1"), ("nsa-2", "full-2"), ("nsa-1", "window-1"), ("nsa-2", "window-2")],
     ),
     "learning_positions_64k": (
         ["nsa-64k", "full-64k", "window-64k"],
-        [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k")],
+        [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k"), ("zero-64k", "full-64k"), ("graded-64k", "full-64k")],
     ),
     "learning_positions_350m": (
-        ["350m-nsa", "350m-full", "350m-window"],
-        [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
+        ["350m-graded", "350m-full", "350m-window"],
+        [("350m-graded", "350m-full"), ("350m-graded", "350m-window")],
     ),
     "learning_positions_smollm2": (
-        ["smollm2-8k-full", "smollm2-8k-nsa", "smollm2-8k-open64", "smollm2-16k-full", "smollm2-16k-open32"],
+        ["smollm2-8k-full", "smollm2-16k-full"],
         [
             ("smollm2-8k-nsa", "smollm2-8k-full"),
+            ("smollm2-8k-open32", "smollm2-8k-full"),
             ("smollm2-8k-open64", "smollm2-8k-full"),
+            ("smollm2-16k-nsa", "smollm2-16k-full"),
             ("smollm2-16k-open32", "smollm2-16k-full"),
         ],
     ),
 }
 # The runs of each table of mean gates.
 GATES = {
-    "learning_gates": ["nsa-1", "nsa-2", "nsa-fp8-1"],
-    "learning_gates_bias": ["50m-zero-1", "50m-sliding-1", "50m-nsa-1"],
+    "learning_gates": ["nsa-1", "nsa-2", "graded-1", "graded-2", "zero-1", "zero-2"],
 }
 
 
@@ -250,7 +258,7 @@ def overview(found):
         if not runs or not longer:
             return head, [], []
         speed = statistics.fmean(run["tokens_per_second"] for run in runs)
-        losses = " and ".join(f"{val_loss(run):.3f}" for run in runs)
+        losses = ", ".join(f"{val_loss(run):.3f}" for run in runs)
         rows.append([mode, losses, f"{speed:,.0f}", f"{val_loss(longer):.3f}", f"{longer['tokens_per_second']:,}"])
         used += [*runs, longer]
     return head, rows, used
@@ -313,11 +321,17 @@ def continued(found, millions_and_runs):
     return [*head, "tokens/s", "time (s)", "commit"], rows
 
 
+def positions_runs(runs_and_pairs):
+    """Returns the runs of a table of losses by position."""
+    runs, pairs = runs_and_pairs
+    return list(dict.fromkeys([*runs, *(run for pair in pairs for run in pair)]))
+
+
 def positions(found, runs_and_pairs):
     """Returns head and rows of a table of losses by position."""
     runs, pairs = runs_and_pairs
     cells = {}  # {first position: {run: loss}}
-    for name in runs:
+    for name in positions_runs(runs_and_pairs):
         for bucket in found.get(name, {}).get("position_loss", []):
             cells.setdefault(bucket["from"], {})[name] = bucket["loss"]
     rows = []
@@ -347,7 +361,7 @@ def tables():
             if group is SEEDS:
                 used = [run for family in runs for run in runs_of(family)]
             elif group is POSITIONS:
-                used = runs[0]
+                used = positions_runs(runs)
             elif group is CONTINUED:
                 used = [run for run, _ in runs[1]]
             elif isinstance(runs[0], tuple):

@@ -537,8 +537,8 @@ done
     os.rename(os.path.join(root, "log_before"), os.path.join(root, "log"))
     code, err, lines = train("nsa-1 nsa")
     check(code == 1 and not lines and err.startswith("error: nsa: no such run; ") and err.count("\n") == 1, f"no such run: {code} {err}")
-    code, err, lines = train("50m-hybrid-1 50m-mean-1")
-    wanted = ["-attn nsa -seed 1 -full-every 4", "-attn nsa -seed 1 -phi mean"]
+    code, err, lines = train("50m-graded-hybrid-1 50m-graded-mean-1")
+    wanted = [f"-attn nsa -seed 1 -gate-bias -2,0,2 {flags}" for flags in ("-full-every 4", "-phi mean")]
     right = [line.split("data/linux_quarter/linux_val_*.bin ")[1] for line in lines] == wanted
     check(right and all(" -i data/linux_quarter/linux_train_*.bin " in line for line in lines), f"a quarter of the text: {lines}")
 
@@ -569,15 +569,15 @@ done
     code, err, lines = train("window-64k")
     check(code == 1 and lines[0].startswith("bpe ") and "continues" not in err, f"a complete run needs no start: {code} {err} {lines}")
     shutil.rmtree(os.path.join(root, "data/linux_quarter"))
-    os.remove(os.path.join(root, "log/learning/50m-mean-1/log.jsonl"))
-    code, err, lines = train("50m-mean-1")
+    os.remove(os.path.join(root, "log/learning/50m-graded-mean-1/log.jsonl"))
+    code, err, lines = train("50m-graded-mean-1")
     wanted = ["bpe -o data/linux_bpe --name linux --train-vocab 16384 "]
     wanted += [f"bpe -o data/linux_quarter --name linux --tokenizer data/linux_bpe/tokenizer.json --val-documents 8 --every 4 {documents}"]
     check(len(lines) == 2 and lines[0].startswith(wanted[0]) and lines[1] == wanted[1] and code == 1, f"the text: {code} {err} {lines}")
     with open(vocab, "w", encoding="utf-8") as file:
         file.write("import no_such_package")
     shutil.rmtree(os.path.join(root, "data/corpora"))
-    code, err, lines = train("50m-mean-1")
+    code, err, lines = train("50m-graded-mean-1")
     right = (code, err, lines) == (1, "error: Python package no_such_package is missing; run pip install -r requirements.txt\n", [])
     check(right, f"without the packages of data/bpe there is no text: {code} {err} {lines}")
     os.remove(trainer)
