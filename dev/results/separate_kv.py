@@ -8,9 +8,10 @@ attention, as the trainers have it, or with a K and V of each branch, as the pap
     python3 dev/results/curves.py add log/learning/50m-*-kv-1
 
 It needs a GPU, and the shards in data/linux_quarter that scripts/learning.sh makes. `shared` has the initial weights, the
-samples, the document mask, AdamW, the schedule and the validation of the trainer's run 50m-graded with the same seed, so
-their losses must agree but for rounding. What differs: each branch's output is rounded to bf16 before the gates, and each
-weight gradient of a sequence before it is added in fp32; norms' weights are not rounded. A run cannot be resumed.
+samples, the document mask, AdamW, the schedule and the validation of the trainer's run 50m-graded with the same seed, whose
+gates begin with biases of -2, 0 and 2. So their losses must agree but for rounding. What differs: each branch's output is
+rounded to bf16 before the gates, and each weight gradient of a sequence before it is added in fp32; norms' weights are not
+rounded. A run cannot be resumed.
 """
 
 import argparse

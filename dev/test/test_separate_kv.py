@@ -47,7 +47,7 @@ def run_trainer(tmp: str, data: str) -> None:
     names = {"seq_len": "t", "steps": "x", "val_every": "v", "lr": "l", "warmup": "u"}
     flags = {names.get(k, k.replace("_", "-")): value for k, value in RUN.items() if k != "sequences"}
     flags |= {"b": 1, "d": RUN["sequences"] * RUN["seq_len"], "k": "cosine", "q": 0.1, "m": 0, "n": 0, "y": 0}
-    flags |= {"i": f"{data}/text_train_*.bin", "j": f"{data}/text_val_*.bin", "o": f"{tmp}/trainer"}
+    flags |= {"gate-bias": "-2,0,2", "i": f"{data}/text_train_*.bin", "j": f"{data}/text_val_*.bin", "o": f"{tmp}/trainer"}
     command = [CPU, "-e", "gpt-124m", *(text for k, value in flags.items() for text in ("-" + k, str(value)))]
     subprocess.run(command, check=True, capture_output=True)
 

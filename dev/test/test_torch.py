@@ -394,7 +394,7 @@ def test_module():
     check(
         torch.equal(layer.inv_freq, fsa.rope_frequencies(8)), "module: frequencies"
     )
-    check(layer.gate.bias.tolist() == 4 * [-2, 0, 2], f"module: biases of the gate {layer.gate.bias.tolist()}")
+    check(layer.gate.bias.tolist() == 4 * [-2, -2, 2], f"module: biases of the gate {layer.gate.bias.tolist()}")
     half = fsa.NativeSparseAttention(48, 4, 2, 8, **SIZES).to(torch.bfloat16)
     check(torch.equal(half.inv_freq, layer.inv_freq), "module: .to(bfloat16) keeps the frequencies")
     check(half(torch.randn(40, 48).bfloat16(), CU).dtype == torch.bfloat16, "module: bfloat16")
