@@ -2,8 +2,8 @@
 # learning.sh: trains the runs of dev/results/learning.md, which compare how well the attention modes and number formats
 # learn. A run writes log/learning/NAME/log.jsonl. Started again, the script skips the runs that are complete and resumes
 # the others. A run writes a checkpoint every 100 steps, so a crash loses at most these. The script makes the shards of a
-# text in the table below if there are none, from the C sources of Linux (Debian's and Ubuntu's package linux-source). That
-# needs Python with requirements.txt.
+# text in the table below if there are none, from the C sources of Linux (Debian's and Ubuntu's package linux-source). Making
+# them needs Python with requirements.txt.
 #   make && scripts/learning.sh                               # all runs, as many at a time as there are GPUs
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
@@ -11,8 +11,8 @@
 # Several runs at a time write what they print to log/learning/NAME/output.txt.
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
-# 100M tokens on every 100. Only a run that another one continues keeps its checkpoint when it is complete. After Ctrl-C or
-# SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
+# 100M tokens on every 100, with SmolLM2 every 8. Only a run that another one continues keeps its checkpoint when it is
+# complete. After Ctrl-C or SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
 # Environment: GPUS (1: GPUs of each run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a
 # GPU; 16384 takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
