@@ -84,6 +84,15 @@ def gate_bias_size(model):
     return (num_gate_logits(model) + 7) // 8 * 8
 
 
+def check_field(field, value, name):
+    """Dies with one line that begins with `name` if no model can have this value of a field."""
+    low, high = FIELDS[field]
+    if not low <= value <= high:
+        die(f"{name}: {field} {value:.12g}: must be from {low:g} to {high:g}")
+    if field not in REAL_FIELDS and value != int(value):
+        die(f"{name}: {field} {value:.12g}: must be a whole number")
+
+
 def check_model(model, name):
     """Dies with one line that begins with `name` if no trainer could run the model (config_check in
     llmc/config.h, fsa_config_check)."""
@@ -92,10 +101,8 @@ def check_model(model, name):
         if not condition:
             die(f"{name}: {text}")
 
-    for field, (low, high) in FIELDS.items():
-        value = model[field]
-        need(low <= value <= high, f"{field} {value:.12g}: must be from {low:g} to {high:g}")
-        need(field in REAL_FIELDS or value == int(value), f"{field} {value:.12g}: must be a whole number")
+    for field in FIELDS:
+        check_field(field, model[field], name)
     m = {key.replace("-", "_"): value for key, value in model.items()}
     need(
         m["padded_vocab"] % 128 == 0 and m["padded_vocab"] >= m["vocab"],

@@ -179,6 +179,7 @@ def to_model(values, name):
     layers, channels, heads = (
         c.number(key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
+    checkpoint.check_field("layers", layers, name)  # before a list has that many entries
     vocab, max_len = c.number("vocab_size"), c.number("max_position_embeddings")
     if heads < 1:
         die(f"{name}: num_attention_heads {heads}: must be at least 1; repair the file")
