@@ -13,6 +13,7 @@ this file says where to get the systems.
 import argparse
 import collections
 import datetime
+import importlib.util
 import json
 import os
 import queue
@@ -275,15 +276,16 @@ def main():
     args = arguments()
     jobs = make_jobs(args)
     run = Run(args)
-    try:
-        import torch
-    except ImportError:
+    if not importlib.util.find_spec("torch"):
         die("PyTorch is not installed; see dev/peers/README.md")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        die("PyTorch sees no GPU; --device cpu tests these programs without one")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if args.device == "cuda" and devices == [""]:
-        devices = [str(i) for i in range(torch.cuda.device_count())]
+    if args.device == "cuda":
+        import torch  # takes seconds
+
+        if not torch.cuda.is_available():
+            die("PyTorch sees no GPU; --device cpu tests these programs without one")
+        if devices == [""]:
+            devices = [str(i) for i in range(torch.cuda.device_count())]
     kinds = [[job for job in jobs if (job["part"] == "step") == step] for step in (False, True)]
     work = queue.Queue()
     for unit in [(name, some) for some in kinds for name in args.peers if some]:
