@@ -353,6 +353,18 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
+# Prints the scores of each model, a line of JSON each.
+LM_EVAL = """import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+manager = TaskManager(include_path=sys.argv[1], include_defaults=False)
+for folder in sys.argv[2:]:
+    model = {"pretrained": folder, "trust_remote_code": True, "dtype": "float32"}
+    scores = simple_evaluate("hf", model, ["mine"], device="cpu", batch_size=8, task_manager=manager)["results"]["mine"]
+    print(json.dumps({name: scores[name + ",none"] for name in ("acc", "acc_norm")}))
+"""
+
+
 def test_lm_eval(tmp, texts):
     """The trainer and lm-eval give the same answers, with full attention and with NSA."""
     rng = random.Random(2)
@@ -366,28 +378,25 @@ def test_lm_eval(tmp, texts):
     ]  # fmt: skip
     path = write_rows(f"{tmp}/lm/rows.jsonl", rows)
     write(f"{tmp}/lm/mine.yaml", TASK.format(rows=path))
-    env = {**os.environ, "HF_HOME": f"{tmp}/hf", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for attn in ("full", "nsa"):
+    ours, attentions = {}, ("full", "nsa")
+    for attn in attentions:
         folder = f"{tmp}/lm/{attn}"
-        r = run(CPU, *trainer_flags(tmp), "-t", "128", "-attn", attn, "-x", "30", "-v", "0", "-l", "2e-3", "-o", folder)
+        run(CPU, *trainer_flags(tmp), "-t", "128", "-attn", attn, "-x", "30", "-v", "0", "-l", "2e-3", "-o", folder)
         # this tokenizer.json adds no BOS; the one that is made from tokenizer.bin does
         given, bos = (["--tokenizer", texts.tokenizer], ["--bos", "none"]) if attn == "full" else ([], [])
         run_ok("data/mc", "-o", f"{tmp}/lm/mine.bin", "--tokenizer", texts.tokenizer, *bos, path)
         r = run(CPU, "-e", f"{folder}/ckpt_00000030.bin", "-val", "1", "-b", "2", "-mc", f"{tmp}/lm/mine.bin")
-        ours = re.search(r"mine: (\d+) of 60 right.*per character (\d+),", r.stdout)
+        found = re.search(r"mine: (\d+) of 60 right.*per character (\d+),", r.stdout)
+        check(found, f"{attn}: {r.stdout} {r.stderr}")
+        ours[attn] = found and [int(count) for count in found.groups()]
         run("scripts/to_hf.py", f"{folder}/ckpt_00000030.bin", "-o", f"{folder}_hf", "--dtype", "fp32", *given)
-        model = f"pretrained={folder}_hf,trust_remote_code=True,dtype=float32"
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", "mine", "--device", "cpu"]
-        command += ["--include_path", f"{tmp}/lm", "--output_path", f"{tmp}/lm/out_{attn}", "--batch_size", "8"]
-        result = subprocess.run(command, capture_output=True, text=True, env=env)
-        found = [os.path.join(d, n) for d, _, names in os.walk(f"{tmp}/lm/out_{attn}") for n in names if n.startswith("results")]
-        check(ours and result.returncode == 0 and found, f"{attn}: {r.stdout} {r.stderr} {result.stderr[-1500:]}")
-        if not (ours and found):
-            continue
-        with open(found[0], encoding="utf-8") as f:
-            scores = json.load(f)["results"]["mine"]
-        theirs = [round(60 * scores[f"{name},none"]) for name in ("acc", "acc_norm")]
-        check(theirs == [int(ours[1]), int(ours[2])], f"{attn}: lm-eval has {theirs} right, the trainer {ours.groups()}")
+    env = {**os.environ, "HF_HOME": f"{tmp}/hf", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", LM_EVAL, f"{tmp}/lm", *(f"{tmp}/lm/{attn}_hf" for attn in attentions)]
+    r = subprocess.run(command, capture_output=True, text=True, env=env)
+    lines = [line for line in r.stdout.splitlines() if line.startswith("{")] + 2 * ["{}"]
+    for attn, line in zip(attentions, lines):
+        theirs = [round(60 * score) for score in json.loads(line).values()]
+        check(theirs == ours[attn], f"{attn}: lm-eval has {theirs} right, the trainer {ours[attn]}: {r.stderr[-1500:]}")
 
 
 def main():
