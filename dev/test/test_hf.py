@@ -22,6 +22,7 @@ import tempfile
 import traceback
 
 from checks import check, finish, skip
+from forks import Forks
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 BUILD = os.path.abspath(os.environ.get("BUILD", os.path.join(ROOT, "build")))
@@ -221,8 +222,7 @@ def test_tokens():
 
 
 def run(program, *args):
-    command = [sys.executable, os.path.join(ROOT, "scripts", program), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return forks.run(os.path.join(ROOT, "scripts", program), *args)
 
 
 def run_ok(program, *args):
@@ -1135,7 +1135,7 @@ def test_transformers():
 
 
 def main():
-    global TMP, families
+    global TMP, families, forks
     tests = {name: test for name, test in globals().items() if name.startswith("test_") and name != "test_tokens"}
     unknown = set(sys.argv[1:]) - {name.removeprefix("test_") for name in tests} - FAMILIES.keys()
     if unknown:
@@ -1158,6 +1158,7 @@ def main():
             "a comparison with transformers itself needs torch and transformers: "
             "python3 -m pip install -r dev/test/requirements.txt"
         )
+    forks = Forks(*needed)
     with tempfile.TemporaryDirectory() as TMP:
         sys.path.insert(0, os.path.join(ROOT, "fsa/torch"))
         os.environ["HF_MODULES_CACHE"] = os.path.join(TMP, "modules")  # transformers keeps modeling_nsa.py there
