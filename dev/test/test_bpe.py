@@ -32,6 +32,7 @@ import traceback
 import urllib.parse
 
 from checks import check, finish, skip
+from forks import Forks
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 DATA = os.path.join(ROOT, "data")
@@ -51,6 +52,8 @@ def run(program, *args, env=None, limit=None):
     def set_limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
+    if not env and not limit:
+        return forks.run(os.path.join(DATA, program), *args)
     return subprocess.run(
         command(program, *args),
         capture_output=True,
@@ -1667,15 +1670,14 @@ def bad_hub_tests(tmp, tokenizer):
 
 
 def main():
+    global forks
+    needed = ("numpy", "tokenizers", "tiktoken", "datasets", "pyarrow")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    forks = Forks(*(name for name in needed[:3] if name not in missing))
     tmp = tempfile.mkdtemp(prefix="test_bpe.")
     try:
         test_get(tmp)
         test_corpus(tmp)
-        missing = [
-            name
-            for name in ("numpy", "tokenizers", "tiktoken", "datasets", "pyarrow")
-            if importlib.util.find_spec(name) is None
-        ]
         if missing:
             skip(
                 f"data/bpe and data/hub need the Python packages {', '.join(missing)}: "

@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 from checks import check, finish, skip
+from forks import Forks
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
 CPU = os.path.abspath(os.environ.get("CPU", os.path.join(ROOT, "train_gpt_nsa_cpu")))
@@ -25,9 +26,10 @@ errors = []  # the cases of expect_error, which run at the same time
 file_numbers = itertools.count()
 
 
-def run(program, *args, cwd=ROOT):
-    command = [sys.executable, os.path.join(ROOT, program)] if program != CPU else [CPU]
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+def run(program, *args):
+    if program == CPU:
+        return subprocess.run([CPU, *map(str, args)], capture_output=True, text=True)
+    return forks.run(os.path.join(ROOT, program), *args)
 
 
 def run_ok(program, *args):
@@ -400,10 +402,13 @@ def test_lm_eval(tmp, texts):
 
 
 def main():
-    missing = [p for p in ("numpy", "tokenizers", "tiktoken") if importlib.util.find_spec(p) is None]
+    global forks
+    needed = ("numpy", "tokenizers", "tiktoken")
+    missing = [p for p in needed if importlib.util.find_spec(p) is None]
     if missing:
         skip(f"data/hellaswag, data/mc and data/needle need the Python packages {', '.join(missing)}")
     else:
+        forks = Forks(*needed)
         tmp = tempfile.mkdtemp(prefix="test_evals.")
         try:
             texts = Texts(tmp)
