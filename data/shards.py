@@ -24,6 +24,7 @@ import urllib.request
 
 HEADER_BYTES = 1024
 FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token: (magic, version)
+WORKER_BYTES = 1 << 19  # of text for each further worker: tokenizing less takes less time than starting one
 SAVE_INTERVAL = 0.5  # seconds; a kill loses at most this much work
 MAX_SHARD_TOKENS = 2**31 - 1
 MAX_INPUT_BYTES = 1 << 28  # of a file that is read as a whole
@@ -519,6 +520,8 @@ def tokenize(output, vocabulary, batches, total_bytes=None, max_train_tokens=Non
     if state["position"] is not None:
         print(f"resuming after {state['bytes'] / 1e6:.1f} MB and {state['train'] + state['val']} tokens")
     workers = len(os.sched_getaffinity(0))
+    if total_bytes is not None:
+        workers = min(workers, 1 + total_bytes // WORKER_BYTES)
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (vocabulary,)
     )
@@ -574,7 +577,7 @@ def tokenize(output, vocabulary, batches, total_bytes=None, max_train_tokens=Non
     megabytes = (state["bytes"] - bytes_before) / 1e6
     print(
         f"{summary(output)}; {megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s on "
-        f"{workers} cores"
+        f"{plural(workers, 'core')}"
     )
 
 
