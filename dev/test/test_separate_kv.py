@@ -37,7 +37,7 @@ def make_data(tmp: str) -> str:
     os.mkdir(f"{tmp}/documents")
     for i in range(40):
         with open(f"{tmp}/documents/{i:02d}", "w", encoding="utf-8") as file:
-            file.write("".join(rng.choices(words, k=rng.randint(5, 600))))
+            file.write("".join(rng.choices(words, k=rng.randint(5, 300))))
     subprocess.run([f"{BUILD}/text", "-o", f"{tmp}/data", "-name", "text", f"{tmp}/documents"], check=True, capture_output=True)
     return f"{tmp}/data"
 
