@@ -48,9 +48,11 @@ GPU_TESTS := $(if $(USE_GPU),$(BUILD)/example $(filter-out %/core,$(KERNELS)) $(
 CORES := $(shell nproc 2>/dev/null || echo 1)
 LANES := $(shell echo $$(($(CORES) > 12 ? $(CORES) / 4 : $(CORES) > 2 ? 3 : 2)))
 RUN = COMMIT="$(COMMIT)" CPU=$(CPU_TRAINER) BUILD=$(BUILD) MPI=$(MPI) LANES=$(LANES) CORES=$(CORES)
-PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_hf.py" "python3 dev/test/test_bpe.py" \
-    "python3 dev/test/test_evals.py" "python3 dev/test/test_torch.py check" "python3 dev/test/test_separate_kv.py" \
-    "python3 dev/test/test_peers.py" "python3 dev/test/test_compare_sass.py" "python3 dev/test/test_performance.py" "python3 dev/test/test_plots.py",\
+# The longest come first. test_peers waits for much of its time.
+PYTHON_TESTS := $(if $(shell command -v python3),"python3 dev/test/test_hf.py" "python3 dev/test/test_peers.py" \
+    "python3 dev/test/test_bpe.py" "python3 dev/test/test_plots.py" "python3 dev/test/test_torch.py check" \
+    "python3 dev/test/test_evals.py" "python3 dev/test/test_separate_kv.py" "python3 dev/test/test_performance.py" \
+    "python3 dev/test/test_compare_sass.py",\
     "echo Python tests need python3: 0 passed, 0 failed, 1 skipped")
 SCRIPTS := $(PYTHON_TESTS) "bash dev/test/cli.sh" "bash dev/test/headers.sh" "bash dev/test/translate.sh" \
     "bash dev/test/install.sh" "bash dev/test/wheel.sh"
