@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from checks import check, finish, skip
 
@@ -953,10 +954,12 @@ def main() -> None:
             test_wandb(tmp)
         test_runs_are_kept(tmp)
         test_arguments(tmp)
-        test_signals(tmp)
-        test_learning(tmp)
-        test_recall(tmp)
-        test_curves(tmp)
+        with ThreadPoolExecutor() as pool:
+            signals = pool.submit(test_signals, tmp)  # which waits most of the time
+            test_learning(tmp)
+            test_recall(tmp)
+            test_curves(tmp)
+            signals.result()
     test_help()
     finish()
 
