@@ -174,7 +174,7 @@ def test_ends(folder: str) -> None:
 
 def test_other_blocks(folder: str) -> None:
     peer = write(folder, "other_blocks.py", OTHER_BLOCKS)
-    args = ("--lengths", "2560", "--heads", "2,1", "4,1", "--parts", "core_mean", "sel")
+    args = ("--lengths", "1536", "--heads", "2,1", "4,1", "--parts", "core_mean", "sel")
     code, lines, rows = measure(folder, "--peers", peer, *args)
     check(code == 0 and lines[-1] == "2 rows, 1 wrong, 1 with other blocks", f"{code}, {lines}")
     notes = ["note: other_blocks: 1 with other blocks", "note: other_blocks: 1 wrong"]
@@ -186,7 +186,7 @@ def test_other_blocks(folder: str) -> None:
     check(core["error"] < 0.01 and not core["wrong"] and core["blocks"] < 0.9 and core["other_blocks"], f"rows: {rows}")
     check(0.04 < by_part["sel"]["error"] < 0.06 and by_part["sel"]["dir"] == "fwd", f"rows: {rows}")
     ours = write(folder, "ours.py", OTHER_BLOCKS)  # the name counts as ours
-    for part, n, mark in (("sel", "128", "1 wrong, 0 with other blocks"), ("core_mean", "2560", "0 wrong, 1 with other blocks")):
+    for part, n, mark in (("sel", "128", "1 wrong, 0 with other blocks"), ("core_mean", "1536", "0 wrong, 1 with other blocks")):
         code, lines, _ = measure(folder, "--peers", ours, "--lengths", n, "--heads", "2,1", "--parts", part)
         check(code == 1 and lines[-1] == f"1 rows, {mark}", f"ours, {part}: {code}, {lines}")
 
