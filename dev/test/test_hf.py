@@ -562,7 +562,7 @@ def test_close_branch():
     import numpy as np
 
     text, data, log = (os.path.join(TMP, name) for name in ("gates.txt", "gates", "gates_log"))
-    write(text, b"Native sparse attention. " * 400)
+    write(text, b"Native sparse attention. " * 100)
     for command in ([os.path.join(BUILD, "text"), "-o", data, "-name", "text", text],
                     [CPU, "-e", "tiny", "-layers", 2, "-i", f"{data}/text_train_*.bin", "-o", log, "-x", 1, "-b", 1, "-t", 64]):  # fmt: skip
         result = subprocess.run([*map(str, command)], capture_output=True, text=True)
