@@ -55,6 +55,8 @@ nsa-2                  97m         linux          200M  -attn nsa -seed 2
 full-2                 97m         linux          200M  -attn full -seed 2
 window-2               97m         linux          200M  -attn window -seed 2
 window-3               97m         linux          200M  -attn window -seed 3
+nsa-3                  97m         linux          200M  -attn nsa -seed 3
+nsa-fp8-1              97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2
 graded-2               97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,0,2
 graded-3               97m         linux          200M  -attn nsa -seed 3 -gate-bias -2,0,2
@@ -71,6 +73,7 @@ zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 50m-window-1           97m         linux_quarter   50M  -attn window -seed 1
 50m-nsa-1              97m         linux_quarter   50M  -attn nsa -seed 1
 50m-nsa-2              97m         linux_quarter   50M  -attn nsa -seed 2
+50m-nsa-hybrid-1       97m         linux_quarter   50M  -attn nsa -seed 1 -full-every 4
 50m-graded-1           97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2
 50m-graded-2           97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias -2,0,2
 50m-graded-fp8-1       97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias -2,0,2 -matmul fp8
@@ -86,6 +89,7 @@ zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 350m-zero-30m          350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0
 350m-zero-30m-fp8      350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
 350m-graded            350m        linux          100M  -attn nsa -seed 1 -gate-bias -2,0,2
+350m-nsa               350m        linux          100M  -attn nsa -seed 1
 350m-full              350m        linux          100M  -attn full -seed 1
 350m-window            350m        linux          100M  -attn window -seed 1
 smollm2-8k-full        smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8

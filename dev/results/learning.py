@@ -22,6 +22,7 @@ LOSSES = {
         ("window-3", None),
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
+        ("nsa-3", None),
     ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
@@ -32,7 +33,8 @@ LOSSES = {
         ("nsa-2", None),
         ("graded-2", "nsa-2"),
         ("zero-2", "nsa-2"),
-        ("graded-3", None),
+        ("nsa-3", None),
+        ("graded-3", "nsa-3"),
     ],
     "learning_gate_bias": [
         ("50m-zero-1", None),
@@ -43,7 +45,12 @@ LOSSES = {
         ("50m-nsa-2", "50m-zero-2"),
         ("50m-graded-2", "50m-zero-2"),
     ],
-    "learning_350m": [("350m-full", None), ("350m-graded", "350m-full"), ("350m-window", "350m-full")],
+    "learning_350m": [
+        ("350m-full", None),
+        ("350m-nsa", "350m-full"),
+        ("350m-graded", "350m-full"),
+        ("350m-window", "350m-full"),
+    ],
     "learning_fp8": [
         ("50m-full-1", None),
         ("50m-full-fp8-1", "50m-full-1"),
@@ -53,6 +60,7 @@ LOSSES = {
         ("50m-graded-fp8-2", "50m-graded-2"),
         ("graded-1", None),
         ("graded-fp8-1", "graded-1"),
+        ("nsa-fp8-1", "nsa-1"),
         ("50m-zero-1", None),
         ("50m-zero-fp8-1", "50m-zero-1"),
         ("50m-zero-2", None),
@@ -72,6 +80,8 @@ LOSSES = {
         ("50m-graded-2", "50m-full-2"),
         ("50m-graded-hybrid-1", "50m-graded-1"),
         ("50m-graded-mean-1", "50m-graded-1"),
+        ("50m-nsa-1", "50m-full-1"),
+        ("50m-nsa-hybrid-1", "50m-nsa-1"),
     ],
     "learning_separate_kv": [
         ("50m-graded-1", None),

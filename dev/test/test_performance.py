@@ -155,7 +155,7 @@ def test_learning(tmp: str) -> None:
     compared = {run: other for table in pairs for run, other in table}
     check(set(compared) == runs and set(filter(None, compared.values())) <= runs, "every run has its loss in a table")
 
-    check(learning.runs_of("nsa") == ["nsa-1", "nsa-2"], f"the seeds of nsa: {learning.runs_of('nsa')}")
+    check(learning.runs_of("nsa") == ["nsa-1", "nsa-2", "nsa-3"], f"the seeds of nsa: {learning.runs_of('nsa')}")
 
     rows = [row("full-1", 2.5, "full", seconds=2345), row("nsa-1", 2.4875), row("window-1", 2.75, "window")]
     rows += [row("nsa-2", 2.5125), row("zero-1", 2.5), row("zero-2", 2.75)]
