@@ -7,7 +7,7 @@
 #   make && scripts/learning.sh                               # all runs, as many at a time as there are GPUs
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
-#   SMOLLM2=FOLDER scripts/learning.sh                        # also those that continue SmolLM2-135M; FOLDER or GGUF file
+#   SMOLLM2=FILE scripts/learning.sh                          # also those of SmolLM2-135M-Instruct: its GGUF file, or folder
 # Several runs at a time write what they print to log/learning/NAME/output.txt.
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
@@ -19,7 +19,7 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 usage "$@"
 if [ -n "${SMOLLM2:-}" ]; then
-    [ -e "$SMOLLM2" ] || die "SMOLLM2=$SMOLLM2: no such file or folder; name the folder or GGUF file of SmolLM2-135M"
+    [ -e "$SMOLLM2" ] || die "SMOLLM2=$SMOLLM2: no such file or folder; name the GGUF file or folder of SmolLM2-135M-Instruct"
     SMOLLM2=$(realpath -- "$SMOLLM2")
 fi
 cd "$(dirname "$0")/.."
@@ -236,8 +236,8 @@ names=$(printf '%s\n' "${TABLE[@]}" | awk '{ print $1 }')
 [ $# -gt 0 ] || set -- $(has_smollm2 && echo "$names" || grep -v ^smollm2 <<<"$names")
 for name; do
     grep -qxF -e "$name" <<<"$names" || die "$name: no such run; there are" $names
-    [[ $name != smollm2* ]] || has_smollm2 || die "$name continues SmolLM2-135M; download it from" \
-        "https://huggingface.co/HuggingFaceTB/SmolLM2-135M and name its folder in SMOLLM2"
+    [[ $name != smollm2* ]] || has_smollm2 || die "$name continues SmolLM2-135M-Instruct;" \
+        "scripts/hf.md has the commands that get it; name its GGUF file or folder in SMOLLM2"
 done
 whole_numbers GPUS MICRO_TOKENS
 [ $((131072 % GPUS)) -eq 0 ] || die "GPUS=$GPUS: a step of 131,072 tokens must be a multiple of it; take 1, 2, 4 or 8"

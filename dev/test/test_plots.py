@@ -547,7 +547,7 @@ done
     with open(model, "w", encoding="utf-8"):
         pass
     code, err, lines = train("smollm2-8k-nsa")
-    check(code == 1 and not lines and "name its folder in SMOLLM2" in err and err.count("\n") == 1, f"no SmolLM2: {code} {err}")
+    check(code == 1 and not lines and "name its GGUF file or folder in SMOLLM2" in err and err.count("\n") == 1, f"no SmolLM2: {code} {err}")
     code, err, lines = train("smollm2-8k-nsa smollm2-16k-full", SMOLLM2=os.path.relpath(model))
     documents = "--min-tokens 131072 --shard 2000000000 data/corpora/linux_c"
     wanted = [f"from_hf.py {model} -o data/smollm2/full.bin", "corpus -o data/corpora/linux_c --suffix .c --min-bytes 400000"]
