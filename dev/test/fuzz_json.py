@@ -66,7 +66,7 @@ def mutate(rng, base):
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, dict):
-            parent[rng.choice(["x", "Ġa", "\ud800", "zz"])] = rng.choice(VALUES)
+            parent[rng.choice(["x", "Ġa", "\ud800", "zz"])] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 2:
             parent[key] = copy.deepcopy(rng.choice(found)[0])
         else:
