@@ -40,6 +40,8 @@ def mutate_bytes(rng, content):
     """Returns changed bytes."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 3)):
+        if len(content) <= 8:
+            break
         at = rng.randrange(len(content) - 8)
         kind = rng.randrange(4)
         if kind == 0:
