@@ -24,7 +24,7 @@ import urllib.request
 
 HEADER_BYTES = 1024
 FORMATS = {2: (20240520, 1), 4: (20240801, 7)}  # bytes per token: (magic, version)
-WORKER_BYTES = 1 << 19  # of text for each further worker: tokenizing less takes less time than starting one
+WORKER_BYTES = 1 << 19  # of text for each further worker: one starts about as fast as a core tokenizes this
 SAVE_INTERVAL = 0.5  # seconds; a kill loses at most this much work
 MAX_SHARD_TOKENS = 2**31 - 1
 MAX_INPUT_BYTES = 1 << 28  # of a file that is read as a whole
@@ -501,7 +501,7 @@ class Progress:
 
 
 def tokenize(output, vocabulary, batches, total_bytes=None, max_train_tokens=None):
-    """Tokenizes batches on all cores and writes their tokens in order.
+    """Tokenizes batches, a long text on all cores, and writes their tokens in order.
 
     Args:
         output: an Output.
@@ -509,7 +509,7 @@ def tokenize(output, vocabulary, batches, total_bytes=None, max_train_tokens=Non
         batches: a function. batches(position) returns an iterator over (items, position after the items) that
             starts at a saved position, or at the beginning for None. An item is (part, bytes, ends), where
             part is "train" or "val" and `ends` says whether its document ends with it.
-        total_bytes: bytes of the whole input, for the progress line; None if unknown.
+        total_bytes: bytes of the whole input, for the progress line and the number of workers; None if unknown.
         max_train_tokens: stops after the document with which the training tokens reach this number.
     """
     state = output.state

@@ -28,7 +28,7 @@ LOSSES = {
         ("nsa-1", None),
         ("graded-1", "nsa-1"),
         ("graded-1-bf0dded", "nsa-1"),
-        ("graded-mean-1", "nsa-1"),
+        ("graded-mean-1", "graded-1"),
         ("zero-1", "nsa-1"),
         ("nsa-2", None),
         ("graded-2", "nsa-2"),

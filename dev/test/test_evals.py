@@ -383,7 +383,7 @@ def test_lm_eval(tmp, texts):
     ours, attentions = {}, ("full", "nsa")
     for attn in attentions:
         folder = f"{tmp}/lm/{attn}"
-        run(CPU, *trainer_flags(tmp), "-t", "128", "-attn", attn, "-x", "30", "-v", "0", "-l", "2e-3", "-o", folder)
+        run_ok(CPU, *trainer_flags(tmp), "-t", "128", "-attn", attn, "-x", "30", "-v", "0", "-l", "2e-3", "-o", folder)
         # this tokenizer.json adds no BOS; the one that is made from tokenizer.bin does
         given, bos = (["--tokenizer", texts.tokenizer], ["--bos", "none"]) if attn == "full" else ([], [])
         run_ok("data/mc", "-o", f"{tmp}/lm/mine.bin", "--tokenizer", texts.tokenizer, *bos, path)
@@ -391,7 +391,7 @@ def test_lm_eval(tmp, texts):
         found = re.search(r"mine: (\d+) of 60 right.*per character (\d+),", r.stdout)
         check(found, f"{attn}: {r.stdout} {r.stderr}")
         ours[attn] = found and [int(count) for count in found.groups()]
-        run("scripts/to_hf.py", f"{folder}/ckpt_00000030.bin", "-o", f"{folder}_hf", "--dtype", "fp32", *given)
+        run_ok("scripts/to_hf.py", f"{folder}/ckpt_00000030.bin", "-o", f"{folder}_hf", "--dtype", "fp32", *given)
     env = {**os.environ, "HF_HOME": f"{tmp}/hf", "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", LM_EVAL, f"{tmp}/lm", *(f"{tmp}/lm/{attn}_hf" for attn in attentions)]
     r = subprocess.run(command, capture_output=True, text=True, env=env)

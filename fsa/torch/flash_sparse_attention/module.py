@@ -102,8 +102,8 @@ class NativeSparseAttention(nn.Module):
 
     @torch.no_grad()
     def reset_nsa(self):
-        """Sets the gate's biases to -2, -2 and 2 (compressed, selected, sliding), with which models learn better than with
-        equal ones (dev/results/learning.md), and the linear compression to the mean of a window."""
+        """Sets the gate's biases to -2, -2 and 2 (compressed, selected, sliding), as the trainers (`default_gate_bias` in
+        llmc/config.h), and the linear compression to the mean of a window."""
         self.gate.bias.copy_(self.gate.bias.new_tensor([-2.0, -2.0, 2.0]).repeat(self.q_heads))
         if self.wk is None:
             return
