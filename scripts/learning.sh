@@ -56,6 +56,10 @@ full-2                 97m         linux          200M  -attn full -seed 2
 window-2               97m         linux          200M  -attn window -seed 2
 window-3               97m         linux          200M  -attn window -seed 3
 nsa-3                  97m         linux          200M  -attn nsa -seed 3
+full-3                 97m         linux          200M  -attn full -seed 3
+full-rate-1            97m         linux          200M  -attn full -seed 1 -l 1.8e-3
+nsa-rate-1             97m         linux          200M  -attn nsa -seed 1 -l 1.8e-3
+window-rate-1          97m         linux          200M  -attn window -seed 1 -l 1.8e-3
 nsa-fp8-1              97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2
 graded-2               97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,0,2
@@ -69,6 +73,7 @@ zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 50m-full-1             97m         linux_quarter   50M  -attn full -seed 1
 50m-full-2             97m         linux_quarter   50M  -attn full -seed 2
 50m-full-rate-1        97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
+50m-full-warm-1        97m         linux_quarter   50M  -attn full -seed 1 -u 38
 50m-full-fp8-1         97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
 50m-window-1           97m         linux_quarter   50M  -attn window -seed 1
 50m-nsa-1              97m         linux_quarter   50M  -attn nsa -seed 1
@@ -99,6 +104,7 @@ smollm2-8k-open64      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -
 smollm2-16k-full       smollm2-16k linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-16k-nsa        smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 smollm2-16k-open32     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4
+smollm2-16k-open4k     smollm2-16k linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 64 -gate-bias -8,4,-4
 END
 
 # has_shards TEXT: whether its shards exist

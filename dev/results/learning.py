@@ -16,13 +16,25 @@ LOSSES = {
     "learning_200m": [
         ("full-1", None),
         ("full-2", None),
+        ("full-3", None),
         ("window-1", "full-1"),
         ("window-1-d73accb", "full-1"),
         ("window-2", "full-2"),
-        ("window-3", None),
+        ("window-3", "full-3"),
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
-        ("nsa-3", None),
+        ("nsa-3", "full-3"),
+    ],
+    "learning_rate": [
+        ("nsa-1", None),
+        ("nsa-rate-1", "nsa-1"),
+        ("full-1", None),
+        ("full-rate-1", "full-1"),
+        ("window-1", None),
+        ("window-rate-1", "window-1"),
+        ("50m-full-1", None),
+        ("50m-full-rate-1", "50m-full-1"),
+        ("50m-full-warm-1", "50m-full-1"),
     ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
@@ -38,10 +50,12 @@ LOSSES = {
     ],
     "learning_gate_bias": [
         ("50m-zero-1", None),
+        ("50m-nsa-1-0603293", "50m-zero-1"),
         ("50m-nsa-1", "50m-zero-1"),
         ("50m-graded-1-0603293", "50m-zero-1"),
         ("50m-graded-1", "50m-zero-1"),
         ("50m-zero-2", None),
+        ("50m-nsa-2-0603293", "50m-zero-2"),
         ("50m-nsa-2", "50m-zero-2"),
         ("50m-graded-2", "50m-zero-2"),
     ],
@@ -60,6 +74,7 @@ LOSSES = {
         ("50m-graded-fp8-2", "50m-graded-2"),
         ("graded-1", None),
         ("graded-fp8-1", "graded-1"),
+        ("nsa-1", None),
         ("nsa-fp8-1", "nsa-1"),
         ("50m-zero-1", None),
         ("50m-zero-fp8-1", "50m-zero-1"),
@@ -73,7 +88,6 @@ LOSSES = {
     "learning_variants": [
         ("50m-full-1", None),
         ("50m-full-2", "50m-full-1"),
-        ("50m-full-rate-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-graded-1", "50m-full-1"),
         ("50m-graded-1-bf0dded", "50m-full-1"),
@@ -106,14 +120,18 @@ TIMES = {
     "learning_time": [
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
+        ("nsa-3", "full-3"),
+        ("nsa-1", "full-rate-1"),
         ("window-1", "full-1"),
         ("window-2", "full-2"),
+        ("window-3", "full-3"),
         ("nsa-1", "window-1"),
         ("nsa-2", "window-2"),
+        ("nsa-3", "window-3"),
         ("nsa-64k", "full-64k"),
         ("nsa-64k", "window-64k"),
-        ("350m-graded", "350m-full"),
-        ("350m-graded", "350m-window"),
+        ("350m-nsa", "350m-full"),
+        ("350m-nsa", "350m-window"),
         ("50m-graded-1", "50m-full-2"),
         ("50m-graded-2", "50m-full-2"),
         ("50m-graded-hybrid-1", "50m-full-2"),
@@ -145,22 +163,31 @@ CONTINUED = {
             ("smollm2-16k-full", None),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
             ("smollm2-16k-open32", "smollm2-16k-full"),
+            ("smollm2-16k-open4k", "smollm2-16k-full"),
         ],
     ),
 }
 # The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
     "learning_positions_200m": (
-        ["nsa-1", "nsa-2", "full-1", "full-2", "window-1", "window-2"],
-        [("nsa-1", "full-1"), ("nsa-2", "full-2"), ("nsa-1", "window-1"), ("nsa-2", "window-2")],
+        ["nsa-1", "full-1", "full-rate-1", "window-1"],
+        [
+            ("nsa-1", "full-1"),
+            ("nsa-2", "full-2"),
+            ("nsa-3", "full-3"),
+            ("nsa-1", "full-rate-1"),
+            ("nsa-1", "window-1"),
+            ("nsa-2", "window-2"),
+            ("nsa-3", "window-3"),
+        ],
     ),
     "learning_positions_64k": (
         ["nsa-64k", "full-64k", "window-64k"],
         [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k"), ("zero-64k", "full-64k"), ("graded-64k", "full-64k")],
     ),
     "learning_positions_350m": (
-        ["350m-graded", "350m-full", "350m-window"],
-        [("350m-graded", "350m-full"), ("350m-graded", "350m-window")],
+        ["350m-nsa", "350m-full", "350m-window"],
+        [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
     ),
     "learning_positions_smollm2": (
         ["smollm2-8k-full", "smollm2-16k-full"],
@@ -170,6 +197,7 @@ POSITIONS = {
             ("smollm2-8k-open64", "smollm2-8k-full"),
             ("smollm2-16k-nsa", "smollm2-16k-full"),
             ("smollm2-16k-open32", "smollm2-16k-full"),
+            ("smollm2-16k-open4k", "smollm2-16k-full"),
         ],
     ),
 }
@@ -258,14 +286,14 @@ def seeds(found, names):
 
 
 def overview(found):
-    """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K; no
-    rows if one is missing."""
+    """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K, all
+    runs at the commit of nsa's at 64K; no rows if a mode lacks one."""
     head = ["attention", "loss after 200M tokens at 16K, of each seed", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
-    rows, used = [], []
+    rows, used, commit = [], [], found.get("nsa-64k", {}).get("commit")
     for mode in ("nsa", "full", "window"):
-        runs = [found[name] for name in runs_of(mode) if name in found]
+        runs = [found[name] for name in runs_of(mode) if name in found and found[name]["commit"] == commit]
         longer = found.get(f"{mode}-64k")
-        if not runs or not longer:
+        if not runs or not longer or longer["commit"] != commit:
             return head, [], []
         speed = statistics.fmean(run["tokens_per_second"] for run in runs)
         losses = ", ".join(f"{val_loss(run):.3f}" for run in runs)

@@ -147,8 +147,8 @@ def test_learning(tmp: str) -> None:
     names = re.search(r"<<'END'\n(.*?)END", open(os.path.join(ROOT, "scripts/learning.sh"), encoding="utf-8").read(), re.DOTALL)
     runs = {line.split()[0] for line in names[1].splitlines()}
     runs |= {f"50m-{kv}-kv-{seed}" for kv in ("shared", "separate", "equal") for seed in (1, 2)}  # of separate_kv.py
-    runs |= {"50m-graded-1-0603293", "50m-graded-1-bf0dded"}  # at other commits, the first with micro-batches of one sequence
-    runs |= {"graded-1-bf0dded", "window-1-d73accb", "graded-64k-bf0dded", "window-64k-d73accb"}  # at other commits
+    runs |= {"50m-graded-1-bf0dded", "graded-1-bf0dded", "window-1-d73accb", "graded-64k-bf0dded", "window-64k-d73accb"}  # at other commits
+    runs |= {f"50m-{run}-0603293" for run in ("graded-1", "nsa-1", "nsa-2")}  # at other commits, with micro-batches of one sequence
     shown = {run for group, _ in learning.tables().values() for run in group}
     check(shown == runs, f"the tables show all runs: {shown ^ runs}")
     pairs = [*learning.LOSSES.values(), *(runs for _, runs in learning.CONTINUED.values())]
@@ -165,7 +165,7 @@ def test_learning(tmp: str) -> None:
     # and one on another number of GPUs
     slow = [[0, 0, 9], [100, 1000, 3], [200, 2000, 2.5]]
     rows += [row("50m-full-2", 2.75, "full", val=[[0, 0, 9], [200, 1200, 2.75]], seconds=1200), row("50m-graded-hybrid-1", 0, val=slow)]
-    rows += [row("50m-graded-mean-1", 2.5, gpus=2), row("350m-full", 2.5, "full", seconds=100), row("350m-graded", 0, val=[[0, 0, 2.5], [20, 90, 2.25]])]
+    rows += [row("50m-graded-mean-1", 2.5, gpus=2), row("350m-full", 2.5, "full", seconds=100), row("350m-nsa", 0, val=[[0, 0, 2.5], [20, 90, 2.25]])]
     val = [[0, 0, 3.5], [1048576, 2, 3.25], [2097152, 4, 3], [9437184, 6, 2.75], [10485760, 8, 2.5], [49938432, 9, 2.25]]
     rows += [row("smollm2-8k-full", 0, "full", val=val), row("smollm2-8k-nsa", 0, val=[[*point[:2], point[2] + 0.125] for point in val])]
     rows += [row("50m-zero-1", 3), row("50m-zero-2", 3.5), row("50m-nsa-1", 3)]
@@ -184,14 +184,14 @@ def test_learning(tmp: str) -> None:
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
         "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
         "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -0.42 to +0.67 |",
-        "| position | nsa-1 | nsa-2 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
-        "| 0 to 127 | 2.4875 | 2.5125 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
-        "| 256 to 511 | 2.4877 | 2.5127 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",
+        "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
+        "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
+        "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",
         "| nsa-1 | full-1 | 2,345 | 2.5000 | 2.4875 | -0.0125 | 1,232 | 0.53 |",
         "| window-1 | full-1 | 2,345 | 2.5000 | 2.7500 | +0.2500 | - | - |",
         "| 50m-graded-1 | 50m-full-2 | 1,200 | 2.7500 | 3.4303 | +0.6803 | - | - |",
         "| 50m-graded-hybrid-1 | 50m-full-2 | 1,200 | 2.7500 | 2.9000 | +0.1500 | 1,500 | 1.25 |",
-        "| 350m-graded | 350m-full | 100 | 2.5000 | 2.2500 | -0.2500 | 0 | 0.00 |",
+        "| 350m-nsa | 350m-full | 100 | 2.5000 | 2.2500 | -0.2500 | 0 | 0.00 |",
         "| smollm2-8k-full | full | 3.5000 | 3.2500 | 2.5000 | 2.2500 | - | - | 345,678 | 1,234 | abc1234 |",
         "| smollm2-8k-nsa | nsa | 3.6250 | 3.3750 | 2.6250 | 2.3750 | smollm2-8k-full | +0.1250 / +0.1250 / +0.1250 / +0.1250 | 345,678 | 1,234 | abc1234 |",
         "| 50m-zero | 2 | 3.2500 | 0.3536 | - | - | - |",
@@ -206,12 +206,14 @@ def test_learning(tmp: str) -> None:
     # README's table needs each attention mode at 64K
     check(learning.overview({row["name"]: row for row in rows})[1:] == ([], []), "no overview without runs at 64K")
     longer = [row(f"{mode}-64k", 2, mode, tokens_per_second=100_000 * i) for i, mode in enumerate(("nsa", "full", "window"), 1)]
-    write(*rows, *longer)
+    write(*rows, *longer, row("nsa-3", 2, commit="abc1235"))
     expect("runs at 64K", run(root), 0, "wrote README.md: table loss H200")
     with open(os.path.join(root, "README.md"), encoding="utf-8") as file:
         text = file.read()
     for line in ("| nsa | 2.487, 2.513 | 345,678 | 2.000 | 100,000 |", "| full | 2.500 | 345,678 | 2.000 | 200,000 |"):
         check(line in text, f"README has no {line!r}")
+    mixed = {row["name"]: row for row in [*rows, *longer[:2], {**longer[2], "commit": "abc1235"}]}
+    check(learning.overview(mixed)[1:] == ([], []), "README's table is of one commit")
     write(rows[0], row("nsa-1", 2.4), *rows[2:])
     expect("another loss", run(root, "--check"), 1, "dev/results/learning.md: table learning_positions_200m H200 does not agree")
     run(root)
