@@ -8,7 +8,7 @@ import statistics
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 # Student's t: so many standard errors are 95%, for 1, 2, ... degrees of freedom.
-STUDENT_T = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23]
+STUDENT_T = [12.71, 4.30, 3.18, 2.78]
 
 # The runs of each table of losses, in its order: name in scripts/learning.sh (those with -kv: of separate_kv.py), and the
 # run that it is compared with.
@@ -137,6 +137,12 @@ TIMES = {
         ("50m-graded-hybrid-1", "50m-full-2"),
         ("50m-graded-mean-1", "50m-full-2"),
         ("50m-window-1", "50m-full-2"),
+        ("smollm2-8k-full", "smollm2-8k-nsa"),
+        ("smollm2-8k-full", "smollm2-8k-open32"),
+        ("smollm2-8k-full", "smollm2-8k-open64"),
+        ("smollm2-16k-full", "smollm2-16k-nsa"),
+        ("smollm2-16k-full", "smollm2-16k-open32"),
+        ("smollm2-16k-full", "smollm2-16k-open4k"),
     ],
 }
 # Each table of losses after so many million tokens: these numbers, the runs, and those that they are compared with.
@@ -203,7 +209,7 @@ POSITIONS = {
 }
 # The runs of each table of mean gates.
 GATES = {
-    "learning_gates": ["nsa-1", "nsa-2", "graded-1", "graded-2", "zero-1", "zero-2"],
+    "learning_gates": ["nsa-1", "nsa-2", "nsa-3", "graded-1", "graded-2", "zero-1", "zero-2"],
 }
 
 
@@ -267,18 +273,21 @@ def runs_of(name):
 
 def seeds(found, names):
     """Returns head and rows of a table of mean final losses of runs that differ in the seed alone, where there are two; no rows
-    if only one name has two. Standard errors and intervals take one variance for all names, the mean of theirs."""
+    if only one name has two. Standard errors and intervals are Welch's: each name has its own variance. Their degrees of freedom
+    are rounded down."""
     head = ["runs", "seeds", "mean loss", "standard deviation", f"minus {names[0]}", "standard error", "95% interval"]
     values = {name: [val_loss(found[run]) for run in runs_of(name) if run in found] for name in names}
     values = {name: losses for name, losses in values.items() if len(losses) > 1}
-    freedom = sum(len(losses) - 1 for losses in values.values())
-    variance = sum((len(losses) - 1) * statistics.variance(losses) for losses in values.values()) / max(freedom, 1)
     first, rows = values.get(names[0]), []
     for name, losses in values.items():
         cells = [name, str(len(losses)), f"{statistics.fmean(losses):.4f}", f"{statistics.stdev(losses):.4f}"]
         if first and name != names[0]:
             difference = statistics.fmean(losses) - statistics.fmean(first)
-            error = (variance * (1 / len(first) + 1 / len(losses))) ** 0.5
+            parts = [(statistics.variance(group) / len(group), len(group) - 1) for group in (first, losses)]
+            square = sum(part for part, _ in parts)
+            terms = sum(part**2 / freedom for part, freedom in parts)
+            freedom = int(square**2 / terms + 1e-9) if terms else 1
+            error = square**0.5
             limits = [difference + sign * STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error for sign in (-1, 1)]
             cells += [f"{difference:+.4f}", f"{error:.4f}", f"{limits[0]:+.2f} to {limits[1]:+.2f}"]
         rows.append(cells + ["-"] * (len(head) - len(cells)))
@@ -288,7 +297,7 @@ def seeds(found, names):
 def overview(found):
     """Returns head, rows and runs of README's table: the attention modes after 200M tokens at 16K, and after 20M more at 64K, all
     runs at the commit of nsa's at 64K; no rows if a mode lacks one."""
-    head = ["attention", "loss after 200M tokens at 16K, of each seed", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
+    head = ["attention", "loss after 200M tokens at 16K, of each run", "tokens/s at 16K", "loss after 20M more at 64K", "tokens/s at 64K"]
     rows, used, commit = [], [], found.get("nsa-64k", {}).get("commit")
     for mode in ("nsa", "full", "window"):
         runs = [found[name] for name in runs_of(mode) if name in found and found[name]["commit"] == commit]

@@ -183,7 +183,7 @@ def test_learning(tmp: str) -> None:
         "| graded-fp8-1 | nsa | fp8 | 2.5000 | graded-1 | +0.0125 | 345,678 | 1,234 | abc1235 |",
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
         "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
-        "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -0.42 to +0.67 |",
+        "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -1.47 to +1.72 |",
         "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
         "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
         "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",
@@ -195,7 +195,7 @@ def test_learning(tmp: str) -> None:
         "| smollm2-8k-full | full | 3.5000 | 3.2500 | 2.5000 | 2.2500 | - | - | 345,678 | 1,234 | abc1234 |",
         "| smollm2-8k-nsa | nsa | 3.6250 | 3.3750 | 2.6250 | 2.3750 | smollm2-8k-full | +0.1250 / +0.1250 / +0.1250 / +0.1250 | 345,678 | 1,234 | abc1234 |",
         "| 50m-zero | 2 | 3.2500 | 0.3536 | - | - | - |",
-        "| 50m-graded | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 | -1.07 to +1.07 |",
+        "| 50m-graded | 2 | 3.2500 | 0.0000 | +0.0000 | 0.2500 | -3.18 to +3.18 |",
         "| layer | nsa-1 | nsa-2 | graded-1 | zero-1 | zero-2 |",
         "| 1 | 0.12 / 0.50 / 1.00 | 0.12 / 0.50 / 1.00 | 0.12 / 0.50 / 1.00 |",
     ):
@@ -203,6 +203,10 @@ def test_learning(tmp: str) -> None:
     check("| 50m-nsa | 1 |" not in text, "no mean of one run")
     check("| 50m-graded-mean-1 | 50m-full-2 | 1,200" not in text, "no equal times on other numbers of GPUs")
     check("<!-- table learning_64k H200 -->\nNot run yet.\n<!-- end -->" in text, "a table without rows is left out")
+    # three seeds each with the same variance: four degrees of freedom
+    three = {f"{name}-{i}": row(f"{name}-{i}", i + (name == "window")) for name in ("nsa", "window") for i in (1, 2, 3)}
+    got = learning.seeds(three, ["nsa", "window"])[1]
+    check(got[1] == ["window", "3", "3.0000", "1.0000", "+1.0000", "0.8165", "-1.27 to +3.27"], f"an interval of three seeds each: {got}")
     # README's table needs each attention mode at 64K
     check(learning.overview({row["name"]: row for row in rows})[1:] == ([], []), "no overview without runs at 64K")
     longer = [row(f"{mode}-64k", 2, mode, tokens_per_second=100_000 * i) for i, mode in enumerate(("nsa", "full", "window"), 1)]
