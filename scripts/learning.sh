@@ -57,9 +57,9 @@ window-2               97m         linux          200M  -attn window -seed 2
 window-3               97m         linux          200M  -attn window -seed 3
 nsa-3                  97m         linux          200M  -attn nsa -seed 3
 full-3                 97m         linux          200M  -attn full -seed 3
-full-rate-1            97m         linux          200M  -attn full -seed 1 -l 1.8e-3
-nsa-rate-1             97m         linux          200M  -attn nsa -seed 1 -l 1.8e-3
-window-rate-1          97m         linux          200M  -attn window -seed 1 -l 1.8e-3
+full-x3-1              97m         linux          200M  -attn full -seed 1 -l 1.8e-3
+nsa-x3-1               97m         linux          200M  -attn nsa -seed 1 -l 1.8e-3
+window-x3-1            97m         linux          200M  -attn window -seed 1 -l 1.8e-3
 nsa-fp8-1              97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2
 graded-2               97m         linux          200M  -attn nsa -seed 2 -gate-bias -2,0,2
@@ -72,7 +72,7 @@ zero-2                 97m         linux          200M  -attn nsa -seed 2 -gate-
 zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 50m-full-1             97m         linux_quarter   50M  -attn full -seed 1
 50m-full-2             97m         linux_quarter   50M  -attn full -seed 2
-50m-full-rate-1        97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
+50m-full-x3-1          97m         linux_quarter   50M  -attn full -seed 1 -l 1.8e-3
 50m-full-warm-1        97m         linux_quarter   50M  -attn full -seed 1 -u 38
 50m-full-fp8-1         97m         linux_quarter   50M  -attn full -seed 1 -matmul fp8
 50m-window-1           97m         linux_quarter   50M  -attn window -seed 1
@@ -89,8 +89,8 @@ zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 50m-zero-2             97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0
 50m-zero-fp8-1         97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
 50m-zero-fp8-2         97m         linux_quarter   50M  -attn nsa -seed 2 -gate-bias 0,0,0 -matmul fp8
-50m-zero-rate-1        97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3
-50m-zero-rate-fp8-1    97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3 -matmul fp8
+50m-zero-x3-1          97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3
+50m-zero-x3-fp8-1      97m         linux_quarter   50M  -attn nsa -seed 1 -gate-bias 0,0,0 -l 1.8e-3 -matmul fp8
 350m-zero-30m          350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0
 350m-zero-30m-fp8      350m        linux_quarter   30M  -attn nsa -seed 1 -gate-bias 0,0,0 -matmul fp8
 350m-graded            350m        linux          100M  -attn nsa -seed 1 -gate-bias -2,0,2

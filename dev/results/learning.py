@@ -27,13 +27,13 @@ LOSSES = {
     ],
     "learning_rate": [
         ("nsa-1", None),
-        ("nsa-rate-1", "nsa-1"),
+        ("nsa-x3-1", "nsa-1"),
         ("full-1", None),
-        ("full-rate-1", "full-1"),
+        ("full-x3-1", "full-1"),
         ("window-1", None),
-        ("window-rate-1", "window-1"),
+        ("window-x3-1", "window-1"),
         ("50m-full-1", None),
-        ("50m-full-rate-1", "50m-full-1"),
+        ("50m-full-x3-1", "50m-full-1"),
         ("50m-full-warm-1", "50m-full-1"),
     ],
     "learning_gate_bias_200m": [
@@ -80,8 +80,8 @@ LOSSES = {
         ("50m-zero-fp8-1", "50m-zero-1"),
         ("50m-zero-2", None),
         ("50m-zero-fp8-2", "50m-zero-2"),
-        ("50m-zero-rate-1", None),
-        ("50m-zero-rate-fp8-1", "50m-zero-rate-1"),
+        ("50m-zero-x3-1", None),
+        ("50m-zero-x3-fp8-1", "50m-zero-x3-1"),
         ("350m-zero-30m", None),
         ("350m-zero-30m-fp8", "350m-zero-30m"),
     ],
@@ -121,7 +121,7 @@ TIMES = {
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
         ("nsa-3", "full-3"),
-        ("nsa-1", "full-rate-1"),
+        ("nsa-1", "full-x3-1"),
         ("window-1", "full-1"),
         ("window-2", "full-2"),
         ("window-3", "full-3"),
@@ -176,12 +176,12 @@ CONTINUED = {
 # The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
     "learning_positions_200m": (
-        ["nsa-1", "full-1", "full-rate-1", "window-1"],
+        ["nsa-1", "full-1", "full-x3-1", "window-1"],
         [
             ("nsa-1", "full-1"),
             ("nsa-2", "full-2"),
             ("nsa-3", "full-3"),
-            ("nsa-1", "full-rate-1"),
+            ("nsa-1", "full-x3-1"),
             ("nsa-1", "window-1"),
             ("nsa-2", "window-2"),
             ("nsa-3", "window-3"),
