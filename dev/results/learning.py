@@ -284,10 +284,10 @@ def seeds(found, names):
         if first and name != names[0]:
             difference = statistics.fmean(losses) - statistics.fmean(first)
             parts = [(statistics.variance(group) / len(group), len(group) - 1) for group in (first, losses)]
-            square = sum(part for part, _ in parts)
+            variance = sum(part for part, _ in parts)
             terms = sum(part**2 / freedom for part, freedom in parts)
-            freedom = int(square**2 / terms + 1e-9) if terms else 1
-            error = square**0.5
+            freedom = int(variance**2 / terms + 1e-9) if terms else 1  # 1e-9: a whole number may have been rounded below itself
+            error = variance**0.5
             limits = [difference + sign * STUDENT_T[min(freedom, len(STUDENT_T)) - 1] * error for sign in (-1, 1)]
             cells += [f"{difference:+.4f}", f"{error:.4f}", f"{limits[0]:+.2f} to {limits[1]:+.2f}"]
         rows.append(cells + ["-"] * (len(head) - len(cells)))
