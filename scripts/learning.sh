@@ -57,8 +57,17 @@ window-2               97m         linux          200M  -attn window -seed 2
 window-3               97m         linux          200M  -attn window -seed 3
 nsa-3                  97m         linux          200M  -attn nsa -seed 3
 full-3                 97m         linux          200M  -attn full -seed 3
+full-x2-1              97m         linux          200M  -attn full -seed 1 -l 1.2e-3
+full-x2-2              97m         linux          200M  -attn full -seed 2 -l 1.2e-3
+full-x2-64k            full-x2-1   linux           20M  -attn full -seed 1 -u 15
 full-x3-1              97m         linux          200M  -attn full -seed 1 -l 1.8e-3
+full-x3-2              97m         linux          200M  -attn full -seed 2 -l 1.8e-3
+full-x6-1              97m         linux          200M  -attn full -seed 1 -l 3.6e-3
+nsa-half-1             97m         linux          200M  -attn nsa -seed 1 -l 3e-4
+nsa-x2-1               97m         linux          200M  -attn nsa -seed 1 -l 1.2e-3
 nsa-x3-1               97m         linux          200M  -attn nsa -seed 1 -l 1.8e-3
+window-half-1          97m         linux          200M  -attn window -seed 1 -l 3e-4
+window-x2-1            97m         linux          200M  -attn window -seed 1 -l 1.2e-3
 window-x3-1            97m         linux          200M  -attn window -seed 1 -l 1.8e-3
 nsa-fp8-1              97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2
@@ -97,6 +106,8 @@ zero-64k               zero-1      linux           20M  -attn nsa -seed 1 -u 15
 350m-nsa               350m        linux          100M  -attn nsa -seed 1
 350m-full              350m        linux          100M  -attn full -seed 1
 350m-window            350m        linux          100M  -attn window -seed 1
+350m-nsa-x3            350m        linux          100M  -attn nsa -seed 1 -l 9e-4
+350m-window-x3         350m        linux          100M  -attn window -seed 1 -l 9e-4
 smollm2-8k-full        smollm2-8k  linux_smollm2   50M  -attn full -seed 1 -u 8 -v 8
 smollm2-8k-nsa         smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8
 smollm2-8k-open32      smollm2-8k  linux_smollm2   50M  -attn nsa -seed 1 -u 8 -v 8 -topk 32 -gate-bias -8,4,-4

@@ -17,6 +17,8 @@ LOSSES = {
         ("full-1", None),
         ("full-2", None),
         ("full-3", None),
+        ("full-x2-1", "full-1"),
+        ("full-x2-2", "full-2"),
         ("window-1", "full-1"),
         ("window-1-d73accb", "full-1"),
         ("window-2", "full-2"),
@@ -24,17 +26,6 @@ LOSSES = {
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
         ("nsa-3", "full-3"),
-    ],
-    "learning_rate": [
-        ("nsa-1", None),
-        ("nsa-x3-1", "nsa-1"),
-        ("full-1", None),
-        ("full-x3-1", "full-1"),
-        ("window-1", None),
-        ("window-x3-1", "window-1"),
-        ("50m-full-1", None),
-        ("50m-full-x3-1", "50m-full-1"),
-        ("50m-full-warm-1", "50m-full-1"),
     ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
@@ -64,6 +55,8 @@ LOSSES = {
         ("350m-nsa", "350m-full"),
         ("350m-graded", "350m-full"),
         ("350m-window", "350m-full"),
+        ("350m-nsa-x3", "350m-nsa"),
+        ("350m-window-x3", "350m-window"),
     ],
     "learning_fp8": [
         ("50m-full-1", None),
@@ -88,6 +81,7 @@ LOSSES = {
     "learning_variants": [
         ("50m-full-1", None),
         ("50m-full-2", "50m-full-1"),
+        ("50m-full-warm-1", "50m-full-1"),
         ("50m-window-1", "50m-full-1"),
         ("50m-graded-1", "50m-full-1"),
         ("50m-graded-1-bf0dded", "50m-full-1"),
@@ -108,10 +102,23 @@ LOSSES = {
         ("50m-equal-kv-2", "50m-shared-kv-2"),
     ],
 }
+# The rows of each table of final losses at different learning rates, and their runs.
+RATES = {
+    "learning_rate": {
+        "nsa": ["nsa-half-1", "nsa-1", "nsa-2", "nsa-3", "nsa-x2-1", "nsa-x3-1"],
+        "full": ["full-1", "full-2", "full-3", "full-x2-1", "full-x2-2", "full-x3-1", "full-x3-2", "full-x6-1"],
+        "window": ["window-half-1", "window-1", "window-2", "window-3", "window-x2-1", "window-x3-1"],
+        "350m-nsa": ["350m-nsa", "350m-nsa-x3"],
+        "350m-full": ["350m-full"],
+        "350m-window": ["350m-window", "350m-window-x3"],
+        "50m-full": ["50m-full-1", "50m-full-2", "50m-full-x3-1"],
+        "50m-zero": ["50m-zero-1", "50m-zero-2", "50m-zero-x3-1"],
+    },
+}
 # Runs NAME-1, NAME-2, ... that differ in the seed, and some in the commit: the names of each table of means. The first is what
 # the others are compared with.
 SEEDS = {
-    "learning_seeds_200m": ["nsa", "graded", "zero", "window", "full"],
+    "learning_seeds_200m": ["nsa", "graded", "zero", "window", "full-x2", "full-x3", "full"],
     "learning_seeds": ["50m-zero", "50m-nsa", "50m-graded"],
     "learning_seeds_kv": ["50m-shared-kv", "50m-separate-kv", "50m-equal-kv"],
 }
@@ -121,7 +128,8 @@ TIMES = {
         ("nsa-1", "full-1"),
         ("nsa-2", "full-2"),
         ("nsa-3", "full-3"),
-        ("nsa-1", "full-x3-1"),
+        ("nsa-1", "full-x2-1"),
+        ("nsa-2", "full-x2-2"),
         ("window-1", "full-1"),
         ("window-2", "full-2"),
         ("window-3", "full-3"),
@@ -129,9 +137,11 @@ TIMES = {
         ("nsa-2", "window-2"),
         ("nsa-3", "window-3"),
         ("nsa-64k", "full-64k"),
+        ("nsa-64k", "full-x2-64k"),
         ("nsa-64k", "window-64k"),
         ("350m-nsa", "350m-full"),
         ("350m-nsa", "350m-window"),
+        ("350m-nsa-x3", "350m-window-x3"),
         ("50m-graded-1", "50m-full-2"),
         ("50m-graded-2", "50m-full-2"),
         ("50m-graded-hybrid-1", "50m-full-2"),
@@ -150,13 +160,14 @@ CONTINUED = {
     "learning_64k": (
         [0, 20],
         [
-            ("full-64k", None),
-            ("window-64k", "full-64k"),
-            ("window-64k-d73accb", "full-64k"),
-            ("nsa-64k", "full-64k"),
-            ("graded-64k", "full-64k"),
-            ("graded-64k-bf0dded", "full-64k"),
-            ("zero-64k", "full-64k"),
+            ("full-x2-64k", None),
+            ("full-64k", "full-x2-64k"),
+            ("window-64k", "full-x2-64k"),
+            ("window-64k-d73accb", "full-x2-64k"),
+            ("nsa-64k", "full-x2-64k"),
+            ("graded-64k", "full-x2-64k"),
+            ("graded-64k-bf0dded", "full-x2-64k"),
+            ("zero-64k", "full-x2-64k"),
         ],
     ),
     "learning_smollm2": (
@@ -176,24 +187,31 @@ CONTINUED = {
 # The runs of each table of losses by position, and the pairs whose difference it shows.
 POSITIONS = {
     "learning_positions_200m": (
-        ["nsa-1", "full-1", "full-x3-1", "window-1"],
+        ["nsa-1", "full-1", "full-x2-1", "window-1"],
         [
             ("nsa-1", "full-1"),
             ("nsa-2", "full-2"),
             ("nsa-3", "full-3"),
-            ("nsa-1", "full-x3-1"),
+            ("nsa-1", "full-x2-1"),
+            ("nsa-2", "full-x2-2"),
             ("nsa-1", "window-1"),
             ("nsa-2", "window-2"),
             ("nsa-3", "window-3"),
         ],
     ),
     "learning_positions_64k": (
-        ["nsa-64k", "full-64k", "window-64k"],
-        [("nsa-64k", "full-64k"), ("nsa-64k", "window-64k"), ("zero-64k", "full-64k"), ("graded-64k", "full-64k")],
+        ["nsa-64k", "full-64k", "full-x2-64k", "window-64k"],
+        [
+            ("nsa-64k", "full-64k"),
+            ("nsa-64k", "full-x2-64k"),
+            ("nsa-64k", "window-64k"),
+            ("zero-64k", "full-x2-64k"),
+            ("graded-64k", "full-x2-64k"),
+        ],
     ),
     "learning_positions_350m": (
-        ["350m-nsa", "350m-full", "350m-window"],
-        [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window")],
+        ["350m-nsa", "350m-full", "350m-window", "350m-nsa-x3", "350m-window-x3"],
+        [("350m-nsa", "350m-full"), ("350m-nsa", "350m-window"), ("350m-nsa-x3", "350m-window-x3")],
     ),
     "learning_positions_smollm2": (
         ["smollm2-8k-full", "smollm2-16k-full"],
@@ -265,9 +283,23 @@ def losses(found, runs):
     return head, rows if any(name in found and other in found for name, other in runs) else []
 
 
+def rates(found, groups):
+    """Returns head and rows of a table of final losses at each learning rate, in the order of the runs; no rows if no group has
+    two rates."""
+    losses = {}  # {group: {learning rate: losses}}
+    for group, runs in groups.items():
+        for row in (found[run] for run in runs if run in found):
+            losses.setdefault(group, {}).setdefault(row["flags"]["l"], []).append(f"{val_loss(row):.4f}")
+    columns = sorted({rate for cells in losses.values() for rate in cells})
+    rows = [[group, *(", ".join(cells.get(rate, ["-"])) for rate in columns)] for group, cells in losses.items()]
+    head = ["runs", *(f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") for rate in columns)]
+    return head, rows if any(len(cells) > 1 for cells in losses.values()) else []
+
+
 def runs_of(name):
     """Returns the runs NAME-1, NAME-2, ... of the tables of losses."""
     runs = {run for pairs in LOSSES.values() for run, _ in pairs}
+    runs |= {run for groups in RATES.values() for group in groups.values() for run in group}
     return sorted(run for run in runs if re.fullmatch(rf"{name}-\d", run))
 
 
@@ -402,11 +434,14 @@ def gates(found, runs):
 def tables():
     """Returns {name: (runs, function)} of all tables."""
     result = {}
-    groups = ((LOSSES, losses), (TIMES, times), (CONTINUED, continued), (POSITIONS, positions), (GATES, gates), (SEEDS, seeds))
+    groups = ((LOSSES, losses), (RATES, rates), (TIMES, times), (CONTINUED, continued))
+    groups += ((POSITIONS, positions), (GATES, gates), (SEEDS, seeds))
     for group, function in groups:
         for name, runs in group.items():
             if group is SEEDS:
                 used = [run for family in runs for run in runs_of(family)]
+            elif group is RATES:
+                used = [run for names in runs.values() for run in names]
             elif group is POSITIONS:
                 used = positions_runs(runs)
             elif group is CONTINUED:

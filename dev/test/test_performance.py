@@ -128,7 +128,7 @@ def test_learning(tmp: str) -> None:
 
     def row(name: str, loss: float, attn: str = "nsa", **other: object) -> dict[str, object]:
         result = {"name": name, "commit": "abc1234", "date": "2026-12-01", "gpu": "NVIDIA H200", "gpus": 1, "seconds": 1234.5}
-        result |= {"flags": {"matmul": "bf16"}, "model": {"attn": attn}, "tokens_per_second": 345678}
+        result |= {"flags": {"matmul": "bf16", "l": 6e-4}, "model": {"attn": attn}, "tokens_per_second": 345678}
         buckets = [{"from": begin, "loss": loss + begin / 2**20} for begin in (0, 128, 256)]
         result |= {"val": [[0, 0, 9.7], [200, 1234.5, loss]], "position_loss": buckets}
         return result | ({"gates": [[0.25, 0.5, 0.75], [0.125, 0.5, 1]]} if attn == "nsa" else {}) | other
@@ -153,14 +153,15 @@ def test_learning(tmp: str) -> None:
     check(shown == runs, f"the tables show all runs: {shown ^ runs}")
     pairs = [*learning.LOSSES.values(), *(runs for _, runs in learning.CONTINUED.values())]
     compared = {run: other for table in pairs for run, other in table}
-    check(set(compared) == runs and set(filter(None, compared.values())) <= runs, "every run has its loss in a table")
+    rated = {run for groups in learning.RATES.values() for group in groups.values() for run in group}
+    check(set(compared) | rated == runs and set(filter(None, compared.values())) <= runs, "every run has its loss in a table")
 
     check(learning.runs_of("nsa") == ["nsa-1", "nsa-2", "nsa-3"], f"the seeds of nsa: {learning.runs_of('nsa')}")
 
     rows = [row("full-1", 2.5, "full", seconds=2345), row("nsa-1", 2.4875), row("window-1", 2.75, "window")]
     rows += [row("nsa-2", 2.5125), row("zero-1", 2.5), row("zero-2", 2.75)]
-    rows += [row("graded-1", 2.4875), row("graded-fp8-1", 2.5, flags={"matmul": "fp8"}, commit="abc1235")]
-    rows += [row("50m-graded-1", 3.25), row("50m-graded-2", 3.25)]
+    rows += [row("graded-1", 2.4875), row("graded-fp8-1", 2.5, flags={"matmul": "fp8", "l": 6e-4}, commit="abc1235")]
+    rows += [row("50m-graded-1", 3.25), row("50m-graded-2", 3.25), row("full-x6-1", 2.25, "full", flags={"matmul": "bf16", "l": 3.6e-3})]
     # equal times: one that goes on after the other has ended, one that never gets so low, one that is so low before training,
     # and one on another number of GPUs
     slow = [[0, 0, 9], [100, 1000, 3], [200, 2000, 2.5]]
@@ -184,6 +185,9 @@ def test_learning(tmp: str) -> None:
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
         "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
         "| zero | 2 | 2.6250 | 0.1768 | +0.1250 | 0.1256 | -1.47 to +1.72 |",
+        "| runs | 6e-4 | 3.6e-3 |",
+        "| nsa | 2.4875, 2.5125 | - |",
+        "| full | 2.5000 | 2.2500 |",
         "| position | nsa-1 | full-1 | window-1 | nsa-1 - full-1 | nsa-1 - window-1 |",
         "| 0 to 127 | 2.4875 | 2.5000 | 2.7500 | -0.0125 | -0.2625 |",
         "| 256 to 511 | 2.4877 | 2.5002 | 2.7502 | -0.0125 | -0.2625 |",

@@ -559,7 +559,7 @@ done
     check(lines[-2].startswith(wanted) and lines[-2].endswith(" -attn nsa -seed 1 -u 8 -v 8"), f"smollm2-8k-nsa: {lines[-2]}")
     check(" -t 16384 " in lines[-1] and " -b 4 " in lines[-1], f"smollm2-16k-full: {lines[-1]}")
     code, err, lines = train("", TRAINER="/bin/false")
-    right = "\n== these runs failed: " in output and output.endswith(" 350m-window\n") and "smollm2" not in output + err
+    right = "\n== these runs failed: " in output and output.endswith(" 350m-window-x3\n") and "smollm2" not in output + err
     check(code == 1 and right, f"all runs without SmolLM2: {output} {err}")
     shutil.rmtree(os.path.join(root, "data/linux"))
     shutil.rmtree(os.path.join(root, "log/learning/full-1"))
