@@ -14,18 +14,18 @@ STUDENT_T = [12.71, 4.30, 3.18, 2.78]
 # run that it is compared with.
 LOSSES = {
     "learning_200m": [
-        ("full-1", None),
-        ("full-2", None),
-        ("full-3", None),
-        ("full-x2-1", "full-1"),
-        ("full-x2-2", "full-2"),
-        ("window-1", "full-1"),
-        ("window-1-d73accb", "full-1"),
-        ("window-2", "full-2"),
-        ("window-3", "full-3"),
-        ("nsa-1", "full-1"),
-        ("nsa-2", "full-2"),
-        ("nsa-3", "full-3"),
+        ("nsa-1", None),
+        ("nsa-2", None),
+        ("nsa-3", None),
+        ("full-x2-1", "nsa-1"),
+        ("full-x2-2", "nsa-2"),
+        ("full-1", "nsa-1"),
+        ("full-2", "nsa-2"),
+        ("full-3", "nsa-3"),
+        ("window-1", "nsa-1"),
+        ("window-1-d73accb", "nsa-1"),
+        ("window-2", "nsa-2"),
+        ("window-3", "nsa-3"),
     ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
@@ -102,6 +102,14 @@ LOSSES = {
         ("50m-equal-kv-2", "50m-shared-kv-2"),
     ],
 }
+# The rows of each table of runs at their best learning rate: the runs, and the one that goes on at 64K.
+BEST = {
+    "learning_best": {
+        "nsa": (["nsa-1", "nsa-2", "nsa-3"], "nsa-64k"),
+        "full": (["full-x2-1", "full-x2-2"], "full-x2-64k"),
+        "window": (["window-1", "window-2", "window-3"], "window-64k"),
+    },
+}
 # The rows of each table of final losses at different learning rates, and their runs.
 RATES = {
     "learning_rate": {
@@ -157,6 +165,21 @@ TIMES = {
 }
 # Each table of losses after so many million tokens: these numbers, the runs, and those that they are compared with.
 CONTINUED = {
+    "learning_trend": (
+        [66, 105, 144, 200],
+        [
+            ("full-x2-1", None),
+            ("nsa-1", "full-x2-1"),
+            ("nsa-x2-1", "full-x2-1"),
+            ("window-1", "full-x2-1"),
+            ("full-x2-2", None),
+            ("nsa-2", "full-x2-2"),
+            ("window-2", "full-x2-2"),
+            ("full-x3-1", None),
+            ("nsa-x3-1", "full-x3-1"),
+            ("window-x3-1", "full-x3-1"),
+        ],
+    ),
     "learning_64k": (
         [0, 20],
         [
@@ -283,6 +306,28 @@ def losses(found, runs):
     return head, rows if any(name in found and other in found for name, other in runs) else []
 
 
+def formatted(rate):
+    """Returns a learning rate as 6e-4 or 1.2e-3."""
+    return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def best(found, groups):
+    """Returns head and rows of a table of runs at their best learning rate: losses of the seeds, their mean, the mean in the first
+    and last range of positions, and the run at 64K; no rows if a group lacks a run."""
+    head = ["attention", "learning rate", "loss of each run", "mean", "position 0 to 127", "8,192 to 16,383", "tokens/s"]
+    rows = []
+    for group, (names, longer) in groups.items():
+        runs = [found[name] for name in names if name in found]
+        if not runs or longer not in found:
+            return head, []
+        cells = [group, formatted(runs[0]["flags"]["l"]), ", ".join(f"{val_loss(run):.4f}" for run in runs)]
+        means = [statistics.fmean(map(val_loss, runs))]
+        means += [statistics.fmean(run["position_loss"][i]["loss"] for run in runs) for i in (0, -1)]
+        cells += [*(f"{mean:.4f}" for mean in means), f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}"]
+        rows.append([*cells, f"{val_loss(found[longer]):.4f}", f"{found[longer]['tokens_per_second']:,}"])
+    return [*head, "loss after 20M more at 64K", "tokens/s at 64K"], rows
+
+
 def rates(found, groups):
     """Returns head and rows of a table of final losses at each learning rate, in the order of the runs; no rows if no group has
     two rates."""
@@ -292,8 +337,7 @@ def rates(found, groups):
             losses.setdefault(group, {}).setdefault(row["flags"]["l"], []).append(f"{val_loss(row):.4f}")
     columns = sorted({rate for cells in losses.values() for rate in cells})
     rows = [[group, *(", ".join(cells.get(rate, ["-"])) for rate in columns)] for group, cells in losses.items()]
-    head = ["runs", *(f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-") for rate in columns)]
-    return head, rows if any(len(cells) > 1 for cells in losses.values()) else []
+    return ["runs", *map(formatted, columns)], rows if any(len(cells) > 1 for cells in losses.values()) else []
 
 
 def runs_of(name):
@@ -383,7 +427,7 @@ def times(found, runs):
 def continued(found, millions_and_runs):
     """Returns head and rows of a table of validation losses after so many tokens: of the validation nearest to them."""
     millions, runs = millions_and_runs
-    head = ["run", "attention", "before", *(f"{n}M tokens" for n in millions[1:]), "compared with", "difference"]
+    head = ["run", "attention", *(f"{n}M tokens" if n else "before" for n in millions), "compared with", "difference"]
     rows = []
 
     def points(row):
@@ -434,12 +478,14 @@ def gates(found, runs):
 def tables():
     """Returns {name: (runs, function)} of all tables."""
     result = {}
-    groups = ((LOSSES, losses), (RATES, rates), (TIMES, times), (CONTINUED, continued))
+    groups = ((BEST, best), (LOSSES, losses), (RATES, rates), (TIMES, times), (CONTINUED, continued))
     groups += ((POSITIONS, positions), (GATES, gates), (SEEDS, seeds))
     for group, function in groups:
         for name, runs in group.items():
             if group is SEEDS:
                 used = [run for family in runs for run in runs_of(family)]
+            elif group is BEST:
+                used = [run for names, longer in runs.values() for run in (*names, longer)]
             elif group is RATES:
                 used = [run for names in runs.values() for run in names]
             elif group is POSITIONS:

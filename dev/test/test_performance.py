@@ -178,9 +178,9 @@ def test_learning(tmp: str) -> None:
     for line in (
         "1 H200 a run, commits abc1234, abc1235, 2026-12-01.",
         "| run | attention | matmuls | validation loss | compared with | difference | tokens/s | time (s) | commit |",
-        "| full-1 | full | bf16 | 2.5000 | - | - | 345,678 | 2,345 | abc1234 |",
-        "| window-1 | window | bf16 | 2.7500 | full-1 | +0.2500 | 345,678 | 1,234 | abc1234 |",
-        "| nsa-1 | nsa | bf16 | 2.4875 | full-1 | -0.0125 | 345,678 | 1,234 | abc1234 |",
+        "| full-1 | full | bf16 | 2.5000 | nsa-1 | +0.0125 | 345,678 | 2,345 | abc1234 |",
+        "| window-1 | window | bf16 | 2.7500 | nsa-1 | +0.2625 | 345,678 | 1,234 | abc1234 |",
+        "| nsa-1 | nsa | bf16 | 2.4875 | - | - | 345,678 | 1,234 | abc1234 |",
         "| graded-fp8-1 | nsa | fp8 | 2.5000 | graded-1 | +0.0125 | 345,678 | 1,234 | abc1235 |",
         "| zero-2 | nsa | bf16 | 2.7500 | nsa-2 | +0.2375 | 345,678 | 1,234 | abc1234 |",
         "| nsa | 2 | 2.5000 | 0.0177 | - | - | - |",
