@@ -27,12 +27,15 @@ static int compare_names(const struct dirent **a, const struct dirent **b) {
 }
 
 // Adds a file, or the files of a folder and its subfolders sorted by name. Hidden entries, empty files and
-// links to folders in a folder are skipped. in_folder = 0: the user named the path, and an empty file is an
-// error.
+// links to folders or to nothing in a folder are skipped. in_folder = 0: the user named the path, and an
+// empty file is an error.
 static void find_files(FileList *list, const char *path, int in_folder) {
     struct stat st;
     struct dirent **entries;
-    if (stat(path, &st) != 0) die("cannot read %s: %s", path, strerror(errno));
+    if (stat(path, &st) != 0) {
+        if (in_folder && errno == ENOENT) return; // a link to nothing
+        die("cannot read %s: %s", path, strerror(errno));
+    }
     if (!S_ISDIR(st.st_mode)) {
         if (!S_ISREG(st.st_mode) && !in_folder) die("cannot read %s: neither a file nor a folder", path);
         if (st.st_size == 0 && !in_folder) die("%s is empty; name a file with text in it", path);

@@ -32,6 +32,16 @@ static inline void block_indices_write(const char *path, const BlockIndicesHeade
     atomic_commit(&file);
 }
 
+// Returns whether a file of so many bytes can have this header: positive sizes, which make up the file.
+static inline int block_indices_fit(const BlockIndicesHeader *h, int64_t bytes) {
+    const int64_t sizes[] = {h->layers, h->q_heads, h->kv_heads, h->num_queries,
+                             h->topk,   h->block,   h->num_seqs};
+    for (int i = 0; i < (int)(sizeof sizes / sizeof *sizes); i++)
+        if (sizes[i] < 1) return 0;
+    const double indices = (double)h->layers * (double)h->kv_heads * (double)h->num_queries * (double)h->topk;
+    return (double)sizeof *h + 8 * (double)h->num_seqs + 4 * indices == (double)bytes;
+}
+
 // Reads a file into *h and two new arrays, which the caller frees; dies if the file is invalid.
 static inline void block_indices_read(const char *path, BlockIndicesHeader *h, int64_t **lengths,
                                       int32_t **indices) {
@@ -39,12 +49,15 @@ static inline void block_indices_read(const char *path, BlockIndicesHeader *h, i
     if (f == NULL) die("cannot read %s: %s; check the path", path, strerror(errno));
     if (fread(h, sizeof *h, 1, f) != 1 || memcmp(h->magic, block_indices_magic, sizeof h->magic) != 0)
         die("%s: not a file of block indices; write one with train_gpt_nsa -val 1 -block-indices FILE", path);
+    struct stat st;
+    if (fstat(fileno(f), &st) != 0 || !block_indices_fit(h, st.st_size))
+        die("%s: truncated, or not as its header says; write it again", path);
     *lengths = (int64_t *)xmalloc((size_t)h->num_seqs * sizeof **lengths);
     *indices = (int32_t *)xmalloc((size_t)block_indices_count(h) * sizeof **indices);
     if (fread(*lengths, sizeof **lengths, (size_t)h->num_seqs, f) != (size_t)h->num_seqs ||
         fread(*indices, sizeof **indices, (size_t)block_indices_count(h), f) !=
             (size_t)block_indices_count(h))
-        die("%s: truncated; write it again", path);
+        die("cannot read %s: %s; write it again", path, strerror(errno));
     fclose(f);
 }
 #endif

@@ -125,6 +125,6 @@ static void save_checkpoint(Run *r, const Params *p, Optimizer *a, const ParamLa
     comm_barrier(comm);
     if (comm->rank > 0) return;
     atomic_commit(&file);
-    checkpoint_prune(r->opt.output, r->opt.keep, r->state.step);
+    checkpoint_prune(r->opt.output, r->opt.keep, r->state.step, comm->ranks == 1);
 }
 #endif

@@ -286,7 +286,7 @@ static void comm_broadcast_failure(const char *message) {
         snprintf(text, sizeof text, "%s", s->failure_text);
     else
         snprintf(text, sizeof text, "rank %d failed: %.*s", c->rank, COMM_TEXT_BYTES - 64, message);
-    s->failing = 1;
+    __atomic_store_n(&s->failing, 1, __ATOMIC_SEQ_CST);
     clock_gettime(CLOCK_REALTIME, &deadline);
     deadline.tv_sec += 2;
     pthread_mutex_timedlock(&s->send_lock, &deadline); // the holder may be stuck in send
@@ -377,7 +377,7 @@ static void *comm_monitor(void *comm) {
         poll(fds, (nfds_t)s->num_peers, 200);
         double now = now_seconds();
         int heartbeat_due = now - last_heartbeat >= COMM_HEARTBEAT_SECONDS;
-        for (int i = 0; i < s->num_peers && !s->failing; i++) {
+        for (int i = 0; i < s->num_peers && !__atomic_load_n(&s->failing, __ATOMIC_SEQ_CST); i++) {
             CommPeer *p = &s->peers[i];
             if (fds[i].fd < 0) continue;
             int closed = fds[i].revents ? comm_receive(p, SIZE_MAX) : 0;

@@ -400,6 +400,8 @@ static inline int param_is(const ParamTensor *t, const char *name) {
     return strcmp(dot ? dot + 1 : t->name, name) == 0;
 }
 
+#define CONFIG_MAX_PARAMS ((int64_t)1 << 56) // larger counts stay at it: their bytes fit into 64 bits
+
 // Appends a tensor to the table (NULL: only counts).
 static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total, int layer, const char *name,
                              int64_t rows, int64_t cols, int decay, InitKind init, double std) {
@@ -413,7 +415,8 @@ static inline void param_add(ParamTensor *table, int64_t *count, int64_t *total,
         p->decay = decay, p->layer = layer, p->init = init, p->std = std;
     }
     *count += 1;
-    *total += rows * cols;
+    const int64_t left = CONFIG_MAX_PARAMS - *total;
+    *total += rows * cols < left ? rows * cols : left;
 }
 
 // Fills `table` (NULL: only counts) with the model's tensors, in the order of the parameter array and of

@@ -365,9 +365,11 @@ static inline void run_open_output(Run *r) {
     if (o->output && r->comm.rank == 0) {
         make_dirs(o->output);
         if (!r->lock) r->lock = folder_lock("-o", o->output);
-        if (o->val_only && logger_has_lines(o->output))
-            die("-o %s: has a log already; -val 1 needs a folder without one", o->output);
-        checkpoint_dir_check(o->output, o->resume);
+        checkpoint_dir_check(o->output, o->resume || o->val_only); // -val 1 writes a log alone
+        if (!o->resume && logger_has_lines(o->output))
+            die("-o %s: has a log already; %s", o->output,
+                o->val_only ? "-val 1 needs a folder without one"
+                            : "choose another folder, or resume with -y 1");
         if (!o->val_only) run_copy_tokenizer(r);
     }
     logger_open(&r->log, r->comm.rank == 0 ? o->output : NULL, r->resuming ? r->state.step : -1);
@@ -612,19 +614,27 @@ static inline int run_should_stop(const Run *r) {
 // Returns what is due after r->state.step steps. first: 1 at the start of training. A checkpoint is written
 // after the validation and the text sample of its step, so a resumed run does not repeat them. If it has no
 // steps left, it shows them on the console alone. After a signal it is also written before them: they may
-// take longer than is left to the process.
+// take longer than is left to the process. A run that resumes from that one begins with them.
 static inline Cadence run_due(Run *r, int first) {
     Cadence due = cadence_at(&r->opt, r->state.step);
     due.save_first = r->opt.output && run_should_stop(r) && (due.validate || due.sample);
-    if (!first) return due;
+    if (!first) {
+        r->state.due = due.validate + 2 * due.sample; // run_validate and run_sample clear it
+        return due;
+    }
     due.save = due.save_first = 0;
-    if (r->resuming && r->state.step < r->opt.max_steps) due.validate = due.sample = 0;
+    if (r->resuming && r->state.step < r->opt.max_steps)
+        due.validate &= r->state.due & 1, due.sample &= r->state.due >> 1 & 1;
     if (r->resuming && r->state.step >= r->opt.max_steps) r->log.console_only = 1;
     return due;
 }
 
 // Says that a signal has ended the run, after its checkpoint has been written, and how it goes on.
 static inline void run_print_stopped(const Run *r) {
+    if (r->state.step >= r->opt.max_steps) { // nothing is left to do
+        run_signal = 0;
+        return;
+    }
     printf("stopped by signal %d after step %lld%s\n", (int)run_signal, (long long)r->state.step,
            !r->opt.output  ? ""
            : r->opt.resume ? "; the same command resumes it"
@@ -693,7 +703,7 @@ static inline int64_t run_finish_step(Run *r, int64_t epoch, int64_t position) {
 // Writes a checkpoint after r->state.step steps, from params, m and v [n], and removes old ones.
 static inline void run_save(Run *r, const float *params, const float *m, const float *v, int64_t n) {
     checkpoint_save(r->opt.output, &r->config, &r->state, params, m, v, n);
-    checkpoint_prune(r->opt.output, r->opt.keep, r->state.step);
+    checkpoint_prune(r->opt.output, r->opt.keep, r->state.step, 1);
 }
 
 // ----------------------------------------------------------------------------
@@ -893,6 +903,7 @@ static inline double run_validate(Run *r, RunEvaluate evaluate, void *model) {
     if (r->opt.val_only) r->log.tokens = r->state.tokens, run_log_start(r);
     const double loss = r->val.samples > 0 ? run_validate_shards(r, evaluate, model) : NAN;
     for (int64_t i = 0; i < r->num_eval_files; i++) run_evaluate_file(r, &r->eval_files[i], evaluate, model);
+    r->state.due &= ~1;
     return loss;
 }
 
@@ -976,6 +987,7 @@ static inline void run_sample(Run *r, RunLogits logits, void *model) {
     printf("\n");
     fflush(stdout);
     r->state.draws = (int64_t)rng.counter;
+    r->state.due &= ~2;
     free(tokens), free(order), free(probs), free(masked);
 }
 

@@ -58,7 +58,7 @@ LLMC_NORETURN __attribute__((format(printf, 1, 2))) static inline void die(const
     va_start(args, fmt);
     vsnprintf(message, sizeof message, fmt, args);
     va_end(args);
-    fflush(stdout);
+    if (ftrylockfile(stdout) == 0) fflush(stdout), funlockfile(stdout); // a thread may wait in a write to it
     fprintf(stderr, "error: %s%s\n", die_prefix, message);
     for (AtomicFile *a = atomic_unfinished; a != NULL; a = a->next) unlink(a->tmp);
     if (die_hook) die_hook(message);

@@ -140,7 +140,7 @@ def tensor_values(source, tensor, source_model, model, gates):
 
 def make_tokenizer_bin(source, eot_text, vocab_size, path):
     """Returns the content of tokenizer.bin, or None if the source has no tokenizer. Tokens that only the
-    model has are unused. Dies if `path` is there with another content.
+    model has are unused. Dies if `path` is there with another content, or without one here.
 
     Args:
         source: a folder or a GGUF file.
@@ -151,6 +151,8 @@ def make_tokenizer_bin(source, eot_text, vocab_size, path):
     import vocab
 
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "tokenizer.json")):
+        if os.path.exists(path):
+            die(f"{path}: {source} has no tokenizer.json, so it is another model's; choose another folder for -o")
         print(
             f"note: {source} has no tokenizer.json, so the trainers cannot read a prompt or print samples",
             file=sys.stderr,

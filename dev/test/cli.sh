@@ -123,6 +123,27 @@ check '[ "$(events stopped)" = "$(events whole)" ]' "stopped at a step with vali
 check '[ "$(grep -h ^sample first second)" = "$(grep ^sample out)" ]' "stopped at a step with a sample: other texts"
 run $EVERY -x $last -o whole -y 1
 check 'grep -q "^val loss" out && grep -q "^sample" out && [ "$(events stopped)" = "$(events whole)" ]' "a finished run shows its result, and logs it once"
+# killed after the checkpoint that precedes the validation and the sample: the resumed run begins with these
+SLOW=${EVERY/-g 3/-g 60}
+"$PROGRAM" $SLOW -x 100000 -o killed >first 2>err &
+pid=$!
+for _ in $(seq 300); do grep -q '"step":3,' killed/log.jsonl 2>/dev/null && break; sleep 0.05; done
+kill -TERM $pid
+for _ in $(seq 3000); do [ -n "$(find killed -name 'ckpt_*.bin')" ] && break; sleep 0.001; done
+kill -KILL $pid 2>/dev/null; wait $pid
+last=$(basename "$(find killed -name 'ckpt_*.bin')" .bin) last=$((10#${last#ckpt_} + 2))
+run $SLOW -x $last -o killed -y 1
+run $SLOW -x $last -o unkilled
+printf -v name 'ckpt_%08d.bin' $last
+check 'cmp -s killed/$name unkilled/$name' "killed before a sample that was due: other bits"
+rm unkilled/$name
+expect_error "-o unkilled: has a log already; choose another folder, or resume with -y 1" $SLOW -x 1 -o unkilled
+
+# ---- a signal in the last step: the run is complete
+"$PROGRAM" $TINY $DATA -x 1 -u 0 -v 0 -d 16384 -o last_step >out 2>err &
+pid=$!
+sleep 1; kill -TERM $pid 2>/dev/null; wait $pid; code=$?
+check '[ $code -eq 0 ] && [ -f last_step/ckpt_00000001.bin ] && ! grep -q "^stopped" out' "a signal in the last step: $code $(tail -n 1 out)"
 
 # ---- the output folder is removed in mid-run
 "$PROGRAM" $TINY $DATA -x 100000 -v 0 -o removed >out 2>err &

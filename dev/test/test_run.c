@@ -1267,11 +1267,11 @@ static void test_checkpoint_folder(void) {
           "%s", r.err);
 
     // checkpoints of later steps do not count
-    checkpoint_prune(folder, 2, 30);
+    checkpoint_prune(folder, 2, 30, 1);
     CHECK(!exists(folder, "ckpt_00000010.bin") && exists(folder, "ckpt_00000020.bin") &&
               exists(folder, "ckpt_00000030.bin") && exists(folder, "ckpt_00000040.bin"),
           "prune");
-    checkpoint_prune(folder, 1, 123456789);
+    checkpoint_prune(folder, 1, 123456789, 1);
     CHECK(!exists(folder, "ckpt_00000020.bin") && !exists(folder, "ckpt_00000040.bin") &&
               exists(folder, "ckpt_123456789.bin") && exists(folder, "ckpt_1.bin"),
           "prune");
@@ -1288,11 +1288,19 @@ static void test_checkpoint_folder(void) {
     save(folder, 30), save(folder, 34), save(folder, 36), save(folder, 38);
     checkpoint_path(path, sizeof path, folder, 36);
     flip(path, CHECKPOINT_HEADER_BYTES + 4 * model_size, 2);
-    checkpoint_prune(folder, 2, 38);
+    checkpoint_prune(folder, 2, 38, 1);
     CHECK(exists(folder, "ckpt_00000038.bin") && exists(folder, "ckpt_00000036.bin") &&
               exists(folder, "ckpt_00000034.bin") && !exists(folder, "ckpt_00000033.bin") &&
               !exists(folder, "ckpt_00000030.bin") && !exists(folder, "ckpt_00000000.bin"),
           "prune many");
+    // other processes wrote a part of the newest one
+    save(folder, 50), save(folder, 51);
+    checkpoint_path(path, sizeof path, folder, 51);
+    flip(path, CHECKPOINT_HEADER_BYTES + 4 * model_size, 2);
+    checkpoint_prune(folder, 1, 51, 0);
+    CHECK(exists(folder, "ckpt_00000051.bin") && exists(folder, "ckpt_00000050.bin") &&
+              !exists(folder, "ckpt_00000038.bin"),
+          "the last intact checkpoint was removed");
 
     r = child(run_dir_check_new, (void *)"/dev/null/x");
     check_died(&r, "a file with the folder's name", "/dev/null", "folder");
@@ -1304,7 +1312,7 @@ static void test_checkpoint_folder(void) {
 static void run_saves(void *folder) {
     for (int64_t step = 1;; step++) {
         save((const char *)folder, step);
-        checkpoint_prune((const char *)folder, 2, step);
+        checkpoint_prune((const char *)folder, 2, step, 1);
     }
 }
 

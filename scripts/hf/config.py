@@ -49,6 +49,8 @@ class _Config:
             die(f"{self.name}: no {key}; repair the file")
         if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
             die(f"{self.name}: {key} {str(value)[:40]!r}: must be a number; repair the file")
+        if abs(value) >= 1 << 62:
+            die(f"{self.name}: {key} {str(value)[:40]}: too large; repair the file")
         return kind(value)
 
     def flag(self, key):

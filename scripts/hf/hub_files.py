@@ -23,6 +23,10 @@ def read(folder):
 
 
 def write(folder, files):
+    """Writes the files, and removes those of NAMES that an earlier model had."""
     os.makedirs(folder, exist_ok=True)
+    for name in set(NAMES) - set(files):
+        if os.path.exists(os.path.join(folder, name)):
+            os.unlink(os.path.join(folder, name))
     for name, content in files.items():
         write_file(os.path.join(folder, name), content)

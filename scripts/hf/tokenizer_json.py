@@ -45,6 +45,8 @@ class _TokenizerBin:
             position += version == 2
         merges = np.frombuffer(data, "<i4", 3 * num_merges if version == 2 else 0, position)
         self.merges = merges.reshape(-1, 3).tolist()
+        if position + merges.nbytes != len(data):
+            raise ValueError
         if version == 1:
             self.bos, self.unknown, self.fuse_unknown = self.eot, -1, 0
             self.eos = [self.eot] if self.eot >= 0 else []
@@ -53,6 +55,14 @@ class _TokenizerBin:
                 vocab.TOKEN_VOCAB if i != self.eot and (len(piece) == 1 or rank >= 0) else special
                 for i, (piece, rank) in enumerate(zip(self.pieces, self.ranks))
             ]
+        ids = [*self.eos, *(i for merge in self.merges for i in merge)]
+        if (
+            not all(0 <= i < size for i in ids)
+            or not all(-1 <= i < size for i in (self.eot, self.bos, self.unknown))
+            or self.kind not in (BYTES, WORDS, vocab.BPE, vocab.SENTENCEPIECE)
+            or not 0 <= self.pretokenizer < len(vocab.PATTERNS)
+        ):
+            raise ValueError
 
     def is_added(self, i):
         return self.flags[i] & vocab.TOKEN_ADDED
