@@ -378,6 +378,7 @@ check 'grep -q "^val loss .* | 1280 tokens | step 6$" out && grep -q "^recall by
 run -e a/ckpt_00000006.bin -val 1 -b 2 -m 1 -j 'data/recall_val_*.bin'
 check 'grep -q " | 128 tokens | step 6$" out' "-val 1 -m 1: $(cat out err)"
 mkdir docs && for i in 1 2 3; do printf 'The quick brown fox jumps. %.0s' $(seq 20) >docs/$i.txt; done
+ln -s nowhere docs/4.txt
 "$BUILD/text" -o several -name docs docs >/dev/null
 run -e tiny -layers 1 -t 32 -b 2 -x 2 -v 2 -m 0 -i 'several/docs_train_*.bin' -j 'several/docs_train_*.bin' -o bytes
 check 'awk -F"[ |]+" "/^val loss/ { bits = \$3 / log(2) * \$8 / (\$8 - 2); e = bits / \$6 - 1; p = exp(\$3) / \$5 - 1

@@ -363,6 +363,10 @@ def test_corpus(tmp):
     expect_error(
         f"has {left} bytes of text, too few", "corpus", "-o", f"{tmp}/x", "--min-bytes", "1e6", source
     )
+    write(f"{tmp}/names/000.txt/1.c", b"a" * least), write(f"{tmp}/names/2.c", b"b" * least)
+    run_ok("corpus", "-o", f"{tmp}/named", "--min-bytes", least, f"{tmp}/names")
+    names = sorted(read_folder(f"{tmp}/named"))
+    check(names == ["000.txt/000.txt", "000_.txt"], f"a folder with the name of a document: {names}")
     expect_error("exists already", "corpus", "-o", f"{tmp}/long", source)
     expect_error("No such file", "corpus", "-o", f"{tmp}/x", f"{tmp}/nowhere")
     expect_error("--min-bytes", "corpus", "-o", f"{tmp}/x", "--min-bytes", "0", source)

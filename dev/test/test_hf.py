@@ -596,6 +596,7 @@ def test_close_branch():
 
 def test_tokenizer():
     """tokenizer.json in, tokenizer.bin, and a tokenizer.json made from it alone."""
+    import tokenizer_json
     import tokenizers
     import vocab
 
@@ -650,6 +651,29 @@ def test_tokenizer():
         result.returncode == 1 and "is another tokenizer" in result.stderr, "another tokenizer in the folder"
     )
     check("second.bin" not in os.listdir(place), "another tokenizer: left a checkpoint")
+    os.unlink(os.path.join(TMP, "tokenizer_kept/tokenizer.json"))
+    result = run("from_hf.py", os.path.join(TMP, "tokenizer_kept"), "-o", os.path.join(place, "second.bin"))
+    wanted = "has no tokenizer.json, so it is another model's"
+    check(result.returncode == 1 and wanted in result.stderr, f"no tokenizer beside another's: {result.stderr}")
+    # the files of a model that was converted before under this name
+    place = os.path.join(TMP, "tokenizer_side_out")
+    os.makedirs(os.path.join(place, "model.hf"))
+    write(os.path.join(place, "model.hf/vocab.json"), {})
+    run_ok("from_hf.py", os.path.join(TMP, "tokenizer_kept"), "-o", os.path.join(place, "model.bin"))
+    check(os.listdir(os.path.join(place, "model.hf")) == ["generation_config.json"], "files of an earlier model stay")
+    # words of the header: end-of-text, kind, pre-tokenizer, BOS, unknown token
+    good = made.tokenizer_bin()
+    for word, value in ((3, VOCAB + 256), (4, 7), (5, 99), (7, -2), (8, 10**6), (None, None)):
+        bad = bytearray(good)
+        if word is None:
+            bad += b"1"
+        else:
+            struct.pack_into("<i", bad, 4 * word, value)
+        try:
+            tokenizer_json.from_bin(bytes(bad), "name")
+            check(False, f"tokenizer.bin with word {word} {value} is taken")
+        except SystemExit as e:
+            check("not a valid tokenizer.bin" in str(e), f"word {word} {value}: {e}")
 
 
 def test_sentencepiece():
@@ -821,6 +845,8 @@ def test_refused_configs():
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one RoPE for all layers"),
         ("llama", {"rope_scaling": 3}, "rope_scaling '3': must be an object"),
         ("llama", {"hidden_size": "48"}, "hidden_size '48': must be a number"),
+        ("llama", {"hidden_size": 10**400}, "hidden_size 1000000000000000000000000000000000000000: too large"),
+        ("llama", {"rms_norm_eps": 10**400}, "too large"),
         ("llama", {"hidden_size": None}, "no hidden_size"),
         ("llama", {"num_hidden_layers": 0}, "layers 0: must be from 1"),
         ("llama", {"num_hidden_layers": 10**9}, "layers 1000000000: must be from 1"),
@@ -1096,6 +1122,11 @@ def test_transformers():
         batch[2, 5:-20], mask[2, :5], mask[2, -20:] = tokens[0, : TOKENS - 25], 0, 0
         with torch.no_grad():
             padded = model(batch, attention_mask=mask).logits
+            try:
+                model(tokens, position_ids=torch.arange(TOKENS)[None] % 30)
+                check(False, f"{name}: packed documents are taken")
+            except ValueError as e:
+                check("position_ids begin again within a row" in str(e), f"{name}: packed documents: {e}")
         for row, length in ((1, TOKENS - 30), (2, TOKENS - 25)):
             worst = error(padded[row][mask[row] == 1].double().numpy(), logits[:length].double().numpy())
             check(worst < 1e-5, f"{name}: padding changes logits by {worst:.1e}")
