@@ -6,6 +6,7 @@ import argparse
 import collections
 import concurrent.futures.process
 import contextlib
+import errno
 import fcntl
 import http.client
 import json
@@ -99,11 +100,16 @@ def create_file(path):
 
 def write_file(path, content):
     """Writes a file atomically and syncs it to disk."""
-    with create_file(path + ".tmp") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.rename(path + ".tmp", path)
+    try:
+        with create_file(path + ".tmp") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(path + ".tmp", path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        raise OSError(e.errno, f"{os.strerror(e.errno)}; check the path and the free disk space", path) from e
     sync_folder(os.path.dirname(path) or ".")
 
 
@@ -642,6 +648,8 @@ def _run(main, interrupted):
     except KeyboardInterrupt:
         die(f"interrupted; {interrupted}")
     except OSError as e:
+        if not e.filename and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
+            die(f"cannot write: {e.strerror}; check the free disk space, or what reads stdout")
         where = f"{e.filename}: " if e.filename else ""
         die(f"{where}{e.strerror or e}")
     except ImportError as e:

@@ -16,6 +16,8 @@ import json
 import os
 import re
 import struct
+import sys
+import threading
 import unicodedata
 import zlib
 from collections import namedtuple
@@ -1003,14 +1005,29 @@ def train(texts, vocab_size):
                 start = word.end()
             yield text[start:]
 
-    t.train_from_iterator(
-        parts(),
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=EOT_TOKENS[:1],
-            initial_alphabet=alphabet,
-            max_token_length=MAX_TRAINED_TOKEN_BYTES,
-            show_progress=False,
-        ),
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=EOT_TOKENS[:1],
+        initial_alphabet=alphabet,
+        max_token_length=MAX_TRAINED_TOKEN_BYTES,
+        show_progress=False,
     )
+    failed = []
+
+    def work():
+        try:
+            t.train_from_iterator(parts(), trainer)
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)  # so that a signal ends the program at once
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was saved", file=sys.stderr, flush=True)
+        os._exit(1)  # Python would wait for the thread, or abort
+    if failed:
+        raise failed[0]
     return from_hf(t.to_str(pretty=True), "the trained tokenizer", None)

@@ -572,8 +572,17 @@ static inline void run_log_start(Run *r) {
     logger_end_line(&r->log, f, &line);
 }
 
-// Installs the signal handlers; logs the start; says where a resumed run continues.
+static inline int64_t run_encode_prompt(const Run *r, int32_t *tokens, int64_t capacity, int64_t *hidden);
+
+// Installs the signal handlers; logs the start; says where a resumed run continues. Dies if -s cannot begin
+// its samples.
 static inline void run_begin_training(Run *r) {
+    if (r->opt.sample_every > 0 && r->comm.rank == 0) {
+        int64_t hidden;
+        int32_t *tokens = (int32_t *)xmalloc((size_t)(r->sample_context + 1) * sizeof *tokens);
+        run_encode_prompt(r, tokens, r->sample_context, &hidden);
+        free(tokens);
+    }
     const long long step = (long long)r->state.step, max_steps = (long long)r->opt.max_steps;
     run_install_signal_handlers(r);
     r->log.tokens = r->state.tokens;
@@ -924,7 +933,8 @@ static inline int64_t run_encode_prompt(const Run *r, int32_t *tokens, int64_t c
         die("-prompt: needs a tokenizer.bin beside the shards or the checkpoint; copy it there");
     if (!*prompt && bos < 0) bos = r->eot;
     if (!*prompt && bos < 0)
-        die("-sample 1: the vocabulary has no end-of-text token to start from; give -prompt");
+        die("-%s: the vocabulary has no end-of-text token to start from; give -prompt",
+            r->opt.sample_only ? "sample 1" : "s");
     *hidden = bos >= 0;
     tokens[0] = bos;
     if (!*prompt) return 1;

@@ -14,7 +14,7 @@ import glob
 import hashlib
 import os
 
-from train_log import Parser, die, read_run
+from train_log import Parser, die, read_run, run_main
 
 TRAIN_METRICS = {
     "loss": "train/loss",
@@ -193,4 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -17,7 +17,7 @@ import os
 import re
 import struct
 
-from train_log import Parser, die, import_pyplot, save_figure
+from train_log import Parser, die, import_pyplot, run_main, save_figure
 
 MAGIC = b"nsachose"  # llmc/block_indices.h
 GROUPS = (8, 16, 32, 64)  # neighbouring queries
@@ -220,4 +220,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -10,7 +10,7 @@ have different tokenizers. The axes show the part after the warm-up; outliers ma
 import argparse
 import math
 
-from train_log import Parser, die, format_recall_axis, import_pyplot, loss_scales, plot_recall, read_run, save_figure
+from train_log import Parser, die, format_recall_axis, import_pyplot, loss_scales, plot_recall, read_run, run_main, save_figure
 
 
 def smoothed(values, width):
@@ -135,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -8,7 +8,7 @@ NAME=FOLDER sets the name of a run. -val 1 -needle FILE -o FOLDER writes such a 
 """
 import argparse
 
-from train_log import Parser, die, import_pyplot, read_run, save_figure
+from train_log import Parser, die, import_pyplot, read_run, run_main, save_figure
 
 
 def last_needles(run):
@@ -58,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -10,7 +10,7 @@ if the runs have different tokenizers.
 import argparse
 import math
 
-from train_log import Parser, die, import_pyplot, loss_scales, read_run, save_figure
+from train_log import Parser, die, import_pyplot, loss_scales, read_run, run_main, save_figure
 
 
 def losses_by_position(run):
@@ -65,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 
-from train_log import Parser, die, format_recall_axis, import_pyplot, plot_recall, read_run, save_figure
+from train_log import Parser, die, format_recall_axis, import_pyplot, plot_recall, read_run, run_main, save_figure
 
 COLORS = {"nsa": "C0", "full": "C1", "window": "C2"}
 
@@ -62,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

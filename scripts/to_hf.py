@@ -135,6 +135,12 @@ def main():
     dtype, dtype_name = DTYPES[args.dtype]
     values = config.from_model(model, args.checkpoint, reader.seq_len, dtype_name)
     files, no_tokenizer = find_tokenizer_files(args)
+    if args.tokenizer:
+        import vocab
+
+        tokens = len(vocab.load(args.tokenizer, None).pieces)
+        if tokens > model["vocab"]:
+            die(f"--tokenizer {args.tokenizer}: it has {tokens} tokens, the model {model['vocab']}; name the model's own")
     tensors = [part for tensor in reader.table for part in weights.parts(tensor, model)]
     with new_folder(args.folder) as tmp:
         out = safetensors_files.FolderWriter(tmp, tensors, dtype)

@@ -1,5 +1,6 @@
 """Reads the trainer's log.jsonl for the programs in this folder. README.md describes the file."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -7,7 +8,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../data"))
-from shards import Parser, die  # noqa: E402, F401
+from shards import Parser, die, run_main  # noqa: E402, F401
 
 
 class Run:
@@ -137,11 +138,17 @@ def loss_scales(runs):
 
 
 def save_figure(figure, file):
+    suffix = os.path.splitext(file)[1][1:]
+    if not suffix or os.path.isdir(file):
+        die(f"-o {file}: must be a file with a suffix, such as plot.png or plot.svg")
+    metadata = {"Date": None} if suffix == "svg" else None  # the same bytes each time
     try:
-        metadata = {"Date": None} if file.endswith(".svg") else None  # the same bytes each time
-        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
+        figure.savefig(file + ".tmp", format=suffix, dpi=150, bbox_inches="tight", metadata=metadata)
+        os.replace(file + ".tmp", file)
     except (OSError, ValueError) as e:
-        die(f"-o {file}: {getattr(e, 'strerror', None) or e}")
+        with contextlib.suppress(OSError):
+            os.unlink(file + ".tmp")
+        die(f"-o {file}: {getattr(e, 'strerror', None) or e}; check the path and the free disk space")
     print(f"wrote {file}")
 
 

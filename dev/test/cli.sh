@@ -139,6 +139,9 @@ check 'cmp -s killed/$name unkilled/$name' "killed before a sample that was due:
 rm unkilled/$name
 expect_error "-o unkilled: has a log already; choose another folder, or resume with -y 1" $SLOW -x 1 -o unkilled
 
+# ---- a prompt that cannot be encoded ends the run before its first step
+expect_error "the vocabulary has no word 'foo'" $TINY $DATA -s 3 -prompt foo
+
 # ---- a signal in the last step: the run is complete
 "$PROGRAM" $TINY $DATA -x 1 -u 0 -v 0 -d 16384 -o last_step >out 2>err &
 pid=$!

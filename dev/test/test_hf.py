@@ -1028,6 +1028,7 @@ def test_refused_folders():
 def test_refused_checkpoints():
     import checkpoint
     import numpy as np
+    import vocab
 
     path = imported("llama")
     good = read_bytes(path)
@@ -1057,6 +1058,10 @@ def test_refused_checkpoints():
     refused("a window and full layers", "full-every 2", "to_hf.py", os.path.join(TMP, "hybrid.bin"))
     refused("no checkpoint", "No such file", "to_hf.py", os.path.join(TMP, "nothing.bin"))
     refused("no tokenizer", "no tokenizer.json", "to_hf.py", path, "--tokenizer", TMP)
+    larger = os.path.join(TMP, "larger.json")
+    write(larger, vocab.train([b"other text " * 50], VOCAB + 256).hf_json.encode())
+    refused("a tokenizer of more tokens", f"tokens, the model {VOCAB}; name", "to_hf.py", path, "--tokenizer", larger)
+    refused("no tokenizer file", "is neither a tokenizer.json", "to_hf.py", path, "--tokenizer", __file__)
     for program, source in (("to_hf.py", path), ("from_hf.py", os.path.join(TMP, "llama"))):
         result = run(program, source, "-o", "/proc/out.bin")
         line = "error: -o /proc/out.bin: cannot write there: No such file or directory; check the disk, or choose another folder"

@@ -158,6 +158,8 @@ def test_plots(tmp: str) -> None:
     check((code, err) == (0, ""), f"plot_recall.py: {code} {err}")
     expect_error("a second run with context 128 and mode nsa", "plot_recall.py", *[os.path.join(tmp, "torn")] * 2)
     expect_error("No such file", "plot_log.py", folders[0], "-o", os.path.join(tmp, "none/a.png"))
+    for name in (tmp, "", os.path.join(tmp, "plot")):
+        expect_error(f"-o {name}: must be a file with a suffix, such as plot.png", "plot_log.py", folders[0], "-o", name)
 
     from plot_log import draw
     from train_log import import_pyplot
