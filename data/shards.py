@@ -109,7 +109,7 @@ def write_file(path, content):
     except OSError as e:
         with contextlib.suppress(OSError):
             os.unlink(path + ".tmp")
-        raise OSError(e.errno, f"{os.strerror(e.errno)}; check the path and the free disk space", path) from e
+        raise OSError(e.errno, os.strerror(e.errno), path) from e
     sync_folder(os.path.dirname(path) or ".")
 
 
@@ -648,10 +648,9 @@ def _run(main, interrupted):
     except KeyboardInterrupt:
         die(f"interrupted; {interrupted}")
     except OSError as e:
-        if not e.filename and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE):
-            die(f"cannot write: {e.strerror}; check the free disk space, or what reads stdout")
         where = f"{e.filename}: " if e.filename else ""
-        die(f"{where}{e.strerror or e}")
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        die(f"{where}{e.strerror or e}" + "; check the free disk space" * full)
     except ImportError as e:
         die(f"Python package {e.name} is missing; run pip install -r requirements.txt")
     except MemoryError:

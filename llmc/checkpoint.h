@@ -58,7 +58,7 @@ typedef struct {
     double lr;                   // maximum learning rate; 0: unknown
     int64_t warmup;              // steps
     OutlierWindow losses, norms; // of -sl and -sg
-    int64_t due;                 // what of `step` has not run yet: 1 validation, 2 text sample, 3 both
+    int64_t due;                 // bits: 1 the validation, 2 the text sample of `step` has yet to run
 } TrainState;
 #define TRAIN_STATE_FIELDS ((int)(offsetof(TrainState, data) / sizeof(int64_t)))
 #define TRAIN_STATE_REST_BYTES (sizeof(TrainState) - offsetof(TrainState, data))
@@ -593,9 +593,8 @@ static inline int checkpoint_is_good(const char *path, int fresh) {
 }
 
 // Keeps the newest `keep` intact checkpoints up to `step`, the one just written, and removes older ones.
-// alone 1: this process alone has written it; 0: it is read, as the older ones are.
 // Damaged ones between them stay and do not count; nor do checkpoints of later steps, which remain after a
-// resume from an older checkpoint.
+// resume from an older checkpoint. alone 1: this process alone wrote the newest one, which needs no reading.
 static inline void checkpoint_prune(const char *dir, int64_t keep, int64_t step, int alone) {
     int64_t *steps, count = checkpoint_list(dir, &steps), kept = 0, candidates = 0;
     char path[PATH_BYTES];

@@ -631,15 +631,17 @@ static inline void options_check_model(Options *o, ModelConfig *c, int64_t train
 }
 
 // Sets -x -1 to the steps of an epoch, and -l and -u unless they are given: to those of the run that wrote
-// the checkpoint of -e or -y (saved_lr 0: unknown), else of the preset;
-// dies if there is neither. epoch_steps: steps of an epoch.
+// the checkpoint of -e or -y (saved_lr 0: unknown), else of the preset. Dies if no -l is known. epoch_steps:
+// steps of an epoch.
 static inline void options_set_schedule(Options *o, double saved_lr, int64_t saved_warmup,
                                         int64_t epoch_steps) {
     if (o->max_steps < 0) o->max_steps = epoch_steps > 0 ? epoch_steps : 1;
-    if (!options_given(o, "l") && saved_lr <= 0 && !o->preset)
-        die("-e %s: has no learning rate, as an imported model has none; give one with -l, such as -l 1e-5",
-            o->init_from);
-    if (!options_given(o, "l")) o->lr = saved_lr > 0 ? saved_lr : o->preset ? o->preset->lr : o->lr;
+    if (!options_given(o, "l")) {
+        if (saved_lr <= 0 && !o->preset)
+            die("-e %s: has no learning rate, as an imported model has none; give one, such as -l 1e-5",
+                o->init_from);
+        o->lr = saved_lr > 0 ? saved_lr : o->preset->lr;
+    }
     if (!options_given(o, "u")) {
         int64_t tenth = o->max_steps / 10;
         o->warmup = o->preset && o->preset->warmup < tenth ? o->preset->warmup : o->preset ? tenth : 0;

@@ -193,4 +193,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main, "nothing was written")
+    run_main(main, "run the same command again")

@@ -306,7 +306,7 @@ def losses(found, runs):
     return head, rows if any(name in found and other in found for name, other in runs) else []
 
 
-def formatted(rate):
+def format_rate(rate):
     """Returns a learning rate as 6e-4 or 1.2e-3."""
     return f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
@@ -320,7 +320,7 @@ def best(found, groups):
         runs = [found[name] for name in names if name in found]
         if not runs or longer not in found:
             return head, []
-        cells = [group, formatted(runs[0]["flags"]["l"]), ", ".join(f"{val_loss(run):.4f}" for run in runs)]
+        cells = [group, format_rate(runs[0]["flags"]["l"]), ", ".join(f"{val_loss(run):.4f}" for run in runs)]
         means = [statistics.fmean(map(val_loss, runs))]
         means += [statistics.fmean(run["position_loss"][i]["loss"] for run in runs) for i in (0, -1)]
         cells += [*(f"{mean:.4f}" for mean in means), f"{statistics.fmean(run['tokens_per_second'] for run in runs):,.0f}"]
@@ -331,13 +331,13 @@ def best(found, groups):
 def rates(found, groups):
     """Returns head and rows of a table of final losses at each learning rate, in the order of the runs; no rows if no group has
     two rates."""
-    losses = {}  # {group: {learning rate: losses}}
+    cells = {}  # {group: {learning rate: losses}}
     for group, runs in groups.items():
         for row in (found[run] for run in runs if run in found):
-            losses.setdefault(group, {}).setdefault(row["flags"]["l"], []).append(f"{val_loss(row):.4f}")
-    columns = sorted({rate for cells in losses.values() for rate in cells})
-    rows = [[group, *(", ".join(cells.get(rate, ["-"])) for rate in columns)] for group, cells in losses.items()]
-    return ["runs", *map(formatted, columns)], rows if any(len(cells) > 1 for cells in losses.values()) else []
+            cells.setdefault(group, {}).setdefault(row["flags"]["l"], []).append(f"{val_loss(row):.4f}")
+    columns = sorted({rate for row in cells.values() for rate in row})
+    rows = [[group, *(", ".join(row.get(rate, ["-"])) for rate in columns)] for group, row in cells.items()]
+    return ["runs", *map(format_rate, columns)], rows if any(len(row) > 1 for row in cells.values()) else []
 
 
 def runs_of(name):

@@ -124,10 +124,12 @@ check '[ "$(grep -h ^sample first second)" = "$(grep ^sample out)" ]' "stopped a
 run $EVERY -x $last -o whole -y 1
 check 'grep -q "^val loss" out && grep -q "^sample" out && [ "$(events stopped)" = "$(events whole)" ]' "a finished run shows its result, and logs it once"
 # killed after the checkpoint that precedes the validation and the sample: the resumed run begins with these
-SLOW=${EVERY/-g 3/-g 60}
+"$BUILD/recall" -o slow -t 64 -n 1 -m 200 >/dev/null || bad "recall"
+SLOW="$EVERY -d 4096 -m 0 -j slow/recall_val_*.bin" # the signal comes in a step, the kill in its validation
 "$PROGRAM" $SLOW -x 100000 -o killed >first 2>err &
 pid=$!
-for _ in $(seq 300); do grep -q '"step":3,' killed/log.jsonl 2>/dev/null && break; sleep 0.05; done
+for _ in $(seq 600); do grep -q '"step":3,.*"gates"' killed/log.jsonl 2>/dev/null && break; sleep 0.02; done
+sleep 0.05
 kill -TERM $pid
 for _ in $(seq 3000); do [ -n "$(find killed -name 'ckpt_*.bin')" ] && break; sleep 0.001; done
 kill -KILL $pid 2>/dev/null; wait $pid
@@ -143,7 +145,7 @@ expect_error "-o unkilled: has a log already; choose another folder, or resume w
 expect_error "the vocabulary has no word 'foo'" $TINY $DATA -s 3 -prompt foo
 
 # ---- a signal in the last step: the run is complete
-"$PROGRAM" $TINY $DATA -x 1 -u 0 -v 0 -d 16384 -o last_step >out 2>err &
+"$PROGRAM" $TINY $DATA -x 1 -u 0 -v 0 -d 65536 -o last_step >out 2>err &
 pid=$!
 sleep 1; kill -TERM $pid 2>/dev/null; wait $pid; code=$?
 check '[ $code -eq 0 ] && [ -f last_step/ckpt_00000001.bin ] && ! grep -q "^stopped" out' "a signal in the last step: $code $(tail -n 1 out)"
