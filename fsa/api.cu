@@ -356,11 +356,8 @@ static int check_call(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
         return fail(FSA_ERROR_ARGUMENT, "FSA_KERNELS=%s in the environment: must be portable or sm90",
                     kernels);
     TRY(check_stream(stream));
-    if (!b->cu_seqlens) return fail(FSA_ERROR_ARGUMENT, "cu_seqlens: NULL; must be a device pointer");
-    TRY(check_memory("cu_seqlens", b->cu_seqlens));
-    if (!b->segments && b->num_segments > 0)
-        return fail(FSA_ERROR_ARGUMENT, "segments: NULL; must be a device pointer");
-    return b->segments ? check_memory("segments", b->segments) : FSA_OK;
+    TRY(check_pointer("cu_seqlens", b->cu_seqlens, 8));
+    return b->segments || b->num_segments > 0 ? check_pointer("segments", b->segments, 8) : FSA_OK;
 }
 
 // Checks the workspace, and launches the kernel that fills the batch layout.

@@ -42,7 +42,7 @@ struct FastDivisor {
 };
 static inline FastDivisor make_fast_divisor(int divisor) {
     FastDivisor d = {0, 0};
-    while ((1 << d.shift) < divisor) d.shift++;
+    while (((int64_t)1 << d.shift) < divisor) d.shift++;
     d.factor = (uint32_t)((((int64_t)1 << (31 + d.shift)) + divisor - 1) / divisor);
     return d;
 }

@@ -118,16 +118,17 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // that it does not know are zero.
 //
 // Pointers are device pointers, aligned to 16 bytes, unless said otherwise; c, b and the argument structs are
-// on the host. A function launches kernels on `stream` and returns. It allocates nothing, never synchronizes,
-// and may be called from several threads that have separate workspaces. Results are bitwise reproducible on
-// the same GPU. NaN or Inf in one sequence never reaches another sequence. It does reach the gradients of
-// phi's weights.
+// on the host, and not NULL. No output overlaps an input, another output, saved or the workspace, but where a
+// comment allows it. A function launches kernels on `stream` and returns. It allocates nothing, never
+// synchronizes, and may be called from several threads that have separate workspaces. Results are bitwise
+// reproducible on the same GPU. NaN or Inf in one sequence never reaches another sequence. It does reach the
+// gradients of phi's weights.
 //
 // Errors common to all functions that launch kernels:
 //   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535
 //   FSA_ERROR_ARGUMENT    a pointer that is needed is NULL, misaligned, host memory or memory of another GPU;
 //                         a stride or the size of a struct breaks its rule; dtype is unknown; a count of b
-//                         breaks its rule; Nq*T >= 2^31 or Nq*Hq >= 2^32; a stride times Nq or N >= 2^35;
+//                         breaks its rule; Nq*T >= 2^31 or Nq*Hq >= 2^32; a stride times Nq or N > 2^35;
 //                         the stream belongs to another GPU (CUDA 12.8 or later knows); the environment
 //                         variable FSA_KERNELS is set, and neither "portable" nor "sm90"
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
@@ -143,11 +144,14 @@ typedef struct CUstream_st *FsaStream; // a cudaStream_t
 
 // Packed sequences and their queries. The counts are on the host; the arrays are on the device. Counts are at
 // least 0; num_queries is below 2^31, num_keys below 2^30. Keys need a sequence, and queries need a segment.
+// The functions do not read the arrays' content before they launch, so it is not checked: cu_seqlens ascends
+// from 0 to N, 0 <= seq < num_seqs, 0 <= pos, pos + len is at most the length of sequence seq, and the sum of
+// all len is Nq. Other content makes kernels read and write out of bounds.
 typedef struct {
     int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
     const int64_t *cu_seqlens;  // [num_seqs + 1] first key of each sequence; cu_seqlens[num_seqs] = N
-    const FsaSegment *segments; // [num_segments]
+    const FsaSegment *segments; // [num_segments]; both arrays are aligned to 8 bytes
     int64_t reserved[2];        // must be 0; room for the fields of later versions
 } FsaDeviceBatch;
 
@@ -176,15 +180,17 @@ typedef enum {
 // error.
 const char *fsa_last_error(void);
 
-// Returns the bytes of workspace that an operation needs; 0 after an error, which fsa_last_error describes.
+// Returns the bytes of workspace that an operation needs on the current GPU; 0 after an error, which
+// fsa_last_error describes.
 // The workspace must be aligned to 256 bytes. Only b's counts are read. A batch whose counts are all at least
 // as large needs at least as much, so one workspace for the largest batch serves all.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
-// Returns the bytes that fsa_forward saves for fsa_backward; 0 after an error. They hold the rotated q and k,
-// kc and vc, the lse of the three branches, the block indices and, unless c->recompute is set, the outputs of
-// the three branches: 3*Nq*Hq*d*2 bytes, about two thirds of all. With c->recompute, backward runs the
-// forward pass of the branches again. A batch whose counts are all at least as large needs at least as much.
+// Returns the bytes that fsa_forward saves for fsa_backward; 0 after an error, and for an empty batch. They
+// hold the rotated q and k, kc and vc, the lse of the three branches, the block indices and, unless
+// c->recompute is set, the outputs of the three branches: 3*Nq*Hq*d*2 bytes, about two thirds of all. With
+// c->recompute, backward runs the forward pass of the branches again. A batch whose counts are all at least
+// as large needs at least as much.
 size_t fsa_saved_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b);
 // Returns the block indices [Hkv, Nq, T] inside `saved`, a device pointer; NULL after an error.
 const int32_t *fsa_saved_block_indices(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,

@@ -32,7 +32,9 @@ int fsa_record_cuda_error(const char *name, cudaError_t error);
 // Launches a kernel, whose name stands in parentheses if it contains a comma, and returns an FsaStatus. After
 // an error fsa_cuda_error names the kernel.
 //     LAUNCH((kernel<T, D>), grid, block, smem, stream, args...)
-// smem: bytes of dynamic shared memory, which may exceed 48 KiB.
+// smem: bytes of dynamic shared memory, which may exceed 48 KiB. A kernel that is launched with different
+// sizes needs SharedMemory(bytes, limit) with the largest one: the limit belongs to the kernel, and another
+// thread's smaller one must not come between setting it and the launch.
 #define LAUNCH(kernel, ...) launch_kernel(#kernel, false, kernel, __VA_ARGS__)
 // The same as a programmatic dependent launch if pdl is true (Hopper). The kernel may start while the
 // previous kernel in the stream still runs, which hides the launch latency. It calls pdl_wait before it
@@ -40,18 +42,24 @@ int fsa_record_cuda_error(const char *name, cudaError_t error);
 // some thread of the grid must call it: a grid must not end before the previous one.
 #define LAUNCH_PDL(pdl, kernel, ...) launch_kernel(#kernel, pdl, kernel, __VA_ARGS__)
 
+struct SharedMemory {
+    size_t bytes, limit;
+    SharedMemory(size_t bytes, size_t limit) : bytes(bytes), limit(limit) {}
+    SharedMemory(size_t bytes) : bytes(bytes), limit(bytes) {}
+};
+
 template <typename... Parameters, typename... Args>
 static int launch_kernel(const char *name, bool pdl, void (*kernel)(Parameters...), dim3 grid, unsigned block,
-                         size_t smem, cudaStream_t stream, const Args &...args) {
+                         SharedMemory smem, cudaStream_t stream, const Args &...args) {
     cudaError_t error = cudaSuccess;
     // CUDA requires this attribute for more than 48 KiB. It is cheap, so it is set before every launch.
-    if (smem > 0)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    if (smem.limit > 0)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem.limit);
     if (error == cudaSuccess) {
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {grid, dim3(block), smem, stream, &attribute, pdl};
+        cudaLaunchConfig_t config = {grid, dim3(block), smem.bytes, stream, &attribute, pdl};
         error = cudaLaunchKernelEx(&config, kernel, args...);
     }
     return error == cudaSuccess ? FSA_OK : fsa_record_cuda_error(name, error);

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
         sum += weight;
         add_row<T>(acc, branch_rows[0][threadIdx.x], weight);
     }
-    const float inverse = sum > 0 ? 1 / sum : 0;
+    const float inverse = sum != 0 ? 1 / sum : 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) acc[j] *= inverse;
     if (a.o.data != a.gate.o_gated.data) r.template store<T>(a.o, a.q_heads, acc);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(256, 4) selected_combine_kernel(SelectedParams
                        __shfl_sync(0xffffffffu, gate, i == 1 ? 0 : 2, Reader::LANES));
         r.template store<T>(a.gate.o_gated, a.q_heads, acc);
     }
-    if (r.chunk == 0 && r.in_slab) a.lse[r.row] = sum > 0 ? (max_lse + log2f(sum)) * FSA_LN2 : -INFINITY;
+    if (r.chunk == 0 && r.in_slab) a.lse[r.row] = sum != 0 ? (max_lse + log2f(sum)) * FSA_LN2 : -INFINITY;
 }
 
 // Backward: if a query list begins in work range `index` and continues beyond it, adds the dkv_partial of

@@ -29,8 +29,7 @@
     do {                                                                                                     \
         int e_ = (call);                                                                                     \
         if (e_) {                                                                                            \
-            printf("%s:%d: %s: status %d, %s\n", __FILE__, __LINE__, #call, e_,                              \
-                   cudaGetErrorString(cudaPeekAtLastError()));                                               \
+            printf("%s:%d: %s: status %d, %s\n", __FILE__, __LINE__, #call, e_, fsa_cuda_error());           \
             exit(1);                                                                                         \
         }                                                                                                    \
     } while (0)

@@ -84,10 +84,10 @@ static __device__ __forceinline__ void store_o_lse(const DenseParams &p, const Q
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = warp * 32 + m * 16 + half * 8 + lane / 4;
-            float total = quad_reduce_sum(state.row_sum[m][half]), inverse = total > 0 ? 1 / total : 0;
+            float total = quad_reduce_sum(state.row_sum[m][half]), inverse = total != 0 ? 1 / total : 0;
             if (lane % 4 == 0 && row < tile.rows.rows) {
                 p.lse[(tile.rows.row + row) * p.q_heads + tile.q_head] =
-                    total > 0 ? state.row_max[m][half] * p.scale + logf(total) : -INFINITY;
+                    total != 0 ? state.row_max[m][half] * p.scale + logf(total) : -INFINITY;
             }
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {

@@ -204,7 +204,7 @@ static __device__ __forceinline__ void store_o_partial(const SelectedParams &a, 
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int r = RowGather::row_of(tile, i);
-        float sum = quad_reduce_sum(state.row_sum[i]), inverse = sum > 0 ? 1 / sum : 0;
+        float sum = quad_reduce_sum(state.row_sum[i]), inverse = sum != 0 ? 1 / sum : 0;
         if (r >= rows.num_rows) continue;
         int64_t slot = (int64_t)blockIdx.y * a.lists.slab_queries * a.topk + (entry[i] - entry0);
         int64_t row = (slot * a.key_tiles + key_tile) * rows.g + r % rows.g;
@@ -213,7 +213,7 @@ static __device__ __forceinline__ void store_o_partial(const SelectedParams &a, 
         for (int j = 0; j < SLICES; j++) out[j] = make_partial_chunk<__half>(o, 4 * j, i, inverse);
         PartialChunk<__half>::store(a.partial + row * partial_row_bytes<__half, D>(), 0, c, out);
         if (c == 0)
-            a.lse_partial[row] = make_float2(sum > 0 ? state.row_max[i] + log2f(sum) : -INFINITY, v_scale);
+            a.lse_partial[row] = make_float2(sum != 0 ? state.row_max[i] + log2f(sum) : -INFINITY, v_scale);
     }
 }
 

@@ -339,25 +339,27 @@ static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int queries) {
            (queries * (65 + 4 + group) + p->max_tile_blocks * (queries + 1)) * sizeof(float);
 }
 
+constexpr size_t MAX_SMEM = 99 * 1024; // the least of all GPUs since sm_80
+
 template <typename T, int D, int QUERIES>
 static int launch_topk_queries(const TopKParams &p, size_t bytes, cudaStream_t stream) {
     int64_t blocks = max_row_tiles(p.batch.nq, p.batch.num_segments, QUERIES) * p.kv_heads;
     if (blocks == 0) return FSA_OK;
-    return LAUNCH((topk_kernel<T, D, QUERIES>), (unsigned)blocks, QUERIES * 8, bytes, stream, p);
+    return LAUNCH((topk_kernel<T, D, QUERIES>), (unsigned)blocks, QUERIES * 8, SharedMemory(bytes, MAX_SMEM),
+                  stream, p);
 }
 
 // Launches the first configuration that fits in shared memory: 32 queries with two stages or one, then 16
 // queries with two stages or one. Returns FSA_ERROR_CONFIG if none fits.
 template <typename T, int D>
 static int launch_topk_sm80(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
-    const size_t max_smem = 99 * 1024; // the least of all GPUs since sm_80
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = smem_bytes(c, &p, 32);
-        if (bytes <= max_smem) return launch_topk_queries<T, D, 32>(p, bytes, stream);
+        if (bytes <= MAX_SMEM) return launch_topk_queries<T, D, 32>(p, bytes, stream);
     }
     for (p.stages = 2; p.stages >= 1; p.stages--) {
         size_t bytes = smem_bytes(c, &p, 16);
-        if (bytes <= max_smem) return launch_topk_queries<T, D, 16>(p, bytes, stream);
+        if (bytes <= MAX_SMEM) return launch_topk_queries<T, D, 16>(p, bytes, stream);
     }
     return FSA_ERROR_CONFIG;
 }

@@ -314,10 +314,10 @@ static __device__ __forceinline__ void store_o(const DenseParams &p, const QWork
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = p.q_heads / p.kv_heads;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float total = quad_reduce_sum(softmax.row_sum[half]), inverse = total > 0 ? 1 / total : 0;
+        float total = quad_reduce_sum(softmax.row_sum[half]), inverse = total != 0 ? 1 / total : 0;
         if (lane % 4 == 0 && rows.lse_index[half] >= 0)
             p.lse[rows.lse_index[half]] =
-                total > 0 ? softmax.row_max[half] * p.scale + logf(total) : -INFINITY;
+                total != 0 ? softmax.row_max[half] * p.scale + logf(total) : -INFINITY;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
             uint32_t x =

@@ -7,8 +7,8 @@
 // stage has two mbarriers: `full`, which completes a phase when the stage's data have arrived, and `empty`,
 // which completes one when all consumers have released the stage. Every producer and consumer has a
 // PipelineState of its own: the stage that it uses next, and the parity of the ring's round. If several
-// warps take turns, each processes every stride-th item, and stages % stride == 0, so that a stage belongs to
-// one of them; `first` is its first item.
+// warps alternate, each processes every stride-th item, from item `first` on. Then stages % stride == 0, so
+// that a stage belongs to one of them, or the items are consumed in order, as topk.cu's scores are.
 struct PipelineState {
     uint32_t full, empty; // addresses of the first stage's barriers; the next stage's are 8 bytes further
     int stages, stride, stage, phase;

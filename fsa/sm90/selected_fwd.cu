@@ -254,7 +254,7 @@ store_lse_partial(const PartialOutput<D> &out, const uint32_t (&partial_row)[2],
         float sum = quad_reduce_sum(row_sum[i]);
         if (threadIdx.x % 4 == 0 && partial_row[i] != NO_ROW) // log2(0) = -inf
             out.lse_partial[partial_row[i]] =
-                make_float2(base[i] + log2_fast(sum), sum > 0 ? v_scale * reciprocal_fast(sum) : 0);
+                make_float2(base[i] + log2_fast(sum), sum != 0 ? v_scale * reciprocal_fast(sum) : 0);
     }
 }
 

@@ -760,8 +760,8 @@ int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaSt
     const int q_box[] = {64, box_queries(p.group), p.group}, k_box[] = {64, 1, WINDOWS};
     TRY(make_tensor_map(&q_map, dtype, 3, p.q.data, q_size, q_stride, q_box));
     TRY(make_tensor_map(&k_map, dtype, 3, p.kc.data, k_size, k_stride, k_box));
-    int smem_bytes = p.smem.end + 1024; // 1,024 to align the layout
-    return LAUNCH((topk_sm90_kernel<T, D>), (unsigned)blocks, THREADS, smem_bytes, stream, p, q_map, k_map);
+    const SharedMemory smem(p.smem.end + 1024, MAX_SMEM); // 1,024 to align the layout
+    return LAUNCH((topk_sm90_kernel<T, D>), (unsigned)blocks, THREADS, smem, stream, p, q_map, k_map);
 }
 
 } // namespace
