@@ -73,6 +73,9 @@ static int check_shape(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch 
                     (long long)b->num_seqs, (long long)b->num_segments, (long long)b->num_keys,
                     (long long)b->num_queries);
     }
+    if (b->num_queries > 0 && b->num_keys == 0)
+        return fail(FSA_ERROR_ARGUMENT, "num_keys 0: must be at least 1 for %lld queries",
+                    (long long)b->num_queries);
     if (b->num_queries > INT32_MAX || b->num_keys > INT32_MAX / 2) {
         return fail(FSA_ERROR_ARGUMENT, "num_queries %lld, num_keys %lld: must be below 2^31 and below 2^30",
                     (long long)b->num_queries, (long long)b->num_keys);
@@ -170,6 +173,12 @@ static int check_rows(const char *name, const void *p, const char *stride_name, 
 #define KV_ROWS(name) ROWS(name, name##_stride, (int64_t)c->kv_heads * c->head_dim, b->num_keys, 8)
 #define GATE_ROWS(name)                                                                                      \
     ROWS(name##_logits, name##_stride, c->gate_per_token ? 3 : 3 * (int64_t)c->q_heads, b->num_queries, 1)
+
+// Returns the rows that k and v must have under a rule. If there are none, the functions below replace the
+// pointers by q's: no row is read, but TMA needs an address.
+static int64_t num_key_rows(const FsaConfig *c, const FsaDeviceBatch *b, FsaVisibility rule) {
+    return rule == FSA_COMPRESSED ? b->num_keys / c->cmp_stride : b->num_keys;
+}
 
 static int check_phi(const FsaConfig *c, const FsaPhiWeights &phi) {
     if (c->phi == FSA_PHI_MEAN) return FSA_OK;
@@ -360,6 +369,16 @@ static int check_call(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
     return b->segments || b->num_segments > 0 ? check_pointer("segments", b->segments, 8) : FSA_OK;
 }
 
+// Returns an error if block selection cannot hold the free blocks of a query.
+static int check_topk(const FsaConfig *c) {
+    const int limit = fsa_max_topk(c);
+    if (c->topk <= limit) return FSA_OK;
+    return fail(FSA_ERROR_CONFIG,
+                "topk %d: block selection on this GPU takes at most %d with init_blocks %d, local_blocks %d, "
+                "%d query heads per KV head and head_dim %d",
+                c->topk, limit, c->init_blocks, c->local_blocks, c->q_heads / c->kv_heads, c->head_dim);
+}
+
 // Checks the workspace, and launches the kernel that fills the batch layout.
 static int start(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op,
                  void *workspace, size_t workspace_bytes, BatchLayout *batch, FsaStream stream) {
@@ -411,7 +430,7 @@ int fsa_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, con
         POINTER(saved);
         TRY(check_phi(c, a.phi));
         if (a.inv_freq) POINTER(inv_freq);
-        if (a.block_indices) POINTER(block_indices);
+        TRY(a.block_indices ? check_pointer("block_indices", a.block_indices) : check_topk(c));
     }
     TRY(start(c, dtype, b, FSA_FORWARD, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
@@ -566,7 +585,9 @@ int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
     TRY(load_args(__func__, &a, args, "FsaSelectBlocks"));
     TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
+        TRY(check_topk(c));
         Q_ROWS(q);
+        if (num_key_rows(c, b, FSA_COMPRESSED) == 0) a.kc = a.q, a.kc_stride = 0;
         KV_ROWS(kc);
         POINTER(lse_c);
         POINTER(block_indices);
@@ -610,6 +631,7 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
+        if (num_key_rows(c, b, a.rule) == 0) a.k = a.v = a.q, a.k_stride = a.v_stride = 0;
         KV_ROWS(k);
         KV_ROWS(v);
         Q_ROWS(o);
@@ -633,7 +655,7 @@ int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBa
     TRY(check_rule(a.rule, a.inv_freq));
     TRY(check_call(c, dtype, b, stream));
     const bool compressed = a.rule == FSA_COMPRESSED;
-    const int64_t key_rows = compressed ? b->num_keys / c->cmp_stride : b->num_keys;
+    const int64_t key_rows = num_key_rows(c, b, a.rule);
     if (b->num_queries > 0) {
         Q_ROWS(q);
         Q_ROWS(o);

@@ -125,7 +125,9 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 // gradients of phi's weights.
 //
 // Errors common to all functions that launch kernels:
-//   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535
+//   FSA_ERROR_CONFIG      fsa_config_check fails; head_dim is not 64 or 128; kv_heads > 65,535; where blocks
+//                         are selected: the free blocks of a query exceed shared memory. With d = 128,
+//                         T - init_blocks - local_blocks can be about 490 for g = 4, and 99 for g = 16
 //   FSA_ERROR_ARGUMENT    a pointer that is needed is NULL, misaligned, host memory or memory of another GPU;
 //                         a stride or the size of a struct breaks its rule; dtype is unknown; a count of b
 //                         breaks its rule; Nq*T >= 2^31 or Nq*Hq >= 2^32; a stride times Nq or N > 2^35;
@@ -133,17 +135,15 @@ int64_t fsa_num_windows(const FsaConfig *c, int64_t n);
 //                         variable FSA_KERNELS is set, and neither "portable" nor "sm90"
 //   FSA_ERROR_WORKSPACE   workspace is NULL, not aligned to 256 bytes, or smaller than fsa_workspace_size
 //   FSA_ERROR_CUDA        a CUDA error of an earlier call is pending on the calling thread. It stays pending
-// A function finds these errors before its first step, and launches nothing. It finds the following ones only
-// at the step that they concern, after it has launched the earlier steps:
+// A function finds these errors before its first step, and launches nothing. It finds the following one only
+// at the step that it concerns, after it has launched the earlier steps:
 //   FSA_ERROR_CUDA        a launch, a copy or another CUDA call failed. fsa_last_error has the name of the
 //                         kernel or call, and CUDA's text. The function resets the error (cudaGetLastError)
-//   FSA_ERROR_CONFIG      block selection: the lists of free blocks exceed shared memory. With d = 128,
-//                         T - init_blocks - local_blocks can be about 490 for g = 4, and 99 for g = 16
 
 typedef struct CUstream_st *FsaStream; // a cudaStream_t
 
 // Packed sequences and their queries. The counts are on the host; the arrays are on the device. Counts are at
-// least 0; num_queries is below 2^31, num_keys below 2^30. Keys need a sequence, and queries need a segment.
+// least 0; num_queries is below 2^31, num_keys below 2^30. Keys need a sequence, queries a segment and a key.
 // The functions do not read the arrays' content before they launch, so it is not checked: cu_seqlens ascends
 // from 0 to N, 0 <= seq < num_seqs, 0 <= pos, pos + len is at most the length of sequence seq, and the sum of
 // all len is Nq. Other content makes kernels read and write out of bounds.
@@ -277,7 +277,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
 typedef struct {
     size_t size;    // sizeof(FsaSelectBlocks)
     const void *q;  // after RoPE
-    const void *kc; // after RoPE; floor(N/s) rows must exist, as for fsa_attention_forward
+    const void *kc; // after RoPE; floor(N/s) rows must exist, NULL if 0, as for fsa_attention_forward
     int64_t q_stride, kc_stride;
     const float *lse_c;     // lse of the compressed branch, from fsa_attention_forward with FSA_COMPRESSED
     int32_t *block_indices; // output
@@ -305,8 +305,8 @@ typedef struct {
 } FsaAttentionForward;
 // Computes attention under a visibility rule: o = softmax(scale q k^T) v over the visible keys, after RoPE of
 // q and k if inv_freq is set. For FSA_COMPRESSED the host knows only that M <= N/s, so kernels may load all
-// floor(N/s) rows of kc and vc: these rows must exist, but rows from M may be uninitialized. Errors: those
-// common to all; FSA_ERROR_ARGUMENT for another rule.
+// floor(N/s) rows of kc and vc: these rows must exist, but rows from M may be uninitialized. k and v without
+// rows may be NULL. Errors: those common to all; FSA_ERROR_ARGUMENT for another rule.
 int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                           const FsaAttentionForward *args, FsaStream stream);
 

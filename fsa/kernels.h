@@ -12,6 +12,11 @@
 #define FSA_KERNELS_H
 #include "batch.cuh"
 
+// 1 in builds for tests: limits so small that small shapes have several head groups, slabs and launches.
+#ifndef FSA_SMALL_LIMITS
+#define FSA_SMALL_LIMITS 0
+#endif
+
 // A 16-bit array with a row for each token: [heads, d] for the arrays of the attention, [heads, 3] for gate
 // logits. The row of token i begins at element i*stride. A packed array has the stride heads*d (or heads*3);
 // a view of a larger matrix, like q inside a QKV matrix, has a larger one.
@@ -159,18 +164,20 @@ int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype d
 // ---- topk.cu ----------------------------------------------------------------------------------------
 // Block selection: computes block scores from q [Nq, Hq, d] and kc [M, Hkv, d], both rotated, and lse_c, fp32
 // [Nq, Hq]: lse of the compressed branch. Writes block_indices [Hkv, Nq, T]. Calls fsa_topk_sm90 on Hopper if
-// it supports c, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128, and the errors of
-// the function that it calls.
+// it takes T, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128, and T at most
+// fsa_max_topk.
 int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
              const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-// The same by sm80/topk.cu. Returns FSA_ERROR_CONFIG if the lists of free blocks exceed its shared memory.
+// Returns the largest T that fsa_topk takes with the other fields of c.
+int fsa_max_topk(const FsaConfig *c);
+// The same by sm80/topk.cu, whose shared memory holds the lists of free blocks.
 int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-// Returns whether there are at most 16 free blocks: T - init_blocks - local_blocks <= 16.
-bool fsa_topk_sm90_supports(const FsaConfig *c);
-// The same by sm90/topk.cu. c must be supported.
+int fsa_max_topk_sm80(const FsaConfig *c);
+// The same by sm90/topk.cu, for at most 16 free blocks. d and T must be supported.
 int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+int fsa_max_topk_sm90(const FsaConfig *c);
 
 // ---- query_lists.cu ---------------------------------------------------------------------------------
 // Query lists: for every (KV head, slab of queries) the entries query*T + slot in CSR form, ordered by the

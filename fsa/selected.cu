@@ -14,11 +14,12 @@
 #include "selected.cuh"
 
 enum {
-    FORWARD_PARTIAL_BYTES = 96 << 20,   // target size of a launch's partial rows
-    BACKWARD_PARTIAL_BYTES = 193 << 20, // backward: the same
-    KV_SCRATCH_BYTES = 64 << 20,        // limit of dkv_accum and v_packed, unless one head needs more
-    L2_PARTIAL_BYTES = 8 << 20,         // forward: partial rows that stay in L2 for the combine kernel
-    MIN_RANGE_ENTRIES = 64,             // minimum of the average entries per work range
+    FORWARD_PARTIAL_BYTES = FSA_SMALL_LIMITS ? 128 << 10 : 96 << 20,   // target of a launch's partial rows
+    BACKWARD_PARTIAL_BYTES = FSA_SMALL_LIMITS ? 128 << 10 : 193 << 20, // backward: the same
+    MIN_LAUNCH_TOKENS = FSA_SMALL_LIMITS ? 64 : 512, // queries * KV heads, even beyond that target
+    KV_SCRATCH_BYTES = 64 << 20, // limit of dkv_accum and v_packed, unless one head needs more
+    L2_PARTIAL_BYTES = 8 << 20,  // forward: partial rows that stay in L2 for the combine kernel
+    MIN_RANGE_ENTRIES = 64,      // minimum of the average entries per work range
 };
 
 // Inclusive prefix sum of x over the lanes of a warp.
@@ -145,7 +146,7 @@ static SelectedSizes make_sizes(const FsaConfig *c, const BatchLayout *batch, Fs
     int64_t token_slots = (int64_t)c->topk * ceil_div(c->block, backward_tile_keys),
             token_bytes = token_slots * s.group * row_bytes; // partial rows of one query and KV head
     const int64_t max_tokens =
-        max_i64(target_bytes / token_bytes, 512); // maximum of queries * heads per launch
+        max_i64(target_bytes / token_bytes, MIN_LAUNCH_TOKENS); // maximum of queries * heads per launch
     s.slab_queries = min_i64(max_tokens / 64 * 64, FSA_MAX_SLAB);
     int64_t nq = batch->nq > 0 ? batch->nq : 1;
     s.slab_queries = ceil_div(nq, ceil_div(nq, s.slab_queries)); // equal slabs

@@ -313,26 +313,27 @@ static inline int64_t kv_elements(const FsaConfig &c, const BatchLayout &p, FsaV
 static inline std::vector<int32_t> random_block_indices(Random *r, const FsaConfig &c, const FsaBatch &b) {
     int64_t nq = fsa_batch_queries(&b);
     std::vector<int32_t> out((size_t)(c.kv_heads * nq * c.topk), -1);
-    std::vector<int32_t> chosen;
+    std::vector<int32_t> selected;
     for (int h = 0; h < c.kv_heads; h++) {
         int64_t query = 0;
         for (int64_t s = 0; s < b.num_segments; s++) {
             for (int64_t i = 0; i < b.segments[s].len; i++, query++) {
                 int64_t blocks = (b.segments[s].pos + i) / c.block + 1;
-                chosen.clear();
+                selected.clear();
                 int64_t want = std::min<int64_t>(blocks, c.topk);
                 if (c.init_blocks + c.local_blocks == 0 && r->below(2)) want = r->below(want + 1);
-                for (int64_t j = 0; j < blocks && blocks == want; j++) chosen.push_back((int32_t)j);
+                for (int64_t j = 0; j < blocks && blocks == want; j++) selected.push_back((int32_t)j);
                 if (blocks > want) {
-                    for (int j = 0; j < c.init_blocks; j++) chosen.push_back(j);
-                    for (int j = 0; j < c.local_blocks; j++) chosen.push_back((int32_t)(blocks - 1 - j));
+                    for (int j = 0; j < c.init_blocks; j++) selected.push_back(j);
+                    for (int j = 0; j < c.local_blocks; j++) selected.push_back((int32_t)(blocks - 1 - j));
                 }
-                while ((int64_t)chosen.size() < want) {
+                while ((int64_t)selected.size() < want) {
                     int32_t j = (int32_t)r->below(blocks);
-                    if (std::find(chosen.begin(), chosen.end(), j) == chosen.end()) chosen.push_back(j);
+                    if (std::find(selected.begin(), selected.end(), j) == selected.end())
+                        selected.push_back(j);
                 }
-                std::sort(chosen.begin(), chosen.end());
-                std::copy(chosen.begin(), chosen.end(), out.begin() + (h * nq + query) * c.topk);
+                std::sort(selected.begin(), selected.end());
+                std::copy(selected.begin(), selected.end(), out.begin() + (h * nq + query) * c.topk);
             }
         }
     }

@@ -28,6 +28,11 @@ static inline std::vector<Shape> test_shapes(Random *r, int count) {
     shapes.back().c.topk = 8;
     shapes.push_back(plain_shape(4, 1, 128, {2000, 40}));
     shapes.back().segments = {{0, 0, 1}, {0, 17, 100}, {0, 500, 1}, {0, 1990, 10}, {1, 30, 10}};
+    for (int window : {63, 64, 159, 191, 255, 256, 257}) { // edges of the masked tiles of a window
+        shapes.push_back(plain_shape(2, 1, window % 2 ? 64 : 128, {330}));
+        shapes.back().c.window = window;
+        if (window >= 255) shapes.back().segments = {{0, 125, 1}, {0, 126, 1}, {0, 127, 1}, {0, 128, 202}};
+    }
     shapes.push_back(plain_shape(5, 1, 64, {0, 0, 200, 0, 33, 0})); // empty sequences
     shapes.push_back(plain_shape(4, 1, 128, {200, 0, 90}));         // and empty segments
     shapes.back().segments = {{0, 0, 0}, {0, 3, 50},  {0, 60, 0}, {0, 60, 140},

@@ -711,9 +711,6 @@ cudaError_t cudaFree(void *p) {
     free(p);
     return cudaSuccess;
 }
-cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) {
-    return cudaMalloc(p, bytes);
-}
 cudaError_t cudaMallocHost(void **p, size_t bytes) {
     return cudaMalloc(p, bytes);
 }

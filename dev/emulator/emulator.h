@@ -180,7 +180,6 @@ template <int op, typename T> T reduce(uint32_t mask, T x) {
 #define blockIdx (emu::indices().block)
 #define blockDim (emu::indices().block_dim)
 #define gridDim (emu::indices().grid_dim)
-#define warpSize 32
 
 static inline void __syncthreads() {
     emu::barrier_sync(0, 0);
@@ -200,27 +199,11 @@ template <typename T> static inline T __shfl_up_sync(uint32_t mask, T x, unsigne
     int lane = emu::lane();
     return emu::shuffle(mask, x, lane % width < (int)delta ? lane : lane - (int)delta);
 }
-template <typename T> static inline T __shfl_down_sync(uint32_t mask, T x, unsigned delta, int width = 32) {
-    int lane = emu::lane();
-    return emu::shuffle(mask, x, lane % width + (int)delta >= width ? lane : lane + (int)delta);
-}
 static inline uint32_t __ballot_sync(uint32_t mask, int x) {
     return emu::ballot(mask, x);
 }
 static inline int __any_sync(uint32_t mask, int x) {
     return emu::ballot(mask, x) != 0;
-}
-static inline int __all_sync(uint32_t mask, int x) {
-    return emu::ballot(mask, !x) == 0;
-}
-template <typename T> static inline uint32_t __match_any_sync(uint32_t mask, T x) {
-    uint32_t same = 0;
-    for (int i = 0; i < 32; i++)
-        if (mask >> i & 1) same |= (uint32_t)(emu::shuffle(mask, x, i) == x) << i;
-    return same;
-}
-template <typename T> static inline T __reduce_add_sync(uint32_t mask, T x) {
-    return emu::reduce<0>(mask, x);
 }
 template <typename T> static inline T __reduce_min_sync(uint32_t mask, T x) {
     return emu::reduce<1>(mask, x);
@@ -240,9 +223,6 @@ template <typename T, typename U> static inline T atomicAdd(T *address, U x) {
         return old;
     }
 }
-template <typename T> static inline T atomicExch(T *address, T x) {
-    return __atomic_exchange_n(address, x, __ATOMIC_SEQ_CST);
-}
 template <typename T> static inline T atomicMax(T *address, T x) {
     T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
     while (old < x &&
@@ -257,33 +237,14 @@ template <typename T> static inline T atomicMin(T *address, T x) {
     }
     return old;
 }
-template <typename T> static inline T atomicOr(T *address, T x) {
-    return __atomic_fetch_or(address, x, __ATOMIC_SEQ_CST);
-}
-static inline void __threadfence() {
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-static inline void __threadfence_block() {}
 
-template <typename T> static inline T __ldg(const T *p) {
-    return *p;
-}
 template <typename T> static inline T __ldca(const T *p) {
-    return *p;
-}
-template <typename T> static inline T __ldcs(const T *p) {
-    return *p;
-}
-template <typename T> static inline T __ldcg(const T *p) {
     return *p;
 }
 template <typename T> static inline void __stwb(T *p, T x) {
     *p = x;
 }
 template <typename T> static inline void __stcs(T *p, T x) {
-    *p = x;
-}
-template <typename T> static inline void __stcg(T *p, T x) {
     *p = x;
 }
 template <typename A, typename B> static inline typename std::common_type<A, B>::type min(A a, B b) {
@@ -296,13 +257,9 @@ static inline float __fmul_rn(float a, float b) {
     volatile float product = a * b; // never part of a multiply-add
     return product;
 }
-#define __expf expf // glibc declares functions with these names
-#define __logf logf
+#define __expf expf // glibc declares a function with this name
 static inline float __fdividef(float a, float b) {
     return a / b;
-}
-static inline float __frcp_rn(float x) {
-    return 1 / x;
 }
 static inline float rsqrtf(float x) {
     return 1 / sqrtf(x);
@@ -320,9 +277,6 @@ static inline unsigned __vmaxu2(unsigned a, unsigned b) {
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
 }
-static inline int __popc(unsigned x) {
-    return __builtin_popcount(x);
-}
 static inline int __clz(int x) {
     return x == 0 ? 32 : __builtin_clz((unsigned)x);
 }
@@ -339,9 +293,6 @@ static inline int __float_as_int(float x) {
     return bit_cast_to<int>(x);
 }
 static inline float __uint_as_float(unsigned x) {
-    return bit_cast_to<float>(x);
-}
-static inline float __int_as_float(int x) {
     return bit_cast_to<float>(x);
 }
 static inline double __hiloint2double(int high, int low) {

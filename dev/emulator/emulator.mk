@@ -4,8 +4,9 @@ EMU := $(BUILD)/emulator
 CUDA_RUNTIME_H := $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /usr/local/cuda/include/cuda_runtime.h))
 CUDA_INCLUDE := $(patsubst %/,%,$(dir $(CUDA_RUNTIME_H)))
 EMU_NCCL := $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_INCLUDE) /usr/include /usr/local/include)))
-# CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
-EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) \
+# FSA_SMALL_LIMITS=1 and CP_HEAD_GROUP_BYTES=1: shapes small enough for the emulator still have several head groups, and
+# several slabs of the selected branch.
+EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) -DFSA_SMALL_LIMITS=1 \
     $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address) $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
 

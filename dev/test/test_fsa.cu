@@ -490,6 +490,71 @@ template <typename T> static void test_strides(Random *r, bool small) {
     CHECK(memcmp(o.data(), in_q.data(), o.size() * sizeof(T)) == 0, "%s: o over q", Dtype<T>::name);
 }
 
+// The largest topk that an error names is one that block selection takes, and the next one is an error. With
+// given blocks there is no limit but FSA_MAX_TOPK.
+template <typename T> static void test_max_topk(Random *r) {
+    FsaConfig c = default_config(16, 1, 128, 16, 200);
+    c.cmp_len = 16, c.init_blocks = 1, c.local_blocks = 2;
+    int limit = 0;
+    {
+        Problem<T> p(r, c, {20}, {}, false);
+        CHECK(p.forward(0) == FSA_ERROR_CONFIG, "topk 200: no error");
+        const char *words =
+            strstr(fsa_last_error(), "fsa_forward: topk 200: block selection on this GPU takes ");
+        CHECK(words && sscanf(strstr(words, "at most"), "at most %d with init_blocks 1, ", &limit) == 1, "%s",
+              fsa_last_error());
+        std::vector<int32_t> blocks(p.nq * c.topk, -1);
+        for (int64_t i = 0; i < p.nq; i++) blocks[i * c.topk] = 0, blocks[i * c.topk + 1] = i < 16 ? -1 : 1;
+        Buffer<int32_t> given(blocks);
+        FsaForward a = p.forward_args();
+        a.block_indices = given;
+        CHECK(fsa_forward(&c, Dtype<T>::value, &p.b, &a, 0) == 0, "%s", fsa_last_error());
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
+    for (int over = 0; over < 2; over++) {
+        c.topk = limit + over;
+        Problem<T> p(r, c, {20}, {}, false);
+        CHECK(p.forward(0) == (over ? FSA_ERROR_CONFIG : FSA_OK), "topk %d: %s", c.topk, fsa_last_error());
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
+}
+
+// Under the compressed rule a batch with fewer tokens than a stride has no key: o and dq are 0, lse is -inf,
+// the first blocks are selected, and k, v, dk and dv may be NULL.
+template <typename T> static void test_no_windows(Random *r) {
+    Problem<T> p(r, default_config(4, 2, 64, 64, 4), {11}, {}, false);
+    const FsaConfig &c = p.c;
+    const FsaDtype t = Dtype<T>::value;
+    Buffer<float> lse(p.nq * c.q_heads);
+    Buffer<T> o(p.size_q), dq(p.size_q);
+    Buffer<int32_t> blocks(c.kv_heads * p.nq * c.topk);
+    FsaAttentionForward f = {sizeof f, FSA_COMPRESSED, p.q_};
+    f.q_stride = p.q_.stride_arg(), f.o = o, f.lse = lse;
+    FsaAttentionBackward g = {sizeof g, FSA_COMPRESSED, p.q_, NULL, NULL, o, p.dout_};
+    g.q_stride = p.q_.stride_arg(), g.dout_stride = p.dout_.stride_arg(), g.lse = lse, g.dq = dq;
+    FsaSelectBlocks s = {sizeof s, p.q_, NULL};
+    s.q_stride = p.q_.stride_arg(), s.lse_c = lse, s.block_indices = blocks;
+    size_t bytes = 0;
+    for (FsaOperation op : {FSA_ATTENTION_FORWARD, FSA_ATTENTION_BACKWARD, FSA_SELECT_BLOCKS})
+        bytes = std::max(bytes, fsa_workspace_size(&c, t, &p.b, op));
+    Buffer<char> work((int64_t)bytes);
+    f.workspace = g.workspace = s.workspace = work;
+    f.workspace_bytes = g.workspace_bytes = s.workspace_bytes = bytes;
+    o.poison(), dq.poison(), lse.poison();
+    CHECK(fsa_attention_forward(&c, t, &p.b, &f, 0) == 0, "%s", fsa_last_error());
+    CHECK(fsa_attention_backward(&c, t, &p.b, &g, 0) == 0, "%s", fsa_last_error());
+    CHECK(fsa_select_blocks(&c, t, &p.b, &s, 0) == 0, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    bool zero = true, infinite = true, first = true;
+    for (const Buffer<T> *x : {&o, &dq})
+        for (T y : x->host()) zero = zero && to_float<T>(y) == 0;
+    for (float x : lse.host()) infinite = infinite && std::isinf(x) && x < 0;
+    const std::vector<int32_t> all = blocks.host();
+    for (size_t i = 0; i < all.size(); i++) first = first && all[i] == (i % (size_t)c.topk ? -1 : 0);
+    CHECK(zero && infinite && first, "%s: o and dq are 0: %d, lse is -inf: %d, first blocks: %d",
+          Dtype<T>::name, zero, infinite, first);
+}
+
 // Two problems on two streams at once, and from two threads, give the bits that each gives alone.
 static void test_two_streams(Random *r, bool small) {
     typedef __nv_bfloat16 T;
@@ -1125,6 +1190,7 @@ static void test_errors(Random *r) {
                    {&b.num_keys, -1, "num_keys -1"},
                    {&b.num_seqs, -1, "num_seqs -1"},
                    {&b.num_segments, -1, "num_segments -1"},
+                   {&b.num_keys, 0, "num_keys 0: must be at least 1 for 100 queries"},
                    {&b.num_seqs, 0, "num_seqs 0"},
                    {&b.num_segments, 0, "num_segments 0"},
                    {&b.num_queries, INT32_MAX / 8 + 1, "times topk 8 must be below 2^31"},
@@ -1497,6 +1563,7 @@ static void test_sizes() {
         }
     }
     // The selected branch: at most 320 MiB for 64K tokens, and at most twice as much for 128K.
+    if (FSA_SMALL_LIMITS) return; // more slabs than the library's
     for (int backward = 0; backward < 2; backward++) {
         FsaConfig c = default_config(32, 8, 128, 64, 16);
         size_t bytes[2];
@@ -1542,6 +1609,9 @@ int main(int argc, char **argv) {
     test_strides<__half>(&r, small);
     test_nan_query<T>(&r, small);
     test_nan_query<__half>(&r, small);
+    test_max_topk<T>(&r);
+    test_no_windows<T>(&r);
+    test_no_windows<__half>(&r);
     test_two_streams(&r, small);
     test_graph(&r);
     printf("largest relative errors: bf16 output %.2e, gradients %.2e; fp16 output %.2e, gradients %.2e\n",

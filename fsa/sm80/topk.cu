@@ -333,10 +333,15 @@ __global__ void __launch_bounds__(QUERIES * 8, 2) topk_kernel(const TopKParams p
     if (query < rows.rows) store_block_indices(p, tile, smem.lists + query * tile.num_free, query);
 }
 
-static size_t smem_bytes(const FsaConfig *c, const TopKParams *p, int queries) {
+static int max_tile_blocks(const FsaConfig *c) {
+    const int window_strides = c->cmp_len / c->cmp_stride, block_strides = c->block / c->cmp_stride;
+    return (64 + window_strides + block_strides) / block_strides + 1;
+}
+
+static size_t smem_bytes(const FsaConfig *c, int stages, int queries) {
     size_t group = c->q_heads / c->kv_heads, num_free = c->topk - c->init_blocks - c->local_blocks;
-    return (group * queries + p->stages * 64) * c->head_dim * 2 + queries * num_free * sizeof(uint2) +
-           (queries * (65 + 4 + group) + p->max_tile_blocks * (queries + 1)) * sizeof(float);
+    return (group * queries + stages * 64) * c->head_dim * 2 + queries * num_free * sizeof(uint2) +
+           (queries * (65 + 4 + group) + max_tile_blocks(c) * (queries + 1)) * sizeof(float);
 }
 
 constexpr size_t MAX_SMEM = 99 * 1024; // the least of all GPUs since sm_80
@@ -354,14 +359,20 @@ static int launch_topk_queries(const TopKParams &p, size_t bytes, cudaStream_t s
 template <typename T, int D>
 static int launch_topk_sm80(const FsaConfig *c, TopKParams p, cudaStream_t stream) {
     for (p.stages = 2; p.stages >= 1; p.stages--) {
-        size_t bytes = smem_bytes(c, &p, 32);
+        size_t bytes = smem_bytes(c, p.stages, 32);
         if (bytes <= MAX_SMEM) return launch_topk_queries<T, D, 32>(p, bytes, stream);
     }
     for (p.stages = 2; p.stages >= 1; p.stages--) {
-        size_t bytes = smem_bytes(c, &p, 16);
+        size_t bytes = smem_bytes(c, p.stages, 16);
         if (bytes <= MAX_SMEM) return launch_topk_queries<T, D, 16>(p, bytes, stream);
     }
     return FSA_ERROR_CONFIG;
+}
+
+int fsa_max_topk_sm80(const FsaConfig *c) {
+    FsaConfig no_lists = *c;
+    no_lists.topk = c->init_blocks + c->local_blocks;
+    return no_lists.topk + (int)((MAX_SMEM - smem_bytes(&no_lists, 1, 16)) / (16 * sizeof(uint2)));
 }
 
 int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
@@ -373,7 +384,6 @@ int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, 
     p.q_heads = c->q_heads, p.kv_heads = c->kv_heads;
     p.cmp_len = c->cmp_len, p.cmp_stride = c->cmp_stride, p.block = c->block;
     p.topk = c->topk, p.init_blocks = c->init_blocks, p.local_blocks = c->local_blocks;
-    int window_strides = c->cmp_len / c->cmp_stride, block_strides = c->block / c->cmp_stride;
-    p.max_tile_blocks = (64 + window_strides + block_strides) / block_strides + 1;
+    p.max_tile_blocks = max_tile_blocks(c);
     return FSA_DISPATCH(dtype, c->head_dim, launch_topk_sm80, c, p, stream);
 }

@@ -21,8 +21,8 @@ enum {
     // Backward processes head groups one after another. A small head group keeps several key tiles of each
     // head in flight, which share Q and dout in L2. A head group has at least MIN_HEAD_GROUP / num_splits
     // heads and MIN_GROUP_ITEMS work items, so that the last head group still fills all SMs.
-    MIN_HEAD_GROUP = 8,
-    MIN_GROUP_ITEMS = 256,
+    MIN_HEAD_GROUP = FSA_SMALL_LIMITS ? 1 : 8,
+    MIN_GROUP_ITEMS = FSA_SMALL_LIMITS ? 1 : 256,
     // Splits of backward under the compressed rule. The longest work item takes twice as long as the average.
     // With one or two work items per SM that leaves SMs idle, so the rows of each work item are split.
     //     work items                                     splits

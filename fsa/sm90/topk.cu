@@ -766,9 +766,8 @@ int launch_topk_sm90(const TopKParamsSm90 &p, FsaDtype dtype, int blocks, cudaSt
 
 } // namespace
 
-bool fsa_topk_sm90_supports(const FsaConfig *c) {
-    return (c->head_dim == 64 || c->head_dim == 128) &&
-           c->topk - c->init_blocks - c->local_blocks <= LIST_SIZE;
+int fsa_max_topk_sm90(const FsaConfig *c) {
+    return c->init_blocks + c->local_blocks + LIST_SIZE;
 }
 
 int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,

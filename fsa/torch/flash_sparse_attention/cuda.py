@@ -300,7 +300,6 @@ def _select_blocks_plan(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, sca
 def _select_blocks(q, kc, lse_c, cu_seqlens, segments, num_keys, sizes, scale):
     plan = _plan(_select_blocks_plan, (q, kc, lse_c, cu_seqlens, segments), (num_keys, tuple(sizes), scale))
     block_indices = q.new_empty(kc.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
-    kc = kc if kc.shape[0] else q  # no rows are read, but the pointer must not be NULL
     a = plan.new_arguments()
     a.q, a.kc, a.lse_c, a.block_indices = q.data_ptr(), kc.data_ptr(), lse_c.data_ptr(), block_indices.data_ptr()
     plan.run(a, cu_seqlens, segments)
@@ -328,7 +327,6 @@ def _attention_forward(q, k, v, cu_seqlens, segments, inv_freq, rule, num_keys, 
     inputs = q, k, v, cu_seqlens, segments, inv_freq
     plan = _plan(_attention_forward_plan, inputs, (rule, num_keys, tuple(sizes), scale))
     o, lse = new_like(q), new_lse(q)
-    k, v = (x if x.shape[0] else q for x in (k, v))  # no rows are read, but the pointers must not be NULL
     a = plan.new_arguments()
     a.q, a.k, a.v, a.inv_freq = q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(inv_freq)
     a.o, a.lse = o.data_ptr(), lse.data_ptr()

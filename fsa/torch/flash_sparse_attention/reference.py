@@ -146,9 +146,9 @@ def selected_mask(layout, block_indices, block):
     """Returns [Hkv, Nq, N]: whether a query sees a key of its selected blocks, up to the query itself."""
     num_blocks = (layout.key_pos.shape[0] + block - 1) // block
     slots = torch.where(block_indices < 0, num_blocks, block_indices).long()
-    chosen = torch.zeros(*slots.shape[:2], num_blocks + 1, dtype=torch.bool, device=slots.device)
-    chosen = chosen.scatter(2, slots, True)
-    return chosen[:, :, layout.key_pos // block] & layout.visible("causal")
+    selected = torch.zeros(*slots.shape[:2], num_blocks + 1, dtype=torch.bool, device=slots.device)
+    selected = selected.scatter(2, slots, True)
+    return selected[:, :, layout.key_pos // block] & layout.visible("causal")
 
 
 def _compute(*tensors):
