@@ -1127,11 +1127,23 @@ def test_transformers():
         batch[2, 5:-20], mask[2, :5], mask[2, -20:] = tokens[0, : TOKENS - 25], 0, 0
         with torch.no_grad():
             padded = model(batch, attention_mask=mask).logits
-            try:
-                model(tokens, position_ids=torch.arange(TOKENS)[None] % 30)
-                check(False, f"{name}: packed documents are taken")
-            except ValueError as e:
-                check("position_ids begin again within a row" in str(e), f"{name}: packed documents: {e}")
+            for wrong, words in (
+                ({"position_ids": torch.arange(TOKENS)[None] % 30}, "position_ids begin again within a row"),
+                ({"output_attentions": True}, "output_attentions: "),
+            ):
+                try:
+                    model(tokens, **wrong)
+                    check(False, f"{name}: {words} is taken")
+                except ValueError as e:
+                    check(words in str(e), f"{name}: {e}")
+            states = model(tokens, output_hidden_states=True).hidden_states
+            check(
+                len(states) == model.config.num_hidden_layers + 1
+                and torch.equal(states[0], model.get_input_embeddings()(tokens))
+                and torch.equal(model.lm_head(states[-1])[0], logits)
+                and model(tokens).hidden_states is None,
+                f"{name}: hidden states",
+            )
         for row, length in ((1, TOKENS - 30), (2, TOKENS - 25)):
             worst = error(padded[row][mask[row] == 1].double().numpy(), logits[:length].double().numpy())
             check(worst < 1e-5, f"{name}: padding changes logits by {worst:.1e}")

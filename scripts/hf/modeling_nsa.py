@@ -310,11 +310,16 @@ class NsaModel(NsaPreTrainedModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        output_hidden_states=None,
+        output_attentions=None,
         **kwargs,
     ):
         """attention_mask [B, N] is 0 for padding, on any side, of the N tokens up to the last one. Positions
-        count the tokens that are no padding. Raises ValueError for another mask, and for position_ids that begin
-        again within a row, as those of packed documents do."""
+        count the tokens that are no padding. Raises ValueError for another mask, for position_ids that begin
+        again within a row, as those of packed documents do, and for output_attentions. hidden_states has the
+        input of each layer, and last_hidden_state."""
+        if output_attentions:
+            raise ValueError("output_attentions: native sparse attention does not keep its weights; leave it out")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)}: must be [batch, tokens], 0 for padding; "
@@ -337,9 +342,19 @@ class NsaModel(NsaPreTrainedModel):
             order = attention_mask.to(torch.int).sort(dim=1, descending=True, stable=True).indices
             positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         frequencies = inv_freq(self.config, x.device)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = () if output_hidden_states else None
         for layer in self.layers:
+            if output_hidden_states:
+                hidden_states += (x,)
             x = layer(x, positions, order, frequencies, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: cache})
+        x = self.norm(x)
+        if output_hidden_states:
+            hidden_states += (x,)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x, hidden_states=hidden_states, **{CACHE_NAME: cache}
+        )
 
 
 class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
@@ -374,6 +389,8 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        output_hidden_states=None,
+        output_attentions=None,
         **kwargs,
     ):
         outputs = self.model(
@@ -383,6 +400,8 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
             cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -391,4 +410,9 @@ class NsaForCausalLM(NsaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: outputs.get(CACHE_NAME)})
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )
