@@ -2,7 +2,7 @@
 imported; the C trainer's logits must equal those that transformers gave (golden/hf.txt, made by
 golden_hf.py); what is exported must equal what was imported, bit for bit; every wrong folder is refused with
 one line. `make test` sets CPU (the trainer) and BUILD (the folder with the program of dev/test/logits.c).
-With transformers and torch, all families are also compared with it anew.
+With transformers and torch, all families are also compared with it anew, and nsa on a GPU with itself.
 
 test_hf.py [NAME...]: names of tests run these tests alone (gguf: test_gguf); names of families limit the tests
 `families` and `transformers` to them. FIRST_FAILURE=1 stops at the first failed check."""
@@ -1182,6 +1182,52 @@ def test_transformers():
         check(half.dtype == torch.bfloat16 and bool(half.isfinite().all()), f"{name}: bf16")
 
 
+def test_gpu():
+    """nsa on a GPU, where the kernels take 16-bit models with 64 channels a head: their logits, also with a KV cache, are as
+    close to those of fp32 as those of PyTorch in the same type."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not torch.cuda.is_available():
+        skip("exported models on a GPU: PyTorch sees no GPU")
+        return
+    os.environ.setdefault("LIBFSA", os.path.join(ROOT if os.path.basename(BUILD) == "build" else BUILD, "libfsa.so"))
+    tokens, start = torch.tensor([test_tokens()]).cuda(), TOKENS - 10
+    for name in (name for name in families if name.startswith("nsa")):
+        folder = os.path.join(TMP, name + "_64")
+        config = {**FAMILIES[name]["config"], "head_dim": 64}
+        make_folder(folder, {**FAMILIES[name], "config": config})
+        for dtype in (torch.bfloat16, torch.float16):
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).cuda()
+            module = sys.modules[type(model.model).__module__]
+            compute, take, calls = module.native_sparse_attention, module.kernels_take, []
+
+            def kernels(*x, **y):
+                calls.append(1)
+                return compute(*x, **y)
+
+            module.native_sparse_attention = kernels
+            with torch.no_grad():
+                logits = model(tokens).logits[0]
+                cached, cache = [], None
+                for begin, end in ((0, start), *((i, i + 1) for i in range(start, TOKENS))):
+                    out = model(tokens[:, begin:end], past_key_values=cache, use_cache=True)
+                    cached.append(out.logits[0])
+                    cache = out.past_key_values
+                count = len(calls)
+                module.kernels_take = lambda q: False
+                plain, exact = model(tokens).logits[0], model.float()(tokens).logits[0].double().cpu().numpy()
+                module.native_sparse_attention, module.kernels_take = compute, take
+            got = [error(x.double().cpu().numpy(), exact) for x in (logits, torch.cat(cached), plain)]
+            check(
+                max(got[:2]) <= 1.5 * got[2],
+                f"{name} {dtype}: errors of logits: kernels {got[0]:.1e}, with a cache {got[1]:.1e}, PyTorch {got[2]:.1e}",
+            )
+            every, layers = config.get("nsa_full_every", 0), config["num_hidden_layers"]
+            layers -= layers // every if every else 0
+            check(count == 12 * layers, f"{name} {dtype}: {count} calls of the kernels, not {12 * layers}")
+
+
 def main():
     global TMP, families, forks
     tests = {name: test for name, test in globals().items() if name.startswith("test_") and name != "test_tokens"}
@@ -1198,10 +1244,10 @@ def main():
         skip(f"scripts/from_hf.py and to_hf.py need the Python packages {', '.join(missing)}: "
              f"python3 -m pip install -r requirements.txt")  # fmt: skip
         finish()
-    if test_transformers in tests and any(
+    if {test_transformers, test_gpu} & {*tests} and any(
         importlib.util.find_spec(package) is None for package in ("torch", "transformers")
     ):
-        tests.remove(test_transformers)
+        tests = [test for test in tests if test not in (test_transformers, test_gpu)]
         skip(
             "a comparison with transformers itself needs torch and transformers: "
             "python3 -m pip install -r dev/test/requirements.txt"
