@@ -105,6 +105,22 @@ static inline void loader_open(DataLoader *l, const char *pattern, int64_t batch
     l->sample = (uint32_t *)xmalloc((size_t)(seq_len + 1) * sizeof(uint32_t));
 }
 
+// Warns on stderr if a shard of val is one of train, too.
+static inline void loader_warn_shared(const DataLoader *train, const DataLoader *val) {
+    for (int64_t i = 0; i < val->shard_count; i++) {
+        const char *path = val->shards[i].path;
+        struct stat a, b;
+        for (int64_t j = 0; j < train->shard_count; j++) {
+            const char *other = train->shards[j].path;
+            if (strcmp(file_name(other), file_name(path)) != 0) continue;
+            if (stat(path, &a) != 0 || stat(other, &b) != 0) continue;
+            if (a.st_dev != b.st_dev || a.st_ino != b.st_ino) continue;
+            fprintf(stderr, "warning: -i and -j share shard %s: validation measures training data\n", path);
+            return;
+        }
+    }
+}
+
 // Closes the open shard and frees all memory.
 static inline void loader_close(DataLoader *l) {
     if (l->open_shard >= 0) shard_close(&l->shards[l->shard_order[l->open_shard]]);

@@ -146,7 +146,7 @@ static inline void eval_load(EvalFile *f, const char *flag, const char *path, Ev
     memset(f, 0, sizeof *f);
     if (snprintf(f->path, sizeof f->path, "%s", path) >= (int)sizeof f->path)
         die("%s %s: the name is too long; choose a shorter path", flag, path);
-    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path, *end = strstr(base, ".bin");
+    const char *base = file_name(path), *end = strstr(base, ".bin");
     snprintf(f->name, sizeof f->name, "%.*s", end ? (int)(end - base) : (int)strlen(base), base);
     FILE *file = input_fopen("", path, &st);
     if (!file) die("cannot read %s: %s; check the path", path, strerror(errno));

@@ -223,7 +223,7 @@ static inline DataIdentity run_data_identity(const Run *r) {
         Shard s;
         shard_open(&s, found.gl_pathv[i]);
         shard_close(&s);
-        const char *slash = strrchr(s.path, '/'), *name = slash ? slash + 1 : s.path;
+        const char *name = file_name(s.path);
         d.shards++;
         d.tokens += s.count;
         d.names = checksum(name, strlen(name), d.names + (uint64_t)s.count);
@@ -431,6 +431,7 @@ static inline void run_start(Run *r, int argc, char **argv) {
     if (o->val && !o->sample_only) {
         loader_open(&r->val, o->val, o->batch, o->seq_len, r->config.vocab_size, 0, o->seed, r->dp_rank,
                     r->dp_size);
+        if (r->comm.rank == 0) loader_warn_shared(&r->train, &r->val);
         r->answers = (Answers *)xcalloc(r->val.shard_count, sizeof *r->answers);
         int found = 0;
         for (int64_t s = 0; s < r->val.shard_count; s++)

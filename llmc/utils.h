@@ -131,6 +131,12 @@ static inline double parse_double(const char *flag, const char *text, double min
     return v;
 }
 
+// Returns the name of a file, the part of its path after the last slash.
+static inline const char *file_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 // Creates the folder and its parents, as mkdir -p; dies if it cannot.
 static inline void make_dirs(const char *path) {
     char part[PATH_BYTES];

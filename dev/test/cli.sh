@@ -65,6 +65,10 @@ done
 check 'grep "\"loss\"" clip0.5/log.jsonl | sed "s/.*\"lr\":\([^,]*\).*/\1/" | diff - <(printf "%s\n" 0.00025 0.0005 0.00075 0.001 0.001 0.00075 0.0005 0.00025)' "learning rates: $(cat clip0.5/log.jsonl)"
 check 'same_numbers <(head -1 want) <(logged clip0.5 0 | head -1) 1e-6' "-clip changes the norm in the log"
 
+# a validation shard that is a training shard, too, by another path
+run $TINY -x 1 -u 1 -i 'data/recall_*.bin' -j "$PWD/data/recall_val_*.bin"
+check '[ $code -eq 0 ] && [ "$(cat err)" = "warning: -i and -j share shard $PWD/data/recall_val_000000.bin: validation measures training data" ]' "shared shards: $(cat err)"
+
 # -a 1: the loss on one batch becomes much smaller
 run -e recall -t 64 -b 2 -l 5e-3 -x 60 -a 1 -v 0 $DATA
 check 'awk "/^step 1\//{a=\$5} /^step 60\//{b=\$5} END{exit !(b > 0 && b < a / 3)}" out' "-a 1 does not overfit"
