@@ -4,9 +4,8 @@ EMU := $(BUILD)/emulator
 CUDA_RUNTIME_H := $(firstword $(wildcard $(CUDA_HOME)/include/cuda_runtime.h /usr/local/cuda/include/cuda_runtime.h))
 CUDA_INCLUDE := $(patsubst %/,%,$(dir $(CUDA_RUNTIME_H)))
 EMU_NCCL := $(firstword $(wildcard $(addsuffix /nccl.h,$(CUDA_INCLUDE) /usr/include /usr/local/include)))
-# FSA_SMALL_LIMITS=1 and CP_HEAD_GROUP_BYTES=1: shapes small enough for the emulator still have several head groups, and
-# several slabs of the selected branch.
-EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) -DFSA_SMALL_LIMITS=1 \
+# CP_HEAD_GROUP_BYTES=1: models small enough for the emulator still have several head groups with -cp.
+EMUFLAGS := -std=gnu++17 -O2 -w -Wno-psabi $(if $(HAS_NATIVE),-march=native) -fopenmp -I$(CUDA_INCLUDE) \
     $(if $(filter 1,$(SAN)),-O1 -g -fsanitize=address) $(if $(EMU_NCCL),-DMULTI_GPU -DCP_HEAD_GROUP_BYTES=1)
 FLAGS_emulator := $(CXX) $(EMUFLAGS)
 
@@ -22,9 +21,12 @@ $(EMU)/llmc/ptx.cuh: dev/emulator/llmc/ptx.cuh
 
 NO_HEADERS = $(error $@ needs the headers of the CUDA Toolkit, which were not found)
 COMPILE_EMU = $(START)$(or $(if $(CUDA_INCLUDE),$(CXX)),$(NO_HEADERS)) $(EMUFLAGS) -MMD -MP
-$(EMU)/%.o: $(EMU)/%.cu $(BUILD)/emulator.flags | $(EMU_HEADERS) $(EMU_SOURCES)
+define COMPILE_TRANSLATED
 	$(COMPILE_EMU) -include dev/emulator/emulator.h -x c++ -c $< -o $@
 	@sed -i -E ':a;s#[^ /]+/\.\./##;ta' $(@:.o=.d)
+endef
+$(EMU)/%.o: $(EMU)/%.cu $(BUILD)/emulator.flags | $(EMU_HEADERS) $(EMU_SOURCES) ; $(COMPILE_TRANSLATED)
+$(EMU)/small/%.o: $(EMU)/%.cu $(BUILD)/emulator.flags | $(EMU_HEADERS) $(EMU_SOURCES) ; $(COMPILE_TRANSLATED)
 $(EMU)/%.o: dev/emulator/%.cpp $(BUILD)/emulator.flags
 	$(COMPILE_EMU) -c $< -o $@
 $(EMU)/fsa/example.o: fsa/example.c $(BUILD)/c.flags
@@ -39,6 +41,11 @@ $(EMU)/fsa.a: $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU_PARTS) $(C_PARTS)
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a $(BUILD)/mpi.flags
 	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) \
 	    -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
+# The tests of the kernels link these before fsa.a: with limits so small that small shapes have several head groups, slabs and
+# launches. The trainer's memory is that of the library's limits.
+SMALL := $(addprefix $(EMU)/small/fsa/,selected.o sm90/dense_bwd.o)
+$(SMALL) $(EMU)/dev/test/test_fsa.o: private EMUFLAGS += -DFSA_SMALL_LIMITS=1
+$(EMU)/dev/test/test_fsa.out $(KERNELS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(SMALL)
 $(EMU)/train_gpt_nsa.out $(EMU)/dev/fp8_gradients.out: $(BUILD)/llmc/commit.o
 $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%.o
