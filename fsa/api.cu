@@ -174,8 +174,7 @@ static int check_rows(const char *name, const void *p, const char *stride_name, 
 #define GATE_ROWS(name)                                                                                      \
     ROWS(name##_logits, name##_stride, c->gate_per_token ? 3 : 3 * (int64_t)c->q_heads, b->num_queries, 1)
 
-// Returns the rows that k and v must have under a rule. If there are none, the functions below replace the
-// pointers by q's: no row is read, but TMA needs an address.
+// Returns the rows that k and v must have under a rule.
 static int64_t num_key_rows(const FsaConfig *c, const FsaDeviceBatch *b, FsaVisibility rule) {
     return rule == FSA_COMPRESSED ? b->num_keys / c->cmp_stride : b->num_keys;
 }
@@ -371,10 +370,10 @@ static int check_call(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
 
 // Returns an error if block selection cannot hold the free blocks of a query.
 static int check_topk(const FsaConfig *c) {
-    const int limit = fsa_max_topk(c);
+    const int limit = fsa_max_topk_sm80(c);
     if (c->topk <= limit) return FSA_OK;
     return fail(FSA_ERROR_CONFIG,
-                "topk %d: block selection on this GPU takes at most %d with init_blocks %d, local_blocks %d, "
+                "topk %d: block selection takes at most %d with init_blocks %d, local_blocks %d, "
                 "%d query heads per KV head and head_dim %d",
                 c->topk, limit, c->init_blocks, c->local_blocks, c->q_heads / c->kv_heads, c->head_dim);
 }
@@ -558,7 +557,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
         KV_ROWS(dk);
         KV_ROWS(dv);
     }
-    if (b->num_keys > 0 && b->num_queries > 0) {
+    if (b->num_queries > 0) {
         Q_ROWS(q);
         POINTER(block_indices);
         Q_ROWS(o);
@@ -585,12 +584,13 @@ int fsa_select_blocks(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
     TRY(load_args(__func__, &a, args, "FsaSelectBlocks"));
     TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
-        TRY(check_topk(c));
         Q_ROWS(q);
+        // Without rows none is read, but TMA needs an address.
         if (num_key_rows(c, b, FSA_COMPRESSED) == 0) a.kc = a.q, a.kc_stride = 0;
         KV_ROWS(kc);
         POINTER(lse_c);
         POINTER(block_indices);
+        TRY(check_topk(c));
     }
     TRY(start(c, dtype, b, FSA_SELECT_BLOCKS, a.workspace, a.workspace_bytes, &batch, stream));
     if (batch.nq == 0) return FSA_OK;
@@ -631,6 +631,7 @@ int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
     TRY(check_call(c, dtype, b, stream));
     if (b->num_queries > 0) {
         Q_ROWS(q);
+        // Without rows none is read, but TMA needs an address.
         if (num_key_rows(c, b, a.rule) == 0) a.k = a.v = a.q, a.k_stride = a.v_stride = 0;
         KV_ROWS(k);
         KV_ROWS(v);

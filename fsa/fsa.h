@@ -145,8 +145,9 @@ typedef struct CUstream_st *FsaStream; // a cudaStream_t
 // Packed sequences and their queries. The counts are on the host; the arrays are on the device. Counts are at
 // least 0; num_queries is below 2^31, num_keys below 2^30. Keys need a sequence, queries a segment and a key.
 // The functions do not read the arrays' content before they launch, so it is not checked: cu_seqlens ascends
-// from 0 to N, 0 <= seq < num_seqs, 0 <= pos, pos + len is at most the length of sequence seq, and the sum of
-// all len is Nq. Other content makes kernels read and write out of bounds.
+// from 0 to N; 0 <= seq < num_seqs, 0 <= pos, pos + len is at most the length of sequence seq, segments
+// ascend as FsaSegment says, and the sum of all len is Nq; block indices obey the rules of
+// fsa_selected_forward. Other content makes kernels read and write out of bounds.
 typedef struct {
     int64_t num_queries, num_keys; // Nq, N
     int64_t num_seqs, num_segments;
@@ -277,7 +278,7 @@ int fsa_selected_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBat
 typedef struct {
     size_t size;    // sizeof(FsaSelectBlocks)
     const void *q;  // after RoPE
-    const void *kc; // after RoPE; floor(N/s) rows must exist, NULL if 0, as for fsa_attention_forward
+    const void *kc; // after RoPE; floor(N/s) rows must exist; may be NULL if that is 0
     int64_t q_stride, kc_stride;
     const float *lse_c;     // lse of the compressed branch, from fsa_attention_forward with FSA_COMPRESSED
     int32_t *block_indices; // output
@@ -305,8 +306,8 @@ typedef struct {
 } FsaAttentionForward;
 // Computes attention under a visibility rule: o = softmax(scale q k^T) v over the visible keys, after RoPE of
 // q and k if inv_freq is set. For FSA_COMPRESSED the host knows only that M <= N/s, so kernels may load all
-// floor(N/s) rows of kc and vc: these rows must exist, but rows from M may be uninitialized. k and v without
-// rows may be NULL. Errors: those common to all; FSA_ERROR_ARGUMENT for another rule.
+// floor(N/s) rows of kc and vc: these rows must exist, but rows from M may be uninitialized. k and v may be
+// NULL if that number is 0. Errors: those common to all; FSA_ERROR_ARGUMENT for another rule.
 int fsa_attention_forward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                           const FsaAttentionForward *args, FsaStream stream);
 
@@ -325,7 +326,7 @@ typedef struct {
     size_t workspace_bytes;
 } FsaAttentionBackward;
 // Computes the gradients of fsa_attention_forward. For FSA_COMPRESSED the rows of dk and dv from M on are not
-// written. Errors: those of forward.
+// written; k, v, dk and dv may be NULL if floor(N/s) is 0. Errors: those of forward.
 int fsa_attention_backward(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b,
                            const FsaAttentionBackward *args, FsaStream stream);
 

@@ -164,19 +164,19 @@ int fsa_window_backward(const FsaConfig *c, const BatchLayout *batch, FsaDtype d
 // ---- topk.cu ----------------------------------------------------------------------------------------
 // Block selection: computes block scores from q [Nq, Hq, d] and kc [M, Hkv, d], both rotated, and lse_c, fp32
 // [Nq, Hq]: lse of the compressed branch. Writes block_indices [Hkv, Nq, T]. Calls fsa_topk_sm90 on Hopper if
-// it takes T, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128, and T at most
-// fsa_max_topk.
+// T is at most fsa_max_topk_sm90, otherwise fsa_topk_sm80. Returns FSA_ERROR_CONFIG unless d is 64 or 128,
+// and T at most fsa_max_topk_sm80.
 int fsa_topk(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
              const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-// Returns the largest T that fsa_topk takes with the other fields of c.
-int fsa_max_topk(const FsaConfig *c);
-// The same by sm80/topk.cu, whose shared memory holds the lists of free blocks.
+// The same by sm80/topk.cu.
 int fsa_topk_sm80(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
-int fsa_max_topk_sm80(const FsaConfig *c);
-// The same by sm90/topk.cu, for at most 16 free blocks. d and T must be supported.
+// The same by sm90/topk.cu. d and T must be supported.
 int fsa_topk_sm90(const FsaConfig *c, const BatchLayout *batch, FsaDtype dtype, ConstRows q, ConstRows kc,
                   const float *lse_c, int32_t *block_indices, cudaStream_t stream);
+// Return the largest T of these functions; c->topk is not read. sm80: the lists of free blocks must fit in
+// shared memory, which holds at least 73. sm90: 16 free blocks.
+int fsa_max_topk_sm80(const FsaConfig *c);
 int fsa_max_topk_sm90(const FsaConfig *c);
 
 // ---- query_lists.cu ---------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ static __device__ __forceinline__ uint32_t warp_inclusive_scan(uint32_t x) {
 // lists would take twice as long as the others.
 //
 // Range i nominally starts at entry i * n / num_ranges of the slab's n entries. Within the sequence that
-// holds this entry, the start moves to the same fraction of the sequence's cost. The number of entries of a
-// sequence does not depend on its block indices, unless a query list of the caller has fewer than T blocks.
-// So the ranges of a sequence, and the order of its sums, do not depend on the block indices of other
+// holds this entry, the start moves to the same fraction of the sequence's cost. If every query has min(T,
+// blocks up to its own) blocks, the number of entries of a sequence does not depend on its block indices.
+// Then the ranges of a sequence, and the order of its sums, do not depend on the block indices of other
 // sequences. A range may be empty.
 //
 // Each warp computes consecutive ranges: a first pass over the offsets of a sequence sums the costs, a second

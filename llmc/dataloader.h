@@ -105,7 +105,7 @@ static inline void loader_open(DataLoader *l, const char *pattern, int64_t batch
     l->sample = (uint32_t *)xmalloc((size_t)(seq_len + 1) * sizeof(uint32_t));
 }
 
-// Warns on stderr if a shard of val is one of train, too.
+// Warns on stderr if a shard of val is one of train, too, under the same file name.
 static inline void loader_warn_shared(const DataLoader *train, const DataLoader *val) {
     for (int64_t i = 0; i < val->shard_count; i++) {
         const char *path = val->shards[i].path;

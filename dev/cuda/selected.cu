@@ -321,7 +321,7 @@ template <typename T> static void check_all(Random *r, bool small) {
     check<T>(r, default_config(4, 2, 128, 64, 5), {900, 1, 300}, {{0, 100, 57}, {0, 400, 500}, {2, 299, 1}});
     check<T>(r, default_config(4, 2, 64, 64, 5), {600}, {}, Dtype<T>::value == FSA_BF16 ? 1e8f : 3e3f);
     check<T>(r, default_config(64, 4, 64, 64, 16), {1100});
-    check<T>(r, default_config(32, 2, 128, 48, 24), {2000}); // several slabs, a launch for each head
+    check<T>(r, default_config(32, 2, 128, 48, 24), {2000}); // forward: several slabs, a launch for each head
     check<T>(r, default_config(1, 1, 128, 128, 8), {5000});  // long query lists of 128-key blocks
 }
 

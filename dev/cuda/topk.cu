@@ -168,6 +168,24 @@ template <typename T> static void check_shape(Random *r, const Shape &s, int kin
     }
 }
 
+// Checks that fsa_topk_sm80 takes the topk that fsa_max_topk_sm80 returns, and no larger one.
+static void check_limit(int g) {
+    FsaConfig c = default_config(g, 1, 128, 64, 16);
+    const int limit = fsa_max_topk_sm80(&c);
+    Batch b(c, {20});
+    const int64_t kv = kv_elements(c, b.batch, FSA_COMPRESSED);
+    Buffer<__nv_bfloat16> q(b.batch.nq * g * 128), kc(kv);
+    Buffer<float> lse(b.batch.nq * g);
+    Buffer<int32_t> block_indices(b.batch.nq * (limit + 1));
+    for (int over = 0; over < 2; over++) {
+        c.topk = limit + over;
+        const int status =
+            fsa_topk_sm80(&c, &b.batch, FSA_BF16, packed_q(&c, q), packed_kv(&c, kc), lse, block_indices, 0);
+        check_that(status == (over ? FSA_ERROR_CONFIG : FSA_OK), "the largest topk", c.topk, limit);
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+}
+
 template <typename T> static void time_shape(const Timing &t, int block, int topk, uint64_t seed) {
     const int d = 128;
     FsaConfig c = default_config(t.hq, t.hkv, d, block, topk);
@@ -253,6 +271,7 @@ int main(int argc, char **argv) {
             for (int kinds : {1, 3})
                 check_shape<__nv_bfloat16>(&r, s, kinds), check_shape<__half>(&r, s, kinds);
         }
+        for (int g : {1, 4, 16}) check_limit(g);
         printf("topk  worst excess %.2e; %lld of %lld selected blocks differ from the reference\n", worst,
                (long long)num_differ, (long long)num_selected);
         printf("topk: %d passed, %d failed\n", checks_passed, checks_failed);

@@ -159,13 +159,13 @@ inline void ballot_lanes(uint32_t mask, const int *in, uint32_t *out) {
 inline uint32_t ballot(uint32_t mask, int x) {
     return warp_collective<int, uint32_t, ballot_lanes>("vote", mask, x);
 }
-// op 0: sum, 1: minimum, 2: maximum.
+// op 1: minimum, 2: maximum.
 template <typename T, int op> void reduce_lanes(uint32_t mask, const T *in, T *out) {
     bool first = true;
     T x = 0;
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
-        x = first ? in[i] : op == 0 ? x + in[i] : op == 1 ? (in[i] < x ? in[i] : x) : (in[i] > x ? in[i] : x);
+        x = first ? in[i] : op == 1 ? (in[i] < x ? in[i] : x) : (in[i] > x ? in[i] : x);
         first = false;
     }
     for (int i = 0; i < 32; i++) out[i] = x;

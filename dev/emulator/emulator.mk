@@ -41,11 +41,11 @@ $(EMU)/fsa.a: $(FSA_SOURCES:%.cu=$(EMU)/%.o) $(EMU_PARTS) $(C_PARTS)
 $(EMU)/%.out: $(EMU)/%.o $(EMU)/fsa.a $(BUILD)/mpi.flags
 	$(START)$(CXX) $(EMUFLAGS) $(if $(filter 1,$(SAN)),-fsanitize=undefined) $(filter %.o,$^) $(filter %.a,$^) \
 	    -lpthread -lrt -Wl,--as-needed $(MPI_LIBS) -o $@
-# The tests of the kernels link these before fsa.a: with limits so small that small shapes have several head groups, slabs and
-# launches. The trainer's memory is that of the library's limits.
+# The kernels' programs link these before fsa.a: with limits so small that small shapes have several head groups, slabs and
+# launches. The trainer and test_fsa have the library's limits.
 SMALL := $(addprefix $(EMU)/small/fsa/,selected.o sm90/dense_bwd.o)
-$(SMALL) $(EMU)/dev/test/test_fsa.o: private EMUFLAGS += -DFSA_SMALL_LIMITS=1
-$(EMU)/dev/test/test_fsa.out $(KERNELS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(SMALL)
+$(SMALL): private EMUFLAGS += -DFSA_SMALL_LIMITS=1
+$(KERNELS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(SMALL)
 $(EMU)/train_gpt_nsa.out $(EMU)/dev/fp8_gradients.out: $(BUILD)/llmc/commit.o
 $(EMU)/test_gpt_nsa.out $(LAYERS:$(BUILD)/%=$(EMU)/dev/cuda/%.out): $(BUILD)/train_gpt_nsa_f32.o
 .PRECIOUS: $(EMU)/%.o

@@ -318,7 +318,7 @@ static __device__ __forceinline__ void load_lse_delta(const DenseParams &p,
                 const float local_lse2 = local_lse[i] * FSA_LOG2E;
                 // Base 2, relative to the branch with the larger probability.
                 const float min_lse2 = fminf(lse2, local_lse2);
-                const float ratio = min_lse2 == INFINITY ? 0 : exp2f(min_lse2 - fmaxf(lse2, local_lse2));
+                const float ratio = min_lse2 == INFINITY ? 0 : exp2f(-fabsf(lse2 - local_lse2)); // keeps NaN
                 const float both_lse2 = min_lse2 - log2f(1 + ratio);
                 const float weight = (lse2 == min_lse2 ? 1 : ratio) / (1 + ratio); // P / (P + P')
                 const float both_delta = local_delta[i] + weight * (delta[i] - local_delta[i]);

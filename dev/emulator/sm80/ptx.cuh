@@ -171,7 +171,7 @@ template <int left> inline void cp_async_wait() {
 }
 
 inline float exp2_fast(float x) {
-    return exp2f(x);
+    return std::isnan(x) ? NAN : exp2f(x); // as on a GPU, a NaN has no sign
 }
 inline float log2_fast(float x) {
     return log2f(x);
