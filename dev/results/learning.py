@@ -27,6 +27,10 @@ LOSSES = {
         ("window-2", "nsa-2"),
         ("window-3", "nsa-3"),
     ],
+    "learning_long": [
+        ("long-full", None),
+        ("long-nsa", "long-full"),
+    ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
         ("graded-1", "nsa-1"),
@@ -144,6 +148,7 @@ TIMES = {
         ("nsa-1", "window-1"),
         ("nsa-2", "window-2"),
         ("nsa-3", "window-3"),
+        ("long-nsa", "long-full"),
         ("nsa-64k", "full-64k"),
         ("nsa-64k", "full-x2-64k"),
         ("nsa-64k", "window-64k"),
@@ -178,6 +183,13 @@ CONTINUED = {
             ("full-x3-1", None),
             ("nsa-x3-1", "full-x3-1"),
             ("window-x3-1", "full-x3-1"),
+        ],
+    ),
+    "learning_trend_long": (
+        [105, 210, 315, 400],
+        [
+            ("long-full", None),
+            ("long-nsa", "long-full"),
         ],
     ),
     "learning_64k": (
@@ -221,6 +233,10 @@ POSITIONS = {
             ("nsa-2", "window-2"),
             ("nsa-3", "window-3"),
         ],
+    ),
+    "learning_positions_long": (
+        ["long-nsa", "long-full"],
+        [("long-nsa", "long-full")],
     ),
     "learning_positions_64k": (
         ["nsa-64k", "full-64k", "full-x2-64k", "window-64k"],
