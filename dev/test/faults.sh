@@ -63,6 +63,7 @@ cpu_faults() {
 
     # ---- the training step
     S="cli.sh"
+    fault "no warning of a shard of -i and -j" llmc/dataloader.h 's/fprintf\(stderr, "warning: -i and -j/if (0) &/' "$S"
     fault "-clip is ignored" $C 's/double scale = o->clip > 0 .*;/double scale = 1;/' "$S"
     fault "gradients below -clip are scaled up to it" $C 's/o->clip > 0 && line->norm > o->clip \?/o->clip > 0 ?/' "$S"
     fault "the norm is logged after clipping" $C 's/(model_update\(model, r->state.step \+ 1, .*)/line->norm *= scale;\n        \1/' "$S"
@@ -246,6 +247,8 @@ hf_faults() {
     fault "hf: one block too many is selected" $P 's/\[\.\.\., : c.nsa_topk\]/[..., : c.nsa_topk + 1]/' "$N"
     fault "hf: sliding window of W + 1 tokens" $P 's/key > row - c.nsa_window/key >= row - c.nsa_window/' "$N"
     fault "hf: gates of compressed and selected are swapped" $P 's/return compressed, branch\(causal \& in_blocks\),/return branch(causal \& in_blocks), compressed,/' "$N"
+    fault "hf: hidden states without the first layer's input" $P 's/hidden_states \+= \(x,\)$/hidden_states = (x,)/' "$N"
+    fault "hf: output_attentions is ignored" $P 's/raise ValueError\("output_attentions/str("output_attentions/' "$N"
     fault "hf: gates without bias" $P 's/self.gate_proj\(x\)/F.linear(x, self.gate_proj.weight)/' "$N"
     fault "hf: compressed keys are not rotated" $P 's/^            kc = rotate\(kc, first.*$//' "$N"
     fault "hf: the compression of keys has no position embedding" $P 's/x = x \+ pe\[:, None\]/x = x + 0 * pe[:, None]/' "$L"
