@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # learning.sh: trains the runs of dev/results/learning.md, which compare how well the attention modes and number formats
-# learn. A run writes log/learning/NAME/log.jsonl. Started again, the script skips the runs that are complete and resumes
-# the others. A run writes a checkpoint every 100 steps (-n), so a crash loses at most these. The script makes the shards of a
-# text in the table below if there are none, from the C sources of Linux (Debian's and Ubuntu's package linux-source). Making
-# them needs Python with requirements.txt.
+# learn. A run writes log/learning/NAME/log.jsonl. Started again, the script skips the runs that are complete and
+# resumes the others. A run writes a checkpoint every 100 steps, or every -n where a line of the table has one, so a
+# crash loses at most these. The script makes the shards of a text in the table below if there are none, from the C
+# sources of Linux (Debian's and Ubuntu's package linux-source). Making them needs Python with requirements.txt.
 #   make && scripts/learning.sh                               # all runs, as many at a time as there are GPUs
 #   scripts/learning.sh nsa-1 full-1                          # these runs, in the order of the table below
 #   CUDA_VISIBLE_DEVICES=1 scripts/learning.sh nsa-2          # on the second GPU
@@ -11,8 +11,9 @@
 # Several runs at a time write what they print to log/learning/NAME/output.txt.
 # Every step has 131,072 tokens, whatever GPUS is. The learning rate rises in the first 100 steps (in fewer where a run
 # continues a model) and then falls to a tenth by a cosine. The whole validation set is measured every 50 steps, from
-# 100M tokens on every 100, where a line of the table has no -v. Only a run that another one continues keeps its checkpoint when it is
-# complete. After Ctrl-C or SIGTERM each run finishes its step and writes a checkpoint, and the script ends.
+# 100M tokens on every 100, where a line of the table has no -v. Only a run that another one continues keeps its
+# checkpoint when it is complete. After Ctrl-C or SIGTERM each run finishes its step and writes a checkpoint, and the
+# script ends.
 # Environment: GPUS (1: GPUs of each run), TRAINER (./train_gpt_nsa), MICRO_TOKENS (65536: tokens of a micro-batch on a
 # GPU; 16384 takes less memory and more time), SMOLLM2 (none; read once, to make data/smollm2 and data/linux_smollm2).
 set -euo pipefail
@@ -69,7 +70,7 @@ nsa-x3-1               97m         linux          200M  -attn nsa -seed 1 -l 1.8
 window-half-1          97m         linux          200M  -attn window -seed 1 -l 3e-4
 window-x2-1            97m         linux          200M  -attn window -seed 1 -l 1.2e-3
 window-x3-1            97m         linux          200M  -attn window -seed 1 -l 1.8e-3
-long-full              97m         linux          400M  -attn full -seed 1 -l 1.2e-3 -v 200 -n 500
+long-full-x2           97m         linux          400M  -attn full -seed 1 -l 1.2e-3 -v 200 -n 500
 long-nsa               97m         linux          400M  -attn nsa -seed 1 -v 200 -n 500
 nsa-fp8-1              97m         linux          200M  -attn nsa -seed 1 -matmul fp8
 graded-1               97m         linux          200M  -attn nsa -seed 1 -gate-bias -2,0,2

@@ -28,8 +28,8 @@ LOSSES = {
         ("window-3", "nsa-3"),
     ],
     "learning_long": [
-        ("long-full", None),
-        ("long-nsa", "long-full"),
+        ("long-full-x2", None),
+        ("long-nsa", "long-full-x2"),
     ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
@@ -148,7 +148,7 @@ TIMES = {
         ("nsa-1", "window-1"),
         ("nsa-2", "window-2"),
         ("nsa-3", "window-3"),
-        ("long-nsa", "long-full"),
+        ("long-nsa", "long-full-x2"),
         ("nsa-64k", "full-64k"),
         ("nsa-64k", "full-x2-64k"),
         ("nsa-64k", "window-64k"),
@@ -188,8 +188,8 @@ CONTINUED = {
     "learning_trend_long": (
         [105, 210, 315, 400],
         [
-            ("long-full", None),
-            ("long-nsa", "long-full"),
+            ("long-full-x2", None),
+            ("long-nsa", "long-full-x2"),
         ],
     ),
     "learning_64k": (
@@ -235,8 +235,8 @@ POSITIONS = {
         ],
     ),
     "learning_positions_long": (
-        ["long-nsa", "long-full"],
-        [("long-nsa", "long-full")],
+        ["long-nsa", "long-full-x2"],
+        [("long-nsa", "long-full-x2")],
     ),
     "learning_positions_64k": (
         ["nsa-64k", "full-64k", "full-x2-64k", "window-64k"],
