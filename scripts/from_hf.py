@@ -50,13 +50,14 @@ def parse_args():
         f"({','.join(map(str, GATES))})",
     )
     sizes = [
-        ("cmp-len", "length of a compression window"),
-        ("cmp-stride", "stride of the compression windows"),
-        ("block", "size of a selection block"),
-        ("topk", "number of blocks that a query selects"),
-        ("init-blocks", "number of initial blocks, always selected"),
-        ("local-blocks", "number of local blocks, always selected"),
-        ("window", "size of the sliding window, also of --attn window"),
+        # the defaults are config.NSA_DEFAULTS, whose import needs NumPy
+        ("cmp-len", "tokens of a compression window (32)"),
+        ("cmp-stride", "tokens between the starts of compression windows (16)"),
+        ("block", "tokens of a selection block (64)"),
+        ("topk", "blocks that a query selects (16)"),
+        ("init-blocks", "initial blocks, always selected (1)"),
+        ("local-blocks", "local blocks, always selected (2)"),
+        ("window", "tokens that the window sees, of nsa's sliding branch (512) or of --attn window"),
         ("full-every", "with --attn nsa or window, every N-th layer keeps full attention; 0: none (0)"),
     ]
     for flag, what in sizes:

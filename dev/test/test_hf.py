@@ -349,6 +349,16 @@ def test_families():
         check(same, f"{name}: the exported folder makes another checkpoint")
 
 
+def test_help():
+    """-h has the defaults of the sizes."""
+    from config import NSA_DEFAULTS
+
+    text = " ".join(run("from_hf.py", "-h").stdout.split())
+    for flag in ("cmp-len", "cmp-stride", "block", "topk", "init-blocks", "local-blocks", "window"):
+        found = re.search(rf" --{flag} N [^(]*\((\d+)\)", text)
+        check(found and int(found[1]) == NSA_DEFAULTS[flag], f"from_hf.py -h: --{flag}: {found}")
+
+
 def test_attention_flags():
     """llama to nsa: every flag reaches the model, and the gates are those that were asked for."""
     import checkpoint
