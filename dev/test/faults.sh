@@ -283,6 +283,12 @@ emulator_faults() {
     fault "m and v of a checkpoint are swapped" llmc/checkpoint.cuh 's/arrays\[3\] = \{a->master, a->m, a->v\}/arrays[3] = {a->master, a->v, a->m}/' "$S"
     fault "the rounded weights are saved" llmc/checkpoint.cuh 's/^        checkpoint_write_part\(fd, path, 3, i,/        for (int64_t k = 0; i == 0 \&\& k < end - begin; k++) part[k] = (float)(floatX)part[k];\n&/' "$S"
     fault "a resumed run begins without v" llmc/checkpoint.cuh 's/if \(v\) cuda_check/if (0) cuda_check/' "$S"
+
+    # ---- kernels
+    S=emulator/dev/cuda/selected.out
+    fault "dK and dV of a slab overwrite those of the slab before" fsa/selected.cuh 's/\*accumulate = owner .*;/*accumulate = false;/' "$S"
+    fault "every launch packs V of the first heads" fsa/sm90/pack_v.cu 's/kv_head = a.kv_head0 \+ blockIdx.y/kv_head = (int)blockIdx.y/' "$S"
+    fault "a NaN sum counts as no visible key" fsa/sm90/dense_fwd.cu 's/total != 0/total > 0/' emulator/dev/test/test_fsa.out
 }
 
 "${kind}_faults"
@@ -308,6 +314,7 @@ program() {
 run_test() {
     local command=$BUILD/$2
     [[ $2 != *.sh ]] || command="bash dev/test/$2"
+    [[ $2 != *.out ]] || command+=" check small"
     [[ $2 != hf:* ]] || command="python3 dev/test/test_hf.py$(tr ':' ' ' <<<"${2#hf}")"
     CPU=$CPU TRAINER=$TRAINER BUILD=$BUILD FIRST_FAILURE=1 PYTHONDONTWRITEBYTECODE=1 timeout 600 $command >"$T/out.$1" 2>&1
 } 2>/dev/null
