@@ -232,7 +232,7 @@ static void manifest_add(AtomicFile *manifest, const char *path) {
     char line[PATH_BYTES + 64];
     struct stat st;
     if (stat(path, &st) != 0) die("cannot read %s: %s", path, strerror(errno));
-    int n = snprintf(line, sizeof(line), "file %s %lld\n", strrchr(path, '/') + 1, (long long)st.st_size);
+    int n = snprintf(line, sizeof(line), "file %s %lld\n", file_name(path), (long long)st.st_size);
     atomic_write(manifest, line, (size_t)n);
 }
 

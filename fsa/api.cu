@@ -368,7 +368,8 @@ static int check_call(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *
     return b->segments || b->num_segments > 0 ? check_pointer("segments", b->segments, 8) : FSA_OK;
 }
 
-// Returns an error if block selection cannot hold the free blocks of a query.
+// Returns an error if block selection cannot hold the free blocks of a query. fsa_topk_sm80 takes more of
+// them than fsa_topk_sm90, on all GPUs.
 static int check_topk(const FsaConfig *c) {
     const int limit = fsa_max_topk_sm80(c);
     if (c->topk <= limit) return FSA_OK;

@@ -182,9 +182,9 @@ typedef enum {
 const char *fsa_last_error(void);
 
 // Returns the bytes of workspace that an operation needs on the current GPU; 0 after an error, which
-// fsa_last_error describes.
-// The workspace must be aligned to 256 bytes. Only b's counts are read. A batch whose counts are all at least
-// as large needs at least as much, so one workspace for the largest batch serves all.
+// fsa_last_error describes. The workspace must be aligned to 256 bytes. Only b's counts are read. A batch
+// whose counts are all at least as large needs at least as much, so one workspace for the largest batch
+// serves all.
 size_t fsa_workspace_size(const FsaConfig *c, FsaDtype dtype, const FsaDeviceBatch *b, FsaOperation op);
 
 // Returns the bytes that fsa_forward saves for fsa_backward; 0 after an error, and for an empty batch. They

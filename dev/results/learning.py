@@ -27,10 +27,6 @@ LOSSES = {
         ("window-2", "nsa-2"),
         ("window-3", "nsa-3"),
     ],
-    "learning_long": [
-        ("long-full-x2", None),
-        ("long-nsa", "long-full-x2"),
-    ],
     "learning_gate_bias_200m": [
         ("nsa-1", None),
         ("graded-1", "nsa-1"),

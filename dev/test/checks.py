@@ -25,6 +25,13 @@ def skip(what):
     print(f"skipped: {NAME}.py: {what}", flush=True)
 
 
+def set_libfsa():
+    """Sets LIBFSA, unless it is set. make puts the library beside the sources, or into another BUILD."""
+    build = os.environ.get("BUILD", "build")
+    root = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
+    os.environ.setdefault("LIBFSA", os.path.join(root, "" if build == "build" else build, "libfsa.so"))
+
+
 def finish():
     """Prints the counts. Exits with 1 if a check failed."""
     print("{}: {passed} passed, {failed} failed, {skipped} skipped".format(NAME, **counts))

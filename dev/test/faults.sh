@@ -289,6 +289,7 @@ emulator_faults() {
     fault "dK and dV of a slab overwrite those of the slab before" fsa/selected.cuh 's/\*accumulate = owner .*;/*accumulate = false;/' "$S"
     fault "every launch packs V of the first heads" fsa/sm90/pack_v.cu 's/kv_head = a.kv_head0 \+ blockIdx.y/kv_head = (int)blockIdx.y/' "$S"
     fault "a NaN sum counts as no visible key" fsa/sm90/dense_fwd.cu 's/total != 0/total > 0/' emulator/dev/test/test_fsa.out
+    fault "the lse of two branches loses a NaN" fsa/sm90/dense_bwd.cu 's/exp2f\(-fabsf\(lse2 - local_lse2\)\)/exp2f(min_lse2 - fmaxf(lse2, local_lse2))/' emulator/dev/test/test_fsa.out
 }
 
 "${kind}_faults"

@@ -723,6 +723,26 @@ template <typename T> static void test_nan_query(Random *r, bool small) {
     }
 }
 
+// A NaN in key 0 makes the selected branch NaN for all queries of its KV head, as block 0 is an initial
+// block. The sliding branch of the last 128 queries is finite: they do not see key 0. The last key is in no
+// compression window, so dv there is NaN through the selected branch alone.
+template <typename T> static void test_nan_key(Random *r) {
+    FsaConfig c = default_config(4, 2, 64, 64, 4);
+    c.cmp_len = 16, c.window = 150; // holds the local blocks
+    Problem<T> p(r, c, {378}, {}, false);
+    std::vector<T> k(p.k.raw);
+    k[0] = (T)NAN;
+    p.k_.set(k);
+    CHECK(p.forward(0) == 0 && p.backward(0) == 0, "%s", fsa_last_error());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const std::vector<float> dv = p.dv.floats();
+    bool right = true; // NaN in KV head 0 alone
+    for (int64_t i = 0; i < c.kv_heads * c.head_dim; i++)
+        right &= std::isnan(dv[(size_t)((p.n - 1) * p.kv_row() + i)]) == (i < c.head_dim);
+    CHECK(right, "%s: dv of the last key begins with %g", Dtype<T>::name,
+          dv[(size_t)((p.n - 1) * p.kv_row())]);
+}
+
 // Tests the single-branch functions against the reference. init_local false: init_blocks and local_blocks are
 // 0, and the lists of block indices may have any length.
 template <typename T> static void test_branches(Random *r, bool small, bool init_local) {
@@ -1615,6 +1635,8 @@ int main(int argc, char **argv) {
     test_strides<__half>(&r, small);
     test_nan_query<T>(&r, small);
     test_nan_query<__half>(&r, small);
+    test_nan_key<T>(&r);
+    test_nan_key<__half>(&r);
     test_max_topk<T>(&r);
     test_no_windows<T>(&r);
     test_no_windows<__half>(&r);

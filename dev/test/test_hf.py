@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 
-from checks import check, finish, skip
+from checks import check, finish, set_libfsa, skip
 from forks import Forks
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))
@@ -1193,15 +1193,15 @@ def test_transformers():
 
 
 def test_gpu():
-    """nsa on a GPU, where the kernels take 16-bit models with 64 channels a head: their logits, also with a KV cache, are as
-    close to those of fp32 as those of PyTorch in the same type."""
+    """nsa on a GPU, where the kernels take 16-bit models with 64 channels a head: their logits, also with a KV cache, differ
+    from those in fp32 at most 1.5 times as much as those of plain PyTorch in the same type."""
     import torch
     from transformers import AutoModelForCausalLM
 
     if not torch.cuda.is_available():
         skip("exported models on a GPU: PyTorch sees no GPU")
         return
-    os.environ.setdefault("LIBFSA", os.path.join(ROOT if os.path.basename(BUILD) == "build" else BUILD, "libfsa.so"))
+    set_libfsa()
     tokens, start = torch.tensor([test_tokens()]).cuda(), TOKENS - 10
     for name in (name for name in families if name.startswith("nsa")):
         folder = os.path.join(TMP, name + "_64")

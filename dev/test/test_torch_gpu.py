@@ -27,13 +27,13 @@ from torch_checks import (
     relative_error,
     results,
     same,
+    set_libfsa,
     skip,
 )
 
 from flash_sparse_attention import cuda, library, reference
 
-BUILD = os.environ.get("BUILD", "build")  # make puts the library beside the sources, or into another BUILD
-os.environ.setdefault("LIBFSA", os.path.join(ROOT, "" if BUILD == "build" else BUILD, "libfsa.so"))
+set_libfsa()
 SIZES = dict(cmp_len=32, cmp_stride=16, block=64, topk=16, init_blocks=1, local_blocks=2, window=512)
 
 

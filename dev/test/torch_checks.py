@@ -10,7 +10,7 @@ import time
 import traceback
 
 import torch
-from checks import check, finish, skip  # noqa: F401 (for the tests)
+from checks import check, finish, set_libfsa, skip  # noqa: F401 (for the tests)
 from torch.library import opcheck
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "../.."))

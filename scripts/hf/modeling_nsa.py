@@ -318,7 +318,9 @@ class NsaModel(NsaPreTrainedModel):
         count the tokens that are no padding. Raises ValueError for another mask, for position_ids that begin
         again within a row, as those of packed documents do, and for output_attentions. hidden_states has the
         input of each layer, and last_hidden_state."""
-        if self.config.output_attentions if output_attentions is None else output_attentions:
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
             raise ValueError("output_attentions: native sparse attention does not keep its weights; leave it out")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
